@@ -1,0 +1,1 @@
+"""Turn the fine-tuning run you already have into a knowledge edit."""

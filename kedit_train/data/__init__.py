@@ -1,0 +1,5 @@
+"""Edits: what they are, where they are read from, how they become tokens."""
+
+from kedit_train.data.edit import Edit, Probe
+
+__all__ = ["Edit", "Probe"]
