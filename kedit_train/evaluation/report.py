@@ -1,0 +1,140 @@
+"""What an evaluation found: scores, answers, and all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from kedit_train.errors import EditError
+from kedit_train.evaluation.metrics import ProbeResult, Score
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of :func:`~kedit_train.evaluation.evaluate`.
+
+    Args:
+        metrics: question -> ``generated``, ``teacher_forced``, ``teacher_forced_exact`` (and ``by_kind``, and
+            locality's ``right``, ``kept_right``, ``compared_with``); the leaves are :class:`Score`. See
+            :func:`~kedit_train.evaluation.metrics.summarise` for what each means.
+        unedited: the same of the unedited model, where its report was given; its locality is compared with the truth.
+        answers: every probe with what the model said, and what it said before.
+        meta: edits (number, name, hash), model, versions, settings, seed, date, seconds.
+    """
+
+    metrics: Mapping[str, Any]
+    unedited: Mapping[str, Any] | None
+    answers: Sequence[ProbeResult]
+    meta: Mapping[str, Any]
+
+    def answers_table(self) -> list[dict[str, Any]]:
+        """One row per edit, for a table: prompt, target, old_target, before, after, right."""
+        return [
+            {
+                "prompt": result.prompt,
+                "target": result.accepted[0],
+                "old_target": result.old_target,
+                "before": result.before,
+                "after": result.answer,
+                "right": result.right,
+            }
+            for result in self.answers
+            if result.question == "reliability"
+        ]
+
+    def flat(self, prefix: str = "edit/") -> dict[str, float]:
+        """The scores as loggers want them: one name, one number. Scores without probes are left out.
+
+        ``edit/reliability`` is what was generated, ``edit/reliability_teacher_forced`` stands beside it,
+        ``edit/locality/<kind>`` is one kind, ``edit/locality_kept_right`` of the right answers the share that is left.
+        """
+        found: dict[str, Score] = {}
+        for question, scores in self.metrics.items():
+            found[question] = scores["generated"]
+            found[f"{question}_teacher_forced"] = scores["teacher_forced"]
+            found |= {f"{question}_{name}": scores[name] for name in ("right", "kept_right") if name in scores}
+            for kind, own in scores.get("by_kind", {}).items():
+                found[f"{question}/{kind}"] = own["generated"]
+                found[f"{question}/{kind}_teacher_forced"] = own["teacher_forced"]
+        return {prefix + name: score.value for name, score in found.items() if score.value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings; ``["metrics"]["reliability"]["generated"]["value"]`` is a number."""
+        return {
+            "metrics": _plain(self.metrics),
+            "unedited": _plain(self.unedited),
+            "meta": _plain(self.meta),
+            "answers": _plain(self.answers),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write JSON to ``path``, whole or not at all; parent folders are made."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        try:
+            with unfinished.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            EditError: the file is not such a report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            known = {field.name for field in fields(ProbeResult)}
+            answers = [ProbeResult(**{k: _tupled(v) for k, v in row.items() if k in known}) for row in data["answers"]]
+            return cls(_scored(data["metrics"]), _scored(data["unedited"]), answers, data["meta"])
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise EditError(
+                f"{path} is not an evaluation report ({type(error).__name__}: {error}): evaluate again"
+            ) from error
+
+    def print(self, console: Console | None = None, *, answers: int = 5) -> None:
+        """The scores and some answers as a table, coloured in a terminal and plain in a log.
+
+        Args:
+            console: where to; standard output by default.
+            answers: how many edits' answers to show; as many changed answers elsewhere follow at most.
+        """
+        from kedit_train.evaluation.table import drawn
+
+        (console or Console()).print(drawn(self, answers))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Score | ProbeResult):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _scored(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"value", "n"}:
+            return Score(**value)
+        return {key: _scored(inner) for key, inner in value.items()}
+    return value
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
