@@ -1,0 +1,64 @@
+"""The one class behind every callback: an author writes a neutral lifecycle, the hosts call it at the right moments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from kedit_train.callbacks.hosts.lightning import LightningEvents
+from kedit_train.callbacks.hosts.transformers import TransformersEvents
+from kedit_train.core.run import EditRun
+
+
+class EditCallback(TransformersEvents, LightningEvents):
+    """A callback for ``transformers`` and TRL trainers, Lightning, Fabric and plain loops alike.
+
+    Override what is needed of the methods below; none of them has to call ``super()``. Callbacks may be listed in any
+    order: whatever depends on it is settled by ``order``. One instance serves one model at a time and may serve
+    another afterwards.
+    """
+
+    order = 50
+    run: EditRun | None = None
+
+    def prepare(self, run: EditRun) -> None:
+        """Check arguments and decide what may change. The optimizer does not exist yet, nor need other callbacks."""
+
+    def attach(self, run: EditRun) -> None:
+        """Start: every callback is prepared, the model is on its device; after a resume, weights may be edited ones."""
+
+    def penalty(self, run: EditRun) -> Tensor | None:
+        """Return an extra loss (scalar, connected to the model), once per optimizer step; None for none."""
+        return None
+
+    def skip_step(self, run: EditRun) -> bool:
+        """Tell, with all gradients computed, whether this optimizer step should leave the weights alone."""
+        return False
+
+    def constrain(self, name: str, weight: Tensor, reference: Tensor) -> Tensor:
+        """Return what a scoped weight shall be after the step, given what it was before the edit."""
+        return weight
+
+    def after_step(self, run: EditRun) -> None:
+        """Look at the model after an optimizer step, outside of the gradient."""
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        """Return what to log, gathered since the last call."""
+        return {}
+
+    def finish(self, run: EditRun) -> None:
+        """End of training; the edited model is there and every callback still attached."""
+
+    def detach(self, run: EditRun) -> None:
+        """Leave no trace on the model; also called when training failed."""
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        # The one method name that both hosts call; transformers passes three positional arguments, Lightning two.
+        if len(args) == 2:
+            LightningEvents.on_train_end(self, *args)
+        else:
+            TransformersEvents.on_train_end(self, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"

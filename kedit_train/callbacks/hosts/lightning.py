@@ -1,0 +1,130 @@
+"""``lightning.pytorch.Trainer``: which of its events is which moment of an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from kedit_train.core.host import Host
+from kedit_train.core.run import EditRun
+
+
+class LightningHost(Host):
+    """A Lightning trainer and the module that it fits."""
+
+    name = "lightning"
+
+    def __init__(self, trainer: Any, module: Any) -> None:
+        super().__init__(trainer)
+        self.trainer, self.module = trainer, module
+        self.seen = 0
+
+    @property
+    def resumed(self) -> bool:
+        return self.trainer.global_step > 0 or bool(self.trainer.ckpt_path)
+
+    @property
+    def is_main(self) -> bool:
+        return self.trainer.is_global_zero
+
+    @property
+    def steps(self) -> int | None:
+        steps = self.trainer.estimated_stepping_batches
+        return int(steps) if steps != float("inf") else None
+
+    def tokenizer(self) -> Any | None:
+        for holder in (self.module, getattr(self.trainer, "datamodule", None)):
+            if getattr(holder, "tokenizer", None) is not None:
+                return holder.tokenizer  # pyright: ignore[reportOptionalMemberAccess]
+        return None
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return self.trainer.precision_plugin.forward_context()
+
+    def scale(self) -> float:
+        """What the mixed-precision plugin has multiplied the loss by."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else scaler.get_scale()
+
+    def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
+        # Rows for a batch carry the number of steps before it in Lightning; at the end the count has moved on.
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in self.trainer.loggers if self.is_main else ():
+            logger.log_metrics(dict(metrics), step=max(0, step - 1))
+        for key, value in metrics.items():
+            if last:
+                self.trainer.callback_metrics[key] = _tensor(value)
+            else:
+                short = key in ("edit/reliability", "edit/locality", "edit/generality", "edit/locality/kl")
+                self.module.log(key, value, prog_bar=short, logger=False, on_step=True, on_epoch=False, batch_size=1)
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        for logger in self.trainer.loggers if self.is_main else ():
+            if hasattr(logger, "log_table"):
+                logger.log_table(key=key, columns=list(columns), data=[list(row) for row in rows])
+
+    def stop(self) -> None:
+        self.trainer.should_stop = True
+
+
+def _tensor(value: float) -> Tensor:
+    import torch
+
+    return torch.tensor(float(value))
+
+
+class LightningEvents(Callback):
+    """Events of ``lightning.pytorch.Trainer``, each passed on once: the first callback on the list drives the run."""
+
+    run: EditRun | None
+
+    def _leading(self, trainer: Any) -> EditRun | None:
+        run = self.run
+        return run if run is not None and not run.closed and run.host.owner is trainer and run.leads(self) else None  # pyright: ignore[reportArgumentType]
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Before configure_optimizers and before the strategy wraps the module.
+        if stage == "fit":
+            self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))  # pyright: ignore[reportArgumentType]
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.run is not None:
+            self.run.attach(self)  # pyright: ignore[reportArgumentType]
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        # Added to the loss in place: a backward pass of its own would bypass DDP's reduction and let ranks diverge.
+        # Once per optimizer step and undivided, although the loss has been divided by accumulate_grad_batches.
+        run = self._leading(trainer)
+        penalty = run.penalty() if run else None
+        if run and penalty is not None:
+            loss.add_(penalty.to(loss.device) * run.host.scale())  # pyright: ignore[reportAttributeAccessIssue]
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        run = self._leading(trainer)
+        if run:
+            run.before_optimizer()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        run = self._leading(trainer)
+        if run is None:
+            return
+        host: Any = run.host
+        if run.step > host.seen:
+            host.seen = run.step
+            run.after_step()
+            if trainer.log_every_n_steps and run.step % trainer.log_every_n_steps == 0:
+                metrics = run.collect()
+                if metrics:
+                    host.log(metrics)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.run is not None:
+            self.run.finish(self)  # pyright: ignore[reportArgumentType]
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.run is not None:
+            self.run.close()

@@ -1,0 +1,172 @@
+"""``transformers.Trainer`` and the trainers of TRL: which of their events is which moment of an edit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from kedit_train.core.host import Host
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
+
+
+class TransformersHost(Host):
+    """A trainer is known by its ``control`` object, the only one that lives as long as it does and reaches callbacks."""
+
+    name = "transformers"
+
+    def __init__(self, args: Any, state: Any, control: Any, processing_class: Any) -> None:
+        super().__init__(control)
+        self.args, self.state, self.control, self.processing_class = args, state, control, processing_class
+        self.train_dataloader: Any = None
+        self.pending: dict[str, float] = {}
+
+    @property
+    def resumed(self) -> bool:
+        return self.state.global_step > 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.state.is_world_process_zero
+
+    @property
+    def steps(self) -> int | None:
+        return self.state.max_steps or None
+
+    def tokenizer(self) -> Any | None:
+        # A processor (vision-language models) carries its tokenizer.
+        return getattr(self.processing_class, "tokenizer", self.processing_class)
+
+    def loss_shares(self) -> int:
+        """The trainer sums micro-batch losses that were divided by the whole step's token count, over ranks as well."""
+        window = self.args.gradient_accumulation_steps
+        if hasattr(self.train_dataloader, "__len__"):
+            batches = len(self.train_dataloader)
+            done = self.state.global_step % math.ceil(batches / window) * window
+            window = min(window, batches - done)
+        return window * (self.args.world_size if self.args.average_tokens_across_devices else 1)
+
+    def objective_refused(self) -> str | None:
+        if self.args.n_gpu > 1:
+            return "torch.nn.DataParallel replicates the model without its hooks; start one process per GPU"
+        if getattr(self.args, "label_smoothing_factor", 0):
+            return "label_smoothing_factor takes the loss away from the model; set it to 0"
+        if getattr(self.args, "loss_type", None) not in (None, "nll"):
+            return f"loss_type={self.args.loss_type!r} reweights the loss by probabilities; set loss_type='nll'"
+        return None
+
+    def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
+        self.pending.update(metrics)
+        if last:
+            self.state.log_history.append({**self.pending, "epoch": self.state.epoch, "step": self.state.global_step})
+            self._to_wandb(self.flush())
+        else:
+            # The row that this asks for carries the host's own loss as well; see on_log.
+            self.control.should_log = True
+
+    def flush(self) -> dict[str, float]:
+        metrics, self.pending = self.pending, {}
+        return metrics
+
+    def to_loggers(self, logs: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Add to a row that the trainer is logging: its progress bar and its history see the row after us."""
+        logs.update(metrics)
+        if self.state.log_history:
+            self.state.log_history[-1].update(metrics)
+        self._to_wandb(metrics)
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        run = self._wandb_run()
+        if run is not None:
+            import wandb
+
+            # A plain list of rows: wandb copies it, and mixed columns need to be allowed.
+            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
+            run.log({key: table, "train/global_step": self.state.global_step})
+
+    def stop(self) -> None:
+        self.control.should_training_stop = True
+
+    def _to_wandb(self, metrics: Mapping[str, float]) -> None:
+        run = self._wandb_run()
+        if run is not None and metrics:
+            # Never step=: a row behind wandb's internal step is dropped without a word. WandbCallback names this axis.
+            run.log({**metrics, "train/global_step": self.state.global_step})
+
+    def _wandb_run(self) -> Any | None:
+        reports = self.args.report_to or []
+        if not self.is_main or "wandb" not in ([reports] if isinstance(reports, str) else reports):
+            return None
+        import wandb
+
+        if wandb.run is not None:
+            wandb.run.define_metric("edit/*", step_metric="train/global_step", step_sync=True)
+        return wandb.run
+
+
+class TransformersEvents(TrainerCallback):
+    """Events of ``transformers.Trainer``, each passed on once: the first callback on the list drives the run."""
+
+    run: EditRun | None
+
+    def _run_of(self, control: Any) -> EditRun | None:
+        run = self.run
+        return run if run is not None and not run.closed and run.host.owner is control and run.leads(self) else None  # pyright: ignore[reportArgumentType]
+
+    def _enter(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
+        if model is None:
+            raise EditError(f"{type(self).__name__}: the trainer has no model yet (model_init=); pass model=")
+        run = self.run
+        if run is None or run.closed or run.host.owner is not control:
+            host = TransformersHost(args, state, control, processing_class)
+            run = self.run = EditRun.join(model, self, host)  # pyright: ignore[reportArgumentType]
+        return run
+
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
+    ) -> None:
+        self._enter(args, state, control, model, processing_class)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        processing_class: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # Callbacks that were added after the trainer was built, and a second train(), enter here.
+        run = self._enter(args, state, control, model, processing_class)
+        run.host.state, run.host.train_dataloader = state, train_dataloader  # pyright: ignore[reportAttributeAccessIssue]
+        run.attach(self)  # pyright: ignore[reportArgumentType]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        # Before the first micro-batch and on the unwrapped model: so it counts once whatever the accumulation, is
+        # clipped with the rest, and DDP reduces it together with the gradients that follow.
+        run = self._run_of(control)
+        penalty = run.penalty() if run else None
+        if penalty is not None:
+            scaler = getattr(optimizer, "scaler", None)
+            (penalty if scaler is None else scaler.scale(penalty)).backward()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self._run_of(control)
+        if run:
+            run.host.state = state  # pyright: ignore[reportAttributeAccessIssue]
+            run.after_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        run = self._run_of(control)
+        if run and logs is not None and "loss" in logs:
+            host: Any = run.host
+            host.to_loggers(logs, {**run.collect(), **host.flush()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self.run
+        if run is not None:
+            run.finish(self)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,8 @@
+"""What an edit needs from a model, whatever loop trains it."""
+
+from kedit_train.core.host import Host
+from kedit_train.core.output_head import OutputHead, find_language_model
+from kedit_train.core.run import EditRun
+from kedit_train.core.scope import resolve_scope
+
+__all__ = ["EditRun", "Host", "OutputHead", "find_language_model", "resolve_scope"]

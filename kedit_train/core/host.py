@@ -1,0 +1,59 @@
+"""What an edit may ask of the training loop it has joined. The defaults are a plain loop's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+
+class Host:
+    """One training loop. ``owner`` tells one loop from the next: the object that lives exactly as long as it does."""
+
+    name = "a plain loop"
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    @property
+    def resumed(self) -> bool:
+        """The weights come from a checkpoint of an edit under way, so they are no longer the pre-edit ones."""
+        return False
+
+    @property
+    def is_main(self) -> bool:
+        """This process is the one that prints, logs and writes."""
+        return True
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps that the loop intends to take, where it knows."""
+        return None
+
+    def tokenizer(self) -> Any | None:
+        """The tokenizer that the loop itself holds."""
+        return None
+
+    def loss_shares(self) -> int:
+        """Micro-batches, over all processes, whose losses the host adds up without dividing, for one optimizer step."""
+        return 1
+
+    def objective_refused(self) -> str | None:
+        """Why a per-token objective would be void or wrong in this loop, if so."""
+        return None
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Under what the loop runs its own forward pass (autocast and the like)."""
+        return nullcontext()
+
+    def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
+        """Record metrics at the current step; ``last`` where no further log event of the loop is to be expected."""
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Record a table at the current step."""
+
+    def stop(self) -> None:
+        """End training after this step."""
+
+    def stepped(self, run: Any) -> None:
+        """The optimizer has stepped and the constraints hold again."""

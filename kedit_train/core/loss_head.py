@@ -1,0 +1,161 @@
+"""One loss for every host: a per-token objective on the supervised positions, inside the model's own forward call.
+
+The host calls ``model(..., labels=...)`` as ever. While the model trains, a hook takes the labels out of the call, the
+host's head computes a single position, and another hook scores the supervised positions with the objective and hands
+the host what it reads: ``output.loss``, or the per-token fields of TRL's fused head. In evaluation nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kedit_train.core.output_head import OutputHead
+from kedit_train.errors import EditError
+from kedit_train.functional.chunked import chunk_length, chunked
+
+# logits [N, V] in fp32, labels [N] -> loss [N], active [N], further per-token statistics [N] ...
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+Reduction = Literal["token", "sample"]
+IGNORE = -100
+
+
+@dataclass
+class Request:
+    """What the host asked of one forward call."""
+
+    labels: Tensor
+    items: Any
+    fused: bool
+    positions: Tensor | None
+
+
+class LossHead:
+    """Replaces a causal language model's loss while it trains.
+
+    Args:
+        head: the model's output head.
+        objective: scores tokens; see ``Objective``.
+        reduction: "token" weighs every supervised token alike, as the hosts do; "sample" every sequence alike.
+        shares: micro-batches whose losses the host adds up without dividing (:meth:`Host.loss_shares`).
+        observe: receives the statistics of each micro-batch: active [N] and whatever else the objective returns.
+    """
+
+    def __init__(
+        self,
+        head: OutputHead,
+        objective: Objective,
+        *,
+        reduction: Reduction,
+        shares: Callable[[], int],
+        observe: Callable[..., None],
+    ) -> None:
+        self.head, self.objective, self.reduction = head, objective, reduction
+        self.shares, self.observe = shares, observe
+        self.calls = 0
+        self._request: Request | None = None
+        self._handles = [
+            head.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            head.model.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Give the model its own loss back."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        self._request = None
+        if not (module.training and torch.is_grad_enabled() and kwargs.get("labels") is not None):
+            return None
+        if kwargs.get("shift_labels") is not None:
+            raise EditError("labels that are shifted already (sequence parallelism) are not supported by the loss head")
+        kwargs = dict(kwargs)
+        self._request = Request(
+            labels=kwargs.pop("labels"),
+            items=kwargs.pop("num_items_in_batch", None),
+            fused=bool(kwargs.pop("fused_lm_head", False)),
+            positions=kwargs.get("position_ids"),
+        )
+        self.head.begin()
+        return args, kwargs | {"use_cache": False}
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        request, self._request = self._request, None
+        if request is None:
+            return None
+        hidden = self.head.captured
+        self.head.end()
+        if hidden is None or hidden.shape[:2] != request.labels.shape:
+            got = "none" if hidden is None else tuple(hidden.shape[:2])
+            raise EditError(
+                f"the head of {type(module).__name__} reads positions {got} where the labels have "
+                f"{tuple(request.labels.shape)}; prompt tuning and heads that are not called as modules are unsupported"
+            )
+        self.calls += 1
+        return self._score(request, hidden[:, :-1], output)
+
+    def _score(self, request: Request, hidden: Tensor, output: Any) -> Any:
+        labels = request.labels[:, 1:].to(hidden.device)
+        where = labels != IGNORE
+        loss, active, *statistics = self._per_token(hidden[where], labels[where], fused=request.fused)
+        entropy_and_top1 = [statistics.pop() for _ in range(2)][::-1] if request.fused else []
+        self.observe(active, *statistics)
+        count = where.sum().clamp(min=1) if request.items is None else request.items
+        count = count.to(loss.device) if isinstance(count, Tensor) else count
+        if self.reduction == "sample":
+            loss = loss * self._sample_weights(request, where)[where] * count
+        if request.fused:
+            return self._fused_output(loss, where, *entropy_and_top1, aux_loss=getattr(output, "aux_loss", None))
+        output.loss = loss.sum() / count
+        if getattr(output, "aux_loss", None) is not None:
+            # Mixture-of-experts models add their balancing term only where they see labels.
+            output.loss = output.loss + self.head.config.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
+        return output
+
+    def _per_token(self, hidden: Tensor, labels: Tensor, *, fused: bool) -> tuple[Tensor, ...]:
+        def score(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+            logits = self.head.project(states)
+            outputs = self.objective(logits, targets)
+            if fused:
+                # TRL logs both for every step, so its users shall find them unchanged.
+                with torch.no_grad():
+                    log_probs = logits.log_softmax(-1)
+                    entropy = -(log_probs.exp() * log_probs).sum(-1)
+                    outputs = (*outputs, entropy, logits.argmax(-1) == targets)
+            return outputs
+
+        vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
+        chunk = chunk_length(vocab_size)
+        return chunked(score, hidden, labels, chunk=chunk, frozen_head=not self.head.trainable)
+
+    def _sample_weights(self, request: Request, where: Tensor) -> Tensor:
+        """Weights [B, S-1] under which the sum over supervised tokens is the mean over sequences of their token mean."""
+        sequence = torch.arange(len(where), device=where.device).unsqueeze(1).expand_as(where)
+        if request.positions is not None:
+            # Packed rows hold several sequences; each starts again at position 0. The label of a position is the token
+            # after it, hence the shift.
+            starts = (request.positions.to(where.device) == 0).expand(request.labels.shape)
+            sequence = starts.reshape(-1).cumsum(0).reshape(starts.shape)[:, 1:]
+        _, index = sequence[where].unique(return_inverse=True)
+        lengths = torch.bincount(index)
+        shares = self.shares() if request.items is not None else 1
+        weights = torch.zeros(where.shape, device=where.device)
+        weights[where] = 1.0 / (lengths[index].float() * max(1, len(lengths)) * shares)
+        return weights
+
+    @staticmethod
+    def _fused_output(loss: Tensor, where: Tensor, entropy: Tensor, top1: Tensor, *, aux_loss: Any) -> Any:
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        def place(values: Tensor) -> Tensor:
+            return values.new_zeros(where.shape).masked_scatter(where, values)
+
+        fields = {"aux_loss": aux_loss} if aux_loss is not None else {}
+        return FusedCausalLMOutput(
+            loss=loss.mean(), log_probs=place(-loss), entropy=place(entropy), is_top1=place(top1), label_mask=where, **fields
+        )

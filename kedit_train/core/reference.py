@@ -1,0 +1,33 @@
+"""The model before the edit, at the price of the scoped tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copy parameters as they are, on their devices and in their dtypes."""
+    return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+@torch.no_grad()
+def write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Write values back in place, bit for bit."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+@contextmanager
+def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let the parameters have these values within, and their own, bit for bit, afterwards."""
+    own = snapshot({name: parameters[name] for name in values})
+    write(parameters, values)
+    try:
+        yield
+    finally:
+        write(parameters, own)

@@ -1,0 +1,268 @@
+"""One edit of one model: what all its callbacks share, and the order in which things happen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from kedit_train.core.host import Host
+from kedit_train.core.output_head import OutputHead, find_language_model
+from kedit_train.core.reference import holding, snapshot
+from kedit_train.errors import EditError
+
+_ATTRIBUTE = "_kedit_run"
+
+
+class Participant(Protocol):
+    """The lifecycle that a callback writes and an :class:`EditRun` calls."""
+
+    order: int
+
+    def prepare(self, run: EditRun) -> None: ...
+    def attach(self, run: EditRun) -> None: ...
+    def penalty(self, run: EditRun) -> Tensor | None: ...
+    def skip_step(self, run: EditRun) -> bool: ...
+    def constrain(self, name: str, weight: Tensor, reference: Tensor) -> Tensor: ...
+    def after_step(self, run: EditRun) -> None: ...
+    def metrics(self, run: EditRun) -> dict[str, float]: ...
+    def finish(self, run: EditRun) -> None: ...
+    def detach(self, run: EditRun) -> None: ...
+
+
+class EditRun:
+    """The state of one edit. The hosts know *when*; this knows *what*, once for all callbacks on the model.
+
+    Attributes:
+        root: the module that the loop trains (a LightningModule, say); model: the language model in it, or ``root``.
+        scope: name -> parameter that may change; names are those of ``model``.
+        reference: name -> its value before the edit, for the scope.
+        step: optimizer steps taken.
+        scores: the latest value of every metric that a callback published, for other callbacks to read.
+    """
+
+    def __init__(self, root: nn.Module, host: Host) -> None:
+        self.root, self.host = root, host
+        self.language_model = find_language_model(root)
+        self.model = self.language_model or root
+        self.callbacks: list[Any] = []
+        self.reference: dict[str, Tensor] = {}
+        self.step, self.scores = 0, {}
+        self.closed = self.stopped = False
+        self._trainable = {p: p.requires_grad for p in root.parameters()}
+        self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self._scoped_by: Any = None
+        self._head: OutputHead | None = None
+        self._attached: set[int] = set()
+        self._penalised: bool | None = None
+        self._handles: list[Any] = []
+        root.__dict__[_ATTRIBUTE] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied or pickled model is an ordinary model: the edit under way belongs to the original.
+        return type(None), ()
+
+    # -- joining and leaving
+
+    @classmethod
+    def join(cls, root: nn.Module, callback: Participant, host: Host) -> EditRun:
+        """Let ``callback`` take part in the edit of ``root`` by this host; the first to come opens it.
+
+        An edit of the same model that another loop left unfinished is closed first: its hooks go, what it froze is
+        given back.
+        """
+        run: EditRun | None = root.__dict__.get(_ATTRIBUTE)
+        if run is not None and run.host.owner is not host.owner:
+            run.close()
+            run = None
+        run = run or cls(root, host)
+        if callback not in run.callbacks:
+            run.callbacks = sorted([*run.callbacks, callback], key=lambda c: c.order)
+            callback.prepare(run)
+        return run
+
+    def leads(self, callback: Participant) -> bool:
+        """Whether this callback is the one through which the host's events reach the run."""
+        return not self.closed and self.callbacks[0] is callback
+
+    def set_scope(self, scope: Mapping[str, nn.Parameter], owner: Any) -> None:
+        """Let these parameters change and nothing else, and remember what they were."""
+        if self._scoped_by is not None and self._scoped_by is not owner:
+            raise EditError("two ParameterScope callbacks on one model; give one of them every layer and module")
+        self._scoped_by, self.scope = owner, dict(scope)
+        chosen = {id(p) for p in scope.values()}
+        for parameter in self._trainable:
+            parameter.requires_grad_(id(parameter) in chosen)
+        self.reference = snapshot(self.scope)
+
+    def attach(self, callback: Participant) -> None:
+        """Start one callback's work; every callback has been prepared."""
+        if not self._handles:
+            # Strategies may have replaced parameters since (FSDP2 makes them DTensors); names stay.
+            self.scope = {name: self.model.get_parameter(name) for name in self.scope}
+            self._handles = [
+                register_optimizer_step_pre_hook(self._before_optimizer),
+                register_optimizer_step_post_hook(self._after_optimizer),
+            ]
+        if id(callback) not in self._attached:
+            self._attached.add(id(callback))
+            callback.attach(self)
+
+    def finish(self, callback: Participant) -> None:
+        """End one callback's work; the last to go closes the run."""
+        if self.closed or id(callback) not in self._attached:
+            return
+        callback.finish(self)
+        self._attached.discard(id(callback))
+        if not self._attached:
+            self.close()
+
+    def close(self) -> None:
+        """Leave an ordinary model: no hooks, ``requires_grad`` as it was found."""
+        if self.closed:
+            return
+        for callback in self.callbacks:
+            callback.detach(self)
+        for handle in self._handles:
+            handle.remove()
+        if self._head is not None:
+            self._head.remove()
+        for parameter, trainable in self._trainable.items():
+            parameter.requires_grad_(trainable)
+        self.closed = True
+        self.root.__dict__.pop(_ATTRIBUTE, None)
+
+    # -- what callbacks use
+
+    def head(self, needed_by: str) -> OutputHead:
+        """The model's output head, verified once."""
+        if self._head is None:
+            if self.language_model is None:
+                raise EditError(
+                    f"{needed_by} needs a causal language model, and {type(self.root).__name__} has no language-model "
+                    "head; load it with AutoModelForCausalLM, or leave this callback out"
+                )
+            head = OutputHead(self.language_model)
+            try:
+                head.verify(self.host.forward_context())
+            except BaseException:
+                head.remove()
+                raise
+            self._head = head
+        return self._head
+
+    def tokenizer(self, needed_by: str, given: Any | None = None) -> Any:
+        """The tokenizer: the one given (an object, a name or a path), the host's, or the one saved with the model."""
+        found = given if given is not None else self.host.tokenizer()
+        if found is not None and not isinstance(found, str):
+            return found
+        from transformers import AutoTokenizer
+
+        name = found or getattr(getattr(self.model, "config", None), "_name_or_path", "")
+        if not name:
+            raise EditError(f"{needed_by}: no tokenizer found; pass tokenizer= (an object, a name or a path)")
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise EditError(f"{needed_by}: no tokenizer at {name!r} ({reason}); pass tokenizer=") from error
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Within, the model is the one before the edit."""
+        if self.reference:
+            with holding(self.scope, self.reference):
+                yield
+        elif self.step or self.host.resumed:
+            raise EditError(
+                "the model before the edit is needed and its weights are no longer there (training has begun, or was "
+                "resumed from a checkpoint); add ParameterScope, which keeps them"
+            )
+        else:
+            yield
+
+    def reference_head(self) -> Any | None:
+        """A callable that projects through the head as it was before the edit; None where the head does not change."""
+        head = self.head("the reference")
+        own = {id(p): name for name, p in head.module.named_parameters()}
+        values = {own[id(p)]: self.reference[name] for name, p in self.scope.items() if id(p) in own and self.reference}
+        if not values:
+            if head.trainable:
+                raise EditError(
+                    "the output head is trained, and its weights before the edit were not kept; add ParameterScope"
+                )
+            return None
+        return lambda hidden: torch.func.functional_call(head.module, values, (hidden,))
+
+    def publish(self, metrics: Mapping[str, float]) -> None:
+        """Make metrics known to the other callbacks."""
+        self.scores.update(metrics)
+
+    def collect(self) -> dict[str, float]:
+        """Gather every callback's metrics since the last log event."""
+        gathered: dict[str, float] = {}
+        for callback in self.callbacks:
+            gathered.update(callback.metrics(self))
+        self.publish(gathered)
+        return gathered
+
+    def stop(self) -> None:
+        """End training after this step."""
+        self.stopped = True
+        self.host.stop()
+
+    # -- one optimizer step
+
+    def penalty(self) -> Tensor | None:
+        """The sum of the callbacks' penalties, on the first call for an optimizer step; None afterwards."""
+        if self._penalised is not None:
+            return None
+        terms = [term for callback in self.callbacks if (term := callback.penalty(self)) is not None]
+        self._penalised = bool(terms)
+        return torch.stack(terms).sum() if terms else None
+
+    def before_optimizer(self) -> None:
+        """Gradients are complete: where a callback wants no step and no penalty pulls, take them away.
+
+        A parameter without gradient is passed over by every optimizer, its state included; one with a zero gradient is
+        not: momentum and weight decay move it.
+        """
+        skip = [callback.skip_step(self) for callback in self.callbacks]
+        if any(skip) and not self._penalised:
+            for parameter in self._trainable:
+                parameter.grad = None
+
+    def after_step(self) -> None:
+        """Let the callbacks look at the model after an optimizer step, outside of the gradient."""
+        for callback in list(self.callbacks):
+            callback.after_step(self)
+
+    def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # With a closure the gradients are those of the step before (Lightning's automatic optimization); there the
+        # host's own event after the backward pass calls before_optimizer.
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is None and self._ours(optimizer):
+            self.before_optimizer()
+
+    @torch.no_grad()
+    def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._ours(optimizer):
+            return
+        self.step += 1
+        self._penalised = None
+        for name, parameter in self.scope.items() if self.reference else ():
+            value = parameter.detach()
+            for callback in self.callbacks:
+                value = callback.constrain(name, value, self.reference[name])
+            if value.data_ptr() != parameter.data_ptr():
+                parameter.copy_(value)
+        self.host.stepped(self)
+
+    def _ours(self, optimizer: Optimizer) -> bool:
+        ours = {id(p) for p in self.scope.values()}
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
