@@ -1,0 +1,239 @@
+"""A list of edits: read from any public format, saved as one's own, turned into what trainers eat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from kedit_train.data.edit import Edit, Probe
+from kedit_train.data.readers import own, read_records
+from kedit_train.data.readers.fields import describe
+from kedit_train.data.readers.files import read_file
+from kedit_train.data.tokenise import Encoded, encode_edit, separator
+from kedit_train.errors import EditError
+
+if TYPE_CHECKING:
+    import datasets
+
+OnError = Literal["raise", "skip"]
+
+
+class EditDataset(Sequence[Edit]):
+    """Edits in order. An index gives an ``Edit``, a slice another ``EditDataset``.
+
+    Args:
+        edits: at least one.
+        name: what messages and reports call them, e.g. the file's name.
+        format: which format they were read from; ``"edits"`` is this package's own.
+        skipped: one line for each record that ``on_error="skip"`` left out.
+
+    Raises:
+        EditError: there are none, or one has a blank prompt or target or a field of the wrong type.
+    """
+
+    def __init__(
+        self, edits: Iterable[Edit], name: str = "edits", format: str = "edits", skipped: Iterable[str] = ()
+    ) -> None:
+        self._edits = tuple(edits)
+        self.name = name
+        self.format = format
+        self.skipped = tuple(skipped)
+        if not self._edits:
+            raise EditError(f"{name}: there are no edits: give at least one prompt with its target")
+        for i, edit in enumerate(self._edits):
+            check_edit(edit, f"{name}, edit {i}")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        format: str | None = None,
+        on_error: OnError = "raise",
+        limit: int | None = None,
+    ) -> EditDataset:
+        """Read a ``.json``, ``.jsonl`` or ``.csv`` file; the format is recognised from its records.
+
+        Formats: ``edits`` (our own), ``counterfact``, ``counterfact_nested``, ``zsre``, ``knowedit``,
+        ``wikibigedit``, ``qaedit``, ``mquake``; what each field becomes stands in ``kedit_train/data/readers``.
+
+        Args:
+            path: the file, or ``"world"`` for edits of the embedded world.
+            format: one of the names above, where the fields alone do not tell.
+            on_error: ``"raise"`` stops at the first bad record; ``"skip"`` leaves bad records out, warns once with
+                their number and the first reason, and keeps every reason in ``.skipped``.
+            limit: stop after so many records that could be read. A record of MQuAKE holds up to four edits.
+
+        Raises:
+            EditError: one line with the file, the record's number (from 1), the field and what was expected.
+        """
+        if str(path) == "world":
+            if format not in (None, "edits"):
+                raise EditError(f"the embedded world is not read from a file of format {format!r}: leave format out")
+            from kedit_train.world import edits as world_edits
+
+            return cls(world_edits() if limit is None else world_edits(n=limit), name="world")
+        path = Path(path)
+        edits, found, skipped = read_records(
+            read_file(path),
+            str(path),
+            format=format,
+            on_error=on_error,
+            limit=limit,
+            csv=path.suffix.lower() == ".csv",
+        )
+        return cls(edits, name=path.name, format=found, skipped=skipped)
+
+    @classmethod
+    def from_records(
+        cls,
+        records: Iterable[Mapping[str, Any]],
+        *,
+        name: str = "records",
+        format: str | None = None,
+        on_error: OnError = "raise",
+    ) -> EditDataset:
+        """The same from a list of dicts or a ``datasets.Dataset``; the arguments are those of ``load``."""
+        if isinstance(records, (str, Mapping)):
+            raise EditError(f"{name}: from_records wants a list of records, not one {type(records).__name__}: use load")
+        edits, found, skipped = read_records(list(records), name, format=format, on_error=on_error)
+        return cls(edits, name=name, format=found, skipped=skipped)
+
+    @overload
+    def __getitem__(self, index: int) -> Edit: ...
+    @overload
+    def __getitem__(self, index: slice) -> EditDataset: ...
+    def __getitem__(self, index: int | slice) -> Edit | EditDataset:
+        return self._with(self._edits[index]) if isinstance(index, slice) else self._edits[index]
+
+    def __len__(self) -> int:
+        return len(self._edits)
+
+    def __repr__(self) -> str:
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        first = self._edits[0]
+        return (
+            f"EditDataset({self.name!r}, {len(self)} edits, format={self.format!r}{skipped}, hash={self.hash[:12]}, "
+            f"first: {first.prompt!r} -> {first.target!r})"
+        )
+
+    def _with(self, edits: Sequence[Edit]) -> EditDataset:
+        return EditDataset(edits, name=self.name, format=self.format, skipped=self.skipped)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of the edits as canonical JSON: equal for equal edits in equal order, whatever their file."""
+        digest = hashlib.sha256()
+        for edit in self._edits:
+            digest.update(json.dumps(own.write(edit), sort_keys=True, separators=(",", ":")).encode() + b"\n")
+        return digest.hexdigest()
+
+    def sample(self, n: int, seed: int = 0) -> EditDataset:
+        """``n`` different edits drawn with ``seed``, in the order in which they stand here."""
+        if not 1 <= n <= len(self):
+            raise EditError(f"{self.name}: cannot draw {n} of {len(self)} edits: use 1 to {len(self)}")
+        return self._with([self._edits[i] for i in sorted(random.Random(seed).sample(range(len(self)), n))])
+
+    def save(self, path: str | Path) -> Path:
+        """Write this package's own JSONL; ``load`` gives equal edits back. The file is there whole or not at all."""
+        path = Path(path)
+        if path.suffix.lower() != ".jsonl":
+            raise EditError(f"{path}: edits are saved as .jsonl: change the file's ending")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        try:
+            with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+                for edit in self._edits:
+                    file.write(json.dumps(own.write(edit), ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        return path
+
+    def to_prompt_completion(self) -> datasets.Dataset:
+        """The edits in TRL's columns ``prompt`` and ``completion``, for an unmodified ``SFTTrainer``.
+
+        The completion opens with the space that separates it from the prompt, where one is needed. End-of-text is
+        not in it: ``SFTTrainer`` (trl 1.16) appends ``tokenizer.eos_token`` to every completion that does not end in
+        it, and scores completions only. Three things that it does differently from ``encode``, seen in its source:
+        sequences beyond ``SFTConfig.max_length`` (1,024 unless set) are cut, and left out where nothing of the target
+        remains (run ``encode`` with ``max_length`` first to be told); a prompt whose end merges with the completion's beginning into one token is shortened (``encode``
+        keeps the prompt's own tokens); a tokenizer that appends end-of-text by itself gets it twice.
+
+        Returns:
+            ``len(self)`` rows of two texts. Nothing but prompt and target goes in: no rephrase, no probe.
+        """
+        import datasets
+
+        rows = [{"prompt": e.prompt, "completion": separator(e.prompt, e.target) + e.target} for e in self._edits]
+        return datasets.Dataset.from_list(rows)
+
+    def encode(self, tokenizer: Any, *, append_eos: bool = True, max_length: int | None = None) -> list[Encoded]:
+        """Tokens and target mask of every edit, see ``tokenise.encode_edit``; errors name the edit."""
+        return [
+            encode_edit(
+                tokenizer,
+                edit.prompt,
+                edit.target,
+                append_eos=append_eos,
+                max_length=max_length,
+                where=f"{self.name}, edit {i}" + (f" (id {edit.id})" if edit.id else ""),
+            )
+            for i, edit in enumerate(self._edits)
+        ]
+
+
+def check_edit(edit: object, where: str) -> None:
+    """The one place where an edit's content is validated, whoever made it.
+
+    Raises:
+        EditError: not an ``Edit``; prompt, target or a probe's prompt is blank; a field has the wrong type; a text
+            is not valid Unicode.
+    """
+
+    def text(value: object, field: str) -> None:
+        if not isinstance(value, str) or not value.strip():
+            raise EditError(f"{where}: {field} is {describe(value)} (expected text): give it a value")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise EditError(f"{where}: {field} has a lone surrogate at {error.start}: mend its encoding") from error
+
+    def texts(values: object, field: str) -> None:
+        if not isinstance(values, tuple):
+            raise EditError(
+                f"{where}: {field} is {describe(values)} (expected a tuple of texts): wrap it in tuple(...)"
+            )
+        for i, value in enumerate(values):
+            text(value, f"{field}[{i}]")
+
+    if not isinstance(edit, Edit):
+        raise EditError(f"{where}: it is {describe(edit)} (expected an Edit): use from_records for dicts")
+    text(edit.prompt, "prompt")
+    text(edit.target, "target")
+    for field, value in (("subject", edit.subject), ("old_target", edit.old_target)):
+        if value is not None:
+            text(value, field)
+    if not isinstance(edit.id, str):
+        raise EditError(f"{where}: id is {describe(edit.id)} (expected text): use str(...)")
+    texts(edit.aliases, "aliases")
+    texts(edit.rephrases, "rephrases")
+    for field, kinds in (("locality", edit.locality), ("portability", edit.portability)):
+        if not isinstance(kinds, Mapping):
+            raise EditError(f"{where}: {field} is {describe(kinds)} (expected a mapping): use {{kind: (Probe, ...)}}")
+        for kind, probes in kinds.items():
+            text(kind, f"a kind of {field}")
+            if not isinstance(probes, tuple) or not all(isinstance(probe, Probe) for probe in probes):
+                raise EditError(f"{where}: {field}[{kind!r}] is no tuple of Probe: use {{kind: (Probe, ...)}}")
+            for i, probe in enumerate(probes):
+                text(probe.prompt, f"{field}[{kind!r}][{i}].prompt")
+                texts(probe.answers, f"{field}[{kind!r}][{i}].answers")
