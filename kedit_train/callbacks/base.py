@@ -20,7 +20,6 @@ class EditCallback(TransformersEvents, LightningEvents):
     """
 
     order = 50
-    run: EditRun | None = None
 
     def prepare(self, run: EditRun) -> None:
         """Check arguments and decide what may change. The optimizer does not exist yet, nor need other callbacks."""

@@ -134,7 +134,7 @@ class LossHead:
         return chunked(score, hidden, labels, chunk=chunk, frozen_head=not self.head.trainable)
 
     def _sample_weights(self, request: Request, where: Tensor) -> Tensor:
-        """Weights [B, S-1] under which the sum over supervised tokens is the mean over sequences of their token mean."""
+        """Weights [B, S-1] under which a sum over supervised tokens is the mean over sequences of their token means."""
         sequence = torch.arange(len(where), device=where.device).unsqueeze(1).expand_as(where)
         if request.positions is not None:
             # Packed rows hold several sequences; each starts again at position 0. The label of a position is the token
@@ -157,5 +157,10 @@ class LossHead:
 
         fields = {"aux_loss": aux_loss} if aux_loss is not None else {}
         return FusedCausalLMOutput(
-            loss=loss.mean(), log_probs=place(-loss), entropy=place(entropy), is_top1=place(top1), label_mask=where, **fields
+            loss=loss.mean(),
+            log_probs=place(-loss),
+            entropy=place(entropy),
+            is_top1=place(top1),
+            label_mask=where,
+            **fields,
         )

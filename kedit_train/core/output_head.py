@@ -50,10 +50,10 @@ class OutputHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.module: nn.Module = base.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-        config = getattr(base, "config", None)
-        self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        base: Any = model
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        self.module: nn.Module = base.get_output_embeddings()
+        self.config: Any = base.config.get_text_config()
         self.scale, self.softcap = 1.0, getattr(self.config, "final_logit_softcapping", None)
         self.captured: Tensor | None = None
         self.autocast: dict[str, Any] = {}
@@ -144,7 +144,9 @@ class OutputHead:
             with torch.autocast(**self.autocast):
                 raw = self.module(states)
         tolerance = 2e-2 if raw.dtype in (torch.float16, torch.bfloat16) else 1e-4
-        if not torch.allclose(states[0, :-1], states[1, :-1], rtol=tolerance, atol=tolerance * float(states.abs().max())):
+        if not torch.allclose(
+            states[0, :-1], states[1, :-1], rtol=tolerance, atol=tolerance * float(states.abs().max())
+        ):
             raise EditError(f"{name} is no causal language model: an earlier position changes with a later token")
         given = [float(v) for key in SCALES if (v := getattr(self.config, key, None)) not in (None, 0, 1)]
         # Configurations disagree on whether the number multiplies or divides; the model's own logits decide.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +14,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model
 from kedit_train.core.reference import holding, snapshot
+from kedit_train.data.edit import Edit
 from kedit_train.errors import EditError
 
 _ATTRIBUTE = "_kedit_run"
 
 
-class Participant(Protocol):
-    """The lifecycle that a callback writes and an :class:`EditRun` calls."""
-
-    order: int
-
-    def prepare(self, run: EditRun) -> None: ...
-    def attach(self, run: EditRun) -> None: ...
-    def penalty(self, run: EditRun) -> Tensor | None: ...
-    def skip_step(self, run: EditRun) -> bool: ...
-    def constrain(self, name: str, weight: Tensor, reference: Tensor) -> Tensor: ...
-    def after_step(self, run: EditRun) -> None: ...
-    def metrics(self, run: EditRun) -> dict[str, float]: ...
-    def finish(self, run: EditRun) -> None: ...
-    def detach(self, run: EditRun) -> None: ...
-
-
 class EditRun:
     """The state of one edit. The hosts know *when*; this knows *what*, once for all callbacks on the model.
+
+    Its callbacks are :class:`kedit_train.callbacks.base.EditCallback`, which describes their lifecycle.
 
     Attributes:
         root: the module that the loop trains (a LightningModule, say); model: the language model in it, or ``root``.
@@ -44,6 +31,7 @@ class EditRun:
         reference: name -> its value before the edit, for the scope.
         step: optimizer steps taken.
         scores: the latest value of every metric that a callback published, for other callbacks to read.
+        edits: what is being edited, where a callback or the host knows it.
     """
 
     def __init__(self, root: nn.Module, host: Host) -> None:
@@ -52,7 +40,9 @@ class EditRun:
         self.model = self.language_model or root
         self.callbacks: list[Any] = []
         self.reference: dict[str, Tensor] = {}
-        self.step, self.scores = 0, {}
+        self.step = 0
+        self.scores: dict[str, float] = {}
+        self.edits: Sequence[Edit] = ()
         self.closed = self.stopped = False
         self._trainable = {p: p.requires_grad for p in root.parameters()}
         self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -70,7 +60,7 @@ class EditRun:
     # -- joining and leaving
 
     @classmethod
-    def join(cls, root: nn.Module, callback: Participant, host: Host) -> EditRun:
+    def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Let ``callback`` take part in the edit of ``root`` by this host; the first to come opens it.
 
         An edit of the same model that another loop left unfinished is closed first: its hooks go, what it froze is
@@ -86,7 +76,7 @@ class EditRun:
             callback.prepare(run)
         return run
 
-    def leads(self, callback: Participant) -> bool:
+    def leads(self, callback: Any) -> bool:
         """Whether this callback is the one through which the host's events reach the run."""
         return not self.closed and self.callbacks[0] is callback
 
@@ -100,7 +90,7 @@ class EditRun:
             parameter.requires_grad_(id(parameter) in chosen)
         self.reference = snapshot(self.scope)
 
-    def attach(self, callback: Participant) -> None:
+    def attach(self, callback: Any) -> None:
         """Start one callback's work; every callback has been prepared."""
         if not self._handles:
             # Strategies may have replaced parameters since (FSDP2 makes them DTensors); names stay.
@@ -113,7 +103,7 @@ class EditRun:
             self._attached.add(id(callback))
             callback.attach(self)
 
-    def finish(self, callback: Participant) -> None:
+    def finish(self, callback: Any) -> None:
         """End one callback's work; the last to go closes the run."""
         if self.closed or id(callback) not in self._attached:
             return
@@ -198,6 +188,15 @@ class EditRun:
                 )
             return None
         return lambda hidden: torch.func.functional_call(head.module, values, (hidden,))
+
+    def describe_scope(self) -> dict[str, Any]:
+        """Say what may change, for reports."""
+        trained, total = self.scope.values(), self.model.parameters()
+        return {
+            "tensors": list(self.scope),
+            "parameters": sum(p.numel() for p in trained),
+            "of": sum(p.numel() for p in total),
+        }
 
     def publish(self, metrics: Mapping[str, float]) -> None:
         """Make metrics known to the other callbacks."""

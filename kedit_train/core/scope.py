@@ -125,8 +125,8 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
     scope = {name: p for name, p in model.named_parameters() if id(p) in chosen and p.requires_grad}
     if not scope:
         raise EditError(
-            f"ParameterScope: the {len(chosen)} parameters that modules={modules!r}, layers={layers!r} match are frozen "
-            "already (with adapters, name the adapter's modules); unfreeze them or choose others"
+            f"ParameterScope: the {len(chosen)} parameters that modules={modules!r}, layers={layers!r} match are "
+            "frozen already (with adapters, name the adapter's modules); unfreeze them or choose others"
         )
     return scope
 

@@ -29,7 +29,7 @@ def overtone_target(
             deviation and never survive the filter.
 
     Returns:
-        target [N, V] in fp32, accepted [N] bool (the mixture was used), survivors [N] int64 (tokens left by the filter).
+        target [N, V] in fp32, accepted [N] bool (the mixture was used), survivors [N] (tokens that the filter left).
     """
     with torch.no_grad():
         logits = _upcast(logits)

@@ -39,7 +39,7 @@ class LightningHost(Host):
     def tokenizer(self) -> Any | None:
         for holder in (self.module, getattr(self.trainer, "datamodule", None)):
             if getattr(holder, "tokenizer", None) is not None:
-                return holder.tokenizer  # pyright: ignore[reportOptionalMemberAccess]
+                return holder.tokenizer
         return None
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -80,20 +80,20 @@ def _tensor(value: float) -> Tensor:
 class LightningEvents(Callback):
     """Events of ``lightning.pytorch.Trainer``, each passed on once: the first callback on the list drives the run."""
 
-    run: EditRun | None
+    run: Any = None
 
     def _leading(self, trainer: Any) -> EditRun | None:
         run = self.run
-        return run if run is not None and not run.closed and run.host.owner is trainer and run.leads(self) else None  # pyright: ignore[reportArgumentType]
+        return run if run is not None and not run.closed and run.host.owner is trainer and run.leads(self) else None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # Before configure_optimizers and before the strategy wraps the module.
         if stage == "fit":
-            self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))  # pyright: ignore[reportArgumentType]
+            self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self.run is not None:
-            self.run.attach(self)  # pyright: ignore[reportArgumentType]
+            self.run.attach(self)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         # Added to the loss in place: a backward pass of its own would bypass DDP's reduction and let ranks diverge.
@@ -101,7 +101,7 @@ class LightningEvents(Callback):
         run = self._leading(trainer)
         penalty = run.penalty() if run else None
         if run and penalty is not None:
-            loss.add_(penalty.to(loss.device) * run.host.scale())  # pyright: ignore[reportAttributeAccessIssue]
+            loss.add_(penalty.to(loss.device) * run.host.scale())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         run = self._leading(trainer)
@@ -123,7 +123,7 @@ class LightningEvents(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.run is not None:
-            self.run.finish(self)  # pyright: ignore[reportArgumentType]
+            self.run.finish(self)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.run is not None:

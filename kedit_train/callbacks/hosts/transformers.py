@@ -14,7 +14,7 @@ from kedit_train.errors import EditError
 
 
 class TransformersHost(Host):
-    """A trainer is known by its ``control`` object, the only one that lives as long as it does and reaches callbacks."""
+    """A trainer, known by its ``control``: the one object of its own that lives as long as it and reaches callbacks."""
 
     name = "transformers"
 
@@ -110,11 +110,11 @@ class TransformersHost(Host):
 class TransformersEvents(TrainerCallback):
     """Events of ``transformers.Trainer``, each passed on once: the first callback on the list drives the run."""
 
-    run: EditRun | None
+    run: Any = None
 
     def _run_of(self, control: Any) -> EditRun | None:
         run = self.run
-        return run if run is not None and not run.closed and run.host.owner is control and run.leads(self) else None  # pyright: ignore[reportArgumentType]
+        return run if run is not None and not run.closed and run.host.owner is control and run.leads(self) else None
 
     def _enter(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
         if model is None:
@@ -122,7 +122,7 @@ class TransformersEvents(TrainerCallback):
         run = self.run
         if run is None or run.closed or run.host.owner is not control:
             host = TransformersHost(args, state, control, processing_class)
-            run = self.run = EditRun.join(model, self, host)  # pyright: ignore[reportArgumentType]
+            run = self.run = EditRun.join(model, self, host)
         return run
 
     def on_init_end(
@@ -142,8 +142,8 @@ class TransformersEvents(TrainerCallback):
     ) -> None:
         # Callbacks that were added after the trainer was built, and a second train(), enter here.
         run = self._enter(args, state, control, model, processing_class)
-        run.host.state, run.host.train_dataloader = state, train_dataloader  # pyright: ignore[reportAttributeAccessIssue]
-        run.attach(self)  # pyright: ignore[reportArgumentType]
+        run.host.state, run.host.train_dataloader = state, train_dataloader
+        run.attach(self)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # Before the first micro-batch and on the unwrapped model: so it counts once whatever the accumulation, is
@@ -157,7 +157,7 @@ class TransformersEvents(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self._run_of(control)
         if run:
-            run.host.state = state  # pyright: ignore[reportAttributeAccessIssue]
+            run.host.state = state
             run.after_step()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -169,4 +169,4 @@ class TransformersEvents(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self.run
         if run is not None:
-            run.finish(self)  # pyright: ignore[reportArgumentType]
+            run.finish(self)

@@ -1,0 +1,19 @@
+"""Callbacks that turn a training run into an edit, each the answer to one question about it."""
+
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.callbacks.edit_metrics import EditMetrics
+from kedit_train.callbacks.hosts.loop import editing
+from kedit_train.callbacks.kl_locality import KLLocality
+from kedit_train.callbacks.parameter_scope import ParameterScope
+from kedit_train.callbacks.stop_when_edited import StopWhenEdited
+from kedit_train.callbacks.token_smoothing import TokenSmoothing
+
+__all__ = [
+    "EditCallback",
+    "EditMetrics",
+    "KLLocality",
+    "ParameterScope",
+    "StopWhenEdited",
+    "TokenSmoothing",
+    "editing",
+]

@@ -1,0 +1,56 @@
+"""Where may the model change? Everything outside of the scope is frozen before the optimizer exists."""
+
+from __future__ import annotations
+
+import torch
+
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.run import EditRun
+from kedit_train.core.scope import resolve_scope
+
+
+class ParameterScope(EditCallback):
+    """Train the parameters of some modules in some layers, and nothing else.
+
+    Fine-tuning one down-projection in the middle of the network, breadth-first, is the strongest plain recipe known
+    for editing ("Fine-tuning Done Right in Model Editing", LocFT-BF, arXiv 2509.22072): late layers keep general
+    ability best, early ones generalise best.
+
+    Args:
+        layers: an index (``5``, ``-1``), a fraction of the depth (``0.7``), an inclusive range (``"4-6"``,
+            ``"0.5-0.75"``), several (``[2, "4-6"]`` or ``"2,4-6"``), or None for every parameter, embeddings included.
+        modules: a dotted pattern or several; consecutive parts of a parameter's name must match it part by part
+            (``"mlp.down_proj"``, ``"self_attn.*_proj"``, ``"mlp"``). A module's bias comes with it; ``.weight`` leaves
+            it out. None takes everything in the layers.
+
+    Of a model with adapters only the adapters' parameters are eligible: what is frozen already stays frozen.
+
+    Example:
+        >>> SFTTrainer(model, args, train_dataset=data, callbacks=[ParameterScope(layers=0.7, modules="mlp.down_proj")])
+    """
+
+    order = 0
+
+    def __init__(
+        self, layers: int | float | str | list[int | float | str] | None = None, modules: str | list[str] | None = None
+    ) -> None:
+        self.layers, self.modules = layers, modules
+
+    def prepare(self, run: EditRun) -> None:
+        run.set_scope(resolve_scope(run.model, self.layers, self.modules), owner=self)
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        """Parameters in scope, and how far they are from where they were, relative to their size."""
+        moved, size = torch.zeros(()), torch.zeros(())
+        with torch.no_grad():
+            for name, parameter in run.scope.items():
+                reference = run.reference[name].float()
+                moved += (parameter.float() - reference).square().sum().cpu()
+                size += reference.square().sum().cpu()
+        return {
+            "edit/scope/parameters": float(sum(p.numel() for p in run.scope.values())),
+            "edit/drift/relative": float((moved / size.clamp(min=1e-30)).sqrt()),
+        }
+
+    def __repr__(self) -> str:
+        return f"ParameterScope(layers={self.layers!r}, modules={self.modules!r})"

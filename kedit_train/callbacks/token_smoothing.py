@@ -1,0 +1,142 @@
+"""Towards what is each token pulled? OverTone's smoothed, clipped targets in place of one-hot cross-entropy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.loss_head import LossHead, Reduction
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
+from kedit_train.functional.smoothing import overtone_target, smoothed_loss, uniform_target
+
+
+class TokenSmoothing(EditCallback):
+    """Train each target token only until it is learned, towards a target that leaves the model its other beliefs.
+
+    OverTone ("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602): the target of a
+    token mixes the one-hot label with the model's own filtered distribution, recomputed at every step, where the label
+    wins that mixture; a token whose divergence from its target is within ``epsilon`` has no gradient. Where no token of
+    an optimizer step is active, and no penalty such as ``KLLocality`` pulls, the step is left out: the weights and the
+    optimizer's state stay as they are.
+
+    Replaces the host's loss at the supervised positions during training; evaluation losses stay the host's own.
+    ``TokenSmoothing(lam=1.0, epsilon=0.0)`` is cross-entropy.
+
+    Args:
+        lam: mass of the one-hot label in [0, 1]; 0.1 in the paper (the reverse of label smoothing's convention).
+        epsilon: clip in nats; 0.05 in the paper with LoRA, 0.01 with plain fine-tuning of one layer.
+        n_sigma: width of the filter in standard deviations of the logits; 0.5 in the paper, 1 with larger memories.
+        reduction: "token" weighs all supervised tokens alike, as the hosts do; "sample" all sequences alike, as
+            FT-M and LocFT do (it matters where targets differ in length).
+        target: "overtone", or "uniform": plain label smoothing with mass ``1 - lam`` spread over the vocabulary.
+    """
+
+    order = 20
+
+    def __init__(
+        self,
+        lam: float = 0.1,
+        epsilon: float = 0.05,
+        n_sigma: float = 0.5,
+        reduction: Reduction = "token",
+        target: Literal["overtone", "uniform"] = "overtone",
+    ) -> None:
+        for name, value, good in (
+            ("lam", lam, 0.0 <= lam <= 1.0),
+            ("epsilon", epsilon, epsilon >= 0.0),
+            ("n_sigma", n_sigma, n_sigma > 0.0),
+            ("reduction", reduction, reduction in ("token", "sample")),
+            ("target", target, target in ("overtone", "uniform")),
+        ):
+            if not good:
+                bounds = "0 <= lam <= 1, epsilon >= 0, n_sigma > 0, reduction token|sample, target overtone|uniform"
+                raise EditError(f"TokenSmoothing: {name}={value!r} is out of bounds ({bounds})")
+        self.lam, self.epsilon, self.n_sigma = lam, epsilon, n_sigma
+        self.reduction: Reduction = reduction
+        self.target = target
+        self._loss_head: LossHead | None = None
+
+    def prepare(self, run: EditRun) -> None:
+        if run.language_model is None:
+            run.head("TokenSmoothing")
+        if any(isinstance(other, TokenSmoothing) for other in run.callbacks if other is not self):
+            raise EditError("two TokenSmoothing callbacks on one model; a token can have one target only: keep one")
+        reason = run.host.objective_refused()
+        if reason:
+            raise EditError(f"TokenSmoothing cannot replace the loss of this {run.host.name} run: {reason}")
+
+    def attach(self, run: EditRun) -> None:
+        head = run.head("TokenSmoothing")
+        self._vocab_size = self._true_vocabulary(run, head.config.vocab_size)
+        self._totals: dict[str, Tensor] = {}
+        self._tokens, self._counted_at = 0, -1
+        self._active = torch.zeros((), dtype=torch.long)
+        self._loss_head = LossHead(
+            head, self.score, reduction=self.reduction, shares=run.host.loss_shares, observe=self._observe
+        )
+
+    def score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Score tokens: loss [N], active [N], and the statistics that are logged, [N] each."""
+        if self.target == "uniform":
+            target = uniform_target(logits, labels, lam=self.lam, vocab_size=self._vocab_size)
+            return smoothed_loss(logits, target, epsilon=self.epsilon)
+        target, accepted, survivors = overtone_target(
+            logits, labels, lam=self.lam, n_sigma=self.n_sigma, vocab_size=self._vocab_size
+        )
+        mass = target.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        return *smoothed_loss(logits, target, epsilon=self.epsilon), accepted, survivors, mass
+
+    def skip_step(self, run: EditRun) -> bool:
+        if self._counted_at != run.step:
+            raise EditError(
+                "TokenSmoothing: the model was not called with labels= since the last optimizer step, so its loss was "
+                "not replaced; let the training step call model(..., labels=labels) and use the loss that it returns"
+            )
+        if self.epsilon == 0.0:
+            return False
+        active = self._active
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # Every rank has to come to the same decision.
+            active = active.clone()
+            dist.all_reduce(active)
+        run.publish({"edit/tokens/active_now": float(active)})
+        return int(active) == 0
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        """Shares of tokens that were active and whose mixture was accepted, survivors and label mass per token."""
+        if not self._tokens:
+            return {}
+        found = {f"edit/tokens/{name}": float(total) / self._tokens for name, total in self._totals.items()}
+        self._totals, self._tokens = {}, 0
+        return found
+
+    def detach(self, run: EditRun) -> None:
+        if self._loss_head is not None:
+            self._loss_head.remove()
+            self._loss_head = None
+
+    def _observe(self, active: Tensor, *statistics: Tensor) -> None:
+        run = self.run
+        if self._counted_at != run.step:
+            self._active, self._counted_at = torch.zeros((), dtype=torch.long, device=active.device), run.step
+        self._active += active.sum()
+        self._tokens += len(active)
+        for name, values in zip(("active", "accepted", "survivors", "label_mass"), (active, *statistics), strict=False):
+            self._totals[name] = self._totals.get(name, 0.0) + values.sum(dtype=torch.float32)
+
+    @staticmethod
+    def _true_vocabulary(run: EditRun, head_size: int) -> int | None:
+        """The tokenizer's size where the head has rows beyond it: those logits are noise and would widen the filter."""
+        try:
+            size = len(run.tokenizer("TokenSmoothing"))
+        except EditError:
+            return None
+        return size if size < head_size else None
+
+    def __repr__(self) -> str:
+        return f"TokenSmoothing(lam={self.lam}, epsilon={self.epsilon}, n_sigma={self.n_sigma})"

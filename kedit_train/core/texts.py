@@ -1,0 +1,100 @@
+"""Texts whose next-token answers must stay: read from wherever they are, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_train.data.edit import Edit
+from kedit_train.errors import EditError
+
+
+def load_texts(source: Any, *, edits: Sequence[Edit] = ()) -> list[str]:
+    """Read texts.
+
+    Args:
+        source: a list of strings; a path to ``.txt`` (one text a line), ``.jsonl`` or ``.json`` (strings, or records
+            with ``text``); a ``datasets.Dataset`` with a column ``text``; or "world", the embedded world's facts.
+        edits: with "world", what those facts must not touch.
+    """
+    if source == "world":
+        from kedit_train import world
+
+        return world.locality_texts(exclude=edits)
+    name = "texts"
+    if isinstance(source, str | Path):
+        name, source = str(source), _read(Path(source))
+    if getattr(source, "column_names", None) is not None and "text" not in source.column_names:
+        raise EditError(f"KLLocality: the dataset has no column 'text' (it has {', '.join(source.column_names)})")
+    if not isinstance(source, Iterable):
+        raise EditError(f"KLLocality: texts={source!r} is no list of texts, path or dataset")
+    texts = []
+    for number, record in enumerate(source, 1):
+        text = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(text, str):
+            raise EditError(
+                f"KLLocality: {name}, record {number}: expected a text or a record with 'text', got {record!r}"
+            )
+        texts.append(text)
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise EditError(f"KLLocality: {name} holds no text; give some that the model should answer as before")
+    return texts
+
+
+def _read(path: Path) -> list[Any]:
+    if not path.is_file():
+        raise EditError(f"KLLocality: no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts")
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in content.splitlines() if line.strip()]
+        if path.suffix == ".json":
+            records = json.loads(content)
+            return records if isinstance(records, list) else [records]
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise EditError(f"KLLocality: {path} cannot be read: {error}") from error
+    return content.splitlines()
+
+
+def without_probes(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
+    """Leave out texts that hold a question an edit is scored on, or the edit itself; a warning says how many."""
+    held = {prompt for edit in edits for prompt in _prompts(edit)}
+    kept = [text for text in texts if not any(prompt in text for prompt in held)]
+    if len(kept) < len(texts):
+        warnings.warn(
+            f"KLLocality: {len(texts) - len(kept)} of {len(texts)} texts hold a prompt that the edits are scored on; "
+            "they are left out, so that nothing the edit is scored on is trained on",
+            stacklevel=2,
+        )
+    if not kept:
+        raise EditError("KLLocality: every text holds a prompt that the edits are scored on; give other texts")
+    return kept
+
+
+def _prompts(edit: Edit) -> list[str]:
+    probes = [*edit.locality.values(), *edit.portability.values()]
+    return [edit.prompt, *edit.rephrases, *(probe.prompt for kind in probes for probe in kind)]
+
+
+def windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+    """Tokenise; a text longer than ``max_length`` becomes several windows, so that nothing is cut off."""
+    ids = tokenizer(list(texts), truncation=False)["input_ids"]
+    return [row[i : i + max_length] for row in ids for i in range(0, len(row), max_length)]
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Right-pad to input_ids [B, S] and attention_mask [B, S]; the mask, not the pad id, tells what is real."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids, mask
