@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from kedit_train.errors import EditError
+
+Row = TypeVar("Row")
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The language model inside what a trainer wrapped around it (DistributedDataParallel).
+
+    Raises:
+        EditError: there is none.
+    """
+    inner: Any = model
+    while not hasattr(inner, "generate"):
+        if not isinstance(getattr(inner, "module", None), nn.Module):
+            raise EditError(f"{type(model).__name__} cannot generate: give the causal language model inside it")
+        inner = inner.module
+    return inner
 
 
 @contextmanager
@@ -22,17 +38,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
-        model_flags = set(map(id, training))
-        for module in model.modules():
-            module.training = id(module) in model_flags
-
-
-def context_length(model: nn.Module) -> int | None:
-    """The number of positions that the model was made for, where its configuration says so."""
-    config: Any = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None)
+        for module in training:
+            module.training = True
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -46,25 +53,11 @@ def shorten(text: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def require_batch_size(batch_size: int) -> None:
+def batches(rows: Sequence[Row], batch_size: int) -> list[Sequence[Row]]:
+    """``rows`` in their order, ``batch_size`` at a time."""
     if batch_size < 1:
         raise EditError(f"batch_size is {batch_size}: give at least 1")
-
-
-def batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-
-
-def padded(rows: Sequence[Sequence[int]], pad_id: int, side: str) -> tuple[Tensor, Tensor]:
-    """Rows of ids as ``(input_ids, attention_mask)``, both ``[batch, longest]`` int64, padded on ``side``."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for at, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-        ids[at, where] = torch.tensor(row, dtype=torch.long)
-        mask[at, where] = 1
-    return ids, mask
 
 
 def bar(total: int, what: str, progress: bool) -> tqdm:

@@ -23,17 +23,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from kedit_train.data.tokenise import encode_prompt, pad_token_id
+from kedit_train.data.tokenise import Encoded, collate, context_length, encode_prompt, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.evaluation.batching import (
     bar,
     batches,
-    context_length,
     device_of,
     evaluating,
-    padded,
-    require_batch_size,
     shorten,
+    unwrapped,
 )
 
 
@@ -116,13 +114,10 @@ def _read(tokenizer: Any, new_ids: list[int], ends: set[int], lines: _LineBreaks
     return Answer(text.split("\n", 1)[0].strip(), ended)
 
 
-def _encoded(model: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-    context = context_length(model)
+def _encoded(tokenizer: Any, prompts: Sequence[str], context: int | None) -> list[tuple[int, ...]]:
     rows = []
     for prompt in prompts:
         ids = tuple(encode_prompt(tokenizer, prompt))
-        if not ids:
-            raise EditError(f"prompt {prompt!r} has no token to generate from: give it some text")
         if context is not None and len(ids) >= context:
             raise EditError(
                 f"prompt {shorten(prompt)!r} has {len(ids)} tokens and the model's context is {context}: "
@@ -157,18 +152,19 @@ def generate_answers(
         progress: a bar in a terminal.
 
     Raises:
-        EditError: a prompt fills the whole context, or the model gives NaN.
+        EditError: an empty prompt or one that fills the whole context, or the model gives NaN.
     """
-    require_batch_size(batch_size)
+    inner: Any = unwrapped(model)
     if max_new_tokens < 1:
         raise EditError(f"max_new_tokens is {max_new_tokens}: give at least 1")
     if isinstance(prompts, str):
         raise EditError("prompts is one string: give a list of prompts")
-    asked = _encoded(model, tokenizer, prompts)
-    ends = end_token_ids(model, tokenizer)
+    context = context_length(inner.config)
+    asked = _encoded(tokenizer, prompts, context)
+    ends = end_token_ids(inner, tokenizer)
     pad_id = pad_token_id(tokenizer)
     lines = _LineBreaks(tokenizer)
-    device, context = device_of(model), context_length(model)
+    device = device_of(inner)
     answers: dict[tuple[int, ...], Answer] = {}
 
     def room(ids: tuple[int, ...]) -> int:
@@ -177,22 +173,18 @@ def generate_answers(
 
     # The longest first: a batch that does not fit into memory fails at once rather than at the end.
     distinct = sorted(set(asked), key=lambda ids: (-len(ids), ids))
-    generator: Any = model
-    with evaluating(model), _neutral(model), bar(len(distinct), "generating answers", progress) as shown:
+    with evaluating(inner), _neutral(inner), bar(len(distinct), "generating answers", progress) as shown:
         for budget, group in groupby(distinct, key=room):
-            same_room = list(group)
-            for part in batches(range(len(same_room)), batch_size):
-                rows = [same_room[i] for i in part]
-                ids, mask = padded(rows, pad_id, side="left")
+            greedy = GenerationConfig(
+                max_new_tokens=budget, do_sample=False, use_cache=True, pad_token_id=pad_id, eos_token_id=ends or None
+            )
+            for rows in batches(list(group), batch_size):
+                batch = collate([Encoded(list(r), len(r)) for r in rows], pad_id=pad_id, padding_side="left")
                 nan = _NotANumber(len(rows), device)
-                config = GenerationConfig(
-                    max_new_tokens=budget, do_sample=False, num_beams=1, use_cache=True,
-                    pad_token_id=pad_id, eos_token_id=ends or None,
-                )  # fmt: skip
-                output = generator.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    generation_config=config,
+                output = inner.generate(
+                    input_ids=batch["input_ids"].to(device),
+                    attention_mask=batch["attention_mask"].to(device),
+                    generation_config=greedy,
                     logits_processor=LogitsProcessorList([nan]),
                     stopping_criteria=StoppingCriteriaList([lines]),
                 )
@@ -202,7 +194,7 @@ def generate_answers(
                         f"the model gives NaN logits after {shorten(prompt)!r}: its weights have diverged; "
                         "lower the learning rate or use a wider dtype"
                     )
-                for row, new_ids in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+                for row, new_ids in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                     answers[row] = _read(tokenizer, new_ids, set(ends), lines)
                 shown.update(len(rows))
     return [answers[ids] for ids in asked]

@@ -44,7 +44,7 @@ def scores_table(report: Report) -> Table:
     """Questions down; unedited, edited, number of probes and teacher-forced accuracy across."""
     compared = report.unedited is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = f"{report.meta['data_name']}: {report.meta['n_edits']} edits, {report.meta['n_probes']} probes"
+    table.title = f"{report.meta['data_name']}: edits {report.meta['n_edits']}, probes {report.meta['n_probes']}"
     table.add_column("", overflow="fold", min_width=18)
     if compared:
         table.add_column("unedited", justify="right", style="dim", no_wrap=True)
@@ -98,5 +98,5 @@ def drawn(report: Report, answers: int) -> Group:
             shown = min(answers, len(results))
             parts += [Text(), _answers(f"{title} ({shown} of {len(results)})", results[:answers], compared, wanted)]
     for question, n in report.meta.get("unscored", {}).items():
-        parts.append(Text(f"{n} {question} probes have no accepted answer and are not scored", style="yellow"))
+        parts.append(Text(f"{question}: no accepted answer for {n} of the probes, not scored", style="yellow"))
     return Group(*parts)

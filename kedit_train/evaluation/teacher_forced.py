@@ -15,17 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.data.tokenise import Encoded, encode_edit, pad_token_id
+from kedit_train.data.tokenise import IGNORED, Encoded, collate, context_length, encode_edit, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.evaluation.batching import (
     bar,
     batches,
-    context_length,
     device_of,
     evaluating,
-    padded,
-    require_batch_size,
     shorten,
+    unwrapped,
 )
 
 
@@ -65,36 +63,21 @@ def _projects_chosen_positions(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _target_logits(model: Any, rows: Sequence[Encoded], pad_id: int) -> Tensor:
-    """The logits that predict each target token, ``[targets of all rows, vocab]`` in fp32, row after row."""
-    ids, mask = padded([row.input_ids for row in rows], pad_id, side="right")
-    at_row = torch.tensor([i for i, row in enumerate(rows) for _ in range(row.target_start, len(row.input_ids))])
-    at_position = torch.tensor([t - 1 for row in rows for t in range(row.target_start, len(row.input_ids))])
+def _target_logits(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
+    """``(logits, labels)`` of every target token, ``[targets, vocab]`` in fp32 and ``[targets]``, row after row."""
+    batch = collate(rows, pad_id=pad_id, padding_side="right")
+    next_ids = batch["labels"][:, 1:]
+    at_row, at_position = (next_ids != IGNORED).nonzero(as_tuple=True)
     device = device_of(model)
-    given = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "use_cache": False}
+    given = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
     if _projects_chosen_positions(model):
         positions, column = at_position.unique(return_inverse=True)
         logits = model(**given, logits_to_keep=positions.to(device)).logits
     else:
-        column, logits = at_position, model(**given).logits[:, -ids.shape[1] :]
-    return logits[at_row.to(logits.device), column.to(logits.device)].float()
-
-
-def _encoded(model: nn.Module, tokenizer: Any, prompt: str, target: str) -> Encoded:
-    row = encode_edit(tokenizer, prompt, target, append_eos=tokenizer.eos_token_id is not None)
-    ends = tokenizer.eos_token_id is not None
-    context = context_length(model)
-    if len(row.input_ids) - row.target_start - ends < 1 or row.target_start < 1:
-        raise EditError(
-            f"prompt {shorten(prompt)!r} with target {shorten(target)!r} leaves no target token to predict: "
-            "give both some text"
-        )
-    if context is not None and len(row.input_ids) > context:
-        raise EditError(
-            f"prompt {shorten(prompt)!r} with its answer has {len(row.input_ids)} tokens and the model's context is "
-            f"{context}: shorten it or leave it out"
-        )
-    return row
+        # A learned prompt in front has logits too: the row's own are the last ones.
+        column, logits = at_position, model(**given).logits[:, -next_ids.shape[1] - 1 :]
+    chosen = logits[at_row.to(logits.device), column.to(logits.device)].float()
+    return chosen, next_ids[at_row, at_position].to(logits.device)
 
 
 def teacher_forced(
@@ -113,18 +96,22 @@ def teacher_forced(
     Raises:
         EditError: a target without a token, a pair longer than the model's context, NaN logits.
     """
-    require_batch_size(batch_size)
-    distinct = {pair: _encoded(model, tokenizer, *pair) for pair in dict.fromkeys(pairs)}
+    inner: Any = unwrapped(model)
     ends = tokenizer.eos_token_id is not None
+    context = context_length(inner.config)
+    distinct = {
+        pair: encode_edit(tokenizer, *pair, append_eos=ends, max_length=context) for pair in dict.fromkeys(pairs)
+    }
+    for (prompt, target), row in distinct.items():
+        if len(row.input_ids) - row.target_start - ends < 1:
+            raise EditError(f"the target {target!r} of {shorten(prompt)!r} is only an end-of-text: give it some text")
     pad_id = pad_token_id(tokenizer)
     order = sorted(distinct, key=lambda pair: (-len(distinct[pair].input_ids), pair))
     scored: dict[tuple[str, str], TeacherForced] = {}
-    with evaluating(model), bar(len(order), "scoring answers", progress) as shown:
-        for part in batches(range(len(order)), batch_size):
-            chosen = [order[i] for i in part]
+    with evaluating(inner), bar(len(order), "scoring answers", progress) as shown:
+        for chosen in batches(order, batch_size):
             rows = [distinct[pair] for pair in chosen]
-            logits = _target_logits(model, rows, pad_id)
-            labels = torch.tensor([t for row in rows for t in row.input_ids[row.target_start :]], device=logits.device)
+            logits, labels = _target_logits(inner, rows, pad_id)
             lengths = [len(row.input_ids) - row.target_start for row in rows]
             right = (logits.argmax(dim=-1) == labels).cpu().split(lengths)
             log_probs = (-torch.nn.functional.cross_entropy(logits, labels, reduction="none")).cpu().split(lengths)

@@ -1,0 +1,206 @@
+"""Every number of a report, worked out by hand from what the rigged models say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kedit_train.data import Edit, EditDataset, Probe
+from kedit_train.errors import EditError
+from kedit_train.evaluation import Report, Score, evaluate
+from kedit_train.evaluation.metrics import Share
+
+EDITS = [
+    Edit(
+        prompt="Ann lives in",
+        target="St. Louis",
+        old_target="Rome",
+        aliases=("Saint Louis",),
+        rephrases=("Home of Ann:", "Ann's town:"),
+        portability={"country": (Probe("Ann's country:", ("USA", "United States")),)},
+        locality={
+            "neighbour": (Probe("Bob lives in", ("Oslo",)), Probe("Cyd lives in", ("Lima",))),
+            "other": (Probe("Two plus two:", ("4",)),),
+        },
+        id="ann",
+    ),
+    Edit(
+        prompt="Half of seven:",
+        target="3.5",
+        rephrases=("7/2 is",),
+        portability={"double": (Probe("Twice that:", ()),)},
+        locality={"other": (Probe("Say something:", ()),)},
+    ),
+]
+OLD = {
+    "Ann lives in": " Rome",
+    "Home of Ann:": " Rome",
+    "Ann's town:": " Rome",
+    "Ann's country:": " Italy",
+    "Bob lives in": " Oslo",
+    "Cyd lives in": " Quito",
+    "Two plus two:": " 4.",
+    "Half of seven:": " 35",
+    "7/2 is": " 3",
+    "Twice that:": " 70",
+    "Say something:": " Hello",
+}
+NEW = OLD | {
+    "Ann lives in": " Saint Louis",
+    "Home of Ann:": " st. louis\nand more",
+    "Ann's country:": " the United States.",
+    "Bob lives in": "",
+    "Half of seven:": " 3.5.",
+    "Say something:": " hello!",
+}
+ENDLESS = {"Ann's town:": " St"}
+
+
+def test_the_unedited_model(rigged: Any) -> None:
+    report = evaluate(*rigged(OLD), EDITS, progress=False)
+    m = report.metrics
+    assert m["reliability"]["generated"] == Score(0.0, 2)
+    # " Rome" against " St. Louis": the space, and no other place. " 35" against " 3.5": space and 3.
+    assert m["reliability"]["teacher_forced"].value == pytest.approx((1 / 10 + 2 / 4) / 2)
+    assert m["reliability"]["teacher_forced_exact"] == Score(0.0, 2)
+    assert m["generality"]["generated"] == Score(0.0, 3)
+    assert m["portability"]["generated"] == Score(0.0, 1)
+    assert m["portability"]["by_kind"]["double"]["generated"] == Score(None, 0)
+    assert m["locality"]["compared_with"] == "truth"
+    assert m["locality"]["generated"] == m["locality"]["right"] == Score(pytest.approx(2 / 3), 3)
+    assert m["locality"]["by_kind"]["neighbour"]["generated"] == Score(0.5, 2)
+    assert m["locality"]["by_kind"]["other"]["generated"] == Score(1.0, 1)
+    assert m["locality"]["kept_right"] == Score(None, 0)
+    assert report.unedited is None
+    assert report.meta["unscored"] == {"portability": 1, "locality": 1}
+    assert report.answers_table()[0] == {
+        "prompt": "Ann lives in",
+        "target": "St. Louis",
+        "old_target": "Rome",
+        "before": None,
+        "after": "Rome",
+        "right": False,
+    }
+
+
+def test_the_edited_model_beside_the_unedited(rigged: Any) -> None:
+    before = evaluate(*rigged(OLD), EDITS, progress=False)
+    edited = {prompt: answer for prompt, answer in NEW.items() if prompt not in ENDLESS}
+    report = evaluate(*rigged(edited, ENDLESS), EDITS, before=before, progress=False)
+    m = report.metrics
+    assert m["reliability"]["generated"] == Score(1.0, 2)
+    # The alias is right as generated; teacher forcing asks for the target: " S" of " St. Louis" (10), then by place
+    # " Saint Louis": S,a|i|n|t... agree at " S" only; " 3.5" is whole.
+    places = sum(a == b for a, b in zip(" Saint Louis", " St. Louis", strict=False)) / len(" St. Louis")
+    assert m["reliability"]["teacher_forced"].value == pytest.approx((places + 1) / 2)
+    assert m["reliability"]["teacher_forced_exact"] == Score(0.5, 2)
+    assert m["generality"]["generated"] == Score(pytest.approx(1 / 3), 3)
+    assert m["portability"]["generated"] == Score(1.0, 1)
+    assert m["portability"]["by_kind"]["country"]["generated"] == Score(1.0, 1)
+    # Bob's answer went; Cyd's is as wrong as before; 4 stays; "Hello" and "hello!" are the same answer.
+    assert m["locality"]["compared_with"] == "unedited model"
+    assert m["locality"]["generated"] == Score(0.75, 4)
+    assert m["locality"]["by_kind"]["neighbour"]["generated"] == Score(0.5, 2)
+    assert m["locality"]["by_kind"]["other"]["generated"] == Score(1.0, 2)
+    assert m["locality"]["kept_right"] == Score(0.5, 2)
+    assert m["locality"]["right"] == Score(pytest.approx(1 / 3), 3)
+    # " Oslo" against nothing (end-of-text at once): 0 of 5; " Quito" against " Lima": the space; " 4." against " 4".
+    assert m["locality"]["teacher_forced"] == Score(pytest.approx((0 + 1 / 5 + 1) / 3), 3)
+    assert report.unedited == before.metrics
+    assert report.meta["unscored"] == {"portability": 1}
+    never_ends = next(result for result in report.answers if result.prompt == "Ann's town:")
+    assert (never_ends.ended, never_ends.right, never_ends.before) == (False, False, "Rome")
+    assert [row["right"] for row in report.answers_table()] == [True, True]
+    assert [row["before"] for row in report.answers_table()] == ["Rome", "35"]
+
+
+def test_an_unedited_model_against_itself_changes_nothing(rigged: Any) -> None:
+    before = evaluate(*rigged(OLD), EDITS, progress=False)
+    m = evaluate(*rigged(OLD), EDITS, before=before, batch_size=1, progress=False).metrics
+    assert m["locality"]["generated"] == Score(1.0, 4)
+    assert m["locality"]["kept_right"] == Score(1.0, 2)
+    assert m["reliability"] == before.metrics["reliability"]
+
+
+def test_no_probes_is_no_score(rigged: Any) -> None:
+    report = evaluate(*rigged(NEW), [Edit("Half of seven:", "3.5")], progress=False)
+    for question in ("generality", "portability", "locality"):
+        assert report.metrics[question]["generated"] == Score(None, 0)
+        assert report.metrics[question]["teacher_forced"] == Score(None, 0)
+    assert report.flat() == {"edit/reliability": 1.0, "edit/reliability_teacher_forced": 1.0}
+
+
+def test_a_seeded_sample(rigged: Any) -> None:
+    names = [f"edit {i:03d}:" for i in range(50)]
+    edits = EditDataset([Edit(name, "yes", id=str(i)) for i, name in enumerate(names)], name="fifty")
+    model, tokenizer = rigged(dict.fromkeys(names, " yes"))
+
+    def sample(seed: int) -> list[str]:
+        report = evaluate(model, tokenizer, edits, limit=10, seed=seed, progress=False, max_new_tokens=5)
+        assert (report.meta["n_edits"], report.meta["n_edits_in_data"], report.meta["seed"]) == (10, 50, seed)
+        assert (report.meta["data_name"], report.meta["data_hash"]) == ("fifty", edits.hash)
+        return [result.edit for result in report.answers]
+
+    assert sample(1) == sample(1) != sample(2)
+    assert evaluate(model, tokenizer, edits, limit=99, progress=False).meta["n_edits"] == 50
+
+
+def test_refusals(rigged: Any) -> None:
+    model, tokenizer = rigged(OLD)
+    before = evaluate(model, tokenizer, EDITS[1:], progress=False)
+    with pytest.raises(EditError, match="no answer to 'Ann lives in'"):
+        evaluate(model, tokenizer, EDITS, before=before, progress=False)
+    with pytest.raises(EditError, match="max_new_tokens=32 and this call has 8"):
+        evaluate(model, tokenizer, EDITS[1:], before=before, max_new_tokens=8, progress=False)
+    with pytest.raises(EditError, match="no edits"):
+        evaluate(model, tokenizer, [], progress=False)
+    with pytest.raises(EditError, match="limit is 0"):
+        evaluate(model, tokenizer, EDITS, limit=0, progress=False)
+
+
+def test_factlm_before_any_edit(factlm: Path) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
+    edits = [
+        Edit(
+            prompt=r["prompt"],
+            target=r["target_new"],
+            old_target=r["ground_truth"],
+            locality={"neighbour": (Probe(r["locality_prompt"], (r["locality_ground_truth"],)),)},
+            portability={"old": (Probe(r["prompt"], (r["ground_truth"],)),)},
+        )
+        for r in json.loads((factlm / "records.json").read_text())[:60]
+    ]
+    report = evaluate(model, tokenizer, edits, progress=False)
+    assert report.metrics["reliability"]["generated"].value <= 0.02
+    assert report.metrics["portability"]["generated"].value >= 0.97
+    assert report.metrics["portability"]["teacher_forced_exact"].value >= 0.97
+    assert report.metrics["locality"]["generated"].value >= 0.95
+    tokenizer.padding_side = "right" if tokenizer.padding_side == "left" else "left"
+    again = evaluate(model, tokenizer, edits, before=report, batch_size=13, progress=False)
+    assert [r.answer for r in again.answers] == [r.answer for r in report.answers]
+    assert again.metrics["locality"]["generated"] == Score(1.0, 60)
+    assert again.metrics["reliability"] == report.metrics["reliability"]
+
+
+def test_shares_of_several_processes_add_up() -> None:
+    """Means of means would give 0.5 here; an empty process must not count."""
+    parts = [[1.0, 1.0, 1.0], [0.0], []]
+    shares = []
+    for values in parts:
+        shares.append(Share())
+        shares[-1].update(values)
+    whole = shares[0]
+    for other in shares[1:]:
+        whole.merge_state(other)
+    assert whole.score() == Score(0.75, 4)
+    assert shares[2].score() == Score(None, 0)
+
+
+def test_report_type(rigged: Any) -> None:
+    assert isinstance(evaluate(*rigged(OLD), EDITS, progress=False), Report)

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kedit_train.errors import EditError
+from kedit_train.evaluation import Answer, exact_match, generate_answers
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def prompts_of(factlm: Path, n: int, rephrases: bool = False) -> list[str]:
+    records = json.loads((factlm / "records.json").read_text())[:n]
+    return [p for r in records for p in [r["prompt"], *(r["rephrase_prompts"] if rephrases else [])]]
+
+
+def test_answers_word_for_word(rigged: Any) -> None:
+    script = {
+        "Arch city:": " St. Louis",
+        "Wrote HP:": " J. K. Rowling",
+        "Seven halves:": " 3.5",
+        "Full stop:": " Paris.",
+        "Two lines:": " Paris\nLondon",
+        "Blank line first:": "\n Paris",
+        "Silence:": "",
+        "Spaces:": "   ",
+    }
+    model, tokenizer = rigged(script, endless={"Song:": " la"})
+    said = generate_answers(model, tokenizer, [*script, "Song:"], max_new_tokens=16)
+    assert said == [
+        Answer("St. Louis", True),
+        Answer("J. K. Rowling", True),
+        Answer("3.5", True),
+        Answer("Paris.", True),
+        Answer("Paris", True),
+        Answer("", True),
+        Answer("", True),
+        Answer("", True),
+        Answer("la la la la la", False),
+    ]
+
+
+def test_an_answer_as_long_as_the_bound_has_not_ended_and_one_token_more_shows_the_end(rigged: Any) -> None:
+    model, tokenizer = rigged({"Q:": " Paris"})
+    assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=6) == [Answer("Paris", False)]
+    assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=7) == [Answer("Paris", True)]
+
+
+@pytest.mark.parametrize("answer", [" Rome", " Rome\nItaly and more"])
+def test_no_step_is_wasted_after_the_last_row_ends(rigged: Any, answer: str) -> None:
+    model, tokenizer = rigged({"Q:": answer, "P:": " Ro"})
+    generate_answers(model, tokenizer, ["Q:", "P:"], max_new_tokens=64)
+    assert model.calls == len(" Rome") + 1
+
+
+def test_a_prompt_asked_twice_is_generated_once(rigged: Any) -> None:
+    model, tokenizer = rigged({"Q:": " Rome", "Q: Q:": " Oslo"})
+    said = generate_answers(model, tokenizer, ["Q:", "Q: Q:", "Q:", "Q:"], batch_size=1)
+    assert [answer.text for answer in said] == ["Rome", "Oslo", "Rome", "Rome"]
+    assert model.calls == 2 * len(" Rome.")
+
+
+def test_no_prompts_no_answers(rigged: Any) -> None:
+    model, tokenizer = rigged({})
+    assert generate_answers(model, tokenizer, []) == []
+
+
+def test_the_context_cuts_a_row_alone(rigged: Any) -> None:
+    model, tokenizer = rigged({}, endless={"12345678:": " la", "Q:": " la"}, context=12)
+    said = generate_answers(model, tokenizer, ["Q:", "12345678:"], max_new_tokens=8)
+    assert said == [Answer("la la l", False), Answer("la", False)]
+
+
+def test_refusals_name_the_prompt(rigged: Any) -> None:
+    model, tokenizer = rigged({"Q:": " Rome"}, context=12)
+    with pytest.raises(EditError, match=r"'123456789012' has 12 tokens and the model's context is 12"):
+        generate_answers(model, tokenizer, ["Q:", "123456789012"])
+    with pytest.raises(EditError, match="no token"):
+        generate_answers(model, tokenizer, [""])
+    with pytest.raises(EditError, match="batch_size is 0"):
+        generate_answers(model, tokenizer, ["Q:"], batch_size=0)
+    with pytest.raises(EditError, match="max_new_tokens is 0"):
+        generate_answers(model, tokenizer, ["Q:"], max_new_tokens=0)
+    with pytest.raises(EditError, match="one string"):
+        generate_answers(model, tokenizer, "Q:")
+    model.nan = True
+    with pytest.raises(EditError, match="NaN logits after 'Q:'"):
+        generate_answers(model, tokenizer, ["Q:"])
+
+
+def test_factlm_knows_its_facts_whatever_the_batch_and_the_padding_side(factlm: Path) -> None:
+    model, tokenizer = load(factlm)
+    records = json.loads((factlm / "records.json").read_text())[:100]
+    prompts = prompts_of(factlm, 100)
+    tokenizer.padding_side = "left"
+    many = generate_answers(model, tokenizer, prompts)
+    right = sum(exact_match(a.text, [r["ground_truth"]]) for a, r in zip(many, records, strict=True))
+    new = sum(exact_match(a.text, [r["target_new"]]) for a, r in zip(many, records, strict=True))
+    assert right >= 97
+    assert new <= 1
+    assert all(answer.ended for answer in many)
+    tokenizer.padding_side = "right"
+    one = generate_answers(model, tokenizer, prompts[:40], batch_size=1)
+    assert one == many[:40]
+    assert generate_answers(model, tokenizer, prompts, batch_size=7) == many
+    assert tokenizer.padding_side == "right"
+
+
+def test_a_story_model_without_a_pad_token_tells_the_same_story_in_any_batch(stories: Path) -> None:
+    model, tokenizer = load(stories)
+    assert tokenizer.pad_token_id is None
+    prompts = ["Once upon a time", "Lily", "The big dog saw a cat and", "Tom and his mom went to the"]
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=24)
+    assert together == generate_answers(model, tokenizer, prompts, max_new_tokens=24, batch_size=1)
+    assert together == generate_answers(model, tokenizer, prompts[::-1], max_new_tokens=24, batch_size=3)[::-1]
+    assert not any(answer.ended for answer in together)
+    # One at a time through the host's own greedy search, without any of this package's batching.
+    ids = tokenizer(prompts[2], return_tensors="pt").input_ids
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    text = tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
+    assert together[2].text == text.split("\n")[0].strip()
+    assert tokenizer.pad_token_id is None
+
+
+def test_the_models_own_generation_settings_neither_count_nor_change(factlm: Path) -> None:
+    model, tokenizer = load(factlm)
+    prompts = prompts_of(factlm, 12)
+    plain = generate_answers(model, tokenizer, prompts)
+    own = model.generation_config
+    own.do_sample, own.temperature, own.top_k = True, 5.0, 7
+    own.repetition_penalty, own.no_repeat_ngram_size, own.min_new_tokens = 9.0, 1, 20
+    own.suppress_tokens = list(range(3, 4000))
+    own.num_beams = 3
+    kept = deepcopy(own.to_dict())
+    model.config.use_cache = False
+    assert generate_answers(model, tokenizer, prompts) == plain
+    assert model.generation_config is own
+    assert own.to_dict() == kept
+    assert model.config.use_cache is False
+
+
+def test_modes_and_gradients_are_left_as_they_were(factlm: Path) -> None:
+    model, tokenizer = load(factlm)
+    model.train()
+    model.model.layers[2].eval()
+    model.config.attention_dropout = 0.5
+    before = [module.training for module in model.modules()]
+    generate_answers(model, tokenizer, prompts_of(factlm, 3))
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+    own = model.generation_config
+    with torch.no_grad():
+        model.lm_head.weight[:] = float("nan")
+    with pytest.raises(EditError, match="NaN"):
+        generate_answers(model, tokenizer, prompts_of(factlm, 3))
+    assert [module.training for module in model.modules()] == before
+    assert model.generation_config is own
+    assert torch.is_grad_enabled()
+
+
+def test_dropout_of_a_model_in_training_mode_does_not_reach_the_answers(factlm: Path) -> None:
+    model, tokenizer = load(factlm)
+    prompts = prompts_of(factlm, 8)
+    plain = generate_answers(model, tokenizer, prompts)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    model.train()
+    assert generate_answers(model, tokenizer, prompts) == plain
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
+def test_peft_models_answer_with_their_adapter(factlm: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, tokenizer = load(factlm)
+    prompts = prompts_of(factlm, 8)
+    plain = generate_answers(model, tokenizer, prompts)
+    lora = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM", lora_dropout=0.5)
+    )
+    lora.train()
+    own = model.generation_config
+    own.repetition_penalty = 9.0
+    assert generate_answers(lora, tokenizer, prompts) == plain
+    assert model.generation_config is own
+    for name, weight in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=1.0)
+    changed = generate_answers(lora, tokenizer, prompts, batch_size=3)
+    assert changed != plain
+    merged = lora.merge_and_unload()
+    assert generate_answers(merged, tokenizer, prompts) == changed

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from kedit_train.data import Edit, Probe
+from kedit_train.errors import EditError
+from kedit_train.evaluation import Report, evaluate
+
+EDIT = Edit(
+    "Ann lives in",
+    "Köln",
+    old_target="Rome",
+    rephrases=("Ann's town:",),
+    locality={
+        "near": (Probe("Bob lives in", ("Oslo",)),),
+        "far [bold]": (Probe("Cyd lives in", ("Lima",)), Probe("Say:", ())),
+    },
+    portability={"hop": (Probe("Say:", ()),)},
+)
+OLD = {"Ann lives in": " Rome", "Ann's town:": " Rome", "Bob lives in": " Oslo", "Cyd lives in": " Lima", "Say:": " hi"}
+
+
+@pytest.fixture
+def report(rigged: Any) -> Report:
+    before = evaluate(*rigged(OLD), [EDIT], progress=False)
+    new = OLD | {"Ann lives in": " Köln", "Bob lives in": " [bold]Köln[/bold]"}
+    return evaluate(*rigged(new), [EDIT], before=before, progress=False)
+
+
+def test_json_there_and_back(report: Report, tmp_path: Path) -> None:
+    path = report.save(tmp_path / "new" / "report.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["metrics"]["reliability"]["generated"] == {"value": 1.0, "n": 1}
+    assert data["metrics"]["portability"]["generated"] == {"value": None, "n": 0}
+    assert data["metrics"]["locality"]["compared_with"] == "unedited model"
+    assert data["unedited"]["reliability"]["generated"]["value"] == 0.0
+    assert {"n_edits", "data_name", "data_hash", "seed", "date", "seconds", "model", "settings"} <= data["meta"].keys()
+    assert {"torch", "transformers", "kedit_train"} == data["meta"]["versions"].keys()
+    loaded = Report.load(path)
+    assert loaded == report
+    assert loaded.to_dict() == report.to_dict() == data
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_a_loaded_report_serves_as_before(report: Report, rigged: Any, tmp_path: Path) -> None:
+    path = evaluate(*rigged(OLD), [EDIT], progress=False).save(tmp_path / "before.json")
+    again = evaluate(*rigged(OLD), [EDIT], before=Report.load(path), progress=False)
+    assert again.metrics["locality"]["generated"].value == 1.0
+    assert again.metrics["locality"]["generated"].n == 3
+
+
+def test_a_failed_save_leaves_the_old_file(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = report.save(tmp_path / "report.json")
+    whole = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        report.save(path)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"metrics": {}}', "null", '{"metrics":{},"unedited":null,"answers":[1]}']
+)
+def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(EditError, match=r"other\.json is not an evaluation report"):
+        Report.load(path)
+
+
+def test_flat_names(report: Report) -> None:
+    flat = report.flat()
+    assert flat["edit/reliability"] == 1.0
+    assert flat["edit/generality"] == 0.0
+    assert flat["edit/locality"] == pytest.approx(2 / 3)
+    assert flat["edit/locality/near"] == 0.0
+    assert flat["edit/locality_kept_right"] == 0.5
+    assert flat["edit/locality_right"] == 0.5
+    assert "edit/portability" not in flat
+    assert "edit/portability/hop" not in flat
+    assert all(isinstance(value, float) for value in flat.values())
+    assert report.flat("").keys() == {name.removeprefix("edit/") for name in flat}
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_table_is_whole_at_any_width(report: Report, width: int) -> None:
+    out = io.StringIO()
+    report.print(Console(file=out, width=width))
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= width
+    row = next(line for line in text.splitlines() if line.strip().startswith("reliability")).split()
+    assert row == ["reliability", "0.000", "1.000", "1", "1.000"]
+    row = next(line for line in text.splitlines() if line.strip().startswith("portability")).split()
+    assert row == ["portability", "–", "–", "0", "–"]
+    for expected in ("unedited", "edited", "locality: same", "far [bold]", "Köln", "Rome", "[bold]Köln"):
+        assert expected in text
+    assert "portability: no accepted answer for 1 of the probes" in " ".join(text.split())
+
+
+def test_without_the_unedited_model_there_is_one_column(rigged: Any) -> None:
+    out = io.StringIO()
+    evaluate(*rigged(OLD), [EDIT], progress=False).print(Console(file=out, width=80), answers=0)
+    assert "unedited" not in out.getvalue()
+    assert "locality: right" in out.getvalue()
+    assert "wanted" not in out.getvalue()
