@@ -35,7 +35,8 @@ class EditRun:
     """
 
     def __init__(self, root: nn.Module, host: Host) -> None:
-        self.root, self.host = root, host
+        self.root = root
+        self.host: Any = host
         self.language_model = find_language_model(root)
         self.model = self.language_model or root
         self.callbacks: list[Any] = []

@@ -165,9 +165,12 @@ class EditDataset(Sequence[Edit]):
         The completion opens with the space that separates it from the prompt, where one is needed. End-of-text is
         not in it: ``SFTTrainer`` (trl 1.16) appends ``tokenizer.eos_token`` to every completion that does not end in
         it, and scores completions only. Three things that it does differently from ``encode``, seen in its source:
-        sequences beyond ``SFTConfig.max_length`` (1,024 unless set) are cut, and left out where nothing of the target
-        remains (run ``encode`` with ``max_length`` first to be told); a prompt whose end merges with the completion's beginning into one token is shortened (``encode``
-        keeps the prompt's own tokens); a tokenizer that appends end-of-text by itself gets it twice.
+
+        - sequences beyond ``SFTConfig.max_length`` (1,024 unless set) are cut, and left out where nothing of the
+          target remains: run ``encode`` with ``max_length`` first to be told;
+        - a prompt whose end merges with the completion's beginning into one token loses that end, with a warning;
+          ``encode`` keeps the prompt's own tokens;
+        - a tokenizer that appends end-of-text by itself gets it twice.
 
         Returns:
             ``len(self)`` rows of two texts. Nothing but prompt and target goes in: no rephrase, no probe.
@@ -223,8 +226,8 @@ def check_edit(edit: object, where: str) -> None:
     for field, value in (("subject", edit.subject), ("old_target", edit.old_target)):
         if value is not None:
             text(value, field)
-    if not isinstance(edit.id, str):
-        raise EditError(f"{where}: id is {describe(edit.id)} (expected text): use str(...)")
+    if edit.id != "":
+        text(edit.id, "id")
     texts(edit.aliases, "aliases")
     texts(edit.rephrases, "rephrases")
     for field, kinds in (("locality", edit.locality), ("portability", edit.portability)):

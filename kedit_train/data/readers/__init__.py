@@ -91,6 +91,8 @@ def read_records(
         raise EditError(f"limit={limit} leaves no edits: use 1 or more, or None for all")
     if format is not None and format not in FORMATS:
         raise EditError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}")
+    if not records:
+        raise EditError(f"{name}: there are no records: an edit needs at least a prompt and a target")
     form = FORMATS[format or recognise(records, name)]
     edits: list[Edit] = []
     skipped: list[str] = []

@@ -77,7 +77,7 @@ class Fields:
     def identity(self, *keys: str) -> str:
         """The record's own identifier as text; numbers are usual here."""
         key, value = self._pick(keys)
-        if value is None:
+        if not self.has(*keys):
             return ""
         if isinstance(value, bool) or not isinstance(value, (int, str)):
             raise self.error(key, f"is {describe(value)}", "text or a whole number")
