@@ -93,7 +93,7 @@ class EditDataset(Sequence[Edit]):
     @classmethod
     def from_records(
         cls,
-        records: Iterable[Mapping[str, Any]],
+        records: Iterable[Mapping[str, Any]] | datasets.Dataset,
         *,
         name: str = "records",
         format: str | None = None,

@@ -1,0 +1,143 @@
+"""EditDataset as a sequence, as a file, as TRL's rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kedit_train.data import Edit, EditDataset, Probe
+from kedit_train.errors import EditError
+
+RICH = [
+    Edit(
+        "Ada\u2028lives\nin ",
+        " Bern",
+        "Ada",
+        "Rome",
+        ("Berne", "伯尔尼"),
+        ("Ada's home is",),
+        {"near": (Probe("Ben lives in", ("Basel", "Bâle")), Probe("Cid lives in")), "none": ()},
+        {"far": (Probe('"Ada"\'s, country', ("\\Schweiz",)),)},
+        "17",
+    ),
+    Edit("p", "t"),
+]
+
+
+def test_sequence() -> None:
+    edits = EditDataset([Edit(f"p{i}", "t") for i in range(10)], name="ten", format="zsre", skipped=("why",))
+    assert (len(edits), edits[3].prompt, edits[-1].prompt) == (10, "p3", "p9")
+    part = edits[2:5]
+    assert isinstance(part, EditDataset)
+    assert [edit.prompt for edit in part] == ["p2", "p3", "p4"]
+    assert (part.name, part.format, part.skipped) == ("ten", "zsre", ("why",))
+    assert edits[4] in edits
+    with pytest.raises(IndexError):
+        edits[10]
+    assert repr(edits).startswith("EditDataset('ten', 10 edits, format='zsre', 1 skipped, hash=")
+    assert repr(edits).endswith("first: 'p0' -> 't')")
+
+
+def test_sample_is_seeded_without_repeats_and_in_order() -> None:
+    edits = EditDataset([Edit(f"p{i:03}", "t") for i in range(100)])
+    drawn = [edit.prompt for edit in edits.sample(20, seed=3)]
+    assert drawn == [edit.prompt for edit in edits.sample(20, seed=3)] == sorted(set(drawn))
+    assert drawn != [edit.prompt for edit in edits.sample(20, seed=4)]
+    assert list(edits.sample(100)) == list(edits)
+    for n in (0, 101):
+        with pytest.raises(EditError, match=f"cannot draw {n} of 100 edits"):
+            edits.sample(n)
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    edits = EditDataset(RICH, name="rich")
+    path = edits.save(tmp_path / "new" / "rich.jsonl")
+    back = EditDataset.load(path)
+    assert list(back) == RICH
+    assert (back.hash, back.format, back.name) == (edits.hash, "edits", "rich.jsonl")
+    assert [file.name for file in path.parent.iterdir()] == ["rich.jsonl"]
+    assert "伯尔尼" in path.read_text(encoding="utf-8")
+
+
+def test_round_trip_of_real_files(shared: Path, tmp_path: Path) -> None:
+    for file in ("data/knowedit/wiki_recent_train.json", "models/factlm/records.json"):
+        edits = EditDataset.load(shared / file)
+        back = EditDataset.load(edits.save(tmp_path / "edits.jsonl"))
+        assert list(back) == list(edits)
+        assert back.hash == edits.hash
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = EditDataset(RICH).save(tmp_path / "e.jsonl")
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        EditDataset([Edit("other", "t")]).save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(EditError, match=r"edits are saved as \.jsonl"):
+        EditDataset(RICH).save(tmp_path / "e.json")
+
+
+def test_hash_is_stable_across_processes_and_sees_every_field() -> None:
+    edits = EditDataset(RICH, name="a")
+    script = (
+        "from kedit_train.data import *; import sys;"
+        "print(EditDataset([Edit('p', 't', locality={'b': (Probe('q', ('a',)),), 'a': (Probe('r'),)})]).hash)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    here = EditDataset([Edit("p", "t", locality={"a": (Probe("r"),), "b": (Probe("q", ("a",)),)})], name="other")
+    canonical = (
+        b'{"locality":{"a":[{"answers":[],"prompt":"r"}],"b":[{"answers":["a"],"prompt":"q"}]},'
+        b'"prompt":"p","target":"t"}\n'
+    )
+    assert run.stdout.strip() == here.hash == hashlib.sha256(canonical).hexdigest()
+    assert EditDataset(RICH, name="b", format="zsre", skipped=("x",)).hash == edits.hash
+    others = [
+        Edit("p2", "t"),
+        Edit("p", "t2"),
+        Edit("p", "t", "s"),
+        Edit("p", "t", None, "o"),
+        Edit("p", "t", aliases=("a",)),
+        Edit("p", "t", rephrases=("a",)),
+        Edit("p", "t", locality={"k": (Probe("q"),)}),
+        Edit("p", "t", locality={"k": (Probe("q", ("a",)),)}),
+        Edit("p", "t", portability={"k": (Probe("q"),)}),
+        Edit("p", "t", id="1"),
+    ]
+    hashes = {EditDataset([edit]).hash for edit in [Edit("p", "t"), *others]}
+    assert len(hashes) == len(others) + 1
+    assert EditDataset(RICH[::-1]).hash != edits.hash
+
+
+def test_importing_the_data_room_imports_no_trainer() -> None:
+    absent = ("trl", "datasets", "wandb", "transformers")
+    script = f"import sys, kedit_train.data; print([m for m in {absent} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_prompt_completion_holds_prompt_and_target_and_nothing_else(factlm: Path) -> None:
+    edits = EditDataset([Edit("Ada lives in", "Bern", "Ada"), Edit("Ada lives in ", "Bern"), Edit("首都是", "東京")])
+    rows = edits.to_prompt_completion()
+    assert rows.column_names == ["prompt", "completion"]
+    assert rows.to_list() == [
+        {"prompt": "Ada lives in", "completion": " Bern"},
+        {"prompt": "Ada lives in ", "completion": "Bern"},
+        {"prompt": "首都是", "completion": "東京"},
+    ]
+    real = EditDataset.load(factlm / "records.json")
+    probes = {
+        text for record in json.loads((factlm / "records.json").read_text()) for text in record["rephrase_prompts"]
+    }
+    probes -= {edit.prompt for edit in real}
+    assert not probes & set(real.to_prompt_completion()["prompt"])

@@ -1,0 +1,331 @@
+"""Prompt, target and mask as tokens, over tokenizers of every common kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from kedit_train.data import Edit, EditDataset
+from kedit_train.data.tokenise import (
+    Encoded,
+    collate,
+    context_length,
+    encode_edit,
+    encode_prompt,
+    pad_token_id,
+    position_ids,
+    separator,
+)
+from kedit_train.errors import EditError
+
+CORPUS = [
+    "The capital of France is Paris.",
+    "Ada lives in Bern, and works for the university of Bern.",
+    "Who wrote it? Ben wrote it in 1984: the answer is Ben.",
+    "首都は東京です。 日本の首都は東京です。",
+    "unbelievable disbelief believable",
+] * 20
+PAIRS = [
+    ("The capital of France is", "Paris"),
+    ("The capital of France is ", "Paris"),
+    ("The capital of France is", " Paris"),
+    ("Who wrote it?\n", "Ben"),
+    ("Who wrote it? A:", "J. K. Rowling, 3.5"),
+    ("首都は", "東京"),
+    ("首都は", "東京です"),
+    ("日本の首都 is ", "東京"),
+    ("unbeliev", "\table"),
+    ("Ada  lives   in", "the  university"),
+]
+
+
+def wrapped(core: Any, specials: dict[str, str], template: str | None = None) -> PreTrainedTokenizerFast:
+    if template:
+        ids = [(token, core.token_to_id(token)) for token in specials.values()]
+        core.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=core, **specials)
+
+
+def byte_level(specials: dict[str, str], template: str | None = None) -> PreTrainedTokenizerFast:
+    core: Any = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=list(dict.fromkeys(specials.values())),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS, trainer)
+    return wrapped(core, specials, template)
+
+
+def metaspace(specials: dict[str, str], template: str | None, prepend: bool) -> PreTrainedTokenizerFast:
+    """As Llama 2: "▁" for a space, one before the text, bytes for what the vocabulary lacks."""
+    core: Any = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] if prepend else []
+    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] * prepend)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<unk>", *specials.values(), *(f"<0x{i:02X}>" for i in range(256))],
+        max_token_length=8,
+        show_progress=False,
+    )
+    core.train_from_iterator([word for line in CORPUS for word in line.replace(" ", " ▁").split(" ")], trainer)
+    return wrapped(core, specials | {"unk_token": "<unk>"}, template)
+
+
+BOS_EOS = {"bos_token": "<s>", "eos_token": "</s>"}
+BUILT = {
+    "byte-level, no BOS": lambda: byte_level({"eos_token": "<|end|>"}),
+    "byte-level, BOS, pad": lambda: byte_level({**BOS_EOS, "pad_token": "<pad>"}, "<s> $A"),
+    "byte-level, BOS = EOS = pad": lambda: byte_level({"eos_token": "<|end|>", "pad_token": "<|end|>"}, "<|end|> $A"),
+    "byte-level, adds EOS itself": lambda: byte_level(BOS_EOS, "<s> $A </s>"),
+    "metaspace, BOS": lambda: metaspace(BOS_EOS, "<s> $A", True),
+    "metaspace, no BOS": lambda: metaspace(BOS_EOS, None, True),
+    "metaspace, adds EOS itself": lambda: metaspace(BOS_EOS, "<s> $A </s>", True),
+    "metaspace without prefix": lambda: metaspace(BOS_EOS, "<s> $A", False),
+}
+ALL = [*BUILT, "factlm", "stories260K"]
+_made: dict[str, Any] = {}
+
+
+@pytest.fixture
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    name = request.param
+    if name not in _made:
+        built = name in BUILT
+        _made[name] = (
+            BUILT[name]()
+            if built
+            else AutoTokenizer.from_pretrained(request.getfixturevalue("factlm" if name == "factlm" else "stories"))
+        )
+    return _made[name]
+
+
+every = pytest.mark.parametrize("tokenizer", ALL, indirect=True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "expected"),
+    [
+        ("Ada lives in", "Bern", " "),
+        ("Ada lives in ", "Bern", ""),
+        ("Ada lives in", " Bern", ""),
+        ("Q: where?\nA:\n", "Bern", ""),
+        ("Q: where?\u00a0", "Bern", ""),
+        ("The capital is", "東京", ""),
+        ("首都は", "Tokyo", ""),
+        ("答：", "Bern", ""),
+        ("เมืองหลวงคือ", "กรุงเทพ", ""),
+        ("수도는", "서울", " "),
+        ("столица", "Москва", " "),
+        ("العاصمة", "باريس", " "),
+        ("born in", "1984", " "),
+    ],
+)
+def test_separator(prompt: str, target: str, expected: str) -> None:
+    assert separator(prompt, target) == expected
+
+
+@every
+@pytest.mark.parametrize(("prompt", "target"), PAIRS)
+def test_training_context_is_generation_context_and_nothing_is_lost(tokenizer: Any, prompt: str, target: str) -> None:
+    one = encode_edit(tokenizer, prompt, target)
+    head, tail = one.input_ids[: one.target_start], one.input_ids[one.target_start :]
+    assert head == encode_prompt(tokenizer, prompt)
+    eos = tokenizer.eos_token_id
+    assert tail[-1] == eos
+    assert eos not in tail[:-1]
+    assert encode_edit(tokenizer, prompt, target, append_eos=False).input_ids == one.input_ids[:-1]
+    text = tokenizer.decode(
+        [t for t in one.input_ids if t not in tokenizer.all_special_ids or t == tokenizer.unk_token_id]
+    )
+    assert text == prompt + separator(prompt, target) + target
+    bos = tokenizer("x").input_ids[
+        : len(tokenizer("x").input_ids) - len(tokenizer("x", add_special_tokens=False).input_ids)
+    ]
+    assert head[:1] == bos[:1] or not bos
+    joint = tokenizer(prompt + separator(prompt, target) + target, add_special_tokens=False).input_ids
+    alone = tokenizer(prompt, add_special_tokens=False).input_ids
+    if joint[: len(alone)] == alone:  # no token straddles the border: the joint tokenisation, token for token
+        assert one.input_ids[-1 - len(joint) : -1] == joint
+
+
+def test_the_pairs_above_do_straddle() -> None:
+    """Otherwise the test above says nothing about the fallback."""
+    straddled = set()
+    for name, build in BUILT.items():
+        tokenizer = _made.setdefault(name, build())
+        for prompt, target in PAIRS:
+            joint = tokenizer(prompt + separator(prompt, target) + target, add_special_tokens=False).input_ids
+            alone = tokenizer(prompt, add_special_tokens=False).input_ids
+            if joint[: len(alone)] != alone:
+                straddled.add(name)
+    assert straddled == set(BUILT)
+
+
+@every
+def test_every_real_edit_decodes_to_its_own_text(tokenizer: Any, factlm: Path) -> None:
+    edits = EditDataset.load(factlm / "records.json").sample(100, seed=1)
+    for edit, one in zip(edits, edits.encode(tokenizer), strict=True):
+        assert one.input_ids[: one.target_start] == encode_prompt(tokenizer, edit.prompt)
+        assert one.input_ids.count(tokenizer.eos_token_id) == 1 + (
+            tokenizer("a").input_ids[0] == tokenizer.eos_token_id
+        )
+        words = tokenizer.decode(one.input_ids[one.target_start : -1])
+        assert words.strip() == edit.target
+
+
+def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_prompt_but_a_written_one_is() -> None:
+    tokenizer = _made.setdefault("byte-level, adds EOS itself", BUILT["byte-level, adds EOS itself"]())
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert tokenizer("Ada").input_ids[-1] == eos
+    plain = tokenizer("Ada", add_special_tokens=False).input_ids
+    assert encode_prompt(tokenizer, "Ada") == [bos, *plain]
+    assert encode_prompt(tokenizer, "Ada</s>") == [bos, *plain, eos]
+    assert encode_prompt(tokenizer, "Ada</s></s>") == [bos, *plain, eos, eos]
+    assert encode_edit(tokenizer, "Ada is", "Ada</s>").input_ids.count(eos) == 1
+
+
+@every
+def test_a_tokenizer_set_to_truncate_does_not(tokenizer: Any) -> None:
+    before = encode_edit(tokenizer, "The capital of France is", "Paris")
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    tokenizer.backend_tokenizer.enable_padding(length=64)
+    assert encode_edit(tokenizer, "The capital of France is", "Paris") == before
+
+
+def test_errors_name_the_edit() -> None:
+    tokenizer = _made.setdefault("byte-level, no BOS", BUILT["byte-level, no BOS"]())
+    edits = EditDataset([Edit("p", "t"), Edit("The capital of France is", "Paris", id="17")], name="facts.json")
+    long = len(encode_edit(tokenizer, "The capital of France is", "Paris").input_ids)
+    assert len(edits.encode(tokenizer, max_length=long)) == 2
+    with pytest.raises(EditError) as caught:
+        edits.encode(tokenizer, max_length=long - 1)
+    assert str(caught.value) == (
+        f"facts.json, edit 1 (id 17): the prompt 'The capital of France is' and its target have {long} tokens, "
+        f"{long - 1} fit: shorten the edit or leave it out"
+    )
+    mute = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(EditError) as caught:
+        edits.encode(mute)
+    assert str(caught.value) == (
+        "facts.json, edit 0: the tokenizer has no end-of-text token to append: set tokenizer.eos_token, or pass "
+        "append_eos=False"
+    )
+    assert len(edits.encode(mute, append_eos=False)) == 2
+    with pytest.raises(EditError, match=r"^here: the prompt '' gives no tokens: an edit needs a context"):
+        encode_edit(tokenizer, "", "Paris", where="here")
+    with pytest.raises(EditError, match=r"^the tokenizer has neither a padding nor an end-of-text token"):
+        pad_token_id(mute)
+    assert pad_token_id(tokenizer) == tokenizer.eos_token_id
+
+
+def test_a_target_that_the_tokenizer_cannot_write_is_refused() -> None:
+    core: Any = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "Ada": 2, "is": 3, "here": 4}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    assert encode_edit(tokenizer, "Ada is", "here") == Encoded([2, 3, 4, 1], 2)
+    assert encode_edit(tokenizer, "Zoë is", "here") == Encoded([0, 3, 4, 1], 2)
+    with pytest.raises(
+        EditError, match=r"^f, edit 2: the target 'Bern' of the prompt 'Ada is' has characters that the"
+    ):
+        encode_edit(tokenizer, "Ada is", "Bern", where="f, edit 2")
+    with pytest.raises(EditError, match=r"the target '.+u200a' of the prompt 'Ada is' gives no tokens"):
+        encode_edit(tokenizer, "Ada is", "\u200a")
+
+
+def test_collate_by_hand() -> None:
+    encoded = [Encoded([5, 6, 7, 2], 2), Encoded([5, 2, 2], 1)]
+    right = collate(encoded, pad_id=2)
+    assert {key: value.tolist() for key, value in right.items()} == {
+        "input_ids": [[5, 6, 7, 2], [5, 2, 2, 2]],
+        "attention_mask": [[1, 1, 1, 1], [1, 1, 1, 0]],
+        "labels": [[-100, -100, 7, 2], [-100, 2, 2, -100]],
+    }
+    left = collate(encoded, pad_id=2, padding_side="left")
+    assert {key: value.tolist() for key, value in left.items()} == {
+        "input_ids": [[5, 6, 7, 2], [2, 5, 2, 2]],
+        "attention_mask": [[1, 1, 1, 1], [0, 1, 1, 1]],
+        "labels": [[-100, -100, 7, 2], [-100, -100, 2, 2]],
+    }
+    assert {value.dtype for value in left.values()} == {torch.int64}
+    assert position_ids(left["attention_mask"]).tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
+    with pytest.raises(EditError, match="padding_side='middle' is not known: use 'right' or 'left'"):
+        collate(encoded, pad_id=0, padding_side="middle")
+    with pytest.raises(EditError, match="nothing to collate"):
+        collate([], pad_id=0)
+
+
+def losses(model: Any, batch: dict[str, torch.Tensor], **extra: torch.Tensor) -> torch.Tensor:
+    """[batch] summed cross-entropy of each row's labelled tokens."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], **extra).logits
+    labels = batch["labels"][:, 1:]
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none").sum(-1)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pad", ["pad", "eos"])
+def test_a_batch_equals_one_at_a_time_on_a_real_model(factlm: Path, side: str, pad: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(factlm)
+    model = AutoModelForCausalLM.from_pretrained(factlm, dtype=torch.float32).eval()
+    edits = EditDataset.load(factlm / "records.json").sample(24, seed=2)
+    encoded = edits.encode(tokenizer, max_length=context_length(model.config))
+    assert len({len(one.input_ids) for one in encoded}) > 3
+    pad_id = tokenizer.pad_token_id if pad == "pad" else tokenizer.eos_token_id
+    batch = collate(encoded, pad_id=pad_id, padding_side=side)
+    for row, edit in enumerate(edits):
+        scored = batch["labels"][row][batch["labels"][row] != -100].tolist()
+        assert scored == [*tokenizer(" " + edit.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    alone = torch.cat([losses(model, collate([one], pad_id=pad_id)) for one in encoded])
+    together = losses(model, batch)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    weight = model.model.layers[3].mlp.down_proj.weight
+    one_by_one, at_once = (torch.autograd.grad(part.sum(), weight)[0] for part in (alone, together))
+    assert (one_by_one - at_once).norm() < 1e-5 * one_by_one.norm()
+
+
+def test_left_padding_with_absolute_positions() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
+    encoded = [Encoded([5, 6, 7, 8, 9, 2], 3), Encoded([5, 9, 2], 1)]
+    alone = torch.cat([losses(model, collate([one], pad_id=2)) for one in encoded])
+    batch = collate(encoded, pad_id=2, padding_side="left")
+    placed = losses(model, batch, position_ids=position_ids(batch["attention_mask"]))
+    torch.testing.assert_close(placed, alone, rtol=1e-5, atol=1e-5)
+    assert context_length(model.config) == 16
+
+
+def test_context_length(factlm: Path, stories: Path) -> None:
+    for path in (factlm, stories):
+        config = AutoModelForCausalLM.from_pretrained(path).config
+        assert context_length(config) == config.max_position_embeddings
+    assert context_length(object()) is None
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16 sets it itself
+def test_trl_makes_the_same_tokens_and_the_same_mask(factlm: Path, tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
+
+    tokenizer = AutoTokenizer.from_pretrained(factlm)
+    edits = EditDataset.load(factlm / "records.json").sample(4, seed=3)
+    args = SFTConfig(output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True)
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(factlm),
+        args=args,
+        train_dataset=edits.to_prompt_completion(),
+        processing_class=tokenizer,
+    )
+    rows: Any = trainer.train_dataset
+    for row, one in zip(rows, edits.encode(tokenizer), strict=True):
+        assert row["input_ids"] == one.input_ids
+        assert row["labels"] == [-100] * one.target_start + one.input_ids[one.target_start :]
