@@ -30,21 +30,31 @@ def _lines(metrics: Mapping[str, Any], unedited: Mapping[str, Any]) -> Iterator[
         compared = now.get("compared_with") == "unedited model"
         # Before the edit nothing had changed: the share of unchanged answers has no "unedited" figure.
         label = "locality: same answers" if compared else "locality: right" if question == "locality" else question
-        yield label, _NONE if compared else then.get("generated", _NONE), now["generated"], now["teacher_forced"]
+        was = _NONE if compared else then.get("generated", _NONE)
+        yield label, was, now["generated"], _NONE if compared else now["teacher_forced"]
         kinds = now.get("by_kind", {})
         for kind, own in kinds.items() if len(kinds) > 1 else ():
             was = _NONE if compared else then.get("by_kind", {}).get(kind, {}).get("generated", _NONE)
-            yield f"  {kind}", was, own["generated"], own["teacher_forced"]
+            yield f"  {kind}", was, own["generated"], _NONE if compared else own["teacher_forced"]
         if compared:
-            yield "locality: right", then.get("right", _NONE), now["right"], _NONE
+            # Teacher forcing asks for the true answer, so its figure stands beside the share that is right.
+            yield "locality: right", then.get("right", _NONE), now["right"], now["teacher_forced"]
             yield "locality: right ones kept", _NONE, now["kept_right"], _NONE
 
 
 def scores_table(report: Report) -> Table:
     """Questions down; unedited, edited, number of probes and teacher-forced accuracy across."""
     compared = report.unedited is not None
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = f"{report.meta['data_name']}: edits {report.meta['n_edits']}, probes {report.meta['n_probes']}"
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+        title_justify="left",
+        title_style="bold",
+    )
+    edits, probes = report.meta["n_edits"], report.meta["n_probes"]
+    table.title = f"{edits} edit{'s' * (edits != 1)}, {probes} probes ({report.meta['data_name']})"
     table.add_column("", overflow="fold", min_width=18)
     if compared:
         table.add_column("unedited", justify="right", style="dim", no_wrap=True)
@@ -61,28 +71,36 @@ def scores_table(report: Report) -> Table:
 
 
 def _answers(title: str, results: list[ProbeResult], compared: bool, wanted: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    table.add_column("", width=1)
-    table.add_column("prompt", ratio=5, overflow="fold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("", width=1, no_wrap=True)
+    table.add_column("prompt", min_width=24, overflow="fold")
     if compared:
-        table.add_column("before", ratio=3, style="dim", overflow="fold")
-    table.add_column("after" if compared else "answer", ratio=3, overflow="fold")
+        table.add_column("before", style="dim", overflow="fold")
+    table.add_column("after" if compared else "answer", overflow="fold")
     if wanted:
-        table.add_column("wanted", ratio=3, style="dim", overflow="fold")
+        table.add_column("wanted", style="dim", overflow="fold")
     for result in results:
         mark = {True: Text("✓", style="green"), False: Text("✗", style="red"), None: Text("·")}[result.right]
-        said = shorten(result.answer, 48) + ("" if result.ended else " …") or "(nothing)"
+        said = shorten(result.answer, 32) + ("" if result.ended else " …") or "(nothing)"
         cells = [mark, Text(shorten(result.prompt, 70))]
-        cells += [Text(shorten(result.before or "(nothing)", 48))] if compared else []
+        cells += [Text(shorten(result.before or "(nothing)", 32))] if compared else []
         cells += [Text(said, style="green" if result.right else "red" if result.right is False else "")]
-        cells += [Text(shorten(result.accepted[0], 48))] if wanted else []
+        cells += [Text(shorten(result.accepted[0], 32))] if wanted else []
         table.add_row(*cells)
     return table
 
 
 def drawn(report: Report, answers: int) -> Group:
     """The report as something that rich can print at any width from about 60 columns on."""
-    parts: list[Any] = [scores_table(report)]
+    parts: list[Any] = [scores_table(report), Text()]
     parts.append(
         Text(
             "generated: greedy, to the model's own end, exact match after normalisation; "
