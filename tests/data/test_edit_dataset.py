@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,12 @@ def test_prompt_completion_holds_prompt_and_target_and_nothing_else(factlm: Path
     }
     probes -= {edit.prompt for edit in real}
     assert not probes & set(real.to_prompt_completion()["prompt"])
+
+
+def test_world_is_asked_for_as_many_edits_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = types.ModuleType("kedit_train.world")
+    world.edits = lambda n=32, seed=0: [Edit(f"prompt {i}", "t") for i in range(n)]  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "kedit_train.world", world)
+    assert (len(EditDataset.load("world")), len(EditDataset.load("world", limit=20))) == (32, 20)
+    with pytest.raises(EditError, match="the embedded world is not read from a file of format 'zsre'"):
+        EditDataset.load("world", format="zsre")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -348,12 +346,3 @@ def test_from_a_datasets_dataset() -> None:
     assert [edit.rephrases for edit in edits] == [("Ada speaks",), ()]
     assert (edits.name, edits.format) == ("flat", "counterfact")
     assert EditDataset.from_records(records).format == "knowedit"
-
-
-def test_world_is_asked_for_as_many_edits_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = types.ModuleType("kedit_train.world")
-    world.edits = lambda n=32, seed=0: [Edit(f"prompt {i}", "t") for i in range(n)]  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "kedit_train.world", world)
-    assert (len(EditDataset.load("world")), len(EditDataset.load("world", limit=20))) == (32, 20)
-    with pytest.raises(EditError, match="the embedded world is not read from a file of format 'zsre'"):
-        EditDataset.load("world", format="zsre")
