@@ -102,24 +102,26 @@ class LossHead:
     def _score(self, request: Request, hidden: Tensor, output: Any) -> Any:
         labels = request.labels[:, 1:].to(hidden.device)
         where = labels != IGNORE
-        loss, active, *statistics = self._per_token(hidden[where], labels[where], fused=request.fused)
+        count = where.sum().clamp(min=1) if request.items is None else request.items
+        count = torch.as_tensor(count, device=hidden.device, dtype=torch.float32)
+        weights = self._sample_weights(request, where) if self.reduction == "sample" else where / count
+        weights = weights[where].to(torch.float32)
+        loss, active, *statistics = self._per_token(hidden[where], labels[where], weights, fused=request.fused)
         entropy_and_top1 = [statistics.pop() for _ in range(2)][::-1] if request.fused else []
         self.observe(active, *statistics)
-        count = where.sum().clamp(min=1) if request.items is None else request.items
-        count = count.to(loss.device) if isinstance(count, Tensor) else count
-        if self.reduction == "sample":
-            loss = loss * self._sample_weights(request, where)[where] * count
         if request.fused:
+            # TRL sums and divides by the count itself.
+            loss = loss * (weights * count) if self.reduction == "sample" else loss
             return self._fused_output(loss, where, *entropy_and_top1, aux_loss=getattr(output, "aux_loss", None))
-        output.loss = loss.sum() / count
+        output.loss = (loss * weights).sum() if self.reduction == "sample" else loss.sum() / count
         if getattr(output, "aux_loss", None) is not None:
             # Mixture-of-experts models add their balancing term only where they see labels.
             output.loss = output.loss + self.head.config.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
         return output
 
-    def _per_token(self, hidden: Tensor, labels: Tensor, *, fused: bool) -> tuple[Tensor, ...]:
+    def _per_token(self, hidden: Tensor, labels: Tensor, weights: Tensor, *, fused: bool) -> tuple[Tensor, ...]:
         def score(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-            logits = self.head.project(states)
+            logits = self.head.project(states, fp32_gradients=fused)
             outputs = self.objective(logits, targets)
             if fused:
                 # TRL logs both for every step, so its users shall find them unchanged.
@@ -131,7 +133,8 @@ class LossHead:
 
         vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
         chunk = chunk_length(vocab_size)
-        return chunked(score, hidden, labels, chunk=chunk, frozen_head=not self.head.trainable)
+        frozen = not self.head.trainable
+        return chunked(score, hidden, labels, chunk=chunk, frozen_head=frozen, weights=weights)
 
     def _sample_weights(self, request: Request, where: Tensor) -> Tensor:
         """Weights [B, S-1] under which a sum over supervised tokens is the mean over sequences of their token means."""

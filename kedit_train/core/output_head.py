@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.errors import EditError
+from kedit_train.functional.linear import half_linear
 
+_HALF = (torch.float16, torch.bfloat16)
 # What model configurations call the number that logits are multiplied or divided by.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
@@ -102,15 +104,19 @@ class OutputHead:
                 )
             return self.captured
 
-    def project(self, hidden: Tensor, head: Any | None = None) -> Tensor:
-        """Project [..., d] to logits [..., V], fp32 (fp64 stays), under the autocast of the captured forward.
+    def project(self, hidden: Tensor, head: Any | None = None, *, fp32_gradients: bool = False) -> Tensor:
+        """Project [N, d] to logits [N, V], fp32 (fp64 stays), under the autocast of the captured forward.
 
         Args:
             head: what to call instead of the head module (its pre-edit weights, for example).
+            fp32_gradients: in half precision, accumulate gradients in fp32, as TRL's fused head does.
         """
-        with torch.autocast(**(self.autocast or {"device_type": hidden.device.type, "enabled": False})):
-            logits = (head or self.module)(hidden)
-        return self._finish(logits)
+        autocast = self.autocast or {"device_type": hidden.device.type, "enabled": False}
+        dtype = autocast["dtype"] if autocast["enabled"] else hidden.dtype
+        if fp32_gradients and dtype in _HALF and type(self.module) is nn.Linear and head is None:
+            return self._finish(half_linear(hidden, self.module.weight, self.module.bias, dtype))
+        with torch.autocast(**autocast):
+            return self._finish((head or self.module)(hidden))
 
     def _finish(self, logits: Tensor) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -143,7 +149,7 @@ class OutputHead:
             states = self.hidden(input_ids=ids)
             with torch.autocast(**self.autocast):
                 raw = self.module(states)
-        tolerance = 2e-2 if raw.dtype in (torch.float16, torch.bfloat16) else 1e-4
+        tolerance = 2e-2 if raw.dtype in _HALF else 1e-4
         if not torch.allclose(
             states[0, :-1], states[1, :-1], rtol=tolerance, atol=tolerance * float(states.abs().max())
         ):

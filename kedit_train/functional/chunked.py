@@ -21,7 +21,9 @@ def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
     return max(1, numbers // max(1, vocab_size))
 
 
-def chunked(score: Score, hidden: Tensor, *rest: Tensor, chunk: int, frozen_head: bool) -> tuple[Tensor, ...]:
+def chunked(
+    score: Score, hidden: Tensor, *rest: Tensor, chunk: int, frozen_head: bool, weights: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Apply ``score`` to slices of ``chunk`` tokens and join what it returns.
 
     Args:
@@ -32,6 +34,9 @@ def chunked(score: Score, hidden: Tensor, *rest: Tensor, chunk: int, frozen_head
         chunk: tokens at a time.
         frozen_head: nothing that ``score`` closes over is trained. Otherwise each chunk is computed again in the
             backward pass, so that its gradient reaches the head as well.
+        weights: [N] positive; the gradient that each loss is expected to receive. In half precision the gradient of the
+            logits is rounded, and at this scale it is rounded as the host would have rounded it. Any other gradient
+            is right as well.
 
     Returns:
         The outputs of ``score`` for all N tokens, the loss connected to ``hidden``.
@@ -39,34 +44,39 @@ def chunked(score: Score, hidden: Tensor, *rest: Tensor, chunk: int, frozen_head
     if not torch.is_grad_enabled():
         return _join([score(*parts) for parts in _slices(chunk, hidden, *rest)])
     if frozen_head:
-        return _GradientInForward.apply(hidden, score, chunk, *rest)  # pyright: ignore[reportReturnType]
+        weights = torch.ones(len(hidden), device=hidden.device) if weights is None else weights
+        return _GradientInForward.apply(hidden, score, chunk, weights, *rest)  # pyright: ignore[reportReturnType]
     parts = [checkpoint(score, *part, use_reentrant=False) for part in _slices(chunk, hidden, *rest)]
     return _join([(loss, *(s.detach() for s in statistics)) for loss, *statistics in parts])
 
 
 class _GradientInForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, score: Score, chunk: int, *rest: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, score: Score, chunk: int, weights: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
         outputs, gradients = [], []
-        for part, *others in _slices(chunk, hidden, *rest):
+        for part, factor, *others in _slices(chunk, hidden, weights, *rest):
             part = part.detach().requires_grad_()
             with torch.enable_grad():
                 loss, *statistics = score(part, *others)
                 # Rows are independent, so the gradient of the sum holds every token's own gradient. A chunk whose
                 # tokens are all clipped is a constant and has no graph at all.
-                gradient = torch.autograd.grad(loss.sum(), part)[0] if loss.requires_grad else torch.zeros_like(part)
+                total = (loss * factor).sum()
+                gradient = torch.autograd.grad(total, part)[0] if loss.requires_grad else torch.zeros_like(part)
             outputs.append((loss.detach(), *(s.detach() for s in statistics)))
             gradients.append(gradient)
         joined = _join(outputs)
-        ctx.save_for_backward(torch.cat(gradients))
+        ctx.save_for_backward(torch.cat(gradients), weights)
         ctx.mark_non_differentiable(*joined[1:])
-        ctx.unused = 2 + len(rest)
+        ctx.unused = 3 + len(rest)
         return joined
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (grad_outputs[0].to(gradient.dtype).unsqueeze(-1) * gradient, *[None] * ctx.unused)
+        gradient, weights = ctx.saved_tensors
+        factor = (grad_outputs[0] / weights).to(gradient.dtype)
+        return (factor.unsqueeze(-1) * gradient, *[None] * ctx.unused)
 
 
 def _slices(chunk: int, *tensors: Tensor) -> list[list[Tensor]]:

@@ -37,10 +37,8 @@ class LightningHost(Host):
         return int(steps) if steps != float("inf") else None
 
     def tokenizer(self) -> Any | None:
-        for holder in (self.module, getattr(self.trainer, "datamodule", None)):
-            if getattr(holder, "tokenizer", None) is not None:
-                return holder.tokenizer
-        return None
+        holders: list[Any] = [self.module, getattr(self.trainer, "datamodule", None)]
+        return next((t for h in holders if (t := getattr(h, "tokenizer", None)) is not None), None)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.trainer.precision_plugin.forward_context()
