@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kedit_train.core.output_head import OutputHead
 from kedit_train.errors import EditError
-from kedit_train.functional.chunked import chunk_length, chunked
+from kedit_train.functional.chunking import chunk_length, chunked
 
 # logits [N, V] in fp32, labels [N] -> loss [N], active [N], further per-token statistics [N] ...
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -133,7 +133,10 @@ class LossHead:
 
         vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
         chunk = chunk_length(vocab_size)
-        frozen = not self.head.trainable
+        # In half precision the gradient of the logits is rounded. TRL divides by a token count that only it knows, so to
+        # round as it does the chunks are computed again in the backward pass, as TRL itself does.
+        half = fused and self.head.compute_dtype(hidden) in (torch.float16, torch.bfloat16)
+        frozen = not self.head.trainable and not half
         return chunked(score, hidden, labels, chunk=chunk, frozen_head=frozen, weights=weights)
 
     def _sample_weights(self, request: Request, where: Tensor) -> Tensor:

@@ -112,11 +112,15 @@ class OutputHead:
             fp32_gradients: in half precision, accumulate gradients in fp32, as TRL's fused head does.
         """
         autocast = self.autocast or {"device_type": hidden.device.type, "enabled": False}
-        dtype = autocast["dtype"] if autocast["enabled"] else hidden.dtype
+        dtype = self.compute_dtype(hidden)
         if fp32_gradients and dtype in _HALF and type(self.module) is nn.Linear and head is None:
             return self._finish(half_linear(hidden, self.module.weight, self.module.bias, dtype))
         with torch.autocast(**autocast):
             return self._finish((head or self.module)(hidden))
+
+    def compute_dtype(self, hidden: Tensor) -> torch.dtype:
+        """The dtype in which the head multiplies."""
+        return self.autocast["dtype"] if self.autocast.get("enabled") else hidden.dtype
 
     def _finish(self, logits: Tensor) -> Tensor:
         logits = logits if logits.dtype == torch.float64 else logits.float()

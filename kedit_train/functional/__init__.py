@@ -1,6 +1,6 @@
 """Pure tensor functions, one idea a file: tensors in, tensors out, no model and no host."""
 
-from kedit_train.functional.chunked import chunk_length, chunked
+from kedit_train.functional.chunking import chunk_length, chunked
 from kedit_train.functional.divergence import jensen_shannon, kl_divergence, token_divergence
 from kedit_train.functional.smoothing import overtone, overtone_target, smoothed_loss, uniform_target
 
