@@ -22,7 +22,8 @@ class EditMetrics(EditCallback):
     teacher-forced neighbour) appear in the host's progress bar and loggers, with a table of answers at the end.
 
     Args:
-        edits: an ``EditDataset``, a sequence of ``Edit``, or a path that ``EditDataset.load`` reads.
+        edits: an ``EditDataset``, a sequence of ``Edit``, or a path that ``EditDataset.load`` reads; None takes the
+            ``.edits`` of Lightning's data module.
         every_n_steps: optimizer steps between two looks; 0 looks at the end only.
         stop_at: end training at this reliability of the sample.
         sample: edits for each look during training, drawn once; None takes all.
@@ -37,7 +38,7 @@ class EditMetrics(EditCallback):
 
     def __init__(
         self,
-        edits: Any,
+        edits: Any = None,
         every_n_steps: int = 20,
         stop_at: float | None = None,
         sample: int | None = 100,
@@ -60,7 +61,13 @@ class EditMetrics(EditCallback):
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
             run.head("EditMetrics")
-        self._edits = load_edits(self.edits)
+        edits = run.host.edits() if self.edits is None else self.edits
+        if edits is None:
+            raise EditError(
+                f"EditMetrics: this {run.host.name} run holds no edits of its own (a data module with .edits does); "
+                "give edits=, a path or an EditDataset"
+            )
+        self._edits = load_edits(edits)
         run.edits = self._edits
 
     def attach(self, run: EditRun) -> None:

@@ -34,6 +34,10 @@ class Host:
         """The tokenizer that the loop itself holds."""
         return None
 
+    def edits(self) -> Any | None:
+        """The edits that the loop trains on, where it holds them as such."""
+        return None
+
     def loss_shares(self) -> int:
         """Micro-batches, over all processes, whose losses the host adds up without dividing, for one optimizer step."""
         return 1

@@ -40,6 +40,9 @@ class LightningHost(Host):
         holders: list[Any] = [self.module, getattr(self.trainer, "datamodule", None)]
         return next((t for h in holders if (t := getattr(h, "tokenizer", None)) is not None), None)
 
+    def edits(self) -> Any | None:
+        return getattr(getattr(self.trainer, "datamodule", None), "edits", None)
+
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.trainer.precision_plugin.forward_context()
 
