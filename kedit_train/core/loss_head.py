@@ -133,8 +133,8 @@ class LossHead:
 
         vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
         chunk = chunk_length(vocab_size)
-        # In half precision the gradient of the logits is rounded. TRL divides by a token count that only it knows, so to
-        # round as it does the chunks are computed again in the backward pass, as TRL itself does.
+        # In half precision the gradient of the logits is rounded, and TRL divides by a token count that only it knows.
+        # To round as it does, chunks are computed again in the backward pass, as TRL itself does.
         half = fused and self.head.compute_dtype(hidden) in (torch.float16, torch.bfloat16)
         frozen = not self.head.trainable and not half
         return chunked(score, hidden, labels, chunk=chunk, frozen_head=frozen, weights=weights)
