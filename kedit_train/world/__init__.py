@@ -1,0 +1,45 @@
+"""The embedded default: a small invented world of facts, and a small Llama that knows it.
+
+>>> from kedit_train import world
+>>> model, tokenizer = world.load()
+>>> edits = world.edits(32)
+>>> texts = world.locality_texts(exclude=edits)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kedit_train.errors import EditError
+from kedit_train.world import prose as _prose
+from kedit_train.world.counterfactual import edits, locality_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["edits", "load", "locality_texts", "path", "prose"]
+
+
+def path() -> Path:
+    """The folder of the packaged checkpoint, as ``from_pretrained`` takes it.
+
+    Raises:
+        EditError: the checkpoint is not there.
+    """
+    folder = Path(__file__).parent / "checkpoint"
+    if not (folder / "model.safetensors").is_file():
+        raise EditError("the world's checkpoint is missing; make it with: python -m kedit_train.world.pretrain")
+    return folder
+
+
+def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The packaged model, in fp32 and in evaluation mode, and its tokenizer."""
+    from kedit_train.world.measure import load as load_folder  # transformers only when a model is wanted
+
+    return load_folder(path())
+
+
+def prose(n: int = 200, seed: int = 0, held_out: bool = True) -> list[str]:
+    """``n`` paragraphs about nothing in the world, for perplexity; by default from the part never trained on."""
+    return _prose.paragraphs(n, seed=seed, held_out=held_out)
