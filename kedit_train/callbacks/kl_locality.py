@@ -15,7 +15,7 @@ from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.core.texts import load_texts, pad, windows, without_probes
 from kedit_train.errors import EditError
-from kedit_train.functional.chunked import chunk_length, chunked
+from kedit_train.functional.chunking import chunk_length, chunked
 from kedit_train.functional.divergence import Direction, token_divergence
 
 

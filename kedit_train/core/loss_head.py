@@ -1,8 +1,8 @@
 """One loss for every host: a per-token objective on the supervised positions, inside the model's own forward call.
 
-The host calls ``model(..., labels=...)`` as ever. While the model trains, a hook takes the labels out of the call, the
+The host calls ``model(..., labels=...)`` as ever. Where gradients are recorded, a hook takes the labels out of the call, the
 host's head computes a single position, and another hook scores the supervised positions with the objective and hands
-the host what it reads: ``output.loss``, or the per-token fields of TRL's fused head. In evaluation nothing changes.
+the host what it reads: ``output.loss``, or the per-token fields of TRL's fused head. Without gradients nothing changes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class LossHead:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         self._request = None
-        if not (module.training and torch.is_grad_enabled() and kwargs.get("labels") is not None):
+        # Whether gradients are recorded tells training from evaluation; module.training does not: Lightning leaves a model
+        # in the evaluation mode that from_pretrained() returned it in.
+        if not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return None
         if kwargs.get("shift_labels") is not None:
             raise EditError("labels that are shifted already (sequence parallelism) are not supported by the loss head")

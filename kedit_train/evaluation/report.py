@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from kedit_train.errors import EditError
 from kedit_train.evaluation.metrics import ProbeResult, Score
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ class Report:
             console: where to; standard output by default.
             answers: how many edits' answers to show; as many changed answers elsewhere follow at most.
         """
+        from rich.console import Console
+
         from kedit_train.evaluation.table import drawn
 
         (console or Console()).print(drawn(self, answers))
