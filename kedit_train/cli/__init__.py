@@ -1,0 +1,1 @@
+"""Commands: the LightningCLI entry that the recipes share, and the ``lightning run`` launcher."""

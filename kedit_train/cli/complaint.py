@@ -1,0 +1,36 @@
+"""jsonargparse explains a wrong key over ten lines and every type that it tried; the user needs the one that is wrong."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from importlib import import_module
+
+# Lines that only tell what else was tried, or repeat the value.
+NOISE = re.compile(
+    r"Does not validate against any of the Union|Subtypes:|Errors:|Expected a <class 'NoneType'>|Not a valid subclass"
+    r"|Subclass types expect|a class path \(str\)|a dict with|Given value type:|Given value: NestedArg"
+)
+
+
+def shorten(message: str) -> str:
+    """One line: the key, the class it belongs to, what is wrong with it, what there is instead."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    kept = list(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))
+    inner = [i for i, line in enumerate(kept) if line.startswith("Problem with given class_path")]
+    if inner:
+        # What follows a class's own complaint is about the alternatives.
+        kept = [line for line in kept[: inner[-1] + 3] if not line.startswith("Given value:")]
+    text = re.sub(r":; ", ": ", "; ".join(kept))
+    text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
+    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "").replace("Expected a ", "expected ")
+    refused = re.search(r"(\w+(?:\.\w+)+): Option '\w+' is not accepted", text)
+    accepted = f"; it takes {', '.join(arguments(refused[1]))}" if refused else "; every key is listed by fit --help"
+    return text.rstrip(".") + accepted
+
+
+def arguments(class_path: str) -> list[str]:
+    """The names that a class takes in ``init_args``."""
+    module, _, name = class_path.rpartition(".")
+    return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "kwargs"]

@@ -1,0 +1,140 @@
+"""The entry that all recipes share: LightningCLI with an edit's module and data as defaults.
+
+    python -m kedit_train fit --config recipes/quickstart.yaml
+    python -m kedit_train fit --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
+    python -m kedit_train fit --print_config
+
+Any LightningModule and LightningDataModule can take their places by ``class_path``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from kedit_train.cli.complaint import shorten
+from kedit_train.cli.console import leave, say_error
+from kedit_train.cli.processes import check_world, follow_launcher, part
+from kedit_train.errors import EditError
+from kedit_train.modules import WORLD, EditDataModule, EditModule
+
+MODULE, DATA = (f"{cls.__module__}.{cls.__qualname__}" for cls in (EditModule, EditDataModule))
+
+
+class EditParser(LightningArgumentParser):
+    """Says in one line which key is wrong."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        if not self.exit_on_error:
+            # A class's own parser: what it says becomes part of the message that names the class.
+            super().error(message, ex)
+        say_error(shorten(message))
+        leave(2)
+
+
+class EditCLI(LightningCLI):
+    """``fit`` with ``EditModule`` and ``EditDataModule`` unless told otherwise.
+
+    The resolved configuration is written beside the run's logs as ``resolved.yaml``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            parser_class=EditParser,
+            seed_everything_default=0,
+            # "config.yaml" might be the file that the user started from.
+            save_config_kwargs={"overwrite": True, "config_filename": "resolved.yaml"},
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": LightningCLI.subcommands()["fit"]}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # In this order they are built: a wrong argument or file is told before a large model is loaded.
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+        parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"model": {"class_path": MODULE}, "data": {"class_path": DATA}})
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        follow_launcher(config.trainer, os.environ)
+        share_texts(config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        trainer = super().instantiate_trainer(**kwargs)
+        check_world(trainer, os.environ)
+        return trainer
+
+
+def share_texts(config: Any) -> None:
+    """Let ``data.texts`` take the place of ``texts: world`` in ``KLLocality``, and keep the world's to the world.
+
+    Raises:
+        EditError: the world's texts beside another model or other edits; or ``data.texts`` that nobody reads.
+    """
+    callbacks = config.trainer.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    readers = [c for c in callbacks if c.class_path.endswith(".KLLocality") and c.init_args.texts == WORLD]
+    ours = {
+        "model.name": config.model.init_args.name if config.model.class_path == MODULE else config.model.class_path,
+        "data.path": config.data.init_args.path if config.data.class_path == DATA else config.data.class_path,
+    }
+    texts = config.data.init_args.texts if config.data.class_path == DATA else None
+    if texts is not None:
+        if not readers:
+            raise EditError(f"data.texts={texts!r} is read by nobody: no KLLocality of this run has texts: world")
+        for reader in readers:
+            reader.init_args.texts = texts
+        return
+    foreign = [f"{key}={value!r}" for key, value in ours.items() if value != WORLD]
+    if readers and foreign:
+        raise EditError(
+            f"KLLocality has texts: world, facts of the embedded world, and this run has {' and '.join(foreign)}: name "
+            "a file of texts that your model should answer as before (.txt with one a line, .jsonl, .json): "
+            "--data.texts FILE"
+        )
+
+
+def edit_error(error: BaseException | None) -> EditError | None:
+    """The ``EditError`` behind an error: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, EditError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def quiet() -> None:
+    """Leave out what Lightning says about other products and about choices that the recipes make on purpose."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda row: "Tip:" not in row.getMessage())
+    for noise in (
+        "does not have many workers",
+        "is smaller than the logging interval",
+        "isinstance.treespec, LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", f".*{noise}.*")
+
+
+def main() -> None:
+    """Run ``sys.argv``. Exit code 1 with one line for what cannot be done, 2 for arguments that are not understood.
+
+    ``KEDIT_TRACEBACK=1`` shows where an error came from.
+    """
+    quiet()
+    try:
+        EditCLI()
+    except ValueError as error:
+        ours = edit_error(error)
+        if ours is None or os.environ.get("KEDIT_TRACEBACK") == "1":
+            raise
+        say_error(str(ours))
+        leave(1)
+    part()

@@ -1,0 +1,11 @@
+"""The LightningCLI entry that all recipes share.
+
+python recipes/edit.py fit --config recipes/quickstart.yaml
+fabric run recipes/edit.py fit --config recipes/quickstart.yaml
+lightning run recipes/quickstart.yaml --devices 2
+"""
+
+from kedit_train.cli.edit import main
+
+if __name__ == "__main__":
+    main()
