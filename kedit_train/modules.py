@@ -177,9 +177,10 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
         name = str(world.path())
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         # transformers explains itself over many lines; the first says what is wrong.

@@ -1,4 +1,4 @@
-"""jsonargparse explains a wrong key over ten lines and every type that it tried; the user needs the one that is wrong."""
+"""jsonargparse explains a wrong key over ten lines, with every type that it tried; a user needs the key."""
 
 from __future__ import annotations
 

@@ -115,11 +115,7 @@ def edit_error(error: BaseException | None) -> EditError | None:
 def quiet() -> None:
     """Leave out what Lightning says about other products and about choices that the recipes make on purpose."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda row: "Tip:" not in row.getMessage())
-    for noise in (
-        "does not have many workers",
-        "is smaller than the logging interval",
-        "isinstance.treespec, LeafSpec",
-    ):
+    for noise in ("does not have many workers", "smaller than the logging interval", "isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", f".*{noise}.*")
 
 

@@ -6,7 +6,7 @@ unchanged. Everything but ``run`` belongs to the cloud client ``lightning-sdk`` 
 
 from __future__ import annotations
 
-import os
+import socket
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -76,7 +76,8 @@ def run(arguments: Sequence[str]) -> int:
     recipe = script_arguments != rest
     if recipe and parsed.num_nodes == 1 and launch._get_num_processes(parsed.accelerator, parsed.devices) == 1:
         return in_this_process(launch, parsed, script, script_arguments)
-    return in_new_processes(launch, parsed, script_arguments)
+    named_port = "--main-port" in options or "--main_port" in options
+    return in_new_processes(launch, parsed, script_arguments, named_port=named_port)
 
 
 def usage() -> str:
@@ -149,7 +150,7 @@ def in_this_process(launch: Any, parsed: Namespace, script: Path, arguments: lis
     return 0
 
 
-def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str]) -> int:
+def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str], *, named_port: bool) -> int:
     """Fabric's launcher, which is torchrun; a process that fails has said why, so its exit code is enough."""
     import logging
 
@@ -157,6 +158,9 @@ def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str]) -> in
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if parsed.num_nodes == 1 and not named_port:
+        # Fabric's fixed port would let a second run on the same machine fail, or join the first.
+        parsed.main_port = free_port()
     try:
         launch.main(parsed, arguments)
     except ChildFailedError as error:
@@ -167,11 +171,18 @@ def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str]) -> in
     return 0
 
 
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def hand_over(verb: str) -> None:
     """Everything but ``run`` is lightning-sdk's."""
     if find_spec("lightning_sdk") is None:
         raise EditError(
-            f"lightning {verb}: this command has one verb, run (see lightning --help); others need lightning-sdk"
+            f"lightning {verb}: this command has one verb, run (see lightning --help); install lightning-sdk for others"
         )
     from lightning_sdk.cli.entrypoint import main_cli  # pyright: ignore[reportMissingImports]
 
