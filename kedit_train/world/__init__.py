@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kedit_train.errors import EditError
-from kedit_train.world import prose as _prose
+from kedit_train.world import grammar
 from kedit_train.world.counterfactual import edits, locality_texts
 
 if TYPE_CHECKING:
@@ -42,4 +42,4 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def prose(n: int = 200, seed: int = 0, held_out: bool = True) -> list[str]:
     """``n`` paragraphs about nothing in the world, for perplexity; by default from the part never trained on."""
-    return _prose.paragraphs(n, seed=seed, held_out=held_out)
+    return grammar.paragraphs(n, seed=seed, held_out=held_out)

@@ -8,7 +8,7 @@ from random import Random
 
 from kedit_train.data.edit import Edit, Probe
 from kedit_train.errors import EditError
-from kedit_train.world import facts, prose
+from kedit_train.world import facts, grammar
 from kedit_train.world.facts import Fact, Key, World, pick, shuffled
 from kedit_train.world.wordings import BY_NAME, RELATIONS, TWO_HOP
 
@@ -70,7 +70,7 @@ def locality_texts(exclude: Sequence[Edit], n: int = 256, seed: int = 0) -> list
     drawn = _spread(rng, left, stated)
     if len(drawn) < stated:
         raise EditError(f"locality_texts: {stated} statements asked for, {len(drawn)} left beside the edits; lower n")
-    return shuffled(rng, [*drawn, *prose.paragraphs(n - stated, seed=1000 + seed, held_out=False)])
+    return shuffled(rng, [*drawn, *grammar.paragraphs(n - stated, seed=1000 + seed, held_out=False)])
 
 
 def _spread(rng: Random, left: Sequence[Fact], count: int) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from kedit_train.world import prose
+from kedit_train.world import grammar
 from kedit_train.world.facts import Fact, World
 from kedit_train.world.wordings import BY_NAME
 
@@ -94,7 +94,7 @@ def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: Wo
     }
     found = {name: (recall(model, tokenizer, pairs), len(pairs)) for name, pairs in asked.items()}
     for name, held_out in (("prose perplexity, held-out part", True), ("prose perplexity, training part", False)):
-        texts = prose.paragraphs(200, seed=1, held_out=held_out)
+        texts = grammar.paragraphs(200, seed=1, held_out=held_out)
         found[name] = (perplexity(model, tokenizer, texts), len(texts))
     return found
 

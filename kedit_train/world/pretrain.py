@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kedit_train.world import facts, measure, prose
+from kedit_train.world import facts, grammar, measure
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # ids 0, 1, 2
@@ -143,7 +143,7 @@ def pretrain(
     world = world or facts.build()
     shape = shape or Shape()
     stated = facts.training_documents(world)
-    filler = prose.paragraphs(4000, held_out=False)
+    filler = grammar.paragraphs(4000, held_out=False)
     tokenizer = train_tokenizer([text for texts in stated for text in texts] + filler, shape.vocabulary)
     model = new_model(tokenizer, shape)
 

@@ -10,7 +10,7 @@ import pytest
 
 from kedit_train import world
 from kedit_train.errors import EditError
-from kedit_train.world import facts, prose
+from kedit_train.world import facts, grammar
 from kedit_train.world.wordings import BY_NAME, RELATIONS, TWO_HOP
 
 
@@ -76,7 +76,7 @@ def test_every_document_ends_with_its_answer_and_no_full_stop(known):
 
 
 def test_prose_parts_never_meet_and_name_nobody(known):
-    trained, held_out = prose.paragraphs(3000, held_out=False), world.prose(500)
+    trained, held_out = grammar.paragraphs(3000, held_out=False), world.prose(500)
     assert len(set(trained)) == 3000
     assert not set(trained) & set(held_out)
     assert world.prose(500) == held_out != world.prose(500, seed=1)
