@@ -181,13 +181,15 @@ class EditRun:
         """A callable that projects through the head as it was before the edit; None where the head does not change."""
         head = self.head("the reference")
         own = {id(p): name for name, p in head.module.named_parameters()}
-        values = {own[id(p)]: self.reference[name] for name, p in self.scope.items() if id(p) in own and self.reference}
-        if not values:
-            if head.trainable:
-                raise EditError(
-                    "the output head is trained, and its weights before the edit were not kept; add ParameterScope"
-                )
+        changing = {name: p for name, p in self.scope.items() if id(p) in own}
+        if not changing:
             return None
+        if not self.reference:
+            with self.unedited():
+                kept = snapshot(changing)
+        else:
+            kept = self.reference
+        values = {own[id(p)]: kept[name] for name, p in changing.items()}
         return lambda hidden: torch.func.functional_call(head.module, values, (hidden,))
 
     def describe_scope(self) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""The one table that every callback joins; from it each is run through every host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kedit_train import callbacks
+from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, StopWhenEdited, TokenSmoothing
+
+TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
+
+# Name -> a list with the callback (and what it cannot work without), made anew for every run from the edits.
+SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
+    "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
+    "TokenSmoothing": lambda edits: [TokenSmoothing()],
+    "KLLocality": lambda edits: [KLLocality(texts=TEXTS, batch_size=2)],
+    "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)],
+    "StopWhenEdited": lambda edits: [
+        StopWhenEdited(reliability=None, idle_steps=50),
+        TokenSmoothing(),
+    ],
+}
+
+
+def public_callbacks() -> set[str]:
+    """Every callback that users can import, the base class aside."""
+    return {
+        name
+        for name in callbacks.__all__
+        if isinstance(getattr(callbacks, name), type) and issubclass(getattr(callbacks, name), callbacks.EditCallback)
+    } - {"EditCallback"}

@@ -1,0 +1,89 @@
+"""Every callback, in every host: it trains, it is the same instance twice, and it leaves without a trace."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import HOSTS
+from conformance.settings import SETTINGS, public_callbacks
+
+from kedit_train import world
+from kedit_train.callbacks import ParameterScope
+from kedit_train.data import EditDataset
+
+BOTH = [(callback, host) for callback in SETTINGS for host in HOSTS]
+
+
+@pytest.fixture
+def edits() -> EditDataset:
+    return EditDataset(world.edits(n=8))
+
+
+def traces(model: Any) -> dict[str, Any]:
+    """Everything that a callback could leave behind on a model, its weights aside."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "hooks": {(name, kind): len(getattr(m, kind)) for name, m in model.named_modules() for kind in hooks},
+        "trainable": {name: p.requires_grad for name, p in model.named_parameters()},
+        "dtypes": {name: p.dtype for name, p in model.named_parameters()},
+        "attributes": {name: sorted(k for k in m.__dict__ if "kedit" in k) for name, m in model.named_modules()},
+        "forward": {name: m.__dict__.get("forward") is None for name, m in model.base_model.named_modules()},
+        "optimizer hooks": (
+            len(sys.modules["torch.optim.optimizer"]._global_optimizer_pre_hooks),
+            len(sys.modules["torch.optim.optimizer"]._global_optimizer_post_hooks),
+        ),
+    }
+
+
+def stock_traces(host: str, edits: EditDataset, trainers: int = 1) -> dict[str, Any]:
+    """What the host itself leaves behind: SFTTrainer hooks the embeddings for activation checkpointing."""
+    model, tokenizer = world.load()
+    for _ in range(trainers if host == "SFTTrainer" else 0):
+        HOSTS[host](model, tokenizer, edits, [], 1)
+    return traces(model)
+
+
+def test_every_callback_joins_the_table() -> None:
+    assert set(SETTINGS) == public_callbacks()
+
+
+@pytest.mark.parametrize(("callback", "host"), BOTH)
+def test_trains_and_leaves_no_trace(callback: str, host: str, edits: EditDataset) -> None:
+    model, tokenizer = world.load()
+    expected_traces = stock_traces(host, edits)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    HOSTS[host](model, tokenizer, edits, SETTINGS[callback](edits), 2)
+    assert traces(model) == expected_traces
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
+    expected = {n for n in weights if callback != "ParameterScope" or "layers.3.mlp.down_proj" in n}
+    assert moved == expected
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_one_instance_serves_two_models_and_any_order(host: str, edits: EditDataset) -> None:
+    made = [item for make in SETTINGS.values() for item in make(edits) if type(item).__name__ != "StopWhenEdited"]
+    callbacks = list({type(item): item for item in made}.values())
+    finals = []
+    for order in (callbacks, callbacks[::-1]):
+        model, tokenizer = world.load()
+        torch.manual_seed(0)
+        HOSTS[host](model, tokenizer, edits, list(order), 3)
+        finals.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    assert not all(torch.equal(finals[0][name], p) for name, p in world.load()[0].named_parameters())
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_failing_run_is_taken_over_by_the_next(host: str, edits: EditDataset) -> None:
+    class Breaks(ParameterScope):
+        def after_step(self, run: Any) -> None:
+            raise KeyError("broken on purpose")
+
+    model, tokenizer = world.load()
+    with pytest.raises(KeyError, match="broken on purpose"):
+        HOSTS[host](model, tokenizer, edits, [Breaks(layers=1)], 2)
+    HOSTS[host](model, tokenizer, edits, [ParameterScope(layers=2)], 2)
+    assert traces(model) == stock_traces(host, edits, trainers=2)
