@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def half_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -26,8 +27,8 @@ class _HalfLinear(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtype = dtype
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = hidden.to(dtype) @ weight.to(dtype).t()
-            return logits if bias is None else logits + bias.to(dtype)
+            # One call: the bias is added before the sum is rounded, as autocast has it.
+            return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
