@@ -23,16 +23,17 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
     p = p_log.exp()
-    return torch.where(p > 0, p * (p_log - q_log), 0.0).sum(-1)
+    # Masked before the product: minus infinity on both sides would leave NaN in the gradient.
+    return (p * (p_log - q_log).masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """Jensen-Shannon divergence (half of each side's KL to the even mixture), [N], at most ln 2."""
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
+    # Finite, so that minus infinity on both sides leaves no NaN, in the gradient neither; the mass stays zero.
+    p_log, q_log = (x.clamp(min=torch.finfo(x.dtype).min / 2) for x in (p_log, q_log))
     mixture = torch.logaddexp(p_log, q_log) - math.log(2.0)
-    left = torch.where(p_log.exp() > 0, p_log.exp() * (p_log - mixture), 0.0)
-    right = torch.where(q_log.exp() > 0, q_log.exp() * (q_log - mixture), 0.0)
-    return 0.5 * (left + right).sum(-1)
+    return 0.5 * (p_log.exp() * (p_log - mixture) + q_log.exp() * (q_log - mixture)).sum(-1)
 
 
 def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
