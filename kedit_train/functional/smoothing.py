@@ -34,7 +34,9 @@ def overtone_target(
     with torch.no_grad():
         logits = _upcast(logits)
         true = logits if vocab_size is None else logits[:, :vocab_size]
-        bound = true.amax(-1, keepdim=True) - n_sigma * true.std(-1, keepdim=True)
+        # The standard deviation of no rows at all is a warning.
+        spread = true.std(-1, keepdim=True) if len(true) else true.new_zeros(0, 1)
+        bound = true.amax(-1, keepdim=True) - n_sigma * spread
         # Strictly above the bound survives, as in the paper; -inf (n_sigma = inf) keeps everything.
         keep = logits > bound
         if vocab_size is not None:
@@ -73,8 +75,11 @@ def smoothed_loss(logits: Tensor, target: Tensor, *, epsilon: float = 0.0) -> tu
     """
     log_probs = _upcast(logits).log_softmax(-1)
     negative_entropy = torch.special.xlogy(target, target).sum(-1)
-    divergence = negative_entropy - (target * log_probs).sum(-1)
-    active = divergence > epsilon
+    # A logit of minus infinity (a padded row of the head) times no mass is nothing, not NaN.
+    cross_entropy = -(target * log_probs.masked_fill(target == 0, 0.0)).sum(-1)
+    divergence = negative_entropy + cross_entropy
+    # Written so that NaN counts as active: a model that diverged has not learned its tokens.
+    active = ~(divergence <= epsilon)
     # Not clamp(min=): its gradient at equality is one, and a clipped token must have none.
     return torch.where(active, divergence, torch.full_like(divergence, epsilon)), active.detach()
 
