@@ -17,8 +17,8 @@ LN = math.log
 def by_hand(row: list[float], label: int, lam: float, eps: float, n: float, size: int) -> dict:
     """Equations 2 and 3 of arXiv 2502.00602 for one token, over the first ``size`` entries for the filter.
 
-    ``margin`` says how near the nearest decision (filter, check) was, so that a test in lower precision can leave out the
-    tokens that rounding may decide.
+    ``margin`` says how near the nearest decision (filter, check) was, so that a test in lower precision can leave out
+    the tokens that rounding may decide.
     """
     top = max(row[:size])
     mean = sum(row[:size]) / size
@@ -176,7 +176,7 @@ def test_gradcheck(epsilon):
 def test_target_is_a_distribution_and_carries_no_graph():
     logits, labels = cases(97, 3.0, torch.bfloat16)
     target, accepted, survivors = overtone_target(logits.requires_grad_(), labels)
-    assert not (target.requires_grad or accepted.requires_grad or survivors.requires_grad)
+    assert not any(t.requires_grad for t in (target, accepted, survivors))
     assert target.dtype == torch.float32
     torch.testing.assert_close(target.sum(-1), torch.ones(len(labels)))
     assert torch.equal(target.argmax(-1), labels)
