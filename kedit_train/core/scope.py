@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -44,8 +44,8 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
     """
     if layers is None:
         return list(range(depth))
-    single = isinstance(layers, int | float | str)
-    found = {index for item in ([layers] if single else layers) for index in _expand(item, depth)}
+    several = isinstance(layers, Iterable) and not isinstance(layers, str)
+    found = {index for item in (layers if several else [layers]) for index in _expand(item, depth)}
     if not found:
         raise EditError(f"ParameterScope: layers={layers!r} names no layer; the model has layers 0 to {depth - 1}")
     return sorted(found)
@@ -55,7 +55,7 @@ _NUMBER = r"-?\d+(?:\.\d+)?"
 
 
 def _expand(item: Layer, depth: int) -> Iterator[int]:
-    if isinstance(item, bool):
+    if isinstance(item, bool) or not isinstance(item, int | float | str):
         raise EditError(f"ParameterScope: layers={item!r} is no layer; write an index, a fraction or a range")
     if isinstance(item, int | float):
         yield _index(item, item, depth)
@@ -78,7 +78,8 @@ def _index(value: int | float, written: Layer, depth: int) -> int:
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
             raise EditError(f"ParameterScope: layers={written!r}: a fraction of the depth lies between 0.0 and 1.0")
-        return min(int(value * depth), depth - 1)
+        # 0.29 of 100 layers is layer 29, whatever binary rounding makes of the product.
+        return min(int(value * depth + 1e-9), depth - 1)
     if not -depth <= value < depth:
         raise EditError(
             f"ParameterScope: layers={written!r} is out of range; the model has {depth} layers, 0 to {depth - 1}"
@@ -106,29 +107,30 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
     Raises:
         EditError: nothing matches, a pattern matches nothing, a layer is out of range, or all that matches is frozen.
     """
-    patterns = [modules] if isinstance(modules, str) else list(modules or ["*"])
+    patterns = ["*"] if modules is None else [modules] if isinstance(modules, str) else list(modules)
+    if not any(patterns):
+        raise EditError(f"ParameterScope: modules={modules!r} names no module; leave it out for all of them")
     named = list(model.named_parameters(remove_duplicate=False))
     if layers is not None:
         stack, depth = find_layers(model)
         roots = {f"{stack}.{index}." for index in layer_indices(layers, depth)}
         named = [(name, p) for name, p in named if any(name.startswith(root) for root in roots)]
     chosen: set[int] = set()
+    where = "" if layers is None else f" in layers={layers!r}"
     for pattern in patterns:
-        found = {id(p) for name, p in named if matches(name, pattern)}
+        found = [p for name, p in named if matches(name, pattern)]
         if not found:
-            where = "" if layers is None else f" in layers={layers!r}"
             raise EditError(
                 f"ParameterScope: modules={pattern!r} matches no parameter{where} of {type(model).__name__}; "
                 f"there are, for example, {_examples(named)}"
             )
-        chosen |= found
-    scope = {name: p for name, p in model.named_parameters() if id(p) in chosen and p.requires_grad}
-    if not scope:
-        raise EditError(
-            f"ParameterScope: the {len(chosen)} parameters that modules={modules!r}, layers={layers!r} match are "
-            "frozen already (with adapters, name the adapter's modules); unfreeze them or choose others"
-        )
-    return scope
+        if not any(p.requires_grad for p in found):
+            raise EditError(
+                f"ParameterScope: everything that modules={pattern!r} matches{where} is frozen already; unfreeze it or "
+                "choose other modules (of a model with adapters, modules that carry one)"
+            )
+        chosen |= {id(p) for p in found if p.requires_grad}
+    return {name: p for name, p in model.named_parameters() if id(p) in chosen}
 
 
 def _examples(named: list[tuple[str, nn.Parameter]]) -> str:

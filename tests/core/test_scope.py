@@ -1,0 +1,226 @@
+"""Scope: which parameters a layer and a pattern mean, and what is said where they mean none."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from kedit_train.core.scope import find_layers, layer_indices, matches, resolve_scope
+from kedit_train.errors import EditError
+
+
+def layers_of(scope: dict) -> set[int]:
+    return {int(found[1]) for name in scope if (found := re.search(r"\.(?:layers|h)\.(\d+)\.", name))}
+
+
+@pytest.mark.parametrize(
+    ("written", "want"),
+    [
+        (2, [2]),
+        (0, [0]),
+        (-1, [23]),
+        (-24, [0]),
+        ("2", [2]),
+        ("-1", [23]),
+        (0.0, [0]),
+        (0.5, [12]),
+        (0.7, [16]),
+        (1.0, [23]),
+        ("0.5", [12]),
+        ("4-6", [4, 5, 6]),
+        ("4:6", [4, 5, 6]),
+        (" 4 - 6 ", [4, 5, 6]),
+        ("-3--1", [21, 22, 23]),
+        ("20--1", [20, 21, 22, 23]),
+        ("0.5-0.6", [12, 13, 14]),
+        ("0.9-1.0", [21, 22, 23]),
+        ("2,4-6", [2, 4, 5, 6]),
+        ([2, "4-6", -1, 0.5], [2, 4, 5, 6, 12, 23]),
+        ((3, 3, 1), [1, 3]),
+        (range(3), [0, 1, 2]),
+        (None, list(range(24))),
+    ],
+)
+def test_layers_as_users_write_them(written, want):
+    assert layer_indices(written, 24) == want
+
+
+def test_a_fraction_means_the_layer_that_it_names_whatever_binary_rounding_says():
+    # 0.29 * 100 is 28.999999999999996 in binary.
+    assert [layer_indices(k / 100, 100) for k in range(100)] == [[k] for k in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (24, "ParameterScope: layers=24 is out of range; the model has 24 layers, 0 to 23"),
+        (-25, "ParameterScope: layers=-25 is out of range; the model has 24 layers, 0 to 23"),
+        ("20-30", "ParameterScope: layers='20-30' is out of range; the model has 24 layers, 0 to 23"),
+        (1.5, "ParameterScope: layers=1.5: a fraction of the depth lies between 0.0 and 1.0"),
+        (-0.1, "ParameterScope: layers=-0.1: a fraction of the depth lies between 0.0 and 1.0"),
+        (float("nan"), "ParameterScope: layers=nan: a fraction of the depth lies between 0.0 and 1.0"),
+        ("6-4", "ParameterScope: the range '6-4' runs backwards; write '4-6'"),
+        ([], "ParameterScope: layers=[] names no layer; the model has layers 0 to 23"),
+        (True, "ParameterScope: layers=True is no layer; write an index, a fraction or a range"),
+        ([None], "ParameterScope: layers=None is no layer; write an index, a fraction or a range"),
+        ([[1, 2]], "ParameterScope: layers=[1, 2] is no layer; write an index, a fraction or a range"),
+        (nn.Identity(), "ParameterScope: layers=Identity() is no layer; write an index, a fraction or a range"),
+        *(
+            (
+                text,
+                f"ParameterScope: layers={text!r} is not understood; write an index (5, -1), a fraction (0.7), a range "
+                "('4-6', '0.5-0.75') or several ('2,4-6')",
+            )
+            for text in ("", "last", "4-", "4,,5", "1e-1")
+        ),
+    ],
+)
+def test_layers_that_mean_nothing(written, message):
+    with pytest.raises(EditError) as error:
+        layer_indices(written, 24)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("modules", ["mlp.down_proj", "layers.2.mlp.down_proj", "model.layers.2.mlp.down_proj.weight"])
+def test_layer_2_is_never_layer_20(tiny, modules):
+    model = tiny("llama", num_hidden_layers=24)
+    assert list(resolve_scope(model, 2, modules)) == ["model.layers.2.mlp.down_proj.weight"]
+    if "layers" in modules:
+        assert list(resolve_scope(model, None, modules)) == ["model.layers.2.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "want"),
+    [
+        ("mlp.c_proj", "h.0.mlp.c_proj.bias", True),
+        ("c_proj", "h.0.mlp.c_proj_extra.bias", False),
+        ("h.1", "h.11.mlp.weight", False),
+        ("*_proj", "h.0.attn.c_proj.weight", True),
+        ("*", "anything", True),
+        ("attn.*.bias", "h.0.attn.c_proj.bias", True),
+        ("attn.*.bias", "h.0.attn.inner.c_proj.bias", False),
+        ("h.?.attn", "h.5.attn.weight", True),
+        ("h.?.attn", "h.15.attn.weight", False),
+        ("h.[12].attn", "h.1.attn.weight", True),
+        ("Attn", "h.0.attn.weight", False),
+        ("mlp.", "h.0.mlp.weight", False),
+        ("", "h.0.mlp.weight", False),
+    ],
+)
+def test_patterns_are_compared_part_by_part(pattern, name, want):
+    assert matches(name, pattern) is want
+
+
+def test_gpt2_takes_biases_with_the_module_and_leaves_them_out_with_weight(tiny):
+    model = tiny("gpt2")
+    both = ["transformer.h.1.mlp.c_proj.weight", "transformer.h.1.mlp.c_proj.bias"]
+    assert list(resolve_scope(model, 1, "mlp.c_proj")) == both
+    assert list(resolve_scope(model, -1, "mlp.c_proj.weight")) == both[:1]
+    assert list(resolve_scope(model, 1, "c_proj.weight")) == ["transformer.h.1.attn.c_proj.weight", both[0]]
+
+
+def test_several_modules_in_several_layers(tiny):
+    scope = resolve_scope(tiny("llama", num_hidden_layers=24), "0.5-0.6", ["self_attn.[qk]_proj", "mlp"])
+    assert layers_of(scope) == {12, 13, 14}
+    assert len(scope) == 3 * (2 + 3)
+
+
+def test_none_is_everything_and_layers_alone_are_whole_layers(tiny):
+    model = tiny("llama")
+    assert list(resolve_scope(model)) == [name for name, _ in model.named_parameters()]
+    whole = [name for name, _ in model.named_parameters() if name.startswith("model.layers.1.")]
+    assert list(resolve_scope(model, 1)) == whole
+
+
+@pytest.mark.parametrize("modules", ["lm_head", "embed_tokens", "lm_head.weight", ["lm_head", "embed_tokens"]])
+def test_tied_weights_count_under_both_names_and_once(tiny, modules):
+    model = tiny("llama-tied")
+    scope = resolve_scope(model, None, modules)
+    assert list(scope) == ["model.embed_tokens.weight"]
+    assert scope["model.embed_tokens.weight"] is model.lm_head.weight
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_of_a_model_with_adapters_only_the_adapters(tiny):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(tiny("llama"), lora)
+    assert {name.split(".")[-3] for name in resolve_scope(model)} == {"lora_A", "lora_B"}
+    scope = resolve_scope(model, 1, "mlp.down_proj")
+    assert list(scope) == [f"base_model.model.model.layers.1.mlp.down_proj.lora_{x}.default.weight" for x in "AB"]
+    with pytest.raises(EditError) as error:
+        resolve_scope(model, 1, "mlp.up_proj")
+    assert str(error.value) == (
+        "ParameterScope: everything that modules='mlp.up_proj' matches in layers=1 is frozen already; unfreeze it or "
+        "choose other modules (of a model with adapters, modules that carry one)"
+    )
+    with pytest.raises(EditError, match=r"modules='mlp.up_proj' matches in layers=1 is frozen already"):
+        resolve_scope(model, 1, ["mlp.down_proj", "mlp.up_proj"])
+
+
+def test_a_pattern_that_matches_nothing_says_what_there_is(tiny):
+    with pytest.raises(EditError) as error:
+        resolve_scope(tiny("llama"), None, ["mlp", "fc_out"])
+    assert str(error.value) == (
+        "ParameterScope: modules='fc_out' matches no parameter of LlamaForCausalLM; there are, for example, "
+        "model.embed_tokens.weight, model.layers.*.self_attn.q_proj.weight, model.layers.*.self_attn.k_proj.weight, "
+        "model.layers.*.self_attn.v_proj.weight, model.layers.*.self_attn.o_proj.weight, "
+        "model.layers.*.mlp.gate_proj.weight, ..."
+    )
+    with pytest.raises(
+        EditError, match=r"^ParameterScope: modules='lm_head' matches no parameter in layers=1 of Llama"
+    ):
+        resolve_scope(tiny("llama"), 1, "lm_head")
+    with pytest.raises(EditError, match=r"there are, for example, 0\.weight$|there are, for example, weight$"):
+        resolve_scope(nn.Linear(2, 2, bias=False), None, "nothing")
+
+
+@pytest.mark.parametrize("modules", [[], (), ""])
+def test_an_empty_list_of_modules_is_not_all_of_them(tiny, modules):
+    with pytest.raises(EditError, match=r"^ParameterScope: modules=.* names no module; leave it out for all of them$"):
+        resolve_scope(tiny("llama"), None, modules)
+
+
+def test_models_without_one_stack_of_layers(tiny):
+    plain = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    assert list(resolve_scope(plain, None, "0")) == ["0.weight", "0.bias"]
+    with pytest.raises(EditError) as error:
+        resolve_scope(plain, 0)
+    assert str(error.value) == (
+        "ParameterScope: Sequential has no stack of layers; leave out layers= and give full parameter patterns, "
+        "such as modules='encoder.2.linear.*'"
+    )
+    import transformers
+
+    seq2seq = tiny("t5", transformers.AutoModelForSeq2SeqLM)
+    with pytest.raises(EditError) as error:
+        resolve_scope(seq2seq, 0)
+    assert str(error.value) == (
+        "ParameterScope: T5ForConditionalGeneration has several stacks of layers (encoder.block, decoder.block); leave "
+        "out layers= and give full parameter patterns, such as modules='encoder.block.*'"
+    )
+    assert list(resolve_scope(seq2seq, None, "decoder.block.1.layer.2.DenseReluDense.wo"))
+
+
+def test_the_stack_that_the_configuration_counts_wins(tiny):
+    model = tiny("mixtral", num_hidden_layers=3)
+    assert find_layers(model) == ("model.layers", 3)
+    model.towers = nn.ModuleList([nn.Linear(1, 1)])
+    assert find_layers(model) == ("model.layers", 3)
+    model.others = nn.ModuleList([nn.Linear(1, 1) for _ in range(3)])
+    with pytest.raises(EditError, match=r"several stacks of layers \(model\.layers, others\)"):
+        find_layers(model)
+
+
+def test_a_module_of_ones_own_with_a_stack():
+    class Forecaster(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.ReLU()) for _ in range(4)])
+            self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    assert list(resolve_scope(Forecaster(), "1-2", "0.weight")) == ["blocks.1.0.weight", "blocks.2.0.weight"]
+    assert "frozen" not in resolve_scope(Forecaster())
