@@ -6,6 +6,7 @@ unchanged. Everything but ``run`` belongs to the cloud client ``lightning-sdk`` 
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from argparse import Namespace
@@ -73,9 +74,12 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if rest else 2
     script, script_arguments = command(target, rest)
     launch, parsed = read_options([*options, "--", str(script), *script_arguments])
+    processes = launch._get_num_processes(parsed.accelerator, parsed.devices)
     recipe = script_arguments != rest
-    if recipe and parsed.num_nodes == 1 and launch._get_num_processes(parsed.accelerator, parsed.devices) == 1:
+    if recipe and processes * parsed.num_nodes == 1:
         return in_this_process(launch, parsed, script, script_arguments)
+    # Fabric gives every process all cores; two on one machine then take several times as long as one.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, processes))))
     named_port = "--main-port" in options or "--main_port" in options
     return in_new_processes(launch, parsed, script_arguments, named_port=named_port)
 
