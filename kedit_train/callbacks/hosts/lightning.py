@@ -22,6 +22,7 @@ class LightningHost(Host):
         super().__init__(trainer)
         self.trainer, self.module = trainer, module
         self.seen = 0
+        self._defined = False
 
     @property
     def resumed(self) -> bool:
@@ -52,10 +53,14 @@ class LightningHost(Host):
         return 1.0 if scaler is None else scaler.get_scale()
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        # Rows for a batch carry the number of steps before it in Lightning; at the end the count has moved on.
-        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        # Lightning numbers the row of the n-th step n - 1. Its own count moves on only after the callbacks have seen the
+        # batch; when training has ended it has moved on.
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - (1 if last else 0)
         for logger in self.trainer.loggers if self.is_main else ():
-            logger.log_metrics(dict(metrics), step=max(0, step - 1))
+            if not self._defined and hasattr(logger.experiment, "define_metric"):
+                logger.experiment.define_metric("edit/*", step_metric="trainer/global_step", step_sync=True)
+            logger.log_metrics(dict(metrics), step=max(0, step))
+        self._defined = True
         for key, value in metrics.items():
             if last:
                 self.trainer.callback_metrics[key] = _tensor(value)

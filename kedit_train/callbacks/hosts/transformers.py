@@ -23,6 +23,7 @@ class TransformersHost(Host):
         self.args, self.state, self.control, self.processing_class = args, state, control, processing_class
         self.train_dataloader: Any = None
         self.pending: dict[str, float] = {}
+        self._defined = False
 
     @property
     def resumed(self) -> bool:
@@ -102,7 +103,8 @@ class TransformersHost(Host):
             return None
         import wandb
 
-        if wandb.run is not None:
+        if wandb.run is not None and not self._defined:
+            self._defined = True
             wandb.run.define_metric("edit/*", step_metric="train/global_step", step_sync=True)
         return wandb.run
 

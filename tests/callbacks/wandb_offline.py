@@ -1,0 +1,73 @@
+"""Read an offline W&B run back from its file. The format is private to wandb, so this stays in the tests.
+
+A 7-byte file header, then 32 KiB blocks of records as in LevelDB's log: checksum (4 bytes), length (2), type (1: whole,
+2: first, 3: middle, 4: last), data. Each joined record is one protobuf message.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HEADER, BLOCK = 7, 32 * 1024
+
+
+def records(path: Path) -> Iterator[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), HEADER, b""
+    while at + 7 <= len(data):
+        left = BLOCK - at % BLOCK
+        if left < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+class OfflineRun:
+    """History rows, summary, metric definitions of the only run below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        (path,) = folder.rglob("run-*.wandb")
+        self.folder = path.parent
+        self.rows: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.steps: dict[str, str] = {}
+        for record in _complete(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                self.rows.append(_items(record.history.item))
+            elif kind == "summary":
+                self.summary.update(_items(record.summary.update))
+            elif kind == "metric":
+                name = record.metric.glob_name or record.metric.name
+                self.steps[name] = record.metric.step_metric
+
+    def series(self, key: str, step: str) -> list[tuple[int, float]]:
+        """(step, value) of every row with ``key``."""
+        return [(row[step], row[key]) for row in self.rows if key in row]
+
+
+def _complete(path: Path) -> list[Any]:
+    # The service process may still be writing when wandb.finish() has returned; the exit record is its last but few.
+    for _ in range(100):
+        found = list(records(path))
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was never completed")
+
+
+def _items(items: Any) -> dict[str, Any]:
+    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
