@@ -1,0 +1,80 @@
+"""The quickstart's edit inside an unmodified ``SFTTrainer``.
+
+    python recipes/trl_sft.py
+    python recipes/trl_sft.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt
+    lightning run recipes/trl_sft.py --devices 2
+
+Result: a table in the terminal and report.json in the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, TokenSmoothing
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError
+from kedit_train.modules import WORLD, load_model
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Edit facts of a model inside an unmodified SFTTrainer.")
+    parser.add_argument("--model", default=WORLD, help="a hub name, a folder, or 'world'")
+    parser.add_argument("--edits", default=WORLD, help="a file of edits, or 'world'")
+    parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
+    parser.add_argument("--output_dir", default="runs/trl_sft")
+    parser.add_argument("--epochs", type=float, default=40)
+    parser.add_argument("--learning_rate", type=float, default=1e-2)
+    parser.add_argument("--report_to", default="none", help="wandb, tensorboard, ...")
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    if given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
+        raise EditError(
+            "--texts FILE: name texts that your model should answer as before (.txt with one a line, .jsonl)"
+        )
+    edits = EditDataset.load(given.edits)
+    model, tokenizer = load_model(given.model)
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=SFTConfig(
+            output_dir=given.output_dir,
+            num_train_epochs=given.epochs,
+            learning_rate=given.learning_rate,
+            per_device_train_batch_size=16,
+            optim="adamw_torch",
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=0.0,
+            bf16=False,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            logging_steps=4,
+            report_to=given.report_to,
+        ),
+        train_dataset=edits.to_prompt_completion(),
+        callbacks=[
+            ParameterScope(layers="0.5-0.8", modules="mlp.down_proj"),
+            TokenSmoothing(),
+            KLLocality(texts=given.texts or WORLD, weight=1.0, batch_size=16),
+            EditMetrics(edits, every_n_steps=20, report=f"{given.output_dir}/report.json"),
+        ],
+    )
+    trainer.train()
+    trainer.save_model(f"{given.output_dir}/model")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EditError as error:
+        sys.exit(f"error: {error}")
