@@ -44,8 +44,8 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
     """
     if layers is None:
         return list(range(depth))
-    several = isinstance(layers, Iterable) and not isinstance(layers, str)
-    found = {index for item in (layers if several else [layers]) for index in _expand(item, depth)}
+    items = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    found = {index for item in items for index in _expand(item, depth)}
     if not found:
         raise EditError(f"ParameterScope: layers={layers!r} names no layer; the model has layers 0 to {depth - 1}")
     return sorted(found)
