@@ -145,9 +145,14 @@ class OutputHead:
         Raises:
             EditError: the model looks ahead, or its logits cannot be reproduced from its head.
         """
+        name = type(self.model).__name__
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise EditError(
+                f"{name} is an encoder-decoder, and only causal language models are supported; load one with "
+                "AutoModelForCausalLM, or leave out the callbacks that read its answers"
+            )
         device = next(self.model.parameters()).device
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % max(2, self.config.vocab_size)
-        name = type(self.model).__name__
         with evaluation_mode(self.model), context:
             own = self.model(input_ids=ids, use_cache=False).logits.float()
             states = self.hidden(input_ids=ids)

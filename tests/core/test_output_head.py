@@ -1,0 +1,175 @@
+"""The output head: the model's own logits from what its head reads, or a refusal in one line."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from kedit_train.core import EditRun, Host, OutputHead, find_language_model
+from kedit_train.core.output_head import evaluation_mode
+from kedit_train.errors import EditError
+
+FAMILIES = ["llama", "llama-tied", "qwen3", "gpt2", "gemma2", "gemma3", "cohere", "granite", "mixtral", "phi"]
+IDS = torch.tensor([[5, 7, 11, 13, 17, 3], [2, 4, 8, 16, 32, 60]])
+
+
+def head_of(model: nn.Module) -> OutputHead:
+    return EditRun(model, Host(object())).head("TokenSmoothing")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reproduces_the_models_own_logits(tiny, family):
+    model = tiny(family).eval()
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+        head = head_of(model)
+        hidden = head.hidden(input_ids=IDS)
+        torch.testing.assert_close(head.project(hidden.flatten(0, 1)).view_as(want), want, rtol=1e-6, atol=1e-6)
+        # What a head does after its matrix has an effect here, so that leaving it out would have been seen.
+        if family in ("gemma2", "gemma3", "cohere", "granite"):
+            assert (head.module(hidden) - want).abs().max() > 0.1
+        assert torch.equal(model(input_ids=IDS).logits, want), "outside of capturing the model is as it was"
+
+
+@pytest.mark.parametrize(("family", "scale"), [("cohere", 0.0625), ("granite", 1 / 8), ("llama", 1.0)])
+def test_the_models_logits_decide_whether_a_scale_multiplies_or_divides(tiny, family, scale):
+    assert head_of(tiny(family)).scale == scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "phi"])
+def test_half_precision_models_and_autocast(tiny, family, dtype):
+    own = head_of(tiny(family).to(dtype))
+    assert own.project(own.hidden(input_ids=IDS)[0]).dtype == torch.float32
+    model = tiny(family)
+
+    class Mixed(Host):
+        def forward_context(self) -> Any:
+            return torch.autocast("cpu", dtype=dtype)
+
+    head = EditRun(model, Mixed(object())).head("TokenSmoothing")
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        want = model.eval()(input_ids=IDS).logits.float()
+        hidden = head.hidden(input_ids=IDS)
+    # Outside of autocast now, and yet as the model would have done it.
+    # Soft-capping is the exception: the model rounds its steps to half precision, TRL and we do not.
+    tight = 5e-3 if family == "gemma2" else 0.0
+    for fp32_gradients in (False, True):
+        got = head.project(hidden.flatten(0, 1), fp32_gradients=fp32_gradients).view_as(want)
+        torch.testing.assert_close(got, want, rtol=tight, atol=tight)
+
+
+def test_only_one_position_is_projected_while_capturing(tiny):
+    model = tiny("llama")
+    head = head_of(model)
+    with head.capturing():
+        assert model(input_ids=IDS).logits.shape == (2, 1, 61)
+        assert head.captured is not None
+        assert head.captured.shape == (2, 6, 16)
+    assert head.captured is None
+    assert model(input_ids=IDS).logits.shape == (2, 6, 61)
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_model_that_looks_ahead_is_refused(tiny, decoder):
+    model = tiny("bert", transformers.BertLMHeadModel, is_decoder=decoder)
+    if decoder:
+        assert head_of(model).scale == 1.0
+        return
+    with pytest.raises(EditError) as error:
+        head_of(model)
+    assert str(error.value) == (
+        "BertLMHeadModel is no causal language model: an earlier position changes with a later token"
+    )
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "nothing is left on it"
+
+
+def test_a_masked_language_model_is_refused(tiny):
+    with pytest.raises(EditError, match=r"^BertForMaskedLM is no causal language model: an earlier position changes"):
+        head_of(tiny("bert", transformers.BertForMaskedLM))
+
+
+def test_an_encoder_decoder_is_refused(tiny):
+    with pytest.raises(EditError) as error:
+        head_of(tiny("t5", transformers.AutoModelForSeq2SeqLM))
+    assert str(error.value) == (
+        "T5ForConditionalGeneration is an encoder-decoder, and only causal language models are supported; load one "
+        "with AutoModelForCausalLM, or leave out the callbacks that read its answers"
+    )
+
+
+@pytest.mark.parametrize("make", [lambda tiny: tiny("llama", transformers.AutoModel), lambda tiny: nn.Linear(2, 2)])
+def test_a_model_without_head_is_refused(tiny, make):
+    model = make(tiny)
+    assert find_language_model(model) is None
+    with pytest.raises(EditError) as error:
+        head_of(model)
+    assert str(error.value) == (
+        f"TokenSmoothing needs a causal language model, and {type(model).__name__} has no language-model head; load it "
+        "with AutoModelForCausalLM, or leave this callback out"
+    )
+
+
+class Shifted(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(0, 1, output.logits.shape[-1])
+        return output
+
+
+class Bypassing(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = self.model(kwargs["input_ids"])
+        logits = output.last_hidden_state @ self.lm_head.weight.t()
+        return CausalLMOutput(logits=logits)
+
+
+def test_logits_changed_in_an_unknown_way_are_refused(tiny):
+    with pytest.raises(EditError) as error:
+        head_of(tiny("llama", Shifted))
+    assert str(error.value) == (
+        "the logits of Shifted cannot be reproduced from its output head (it changes them in a way that its "
+        "configuration does not name), so a loss on them would be wrong; use the host's own loss with this model"
+    )
+
+
+def test_a_head_that_is_not_called_as_a_module_is_refused(tiny):
+    with pytest.raises(EditError, match=r"^Bypassing does not call its output head as a module, so its hidden states"):
+        head_of(tiny("llama", Bypassing))
+
+
+def test_the_language_model_is_found_inside_other_modules(tiny):
+    model = tiny("llama")
+    assert find_language_model(nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Sequential(model)})) is model
+
+
+def test_evaluation_mode_gives_every_module_back_as_it_was(tiny):
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    assert {True, False} == set(before)
+    seen: list[bool] = []
+    model.model.register_forward_pre_hook(lambda *_: seen.extend(m.training for m in model.modules()))
+    model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
+        model(input_ids=IDS)
+    assert seen
+    assert not any(seen)
+    assert [m.training for m in model.modules()] == before
+
+
+def test_verify_leaves_modes_gradients_and_hooks(tiny):
+    model = tiny("gpt2", attn_pdrop=0.5).train()
+    head = OutputHead(model)
+    head.verify(nullcontext())
+    head.remove()
+    assert model.training
+    assert model.transformer.h[0].training
+    assert not any(p.grad is not None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
