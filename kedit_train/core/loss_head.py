@@ -1,12 +1,14 @@
 """One loss for every host: a per-token objective on the supervised positions, inside the model's own forward call.
 
-The host calls ``model(..., labels=...)`` as ever. Where gradients are recorded, a hook takes the labels out of the call, the
-host's head computes a single position, and another hook scores the supervised positions with the objective and hands
-the host what it reads: ``output.loss``, or the per-token fields of TRL's fused head. Without gradients nothing changes.
+The host calls ``model(..., labels=...)`` as ever. Where gradients are recorded, a hook takes the labels out of the
+call, the host's head computes a single position, and another hook scores the supervised positions with the objective
+and hands the host what it reads: ``output.loss``, or the per-token fields of TRL's fused head. Without gradients
+nothing changes.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,7 +62,8 @@ class LossHead:
         self._request: Request | None = None
         self._handles = [
             head.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            head.model.register_forward_hook(self._after),
+            # Also after a forward that failed, so that the next one does not find the head reduced to one position.
+            head.model.register_forward_hook(self._after, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -70,8 +73,8 @@ class LossHead:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         self._request = None
-        # Whether gradients are recorded tells training from evaluation; module.training does not: Lightning leaves a model
-        # in the evaluation mode that from_pretrained() returned it in.
+        # Whether gradients are recorded tells training from evaluation; module.training does not: Lightning leaves a
+        # model in the evaluation mode that from_pretrained() returned it in.
         if not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return None
         if kwargs.get("shift_labels") is not None:
@@ -92,6 +95,10 @@ class LossHead:
             return None
         hidden = self.head.captured
         self.head.end()
+        if output is None:
+            return None
+        if isinstance(output, tuple):
+            raise EditError(f"{type(module).__name__} returns a tuple; call it without return_dict=False")
         if hidden is None or hidden.shape[:2] != request.labels.shape:
             got = "none" if hidden is None else tuple(hidden.shape[:2])
             raise EditError(
@@ -119,6 +126,9 @@ class LossHead:
         if getattr(output, "aux_loss", None) is not None:
             # Mixture-of-experts models add their balancing term only where they see labels.
             output.loss = output.loss + self.head.config.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
+        # Added last, and yet the first entry as in the model's own output: loops read model(...)[0].
+        if isinstance(output, OrderedDict):
+            output.move_to_end("loss", last=False)
         return output
 
     def _per_token(self, hidden: Tensor, labels: Tensor, weights: Tensor, *, fused: bool) -> tuple[Tensor, ...]:

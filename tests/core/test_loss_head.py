@@ -1,0 +1,231 @@
+"""The loss head against the model's own loss, and a batch against its examples one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kedit_train.core import EditRun, Host
+from kedit_train.core.loss_head import LossHead
+from kedit_train.errors import EditError
+from kedit_train.functional import overtone
+
+FAMILIES = ["llama", "llama-tied", "qwen3", "gpt2", "gemma2", "gemma3", "cohere", "granite", "mixtral", "phi"]
+PAD = 0
+# Pad is the end-of-text token here: it is supervised where it ends a text and means nothing where it pads.
+TEXTS = [([5, 7, 11], [13, PAD]), ([2, 4], [8, 16, 32, 60, PAD]), ([9, 8, 7, 6, 5, 4], [3, PAD])]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)
+
+
+def smoothed(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return overtone(logits, labels, epsilon=2.0)
+
+
+@contextmanager
+def loss_head(model: Any, objective: Any = cross_entropy, reduction: Any = "token", **options: Any) -> Iterator[Any]:
+    run = EditRun(model, Host(object()))
+    options = {"shares": lambda: 1, "observe": lambda *_: None} | options
+    head = LossHead(run.head("test"), objective, reduction=reduction, **options)
+    try:
+        yield head
+    finally:
+        head.remove()
+        run.close()
+
+
+def batch(texts: list[tuple[list[int], list[int]]], side: str = "right") -> dict[str, Tensor]:
+    width = max(len(p) + len(t) for p, t in texts)
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for prompt, target in texts:
+        pad = width - len(prompt) - len(target)
+        for key, row, fill in (
+            ("input_ids", prompt + target, PAD),
+            ("attention_mask", [1] * len(prompt + target), 0),
+            ("labels", [-100] * len(prompt) + target, -100),
+        ):
+            rows[key].append([fill] * pad + row if side == "left" else row + [fill] * pad)
+    found = {key: torch.tensor(row) for key, row in rows.items()}
+    # GPT-2 counts positions from the row's start unless it is told, as generation does.
+    found["position_ids"] = (found["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return found
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: g for name, g in zip(named, grads, strict=True) if g is not None}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float) -> None:
+    assert got.keys() == want.keys()
+    size = torch.stack([g.norm() for g in want.values()]).norm()
+    for name in want:
+        assert (got[name] - want[name]).norm() <= rel * max(want[name].norm(), 1e-3 * size), name
+
+
+@pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_models_own_loss(tiny, family, items):
+    model = tiny(family)
+    extra = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    inputs = batch(TEXTS)
+    want = model(**inputs, **extra).loss
+    want_grads = gradients(model, want)
+    with loss_head(model):
+        got = model(**inputs, **extra)
+        assert got.logits.shape[1] == 1, "one position for the host, whatever the length"
+        torch.testing.assert_close(got.loss, want, rtol=1e-6, atol=1e-6)
+        assert_same(gradients(model, got.loss), want_grads, 1e-6 if family != "mixtral" else 1e-5)
+    if family == "mixtral":
+        plain = F.cross_entropy(model(**batch(TEXTS)).logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        assert items or (want - plain).abs() > 1e-4, "the balancing term is part of it"
+
+
+@pytest.mark.parametrize("scope", ["lm_head", "layers.1"])
+def test_frozen_and_trained_heads_give_the_same(tiny, scope):
+    model = tiny("llama")
+    inputs = batch(TEXTS)
+    with loss_head(model):
+        full = gradients(model, model(**inputs).loss)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(scope in name)
+    with loss_head(model):
+        model(**inputs).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, full[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+def test_a_batch_equals_one_at_a_time(tiny, family, side, reduction):
+    model = tiny(family)
+    with loss_head(model, smoothed, reduction):
+        got = model(**batch(TEXTS, side)).loss
+        got_grads = gradients(model, got)
+        tokens = [len(target) for _, target in TEXTS]
+        shares = [1 / 3] * 3 if reduction == "sample" else [n / sum(tokens) for n in tokens]
+        terms = [model(**batch([text])).loss * share for text, share in zip(TEXTS, shares, strict=True)]
+        want: Tensor = torch.stack(terms).sum()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert_same(got_grads, gradients(model, want), 1e-5)
+
+
+def test_packed_sequences_are_weighed_each_alike(tiny):
+    model = tiny("llama")
+    packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for prompt, target in TEXTS:
+        packed["input_ids"] += prompt + target
+        packed["labels"] += [-100] * len(prompt) + target
+        packed["position_ids"] += range(len(prompt + target))
+    inputs = {key: torch.tensor([row]) for key, row in packed.items()}
+    lengths = [len(target) for _, target in TEXTS]
+    with torch.no_grad():
+        # With a cache, transformers takes the row for one sequence.
+        unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
+        logits = model(**unlabelled, use_cache=False).logits
+    each = F.cross_entropy(logits[0, :-1], inputs["labels"][0, 1:], reduction="none").split(1)
+    losses = iter(x for x, label in zip(each, inputs["labels"][0, 1:], strict=True) if label != -100)
+    want = sum(sum(next(losses) for _ in range(n)) / n for n in lengths) / len(lengths)
+    with loss_head(model, reduction="sample"):
+        assert model(**inputs).loss.item() == pytest.approx(float(want), rel=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+def test_accumulation_adds_up(tiny, reduction):
+    model = tiny("llama")
+    with loss_head(model, reduction=reduction, shares=lambda: 2):
+        items = torch.tensor(sum(len(target) for _, target in TEXTS))
+        parts = [model(**batch(part), num_items_in_batch=items).loss for part in (TEXTS[:1], TEXTS[1:])]
+        whole = [model(**batch(part)).loss for part in (TEXTS[:1], TEXTS[1:])]
+    n = [sum(len(target) for _, target in part) for part in (TEXTS[:1], TEXTS[1:])]
+    want = sum(w * k for w, k in zip(whole, n, strict=True)) / sum(n) if reduction == "token" else sum(whole) / 2
+    torch.testing.assert_close(parts[0] + parts[1], want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+def test_a_batch_without_supervised_tokens(tiny, reduction):
+    model = tiny("llama")
+    inputs = batch(TEXTS)
+    inputs["labels"][:] = -100
+    with loss_head(model, smoothed, reduction):
+        loss = model(**inputs).loss
+        assert loss.item() == 0.0
+        assert not any(g.any() for g in gradients(model, loss).values())
+
+
+def test_only_the_supervised_positions_are_projected(tiny):
+    model = tiny("llama")
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda m, a, out: rows.append(out[..., 0].numel()))
+    with loss_head(model):
+        rows.clear()
+        model(**batch(TEXTS)).loss.backward()
+    assert max(rows) <= sum(len(target) for _, target in TEXTS)
+
+
+def test_statistics_reach_the_observer(tiny):
+    seen: list[Tensor] = []
+    with loss_head(model := tiny("llama"), smoothed, observe=lambda active: seen.append(active)):
+        model(**batch(TEXTS))
+    assert len(seen) == 1
+    assert len(seen[0]) == sum(len(target) for _, target in TEXTS)
+
+
+def test_without_gradients_or_labels_the_model_is_its_own(tiny):
+    model = tiny("llama")
+    inputs = batch(TEXTS)
+    with torch.no_grad():
+        want = model(**inputs)
+        with loss_head(model, smoothed):
+            got = model(**inputs)
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(got.logits, want.logits)
+    with loss_head(model, smoothed):
+        assert model(input_ids=inputs["input_ids"]).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def test_the_loss_comes_first_as_in_the_models_own_output(tiny):
+    model = tiny("mixtral")
+    want = list(model(**batch(TEXTS)).keys())
+    with loss_head(model):
+        got = model(**batch(TEXTS))
+        assert got[0] is got.loss
+        assert next(iter(got.keys())) == want[0] == "loss"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        ({"return_dict": False}, "LlamaForCausalLM returns a tuple; call it without return_dict=False"),
+        ({"shift_labels": torch.zeros(1)}, "labels that are shifted already (sequence parallelism) are not supported"),
+    ],
+)
+def test_calls_that_cannot_be_served_are_refused(tiny, break_it, message):
+    model = tiny("llama")
+    with loss_head(model), pytest.raises(EditError) as error:
+        model(**batch(TEXTS), **break_it)
+    assert str(error.value).startswith(message)
+
+
+def test_a_failed_forward_leaves_nothing_behind(tiny):
+    model = tiny("llama")
+    fail: Callable[..., None] = lambda *_: (_ for _ in ()).throw(MemoryError)  # noqa: E731
+    with loss_head(model):
+        handle = model.lm_head.register_forward_hook(fail)
+        with pytest.raises(MemoryError):
+            model(**batch(TEXTS))
+        handle.remove()
+        with torch.no_grad():
+            assert model(**batch(TEXTS)).logits.shape[1] == batch(TEXTS)["input_ids"].shape[1]
