@@ -59,12 +59,17 @@ class LossHead:
         self.head, self.objective, self.reduction = head, objective, reduction
         self.shares, self.observe = shares, observe
         self.calls = 0
+        self._inert = False
         self._request: Request | None = None
         self._handles = [
             head.model.register_forward_pre_hook(self._before, with_kwargs=True),
             # Also after a forward that failed, so that the next one does not find the head reduced to one position.
             head.model.register_forward_hook(self._after, always_call=True),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model takes its hooks along; there they do nothing.
+        return {"_inert": True, "_request": None}
 
     def remove(self) -> None:
         """Give the model its own loss back."""
@@ -75,7 +80,7 @@ class LossHead:
         self._request = None
         # Whether gradients are recorded tells training from evaluation; module.training does not: Lightning leaves a
         # model in the evaluation mode that from_pretrained() returned it in.
-        if not torch.is_grad_enabled() or kwargs.get("labels") is None:
+        if self._inert or not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return None
         if kwargs.get("shift_labels") is not None:
             raise EditError("labels that are shifted already (sequence parallelism) are not supported by the loss head")

@@ -62,6 +62,10 @@ class OutputHead:
         self._capturing = False
         self._handle = self.module.register_forward_pre_hook(self._enter)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model takes its hooks along; there they do nothing.
+        return {"_capturing": False}
+
     def remove(self) -> None:
         """Take the hook off the model."""
         self._handle.remove()

@@ -74,7 +74,11 @@ class EditRun:
         run = run or cls(root, host)
         if callback not in run.callbacks:
             run.callbacks = sorted([*run.callbacks, callback], key=lambda c: c.order)
-            callback.prepare(run)
+            try:
+                callback.prepare(run)
+            except BaseException:
+                run.close()
+                raise
         return run
 
     def leads(self, callback: Any) -> bool:

@@ -1,0 +1,226 @@
+"""A run joins a model and leaves it as it was found, whatever happened in between."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, TokenSmoothing, editing
+from kedit_train.core import EditRun, Host
+from kedit_train.core.reference import holding, snapshot
+from kedit_train.errors import EditError
+
+IDS = torch.tensor([[5, 7, 11, 13, 17, 3], [2, 4, 8, 16, 32, 60]])
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    """Everything that an edit might leave on a model beside its values."""
+    hooks = [(n, list(m._forward_hooks), list(m._forward_pre_hooks), m.training) for n, m in model.named_modules()]
+    grads = [(n, p.requires_grad) for n, p in model.named_parameters()]
+    return hooks, grads, [sorted(m.__dict__) for m in model.modules()]
+
+
+def step(edit: Any, model: Any, optimizer: Any) -> None:
+    edit.before_step()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_nothing_is_left_on_the_model(tiny, family, steps):
+    model = tiny(family)
+    next(model.parameters()).requires_grad_(False)
+    before = state(model)
+    with editing(model, [TokenSmoothing(), ParameterScope(1, "mlp")]) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+        for _ in range(steps):
+            step(edit, model, optimizer)
+        assert state(model) != before
+    assert state(model) == before
+
+
+def test_nothing_is_left_after_a_failure_in_the_loop(tiny):
+    model = tiny("llama")
+    before = state(model)
+    edit = editing(model, [ParameterScope(1), TokenSmoothing()])
+    handle = edit.__enter__()
+    handle.before_step()
+    assert state(model) != before
+    assert not edit.__exit__(MemoryError, MemoryError(), None)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    "callbacks",
+    [
+        lambda: [ParameterScope(1), ParameterScope(0)],
+        lambda: [ParameterScope("nonsense")],
+        lambda: [TokenSmoothing(), ParameterScope(modules="nothing")],
+        lambda: [ParameterScope(1), KLLocality([" "])],
+    ],
+)
+def test_nothing_is_left_where_a_callback_cannot_be_prepared(tiny, callbacks):
+    model = tiny("llama")
+    before = state(model)
+    with pytest.raises(EditError), editing(model, callbacks()):
+        pass
+    assert state(model) == before
+
+
+def test_an_empty_list_of_callbacks_is_refused(tiny):
+    with pytest.raises(EditError) as error, editing(tiny("llama"), []):
+        pass
+    assert str(error.value) == "editing(): the list of callbacks is empty; nothing would be constrained"
+
+
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, saved_and_loaded, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_model_under_edit_is_an_ordinary_model(tiny, take):
+    model = tiny("llama")
+    want = model(input_ids=IDS, labels=IDS)
+    with editing(model, [ParameterScope(1), TokenSmoothing(0.5, target="uniform")]) as edit:
+        edit.before_step()
+        ours = model(input_ids=IDS, labels=IDS).loss
+        other = take(model)
+        got = other(input_ids=IDS, labels=IDS)
+        assert torch.equal(got.loss, want.loss)
+        assert torch.equal(got.logits, want.logits)
+        assert not torch.equal(ours, want.loss)
+        assert getattr(other, "_kedit_run", None) is None
+        with editing(other, [TokenSmoothing(0.5, target="uniform")]) as second:
+            second.before_step()
+            torch.testing.assert_close(other(input_ids=IDS, labels=IDS).loss, ours)
+        torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, ours)
+        ours.backward()
+    assert torch.equal(model(input_ids=IDS, labels=IDS).loss, want.loss)
+
+
+def test_another_loop_on_the_same_model_takes_over(tiny):
+    model = tiny("llama")
+    before = state(model)
+    first, second = Host(object()), Host(object())
+    scope, smoothing = ParameterScope(1), TokenSmoothing()
+    one = EditRun.join(model, scope, first)
+    EditRun.join(model, smoothing, first)
+    smoothing.run = one
+    one.attach(scope)
+    one.attach(smoothing)
+    two = EditRun.join(model, ParameterScope(0), second)
+    assert one.closed
+    assert not two.closed
+    # What the first froze is not taken for what was frozen before.
+    assert {name.split(".")[2] for name in two.scope} == {"0"}
+    assert not any(m._forward_hooks for m in model.modules())
+    one.finish(scope)
+    assert not two.closed, "the end of the first loop is no event of the second"
+    two.close()
+    assert state(model) == before
+
+
+def test_the_same_callbacks_serve_a_second_run(tiny):
+    callbacks = [ParameterScope(-1), TokenSmoothing()]
+    for family in ("llama", "gpt2", "llama"):
+        model = tiny(family)
+        with editing(model, callbacks) as edit:
+            optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+            step(edit, model, optimizer)
+            assert edit.run.step == 1
+
+
+def test_optimizers_of_other_models_are_none_of_its_business(tiny):
+    model, other = tiny("llama"), nn.Linear(2, 2)
+    foreign = torch.optim.SGD(other.parameters(), lr=0.1)
+    with editing(model, [ParameterScope(1), TokenSmoothing()]) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+        edit.before_step()
+        other(torch.ones(1, 2)).sum().backward()
+        foreign.step()
+        assert edit.run.step == 0
+        assert other.weight.grad is not None
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        assert edit.run.step == 1
+
+
+def test_constraints_hold_after_every_step_in_their_order(tiny):
+    class Add(EditCallback):
+        def __init__(self, order: int, factor: float, plus: float) -> None:
+            self.order, self.factor, self.plus = order, factor, plus
+
+        def constrain(self, name, weight, reference):
+            return reference * 0 + self.factor * (0.0 if self.order == 1 else 1.0) * weight + self.plus
+
+    model = tiny("llama")
+    # Listed in the wrong order: sets to 3, then doubles and adds one.
+    callbacks = [Add(2, 2.0, 1.0), ParameterScope(1, "down_proj"), Add(1, 1.0, 3.0)]
+    with editing(model, callbacks) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+        step(edit, model, optimizer)
+        assert (model.model.layers[1].mlp.down_proj.weight == 7.0).all()
+        assert not (model.model.layers[0].mlp.down_proj.weight == 7.0).any()
+
+
+def test_unedited_is_the_model_before_and_the_edited_one_comes_back_bitwise(tiny):
+    model = tiny("llama")
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+    with editing(model, [ParameterScope(1)]) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
+        step(edit, model, optimizer)
+        with torch.no_grad():
+            after = model(input_ids=IDS).logits
+            with edit.run.unedited():
+                assert torch.equal(model(input_ids=IDS).logits, before)
+            assert torch.equal(model(input_ids=IDS).logits, after)
+            assert not torch.equal(after, before)
+
+
+def test_without_a_scope_the_unedited_model_is_gone_after_a_step(tiny):
+    model = tiny("llama")
+    with editing(model, [TokenSmoothing()]) as edit:
+        step(edit, model, torch.optim.SGD(edit.parameters(), lr=1.0))
+        with pytest.raises(
+            EditError, match=r"^the model before the edit is needed .*; add ParameterScope, which keeps"
+        ):
+            edit.run.unedited().__enter__()
+
+
+def test_holding_restores_after_a_failure():
+    linear = nn.Linear(3, 3)
+    named = dict(linear.named_parameters())
+    own = snapshot(named)
+    context = holding(named, {"weight": torch.full((3, 3), 1 / 3)})
+    context.__enter__()
+    assert (linear.weight == 1 / 3).all()
+    assert not context.__exit__(RuntimeError, RuntimeError(), None)
+    assert all(torch.equal(named[name], value) for name, value in own.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (None, "X: no tokenizer found; pass tokenizer= (an object, a name or a path)"),
+        ("/no/such/folder", "X: no tokenizer at '/no/such/folder' ("),
+    ],
+)
+def test_no_tokenizer(tiny, name, message):
+    run = EditRun(tiny("llama"), Host(object()))
+    with pytest.raises(EditError) as error:
+        run.tokenizer("X", name)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+    run.close()
