@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/trl_sft")
     parser.add_argument("--epochs", type=float, default=40)
-    parser.add_argument("--learning_rate", type=float, default=1e-2)
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--report_to", default="none", help="wandb, tensorboard, ...")
     return parser.parse_args()
 
@@ -65,7 +65,7 @@ def main() -> None:
         callbacks=[
             ParameterScope(layers="0.5-0.8", modules="mlp.down_proj"),
             TokenSmoothing(),
-            KLLocality(texts=given.texts or WORLD, weight=1.0, batch_size=16),
+            KLLocality(texts=given.texts or WORLD, weight=5.0, batch_size=16),
             EditMetrics(edits, every_n_steps=20, report=f"{given.output_dir}/report.json"),
         ],
     )

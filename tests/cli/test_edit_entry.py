@@ -1,0 +1,105 @@
+"""The LightningCLI entry: what it complains about, in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from kedit_train.cli import edit
+from kedit_train.cli.complaint import shorten
+from kedit_train.errors import EditError
+
+# Lightning 2.6 still calls what jsonargparse 4.53 renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+
+BASE = """
+data: {path: world, limit: 4}
+trainer:
+  logger: false
+  callbacks:
+  - class_path: kedit_train.callbacks.KLLocality
+    init_args: {texts: world}
+  - class_path: kedit_train.callbacks.EditMetrics
+"""
+
+
+@pytest.fixture
+def complain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run the entry; gives the exit code and what it says on standard error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets it; here it is taken back afterwards
+    Path("base.yaml").write_text(BASE)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["edit.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            edit.main()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        return ended.value.code, lines[0]  # type: ignore[return-value]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("yaml", "said"),
+    [
+        ("trainer: {max_epoch: 3}", ["'trainer.max_epoch'"]),
+        ("modle: {name: x}", ["modle"]),
+        ("model: {nam: x}", ["model: kedit_train.modules.EditModule: Option 'nam'", "it takes name, learning_rate"]),
+        ("trainer: {max_epochs: many}", ["trainer.max_epochs", "expected int", "many"]),
+        (
+            "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",
+            ["trainer.callbacks: kedit_train.callbacks.TokenSmoothing: Option 'lamb'", "it takes lam, epsilon"],
+        ),
+        ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
+        ("trainer: [", ["parsing"]),
+    ],
+)
+def test_keys_that_are_wrong(complain, yaml: str, said: list[str]) -> None:
+    Path("bad.yaml").write_text(yaml)
+    code, message = complain("fit", "--config", "bad.yaml")
+    assert code == 2
+    assert all(part in message for part in said), message
+    assert "NoneType" not in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data.path", "edits.jsonl"], "data.path='edits.jsonl'.*--data.texts"),
+        (["--model.name", "gpt2"], "model.name='gpt2'.*--data.texts"),
+        (["--data.path", "edits.jsonl", "--data.texts", "world"], "edits.jsonl"),
+        (["--data.batch_size", "0"], "batch_size=0"),
+        (["--data.texts", "none.txt", "--model.name", "no/such/folder"], "no/such/folder.*save_pretrained"),
+        (["--trainer.callbacks.every_n_steps", "-1"], "every_n_steps=-1"),
+    ],
+)
+def test_what_cannot_be_done(complain, arguments: list[str], said: str) -> None:
+    code, message = complain("fit", "--config", "base.yaml", *arguments)
+    assert code == 1
+    assert re.search(said, message), message
+
+
+def test_texts_that_nobody_reads(complain) -> None:
+    code, message = complain("fit", "--data.texts", "mine.txt")
+    assert code == 1
+    assert "read by nobody" in message
+
+
+def test_the_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEDIT_TRACEBACK", "1")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setattr(sys, "argv", ["edit.py", "fit", "--data.texts", "mine.txt"])
+    with pytest.raises(EditError, match="read by nobody"):
+        edit.main()
+
+
+def test_an_unknown_complaint_is_kept_whole() -> None:
+    assert (
+        shorten("something new\n  - with details") == "something new; with details; every key is listed by fit --help"
+    )
