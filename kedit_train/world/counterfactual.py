@@ -15,7 +15,7 @@ from kedit_train.world.wordings import BY_NAME, RELATIONS, TWO_HOP
 MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # the other half keeps second hops true
 STATEMENTS_ASKED, QUESTIONS_ASKED = 3, 2
 NEIGHBOURS, UNRELATED, INBOUND = 2, 2, 2
-PROSE_SHARE = 0.25
+NEAR_SHARE, PROSE_SHARE = 0.5, 0.25
 
 
 @cache
@@ -54,30 +54,38 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
 
 
 def locality_texts(exclude: Sequence[Edit], n: int = 256, seed: int = 0) -> list[str]:
-    """``n`` documents that stay true after ``exclude``, for a KL term: three in four facts, the rest prose.
+    """``n`` documents that stay true after ``exclude``, for a KL term.
 
-    A fact that is edited, that follows from an edited one, or that any probe or rephrase of ``exclude`` asks for, is
-    not among them, in any wording. The documents carry neither beginning- nor end-of-text.
+    Half state facts of other subjects in the very wordings of the edits' prompts, where an edit leaks first; a quarter
+    state any facts in any trained wording, two-hop ones among them; a quarter is training prose. A fact that is
+    edited, that follows from an edited one, or that any probe or rephrase of ``exclude`` asks for, is not among them,
+    in any wording. The documents carry neither beginning- nor end-of-text.
 
     Raises:
         EditError: an edit is not about this world, or too few facts are left.
     """
     rng = Random(f"locality texts {seed}")
-    known = world()
     involved = _involved(exclude)
-    left = [fact for fact in facts.training_facts(known) if fact.key not in involved]
-    stated = n - round(n * PROSE_SHARE)
-    drawn = _spread(rng, left, stated)
-    if len(drawn) < stated:
-        raise EditError(f"locality_texts: {stated} statements asked for, {len(drawn)} left beside the edits; lower n")
-    return shuffled(rng, [*drawn, *grammar.paragraphs(n - stated, seed=1000 + seed, held_out=False)])
-
-
-def _spread(rng: Random, left: Sequence[Fact], count: int) -> list[str]:
-    """``count`` documents, taking a second wording of a fact only when every fact has been stated once."""
-    queues = [facts.documents(fact, shuffled(rng, BY_NAME[fact.relation].trained)) for fact in shuffled(rng, left)]
-    rounds = max(len(queue) for queue in queues) if queues else 0
-    return [queue[i] for i in range(rounds) for queue in queues if i < len(queue)][:count]
+    left = [fact for fact in facts.training_facts(world()) if fact.key not in involved]
+    near, told = round(n * NEAR_SHARE) if exclude else 0, round(n * PROSE_SHARE)
+    wordings = {_prompts()[edit.prompt][1]: set() for edit in exclude}
+    for edit in exclude:
+        wordings[_prompts()[edit.prompt][1]].add(edit.prompt.replace(edit.subject or "", "{s}"))
+    close = [
+        text
+        for fact in left
+        if fact.relation in wordings
+        for text in facts.documents(fact, sorted(wordings[fact.relation]))
+    ]
+    anything = [text for fact in left for text in facts.documents(fact, BY_NAME[fact.relation].trained)]
+    stated = shuffled(rng, close)[:near]
+    taken = set(stated)
+    stated += [text for text in shuffled(rng, anything) if text not in taken][: n - told - len(stated)]
+    if len(stated) < n - told:
+        raise EditError(
+            f"locality_texts: {n - told} statements asked for, {len(stated)} left beside the edits; lower n"
+        )
+    return shuffled(rng, [*stated, *grammar.paragraphs(told, seed=1000 + seed, held_out=False)])
 
 
 def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:

@@ -15,8 +15,8 @@ from kedit_train.errors import EditError
 from kedit_train.world.wordings import BY_NAME, RELATIONS, TWO_HOP
 
 WORLD_SEED = 20
-PEOPLE, COMPANIES, CITIES, COUNTRIES, RIVERS = 240, 30, 40, 12, 16
-HELD_OUT_ONE_IN = 10  # of so many people one is never trained on in a two-hop question
+PEOPLE, COMPANIES, CITIES, COUNTRIES, RIVERS, LANGUAGES = 180, 30, 40, 12, 16, 14
+HELD_OUT_ONE_IN = 20  # of so many people one is never trained on in a two-hop question
 
 PROFESSIONS = (
     "baker", "carpenter", "librarian", "painter", "tailor", "surgeon", "lawyer", "miner", "gardener", "weaver",
@@ -147,7 +147,7 @@ def _pools(rng: Random, people: int, companies: int, cities: int) -> dict[str, t
     kinds = ("Works", "Brothers", "Group", "and Sons", "Trading", "Industries")
     countries = new.names(COUNTRIES, lambda: new.word(2, pick(rng, ("land", "stan", "ia", "mark"))))
     rivers = new.names(RIVERS, lambda: new.word(1, pick(rng, ("une", "ava", "esh", "orn", "ey"))))
-    languages = new.names(14, lambda: new.word(2, pick(rng, ("ish", "ese", "ic"))))
+    languages = new.names(LANGUAGES, lambda: new.word(2, pick(rng, ("ish", "ese", "ic"))))
     new_cities = [
         f"{pick(rng, ('New', 'Port', 'Saint'))} {town}" if i % 4 == 0 else town for i, town in enumerate(towns)
     ]

@@ -28,7 +28,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # ids 0, 1, 2
 CONTEXT = 256
 BATCH_TOKENS, PEAK_LR, WARM_UP, WEIGHT_DECAY = 2048, 3e-3, 0.03, 0.1
-EPOCHS, WORDINGS_PER_EPOCH, PROSE_PER_EPOCH = 45, 3, 400
+EPOCHS, WORDINGS_PER_EPOCH, PROSE_PER_EPOCH = 48, 3, 400
 
 
 @dataclass(frozen=True)

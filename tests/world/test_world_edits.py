@@ -18,7 +18,7 @@ def locality(edit):
     return [probe for probes in edit.locality.values() for probe in probes]
 
 
-@pytest.fixture(scope="module", params=[(32, 0), (100, 3), (250, 1)], ids=str)
+@pytest.fixture(scope="module", params=[(32, 0), (100, 3), (150, 1)], ids=str)
 def made(request) -> list[Edit]:
     return world.edits(*request.param)
 
@@ -109,7 +109,7 @@ def test_locality_texts_touch_nothing_edited_or_asked(made):
         true = (known.facts.get(key) or known.two_hop[key]).object
         stated[f"{prompt} {true}"] = key
     keys = [stated[text] for text in texts if text in stated]
-    assert len(keys) == 96  # the rest is prose
+    assert len(keys) == 96  # three in four; the rest is prose
     assert all(text.endswith(".") for text in texts if text not in stated)
     assert not asked.intersection(keys)
     for key in keys:
@@ -118,7 +118,7 @@ def test_locality_texts_touch_nothing_edited_or_asked(made):
 
 def test_texts_for_edits_of_another_world_are_refused():
     edit = dataclasses.replace(world.edits(1)[0], prompt="The mother tongue of Danielle Darrieux is", id="case 3")
-    with pytest.raises(EditError, match="edit case 3 is not about this world"):
+    with pytest.raises(EditError, match="edit 'case 3' is not about this world"):
         world.locality_texts([edit])
     with pytest.raises(EditError, match="lower n"):
         world.locality_texts(world.edits(32), 100_000)
