@@ -5,6 +5,8 @@ The model and the edits are all that is here: what makes the run an edit are the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +67,8 @@ class EditModule(LightningModule):
         self.model.train()
         if gradient_checkpointing:
             # The reentrant kind needs inputs that require gradients, which a frozen embedding does not give.
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            newer = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+            (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, **batch: Tensor) -> Any:
         """The model's own output for ``input_ids``, ``attention_mask`` and ``labels``, each [batch, length]."""
@@ -176,20 +179,11 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         from kedit_train import world
 
         name = str(world.path())
-    try:
+    with refusals(name, "cannot be loaded as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-        model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        # transformers explains itself over many lines; the first says what is wrong.
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        local = " (there is no such folder here)" if not Path(name).is_dir() else ""
-        raise EditError(
-            f"model {name!r}{local} cannot be loaded as a causal language model: {reason.strip()[:300]}; give a hub "
-            "name, a folder saved by save_pretrained, or 'world'"
-        ) from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise EditError(
@@ -201,7 +195,23 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
             f"model {name!r} ({type(model).__name__}) lets a token see those after it, so it cannot be asked to "
             "continue a prompt: give the checkpoint of a causal language model"
         )
+    with refusals(name, "comes without a tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, tokenizer
+
+
+@contextmanager
+def refusals(name: str, problem: str) -> Iterator[None]:
+    """Turn what ``transformers`` says over many lines into one: the first names the reason."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        local = "" if Path(name).is_dir() else " (there is no such folder here)"
+        raise EditError(
+            f"model {name!r}{local} {problem}: {reason[:300]}; give a hub name, a folder saved by save_pretrained, or "
+            "'world'"
+        ) from error
 
 
 @torch.no_grad()

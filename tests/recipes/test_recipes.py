@@ -1,0 +1,72 @@
+"""The catalogue's files keep what they say about themselves."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kedit_train import catalog
+from kedit_train.cli.edit import EditCLI, EditParser
+
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+RECIPES = sorted(catalog.folder("recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def parser() -> EditParser:
+    """The entry's own parser of `fit`."""
+    cli = EditCLI.__new__(EditCLI)
+    cli.parser_class, cli.seed_everything_default, cli.trainer_class, cli.trainer_defaults = EditParser, 0, None, {}
+    cli.auto_configure_optimizers = True
+    made = cli.init_parser()
+    cli._add_arguments(made)
+    return made
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe(recipe: Path, parser: EditParser) -> None:
+    lines = recipe.read_text().splitlines()
+    assert len(lines) <= 60
+    header = "\n".join(line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))])
+    assert f"lightning run recipes/{recipe.name}\n" in header
+    config = parser.parse_path(str(recipe), defaults=True)
+    assert config.model.init_args.name == "world"
+    assert config.data.init_args.path == "world"
+    # The last callback, so that one argument of it can be set on the command line.
+    metrics = config.trainer.callbacks[-1]
+    assert metrics.class_path.endswith(".EditMetrics")
+    assert metrics.init_args.edits is None
+    assert metrics.init_args.report == f"runs/{recipe.stem}/report.json"
+    assert config.trainer.default_root_dir == f"runs/{recipe.stem}"
+    assert any(callback.class_path.endswith(".ParameterScope") for callback in config.trainer.callbacks)
+    # Or a launcher's processes would be contradicted.
+    assert "devices" not in yaml.safe_load(recipe.read_text())["trainer"]
+
+
+def test_the_gallery_names_every_recipe() -> None:
+    gallery = (catalog.folder("recipes") / "README.md").read_text()
+    for name in (*catalog.names("recipes"), "edit"):
+        assert f"[{name}." in gallery
+
+
+def test_quickstart_is_the_same_edit_in_trl() -> None:
+    """Learning rate, batch, epochs and callbacks of the script are those of the YAML."""
+    quickstart = yaml.safe_load((catalog.folder("recipes") / "quickstart.yaml").read_text())
+    tree = ast.parse((catalog.folder("recipes") / "trl_sft.py").read_text())
+    calls = {c.func.id: c for c in ast.walk(tree) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)}
+    added = [c for c in ast.walk(tree) if isinstance(c, ast.Call) and getattr(c.func, "attr", "") == "add_argument"]
+
+    def constants(call: ast.Call) -> dict:
+        return {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+
+    options = {c.args[0].value: constants(c) for c in added if isinstance(c.args[0], ast.Constant)}
+    assert options["--learning_rate"]["default"] == quickstart["model"]["learning_rate"]
+    assert options["--epochs"]["default"] == quickstart["trainer"]["max_epochs"]
+    assert constants(calls["SFTConfig"])["per_device_train_batch_size"] == quickstart["data"]["batch_size"]
+    for callback in quickstart["trainer"]["callbacks"]:
+        name = callback["class_path"].rpartition(".")[2]
+        own = {k: v for k, v in callback.get("init_args", {}).items() if k not in ("texts", "report")}
+        assert constants(calls[name]) == own
