@@ -74,7 +74,6 @@ class KLLocality(EditCallback):
         texts = without_probes(load_texts(self.texts, edits=run.edits), run.edits)
         longest = min(self.max_length, getattr(self._head.config, "max_position_embeddings", self.max_length))
         self._rows = windows(run.tokenizer("KLLocality", self.tokenizer), texts, longest)
-        self._rows = [row for row in self._rows if row]
         self._reference = self._take_reference(run)
         self._project_reference = run.reference_head()
         self._order = self._rounds()

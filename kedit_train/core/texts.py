@@ -32,7 +32,7 @@ def load_texts(source: Any, *, edits: Sequence[Edit] = ()) -> list[str]:
         name, source = str(source), _read(Path(source))
     if getattr(source, "column_names", None) is not None and "text" not in source.column_names:
         raise EditError(f"KLLocality: the dataset has no column 'text' (it has {', '.join(source.column_names)})")
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) or isinstance(source, dict):
         raise EditError(f"KLLocality: texts={source!r} is no list of texts, path or dataset")
     texts = []
     for number, record in enumerate(source, 1):
@@ -49,18 +49,31 @@ def load_texts(source: Any, *, edits: Sequence[Edit] = ()) -> list[str]:
 
 
 def _read(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise EditError(f"KLLocality: no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts")
     try:
-        content = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in content.splitlines() if line.strip()]
-        if path.suffix == ".json":
-            records = json.loads(content)
-            return records if isinstance(records, list) else [records]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if not path.is_file():
+            raise FileNotFoundError
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise EditError(f"KLLocality: {path} cannot be read: {error}") from error
-    return content.splitlines()
+    except OSError as error:
+        raise EditError(
+            f"KLLocality: no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts"
+        ) from error
+    if path.suffix == ".json":
+        records = _parse(content, str(path))
+        return records if isinstance(records, list) else [records]
+    # Not splitlines(): texts may hold separators that it takes for the end of a line.
+    lines = content.split("\n")
+    if path.suffix == ".jsonl":
+        return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    return lines
+
+
+def _parse(content: str, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise EditError(f"KLLocality: {where} cannot be read: {error}") from error
 
 
 def without_probes(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
@@ -86,7 +99,10 @@ def _prompts(edit: Edit) -> list[str]:
 def windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Tokenise; a text longer than ``max_length`` becomes several windows, so that nothing is cut off."""
     ids = tokenizer(list(texts), truncation=False)["input_ids"]
-    return [row[i : i + max_length] for row in ids for i in range(0, len(row), max_length)]
+    rows = [row[i : i + max_length] for row in ids for i in range(0, len(row), max_length)]
+    if not rows:
+        raise EditError(f"KLLocality: the tokenizer makes no token of any of the {len(texts)} texts; give others")
+    return rows
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
