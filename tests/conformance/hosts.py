@@ -101,7 +101,8 @@ def lightning_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[An
         "enable_model_summary": False,
         "log_every_n_steps": 1,
     }
-    loader = DataLoader(Rows(edits.encode(tokenizer)), batch_size=4, collate_fn=collator(tokenizer))
+    size = extra.pop("batch_size", 4)
+    loader = DataLoader(Rows(edits.encode(tokenizer)), batch_size=size, collate_fn=collator(tokenizer))
     trainer = L.Trainer(max_steps=steps, callbacks=callbacks, **(options | extra))
     trainer.fit(PlainModule(model, tokenizer), loader)
     return trainer

@@ -53,7 +53,7 @@ class LightningHost(Host):
         return 1.0 if scaler is None else scaler.get_scale()
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        # Lightning numbers the row of the n-th step n - 1. Its own count moves on only after the callbacks have seen the
+        # Lightning numbers the row of the n-th step n - 1. Its own count moves on only after callbacks have seen the
         # batch; when training has ended it has moved on.
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - (1 if last else 0)
         for logger in self.trainer.loggers if self.is_main else ():

@@ -1,0 +1,84 @@
+"""With cross-entropy as its objective the loss head changes nothing: a trainer's logged losses are the stock trainer's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import HOSTS
+
+from kedit_train import world
+from kedit_train.callbacks import TokenSmoothing
+from kedit_train.data import EditDataset
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "checkpointing": {"activation_checkpointing": True},
+    # Beyond the first step bf16 is compared loosely: TRL sums its exponentials in another order, and a last bit of the
+    # loss can flip the bf16 rounding of a gradient, and that the sign of a step of Adam.
+    "bf16": {"bf16": True, "learning_rate": 1e-5},
+    "bf16, accumulation, checkpointing": {
+        "bf16": True,
+        "learning_rate": 1e-5,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "activation_checkpointing": True,
+    },
+}
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
+
+
+def losses(host: str, callbacks: list[Any], options: dict[str, Any]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step."""
+    torch.manual_seed(0)
+    model, tokenizer = world.load()
+    edits = EditDataset(world.edits(n=24))
+    trainer = HOSTS[host](model, tokenizer, edits, callbacks, 3, **options)
+    return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "SFTTrainer, LoRA"])
+def test_cross_entropy_through_the_loss_head_is_the_stock_loss(host: str, option: str) -> None:
+    host, _, adapter = host.partition(", ")
+    options = [OPTIONS[option] | ({"peft_config": lora()} if adapter else {}) for _ in range(2)]
+    stock = losses(host, [], options[0])
+    ours = losses(host, [TokenSmoothing(lam=1.0, epsilon=0.0)], options[1])
+    assert len(stock) == 3
+    for (loss, norm), (own_loss, own_norm) in zip(stock, ours, strict=True):
+        half = "bf16" in option
+        assert own_loss == pytest.approx(loss, rel=5e-3 if half else 1e-6, abs=1e-6)
+        assert own_norm == pytest.approx(norm, rel=2e-2 if half else 2e-5)
+    # The first step is at equal weights.
+    assert ours[0][0] == pytest.approx(stock[0][0], rel=1e-6)
+    assert ours[0][1] == pytest.approx(stock[0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("host", ["Trainer", "Lightning"])
+def test_the_mean_over_samples_does_not_depend_on_accumulation(host: str) -> None:
+    edits = EditDataset(world.edits(n=16))
+    whole = {"per_device_train_batch_size": 8} if host == "Trainer" else {}
+    split = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    pairs = [(whole, {}), (split, {"accumulate_grad_batches": 4})]
+    finals = []
+    for trainer_options, lightning_options in pairs:
+        model, tokenizer = world.load()
+        torch.manual_seed(0)
+        smoothing = [TokenSmoothing(lam=1.0, epsilon=0.0, reduction="sample")]
+        if host == "Trainer":
+            HOSTS[host](model, tokenizer, edits, smoothing, 2, lr_scheduler_type="constant", **trainer_options)
+        else:
+            size = 2 if lightning_options else 8
+            HOSTS[host](model, tokenizer, edits, smoothing, 2, batch_size=size, **lightning_options)
+        finals.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    start = dict(world.load()[0].named_parameters())
+    moved = torch.cat([(finals[0][n] - start[n]).flatten() for n in start])
+    apart = torch.cat([(finals[0][n] - finals[1][n]).flatten() for n in start])
+    assert apart.norm() < 1e-2 * moved.norm()
