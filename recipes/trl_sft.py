@@ -10,13 +10,16 @@ Result: a table in the terminal and report.json in the output folder.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
+import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, TokenSmoothing
+from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modules import WORLD, load_model
@@ -56,7 +59,9 @@ def main() -> None:
             weight_decay=0.0,
             max_grad_norm=0.0,
             bf16=False,
-            gradient_checkpointing=False,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            # Without it accelerate lets processes on a CPU train each for itself, whatever the launcher.
+            use_cpu=not torch.accelerator.is_available(),
             save_strategy="no",
             logging_steps=4,
             report_to=given.report_to,
@@ -69,8 +74,10 @@ def main() -> None:
             EditMetrics(edits, every_n_steps=20, report=f"{given.output_dir}/report.json"),
         ],
     )
+    check_world(trainer.args.world_size, os.environ)
     trainer.train()
     trainer.save_model(f"{given.output_dir}/model")
+    part()
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ class EditCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = super().instantiate_trainer(**kwargs)
-        check_world(trainer, os.environ)
+        check_world(trainer.world_size, os.environ)
         return trainer
 
 

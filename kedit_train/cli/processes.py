@@ -59,18 +59,18 @@ def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str,
         trainer["num_nodes"] = world // local
     count = _count(trainer["devices"])
     if count is not None and count * trainer["num_nodes"] != world:
-        raise _mismatch(count * trainer["num_nodes"], world, trainer["devices"], trainer["num_nodes"])
+        raise _mismatch(count * trainer["num_nodes"], world)
 
 
-def check_world(trainer: Any, environment: Mapping[str, str]) -> None:
-    """Compare what the trainer made of it all with the number of processes that run.
+def check_world(size: int, environment: Mapping[str, str]) -> None:
+    """Compare ``trainer.world_size``, what the trainer made of it all, with the number of processes that run.
 
     Raises:
         EditError: they differ, so that several trainings would run beside each other.
     """
     world = world_size(environment)
-    if world is not None and trainer.world_size != world:
-        raise _mismatch(trainer.world_size, world, trainer.num_devices, trainer.num_nodes)
+    if world is not None and size != world:
+        raise _mismatch(size, world)
 
 
 def part() -> None:
@@ -93,8 +93,8 @@ def _count(devices: Any) -> int | None:
     return len(devices)
 
 
-def _mismatch(trainer: int, world: int, devices: Any, nodes: int) -> EditError:
+def _mismatch(size: int, world: int) -> EditError:
     return EditError(
-        f"the trainer is set to {trainer} process(es) (devices={devices}, num_nodes={nodes}) and the launcher started "
-        f"{world}: leave out trainer.devices, and say --devices {trainer} to the launcher for that many"
+        f"the trainer is set to {size} process(es) and the launcher started {world}: leave out trainer.devices and "
+        f"trainer.num_nodes, and say --devices {size} to the launcher for that many"
     )

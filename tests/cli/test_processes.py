@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 
 from kedit_train.cli.processes import check_world, follow_launcher, world_size
@@ -59,9 +57,8 @@ def test_what_contradicts_is_refused(said: dict, environment: dict, message: str
 
 
 def test_the_trainers_own_count_has_the_last_word() -> None:
-    trainer = types.SimpleNamespace(world_size=1, num_devices=1, num_nodes=1)
-    check_world(trainer, {})
-    check_world(trainer, {"LT_CLI_USED": "1"})
+    check_world(1, {})
+    check_world(1, {"LT_CLI_USED": "1"})
     with pytest.raises(EditError, match="started 2"):
-        check_world(trainer, TWO)
+        check_world(1, TWO)
     assert world_size({}) is None

@@ -111,3 +111,13 @@ def test_a_count_that_contradicts_the_launcher_starts_nothing(there: Path) -> No
     assert "started 2" in said[0]
     assert "Traceback" not in ended.stderr
     assert not (there / "out").exists()
+
+
+def test_the_trl_script_on_two_processes(there: Path) -> None:
+    ended = start(there, tool("lightning"), "run", "trl_sft", "--devices", "2", "--epochs", "2", "--output_dir", "out")
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((there / "out" / "report.json").read_text())
+    # 32 edits in batches of 16 on two processes: one step an epoch.
+    assert report["meta"]["steps"] == 2
+    assert ended.stdout.count("report: ") == 1
+    assert (there / "out" / "model" / "model.safetensors").is_file()
