@@ -1,1 +1,32 @@
 """Turn the fine-tuning run you already have into a knowledge edit."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kedit_train.callbacks.hosts.loop import editing
+    from kedit_train.data import Edit, EditDataset, Probe
+    from kedit_train.errors import EditError
+    from kedit_train.evaluation import Report, evaluate
+
+__version__ = "0.1.0"
+__all__ = ["Edit", "EditDataset", "EditError", "Probe", "Report", "editing", "evaluate"]
+
+_HOMES = {
+    "Edit": "data",
+    "EditDataset": "data",
+    "EditError": "errors",
+    "Probe": "data",
+    "Report": "evaluation",
+    "editing": "callbacks.hosts.loop",
+    "evaluate": "evaluation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: reading edits should not cost the import of a training framework.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kedit_train' has no attribute {name!r}")
+    return getattr(import_module(f"kedit_train.{_HOMES[name]}"), name)

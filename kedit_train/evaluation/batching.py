@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from kedit_train.core.output_head import evaluation_mode
 from kedit_train.errors import EditError
 
 Row = TypeVar("Row")
@@ -32,14 +33,8 @@ def unwrapped(model: nn.Module) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module has its own ``training`` flag back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), torch.no_grad():
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:
