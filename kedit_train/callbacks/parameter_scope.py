@@ -7,6 +7,7 @@ import torch
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope import resolve_scope
+from kedit_train.errors import EditError
 
 
 class ParameterScope(EditCallback):
@@ -37,7 +38,9 @@ class ParameterScope(EditCallback):
         self.layers, self.modules = layers, modules
 
     def prepare(self, run: EditRun) -> None:
-        run.set_scope(resolve_scope(run.model, self.layers, self.modules), owner=self)
+        if any(isinstance(other, ParameterScope) for other in run.callbacks if other is not self):
+            raise EditError("two ParameterScope callbacks on one model; give one of them every layer and module")
+        run.set_scope(resolve_scope(run.model, self.layers, self.modules))
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Parameters in scope, and how far they are from where they were, relative to their size."""

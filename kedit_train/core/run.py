@@ -47,7 +47,6 @@ class EditRun:
         self.closed = self.stopped = False
         self._trainable = {p: p.requires_grad for p in root.parameters()}
         self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        self._scoped_by: Any = None
         self._head: OutputHead | None = None
         self._attached: set[int] = set()
         self._penalised: bool | None = None
@@ -85,11 +84,9 @@ class EditRun:
         """Whether this callback is the one through which the host's events reach the run."""
         return not self.closed and self.callbacks[0] is callback
 
-    def set_scope(self, scope: Mapping[str, nn.Parameter], owner: Any) -> None:
+    def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:
         """Let these parameters change and nothing else, and remember what they were."""
-        if self._scoped_by is not None and self._scoped_by is not owner:
-            raise EditError("two ParameterScope callbacks on one model; give one of them every layer and module")
-        self._scoped_by, self.scope = owner, dict(scope)
+        self.scope = dict(scope)
         chosen = {id(p) for p in scope.values()}
         for parameter in self._trainable:
             parameter.requires_grad_(id(parameter) in chosen)
@@ -251,7 +248,8 @@ class EditRun:
     def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # With a closure the gradients are those of the step before (Lightning's automatic optimization); there the
         # host's own event after the backward pass calls before_optimizer.
-        closure = args[0] if args else kwargs.get("closure")
+        # torch hands the optimizer itself over as the first argument.
+        closure = next((a for a in args if a is not optimizer), kwargs.get("closure"))
         if closure is None and self._ours(optimizer):
             self.before_optimizer()
 
