@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class EditCallback(TransformersEvents, LightningEvents):
     """
 
     order = 50
+    constrains = False
 
     def prepare(self, run: EditRun) -> None:
         """Check arguments and decide what may change. The optimizer does not exist yet, nor need other callbacks."""
@@ -35,9 +37,14 @@ class EditCallback(TransformersEvents, LightningEvents):
         """Tell, with all gradients computed, whether this optimizer step should leave the weights alone."""
         return False
 
-    def constrain(self, name: str, weight: Tensor, reference: Tensor) -> Tensor:
-        """Return what a scoped weight shall be after the step, given what it was before the edit."""
-        return weight
+    def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the scoped weights shall be after a step, given what they were before the edit.
+
+        Called without gradients after every optimizer step where ``constrains`` is set, in the order of ``order``: null
+        space and low curvature, then ball, then mask, so that the mask is exact. Return new tensors for what changes,
+        in the dtypes of the weights; never write into the ones given.
+        """
+        return weights
 
     def after_step(self, run: EditRun) -> None:
         """Look at the model after an optimizer step, outside of the gradient."""

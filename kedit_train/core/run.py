@@ -97,6 +97,9 @@ class EditRun:
         if not self._handles:
             # Strategies may have replaced parameters since (FSDP2 makes them DTensors); names stay.
             self.scope = {name: self.model.get_parameter(name) for name in self.scope}
+            if not self.reference and any(callback.constrains for callback in self.callbacks):
+                with self.unedited():
+                    self.reference = snapshot(self.scope)
             self._handles = [
                 register_optimizer_step_pre_hook(self._before_optimizer),
                 register_optimizer_step_post_hook(self._after_optimizer),
@@ -259,13 +262,20 @@ class EditRun:
             return
         self.step += 1
         self._penalised = None
-        for name, parameter in self.scope.items() if self.reference else ():
-            value = parameter.detach()
-            for callback in self.callbacks:
-                value = callback.constrain(name, value, self.reference[name])
-            if value.data_ptr() != parameter.data_ptr():
-                parameter.copy_(value)
+        self._constrain()
         self.host.stepped(self)
+
+    def _constrain(self) -> None:
+        """Write back what the callbacks make of the weights, in their order; what did not change is not written."""
+        constraining = [c for c in self.callbacks if c.constrains]
+        if not constraining:
+            return
+        weights: dict[str, Tensor] = {name: p.detach() for name, p in self.scope.items()}
+        for callback in constraining:
+            weights = callback.constrain(weights, self.reference)
+        for name, parameter in self.scope.items():
+            if weights[name].data_ptr() != parameter.data_ptr():
+                parameter.copy_(weights[name])
 
     def _ours(self, optimizer: Optimizer) -> bool:
         ours = {id(p) for p in self.scope.values()}

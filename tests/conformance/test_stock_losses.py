@@ -1,4 +1,4 @@
-"""With cross-entropy as its objective the loss head changes nothing: a trainer's logged losses are the stock trainer's."""
+"""Cross-entropy through the loss head changes nothing: a trainer logs what the stock trainer logs."""
 
 from __future__ import annotations
 
