@@ -156,22 +156,31 @@ def test_optimizers_of_other_models_are_none_of_its_business(tiny):
         assert edit.run.step == 1
 
 
-def test_constraints_hold_after_every_step_in_their_order(tiny):
-    class Add(EditCallback):
-        def __init__(self, order: int, factor: float, plus: float) -> None:
-            self.order, self.factor, self.plus = order, factor, plus
+class Plus(EditCallback):
+    """First in order: back to the reference, plus one. Second: doubled."""
 
-        def constrain(self, name, weight, reference):
-            return reference * 0 + self.factor * (0.0 if self.order == 1 else 1.0) * weight + self.plus
+    constrains = True
 
+    def __init__(self, order: int) -> None:
+        self.order = order
+
+    def constrain(self, weights, reference):
+        if self.order == 1:
+            return {name: reference[name] + 1.0 for name in weights}
+        return {name: weight * 2.0 for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("scope", [[], [ParameterScope(1, "down_proj")]], ids=["everything", "scope"])
+def test_constraints_hold_after_every_step_in_their_order_whatever_the_list_says(tiny, scope):
     model = tiny("llama")
-    # Listed in the wrong order: sets to 3, then doubles and adds one.
-    callbacks = [Add(2, 2.0, 1.0), ParameterScope(1, "down_proj"), Add(1, 1.0, 3.0)]
-    with editing(model, callbacks) as edit:
-        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
-        step(edit, model, optimizer)
-        assert (model.model.layers[1].mlp.down_proj.weight == 7.0).all()
-        assert not (model.model.layers[0].mlp.down_proj.weight == 7.0).any()
+    start = snapshot(dict(model.named_parameters()))
+    with editing(model, [Plus(2), *scope, Plus(1)]) as edit:
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1)
+        for _ in range(2):
+            step(edit, model, optimizer)
+            for name, parameter in model.named_parameters():
+                constrained = not scope or name == "model.layers.1.mlp.down_proj.weight"
+                assert torch.equal(parameter, (start[name] + 1.0) * 2.0 if constrained else start[name])
 
 
 def test_unedited_is_the_model_before_and_the_edited_one_comes_back_bitwise(tiny):
