@@ -171,7 +171,7 @@ class OutputHead:
         # Configurations disagree on whether the number multiplies or divides; the model's own logits decide.
         for scale in [1.0, *(s for v in given for s in (v, 1.0 / v))]:
             self.scale = scale
-            if torch.allclose(self._finish(raw), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+            if torch.allclose(self._finish(raw).float(), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
                 return
         raise EditError(
             f"the logits of {name} cannot be reproduced from its output head (it changes them in a way that its "

@@ -90,6 +90,18 @@ def test_equals_the_models_own_loss(tiny, family, items):
         assert items or (want - plain).abs() > 1e-4, "the balancing term is part of it"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_fp64_stays_fp64(tiny, family):
+    model = tiny(family).double()
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch(TEXTS).items() if k != "labels"}).logits
+    want = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch(TEXTS)["labels"][:, 1:].flatten())
+    with loss_head(model):
+        got = model(**batch(TEXTS)).loss
+    assert got.dtype == torch.float64
+    assert got.item() == pytest.approx(want.item(), rel=1e-7)
+
+
 @pytest.mark.parametrize("scope", ["lm_head", "layers.1"])
 def test_frozen_and_trained_heads_give_the_same(tiny, scope):
     model = tiny("llama")
