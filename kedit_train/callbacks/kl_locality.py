@@ -59,7 +59,9 @@ class KLLocality(EditCallback):
             if not good:
                 bounds = "weight >= 0, direction forward|reverse|jsd, batch_size and max_length > 0"
                 raise EditError(f"KLLocality: {name}={value!r} is out of bounds ({bounds})")
-        self.texts, self.weight = texts, weight
+        # Read more than once: by prepare, by attach, and by a second run of the same instance.
+        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+        self.weight = weight
         self.direction: Direction = direction
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
 

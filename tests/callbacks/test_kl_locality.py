@@ -1,0 +1,246 @@
+"""KLLocality against a second copy of the model, full softmax in fp64, every token of the chosen texts."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kedit_train.callbacks import KLLocality, ParameterScope, TokenSmoothing, editing
+from kedit_train.data import Edit
+from kedit_train.errors import EditError
+
+TEXTS = ["w1 w2 w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30", "w7 w7 w7", "w50 w40 w30 w20"]
+
+
+def divergence(before: Tensor, now: Tensor, direction: str) -> Tensor:
+    p, q = before.double().softmax(-1), now.double().softmax(-1)
+    if direction == "reverse":
+        p, q = q, p
+    if direction == "jsd":
+        m = (p + q) / 2
+        return ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+    return (p * (p / q).log()).sum(-1)
+
+
+def by_hand(before: Any, now: Any, tokenizer: Any, texts: list[str], direction: str = "forward") -> Tensor:
+    """Each text by itself, unpadded, the mean over all of their tokens."""
+    terms = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            reference = before(input_ids=ids).logits[0]
+        terms.append(divergence(reference, now(input_ids=ids).logits[0], direction))
+    return torch.cat(terms).mean()
+
+
+def shake(model: Any, size: float = 0.1) -> None:
+    """Stand in for training: move what may move."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * size)
+
+
+def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def assert_equals_by_hand(model: Any, scope: ParameterScope, words: Any, direction: Any = "forward") -> None:
+    before = copy.deepcopy(model).eval()
+    kl = KLLocality(TEXTS, weight=0.7, direction=direction, batch_size=len(TEXTS))
+    with editing(model, [kl, scope], tokenizer=words) as edit:
+        for callback in edit.run.callbacks:
+            edit.run.attach(callback)
+        assert kl.penalty(edit.run).item() == pytest.approx(0, abs=1e-6)
+        shake(model)
+        got = kl.penalty(edit.run)
+        want = 0.7 * by_hand(before, model.eval(), words, TEXTS, direction)
+        assert want.item() > 1e-3
+        assert got.item() == pytest.approx(want.item(), rel=1e-5)
+        wanted = gradients(want.float(), model)
+        for name, grad in gradients(got, model).items():
+            assert (grad - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_value_and_gradient(make, words, direction, family):
+    assert_equals_by_hand(make(family), ParameterScope(1, "mlp"), words, direction)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "mlp"], ["embed_tokens"], None])
+def test_with_the_output_head_or_its_tied_embeddings_in_the_scope(make, words, tied, modules):
+    assert_equals_by_hand(make(tie_word_embeddings=tied), ParameterScope(None, modules), words)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*ensure_weight_tying.*:UserWarning")
+@pytest.mark.parametrize("targets", [["down_proj"], ["q_proj", "lm_head"]])
+def test_with_adapters(make, words, targets):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    assert_equals_by_hand(model, ParameterScope(), words)
+
+
+def test_in_fp64_and_in_chunks(make, words, monkeypatch):
+    monkeypatch.setattr("kedit_train.callbacks.kl_locality.chunk_length", lambda vocabulary: 3)
+    assert_equals_by_hand(make(dtype=torch.float64), ParameterScope(0), words)
+
+
+def test_the_reference_is_the_model_before_the_edit_however_long_training_lasts(make, words, ids):
+    model = make()
+    before = copy.deepcopy(model).eval()
+    kl = KLLocality(TEXTS, batch_size=len(TEXTS))
+    with editing(model, [ParameterScope(1), TokenSmoothing(), kl], tokenizer=words, log_every_n_steps=1) as edit:
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
+        for _ in range(4):
+            want = by_hand(before, model, words, TEXTS).item()
+            edit.before_step()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert edit.history[-1]["edit/locality/kl"] == pytest.approx(want, rel=1e-4, abs=1e-6)
+        assert want > 1e-3
+
+
+def test_it_holds_the_model_back(make, words, ids):
+    def drift(weight: float) -> float:
+        torch.manual_seed(0)
+        model = make()
+        before = copy.deepcopy(model)
+        with editing(model, [ParameterScope(), KLLocality(TEXTS, weight, batch_size=5)], tokenizer=words) as edit:
+            optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
+            for _ in range(10):
+                edit.before_step()
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return by_hand(before, model, words, TEXTS).item()
+
+    assert drift(10.0) < 0.2 * drift(0.0)
+
+
+def test_a_penalty_without_weight_pulls_nowhere(make, words):
+    model = make()
+    with editing(model, [ParameterScope(1), kl := KLLocality(TEXTS, weight=0.0)], tokenizer=words) as edit:
+        edit.before_step()
+        shake(model)
+        loss = kl.penalty(edit.run)
+        assert loss.item() == 0.0
+        assert not any(g.any() for g in gradients(loss, model).values())
+
+
+def test_dropout_does_not_count_as_change(make, words):
+    model = make("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).train()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    with editing(model, [ParameterScope(1), kl := KLLocality(TEXTS, batch_size=5)], tokenizer=words) as edit:
+        edit.before_step()
+        assert kl.metrics(edit.run)["edit/locality/kl"] == pytest.approx(0, abs=1e-6)
+        assert model.training
+        assert model.transformer.h[0].attn.attn_dropout.training
+
+
+def drawn(kl: KLLocality, n: int) -> list[int]:
+    rounds: Iterator[int] = kl._rounds()
+    return [next(rounds) for _ in range(n)]
+
+
+def test_texts_are_drawn_in_shuffled_rounds_and_the_same_everywhere(make, words):
+    def order(seed: int) -> list[int]:
+        kl = KLLocality(TEXTS, seed=seed)
+        with editing(make(), [kl], tokenizer=words) as edit:
+            edit.before_step()
+            return drawn(kl, 15)
+
+    first = order(0)
+    assert [sorted(first[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+    assert first[:5] != first[5:10]
+    assert order(0) == first
+    assert order(1) != first
+
+
+@pytest.mark.parametrize("limit", [2, 4])
+def test_long_texts_are_cut_into_windows_that_the_model_can_read(make, words, limit):
+    model = make(max_position_embeddings=limit)
+    before = copy.deepcopy(model)
+    parts = [TEXTS[2].split()[i : i + limit] for i in range(0, 11, limit)]
+    with editing(model, [kl := KLLocality(TEXTS[2:3], batch_size=len(parts))], tokenizer=words) as edit:
+        for callback in edit.run.callbacks:
+            edit.run.attach(callback)
+        shake(model)
+        want = by_hand(before, model, words, [" ".join(part) for part in parts])
+        assert kl.penalty(edit.run).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
+    with editing(make(), [kl := KLLocality(TEXTS)], tokenizer=words) as edit:
+        edit.run.edits = [Edit(prompt="w20 w21", target="w5"), Edit(prompt="x", target="y", rephrases=("w7 w7",))]
+        with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts hold a prompt"):
+            edit.before_step()
+        assert [len(row) for row in kl._rows] == [5, 1, 4]
+
+
+def test_a_generator_of_texts_serves_two_runs(make, words):
+    kl = KLLocality(text for text in TEXTS)
+    for _ in range(2):
+        with editing(make(), [kl], tokenizer=words) as edit:
+            edit.before_step()
+            assert len(kl._rows) == len(TEXTS)
+
+
+@pytest.mark.parametrize(("name", "write"), [("a.txt", "\n".join), ("a.json", json.dumps)])
+def test_files(make, words, tmp_path, name, write: Callable[[list[str]], str]):
+    (tmp_path / name).write_text(write(TEXTS))
+    with editing(make(), [kl := KLLocality(tmp_path / name)], tokenizer=words) as edit:
+        edit.before_step()
+        assert len(kl._rows) == len(TEXTS)
+
+
+def test_an_empty_file_is_an_error_before_training(make, words, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(EditError) as error:
+        editing(make(), [KLLocality(tmp_path / "empty.txt")], tokenizer=words).__enter__()
+    assert str(error.value) == (
+        f"KLLocality: {tmp_path / 'empty.txt'} holds no text; give some that the model should answer as before"
+    )
+
+
+def test_no_tokenizer_is_an_error(make):
+    with (
+        editing(make(), [KLLocality(TEXTS)]) as edit,
+        pytest.raises(EditError, match=r"^KLLocality: no tokenizer found"),
+    ):
+        edit.before_step()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_without_a_scope_everything_is_trained_and_the_old_head_is_kept(make, words, tied):
+    model = make(tie_word_embeddings=tied)
+    before = copy.deepcopy(model)
+    with editing(model, [kl := KLLocality(TEXTS, batch_size=len(TEXTS))], tokenizer=words) as edit:
+        edit.before_step()
+        shake(model)
+        assert kl.penalty(edit.run).item() == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given", [{"weight": -1.0}, {"weight": float("nan")}, {"direction": "both"}, {"batch_size": 0}, {"max_length": 0}]
+)
+def test_bounds(given):
+    with pytest.raises(EditError) as error:
+        KLLocality(TEXTS, **given)
+    ((name, value),) = given.items()
+    assert str(error.value) == (
+        f"KLLocality: {name}={value!r} is out of bounds (weight >= 0, direction forward|reverse|jsd, batch_size and "
+        "max_length > 0)"
+    )
