@@ -30,6 +30,8 @@ class EditRun:
         scope: name -> parameter that may change; names are those of ``model``.
         reference: name -> its value before the edit, for the scope.
         step: optimizer steps taken.
+        learning_rates: name -> the learning rate (None where the optimizer has none of its own) with which a scoped
+            parameter has just been stepped; without those that were passed over for want of a gradient.
         scores: the latest value of every metric that a callback published, for other callbacks to read.
         edits: what is being edited, where a callback or the host knows it.
     """
@@ -42,6 +44,7 @@ class EditRun:
         self.callbacks: list[Any] = []
         self.reference: dict[str, Tensor] = {}
         self.step = 0
+        self.learning_rates: dict[str, float | None] = {}
         self.scores: dict[str, float] = {}
         self.edits: Sequence[Edit] = ()
         self.closed = self.stopped = False
@@ -262,6 +265,7 @@ class EditRun:
             return
         self.step += 1
         self._penalised = None
+        self.learning_rates = self._rates(optimizer)
         self._constrain()
         self.host.stepped(self)
 
@@ -276,6 +280,15 @@ class EditRun:
         for name, parameter in self.scope.items():
             if weights[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(weights[name])
+
+    def _rates(self, optimizer: Optimizer) -> dict[str, float | None]:
+        names = {id(p): name for name, p in self.scope.items()}
+        return {
+            names[id(p)]: None if (rate := group.get("lr")) is None else float(rate)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if id(p) in names and p.grad is not None
+        }
 
     def _ours(self, optimizer: Optimizer) -> bool:
         ours = {id(p) for p in self.scope.values()}

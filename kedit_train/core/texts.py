@@ -15,13 +15,14 @@ from kedit_train.data.edit import Edit
 from kedit_train.errors import EditError
 
 
-def load_texts(source: Any, *, edits: Sequence[Edit] = ()) -> list[str]:
+def load_texts(source: Any, *, edits: Sequence[Edit] = (), needed_by: str = "KLLocality") -> list[str]:
     """Read texts.
 
     Args:
         source: a list of strings; a path to ``.txt`` (one text a line), ``.jsonl`` or ``.json`` (strings, or records
             with ``text``); a ``datasets.Dataset`` with a column ``text``; or "world", the embedded world's facts.
         edits: with "world", what those facts must not touch.
+        needed_by: the callback that errors name.
     """
     if source == "world":
         from kedit_train import world
@@ -29,65 +30,65 @@ def load_texts(source: Any, *, edits: Sequence[Edit] = ()) -> list[str]:
         return world.locality_texts(exclude=edits)
     name = "texts"
     if isinstance(source, str | Path):
-        name, source = str(source), _read(Path(source))
+        name, source = str(source), _read(Path(source), needed_by)
     if getattr(source, "column_names", None) is not None and "text" not in source.column_names:
-        raise EditError(f"KLLocality: the dataset has no column 'text' (it has {', '.join(source.column_names)})")
+        raise EditError(f"{needed_by}: the dataset has no column 'text' (it has {', '.join(source.column_names)})")
     if not isinstance(source, Iterable) or isinstance(source, dict):
-        raise EditError(f"KLLocality: texts={source!r} is no list of texts, path or dataset")
+        raise EditError(f"{needed_by}: texts={source!r} is no list of texts, path or dataset")
     texts = []
     for number, record in enumerate(source, 1):
         text = record.get("text") if isinstance(record, dict) else record
         if not isinstance(text, str):
             raise EditError(
-                f"KLLocality: {name}, record {number}: expected a text or a record with 'text', got {record!r}"
+                f"{needed_by}: {name}, record {number}: expected a text or a record with 'text', got {record!r}"
             )
         texts.append(text)
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise EditError(f"KLLocality: {name} holds no text; give some that the model should answer as before")
+        raise EditError(f"{needed_by}: {name} holds no text; give some that the model should answer as before")
     return texts
 
 
-def _read(path: Path) -> list[Any]:
+def _read(path: Path, needed_by: str) -> list[Any]:
     try:
         if not path.is_file():
             raise FileNotFoundError
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EditError(f"KLLocality: {path} cannot be read: {error}") from error
+        raise EditError(f"{needed_by}: {path} cannot be read: {error}") from error
     except OSError as error:
         raise EditError(
-            f"KLLocality: no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts"
+            f"{needed_by}: no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts"
         ) from error
     if path.suffix == ".json":
-        records = _parse(content, str(path))
+        records = _parse(content, str(path), needed_by)
         return records if isinstance(records, list) else [records]
     # Not splitlines(): texts may hold separators that it takes for the end of a line.
     lines = content.split("\n")
     if path.suffix == ".jsonl":
-        return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        return [_parse(line, f"{path}, line {n}", needed_by) for n, line in enumerate(lines, 1) if line.strip()]
     return lines
 
 
-def _parse(content: str, where: str) -> Any:
+def _parse(content: str, where: str, needed_by: str) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise EditError(f"KLLocality: {where} cannot be read: {error}") from error
+        raise EditError(f"{needed_by}: {where} cannot be read: {error}") from error
 
 
-def without_probes(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
+def without_probes(texts: Sequence[str], edits: Iterable[Edit], *, needed_by: str = "KLLocality") -> list[str]:
     """Leave out texts that hold a question an edit is scored on, or the edit itself; a warning says how many."""
     held = {prompt for edit in edits for prompt in _prompts(edit)}
     kept = [text for text in texts if not any(prompt in text for prompt in held)]
     if len(kept) < len(texts):
         warnings.warn(
-            f"KLLocality: {len(texts) - len(kept)} of {len(texts)} texts hold a prompt that the edits are scored on; "
+            f"{needed_by}: {len(texts) - len(kept)} of {len(texts)} texts hold a prompt that the edits are scored on; "
             "they are left out, so that nothing the edit is scored on is trained on",
             stacklevel=2,
         )
     if not kept:
-        raise EditError("KLLocality: every text holds a prompt that the edits are scored on; give other texts")
+        raise EditError(f"{needed_by}: every text holds a prompt that the edits are scored on; give other texts")
     return kept
 
 
@@ -96,12 +97,12 @@ def _prompts(edit: Edit) -> list[str]:
     return [edit.prompt, *edit.rephrases, *(probe.prompt for kind in probes for probe in kind)]
 
 
-def windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
+def windows(tokenizer: Any, texts: Sequence[str], max_length: int, *, needed_by: str = "KLLocality") -> list[list[int]]:
     """Tokenise; a text longer than ``max_length`` becomes several windows, so that nothing is cut off."""
     ids = tokenizer(list(texts), truncation=False)["input_ids"]
     rows = [row[i : i + max_length] for row in ids for i in range(0, len(row), max_length)]
     if not rows:
-        raise EditError(f"KLLocality: the tokenizer makes no token of any of the {len(texts)} texts; give others")
+        raise EditError(f"{needed_by}: the tokenizer makes no token of any of the {len(texts)} texts; give others")
     return rows
 
 
