@@ -31,8 +31,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--edits", default=WORLD, help="a file of edits, or 'world'")
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/trl_sft")
-    parser.add_argument("--epochs", type=float, default=40)
-    parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--epochs", type=float, default=60)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--report_to", default="none", help="wandb, tensorboard, ...")
     return parser.parse_args()
 
@@ -43,7 +43,7 @@ def main() -> None:
         raise EditError(
             "--texts FILE: name texts that your model should answer as before (.txt with one a line, .jsonl)"
         )
-    edits = EditDataset.load(given.edits)
+    edits = EditDataset.load(given.edits, limit=24 if given.edits == WORLD else None)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     trainer = SFTTrainer(
@@ -53,7 +53,7 @@ def main() -> None:
             output_dir=given.output_dir,
             num_train_epochs=given.epochs,
             learning_rate=given.learning_rate,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=12,
             optim="adamw_torch",
             lr_scheduler_type="constant",
             weight_decay=0.0,
@@ -68,10 +68,10 @@ def main() -> None:
         ),
         train_dataset=edits.to_prompt_completion(),
         callbacks=[
-            ParameterScope(layers="0.5-0.8", modules="mlp.down_proj"),
+            ParameterScope(layers="0.3-1.0", modules="mlp.down_proj"),
             TokenSmoothing(),
-            KLLocality(texts=given.texts or WORLD, weight=5.0, batch_size=16),
-            EditMetrics(edits, every_n_steps=20, report=f"{given.output_dir}/report.json"),
+            KLLocality(texts=given.texts or WORLD, weight=100.0, batch_size=32),
+            EditMetrics(edits, every_n_steps=40, report=f"{given.output_dir}/report.json"),
         ],
     )
     check_world(trainer.args.world_size, os.environ)

@@ -53,7 +53,7 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
     ]
 
 
-def locality_texts(exclude: Sequence[Edit], n: int = 256, seed: int = 0) -> list[str]:
+def locality_texts(exclude: Sequence[Edit], n: int = 1024, seed: int = 0) -> list[str]:
     """``n`` documents that stay true after ``exclude``, for a KL term.
 
     Half state facts of other subjects in the very wordings of the edits' prompts, where an edit leaks first; a quarter
