@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kedit_train import callbacks
-from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, StopWhenEdited, TokenSmoothing
+from kedit_train.callbacks import EditMetrics, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 
@@ -15,6 +15,7 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, batch_size=2)],
+    "NormBall": lambda edits: [NormBall(radius=1e-3)],
     "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)],
     "StopWhenEdited": lambda edits: [
         StopWhenEdited(reliability=None, idle_steps=50),

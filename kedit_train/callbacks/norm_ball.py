@@ -1,0 +1,181 @@
+"""How far may weights move? Never further than a radius, in the numbers as they are stored."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
+from kedit_train.functional.balls import distance_squared, linf_bounds, shrink, shrink_factor
+
+
+class NormBall(EditCallback):
+    """After every optimizer step, bring the scope back to within ``radius`` of its weights before the edit.
+
+    Constrained fine-tuning of "Modifying Memories in Transformer Models" (arXiv 2012.00363), which prefers L-inf. The
+    bound is exact: in fp64, on weights in the dtype in which they are stored. Where that dtype is coarser than the
+    radius (bf16 steps by 4.9e-4 around 0.1), a weight cannot move at all, and a warning says how many cannot: edit in
+    fp32. Any module will do, and any optimizer.
+
+    Together with others: a ball comes after ``NullSpace`` and ``LowCurvature`` and before ``GradientMask``. An L2 ball
+    scales the whole difference (``per="scope"``) or that of one tensor, so it keeps their subspaces up to the rounding
+    of the weights; clipping entry by entry ("linf") does not, and what is left of the subspace is then approximate
+    (``edit/drift/null_space_leak`` says how much). A mask after it only sets differences to zero: the ball stays exact.
+
+    Args:
+        radius: greatest distance, above 0. Published L-inf radii lie between 5e-5 and 1e-3.
+        norm: "linf" bounds every entry by itself, "l2" a Euclidean norm.
+        per: for "l2", whose norm: each "tensor"'s or that of the whole "scope". "linf" is the same either way.
+        anchor: "base" keeps the ball around the weights that this instance first met in a model, however many edits of
+            that model follow; "previous" centres it anew on each run, so that drift adds up. Another model starts anew.
+
+    Costs per step one clamp ("linf"; two copies of the scope are kept) or one norm in fp64 ("l2").
+
+    Raises:
+        EditError: an argument is out of bounds; with anchor="base", a run begins outside of the ball.
+    """
+
+    order = 44
+    constrains = True
+
+    def __init__(
+        self,
+        radius: float,
+        norm: Literal["linf", "l2"] = "linf",
+        per: Literal["tensor", "scope"] = "tensor",
+        anchor: Literal["base", "previous"] = "base",
+    ) -> None:
+        for name, value, good in (
+            ("radius", radius, 0.0 < radius < float("inf")),
+            ("norm", norm, norm in ("linf", "l2")),
+            ("per", per, per in ("tensor", "scope")),
+            ("anchor", anchor, anchor in ("base", "previous")),
+        ):
+            if not good:
+                bounds = "radius > 0 and finite, norm linf|l2, per tensor|scope, anchor base|previous"
+                raise EditError(f"NormBall: {name}={value!r} is out of bounds ({bounds})")
+        self.radius, self.norm, self.per, self.anchor = radius, norm, per, anchor
+        self._centres: dict[str, Tensor] = {}
+        self._model: Any = None
+
+    def attach(self, run: EditRun) -> None:
+        self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
+        same_model = self._model is not None and self._model() is run.model
+        if self.anchor == "previous" or not same_model:
+            self._centres = {}
+        self._model = weakref.ref(run.model)
+        for name in self._centres.keys() & run.scope.keys():
+            self._check_within(name, run.reference[name], run.scope[name].dtype)
+
+    def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Not before the first step: other callbacks may settle what the reference is when they are attached.
+        for name in weights:
+            self._centres.setdefault(name, reference[name])
+        if self.norm == "linf":
+            if not self._bounds:
+                self._find_bounds(weights)
+            return {name: self._clip(name, weight) for name, weight in weights.items()}
+        squares = {name: self._distance_squared(name, weight) for name, weight in weights.items()}
+        if self.per == "scope":
+            total = sum(squares.values())
+            squares = dict.fromkeys(squares, total)
+        factors = {name: shrink_factor(square**0.5, self.radius) for name, square in squares.items()}
+        return {
+            name: w if factors[name] == 1.0 else self._shrink(name, w, factors[name]) for name, w in weights.items()
+        }
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        """The share of the radius in use (of the tensor furthest out) and, for "linf", of entries at their bound."""
+        weights = {name: p.detach() for name, p in run.scope.items() if name in self._centres}
+        if not weights:
+            return {}
+        if self.norm == "l2":
+            squares = [self._distance_squared(name, weight) for name, weight in weights.items()]
+            furthest = max(squares) if self.per == "tensor" else sum(squares)
+            return {"edit/drift/ball": furthest**0.5 / self.radius}
+        furthest, at_bound, entries = 0.0, 0, 0
+        for name, weight in weights.items():
+            lower, upper = self._bounds[name]
+            own, centre = _local(weight), _local(self._centres[name])
+            greatest = (own - centre).abs().max() if own.numel() else own.new_zeros(())
+            furthest = max(furthest, float(_over_shards(greatest.float(), weight, "max")))
+            at_bound += int(_over_shards(((own == lower) | (own == upper)).sum(), weight, "sum"))
+            entries += weight.numel()
+        return {"edit/drift/ball": furthest / self.radius, "edit/drift/at_bound": at_bound / entries}
+
+    def detach(self, run: EditRun) -> None:
+        self._bounds = {}
+        if self.anchor == "previous":
+            self._centres = {}
+
+    def _find_bounds(self, weights: Mapping[str, Tensor]) -> None:
+        stuck, entries = 0, 0
+        for name, weight in weights.items():
+            lower, upper = linf_bounds(_local(self._centres[name]).to(weight.dtype), self.radius)
+            self._bounds[name] = lower, upper
+            stuck, entries = stuck + int((lower == upper).sum()), entries + lower.numel()
+        if stuck > 0.01 * entries:
+            dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
+            warnings.warn(
+                f"NormBall: {stuck / entries:.0%} of the entries cannot move: {dtypes} has no other value within "
+                f"{self.radius:g} of them; train in fp32 or widen the radius",
+                stacklevel=2,
+            )
+
+    def _clip(self, name: str, weight: Tensor) -> Tensor:
+        return _on_shards(lambda own: torch.clamp(own, *self._bounds[name]), weight)
+
+    def _distance_squared(self, name: str, weight: Tensor) -> float:
+        square = distance_squared(_local(weight), _local(self._centres[name]).to(weight.dtype))
+        return float(_over_shards(square, weight, "sum"))
+
+    def _shrink(self, name: str, weight: Tensor, factor: float) -> Tensor:
+        return _on_shards(lambda own: shrink(own, _local(self._centres[name]).to(own.dtype), factor), weight)
+
+    def _check_within(self, name: str, start: Tensor, dtype: torch.dtype) -> None:
+        centre = self._centres[name]
+        if start.shape != centre.shape:
+            raise EditError(f"NormBall: {name} has another shape than when this callback first met the model")
+        apart = (_local(start).double() - _local(centre).double()).abs()
+        # Saving in half precision rounds what was within.
+        slack = torch.finfo(dtype).eps * _local(centre).double().abs()
+        outside = (
+            (apart > self.radius + slack).any() if self.norm == "linf" else apart.norm() > self.radius + slack.norm()
+        )
+        if bool(outside):
+            raise EditError(
+                f"NormBall: {name} begins outside of the ball around the weights that this callback first met, so the "
+                "model was changed without it; make a new NormBall, or choose anchor='previous'"
+            )
+
+    def __repr__(self) -> str:
+        return f"NormBall({self.radius}, norm={self.norm!r}, per={self.per!r}, anchor={self.anchor!r})"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's own entries of a sharded tensor (FSDP2); any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _on_shards(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return change(tensor)
+    return DTensor.from_local(
+        change(tensor.to_local()), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _over_shards(value: Tensor, tensor: Tensor, operation: str) -> Tensor:
+    """Reduce a number that each process found on its own entries."""
+    if not isinstance(tensor, DTensor):
+        return value
+    placements = [Partial(operation) if p.is_shard() else Replicate() for p in tensor.placements]
+    return DTensor.from_local(value, tensor.device_mesh, placements).full_tensor()
