@@ -2,20 +2,24 @@
 
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.callbacks.edit_metrics import EditMetrics
+from kedit_train.callbacks.gradient_mask import GradientMask
 from kedit_train.callbacks.hosts.loop import editing
 from kedit_train.callbacks.kl_locality import KLLocality
 from kedit_train.callbacks.norm_ball import NormBall
 from kedit_train.callbacks.parameter_scope import ParameterScope
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
+from kedit_train.callbacks.weight_anchor import WeightAnchor
 
 __all__ = [
     "EditCallback",
     "EditMetrics",
+    "GradientMask",
     "KLLocality",
     "NormBall",
     "ParameterScope",
     "StopWhenEdited",
     "TokenSmoothing",
+    "WeightAnchor",
     "editing",
 ]

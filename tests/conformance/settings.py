@@ -6,7 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from kedit_train import callbacks
-from kedit_train.callbacks import EditMetrics, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
+from kedit_train.callbacks import (
+    EditMetrics,
+    GradientMask,
+    KLLocality,
+    NormBall,
+    ParameterScope,
+    StopWhenEdited,
+    TokenSmoothing,
+    WeightAnchor,
+)
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 
@@ -16,6 +25,8 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, batch_size=2)],
     "NormBall": lambda edits: [NormBall(radius=1e-3)],
+    "GradientMask": lambda edits: [GradientMask(density=0.2, edits=edits, samples=4)],
+    "WeightAnchor": lambda edits: [WeightAnchor("ewc", texts=TEXTS)],
     "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)],
     "StopWhenEdited": lambda edits: [
         StopWhenEdited(reliability=None, idle_steps=50),

@@ -1,0 +1,149 @@
+"""What must stay? The weights themselves, pulled back towards what they were before the edit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.fisher import diagonal_fisher, text_rows
+from kedit_train.core.run import EditRun
+from kedit_train.core.texts import load_texts
+from kedit_train.errors import EditError
+
+
+class WeightAnchor(EditCallback):
+    """Pull the scoped weights towards their values w0 before the edit, all alike or by how much other texts need them.
+
+    "l2sp" (Explicit Inductive Bias for Transfer Learning with Convolutional Networks, arXiv 1802.01483) is the penalty
+    ``strength/2 * sum (w - w0)^2``. Inside Adam its gradient would be rescaled by every weight's own history, so by
+    default it is decoupled, as AdamW decouples weight decay: after each step ``w <- w - lr * strength * (w - w0)``.
+    "ewc" (Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796) is the penalty ``strength/2 * sum F
+    (w - w0)^2`` with F the true Fisher information a token on general texts, labels drawn from the model: to second
+    order, and but for correlations between weights, ``strength`` times the KL divergence a token from the unedited
+    model on those texts, so that strengths compare with the weight of ``KLLocality``.
+
+    Args:
+        kind: "l2sp" (any module) or "ewc" (a causal language model and ``texts``).
+        strength: alpha of L2-SP, lambda of EWC.
+        texts: for "ewc", as in ``KLLocality``; those with a prompt that the edits are scored on are left out.
+        decoupled: of "l2sp": None or true pulls after the step, false adds the penalty to the loss. "ewc" is always in
+            the loss, to be weighed against it (plain SGD diverges where ``lr * strength * F`` exceeds 2).
+        samples: windows of the texts to take F from, drawn with ``seed``; None takes all. Each costs a backward pass.
+        max_length: tokens a window.
+        tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
+        seed: of the samples and labels.
+
+    Of adapters it is the adapters' initial values that pull. In half precision a decoupled pull below half a unit in
+    the last place is rounded away; train the scope in fp32.
+    """
+
+    # Part of the step: what projections, balls and masks make of it comes after.
+    order = 36
+    # Also where it only adds a penalty: the run keeps the reference for those who constrain.
+    constrains = True
+
+    def __init__(
+        self,
+        kind: Literal["l2sp", "ewc"] = "l2sp",
+        strength: float = 1.0,
+        texts: Any = None,
+        decoupled: bool | None = None,
+        samples: int | None = 256,
+        max_length: int = 256,
+        tokenizer: Any = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value, good in (
+            ("kind", kind, kind in ("l2sp", "ewc")),
+            ("strength", strength, 0.0 <= strength < float("inf")),
+            ("samples", samples, samples is None or samples > 0),
+            ("max_length", max_length, max_length > 1),
+        ):
+            if not good:
+                bounds = "kind l2sp|ewc, strength >= 0, samples > 0, max_length > 1"
+                raise EditError(f"WeightAnchor: {name}={value!r} is out of bounds ({bounds})")
+        if (texts is None) == (kind == "ewc"):
+            given = "needs texts=" if texts is None else "does not read texts="
+            raise EditError(f"WeightAnchor: kind={kind!r} {given}; they say what the weights of kind='ewc' matter for")
+        if kind == "ewc" and decoupled:
+            raise EditError("WeightAnchor: kind='ewc' is a penalty in the loss; leave decoupled out, or take 'l2sp'")
+        self.kind: Literal["l2sp", "ewc"] = kind
+        self.strength = strength
+        # Read more than once: by prepare, by attach, and by a second run of the same instance.
+        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+        self.decoupled = kind == "l2sp" if decoupled is None else decoupled
+        self.samples, self.max_length, self.tokenizer, self.seed = samples, max_length, tokenizer, seed
+        self._anchored: EditRun | None = None
+        self._fisher: dict[str, Tensor] = {}
+
+    def prepare(self, run: EditRun) -> None:
+        if self.kind != "ewc":
+            return
+        if run.language_model is None:
+            raise EditError(
+                f"WeightAnchor: kind='ewc' asks a causal language model for answers, and {type(run.root).__name__} has "
+                "no language-model head; use kind='l2sp'"
+            )
+        if self.texts != "world":
+            load_texts(self.texts, needed_by="WeightAnchor")
+
+    def attach(self, run: EditRun) -> None:
+        self._anchored = run
+        if self.kind == "ewc":
+            rows = text_rows(run, self.texts, run.edits, "WeightAnchor", self.tokenizer, self.max_length)
+            if self.samples is not None and self.samples < len(rows):
+                rows = random.Random(self.seed).sample(rows, self.samples)
+            self._fisher = diagonal_fisher(run, rows, needed_by="WeightAnchor", seed=self.seed)
+
+    def penalty(self, run: EditRun) -> Tensor | None:
+        return None if self.decoupled else self._distance(run)
+
+    def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not self.decoupled or self._anchored is None:
+            return weights
+        pulled = dict(weights)
+        # What had no gradient was not stepped, so it is not pulled either; nor is what another optimizer steps.
+        for name, rate in self._anchored.learning_rates.items():
+            if rate is None:
+                raise EditError(
+                    "WeightAnchor: the optimizer has no learning rate of its own to decouple from (a relative step?); "
+                    "set lr, or decoupled=False"
+                )
+            if rate * self.strength > 1.0:
+                raise EditError(
+                    f"WeightAnchor: lr * strength = {rate:g} * {self.strength:g} is above 1, which would throw {name} "
+                    "beyond its anchor; lower one of them"
+                )
+            weight = _wide(weights[name])
+            step = rate * self.strength * (weight - _wide(reference[name]))
+            pulled[name] = (weight - step).to(weights[name].dtype)
+        return pulled
+
+    @torch.no_grad()
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        """The penalty at the weights as they are, decoupled or not."""
+        return {"edit/drift/anchor": float(self._distance(run))} if self._anchored is run else {}
+
+    def detach(self, run: EditRun) -> None:
+        self._anchored, self._fisher = None, {}
+
+    def _distance(self, run: EditRun) -> Tensor:
+        terms = []
+        for name, parameter in run.scope.items():
+            square = (_wide(parameter) - _wide(run.reference[name])).square()
+            terms.append((self._fisher[name] * square).sum() if self.kind == "ewc" else square.sum())
+        # Layers may lie on several devices.
+        return 0.5 * self.strength * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+    def __repr__(self) -> str:
+        return f"WeightAnchor(kind={self.kind!r}, strength={self.strength}, decoupled={self.decoupled})"
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """At least fp32: differences of half-precision weights lose what they are about."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
