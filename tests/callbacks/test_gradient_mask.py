@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conformance.hosts import HOSTS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from kedit_train import world
 from kedit_train.callbacks import EditMetrics, GradientMask, ParameterScope, TokenSmoothing, editing
 from kedit_train.core.mask_file import save_masks
-from kedit_train.data import Edit
+from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
 
 EDITS = [
@@ -141,6 +147,64 @@ def test_gradients_outside_of_the_mask_are_zero_when_clipping_sees_them_and_the_
     for one in (model, own):
         one(input_ids=ids, labels=ids).loss.backward()
     assert torch.equal(model.get_parameter(DOWN).grad, own.get_parameter(DOWN).grad)
+
+
+HARD = {
+    "Trainer": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.1, "bf16": True},
+    "SFTTrainer": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.1, "optim": "adafactor"},
+    "Lightning": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "precision": "bf16-true"},
+    "loop": {},
+    "Fabric": {"precision": "bf16-mixed"},
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_nothing_outside_of_the_mask_moves_in_any_host(host):
+    model, tokenizer = world.load()
+    edits = EditDataset(world.edits(n=8))
+    if host == "Lightning":
+        model = model.bfloat16()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    mask = Kept(density=0.1, edits=edits, samples=2)
+    HOSTS[host](model, tokenizer, edits, [mask, ParameterScope(0.5, "mlp")], 2, **HARD[host])
+    for name, parameter in model.named_parameters():
+        differs = bits(parameter) != bits(before[name])
+        assert not bool((differs & mask.kept[name]).any() if name in mask.kept else differs.any()), name
+        assert bool(differs.any()) == (name in mask.kept), name
+
+
+class Kept(GradientMask):
+    """Remembers its mask when the run is over."""
+
+    def finish(self, run: Any) -> None:
+        self.kept = dict(self._held)
+
+
+RANKS = """
+import os, sys, torch, torch.distributed as dist
+from torch import nn
+from kedit_train.callbacks import GradientMask, editing
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+model = nn.Linear(16, 8)
+with editing(model, [mask := GradientMask("random", 0.3, seed=dist.get_rank())]) as edit:
+    edit.before_step()
+    torch.save(dict(mask._held), sys.argv[3])
+dist.barrier()
+os._exit(0)
+"""
+
+
+def test_all_processes_use_the_first_ones_mask(tmp_path):
+    files = [tmp_path / f"{rank}.pt" for rank in range(2)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    command = [sys.executable, "-c", RANKS, str(tmp_path / "meet")]
+    ranks = [subprocess.Popen([*command, str(rank), str(file)], env=environment) for rank, file in enumerate(files)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    first, second = (torch.load(file) for file in files)
+    with editing(nn.Linear(16, 8), [mask := GradientMask("random", 0.3, seed=0)]) as edit:
+        edit.before_step()
+        assert all(torch.equal(first[name], mask._held[name]) for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def masks(model: Any, words: Any, *callbacks: Any, **given: Any) -> dict[str, Tensor]:

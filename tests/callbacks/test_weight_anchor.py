@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.hosts import HOSTS
 from torch import Tensor, nn
 
+from kedit_train import world
 from kedit_train.callbacks import EditCallback, GradientMask, ParameterScope, WeightAnchor, editing
 from kedit_train.core.fisher import diagonal_fisher
-from kedit_train.data import Edit
+from kedit_train.data import Edit, EditDataset
 from kedit_train.data.tokenise import Encoded
 from kedit_train.errors import EditError
 
@@ -60,7 +62,8 @@ def test_l2sp_is_decoupled_from_whatever_the_optimizer_does_and_follows_its_sche
             for w, want in zip(model.parameters(), own.parameters(), strict=True):
                 torch.testing.assert_close(w, want, rtol=1e-6, atol=1e-7)
             distance = sum(
-                float((w - w0).detach().square().sum()) for w, w0 in zip(own.parameters(), start.parameters(), strict=True)
+                float((w - w0).detach().square().sum())
+                for w, w0 in zip(own.parameters(), start.parameters(), strict=True)
             )
             assert edit.history[step]["edit/drift/anchor"] == pytest.approx(0.7 / 2 * distance, rel=1e-4)
             for each in (*schedules, ours, theirs):
@@ -88,6 +91,22 @@ def test_l2sp_in_the_loss_is_the_papers_penalty_and_counts_once_however_often_gr
                 optimizer.step()
                 optimizer.zero_grad()
     assert not torch.equal(model[0].weight, start[0].weight)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_host_pulls_after_each_step_with_that_steps_own_rate(host):
+    """Their rate is 1e-3: a strength of 1,000 takes every step back, a strength of 500 half of it."""
+    drift = {}
+    for strength in (0.0, 500.0, 1000.0):
+        model, tokenizer = world.load()
+        edits = EditDataset(world.edits(n=8))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        callbacks = [WeightAnchor(strength=strength), ParameterScope(0.5, "down_proj")]
+        HOSTS[host](model, tokenizer, edits, callbacks, 1)
+        drift[strength] = sum(float((p.detach() - before[n]).norm()) for n, p in model.named_parameters())
+    assert drift[0.0] > 0.05
+    assert drift[500.0] == pytest.approx(drift[0.0] / 2, rel=1e-4)
+    assert drift[1000.0] < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
