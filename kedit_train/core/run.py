@@ -274,11 +274,13 @@ class EditRun:
         constraining = [c for c in self.callbacks if c.constrains]
         if not constraining:
             return
-        weights: dict[str, Tensor] = {name: p.detach() for name, p in self.scope.items()}
+        stepped: dict[str, Tensor] = {name: p.detach() for name, p in self.scope.items()}
+        weights = dict(stepped)
         for callback in constraining:
             weights = callback.constrain(weights, self.reference)
         for name, parameter in self.scope.items():
-            if weights[name].data_ptr() != parameter.data_ptr():
+            # Not by address, which is 0 for every sharded tensor (FSDP2).
+            if weights[name] is not stepped[name]:
                 parameter.copy_(weights[name])
 
     def _rates(self, optimizer: Optimizer) -> dict[str, float | None]:
