@@ -80,7 +80,8 @@ class NormBall(EditCallback):
         for name in weights:
             self._centres.setdefault(name, reference[name])
         if self.norm == "linf":
-            if not self._bounds:
+            # Found again where a scope that was trained in fp32 has its own dtype back.
+            if any(name not in self._bounds or self._bounds[name][0].dtype != w.dtype for name, w in weights.items()):
                 self._find_bounds(weights)
             return {name: self._clip(name, weight) for name, weight in weights.items()}
         squares = {name: self._distance_squared(name, weight) for name, weight in weights.items()}

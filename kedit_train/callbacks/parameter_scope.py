@@ -23,6 +23,9 @@ class ParameterScope(EditCallback):
         modules: a dotted pattern or several; consecutive parts of a parameter's name must match it part by part
             (``"mlp.down_proj"``, ``"self_attn.*_proj"``, ``"mlp"``). A module's bias comes with it; ``.weight`` leaves
             it out. None takes everything in the layers.
+        full_precision: train what is in bf16 or fp16 in fp32 and round it when training ends, constraints included:
+            otherwise updates below about 1/256 of a weight are rounded to nothing. Checkpoints written during training
+            hold these tensors in fp32.
 
     Of a model with adapters only the adapters' parameters are eligible: what is frozen already stays frozen.
 
@@ -33,13 +36,17 @@ class ParameterScope(EditCallback):
     order = 0
 
     def __init__(
-        self, layers: int | float | str | list[int | float | str] | None = None, modules: str | list[str] | None = None
+        self,
+        layers: int | float | str | list[int | float | str] | None = None,
+        modules: str | list[str] | None = None,
+        full_precision: bool = True,
     ) -> None:
-        self.layers, self.modules = layers, modules
+        self.layers, self.modules, self.full_precision = layers, modules, full_precision
 
     def prepare(self, run: EditRun) -> None:
         if any(isinstance(other, ParameterScope) for other in run.callbacks if other is not self):
             raise EditError("two ParameterScope callbacks on one model; give one of them every layer and module")
+        run.full_precision = self.full_precision
         run.set_scope(resolve_scope(run.model, self.layers, self.modules))
 
     def metrics(self, run: EditRun) -> dict[str, float]:

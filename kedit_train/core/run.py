@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model
 from kedit_train.core.reference import holding, snapshot
@@ -50,6 +51,8 @@ class EditRun:
         self.closed = self.stopped = False
         self._trainable = {p: p.requires_grad for p in root.parameters()}
         self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.full_precision = False
+        self._masters: FullPrecision | None = None
         self._head: OutputHead | None = None
         self._attached: set[int] = set()
         self._penalised: bool | None = None
@@ -93,6 +96,8 @@ class EditRun:
         chosen = {id(p) for p in scope.values()}
         for parameter in self._trainable:
             parameter.requires_grad_(id(parameter) in chosen)
+        if self.full_precision:
+            self._masters = FullPrecision(self.root, self.scope)
         self.reference = snapshot(self.scope)
 
     def attach(self, callback: Any) -> None:
@@ -100,6 +105,7 @@ class EditRun:
         if not self._handles:
             # Strategies may have replaced parameters since (FSDP2 makes them DTensors); names stay.
             self.scope = {name: self.model.get_parameter(name) for name in self.scope}
+            self._follow_dtype()
             if not self.reference and any(callback.constrains for callback in self.callbacks):
                 with self.unedited():
                     self.reference = snapshot(self.scope)
@@ -115,6 +121,7 @@ class EditRun:
         """End one callback's work; the last to go closes the run."""
         if self.closed or id(callback) not in self._attached:
             return
+        self._settle()
         callback.finish(self)
         self._attached.discard(id(callback))
         if not self._attached:
@@ -124,6 +131,7 @@ class EditRun:
         """Leave an ordinary model: no hooks, ``requires_grad`` as it was found."""
         if self.closed:
             return
+        self._settle()
         for callback in self.callbacks:
             callback.detach(self)
         for handle in self._handles:
@@ -134,6 +142,38 @@ class EditRun:
             parameter.requires_grad_(trainable)
         self.closed = True
         self.root.__dict__.pop(_ATTRIBUTE, None)
+
+    def _follow_dtype(self) -> None:
+        """A strategy may have converted the model (Lightning's bf16-true) since the scope was set."""
+        converted = {
+            n: p.dtype for n, p in self.scope.items() if n in self.reference and p.dtype != self.reference[n].dtype
+        }
+        if not converted:
+            return
+        if self.full_precision and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise EditError(
+                "the scope would be trained in fp32, but the model was converted to half precision after several "
+                "processes had been wired up; load the model in half precision and leave the trainer's precision at "
+                "32-true, or give ParameterScope full_precision=False"
+            )
+        self.reference |= {name: self.reference[name].to(dtype) for name, dtype in converted.items()}
+        if self.full_precision:
+            self._masters = FullPrecision(self.root, self.scope)
+            self.reference = {name: value.to(self.scope[name].dtype) for name, value in self.reference.items()}
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Give a scope that was trained in fp32 its own dtype back, with every constraint holding in that dtype."""
+        masters, self._masters = self._masters, None
+        if masters is None:
+            return
+        masters.remove()
+        # Exact: these values were widened from that dtype.
+        self.reference |= {name: self.reference[name].to(dtype) for name, dtype in masters.dtypes.items()}
+        if self.step:
+            # Nothing has been stepped: what is done once a step (an anchor's pull) has been done.
+            self.learning_rates = {}
+            self._constrain()
 
     # -- what callbacks use
 
