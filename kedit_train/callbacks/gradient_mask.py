@@ -22,8 +22,8 @@ from kedit_train.data.tokenise import Encoded, context_length
 from kedit_train.errors import EditError
 from kedit_train.functional.saliency import fisher_ratio, keep_top, unit_mask, unit_scores
 
-Score = Literal["fisher", "fisher_ratio", "gradient", "magnitude", "random"]
-_DEFAULTS = ("fisher", 0.05, "element")
+Score = Literal["gradient", "fisher", "fisher_ratio", "magnitude", "random"]
+_DEFAULTS = ("gradient", 0.05, "element")
 
 
 class GradientMask(EditCallback):
@@ -34,10 +34,11 @@ class GradientMask(EditCallback):
     tensor keeps its own share, ``round(density * n)`` of its n entries (or neurons); of equal scores the first.
 
     Args:
-        score: "fisher", the true diagonal Fisher information on the targets of the edits, labels drawn from the model
-            (arXiv 1612.00796); "fisher_ratio", that over the Fisher information on ``texts``: high where the edits
-            need a weight and other texts do not; "gradient", the size of the targets' mean gradient; "magnitude", the
-            size of the weight; "random". The first three ask a language model, the others take any module.
+        score: "gradient", the size of the targets' mean gradient; "fisher", the true diagonal Fisher information at
+            the targets' positions (arXiv 1612.00796), whose labels are drawn from the model: what its present answers
+            there depend on, not the new ones; "fisher_ratio", that over the Fisher information on ``texts``: high
+            where the edits need a weight and other texts do not; "magnitude", the size of the weight; "random". The
+            first three ask a language model, the others take any module.
         density: share of the entries that may change, above 0 and at most 1.
         granularity: "element"; "row", whole output neurons, biases with them; or "column", whole input neurons, where
             biases of matrices stay as they are. A neuron's score is the mean of its entries'. Entries of other vectors
@@ -60,7 +61,7 @@ class GradientMask(EditCallback):
 
     def __init__(
         self,
-        score: Score = "fisher",
+        score: Score = "gradient",
         density: float = 0.05,
         granularity: Granularity = "element",
         edits: Any = None,
@@ -73,7 +74,7 @@ class GradientMask(EditCallback):
         seed: int = 0,
     ) -> None:
         for name, value, good in (
-            ("score", score, score in ("fisher", "fisher_ratio", "gradient", "magnitude", "random")),
+            ("score", score, score in ("gradient", "fisher", "fisher_ratio", "magnitude", "random")),
             ("density", density, 0.0 < density <= 1.0),
             ("granularity", granularity, granularity in ("element", "row", "column")),
             ("samples", samples, samples is None or samples > 0),
@@ -81,7 +82,7 @@ class GradientMask(EditCallback):
         ):
             if not good:
                 bounds = (
-                    "score fisher|fisher_ratio|gradient|magnitude|random, 0 < density <= 1, "
+                    "score gradient|fisher|fisher_ratio|magnitude|random, 0 < density <= 1, "
                     "granularity element|row|column, samples > 0, max_length > 1"
                 )
                 raise EditError(f"GradientMask: {name}={value!r} is out of bounds ({bounds})")

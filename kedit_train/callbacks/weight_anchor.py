@@ -39,7 +39,7 @@ class WeightAnchor(EditCallback):
         seed: of the samples and labels.
 
     Of adapters it is the adapters' initial values that pull. In half precision a decoupled pull below half a unit in
-    the last place is rounded away; train the scope in fp32.
+    the last place would be rounded away; ``ParameterScope`` trains such a scope in fp32.
     """
 
     # Part of the step: what projections, balls and masks make of it comes after.

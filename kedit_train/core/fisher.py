@@ -100,9 +100,10 @@ def _mean(
     wide = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
     totals = [torch.zeros(p.shape, dtype=dtype, device=p.device) for p, dtype in zip(parameters, wide, strict=True)]
     device = next(run.model.parameters()).device
+    # None: no bar outside of a terminal.
     quiet = not run.host.is_main or len(rows) < 64
     with run.unedited(), evaluation_mode(run.model), torch.enable_grad(), run.host.forward_context():
-        for row in tqdm(rows, desc=f"{needed_by}: gradients before the edit", leave=False, disable=quiet):
+        for row in tqdm(rows, desc=f"{needed_by}: gradients before the edit", leave=False, disable=quiet or None):
             ids = torch.tensor([row.input_ids], device=device)
             hidden = head.hidden(input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1]))
             logits = head.project(hidden[0, row.target_start - 1 :])

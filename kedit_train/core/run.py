@@ -57,6 +57,7 @@ class EditRun:
         self._attached: set[int] = set()
         self._penalised: bool | None = None
         self._handles: list[Any] = []
+        self._saved: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -106,6 +107,8 @@ class EditRun:
             # Strategies may have replaced parameters since (FSDP2 makes them DTensors); names stay.
             self.scope = {name: self.model.get_parameter(name) for name in self.scope}
             self._follow_dtype()
+            if self.host.resumed:
+                self._restore(self.host.saved_state())
             if not self.reference and any(callback.constrains for callback in self.callbacks):
                 with self.unedited():
                     self.reference = snapshot(self.scope)
@@ -116,6 +119,8 @@ class EditRun:
         if id(callback) not in self._attached:
             self._attached.add(id(callback))
             callback.attach(self)
+            if callback in self._saved:
+                callback.load_state(self._saved.pop(callback))
 
     def finish(self, callback: Any) -> None:
         """End one callback's work; the last to go closes the run."""
@@ -143,6 +148,41 @@ class EditRun:
         self.closed = True
         self.root.__dict__.pop(_ATTRIBUTE, None)
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold for the edit to go on as if it had not been interrupted."""
+        callbacks = {name: callback.state() for name, callback in self._named().items()}
+        return {"step": self.step, "reference": dict(self.reference), "callbacks": callbacks}
+
+    def _named(self) -> dict[str, Any]:
+        names = [type(callback).__name__ for callback in self.callbacks]
+        return {
+            f"{name}.{names[:i].count(name)}": c for i, (name, c) in enumerate(zip(names, self.callbacks, strict=True))
+        }
+
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        if state is None:
+            raise EditError(
+                "the checkpoint holds no state of this edit, so the weights before the edit are unknown; resume from one "
+                "written with these callbacks (with transformers in output_dir), or begin anew from the unedited model"
+            )
+        if set(state["reference"]) != set(self.reference):
+            raise EditError(
+                f"the checkpoint was written with another scope ({len(state['reference'])} tensors, now "
+                f"{len(self.reference)}); resume with the same ParameterScope"
+            )
+        named = self._named()
+        missing = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
+        if missing:
+            raise EditError(f"the checkpoint was written without {', '.join(missing)}; resume with the same callbacks")
+        # Never what the model held when the run was set up: it may have been loaded from the checkpoint itself.
+        for name, value in state["reference"].items():
+            parameter = self.scope[name]
+            self.reference[name] = value.to(device=parameter.device, dtype=parameter.dtype)
+        self.step = state["step"]
+        self._saved = {
+            callback: state["callbacks"][name] for name, callback in named.items() if name in state["callbacks"]
+        }
+
     def _follow_dtype(self) -> None:
         """A strategy may have converted the model (Lightning's bf16-true) since the scope was set."""
         converted = {
@@ -158,6 +198,9 @@ class EditRun:
             )
         self.reference |= {name: self.reference[name].to(dtype) for name, dtype in converted.items()}
         if self.full_precision:
+            if self._masters is not None:
+                # The strategy has undone what it did; its casts must not be stacked under new ones.
+                self._masters.remove()
             self._masters = FullPrecision(self.root, self.scope)
             self.reference = {name: value.to(self.scope[name].dtype) for name, value in self.reference.items()}
 

@@ -183,28 +183,47 @@ class Kept(GradientMask):
 RANKS = """
 import os, sys, torch, torch.distributed as dist
 from torch import nn
-from kedit_train.callbacks import GradientMask, editing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from kedit_train.callbacks import GradientMask, WeightAnchor, editing
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 model = nn.Linear(16, 8)
 with editing(model, [mask := GradientMask("random", 0.3, seed=dist.get_rank())]) as edit:
     edit.before_step()
-    torch.save(dict(mask._held), sys.argv[3])
+    first = dict(mask._held)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 9), nn.Tanh(), nn.Linear(9, 3))
+before = {name: p.detach().clone() for name, p in model.named_parameters()}
+with editing(model, [mask := GradientMask("magnitude", 0.3), WeightAnchor(strength=0.5)]) as edit:
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
+    for _ in range(3):
+        edit.before_step()
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = {name: mask.full_tensor() for name, mask in mask._held.items()}
+after = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+torch.save({"first": first, "held": held, "before": before, "after": after}, sys.argv[3])
 dist.barrier()
 os._exit(0)
 """
 
 
-def test_all_processes_use_the_first_ones_mask(tmp_path):
+def test_all_processes_use_the_first_ones_mask_and_shards_hold_still(tmp_path):
     files = [tmp_path / f"{rank}.pt" for rank in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", RANKS, str(tmp_path / "meet")]
     ranks = [subprocess.Popen([*command, str(rank), str(file)], env=environment) for rank, file in enumerate(files)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    first, second = (torch.load(file) for file in files)
+    found = [torch.load(file) for file in files]
     with editing(nn.Linear(16, 8), [mask := GradientMask("random", 0.3, seed=0)]) as edit:
         edit.before_step()
-        assert all(torch.equal(first[name], mask._held[name]) for name in first)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+        assert all(torch.equal(one["first"][name], held) for one in found for name, held in mask._held.items())
+    for one in found:
+        for name, held in one["held"].items():
+            differs = bits(one["after"][name]) != bits(one["before"][name])
+            assert torch.equal(differs, ~held), name
 
 
 def masks(model: Any, words: Any, *callbacks: Any, **given: Any) -> dict[str, Tensor]:
@@ -419,7 +438,7 @@ def test_the_edits_may_be_those_of_another_callback_in_any_order(make, words):
     with (
         editing(model, [GradientMask()], tokenizer=words) as edit,
         pytest.raises(
-            EditError, match=r"^GradientMask: score='fisher' needs the edits, and this a plain loop run holds"
+            EditError, match=r"^GradientMask: score='gradient' needs the edits, and this a plain loop run holds"
         ),
     ):
         edit.before_step()
@@ -431,7 +450,7 @@ def test_adapters_and_scores_that_are_all_zero(make, words, ids):
     config = peft.LoraConfig(r=4, target_modules=["down_proj"])
     model = peft.get_peft_model(make(), config)
     # B starts at zero, so nothing reaches A, and no score tells its entries apart.
-    with pytest.raises(EditError, match=r"^GradientMask: .*lora_A.*, score='fisher': all scores are 0, which tells"):
+    with pytest.raises(EditError, match=r"^GradientMask: .*lora_A.*, score='gradient': all scores are 0, which tells"):
         masks(model, words, edits=EDITS)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with editing(model, [mask := GradientMask("random", 0.3), TokenSmoothing()], tokenizer=words) as edit:
@@ -471,7 +490,7 @@ def test_rows_of_stacked_experts_are_refused(words):
         ({"samples": 0}, "samples=0 is out of bounds"),
         ({"max_length": 1}, "max_length=1 is out of bounds"),
         ({"score": "fisher_ratio"}, "score='fisher_ratio' needs texts="),
-        ({"texts": ["a"]}, "score='fisher' does not read texts="),
+        ({"texts": ["a"]}, "score='gradient' does not read texts="),
         ({"mask": "m.safetensors", "density": 0.1}, "mask= is the mask; leave out"),
         ({"mask": "m.safetensors", "save_to": "x"}, "mask= is the mask; leave out"),
     ],
