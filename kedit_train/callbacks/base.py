@@ -53,6 +53,13 @@ class EditCallback(TransformersEvents, LightningEvents):
         """Return what to log, gathered since the last call."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold for this callback to go on after a resume: tensors and plain values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what ``state`` returned; called after ``attach`` of the resumed run."""
+
     def finish(self, run: EditRun) -> None:
         """End of training; the edited model is there and every callback still attached."""
 

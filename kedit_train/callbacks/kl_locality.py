@@ -78,11 +78,12 @@ class KLLocality(EditCallback):
         self._rows = windows(run.tokenizer("KLLocality", self.tokenizer), texts, longest)
         self._reference = self._take_reference(run)
         self._project_reference = run.reference_head()
-        self._order = self._rounds()
+        self._order, self._drawn = self._rounds(), 0
         self._sum, self._count = torch.zeros(()), 0
 
     def penalty(self, run: EditRun) -> Tensor:
         chosen = [next(self._order) for _ in range(self.batch_size)]
+        self._drawn += self.batch_size
         with evaluation_mode(run.model), run.host.forward_context():
             hidden = self._hidden(run, chosen)
         reference = torch.cat([self._reference[i] for i in chosen]).to(hidden.device, non_blocking=True)
@@ -105,6 +106,14 @@ class KLLocality(EditCallback):
         mean = float(self._sum) / self._count
         self._sum, self._count = torch.zeros(()), 0
         return {"edit/locality/kl": mean}
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn": getattr(self, "_drawn", 0)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._drawn = state["drawn"]
+        for _ in range(self._drawn):
+            next(self._order)
 
     def detach(self, run: EditRun) -> None:
         self._reference, self._rows = [], []

@@ -39,6 +39,12 @@ class StopWhenEdited(EditCallback):
             raise EditError("StopWhenEdited(idle_steps=...) counts active tokens; add TokenSmoothing(epsilon=0.05)")
         self._idle = 0
 
+    def state(self) -> dict[str, int]:
+        return {"idle": getattr(self, "_idle", 0)}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self._idle = state["idle"]
+
     def after_step(self, run: EditRun) -> None:
         if self.reliability is not None and run.scores.get("edit/reliability", 0.0) >= self.reliability:
             run.stop()

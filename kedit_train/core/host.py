@@ -20,6 +20,10 @@ class Host:
         """The weights come from a checkpoint of an edit under way, so they are no longer the pre-edit ones."""
         return False
 
+    def saved_state(self) -> dict[str, Any] | None:
+        """What :meth:`EditRun.state` gave to the checkpoint that the loop has resumed from."""
+        return None
+
     @property
     def is_main(self) -> bool:
         """This process is the one that prints, logs and writes."""

@@ -162,7 +162,7 @@ class EditRun:
     def _restore(self, state: dict[str, Any] | None) -> None:
         if state is None:
             raise EditError(
-                "the checkpoint holds no state of this edit, so the weights before the edit are unknown; resume from one "
+                "the checkpoint holds no state of this edit, so the weights before it are unknown; resume from one "
                 "written with these callbacks (with transformers in output_dir), or begin anew from the unedited model"
             )
         if set(state["reference"]) != set(self.reference):

@@ -46,7 +46,8 @@ class Rows(torch.utils.data.Dataset):
 
 
 def transformers_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
-    arguments = TrainingArguments(output_dir=tempfile.mkdtemp(), max_steps=steps, **(ARGUMENTS | extra))
+    resume = extra.pop("resume", False)
+    arguments = TrainingArguments(**({"output_dir": tempfile.mkdtemp(), "max_steps": steps} | ARGUMENTS | extra))
     arguments.remove_unused_columns = False
     trainer = Trainer(
         model=model,
@@ -56,23 +57,23 @@ def transformers_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def sft_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
-    peft_config = extra.pop("peft_config", None)
+    peft_config, resume = extra.pop("peft_config", None), extra.pop("resume", False)
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(output_dir=tempfile.mkdtemp(), max_steps=steps, **(ARGUMENTS | extra)),
+        args=SFTConfig(**({"output_dir": tempfile.mkdtemp(), "max_steps": steps} | ARGUMENTS | extra)),
         train_dataset=edits.to_prompt_completion(),
         processing_class=tokenizer,
         callbacks=callbacks,
         peft_config=peft_config,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -101,10 +102,10 @@ def lightning_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[An
         "enable_model_summary": False,
         "log_every_n_steps": 1,
     }
-    size = extra.pop("batch_size", 4)
+    size, checkpoint = extra.pop("batch_size", 4), extra.pop("ckpt_path", None)
     loader = DataLoader(Rows(edits.encode(tokenizer)), batch_size=size, collate_fn=collator(tokenizer))
     trainer = L.Trainer(max_steps=steps, callbacks=callbacks, **(options | extra))
-    trainer.fit(PlainModule(model, tokenizer), loader)
+    trainer.fit(PlainModule(model, tokenizer), loader, ckpt_path=checkpoint)
     return trainer
 
 

@@ -10,7 +10,9 @@ from kedit_train.callbacks import (
     EditMetrics,
     GradientMask,
     KLLocality,
+    LowCurvature,
     NormBall,
+    NullSpace,
     ParameterScope,
     StopWhenEdited,
     TokenSmoothing,
@@ -24,6 +26,15 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, batch_size=2)],
+    # Their scope is the first setting's, so that all can be on one list.
+    "NullSpace": lambda edits: [
+        NullSpace(texts=TEXTS, batch_size=2),
+        ParameterScope(layers=0.5, modules="mlp.down_proj"),
+    ],
+    "LowCurvature": lambda edits: [
+        LowCurvature(texts=TEXTS, batch_size=2),
+        ParameterScope(layers=0.5, modules="mlp.down_proj"),
+    ],
     "NormBall": lambda edits: [NormBall(radius=1e-3)],
     "GradientMask": lambda edits: [GradientMask(density=0.2, edits=edits, samples=4)],
     "WeightAnchor": lambda edits: [WeightAnchor("ewc", texts=TEXTS)],

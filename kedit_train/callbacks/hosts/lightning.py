@@ -22,11 +22,15 @@ class LightningHost(Host):
         super().__init__(trainer)
         self.trainer, self.module = trainer, module
         self.seen = 0
+        self.loaded: dict[str, Any] | None = None
         self._defined = False
 
     @property
     def resumed(self) -> bool:
         return self.trainer.global_step > 0 or bool(self.trainer.ckpt_path)
+
+    def saved_state(self) -> dict[str, Any] | None:
+        return self.loaded
 
     @property
     def is_main(self) -> bool:
@@ -100,6 +104,15 @@ class LightningEvents(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if self.run is not None:
             self.run.attach(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        run = self.run
+        return run.state() if run is not None and run.leads(self) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Between setup and on_fit_start, where the run takes it up.
+        if state_dict and self.run is not None:
+            self.run.host.loaded = state_dict
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         # Added to the loss in place: a backward pass of its own would bypass DDP's reduction and let ranks diverge.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from kedit_train.core.checkpoint import load_state, save_state
 from kedit_train.core.host import Host
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -28,6 +30,16 @@ class TransformersHost(Host):
     @property
     def resumed(self) -> bool:
         return self.state.global_step > 0
+
+    def saved_state(self) -> dict[str, Any] | None:
+        # Where train(resume_from_checkpoint=...) pointed to, callbacks are not told; the trainer's own folder is known.
+        given = self.args.resume_from_checkpoint
+        folders = [Path(given)] if isinstance(given, str) else []
+        folders.append(self.checkpoint_folder())
+        return next((state for folder in folders if (state := load_state(folder)) is not None), None)
+
+    def checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     @property
     def is_main(self) -> bool:
@@ -161,6 +173,14 @@ class TransformersEvents(TrainerCallback):
         if run:
             run.host.state = state
             run.after_step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self._run_of(control)
+        if run and run.host.is_main:
+            folder = run.host.checkpoint_folder()
+            # A hyperparameter search writes elsewhere; there a resume will be refused.
+            if folder.is_dir():
+                save_state(folder, run.state())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         run = self._run_of(control)

@@ -1,0 +1,62 @@
+"""The state of an edit under way, as a file beside the host's checkpoint: safetensors, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kedit_train.errors import EditError
+
+FILE = "kedit_state.safetensors"
+
+
+def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
+    """Write ``state`` (nested dicts of tensors and of what JSON holds, string keys) into a checkpoint's folder."""
+    tensors: dict[str, Tensor] = {}
+    plain = json.dumps(_split(state, "", tensors))
+    path = Path(folder) / FILE
+    temporary = path.with_suffix(".part")
+    save_file(tensors, temporary, metadata={"state": plain})
+    os.replace(temporary, path)
+    return path
+
+
+def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read what :func:`save_state` wrote; None where the folder holds none.
+
+    Raises:
+        EditError: the file is there and cannot be read.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            plain = json.loads((file.metadata() or {})["state"])
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise EditError(f"{path} is no whole state of an edit ({error}); resume from an earlier checkpoint") from error
+    return _join(plain, "", tensors)
+
+
+def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[key] = value.detach().cpu().contiguous()
+        return {"__tensor__": key}
+    if isinstance(value, dict):
+        return {name: _split(part, f"{key}/{name}", tensors) for name, part in value.items()}
+    return value
+
+
+def _join(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"__tensor__"}:
+            return tensors[value["__tensor__"]]
+        return {name: _join(part, f"{key}/{name}", tensors) for name, part in value.items()}
+    return value
