@@ -134,9 +134,8 @@ class GradientMask(EditCallback):
                 f"GradientMask: the mask holds all {total} entries of the scope; raise density or take others"
             )
         self._density = kept / total
-        if self.save_to is not None and run.host.is_main:
-            save_masks(self.save_to, masks)
         self._held = {name: _placed_like(~mask, run.scope[name]) for name, mask in masks.items()}
+        self._save(run)
         for name, parameter in run.scope.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(_zero_where(self._held[name])))
 
@@ -147,10 +146,34 @@ class GradientMask(EditCallback):
         """Share of the scope's entries that may change."""
         return {"edit/scope/mask_density": self._density} if self._held else {}
 
+    def state(self) -> dict[str, Any]:
+        return {"held": {name: _whole(held) for name, held in self._held.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        # The mask that the run began with, to the last bit, although the same scores should have given the same one.
+        saved: dict[str, Tensor] = state["held"]
+        if {n: h.shape for n, h in saved.items()} != {n: h.shape for n, h in self._held.items()}:
+            raise EditError(
+                "GradientMask: the checkpoint's mask is of another scope; resume with the same ParameterScope"
+            )
+        self._density = 1.0 - sum(int(h.sum()) for h in saved.values()) / sum(h.numel() for h in saved.values())
+        for name, held in self._held.items():
+            # In place, where the hooks look.
+            held.copy_(_placed_like(saved[name].to(held.device), held))
+
+    def finish(self, run: EditRun) -> None:
+        self._save(run)
+
     def detach(self, run: EditRun) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._held = [], {}
+
+    def _save(self, run: EditRun) -> None:
+        if self.save_to is not None:
+            masks = {name: ~_whole(held) for name, held in self._held.items()}
+            if run.host.is_main:
+                save_masks(self.save_to, masks)
 
     # -- from scores to masks
 

@@ -177,7 +177,30 @@ class Kept(GradientMask):
     """Remembers its mask when the run is over."""
 
     def finish(self, run: Any) -> None:
+        super().finish(run)
         self.kept = dict(self._held)
+
+
+def test_a_resumed_run_goes_on_with_the_mask_that_it_began_with(make, words, ids, tmp_path):
+    model, path = make(), tmp_path / "mask.safetensors"
+    scope = ParameterScope(1, "mlp")
+    with editing(model, [first := GradientMask("random", 0.1, seed=1), scope]) as edit:
+        edit.before_step()
+        state = first.state()
+    assert not first.state()["held"]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with editing(model, [second := GradientMask("random", 0.1, seed=2, save_to=path), scope]) as edit:
+        edit.before_step()
+        assert not torch.equal(second._held[DOWN], state["held"][DOWN])
+        second.load_state(state)
+        train(model, edit, torch.optim.AdamW(edit.parameters(), lr=0.1), ids, lambda: None)
+    for name, held in state["held"].items():
+        assert torch.equal(bits(model.get_parameter(name)) != bits(before[name]), ~held)
+        assert torch.equal(load_file(path)[name], ~held)
+    with editing(model, [second, ParameterScope(0, "mlp")]) as edit:
+        edit.before_step()
+        with pytest.raises(EditError, match=r"^GradientMask: the checkpoint's mask is of another scope; resume"):
+            second.load_state(state)
 
 
 RANKS = """
@@ -230,8 +253,8 @@ def masks(model: Any, words: Any, *callbacks: Any, **given: Any) -> dict[str, Te
     """What may change, by name."""
     with editing(model, [mask := GradientMask(**given), *callbacks], tokenizer=words) as edit:
         edit.before_step()
-        kept = sum(int((~held).sum()) for held in mask._held.values())
-        assert mask.metrics(edit.run)["edit/scope/mask_density"] == kept / sum(h.numel() for h in mask._held.values())
+        kept, total = (sum(int(f(~held)) for held in mask._held.values()) for f in (torch.sum, torch.numel))
+        assert mask.metrics(edit.run)["edit/scope/mask_density"] == pytest.approx(kept / total, rel=1e-12)
         return {name: ~held for name, held in mask._held.items()}
 
 
