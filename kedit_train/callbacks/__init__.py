@@ -5,7 +5,9 @@ from kedit_train.callbacks.edit_metrics import EditMetrics
 from kedit_train.callbacks.gradient_mask import GradientMask
 from kedit_train.callbacks.hosts.loop import editing
 from kedit_train.callbacks.kl_locality import KLLocality
+from kedit_train.callbacks.low_curvature import LowCurvature
 from kedit_train.callbacks.norm_ball import NormBall
+from kedit_train.callbacks.null_space import NullSpace
 from kedit_train.callbacks.parameter_scope import ParameterScope
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
@@ -16,7 +18,9 @@ __all__ = [
     "EditMetrics",
     "GradientMask",
     "KLLocality",
+    "LowCurvature",
     "NormBall",
+    "NullSpace",
     "ParameterScope",
     "StopWhenEdited",
     "TokenSmoothing",

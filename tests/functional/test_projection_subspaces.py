@@ -1,0 +1,135 @@
+"""Null-space and low-curvature projections against dense ones written from the formulas, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kedit_train.functional.curvature import high_curvature, project_low_curvature
+from kedit_train.functional.subspace import free_space, join_directions, principal_directions, project_free
+
+
+def inputs(n: int, d: int, decay: float = 0.5) -> Tensor:
+    """[n, d] with energies that fall by ``decay`` from direction to direction."""
+    basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
+    return torch.randn(n, d, dtype=torch.float64) * decay ** torch.arange(d) @ basis
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 0.9999])
+def test_directions_are_the_fewest_that_hold_the_energy(energy):
+    keys = inputs(200, 12)
+    moment = keys.T @ keys / len(keys)
+    directions = principal_directions(moment, energy=energy)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(directions.shape[1], dtype=torch.float64))
+
+    def held(some: Tensor) -> float:
+        return float((keys @ some).square().sum() / keys.square().sum())
+
+    assert held(directions) >= energy > held(directions[:, :-1])
+
+
+def test_all_energy_takes_what_the_inputs_span_and_rank_at_most_that():
+    keys = torch.randn(5, 9)
+    moment = keys.T @ keys / 5
+    directions = principal_directions(moment, energy=1.0)
+    assert directions.shape == (9, 5)
+    torch.testing.assert_close((keys.double() @ directions) @ directions.T, keys.double(), atol=1e-5, rtol=1e-5)
+    assert principal_directions(moment, rank=3).shape == (9, 3)
+    assert principal_directions(moment, rank=8).shape == (9, 5)
+    assert principal_directions(torch.zeros(4, 4)).shape == (4, 0)
+
+
+def test_joined_directions_span_both_and_nothing_else():
+    first, both = torch.linalg.qr(torch.randn(10, 3, dtype=torch.float64))[0], torch.randn(10, 5, dtype=torch.float64)
+    both[:, :2] = first @ torch.randn(3, 2, dtype=torch.float64)
+    second = torch.linalg.qr(both)[0]
+    joined = join_directions(first, second)
+    assert joined.shape == (10, 6)
+    torch.testing.assert_close(joined.T @ joined, torch.eye(6, dtype=torch.float64))
+    for one in (first, second):
+        torch.testing.assert_close(joined @ (joined.T @ one), one)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 6, 11, 12])
+def test_the_low_rank_form_equals_the_dense_projector(rank):
+    directions = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64))[0][:, :rank]
+    delta = torch.randn(7, 12, dtype=torch.float64)
+    dense = delta @ (torch.eye(12, dtype=torch.float64) - directions @ directions.T)
+    space = free_space(directions, torch.float64)
+    torch.testing.assert_close(project_free(delta, space), dense)
+    assert space.basis.shape[1] <= 6
+    assert space.rank == rank
+    single = free_space(directions)
+    found = project_free(delta.float(), single)
+    assert found.dtype is torch.float32
+    assert float((found.double() @ directions).norm()) < 1e-6 * float(delta.norm())
+
+
+def test_the_projection_is_made_in_fp32_whatever_surrounds_it():
+    directions = torch.linalg.qr(torch.randn(64, 20, dtype=torch.float64))[0]
+    delta, space = torch.randn(32, 64), free_space(directions)
+    alone = project_free(delta, space)
+    own = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (delta @ space.basis).dtype is torch.bfloat16
+            assert torch.equal(project_free(delta, space), alone)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(own)
+
+
+def spd(size: int) -> Tensor:
+    root = torch.randn(size, size, dtype=torch.float64)
+    return root @ root.T
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 6), (2, 7), (4, 4)])
+@pytest.mark.parametrize("energy", [0.2, 0.8, 0.99])
+def test_low_curvature_equals_the_dense_gauss_newton_projector(shape, energy):
+    out, into = shape
+    gradients, activations = spd(out), spd(into)
+    # Column-major vec: vec(S D A) = (A (x) S) vec(D).
+    dense = torch.kron(activations, gradients)
+    delta = torch.randn(out, into, dtype=torch.float64)
+    vec = delta.T.flatten()
+    torch.testing.assert_close(dense @ vec, (gradients @ delta @ activations).T.flatten())
+    values, vectors = torch.linalg.eigh(dense)
+    values, vectors = values.flip(0), vectors.flip(1)
+    held = values.cumsum(0) / values.sum()
+    threshold = values[int((held < energy).sum())]
+    low = vectors[:, values < threshold * (1 - 1e-12)]
+    wanted = (low @ (low.T @ vec)).reshape(into, out).T
+
+    found = high_curvature(gradients, activations, energy, torch.float64)
+    torch.testing.assert_close(project_low_curvature(delta, found), wanted)
+    assert found.free == pytest.approx(low.shape[1] / (out * into))
+    assert found.energy == pytest.approx(float(values[values >= threshold * (1 - 1e-12)].sum() / values.sum()))
+    assert found.energy >= energy
+
+
+def test_low_curvature_equals_the_masked_form_of_the_paper_and_knows_its_sides():
+    gradients, activations = spd(6), spd(5)
+    s, u = torch.linalg.eigh(gradients)
+    a, v = torch.linalg.eigh(activations)
+    products = torch.outer(s, a)
+    ordered = products.flatten().sort(descending=True).values
+    threshold = ordered[int((ordered.cumsum(0) < 0.9 * ordered.sum()).sum())]
+    delta = torch.randn(6, 5, dtype=torch.float64)
+    wanted = u @ ((u.T @ delta @ v) * (products < threshold)) @ v.T
+    found = high_curvature(gradients, activations, 0.9, torch.float64)
+    torch.testing.assert_close(project_low_curvature(delta, found), wanted)
+    # Inputs and outputs are not exchangeable, square or not.
+    square = torch.randn(5, 5, dtype=torch.float64)
+    one = project_low_curvature(square, high_curvature(gradients[:5, :5], activations, 0.9, torch.float64))
+    other = project_low_curvature(square, high_curvature(activations, gradients[:5, :5], 0.9, torch.float64))
+    assert float((one - other).norm()) > 0.1
+    # A projection: nothing more to take out, and nothing added.
+    torch.testing.assert_close(project_low_curvature(wanted, found), wanted)
+
+
+def test_no_curvature_is_an_error():
+    with pytest.raises(ValueError, match="zero in every direction"):
+        high_curvature(torch.zeros(3, 3), spd(4), 0.9)
