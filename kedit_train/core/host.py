@@ -46,6 +46,10 @@ class Host:
         """Micro-batches, over all processes, whose losses the host adds up without dividing, for one optimizer step."""
         return 1
 
+    def refused(self) -> str | None:
+        """Why no constraint could be kept in this loop, if so."""
+        return None
+
     def objective_refused(self) -> str | None:
         """Why a per-token objective would be void or wrong in this loop, if so."""
         return None

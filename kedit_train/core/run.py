@@ -53,6 +53,7 @@ class EditRun:
         self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.full_precision = False
         self._masters: FullPrecision | None = None
+        self._shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self._head: OutputHead | None = None
         self._attached: set[int] = set()
         self._penalised: bool | None = None
@@ -104,8 +105,7 @@ class EditRun:
     def attach(self, callback: Any) -> None:
         """Start one callback's work; every callback has been prepared."""
         if not self._handles:
-            # Strategies may have replaced parameters since (FSDP2 makes them DTensors); names stay.
-            self.scope = {name: self.model.get_parameter(name) for name in self.scope}
+            self._follow_strategy()
             self._follow_dtype()
             if self.host.resumed:
                 self._restore(self.host.saved_state())
@@ -147,6 +147,26 @@ class EditRun:
             parameter.requires_grad_(trainable)
         self.closed = True
         self.root.__dict__.pop(_ATTRIBUTE, None)
+
+    def _follow_strategy(self) -> None:
+        """Strategies may have replaced parameters since: FSDP2 makes them DTensors of the same name and shape.
+
+        One that changes names or shapes (FSDP1 and DeepSpeed flatten and slice) would leave the constraints without
+        the weights that they hold.
+        """
+        # Noted when the run was set up: FSDP1 slices the very objects.
+        shapes = {name: self._shapes[name] for name in self.scope}
+        now = dict(self.model.named_parameters())
+        lost = next((name for name in shapes if name not in now or now[name].shape != shapes[name]), None)
+        reason = self.host.refused()
+        if lost is not None:
+            reason = f"the parameter {lost} of shape {tuple(shapes[lost])} has been flattened, sliced or renamed"
+        if reason is not None:
+            raise EditError(
+                f"this strategy would void the edit's constraints: {reason}; use DDP, FSDP2 "
+                "(fully_shard) or one process"
+            )
+        self.scope = {name: now[name] for name in shapes}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold for the edit to go on as if it had not been interrupted."""

@@ -103,7 +103,9 @@ def lightning_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[An
         "log_every_n_steps": 1,
     }
     size, checkpoint = extra.pop("batch_size", 4), extra.pop("ckpt_path", None)
-    loader = DataLoader(Rows(edits.encode(tokenizer)), batch_size=size, collate_fn=collator(tokenizer))
+    rows = Rows(edits.encode(tokenizer))
+    sampler = extra.pop("sampler", lambda rows: None)(rows)
+    loader = DataLoader(rows, batch_size=size, sampler=sampler, collate_fn=collator(tokenizer))
     trainer = L.Trainer(max_steps=steps, callbacks=callbacks, **(options | extra))
     trainer.fit(PlainModule(model, tokenizer), loader, ckpt_path=checkpoint)
     return trainer

@@ -1,4 +1,8 @@
-"""A run that saves after step 2 and may be killed in step 4; started as a script it is killed for good."""
+"""A run of 7 steps that saves a checkpoint and may be killed after it; started as a script it is killed for good.
+
+The epoch has three batches. transformers saves and resumes in its middle; Lightning saves at its end, because with a
+plain data loader it begins an interrupted epoch anew.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +25,14 @@ TEXTS = [f"The {who} kept a {what} in the old mill." for who in ("baker", "fox",
 
 
 class Kill(TrainerCallback, L.Callback):
-    """The power goes at the end of step 3."""
+    """The power goes at the end of step 5, one or two steps after the last checkpoint."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 3:
+        if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == 3:
+        if trainer.global_step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -42,17 +46,17 @@ def callbacks() -> list[Any]:
     ]
 
 
-def train(host: str, folder: Path, *, killed: bool = False, resume: bool = False, steps: int = 5) -> dict[str, Any]:
+def train(host: str, folder: Path, *, killed: bool = False, resume: bool = False, steps: int = 7) -> dict[str, Any]:
     torch.manual_seed(0)
     model, tokenizer = world.load()
     edits, used = EditDataset(world.edits(n=12)), [*callbacks(), *([Kill()] if killed else [])]
     if host == "Lightning":
         from lightning.pytorch.callbacks import ModelCheckpoint
 
-        saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
         options: dict[str, Any] = {"enable_checkpointing": True}
         if resume:
-            options["ckpt_path"] = str(folder / "step=2.ckpt")
+            options["ckpt_path"] = str(folder / "step=3.ckpt")
         HOSTS[host](model, tokenizer, edits, [*used, saver], steps, **options)
     else:
         options = {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 2, "resume": resume}

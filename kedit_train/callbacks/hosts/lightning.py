@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -47,6 +48,15 @@ class LightningHost(Host):
 
     def edits(self) -> Any | None:
         return getattr(getattr(self.trainer, "datamodule", None), "edits", None)
+
+    def refused(self) -> str | None:
+        launched, known = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
+        if known < launched:
+            return (
+                f"{launched} processes were started and the trainer has devices={known}, so each would train for itself"
+            )
+        name = type(self.trainer.strategy).__name__
+        return f"{name} steps on flat copies of the weights" if name.startswith("DeepSpeed") else None
 
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.trainer.precision_plugin.forward_context()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ class TransformersHost(Host):
             done = self.state.global_step % math.ceil(batches / window) * window
             window = min(window, batches - done)
         return window * (self.args.world_size if self.args.average_tokens_across_devices else 1)
+
+    def refused(self) -> str | None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.args.world_size != launched:
+            return (
+                f"{launched} processes were started and the trainer knows of {self.args.world_size}, so each would "
+                "train for itself (on CPUs, set use_cpu=True in its arguments)"
+            )
+        return "DeepSpeed steps on flat copies of the weights" if self.args.deepspeed else None
 
     def objective_refused(self) -> str | None:
         if self.args.n_gpu > 1:
