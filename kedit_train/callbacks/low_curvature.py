@@ -148,6 +148,30 @@ class LowCurvature(EditCallback):
             found["edit/drift/low_curvature_leak"] = (leaked / moved) ** 0.5
         return found
 
+    def state(self) -> dict[str, Any]:
+        curvatures = {name: found._asdict() for name, found in self._curvatures.items()}
+        running = dict(zip(("inputs", "gradients"), self._running, strict=True))
+        return {
+            "curvatures": curvatures,
+            "sums": {kind: {name: m.sum for name, m in moments.items()} for kind, moments in running.items()},
+            "counts": {kind: {name: m.count for name, m in moments.items()} for kind, moments in running.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        # What the run began with: of earlier runs' edits nothing else is left.
+        if state["curvatures"].keys() != self._curvatures.keys():
+            raise EditError("LowCurvature: the checkpoint is of another scope; resume with the same ParameterScope")
+        for name, own in self._curvatures.items():
+            saved = Curvature(**state["curvatures"][name])
+            left, right, high = (tensor.to(own.left) for tensor in (saved.left, saved.right, saved.high))
+            self._curvatures[name] = saved._replace(left=left, right=right, high=high)
+
+        def moments(kind: str) -> dict[str, Moment]:
+            counts = state["counts"][kind]
+            return {n: Moment(s.to(self._curvatures[n].left), counts[n]) for n, s in state["sums"][kind].items()}
+
+        self._running = moments("inputs"), moments("gradients")
+
     def finish(self, run: EditRun) -> None:
         if not self.sequential:
             return

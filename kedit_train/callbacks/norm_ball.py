@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
@@ -68,6 +68,7 @@ class NormBall(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
+        self._reference: Mapping[str, Tensor] = {}
         same_model = self._model is not None and self._model() is run.model
         if self.anchor == "previous" or not same_model:
             self._centres = {}
@@ -77,8 +78,13 @@ class NormBall(EditCallback):
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Not before the first step: other callbacks may settle what the reference is when they are attached.
-        for name in weights:
-            self._centres.setdefault(name, reference[name])
+        for name, weight in weights.items():
+            centre = self._centres.setdefault(name, reference[name])
+            if isinstance(weight, DTensor) and not isinstance(centre, DTensor):
+                self._centres[name] = distribute_tensor(centre, weight.device_mesh, weight.placements)
+            elif centre.device != weight.device:
+                self._centres[name] = centre.to(weight.device)
+        self._reference = reference
         if self.norm == "linf":
             # Found again where a scope that was trained in fp32 has its own dtype back.
             if any(name not in self._bounds or self._bounds[name][0].dtype != w.dtype for name, w in weights.items()):
@@ -112,8 +118,16 @@ class NormBall(EditCallback):
             entries += weight.numel()
         return {"edit/drift/ball": furthest / self.radius, "edit/drift/at_bound": at_bound / entries}
 
+    def state(self) -> dict[str, Any]:
+        # Only of an earlier run: the reference of this one is in the checkpoint.
+        earlier = {n: centre for n, centre in self._centres.items() if centre is not self._reference.get(n)}
+        return {"centres": {n: c.full_tensor() if isinstance(c, DTensor) else c for n, c in earlier.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._centres |= state["centres"]
+
     def detach(self, run: EditRun) -> None:
-        self._bounds = {}
+        self._bounds, self._reference = {}, {}
         if self.anchor == "previous":
             self._centres = {}
 

@@ -169,6 +169,20 @@ class NullSpace(EditCallback):
             found["edit/drift/null_space_leak"] = (leaked / moved) ** 0.5
         return found
 
+    def state(self) -> dict[str, Any]:
+        spaces = {name: space._asdict() for name, space in self._spaces.items()}
+        return {"spaces": spaces, "earlier": [[edit.prompt, edit.target] for edit in self._earlier]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        # The directions that the run began with: of earlier runs' edits nothing else is left.
+        saved = {name: FreeSpace(**space) for name, space in state["spaces"].items()}
+        if saved.keys() != self._spaces.keys():
+            raise EditError("NullSpace: the checkpoint is of another scope; resume with the same ParameterScope")
+        self._spaces = {
+            name: space._replace(basis=space.basis.to(self._spaces[name].basis)) for name, space in saved.items()
+        }
+        self._earlier = [Edit(prompt, target) for prompt, target in state["earlier"]]
+
     def finish(self, run: EditRun) -> None:
         if self.sequential:
             prompts = {edit.prompt for edit in run.edits}

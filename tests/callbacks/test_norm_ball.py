@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.callbacks import NormBall, ParameterScope, editing
+from kedit_train.core.checkpoint import load_state, save_state
 from kedit_train.errors import EditError
 
 OPTIMIZERS = {
@@ -156,6 +157,28 @@ def test_base_refuses_a_model_that_something_else_has_moved(norm):
     train(model, NormBall(1e-2, norm=norm), OPTIMIZERS["adamw"])
 
 
+def test_a_checkpoint_takes_the_ball_of_an_earlier_run_along(tmp_path):
+    model, ball = forecaster(), NormBall(1e-2)
+    before = state(model)
+    train(model, ball, OPTIMIZERS["adamw"])
+    resumed = NormBall(1e-2)
+    with editing(model, [ball]) as edit:
+        edit.before_step()
+        save_state(tmp_path, ball.state())
+    with editing(model, [resumed]) as edit:
+        edit.before_step()
+        resumed.load_state(load_state(tmp_path) or {})
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1)
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+    assert max(float(d.max()) for d in apart(model, before).values()) <= 1e-2
+    # Of a first run nothing needs to be kept: its centre is the reference, which the run keeps.
+    first = NormBall(1e-2)
+    with editing(forecaster(), [first]) as edit:
+        edit.before_step()
+        assert first.state() == {"centres": {}}
+
+
 def test_sharded_weights_are_bounded_on_every_shard(tmp_path):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -166,12 +189,10 @@ def test_sharded_weights_are_bounded_on_every_shard(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         before, after = torch.randn(6, 4), torch.randn(6, 4)
         for norm in ("linf", "l2"):
-            ball = NormBall(1e-2, norm=norm)
-            ball._bounds = {}
+            ball, whole = NormBall(1e-2, norm=norm), NormBall(1e-2, norm=norm)
+            ball._bounds, whole._bounds = {}, {}
             moved = {"w": distribute_tensor(after, mesh, [Shard(0)])}
             found = ball.constrain(moved, {"w": distribute_tensor(before, mesh, [Shard(0)])})["w"]
-            whole = NormBall(1e-2, norm=norm)
-            whole._bounds = {}
             assert torch.equal(found.full_tensor(), whole.constrain({"w": after}, {"w": before})["w"])
             assert found.placements == (Shard(0),)
     finally:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.callbacks import NullSpace, ParameterScope, editing
+from kedit_train.core.checkpoint import load_state, save_state
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
@@ -255,6 +256,29 @@ def test_sequential_edits_leave_the_inputs_of_earlier_ones_alone(make, words):
         assert space._earlier == []
     with pytest.raises(EditError, match=r"sequential=True .* nothing says what they are; add EditMetrics"):
         attempt(other, NullSpace(TEXTS, sequential=True), words, ParameterScope(1, SCOPE["llama"]))
+
+
+def test_a_checkpoint_takes_the_directions_along(make, words, tmp_path):
+    """Also those of earlier runs' edits, which a new process does not know."""
+    model, name = make("llama"), WEIGHT["llama"]
+    space, scope = NullSpace(TEXTS, sequential=True), [Knows([Edit("w40 w41", "w42")])]
+    with editing(model, [space, *scope], tokenizer=words) as edit:
+        edit.before_step()
+    scope = [Knows([Edit("w50 w51", "w52")])]
+    with editing(model, [space, *scope], tokenizer=words) as edit:
+        edit.before_step()
+        save_state(tmp_path, space.state())
+        weights, reference = {name: torch.randn(16, 32)}, dict(edit.run.reference)
+        wanted = space.constrain(weights, reference)[name]
+    resumed = NullSpace(TEXTS, sequential=True)
+    with editing(model, [resumed, *scope], tokenizer=words) as edit:
+        edit.before_step()
+        assert not torch.equal(resumed.constrain(weights, reference)[name], wanted)
+        resumed.load_state(load_state(tmp_path) or {})
+        assert torch.equal(resumed.constrain(weights, reference)[name], wanted)
+        assert [edit.prompt for edit in resumed._earlier] == ["w40 w41"]
+        with pytest.raises(EditError, match="checkpoint is of another scope"):
+            resumed.load_state({"spaces": {}, "earlier": []})
 
 
 def test_a_forecaster_is_held_on_its_own_inputs():
