@@ -88,6 +88,7 @@ class LowCurvature(EditCallback):
         self.energy, self.factors, self.sequential, self.samples = energy, factors, sequential, samples
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
         self._running: tuple[dict[str, Moment], dict[str, Moment]] = {}, {}
+        self._curvatures: dict[str, Curvature] = {}
         self._model: Any = None
 
     def prepare(self, run: EditRun) -> None:
@@ -163,7 +164,8 @@ class LowCurvature(EditCallback):
             raise EditError("LowCurvature: the checkpoint is of another scope; resume with the same ParameterScope")
         for name, own in self._curvatures.items():
             saved = Curvature(**state["curvatures"][name])
-            left, right, high = (tensor.to(own.left) for tensor in (saved.left, saved.right, saved.high))
+            # Copied: tensors out of a file lie at odd addresses, and products of matrices depend on that.
+            left, right, high = (tensor.to(own.left, copy=True) for tensor in (saved.left, saved.right, saved.high))
             self._curvatures[name] = saved._replace(left=left, right=right, high=high)
 
         def moments(kind: str) -> dict[str, Moment]:
@@ -185,7 +187,7 @@ class LowCurvature(EditCallback):
         self._running = inputs, gradients
 
     def detach(self, run: EditRun) -> None:
-        self._curvatures: dict[str, Curvature] = {}
+        self._curvatures = {}
 
     def _on_texts(self, run: EditRun) -> tuple[dict[str, Moment], dict[str, Moment]]:
         rows = text_rows(

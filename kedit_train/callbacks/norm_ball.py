@@ -64,11 +64,12 @@ class NormBall(EditCallback):
                 raise EditError(f"NormBall: {name}={value!r} is out of bounds ({bounds})")
         self.radius, self.norm, self.per, self.anchor = radius, norm, per, anchor
         self._centres: dict[str, Tensor] = {}
+        self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
+        self._reference: Mapping[str, Tensor] = {}
         self._model: Any = None
 
     def attach(self, run: EditRun) -> None:
-        self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
-        self._reference: Mapping[str, Tensor] = {}
+        self._bounds, self._reference = {}, {}
         same_model = self._model is not None and self._model() is run.model
         if self.anchor == "previous" or not same_model:
             self._centres = {}

@@ -54,7 +54,8 @@ class NullSpace(EditCallback):
     Args:
         texts: as of ``KLLocality``; or a list of the model's own inputs (tensors, tuples or mappings of them), for
             modules that read no text.
-        keep_energy: share of the inputs' energy that is preserved, in (0, 1].
+        keep_energy: share of the inputs' energy that is preserved, in (0, 1]. Look at ``edit/drift/null_space_rank``:
+            where a model sends a few directions of great size through a layer (first tokens), they alone may hold it.
         rank: preserve this many directions of each weight instead.
         preserve: earlier edits (an ``EditDataset``, a sequence of ``Edit``, or a path that ``EditDataset.load`` reads)
             or a list of texts, whose inputs are preserved beside those of ``texts``, by ``keep_energy`` of their own.
@@ -106,6 +107,7 @@ class NullSpace(EditCallback):
         self.samples, self.batch_size, self.max_length = samples, batch_size, max_length
         self.tokenizer, self.seed = tokenizer, seed
         self._earlier: list[Edit] = []
+        self._spaces: dict[str, FreeSpace] = {}
         self._model: Any = None
 
     def prepare(self, run: EditRun) -> None:
@@ -127,7 +129,7 @@ class NullSpace(EditCallback):
         if preserved := self._preserved(run):
             for name, more in self._directions(run, self._edit_batches(run, preserved)).items():
                 directions[name] = join_directions(directions[name], more)
-        self._spaces: dict[str, FreeSpace] = {}
+        self._spaces = {}
         names = list(self._maps)
         for name, found in zip(names, same_everywhere([directions[name] for name in names]), strict=True):
             if found.shape[1] >= found.shape[0]:
@@ -178,9 +180,10 @@ class NullSpace(EditCallback):
         saved = {name: FreeSpace(**space) for name, space in state["spaces"].items()}
         if saved.keys() != self._spaces.keys():
             raise EditError("NullSpace: the checkpoint is of another scope; resume with the same ParameterScope")
-        self._spaces = {
-            name: space._replace(basis=space.basis.to(self._spaces[name].basis)) for name, space in saved.items()
-        }
+        for name, space in saved.items():
+            # Copied: tensors out of a file lie at odd addresses, and products of matrices depend on that.
+            basis = space.basis.to(self._spaces[name].basis, copy=True)
+            self._spaces[name] = space._replace(basis=basis)
         self._earlier = [Edit(prompt, target) for prompt, target in state["earlier"]]
 
     def finish(self, run: EditRun) -> None:

@@ -67,7 +67,7 @@ def load_factors(
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 kind, _, name = key.partition("/")
                 if kind in moments and name in weights and key in counts:
-                    moments[kind][name] = Moment(file.get_tensor(key).to(weights[name].device), counts[key])
+                    moments[kind][name] = Moment(file.get_tensor(key).to(weights[name].device, copy=True), counts[key])
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise EditError(f"LowCurvature: factors={str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
     for what, wanted in _fingerprints(weights, rows, seed).items():

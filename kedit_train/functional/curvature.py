@@ -59,9 +59,9 @@ def high_curvature(
     # Eigenvalues fall, so every row and column with a high pair stands before those without.
     p, q = int(high.any(1).sum()), int(high.any(0).sum())
     return Curvature(
-        left[:, :p].to(dtype),
-        right[:, :q].to(dtype),
-        high[:p, :q].to(dtype),
+        left[:, :p].to(dtype).contiguous(),
+        right[:, :q].to(dtype).contiguous(),
+        high[:p, :q].to(dtype).contiguous(),
         1.0 - float(high.double().mean()),
         float(products[high].sum() / held[-1]),
     )

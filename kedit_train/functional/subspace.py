@@ -65,9 +65,9 @@ def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSp
     """Prepare the projection away from ``directions``, [d, r] orthonormal in fp64; never more than d * d/2 numbers."""
     size, rank = directions.shape
     if 2 * rank <= size:
-        return FreeSpace(directions.to(dtype), True, rank)
+        return FreeSpace(directions.to(dtype).contiguous(), True, rank)
     complement = torch.linalg.qr(directions, mode="complete")[0][:, rank:]
-    return FreeSpace(complement.to(dtype), False, rank)
+    return FreeSpace(complement.to(dtype).contiguous(), False, rank)
 
 
 def project_free(delta: Tensor, space: FreeSpace) -> Tensor:

@@ -190,7 +190,6 @@ def test_sharded_weights_are_bounded_on_every_shard(tmp_path):
         before, after = torch.randn(6, 4), torch.randn(6, 4)
         for norm in ("linf", "l2"):
             ball, whole = NormBall(1e-2, norm=norm), NormBall(1e-2, norm=norm)
-            ball._bounds, whole._bounds = {}, {}
             moved = {"w": distribute_tensor(after, mesh, [Shard(0)])}
             found = ball.constrain(moved, {"w": distribute_tensor(before, mesh, [Shard(0)])})["w"]
             assert torch.equal(found.full_tensor(), whole.constrain({"w": after}, {"w": before})["w"])

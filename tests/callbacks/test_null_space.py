@@ -299,6 +299,28 @@ def test_a_forecaster_is_held_on_its_own_inputs():
     assert float((model(other) - before(other)).detach().norm()) > 0.1
 
 
+def test_a_reward_model_is_held_on_texts(words, ids):
+    """It reads token ids and has no language-model head."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=61, num_attention_heads=2, num_labels=1, pad_token_id=0, **shape)
+    model = LlamaForSequenceClassification(config)
+    before = model.get_parameter(WEIGHT["llama"]).detach().double().clone()
+    k0 = preserved(keys(model, words, WEIGHT["llama"].removesuffix(".weight")), 0.9)
+    held = [NullSpace(TEXTS, keep_energy=0.9), ParameterScope(1, SCOPE["llama"])]
+    with editing(model, held, tokenizer=words) as edit:
+        optimizer = adamw(edit.parameters())
+        for _ in range(50):
+            edit.before_step()
+            (model(input_ids=ids).logits - 3.0).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    delta = model.get_parameter(WEIGHT["llama"]).detach().double() - before
+    assert float((delta @ k0).norm() / delta.norm()) < 1e-5
+    assert float(delta.norm()) > 0.1
+
+
 def attempt(model: Any, callback: Any, words: Any, *more: Any) -> None:
     with editing(model, [callback, *more], tokenizer=words) as edit:
         edit.before_step()

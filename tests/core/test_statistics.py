@@ -135,6 +135,21 @@ def test_only_weights_of_linear_maps_are_found(tiny):
         linear_maps(shared, {"0.bias": shared[0].bias}, "Test")
 
 
+def test_sharded_weights_are_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 2, bias=False)
+        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]))
+        with pytest.raises(EditError, match=r"weight is sharded over processes \(DTensor\), .* train with DDP"):
+            linear_maps(model, {"weight": model.weight}, "Test")
+    finally:
+        dist.destroy_process_group()
+
+
 def factors_by_hand(model: Any, run: EditRun, name: str, labels: dict[tuple[int, ...], list[int]]):
     """E[a aT] and E[g gT] of every token, each row by itself, for these labels."""
     module = model.get_submodule(name.removesuffix(".weight"))
