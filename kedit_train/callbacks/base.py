@@ -22,6 +22,7 @@ class EditCallback(TransformersEvents, LightningEvents):
 
     order = 50
     constrains = False
+    penalises = False
 
     def prepare(self, run: EditRun) -> None:
         """Check arguments and decide what may change. The optimizer does not exist yet, nor need other callbacks."""

@@ -10,6 +10,7 @@ from typing import Any
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
+from kedit_train.data.tokenise import context_length
 from kedit_train.errors import EditError
 from kedit_train.evaluation import Report, evaluate
 
@@ -73,6 +74,9 @@ class EditMetrics(EditCallback):
     def attach(self, run: EditRun) -> None:
         self.report, self._looked_at = None, -1
         self._tokenizer = run.tokenizer("EditMetrics", self.tokenizer)
+        # Hosts that tokenise by themselves would cut or drop an edit that is too long.
+        edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
+        edits.encode(self._tokenizer, max_length=context_length(run.model.config))
         with run.unedited():
             self.unedited = self._evaluate(run, limit=None, before=None)
 

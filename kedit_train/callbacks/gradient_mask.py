@@ -16,6 +16,7 @@ from kedit_train.core.fisher import diagonal_fisher, mean_gradient, text_rows
 from kedit_train.core.mask_file import load_masks, save_masks
 from kedit_train.core.neurons import Granularity, matrix_of, place
 from kedit_train.core.run import EditRun
+from kedit_train.core.sharding import placed_like, whole
 from kedit_train.core.texts import load_texts
 from kedit_train.data import EditDataset
 from kedit_train.data.tokenise import Encoded, context_length
@@ -134,7 +135,7 @@ class GradientMask(EditCallback):
                 f"GradientMask: the mask holds all {total} entries of the scope; raise density or take others"
             )
         self._density = kept / total
-        self._held = {name: _placed_like(~mask, run.scope[name]) for name, mask in masks.items()}
+        self._held = {name: placed_like(~mask, run.scope[name]) for name, mask in masks.items()}
         self._save(run)
         for name, parameter in run.scope.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(_zero_where(self._held[name])))
@@ -147,7 +148,7 @@ class GradientMask(EditCallback):
         return {"edit/scope/mask_density": self._density} if self._held else {}
 
     def state(self) -> dict[str, Any]:
-        return {"held": {name: _whole(held) for name, held in self._held.items()}}
+        return {"held": {name: whole(held) for name, held in self._held.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         # The mask that the run began with, to the last bit, although the same scores should have given the same one.
@@ -159,7 +160,7 @@ class GradientMask(EditCallback):
         self._density = 1.0 - sum(int(h.sum()) for h in saved.values()) / sum(h.numel() for h in saved.values())
         for name, held in self._held.items():
             # In place, where the hooks look.
-            held.copy_(_placed_like(saved[name].to(held.device), held))
+            held.copy_(placed_like(saved[name].to(held.device), held))
 
     def finish(self, run: EditRun) -> None:
         self._save(run)
@@ -171,7 +172,7 @@ class GradientMask(EditCallback):
 
     def _save(self, run: EditRun) -> None:
         if self.save_to is not None:
-            masks = {name: ~_whole(held) for name, held in self._held.items()}
+            masks = {name: ~whole(held) for name, held in self._held.items()}
             if run.host.is_main:
                 save_masks(self.save_to, masks)
 
@@ -208,7 +209,7 @@ class GradientMask(EditCallback):
     def _scores(self, run: EditRun) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
         """Scores of every entry, and for a ratio those that they are compared with."""
         if self.score == "magnitude":
-            return {name: _whole(run.reference[name]).float().abs() for name in run.scope}, None
+            return {name: whole(run.reference[name]).float().abs() for name in run.scope}, None
         if self.score == "random":
             source = torch.Generator().manual_seed(self.seed)
             return {name: torch.rand(p.shape, generator=source) for name, p in run.scope.items()}, None
@@ -248,19 +249,6 @@ class GradientMask(EditCallback):
         if self.mask is not None:
             return f"GradientMask(mask={str(self.mask)!r})"
         return f"GradientMask(score={self.score!r}, density={self.density}, granularity={self.granularity!r})"
-
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _placed_like(mask: Tensor, parameter: Any) -> Tensor:
-    """Shard a mask as its parameter is."""
-    if not hasattr(parameter, "device_mesh"):
-        return mask
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(mask, parameter.device_mesh, parameter.placements)
 
 
 def _zero_where(held: Tensor) -> Any:

@@ -39,6 +39,7 @@ class KLLocality(EditCallback):
     """
 
     order = 30
+    penalises = True
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import torch
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope import resolve_scope
+from kedit_train.core.sharding import whole
 from kedit_train.errors import EditError
 
 
@@ -55,8 +56,8 @@ class ParameterScope(EditCallback):
         with torch.no_grad():
             for name, parameter in run.scope.items():
                 reference = run.reference[name].float()
-                moved += (parameter.float() - reference).square().sum().cpu()
-                size += reference.square().sum().cpu()
+                moved += whole((parameter.float() - reference).square().sum()).cpu()
+                size += whole(reference.square().sum()).cpu()
         return {
             "edit/scope/parameters": float(sum(p.numel() for p in run.scope.values())),
             "edit/drift/relative": float((moved / size.clamp(min=1e-30)).sqrt()),

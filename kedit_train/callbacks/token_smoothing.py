@@ -95,7 +95,8 @@ class TokenSmoothing(EditCallback):
         if self._counted_at != run.step:
             raise EditError(
                 "TokenSmoothing: the model was not called with labels= since the last optimizer step, so its loss was "
-                "not replaced; let the training step call model(..., labels=labels) and use the loss that it returns"
+                "not replaced; let the training step call model(..., labels=labels) and use the loss that it returns, "
+                "and let one optimizer step the whole scope"
             )
         if self.epsilon == 0.0:
             return False

@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.fisher import diagonal_fisher, text_rows
 from kedit_train.core.run import EditRun
+from kedit_train.core.sharding import whole
 from kedit_train.core.texts import load_texts
 from kedit_train.errors import EditError
 
@@ -77,6 +78,7 @@ class WeightAnchor(EditCallback):
         # Read more than once: by prepare, by attach, and by a second run of the same instance.
         self.texts = list(texts) if isinstance(texts, Iterator) else texts
         self.decoupled = kind == "l2sp" if decoupled is None else decoupled
+        self.penalises = not self.decoupled
         self.samples, self.max_length, self.tokenizer, self.seed = samples, max_length, tokenizer, seed
         self._anchored: EditRun | None = None
         self._fisher: dict[str, Tensor] = {}
@@ -136,7 +138,7 @@ class WeightAnchor(EditCallback):
         terms = []
         for name, parameter in run.scope.items():
             square = (_wide(parameter) - _wide(run.reference[name])).square()
-            terms.append((self._fisher[name] * square).sum() if self.kind == "ewc" else square.sum())
+            terms.append(whole((self._fisher[name] * square).sum() if self.kind == "ewc" else square.sum()))
         # Layers may lie on several devices.
         return 0.5 * self.strength * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 

@@ -46,6 +46,18 @@ class Host:
         """Micro-batches, over all processes, whose losses the host adds up without dividing, for one optimizer step."""
         return 1
 
+    # Whether every optimizer step is announced to the run (through EditRun.penalty) before its forward pass.
+    announces_steps = True
+    # Whether an unannounced step means that the run was left behind by its loop and has to let the model go.
+    releases = True
+
+    def unannounced(self) -> str:
+        """What to do where an optimizer step came unannounced."""
+        return (
+            "this model is part of an edit that another trainer set up and did not finish; it has now been released, "
+            "with everything that was frozen: build this trainer again"
+        )
+
     def refused(self) -> str | None:
         """Why no constraint could be kept in this loop, if so."""
         return None

@@ -64,7 +64,8 @@ class LossHead:
         self._handles = [
             head.model.register_forward_pre_hook(self._before, with_kwargs=True),
             # Also after a forward that failed, so that the next one does not find the head reduced to one position.
-            head.model.register_forward_hook(self._after, always_call=True),
+            # First of all hooks: FSDP2 learns of the backward pass through what the forward returns behind them.
+            head.model.register_forward_hook(self._after, always_call=True, prepend=True),
         ]
 
     def __getstate__(self) -> dict[str, Any]:

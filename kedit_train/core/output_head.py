@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_train.core.sharding import check_head
 from kedit_train.errors import EditError
 from kedit_train.functional.linear import half_linear
 
@@ -99,14 +100,26 @@ class OutputHead:
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Run the model and return what its head reads, [B, S, d]."""
-        with self.capturing():
-            self.model(**inputs, use_cache=False)
-            if self.captured is None:
-                raise EditError(
-                    f"{type(self.model).__name__} does not call its output head as a module, so its hidden states "
-                    "cannot be read; use a model whose forward calls the module that get_output_embeddings() returns"
-                )
-            return self.captured
+        # Part of what the model returns, for it is from there that FSDP2 learns of the backward pass.
+        handle = self.model.register_forward_hook(self._add_captured, prepend=True)
+        try:
+            with self.capturing():
+                self.model(**inputs, use_cache=False)
+                if self.captured is None:
+                    raise EditError(
+                        f"{type(self.model).__name__} does not call its output head as a module, so its hidden states "
+                        "cannot be read; use a model whose forward calls the module that get_output_embeddings() "
+                        "returns"
+                    )
+                return self.captured
+        finally:
+            handle.remove()
+
+    def _add_captured(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, dict):
+            output["hidden_states"] = (self.captured,)
+            return output
+        return (*output, self.captured) if isinstance(output, tuple) else output
 
     def project(self, hidden: Tensor, head: Any | None = None, *, fp32_gradients: bool = False) -> Tensor:
         """Project [N, d] to logits [N, V], fp32 (fp64 stays), under the autocast of the captured forward.
@@ -160,6 +173,7 @@ class OutputHead:
         with evaluation_mode(self.model), context:
             own = self.model(input_ids=ids, use_cache=False).logits.float()
             states = self.hidden(input_ids=ids)
+            check_head(self.module)
             with torch.autocast(**self.autocast):
                 raw = self.module(states)
         tolerance = 2e-2 if raw.dtype in _HALF else 1e-4

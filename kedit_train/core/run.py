@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -15,6 +17,7 @@ from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model
 from kedit_train.core.reference import holding, snapshot
+from kedit_train.core.sharding import check_gradients, placed_like, reshard, whole
 from kedit_train.data.edit import Edit
 from kedit_train.errors import EditError
 
@@ -39,6 +42,7 @@ class EditRun:
 
     def __init__(self, root: nn.Module, host: Host) -> None:
         self.root = root
+        reshard(root)
         self.host: Any = host
         self.language_model = find_language_model(root)
         self.model = self.language_model or root
@@ -57,7 +61,11 @@ class EditRun:
         self._head: OutputHead | None = None
         self._attached: set[int] = set()
         self._penalised: bool | None = None
-        self._handles: list[Any] = []
+        # From the beginning, so that a loop that never reaches the run is noticed; weakly, so that they keep no model.
+        self._handles: list[Any] = [
+            register_optimizer_step_pre_hook(_weakly(self._before_optimizer)),
+            register_optimizer_step_post_hook(_weakly(self._after_optimizer)),
+        ]
         self._saved: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
 
@@ -104,7 +112,7 @@ class EditRun:
 
     def attach(self, callback: Any) -> None:
         """Start one callback's work; every callback has been prepared."""
-        if not self._handles:
+        if not self._attached:
             self._follow_strategy()
             self._follow_dtype()
             if self.host.resumed:
@@ -112,10 +120,6 @@ class EditRun:
             if not self.reference and any(callback.constrains for callback in self.callbacks):
                 with self.unedited():
                     self.reference = snapshot(self.scope)
-            self._handles = [
-                register_optimizer_step_pre_hook(self._before_optimizer),
-                register_optimizer_step_post_hook(self._after_optimizer),
-            ]
         if id(callback) not in self._attached:
             self._attached.add(id(callback))
             callback.attach(self)
@@ -154,6 +158,7 @@ class EditRun:
         One that changes names or shapes (FSDP1 and DeepSpeed flatten and slice) would leave the constraints without
         the weights that they hold.
         """
+        reshard(self.root)
         # Noted when the run was set up: FSDP1 slices the very objects.
         shapes = {name: self._shapes[name] for name in self.scope}
         now = dict(self.model.named_parameters())
@@ -167,11 +172,13 @@ class EditRun:
                 "(fully_shard) or one process"
             )
         self.scope = {name: now[name] for name in shapes}
+        self.reference = {name: placed_like(value, self.scope[name]) for name, value in self.reference.items()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold for the edit to go on as if it had not been interrupted."""
         callbacks = {name: callback.state() for name, callback in self._named().items()}
-        return {"step": self.step, "reference": dict(self.reference), "callbacks": callbacks}
+        reference = {name: whole(value) for name, value in self.reference.items()}
+        return {"step": self.step, "reference": reference, "callbacks": callbacks}
 
     def _named(self) -> dict[str, Any]:
         names = [type(callback).__name__ for callback in self.callbacks]
@@ -197,7 +204,7 @@ class EditRun:
         # Never what the model held when the run was set up: it may have been loaded from the checkpoint itself.
         for name, value in state["reference"].items():
             parameter = self.scope[name]
-            self.reference[name] = value.to(device=parameter.device, dtype=parameter.dtype)
+            self.reference[name] = placed_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)
         self.step = state["step"]
         self._saved = {
             callback: state["callbacks"][name] for name, callback in named.items() if name in state["callbacks"]
@@ -277,8 +284,10 @@ class EditRun:
     def unedited(self) -> Iterator[None]:
         """Within, the model is the one before the edit."""
         if self.reference:
+            reshard(self.root)
             with holding(self.scope, self.reference):
                 yield
+                reshard(self.root)
         elif self.step or self.host.resumed:
             raise EditError(
                 "the model before the edit is needed and its weights are no longer there (training has begun, or was "
@@ -294,12 +303,17 @@ class EditRun:
         changing = {name: p for name, p in self.scope.items() if id(p) in own}
         if not changing:
             return None
+        if isinstance(head.module, FSDPModule):
+            raise EditError(
+                "the output head is in scope and sharded by itself, so its weights before the edit cannot be put in "
+                "its place; leave it out of the scope, or apply fully_shard to the whole model only"
+            )
         if not self.reference:
             with self.unedited():
                 kept = snapshot(changing)
         else:
             kept = self.reference
-        values = {own[id(p)]: kept[name] for name, p in changing.items()}
+        values = {own[id(p)]: whole(kept[name]) for name, p in changing.items()}
         return lambda hidden: torch.func.functional_call(head.module, values, (hidden,))
 
     def describe_scope(self) -> dict[str, Any]:
@@ -344,10 +358,24 @@ class EditRun:
         A parameter without gradient is passed over by every optimizer, its state included; one with a zero gradient is
         not: momentum and weight decay move it.
         """
+        self._check_announced()
+        check_gradients(self.scope.values())
         skip = [callback.skip_step(self) for callback in self.callbacks]
         if any(skip) and not self._penalised:
             for parameter in self._trainable:
                 parameter.grad = None
+
+    def begin_step(self) -> None:
+        """A new optimizer step begins, whatever became of the last one (a gradient scaler may have left it out)."""
+        self._penalised = None
+
+    def _check_announced(self) -> None:
+        penalises = any(callback.penalises for callback in self.callbacks)
+        if self._attached and (self._penalised is not None or not (self.host.announces_steps or penalises)):
+            return
+        if self.host.releases:
+            self.close()
+        raise EditError(self.host.unannounced())
 
     def after_step(self) -> None:
         """Let the callbacks look at the model after an optimizer step, outside of the gradient."""
@@ -398,3 +426,14 @@ class EditRun:
     def _ours(self, optimizer: Optimizer) -> bool:
         ours = {id(p) for p in self.scope.values()}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+
+def _weakly(method: Any) -> Any:
+    held = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        alive = held()
+        if alive is not None:
+            alive(*args)
+
+    return hook

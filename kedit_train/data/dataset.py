@@ -181,7 +181,13 @@ class EditDataset(Sequence[Edit]):
         return datasets.Dataset.from_list(rows)
 
     def encode(self, tokenizer: Any, *, append_eos: bool = True, max_length: int | None = None) -> list[Encoded]:
-        """Tokens and target mask of every edit, see ``tokenise.encode_edit``; errors name the edit."""
+        """Tokens and target mask of every edit, see ``tokenise.encode_edit``; errors name the edit.
+
+        ``max_length`` is the tokenizer's own bound by default, where it has one.
+        """
+        bound = getattr(tokenizer, "model_max_length", None)
+        # Tokenizers without a bound carry an astronomical number.
+        max_length = bound if max_length is None and isinstance(bound, int) and bound < 10**9 else max_length
         return [
             encode_edit(
                 tokenizer,

@@ -18,6 +18,12 @@ class LightningHost(Host):
     """A Lightning trainer and the module that it fits."""
 
     name = "lightning"
+    # Through the loss of a backward pass, so not where a module steps without one.
+    announces_steps = False
+    releases = False
+
+    def unannounced(self) -> str:
+        return "an optimizer step without self.manual_backward(loss): the edit's penalties join the loss there; call it"
 
     def __init__(self, trainer: Any, module: Any) -> None:
         super().__init__(trainer)

@@ -23,6 +23,11 @@ class LoopHost(Host):
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
 
+    releases = False
+
+    def unannounced(self) -> str:
+        return "call edit.before_step() before the forward pass of every optimizer step: this one came unannounced"
+
     def tokenizer(self) -> Any | None:
         return self._tokenizer
 

@@ -144,6 +144,9 @@ class TransformersEvents(TrainerCallback):
         if model is None:
             raise EditError(f"{type(self).__name__}: the trainer has no model yet (model_init=); pass model=")
         run = self.run
+        if run is not None and not any(module is run.root for module in model.modules()):
+            # model_init made another model for this training.
+            run.close()
         if run is None or run.closed or run.host.owner is not control:
             host = TransformersHost(args, state, control, processing_class)
             run = self.run = EditRun.join(model, self, host)
@@ -173,6 +176,8 @@ class TransformersEvents(TrainerCallback):
         # Before the first micro-batch and on the unwrapped model: so it counts once whatever the accumulation, is
         # clipped with the rest, and DDP reduces it together with the gradients that follow.
         run = self._run_of(control)
+        if run:
+            run.begin_step()
         penalty = run.penalty() if run else None
         if penalty is not None:
             scaler = getattr(optimizer, "scaler", None)

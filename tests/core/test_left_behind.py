@@ -1,0 +1,98 @@
+"""A run that its loop left behind, or never told of its steps, is noticed at the first optimizer step."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import ARGUMENTS, HOSTS, Rows, collator
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from kedit_train import world
+from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, TokenSmoothing, editing
+from kedit_train.data import Edit, EditDataset
+from kedit_train.errors import EditError
+
+TEXTS = ["The old baker found a coin near the river.", "A red fox slept."]
+
+
+def trainer(model: Any, callbacks: list[Any], **extra: Any) -> Trainer:
+    tokenizer = world.load()[1]
+    arguments = TrainingArguments(output_dir=tempfile.mkdtemp(), max_steps=3, **ARGUMENTS)
+    arguments.remove_unused_columns = False
+    rows = Rows(EditDataset(world.edits(n=8)).encode(tokenizer))
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collator(tokenizer),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        **extra,
+    )
+
+
+class Interrupt(TrainerCallback):
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupted", [True, False], ids=["interrupted", "never trained"])
+def test_a_plain_trainer_after_an_unfinished_edit_is_told_and_the_model_released(interrupted: bool) -> None:
+    model, _ = world.load()
+    first = trainer(model, [ParameterScope(layers=2), TokenSmoothing(), *([Interrupt()] if interrupted else [])])
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            first.train()
+    with pytest.raises(EditError, match="part of an edit that another trainer set up and did not finish"):
+        trainer(model, []).train()
+    assert all(p.requires_grad for p in model.parameters())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer(model, []).train()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_model_made_by_model_init_is_the_one_that_is_edited() -> None:
+    made: list[Any] = []
+
+    def init() -> Any:
+        made.append(world.load()[0])
+        return made[-1]
+
+    built = trainer(None, [ParameterScope(layers=2, modules="mlp"), TokenSmoothing()], model_init=init)
+    built.train()
+    base = dict(world.load()[0].named_parameters())
+    moved = {name for name, p in made[-1].named_parameters() if not torch.equal(p, base[name])}
+    assert moved == {name for name in base if "layers.2.mlp" in name}
+    assert all(p.requires_grad for model in made for p in model.parameters())
+
+
+def test_a_loop_that_announces_no_step_is_told() -> None:
+    model, tokenizer = world.load()
+    batch = collator(tokenizer)(EditDataset(world.edits(n=4)).encode(tokenizer))
+    with editing(model, [ParameterScope(layers=2), TokenSmoothing()], tokenizer=tokenizer) as edit:
+        optimizer = torch.optim.AdamW(edit.parameters())
+        model(**batch).loss.backward()
+        with pytest.raises(EditError, match=r"call edit.before_step\(\) before the forward pass"):
+            optimizer.step()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_edit_longer_than_the_context_is_named() -> None:
+    model, tokenizer = world.load()
+    long = EditDataset([*world.edits(n=1), Edit(prompt="word " * 300 + "is", target="long", id="e7")])
+    with pytest.raises(EditError, match="edit 1 \\(id e7\\)"):
+        long.encode(tokenizer)
+    with pytest.raises(EditError, match="edit 1 \\(id e7\\)"):
+        HOSTS["SFTTrainer"](model, tokenizer, long, [EditMetrics(long, show=False)], 1)
+
+
+def test_a_step_that_a_scaler_left_out_does_not_cost_the_next_its_penalty() -> None:
+    model, tokenizer = world.load()
+    with editing(model, [KLLocality(texts=TEXTS, batch_size=1)], tokenizer=tokenizer) as edit:
+        edit.before_step()
+        assert edit.run.penalty() is None
+        edit.run.begin_step()
+        assert edit.run.penalty() is not None
