@@ -184,7 +184,8 @@ def test_labels_that_never_arrive_are_an_error(make, ids):
             optimizer.step()
     assert str(error.value) == (
         "TokenSmoothing: the model was not called with labels= since the last optimizer step, so its loss was not "
-        "replaced; let the training step call model(..., labels=labels) and use the loss that it returns"
+        "replaced; let the training step call model(..., labels=labels) and use the loss that it returns, "
+        "and let one optimizer step the whole scope"
     )
 
 

@@ -18,7 +18,15 @@ from conformance.hosts import HOSTS
 from transformers import TrainerCallback
 
 from kedit_train import world
-from kedit_train.callbacks import KLLocality, NormBall, ParameterScope, TokenSmoothing, WeightAnchor
+from kedit_train.callbacks import (
+    KLLocality,
+    LowCurvature,
+    NormBall,
+    NullSpace,
+    ParameterScope,
+    TokenSmoothing,
+    WeightAnchor,
+)
 from kedit_train.data import EditDataset
 
 TEXTS = [f"The {who} kept a {what} in the old mill." for who in ("baker", "fox", "king") for what in ("coin", "rope")]
@@ -43,6 +51,8 @@ def callbacks() -> list[Any]:
         KLLocality(texts=TEXTS, batch_size=2),
         NormBall(1e-2),
         WeightAnchor(strength=0.1),
+        NullSpace(texts=TEXTS, batch_size=2),
+        LowCurvature(texts=TEXTS, batch_size=2),
     ]
 
 
