@@ -17,7 +17,7 @@ from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model
 from kedit_train.core.reference import holding, snapshot
-from kedit_train.core.sharding import check_gradients, placed_like, reshard, whole
+from kedit_train.core.sharding import check_gradients, check_precision, placed_like, reshard, whole
 from kedit_train.data.edit import Edit
 from kedit_train.errors import EditError
 
@@ -61,6 +61,7 @@ class EditRun:
         self._head: OutputHead | None = None
         self._attached: set[int] = set()
         self._penalised: bool | None = None
+        self._steppers: set[int] = set()
         # From the beginning, so that a loop that never reaches the run is noticed; weakly, so that they keep no model.
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(_weakly(self._before_optimizer)),
@@ -172,6 +173,7 @@ class EditRun:
                 "(fully_shard) or one process"
             )
         self.scope = {name: now[name] for name in shapes}
+        check_precision(self.scope.values(), widened=self._masters is not None and bool(self._masters.dtypes))
         self.reference = {name: placed_like(value, self.scope[name]) for name, value in self.reference.items()}
 
     def state(self) -> dict[str, Any]:
@@ -348,17 +350,18 @@ class EditRun:
         """The sum of the callbacks' penalties, on the first call for an optimizer step; None afterwards."""
         if self._penalised is not None:
             return None
+        self._steppers.clear()
         terms = [term for callback in self.callbacks if (term := callback.penalty(self)) is not None]
         self._penalised = bool(terms)
         return torch.stack(terms).sum() if terms else None
 
-    def before_optimizer(self) -> None:
+    def before_optimizer(self, optimizer: Any) -> None:
         """Gradients are complete: where a callback wants no step and no penalty pulls, take them away.
 
         A parameter without gradient is passed over by every optimizer, its state included; one with a zero gradient is
         not: momentum and weight decay move it.
         """
-        self._check_announced()
+        self._check_announced(optimizer)
         check_gradients(self.scope.values())
         skip = [callback.skip_step(self) for callback in self.callbacks]
         if any(skip) and not self._penalised:
@@ -369,9 +372,12 @@ class EditRun:
         """A new optimizer step begins, whatever became of the last one (a gradient scaler may have left it out)."""
         self._penalised = None
 
-    def _check_announced(self) -> None:
+    def _check_announced(self, optimizer: Any) -> None:
         penalises = any(callback.penalises for callback in self.callbacks)
         if self._attached and (self._penalised is not None or not (self.host.announces_steps or penalises)):
+            return
+        if self._steppers and id(optimizer) not in self._steppers:
+            # Another optimizer's part of the step that was announced.
             return
         if self.host.releases:
             self.close()
@@ -388,7 +394,7 @@ class EditRun:
         # torch hands the optimizer itself over as the first argument.
         closure = next((a for a in args if a is not optimizer), kwargs.get("closure"))
         if closure is None and self._ours(optimizer):
-            self.before_optimizer()
+            self.before_optimizer(optimizer)
 
     @torch.no_grad()
     def _after_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -396,6 +402,7 @@ class EditRun:
             return
         self.step += 1
         self._penalised = None
+        self._steppers.add(id(optimizer))
         self.learning_rates = self._rates(optimizer)
         self._constrain()
         self.host.stepped(self)

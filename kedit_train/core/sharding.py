@@ -34,6 +34,15 @@ def reshard(root: nn.Module) -> None:
             module.reshard()
 
 
+def check_precision(scope: Iterable[nn.Parameter], widened: bool) -> None:
+    """Refuse a scope in fp32 among sharded parameters in half precision."""
+    if widened and any(isinstance(p, DTensor) for p in scope):
+        raise EditError(
+            "the half-precision scope would be trained in fp32, which cannot be done where FSDP2 shards it; load the "
+            "model in fp32 (MixedPrecisionPolicy computes in bf16), or give ParameterScope full_precision=False"
+        )
+
+
 def check_head(head: nn.Module) -> None:
     """Refuse an output head whose weights are not there after the forward pass, when it has tokens to score."""
     if not isinstance(head, FSDPModule) and any(isinstance(p, DTensor) for p in head.parameters()):

@@ -1,0 +1,192 @@
+"""A plain loop under FSDP2 on the processes that torchrun started (or in one, unsharded); its results in a folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conformance.hosts import collator
+from conformance.settings import TEXTS
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from kedit_train import world
+from kedit_train.callbacks import (
+    EditCallback,
+    GradientMask,
+    KLLocality,
+    LowCurvature,
+    NormBall,
+    NullSpace,
+    ParameterScope,
+    TokenSmoothing,
+    WeightAnchor,
+    editing,
+)
+from kedit_train.core.sharding import whole
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError
+
+STEPS, BATCH = 3, 4
+
+
+def scope() -> ParameterScope:
+    return ParameterScope(layers="2-3", modules="mlp.down_proj")
+
+
+def smoothing() -> TokenSmoothing:
+    return TokenSmoothing(epsilon=0.01, reduction="sample")
+
+
+CASES: dict[str, Callable[[], list[Any]]] = {
+    "exact": lambda: [scope(), NormBall(2e-3), GradientMask("magnitude", density=0.5), WeightAnchor(strength=10.0)],
+    "l2": lambda: [scope(), NormBall(2e-2, norm="l2", per="scope"), WeightAnchor(strength=5.0, decoupled=False)],
+    "kl": lambda: [scope(), KLLocality(texts=TEXTS, batch_size=2, weight=100.0)],
+    "smoothing": lambda: [scope(), smoothing()],
+    # The head, tied to the embedding, lies in what FSDP2 keeps gathered between forward and backward pass.
+    "everything": lambda: [ParameterScope(), smoothing(), KLLocality(texts=TEXTS, batch_size=2, weight=10.0)],
+}
+REFUSED: dict[str, Callable[[], list[Any]]] = {
+    "NullSpace": lambda: [scope(), NullSpace(texts=TEXTS)],
+    "LowCurvature": lambda: [scope(), LowCurvature(texts=TEXTS)],
+    "GradientMask": lambda: [scope(), GradientMask("gradient", edits=EditDataset(world.edits(n=BATCH)))],
+    "WeightAnchor": lambda: [scope(), WeightAnchor("ewc", texts=TEXTS)],
+}
+
+
+class Rows(EditCallback):
+    """Keeps every step's metrics, and what the model answers as it is, before the edit, and as it is again."""
+
+    order = 90
+
+    def attach(self, run: Any) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def after_step(self, run: Any) -> None:
+        self.rows.append(run.collect())
+
+    @torch.no_grad()
+    def finish(self, run: Any) -> None:
+        ids = torch.arange(3, 11).unsqueeze(0)
+        run.model.eval()
+        now = run.model(input_ids=ids).logits
+        with run.unedited():
+            before = run.model(input_ids=ids).logits
+        self.answers = {"now": now, "before": before, "again": run.model(input_ids=ids).logits}
+
+
+def shard(model: Any, style: str) -> None:
+    if style in ("layers", "head", "resharded"):
+        for layer in model.model.layers:
+            fully_shard(layer)
+    if style == "head":
+        fully_shard(model.lm_head)
+    fully_shard(model, reshard_after_forward=True if style == "resharded" else None)
+
+
+def loss_of(model: Any, rows: Any, own: Any, size: int) -> Tensor:
+    """Cross-entropy a token of all processes' rows, times what the mean over processes divides by."""
+    labels = own["labels"][:, 1:].flatten()
+    logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"]).logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * size / (rows["labels"] != -100).sum()
+
+
+def train(
+    case: list[Any],
+    style: str,
+    rank: int,
+    size: int,
+    *,
+    before: bool = False,
+    dtype: torch.dtype = torch.float32,
+    loss: Any = None,
+) -> dict[str, Tensor]:
+    """Returns the whole weights; ``before``: shard the model before the edit begins, not within it."""
+    torch.manual_seed(0)
+    loaded, tokenizer = world.load()
+    model: Any = loaded
+    model.to(dtype)
+    if style == "head":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    rows, put = EditDataset(world.edits(n=BATCH * STEPS)).encode(tokenizer), collator(tokenizer)
+    model.train()
+    if before and size > 1:
+        shard(model, style)
+    with editing(model, case, tokenizer=tokenizer) as edit:
+        if not before and size > 1:
+            shard(model, style)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+        for step in range(STEPS):
+            edit.before_step()
+            batch = rows[BATCH * step : BATCH * (step + 1)]
+            own = put(batch[rank * BATCH // size : (rank + 1) * BATCH // size])
+            if loss is not None:
+                loss(model, own).backward()
+            elif any(isinstance(callback, TokenSmoothing) for callback in case):
+                model(**own).loss.backward()
+            else:
+                loss_of(model, put(batch), own, size).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def refusal(case: list[Any], style: str, rank: int, size: int, **options: Any) -> str:
+    stepped: list[Any] = []
+    handle = register_optimizer_step_post_hook(lambda *_: stepped.append(1))
+    try:
+        train(case, style, rank, size, **options)
+    except EditError as error:
+        return f"after {len(stepped)} steps: {error}"
+    finally:
+        handle.remove()
+    return "not refused"
+
+
+def past_the_outputs(model: Any, own: Any) -> Tensor:
+    """A loss that FSDP2 is not told of: from within the model rather than from what it returns."""
+    caught: list[Tensor] = []
+    handle = model.model.norm.register_forward_hook(lambda module, args, output: caught.append(output))
+    model(**own)
+    handle.remove()
+    return caught[0].square().mean()
+
+
+def main(folder: Path) -> None:
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if size > 1:
+        dist.init_process_group("gloo")
+    for name, case in CASES.items():
+        for style in ("layers", "root") if size > 1 else ("one",):
+            rows = Rows()
+            # Both orders, one with each way to shard.
+            weights = train([*case(), rows], style, rank, size, before=style == "root")
+            save_file(weights, folder / f"{name}-{style}-{rank}.safetensors")
+            save_file(rows.answers, folder / f"{name}-{style}-{rank}-answers.safetensors")
+            (folder / f"{name}-{style}-{rank}.json").write_text(json.dumps(rows.rows))
+    if size > 1:
+        refused = {name: refusal(case(), "layers", rank, size) for name, case in REFUSED.items()}
+        refused["head again"] = refusal(CASES["smoothing"](), "resharded", rank, size)
+        refused["head alone"] = refusal(CASES["everything"](), "head", rank, size)
+        refused["gradients"] = refusal([scope(), NormBall(1e-3)], "root", rank, size, loss=past_the_outputs)
+        for before in (False, True):
+            half = refusal([scope()], "layers", rank, size, before=before, dtype=torch.bfloat16)
+            refused[f"half precision, {before}"] = half
+        (folder / f"refused-{rank}.json").write_text(json.dumps(refused))
+        gc.collect()
+        dist.barrier()
+        # Gloo can abort in its own teardown after everything is done.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

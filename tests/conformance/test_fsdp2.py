@@ -1,0 +1,116 @@
+"""FSDP2 on two gloo processes: every constraint exact on the gathered weights, the single process within rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conformance import shards
+from safetensors.torch import load_file
+
+from kedit_train import world
+
+TESTS = Path(__file__).resolve().parents[1]
+SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "conformance.shards", str(folder)]
+    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (folder / "refused-1.json").exists(), done.stderr[-3000:]
+    shards.main(folder)
+    return folder
+
+
+def base() -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in world.load()[0].named_parameters()}
+
+
+@pytest.mark.parametrize("style", ["layers", "root"])
+@pytest.mark.parametrize("case", shards.CASES)
+def test_shards_are_the_single_process(case: str, style: str, folder: Path) -> None:
+    alone = load_file(folder / f"{case}-one-0.safetensors")
+    first, second = (load_file(folder / f"{case}-{style}-{rank}.safetensors") for rank in range(2))
+    before, moved = base(), 0
+    for name in before:
+        assert torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)), name
+        if case != "everything" and name not in SCOPE:
+            assert torch.equal(first[name].view(torch.int32), before[name].view(torch.int32)), name
+            continue
+        moved += int((first[name] != before[name]).sum())
+        assert (first[name] - alone[name]).norm() < 1e-3 * (alone[name] - before[name]).norm(), name
+    assert moved
+    rows, own = (json.loads((folder / f"{case}-{which}-0.json").read_text()) for which in (style, "one"))
+    for row, expected in zip(rows, own, strict=True):
+        # Counts of tokens are of this process's rows, everything else of the whole.
+        assert {k: v for k, v in row.items() if "tokens" not in k} == pytest.approx(
+            {k: v for k, v in expected.items() if "tokens" not in k}, rel=2e-2, abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("style", ["layers", "root"])
+def test_scope_mask_and_balls_are_exact_on_the_gathered_weights(style: str, folder: Path) -> None:
+    after, before = load_file(folder / f"exact-{style}-0.safetensors"), base()
+    for name in SCOPE:
+        held = before[name].abs().flatten().argsort()[: before[name].numel() // 2]
+        kept, start = (w[name].flatten()[held].view(torch.int32) for w in (after, before))
+        assert torch.equal(kept, start)
+        assert int((after[name] != before[name]).sum()) > 0.9 * len(held)
+        assert float((after[name].double() - before[name].double()).abs().max()) <= 2e-3
+    after = load_file(folder / f"l2-{style}-0.safetensors")
+    total = sum(float((after[name].double() - before[name].double()).square().sum()) for name in SCOPE) ** 0.5
+    assert 0.99 * 2e-2 < total <= 2e-2
+
+
+@pytest.mark.parametrize("style", ["layers", "root"])
+@pytest.mark.parametrize("case", ["kl", "everything"])
+def test_the_divergence_is_not_silently_zero(case: str, style: str, folder: Path) -> None:
+    found = [row["edit/locality/kl"] for row in json.loads((folder / f"{case}-{style}-0.json").read_text())]
+    assert abs(found[0]) < 1e-6
+    assert min(found[1:]) > 1e-5
+
+
+@pytest.mark.parametrize("style", ["layers", "root"])
+@pytest.mark.parametrize("case", ["exact", "everything"])
+def test_the_model_before_the_edit_is_reached_and_left(case: str, style: str, folder: Path) -> None:
+    answers = load_file(folder / f"{case}-{style}-0-answers.safetensors")
+    model = world.load()[0]
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(3, 11).unsqueeze(0)).logits
+        model.load_state_dict(load_file(folder / f"{case}-{style}-0.safetensors"), strict=False)
+        model.tie_weights()
+        edited = model(input_ids=torch.arange(3, 11).unsqueeze(0)).logits
+    assert (edited - expected).abs().max() > 1e-3
+    torch.testing.assert_close(answers["before"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(answers["now"], edited, rtol=1e-5, atol=1e-5)
+    assert torch.equal(answers["now"], answers["again"])
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("NullSpace", "is sharded over processes"),
+        ("LowCurvature", "is sharded over processes"),
+        ("GradientMask", "gradients of single texts cannot be taken where parameters are sharded"),
+        ("WeightAnchor", "gradients of single texts cannot be taken where parameters are sharded"),
+        ("head again", "the output head is sharded again after every forward pass"),
+        ("head alone", "the output head is in scope and sharded by itself"),
+        ("half precision, False", "the half-precision scope would be trained in fp32"),
+        ("half precision, True", "the half-precision scope would be trained in fp32"),
+        ("gradients", "no gradient has reached the sharded parameters in scope"),
+    ],
+)
+def test_what_shards_do_not_allow_is_refused_before_the_first_step(what: str, why: str, folder: Path) -> None:
+    for rank in range(2):
+        message = json.loads((folder / f"refused-{rank}.json").read_text())[what]
+        assert message.startswith("after 0 steps: "), message
+        assert why in message
