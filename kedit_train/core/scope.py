@@ -125,6 +125,13 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
                 f"there are, for example, {_examples(named)}"
             )
         if not any(p.requires_grad for p in found):
+            packed = next((p.dtype for p in found if not p.dtype.is_floating_point), None)
+            if packed is not None:
+                raise EditError(
+                    f"ParameterScope: modules={pattern!r} matches{where} weights stored as "
+                    f"{str(packed).removeprefix('torch.')} (quantised), which take no gradient; load the model "
+                    "unquantised, or give it an adapter (peft), whose factors the same pattern selects"
+                )
             raise EditError(
                 f"ParameterScope: everything that modules={pattern!r} matches{where} is frozen already; unfreeze it or "
                 "choose other modules (of a model with adapters, modules that carry one)"
