@@ -141,7 +141,7 @@ class LightningEvents(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         run = self._leading(trainer)
         if run:
-            run.before_optimizer()
+            run.before_optimizer(getattr(optimizer, "optimizer", optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         run = self._leading(trainer)
