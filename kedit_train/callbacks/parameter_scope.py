@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.adapters import keep_frozen
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope import resolve_scope
 from kedit_train.core.sharding import whole
@@ -43,12 +46,20 @@ class ParameterScope(EditCallback):
         full_precision: bool = True,
     ) -> None:
         self.layers, self.modules, self.full_precision = layers, modules, full_precision
+        self._handles: list[Any] = []
 
     def prepare(self, run: EditRun) -> None:
         if any(isinstance(other, ParameterScope) for other in run.callbacks if other is not self):
             raise EditError("two ParameterScope callbacks on one model; give one of them every layer and module")
         run.full_precision = self.full_precision
+        trainable = [p for p in run.model.parameters() if p.requires_grad]
         run.set_scope(resolve_scope(run.model, self.layers, self.modules))
+        self._handles = keep_frozen(run.model, [p for p in trainable if not p.requires_grad])
+
+    def detach(self, run: EditRun) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Parameters in scope, and how far they are from where they were, relative to their size."""
