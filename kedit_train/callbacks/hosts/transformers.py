@@ -78,7 +78,10 @@ class TransformersHost(Host):
         if getattr(self.args, "label_smoothing_factor", 0):
             return "label_smoothing_factor takes the loss away from the model; set it to 0"
         if getattr(self.args, "loss_type", None) not in (None, "nll"):
-            return f"loss_type={self.args.loss_type!r} reweights the loss by probabilities; set loss_type='nll'"
+            return (
+                f"loss_type={self.args.loss_type!r} is made of log-probabilities, where no token has a target of its "
+                "own; take SFTTrainer with loss_type='nll', or leave this callback out"
+            )
         return None
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
@@ -191,11 +194,12 @@ class TransformersEvents(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self._run_of(control)
-        if run and run.host.is_main:
-            folder = run.host.checkpoint_folder()
+        if run:
+            # On every process: gathering sharded weights takes them all.
+            state_of_edit, folder = run.state(), run.host.checkpoint_folder()
             # A hyperparameter search writes elsewhere; there a resume will be refused.
-            if folder.is_dir():
-                save_state(folder, run.state())
+            if run.host.is_main and folder.is_dir():
+                save_state(folder, state_of_edit)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         run = self._run_of(control)
