@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.fisher import diagonal_fisher, mean_gradient, text_rows
+from kedit_train.core.fisher import contexts, diagonal_fisher, mean_gradient
 from kedit_train.core.mask_file import load_masks, save_masks
 from kedit_train.core.neurons import Granularity, matrix_of, place
 from kedit_train.core.run import EditRun
 from kedit_train.core.sharding import placed_like, whole
-from kedit_train.core.texts import load_texts
+from kedit_train.core.texts import load_texts, text_rows
 from kedit_train.data import EditDataset
 from kedit_train.data.tokenise import Encoded, context_length
 from kedit_train.errors import EditError
@@ -222,8 +222,16 @@ class GradientMask(EditCallback):
         fisher = diagonal_fisher(run, rows, needed_by="GradientMask", seed=self.seed)
         if self.score == "fisher":
             return fisher, None
-        texts = text_rows(run, self.texts, edits, "GradientMask", self.tokenizer, self.max_length)
-        return fisher, diagonal_fisher(run, self._sample(texts), needed_by="GradientMask", seed=self.seed)
+        texts = text_rows(
+            run,
+            self.texts,
+            needed_by="GradientMask",
+            tokenizer=self.tokenizer,
+            max_length=self.max_length,
+            edits=edits,
+        )
+        general = self._sample(contexts(texts, "GradientMask"))
+        return fisher, diagonal_fisher(run, general, needed_by="GradientMask", seed=self.seed)
 
     def _find_edits(self, run: EditRun) -> EditDataset:
         edits = self.edits if self.edits is not None else run.edits or run.host.edits()

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
-from kedit_train.core.texts import load_texts, pad, windows, without_probes
+from kedit_train.core.texts import load_texts, pad, text_rows
 from kedit_train.errors import EditError
 from kedit_train.functional.chunking import chunk_length, chunked
 from kedit_train.functional.divergence import Direction, token_divergence
@@ -74,9 +74,9 @@ class KLLocality(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         self._head = run.head("KLLocality")
-        texts = without_probes(load_texts(self.texts, edits=run.edits), run.edits)
-        longest = min(self.max_length, getattr(self._head.config, "max_position_embeddings", self.max_length))
-        self._rows = windows(run.tokenizer("KLLocality", self.tokenizer), texts, longest)
+        self._rows = text_rows(
+            run, self.texts, needed_by="KLLocality", tokenizer=self.tokenizer, max_length=self.max_length
+        )
         self._reference = self._take_reference(run)
         self._project_reference = run.reference_head()
         self._order, self._drawn = self._rounds(), 0

@@ -14,8 +14,8 @@ from kedit_train.core.factor_file import load_factors, save_factors
 from kedit_train.core.factors import curvature_factors
 from kedit_train.core.linear_maps import linear_maps
 from kedit_train.core.run import EditRun
-from kedit_train.core.statistics import Moment, edit_rows, same_everywhere, text_rows
-from kedit_train.core.texts import load_texts
+from kedit_train.core.statistics import Moment, same_everywhere
+from kedit_train.core.texts import edit_rows, load_texts, text_rows
 from kedit_train.errors import EditError
 from kedit_train.functional.curvature import Curvature, high_curvature, project_low_curvature
 from kedit_train.functional.precision import wide
@@ -193,7 +193,7 @@ class LowCurvature(EditCallback):
         rows = text_rows(
             run,
             self.texts,
-            tokenizer=run.tokenizer("LowCurvature", self.tokenizer),
+            tokenizer=self.tokenizer,
             samples=self.samples,
             max_length=self.max_length,
             seed=self.seed,

@@ -15,7 +15,6 @@ from kedit_train.core.linear_maps import LinearMap, linear_maps
 from kedit_train.core.run import EditRun
 from kedit_train.core.statistics import (
     Batch,
-    edit_rows,
     holds_model_inputs,
     input_moments,
     own_batches,
@@ -23,9 +22,8 @@ from kedit_train.core.statistics import (
     share,
     text_batches,
     text_model,
-    text_rows,
 )
-from kedit_train.core.texts import load_texts
+from kedit_train.core.texts import edit_rows, load_texts, text_rows
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import wide
@@ -209,7 +207,7 @@ class NullSpace(EditCallback):
         rows = text_rows(
             run,
             texts,
-            tokenizer=run.tokenizer("NullSpace", self.tokenizer),
+            tokenizer=self.tokenizer,
             samples=self.samples,
             max_length=self.max_length,
             seed=self.seed,

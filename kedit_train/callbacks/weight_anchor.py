@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.fisher import diagonal_fisher, text_rows
+from kedit_train.core.fisher import contexts, diagonal_fisher
 from kedit_train.core.run import EditRun
 from kedit_train.core.sharding import whole
-from kedit_train.core.texts import load_texts
+from kedit_train.core.texts import load_texts, text_rows
 from kedit_train.errors import EditError
 
 
@@ -97,7 +97,10 @@ class WeightAnchor(EditCallback):
     def attach(self, run: EditRun) -> None:
         self._anchored = run
         if self.kind == "ewc":
-            rows = text_rows(run, self.texts, run.edits, "WeightAnchor", self.tokenizer, self.max_length)
+            texts = text_rows(
+                run, self.texts, needed_by="WeightAnchor", tokenizer=self.tokenizer, max_length=self.max_length
+            )
+            rows = contexts(texts, "WeightAnchor")
             if self.samples is not None and self.samples < len(rows):
                 rows = random.Random(self.seed).sample(rows, self.samples)
             self._fisher = diagonal_fisher(run, rows, needed_by="WeightAnchor", seed=self.seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,6 @@ from tqdm.auto import tqdm
 
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
-from kedit_train.core.texts import load_texts, windows, without_probes
-from kedit_train.data.edit import Edit
 from kedit_train.data.tokenise import Encoded
 from kedit_train.errors import EditError
 
@@ -64,24 +61,10 @@ def diagonal_fisher(run: EditRun, rows: Sequence[Encoded], *, needed_by: str, se
     return _mean(run, rows, draw, torch.square, needed_by)
 
 
-def text_rows(
-    run: EditRun, texts: Any, edits: Sequence[Edit], needed_by: str, tokenizer: Any = None, max_length: int = 256
-) -> list[Encoded]:
-    """Texts as rows for :func:`diagonal_fisher`: every token in the context of those before it.
-
-    Texts that hold what the edits are scored on are left out, with a warning; long ones are cut into windows.
-
-    Args:
-        texts: as in :func:`kedit_train.core.texts.load_texts`.
-        edits: what the run edits.
-        tokenizer: as in :meth:`EditRun.tokenizer`.
-        max_length: tokens a window, at most what the model can read.
-    """
-    kept = without_probes(load_texts(texts, edits=edits, needed_by=needed_by), edits, needed_by=needed_by)
-    longest = min(max_length, getattr(run.head(needed_by).config, "max_position_embeddings", max_length))
-    rows = windows(run.tokenizer(needed_by, tokenizer), kept, longest, needed_by=needed_by)
+def contexts(rows: Sequence[Sequence[int]], needed_by: str) -> list[Encoded]:
+    """Windows of tokens as rows for :func:`diagonal_fisher`: every token in the context of those before it."""
     # A window of one token has no token in front of it that would be a context.
-    found = [Encoded(row, 1) for row in rows if len(row) > 1]
+    found = [Encoded(list(row), 1) for row in rows if len(row) > 1]
     if not found:
         raise EditError(f"{needed_by}: no text has two tokens, so none has a context to answer in; give longer texts")
     return found

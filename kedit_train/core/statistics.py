@@ -8,7 +8,6 @@ its share of the texts.
 from __future__ import annotations
 
 import inspect
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,7 @@ from torch import Tensor, nn
 from kedit_train.core.linear_maps import LinearMap
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
-from kedit_train.core.texts import load_texts, pad, windows, without_probes
-from kedit_train.data.edit import Edit
-from kedit_train.data.tokenise import context_length, encode_edit
+from kedit_train.core.texts import pad
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import full_precision, wide
 
@@ -222,39 +219,3 @@ def same_everywhere(tensors: Sequence[Tensor]) -> list[Tensor]:
         found.append(tensor.contiguous() if rank() == 0 else tensor.new_empty(shape))
         dist.broadcast(found[-1], src=0)
     return found
-
-
-def text_rows(
-    run: EditRun,
-    texts: Any,
-    *,
-    tokenizer: Any,
-    samples: int | None,
-    max_length: int,
-    seed: int,
-    needed_by: str,
-) -> list[list[int]]:
-    """Texts as windows of tokens, without those that hold what the run's edits are scored on.
-
-    Args:
-        texts: as :func:`kedit_train.core.texts.load_texts` reads them.
-        samples: the most texts to take, drawn by ``seed``; None takes all.
-    """
-    found = load_texts(texts, edits=run.edits, needed_by=needed_by)
-    found = without_probes(found, run.edits, needed_by=needed_by)
-    if samples is not None and samples < len(found):
-        found = random.Random(seed).sample(found, samples)
-    return windows(tokenizer, found, longest(run, max_length), needed_by=needed_by)
-
-
-def edit_rows(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Edits, prompt with target, as windows of tokens."""
-    eos = tokenizer.eos_token_id is not None
-    rows = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=eos).input_ids for edit in edits]
-    width = longest(run, max_length)
-    return [row[i : i + width] for row in rows for i in range(0, len(row), width)]
-
-
-def longest(run: EditRun, max_length: int) -> int:
-    """``max_length``, or what the model can read where that is less."""
-    return min(max_length, context_length(getattr(run.model, "config", None)) or max_length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kedit_train.core.run import EditRun
 from kedit_train.data.edit import Edit
+from kedit_train.data.tokenise import context_length, encode_edit
 from kedit_train.errors import EditError
 
 
@@ -104,6 +107,46 @@ def windows(tokenizer: Any, texts: Sequence[str], max_length: int, *, needed_by:
     if not rows:
         raise EditError(f"{needed_by}: the tokenizer makes no token of any of the {len(texts)} texts; give others")
     return rows
+
+
+def text_rows(
+    run: EditRun,
+    texts: Any,
+    *,
+    needed_by: str,
+    tokenizer: Any = None,
+    max_length: int = 256,
+    samples: int | None = None,
+    seed: int = 0,
+    edits: Sequence[Edit] | None = None,
+) -> list[list[int]]:
+    """Texts as windows of tokens, without those that hold what edits are scored on.
+
+    Args:
+        texts: as :func:`load_texts` reads them.
+        tokenizer: as :meth:`EditRun.tokenizer` takes it.
+        max_length: tokens a window, at most what the model can read.
+        samples: the most texts to take, drawn by ``seed``; None takes all.
+        edits: what is scored; by default the run's own edits.
+    """
+    edits = run.edits if edits is None else edits
+    found = without_probes(load_texts(texts, edits=edits, needed_by=needed_by), edits, needed_by=needed_by)
+    if samples is not None and samples < len(found):
+        found = random.Random(seed).sample(found, samples)
+    return windows(run.tokenizer(needed_by, tokenizer), found, longest(run, max_length), needed_by=needed_by)
+
+
+def edit_rows(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Edits, prompt with target, as windows of tokens."""
+    eos = tokenizer.eos_token_id is not None
+    rows = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=eos).input_ids for edit in edits]
+    width = longest(run, max_length)
+    return [row[i : i + width] for row in rows for i in range(0, len(row), width)]
+
+
+def longest(run: EditRun, max_length: int) -> int:
+    """``max_length``, or what the model can read where that is less."""
+    return min(max_length, context_length(getattr(run.model, "config", None)) or max_length)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
