@@ -23,6 +23,8 @@ class EditCallback(TransformersEvents, LightningEvents):
     order = 50
     constrains = False
     penalises = False
+    # Where a second one on the same model would be void or wrong: what to do instead.
+    single: str | None = None
 
     def prepare(self, run: EditRun) -> None:
         """Check arguments and decide what may change. The optimizer does not exist yet, nor need other callbacks."""
@@ -33,6 +35,11 @@ class EditCallback(TransformersEvents, LightningEvents):
     def penalty(self, run: EditRun) -> Tensor | None:
         """Return an extra loss (scalar, connected to the model), once per optimizer step; None for none."""
         return None
+
+    @property
+    def skips(self) -> bool:
+        """Whether ``skip_step`` has something to say."""
+        return type(self).skip_step is not EditCallback.skip_step
 
     def skip_step(self, run: EditRun) -> bool:
         """Tell, with all gradients computed, whether this optimizer step should leave the weights alone."""

@@ -37,6 +37,8 @@ class EditMetrics(EditCallback):
 
     order = 60
 
+    single = "give one of them all the edits"
+
     def __init__(
         self,
         edits: Any = None,

@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.factor_file import load_factors, save_factors
 from kedit_train.core.factors import curvature_factors
+from kedit_train.core.gradients import project_gradients
 from kedit_train.core.linear_maps import linear_maps
 from kedit_train.core.run import EditRun
 from kedit_train.core.statistics import Moment, same_everywhere
@@ -28,8 +29,8 @@ class LowCurvature(EditCallback):
     the cross-entropy on general texts, approximated as A (x) S for each weight (K-FAC). The pairs of eigenvectors that
     hold ``energy`` of its trace are taken out of D = W - W0. More may move than in a null space of the inputs: an
     input's direction is barred only together with outputs that matter. Here, unlike in the published code, the
-    difference is projected after the step rather than the gradient before Adam, which leaks; the projection is made in
-    fp32; and G is the true Gauss-Newton matrix, with labels drawn from the model rather than read from the texts.
+    difference is projected after the step, as well as the gradient before it: the latter alone leaks under Adam, and
+    without it Adam's scales would be those of what may not move; the projection is made in fp32; and G is the true Gauss-Newton matrix, with labels drawn from the model rather than read from the texts.
 
     What holds: the change has no part in the barred directions up to the rounding of the stored weights
     (``edit/drift/low_curvature_leak``), which in fp32 is below 1e-5 of the change for edits of ordinary size. A scope
@@ -61,6 +62,7 @@ class LowCurvature(EditCallback):
 
     order = 40
     constrains = True
+    single = "projecting twice undoes part of the first: give one of them all texts"
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class LowCurvature(EditCallback):
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
         self._running: tuple[dict[str, Moment], dict[str, Moment]] = {}, {}
         self._curvatures: dict[str, Curvature] = {}
+        self._handles: list[Any] = []
         self._model: Any = None
 
     def prepare(self, run: EditRun) -> None:
@@ -120,6 +123,9 @@ class LowCurvature(EditCallback):
         if self.sequential:
             self._running = inputs, gradients
         self._curvatures = {name: self._decompose(run, name, gradients[name], inputs[name]) for name in self._maps}
+        self._handles = project_gradients(
+            self._maps, run.scope, lambda name, g: project_low_curvature(g, self._curvatures[name])
+        )
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         projected = dict(weights)
@@ -187,7 +193,9 @@ class LowCurvature(EditCallback):
         self._running = inputs, gradients
 
     def detach(self, run: EditRun) -> None:
-        self._curvatures = {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._curvatures = [], {}
 
     def _on_texts(self, run: EditRun) -> tuple[dict[str, Moment], dict[str, Moment]]:
         rows = text_rows(

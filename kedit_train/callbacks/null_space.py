@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.gradients import project_gradients
 from kedit_train.core.linear_maps import LinearMap, linear_maps
 from kedit_train.core.run import EditRun
 from kedit_train.core.statistics import (
@@ -36,7 +37,8 @@ class NullSpace(EditCallback):
     The null-space constraint of AlphaEdit (arXiv 2410.02355) for fine-tuning. The unedited model reads the texts once;
     of what each scoped weight multiplies, the directions U that hold ``keep_energy`` of its second moment are kept, and
     each step ends with ``W = W0 + (W - W0)(I - U Uᵀ)``. Projecting gradients instead leaks under Adam, whose step
-    divides entry by entry; the difference itself is exact for every optimizer, weight decay included.
+    divides entry by entry; the difference itself is exact for every optimizer, weight decay included. Gradients are
+    projected as well, so that Adam's scales are those of what may move.
 
     What holds: ``(W - W0) U = 0`` up to the rounding of the stored weights (``edit/drift/null_space_leak``), which in
     fp32 is below 1e-5 of the change for edits of ordinary size. A scope in bf16 or fp16 is trained in fp32 by
@@ -76,6 +78,7 @@ class NullSpace(EditCallback):
     # After LowCurvature, so that it is the exact one of the two.
     order = 41
     constrains = True
+    single = "projecting twice undoes part of the first: give one of them all texts"
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class NullSpace(EditCallback):
         self.tokenizer, self.seed = tokenizer, seed
         self._earlier: list[Edit] = []
         self._spaces: dict[str, FreeSpace] = {}
+        self._handles: list[Any] = []
         self._model: Any = None
 
     def prepare(self, run: EditRun) -> None:
@@ -139,6 +143,7 @@ class NullSpace(EditCallback):
             space = free_space(found, torch.promote_types(weight.dtype, torch.float32))
             self._spaces[name] = space._replace(basis=space.basis.to(weight.device))
         self._start_factors_within(run)
+        self._handles = project_gradients(self._maps, run.scope, lambda name, g: project_free(g, self._spaces[name]))
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         projected = dict(weights)
@@ -190,7 +195,9 @@ class NullSpace(EditCallback):
             self._earlier = [*(edit for edit in self._earlier if edit.prompt not in prompts), *run.edits]
 
     def detach(self, run: EditRun) -> None:
-        self._spaces = {}
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._spaces = [], {}
 
     def _directions(self, run: EditRun, batches: tuple[Any, Iterator[Batch]]) -> dict[str, Tensor]:
         """[d_in, r] for each weight, in fp64."""

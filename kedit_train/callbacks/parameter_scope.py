@@ -11,7 +11,6 @@ from kedit_train.core.adapters import keep_frozen
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope import resolve_scope
 from kedit_train.core.sharding import whole
-from kedit_train.errors import EditError
 
 
 class ParameterScope(EditCallback):
@@ -38,6 +37,7 @@ class ParameterScope(EditCallback):
     """
 
     order = 0
+    single = "give one of them every layer and module"
 
     def __init__(
         self,
@@ -49,8 +49,6 @@ class ParameterScope(EditCallback):
         self._handles: list[Any] = []
 
     def prepare(self, run: EditRun) -> None:
-        if any(isinstance(other, ParameterScope) for other in run.callbacks if other is not self):
-            raise EditError("two ParameterScope callbacks on one model; give one of them every layer and module")
         run.full_precision = self.full_precision
         trainable = [p for p in run.model.parameters() if p.requires_grad]
         run.set_scope(resolve_scope(run.model, self.layers, self.modules))

@@ -37,6 +37,7 @@ class TokenSmoothing(EditCallback):
     """
 
     order = 20
+    single = "a token can have one target only: keep one"
 
     def __init__(
         self,
@@ -64,8 +65,6 @@ class TokenSmoothing(EditCallback):
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
             run.head("TokenSmoothing")
-        if any(isinstance(other, TokenSmoothing) for other in run.callbacks if other is not self):
-            raise EditError("two TokenSmoothing callbacks on one model; a token can have one target only: keep one")
         reason = run.host.objective_refused()
         if reason:
             raise EditError(f"TokenSmoothing cannot replace the loss of this {run.host.name} run: {reason}")

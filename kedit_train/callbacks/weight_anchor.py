@@ -113,7 +113,7 @@ class WeightAnchor(EditCallback):
             return weights
         pulled = dict(weights)
         # What had no gradient was not stepped, so it is not pulled either; nor is what another optimizer steps.
-        for name, rate in self._anchored.learning_rates.items():
+        for name, rate in self._anchored.steps.learning_rates.items():
             if rate is None:
                 raise EditError(
                     "WeightAnchor: the optimizer has no learning rate of its own to decouple from (a relative step?); "

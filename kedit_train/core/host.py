@@ -51,6 +51,9 @@ class Host:
     # Whether an unannounced step means that the run was left behind by its loop and has to let the model go.
     releases = True
 
+    # Whether the loop hands the optimizer a closure and tells the run, from within it, when gradients are complete.
+    steps_with_closures = False
+
     def unannounced(self) -> str:
         """What to do where an optimizer step came unannounced."""
         return (

@@ -17,7 +17,7 @@ class Watch(EditCallback):
         self.edit, self.seen = run, []
 
     def constrain(self, weights, reference):
-        self.seen.append(dict(self.edit.learning_rates))
+        self.seen.append(dict(self.edit.steps.learning_rates))
         return weights
 
 

@@ -93,6 +93,6 @@ def test_a_step_that_a_scaler_left_out_does_not_cost_the_next_its_penalty() -> N
     model, tokenizer = world.load()
     with editing(model, [KLLocality(texts=TEXTS, batch_size=1)], tokenizer=tokenizer) as edit:
         edit.before_step()
-        assert edit.run.penalty() is None
-        edit.run.begin_step()
-        assert edit.run.penalty() is not None
+        assert edit.run.steps.penalty() is None
+        edit.run.steps.begin()
+        assert edit.run.steps.penalty() is not None

@@ -21,6 +21,8 @@ class LightningHost(Host):
     # Through the loss of a backward pass, so not where a module steps without one.
     announces_steps = False
     releases = False
+    # Automatic optimization; on_before_optimizer_step comes from within.
+    steps_with_closures = True
 
     def unannounced(self) -> str:
         return "an optimizer step without self.manual_backward(loss): the edit's penalties join the loss there; call it"
@@ -134,14 +136,14 @@ class LightningEvents(Callback):
         # Added to the loss in place: a backward pass of its own would bypass DDP's reduction and let ranks diverge.
         # Once per optimizer step and undivided, although the loss has been divided by accumulate_grad_batches.
         run = self._leading(trainer)
-        penalty = run.penalty() if run else None
+        penalty = run.steps.penalty() if run else None
         if run and penalty is not None:
             loss.add_(penalty.to(loss.device) * run.host.scale())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         run = self._leading(trainer)
         if run:
-            run.before_optimizer(getattr(optimizer, "optimizer", optimizer))
+            run.steps.before(getattr(optimizer, "optimizer", optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         run = self._leading(trainer)

@@ -76,7 +76,7 @@ class Editing:
         """
         for callback in self.run.callbacks:
             self.run.attach(callback)
-        penalty = self.run.penalty()
+        penalty = self.run.steps.penalty()
         if penalty is not None:
             (penalty if scaler is None else scaler.scale(penalty)).backward()
 

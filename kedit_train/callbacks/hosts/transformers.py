@@ -180,8 +180,8 @@ class TransformersEvents(TrainerCallback):
         # clipped with the rest, and DDP reduces it together with the gradients that follow.
         run = self._run_of(control)
         if run:
-            run.begin_step()
-        penalty = run.penalty() if run else None
+            run.steps.begin()
+        penalty = run.steps.penalty() if run else None
         if penalty is not None:
             scaler = getattr(optimizer, "scaler", None)
             (penalty if scaler is None else scaler.scale(penalty)).backward()

@@ -1,0 +1,51 @@
+"""What a checkpoint holds of an edit, and how a resumed run takes it up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kedit_train.core.sharding import placed_like, whole
+from kedit_train.errors import EditError
+
+if TYPE_CHECKING:
+    from kedit_train.core.run import EditRun
+
+
+def state_of(run: EditRun) -> dict[str, Any]:
+    """What a checkpoint has to hold for the edit to go on as if it had not been interrupted."""
+    callbacks = {name: callback.state() for name, callback in _named(run).items()}
+    reference = {name: whole(value) for name, value in run.reference.items()}
+    return {"step": run.step, "reference": reference, "callbacks": callbacks}
+
+
+def restore(run: EditRun, state: dict[str, Any] | None) -> dict[Any, dict[str, Any]]:
+    """Take up the step and the reference of a checkpoint, and return what its callbacks had saved.
+
+    Raises:
+        EditError: no state, or that of another scope or without one of the callbacks.
+    """
+    if state is None:
+        raise EditError(
+            "the checkpoint holds no state of this edit, so the weights before it are unknown; resume from one "
+            "written with these callbacks (with transformers in output_dir), or begin anew from the unedited model"
+        )
+    if set(state["reference"]) != set(run.reference):
+        raise EditError(
+            f"the checkpoint was written with another scope ({len(state['reference'])} tensors, now "
+            f"{len(run.reference)}); resume with the same ParameterScope"
+        )
+    named = _named(run)
+    missing = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
+    if missing:
+        raise EditError(f"the checkpoint was written without {', '.join(missing)}; resume with the same callbacks")
+    # Never what the model held when the run was set up: it may have been loaded from the checkpoint itself.
+    for name, value in state["reference"].items():
+        parameter = run.scope[name]
+        run.reference[name] = placed_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)
+    run.steps.count = state["step"]
+    return {callback: state["callbacks"][name] for name, callback in named.items() if name in state["callbacks"]}
+
+
+def _named(run: EditRun) -> dict[str, Any]:
+    names = [type(callback).__name__ for callback in run.callbacks]
+    return {f"{name}.{names[:i].count(name)}": c for i, (name, c) in enumerate(zip(names, run.callbacks, strict=True))}
