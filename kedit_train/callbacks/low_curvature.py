@@ -30,7 +30,8 @@ class LowCurvature(EditCallback):
     hold ``energy`` of its trace are taken out of D = W - W0. More may move than in a null space of the inputs: an
     input's direction is barred only together with outputs that matter. Here, unlike in the published code, the
     difference is projected after the step, as well as the gradient before it: the latter alone leaks under Adam, and
-    without it Adam's scales would be those of what may not move; the projection is made in fp32; and G is the true Gauss-Newton matrix, with labels drawn from the model rather than read from the texts.
+    without it Adam's scales would be those of what may not move. The projection is made in fp32, and G is the true
+    Gauss-Newton matrix, with labels drawn from the model rather than read from the texts.
 
     What holds: the change has no part in the barred directions up to the rounding of the stored weights
     (``edit/drift/low_curvature_leak``), which in fp32 is below 1e-5 of the change for edits of ordinary size. A scope
