@@ -23,6 +23,16 @@ def names(kind: Kind) -> list[str]:
     return sorted(file.stem for file in found)
 
 
+def packaged(path: str) -> Path | None:
+    """What ``callbacks/NAME.yaml`` or ``recipes/NAME.yaml`` names in the catalogue, unless a file lies there."""
+    given = Path(path)
+    kind: Kind | None = next((k for k in ("callbacks", "recipes") if given.parent == Path(k)), None)
+    if kind is None or given.is_file():
+        return None
+    found = folder(kind) / given.name
+    return found if found.is_file() else None
+
+
 def find(kind: Kind, name: str) -> Path:
     """A file of one's own (a path that exists) or one of the catalogue ("quickstart", "recipes/quickstart.yaml").
 

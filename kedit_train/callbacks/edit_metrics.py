@@ -62,8 +62,7 @@ class EditMetrics(EditCallback):
         self.report: Report | None = None
 
     def prepare(self, run: EditRun) -> None:
-        if run.language_model is None:
-            run.head("EditMetrics")
+        run.causal("EditMetrics")
         edits = run.host.edits() if self.edits is None else self.edits
         if edits is None:
             raise EditError(

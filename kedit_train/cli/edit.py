@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from kedit_train import catalog
 from kedit_train.cli.complaint import shorten
 from kedit_train.cli.console import leave, say_error
 from kedit_train.cli.processes import check_world, follow_launcher, part
 from kedit_train.errors import EditError
 from kedit_train.modules import WORLD, EditDataModule, EditModule
 
+CONFIG = ("--config", "-c")
 MODULE, DATA = (f"{cls.__module__}.{cls.__qualname__}" for cls in (EditModule, EditDataModule))
 
 
@@ -105,6 +110,18 @@ def share_texts(config: Any) -> None:
         )
 
 
+def with_catalog(arguments: Sequence[str]) -> list[str]:
+    """Let ``--config callbacks/kl_locality.yaml`` name a packaged fragment where no such file lies in this folder."""
+    found, takes_path = [], False
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        path = value if equals and option in CONFIG else word if takes_path else ""
+        packaged = catalog.packaged(path) if path else None
+        found.append(word if packaged is None else word[: len(word) - len(path)] + str(packaged))
+        takes_path = word in CONFIG
+    return found
+
+
 def edit_error(error: BaseException | None) -> EditError | None:
     """The ``EditError`` behind an error: jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, EditError):
@@ -126,9 +143,10 @@ def main() -> None:
     """
     quiet()
     try:
+        sys.argv = [sys.argv[0], *with_catalog(sys.argv[1:])]
         EditCLI()
-    except ValueError as error:
-        ours = edit_error(error)
+    except (ValueError, MisconfigurationException) as error:
+        ours = error if isinstance(error, MisconfigurationException) else edit_error(error)
         if ours is None or os.environ.get("KEDIT_TRACEBACK") == "1":
             raise
         say_error(str(ours))

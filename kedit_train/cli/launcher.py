@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0 if rest else 2
     script, script_arguments = command(target, rest)
     launch, parsed = read_options([*options, "--", str(script), *script_arguments])
-    processes = launch._get_num_processes(parsed.accelerator, parsed.devices)
+    processes = count_processes(launch, parsed)
     recipe = script_arguments != rest
     if recipe and processes * parsed.num_nodes == 1:
         return in_this_process(launch, parsed, script, script_arguments)
@@ -142,6 +142,16 @@ def read_options(words: list[str]) -> tuple[Any, Namespace]:
         raise EditError(f"{error.format_message()} See lightning run --help") from None
     found.pop("script_args")
     return launch, Namespace(**found)
+
+
+def count_processes(launch: Any, parsed: Namespace) -> int:
+    """How many processes these devices make."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        return launch._get_num_processes(parsed.accelerator, parsed.devices)
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        raise EditError(f"--devices {parsed.devices} --accelerator {parsed.accelerator}: {error}") from error
 
 
 def in_this_process(launch: Any, parsed: Namespace, script: Path, arguments: list[str]) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kedit_train.core.sharding import check_head
 from kedit_train.errors import EditError
-from kedit_train.functional.linear import half_linear
+from kedit_train.functional.linear import linear
+from kedit_train.functional.precision import HALF
 
-_HALF = (torch.float16, torch.bfloat16)
 # What model configurations call the number that logits are multiplied or divided by.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
@@ -59,6 +59,8 @@ class OutputHead:
         self.config: Any = base.config.get_text_config()
         self.scale, self.softcap = 1.0, getattr(self.config, "final_logit_softcapping", None)
         self.captured: Tensor | None = None
+        # A term that the loss head adds to every supervised token's loss (core/batch_anchor.py), where there is one.
+        self.anchor: Any = None
         self.autocast: dict[str, Any] = {}
         self._capturing = False
         self._handle = self.module.register_forward_pre_hook(self._enter)
@@ -130,8 +132,14 @@ class OutputHead:
         """
         autocast = self.autocast or {"device_type": hidden.device.type, "enabled": False}
         dtype = self.compute_dtype(hidden)
-        if fp32_gradients and dtype in _HALF and type(self.module) is nn.Linear and head is None:
-            return self._finish(half_linear(hidden, self.module.weight, self.module.bias, dtype))
+        module = self.module
+        if head is None and type(module) is nn.Linear and "forward" not in vars(module):
+            # The gradient of a trained weight goes into the sum over chunks, not into a second tensor of its size.
+            trained = (
+                torch.is_grad_enabled() and module.weight.requires_grad and not hasattr(module.weight, "device_mesh")
+            )
+            if trained or (fp32_gradients and dtype in HALF):
+                return self._finish(linear(hidden, module.weight, module.bias, dtype))
         with torch.autocast(**autocast):
             return self._finish((head or self.module)(hidden))
 
@@ -148,9 +156,9 @@ class OutputHead:
         return logits
 
     @property
-    def trainable(self) -> bool:
-        """Whether anything in the head itself takes a gradient."""
-        return any(p.requires_grad for p in self.module.parameters())
+    def trained(self) -> list[Tensor]:
+        """The tensors of the head that take a gradient (weight or tied embedding, bias, an adapter's factors)."""
+        return [p for p in self.module.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def verify(self, context: Any) -> None:
@@ -163,11 +171,6 @@ class OutputHead:
             EditError: the model looks ahead, or its logits cannot be reproduced from its head.
         """
         name = type(self.model).__name__
-        if getattr(self.config, "is_encoder_decoder", False):
-            raise EditError(
-                f"{name} is an encoder-decoder, and only causal language models are supported; load one with "
-                "AutoModelForCausalLM, or leave out the callbacks that read its answers"
-            )
         device = next(self.model.parameters()).device
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % max(2, self.config.vocab_size)
         with evaluation_mode(self.model), context:
@@ -176,7 +179,7 @@ class OutputHead:
             check_head(self.module)
             with torch.autocast(**self.autocast):
                 raw = self.module(states)
-        tolerance = 2e-2 if raw.dtype in _HALF else 1e-4
+        tolerance = 2e-2 if raw.dtype in HALF else 1e-4
         if not torch.allclose(
             states[0, :-1], states[1, :-1], rtol=tolerance, atol=tolerance * float(states.abs().max())
         ):

@@ -178,15 +178,22 @@ class EditRun:
 
     # -- what callbacks use
 
+    def causal(self, needed_by: str) -> nn.Module:
+        """The causal language model in ``root``."""
+        found = self.language_model
+        encoder_decoder = getattr(getattr(found, "config", None), "is_encoder_decoder", False)
+        if found is None or encoder_decoder:
+            reason = "is an encoder-decoder" if encoder_decoder else "has no language-model head"
+            raise EditError(
+                f"{needed_by} needs a causal language model, and {type(found or self.root).__name__} {reason}; load it "
+                "with AutoModelForCausalLM, or leave this callback out"
+            )
+        return found
+
     def head(self, needed_by: str) -> OutputHead:
         """The model's output head, verified once."""
         if self._head is None:
-            if self.language_model is None:
-                raise EditError(
-                    f"{needed_by} needs a causal language model, and {type(self.root).__name__} has no language-model "
-                    "head; load it with AutoModelForCausalLM, or leave this callback out"
-                )
-            head = OutputHead(self.language_model)
+            head = OutputHead(self.causal(needed_by))
             try:
                 head.verify(self.host.forward_context())
             except BaseException:

@@ -175,7 +175,10 @@ class EditDataset(Sequence[Edit]):
         Returns:
             ``len(self)`` rows of two texts. Nothing but prompt and target goes in: no rephrase, no probe.
         """
-        import datasets
+        try:
+            import datasets
+        except ModuleNotFoundError as error:
+            raise EditError("to_prompt_completion() makes a datasets.Dataset: pip install datasets") from error
 
         rows = [{"prompt": e.prompt, "completion": separator(e.prompt, e.target) + e.target} for e in self._edits]
         return datasets.Dataset.from_list(rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kedit_train import catalog
-from kedit_train.cli import launcher
+from kedit_train.cli import edit, launcher
 from kedit_train.errors import EditError
 
 ENTRY = str(catalog.folder("recipes") / "edit.py")
@@ -90,6 +90,7 @@ def test_the_users_own_files_come_first(started: list, monkeypatch: pytest.Monke
         (["run", "edits/quickstart.yaml"], ["no file 'edits/quickstart.yaml'"]),
         (["run", "quickstart", "--strategy", "magic"], ["magic", "ddp", "lightning run --help"]),
         (["run", "quickstart", "--num-nodes", "two"], ["two", "lightning run --help"]),
+        (["run", "quickstart", "--devices", "0"], ["--devices 0", "> 0"]),
         (["run", "README.txt"], ["no file 'README.txt'"]),
         (["login"], ["lightning login", "lightning-sdk"]),
     ],
@@ -147,3 +148,16 @@ def test_the_catalogue_in_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(catalog, "PACKAGE", tmp_path / "kedit_train")
     assert catalog.names("recipes") == ["mine"]
     assert catalog.find("recipes", "mine") == packaged / "mine.yaml"
+
+
+def test_a_fragment_of_the_catalogue_is_found_where_no_file_of_that_name_lies(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    fragment = catalog.folder("callbacks") / "kl_locality.yaml"
+    given = ["fit", "--config", "mine.yaml", "--config", "callbacks/kl_locality.yaml", "-c=callbacks/kl_locality.yaml"]
+    assert edit.with_catalog(given) == [*given[:4], str(fragment), f"-c={fragment}"]
+    # A value of another option is not touched, nor a name that the catalogue has not, nor a file of one's own.
+    for kept in (["--data.path", "callbacks/kl_locality.yaml"], ["--config", "callbacks/none.yaml"]):
+        assert edit.with_catalog(kept) == kept
+    (tmp_path / "callbacks").mkdir()
+    (tmp_path / "callbacks" / "kl_locality.yaml").write_text("")
+    assert edit.with_catalog(given) == given

@@ -11,8 +11,10 @@ import transformers
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
+from kedit_train.callbacks import EditMetrics, editing
 from kedit_train.core import EditRun, Host, OutputHead, find_language_model
 from kedit_train.core.output_head import evaluation_mode
+from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gpt2", "gemma2", "gemma3", "cohere", "granite", "mixtral", "phi"]
@@ -99,8 +101,8 @@ def test_an_encoder_decoder_is_refused(tiny):
     with pytest.raises(EditError) as error:
         head_of(tiny("t5", transformers.AutoModelForSeq2SeqLM))
     assert str(error.value) == (
-        "T5ForConditionalGeneration is an encoder-decoder, and only causal language models are supported; load one "
-        "with AutoModelForCausalLM, or leave out the callbacks that read its answers"
+        "TokenSmoothing needs a causal language model, and T5ForConditionalGeneration is an encoder-decoder; load it "
+        "with AutoModelForCausalLM, or leave this callback out"
     )
 
 
@@ -173,3 +175,10 @@ def test_verify_leaves_modes_gradients_and_hooks(tiny):
     assert model.transformer.h[0].training
     assert not any(p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_callback_that_only_asks_refuses_an_encoder_decoder_as_well(tiny):
+    model = tiny("t5", transformers.AutoModelForSeq2SeqLM)
+    refused = pytest.raises(EditError, match=r"^EditMetrics needs .* is an encoder-decoder")
+    with refused, editing(model, [EditMetrics([Edit("a", "b")])]):
+        pass
