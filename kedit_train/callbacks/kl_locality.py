@@ -95,7 +95,7 @@ class KLLocality(EditCallback):
             return (token_divergence(target, self._head.project(states), direction=self.direction),)
 
         chunk = chunk_length(2 * self._head.config.vocab_size)
-        (divergence,) = chunked(score, hidden, reference, chunk=chunk, frozen_head=not self._head.trainable)
+        (divergence,) = chunked(score, hidden, reference, chunk=chunk, parameters=self._head.trained)
         mean = divergence.mean()
         self._sum, self._count = self._sum.to(mean.device) + mean.detach(), self._count + 1
         return self.weight * mean

@@ -99,5 +99,5 @@ def _sampled_loss(head: OutputHead, batch: Batch, uniform: Tensor) -> Tensor:
         return (F.cross_entropy(logits, labels.clamp(max=logits.shape[-1] - 1), reduction="none"),)
 
     chunk = chunk_length(head.config.vocab_size)
-    (losses,) = chunked(score, hidden, uniform, chunk=chunk, frozen_head=not head.trainable)
+    (losses,) = chunked(score, hidden, uniform, chunk=chunk, parameters=head.trained)
     return losses.sum()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-HALF = (torch.float16, torch.bfloat16)
+from kedit_train.functional.precision import HALF
 
 
 class FullPrecision:

@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kedit_train.core.output_head import OutputHead
 from kedit_train.errors import EditError
 from kedit_train.functional.chunking import chunk_length, chunked
+from kedit_train.functional.precision import HALF
 
 # logits [N, V] in fp32, labels [N] -> loss [N], active [N], further per-token statistics [N] ...
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -34,6 +36,8 @@ class Request:
     items: Any
     fused: bool
     positions: Tensor | None
+    # What the head's anchor compares with, [N, d] at the supervised positions.
+    before: Tensor | None
 
 
 class LossHead:
@@ -85,12 +89,15 @@ class LossHead:
             return None
         if kwargs.get("shift_labels") is not None:
             raise EditError("labels that are shifted already (sequence parallelism) are not supported by the loss head")
+        anchor = self.head.anchor
+        before = None if anchor is None else anchor.before(args, kwargs, kwargs["labels"])
         kwargs = dict(kwargs)
         self._request = Request(
             labels=kwargs.pop("labels"),
             items=kwargs.pop("num_items_in_batch", None),
             fused=bool(kwargs.pop("fused_lm_head", False)),
             positions=kwargs.get("position_ids"),
+            before=before,
         )
         self.head.begin()
         return args, kwargs | {"use_cache": False}
@@ -120,15 +127,18 @@ class LossHead:
         count = where.sum().clamp(min=1) if request.items is None else request.items
         count = torch.as_tensor(count, device=hidden.device, dtype=torch.float32)
         weights = self._sample_weights(request, where) if self.reduction == "sample" else where / count
-        weights = weights[where].to(torch.float32)
-        loss, active, *statistics = self._per_token(hidden[where], labels[where], weights, fused=request.fused)
-        entropy_and_top1 = [statistics.pop() for _ in range(2)][::-1] if request.fused else []
-        self.observe(active, *statistics)
         if request.fused:
             # TRL sums and divides by the count itself.
-            loss = loss * (weights * count) if self.reduction == "sample" else loss
+            weights = weights * count if self.reduction == "sample" else where
+        weights = weights[where].to(torch.float32)
+        loss, active, *statistics = self._per_token(request, hidden[where], labels[where], weights)
+        entropy_and_top1 = [statistics.pop() for _ in range(2)][::-1] if request.fused else []
+        if request.before is not None:
+            self.head.anchor.observe(statistics.pop())
+        self.observe(active, *statistics)
+        if request.fused:
             return self._fused_output(loss, where, *entropy_and_top1, aux_loss=getattr(output, "aux_loss", None))
-        output.loss = (loss * weights).sum() if self.reduction == "sample" else loss.sum() / count
+        output.loss = loss.sum()
         if getattr(output, "aux_loss", None) is not None:
             # Mixture-of-experts models add their balancing term only where they see labels.
             output.loss = output.loss + self.head.config.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
@@ -137,25 +147,31 @@ class LossHead:
             output.move_to_end("loss", last=False)
         return output
 
-    def _per_token(self, hidden: Tensor, labels: Tensor, weights: Tensor, *, fused: bool) -> tuple[Tensor, ...]:
-        def score(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    def _per_token(self, request: Request, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        fused, anchor = request.fused, self.head.anchor
+        before = () if request.before is None else (request.before.to(hidden.device),)
+
+        def score(states: Tensor, targets: Tensor, factors: Tensor, *states_before: Tensor) -> tuple[Tensor, ...]:
             logits = self.head.project(states, fp32_gradients=fused)
-            outputs = self.objective(logits, targets)
+            loss, *statistics = self.objective(logits, targets)
+            if states_before:
+                divergence = anchor.divergence(logits, *states_before)
+                loss, statistics = loss + anchor.weight * divergence, [*statistics, divergence.detach()]
             if fused:
                 # TRL logs both for every step, so its users shall find them unchanged.
                 with torch.no_grad():
                     log_probs = logits.log_softmax(-1)
                     entropy = -(log_probs.exp() * log_probs).sum(-1)
-                    outputs = (*outputs, entropy, logits.argmax(-1) == targets)
-            return outputs
+                    statistics += [entropy, logits.argmax(-1) == targets]
+            # Weighted here, so that gradients are rounded at the host's own scale, and one sum serves all tokens.
+            return loss * factors, *statistics
 
         vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
-        chunk = chunk_length(vocab_size)
         # In half precision the gradient of the logits is rounded, and TRL divides by a token count that only it knows.
         # To round as it does, chunks are computed again in the backward pass, as TRL itself does.
-        half = fused and self.head.compute_dtype(hidden) in (torch.float16, torch.bfloat16)
-        frozen = not self.head.trainable and not half
-        return chunked(score, hidden, labels, chunk=chunk, frozen_head=frozen, weights=weights)
+        defer = fused and self.head.compute_dtype(hidden) in HALF
+        chunk = chunk_length(vocab_size * (1 + len(before)))
+        return chunked(score, hidden, labels, weights, *before, chunk=chunk, parameters=self.head.trained, defer=defer)
 
     def _sample_weights(self, request: Request, where: Tensor) -> Tensor:
         """Weights [B, S-1] under which a sum over supervised tokens is the mean over sequences of their token means."""
@@ -188,3 +204,8 @@ class LossHead:
             label_mask=where,
             **fields,
         )
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hosts' own objective: loss [N], and every token active."""
+    return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)

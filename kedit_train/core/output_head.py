@@ -139,7 +139,8 @@ class OutputHead:
                 torch.is_grad_enabled() and module.weight.requires_grad and not hasattr(module.weight, "device_mesh")
             )
             if trained or (fp32_gradients and dtype in HALF):
-                return self._finish(linear(hidden, module.weight, module.bias, dtype))
+                logits = linear(hidden, module.weight, module.bias, dtype, fp32_gradients=fp32_gradients)
+                return self._finish(logits)
         with torch.autocast(**autocast):
             return self._finish((head or self.module)(hidden))
 

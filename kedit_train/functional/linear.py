@@ -1,31 +1,103 @@
-"""A linear projection in half precision whose gradients are accumulated in fp32."""
+"""A linear projection whose gradients are summed in fp32, over as many calls as there are chunks of tokens.
+
+Rounding the gradient of every vocabulary slice to half precision before summing biases training; TRL's fused head
+therefore sums in fp32, and so does this where asked, so that losses agree with TRL's beyond the first step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kedit_train.functional.precision import HALF
 
-def half_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Project [N, d] to [N, V] in ``dtype`` (bf16 or fp16), as autocast would, with fp32 gradients.
+# Rows of the vocabulary at a time, where a product of the whole would need a second matrix of the head's size.
+_BLOCK = 2**14
 
-    Rounding the gradient of every vocabulary slice to half precision before summing biases training; TRL's fused head
-    therefore sums in fp32, and so does this, so that losses agree with TRL's beyond the first step.
+
+class GradientSums:
+    """Sums of the gradients of some tensors over several backward passes, in fp32 (fp64 for fp64).
+
+    A gradient of an output head is as large as the head. Within :meth:`collecting`, :func:`linear` adds its part to the
+    sum in place, so that no second one exists; what other functions return is given to :meth:`add`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = list(tensors)
+        self._places = {id(tensor): place for place, tensor in enumerate(self.tensors)}
+        self._sums: list[Tensor | None] = [None] * len(self.tensors)
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        token = _COLLECTING.set(self)
+        try:
+            yield
+        finally:
+            _COLLECTING.reset(token)
+
+    def of(self, tensor: Tensor) -> Tensor | None:
+        """The sum that belongs to a tensor, zeros at first; None where the tensor is none of these."""
+        place = self._places.get(id(tensor))
+        return None if place is None else self._sum(place)
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one gradient for each tensor; None adds nothing."""
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._sum(place).add_(gradient)
+
+    def scale(self, factor: Tensor) -> None:
+        for total in self._sums:
+            if total is not None:
+                total.mul_(factor)
+
+    def take(self) -> list[Tensor | None]:
+        """Hand the sums over, in the tensors' own dtypes; None for a tensor that nothing was added to."""
+        sums, self._sums = self._sums, [None] * len(self.tensors)
+        return [None if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]
+
+    def _sum(self, place: int) -> Tensor:
+        total = self._sums[place]
+        if total is None:
+            tensor = self.tensors[place]
+            total = torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+            self._sums[place] = total
+        return total
+
+
+_COLLECTING: ContextVar[GradientSums | None] = ContextVar("collecting", default=None)
+
+
+def linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fp32_gradients: bool = True
+) -> Tensor:
+    """Project [N, d] to [N, V] in ``dtype``, as autocast would, with gradients summed in fp32 (fp64 in fp64).
 
     Args:
         hidden: [N, d]; weight: [V, d]; bias: [V] or None; any float dtype.
+        dtype: of the product and of what is returned.
+        fp32_gradients: in half precision, leave the products of the backward pass in fp32, as TRL's fused head does.
+            Otherwise each is rounded, as autocast does it; sums over chunks are in fp32 all the same.
     """
-    return _HalfLinear.apply(hidden, weight, bias, dtype)  # pyright: ignore[reportReturnType]
+    return _Linear.apply(hidden, weight, bias, dtype, fp32_gradients)  # pyright: ignore[reportReturnType]
 
 
-class _HalfLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fp32_gradients: bool
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.dtype = dtype
+        ctx.dtype, ctx.widen = dtype, fp32_gradients and dtype in HALF
+        # Noted here: on a GPU the backward pass runs in another thread, where no context variable is set.
+        sums = _COLLECTING.get()
+        ctx.weight_sum = None if sums is None or not ctx.needs_input_grad[1] else sums.of(weight)
         with torch.autocast(hidden.device.type, enabled=False):
             # One call: the bias is added before the sum is rounded, as autocast has it.
             return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -34,19 +106,44 @@ class _HalfLinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = ctx.saved_tensors
         grad = grad_outputs[0].to(ctx.dtype)
-        grads: list[Tensor | None] = [None, None, None, None]
+        grads: list[Tensor | None] = [None, None, None, None, None]
         with torch.autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                grads[0] = _matmul_fp32(grad, weight.to(ctx.dtype)).to(hidden.dtype)
+                grads[0] = _to_hidden(grad, weight, ctx.dtype, ctx.widen).to(hidden.dtype)
             if ctx.needs_input_grad[1]:
-                grads[1] = _matmul_fp32(grad.t(), hidden.to(ctx.dtype)).to(weight.dtype)
+                total = ctx.weight_sum
+                if total is None:
+                    total = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+                    grads[1] = total
+                _add_to_weight(total, grad, hidden.to(ctx.dtype), ctx.widen)
+                grads[1] = None if grads[1] is None else total.to(weight.dtype)
             if bias is not None and ctx.needs_input_grad[2]:
-                grads[2] = grad.sum(0, dtype=torch.float32).to(bias.dtype)
+                grads[2] = grad.sum(0, dtype=torch.promote_types(ctx.dtype, torch.float32)).to(bias.dtype)
         return tuple(grads)
 
 
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+def _to_hidden(grad: Tensor, weight: Tensor, dtype: torch.dtype, widen: bool) -> Tensor:
+    """[n, V] @ [V, d] with the weight rounded to ``dtype``."""
+    if not widen:
+        return grad @ weight.to(dtype)
     # Only CUDA multiplies half-precision matrices into fp32 without converting them first.
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if grad.is_cuda:
+        return torch.mm(grad, weight.to(dtype), out_dtype=torch.float32)
+    total = torch.zeros(len(grad), weight.shape[1], device=grad.device)
+    for columns, rows in zip(grad.split(_BLOCK, 1), weight.split(_BLOCK), strict=True):
+        total.addmm_(columns.float(), rows.to(dtype).float())
+    return total
+
+
+def _add_to_weight(total: Tensor, grad: Tensor, hidden: Tensor, widen: bool) -> None:
+    """``total += grad.T @ hidden`` ([V, d]) with nothing else of its size."""
+    if grad.dtype == total.dtype:
+        total.addmm_(grad.t(), hidden)
+        return
+    for rows, columns in zip(total.split(_BLOCK), grad.split(_BLOCK, 1), strict=True):
+        if not widen:
+            rows += columns.t() @ hidden
+        elif grad.is_cuda:
+            rows += torch.mm(columns.t(), hidden, out_dtype=torch.float32)
+        else:
+            rows.addmm_(columns.t().float(), hidden.float())

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_train.functional.linear import half_linear
-
-HALF = [torch.bfloat16, torch.float16]
+from kedit_train.functional.linear import linear
+from kedit_train.functional.precision import HALF
 
 
 def data(bias: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -24,7 +23,7 @@ def test_forward_is_autocasts_own(dtype, bias):
         hidden, weight, b = data(bias, seed)
         with torch.autocast("cpu", dtype=dtype):
             want = F.linear(hidden, weight, b)
-        got = half_linear(hidden, weight, b, dtype)
+        got = linear(hidden, weight, b, dtype)
         assert got.dtype == dtype
         assert torch.equal(got, want)
 
@@ -32,9 +31,9 @@ def test_forward_is_autocasts_own(dtype, bias):
 @pytest.mark.parametrize("dtype", HALF)
 def test_autocast_around_it_changes_nothing(dtype):
     hidden, weight, bias = data(True)
-    want = half_linear(hidden, weight, bias, dtype)
+    want = linear(hidden, weight, bias, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(half_linear(hidden, weight, bias, dtype), want)
+        assert torch.equal(linear(hidden, weight, bias, dtype), want)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -43,7 +42,7 @@ def test_gradients_are_summed_in_fp32(dtype, stored):
     hidden, weight, bias = data(True)
     stored = dtype if stored == "half" else stored
     leaves = [t.to(stored).requires_grad_() for t in (hidden, weight, bias) if t is not None]
-    logits = half_linear(*leaves, dtype)
+    logits = linear(*leaves, dtype)
     upstream = torch.randn(logits.shape)
     logits.float().backward(upstream)
     # The reference: operands rounded to half precision, products and sums exact.
@@ -57,7 +56,7 @@ def test_gradients_are_summed_in_fp32(dtype, stored):
 
 def test_only_what_is_trained_gets_a_gradient():
     hidden, weight, bias = data(True)
-    half_linear(hidden.requires_grad_(), weight, bias, torch.bfloat16).float().sum().backward()
+    linear(hidden.requires_grad_(), weight, bias, torch.bfloat16).float().sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
     assert bias is not None
