@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 
 from kedit_train.data import EditDataset
+from kedit_train.data.buckets import LengthBuckets
 from kedit_train.data.tokenise import Encoded, collate, context_length, pad_token_id
 from kedit_train.errors import EditError
 
@@ -108,6 +109,7 @@ class EditDataModule(LightningDataModule):
         limit: the most records to read.
         batch_size: edits a step, on each process.
         shuffle: draw the edits in a new order in every epoch.
+        bucket: with shuffle, put edits of like length together, so that little of a batch is padding; each epoch mixes them anew.
         append_eos: end every target with end-of-text, so that the edited model learns to stop.
         on_error: "raise" stops at the first bad record, "skip" leaves bad records out and says how many.
         texts: a file of texts that the edit has to leave alone; it takes the place of ``texts: world`` in the
@@ -127,6 +129,7 @@ class EditDataModule(LightningDataModule):
         limit: int | None = None,
         batch_size: int = 100,
         shuffle: bool = True,
+        bucket: bool = True,
         append_eos: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
         texts: str | None = None,
@@ -136,7 +139,7 @@ class EditDataModule(LightningDataModule):
         if batch_size < 1:
             raise EditError(f"EditDataModule: batch_size={batch_size} is no number of edits (1 or more)")
         self.path, self.batch_size, self.shuffle, self.append_eos = path, batch_size, shuffle, append_eos
-        self.texts, self.num_workers = texts, num_workers
+        self.bucket, self.texts, self.num_workers = bucket, texts, num_workers
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
 
     def setup(self, stage: str) -> None:
@@ -155,13 +158,12 @@ class EditDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Encoded]:
         """Batches of padded edits; Lightning deals them out over processes."""
         encoded: Any = self._encoded
-        return DataLoader(
-            encoded,
-            batch_size=self.batch_size,
-            shuffle=self.shuffle,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-        )
+        rest: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": self._collate}
+        if not (self.bucket and self.shuffle):
+            return DataLoader(encoded, batch_size=self.batch_size, shuffle=self.shuffle, **rest)
+        lengths = [len(row.input_ids) for row in self._encoded]
+        buckets = LengthBuckets(RandomSampler(encoded), self.batch_size, False, lengths)
+        return DataLoader(encoded, batch_sampler=buckets, **rest)
 
     def _collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
         return collate(rows, pad_id=self._pad_id)
