@@ -184,7 +184,8 @@ class LossHead:
         _, index = sequence[where].unique(return_inverse=True)
         lengths = torch.bincount(index)
         shares = self.shares() if request.items is not None else 1
-        weights = torch.zeros(where.shape, device=where.device)
+        # Said outright: with precision="bf16-true" hosts make bf16 the default.
+        weights = torch.zeros(where.shape, dtype=torch.float32, device=where.device)
         weights[where] = 1.0 / (lengths[index].float() * max(1, len(lengths)) * shares)
         return weights
 
