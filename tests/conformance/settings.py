@@ -14,6 +14,7 @@ from kedit_train.callbacks import (
     NormBall,
     NullSpace,
     ParameterScope,
+    PrefixCache,
     StopWhenEdited,
     TokenSmoothing,
     WeightAnchor,
@@ -25,7 +26,7 @@ TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Wher
 SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
-    "KLLocality": lambda edits: [KLLocality(texts=TEXTS, batch_size=2)],
+    "KLLocality": lambda edits: [KLLocality(texts=TEXTS, weight=10.0, batch_size=2)],
     # Their scope is the first setting's, so that all can be on one list.
     "NullSpace": lambda edits: [
         NullSpace(texts=TEXTS, batch_size=2),
@@ -37,7 +38,8 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     ],
     "NormBall": lambda edits: [NormBall(radius=1e-3)],
     "GradientMask": lambda edits: [GradientMask(density=0.2, edits=edits, samples=4)],
-    "WeightAnchor": lambda edits: [WeightAnchor("ewc", texts=TEXTS)],
+    "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS)],
+    "PrefixCache": lambda edits: [PrefixCache(), ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)],
     "StopWhenEdited": lambda edits: [
         StopWhenEdited(reliability=None, idle_steps=50),
