@@ -21,6 +21,7 @@ from kedit_train.core.output_head import OutputHead
 from kedit_train.errors import EditError
 from kedit_train.functional.chunking import chunk_length, chunked
 from kedit_train.functional.precision import HALF
+from kedit_train.functional.rowwise import entropy
 
 # logits [N, V] in fp32, labels [N] -> loss [N], active [N], further per-token statistics [N] ...
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -159,10 +160,7 @@ class LossHead:
                 loss, statistics = loss + anchor.weight * divergence, [*statistics, divergence.detach()]
             if fused:
                 # TRL logs both for every step, so its users shall find them unchanged.
-                with torch.no_grad():
-                    log_probs = logits.log_softmax(-1)
-                    entropy = -(log_probs.exp() * log_probs).sum(-1)
-                    statistics += [entropy, logits.argmax(-1) == targets]
+                statistics += [entropy(logits), logits.detach().argmax(-1) == targets]
             # Weighted here, so that gradients are rounded at the host's own scale, and one sum serves all tokens.
             return loss * factors, *statistics
 

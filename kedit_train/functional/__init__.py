@@ -2,16 +2,27 @@
 
 from kedit_train.functional.chunking import chunk_length, chunked
 from kedit_train.functional.divergence import jensen_shannon, kl_divergence, token_divergence
-from kedit_train.functional.smoothing import overtone, overtone_target, smoothed_loss, uniform_target
+from kedit_train.functional.reweighting import dynamic_cross_entropy
+from kedit_train.functional.smoothing import (
+    overtone,
+    overtone_statistics,
+    overtone_target,
+    smoothed_loss,
+    uniform,
+    uniform_target,
+)
 
 __all__ = [
     "chunk_length",
     "chunked",
+    "dynamic_cross_entropy",
     "jensen_shannon",
     "kl_divergence",
     "overtone",
+    "overtone_statistics",
     "overtone_target",
     "smoothed_loss",
     "token_divergence",
+    "uniform",
     "uniform_target",
 ]

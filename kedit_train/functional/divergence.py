@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kedit_train.functional.precision import wide
+from kedit_train.functional.rowwise import rowwise
+
 Direction = Literal["forward", "reverse", "jsd"]
 
 
@@ -39,17 +42,27 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
     """Divergence of the edited model from the reference, [N].
 
+    The numbers of :func:`kl_divergence` and :func:`jensen_shannon`; where the reference is a constant, as it should be,
+    in blocks of rows and with the gradient in closed form.
+
     Args:
+        reference_logits, logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
         direction: "forward" is KL(reference || model), the term of MEND (arXiv 2110.11309); "reverse" is
             KL(model || reference), the term in ROME's value optimisation (arXiv 2202.05262); "jsd" lies between.
     """
-    if direction == "forward":
-        return kl_divergence(reference_logits, logits)
-    if direction == "reverse":
-        return kl_divergence(logits, reference_logits)
-    if direction == "jsd":
-        return jensen_shannon(reference_logits, logits)
-    raise ValueError(f"direction={direction!r} is none of 'forward', 'reverse', 'jsd'")
+    if direction not in ("forward", "reverse", "jsd"):
+        raise ValueError(f"direction={direction!r} is none of 'forward', 'reverse', 'jsd'")
+    if reference_logits.requires_grad and torch.is_grad_enabled():
+        if direction == "jsd":
+            return jensen_shannon(reference_logits, logits)
+        pair = (reference_logits, logits) if direction == "forward" else (logits, reference_logits)
+        return kl_divergence(*pair)
+    value, gradient = {
+        "forward": (_forward_value, _forward_gradient),
+        "reverse": (_reverse_value, _reverse_gradient),
+        "jsd": (_jsd_value, _jsd_gradient),
+    }[direction]
+    return rowwise(value, gradient, logits, reference_logits)[0]
 
 
 def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -85,10 +98,58 @@ def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, dire
     return token_divergence(reference, torch.cat([own, _rest(log_probs, tokens)], dim=-1), direction=direction)
 
 
+# In each, q is the model, p the reference.
+
+
+def _forward_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return (_kl(_log_softmax(reference), _log_softmax(z)),), ()
+
+
+def _forward_gradient(out: Tensor, z: Tensor, reference: Tensor) -> None:
+    torch.softmax(z, -1, out=out).sub_(wide(reference).softmax(-1))
+
+
+def _reverse_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    divergence = _kl(_log_softmax(z), _log_softmax(reference))
+    return (divergence,), (divergence,)
+
+
+def _reverse_gradient(out: Tensor, z: Tensor, reference: Tensor, divergence: Tensor) -> None:
+    q_log = _log_softmax(z)
+    torch.sub(q_log, _log_softmax(reference), out=out).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
+    out.sub_(divergence.unsqueeze(-1)).mul_(q_log.exp_())
+
+
+def _jsd_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    q, p = z.softmax(-1), wide(reference).softmax(-1)
+    tilt = _tilt(q, p)
+    q_part = torch.log1p(tilt).nan_to_num_(neginf=0.0).mul_(q).sum(-1)
+    p_part = tilt.neg_().log1p_().nan_to_num_(neginf=0.0).mul_(p).sum(-1)
+    return (0.5 * (p_part + q_part),), (q_part,)
+
+
+def _jsd_gradient(out: Tensor, z: Tensor, reference: Tensor, q_part: Tensor) -> None:
+    q = torch.softmax(z, -1, out=out)
+    log_ratio = _tilt(q, wide(reference).softmax(-1)).log1p_().nan_to_num_(neginf=0.0)
+    q.mul_(log_ratio.sub_(q_part.unsqueeze(-1)).mul_(0.5))
+
+
+def _kl(p_log: Tensor, q_log: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities, ``p_log`` not to be used again."""
+    p = p_log.exp()
+    # Where p has no mass the difference may be anything, minus infinity or, on both sides, not a number.
+    return p_log.sub_(q_log).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf).mul_(p).sum(-1)
+
+
+def _tilt(q: Tensor, p: Tensor) -> Tensor:
+    """(q - p) / (q + p) in [-1, 1]; with the mixture m, q / m = 1 + tilt and p / m = 1 - tilt, in all their digits."""
+    return (q - p).div_(q + p).nan_to_num_(nan=0.0)
+
+
 def _rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
     """Log of the mass on all other tokens [N, 1], summed itself: one minus the others would lose what is small."""
     return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+    return wide(logits).log_softmax(-1)

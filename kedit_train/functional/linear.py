@@ -59,7 +59,8 @@ class GradientSums:
 
     def take(self) -> list[Tensor | None]:
         """Hand the sums over, in the tensors' own dtypes; None for a tensor that nothing was added to."""
-        sums, self._sums = self._sums, [None] * len(self.tensors)
+        sums = self._sums
+        self._sums = [None] * len(self.tensors)
         return [None if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]
 
     def _sum(self, place: int) -> Tensor:

@@ -1,0 +1,82 @@
+"""Per-token losses whose gradient is known in closed form: few passes over the logits, and one tensor of their size.
+
+The forward pass keeps a few numbers a token, the backward pass writes the gradient of the logits once. On a CPU both go
+through blocks of rows that stay in the cache: a fresh tensor of the logits' size costs more there (its pages are handed
+out one by one) than the arithmetic on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kedit_train.functional.precision import wide
+
+# Of a block: numbers, 4 MiB in fp32.
+_BLOCK = 2**20
+
+# logits [n, V] in fp32 or fp64, rows [n, ...] -> outputs (loss [n], statistics [n] ...), kept (tensors [n, ...])
+Value = Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+# out [n, V] to be written, logits [n, V], rows [n, ...], kept [n, ...]
+Gradient = Callable[..., None]
+
+
+def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Apply ``value`` to blocks of rows; the first of its outputs is differentiated by ``gradient``.
+
+    Args:
+        value: ``(logits, *rows) -> (outputs, kept)``, each row by itself.
+        gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``, for a gradient of one.
+        logits: [N, V], any float dtype; both functions see them in fp32 (fp64 stays fp64).
+        rows: further tensors with N rows (labels, reference logits), constants.
+    """
+    return _Rowwise.apply(value, gradient, logits, *rows)  # pyright: ignore[reportReturnType]
+
+
+def blocks(logits: Tensor, *rows: Tensor) -> list[tuple[Tensor, ...]]:
+    """Slices of rows, small ones on a CPU; at least one, empty if need be."""
+    size = max(1, _BLOCK // max(1, logits.shape[-1])) if logits.device.type == "cpu" else max(1, len(logits))
+    starts = range(0, max(1, len(logits)), size)
+    return [tuple(t[i : i + size] for t in (logits, *rows)) for i in starts]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of each token's distribution in nats, [N]; not differentiated."""
+    with torch.no_grad():
+        found = []
+        for (part,) in blocks(logits):
+            log_probs = wide(part).log_softmax(-1)
+            # Minus infinity times no mass is nothing.
+            found.append(-log_probs.exp().mul_(log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)).sum(-1))
+        return torch.cat(found)
+
+
+class _Rowwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        found = [value(wide(part), *others) for part, *others in blocks(logits, *rows)]
+        outputs, kept = (
+            tuple(torch.cat(column) for column in zip(*side, strict=True)) for side in zip(*found, strict=True)
+        )
+        ctx.gradient, ctx.n_rows = gradient, len(rows)
+        ctx.save_for_backward(logits, *rows, *kept)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logits, *others = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for to, part, upstream, *rest in blocks(out, logits, grad_outputs[0], *others):
+            # In half precision the gradient is rounded once, when it is whole.
+            fresh = to if to.dtype == wide(part).dtype else torch.empty_like(wide(part))
+            ctx.gradient(fresh, wide(part), *rest)
+            fresh.mul_(upstream.unsqueeze(-1))
+            if fresh is not to:
+                to.copy_(fresh)
+        return (None, None, out, *[None] * ctx.n_rows)
