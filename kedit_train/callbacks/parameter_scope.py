@@ -8,6 +8,7 @@ import torch
 
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.adapters import keep_frozen
+from kedit_train.core.replicas import watch_replicas
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope import resolve_scope
 from kedit_train.core.sharding import whole
@@ -53,6 +54,9 @@ class ParameterScope(EditCallback):
         trainable = [p for p in run.model.parameters() if p.requires_grad]
         run.set_scope(resolve_scope(run.model, self.layers, self.modules))
         self._handles = keep_frozen(run.model, [p for p in trainable if not p.requires_grad])
+
+    def attach(self, run: EditRun) -> None:
+        self._handles += watch_replicas(run.model)
 
     def detach(self, run: EditRun) -> None:
         for handle in self._handles:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -80,9 +81,9 @@ def sft_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], st
 class PlainModule(L.LightningModule):
     """Somebody's module: it calls a causal language model with labels and knows nothing of edits."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, optimizer: Any = None) -> None:
         super().__init__()
-        self.network, self.tokenizer = model, tokenizer
+        self.network, self.tokenizer, self.optimizer = model, tokenizer, optimizer or adamw
 
     def training_step(self, batch: Any, index: int) -> torch.Tensor:
         loss = self.network(**batch).loss
@@ -90,7 +91,11 @@ class PlainModule(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return self.optimizer(self.parameters())
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def lightning_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
@@ -103,41 +108,70 @@ def lightning_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[An
         "log_every_n_steps": 1,
     }
     size, checkpoint = extra.pop("batch_size", 4), extra.pop("ckpt_path", None)
+    module = PlainModule(model, tokenizer, extra.pop("optimizer", None))
     rows = Rows(edits.encode(tokenizer))
     sampler = extra.pop("sampler", lambda rows: None)(rows)
     loader = DataLoader(rows, batch_size=size, sampler=sampler, collate_fn=collator(tokenizer))
     trainer = L.Trainer(max_steps=steps, callbacks=callbacks, **(options | extra))
-    trainer.fit(PlainModule(model, tokenizer), loader, ckpt_path=checkpoint)
+    trainer.fit(module, loader, ckpt_path=checkpoint)
     return trainer
 
 
-def plain_loop(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
+def by_hand(
+    setup: Callable[[Any, Any], tuple[Any, Any, Callable[[torch.Tensor], Any]]],
+    model: Any,
+    tokenizer: Any,
+    edits: Any,
+    callbacks: list[Any],
+    steps: int,
+    *,
+    batch_size: int = 4,
+    accumulate: int = 1,
+    optimizer: Any = adamw,
+    bf16: bool = False,
+    rank: int = 0,
+    processes: int = 1,
+) -> Any:
+    """A loop that takes the edits in their order; ``setup`` wraps model and optimizer and gives the backward pass."""
     rows, put = edits.encode(tokenizer), collator(tokenizer)
     model.train()
     with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as edit:
-        optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-3)
-        for step in range(steps):
+        wrapped, stepper, backward = setup(model, optimizer(edit.parameters()))
+        start = rank * batch_size
+        for _ in range(steps):
             edit.before_step()
-            start = 4 * step % len(rows)
-            model(**put(rows[start : start + 4])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for _ in range(accumulate):
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = wrapped(**put(rows[start % len(rows) : start % len(rows) + batch_size])).loss
+                backward(loss / accumulate)
+                start += batch_size * processes
+            stepper.step()
+            stepper.zero_grad()
     return edit
+
+
+def plain_loop(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
+    def setup(model: Any, optimizer: Any) -> Any:
+        wrapped = DistributedDataParallel(model) if extra.get("processes", 1) > 1 else model
+        return wrapped, optimizer, lambda loss: loss.backward()
+
+    return by_hand(setup, model, tokenizer, edits, callbacks, steps, **extra)
 
 
 def fabric_loop(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
-    fabric = L.Fabric(accelerator="cpu", devices=1, **extra)
-    rows, put = edits.encode(tokenizer), collator(tokenizer)
-    model.train()
-    with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as edit:
-        wrapped, optimizer = fabric.setup(model, torch.optim.AdamW(edit.parameters(), lr=1e-3))
-        for step in range(steps):
-            edit.before_step()
-            start = 4 * step % len(rows)
-            fabric.backward(wrapped(**put(rows[start : start + 4])).loss)
-            optimizer.step()
-            optimizer.zero_grad()
-    return edit
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+    options |= {name: extra.pop(name) for name in ("precision", "devices", "strategy") if name in extra}
+    fabric = L.Fabric(**options)
+    fabric.launch()
+    return by_hand(
+        lambda model, optimizer: (*fabric.setup(model, optimizer), fabric.backward),
+        model,
+        tokenizer,
+        edits,
+        callbacks,
+        steps,
+        **extra,
+    )
 
 
 HOSTS = {

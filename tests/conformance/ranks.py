@@ -1,20 +1,31 @@
-"""Every host on the processes that torchrun started (or on one), the weights of each rank written to a folder."""
+"""Every callback in every host on the processes that torchrun started (or on one): the weights of each, in a folder.
+
+All of it in one pair of processes, one run after another: starting processes costs more than the runs.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from conformance.hosts import HOSTS, collator
-from conformance.resuming import TEXTS
+from conformance.hosts import ARGUMENTS, HOSTS, Rows, collator
+from conformance.settings import SETTINGS, TEXTS
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DistributedSampler
+from transformers import Trainer, TrainingArguments
 
 from kedit_train import world
 from kedit_train.callbacks import GradientMask, KLLocality, NormBall, ParameterScope, TokenSmoothing, editing
@@ -22,9 +33,14 @@ from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 
 STEPS, BATCH = 3, 4
+TOGETHER = "all that AdamW is to be held by"
 
 
-def callbacks() -> list[Any]:
+def callbacks(name: str, edits: EditDataset) -> list[Any]:
+    if name != TOGETHER:
+        made = SETTINGS[name](edits)
+        scoped = any(isinstance(one, ParameterScope) for one in made)
+        return made if scoped else [*made, ParameterScope(layers=0.5, modules="mlp.down_proj")]
     return [
         ParameterScope(layers="2-3", modules="mlp.down_proj"),
         TokenSmoothing(reduction="sample"),
@@ -34,65 +50,124 @@ def callbacks() -> list[Any]:
     ]
 
 
-def loop(model: Any, tokenizer: Any, edits: EditDataset, used: list[Any], rank: int, size: int) -> None:
-    rows, put = edits.encode(tokenizer), collator(tokenizer)
-    model.train()
-    with editing(model, used, tokenizer=tokenizer) as edit:
-        optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-3)
-        wrapped: Any = DistributedDataParallel(model) if size > 1 else model
-        for step in range(STEPS):
-            edit.before_step()
-            batch = rows[BATCH * step : BATCH * (step + 1)]
-            wrapped(**put(batch[rank * BATCH // size : (rank + 1) * BATCH // size])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    del wrapped
+def even_edits(tokenizer: Any) -> EditDataset:
+    """Edits with equally many supervised tokens: the mean over ranks is then the mean over tokens in every host."""
+    every = EditDataset(world.edits(n=8 * BATCH * STEPS))
+    counts = [len(row.input_ids) - row.target_start for row in every.encode(tokenizer)]
+    usual = Counter(counts).most_common(1)[0][0]
+    chosen = [edit for edit, count in zip(every, counts, strict=True) if count == usual][: BATCH * STEPS]
+    assert len(chosen) == BATCH * STEPS
+    return EditDataset(chosen)
 
 
-def refusals(tokenizer: Any, edits: EditDataset) -> str:
-    """FSDP1 flattens and slices parameters: refused before the first step."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model, _ = world.load()
-    try:
-        with editing(model, callbacks(), tokenizer=tokenizer) as edit:
-            FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-            edit.before_step()
-    except EditError as error:
-        return str(error)
-    return "not refused"
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05)
 
 
-def main(folder: Path) -> None:
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    edits = EditDataset(world.edits(n=BATCH * STEPS))
-    if size > 1:
-        dist.init_process_group("gloo")
-    each = BATCH // size
-    ours: dict[str, Any] = {"per_device_train_batch_size": each} | ({"ddp_backend": "gloo"} if size > 1 else {})
-    options: dict[str, dict[str, Any]] = {
-        "Trainer": dict(ours),
-        "SFTTrainer": dict(ours),
-        # Lightning's own sampler for several processes would shuffle, which its loader for one does not.
-        "Lightning": {
-            "batch_size": each,
+def options(host: str, name: str, rank: int, size: int) -> dict[str, Any]:
+    """Plain gradient descent, under which rounding stays rounding: Adam's first steps are the signs of gradients."""
+    each, plain = BATCH // size, name != TOGETHER
+    if host in ("Trainer", "SFTTrainer"):
+        spread = {"ddp_backend": "gloo"} if size > 1 else {}
+        descent = {"optim": "sgd", "learning_rate": 0.05} if plain else {}
+        return {"per_device_train_batch_size": each} | spread | descent
+    optimizer = {"optimizer": sgd} if plain else {}
+    if host == "Lightning":
+        # Its own sampler for several processes would shuffle, which its loader for one does not.
+        spread = {
             "devices": size,
             "strategy": "ddp" if size > 1 else "auto",
             "use_distributed_sampler": False,
             "sampler": lambda rows: DistributedSampler(rows, size, rank, shuffle=False),
-        },
+        }
+    else:
+        spread = {"rank": rank, "processes": size}
+        spread |= {"devices": size, "strategy": "ddp" if size > 1 else "auto"} if host == "Fabric" else {}
+    return {"batch_size": each} | spread | optimizer
+
+
+def refusal(run: Callable[[], Any]) -> str:
+    """What the strategy is refused with, and after how many optimizer steps."""
+    stepped: list[Any] = []
+    handle = register_optimizer_step_post_hook(lambda *_: stepped.append(1))
+    try:
+        run()
+    except EditError as error:
+        return f"after {len(stepped)} steps: {error}"
+    finally:
+        handle.remove()
+    return "not refused"
+
+
+def fsdp1() -> None:
+    """It flattens and slices parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model, tokenizer = world.load()
+    with editing(model, callbacks(TOGETHER, even_edits(tokenizer)), tokenizer=tokenizer) as edit:
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        edit.before_step()
+
+
+def wrapped_first(within: bool) -> None:
+    """A loop that begins the edit of a model when DDP has wrapped it already."""
+    model, tokenizer = world.load()
+    wrapped = DistributedDataParallel(model)
+    with editing(
+        wrapped if within else model, callbacks("ParameterScope", even_edits(tokenizer)), tokenizer=tokenizer
+    ) as e:
+        for _ in range(2):
+            e.before_step()
+            wrapped(input_ids=torch.arange(8).unsqueeze(0), labels=torch.arange(8).unsqueeze(0)).loss.backward()
+            torch.optim.SGD(e.parameters(), lr=0.1).step()
+
+
+def added_late(**extra: Any) -> dict[str, torch.Tensor]:
+    """Callbacks that reach a trainer once it has been built freeze after accelerate has wrapped the model."""
+    torch.manual_seed(0)
+    model, tokenizer = world.load()
+    edits = even_edits(tokenizer)
+    extra |= options("Trainer", "ParameterScope", 0, dist.get_world_size())
+    arguments = TrainingArguments(**({"output_dir": tempfile.mkdtemp(), "max_steps": STEPS} | ARGUMENTS | extra))
+    arguments.remove_unused_columns = False
+    trainer = Trainer(model, arguments, train_dataset=Rows(edits.encode(tokenizer)), data_collator=collator(tokenizer))
+    for callback in callbacks("ParameterScope", edits):
+        trainer.add_callback(callback)
+    trainer.train()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def traps(folder: Path, rank: int) -> None:
+    refused = {
+        "fsdp1": refusal(fsdp1),
+        "the model of DDP": refusal(lambda: wrapped_first(False)),
+        "DDP itself": refusal(lambda: wrapped_first(True)),
+        "a trainer": refusal(lambda: added_late(ddp_find_unused_parameters=False)),
     }
-    for host in ("loop", *options):
-        torch.manual_seed(0)
-        model, tokenizer = world.load()
-        if host == "loop":
-            loop(model, tokenizer, edits, callbacks(), rank, size)
-        else:
-            HOSTS[host](model, tokenizer, edits, callbacks(), STEPS, **options[host])
-        state = {name: p.detach().clone() for name, p in model.named_parameters()}
-        save_file(state, folder / f"{host}-{size}-{rank}.safetensors")
+    save_file(added_late(), folder / f"late-{rank}.safetensors")
+    (folder / f"refused-{rank}.json").write_text(json.dumps(refused))
+
+
+def main(folder: Path) -> None:
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
-        (folder / f"fsdp1-{rank}.txt").write_text(refusals(tokenizer, edits))
+        # What one rank alone runs into is then an error on the other soon enough.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for host in HOSTS:
+        for name in (*SETTINGS, TOGETHER):
+            torch.manual_seed(0)
+            model, tokenizer = world.load()
+            edits = even_edits(tokenizer)
+            out = folder / f"{host}-{name}-{size}-{rank}"
+            try:
+                HOSTS[host](model, tokenizer, edits, callbacks(name, edits), STEPS, **options(host, name, rank, size))
+            except Exception:
+                out.with_suffix(".txt").write_text(traceback.format_exc())
+                continue
+            state = {name: p.detach().clone() for name, p in model.named_parameters()}
+            save_file(state, out.with_suffix(".safetensors"))
+    if size > 1:
+        traps(folder, rank)
         gc.collect()
         dist.barrier()
         # Gloo can abort in its own teardown after everything is done.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,17 @@ class TransformersHost(Host):
             self.state.log_history[-1].update(metrics)
         self._to_wandb(metrics)
 
+    def warn_of_loggers(self) -> None:
+        """Say which of the trainer's loggers have had a row before any callback can add to it."""
+        reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
+        others = [name for name in reports if name not in ("wandb", "none")]
+        if others and self.is_main:
+            warnings.warn(
+                f"edit/* metrics do not reach {', '.join(others)}, which the trainer calls before its callbacks; they "
+                "are in wandb, on the console and in trainer.state.log_history",
+                stacklevel=2,
+            )
+
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         run = self._wandb_run()
         if run is not None:
@@ -173,6 +185,8 @@ class TransformersEvents(TrainerCallback):
         # Callbacks that were added after the trainer was built, and a second train(), enter here.
         run = self._enter(args, state, control, model, processing_class)
         run.host.state, run.host.train_dataloader = state, train_dataloader
+        if run.leads(self):
+            run.host.warn_of_loggers()
         run.attach(self)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
