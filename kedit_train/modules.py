@@ -109,7 +109,8 @@ class EditDataModule(LightningDataModule):
         limit: the most records to read.
         batch_size: edits a step, on each process.
         shuffle: draw the edits in a new order in every epoch.
-        bucket: with shuffle, put edits of like length together, so that little of a batch is padding; each epoch mixes them anew.
+        bucket: with shuffle, put edits of like length together, so that little of a batch is padding; every epoch mixes
+            them anew.
         append_eos: end every target with end-of-text, so that the edited model learns to stop.
         on_error: "raise" stops at the first bad record, "skip" leaves bad records out and says how many.
         texts: a file of texts that the edit has to leave alone; it takes the place of ``texts: world`` in the
