@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.answers import Answers
+from kedit_train.core.batch_anchor import BatchAnchor
+from kedit_train.core.loss_head import LossHead, cross_entropy
 from kedit_train.core.output_head import evaluation_mode
+from kedit_train.core.reference_answers import hidden_states, row_states, teachers_answers
+from kedit_train.core.row_store import parse_bytes
 from kedit_train.core.run import EditRun
-from kedit_train.core.texts import load_texts, pad, text_rows
+from kedit_train.core.texts import load_texts, text_rows
 from kedit_train.errors import EditError
+from kedit_train.functional.buckets import bucket_divergence
 from kedit_train.functional.chunking import chunk_length, chunked
 from kedit_train.functional.divergence import Direction, token_divergence
 
@@ -25,21 +31,41 @@ class KLLocality(EditCallback):
     The term of MEND (arXiv 2110.11309) with ``direction="forward"``, KL(before || now), and of ROME's value
     optimisation (arXiv 2202.05262) with "reverse". It is taken at every position of the texts, prompt and answer alike.
     The reference costs no second model: the hidden states that the unedited model hands to its output head are taken
-    once, ``d`` numbers a token, and projected through the head when they are needed.
+    once, ``d`` numbers a token, and projected through the head (as it was, where it is in scope) when needed. With
+    ``store`` they are kept in a file and found there by a later run on the same model and texts, whatever its scope.
+
+    With ``texts="batch"`` the model is anchored on the training batches themselves: every supervised token's loss gets
+    ``weight`` times its own divergence ("Anchored Supervised Fine-Tuning", arXiv 2509.23753), averaged as the host
+    averages its loss, whose logged value it is part of. What the unedited model answers is taken at first sight of a
+    row, in one more forward pass with the scope's old values in place, and kept by content, so that later epochs cost
+    none; packed rows count as one row each. The scope's old values are kept for it, in full fine-tuning without
+    ``ParameterScope`` a copy of all weights. Under DDP every process keeps the rows it has met.
 
     Args:
         texts: a list of texts, a path to ``.txt`` (one a line), ``.jsonl`` or ``.json``, a dataset with a column
-            ``text``, or "world". Texts that hold a prompt the edits are scored on are left out, with a warning.
+            ``text``, or "world". Texts that hold a prompt the edits are scored on are left out, with a warning. Or
+            "batch": the training batches; ``batch_size``, ``max_length``, ``tokenizer`` and ``seed`` are of no use
+            then.
         weight: factor of the penalty beside the host's loss.
         direction: "forward", "reverse" or "jsd".
         batch_size: texts for each optimizer step, drawn in shuffled rounds; the same on every process.
         max_length: tokens a text; longer ones are cut into several, none is cut off.
         tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
         seed: of the shuffling.
+        store: a folder for the answers before the edit. Their file is found again by what the model computes and the
+            texts' tokens; to know that, every weight is read and hashed (about a second for each GB). With "batch":
+            where rows beyond ``memory_limit`` go, as long as the run lasts.
+        store_dtype: "float32", "bfloat16" or "float16" for the answers; None loses nothing (the dtype in which the head
+            multiplies; float32 for a teacher). A narrower one says by a warning what it costs.
+        memory_limit: bytes, or "2GB", that answers may take in memory: larger ones are memory-mapped from ``store``,
+            or refused without one. None knows no limit.
+        teacher: another model with the same tokens (a name, a path or a module) in place of the unedited one. Of its
+            answers the ``top_k`` most probable tokens and the mass of the rest are kept, and the divergence is that of
+            these buckets, in any direction; at most the full one.
+        top_k: tokens kept of a teacher's answer.
     """
 
     order = 30
-    penalises = True
 
     def __init__(
         self,
@@ -50,94 +76,152 @@ class KLLocality(EditCallback):
         max_length: int = 256,
         tokenizer: Any = None,
         seed: int = 0,
+        store: str | None = None,
+        store_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        memory_limit: int | str | None = None,
+        teacher: Any = None,
+        top_k: int = 256,
     ) -> None:
         for name, value, good in (
             ("weight", weight, weight >= 0.0),
             ("direction", direction, direction in ("forward", "reverse", "jsd")),
             ("batch_size", batch_size, batch_size > 0),
             ("max_length", max_length, max_length > 0),
+            ("store_dtype", store_dtype, store_dtype in (None, "float32", "bfloat16", "float16")),
+            ("top_k", top_k, top_k > 0),
         ):
             if not good:
                 bounds = "weight >= 0, direction forward|reverse|jsd, batch_size and max_length > 0"
+                if name in ("store_dtype", "top_k"):
+                    bounds = "store_dtype float32|bfloat16|float16 or None, top_k > 0"
                 raise EditError(f"KLLocality: {name}={value!r} is out of bounds ({bounds})")
         # Read more than once: by prepare, by attach, and by a second run of the same instance.
         self.texts = list(texts) if isinstance(texts, Iterator) else texts
         self.weight = weight
         self.direction: Direction = direction
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
+        self.store = None if store is None else Path(store)
+        self.dtype: torch.dtype | None = None if store_dtype is None else getattr(torch, store_dtype)
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "KLLocality: memory_limit")
+        self.teacher, self.top_k = teacher, top_k
+        self.anchors = isinstance(self.texts, str) and self.texts == "batch"
+        self.penalises = not self.anchors
+        self._anchor: BatchAnchor | None = None
+        self._loss_head: LossHead | None = None
+        if self.anchors and teacher is not None:
+            raise EditError(
+                "KLLocality: texts='batch' anchors on the unedited model; give texts where teacher is given"
+            )
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
             run.head("KLLocality")
-        if self.texts != "world":
+        if self.anchors:
+            if any(other.anchors for other in run.callbacks if other is not self):
+                raise EditError(
+                    "KLLocality: two anchors on the training batch of one model; keep one, with both weights"
+                )
+            reason = run.host.objective_refused()
+            if reason:
+                raise EditError(f"KLLocality(texts='batch') cannot join the loss of this {run.host.name} run: {reason}")
+        elif self.texts != "world":
             load_texts(self.texts)
 
     def attach(self, run: EditRun) -> None:
         self._head = run.head("KLLocality")
+        if self.anchors:
+            self._anchor = self._head.anchor = BatchAnchor(
+                run,
+                weight=self.weight,
+                direction=self.direction,
+                dtype=self.dtype,
+                memory=self.memory_limit,
+                folder=self.store,
+            )
+            if not any(callback.replaces_loss for callback in run.callbacks):
+                shares, observe = run.host.loss_shares, lambda *_: None
+                self._loss_head = LossHead(self._head, cross_entropy, reduction="token", shares=shares, observe=observe)
+            return
         self._rows = text_rows(
             run, self.texts, needed_by="KLLocality", tokenizer=self.tokenizer, max_length=self.max_length
         )
-        self._reference = self._take_reference(run)
-        self._project_reference = run.reference_head()
+        self._take_answers(run)
         self._order, self._drawn = self._rounds(), 0
         self._sum, self._count = torch.zeros(()), 0
 
-    def penalty(self, run: EditRun) -> Tensor:
+    def penalty(self, run: EditRun) -> Tensor | None:
+        if self.anchors:
+            return None
         chosen = [next(self._order) for _ in range(self.batch_size)]
         self._drawn += self.batch_size
         with evaluation_mode(run.model), run.host.forward_context():
-            hidden = self._hidden(run, chosen)
-        reference = torch.cat([self._reference[i] for i in chosen]).to(hidden.device, non_blocking=True)
-
-        def score(states: Tensor, before: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                target = self._head.project(before, self._project_reference)
-            return (token_divergence(target, self._head.project(states), direction=self.direction),)
-
+            hidden = row_states(self._head, [self._rows[i] for i in chosen])
+        answers = [a.to(hidden.device, non_blocking=True) for a in self._answers.take(chosen)]
         chunk = chunk_length(2 * self._head.config.vocab_size)
-        (divergence,) = chunked(score, hidden, reference, chunk=chunk, parameters=self._head.trained)
+        (divergence,) = chunked(self.score, hidden, *answers, chunk=chunk, parameters=self._head.trained)
         mean = divergence.mean()
         self._sum, self._count = self._sum.to(mean.device) + mean.detach(), self._count + 1
         return self.weight * mean
 
+    def score(self, states: Tensor, *answers: Tensor) -> tuple[Tensor, ...]:
+        """Divergence [N] of what the head makes of hidden states [N, d] from the answers that are kept."""
+        logits = self._head.project(states)
+        if self.teacher is not None:
+            log_probs, tokens = answers
+            shared = logits[:, : self._shared]
+            return (bucket_divergence(log_probs, tokens.long(), shared, direction=self.direction),)
+        with torch.no_grad():
+            before = self._head.project(answers[0], self._project_reference)
+        return (token_divergence(before, logits, direction=self.direction),)
+
+    def skip_step(self, run: EditRun) -> bool:
+        if self._anchor is not None and self._anchor.seen_at != run.step:
+            raise EditError(
+                "KLLocality(texts='batch'): the model was not called with labels= since the last optimizer step, so "
+                "there was no batch to anchor on; let the training step call model(..., labels=labels) and use the "
+                "loss that it returns"
+            )
+        return False
+
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Mean divergence a token, in nats, before weighting."""
+        """Mean divergence a token, in nats, before weighting; bytes of the answers kept, and the share found there."""
+        if self._anchor is not None:
+            return self._anchor.metrics()
         if not self._count:
             return {}
         mean = float(self._sum) / self._count
         self._sum, self._count = torch.zeros(()), 0
-        return {"edit/locality/kl": mean}
+        found = {"edit/locality/kl": mean, "edit/locality/store_bytes": float(self._answers.nbytes)}
+        return found if self.store is None else {**found, "edit/locality/store_hits": float(self._reused)}
 
     def state(self) -> dict[str, Any]:
-        return {"drawn": getattr(self, "_drawn", 0)}
+        return {} if self.anchors else {"drawn": getattr(self, "_drawn", 0)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._drawn = state["drawn"]
-        for _ in range(self._drawn):
-            next(self._order)
+        if not self.anchors:
+            self._drawn = state["drawn"]
+            for _ in range(self._drawn):
+                next(self._order)
 
     def detach(self, run: EditRun) -> None:
-        self._reference, self._rows = [], []
+        if self._anchor is not None:
+            self._head.anchor = None
+            self._anchor.kept.close()
+        if self._loss_head is not None:
+            self._loss_head.remove()
+        self._anchor = self._loss_head = None
+        self._answers, self._rows = Answers([], [], 0, mapped=False), []
 
-    @torch.no_grad()
-    def _take_reference(self, run: EditRun) -> list[Tensor]:
-        """Hidden states [tokens, d] of the unedited model for each text."""
-        by_length = sorted(range(len(self._rows)), key=lambda i: len(self._rows[i]))
-        batches = [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
-        reference: list[Tensor] = [torch.empty(0)] * len(self._rows)
-        quiet = not run.host.is_main or len(batches) < 64
-        with run.unedited(), evaluation_mode(run.model), run.host.forward_context():
-            for batch in tqdm(batches, desc="answers before the edit", leave=False, disable=quiet):
-                hidden = self._hidden(run, batch).split([len(self._rows[i]) for i in batch])
-                for i, states in zip(batch, hidden, strict=True):
-                    reference[i] = states.clone()
-        return reference
-
-    def _hidden(self, run: EditRun, chosen: list[int]) -> Tensor:
-        ids, mask = pad([self._rows[i] for i in chosen])
-        device = next(run.model.parameters()).device
-        ids, mask = ids.to(device), mask.to(device)
-        return self._head.hidden(input_ids=ids, attention_mask=mask)[mask.bool()]
+    def _take_answers(self, run: EditRun) -> None:
+        self._project_reference = run.reference_head()
+        keep: dict[str, Any] = {"store": self.store, "dtype": self.dtype, "memory_limit": self.memory_limit}
+        if self.teacher is None:
+            self._answers, self._reused = hidden_states(run, self._rows, self.batch_size, **keep)
+            return
+        tokenizer = run.tokenizer("KLLocality", self.tokenizer)
+        self._answers, self._reused, self._shared = teachers_answers(
+            run, self._rows, self.batch_size, self.teacher, self.top_k, tokenizer, **keep
+        )
 
     def _rounds(self) -> Iterator[int]:
         shuffler = random.Random(self.seed)

@@ -29,10 +29,12 @@ def restore(run: EditRun, state: dict[str, Any] | None) -> dict[Any, dict[str, A
             "the checkpoint holds no state of this edit, so the weights before it are unknown; resume from one "
             "written with these callbacks (with transformers in output_dir), or begin anew from the unedited model"
         )
-    if set(state["reference"]) != set(run.reference):
+    # Without ParameterScope nothing has been kept yet: the weights of now are those of the checkpoint.
+    wanted = set(run.reference) or set(run.scope if run.needs_reference else ())
+    if set(state["reference"]) != wanted:
         raise EditError(
             f"the checkpoint was written with another scope ({len(state['reference'])} tensors, now "
-            f"{len(run.reference)}); resume with the same ParameterScope"
+            f"{len(wanted)}); resume with the same ParameterScope"
         )
     named = _named(run)
     missing = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]

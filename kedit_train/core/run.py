@@ -77,6 +77,11 @@ class EditRun:
         """Training has started."""
         return bool(self._attached)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a callback reads what the scope was before the edit as long as training lasts."""
+        return any(callback.constrains or callback.anchors for callback in self.callbacks)
+
     # -- joining and leaving
 
     @classmethod
@@ -124,7 +129,7 @@ class EditRun:
             follow_dtype(self)
             if self.host.resumed:
                 self._saved = restore(self, self.host.saved_state())
-            if not self.reference and any(callback.constrains for callback in self.callbacks):
+            if not self.reference and self.needs_reference:
                 with self.unedited():
                     self.reference = snapshot(self.scope)
         if id(callback) not in self._attached:

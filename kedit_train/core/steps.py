@@ -67,7 +67,8 @@ class OptimizerSteps:
         self._check_announced(optimizer)
         check_gradients(run.scope.values())
         skip = [callback.skip_step(run) for callback in run.callbacks]
-        if any(skip) and not self._penalised:
+        pulls = self._penalised or any(callback.anchors for callback in run.callbacks)
+        if any(skip) and not pulls:
             for parameter in run.trainable:
                 parameter.grad = None
 
