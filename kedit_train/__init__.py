@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kedit_train.callbacks.hosts.loop import editing
     from kedit_train.data import Edit, EditDataset, Probe
+    from kedit_train.delta import EditDelta
     from kedit_train.errors import EditError
     from kedit_train.evaluation import Report, evaluate
 
 __version__ = "0.1.0"
-__all__ = ["Edit", "EditDataset", "EditError", "Probe", "Report", "editing", "evaluate"]
+__all__ = ["Edit", "EditDataset", "EditDelta", "EditError", "Probe", "Report", "editing", "evaluate"]
 
 _HOMES = {
     "Edit": "data",
     "EditDataset": "data",
+    "EditDelta": "delta",
     "EditError": "errors",
     "Probe": "data",
     "Report": "evaluation",

@@ -1,0 +1,48 @@
+"""Tensors as bit patterns: compared as integers, hashed by content."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the same width, so that NaN equals itself and -0.0 is not 0.0."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and one bit pattern."""
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
+
+
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor in row-major order; nothing is copied where they lie so already."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(b"") if flat.numel() == 0 else flat.view(torch.uint8).numpy().data
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """SHA-256 (hex) of a CPU tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
+    digest.update(content(tensor))
+    return digest.hexdigest()
+
+
+def fingerprint_of(hashes: Iterable[str]) -> str:
+    """One SHA-256 for the weights of a model, from those of its tensors.
+
+    The different contents count, not their names nor how often each occurs: a model in memory, its state dict and its
+    checkpoint (which stores a tied weight once, or twice) have the same fingerprint.
+    """
+    return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,80 @@
+"""A delta applied to a checkpoint on the disk, shard by shard; no more than one tensor is in memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from kedit_train.delta.bits import content
+from kedit_train.delta.change import Change
+from kedit_train.delta.file import flush
+from kedit_train.delta.safetensors_header import Span, read_tensor
+from kedit_train.delta.weights import INDEX, shards_of
+from kedit_train.errors import EditError
+
+# Weights in other formats: copied, they would be the ones before the edit.
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
+
+
+def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to: Literal["edited", "base"]) -> Path:
+    """Copy a checkpoint with the changed tensors replaced.
+
+    Every changed tensor is checked before the first byte is written. Shards are copied as files and the values written
+    into their places, so that headers, order and every other tensor stay as they are, byte for byte. ``out`` appears
+    when it is complete. Configuration and tokenizer files come along; subfolders and weights in other formats do not.
+
+    Raises:
+        EditError: the checkpoint does not hold the tensors in the state to change, or ``out`` is there already.
+    """
+    if out.exists():
+        raise EditError(f"{out} is there already; give the name of a folder that is not")
+    shards = shards_of(folder)
+    jobs = _jobs(changes, shards, to)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and (path in shards or path.suffix.lower() not in _OTHER_WEIGHTS):
+                if path.name.endswith(".index.json") and path.name != INDEX:
+                    continue
+                copy = unfinished / path.name
+                shutil.copyfile(path, copy)
+                _patch(copy, path, jobs.get(path, {}), to)
+                flush(copy)
+        flush(unfinished)
+        os.replace(unfinished, out)
+        flush(out.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return out
+
+
+def _jobs(
+    changes: Mapping[str, Change], shards: Mapping[Path, dict[str, Span]], to: str
+) -> dict[Path, dict[str, tuple[Span, Change]]]:
+    where = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
+    jobs: dict[Path, dict[str, tuple[Span, Change]]] = {}
+    for name, change in changes.items():
+        held = [one for one in (name, *change.tied) if one in where]
+        if not held:
+            raise EditError(f"the checkpoint has no tensor {name!r}; the delta belongs to another model")
+        for one in held:
+            path, span = where[one]
+            change.require("base" if to == "edited" else "edited", one, read_tensor(path, span, one))
+            jobs.setdefault(path, {})[one] = (span, change)
+    return jobs
+
+
+def _patch(copy: Path, original: Path, jobs: Mapping[str, tuple[Span, Change]], to: str) -> None:
+    if not jobs:
+        return
+    with copy.open("rb+") as file:
+        for name, (span, change) in jobs.items():
+            value = change.put(read_tensor(original, span, name), change.after if to == "edited" else change.before)
+            file.seek(span.start)
+            file.write(content(value))

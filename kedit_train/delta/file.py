@@ -1,0 +1,140 @@
+"""A delta as a safetensors file: there whole or not at all, and refused unless every byte is what was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kedit_train.delta.bits import content, dtype_name
+from kedit_train.delta.change import LAYOUTS, Change
+from kedit_train.delta.safetensors_header import map_tensors, read_header
+from kedit_train.errors import EditError
+
+FORMAT = 1
+_META, _DIGEST = "kedit_train.delta", "kedit_train.delta.sha256"
+
+
+def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Mapping[str, Any]) -> Path:
+    """Write changes and JSON-like metadata; parent folders are made.
+
+    The bytes go into a hidden file beside ``path`` (``.NAME.PID.unfinished``), are flushed to the disk, and take the
+    name in one step. A process that is killed in between leaves that hidden file, and what had the name before.
+
+    Raises:
+        EditError: ``meta`` does not fit JSON.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    for name, change in changes.items():
+        parts = {"before": change.before, "after": change.after, "index": change.index}
+        tensors |= {f"{part}/{name}": value.contiguous() for part, value in parts.items() if value is not None}
+        described[name] = {
+            "layout": change.layout,
+            "shape": list(change.shape),
+            "base": change.base,
+            "tied": list(change.tied),
+        }
+    try:
+        text = json.dumps({**meta, "format": FORMAT, "tensors": described}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise EditError(f"the delta's metadata do not fit JSON ({error}); give plain values") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        save_file(tensors, unfinished, metadata={_META: text, _DIGEST: _digest(text, tensors)})
+        flush(unfinished)
+        os.replace(unfinished, path)
+        flush(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any]]:
+    """Read what :func:`write` wrote; tensors are mapped from the file and everything is checked, nothing executed.
+
+    Raises:
+        EditError: no delta, one of a later format, cut short, or not as it was written.
+    """
+    path = Path(path)
+    spans, metadata = read_header(path)
+    if _META not in metadata or _DIGEST not in metadata:
+        raise EditError(f"{path} is no delta: no EditDelta.save wrote it; give the file that a run saved")
+    if any(span.dtype is None or span.start % span.dtype.itemsize for span in spans.values()):
+        raise EditError(f"{path} is damaged: a tensor of an unknown dtype or place")
+    try:
+        tensors = map_tensors(path, spans)
+    except (OSError, ValueError) as error:
+        raise EditError(f"{path} cannot be read: {error}") from error
+    text = metadata[_META]
+    if _digest(text, tensors) != metadata[_DIGEST]:
+        raise EditError(f"{path} is not as it was written (its SHA-256 differs); get the file again")
+    try:
+        meta = json.loads(text)
+        if meta["format"] != FORMAT:
+            raise EditError(f"it is of format {meta['format']!r} and this version reads {FORMAT}; upgrade kedit-train")
+        described = meta.pop("tensors")
+        changes = {name: _change(name, entry, tensors) for name, entry in described.items()}
+        _check_base(meta["base"])
+    except EditError as error:
+        raise EditError(f"{path} cannot be used: {error}") from error
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise EditError(f"{path} is no valid delta: {type(error).__name__}: {error}".splitlines()[0]) from error
+    if tensors:
+        raise EditError(f"{path} is no valid delta: it holds {next(iter(tensors))!r}, which belongs to no change")
+    return changes, meta
+
+
+def flush(path: Path) -> None:
+    """Have a file's bytes, or a folder's names, on the disk before anything that relies on them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Change:
+    layout, shape, tied = entry["layout"], entry["shape"], entry["tied"]
+    if layout not in LAYOUTS or not all(type(n) is int and n >= 0 for n in shape):
+        raise EditError(f"{name!r}: an unknown layout or a shape that is none")
+    if not all(isinstance(other, str) for other in tied):
+        raise EditError(f"{name!r}: tied names that are no text")
+    if not re.fullmatch("[0-9a-f]{64}", entry["base"]):
+        raise EditError(f"{name!r}: no hash of the base")
+    index = None if layout == "dense" else tensors.pop(f"index/{name}")
+    before, after = tensors.pop(f"before/{name}"), tensors.pop(f"after/{name}")
+    change = Change(layout, index, before, after, tuple(shape), entry["base"], tuple(tied))
+    try:
+        change.check()
+    except EditError as error:
+        raise EditError(f"{name!r}: {error}") from error
+    return change
+
+
+def _check_base(base: Mapping[str, Any]) -> None:
+    names = base["names"]
+    if (
+        not isinstance(base["fingerprint"], str)
+        or not isinstance(names, list)
+        or any(type(n) is not str for n in names)
+    ):
+        raise EditError("no fingerprint or names of the base")
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode(errors="surrogatepass"))
+    for key in sorted(tensors):
+        value = tensors[key]
+        digest.update(f"\n{key} {dtype_name(value.dtype)} {list(value.shape)} ".encode(errors="surrogatepass"))
+        digest.update(content(value))
+    return digest.hexdigest()
