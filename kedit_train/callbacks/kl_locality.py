@@ -171,7 +171,7 @@ class KLLocality(EditCallback):
             shared = logits[:, : self._shared]
             return (bucket_divergence(log_probs, tokens.long(), shared, direction=self.direction),)
         with torch.no_grad():
-            before = self._head.project(answers[0], self._project_reference)
+            before = self._head.project(answers[0].to(states.dtype), self._project_reference)
         return (token_divergence(before, logits, direction=self.direction),)
 
     def skip_step(self, run: EditRun) -> bool:

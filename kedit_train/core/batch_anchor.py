@@ -77,8 +77,9 @@ class BatchAnchor:
         missing = [i for i, key in enumerate(keys) if key not in self.kept and key not in keys[:i]]
         self.rows, self.hits = self.rows + len(keys), self.hits + len(keys) - len(missing)
         fresh = self._take(inputs, labels, missing) if missing else {}
+        left_out = self.kept.left_out
         self.kept.add({keys[i]: answers for i, answers in fresh.items()})
-        if self.kept.left_out and self.kept.left_out == len(fresh):
+        if self.kept.left_out > left_out == 0:
             warnings.warn(
                 "KLLocality(texts='batch'): memory_limit is reached; rows beyond it cost a second forward pass every "
                 "time (give store=, a folder for them, or a higher limit)",

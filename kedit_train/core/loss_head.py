@@ -150,7 +150,7 @@ class LossHead:
 
     def _per_token(self, request: Request, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         fused, anchor = request.fused, self.head.anchor
-        before = () if request.before is None else (request.before.to(hidden.device),)
+        before = () if request.before is None else (request.before.to(hidden),)
 
         def score(states: Tensor, targets: Tensor, factors: Tensor, *states_before: Tensor) -> tuple[Tensor, ...]:
             logits = self.head.project(states, fp32_gradients=fused)

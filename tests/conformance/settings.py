@@ -22,11 +22,12 @@ from kedit_train.callbacks import (
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 
-# Name -> a list with the callback (and what it cannot work without), made anew for every run from the edits.
+# Name (of the class, and what it is set to) -> a list with the callback (and what it cannot work without), made anew for every run from the edits.
 SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, weight=10.0, batch_size=2)],
+    "KLLocality on the batch": lambda edits: [KLLocality(texts="batch", weight=10.0)],
     # Their scope is the first setting's, so that all can be on one list.
     "NullSpace": lambda edits: [
         NullSpace(texts=TEXTS, batch_size=2),

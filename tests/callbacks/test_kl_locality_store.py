@@ -1,0 +1,222 @@
+"""Answers that are kept: found again by a second run, never used where anything differs; and a larger teacher's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kedit_train.callbacks import KLLocality, ParameterScope, editing
+from kedit_train.errors import EditError
+
+TEXTS = ["w1 w2 w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30", "w7 w7 w7", "w50 w40 w30 w20"]
+TOKENS = 24
+
+
+def value(
+    model: Any, words: Any, scope: Any = 1, texts: Any = TEXTS, **options: Any
+) -> tuple[float, int, dict[str, Any]]:
+    """(penalty at weights moved always alike, forward passes of the reference, metrics)."""
+    kl = KLLocality(texts, batch_size=len(texts), **options)
+    passes: list[int] = []
+    with editing(model, [kl, ParameterScope(scope)], tokenizer=words) as edit:
+        edit.run.head("test")
+        handle = model.register_forward_pre_hook(lambda m, a: passes.append(1))
+        for callback in edit.run.callbacks:
+            edit.run.attach(callback)
+        handle.remove()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in edit.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
+        penalty = kl.penalty(edit.run)
+        assert penalty is not None
+        return penalty.item(), len(passes), kl.metrics(edit.run)
+
+
+def test_a_second_run_does_no_forward_pass_for_its_reference(make, words, tmp_path):
+    model = make()
+    plain, passes, metrics = value(copy.deepcopy(model), words)
+    assert passes == 1
+    assert metrics["edit/locality/store_bytes"] == TOKENS * 16 * 4
+    first = value(copy.deepcopy(model), words, store=str(tmp_path / "kept"))
+    again = value(copy.deepcopy(model), words, store=str(tmp_path / "kept"))
+    assert (first[0], again[0]) == (plain, plain)
+    assert (first[1], again[1]) == (1, 0)
+    assert (first[2]["edit/locality/store_hits"], again[2]["edit/locality/store_hits"]) == (0.0, 1.0)
+    (path,) = (tmp_path / "kept").iterdir()
+    assert [tensor.shape for tensor in load_file(path).values()] == [(TOKENS, 16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_scope_finds_them_too(make, words, tmp_path, dtype):
+    model = make(dtype=dtype)
+    value(copy.deepcopy(model), words, scope=1, store=str(tmp_path))
+    assert value(copy.deepcopy(model), words, scope=0, store=str(tmp_path))[1] == 0
+
+
+def test_above_the_limit_they_are_mapped_and_the_same(make, words, tmp_path):
+    model = make()
+    want = value(copy.deepcopy(model), words)[0]
+    for passes in (1, 0):
+        kl = {"store": str(tmp_path), "memory_limit": TOKENS * 16 * 4 - 1}
+        assert value(copy.deepcopy(model), words, **kl)[:2] == (want, passes)
+    instance = KLLocality(TEXTS, store=str(tmp_path), memory_limit="1KB")
+    with editing(copy.deepcopy(model), [instance, ParameterScope(1)], tokenizer=words) as edit:
+        edit.before_step()
+        assert instance._answers.mapped
+    with pytest.raises(
+        EditError, match="answers before the edit take 1536 bytes and memory_limit allows 1000; give store="
+    ):
+        value(copy.deepcopy(model), words, memory_limit="1KB")
+
+
+@pytest.mark.parametrize("what", ["weight", "buffer", "config", "texts", "order", "dtype", "precision"])
+def test_whatever_differs_finds_nothing(make, words, tmp_path, what):
+    model = make()
+    value(copy.deepcopy(model), words, store=str(tmp_path))
+    texts, options = list(TEXTS), {}
+    if what == "weight":
+        with torch.no_grad():
+            model.model.norm.weight[3] += 1e-6
+    elif what == "buffer":
+        model.model.rotary_emb.inv_freq[1] *= 2
+    elif what == "config":
+        model.config.rms_norm_eps *= 2
+    elif what == "texts":
+        texts[1] = "w8"
+    elif what == "order":
+        texts = texts[::-1]
+    elif what == "dtype":
+        options["store_dtype"] = "float32"
+    else:
+        torch.set_float32_matmul_precision("high")
+    try:
+        assert value(model, words, texts=texts, store=str(tmp_path), **options)[1] == 1
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        path.write_bytes(content[:-10])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "a bit":
+        content[-5] ^= 1
+        path.write_bytes(content)
+    elif how == "foreign":
+        save_file({"0": torch.zeros(TOKENS, 16)}, path)
+    else:
+        path.write_bytes(b"no tensors at all " * 9)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "a bit", "foreign", "text"])
+def test_what_is_damaged_or_foreign_is_made_anew(make, words, tmp_path, how):
+    model = make()
+    want = value(copy.deepcopy(model), words, store=str(tmp_path))[0]
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    damage(path, how)
+    with pytest.warns(UserWarning, match=r"holds no answers of this model on these texts \(.*\); made anew"):
+        assert value(copy.deepcopy(model), words, store=str(tmp_path))[:2] == (want, 1)
+    assert path.read_bytes() == whole
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failure_leaves_no_file(make, words, tmp_path):
+    model = make()
+    model.model.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        value(model, words, store=str(tmp_path / "kept"))
+    assert not (tmp_path / "kept").exists() or list((tmp_path / "kept").iterdir()) == []
+
+
+def test_narrower_answers_say_what_they_cost(make, words, tmp_path):
+    model = make()
+    want = value(copy.deepcopy(model), words)[0]
+    with pytest.warns(
+        UserWarning, match=r"kept in torch.bfloat16 and computed in torch.float32; on the first texts that"
+    ):
+        got, _, metrics = value(copy.deepcopy(model), words, store_dtype="bfloat16")
+    assert metrics["edit/locality/store_bytes"] == TOKENS * 16 * 2
+    assert got != want
+    assert got == pytest.approx(want, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"store_dtype": "int8"}, "out of bounds"),
+        ({"top_k": 0}, "out of bounds"),
+        ({"memory_limit": "much"}, "is no size"),
+    ],
+)
+def test_bounds_of_the_store(given, message):
+    with pytest.raises(EditError, match=message):
+        KLLocality(TEXTS, **given)
+
+
+# -- a teacher
+
+
+def by_hand(teacher: Any, model: Any, words: Any, k: int, direction: str) -> float:
+    terms = []
+    for text in TEXTS:
+        ids = torch.tensor([words(text)["input_ids"]])
+        with torch.no_grad():
+            pair = [m(input_ids=ids).logits[0].double().softmax(-1).tolist() for m in (teacher, model)]
+        for p, q in zip(*pair, strict=True):
+            top = sorted(range(len(p)), key=lambda i: -p[i])[:k]
+            a, b = ([r[i] for i in top] + [max(0.0, 1 - math.fsum(r[i] for i in top))] * (k < 61) for r in (p, q))
+            a, b = (a, b) if direction == "forward" else (b, a)
+            terms.append(math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True)))
+    return math.fsum(terms) / len(terms)
+
+
+@pytest.mark.parametrize(("k", "direction"), [(1, "forward"), (8, "forward"), (8, "reverse"), (61, "forward")])
+def test_a_larger_teacher(make, words, tmp_path, k, direction):
+    teacher, model = make("gpt2", n_embd=32), make()
+    options = {"teacher": teacher, "top_k": k, "direction": direction, "store": str(tmp_path)}
+    first, again = (value(shaken := copy.deepcopy(model), words, **options) for _ in range(2))
+    shaken = copy.deepcopy(model)
+    want = None
+    got, _, metrics = value(shaken, words, **options)
+    want = by_hand(teacher, shaken, words, k, direction)
+    assert want > 0.01
+    assert got == pytest.approx(want, rel=1e-4)
+    assert (first[0], again[0]) == (got, got)
+    assert (first[2]["edit/locality/store_hits"], again[2]["edit/locality/store_hits"]) == (0.0, 1.0)
+    assert metrics["edit/locality/store_bytes"] == TOKENS * (8 * k + 4)
+    assert not teacher.lm_head._forward_pre_hooks
+
+
+def test_a_teacher_by_path_with_padded_rows(make, words, tmp_path):
+    teacher = make(hidden_size=32, vocab_size=64)
+    teacher.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    model = make()
+    got = value(model, words, teacher=str(tmp_path), top_k=5)[0]
+    teacher.lm_head.weight = torch.nn.Parameter(teacher.lm_head.weight[:61])
+    assert got == pytest.approx(by_hand(teacher, model, words, 5, "forward"), rel=1e-4)
+
+
+def test_teachers_that_cannot_be_compared_are_refused(make, words, tmp_path):
+    model = make()
+    for teacher, message in (
+        (make(vocab_size=77), "the vocabulary of teacher"),
+        (str(tmp_path / "nothing"), "no teacher at"),
+        (torch.nn.Linear(2, 2), "teacher Linear has no language-model head"),
+        (model, "teacher is the very model that is edited"),
+    ):
+        with pytest.raises(EditError, match=message):
+            value(model, words, teacher=teacher)
+    with pytest.raises(EditError, match="top_k=62 is more than the 61 tokens"):
+        value(model, words, teacher=make("gpt2"), top_k=62)
