@@ -1,9 +1,19 @@
 """Did it take, and what did it cost? What the model says before and after, scored and kept."""
 
+from kedit_train.evaluation.bootstrap import EditMean, Score
 from kedit_train.evaluation.evaluator import evaluate
 from kedit_train.evaluation.generate import Answer, generate_answers
-from kedit_train.evaluation.metrics import Score
-from kedit_train.evaluation.normalise import exact_match, normalise
+from kedit_train.evaluation.normalise import contains, exact_match, normalise
 from kedit_train.evaluation.report import Report
 
-__all__ = ["Answer", "Report", "Score", "evaluate", "exact_match", "generate_answers", "normalise"]
+__all__ = [
+    "Answer",
+    "EditMean",
+    "Report",
+    "Score",
+    "contains",
+    "evaluate",
+    "exact_match",
+    "generate_answers",
+    "normalise",
+]

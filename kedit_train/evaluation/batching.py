@@ -16,6 +16,18 @@ from kedit_train.errors import EditError
 Row = TypeVar("Row")
 
 
+class DivergedError(EditError):
+    """The model gives NaN after ``prompt``."""
+
+    def __init__(self, prompt: str, edit: str | None = None) -> None:
+        named = "" if edit is None else f"edit {edit}: "
+        super().__init__(
+            f"{named}the model gives NaN logits after {shorten(prompt)!r}: its weights have diverged; "
+            "lower the learning rate or use a wider dtype"
+        )
+        self.prompt = prompt
+
+
 def unwrapped(model: nn.Module) -> Any:
     """The language model inside what a trainer wrapped around it (DistributedDataParallel).
 
@@ -28,6 +40,16 @@ def unwrapped(model: nn.Module) -> Any:
             raise EditError(f"{type(model).__name__} cannot generate: give the causal language model inside it")
         inner = inner.module
     return inner
+
+
+def base_of(model: Any) -> Any:
+    """The model inside an adapter of PEFT, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def learns_prompts(model: Any) -> bool:
+    """Whether an adapter of PEFT puts learned positions in front of the text, which shifts all others."""
+    return hasattr(model, "get_base_model") and getattr(model.active_peft_config, "is_prompt_learning", False)
 
 
 @contextmanager

@@ -52,3 +52,11 @@ def exact_match(answer: str, accepted: Sequence[str]) -> bool:
         raise TypeError("accepted must be a sequence of answers, not one string: wrap it in a tuple")
     given = normalise(answer)
     return bool(given) and any(given == normalise(spelling) for spelling in accepted)
+
+
+def contains(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether, after :func:`normalise`, one of the ``accepted`` spellings stands in ``answer`` as whole words."""
+    if isinstance(accepted, str):
+        raise TypeError("accepted must be a sequence of answers, not one string: wrap it in a tuple")
+    given = f" {normalise(answer)} "
+    return any(found and f" {found} " in given for found in map(normalise, accepted))

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from kedit_train.errors import EditError
-from kedit_train.evaluation.metrics import ProbeResult, Score
+from kedit_train.evaluation.bootstrap import Score
+from kedit_train.evaluation.divergence import Distribution
+from kedit_train.evaluation.metrics import ProbeResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,18 +26,21 @@ class Report:
     """The outcome of :func:`~kedit_train.evaluation.evaluate`.
 
     Args:
-        metrics: question -> ``generated``, ``teacher_forced``, ``teacher_forced_exact`` (and ``by_kind``, and
-            locality's ``right``, ``kept_right``, ``compared_with``); the leaves are :class:`Score`. See
-            :func:`~kedit_train.evaluation.metrics.summarise` for what each means.
+        metrics: question -> ``generated``, ``teacher_forced``, ... ; the leaves are :class:`Score`. See
+            :func:`~kedit_train.evaluation.metrics.summarise` for what each means; beside it ``perplexity`` of the
+            given texts and ``weight_drift`` from the given weights.
         unedited: the same of the unedited model, where its report was given; its locality is compared with the truth.
         answers: every probe with what the model said, and what it said before.
         meta: edits (number, name, hash), model, versions, settings, seed, date, seconds.
+        distributions: prompt -> what this model expects there, where ``kl`` was asked for of an unedited model; lives
+            in memory only.
     """
 
     metrics: Mapping[str, Any]
     unedited: Mapping[str, Any] | None
     answers: Sequence[ProbeResult]
     meta: Mapping[str, Any]
+    distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
 
     def answers_table(self) -> list[dict[str, Any]]:
         """One row per edit, for a table: prompt, target, old_target, before, after, right."""
@@ -53,17 +61,16 @@ class Report:
         """The scores as loggers want them: one name, one number. Scores without probes are left out.
 
         ``edit/reliability`` is what was generated, ``edit/reliability_teacher_forced`` stands beside it,
-        ``edit/locality/<kind>`` is one kind, ``edit/locality_kept_right`` of the right answers the share that is left.
+        ``edit/locality/<kind>`` is one kind, ``edit/locality_kept_right`` of the right answers the share that is left,
+        ``edit/resurgence/prefers_old/<kind>``, ``edit/fluency/entropy``, ``edit/perplexity`` what their names say.
         """
-        found: dict[str, Score] = {}
-        for question, scores in self.metrics.items():
-            found[question] = scores["generated"]
-            found[f"{question}_teacher_forced"] = scores["teacher_forced"]
-            found |= {f"{question}_{name}": scores[name] for name in ("right", "kept_right") if name in scores}
-            for kind, own in scores.get("by_kind", {}).items():
-                found[f"{question}/{kind}"] = own["generated"]
-                found[f"{question}/{kind}_teacher_forced"] = own["teacher_forced"]
-        return {prefix + name: score.value for name, score in found.items() if score.value is not None}
+        return {prefix + name: score.value for name, score in flatten(self.metrics) if score.value is not None}
+
+    def markdown(self, answers: int = 10) -> str:
+        """The report as Markdown: scores with intervals, target positions, answers, and what repeats it."""
+        from kedit_train.evaluation.markdown import written
+
+        return written(self, answers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings; ``["metrics"]["reliability"]["generated"]["value"]`` is a number."""
@@ -75,10 +82,13 @@ class Report:
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write JSON to ``path``, whole or not at all; parent folders are made."""
+        """Write JSON, or Markdown where ``path`` ends in ``.md``, whole or not at all; parent folders are made."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
+        if path.suffix == ".md":
+            text = self.markdown()
+        else:
+            text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         try:
             with unfinished.open("w", encoding="utf-8") as file:
@@ -118,7 +128,43 @@ class Report:
 
         from kedit_train.evaluation.table import drawn
 
+        if console is None:
+            leave_bars()
         (console or Console()).print(drawn(self, answers))
+
+
+def leave_bars() -> None:
+    """Begin a line of its own where a progress bar has the current one (tqdm, or rich, which stands in for stdout)."""
+    live = type(sys.stdout).__module__.startswith("rich.") or any(
+        not bar.disable for bar in getattr(tqdm, "_instances", ())
+    )
+    sys.stderr.flush()
+    print(end="\n" if live else "", flush=True)
+
+
+def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
+    """The scores of a tree, each under its name in a logger; what has a score for each position is no series."""
+    for question, scores in metrics.items():
+        if question == "positions":
+            continue
+        if isinstance(scores, Score):
+            yield question, scores
+        elif "generated" in scores:
+            yield from _of_question(question, scores)
+            for kind, own in scores.get("by_kind", {}).items():
+                yield from _of_question(f"{question}/{kind}", own)
+        else:
+            for name, own in scores.items():
+                yield from flatten({f"{question}/{name}": own})
+
+
+# Of a question, what is worth a series of its own; the rest is in the report.
+_SERIES = ("teacher_forced", "right", "kept_right", "kl", "smallest_token_probability")
+
+
+def _of_question(name: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
+    yield name, scores["generated"]
+    yield from ((f"{name}_{series}", scores[series]) for series in _SERIES if series in scores)
 
 
 def _plain(value: Any) -> Any:
@@ -133,7 +179,7 @@ def _plain(value: Any) -> Any:
 
 def _scored(value: Any) -> Any:
     if isinstance(value, dict):
-        if value.keys() == {"value", "n"}:
+        if value.keys() == {field.name for field in fields(Score)}:
             return Score(**value)
         return {key: _scored(inner) for key, inner in value.items()}
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,39 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from kedit_train.evaluation.batching import shorten
-from kedit_train.evaluation.metrics import QUESTIONS, ProbeResult, Score
+from kedit_train.evaluation.lines import NOTE, figure, interval, notes, score_lines
+from kedit_train.evaluation.metrics import ProbeResult
 
 if TYPE_CHECKING:
     from kedit_train.evaluation.report import Report
 
-_NONE = Score(None, 0)
-
-
-def _number(score: Score, style: str = "") -> Text:
-    return Text("–", style="dim") if score.value is None else Text(f"{score.value:.3f}", style=style)
-
-
-def _lines(metrics: Mapping[str, Any], unedited: Mapping[str, Any]) -> Iterator[tuple[str, Score, Score, Score]]:
-    """``(label, unedited, edited, teacher-forced)`` of each line; several kinds are indented below theirs."""
-    for question in QUESTIONS:
-        now, then = metrics[question], unedited.get(question, {})
-        compared = now.get("compared_with") == "unedited model"
-        # Before the edit nothing had changed: the share of unchanged answers has no "unedited" figure.
-        label = "locality: same answers" if compared else "locality: right" if question == "locality" else question
-        was = _NONE if compared else then.get("generated", _NONE)
-        yield label, was, now["generated"], _NONE if compared else now["teacher_forced"]
-        kinds = now.get("by_kind", {})
-        for kind, own in kinds.items() if len(kinds) > 1 else ():
-            was = _NONE if compared else then.get("by_kind", {}).get(kind, {}).get("generated", _NONE)
-            yield f"  {kind}", was, own["generated"], _NONE if compared else own["teacher_forced"]
-        if compared:
-            # Teacher forcing asks for the true answer, so its figure stands beside the share that is right.
-            yield "locality: right", then.get("right", _NONE), now["right"], now["teacher_forced"]
-            yield "locality: right ones kept", _NONE, now["kept_right"], _NONE
-
 
 def scores_table(report: Report) -> Table:
-    """Questions down; unedited, edited, number of probes and teacher-forced accuracy across."""
+    """Questions down; unedited, edited, its interval, number of probes and teacher-forced accuracy across."""
     compared = report.unedited is not None
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -55,18 +30,19 @@ def scores_table(report: Report) -> Table:
     )
     edits, probes = report.meta["n_edits"], report.meta["n_probes"]
     table.title = f"{edits} edit{'s' * (edits != 1)}, {probes} probes ({report.meta['data_name']})"
-    table.add_column("", overflow="fold", min_width=18)
+    table.add_column("", overflow="fold", min_width=15)
     if compared:
         table.add_column("unedited", justify="right", style="dim", no_wrap=True)
     table.add_column("edited" if compared else "generated", justify="right", no_wrap=True)
+    table.add_column("95 %", justify="right", style="dim", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
-    table.add_column("teacher-forced", justify="right", style="dim", no_wrap=True)
-    for label, then, now, forced in _lines(report.metrics, report.unedited or {}):
-        main = not label.startswith("  ")
-        cells = [Text(label, style="" if main else "dim")]
-        cells += [_number(then)] if compared else []
-        cells += [_number(now, "bold" if main else ""), Text(str(now.n)), _number(forced)]
-        table.add_row(*cells)
+    table.add_column("teacher forced", justify="right", style="dim", min_width=7)
+    for line in score_lines(report):
+        cells = [Text(f"  {line.label}" if line.part else line.label, style="dim" if line.part else "")]
+        cells += [Text(figure(line.unedited.value))] if compared else []
+        style = "dim" if line.now.value is None else "" if line.part else "bold"
+        cells += [Text(figure(line.now.value), style=style), Text(interval(line.now)), Text(str(line.now.n))]
+        table.add_row(*cells, Text(figure(line.forced.value)))
     return table
 
 
@@ -100,14 +76,11 @@ def _answers(title: str, results: list[ProbeResult], compared: bool, wanted: boo
 
 def drawn(report: Report, answers: int) -> Group:
     """The report as something that rich can print at any width from about 60 columns on."""
-    parts: list[Any] = [scores_table(report), Text()]
-    parts.append(
-        Text(
-            "generated: greedy, to the model's own end, exact match after normalisation; "
-            "teacher-forced: share of answer tokens ranked first",
-            style="dim",
-        )
-    )
+    parts: list[Any] = [scores_table(report), Text(), Text(NOTE, style="dim")]
+    places = report.metrics.get("positions", {})
+    if len(places) > 1:
+        by_place = " ".join(f"{place['accuracy'].value:.2f}" for place in list(places.values())[:8])
+        parts.append(Text(f"targets, first choice by token: {by_place}" + " …" * (len(places) > 8), style="dim"))
     compared = report.unedited is not None
     edits = [result for result in report.answers if result.question == "reliability"]
     changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
@@ -115,6 +88,5 @@ def drawn(report: Report, answers: int) -> Group:
         if results and answers > 0:
             shown = min(answers, len(results))
             parts += [Text(), _answers(f"{title} ({shown} of {len(results)})", results[:answers], compared, wanted)]
-    for question, n in report.meta.get("unscored", {}).items():
-        parts.append(Text(f"{question}: no accepted answer for {n} of the probes, not scored", style="yellow"))
+    parts += [Text(note, style="yellow") for note in notes(report)]
     return Group(*parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.errors import EditError
 from kedit_train.evaluation import Report, Score, evaluate
-from kedit_train.evaluation.metrics import Share
 
 EDITS = [
     Edit(
@@ -61,21 +61,26 @@ NEW = OLD | {
 ENDLESS = {"Ann's town:": " St"}
 
 
+def asked(score: Score) -> tuple[float | None, int]:
+    """A score without its interval, which has tests of its own."""
+    return score.value, score.n
+
+
 def test_the_unedited_model(rigged: Any) -> None:
     report = evaluate(*rigged(OLD), EDITS, progress=False)
     m = report.metrics
-    assert m["reliability"]["generated"] == Score(0.0, 2)
+    assert asked(m["reliability"]["generated"]) == (0.0, 2)
     # " Rome" against " St. Louis": the space, and no other place. " 35" against " 3.5": space and 3.
     assert m["reliability"]["teacher_forced"].value == pytest.approx((1 / 10 + 2 / 4) / 2)
-    assert m["reliability"]["teacher_forced_exact"] == Score(0.0, 2)
-    assert m["generality"]["generated"] == Score(0.0, 3)
-    assert m["portability"]["generated"] == Score(0.0, 1)
-    assert m["portability"]["by_kind"]["double"]["generated"] == Score(None, 0)
+    assert asked(m["reliability"]["teacher_forced_exact"]) == (0.0, 2)
+    assert asked(m["generality"]["generated"]) == (0.0, 3)
+    assert asked(m["portability"]["generated"]) == (0.0, 1)
+    assert asked(m["portability"]["by_kind"]["double"]["generated"]) == (None, 0)
     assert m["locality"]["compared_with"] == "truth"
-    assert m["locality"]["generated"] == m["locality"]["right"] == Score(pytest.approx(2 / 3), 3)
-    assert m["locality"]["by_kind"]["neighbour"]["generated"] == Score(0.5, 2)
-    assert m["locality"]["by_kind"]["other"]["generated"] == Score(1.0, 1)
-    assert m["locality"]["kept_right"] == Score(None, 0)
+    assert asked(m["locality"]["generated"]) == asked(m["locality"]["right"]) == (pytest.approx(2 / 3), 3)
+    assert asked(m["locality"]["by_kind"]["neighbour"]["generated"]) == (0.5, 2)
+    assert asked(m["locality"]["by_kind"]["other"]["generated"]) == (1.0, 1)
+    assert asked(m["locality"]["kept_right"]) == (None, 0)
     assert report.unedited is None
     assert report.meta["unscored"] == {"portability": 1, "locality": 1}
     assert report.answers_table()[0] == {
@@ -93,24 +98,24 @@ def test_the_edited_model_beside_the_unedited(rigged: Any) -> None:
     edited = {prompt: answer for prompt, answer in NEW.items() if prompt not in ENDLESS}
     report = evaluate(*rigged(edited, ENDLESS), EDITS, before=before, progress=False)
     m = report.metrics
-    assert m["reliability"]["generated"] == Score(1.0, 2)
+    assert asked(m["reliability"]["generated"]) == (1.0, 2)
     # The alias is right as generated; teacher forcing asks for the target: " S" of " St. Louis" (10), then by place
     # " Saint Louis": S,a|i|n|t... agree at " S" only; " 3.5" is whole.
     places = sum(a == b for a, b in zip(" Saint Louis", " St. Louis", strict=False)) / len(" St. Louis")
     assert m["reliability"]["teacher_forced"].value == pytest.approx((places + 1) / 2)
-    assert m["reliability"]["teacher_forced_exact"] == Score(0.5, 2)
-    assert m["generality"]["generated"] == Score(pytest.approx(1 / 3), 3)
-    assert m["portability"]["generated"] == Score(1.0, 1)
-    assert m["portability"]["by_kind"]["country"]["generated"] == Score(1.0, 1)
+    assert asked(m["reliability"]["teacher_forced_exact"]) == (0.5, 2)
+    assert asked(m["generality"]["generated"]) == (pytest.approx(1 / 3), 3)
+    assert asked(m["portability"]["generated"]) == (1.0, 1)
+    assert asked(m["portability"]["by_kind"]["country"]["generated"]) == (1.0, 1)
     # Bob's answer went; Cyd's is as wrong as before; 4 stays; "Hello" and "hello!" are the same answer.
     assert m["locality"]["compared_with"] == "unedited model"
-    assert m["locality"]["generated"] == Score(0.75, 4)
-    assert m["locality"]["by_kind"]["neighbour"]["generated"] == Score(0.5, 2)
-    assert m["locality"]["by_kind"]["other"]["generated"] == Score(1.0, 2)
-    assert m["locality"]["kept_right"] == Score(0.5, 2)
-    assert m["locality"]["right"] == Score(pytest.approx(1 / 3), 3)
+    assert asked(m["locality"]["generated"]) == (0.75, 4)
+    assert asked(m["locality"]["by_kind"]["neighbour"]["generated"]) == (0.5, 2)
+    assert asked(m["locality"]["by_kind"]["other"]["generated"]) == (1.0, 2)
+    assert asked(m["locality"]["kept_right"]) == (0.5, 2)
+    assert asked(m["locality"]["right"]) == (pytest.approx(1 / 3), 3)
     # " Oslo" against nothing (end-of-text at once): 0 of 5; " Quito" against " Lima": the space; " 4." against " 4".
-    assert m["locality"]["teacher_forced"] == Score(pytest.approx((0 + 1 / 5 + 1) / 3), 3)
+    assert asked(m["locality"]["teacher_forced"]) == (pytest.approx((0 + 1 / 5 + 1) / 3), 3)
     assert report.unedited == before.metrics
     assert report.meta["unscored"] == {"portability": 1}
     never_ends = next(result for result in report.answers if result.prompt == "Ann's town:")
@@ -122,8 +127,8 @@ def test_the_edited_model_beside_the_unedited(rigged: Any) -> None:
 def test_an_unedited_model_against_itself_changes_nothing(rigged: Any) -> None:
     before = evaluate(*rigged(OLD), EDITS, progress=False)
     m = evaluate(*rigged(OLD), EDITS, before=before, batch_size=1, progress=False).metrics
-    assert m["locality"]["generated"] == Score(1.0, 4)
-    assert m["locality"]["kept_right"] == Score(1.0, 2)
+    assert asked(m["locality"]["generated"]) == (1.0, 4)
+    assert asked(m["locality"]["kept_right"]) == (1.0, 2)
     assert m["reliability"] == before.metrics["reliability"]
 
 
@@ -132,7 +137,9 @@ def test_no_probes_is_no_score(rigged: Any) -> None:
     for question in ("generality", "portability", "locality"):
         assert report.metrics[question]["generated"] == Score(None, 0)
         assert report.metrics[question]["teacher_forced"] == Score(None, 0)
-    assert report.flat() == {"edit/reliability": 1.0, "edit/reliability_teacher_forced": 1.0}
+    flat = report.flat()
+    assert flat.pop("edit/reliability_smallest_token_probability") == pytest.approx(1 / (1 + 257 * math.exp(-10)))
+    assert flat == {"edit/reliability": 1.0, "edit/reliability_teacher_forced": 1.0, "edit/answers/ended": 1.0}
 
 
 def test_a_seeded_sample(rigged: Any) -> None:
@@ -184,22 +191,12 @@ def test_factlm_before_any_edit(factlm: Path) -> None:
     tokenizer.padding_side = "right" if tokenizer.padding_side == "left" else "left"
     again = evaluate(model, tokenizer, edits, before=report, batch_size=13, progress=False)
     assert [r.answer for r in again.answers] == [r.answer for r in report.answers]
-    assert again.metrics["locality"]["generated"] == Score(1.0, 60)
-    assert again.metrics["reliability"] == report.metrics["reliability"]
-
-
-def test_shares_of_several_processes_add_up() -> None:
-    """Means of means would give 0.5 here; an empty process must not count."""
-    parts = [[1.0, 1.0, 1.0], [0.0], []]
-    shares = []
-    for values in parts:
-        shares.append(Share())
-        shares[-1].update(values)
-    whole = shares[0]
-    for other in shares[1:]:
-        whole.merge_state(other)
-    assert whole.score() == Score(0.75, 4)
-    assert shares[2].score() == Score(None, 0)
+    assert asked(again.metrics["locality"]["generated"]) == (1.0, 60)
+    for name, score in report.metrics["reliability"].items():
+        now = again.metrics["reliability"][name]
+        # What counts tokens is the same to the last bit; probabilities are, up to the rounding of other batches.
+        exact = name not in ("target_loss", "target_probability", "smallest_token_probability")
+        assert asked(now) == (score.value if exact else pytest.approx(score.value, rel=1e-4), score.n), name
 
 
 def test_report_type(rigged: Any) -> None:

@@ -36,8 +36,8 @@ def report(rigged: Any) -> Report:
 def test_json_there_and_back(report: Report, tmp_path: Path) -> None:
     path = report.save(tmp_path / "new" / "report.json")
     data = json.loads(path.read_text(encoding="utf-8"))
-    assert data["metrics"]["reliability"]["generated"] == {"value": 1.0, "n": 1}
-    assert data["metrics"]["portability"]["generated"] == {"value": None, "n": 0}
+    assert data["metrics"]["reliability"]["generated"] == {"value": 1.0, "n": 1, "low": None, "high": None}
+    assert data["metrics"]["portability"]["generated"] == {"value": None, "n": 0, "low": None, "high": None}
     assert data["metrics"]["locality"]["compared_with"] == "unedited model"
     assert data["unedited"]["reliability"]["generated"]["value"] == 0.0
     assert {"n_edits", "data_name", "data_hash", "seed", "date", "seconds", "model", "settings"} <= data["meta"].keys()
@@ -101,9 +101,9 @@ def test_the_table_is_whole_at_any_width(report: Report, width: int) -> None:
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= width
     row = next(line for line in text.splitlines() if line.strip().startswith("reliability")).split()
-    assert row == ["reliability", "0.000", "1.000", "1", "1.000"]
+    assert row == ["reliability", "0.000", "1.000", "–", "1", "1.000"]
     row = next(line for line in text.splitlines() if line.strip().startswith("portability")).split()
-    assert row == ["portability", "–", "–", "0", "–"]
+    assert row == ["portability", "–", "–", "–", "0", "–"]
     for expected in ("unedited", "edited", "locality: same", "far [bold]", "Köln", "Rome", "[bold]Köln"):
         assert expected in text
     assert "portability: no accepted answer for 1 of the probes" in " ".join(text.split())
