@@ -12,7 +12,8 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.loss_head import LossHead, Reduction
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
-from kedit_train.functional.smoothing import overtone_target, smoothed_loss, uniform_target
+from kedit_train.functional.reweighting import dynamic_cross_entropy
+from kedit_train.functional.smoothing import overtone_statistics, uniform
 
 
 class TokenSmoothing(EditCallback):
@@ -33,10 +34,13 @@ class TokenSmoothing(EditCallback):
         n_sigma: width of the filter in standard deviations of the logits; 0.5 in the paper, 1 with larger memories.
         reduction: "token" weighs all supervised tokens alike, as the hosts do; "sample" all sequences alike, as
             FT-M and LocFT do (it matters where targets differ in length).
-        target: "overtone", or "uniform": plain label smoothing with mass ``1 - lam`` spread over the vocabulary.
+        target: "overtone"; "uniform": plain label smoothing with mass ``1 - lam`` spread over the vocabulary; or "dft":
+            the label alone, each token's loss times the model's own probability for it ("On the Generalization of SFT:
+            A Reinforcement Learning Perspective with Reward Rectification", arXiv 2508.05629; there ``epsilon`` is 0).
     """
 
     order = 20
+    replaces_loss = True
     single = "a token can have one target only: keep one"
 
     def __init__(
@@ -45,18 +49,24 @@ class TokenSmoothing(EditCallback):
         epsilon: float = 0.05,
         n_sigma: float = 0.5,
         reduction: Reduction = "token",
-        target: Literal["overtone", "uniform"] = "overtone",
+        target: Literal["overtone", "uniform", "dft"] = "overtone",
     ) -> None:
         for name, value, good in (
             ("lam", lam, 0.0 <= lam <= 1.0),
             ("epsilon", epsilon, epsilon >= 0.0),
             ("n_sigma", n_sigma, n_sigma > 0.0),
             ("reduction", reduction, reduction in ("token", "sample")),
-            ("target", target, target in ("overtone", "uniform")),
+            ("target", target, target in ("overtone", "uniform", "dft")),
         ):
             if not good:
-                bounds = "0 <= lam <= 1, epsilon >= 0, n_sigma > 0, reduction token|sample, target overtone|uniform"
+                bounds = "0 <= lam <= 1, epsilon >= 0, n_sigma > 0, reduction token|sample, target overtone|uniform|dft"
                 raise EditError(f"TokenSmoothing: {name}={value!r} is out of bounds ({bounds})")
+        for name, value, default, readers in (
+            ("lam", lam, 0.1, ("overtone", "uniform")),
+            ("n_sigma", n_sigma, 0.5, ("overtone",)),
+        ):
+            if target not in readers and value != default:
+                raise EditError(f"TokenSmoothing: target={target!r} does not read {name}={value!r}; leave it out")
         self.lam, self.epsilon, self.n_sigma = lam, epsilon, n_sigma
         self.reduction: Reduction = reduction
         self.target = target
@@ -81,14 +91,12 @@ class TokenSmoothing(EditCallback):
 
     def score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Score tokens: loss [N], active [N], and the statistics that are logged, [N] each."""
+        if self.target == "dft":
+            return dynamic_cross_entropy(logits, labels, epsilon=self.epsilon)
+        options = {"lam": self.lam, "epsilon": self.epsilon, "vocab_size": self._vocab_size}
         if self.target == "uniform":
-            target = uniform_target(logits, labels, lam=self.lam, vocab_size=self._vocab_size)
-            return smoothed_loss(logits, target, epsilon=self.epsilon)
-        target, accepted, survivors = overtone_target(
-            logits, labels, lam=self.lam, n_sigma=self.n_sigma, vocab_size=self._vocab_size
-        )
-        mass = target.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-        return *smoothed_loss(logits, target, epsilon=self.epsilon), accepted, survivors, mass
+            return uniform(logits, labels, **options)
+        return overtone_statistics(logits, labels, n_sigma=self.n_sigma, **options)
 
     def skip_step(self, run: EditRun) -> bool:
         if self._counted_at != run.step:

@@ -140,6 +140,32 @@ def test_uniform_is_label_smoothing(make, ids):
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss + entropy, want)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 4.0])
+def test_dft_weighs_each_token_by_its_own_probability(make, ids, epsilon):
+    model = make()
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    cross_entropy = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+    assert 0 < int((cross_entropy > 4.0).sum()) < len(cross_entropy)
+    want = ((-cross_entropy).exp().detach() * cross_entropy.clamp(min=epsilon)).mean()
+    wanted = torch.autograd.grad(want, list(model.parameters()))
+    with editing(model, [TokenSmoothing(target="dft", epsilon=epsilon)]) as edit:
+        edit.before_step()
+        loss = model(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(loss, want)
+        for got, grad in zip(torch.autograd.grad(loss, list(model.parameters())), wanted, strict=True):
+            torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "unread"),
+    [({"target": "dft", "lam": 0.3}, "lam=0.3"), ({"target": "uniform", "n_sigma": 1.0}, "n_sigma=1.0")],
+)
+def test_what_a_target_does_not_read_is_refused(given, unread):
+    with pytest.raises(EditError) as error:
+        TokenSmoothing(**given)
+    assert str(error.value) == f"TokenSmoothing: target={given['target']!r} does not read {unread}; leave it out"
+
+
 def test_the_tokenizer_tells_the_true_vocabulary(make, words, ids):
     losses = []
     for padded in (False, True):
@@ -216,5 +242,5 @@ def test_bounds(given):
     ((name, value),) = given.items()
     assert str(error.value) == (
         f"TokenSmoothing: {name}={value!r} is out of bounds (0 <= lam <= 1, epsilon >= 0, n_sigma > 0, reduction "
-        "token|sample, target overtone|uniform)"
+        "token|sample, target overtone|uniform|dft)"
     )
