@@ -152,7 +152,7 @@ def main(folder: Path) -> None:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         # What one rank alone runs into is then an error on the other soon enough.
-        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     for host in HOSTS:
         for name in (*SETTINGS, TOGETHER):
             torch.manual_seed(0)
