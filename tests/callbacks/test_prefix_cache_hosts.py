@@ -1,0 +1,122 @@
+"""PrefixCache in the stock loops: nothing but time is another where each epoch's batches are the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import HOSTS, collator
+from transformers import TrainerCallback
+
+from kedit_train import world
+from kedit_train.callbacks import ParameterScope, PrefixCache, TokenSmoothing
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError
+
+LAYER = 3
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+
+
+def watch(model: Any) -> list[float]:
+    """The losses that the model returns to the loop while it trains, unrounded."""
+    seen: list[float] = []
+
+    def read(module: Any, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            seen.append(float((-output.log_probs.sum() if output.loss is None else output.loss).detach()))
+
+    model.register_forward_hook(read)
+    return seen
+
+
+def run(host: str, *callbacks: Any, steps: int = 9, head: bool = True, **options: Any) -> dict[str, Any]:
+    """12 edits in batches of 4, three epochs."""
+    torch.manual_seed(0)
+    model, tokenizer = world.load()
+    losses = watch(model)
+    made = [ParameterScope(layers=LAYER, modules="mlp.down_proj"), *callbacks, *([TokenSmoothing()] if head else [])]
+    loop = HOSTS[host](model, tokenizer, EditDataset(world.edits(n=12)), made, steps, **options)
+    weight = model.get_parameter(f"model.layers.{LAYER}.mlp.down_proj.weight").detach()
+    rows = getattr(loop.state, "log_history", [])
+    rates = [row["edit/cache/hit_rate"] for row in rows if "edit/cache/hit_rate" in row]
+    return {"losses": losses, "weight": weight, "rates": rates}
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a["losses"] == b["losses"] and torch.equal(a["weight"].view(torch.int32), b["weight"].view(torch.int32))
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "Lightning"])
+def test_the_same_batches_in_every_epoch_give_the_same_bits(host: str, head: bool) -> None:
+    options = {} if host == "Lightning" else IN_ORDER
+    plain, cached = (run(host, *more, head=head, **options) for more in ([], [PrefixCache()]))
+    assert same(plain, cached)
+    assert len(plain["losses"]) >= 9
+    assert len(set(plain["losses"])) == len(plain["losses"])
+    if host != "Lightning":
+        assert cached["rates"] == [0.0] * 3 + [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+    ],
+    ids=["bf16 autocast", "no checkpointing", "reentrant checkpointing", "accumulation"],
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
+def test_sft_as_people_configure_it(options: dict[str, Any]) -> None:
+    plain, cached = (run("SFTTrainer", *more, **IN_ORDER, **options) for more in ([], [PrefixCache()]))
+    assert same(plain, cached)
+    assert cached["rates"] == [0.0] * 3 + [1.0] * 6
+
+
+def test_shuffled_it_is_closer_to_the_plain_run_than_that_to_itself_under_other_padding() -> None:
+    plain, cached, padded = (
+        run("SFTTrainer", *more, **options)["weight"]
+        for more, options in (([], {}), ([PrefixCache()], {}), ([], {"pad_to_multiple_of": 32}))
+    )
+    served = run("SFTTrainer", PrefixCache())["rates"]
+    assert served == [0.0] * 3 + [1.0] * 6
+    assert (padded - plain).norm() > 0.0
+    assert (cached - plain).norm() < (padded - plain).norm()
+
+
+def test_evaluation_in_between_is_the_plain_runs() -> None:
+    class Evaluate(TrainerCallback):
+        """The loss on the very rows that are trained, after every step."""
+
+        def __init__(self) -> None:
+            self.losses: list[float] = []
+
+        @torch.no_grad()
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.eval()
+            self.losses.append(float(model(**inputs).loss))
+            model.train()
+
+    _, tokenizer = world.load()
+    inputs = collator(tokenizer)(EditDataset(world.edits(n=12)).encode(tokenizer)[:4])
+    looking = [Evaluate(), Evaluate()]
+    plain = run("Trainer", looking[0], **IN_ORDER)
+    cached = run("Trainer", looking[1], PrefixCache(), **IN_ORDER)
+    assert same(plain, cached)
+    assert looking[0].losses == looking[1].losses
+    assert len(set(looking[0].losses)) == 9
+    assert cached["rates"] == [0.0] * 3 + [1.0] * 6
+
+
+def test_packed_rows_are_computed_in_full_and_noise_is_refused() -> None:
+    packed = {"packing": True, "max_length": 64, **IN_ORDER}
+    plain = run("SFTTrainer", steps=3, **packed)
+    with pytest.warns(UserWarning, match=r"a batch is computed in full: position_ids start again .*\(packing"):
+        cached = run("SFTTrainer", PrefixCache(), steps=3, **packed)
+    assert same(plain, cached)
+    assert cached["rates"] == []
+    with pytest.raises(EditError, match="a random number was drawn below layer 3"):
+        run("SFTTrainer", PrefixCache(), steps=3, neftune_noise_alpha=5.0)
