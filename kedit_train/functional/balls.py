@@ -66,6 +66,11 @@ def _furthest(centre: Tensor, distance: float) -> Tensor:
     return found
 
 
+def norm_squared(weight: Tensor) -> Tensor:
+    """The squared L2 norm of the stored values, a scalar in fp64."""
+    return torch.stack([widest(w).square().sum() for (w,) in _slices(weight)]).sum()
+
+
 def distance_squared(weight: Tensor, reference: Tensor) -> Tensor:
     """The squared L2 distance of the stored values, a scalar in fp64."""
     parts = [(widest(w) - widest(r)).square().sum() for w, r in _slices(weight, reference)]

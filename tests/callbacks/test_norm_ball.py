@@ -80,6 +80,44 @@ class none:
         return False
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+@pytest.mark.parametrize(("norm", "per"), [("linf", "tensor"), ("l2", "tensor"), ("l2", "scope")])
+def test_a_fraction_of_the_weights_means_the_same_at_every_scale(norm, per, scale):
+    model = forecaster()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    before = state(model)
+    optimizer = lambda p: torch.optim.AdamW(p, lr=0.5 * scale)  # noqa: E731
+    edit = train(model, NormBall(fraction=0.1, norm=norm, per=per), optimizer)
+    now = apart(model, before)
+    if per == "scope":
+        sizes = {"all": torch.cat([b.double().flatten() for b in before.values()])}
+        now = {"all": torch.cat([d.flatten() for d in now.values()])}
+    else:
+        sizes = {name: b.double() for name, b in before.items()}
+    for name, size in sizes.items():
+        bound = 0.1 * float(size.square().mean().sqrt() if norm == "linf" else size.norm())
+        reached = float(now[name].max() if norm == "linf" else now[name].norm())
+        assert 0.99 * bound < reached <= bound * (1 + 1e-12)
+    # In fp32, which rounds the difference.
+    assert 0.99 < edit.history[-1]["edit/drift/ball"] <= 1.0 + 1e-6
+
+
+def test_a_fraction_is_of_the_first_weights_over_several_edits_and_of_nothing_refused():
+    model, ball = forecaster(), NormBall(fraction=0.05, norm="l2")
+    before = state(model)
+    for _ in range(3):
+        train(model, ball, lambda p: torch.optim.AdamW(p, lr=1e-2))
+    for name, moved in apart(model, before).items():
+        assert float(moved.norm()) <= 0.05 * float(before[name].double().norm()) * (1 + 1e-12)
+    with torch.no_grad():
+        model[2].bias.zero_()
+    with pytest.raises(EditError, match=r"2\.bias is zero before the edit, .* give radius="):
+        train(model, NormBall(), OPTIMIZERS["adamw"])
+    train(model, NormBall(1e-2), OPTIMIZERS["adamw"])
+
+
 def test_metrics_are_the_share_of_the_radius_and_of_entries_at_it():
     model = forecaster()
     before = state(model)

@@ -7,49 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from callbacks.inputs import SCOPE, TEXTS, WEIGHT, adamw, keys, preserved, train
+from torch import nn
 
 from kedit_train.callbacks import NullSpace, ParameterScope, editing
-from kedit_train.core.checkpoint import load_state, save_state
-from kedit_train.data import Edit
 from kedit_train.errors import EditError
-
-TEXTS = ["w1 w2 w3 w4 w5", "w9", "w20 w21 w22 w23", "w7 w7 w7"]
-WEIGHT = {"llama": "model.layers.1.mlp.down_proj.weight", "gpt2": "transformer.h.1.mlp.c_proj.weight"}
-SCOPE = {"llama": "mlp.down_proj.weight", "gpt2": "mlp.c_proj.weight"}
-
-
-def train(model: Any, edit: Any, ids: Tensor, optimizer: Any, steps: int = 50) -> None:
-    for _ in range(steps):
-        edit.before_step()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def adamw(parameters: Any) -> Any:
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
-
-
-def keys(model: Any, words: Any, module: str, texts: list[str] = TEXTS) -> Tensor:
-    """[d_in, tokens] of what a module reads, one text at a time."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(module).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
-    with torch.no_grad():
-        for text in texts:
-            model.eval()(input_ids=torch.tensor([words(text)["input_ids"]]))
-    handle.remove()
-    return torch.cat(seen).double().T
-
-
-def preserved(k: Tensor, energy: float) -> Tensor:
-    """[d_in, r]: the fewest left singular vectors that hold the energy."""
-    u, s, _ = torch.linalg.svd(k, full_matrices=False)
-    rank = int(((s**2).cumsum(0) / (s**2).sum() < energy).sum()) + 1
-    # Between nearly equal energies the border would be drawn by rounding.
-    assert rank == len(s) or s[rank - 1] > 1.05 * s[rank]
-    return u[:, :rank]
-
 
 OPTIMIZERS = {
     "adamw": adamw,
@@ -96,6 +58,32 @@ def test_all_energy_keeps_what_the_module_answers_on_every_token(make, words, id
         row = torch.tensor([words(text)["input_ids"]])
         torch.testing.assert_close(model.eval()(row).logits, before.eval()(row).logits, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(model(ids).logits, before(ids).logits, atol=0.1)
+
+
+@pytest.mark.parametrize("family", WEIGHT)
+def test_the_optimizer_sees_only_what_may_move(make, words, ids, family):
+    """Else Adam's scales would be those of gradients that it can never follow."""
+    model, name = make(family), WEIGHT[family]
+    k0 = preserved(keys(model, words, name.removesuffix(".weight")), 0.9)
+    for row in ids:
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+    gradient = model.get_parameter(name).grad.double()
+    gradient = gradient.T if family == "gpt2" else gradient
+    wanted = gradient - gradient @ k0 @ k0.T
+    model.zero_grad()
+    with editing(model, [NullSpace(TEXTS, keep_energy=0.9), ParameterScope(1, SCOPE[family])], tokenizer=words) as edit:
+        edit.before_step()
+        for row in ids:
+            model(input_ids=row[None], labels=row[None]).loss.backward()
+        found = model.get_parameter(name).grad.double()
+        torch.testing.assert_close(found.T if family == "gpt2" else found, wanted, atol=1e-5, rtol=1e-4)
+        assert float((gradient - wanted).norm()) > 0.1 * float(gradient.norm())
+        model.zero_grad()
+    # Gone with the callback.
+    for row in ids:
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+    found = model.get_parameter(name).grad.double()
+    torch.testing.assert_close(found.T if family == "gpt2" else found, gradient)
 
 
 def test_projecting_gradients_alone_leaks_under_adam(make, words, ids):
@@ -191,96 +179,6 @@ def test_what_leaks_is_the_rounding_of_the_stored_weights(make, words, ids, dtyp
     assert training[0] <= edit.history[-1]["edit/drift/null_space_leak"] < training[1]
 
 
-def test_rank_samples_and_earlier_edits(make, words, ids):
-    name = WEIGHT["llama"]
-    model = make("llama")
-    earlier = [Edit("w40 w41", "w42"), Edit("w50", "w51 w52")]
-    k = keys(model, words, name.removesuffix(".weight"), ["w40 w41 w42 </s>", "w50 w51 w52 </s>"])
-    before = model.get_parameter(name).detach().clone()
-    callbacks = [NullSpace(TEXTS, rank=3, preserve=earlier), ParameterScope(1, SCOPE["llama"])]
-    with editing(model, callbacks, tokenizer=words, log_every_n_steps=50) as edit:
-        train(model, edit, ids, adamw(edit.parameters()))
-    # Three directions of the texts and three of the edits.
-    assert edit.history[-1]["edit/drift/null_space_rank"] == 6
-    u = torch.linalg.svd(k, full_matrices=False)[0][:, :3]
-    delta = model.get_parameter(name).detach().double() - before.double()
-    assert float((delta @ u).norm() / delta.norm()) < 1e-5
-
-    def directions(**options: Any) -> float:
-        fresh = make("llama")
-        callbacks = [NullSpace(TEXTS, keep_energy=1.0, **options), ParameterScope(1, SCOPE["llama"])]
-        with editing(fresh, callbacks, tokenizer=words, log_every_n_steps=1) as edit:
-            train(fresh, edit, ids, adamw(edit.parameters()), 1)
-        return edit.history[-1]["edit/drift/null_space_rank"]
-
-    # 13 tokens, of which w7 three times over is read alike in the second layer.
-    assert directions() == 11
-    assert directions(samples=2, seed=0) < 11
-    assert directions(preserve=["w33 w34"]) == 13
-
-
-class Knows(ParameterScope):
-    """Says what the run edits, as EditMetrics and data modules do."""
-
-    def __init__(self, edits: list[Edit]) -> None:
-        super().__init__(1, SCOPE["llama"])
-        self.edits = edits
-
-    def prepare(self, run: Any) -> None:
-        super().prepare(run)
-        run.edits = self.edits
-
-
-def test_sequential_edits_leave_the_inputs_of_earlier_ones_alone(make, words):
-    first, second = [Edit("w40 w41", "w42")], [Edit("w50 w51", "w52")]
-    name = WEIGHT["llama"]
-    for sequential in (True, False):
-        torch.manual_seed(0)
-        model = make("llama")
-        space = NullSpace(TEXTS, keep_energy=0.999, sequential=sequential)
-        ranks, leaks = [], []
-        for edits in (first, second):
-            k = keys(model, words, name.removesuffix(".weight"), ["w40 w41 w42 </s>"])
-            before = model.get_parameter(name).detach().clone()
-            ids = torch.tensor([words(f"{edits[0].prompt} {edits[0].target}")["input_ids"]])
-            with editing(model, [space, Knows(edits)], tokenizer=words, log_every_n_steps=5) as edit:
-                train(model, edit, ids, adamw(edit.parameters()), 5)
-            ranks.append(edit.history[-1]["edit/drift/null_space_rank"])
-            delta = model.get_parameter(name).detach().double() - before.double()
-            leaks.append(float((delta @ preserved(k, 0.999)).norm() / delta.norm()))
-        assert leaks[0] > 0.1
-        assert (leaks[1] < 1e-5) == sequential
-        assert ranks[1] > ranks[0] if sequential else ranks[1] <= ranks[0] + 1
-    other = make("llama")
-    with editing(other, [space, Knows(first)], tokenizer=words):
-        assert space._earlier == []
-    with pytest.raises(EditError, match=r"sequential=True .* nothing says what they are; add EditMetrics"):
-        attempt(other, NullSpace(TEXTS, sequential=True), words, ParameterScope(1, SCOPE["llama"]))
-
-
-def test_a_checkpoint_takes_the_directions_along(make, words, tmp_path):
-    """Also those of earlier runs' edits, which a new process does not know."""
-    model, name = make("llama"), WEIGHT["llama"]
-    space, scope = NullSpace(TEXTS, sequential=True), [Knows([Edit("w40 w41", "w42")])]
-    with editing(model, [space, *scope], tokenizer=words) as edit:
-        edit.before_step()
-    scope = [Knows([Edit("w50 w51", "w52")])]
-    with editing(model, [space, *scope], tokenizer=words) as edit:
-        edit.before_step()
-        save_state(tmp_path, space.state())
-        weights, reference = {name: torch.randn(16, 32)}, dict(edit.run.reference)
-        wanted = space.constrain(weights, reference)[name]
-    resumed = NullSpace(TEXTS, sequential=True)
-    with editing(model, [resumed, *scope], tokenizer=words) as edit:
-        edit.before_step()
-        assert not torch.equal(resumed.constrain(weights, reference)[name], wanted)
-        resumed.load_state(load_state(tmp_path) or {})
-        assert torch.equal(resumed.constrain(weights, reference)[name], wanted)
-        assert [edit.prompt for edit in resumed._earlier] == ["w40 w41"]
-        with pytest.raises(EditError, match="checkpoint is of another scope"):
-            resumed.load_state({"spaces": {}, "earlier": []})
-
-
 def test_a_forecaster_is_held_on_its_own_inputs():
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 1, bias=False))
     series = torch.randn(12, 3) @ torch.randn(3, 8)
@@ -303,8 +201,8 @@ def test_a_reward_model_is_held_on_texts(words, ids):
     """It reads token ids and has no language-model head."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    config = LlamaConfig(vocab_size=61, num_attention_heads=2, num_labels=1, pad_token_id=0, **shape)
+    shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_labels": 1}
+    config = LlamaConfig(vocab_size=61, num_attention_heads=2, pad_token_id=0, **shape)
     model = LlamaForSequenceClassification(config)
     before = model.get_parameter(WEIGHT["llama"]).detach().double().clone()
     k0 = preserved(keys(model, words, WEIGHT["llama"].removesuffix(".weight")), 0.9)

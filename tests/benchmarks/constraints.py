@@ -1,0 +1,152 @@
+"""What each constraint buys: the same edits, steps and optimizer under every one of them, scored by what is generated.
+
+python tests/benchmarks/constraints.py --model world
+python tests/benchmarks/constraints.py --model factlm --rows "NullSpace,LowCurvature"
+
+Every constraint has its own defaults, which were chosen on other edits (``--edits 1``) than those reported. Prints a
+Markdown table; a row takes some ten seconds on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kedit_train import EditDataset, world
+from kedit_train.callbacks import (
+    GradientMask,
+    KLLocality,
+    LowCurvature,
+    NormBall,
+    NullSpace,
+    ParameterScope,
+    TokenSmoothing,
+    WeightAnchor,
+    editing,
+)
+from kedit_train.data import Edit
+from kedit_train.data.tokenise import collate, pad_token_id
+from kedit_train.errors import EditError
+from kedit_train.evaluation import Report, evaluate
+
+FACTLM = Path(__file__).resolve().parents[3] / "shared" / "models" / "factlm"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model with what is common to every row: scope, budget, the texts that must stay and the weight of their KL."""
+
+    path: Path
+    edits: list[Edit]
+    texts: list[str]
+    layers: Any
+    lr: float
+    epochs: int
+    batch_size: int
+    kl: float
+
+
+def embedded(number: int = 0) -> Setting:
+    edits = world.edits(24, seed=number)
+    texts = world.locality_texts(exclude=edits)
+    return Setting(world.path(), edits, texts, "0.3-1.0", 1e-3, 60, 12, 100.0)
+
+
+def factlm(number: int = 0) -> Setting:
+    """The 60 records of this number, and others' true statements as texts, without those that are asked for."""
+    if not FACTLM.exists():
+        raise EditError(f"the benchmark's model factlm is not at {FACTLM}; choose --model world")
+    data = EditDataset.load(FACTLM / "records.json")
+    edits = list(data[60 * number : 60 * number + 60])
+    asked = [p.prompt for e in edits for p in (e, *(p for kind in e.locality.values() for p in kind))]
+    asked += [r for e in edits for r in e.rephrases]
+    texts = [f"{e.prompt} {e.old_target}." for e in data[1000:1300]]
+    texts = [text for text in texts if not any(prompt in text for prompt in asked)]
+    return Setting(FACTLM, edits, texts, 0.9, 3e-3, 40, 20, 4.0)
+
+
+MODELS: dict[str, Callable[[int], Setting]] = {"world": embedded, "factlm": factlm}
+
+# Each from what is set up; beside it always ParameterScope and TokenSmoothing.
+ROWS: dict[str, Callable[[Setting], list[Any]]] = {
+    "scope only": lambda s: [],
+    "KLLocality": lambda s: [KLLocality(s.texts, s.kl, batch_size=32)],
+    "NormBall linf": lambda s: [NormBall()],
+    "NormBall l2": lambda s: [NormBall(norm="l2", fraction=0.5)],
+    "NullSpace": lambda s: [NullSpace(s.texts, batch_size=64)],
+    "LowCurvature": lambda s: [LowCurvature(s.texts, batch_size=64)],
+    "GradientMask": lambda s: [GradientMask(edits=s.edits)],
+    "L2-SP": lambda s: [WeightAnchor("l2sp")],
+    "EWC": lambda s: [WeightAnchor("ewc", texts=s.texts)],
+}
+COLUMNS = ("reliability", "generality", "portability", "locality")
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
+def train(setting: Setting, constraints: Sequence[Any], seed: int = 0) -> tuple[Any, Any, dict[str, float]]:
+    """The edited model, its tokenizer, and the last metrics."""
+    torch.manual_seed(seed)
+    model, tokenizer = load(setting.path)
+    rows, pad_id = EditDataset(setting.edits).encode(tokenizer), pad_token_id(tokenizer)
+    scope = ParameterScope(setting.layers, "mlp.down_proj")
+    with editing(model, [scope, TokenSmoothing(), *constraints], tokenizer=tokenizer) as edit:
+        optimizer = torch.optim.Adam(edit.parameters(), lr=setting.lr)
+        for _ in range(setting.epochs):
+            for batch in torch.randperm(len(rows)).split(setting.batch_size):
+                edit.before_step()
+                model(**collate([rows[i] for i in batch], pad_id=pad_id)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        metrics = edit.run.collect()
+    return model.eval(), tokenizer, metrics
+
+
+def row(name: str, report: Report, metrics: dict[str, float]) -> str:
+    scores = [report.metrics[column]["generated"].value for column in COLUMNS]
+    cells = ["-" if score is None else f"{score:.3f}" for score in scores]
+    cells.append(f"{metrics['edit/drift/relative']:.3f}")
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def main() -> None:
+    from rich.progress import Progress
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="world")
+    parser.add_argument("--edits", type=int, default=0, help="which edits: 0 is reported, defaults were chosen on 1")
+    parser.add_argument("--rows", default=",".join(ROWS), help="some of: %(default)s")
+    arguments = parser.parse_args()
+    names = [name.strip() for name in arguments.rows.split(",")]
+    if unknown := set(names) - set(ROWS):
+        parser.error(f"no row {sorted(unknown)[0]!r}; choose of {', '.join(ROWS)}")
+    setting = MODELS[arguments.model](arguments.edits)
+    model, tokenizer = load(setting.path)
+    before = evaluate(model.eval(), tokenizer, setting.edits, progress=False)
+    rows = []
+    with Progress() as progress:
+        task = progress.add_task(arguments.model, total=len(names))
+        for name in names:
+            progress.update(task, description=f"{arguments.model}: {name}")
+            model, tokenizer, metrics = train(setting, ROWS[name](setting))
+            report = evaluate(model, tokenizer, setting.edits, before=before, progress=False)
+            rows.append(row(name, report, metrics))
+            progress.advance(task)
+    heads = ["constraint", *COLUMNS, "drift"]
+    print(
+        f"{arguments.model}: {len(setting.edits)} edits, {setting.epochs} epochs of batches of {setting.batch_size}\n"
+    )
+    print("\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows]))
+
+
+if __name__ == "__main__":
+    main()
