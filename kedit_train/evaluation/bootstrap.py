@@ -101,15 +101,20 @@ class EditMean(Metric):
         return Score(_known(value), int(n), _known(low), _known(high))
 
 
+def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Score]:
+    """The scores ``sum(totals) / sum(counts)`` of M metrics, [edits, M] each, from one set of resamples."""
+    low, high = cluster_bootstrap(totals, counts, seed=seed, resamples=resamples).tolist()
+    value, n = (totals.sum(0) / counts.sum(0)).tolist(), counts.sum(0).tolist()
+    return [Score(_known(v), int(k), _known(a), _known(b)) for v, k, a, b in zip(value, n, low, high, strict=True)]
+
+
 def scores_of(means: Iterable[EditMean], seed: int = 0) -> list[Score]:
-    """The scores of many metrics over the same edits, from one set of resamples."""
+    """The scores of many metrics over the same edits, as this process holds them."""
     means = list(means)
     if not means:
         return []
     totals, counts = torch.stack([m.total for m in means], 1), torch.stack([m.count for m in means], 1)
-    low, high = cluster_bootstrap(totals, counts, seed=seed, resamples=means[0].resamples).tolist()
-    value, n = (totals.sum(0) / counts.sum(0)).tolist(), counts.sum(0).tolist()
-    return [Score(_known(v), int(k), _known(a), _known(b)) for v, k, a, b in zip(value, n, low, high, strict=True)]
+    return ratio_scores(totals, counts, seed=seed, resamples=means[0].resamples)
 
 
 def _known(number: float) -> float | None:

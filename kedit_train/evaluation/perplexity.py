@@ -11,7 +11,7 @@ from torch import nn
 
 from kedit_train.data.tokenise import Encoded, context_length, ids_of, pad_token_id
 from kedit_train.evaluation.batching import DivergedError, bar, evaluating, unwrapped
-from kedit_train.evaluation.bootstrap import EditMean, Score
+from kedit_train.evaluation.bootstrap import Score, ratio_scores
 from kedit_train.evaluation.logits import target_logits
 
 
@@ -59,9 +59,8 @@ def text_losses(
 
 def perplexity(losses: Sequence[tuple[float, int]], seed: int = 0) -> Score:
     """exp of the mean loss per token, with an interval over texts; ``n`` counts tokens."""
-    mean = EditMean(len(losses), seed=seed, sync_on_compute=False)
-    mean.total += torch.tensor([total for total, _ in losses], dtype=torch.float64)
-    mean.count += torch.tensor([count for _, count in losses], dtype=torch.int64)
-    found = mean.score()
+    totals = torch.tensor([[total] for total, _ in losses], dtype=torch.float64)
+    counts = torch.tensor([[count] for _, count in losses])
+    (found,) = ratio_scores(totals, counts, seed=seed)
     value, low, high = (None if x is None else math.exp(x) for x in (found.value, found.low, found.high))
     return Score(value, found.n, low, high)

@@ -1,0 +1,49 @@
+"""What ``test_processes.py`` runs on each of several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kedit_train import Edit, EditError, evaluate, world
+from kedit_train.evaluation import EditMean
+
+
+def main(folder: Path, rank: int, size: int) -> None:
+    if size > 1:
+        init = f"file://{folder / 'meeting'}"
+        dist.init_process_group("gloo", init, timedelta(seconds=60), rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    model, tokenizer = world.load()
+    edits = world.edits(7)
+    how = {"full": True, "distributed": size > 1, "progress": False, "fluency_tokens": 8}
+    texts = [edit.prompt for edit in edits[:5]]
+    before = evaluate(model, tokenizer, edits, texts=texts, **how)
+    with torch.no_grad():
+        dict(model.named_parameters())["model.layers.2.mlp.down_proj.weight"].mul_(0.5)
+    report = evaluate(model, tokenizer, edits, before=before, texts=texts, **how)
+    report.save(folder / f"report-{size}-{rank}.json")
+    # The metric by itself, as a LightningModule would use it.
+    mean = EditMean(7, seed=2)
+    own = list(range(7))[rank::size]
+    mean.update(own, [edit % 3 / 2 for edit in own])
+    (folder / f"mean-{size}-{rank}.json").write_text(json.dumps(mean.compute().tolist()))
+    try:
+        # Its share is the second process's alone.
+        evaluate(model, tokenizer, [edits[0], Edit("too long " * 600, "x", id="long"), edits[2]], **how)
+    except EditError as error:
+        (folder / f"error-{size}-{rank}.txt").write_text(str(error))
+    if size > 1:
+        dist.barrier()
+        # Gloo can abort in its own teardown after everything is done.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,81 @@
+"""Batches of every make of model against the host's own greedy search, one row at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from kedit_train.evaluation import generate_answers
+from kedit_train.evaluation.decoding import decode, may_pad
+
+PROMPTS = ["Paris is in", "The long and winding way to the town of", "A", "Who is the mother of the king of Spain?"]
+
+
+def _model(name: str) -> Any:
+    small: dict[str, Any] = {"vocab_size": 4096, "initializer_range": 0.5}
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, **small))
+    if name == "mistral":
+        # A window shorter than the prompts.
+        wide = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return MistralForCausalLM(MistralConfig(**wide, num_key_value_heads=1, sliding_window=4, **small))
+    if name == "bloom":
+        return BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=2, n_head=2, **small))
+    return MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **small))
+
+
+@pytest.mark.parametrize(("name", "padded"), [("gpt2", True), ("mistral", True), ("bloom", False), ("mamba", False)])
+def test_every_make_of_model(factlm: Path, name: str, padded: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(factlm)
+    model = _model(name).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    assert may_pad(model) is padded
+    found = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=9, lines=False)
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, pad_token_id=0
+        )
+        assert answer.margin > 1e-4
+        assert answer.text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_rows_that_have_ended_leave_the_batch(rigged: Any) -> None:
+    script = {"1:": " a", "2:": " bcdefgh", "3:": " ij", "4:": " k"}
+    model, tokenizer = rigged(script)
+    widths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in script]
+    with torch.no_grad():
+        found = decode(model, rows, [20] * 4, lambda token: token == tokenizer.eos_token_id, pad_id=0)
+    assert [tokenizer.decode(one.ids[:-1]) for one in found] == list(script.values())
+    assert widths == [4] * 3 + [2] + [1] * 5
+    assert all(one.margin == pytest.approx(10.0) for one in found)
+
+
+def test_what_teacher_forcing_knows_is_not_generated_again(rigged: Any) -> None:
+    model, tokenizer = rigged({"Q:": " Rome, Italy", "P:": " Oslo"})
+    begun = {"Q:": (tokenizer(" Rome", add_special_tokens=False)["input_ids"], 3.0)}
+    said = generate_answers(model, tokenizer, ["Q:"], begun=begun)
+    assert [(a.text, a.ended, a.margin) for a in said] == [("Rome, Italy", True, 3.0)]
+    assert model.calls == len(", Italy") + 1
+    whole = {"P:": ([*tokenizer(" Oslo", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], 2.0)}
+    model.calls = 0
+    assert [a.text for a in generate_answers(model, tokenizer, ["P:"], begun=whole)] == ["Oslo"]
+    assert model.calls == 0
