@@ -10,6 +10,7 @@ from kedit_train.callbacks.norm_ball import NormBall
 from kedit_train.callbacks.null_space import NullSpace
 from kedit_train.callbacks.parameter_scope import ParameterScope
 from kedit_train.callbacks.prefix_cache import PrefixCache
+from kedit_train.callbacks.save_delta import SaveDelta
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
@@ -24,6 +25,7 @@ __all__ = [
     "NullSpace",
     "ParameterScope",
     "PrefixCache",
+    "SaveDelta",
     "StopWhenEdited",
     "TokenSmoothing",
     "WeightAnchor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from kedit_train.callbacks import (
     NullSpace,
     ParameterScope,
     PrefixCache,
+    SaveDelta,
     StopWhenEdited,
     TokenSmoothing,
     WeightAnchor,
@@ -22,7 +24,8 @@ from kedit_train.callbacks import (
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 
-# Name (of the class, and what it is set to) -> a list with the callback (and what it cannot work without), made anew for every run from the edits.
+# Name (of the class, and what it is set to) -> a list with the callback (and what it cannot work without), made anew
+# for every run from the edits.
 SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
@@ -42,6 +45,7 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS)],
     "PrefixCache": lambda edits: [PrefixCache(), ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)],
+    "SaveDelta": lambda edits: [SaveDelta(f"{tempfile.mkdtemp()}/edit.safetensors", edits=edits)],
     "StopWhenEdited": lambda edits: [
         StopWhenEdited(reliability=None, idle_steps=50),
         TokenSmoothing(),

@@ -20,7 +20,7 @@ from kedit_train import world
 
 TESTS = Path(__file__).resolve().parents[1]
 # They look, or save time: the weights are those of the scope alone.
-UNSEEN = ("ParameterScope", "EditMetrics", "PrefixCache")
+UNSEEN = ("ParameterScope", "EditMetrics", "PrefixCache", "SaveDelta")
 SCOPED = "model.layers.3.mlp.down_proj.weight"
 
 
