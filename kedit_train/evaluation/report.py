@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -128,18 +127,15 @@ class Report:
 
         from kedit_train.evaluation.table import drawn
 
-        if console is None:
-            leave_bars()
-        (console or Console()).print(drawn(self, answers))
-
-
-def leave_bars() -> None:
-    """Begin a line of its own where a progress bar has the current one (tqdm, or rich, which stands in for stdout)."""
-    live = type(sys.stdout).__module__.startswith("rich.") or any(
-        not bar.disable for bar in getattr(tqdm, "_instances", ())
-    )
-    sys.stderr.flush()
-    print(end="\n" if live else "", flush=True)
+        if console is not None:
+            console.print(drawn(self, answers))
+            return
+        # A progress bar may have the current line. Through tqdm's own way of writing it makes room; rich's stands in
+        # for standard output, which a console of one's own would go past.
+        own = Console()
+        with own.capture() as captured:
+            own.print(drawn(self, answers))
+        tqdm.write(captured.get(), end="")
 
 
 def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:

@@ -1,4 +1,4 @@
-"""What ``test_processes.py`` runs on each of several processes."""
+"""What ``test_scores_on_processes.py`` runs on each of several processes."""
 
 from __future__ import annotations
 

@@ -253,7 +253,7 @@ def _scores(tree: Any, path: str = "") -> dict[str, Score]:
 def test_no_score_depends_on_batch_size_or_padding_side(factlm: Path) -> None:
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
-    edits = EditDataset.load(factlm / "records.json", limit=6)
+    edits = EditDataset.load(factlm / "records.json", limit=4)
     found = []
     for batch_size, side in ((64, "left"), (1, "right")):
         tokenizer.padding_side = side

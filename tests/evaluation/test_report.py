@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
+from tqdm import tqdm
 
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
@@ -115,3 +120,53 @@ def test_without_the_unedited_model_there_is_one_column(rigged: Any) -> None:
     assert "unedited" not in out.getvalue()
     assert "locality: right" in out.getvalue()
     assert "wanted" not in out.getvalue()
+
+
+def test_markdown_says_the_same(rigged: Any, tmp_path: Path) -> None:
+    edits = [replace(EDIT, id="a"), Edit("Say:", "x | y", id="b")]
+    before = evaluate(*rigged(OLD), edits, full=True, progress=False)
+    new = OLD | {"Ann lives in": " Köln", "Bob lives in": " [bold]Köln[/bold]", "Say:": " a_b"}
+    found = evaluate(*rigged(new), edits, before=before, full=True, texts=["ab"], progress=False)
+    text = found.save(tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines()]
+    (reliability,) = [row for row in rows if row[0] == "| reliability"]
+    assert reliability[1:5] == ["0.000", "0.500", "0.00–1.00", "2"]
+    assert ["| old answer: said", "1.000", "0.000", "–", "1", "– |"] in rows
+    # An entry with a bar in it stays one cell, and nothing in it is markup.
+    assert ["| Say:", "hi", "a\\_b", "x \\| y", "no |"] in rows
+    assert "\\[bold\\]Köln\\[/bold\\]" in text
+    assert "## The edits' targets, token by token" in text
+    assert f"SHA-256 `{found.meta['data_hash']}`" in text
+    assert "- seed: 0" in text
+    widths = {line.count(" | ") for line in text.split("\n\n")[2].splitlines() if not line.startswith("|-")}
+    assert widths == {5}
+    assert text.rstrip("\n") == found.markdown()
+
+
+def test_answers_that_did_not_end_have_a_line(rigged: Any) -> None:
+    out = io.StringIO()
+    found = evaluate(*rigged({"Q:": " a"}, endless={"P:": " la"}), [Edit("Q:", "a"), Edit("P:", "b")], progress=False)
+    found.print(Console(file=out, width=100))
+    (row,) = [line for line in out.getvalue().splitlines() if line.strip().startswith("answers that did not end")]
+    assert row.split() == ["answers", "that", "did", "not", "end", "0.500", "0.00–1.00", "2", "–"]
+
+
+def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
+    report: Report, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.print()
+    title = capsys.readouterr().out.splitlines()[0]
+    assert title.startswith("1 edit, ")
+    with tqdm(total=2, file=sys.stdout, desc="Epoch 0") as shown:
+        shown.update(1)
+        report.print()
+        lines = capsys.readouterr().out.splitlines()
+        assert title in lines
+        assert any("Epoch 0" in line for line in lines)
+    with Progress(console=Console(force_terminal=True, width=100)) as progress:
+        progress.add_task("Epoch 0", total=2)
+        report.print()
+    # The bar's line is cleared first, and drawn again below the table.
+    out = capsys.readouterr().out
+    assert re.search(r"\r\x1b\[2K" + re.escape(title) + r" *\n", out)
+    assert out.rindex("Epoch 0") > out.rindex("generated:")
