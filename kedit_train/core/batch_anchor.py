@@ -107,8 +107,8 @@ class BatchAnchor:
             return {}
         found = {
             "edit/locality/batch_kl": float(self._sum) / max(1, self._tokens),
-            "edit/locality/store_hits": self.hits / self.rows,
-            "edit/locality/store_bytes": float(self.kept.memory_bytes + self.kept.disk_bytes),
+            "edit/locality/batch_hits": self.hits / self.rows,
+            "edit/locality/batch_bytes": float(self.kept.memory_bytes + self.kept.disk_bytes),
         }
         self._sum, self._tokens, self.rows, self.hits = torch.zeros(()), 0, 0, 0
         return found

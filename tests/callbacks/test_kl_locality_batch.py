@@ -224,8 +224,8 @@ def test_a_step_of_learned_tokens_is_taken_where_the_anchor_pulls(make, words, i
         row = edit.history[-1]
         assert row["edit/tokens/active"] == 0.0
         assert row["edit/locality/batch_kl"] > 1e-3
-        assert row["edit/locality/store_hits"] == 0.0
-        assert row["edit/locality/store_bytes"] == 10 * 16 * 4
+        assert row["edit/locality/batch_hits"] == 0.0
+        assert row["edit/locality/batch_bytes"] == 10 * 16 * 4
 
 
 def test_evaluation_is_the_models_own(make, words):
