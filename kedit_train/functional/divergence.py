@@ -98,30 +98,30 @@ def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, dire
     return token_divergence(reference, torch.cat([own, _rest(log_probs, tokens)], dim=-1), direction=direction)
 
 
-# In each, q is the model, p the reference.
+# In each, q is the model, in fp32 or fp64, and p the reference, in whatever dtype it is kept.
 
 
 def _forward_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    return (_kl(_log_softmax(reference), _log_softmax(z)),), ()
+    return (_kl(reference.to(z.dtype).log_softmax(-1), z.log_softmax(-1)),), ()
 
 
 def _forward_gradient(out: Tensor, z: Tensor, reference: Tensor) -> None:
-    torch.softmax(z, -1, out=out).sub_(wide(reference).softmax(-1))
+    torch.softmax(z, -1, out=out).sub_(reference.to(z.dtype).softmax(-1))
 
 
 def _reverse_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    divergence = _kl(_log_softmax(z), _log_softmax(reference))
+    divergence = _kl(z.log_softmax(-1), reference.to(z.dtype).log_softmax(-1))
     return (divergence,), (divergence,)
 
 
 def _reverse_gradient(out: Tensor, z: Tensor, reference: Tensor, divergence: Tensor) -> None:
-    q_log = _log_softmax(z)
-    torch.sub(q_log, _log_softmax(reference), out=out).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
+    q_log = z.log_softmax(-1)
+    torch.sub(q_log, reference.to(z.dtype).log_softmax(-1), out=out).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf)
     out.sub_(divergence.unsqueeze(-1)).mul_(q_log.exp_())
 
 
 def _jsd_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    q, p = z.softmax(-1), wide(reference).softmax(-1)
+    q, p = z.softmax(-1), reference.to(z.dtype).softmax(-1)
     tilt = _tilt(q, p)
     q_part = torch.log1p(tilt).nan_to_num_(neginf=0.0).mul_(q).sum(-1)
     p_part = tilt.neg_().log1p_().nan_to_num_(neginf=0.0).mul_(p).sum(-1)
@@ -130,7 +130,7 @@ def _jsd_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[
 
 def _jsd_gradient(out: Tensor, z: Tensor, reference: Tensor, q_part: Tensor) -> None:
     q = torch.softmax(z, -1, out=out)
-    log_ratio = _tilt(q, wide(reference).softmax(-1)).log1p_().nan_to_num_(neginf=0.0)
+    log_ratio = _tilt(q, reference.to(z.dtype).softmax(-1)).log1p_().nan_to_num_(neginf=0.0)
     q.mul_(log_ratio.sub_(q_part.unsqueeze(-1)).mul_(0.5))
 
 

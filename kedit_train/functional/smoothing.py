@@ -163,7 +163,9 @@ def overtone_statistics(
         factor = torch.gt(shifted, bound, out=torch.empty_like(shifted))
         factor.mul_(-share.unsqueeze(-1)).add_((-log_z).exp().unsqueeze(-1))
         shifted.exp_().mul_(factor)
-        _subtract_at(out, y, torch.where(accepted, lam, 1.0), active)
+        # Not where() of two numbers, which would be in fp32.
+        own = torch.where(accepted, torch.full_like(log_z, lam), 1.0)
+        _subtract_at(out, y, own, active)
 
     return rowwise(value, gradient, logits, labels)
 
@@ -178,6 +180,7 @@ def uniform(
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
     share = (1.0 - lam) / size
+    spread = share * math.log(share) if share > 0.0 else 0.0
 
     def value(z: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         top, shifted, label = _shifted(z, y, size)
@@ -186,8 +189,7 @@ def uniform(
         log_z = _log_normaliser(shifted.exp_(), z, top)
         inside = (y < size).to(z.dtype)
         mass = lam + share * inside
-        spread = torch.as_tensor(share, dtype=z.dtype, device=z.device)
-        negative_entropy = torch.xlogy(mass, mass) + (size - inside) * torch.xlogy(spread, spread)
+        negative_entropy = torch.xlogy(mass, mass) + (size - inside) * spread
         divergence = negative_entropy + log_z - flat - lam * label
         loss, active = clipped(divergence, epsilon)
         return (loss, active), (top, log_z, active)
@@ -231,5 +233,5 @@ def _shift(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Ten
 
 def _subtract_at(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
     """Subtract the label's mass from its entry, and leave nothing where a token is not active."""
-    out.scatter_add_(-1, labels.unsqueeze(-1), -mass.to(out.dtype).unsqueeze(-1))
+    out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))
     out.mul_(active.unsqueeze(-1))

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 from kedit_train.core import EditRun, Host
 from kedit_train.core.loss_head import LossHead
 from kedit_train.errors import EditError
-from kedit_train.functional import overtone
+from kedit_train.functional import (
+    dynamic_cross_entropy,
+    overtone,
+    overtone_target,
+    smoothed_loss,
+    uniform,
+    uniform_target,
+)
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gpt2", "gemma2", "gemma3", "cohere", "granite", "mixtral", "phi"]
 PAD = 0
@@ -65,6 +72,11 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {name: g for name, g in zip(named, grads, strict=True) if g is not None}
 
 
+def trained_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float) -> None:
     assert got.keys() == want.keys()
     size = torch.stack([g.norm() for g in want.values()]).norm()
@@ -100,6 +112,51 @@ def test_fp64_stays_fp64(tiny, family):
         got = model(**batch(TEXTS)).loss
     assert got.dtype == torch.float64
     assert got.item() == pytest.approx(want.item(), rel=1e-7)
+
+
+OBJECTIVES: dict[str, tuple[Any, Any]] = {
+    "overtone": (
+        overtone,
+        lambda z, y: smoothed_loss(z, overtone_target(z.detach(), y)[0], epsilon=0.05),
+    ),
+    "uniform": (uniform, lambda z, y: smoothed_loss(z, uniform_target(z, y))),
+    "dft": (
+        dynamic_cross_entropy,
+        lambda z, y: (F.cross_entropy(z, y, reduction="none") * z.softmax(-1).gather(-1, y[:, None])[:, 0].detach(),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("family", ["llama-tied", "gemma2", "gemma3", "cohere", "granite", "phi"])
+def test_every_objective_on_the_models_own_logits(tiny, family, name):
+    model, (objective, formula) = tiny(family), OBJECTIVES[name]
+    inputs = batch(TEXTS)
+    labels = inputs["labels"][:, 1:]
+    where = labels != -100
+    logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits[:, :-1][where]
+    want = formula(logits.float(), labels[where])[0].mean()
+    want_grads = gradients(model, want)
+    with loss_head(model, objective):
+        got = model(**inputs).loss
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert_same(gradients(model, got), want_grads, 1e-5)
+
+
+def test_factors_of_an_adapter_on_the_head(tiny):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(
+        tiny("llama"), LoraConfig(r=3, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    )
+    inputs = batch(TEXTS)
+    want = model(**inputs).loss
+    want_grads = trained_gradients(model, want)
+    assert any("lm_head" in name for name in want_grads)
+    with loss_head(model):
+        got = model(**inputs).loss
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        assert_same(trained_gradients(model, got), want_grads, 1e-5)
 
 
 @pytest.mark.parametrize("scope", ["lm_head", "layers.1"])

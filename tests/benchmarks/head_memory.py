@@ -1,0 +1,114 @@
+"""Peak memory of every loss through the output head, of the whole process, each in a process of its own.
+
+    python tests/benchmarks/head_memory.py                     # V = 151,936, d = 1,024, 4,096 supervised tokens
+    python tests/benchmarks/head_memory.py --vocab 32000 --losses overtone jsd
+
+Prints a Markdown table: what the peak rises by while 4,096 tokens are scored forward and backward, above the model, the
+hidden states and the gradients that are left behind. With ``--full`` a last row shows what
+building the logits whole takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kedit_train.core import OutputHead
+from kedit_train.functional import (
+    chunk_length,
+    chunked,
+    dynamic_cross_entropy,
+    overtone,
+    token_divergence,
+    uniform,
+)
+
+# Scored from logits and labels.
+LABELLED: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "cross-entropy": lambda z, y: (F.cross_entropy(z, y, reduction="none"),),
+    "overtone": overtone,
+    "uniform": uniform,
+    "dft": dynamic_cross_entropy,
+}
+DIRECTIONS = ("forward", "reverse", "jsd")
+LOSSES = (*LABELLED, *DIRECTIONS)
+
+
+def peak() -> int:
+    """Peak of this process so far, in bytes."""
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> float:
+    """Extra peak in MB of one loss, forward and backward; "full logits" in its name leaves the chunks out."""
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    model.lm_head.requires_grad_(trained)
+    head = OutputHead(model)
+    hidden, before = torch.randn(tokens, width).requires_grad_(), torch.randn(tokens, width)
+    labels = torch.randint(0, vocab, (tokens,))
+    name, _, whole = loss.partition(", ")
+
+    def score(states: Tensor, targets: Tensor, reference: Tensor) -> tuple[Tensor, ...]:
+        if name in LABELLED:
+            return LABELLED[name](head.project(states), targets)
+        with torch.no_grad():
+            known = head.project(reference)
+        return (token_divergence(known, head.project(states), direction=name),)  # pyright: ignore[reportArgumentType]
+
+    kept = width * tokens * 4 + (vocab * width * 4 if trained else 0)
+    chunk = tokens if whole else chunk_length(vocab if name in LABELLED else 2 * vocab)
+    start = peak()
+    chunked(score, hidden, labels, before, chunk=chunk, parameters=head.trained)[0].mean().backward()
+    extra = peak() - start - kept
+    if extra <= 0:
+        raise SystemExit("building the model took more memory than its step, so the step cannot be seen")
+    return extra / 1e6
+
+
+def measured(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> float:
+    """:func:`measure` in a process of its own."""
+    wanted: list[Any] = [loss, trained, vocab, width, tokens]
+    command = [sys.executable, __file__, "--one", json.dumps(wanted)]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
+    parser.add_argument("--full", action="store_true", help="also cross-entropy over full logits (many GB)")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(measure(*json.loads(given.one)))
+        return
+    print(
+        f"V = {given.vocab:,}, d = {given.width:,}, {given.tokens:,} tokens, fp32, torch {torch.__version__} on a CPU\n"
+    )
+    print("| loss | head frozen, MB | head trained, MB |\n|---|---|---|")
+    for loss in [*given.losses, *(["cross-entropy, full logits"] if given.full else [])]:
+        frozen, trained = (measured(loss, t, given.vocab, given.width, given.tokens) for t in (False, True))
+        print(f"| {loss} | {frozen:.0f} | {trained:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
