@@ -58,12 +58,13 @@ def _jobs(
     changes: Mapping[str, Change], shards: Mapping[Path, dict[str, Span]], to: str
 ) -> dict[Path, dict[str, tuple[Span, Change]]]:
     where = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
+    held = {name: [one for one in (name, *change.tied) if one in where] for name, change in changes.items()}
+    lost = next((name for name, found in held.items() if not found), None)
+    if lost is not None:
+        raise EditError(f"the checkpoint has no tensor {lost!r}; the delta belongs to another model")
     jobs: dict[Path, dict[str, tuple[Span, Change]]] = {}
     for name, change in changes.items():
-        held = [one for one in (name, *change.tied) if one in where]
-        if not held:
-            raise EditError(f"the checkpoint has no tensor {name!r}; the delta belongs to another model")
-        for one in held:
+        for one in held[name]:
             path, span = where[one]
             change.require("base" if to == "edited" else "edited", one, read_tensor(path, span, one))
             jobs.setdefault(path, {})[one] = (span, change)

@@ -1,0 +1,61 @@
+"""Started as a script: children that save in a loop are killed at random moments, and what they leave is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from kedit_train import EditDelta, EditError
+
+
+def make(value: float) -> EditDelta:
+    base = torch.zeros(300_000)
+    return EditDelta.between({"w": base}, {"w": base + value})
+
+
+def is_right(path: Path) -> bool | None:
+    """Whether a file loads as one of the two deltas; None where it is refused."""
+    try:
+        change = EditDelta.load(path).changes["w"]
+    except EditError:
+        return None
+    return any(bool((change.after == value).all()) for value in (1.0, 2.0)) and not bool(change.before.any())
+
+
+def main(folder: Path, kills: int) -> None:
+    deltas, draw, path = [make(1.0), make(2.0)], random.Random(0), folder / "edit.safetensors"
+    found = {"killed": 0, "wrong": 0, "unfinished": 0, "refused": 0, "loaded": 0}
+    deltas[0].save(path)
+    for _ in range(kills):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for delta in deltas:
+                    delta.save(path)
+        time.sleep(0.001 + 0.02 * draw.random())
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        found["killed"] += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        for left in folder.iterdir():
+            state = is_right(left)
+            found["wrong"] += state is False
+            if left != path:
+                found["unfinished"] += 1
+                found["refused"] += state is None
+                left.unlink()
+            else:
+                # The name that users give has a whole file at every moment.
+                found["wrong"] += state is None
+                found["loaded"] += state is True
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,125 @@
+"""Checkpoints on the disk: sharded, tied, untrusted; edited tensor by tensor within the memory of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from delta.tiny import DOWN, equal_bits, state_of
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from kedit_train import EditDelta, EditError
+
+INDEX = "model.safetensors.index.json"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shard", ["4KB", "1GB"])
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_apply_and_revert_a_checkpoint(dtype, shard, tied, make, edited, tmp_path):
+    base, trained = make(dtype, tie_word_embeddings=tied), edited(dtype, tie_word_embeddings=tied)
+    with torch.no_grad():
+        trained.model.embed_tokens.weight[7] += 1
+    base.save_pretrained(tmp_path / "base", max_shard_size=shard)
+    (tmp_path / "base" / "README.md").write_text("mine")
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"stale")
+    delta = EditDelta.between(base, trained)
+    out = delta.apply_to_checkpoint(tmp_path / "base", tmp_path / "new" / "edited")
+    assert equal_bits(state_of(AutoModelForCausalLM.from_pretrained(out, dtype=dtype)), state_of(trained))
+    back = delta.revert_checkpoint(out, tmp_path / "back")
+    files = sorted(path.name for path in (tmp_path / "base").iterdir() if path.suffix != ".bin")
+    assert sorted(path.name for path in back.iterdir()) == files
+    assert (len(files) > 5) == (shard == "4KB")
+    for name in files:
+        assert (back / name).read_bytes() == (tmp_path / "base" / name).read_bytes(), name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "base", "new"]
+
+
+def test_a_checkpoint_with_a_tied_weight_stored_twice(make, tmp_path):
+    base, trained = make(tie_word_embeddings=True), make(tie_word_embeddings=True)
+    with torch.no_grad():
+        trained.lm_head.weight += 1
+    (tmp_path / "base").mkdir()
+    save_file({n: t.clone() for n, t in base.state_dict().items()}, tmp_path / "base" / "model.safetensors")
+    out = EditDelta.between(base, trained).apply_to_checkpoint(tmp_path / "base", tmp_path / "out")
+    assert equal_bits(load_file(out / "model.safetensors"), state_of(trained))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(make, edited, tmp_path):
+    base, trained = make(), edited()
+    delta = EditDelta.between(base, trained)
+    trained.save_pretrained(tmp_path / "edited")
+    make(torch.bfloat16).save_pretrained(tmp_path / "half")
+    make(num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    for name, message in [
+        ("edited", "the delta is applied already"),
+        ("half", "is torch.bfloat16 .* in the model and torch.float32"),
+        ("short", f"the checkpoint has no tensor '{DOWN}'"),
+        ("nowhere", "there is no folder"),
+    ]:
+        with pytest.raises(EditError, match=message):
+            delta.apply_to_checkpoint(tmp_path / name, tmp_path / "out")
+    with pytest.raises(EditError, match="is there already"):
+        delta.revert_checkpoint(tmp_path / "edited", tmp_path / "half")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x.bin", ".h.safetensors"]
+)
+def test_shards_outside_of_the_folder_are_refused(name, make, edited, tmp_path):
+    make().save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    make().save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    path = tmp_path / "base" / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"][DOWN] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(EditError, match="which is no plain file of this folder"):
+        EditDelta.between(make(), edited()).apply_to_checkpoint(tmp_path / "base", tmp_path / "out")
+
+
+def test_an_index_or_shards_that_are_not_whole_are_refused(make, edited, tmp_path):
+    delta = EditDelta.between(make(), edited())
+    folder = tmp_path / "base"
+    make().save_pretrained(folder, max_shard_size="4KB")
+    index = (folder / INDEX).read_text()
+    for text, message in [
+        ("{", "is no index of shards"),
+        ("[" * 100_000, "is no index of shards"),
+        ('{"weight_map": 3}', "is no index of shards"),
+        (index.replace(DOWN, "elsewhere"), "do not agree on where"),
+    ]:
+        (folder / INDEX).write_text(text)
+        with pytest.raises(EditError, match=message):
+            delta.apply_to_checkpoint(folder, tmp_path / "out")
+    (folder / INDEX).write_text(index)
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(EditError, match="it is cut short or damaged"):
+        delta.apply_to_checkpoint(folder, tmp_path / "out")
+    shard.unlink()
+    with pytest.raises(EditError, match="there is no file"):
+        delta.apply_to_checkpoint(folder, tmp_path / "out")
+
+
+def test_memory_stays_that_of_a_tensor(tmp_path):
+    """200 MB in shards of 50 MB, tensors of 12.5 MB; the benchmark itself takes any size."""
+    script = [sys.executable, str(ROOT / "tests" / "benchmarks" / "delta_memory.py"), str(tmp_path)]
+    script += ["--gigabytes", "0.2", "--shard-gigabytes", "0.05", "--tensor-megabytes", "12.5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["shards"] == 4
+    assert found["apply_equal"] is found["revert_equal"] is True
+    # A few copies of one tensor; the checkpoint itself would be 200 MB, a shard 50.
+    assert found["peak_above_start_mb"] < 50

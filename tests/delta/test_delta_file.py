@@ -1,0 +1,240 @@
+"""A file of a delta is whole and as it was written, or it is refused: cut, killed, tampered with, foreign."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from delta.tiny import equal_bits
+from safetensors.torch import load_file, save_file
+
+from kedit_train import EditDelta, EditError
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def small(seed: int = 0) -> tuple[EditDelta, dict[str, torch.Tensor]]:
+    """A delta with every layout, and the edited weights."""
+    torch.manual_seed(seed)
+    base = {
+        "a.weight": torch.randn(4, 6),
+        "b": torch.randn(5, 3).bfloat16(),
+        "c": torch.randn(9),
+        "d": torch.randn(6, 4),
+    }
+    edited = {name: value.clone() for name, value in base.items()}
+    edited["a.weight"][:, 2] += 1
+    edited["b"] += 1
+    edited["c"][4] += 1
+    edited["d"][[1, 5]] += 1
+    return EditDelta.between(base, edited, scores={"edit/reliability": 0.5}), edited
+
+
+def same(one: EditDelta, other: EditDelta) -> bool:
+    def parts(delta: EditDelta) -> dict[str, torch.Tensor]:
+        return {f"{kind} {n}": getattr(c, kind) for n, c in delta.changes.items() for kind in ("before", "after")}
+
+    places = [{n: (c.layout, c.shape, c.base, c.tied) for n, c in delta.changes.items()} for delta in (one, other)]
+    numbers = [[c.index.tolist() for c in delta.changes.values() if c.index is not None] for delta in (one, other)]
+    metas = [{k: v for k, v in delta.meta.items() if k != "format"} for delta in (one, other)]
+    return equal_bits(parts(one), parts(other)) and all(a == b for a, b in (places, numbers, metas))
+
+
+def test_what_was_saved_is_loaded_and_saved_again(tmp_path):
+    delta, _ = small()
+    assert {change.layout for change in delta.changes.values()} == {"dense", "rows", "columns", "entries"}
+    again = EditDelta.load(delta.save(tmp_path / "one.safetensors"))
+    assert same(delta, again)
+    again.save(tmp_path / "two.safetensors")
+    # Over the very file that it is mapped from, too.
+    again.save(tmp_path / "one.safetensors")
+    for name in ("one", "two"):
+        assert same(delta, EditDelta.load(tmp_path / f"{name}.safetensors"))
+    # An ordinary safetensors file, for whoever wants to look.
+    assert set(load_file(tmp_path / "one.safetensors")) > {"before/b", "after/b", "index/c"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
+
+
+def mutated(content: bytes, draw: random.Random) -> bytes:
+    data, kind = bytearray(content), draw.randrange(7)
+    header = 8 + int.from_bytes(content[:8], "little")
+    place = draw.randrange(len(data)) if draw.random() < 0.3 else draw.randrange(header)
+    if kind == 0:
+        data[place] ^= 1 << draw.randrange(8)
+    elif kind == 1:
+        data[place] = draw.choice(b'0123456789-"[]{},:\\ abcef')
+    elif kind == 2:
+        del data[place:]
+    elif kind == 3:
+        del data[place : place + draw.randrange(1, 9)]
+    elif kind == 4:
+        data[place:place] = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9)))
+    elif kind == 5:
+        data[:8] = draw.choice([0, 2**63, header, len(data), 99_999_999, draw.randrange(2**40)]).to_bytes(8, "little")
+    else:
+        # Numbers and names of the header, exchanged within valid JSON.
+        parsed = json.loads(content[8:header])
+        name = draw.choice([key for key in parsed if key != "__metadata__"])
+        entry = parsed[name]
+        act = draw.randrange(5)
+        if act == 0:
+            entry["shape"] = draw.choice([[], [-1], [2**62, 4], entry["shape"][::-1], [1.5], "x", [True], None])
+        elif act == 1:
+            entry["data_offsets"] = draw.choice([[0, 2**62], [8, 0], [0], None, [-8, 0], [0, len(data)]])
+        elif act == 2:
+            entry["dtype"] = draw.choice(["F64", "F16", "I32", "I64", "C64", "F4", 7, None, "BOOL"])
+        elif act == 3:
+            parsed[draw.choice(["../../x", "after/b", "index/zz", "\ud800"])] = parsed.pop(name)
+        else:
+            text = parsed["__metadata__"]
+            key = draw.choice(list(text))
+            text[key] = draw.choice(["", "{}", "[" * 5000, "null", text[key][::-1], text[key].replace("0", "1"), 3])
+        made = json.dumps(parsed).encode()
+        data[:header] = len(made).to_bytes(8, "little") + made
+    return bytes(data)
+
+
+def test_ten_thousand_mutated_files_are_refused_or_equal(tmp_path):
+    delta, _ = small()
+    content = delta.save(tmp_path / "edit.safetensors").read_bytes()
+    draw, path = random.Random(0), tmp_path / "mutated.safetensors"
+    messages, equal = [], 0
+    for _ in range(10_000):
+        path.write_bytes(mutated(content, draw))
+        try:
+            loaded = EditDelta.load(path)
+        except EditError as error:
+            messages.append(str(error))
+        else:
+            assert same(loaded, delta)
+            equal += 1
+    # A space more in the header, a zero made a zero: such files are equal.
+    assert len(messages) > 9_000
+    assert [message for message in messages if "\n" in message] == []
+    assert equal < 1_000
+
+
+def resealed(tmp_path: Path, change: Any) -> Path:
+    """A file by somebody who computes the checksum as well."""
+    from kedit_train.delta import file
+
+    delta, _ = small()
+    path = delta.save(tmp_path / "edit.safetensors")
+    tensors = load_file(path)
+    text = json.loads(file.read_header(path)[1]["kedit_train.delta"])
+    change(text, tensors)
+    written = json.dumps(text)
+    metadata = {"kedit_train.delta": written, "kedit_train.delta.sha256": file._digest(written, tensors)}
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text, tensors: text.update(format=2), "it is of format 2 and this version reads 1; upgrade"),
+        (lambda text, tensors: text["tensors"]["c"].update(shape=[10**12]), None),
+        (lambda text, tensors: text["tensors"]["c"].update(shape=[3]), "'c': its numbers of entries do not ascend"),
+        (
+            lambda text, tensors: text["tensors"]["b"].update(shape=[3, 5]),
+            r"'b': its values are torch.bfloat16 \[5, 3\]",
+        ),
+        (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': an unknown layout"),
+        (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': no hash of the base"),
+        (lambda text, tensors: text["tensors"].pop("d"), "it holds '.*/d', which belongs to no change"),
+        (lambda text, tensors: tensors.update({"index/d": tensors["index/d"].flip(0).contiguous()}), "do not ascend"),
+        (
+            lambda text, tensors: tensors.update({"index/d": tensors["index/d"].float()}),
+            "not numbered by a vector of int",
+        ),
+        (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': its values are"),
+        (lambda text, tensors: text.pop("base"), "KeyError: 'base'"),
+        (lambda text, tensors: text.update(base={"fingerprint": 1, "names": []}), "no fingerprint or names"),
+    ],
+)
+def test_a_file_with_a_right_checksum_and_wrong_content_is_refused(change, message, tmp_path):
+    path = resealed(tmp_path, change)
+    if message is None:
+        # Nothing is wrong with one entry of a huge tensor, and nothing is made of its size.
+        delta, edited = small()
+        base = delta.revert(edited)
+        with pytest.raises(
+            EditError, match=r"c is torch.float32 \[9\] in the model and torch.float32 \[1000000000000\]"
+        ):
+            EditDelta.load(path).apply(base)
+        return
+    with pytest.raises(EditError, match=message):
+        EditDelta.load(path)
+
+
+def test_foreign_files_are_refused(tmp_path, factlm):
+    (tmp_path / "text.safetensors").write_text("not at all")
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    torch.save({"a": torch.ones(2)}, tmp_path / "pickle.safetensors")
+    for path, message in [
+        (tmp_path / "text.safetensors", "cut short, or no safetensors file"),
+        (tmp_path / "empty.safetensors", "cut short, or no safetensors file"),
+        (tmp_path / "pickle.safetensors", "cut short, or no safetensors file"),
+        (factlm / "model.safetensors", "is no delta: no EditDelta.save wrote it"),
+        (tmp_path / "missing.safetensors", "there is no file"),
+        (tmp_path, "there is no file"),
+        ("a\0b", "there is no file|cannot be read"),
+    ]:
+        with pytest.raises(EditError, match=message):
+            EditDelta.load(path)
+
+
+def test_metadata_that_is_no_json_is_refused_and_leaves_nothing(tmp_path):
+    delta, _ = small()
+    delta.meta["configuration"] = {"model": object()}
+    with pytest.raises(EditError, match="metadata do not fit JSON"):
+        delta.save(tmp_path / "edit.safetensors")
+    delta.meta["configuration"] = {"score": float("nan")}
+    with pytest.raises(EditError, match="metadata do not fit JSON"):
+        delta.save(tmp_path / "edit.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_takes_no_memory_for_tensors(tmp_path):
+    """A file of 160 MB is hashed through its map; anonymous memory does not grow with it."""
+    base = torch.zeros(20_000_000)
+    EditDelta.between({"w": base}, {"w": base + 1}).save(tmp_path / "edit.safetensors")
+    code = (
+        "import sys; from kedit_train import EditDelta\n"
+        "def anonymous(): return int(open('/proc/self/status').read().split('RssAnon:')[1].split()[0])\n"
+        "before = anonymous(); delta = EditDelta.load(sys.argv[1]); print(anonymous() - before, delta.nbytes)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "edit.safetensors")], capture_output=True, text=True, check=True
+    )
+    grown, size = map(int, done.stdout.split())
+    assert size == 160_000_000
+    assert grown * 1024 < 20_000_000
+
+
+def test_two_hundred_kills_during_a_save_leave_no_wrong_file(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "delta.killed_saves", str(tmp_path), "200"],
+        cwd=TESTS,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert found["killed"] == 200
+    assert found["wrong"] == 0
+    # The kills did fall into saves, and what had been begun is recognised as unfinished.
+    assert found["unfinished"] >= 10
+    assert found["refused"] >= 1
+    assert found["loaded"] == 200
