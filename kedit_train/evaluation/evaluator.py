@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.texts import load_texts
 from kedit_train.data import Edit
@@ -101,7 +102,12 @@ def evaluate(
     extras = _extras(metrics, full)
     settings = Settings(batch_size, max_new_tokens, fluency_tokens, prompt_format, judge, progress)
     asked_with = {"max_new_tokens": max_new_tokens, "prompt_format": prompt_format}
-    _check(edits, before, asked_with, texts)
+    _check(edits, before, asked_with)
+    if distributed and any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise EditError(
+            "distributed=True shares the edits out, and the processes of a sharded model must all run the same "
+            "batches: leave it out, and each evaluates everything"
+        )
     began = time.perf_counter()
     chosen = _chosen(edits, limit, seed)
     kept: dict[str, Distribution] = {}
@@ -160,7 +166,7 @@ def _extras(metrics: Collection[str], full: bool) -> set[str]:
     return set(EXTRAS) if full else set(metrics)
 
 
-def _check(edits: Sequence[Edit], before: Report | None, asked_with: Mapping[str, Any], texts: Any) -> None:
+def _check(edits: Sequence[Edit], before: Report | None, asked_with: Mapping[str, Any]) -> None:
     if not len(edits):
         raise EditError("no edits to evaluate: the data is empty")
     for name, value in asked_with.items() if before is not None else ():

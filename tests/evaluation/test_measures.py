@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kedit_train.data import Edit, EditDataset, Probe
@@ -222,6 +223,11 @@ def test_refusals(rigged: Any) -> None:
     before = evaluate(model, tokenizer, EDITS, progress=False)
     with pytest.raises(EditError, match=r"no distribution for 'Bob lives in'.*metrics=\('kl',\)"):
         evaluate(model, tokenizer, EDITS, before=before, metrics=["kl"], progress=False)
+    sharded, _ = rigged(SAYS)
+    # Sharding needs processes; what tells a sharded model is its class.
+    sharded.__class__ = type("Sharded", (FSDPModule, type(sharded)), {})
+    with pytest.raises(EditError, match="must all run the same batches"):
+        evaluate(sharded, tokenizer, EDITS, distributed=True, progress=False)
     model.nan = True
     with pytest.raises(EditError, match=r"^edit jo: the model gives NaN logits after 'Who wrote it"):
         evaluate(model, tokenizer, [JO], progress=False)
