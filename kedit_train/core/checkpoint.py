@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +24,7 @@ def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
     plain = json.dumps(_split(state, "", tensors))
     path = Path(folder) / FILE
     temporary = path.with_suffix(".part")
-    save_file(tensors, temporary, metadata={"state": plain})
+    save_file(tensors, temporary, metadata={"state": plain, "sha256": _digest(plain, tensors)})
     os.replace(temporary, path)
     return path
 
@@ -39,10 +41,21 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            plain = json.loads((file.metadata() or {})["state"])
+            metadata = file.metadata() or {}
+            if metadata["sha256"] != _digest(metadata["state"], tensors):
+                raise KeyError("its contents are not those that were written")
+            plain = json.loads(metadata["state"])
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise EditError(f"{path} is no whole state of an edit ({error}); resume from an earlier checkpoint") from error
     return _join(plain, "", tensors)
+
+
+def _digest(plain: str, tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256(plain.encode())
+    for key in sorted(tensors):
+        found.update(key.encode())
+        found.update(tensors[key].flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:

@@ -47,7 +47,7 @@ def curvature_factors(
     head = run.head(needed_by)
     inputs, gradients, outputs = {}, {}, []
     for name, one in maps.items():
-        if head.module in one.modules:
+        if any(module in head.module.modules() for module in one.modules):
             raise EditError(
                 f"{needed_by}: {name} is the output head, whose factor would be vocabulary by vocabulary; leave it out "
                 "of the scope"

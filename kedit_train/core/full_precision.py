@@ -2,7 +2,7 @@
 
 A bf16 number near 0.1 has neighbours 5e-4 away, so an edit's small updates are rounded to nothing and a ball of 5e-5
 cannot be represented. Here the scoped parameters themselves become fp32 (the optimizer, its state and their gradients
-with them), and every module that owns one computes with a copy in the model's dtype.
+with them), and every module that reads one computes with a copy in the model's dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from kedit_train.functional.precision import HALF
@@ -27,12 +26,21 @@ class FullPrecision:
     def __init__(self, root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self.dtypes = {name: p.dtype for name, p in parameters.items() if p.dtype in HALF}
         self._parameters = {name: parameters[name] for name in self.dtypes}
-        self._handles: list[Any] = []
         stored = {id(p): self.dtypes[name] for name, p in self._parameters.items()}
-        for module in root.modules():
-            own = {name: stored[id(p)] for name, p in module._parameters.items() if id(p) in stored}
-            if own:
-                self._install(module, own)
+        owners = {
+            module: {name: stored[id(p)] for name, p in module._parameters.items() if id(p) in stored}
+            for module in root.modules()
+        }
+        # Modules around an owner read its weight as well (attention that calls F.linear, T5, which asks for its dtype),
+        # and each may be where checkpointing computes again.
+        inside = {m: [(inner, owners[inner]) for inner in m.modules() if owners[inner]] for m in root.modules()}
+        self._inside = {module: found for module, found in inside.items() if found}
+        self._outermost: list[int] = []
+        self._held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._handles: list[Any] = []
+        for module in self._inside:
+            self._handles.append(module.register_forward_pre_hook(self._before))
+            self._handles.append(module.register_forward_hook(self._after, always_call=True))
         for parameter in self._parameters.values():
             parameter.data = parameter.data.float()
 
@@ -44,20 +52,20 @@ class FullPrecision:
             parameter.data = parameter.data.to(self.dtypes[name])
             parameter.grad = None
 
-    def _install(self, module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-        masters: list[dict[str, Any]] = []
-
-        def before(owner: nn.Module, *_: Any) -> None:
-            held: dict[str, Any] = {name: owner._parameters[name] for name in dtypes}
-            masters.append(held)
-            for name, master in held.items():
-                # Into the same slot, so that the order of named_parameters() stays; a plain tensor will do in there.
-                slots: dict[str, Any] = owner._parameters
-                slots[name] = master.to(dtypes[name])
-
-        def after(owner: nn.Module, *_: Any) -> None:
+    def _before(self, module: nn.Module, args: Any) -> None:
+        self._outermost.append(len(self._held))
+        for owner, dtypes in self._inside[module]:
+            # A plain tensor will do in a parameter's slot; it is already there where an outer module has put it.
             slots: dict[str, Any] = owner._parameters
-            slots.update(masters.pop())
+            if not isinstance(slots[next(iter(dtypes))], nn.Parameter):
+                continue
+            masters = {name: slots[name] for name in dtypes}
+            self._held.append((slots, masters))
+            # Into the same slot, so that the order of named_parameters() stays.
+            slots.update({name: master.to(dtypes[name]) for name, master in masters.items()})
 
-        self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after, always_call=True))
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        kept = self._outermost.pop()
+        while len(self._held) > kept:
+            slots, masters = self._held.pop()
+            slots.update(masters)

@@ -10,7 +10,7 @@ from typing import Any
 class Host:
     """One training loop. ``owner`` tells one loop from the next: the object that lives exactly as long as it does."""
 
-    name = "a plain loop"
+    name = "plain loop"
 
     def __init__(self, owner: object) -> None:
         self.owner = owner
@@ -57,12 +57,17 @@ class Host:
     def unannounced(self) -> str:
         """What to do where an optimizer step came unannounced."""
         return (
-            "this model is part of an edit that another trainer set up and did not finish; it has now been released, "
-            "with everything that was frozen: build this trainer again"
+            "this model is part of an edit that another trainer set up and did not finish, or from which this one has "
+            "removed its leading callback; it has now been released, with everything that was frozen: build the "
+            "trainer again"
         )
 
     def refused(self) -> str | None:
         """Why no constraint could be kept in this loop, if so."""
+        return None
+
+    def check_gradients(self) -> str | None:
+        """What is wrong with the gradients of an announced step that is about to be taken, if anything."""
         return None
 
     def objective_refused(self) -> str | None:

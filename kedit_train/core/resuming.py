@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from kedit_train.core.sharding import placed_like, whole
@@ -15,7 +16,20 @@ def state_of(run: EditRun) -> dict[str, Any]:
     """What a checkpoint has to hold for the edit to go on as if it had not been interrupted."""
     callbacks = {name: callback.state() for name, callback in _named(run).items()}
     reference = {name: whole(value) for name, value in run.reference.items()}
-    return {"step": run.step, "reference": reference, "callbacks": callbacks}
+    settings = {name: repr(callback) for name, callback in _named(run).items()}
+    binding = [name for name, callback in _named(run).items() if binds(callback)]
+    return {
+        "step": run.step,
+        "reference": reference,
+        "callbacks": callbacks,
+        "settings": settings,
+        "binding": binding,
+    }
+
+
+def binds(callback: Any) -> bool:
+    """Whether the edit would be another one without this callback."""
+    return callback.constrains or callback.penalises or callback.skips
 
 
 def restore(run: EditRun, state: dict[str, Any] | None) -> dict[Any, dict[str, Any]]:
@@ -40,6 +54,13 @@ def restore(run: EditRun, state: dict[str, Any] | None) -> dict[Any, dict[str, A
     missing = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
     if missing:
         raise EditError(f"the checkpoint was written without {', '.join(missing)}; resume with the same callbacks")
+    gone = [state["settings"][name] for name in state["binding"] if name not in named]
+    if gone:
+        raise EditError(f"the checkpoint was written with {', '.join(gone)} as well; resume with the same callbacks")
+    for name in state["binding"]:
+        then, now = state["settings"][name], repr(named[name])
+        if then != now:
+            warnings.warn(f"resumed with {now} where the checkpoint was written with {then}", stacklevel=2)
     # Never what the model held when the run was set up: it may have been loaded from the checkpoint itself.
     for name, value in state["reference"].items():
         parameter = run.scope[name]

@@ -82,6 +82,10 @@ class EditRun:
         """Whether a callback reads what the scope was before the edit as long as training lasts."""
         return any(callback.constrains or callback.anchors for callback in self.callbacks)
 
+    def has_attached(self, callback: Any) -> bool:
+        """Whether this callback's work has started."""
+        return id(callback) in self._attached
+
     # -- joining and leaving
 
     @classmethod
@@ -91,16 +95,23 @@ class EditRun:
         An edit of the same model that another loop left unfinished is closed first: its hooks go, what it froze is
         given back.
         """
+        if isinstance(callback, type):
+            raise EditError(f"{callback.__name__} is a class; give an instance, {callback.__name__}(...)")
         run: EditRun | None = root.__dict__.get(_ATTRIBUTE)
         if run is not None and run.host.owner is not host.owner:
             run.close()
             run = None
         run = run or cls(root, host)
+        former = getattr(callback, "run", None)
+        if former is not None and former is not run and not former.closed:
+            # One instance serves one model at a time; a loop that still held the former one is told at its next step.
+            former.close()
         if callback not in run.callbacks:
             if callback.single and any(type(other) is type(callback) for other in run.callbacks):
                 run.close()
                 raise EditError(f"two {type(callback).__name__} callbacks on one model; {callback.single}")
-            run.callbacks = sorted([*run.callbacks, callback], key=lambda c: c.order)
+            # By name where the order leaves it open, so that it does not depend on the list.
+            run.callbacks = sorted([*run.callbacks, callback], key=lambda c: (c.order, type(c).__name__, repr(c)))
             try:
                 callback.prepare(run)
             except BaseException:
@@ -142,6 +153,8 @@ class EditRun:
         """End one callback's work; the last to go closes the run."""
         if self.closed or id(callback) not in self._attached:
             return
+        if len(self._attached) == len(self.callbacks) and self.steps.count:
+            self.steps.check_untouched()
         self._settle()
         callback.finish(self)
         self._attached.discard(id(callback))

@@ -121,7 +121,9 @@ def input_moments(
     }
     head = run.head(needed_by) if model is run.language_model else None
     # The head costs most and is given one position only, unless its own inputs are asked for.
-    short = head is not None and not any(head.module in one.modules for one in maps.values())
+    # Adapters wrap the head: what they own is in there as well.
+    parts = set(head.module.modules()) if head is not None else set()
+    short = head is not None and not any(module in parts for one in maps.values() for module in one.modules)
     current = Current(needed_by)
 
     def watch(name: str) -> Callable[..., None]:

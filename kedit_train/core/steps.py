@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from kedit_train.core.sharding import check_gradients
+from kedit_train.core.sharding import check_gradients, whole
 from kedit_train.errors import EditError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class OptimizerSteps:
         self.count = 0
         self.learning_rates: dict[str, float | None] = {}
         self._penalised: bool | None = None
+        self._versions: list[int] = []
         self._steppers: set[int] = set()
         # From the beginning, so that a loop that never reaches the run is noticed; weakly, so that they keep no model.
         self._handles: list[Any] = [
@@ -53,6 +55,9 @@ class OptimizerSteps:
             return None
         self._steppers.clear()
         run = self.run
+        if any(not run.has_attached(callback) for callback in run.callbacks):
+            late = next(callback for callback in run.callbacks if not run.has_attached(callback))
+            raise EditError(f"{late!r} joined when training had begun; name it before training begins")
         terms = [term for callback in run.callbacks if (term := callback.penalty(run)) is not None]
         self._penalised = bool(terms)
         return torch.stack(terms).sum() if terms else None
@@ -66,6 +71,9 @@ class OptimizerSteps:
         run = self.run
         self._check_announced(optimizer)
         check_gradients(run.scope.values())
+        wrong = run.host.check_gradients() if self._penalised else None
+        if wrong is not None:
+            raise EditError(wrong)
         skip = [callback.skip_step(run) for callback in run.callbacks]
         pulls = self._penalised or any(callback.anchors for callback in run.callbacks)
         if any(skip) and not pulls:
@@ -119,14 +127,42 @@ class OptimizerSteps:
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._ours(optimizer):
+        if not self._ours(optimizer) or _left_out(optimizer):
             return
         self.count += 1
         self._penalised = None
         self._steppers.add(id(optimizer))
         self.learning_rates = self._rates(optimizer)
         self.constrain()
+        self._versions = self._written()
         self.run.host.stepped(self.run)
+
+    def check_untouched(self) -> None:
+        """Let the constraints hold at the end of training whoever wrote the weights since the last step, and say so.
+
+        Averages of weights, a loaded best checkpoint and optimizers that do not call torch's hooks come to the scope
+        outside of an optimizer's step.
+        """
+        if self._versions == self._written():
+            return
+        run = self.run
+        before = {name: p.detach().clone() for name, p in run.scope.items()}
+        self.learning_rates = {}
+        self.constrain()
+        moved = [
+            name
+            for name, p in run.scope.items()
+            if not torch.allclose(whole(p.detach()), whole(before[name]), rtol=1e-5, atol=0.0)
+        ]
+        if moved:
+            warnings.warn(
+                f"{moved[0]} (and {len(moved) - 1} more) was changed outside of an optimizer step that torch's hooks "
+                "see, and broke the edit's constraints; it has been brought back within them",
+                stacklevel=2,
+            )
+
+    def _written(self) -> list[int]:
+        return [p._version for p in self.run.scope.values()]
 
     def _rates(self, optimizer: Optimizer) -> dict[str, float | None]:
         names = {id(p): name for name, p in self.run.scope.items()}
@@ -140,6 +176,12 @@ class OptimizerSteps:
     def _ours(self, optimizer: Optimizer) -> bool:
         ours = {id(p) for p in self.run.scope.values()}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+
+def _left_out(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer has left the step out by itself: a gradient scaler found infinite gradients."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _weakly(method: Any) -> Any:

@@ -197,7 +197,7 @@ def test_the_edits_may_be_those_of_another_callback_in_any_order(make, words):
     with (
         editing(model, [GradientMask()], tokenizer=words) as edit,
         pytest.raises(
-            EditError, match=r"^GradientMask: score='gradient' needs the edits, and this a plain loop run holds"
+            EditError, match=r"^GradientMask: score='gradient' needs the edits, and this plain loop run holds"
         ),
     ):
         edit.before_step()

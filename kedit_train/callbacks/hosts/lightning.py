@@ -8,10 +8,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from kedit_train.core.host import Host
 from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
 
 
 class LightningHost(Host):
@@ -31,15 +33,16 @@ class LightningHost(Host):
         super().__init__(trainer)
         self.trainer, self.module = trainer, module
         self.seen = 0
-        self.loaded: dict[str, Any] | None = None
+        self.loading, self.loaded = False, dict[str, Any]()
         self._defined = False
 
     @property
     def resumed(self) -> bool:
-        return self.trainer.global_step > 0 or bool(self.trainer.ckpt_path)
+        # Not by global_step: the same trainer may fit on, without a checkpoint, from the weights that are there.
+        return self.loading
 
     def saved_state(self) -> dict[str, Any] | None:
-        return self.loaded
+        return self.loaded or None
 
     @property
     def is_main(self) -> bool:
@@ -63,6 +66,8 @@ class LightningHost(Host):
             return (
                 f"{launched} processes were started and the trainer has devices={known}, so each would train for itself"
             )
+        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):
+            return "WeightAveraging writes averages over the weights, frozen ones as well, and rounds them"
         name = type(self.trainer.strategy).__name__
         return f"{name} steps on flat copies of the weights" if name.startswith("DeepSpeed") else None
 
@@ -105,6 +110,9 @@ def _tensor(value: float) -> Tensor:
     return torch.tensor(float(value))
 
 
+KEY = "kedit_train"
+
+
 class LightningEvents(Callback):
     """Events of ``lightning.pytorch.Trainer``, each passed on once: the first callback on the list drives the run."""
 
@@ -120,17 +128,27 @@ class LightningEvents(Callback):
             self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        if self.run is not None:
-            self.run.attach(self)
+        run = self._leading(trainer)
+        if run:
+            for callback in run.callbacks:
+                run.attach(callback)
 
-    def state_dict(self) -> dict[str, Any]:
-        run = self.run
-        return run.state() if run is not None and run.leads(self) else {}
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # Not state_dict(), for which no two callbacks of a kind may be there.
+        run = self._leading(trainer)
+        if run:
+            checkpoint[KEY] = run.state()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Between setup and on_fit_start, where the run takes it up.
-        if state_dict and self.run is not None:
-            self.run.host.loaded = state_dict
+        if self.run is not None:
+            self.run.host.loading, self.run.host.loaded = True, checkpoint.get(KEY, {})
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        # The first micro-batch of a step; the last one may have been left out by a gradient scaler.
+        run = self._leading(trainer)
+        if run:
+            run.steps.begin()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         # Added to the loss in place: a backward pass of its own would bypass DDP's reduction and let ranks diverge.
@@ -138,6 +156,12 @@ class LightningEvents(Callback):
         run = self._leading(trainer)
         penalty = run.steps.penalty() if run else None
         if run and penalty is not None:
+            made_by: Any = loss.grad_fn
+            if getattr(made_by, "_saved_result", None) is not None:
+                raise EditError(
+                    f"the penalties are added to the loss in place, which {made_by.name()} does not allow: give "
+                    "manual_backward() loss * 1.0"
+                )
             loss.add_(penalty.to(loss.device) * run.host.scale())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

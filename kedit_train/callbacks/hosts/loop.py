@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from kedit_train.core.host import Host
@@ -22,6 +23,8 @@ class LoopHost(Host):
         self.history: list[dict[str, float]] = []
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
+        # Parameters with the very gradients that the penalties of this step have left.
+        self.pulled: list[tuple[nn.Parameter, Any]] = []
 
     releases = False
 
@@ -40,7 +43,18 @@ class LoopHost(Host):
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         self.tables[key] = (columns, rows)
 
+    def check_gradients(self) -> str | None:
+        # Several processes: DDP may have moved them into buckets of its own.
+        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        if alone and any(p.grad is not grad for p, grad in self.pulled):
+            return (
+                "the gradient of the edit's penalties is gone: zero_grad() came between edit.before_step() and "
+                "optimizer.step(); call it before edit.before_step()"
+            )
+        return None
+
     def stepped(self, run: EditRun) -> None:
+        self.pulled = []
         run.after_step()
         if run.step % self.log_every_n_steps == 0:
             metrics = run.collect()
@@ -69,16 +83,34 @@ class Editing:
         return list(self.run.scope.values())
 
     def before_step(self, scaler: Any = None) -> None:
-        """Call once before the first forward pass of every optimizer step, with gradients cleared.
+        """Call once before the first forward pass of every optimizer step, after ``zero_grad()``.
+
+        Penalties leave their gradients here, which the loop's own are added to.
 
         Args:
             scaler: the loop's ``torch.amp.GradScaler``, where it has one.
         """
-        for callback in self.run.callbacks:
-            self.run.attach(callback)
-        penalty = self.run.steps.penalty()
+        run = self.run
+        if run.closed:
+            raise EditError(
+                "this edit is over: its editing() block has ended, or another trainer or editing() has taken the model "
+                "or one of its callbacks; begin a new one"
+            )
+        for callback in run.callbacks:
+            run.attach(callback)
+        if not self._pending():
+            # Nothing of it is there any more: a step that was left out (a gradient scaler, a bad batch) ended with
+            # zero_grad().
+            run.steps.begin()
+        penalty = run.steps.penalty()
         if penalty is not None:
             (penalty if scaler is None else scaler.scale(penalty)).backward()
+            self._host.pulled = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
+
+    def _pending(self) -> bool:
+        """Whether the gradients of an announced step that was not taken are still there."""
+        pulled = self._host.pulled
+        return bool(pulled) and all(p.grad is grad and bool(grad.any()) for p, grad in pulled)
 
 
 @contextmanager
@@ -110,6 +142,8 @@ def editing(
         ...         optimizer.step()
         ...         optimizer.zero_grad()
     """
+    if not isinstance(model, nn.Module):
+        raise EditError(f"editing() takes a loaded model, not {model!r}; load it with AutoModelForCausalLM")
     if not callbacks:
         raise EditError("editing(): the list of callbacks is empty; nothing would be constrained")
     host = LoopHost(tokenizer, on_log, log_every_n_steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,17 +29,31 @@ class TransformersHost(Host):
         self.train_dataloader: Any = None
         self.pending: dict[str, float] = {}
         self._defined = False
+        # Written into trainer_state.json by note(), so that a resumed run knows which file of an edit is its own.
+        self.edit, self.origin = uuid.uuid4().hex, dict[str, str]()
+        self.present: set[int] = set()
+
+    def note(self) -> None:
+        """Find out which edit the trainer has resumed, and mark what it writes from now on as this one's."""
+        self.origin = self.state.stateful_callbacks.get(KEY, {})
+        folder = str(Path(self.args.output_dir).resolve())
+        self.state.stateful_callbacks[KEY] = {"edit": self.edit, "folder": folder}
 
     @property
     def resumed(self) -> bool:
         return self.state.global_step > 0
 
     def saved_state(self) -> dict[str, Any] | None:
-        # Where train(resume_from_checkpoint=...) pointed to, callbacks are not told; the trainer's own folder is known.
-        given = self.args.resume_from_checkpoint
+        # Where train(resume_from_checkpoint=...) pointed to, callbacks are not told. The trainer's state, which comes
+        # from there, names the edit and the folder that it was written to; a file of another edit is not taken.
+        given, name = self.args.resume_from_checkpoint, self.checkpoint_folder().name
         folders = [Path(given)] if isinstance(given, str) else []
-        folders.append(self.checkpoint_folder())
-        return next((state for folder in folders if (state := load_state(folder)) is not None), None)
+        folders += [self.checkpoint_folder(), Path(self.origin.get("folder", "")) / name]
+        for folder in folders:
+            state = load_state(folder)
+            if state is not None and state.pop("edit", None) == self.origin.get("edit"):
+                return state
+        return None
 
     def checkpoint_folder(self) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -146,10 +161,14 @@ class TransformersHost(Host):
         return wandb.run
 
 
+KEY = "kedit_train"
+
+
 class TransformersEvents(TrainerCallback):
     """Events of ``transformers.Trainer``, each passed on once: the first callback on the list drives the run."""
 
     run: Any = None
+    _built: Any = None
 
     def _run_of(self, control: Any) -> EditRun | None:
         run = self.run
@@ -170,6 +189,9 @@ class TransformersEvents(TrainerCallback):
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
+        if self._built is control:
+            raise EditError(f"{self!r} stands twice in the trainer's callbacks, and would act twice: name it once")
+        self._built = control
         self._enter(args, state, control, model, processing_class)
 
     def on_train_begin(
@@ -184,14 +206,34 @@ class TransformersEvents(TrainerCallback):
     ) -> None:
         # Callbacks that were added after the trainer was built, and a second train(), enter here.
         run = self._enter(args, state, control, model, processing_class)
+        run.host.present.add(id(self))
         run.host.state, run.host.train_dataloader = state, train_dataloader
         if run.leads(self):
             run.host.warn_of_loggers()
-        run.attach(self)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Not before every callback has been prepared, those that came by add_callback() as well.
+        run = self._run_of(control)
+        if run and not run.attached:
+            self._check_present(run)
+            run.host.note()
+            for callback in run.callbacks:
+                run.attach(callback)
+
+    def _check_present(self, run: EditRun) -> None:
+        gone = [callback for callback in run.callbacks if id(callback) not in run.host.present]
+        if gone:
+            run.close()
+            raise EditError(
+                f"{gone[0]!r} was removed from the trainer after it had been built with it, and the model released: "
+                "build the trainer again without it"
+            )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # Before the first micro-batch and on the unwrapped model: so it counts once whatever the accumulation, is
         # clipped with the rest, and DDP reduces it together with the gradients that follow.
+        if self.run is not None:
+            self.run.host.present.add(id(self))
         run = self._run_of(control)
         if run:
             run.steps.begin()
@@ -203,6 +245,8 @@ class TransformersEvents(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self._run_of(control)
         if run:
+            self._check_present(run)
+            run.host.present.clear()
             run.host.state = state
             run.after_step()
 
@@ -210,7 +254,7 @@ class TransformersEvents(TrainerCallback):
         run = self._run_of(control)
         if run:
             # On every process: gathering sharded weights takes them all.
-            state_of_edit, folder = run.state(), run.host.checkpoint_folder()
+            state_of_edit, folder = {**run.state(), "edit": run.host.edit}, run.host.checkpoint_folder()
             # A hyperparameter search writes elsewhere; there a resume will be refused.
             if run.host.is_main and folder.is_dir():
                 save_state(folder, state_of_edit)

@@ -1,0 +1,220 @@
+"""What users do to a trainer around an edit: another checkpoint, a callback twice, removed, added late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conformance.hosts import ARGUMENTS, Rows, collator
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from kedit_train import world
+from kedit_train.callbacks import (
+    EditCallback,
+    GradientMask,
+    KLLocality,
+    NormBall,
+    NullSpace,
+    ParameterScope,
+    WeightAnchor,
+    editing,
+)
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError
+
+TEXTS = ["The old baker found a coin near the river.", "A red fox slept."]
+NAME = "model.layers.3.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def edits() -> EditDataset:
+    return EditDataset(world.edits(n=8))
+
+
+def scope() -> ParameterScope:
+    return ParameterScope(layers=3, modules="mlp.down_proj")
+
+
+def trainer(folder: Path, edits: EditDataset, callbacks: list[Any], *, shift: float = 0.0, **extra: Any) -> Trainer:
+    model, tokenizer = world.load()
+    with torch.no_grad():
+        model.get_parameter(NAME).add_(shift)
+    arguments = TrainingArguments(**({"output_dir": str(folder), "max_steps": 4} | ARGUMENTS | extra))
+    arguments.remove_unused_columns = False
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows(edits.encode(tokenizer)),
+        data_collator=collator(tokenizer),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def saving(folder: Path, edits: EditDataset, **extra: Any) -> Trainer:
+    made = trainer(folder, edits, [scope(), NormBall(1e-3)], save_strategy="steps", save_steps=2, **extra)
+    made.train()
+    return made
+
+
+def test_a_resumed_run_takes_the_reference_of_the_checkpoint_that_it_resumes(tmp_path, edits):
+    saving(tmp_path / "a", edits)
+    saving(tmp_path / "b", edits, shift=0.05)
+    # Its own folder has a checkpoint of the same step, of another edit.
+    resumed = trainer(tmp_path / "b", edits, [scope(), NormBall(1e-3)])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    before = world.load()[0].get_parameter(NAME)
+    moved = resumed.model.get_parameter(NAME).detach().double() - before.detach().double()
+    assert 0.0 < float(moved.abs().max()) <= 1e-3
+    # Moved to another place, where nothing tells which of the files is its own.
+    (tmp_path / "a").rename(tmp_path / "c")
+    lost = trainer(tmp_path / "b", edits, [scope(), NormBall(1e-3)])
+    with pytest.raises(EditError, match="holds no state of this edit"):
+        lost.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-2"))
+
+
+def test_a_constraint_that_is_missing_or_another_at_the_resume_is_told(tmp_path, edits):
+    saving(tmp_path, edits)
+    without = trainer(tmp_path, edits, [scope()])
+    with pytest.raises(EditError, match=r"was written with NormBall\(.* as well"):
+        without.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    wider = trainer(tmp_path, edits, [scope(), NormBall(1e-2)])
+    with pytest.warns(UserWarning, match=r"resumed with NormBall\(.* where the checkpoint was written with NormBall"):
+        wider.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_one_callback_twice_in_a_list_is_refused(tmp_path, edits):
+    twice = scope()
+    with pytest.raises(EditError, match="stands twice"):
+        trainer(tmp_path, edits, [twice, NormBall(1e-3), twice])
+
+
+def test_a_callback_that_was_removed_before_training_is_told(tmp_path, edits):
+    kept = KLLocality(TEXTS)
+    made = trainer(tmp_path, edits, [scope(), kept])
+    made.remove_callback(kept)
+    with pytest.raises(EditError, match=r"KLLocality.* was removed from the trainer"):
+        made.train()
+    assert all(p.requires_grad for p in made.model.parameters())
+
+
+def test_a_callback_that_was_removed_while_training_is_told(tmp_path, edits):
+    ball = NormBall(1e-3)
+
+    class Removes(EditCallback):
+        def after_step(self, run: Any) -> None:
+            made.remove_callback(ball)
+
+    made = trainer(tmp_path, edits, [scope(), ball, Removes()])
+    with pytest.raises(EditError, match=r"NormBall.* was removed from the trainer"):
+        made.train()
+    assert all(p.requires_grad for p in made.model.parameters())
+
+
+def test_callbacks_that_are_added_late_may_come_in_any_order(tmp_path, edits):
+    made = trainer(tmp_path, edits, [])
+    made.add_callback(NullSpace(TEXTS))
+    made.add_callback(scope())
+    made.train()
+    moved = {n for n, p in made.model.named_parameters() if not torch.equal(p, world.load()[0].get_parameter(n))}
+    assert moved == {NAME}
+
+
+class Module(L.LightningModule):
+    def __init__(self, *, root: bool = False, manual: bool = False) -> None:
+        super().__init__()
+        self.net, self.root = nn.Linear(4, 4), root
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+        loss = self.net(batch).square().mean()
+        loss = loss.sqrt() if self.root else loss
+        if self.automatic_optimization:
+            return loss
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(module: Module, callbacks: list[Any], epochs: int = 1) -> L.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    made = L.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=callbacks, enable_model_summary=False, **quiet)
+    made.fit(module, data())
+    return made
+
+
+def data() -> Any:
+    return torch.utils.data.DataLoader(torch.ones(4, 4), batch_size=2)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
+
+
+def test_two_balls_in_lightning():
+    module = Module()
+    before = module.net.weight.detach().clone()
+    fit(module, [NormBall(1e-3), NormBall(1e-3, norm="l2")])
+    assert float((module.net.weight.detach() - before).norm()) <= 1e-3
+
+
+def test_a_lightning_trainer_that_fits_on_begins_a_new_edit():
+    module, ball = Module(), NormBall(1e-3, anchor="previous")
+    made = fit(module, [ball])
+    before = module.net.weight.detach().clone()
+    made.fit_loop.max_epochs = 2
+    made.fit(module, data())
+    moved = float((module.net.weight.detach() - before).abs().max())
+    assert 0.0 < moved <= 1e-3
+
+
+def test_a_loss_whose_gradient_needs_its_own_value_is_refused():
+    anchor = WeightAnchor(strength=0.1, decoupled=False)
+    with pytest.raises(EditError, match=r"Sqrt.*loss \* 1.0"):
+        fit(Module(root=True, manual=True), [anchor])
+
+
+def test_averages_of_weights_are_refused():
+    with pytest.raises(EditError, match="WeightAveraging"):
+        fit(Module(), [GradientMask("random", density=0.5), EMAWeightAveraging()])
+
+
+@pytest.mark.parametrize("reading", ["lm_head.modules_to_save.default.weight", "lm_head.*lora_A.*"])
+def test_the_inputs_of_a_wrapped_head_are_read_in_full(reading: str):
+    peft = pytest.importorskip("peft")
+    model, tokenizer = world.load()
+    wrapped = {"modules_to_save": ["lm_head"]} if "modules_to_save" in reading else {}
+    targets = ["down_proj"] if wrapped else ["down_proj", "lm_head"]
+    model.config.tie_word_embeddings = False
+    if not wrapped and model.lm_head.weight is model.model.embed_tokens.weight:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **wrapped))
+    space = NullSpace(TEXTS, rank=4, batch_size=1)
+    with editing(model, [ParameterScope(modules=reading), space], tokenizer=tokenizer) as edit:
+        edit.before_step()
+        (one,) = space._spaces.values()
+        seen = []
+
+        def watch(module: nn.Module, args: Any) -> None:
+            seen.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+        head = model.get_base_model().lm_head
+        handle = head.register_forward_pre_hook(watch)
+        with torch.no_grad():
+            for text in TEXTS:
+                model(**tokenizer(text, return_tensors="pt"))
+        handle.remove()
+        rows = torch.cat(seen)
+        _, _, directions = torch.linalg.svd(rows.double(), full_matrices=False)
+        # Whichever of the two bases is kept: these four directions are what it preserves.
+        inside = (directions[:4] @ one.basis.double()).norm() / 4**0.5
+        assert float(inside) == pytest.approx(1.0 if one.preserved else 0.0, abs=1e-3)

@@ -1,0 +1,160 @@
+"""Ways around an edit that a loop can take without meaning to: each holds, or is refused in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from kedit_train.callbacks import EditCallback, GradientMask, NormBall, ParameterScope, editing
+from kedit_train.errors import EditError
+
+X = torch.ones(1, 4)
+
+
+class Pull(EditCallback):
+    """A penalty whose gradient is 1 everywhere."""
+
+    penalises = True
+
+    def penalty(self, run):
+        return sum(p.sum() for p in run.scope.values())
+
+
+def sgd(edit, lr=0.1):
+    return torch.optim.SGD(edit.parameters(), lr=lr)
+
+
+def backward(model):
+    (model(X) - 1).square().sum().backward()
+
+
+def test_an_edit_whose_model_was_taken_by_another_is_over():
+    model = nn.Linear(4, 4)
+    with editing(model, [NormBall(1e-3)]) as first:
+        with editing(model, [NormBall(1e-4)]):
+            pass
+        with pytest.raises(EditError, match="this edit is over"):
+            first.before_step()
+
+
+def test_a_callback_that_another_edit_has_taken_ends_the_first():
+    ball = NormBall(1e-3)
+    with editing(nn.Linear(4, 4), [ball]) as first, editing(nn.Linear(4, 4), [ball]) as second:
+        second.before_step()
+        with pytest.raises(EditError, match="one of its callbacks"):
+            first.before_step()
+
+
+@pytest.mark.parametrize("between", ["before the forward pass", "before the backward pass"])
+def test_zero_grad_between_announcement_and_step_is_noticed(between):
+    model = nn.Linear(4, 4)
+    with editing(model, [Pull()]) as edit:
+        optimizer = sgd(edit)
+        edit.before_step()
+        loss = None
+        if between == "before the backward pass":
+            loss = model(X).square().sum()
+        optimizer.zero_grad()
+        (model(X).square().sum() if loss is None else loss).backward()
+        with pytest.raises(EditError, match="zero_grad"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_step_that_was_left_out_does_not_swallow_the_next_penalty(set_to_none):
+    model = nn.Linear(4, 4)
+    with editing(model, [Pull()]) as edit:
+        optimizer = sgd(edit)
+        for _ in range(3):
+            edit.before_step()
+            assert all(bool((p.grad == 1).all()) for p in edit.parameters())
+            # A bad batch: no step.
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+
+def test_a_second_announcement_of_the_same_step_adds_nothing():
+    model = nn.Linear(4, 4)
+    with editing(model, [Pull()]) as edit:
+        edit.before_step()
+        edit.before_step()
+        assert all(bool((p.grad == 1).all()) for p in edit.parameters())
+
+
+def test_weights_written_past_the_optimizer_are_brought_back_at_the_end():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4, bias=False)
+    before = model.weight.detach().clone()
+
+    def train():
+        with editing(model, [GradientMask("random", density=0.25), NormBall(1e-3)]) as edit:
+            optimizer = sgd(edit)
+            edit.before_step()
+            backward(model)
+            optimizer.step()
+            with torch.no_grad():
+                model.weight -= 0.1
+
+    with pytest.warns(UserWarning, match="changed outside of an optimizer step"):
+        train()
+    moved = model.weight.detach().view(torch.int32) != before.view(torch.int32)
+    assert int(moved.sum()) == 4
+    assert float((model.weight.detach() - before).abs().max()) <= 1e-3
+
+
+def test_weights_that_came_back_within_their_constraints_are_left_as_they_are():
+    model = nn.Linear(4, 4, bias=False)
+    with editing(model, [NormBall(1e-3)]) as edit:
+        optimizer = sgd(edit)
+        edit.before_step()
+        backward(model)
+        optimizer.step()
+        kept = model.weight.detach().clone()
+        model.load_state_dict({"weight": kept})
+    assert torch.equal(model.weight, kept)
+
+
+def test_classes_and_names_in_place_of_objects_are_told():
+    with pytest.raises(EditError, match=r"ParameterScope is a class; give an instance"):  # noqa: SIM117
+        with editing(nn.Linear(2, 2), [ParameterScope]):
+            pass
+    with pytest.raises(EditError, match="takes a loaded model, not 'gpt2'"):  # noqa: SIM117
+        with editing("gpt2", [NormBall(1e-3)]):
+            pass
+
+
+class Reads(nn.Module):
+    """Calls F.linear with a weight whose owner it never calls, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(x.to(self.inner.weight.dtype), self.inner.weight, self.inner.bias)
+
+
+@pytest.mark.parametrize("make", [Reads, lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)])
+def test_a_half_precision_weight_that_is_read_past_its_owner_trains_in_fp32(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).bfloat16()
+    x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
+    with editing(model, [ParameterScope()]) as edit:
+        assert {p.dtype for p in edit.parameters()} == {torch.float32}
+        optimizer = sgd(edit)
+        edit.before_step()
+        model(x).float().square().sum().backward()
+        assert all(p.grad is not None for p in edit.parameters())
+        optimizer.step()
+        copy = torch.load(_saved(model), weights_only=False)
+        assert copy(x).dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def _saved(model):
+    import io
+
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return file
