@@ -1,0 +1,175 @@
+"""The callback: what it saves is what was trained, in its own dtype, behind every constraint; else it says so."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import HOSTS
+from delta.tiny import equal_bits, state_of
+
+from kedit_train import EditDelta, EditError, evaluate, world
+from kedit_train.callbacks import EditMetrics, GradientMask, NormBall, ParameterScope, SaveDelta, editing
+from kedit_train.core.checkpoint import load_state, save_state
+from kedit_train.data import EditDataset
+
+SCOPE: dict[str, Any] = {"layers": 2, "modules": "mlp.down_proj"}
+
+
+def run(model: Any, callbacks: list[Any], edits: EditDataset, steps: int = 4, lr: float = 1e-3) -> Any:
+    _, tokenizer = world.load()
+    model.train()
+    with editing(model, callbacks, tokenizer=tokenizer) as edit:
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=lr)
+        rows = edits.encode(tokenizer)
+        for step in range(steps):
+            edit.before_step()
+            row = torch.tensor([rows[step % len(rows)].input_ids])
+            model(input_ids=row, labels=row).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return edit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scoped", [True, False])
+def test_the_file_is_what_was_trained(dtype, scoped, tmp_path, capsys):
+    model, edits = world.load()[0].to(dtype), EditDataset(world.edits(n=8))
+    base, path = copy.deepcopy(model), tmp_path / "runs" / "edit.safetensors"
+    saver = SaveDelta(str(path), edits=edits, licence="none")
+    run(model, [saver, *([ParameterScope(**SCOPE), NormBall(1e-2)] if scoped else [])], edits, lr=1e-3)
+    delta = EditDelta.load(path)
+    assert saver.delta is not None
+    assert delta.verify(base, full=True) == "base"
+    assert equal_bits(state_of(delta.apply(base)), state_of(model))
+    assert len(delta) == 1 if scoped else len(delta) > 10
+    assert delta.meta["edits"] == {"hash": edits.hash, "count": 8}
+    assert delta.meta["configuration"]["steps"] == 4
+    assert "SaveDelta(at='end')" in delta.meta["configuration"]["callbacks"]
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"delta: {path} ({len(delta)} tensors, ")
+    assert "step 4; its weights, and the logits for 8 of the edits, equal the trained ones bit for bit)" in printed
+    assert equal_bits(state_of(delta.revert(base)), state_of(world.load()[0].to(dtype)))
+
+
+@pytest.mark.parametrize("host", ["SFTTrainer", "Lightning"])
+def test_a_run_on_adapters_saves_the_merged_weights(host, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = world.load()
+    base, edits, path = copy.deepcopy(model), EditDataset(world.edits(n=8)), tmp_path / "edit.safetensors"
+    peft = LoraConfig(r=4, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    callbacks = [SaveDelta(str(path), edits=edits), ParameterScope(layers="2-3")]
+    if host == "SFTTrainer":
+        adapted = HOSTS[host](model, tokenizer, edits, callbacks, 3, peft_config=peft).model
+    else:
+        adapted = get_peft_model(model, peft)
+        HOSTS[host](adapted, tokenizer, edits, callbacks, 3)
+    delta = EditDelta.load(path)
+    assert set(delta.changes) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
+    assert equal_bits(state_of(delta.apply(base)), state_of(adapted.merge_and_unload()))
+
+
+class Scores(EditMetrics):
+    """Reliability by decree: highest at step 4 of 8, where locality is better than at step 2."""
+
+    def after_step(self, run: Any) -> None:
+        if run.step % self.every_n_steps == 0:
+            run.publish({"edit/reliability": {2: 0.5, 4: 0.5}.get(run.step, 0.1), "edit/locality": run.step / 10})
+
+
+Scores.__name__ = "EditMetrics"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_best_step_is_saved_and_the_model_goes_on_from_the_last(dtype, tmp_path):
+    edits = EditDataset(world.edits(n=8))
+
+    def train(steps: int, at: str, name: str) -> tuple[EditDelta, Any]:
+        model = world.load()[0].to(dtype)
+        saver = SaveDelta(str(tmp_path / name), at=at)  # type: ignore[arg-type]
+        callbacks = [ParameterScope(**SCOPE), NormBall(5e-3), GradientMask("magnitude", 0.5), saver]
+        callbacks.append(Scores(edits, every_n_steps=2, show=False, max_new_tokens=4))
+        run(model, callbacks, edits, steps)
+        return EditDelta.load(tmp_path / name), model
+
+    best, model = train(8, "best", "best.safetensors")
+    at_four, stopped = train(4, "end", "four.safetensors")
+    at_end, last = train(8, "end", "end.safetensors")
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert best.meta["configuration"] | {"callbacks": 0} == {"callbacks": 0, "step": 4, "steps": 8}
+    assert equal_bits({"w": best.changes[name].after}, {"w": at_four.changes[name].after})
+    assert not torch.equal(best.difference(name), at_end.difference(name))
+    # The model itself is left at its last step.
+    assert equal_bits(state_of(model), state_of(last))
+    assert equal_bits(state_of(best.apply(world.load()[0].to(dtype))), state_of(stopped))
+
+
+def test_the_best_so_far_survives_a_resume(tmp_path):
+    saver = SaveDelta(str(tmp_path / "a.safetensors"), at="best")
+    assert saver.state() == {}
+    saver._best, saver._step, saver._values = (0.5, 0.25), 7, {"w.x": torch.randn(3)}
+    save_state(tmp_path, {"callbacks": {"SaveDelta.0": saver.state()}})
+    loaded = load_state(tmp_path)
+    assert loaded is not None
+    other = SaveDelta(str(tmp_path / "a.safetensors"), at="best")
+    other.load_state(loaded["callbacks"]["SaveDelta.0"])
+    assert (other._best, other._step) == ((0.5, 0.25), 7)
+    assert torch.equal(other._values["w.x"], saver._values["w.x"])
+
+
+def test_nothing_moved_and_arguments_that_make_no_sense(tmp_path):
+    edits, path = EditDataset(world.edits(n=4)), str(tmp_path / "edit.safetensors")
+    with pytest.raises(EditError, match="SaveDelta: no weight has moved in 2 steps, so there is no edit to save"):
+        run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits, steps=2, lr=0.0)
+    assert not Path(path).exists()
+    with pytest.raises(EditError, match=r"reads what EditMetrics measures; add EditMetrics\(every_n_steps=20\)"):
+        run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path, at="best")], edits)
+    with pytest.raises(EditError, match="at='middle' is no moment"):
+        SaveDelta(path, at="middle")  # type: ignore[arg-type]
+    with pytest.raises(EditError, match=r"end it in .safetensors"):
+        SaveDelta("edit.pt")
+
+
+def test_a_file_that_is_not_what_was_trained_is_an_error(tmp_path, monkeypatch):
+    """A disk that gives other bytes back than it was given."""
+    edits, path = EditDataset(world.edits(n=4)), str(tmp_path / "edit.safetensors")
+    load = EditDelta.load
+
+    def spoiled(where: Any) -> EditDelta:
+        delta = load(where)
+        (change,) = delta.changes.values()
+        change.after.view(-1)[0] += 1.0
+        return delta
+
+    monkeypatch.setattr(EditDelta, "load", spoiled)
+    with pytest.raises(EditError, match="does not give the trained model.layers.2.mlp.down_proj.weight; do not use it"):
+        run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits)
+
+
+def test_negation_forgets_the_edits_it_was_trained_on_and_little_else(tmp_path):
+    """The world's facts are trained further; the base minus what that changed no longer knows them."""
+    from dataclasses import replace
+
+    model, tokenizer = world.load()
+    # The true answers, so that the base knows them: forgetting means something.
+    known = [replace(edit, target=edit.old_target, aliases=(), portability={}) for edit in world.edits(n=8)]
+    edits, path = EditDataset(known), tmp_path / "known.safetensors"
+    options: dict[str, Any] = {"max_new_tokens": 8, "progress": False}
+    before = evaluate(model, tokenizer, edits, **options)
+    assert before.flat()["edit/reliability"] >= 0.75
+    run(model, [ParameterScope(layers="1-3", modules="mlp"), SaveDelta(str(path))], edits, steps=48, lr=3e-4)
+    base, _ = world.load()
+    scores = {}
+    for coefficient in (-1.0, -2.0, -4.0):
+        applied = (coefficient * EditDelta.load(path)).apply(base)
+        scores[coefficient] = evaluate(base, tokenizer, edits, before=before, **options).flat()
+        applied.revert(base)
+    print({c: (s["edit/reliability"], s["edit/locality"]) for c, s in scores.items()})
+    assert equal_bits(state_of(base), state_of(world.load()[0]))
+    forgotten = scores[-4.0]
+    assert forgotten["edit/reliability"] <= 0.25
+    assert forgotten["edit/locality"] > forgotten["edit/reliability"] + 0.25
