@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kedit_train import EditDelta, EditError, evaluate, world
 from kedit_train.callbacks import EditMetrics, GradientMask, NormBall, ParameterScope, SaveDelta, editing
 from kedit_train.core.checkpoint import load_state, save_state
 from kedit_train.data import EditDataset
+from kedit_train.delta import sweep
 
 SCOPE: dict[str, Any] = {"layers": 2, "modules": "mlp.down_proj"}
 
@@ -146,30 +148,41 @@ def test_a_file_that_is_not_what_was_trained_is_an_error(tmp_path, monkeypatch):
         return delta
 
     monkeypatch.setattr(EditDelta, "load", spoiled)
-    with pytest.raises(EditError, match="does not give the trained model.layers.2.mlp.down_proj.weight; do not use it"):
+    with pytest.raises(
+        EditError, match=r"does not give the trained model.layers.2.mlp.down_proj.weight; do not use it"
+    ):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits)
 
 
-def test_negation_forgets_the_edits_it_was_trained_on_and_little_else(tmp_path):
-    """The world's facts are trained further; the base minus what that changed no longer knows them."""
-    from dataclasses import replace
+def test_negation_forgets_what_it_was_trained_on_before_what_lies_beside_it():
+    """The world's own facts are trained further; the base minus a multiple of that no longer tells them."""
+    known = [
+        # The true answers: of what the base does not know, nothing can be forgotten. Beside each, a fact that has the
+        # same answer: the aligned case, in which forgetting without harm is not to be expected (arXiv 2504.10957).
+        replace(
+            edit,
+            target=str(edit.old_target),
+            aliases=(),
+            portability={},
+            rephrases=(),
+            locality={"neighbour": edit.locality["neighbour"][:1]},
+        )
+        for edit in world.edits(n=8)
+    ]
+    edits, (model, _), (base, tokenizer) = EditDataset(known), world.load(), world.load()
+    options: dict[str, Any] = {"max_new_tokens": 6, "progress": False}
+    before = evaluate(base, tokenizer, edits, **options)
+    assert before.flat()["edit/reliability"] == 1.0
+    run(model, [ParameterScope(layers="1-3", modules="mlp")], edits, steps=48, lr=3e-4)
 
-    model, tokenizer = world.load()
-    # The true answers, so that the base knows them: forgetting means something.
-    known = [replace(edit, target=edit.old_target, aliases=(), portability={}) for edit in world.edits(n=8)]
-    edits, path = EditDataset(known), tmp_path / "known.safetensors"
-    options: dict[str, Any] = {"max_new_tokens": 8, "progress": False}
-    before = evaluate(model, tokenizer, edits, **options)
-    assert before.flat()["edit/reliability"] >= 0.75
-    run(model, [ParameterScope(layers="1-3", modules="mlp"), SaveDelta(str(path))], edits, steps=48, lr=3e-4)
-    base, _ = world.load()
-    scores = {}
-    for coefficient in (-1.0, -2.0, -4.0):
-        applied = (coefficient * EditDelta.load(path)).apply(base)
-        scores[coefficient] = evaluate(base, tokenizer, edits, before=before, **options).flat()
-        applied.revert(base)
-    print({c: (s["edit/reliability"], s["edit/locality"]) for c, s in scores.items()})
+    def forgotten(current: Any) -> dict[str, float]:
+        scores = evaluate(current, tokenizer, edits, before=before, **options).flat()
+        return {"reliability": 1.0 - scores["edit/reliability"], "locality": scores["edit/locality"]}
+
+    found = sweep(base, EditDelta.between(base, model), forgotten, [-8.0, -12.0], keep=0.5)
     assert equal_bits(state_of(base), state_of(world.load()[0]))
-    forgotten = scores[-4.0]
-    assert forgotten["edit/reliability"] <= 0.25
-    assert forgotten["edit/locality"] > forgotten["edit/reliability"] + 0.25
+    assert found.points[-1].coefficient == found.points[-1].reliability == 0.0
+    # Three facts in four are gone, and four in seven of the others still there.
+    assert found.best.reliability >= 0.5
+    assert found.best.locality >= 0.5
+    assert found.best.reliability + found.best.locality > 1.2
