@@ -1,5 +1,6 @@
 """Callbacks that turn a training run into an edit, each the answer to one question about it."""
 
+from kedit_train.callbacks.active_set import ActiveSet
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.callbacks.edit_metrics import EditMetrics
 from kedit_train.callbacks.gradient_mask import GradientMask
@@ -16,6 +17,7 @@ from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
 
 __all__ = [
+    "ActiveSet",
     "EditCallback",
     "EditMetrics",
     "GradientMask",

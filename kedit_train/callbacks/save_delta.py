@@ -44,7 +44,7 @@ class SaveDelta(EditCallback):
             module, where there are any. Their hash and number go into the file.
         licence: of the base, for the file; None takes what the model card in its folder states.
 
-    The scores in the file are those published when it is written: list ``EditMetrics`` before it for the final ones.
+    The scores in the file are those that ``EditMetrics`` has published by then, at the end the final ones.
 
     Example:
         >>> callbacks = [ParameterScope(layers=0.7), EditMetrics(edits), SaveDelta("runs/mine/edit.safetensors")]

@@ -8,6 +8,7 @@ nothing changes.
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kedit_train.core.active_rows import Left
 from kedit_train.core.output_head import OutputHead
 from kedit_train.errors import EditError
 from kedit_train.functional.chunking import chunk_length, chunked
@@ -39,6 +41,8 @@ class Request:
     positions: Tensor | None
     # What the head's anchor compares with, [N, d] at the supervised positions.
     before: Tensor | None
+    # Rows that have nothing left to learn and are not there; means still count them.
+    left: Left
 
 
 class LossHead:
@@ -92,13 +96,19 @@ class LossHead:
             raise EditError("labels that are shifted already (sequence parallelism) are not supported by the loss head")
         anchor = self.head.anchor
         before = None if anchor is None else anchor.before(args, kwargs, kwargs["labels"])
-        kwargs = dict(kwargs)
+        kwargs, left = dict(kwargs), Left()
+        fused = bool(kwargs.pop("fused_lm_head", False))
+        # Where TRL counts the tokens by itself, it has to see all of them.
+        if self.head.active is not None and not (fused and kwargs.get("num_items_in_batch") is None):
+            given = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
+            args, (kwargs, left) = (), self.head.active.select({**given, **kwargs})
         self._request = Request(
             labels=kwargs.pop("labels"),
             items=kwargs.pop("num_items_in_batch", None),
-            fused=bool(kwargs.pop("fused_lm_head", False)),
+            fused=fused,
             positions=kwargs.get("position_ids"),
             before=before,
+            left=left,
         )
         self.head.begin()
         return args, kwargs | {"use_cache": False}
@@ -125,7 +135,7 @@ class LossHead:
     def _score(self, request: Request, hidden: Tensor, output: Any) -> Any:
         labels = request.labels[:, 1:].to(hidden.device)
         where = labels != IGNORE
-        count = where.sum().clamp(min=1) if request.items is None else request.items
+        count = (where.sum() + request.left.tokens).clamp(min=1) if request.items is None else request.items
         count = torch.as_tensor(count, device=hidden.device, dtype=torch.float32)
         weights = self._sample_weights(request, where) if self.reduction == "sample" else where / count
         if request.fused:
@@ -136,6 +146,9 @@ class LossHead:
         entropy_and_top1 = [statistics.pop() for _ in range(2)][::-1] if request.fused else []
         if request.before is not None:
             self.head.anchor.observe(statistics.pop())
+        if self.head.active is not None:
+            bound = self.head.active.probability
+            self.head.active.learn(where, active if bound is None else statistics.pop() < bound)
         self.observe(active, *statistics)
         if request.fused:
             return self._fused_output(loss, where, *entropy_and_top1, aux_loss=getattr(output, "aux_loss", None))
@@ -155,6 +168,8 @@ class LossHead:
         def score(states: Tensor, targets: Tensor, factors: Tensor, *states_before: Tensor) -> tuple[Tensor, ...]:
             logits = self.head.project(states, fp32_gradients=fused)
             loss, *statistics = self.objective(logits, targets)
+            if self.head.active is not None and self.head.active.probability is not None:
+                statistics.append((-F.cross_entropy(logits.detach(), targets, reduction="none")).exp())
             if states_before:
                 divergence = anchor.divergence(logits, *states_before)
                 loss, statistics = loss + anchor.weight * divergence, [*statistics, divergence.detach()]
@@ -184,7 +199,7 @@ class LossHead:
         shares = self.shares() if request.items is not None else 1
         # Said outright: with precision="bf16-true" hosts make bf16 the default.
         weights = torch.zeros(where.shape, dtype=torch.float32, device=where.device)
-        weights[where] = 1.0 / (lengths[index].float() * max(1, len(lengths)) * shares)
+        weights[where] = 1.0 / (lengths[index].float() * max(1, len(lengths) + request.left.rows) * shares)
         return weights
 
     @staticmethod

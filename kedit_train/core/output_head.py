@@ -61,6 +61,8 @@ class OutputHead:
         self.captured: Tensor | None = None
         # A term that the loss head adds to every supervised token's loss (core/batch_anchor.py), where there is one.
         self.anchor: Any = None
+        # What leaves rows that are learned out of the batches that the loss head scores (core/active_rows.py).
+        self.active: Any = None
         self.autocast: dict[str, Any] = {}
         self._capturing = False
         self._handle = self.module.register_forward_pre_hook(self._enter)

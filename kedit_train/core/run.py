@@ -59,6 +59,7 @@ class EditRun:
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self._head: OutputHead | None = None
         self._attached: set[int] = set()
+        self._finished: set[int] = set()
         self.steps = OptimizerSteps(self)
         self._saved: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
@@ -150,16 +151,18 @@ class EditRun:
                 callback.load_state(self._saved.pop(callback))
 
     def finish(self, callback: Any) -> None:
-        """End one callback's work; the last to go closes the run."""
+        """Training is over for one callback; when it is for all, each ends its work in the order of ``order``."""
         if self.closed or id(callback) not in self._attached:
             return
-        if len(self._attached) == len(self.callbacks) and self.steps.count:
+        self._finished.add(id(callback))
+        if self._finished < self._attached:
+            return
+        if self.steps.count:
             self.steps.check_untouched()
         self._settle()
-        callback.finish(self)
-        self._attached.discard(id(callback))
-        if not self._attached:
-            self.close()
+        for one in filter(self.has_attached, list(self.callbacks)):
+            one.finish(self)
+        self.close()
 
     def close(self) -> None:
         """Leave an ordinary model: no hooks, ``requires_grad`` as it was found."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from kedit_train import callbacks
 from kedit_train.callbacks import (
+    ActiveSet,
     EditMetrics,
     GradientMask,
     KLLocality,
@@ -44,6 +45,7 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "GradientMask": lambda edits: [GradientMask(density=0.2, edits=edits, samples=4)],
     "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS)],
     "PrefixCache": lambda edits: [PrefixCache(), ParameterScope(layers=0.5, modules="mlp.down_proj")],
+    "ActiveSet": lambda edits: [ActiveSet(recheck=1), TokenSmoothing()],
     "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)],
     "SaveDelta": lambda edits: [SaveDelta(f"{tempfile.mkdtemp()}/edit.safetensors", edits=edits)],
     "StopWhenEdited": lambda edits: [

@@ -1,0 +1,110 @@
+"""Rows of a training batch that have nothing left to learn: known by content, left out, and looked at again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_IGNORE = -100
+
+
+class ActiveRows:
+    """Remembers, for each row, whether a supervised token of it was still active when it was last looked at.
+
+    Args:
+        recheck: a row without any is left out this many times, then looked at once more.
+        probability: what every label of a learned row has to reach; None goes by the objective's own clip.
+
+    Attributes:
+        resting: row -> how many more times it is left out.
+    """
+
+    def __init__(self, recheck: int, probability: float | None) -> None:
+        self.recheck, self.probability = recheck, probability
+        self.rows = self.rows_left_out = self.tokens = self.tokens_left_out = 0
+        self.resting: dict[str, int] = {}
+        self._keys: list[str] = []
+
+    def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Left]:
+        """Take the rows that have nothing left to learn out of a forward call, and columns that only pad the rest.
+
+        Args:
+            kwargs: of the call, ``input_ids`` and ``labels`` [B, S] among them. Whatever else is a tensor has to have
+                a row for each of theirs, or nothing is left out.
+
+        Returns:
+            The arguments, and what was left out of them. At least one row stays, with its labels ignored where it has
+            nothing to learn: processes that train together wait for each other's gradients.
+        """
+        ids, labels = kwargs.get("input_ids"), kwargs["labels"]
+        own = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "num_items_in_batch"}
+        plain = not any(isinstance(value, list | tuple | dict) for value in kwargs.values())
+        rows = plain and all(value.shape[:1] == labels.shape[:1] for value in own.values())
+        if not isinstance(ids, Tensor) or len(labels) < 2 or not rows:
+            self._keys = []
+            return dict(kwargs), Left()
+        mask = kwargs.get("attention_mask")
+        real = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else torch.ones_like(labels)
+        keys = _keys(ids, labels, real)
+        kept = [i for i, key in enumerate(keys) if not self._rests(key)]
+        supervised = (labels[:, 1:] != _IGNORE).sum(1).tolist()
+        self.rows += len(keys)
+        self.tokens += sum(supervised)
+        self.rows_left_out += len(keys) - len(kept)
+        self.tokens_left_out += sum(supervised) - sum(supervised[i] for i in kept)
+        silent = not kept
+        kept = kept or [int(real.sum(1).argmin())]
+        self._keys = [] if silent else [keys[i] for i in kept]
+        if len(kept) == len(keys):
+            return dict(kwargs), Left()
+        columns = real[kept].bool().any(0).nonzero().squeeze(-1)
+        span = slice(int(columns[0]), int(columns[-1]) + 1)
+        chosen = {
+            name: (value[kept][:, span] if value.shape[:2] == labels.shape else value[kept])
+            for name, value in own.items()
+        }
+        if silent:
+            chosen["labels"] = torch.full_like(chosen["labels"], _IGNORE)
+        left = Left(sum(supervised) - sum(supervised[i] for i in kept) * (not silent), len(keys) - len(kept) + silent)
+        return {**kwargs, **chosen}, left
+
+    def learn(self, where: Tensor, active: Tensor) -> None:
+        """Note which rows are done.
+
+        Args:
+            where: [rows, S - 1] bool, supervised positions of the rows that were kept; active: [N], one entry for each.
+        """
+        if not self._keys:
+            return
+        busy = torch.zeros(where.shape, dtype=torch.bool, device=where.device).masked_scatter(where, active.bool())
+        for key, still in zip(self._keys, busy.any(1).tolist(), strict=True):
+            if still:
+                self.resting.pop(key, None)
+            else:
+                self.resting[key] = self.recheck
+        self._keys = []
+
+    def _rests(self, key: str) -> bool:
+        left = self.resting.get(key, 0)
+        if left:
+            self.resting[key] = left - 1
+        return bool(left)
+
+
+class Left:
+    """What was left out of a batch, which the means over it still count."""
+
+    def __init__(self, tokens: int = 0, rows: int = 0) -> None:
+        self.tokens, self.rows = tokens, rows
+
+
+def _keys(ids: Tensor, labels: Tensor, real: Tensor) -> list[str]:
+    rows = zip(ids.cpu(), labels.cpu(), real.cpu().bool(), strict=True)
+    return [
+        blake2b(torch.stack([row[held], target[held]]).numpy().tobytes(), digest_size=16).hexdigest()
+        for row, target, held in rows
+    ]

@@ -1,0 +1,182 @@
+"""ActiveSet: what is learned is left out, the gradient of the rest is what it was, and it is looked at again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kedit_train.callbacks import ActiveSet, KLLocality, ParameterScope, TokenSmoothing, editing
+from kedit_train.core.active_rows import ActiveRows
+from kedit_train.errors import EditError
+
+# Divergences that no token, or only some tokens, of these models are below.
+PROMPT = 3
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """Four rows of different lengths, right-padded, the targets after three tokens of prompt."""
+    torch.manual_seed(1)
+    ids, mask = torch.randint(1, 61, (4, 9)), torch.zeros(4, 9, dtype=torch.long)
+    for row, length in enumerate((9, 5, 7, 6)):
+        mask[row, :length] = 1
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :PROMPT] = -100
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def flipped(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same rows padded on the left."""
+    shifts = (9 - batch["attention_mask"].sum(1)).tolist()
+    return {k: torch.stack([r.roll(s) for r, s in zip(v, shifts, strict=True)]) for k, v in batch.items()}
+
+
+def gradients(edit: Any) -> list[Tensor]:
+    return [p.grad.clone() for p in edit.parameters()]
+
+
+def learned(active: Any, batch: dict[str, Tensor], rows: list[int], times: int) -> None:
+    """Tell it by hand that these rows are done."""
+    # What select() would ask for, one row at a time.
+    for row in rows:
+        one = {k: v[[row, row]] for k, v in batch.items()}
+        active.select(one)
+        where = one["labels"][:, 1:] != -100
+        active.learn(where, torch.zeros(int(where.sum()), dtype=torch.bool))
+    active.resting = dict.fromkeys(active.resting, times)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sample"])
+@pytest.mark.parametrize("items", [None, 16])
+@pytest.mark.parametrize("side", [dict, flipped], ids=["right", "left"])
+def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, side):
+    model = make().train()
+    given = side(batch) | ({} if items is None else {"num_items_in_batch": items})
+    # Only the rows 0 and 3 are asked for anything; the others' tokens are below any clip.
+    lengths = {row: int((batch["labels"][row, 1:] != -100).sum()) for row in range(4)}
+    with editing(model, [ParameterScope(), TokenSmoothing(reduction=reduction), ActiveSet()]) as edit:
+        edit.before_step()
+        want: dict[str, Tensor] = {}
+        # By hand: the sum over the rows that stay, with the weights of the whole batch.
+        inner = edit.run.callbacks[1]
+        head, active = inner._loss_head, edit.run.head("test").active
+        for row in (0, 3):
+            head.head.active = None
+            length = int(batch["attention_mask"][row].sum())
+            one = {k: v[[row], :length] for k, v in batch.items()}
+            mean = model(**one).loss
+            share = lengths[row] / (items or sum(lengths.values())) if reduction == "token" else 1 / 4
+            (mean * share).backward()
+        want = {n: p.grad.clone() for n, p in edit.run.scope.items()}
+        model.zero_grad()
+        head.head.active = active
+        learned(active, side(batch), [1, 2], 9)
+        model(**given).loss.backward()
+        for name, parameter in edit.run.scope.items():
+            torch.testing.assert_close(parameter.grad, want[name], rtol=2e-4, atol=1e-7)
+
+
+def test_rows_are_left_out_for_as_many_rounds_as_asked_and_come_back_when_active(batch):
+    active = ActiveRows(recheck=2, probability=None)
+    seen = []
+    for round_ in range(8):
+        kwargs, left = active.select(batch)
+        kept = kwargs["input_ids"].shape[0]
+        seen.append((kept, left.rows))
+        where = kwargs["labels"][:, 1:] != -100
+        # Row 0 (the longest) is never done, nor anything in the sixth round.
+        busy = torch.zeros(where.shape, dtype=torch.bool)
+        busy[0] = True
+        active.learn(where, (busy | (round_ == 6))[where])
+    # All, row 0 twice, all again, twice, all are busy, so all.
+    assert seen == [(4, 0), (1, 3), (1, 3), (4, 0), (1, 3), (1, 3), (4, 0), (4, 0)]
+    assert active.rows == 32
+    assert active.rows_left_out == 12
+
+
+def test_padding_that_nobody_needs_any_more_goes(batch):
+    active = ActiveRows(recheck=5, probability=None)
+    learned(active, batch, [0, 2], 5)
+    kwargs, left = active.select(batch)
+    assert kwargs["input_ids"].shape == (2, 6)
+    assert torch.equal(kwargs["attention_mask"].sum(1), torch.tensor([5, 6]))
+    assert left.rows == 2
+    assert left.tokens == 6 + 4
+
+
+def test_the_same_edit_in_another_padding_is_the_same_edit(batch):
+    active = ActiveRows(recheck=5, probability=None)
+    learned(active, batch, [0, 1, 2], 5)
+    kwargs, _ = active.select(flipped(batch))
+    assert len(kwargs["input_ids"]) == 1
+
+
+def test_where_all_is_learned_one_row_stays_and_nothing_moves(make, batch):
+    model = make().train()
+    with editing(model, [ParameterScope(), TokenSmoothing(epsilon=1e6), ActiveSet(recheck=3)]) as edit:
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1, weight_decay=0.5)
+        for _ in range(6):
+            before = [p.detach().clone() for p in edit.parameters()]
+            edit.before_step()
+            loss = model(**batch).loss
+            assert loss.requires_grad
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert all(torch.equal(a, b) for a, b in zip(before, edit.parameters(), strict=True))
+        found = edit.run.collect()
+    assert found["edit/active/rows_left_out"] == pytest.approx(16 / 24)
+    assert "edit/active/tokens_left_out" in found
+
+
+def test_a_probability_in_place_of_the_clip(make, batch):
+    model = make().train()
+    with editing(model, [TokenSmoothing(lam=1.0, epsilon=0.0), ActiveSet(probability=1e-30)]) as edit:
+        edit.before_step()
+        model(**batch).loss.backward()
+        # Every token is above that bound, so all four are done.
+        assert len(edit.run.head("test").active.resting) == 4
+    with editing(model, [TokenSmoothing(lam=1.0, epsilon=0.0), ActiveSet(probability=0.999)]) as edit:
+        edit.before_step()
+        model(**batch).loss.backward()
+        assert not edit.run.head("test").active.resting
+
+
+def test_nothing_is_left_out_where_rows_are_not_rows(batch):
+    active = ActiveRows(recheck=5, probability=None)
+    learned(active, batch, [0, 1, 2, 3], 5)
+    for extra in ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, {"features": [1, 2]}):
+        kwargs, left = active.select(batch | extra)
+        assert (len(kwargs["labels"]), left.rows) == (4, 0)
+    kwargs, _ = active.select({k: v[:1] for k, v in batch.items()})
+    assert len(kwargs["labels"]) == 1
+
+
+def test_positional_ids_are_found(make, batch):
+    model = make().train()
+    with editing(model, [TokenSmoothing(epsilon=1e6), ActiveSet()]) as edit:
+        edit.before_step()
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+        assert len(edit.run.head("test").active.resting) == 4
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ([], "add TokenSmoothing"),
+        ([TokenSmoothing(epsilon=0.0)], "active for ever"),
+        ([TokenSmoothing(), KLLocality("batch")], "has to hold"),
+    ],
+)
+def test_what_it_cannot_work_with_is_said(make, words, others, said):
+    with editing(make(), [ActiveSet(), *others], tokenizer=words) as edit, pytest.raises(EditError, match=said):
+        edit.before_step()
+
+
+@pytest.mark.parametrize("wrong", [{"recheck": 0}, {"probability": 1.0}, {"probability": 0.0}])
+def test_bounds(wrong):
+    with pytest.raises(EditError, match="ActiveSet"):
+        ActiveSet(**wrong)
