@@ -4,8 +4,8 @@
     python tests/benchmarks/head_memory.py --vocab 32000 --losses overtone jsd
 
 Prints a Markdown table: what the peak rises by while 4,096 tokens are scored forward and backward, above the model, the
-hidden states and the gradients that are left behind. With ``--full`` a last row shows what
-building the logits whole takes.
+hidden states and the gradients that are left behind. With ``--full`` a last row shows what building the logits whole
+takes.
 """
 
 from __future__ import annotations
