@@ -119,6 +119,7 @@ def row(name: str, report: Report, metrics: dict[str, float]) -> str:
 
 
 def main() -> None:
+    from rich.console import Console
     from rich.progress import Progress
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -132,20 +133,20 @@ def main() -> None:
     setting = MODELS[arguments.model](arguments.edits)
     model, tokenizer = load(setting.path)
     before = evaluate(model.eval(), tokenizer, setting.edits, progress=False)
-    rows = []
-    with Progress() as progress:
+    heads = ["constraint", *COLUMNS, "drift"]
+    print(
+        f"{arguments.model}: {len(setting.edits)} edits, {setting.epochs} epochs in batches of {setting.batch_size}\n"
+    )
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
+    # Bars on the other stream, so that the table can be sent into a file.
+    with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(arguments.model, total=len(names))
         for name in names:
             progress.update(task, description=f"{arguments.model}: {name}")
             model, tokenizer, metrics = train(setting, ROWS[name](setting))
             report = evaluate(model, tokenizer, setting.edits, before=before, progress=False)
-            rows.append(row(name, report, metrics))
+            print(row(name, report, metrics), flush=True)
             progress.advance(task)
-    heads = ["constraint", *COLUMNS, "drift"]
-    print(
-        f"{arguments.model}: {len(setting.edits)} edits, {setting.epochs} epochs of batches of {setting.batch_size}\n"
-    )
-    print("\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *rows]))
 
 
 if __name__ == "__main__":
