@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.factor_file import load_factors, save_factors
 from kedit_train.core.factors import curvature_factors
+from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.gradients import project_gradients
 from kedit_train.core.linear_maps import linear_maps
 from kedit_train.core.run import EditRun
@@ -212,12 +213,14 @@ class LowCurvature(EditCallback):
         )
         if self.factors is None:
             return self._take(run, rows, unedited=True)
-        kept = load_factors(self.factors, run.reference, rows, self.seed)
+        with run.unedited():
+            model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
+        kept = load_factors(self.factors, {name: run.scope[name] for name in self._maps}, model, rows, self.seed)
         if kept is not None:
             return kept
         inputs, gradients = self._take(run, rows, unedited=True)
         if run.host.is_main:
-            save_factors(self.factors, inputs, gradients, run.reference, rows, self.seed)
+            save_factors(self.factors, inputs, gradients, model, rows, self.seed)
         return inputs, gradients
 
     def _take(

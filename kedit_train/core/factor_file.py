@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,14 +22,14 @@ def save_factors(
     path: str | Path,
     inputs: Mapping[str, Moment],
     gradients: Mapping[str, Moment],
-    weights: Mapping[str, Tensor],
+    model: str,
     rows: Sequence[Sequence[int]],
     seed: int,
 ) -> None:
-    """Write both factors of every weight, with the fingerprints of weights and texts; whole or not at all.
+    """Write both factors of every weight, with the fingerprints of model and texts; whole or not at all.
 
     Args:
-        weights: name -> the weight before the edit; rows: the token windows that were read; seed: of the labels.
+        model: fingerprint of the model before the edit; rows: the token windows that were read; seed: of the labels.
     """
     path = Path(path)
     tensors = {f"inputs/{name}": moment.sum.cpu().contiguous() for name, moment in inputs.items()}
@@ -38,7 +37,7 @@ def save_factors(
     counts = {f"inputs/{n}": m.count for n, m in inputs.items()} | {
         f"gradients/{n}": m.count for n, m in gradients.items()
     }
-    metadata = {**_fingerprints(weights, rows, seed), "tokens": json.dumps(counts)}
+    metadata = {**_fingerprints(model, rows, seed), "tokens": json.dumps(counts)}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -49,12 +48,15 @@ def save_factors(
 
 
 def load_factors(
-    path: str | Path, weights: Mapping[str, Tensor], rows: Sequence[Sequence[int]], seed: int
+    path: str | Path, weights: Mapping[str, Tensor], model: str, rows: Sequence[Sequence[int]], seed: int
 ) -> Factors | None:
     """Read what :func:`save_factors` wrote, on the devices of the weights; None where there is no such file.
 
+    Args:
+        weights: name -> the weight, [out, in] or transposed, whose factors are wanted.
+
     Raises:
-        EditError: the file cannot be read, or is of other weights, texts or labels.
+        EditError: the file cannot be read, lacks a weight, or is of another model, texts or labels.
     """
     path = Path(path)
     if not path.exists():
@@ -70,20 +72,23 @@ def load_factors(
                     moments[kind][name] = Moment(file.get_tensor(key).to(weights[name].device, copy=True), counts[key])
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise EditError(f"LowCurvature: factors={str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
-    for what, wanted in _fingerprints(weights, rows, seed).items():
+    for what, wanted in _fingerprints(model, rows, seed).items():
         if metadata.get(what) != wanted:
             raise EditError(
                 f"LowCurvature: factors={str(path)!r} was made with other {what} than this run's; give another path, "
                 "or delete the file to have it made anew"
             )
+    for kind, found in moments.items():
+        for name, weight in weights.items():
+            square = found[name].sum.ndim == 2 and len(set(found[name].sum.shape)) == 1 if name in found else False
+            if not square or len(found[name].sum) not in weight.shape or not bool(found[name].sum.isfinite().all()):
+                raise EditError(
+                    f"LowCurvature: factors={str(path)!r} has no usable factor {kind}/{name}; delete the file to have "
+                    "it made anew"
+                )
     return moments["inputs"], moments["gradients"]
 
 
-def _fingerprints(weights: Mapping[str, Tensor], rows: Sequence[Sequence[int]], seed: int) -> dict[str, str]:
-    of_weights = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
-        of_weights.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        of_weights.update(value.view(torch.uint8).numpy().tobytes())
+def _fingerprints(model: str, rows: Sequence[Sequence[int]], seed: int) -> dict[str, str]:
     of_texts = hashlib.sha256(json.dumps([seed, [list(row) for row in rows]]).encode())
-    return {"weights": of_weights.hexdigest(), "texts": of_texts.hexdigest()}
+    return {"weights": model, "texts": of_texts.hexdigest()}

@@ -153,6 +153,8 @@ class LossHead:
         if request.fused:
             return self._fused_output(loss, where, *entropy_and_top1, aux_loss=getattr(output, "aux_loss", None))
         output.loss = loss.sum()
+        # One position of them was computed, for the host's own head; whoever reads them shall know.
+        output.logits = Unbuilt()
         if getattr(output, "aux_loss", None) is not None:
             # Mixture-of-experts models add their balancing term only where they see labels.
             output.loss = output.loss + self.head.config.router_aux_loss_coef * output.aux_loss.to(output.loss.device)
@@ -218,6 +220,25 @@ class LossHead:
             label_mask=where,
             **fields,
         )
+
+
+class Unbuilt:
+    """Stands where logits would be that were never built; says so to whoever reads them."""
+
+    @classmethod
+    def _read(cls, *args: Any, **kwargs: Any) -> Any:
+        raise EditError(
+            "the logits of a training step are not built where TokenSmoothing or KLLocality(texts='batch') takes the "
+            "loss; use the .loss that the model returns, and read logits under torch.no_grad()"
+        )
+
+    # Indexed, given to torch.nn.functional, or asked for a method.
+    __getitem__ = __torch_function__ = _read
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._read()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

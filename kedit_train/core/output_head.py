@@ -182,6 +182,10 @@ class OutputHead:
             check_head(self.module)
             with torch.autocast(**self.autocast):
                 raw = self.module(states)
+        if not bool(own.isfinite().all()):
+            raise EditError(
+                f"{name} gives NaN or infinite logits before the edit: its weights are broken; load another"
+            )
         tolerance = 2e-2 if raw.dtype in HALF else 1e-4
         if not torch.allclose(
             states[0, :-1], states[1, :-1], rtol=tolerance, atol=tolerance * float(states.abs().max())

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_train.callbacks import LowCurvature, NullSpace, ParameterScope, editing
@@ -133,7 +134,21 @@ def test_factors_are_saved_once_reused_and_refused_for_anything_else(make, words
     torch.manual_seed(0)
     with pytest.raises(EditError, match="made with other texts than this run's"):
         begin(make("llama"), texts=TEXTS[:-1])
-    path.write_bytes(path.read_bytes()[:100])
+    # The same weights in the scope, below them another model.
+    torch.manual_seed(0)
+    other = make("llama")
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(1e-3)
+    with pytest.raises(EditError, match="made with other weights than this run's"):
+        begin(other)
+    whole = path.read_bytes()
+    spoilt = {f"{kind}/{WEIGHT['llama']}": torch.full((n, n), float("nan")) for kind, n in (("inputs", 32),)}
+    with safe_open(path, framework="pt") as file:
+        save_file(spoilt, path, metadata=file.metadata())
+    torch.manual_seed(0)
+    with pytest.raises(EditError, match=r"has no usable factor inputs/"):
+        begin(make("llama"))
+    path.write_bytes(whole[:100])
     with pytest.raises(EditError, match="cannot be read"):
         begin(make("llama"))
 

@@ -182,3 +182,11 @@ def test_a_callback_that_only_asks_refuses_an_encoder_decoder_as_well(tiny):
     refused = pytest.raises(EditError, match=r"^EditMetrics needs .* is an encoder-decoder")
     with refused, editing(model, [EditMetrics([Edit("a", "b")])]):
         pass
+
+
+def test_a_model_that_gives_nan_is_refused(tiny):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(EditError, match=r"^LlamaForCausalLM gives NaN or infinite logits before the edit"):
+        head_of(model)
