@@ -158,3 +158,9 @@ def _saved(model):
     torch.save(model, file)
     file.seek(0)
     return file
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="train for itself"):
+        edit.before_step()

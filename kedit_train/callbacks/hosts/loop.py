@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,19 @@ class LoopHost(Host):
     def unannounced(self) -> str:
         return "call edit.before_step() before the forward pass of every optimizer step: this one came unannounced"
 
+    @property
+    def is_main(self) -> bool:
+        return not _together() or dist.get_rank() == 0
+
+    def refused(self) -> str | None:
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and not _together():
+            return (
+                f"{launched} processes were started and none knows of the others, so each would train for itself (let "
+                "fabric.launch() or torch.distributed.init_process_group() come first)"
+            )
+        return None
+
     def tokenizer(self) -> Any | None:
         return self._tokenizer
 
@@ -45,8 +59,7 @@ class LoopHost(Host):
 
     def check_gradients(self) -> str | None:
         # Several processes: DDP may have moved them into buckets of its own.
-        alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        if alone and any(p.grad is not grad for p, grad in self.pulled):
+        if not _together() and any(p.grad is not grad for p, grad in self.pulled):
             return (
                 "the gradient of the edit's penalties is gone: zero_grad() came between edit.before_step() and "
                 "optimizer.step(); call it before edit.before_step()"
@@ -60,6 +73,10 @@ class LoopHost(Host):
             metrics = run.collect()
             if metrics:
                 self.log(metrics)
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Editing:
