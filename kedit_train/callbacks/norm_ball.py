@@ -181,7 +181,7 @@ class NormBall(EditCallback):
             dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
             warnings.warn(
                 f"NormBall: {stuck / entries:.0%} of the entries cannot move: {dtypes} has no other value within "
-                f"{min(self._radii.values()):g} of them; load the model in fp32, which it then keeps, or widen the radius",
+                f"{min(self._radii.values()):g} of them; load the model in fp32, or widen the radius",
                 stacklevel=2,
             )
 
