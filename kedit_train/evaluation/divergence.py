@@ -14,7 +14,7 @@ from kedit_train.evaluation.batching import DivergedError, bar, evaluating, shor
 from kedit_train.evaluation.generate import Answer
 from kedit_train.evaluation.logits import target_logits
 from kedit_train.evaluation.prompts import PromptFormat, prompt_ids
-from kedit_train.functional.divergence import bucket_divergence, top_log_probs
+from kedit_train.functional.buckets import bucket_divergence, top_log_probs
 
 # Tokens of each distribution that are told apart. The rest is one bucket: the divergence of the buckets is at most the
 # true one, and equal to it for smaller vocabularies. 12 KiB a position.
