@@ -61,6 +61,10 @@ class EditCallback(TransformersEvents, LightningEvents):
     def after_step(self, run: EditRun) -> None:
         """Look at the model after an optimizer step, outside of the gradient."""
 
+    def evaluated(self, run: EditRun) -> dict[str, float]:
+        """Return scores of the model as it is, for an evaluation of the host's own during training."""
+        return {}
+
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return what to log, gathered since the last call."""
         return {}

@@ -150,6 +150,7 @@ class SaveDelta(EditCallback):
             moment = (
                 f"step {step}" if self._values or self.at == "end" else f"step {step}, the last: none was looked at"
             )
+            run.host.log_file(self.path, "delta")
             print(f"delta: {self.path} ({len(delta)} tensors, {delta.nbytes / 1e6:.2f} MB, {moment}; {checked})")
 
     def _check(

@@ -2,42 +2,77 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
+_PROBABILITY = "edit/reliability_smallest_token_probability"
+# KLLocality's, on its texts at each log event, and EditMetrics', on the locality probes at each look.
+_KL = ("edit/locality/kl", "edit/locality_kl")
+
 
 class StopWhenEdited(EditCallback):
-    """End training once the edits are learned.
+    """End training once the edits are learned, or once they have cost too much.
+
+    Of several rules the first that is met ends training; a line says which, and ``reason`` holds it.
 
     Args:
         reliability: stop when ``EditMetrics`` measured at least this reliability; it has to be on the list, with
             ``every_n_steps`` set. None turns this off.
         idle_steps: stop after this many optimizer steps in a row in which ``TokenSmoothing`` found no active token;
             the number of batches in an epoch means that a whole epoch had nothing to teach. None turns this off.
+        smallest_probability: stop when the least probable token of all targets has at least this probability, as
+            ``EditMetrics`` measures it under teacher forcing: the one token that did not take is what a mean hides.
+            Reliability is often 1 before; turn that off then. None turns this off.
+        kl_budget: stop when the divergence from the unedited model, in nats a token, is above this:
+            ``edit/locality/kl`` of ``KLLocality`` (the mean since the last log event) or ``edit/locality_kl`` of
+            ``EditMetrics(metrics=["kl"])``, whichever is on the list. None turns this off.
     """
 
     # After EditMetrics, whose scores it reads.
     order = 90
 
-    def __init__(self, reliability: float | None = 1.0, idle_steps: int | None = None) -> None:
-        if reliability is None and idle_steps is None:
-            raise EditError("StopWhenEdited: reliability and idle_steps are both None, so it would never stop a run")
+    def __init__(
+        self,
+        reliability: float | None = 1.0,
+        idle_steps: int | None = None,
+        smallest_probability: float | None = None,
+        kl_budget: float | None = None,
+    ) -> None:
+        if all(rule is None for rule in (reliability, idle_steps, smallest_probability, kl_budget)):
+            raise EditError("StopWhenEdited: every rule is None, so it would never stop a run")
         if reliability is not None and not 0.0 < reliability <= 1.0:
             raise EditError(f"StopWhenEdited: reliability={reliability} is no share in (0, 1]")
         if idle_steps is not None and idle_steps < 1:
             raise EditError(f"StopWhenEdited: idle_steps={idle_steps} is no number of steps (1 or more)")
+        if smallest_probability is not None and not 0.0 < smallest_probability < 1.0:
+            raise EditError(f"StopWhenEdited: smallest_probability={smallest_probability} is none in (0, 1)")
+        if kl_budget is not None and not 0.0 < kl_budget < float("inf"):
+            raise EditError(f"StopWhenEdited: kl_budget={kl_budget} is no divergence (nats, above 0)")
         self.reliability, self.idle_steps = reliability, idle_steps
+        self.smallest_probability, self.kl_budget = smallest_probability, kl_budget
+        self.reason: str | None = None
 
     def attach(self, run: EditRun) -> None:
         names = {type(callback).__name__: callback for callback in run.callbacks}
-        if self.reliability is not None and not getattr(names.get("EditMetrics"), "every_n_steps", 0):
-            raise EditError(
-                "StopWhenEdited(reliability=...) reads what EditMetrics measures; add EditMetrics(every_n_steps=20)"
-            )
+        metrics: Any = names.get("EditMetrics")
+        looks = getattr(metrics, "every_n_steps", 0)
+        for name in ("reliability", "smallest_probability"):
+            if getattr(self, name) is not None and not looks:
+                raise EditError(
+                    f"StopWhenEdited({name}=...) reads what EditMetrics measures; add EditMetrics(every_n_steps=20), "
+                    f"or turn this rule off with {name}=None"
+                )
         if self.idle_steps is not None and not getattr(names.get("TokenSmoothing"), "epsilon", 0.0):
             raise EditError("StopWhenEdited(idle_steps=...) counts active tokens; add TokenSmoothing(epsilon=0.05)")
-        self._idle = 0
+        if self.kl_budget is not None and "KLLocality" not in names and not (looks and "kl" in metrics.extras):
+            raise EditError(
+                "StopWhenEdited(kl_budget=...) reads a divergence that nothing here measures; add KLLocality, or "
+                "EditMetrics(every_n_steps=20, metrics=['kl'])"
+            )
+        self._idle, self.reason = 0, None
 
     def state(self) -> dict[str, int]:
         return {"idle": getattr(self, "_idle", 0)}
@@ -46,12 +81,31 @@ class StopWhenEdited(EditCallback):
         self._idle = state["idle"]
 
     def after_step(self, run: EditRun) -> None:
-        if self.reliability is not None and run.scores.get("edit/reliability", 0.0) >= self.reliability:
+        met = self._met(run)
+        if met and self.reason is None:
+            self.reason = " and ".join(met)
+            if run.host.is_main:
+                print(f"stopped at step {run.step}: {self.reason}")
+        if met:
             run.stop()
+
+    def _met(self, run: EditRun) -> list[str]:
+        scores, met = run.scores, []
+        for label, key, bar in (
+            ("reliability", "edit/reliability", self.reliability),
+            ("smallest target probability", _PROBABILITY, self.smallest_probability),
+        ):
+            if bar is not None and scores.get(key, 0.0) >= bar:
+                met.append(f"{label} {scores[key]:.3g} is at least {bar:g}")
+        kl = max(scores.get(key, 0.0) for key in _KL)
+        if self.kl_budget is not None and kl > self.kl_budget:
+            met.append(f"KL to the unedited model {kl:.3g} is above the budget of {self.kl_budget:g}")
         if self.idle_steps is not None:
-            self._idle = self._idle + 1 if run.scores.get("edit/tokens/active_now") == 0 else 0
+            self._idle = self._idle + 1 if scores.get("edit/tokens/active_now") == 0 else 0
             if self._idle >= self.idle_steps:
-                run.stop()
+                met.append(f"no active token in {self._idle} steps")
+        return met
 
     def __repr__(self) -> str:
-        return f"StopWhenEdited(reliability={self.reliability}, idle_steps={self.idle_steps})"
+        rules = ("reliability", "idle_steps", "smallest_probability", "kl_budget")
+        return f"StopWhenEdited({', '.join(f'{rule}={getattr(self, rule)}' for rule in rules)})"

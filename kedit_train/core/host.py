@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from os import PathLike
 from typing import Any
 
 
@@ -83,6 +84,16 @@ class Host:
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Record a table at the current step."""
+
+    def wandb_run(self) -> Any | None:
+        """The W&B run that the loop logs into; None on processes that do not log, and where there is none."""
+        return None
+
+    def log_file(self, path: str | PathLike[str], kind: str) -> None:
+        """Keep a file with the run, as an artifact of that kind, where the loop logs into W&B."""
+        run = self.wandb_run()
+        if run is not None:
+            run.log_artifact(str(path), name=f"{kind}-{run.id}", type=kind)
 
     def stop(self) -> None:
         """End training after this step."""

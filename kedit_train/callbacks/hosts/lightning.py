@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from kedit_train.core.host import Host
@@ -99,6 +100,10 @@ class LightningHost(Host):
         for logger in self.trainer.loggers if self.is_main else ():
             if hasattr(logger, "log_table"):
                 logger.log_table(key=key, columns=list(columns), data=[list(row) for row in rows])
+
+    def wandb_run(self) -> Any | None:
+        loggers = self.trainer.loggers if self.is_main else ()
+        return next((logger.experiment for logger in loggers if isinstance(logger, WandbLogger)), None)
 
     def stop(self) -> None:
         self.trainer.should_stop = True

@@ -121,7 +121,13 @@ class TransformersHost(Host):
         self._to_wandb(metrics)
 
     def warn_of_loggers(self) -> None:
-        """Say which of the trainer's loggers have had a row before any callback can add to it."""
+        """Say which of the trainer's loggers have had a row before any callback can add to it.
+
+        What reaches which: W&B gets every row, table, chart and file, into the run that the trainer opened. The
+        console, the progress bar and ``trainer.state.log_history`` get every row of numbers. TensorBoard, trackio, MLflow, Comet and the others, each a callback that stands before ours, get none. Scores
+        of the trainer's own evaluation (``eval_edit_*``) are added after its row was logged: they are there for
+        ``metric_for_best_model`` and for callbacks that stand after ours, ``EarlyStoppingCallback`` say.
+        """
         reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
         others = [name for name in reports if name not in ("wandb", "none")]
         if others and self.is_main:
@@ -132,7 +138,7 @@ class TransformersHost(Host):
             )
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        run = self._wandb_run()
+        run = self.wandb_run()
         if run is not None:
             import wandb
 
@@ -144,12 +150,12 @@ class TransformersHost(Host):
         self.control.should_training_stop = True
 
     def _to_wandb(self, metrics: Mapping[str, float]) -> None:
-        run = self._wandb_run()
+        run = self.wandb_run()
         if run is not None and metrics:
             # Never step=: a row behind wandb's internal step is dropped without a word. WandbCallback names this axis.
             run.log({**metrics, "train/global_step": self.state.global_step})
 
-    def _wandb_run(self) -> Any | None:
+    def wandb_run(self) -> Any | None:
         reports = self.args.report_to or []
         if not self.is_main or "wandb" not in ([reports] if isinstance(reports, str) else reports):
             return None
@@ -258,6 +264,18 @@ class TransformersEvents(TrainerCallback):
             # A hyperparameter search writes elsewhere; there a resume will be refused.
             if run.host.is_main and folder.is_dir():
                 save_state(folder, state_of_edit)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        run = self._run_of(control)
+        if run and run.attached and metrics is not None:
+            host, logging = run.host, control.should_log
+            for callback in run.callbacks:
+                for key, value in callback.evaluated(run).items():
+                    metrics["eval_" + key.replace("/", "_")] = value
+            # A look that was taken for this belongs to this step; the loss row that it asks for would be the next's.
+            pending, control.should_log = host.flush(), logging
+            if pending:
+                host.to_loggers({}, pending)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         run = self._run_of(control)
