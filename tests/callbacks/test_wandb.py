@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 from callbacks.wandb_offline import OfflineRun
 from conformance.hosts import lightning_trainer, sft_trainer
 
 from kedit_train import world
-from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, TokenSmoothing
+from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SaveDelta, TokenSmoothing
 from kedit_train.data import EditDataset
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept."]
+# Answers change within five steps.
+RATE = 1e-2
+
+
+def fast(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=RATE)
 
 
 @pytest.fixture
@@ -33,23 +39,46 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def callbacks(edits: EditDataset) -> list[Any]:
     return [
         EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8),
-        KLLocality(texts=TEXTS, batch_size=2),
+        KLLocality(texts=TEXTS, batch_size=2, weight=0.1),
         TokenSmoothing(),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
     ]
 
 
-def answers(run: OfflineRun, edits: EditDataset) -> None:
-    (table,) = (run.folder / "files").rglob("*.table.json")
-    content = json.loads(table.read_text())
-    assert content["columns"] == ["prompt", "target", "old_target", "before", "after", "right"]
-    assert [row[:3] for row in content["data"]] == [[e.prompt, e.target, e.old_target] for e in edits]
+def the_rest(run: OfflineRun, edits: EditDataset, metrics: Any, delta: Path) -> None:
+    """What is in the run beside its series: tables, charts, configuration, summary, artifacts."""
+    content = run.table("edit/answers")
+    assert content["columns"] == ["prompt", "target", "old_target", "before", "after", "right", "changed"]
+    rows = content["data"]
+    assert [row[:3] for row in rows] == [[e.prompt, e.target, e.old_target] for e in edits]
+    assert [row[6] for row in rows] == ["" if row[3] == row[4] else "changed" for row in rows]
+    assert "changed" in [row[6] for row in rows]
+    moved = [r for r in metrics.report.answers if r.question == "locality" and r.before != r.answer]
+    assert len(moved) > 0
+    elsewhere = run.table("edit/changed_elsewhere")["data"]
+    assert [row[1:4] for row in elsewhere] == [[r.prompt, r.before, r.answer] for r in moved]
+    places = run.table("edit/positions")
+    assert places["columns"] == ["model", "token", "accuracy", "loss", "probability", "n"]
+    assert list(dict.fromkeys(row[0] for row in places["data"])) == ["unedited", "step 2", "step 4", "edited"]
+    first = next(row for row in places["data"] if row[:2] == ["edited", 1])
+    scores = metrics.report.metrics["positions"]["1"]
+    assert first[2:] == [scores[name].value for name in ("accuracy", "loss", "probability")] + [4]
+    for name in ("probability", "loss"):
+        assert run.table(f"edit/positions_{name}_table")["data"] == places["data"]
+        assert run.config["_wandb/visualize/edit/positions_" + name]["panel_config"]["fieldSettings"]["y"] == name
+    assert run.config["edit"]["data_hash"] == edits.hash
+    assert any(one.startswith("KLLocality(") for one in run.config["edit"]["callbacks"])
+    assert run.summary["edit/best/step"] == metrics.best["edit/best/step"]
+    assert run.summary["edit/best/reliability"] == metrics.best["edit/best/reliability"]
+    assert run.summary["edit/metrics/seconds"] > 0.0
+    assert run.artifacts == {"report": ["report.json"], "report-markdown": ["report.md"], "delta": [delta.name]}
 
 
 def test_an_sft_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDataset) -> None:
     model, tokenizer = world.load()
-    metrics = callbacks(edits)
-    trainer = sft_trainer(model, tokenizer, edits, metrics, 5, report_to="wandb", logging_steps=5)
+    delta = folder / "edit.safetensors"
+    metrics = [*callbacks(edits), SaveDelta(str(delta))]
+    trainer = sft_trainer(model, tokenizer, edits, metrics, 5, report_to="wandb", logging_steps=5, learning_rate=RATE)
     assert metrics[0].report is not None
     scores = metrics[0].report.flat()
     wandb.finish()
@@ -67,16 +96,17 @@ def test_an_sft_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDataset
     # The trainer's own history has them too.
     history = [row for row in trainer.state.log_history if "edit/reliability" in row]
     assert [row["step"] for row in history] == [2, 4, 5]
-    answers(run, edits)
+    the_rest(run, edits, metrics[0], delta)
 
 
 def test_a_lightning_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDataset) -> None:
     from lightning.pytorch.loggers import WandbLogger
 
     model, tokenizer = world.load()
-    metrics = callbacks(edits)
+    delta = folder / "edit.safetensors"
+    metrics = [*callbacks(edits), SaveDelta(str(delta))]
     logger = WandbLogger(save_dir=folder, offline=True)
-    lightning_trainer(model, tokenizer, edits, metrics, 5, logger=logger, log_every_n_steps=1)
+    lightning_trainer(model, tokenizer, edits, metrics, 5, logger=logger, optimizer=fast)
     assert metrics[0].report is not None
     scores = metrics[0].report.flat()
     wandb.finish()
@@ -89,7 +119,7 @@ def test_a_lightning_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDa
     assert looks[-1][1] == scores["edit/reliability"]
     assert run.series("edit/locality/kl", "trainer/global_step")[-1][0] == 4
     assert run.steps["edit/*"] == "trainer/global_step"
-    answers(run, edits)
+    the_rest(run, edits, metrics[0], delta)
 
 
 def test_the_progress_bar_of_lightning_shows_the_scores(edits: EditDataset) -> None:

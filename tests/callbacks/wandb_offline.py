@@ -36,7 +36,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 class OfflineRun:
-    """History rows, summary, metric definitions of the only run below a folder."""
+    """The only run below a folder: history, summary, metric definitions, configuration, artifacts (type -> files)."""
 
     def __init__(self, folder: Path) -> None:
         (path,) = folder.rglob("run-*.wandb")
@@ -44,6 +44,8 @@ class OfflineRun:
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.steps: dict[str, str] = {}
+        self.config: dict[str, Any] = {}
+        self.artifacts: dict[str, list[str]] = {}
         for record in _complete(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
@@ -53,6 +55,15 @@ class OfflineRun:
             elif kind == "metric":
                 name = record.metric.glob_name or record.metric.name
                 self.steps[name] = record.metric.step_metric
+            elif kind == "config":
+                self.config.update(_items(record.config.update))
+            elif kind == "artifact" and record.artifact.type != "run_table":
+                self.artifacts[record.artifact.type] = [entry.path for entry in record.artifact.manifest.contents]
+
+    def table(self, key: str) -> dict[str, Any]:
+        """Columns and data of the table that was logged under ``key``."""
+        (path,) = [row[f"{key}/path"] for row in self.rows if f"{key}/path" in row]
+        return json.loads((self.folder / "files" / path).read_text())
 
     def series(self, key: str, step: str) -> list[tuple[int, float]]:
         """(step, value) of every row with ``key``."""
