@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from tqdm import tqdm
+
 from kedit_train.delta.bits import content
 from kedit_train.delta.change import Change
 from kedit_train.delta.file import flush
@@ -38,7 +40,7 @@ def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to:
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        for path in sorted(folder.iterdir()):
+        for path in tqdm(sorted(folder.iterdir()), desc="writing", unit="file", leave=False, disable=None):
             if path.is_file() and (path in shards or path.suffix.lower() not in _OTHER_WEIGHTS):
                 if path.name.endswith(".index.json") and path.name != INDEX:
                     continue

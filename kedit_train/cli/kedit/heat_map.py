@@ -1,0 +1,95 @@
+"""A delta as a picture: how much each tensor moved, and where in the most moved ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_train.errors import EditError
+from kedit_train.evaluation.plots import figure, saved
+
+# Panels below the overview, and blocks along each side of one.
+PANELS, BLOCKS = 6, 128
+
+
+def heat_map(delta: Any, path: Path) -> Path:
+    """Write a PNG of the most changed matrices; where more tensors changed, above them all norms by layer and module.
+
+    Args:
+        delta: an :class:`~kedit_train.delta.EditDelta`.
+
+    Raises:
+        EditError: nothing in it can be drawn, or matplotlib is missing.
+    """
+    differences = {name: delta.difference(name) for name, c in delta.changes.items() if c.dtype.is_floating_point}
+    norms = {name: float(value.double().norm()) for name, value in differences.items()}
+    matrices = sorted((n for n, v in differences.items() if v.ndim == 2 and v.numel()), key=lambda n: -norms[n])
+    if not norms:
+        raise EditError("the delta changes no tensor of floating-point numbers, so there is nothing to draw")
+    shown = matrices[:PANELS]
+    columns = max(1, min(3, len(shown)))
+    below = -(-len(shown) // columns)
+    overview = len(norms) > len(shown)
+    grid, names, layers = _by_layer(norms)
+    tall = max(1.6, 0.25 * len(layers)) + 1.6 if overview else 0.0
+    drawing = figure(max(6.4, 4.2 * columns), tall + 3.6 * below)
+    heights = ([tall] if overview else []) + [3.6] * below
+    cells = drawing.add_gridspec(len(heights), columns, height_ratios=heights)
+    if overview:
+        axes = drawing.add_subplot(cells[0, :])
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(layers)), layers)
+        axes.set_title(f"norm of the change, all {len(norms)} tensors", fontsize=10)
+        axes.set_ylabel("layer")
+        drawing.colorbar(image, ax=axes)
+    blocks = {name: _blocks(differences[name]).numpy() for name in shown}
+    # One scale for all panels, so that they compare.
+    most = max((float(values.max()) for values in blocks.values()), default=0.0)
+    for at, name in enumerate(shown):
+        axes = drawing.add_subplot(cells[at // columns + overview, at % columns])
+        rows, wide = differences[name].shape
+        image = axes.imshow(
+            blocks[name],
+            aspect="auto",
+            cmap="magma",
+            interpolation="nearest",
+            extent=(0, wide, rows, 0),
+            vmin=0.0,
+            vmax=most or 1.0,
+        )
+        axes.set_title(f"{_short(name)}\nnorm {norms[name]:.3g}", fontsize=9)
+        axes.set_xlabel("input")
+        axes.set_ylabel("output")
+        drawing.colorbar(image, ax=axes)
+    which = f"the {len(shown)} most changed of {len(matrices)} matrices" if len(shown) < len(matrices) else "matrices"
+    drawing.suptitle(f"{which}: root mean square of the change" if shown else "what changed", fontsize=11)
+    return saved(drawing, path)
+
+
+def _blocks(difference: Tensor) -> Tensor:
+    """Root mean square of blocks, so that a matrix of any size is at most 128 x 128 and no change is lost between."""
+    rows, columns = difference.shape
+    shape = (min(rows, BLOCKS), min(columns, BLOCKS))
+    squares = difference.float().square()[None, None]
+    return torch.nn.functional.adaptive_avg_pool2d(squares, shape)[0, 0].sqrt()
+
+
+def _by_layer(norms: dict[str, float]) -> tuple[Any, list[str], list[str]]:
+    """Norms as [layers, modules], NaN where nothing changed; the number in a name is its layer."""
+    places = {}
+    for name, norm in norms.items():
+        number = re.search(r"\.(\d+)\.", name)
+        module = _short(name[number.end() :] if number else name)
+        places[int(number[1]) if number else -1, module] = norm
+    layers, modules = (sorted({place[i] for place in places}) for i in (0, 1))
+    grid = [[places.get((layer, module), float("nan")) for module in modules] for layer in layers]
+    return grid, modules, ["no layer" if layer == -1 else str(layer) for layer in layers]
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("model.").removesuffix(".weight")

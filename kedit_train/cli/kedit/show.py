@@ -1,0 +1,114 @@
+"""``kedit show``: what a delta changed, tensor by tensor, and what it belongs to."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size
+
+HELP = "show what a delta changed: tensors, norms, ranks, scores; as a picture too"
+EPILOG = """\
+examples:
+  kedit show runs/mine/edit.safetensors
+  kedit show runs/mine/edit.safetensors --png               writes runs/mine/edit.png
+  kedit show runs/mine/edit.safetensors --json --no-ranks   quicker for large matrices
+
+|change| is the Frobenius norm of edited - base; of base: over that of the whole tensor, where the delta holds it.
+rank counts singular values above rounding; stable rank is |change|^2 over the largest one's square.
+"""
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("delta", metavar="DELTA", help="what SaveDelta or kedit merge wrote")
+    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="a heat map; beside the delta by default")
+    parser.add_argument("--no-ranks", action="store_true", help="leave out the singular values")
+    parser.add_argument("--force", action="store_true", help="replace a picture that is there")
+    json_option(parser)
+
+
+def run(args: Namespace) -> int:
+    picture = None
+    if args.png is not None:
+        picture = new_path(args.png or str(Path(args.delta).with_suffix(".png")), args.force)
+    from tqdm import tqdm
+
+    from kedit_train.delta import EditDelta
+
+    delta = EditDelta.load(args.delta)
+    bar = tqdm(delta.changes.items(), desc="looking", unit="tensor", leave=False, disable=None)
+    rows = [described(name, change, ranks=not args.no_ranks) for name, change in bar]
+    if picture is not None:
+        from kedit_train.cli.kedit.heat_map import heat_map
+
+        heat_map(delta, picture)
+    if args.json:
+        meta = {"file": args.delta, "bytes": delta.nbytes, **delta.meta, "tensors": rows}
+        print_json(meta | ({"png": str(picture)} if picture else {}))
+        return 0
+    for line in _about(delta.meta):
+        print(line)
+    print()
+    columns = [("tensor", False), ("kept as", False), ("shape", True), ("dtype", True), ("moved", True)]
+    columns += [("|change|", True), ("of base", True), ("largest", True), ("rank", True), ("stable", True)]
+    print_table(columns, [_cells(row) for row in rows], f"{len(rows)} tensors, {size(delta.nbytes)}")
+    if picture is not None:
+        print(f"\npicture: {picture}")
+    return 0
+
+
+def described(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
+    """Figures of one changed tensor; None where there is none (integers, values that the delta does not hold)."""
+    import torch
+
+    row: dict[str, Any] = {"name": name, "layout": change.layout, "shape": list(change.shape)}
+    row |= {"dtype": str(change.dtype).removeprefix("torch."), "tied": list(change.tied), "bytes": change.nbytes}
+    differ = int((change.before != change.after).sum())
+    entries = max(1, torch.Size(change.shape).numel())
+    row |= {"moved": differ, "share_moved": differ / entries, "norm": None, "relative": None, "largest": None}
+    row |= {"rank": None, "stable_rank": None}
+    if not change.dtype.is_floating_point:
+        return row
+    # Values that stay add nothing to a norm or a rank, so the places that are kept are enough.
+    moved = change.after.double() - change.before.double()
+    norm = float(moved.norm())
+    row |= {"norm": norm, "largest": float(moved.abs().max()) if moved.numel() else 0.0}
+    if change.layout == "dense":
+        base = float(change.before.double().norm())
+        row["relative"] = norm / base if base else None
+    if ranks and len(change.shape) == 2 and bool(moved.isfinite().all()):
+        whole = moved.float() if change.layout != "entries" else change.difference().float()
+        values = torch.linalg.svdvals(whole)
+        rounding = max(change.shape) * torch.finfo(torch.float32).eps * float(values[0])
+        row["rank"] = int((values > rounding).sum())
+        row["stable_rank"] = float(values.square().sum() / values[0].square()) if float(values[0]) else None
+    return {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    def figure(value: float | None, pattern: str = ".3g") -> str:
+        return "–" if value is None else format(value, pattern)
+
+    tied = f" (= {', '.join(row['tied'])})" if row["tied"] else ""
+    cells = [row["name"] + tied, row["layout"], "x".join(map(str, row["shape"])), row["dtype"]]
+    cells += [f"{row['share_moved']:.2%}", figure(row["norm"]), figure(row["relative"], ".2%"), figure(row["largest"])]
+    return [*cells, figure(row["rank"], "d"), figure(row["stable_rank"], ".1f")]
+
+
+def _about(meta: Mapping[str, Any]) -> Iterator[str]:
+    base, edits = meta["base"], meta.get("edits") or {}
+    licence = f", licence {base['licence']}" if base.get("licence") else ""
+    yield f"base      {base.get('name') or 'unnamed'} ({base['fingerprint'][:12]}{licence})"
+    parents = f", {len(edits['parents'])} deltas merged" if edits.get("parents") else ""
+    hashed = f" (SHA-256 {edits['hash'][:12]})" if edits.get("hash") else ""
+    yield f"edits     {edits.get('count', 0) or 'not recorded'}{hashed}{parents}"
+    configuration = meta.get("configuration")
+    if isinstance(configuration, Mapping):
+        for key, value in configuration.items():
+            for line in value if isinstance(value, list) else [value]:
+                yield f"{key:<9} {line}"
+    for name, value in sorted((meta.get("scores") or {}).items()):
+        yield f"score     {name} {value:.3f}"
+    yield f"versions  {', '.join(f'{name} {value}' for name, value in (meta.get('versions') or {}).items())}"
