@@ -1,4 +1,5 @@
 # Everything sets itself up in .venv; `make demo` and `make test` are all a newcomer needs.
+# Options for every benchmark: make bench BENCH="--quick --clock cpu"
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format bench clean
 
 demo: $(READY)  ## edit 24 facts of the embedded world and report
 	$(BIN)/lightning run recipes/quickstart.yaml
@@ -22,6 +23,17 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(READY)  ## measure against what a user would run instead, into tests/benchmarks/RESULTS.md; some 20 minutes
+	$(BIN)/python tests/benchmarks/equal_reliability.py $(BENCH)
+	$(BIN)/python tests/benchmarks/equal_reliability.py --model factlm $(BENCH)
+	$(BIN)/python tests/benchmarks/step_time.py $(BENCH)
+	$(BIN)/python tests/benchmarks/head_memory.py $(BENCH)
+	$(BIN)/python tests/benchmarks/quickstart.py $(BENCH)
+	$(BIN)/python tests/benchmarks/step_time.py --model wide --rounds 5 $(BENCH)
+	$(BIN)/python tests/benchmarks/scaling.py $(BENCH)
+	$(BIN)/python tests/benchmarks/step_time.py --memory $(BENCH)
+	$(BIN)/python tests/benchmarks/step_time.py --memory --model wide $(BENCH)
 
 # torch first: its pinned version may be a CPU build that pip already knows, and a later range would bring another one.
 $(READY): pyproject.toml constraints.txt

@@ -3,7 +3,7 @@
     python tests/benchmarks/head_memory.py                     # V = 151,936, d = 1,024, 4,096 supervised tokens
     python tests/benchmarks/head_memory.py --vocab 32000 --losses overtone jsd
 
-Prints a Markdown table: what the peak rises by while 4,096 tokens are scored forward and backward, above the model, the
+A Markdown table: what the peak rises by while 4,096 tokens are scored forward and backward, above the model, the
 hidden states and the gradients that are left behind. With ``--full`` a last row shows what building the logits whole
 takes.
 """
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from paired import arguments, record, table
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,10 +91,7 @@ def measured(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser = arguments(__doc__, vocab=151_936, width=1024, tokens=4096)
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=LOSSES)
     parser.add_argument("--full", action="store_true", help="also cross-entropy over full logits (many GB)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -101,13 +99,15 @@ def main() -> None:
     if given.one:
         print(measure(*json.loads(given.one)))
         return
-    print(
-        f"V = {given.vocab:,}, d = {given.width:,}, {given.tokens:,} tokens, fp32, torch {torch.__version__} on a CPU\n"
-    )
-    print("| loss | head frozen, MB | head trained, MB |\n|---|---|---|")
+    if given.quick:
+        given.vocab, given.width, given.tokens, given.losses = 32_768, 16, 2048, ["overtone"]
+    rows = []
     for loss in [*given.losses, *(["cross-entropy, full logits"] if given.full else [])]:
         frozen, trained = (measured(loss, t, given.vocab, given.width, given.tokens) for t in (False, True))
-        print(f"| {loss} | {frozen:.0f} | {trained:.0f} |", flush=True)
+        rows.append([loss, f"{frozen:.0f}", f"{trained:.0f}"])
+    what = f"V = {given.vocab:,}, d = {given.width:,}, {given.tokens:,} tokens; a CPU. Bar: below 600 MB."
+    body = f"{what}\n\n{table(['loss', 'head frozen, MB', 'head trained, MB'], rows)}"
+    record("Peak memory of the losses through the output head", body, given)
 
 
 if __name__ == "__main__":

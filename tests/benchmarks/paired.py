@@ -1,0 +1,172 @@
+"""Times variants of one piece of work against each other in one process, and keeps their tables in RESULTS.md.
+
+Variants take turns, so that whatever else slows the machine slows all of them, and what is compared are ratios of
+neighbours. Wall-clock time is the default; ``--clock cpu`` counts the processor seconds of the process instead, which a
+loaded machine changes little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+_PREAMBLE = "# Measured\n\nWritten by `make bench`; each section is replaced by its own script.\n"
+
+Taken = dict[str, list[float]]
+
+
+def arguments(description: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has; ``numbers`` become options with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="smallest sizes: does it run?")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to write the section into")
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    return parser
+
+
+def clock(options: argparse.Namespace) -> Callable[[], float]:
+    """Seconds, once the device has done what it was asked for."""
+    read = time.process_time if options.clock == "cpu" else time.perf_counter
+
+    def now() -> float:
+        if options.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return read()
+
+    return now
+
+
+def alternate(variants: Mapping[str, Callable[[], Any]], rounds: int, now: Callable[[], float]) -> Taken:
+    """Seconds of each variant in each round; another variant begins each round."""
+    taken: Taken = {name: [] for name in variants}
+    order = list(variants)
+    for round_ in range(rounds):
+        first = round_ % len(order)
+        for name in order[first:] + order[:first]:
+            started = now()
+            variants[name]()
+            taken[name].append(now() - started)
+    return taken
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median (least to greatest)."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first column to the left."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" + "|---:" * (len(head) - 1) + "|", *lines[1:]])
+
+
+def machine(options: argparse.Namespace) -> str:
+    """Where, with what, when, and by which clock."""
+    if options.device.startswith("cuda"):
+        where = torch.cuda.get_device_name()
+    else:
+        where = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)"
+    timed = "processor seconds of the process" if options.clock == "cpu" else "wall clock"
+    return f"{date.today()}, {where}, torch {torch.__version__}, {options.dtype}, {timed}."
+
+
+def record(title: str, body: str, options: argparse.Namespace) -> None:
+    """Print a section, and put it into the results in place of the one of the same title, at once or not at all."""
+    section = f"## {title}\n\n{machine(options)}\n\n{body.strip()}\n"
+    print(f"\n{section}", flush=True)
+    old = options.results.read_text() if options.results.exists() else _PREAMBLE
+    parts = re.split(r"^(?=## )", old, flags=re.MULTILINE)
+    kept = [part.strip() for part in parts if not part.startswith(f"## {title}\n")]
+    at = next((i for i, part in enumerate(parts) if part.startswith(f"## {title}\n")), len(kept))
+    kept.insert(at, section.strip())
+    unfinished = options.results.with_suffix(f".{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text("\n\n".join(kept) + "\n")
+        os.replace(unfinished, options.results)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class Stepwise:
+    """A trainer of transformers or TRL whose loop waits, after each optimizer step, until it is asked for the next.
+
+    Calling it takes one step. The loop runs in a thread of its own, and only while it is asked to.
+
+    Args:
+        trainer: a ``Trainer``; its arguments have to allow for as many steps as are asked for.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        from transformers import PrinterCallback, TrainerCallback
+
+        self.trainer = trainer
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._ended, self._failed = False, list[BaseException]()
+        self._thread: threading.Thread | None = None
+
+        def pause(control: Any) -> None:
+            self._done.release()
+            self._go.acquire()
+            control.should_training_stop |= self._ended
+
+        class Pause(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                pause(control)
+
+        trainer.remove_callback(PrinterCallback)
+        # Last of all callbacks, so that whatever they do after a step is part of it.
+        trainer.add_callback(Pause())
+
+    def __call__(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._train, daemon=True)
+            self._thread.start()
+        else:
+            self._go.release()
+        self._done.acquire()
+        if self._failed:
+            raise self._failed[0]
+
+    def close(self) -> None:
+        """Let the training end."""
+        self._ended = True
+        if self._thread is not None:
+            self._go.release()
+            self._thread.join()
+
+    def _train(self) -> None:
+        try:
+            self.trainer.train()
+        except BaseException as error:
+            self._failed.append(error)
+        self._done.release()
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()

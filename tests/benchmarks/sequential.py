@@ -1,0 +1,100 @@
+"""Breadth-first against one edit after the other: what is left of all the edits as they become more.
+
+python tests/benchmarks/sequential.py --edits 1000 --figure retention.png
+
+CounterFact's facts on a small Llama that knows the true ones; one thread. Breadth-first is a training of its own on the
+unedited model for each number of edits; one at a time is one long sequence, each edit until it is learned. Both train
+the same weights with the same objective; each has its own learning rate (``--lr``, ``--sequential-lr``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kedit_train import EditDataset
+from kedit_train.callbacks import ParameterScope
+from kedit_train.data.tokenise import separator
+from kedit_train.evaluation.capability import CapabilityProbe
+from kedit_train.evaluation.lines import figure, interval
+from kedit_train.modes import ModeResult, TrainLoop, retention_curve, run_edits, survey
+
+FACTLM = Path(__file__).resolve().parents[3] / "shared" / "models" / "factlm"
+COLUMNS = ("reliability", "latest", "generality", "locality", "agreement", "kl", "perplexity")
+
+
+def loop(tokenizer: Any, arguments: argparse.Namespace, lr: float, batch_size: int) -> TrainLoop:
+    scope = ParameterScope(arguments.layer, "mlp.down_proj")
+    return TrainLoop(tokenizer, [scope], lr=lr, batch_size=batch_size, epochs=arguments.epochs)
+
+
+def rows(label: str, result: ModeResult) -> None:
+    for checkpoint in result.checkpoints:
+        own = checkpoint.scores()
+        cells = [
+            figure(own[name].value) + (f" ({interval(own[name])})" if own[name].low is not None else "")
+            for name in COLUMNS
+        ]
+        print(f"| {label} | {checkpoint.edits} | " + " | ".join(cells) + f" | {checkpoint.seconds:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--edits", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--layer", type=float, default=0.7)
+    parser.add_argument("--lr", type=float, default=3e-3, help="breadth-first")
+    parser.add_argument("--batch-size", type=int, default=25, help="breadth-first")
+    parser.add_argument("--sequential-lr", type=float, default=1e-3, help="one at a time")
+    parser.add_argument("--only", choices=("batch", "sequential"), help="one of the two")
+    parser.add_argument("--figure", type=Path, help="where to write the retention curve, .png")
+    parser.add_argument("--json", type=Path, help="a folder for the full results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.process_time()
+    tokenizer = AutoTokenizer.from_pretrained(FACTLM)
+    unedited = AutoModelForCausalLM.from_pretrained(FACTLM).eval()
+    # Every sentence that this model has read ends with a full stop. Edits without it would teach it to leave them out,
+    # everywhere, and the divergence elsewhere would show that and nothing else.
+    records = EditDataset.load(FACTLM / "records.json")
+    records = EditDataset([replace(e, target=f"{e.target}.") for e in records], name=records.name)
+    edits, others = records[: arguments.edits], records[-300:]
+    if arguments.edits > len(records) - len(others):
+        raise SystemExit(f"{len(records) - len(others)} edits at most: the others are the capability probe's")
+    known = [f"{e.prompt}{separator(e.prompt, e.old_target or '')}{e.old_target}." for e in others]
+    probe = CapabilityProbe(known, [e.prompt for e in others], max_new_tokens=8)
+    common: dict[str, Any] = {"capability": probe, "progress": False}
+    print(f"{len(edits)} CounterFact edits; probe: {len(others)} other facts; {arguments}\n")
+    print("| how | edits | " + " | ".join(COLUMNS) + " | seconds of training |")
+    print("|---|" + "---:|" * (len(COLUMNS) + 2))
+    results: dict[str, ModeResult] = {}
+    if arguments.only != "sequential":
+        whole: list[ModeResult] = []
+        for count in [c for c in (1, 10, 100, 1000) if c < len(edits)] + [len(edits)]:
+            model = copy.deepcopy(unedited)
+            train = loop(tokenizer, arguments, arguments.lr, arguments.batch_size)
+            whole.append(run_edits(model, tokenizer, edits[:count], "batch", train=train, **common))
+            rows("breadth-first", whole[-1])
+        results["breadth-first"] = replace(whole[-1], checkpoints=[r.checkpoints[0] for r in whole])
+    if arguments.only != "batch":
+        train = loop(tokenizer, arguments, arguments.sequential_lr, 1)
+        model = copy.deepcopy(unedited)
+        results["one at a time"] = run_edits(model, tokenizer, edits, "sequential", train=train, **common)
+        rows("one at a time", results["one at a time"])
+    print(f"\n{time.process_time() - began:.0f} s of CPU time\n")
+    print(survey(*results.values()).markdown())
+    if arguments.figure:
+        retention_curve(results, arguments.figure)
+    for label, result in results.items() if arguments.json else ():
+        result.save(arguments.json / f"{label.replace(' ', '-')}.json")
+
+
+if __name__ == "__main__":
+    main()
