@@ -11,15 +11,29 @@ if TYPE_CHECKING:
     from kedit_train.delta import EditDelta
     from kedit_train.errors import EditError
     from kedit_train.evaluation import Report, evaluate
+    from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
 __version__ = "0.1.0"
-__all__ = ["Edit", "EditDataset", "EditDelta", "EditError", "Probe", "Report", "editing", "evaluate"]
+__all__ = [
+    "Edit",
+    "EditDataset",
+    "EditDelta",
+    "EditError",
+    "EditSFTConfig",
+    "EditSFTTrainer",
+    "Probe",
+    "Report",
+    "editing",
+    "evaluate",
+]
 
 _HOMES = {
     "Edit": "data",
     "EditDataset": "data",
     "EditDelta": "delta",
     "EditError": "errors",
+    "EditSFTConfig": "trainers",
+    "EditSFTTrainer": "trainers",
     "Probe": "data",
     "Report": "evaluation",
     "editing": "callbacks.hosts.loop",

@@ -1,0 +1,217 @@
+"""TRL's supervised fine-tuning as an edit, for those who want a configuration rather than a list of callbacks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from kedit_train.callbacks import (
+    ActiveSet,
+    EditCallback,
+    EditMetrics,
+    GradientMask,
+    KLLocality,
+    LowCurvature,
+    NormBall,
+    NullSpace,
+    ParameterScope,
+    PrefixCache,
+    SaveDelta,
+    StopWhenEdited,
+    TokenSmoothing,
+    WeightAnchor,
+)
+from kedit_train.data import Edit, EditDataset
+from kedit_train.errors import EditError
+from kedit_train.evaluation import card
+
+CALLBACKS: dict[str, type[EditCallback]] = {
+    "parameter_scope": ParameterScope,
+    "gradient_mask": GradientMask,
+    "token_smoothing": TokenSmoothing,
+    "kl_locality": KLLocality,
+    "weight_anchor": WeightAnchor,
+    "norm_ball": NormBall,
+    "null_space": NullSpace,
+    "low_curvature": LowCurvature,
+    "prefix_cache": PrefixCache,
+    "active_set": ActiveSet,
+    "edit_metrics": EditMetrics,
+    "stop_when_edited": StopWhenEdited,
+    "save_delta": SaveDelta,
+}
+# As transformers' own parser reads it: a string is what the command line gives.
+Arguments = dict[str, Any] | str | None
+
+
+def _help(what: str) -> dict[str, str]:
+    return {"help": f"{what} Arguments of the callback as a mapping or as JSON; {{}} for its defaults."}
+
+
+@dataclass
+class EditSFTConfig(SFTConfig):
+    """``SFTConfig`` with one field for each callback of this package, read from YAML and flags by ``TrlParser``.
+
+    A field holds the arguments of its callback by their own names: ``parameter_scope: {layers: 0.7}`` is
+    ``ParameterScope(layers=0.7)``, on the command line ``--parameter_scope '{"layers": 0.7}'``. ``{}`` or ``true``
+    takes the callback with its defaults; what is left out is not there. Callbacks that read edits get ``edits``.
+
+    Args:
+        edits: a file that ``EditDataset.load`` reads, or "world"; what is trained, unless the trainer is given a
+            ``train_dataset``, and what is asked.
+
+    Example:
+        A run in ten lines, ``edit.yaml``::
+
+            output_dir: runs/mine
+            edits: counterfact.json
+            learning_rate: 5.0e-4
+            per_device_train_batch_size: 32
+            num_train_epochs: 10
+            parameter_scope: {layers: 0.7, modules: mlp.down_proj}
+            token_smoothing: true
+            kl_locality: {texts: held_out.txt}
+            edit_metrics: {every_n_steps: 20}
+            stop_when_edited: true
+    """
+
+    edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
+    parameter_scope: Arguments = field(default=None, metadata=_help("Where the model may change."))
+    gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of it may."))
+    token_smoothing: Arguments = field(default=None, metadata=_help("Towards what each token is pulled (OverTone)."))
+    kl_locality: Arguments = field(default=None, metadata=_help("What must stay: answers on given texts."))
+    weight_anchor: Arguments = field(default=None, metadata=_help("What must stay: weights (L2-SP, EWC)."))
+    norm_ball: Arguments = field(default=None, metadata=_help("How far weights may move."))
+    null_space: Arguments = field(
+        default=None, metadata=_help("In which directions they may: outside of what texts use.")
+    )
+    low_curvature: Arguments = field(
+        default=None, metadata=_help("In which directions they may: where the loss is flat.")
+    )
+    prefix_cache: Arguments = field(default=None, metadata=_help("Compute frozen layers once."))
+    active_set: Arguments = field(default=None, metadata=_help("Leave learned edits out."))
+    edit_metrics: Arguments = field(default=None, metadata=_help("Did it take?"))
+    stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when it has."))
+    save_delta: Arguments = field(default=None, metadata=_help("Save what changed as a file."))
+
+    def __post_init__(self) -> None:
+        for name in CALLBACKS:
+            setattr(self, name, _arguments(name, getattr(self, name)))
+        super().__post_init__()
+
+    def edit_callbacks(self, edits: Sequence[Edit] | None = None) -> list[EditCallback]:
+        """The callbacks that the fields describe; those that read edits get ``edits``, unless a field names its own."""
+        made = []
+        for name, kind in CALLBACKS.items():
+            given = getattr(self, name)
+            if given is None:
+                continue
+            takes_edits = edits is not None and "edits" in inspect.signature(kind).parameters
+            made.append(kind(**({"edits": edits} if takes_edits else {}) | given))
+        return made
+
+
+class EditSFTTrainer(SFTTrainer):
+    """``SFTTrainer`` with the callbacks that its ``EditSFTConfig`` describes, and a model card that tells of the edit.
+
+    It adds nothing else: the same callbacks on an ``SFTTrainer`` give the same weights. The card (``README.md``, beside
+    every saved model) is TRL's own with a section on what was edited, with which constraints, scores, cost and papers;
+    the section is there once ``EditMetrics`` has made its final report.
+
+    Args:
+        model: a name, a path or a model, as for ``SFTTrainer``.
+        args: the configuration.
+        edits: what to edit, in place of ``args.edits``.
+        train_dataset: what to train on; by default the edits, as prompts and completions.
+        callbacks: more callbacks, of this package or others.
+        kwargs: all else that ``SFTTrainer`` takes.
+
+    Example:
+        >>> (args,) = TrlParser(EditSFTConfig).parse_args_and_config()  # --config edit.yaml
+        >>> EditSFTTrainer("Qwen/Qwen3-0.6B", args).train()
+    """
+
+    _tag_names = [*SFTTrainer._tag_names, "knowledge-editing", "kedit-train"]  # noqa: RUF012 (as in the parent)
+
+    def __init__(
+        self,
+        model: Any,
+        args: EditSFTConfig,
+        *,
+        edits: Sequence[Edit] | None = None,
+        train_dataset: Any = None,
+        callbacks: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, EditSFTConfig):
+            raise EditError(f"EditSFTTrainer takes an EditSFTConfig, not {type(args).__name__}, which holds no edit")
+        if edits is None and args.edits is not None:
+            edits = EditDataset.load(args.edits)
+        if train_dataset is None:
+            if edits is None:
+                raise EditError("EditSFTTrainer: there is nothing to learn; set edits= (a file), or train_dataset=")
+            train_dataset = (edits if isinstance(edits, EditDataset) else EditDataset(edits)).to_prompt_completion()
+        every = [*args.edit_callbacks(edits), *(callbacks or ())]
+        if not any(isinstance(one, EditCallback) for one in every):
+            raise EditError(
+                "EditSFTTrainer: no callback is set, so this would be plain fine-tuning; set parameter_scope, "
+                f"edit_metrics or another of {', '.join(CALLBACKS)}"
+            )
+        super().__init__(model, args=args, train_dataset=train_dataset, callbacks=every, **kwargs)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """TRL's draft of a card in ``args.output_dir``, with the section on the edit."""
+        super().create_model_card(model_name, dataset_name, tags)
+        metrics, saved = self._edit_callback(EditMetrics), self._edit_callback(SaveDelta)
+        report = getattr(metrics, "report", None)
+        if report is None or not self.is_world_process_zero():
+            return
+        runtime = next((row["train_runtime"] for row in self.state.log_history if "train_runtime" in row), None)
+        cost = {} if runtime is None else {"training": f"{runtime:.1f} s on {self.args.device.type}, looks included"}
+        cost["asking before, during and after it"] = f"{report.meta['seconds_of_metrics']:.1f} s"
+        text = card.section(report, delta=getattr(saved, "delta", None), cost=cost)
+        card.put(Path(str(self.args.output_dir)) / "README.md", text)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model with its card."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call or not self.is_world_process_zero():
+            return
+        own = Path(str(self.args.output_dir))
+        folder = own if output_dir is None else Path(output_dir)
+        self.create_model_card(model_name=folder.name)
+        if folder.resolve() != own.resolve():
+            shutil.copyfile(own / "README.md", folder / "README.md")
+
+    def _edit_callback(self, kind: type[EditCallback]) -> Any | None:
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
+
+
+def _arguments(name: str, given: Any) -> dict[str, Any] | None:
+    """What a field holds, as arguments of its callback; None where it is to be left out."""
+    kind = CALLBACKS[name]
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise EditError(f"{name}: {given!r} is no JSON ({error}); give arguments such as '{{}}'") from error
+    if given is None or given is False:
+        return None
+    given = {} if given is True else given
+    if not isinstance(given, dict):
+        raise EditError(f"{name}: {given!r} is no mapping; give the arguments of {kind.__name__} by name, or true")
+    known = list(inspect.signature(kind).parameters)
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise EditError(f"{name}: {kind.__name__} has no argument {unknown[0]!r}; it has {', '.join(known)}")
+    return given
