@@ -226,4 +226,9 @@ def is_causal(model: Any) -> bool:
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
     logits = model.eval()(input_ids=ids).logits.float()
     change = (logits[0] - logits[1]).norm(dim=-1)
+    if bool(change.isnan().any()):
+        raise EditError(
+            f"{type(model).__name__} gives NaN logits: its weights have diverged; give a checkpoint from before that, "
+            "or load it in a wider dtype"
+        )
     return bool(change[:-1].max() <= torch.finfo(model.dtype).eps ** 0.5 * change[-1])

@@ -13,8 +13,8 @@ HELP = "show what a delta changed: tensors, norms, ranks, scores; as a picture t
 EPILOG = """\
 examples:
   kedit show runs/mine/edit.safetensors
-  kedit show runs/mine/edit.safetensors --png               writes runs/mine/edit.png
-  kedit show runs/mine/edit.safetensors --json --no-ranks   quicker for large matrices
+  kedit show runs/mine/edit.safetensors --png                  writes runs/mine/edit.png
+  kedit show runs/mine/edit.safetensors --json --no-ranks      quicker for large matrices
 
 |change| is the Frobenius norm of edited - base; of base: over that of the whole tensor, where the delta holds it.
 rank counts singular values above rounding; stable rank is |change|^2 over the largest one's square.

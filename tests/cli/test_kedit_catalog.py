@@ -1,0 +1,158 @@
+"""kedit: the command itself, and the verbs that need no model (ls, cp, validate)."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from kedit_train import catalog
+from kedit_train.cli.kedit import VERBS, parser
+from kedit_train.errors import EditError
+
+# Lightning 2.6 still calls what jsonargparse 4.53 renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+ROOT = Path(__file__).resolve().parents[2]
+Kedit = Callable[..., tuple[int, str, str]]
+BAD = {
+    "argument.yaml": (
+        "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",
+        "it takes lam, epsilon",
+    ),
+    "bound.yaml": (
+        "trainer: {callbacks+: [{class_path: kedit_train.callbacks.EditMetrics, init_args: {every_n_steps: -1}}]}",
+        "every_n_steps=-1",
+    ),
+    "class.yaml": ("trainer: {callbacks+: [{class_path: kedit_train.callbacks.Smooth}]}", "no attribute 'Smooth'"),
+    "empty.yaml": ("", "no keys"),
+    "foreign.yaml": (
+        "model: {name: gpt2}\n"
+        "trainer: {callbacks: [{class_path: kedit_train.callbacks.KLLocality, init_args: {texts: world}}]}",
+        "data.texts",
+    ),
+    "key.yaml": ("trainer: {max_epoch: 3}", "'trainer.max_epoch'"),
+    "type.yaml": ("trainer: {max_epochs: many}", "expected int"),
+    "yaml.yaml": ("trainer: [", "cannot be read as YAML"),
+}
+
+
+def test_the_console_script_is_declared_and_answers_without_torch() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["kedit"].partition(":")
+    assert callable(getattr(import_module(module), function))
+    code = (
+        f"import sys; from {module} import {function} as main; sys.argv = ['kedit', 'ls', 'recipes']; code = main();"
+        " assert not {'torch', 'transformers', 'lightning'} & set(sys.modules); sys.exit(code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "quickstart" in ended.stdout
+
+
+def test_help_has_real_examples_and_every_example_parses(kedit: Kedit) -> None:
+    for verb in VERBS:
+        name = verb.__name__.rpartition(".")[2]
+        code, said, _ = kedit(name, "--help")
+        assert (code, "examples:" in said) == (0, True)
+        examples = [line.strip() for line in verb.EPILOG.splitlines() if line.startswith(f"  kedit {name}")]
+        assert examples
+        for example in examples:
+            words = example.split("    ")[0].split()[1:]
+            assert parser().parse_args(words).run is verb.run, example
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "VERB"),
+        (["bogus"], "bogus.*kedit --help"),
+        (["show"], "DELTA.*kedit show --help"),
+        (["ls", "models"], "models"),
+        (["merge", "a.safetensors", "--weights", "nan", "-o", "b"], "no finite number"),
+        (["eval", "--json", "world", "edits.jsonl"], "EDITS"),
+    ],
+)
+def test_words_that_are_not_understood(kedit: Kedit, words: list[str], said: str) -> None:
+    code, out, err = kedit(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(said, err), err
+
+
+def test_the_traceback_on_demand(kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEDIT_TRACEBACK", "1")
+    with pytest.raises(EditError, match="no 'nothing'"):
+        kedit("cp", "nothing")
+
+
+def test_ls_names_the_whole_catalogue_with_what_each_is_for(kedit: Kedit) -> None:
+    code, said, _ = kedit("ls", "--json")
+    rows = json.loads(said)
+    assert code == 0
+    for kind in ("recipes", "callbacks"):
+        assert [row["name"] for row in rows if row["kind"] == kind] == catalog.names(kind)
+    assert all(Path(row["path"]).is_file() and len(row["about"]) > 30 for row in rows)
+    code, said, _ = kedit("ls", "callbacks")
+    assert "token_smoothing" in said
+    assert "quickstart" not in said
+
+
+def test_cp_gives_a_file_of_ones_own(kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert kedit("cp", "quickstart")[0] == 0
+    assert Path("quickstart.yaml").read_bytes() == catalog.find("recipes", "quickstart").read_bytes()
+    code, said, _ = kedit("cp", "callbacks/kl_locality.yaml", "new/", "--json")
+    assert (code, json.loads(said)["to"]) == (0, "new/kl_locality.yaml")
+    assert Path("new/kl_locality.yaml").read_bytes() == catalog.find("callbacks", "kl_locality").read_bytes()
+    Path("quickstart.yaml").write_text("mine")
+    for words, reason in (
+        (["quickstart"], "is there already.*--force"),
+        (["kl_locality"], "recipes/kl_locality or callbacks/kl_locality"),
+        (["trl_sft", "mine.yaml"], r"\.py"),
+        (["missing"], "recipes/quickstart"),
+    ):
+        code, _, err = kedit("cp", *words)
+        assert code == 1
+        assert re.search(reason, err), err
+    assert Path("quickstart.yaml").read_text() == "mine"
+    assert kedit("cp", "quickstart", "--force")[0] == 0
+    assert Path("quickstart.yaml").read_text() != "mine"
+
+
+def test_validate_takes_the_whole_catalogue(kedit: Kedit) -> None:
+    names = [f"{kind}/{name}" for kind in ("recipes", "callbacks") for name in catalog.names(kind)]
+    names.remove("recipes/trl_sft")
+    code, said, _ = kedit("validate", "--json", *names)
+    rows = {row["file"]: row for row in json.loads(said)}
+    assert code == 0, said
+    assert {name: row["error"] for name, row in rows.items()} == dict.fromkeys(names)
+    assert {row["kind"] for name, row in rows.items() if name.startswith("callbacks/")} == {"fragment"}
+    assert {row["kind"] for name, row in rows.items() if name.startswith("recipes/")} == {"recipe"}
+    assert rows["callbacks/kl_locality"]["callbacks"] == ["KLLocality"]
+
+
+def test_validate_names_what_is_wrong_in_each_file(kedit: Kedit, tmp_path: Path) -> None:
+    for name, (text, _) in BAD.items():
+        (tmp_path / name).write_text(text)
+    code, out, err = kedit("validate", *(tmp_path / name for name in BAD))
+    lines = err.splitlines()
+    assert (code, out, len(lines)) == (1, "", len(BAD))
+    for line, (name, (_, reason)) in zip(lines, BAD.items(), strict=True):
+        assert name in line
+        assert reason in line, line
+
+
+def test_validate_needs_no_gpu_no_model_and_no_data(kedit: Kedit, tmp_path: Path) -> None:
+    """Nor does it seed, build or download anything: none of these is there."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "model: {name: no/such-model}\ndata: {path: nowhere.jsonl}\n"
+        "trainer: {accelerator: gpu, devices: 8, precision: bf16-mixed, max_epochs: 3}\n"
+    )
+    assert kedit("validate", path) == (0, f"{path}: valid recipe (no callbacks)\n", "")

@@ -1,0 +1,159 @@
+"""kedit on files: show, apply, revert, merge; bitwise where bitwise is claimed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kedit_train import EditDelta, world
+from kedit_train.cli.kedit.heat_map import _blocks, heat_map
+
+Kedit = Callable[..., tuple[int, str, str]]
+WEIGHT = "model.layers.4.mlp.down_proj.weight"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_apply_and_revert_give_the_trained_and_the_base_files(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    delta, out, back = edited_world / "edit.safetensors", tmp_path / "out", tmp_path / "back"
+    code, said, _ = kedit("apply", delta, "world", out)
+    assert (code, f"kedit eval {out}" in said) == (0, True)
+    assert weights(out) == weights(edited_world / "model")
+    code, said, _ = kedit("revert", delta, out, back, "--json")
+    found = json.loads(said)
+    assert (code, found["state"], found["tensors"], found["out"]) == (0, "base", 1, str(back))
+    assert weights(back) == weights(world.path())
+
+
+def test_a_run_in_fp32_on_a_bf16_checkpoint(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    model, tokenizer = world.load()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    tokenizer.save_pretrained(tmp_path / "bf16")
+    wide = model.to(torch.float32)
+    base = copy.deepcopy(wide)
+    with torch.no_grad():
+        wide.get_parameter(WEIGHT)[3] += 0.01
+    EditDelta.between(base, wide).save(tmp_path / "edit.safetensors")
+    code, _, err = kedit("apply", tmp_path / "edit.safetensors", tmp_path / "bf16", tmp_path / "out")
+    assert (code, "--dtype float32" in err, (tmp_path / "out").exists()) == (1, True, False)
+    words = ("apply", tmp_path / "edit.safetensors", tmp_path / "bf16", tmp_path / "out", "--dtype", "float32")
+    assert kedit(*words)[0] == 0
+    found, wanted = load_file(tmp_path / "out" / "model.safetensors"), wide.state_dict()
+    assert all(torch.equal(value.view(torch.int32), wanted[name].view(torch.int32)) for name, value in found.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16", "edit.safetensors", "out"]
+
+
+def test_show_counts_as_numpy_does(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    """Rank, norms and shares of a change of rank 2 in three rows, and of the trained one."""
+    base = {WEIGHT: torch.randn(8, 12), "n": torch.zeros(4, dtype=torch.int64)}
+    edited = {name: value.clone() for name, value in base.items()}
+    change = torch.zeros(8, 12)
+    change[1], change[4], change[6] = torch.arange(12.0), torch.ones(12), 2 + torch.arange(12.0)
+    edited[WEIGHT] += change
+    edited["n"][2] = 5
+    EditDelta.between(base, edited).save(tmp_path / "made.safetensors")
+    code, said, _ = kedit("show", tmp_path / "made.safetensors", "--json")
+    rows = {row["name"]: row for row in json.loads(said)["tensors"]}
+    exact = (edited[WEIGHT].double() - base[WEIGHT].double()).numpy()
+    singular = np.linalg.svd(exact, compute_uv=False)
+    assert code == 0
+    assert rows[WEIGHT]["layout"] == "rows"
+    assert rows[WEIGHT]["rank"] == 2
+    assert rows[WEIGHT]["moved"] == int((exact != 0).sum())
+    assert rows[WEIGHT]["norm"] == pytest.approx(np.linalg.norm(exact), rel=1e-6)
+    assert rows[WEIGHT]["stable_rank"] == pytest.approx((exact**2).sum() / singular[0] ** 2, rel=1e-4)
+    assert rows[WEIGHT]["relative"] is None  # the delta holds three rows of the base
+    assert (rows["n"]["norm"], rows["n"]["moved"]) == (None, 1)
+    code, said, _ = kedit("show", edited_world / "edit.safetensors", "--json", "--no-ranks")
+    found = json.loads(said)
+    old, new = load_file(world.path() / "model.safetensors"), load_file(edited_world / "model" / "model.safetensors")
+    exact = (new[WEIGHT].double() - old[WEIGHT].double()).numpy()
+    (row,) = found["tensors"]
+    assert (code, row["name"], row["rank"]) == (0, WEIGHT, None)
+    assert row["relative"] == pytest.approx(np.linalg.norm(exact) / np.linalg.norm(old[WEIGHT].numpy()), rel=1e-5)
+    assert row["largest"] == pytest.approx(np.abs(exact).max(), rel=1e-6)
+    assert (found["scores"], found["edits"]["count"]) == ({"edit/reliability": 1.0}, 3)
+
+
+def test_show_draws_and_tells(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "edit.png"
+    code, said, _ = kedit("show", edited_world / "edit.safetensors", "--png", picture)
+    assert code == 0
+    for part in (WEIGHT, "128x352", "ParameterScope(layers=0.7)", "edit/reliability 1.000", f"picture: {picture}"):
+        assert part in said
+    assert picture.read_bytes().startswith(PNG)
+    code, _, err = kedit("show", edited_world / "edit.safetensors", "--png", picture)
+    assert (code, "is there already" in err) == (1, True)
+
+
+def test_the_heat_map_shows_every_change_in_its_place(tmp_path: Path) -> None:
+    difference = torch.zeros(300, 1000)
+    difference[299, 0] = 4.0
+    blocks = _blocks(difference)
+    assert blocks.shape == (128, 128)
+    assert blocks.nonzero().tolist() == [[127, 0]]
+    small = torch.tensor([[3.0, 0.0], [0.0, -4.0]])
+    assert torch.equal(_blocks(small), small.abs())
+    base = {f"model.layers.{i}.mlp.{n}_proj.weight": torch.zeros(4, 4) for i in range(5) for n in ("up", "down")}
+    edited = {name: value + i for i, (name, value) in enumerate(base.items(), start=1)} | {"norm.weight": torch.ones(3)}
+    path = heat_map(EditDelta.between(base | {"norm.weight": torch.zeros(3)}, edited), tmp_path / "all.png")
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    delta, base = edited_world / "edit.safetensors", load_file(world.path() / "model.safetensors")
+    step = load_file(edited_world / "model" / "model.safetensors")[WEIGHT] - base[WEIGHT]
+    code, said, _ = kedit("merge", delta, "--weights", "-0.5", "-o", tmp_path / "back.safetensors", "--json")
+    assert (code, json.loads(said)["weights"]) == (0, [-0.5])
+    made = EditDelta.load(tmp_path / "back.safetensors")
+    assert torch.equal(made.changes[WEIGHT].after, base[WEIGHT] + -0.5 * step)
+    code, said, _ = kedit("merge", delta, tmp_path / "back.safetensors", "-o", tmp_path / "sum.safetensors")
+    assert (code, "cosine -1.000, contradictory" in said) == (0, True)
+    summed = EditDelta.load(tmp_path / "sum.safetensors")
+    assert torch.allclose(summed.difference(WEIGHT), 0.5 * step, atol=1e-6)
+    assert summed.meta["configuration"]["merged"] == ["edit.safetensors", "back.safetensors"]
+    assert summed.meta["edits"]["count"] == 6
+    code, _, err = kedit("merge", delta, "-o", tmp_path / "sum.safetensors")
+    assert (code, "--force" in err) == (1, True)
+    words = ("merge", delta, tmp_path / "back.safetensors", "--method", "dare", "--density", 0.5, "--seed", 3)
+    assert kedit(*words, "-o", tmp_path / "sum.safetensors", "--force")[0] == 0
+    assert EditDelta.load(tmp_path / "sum.safetensors").meta["configuration"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["show", "none.safetensors"], "there is no file"),
+        (["show", "foreign.safetensors"], "is no delta"),
+        (["show", "edits.jsonl"], "cut short, or no safetensors file"),
+        (["apply", "edit.safetensors", "model", "new"], "applied already"),
+        (["revert", "edit.safetensors", "world", "new"], "not applied"),
+        (["apply", "edit.safetensors", "world", "model"], "is there already"),
+        (["apply", "edit.safetensors", "no/such", "new"], "give the folder of a checkpoint, a hub name, or 'world'"),
+        (["apply", "edit.safetensors", "edits.jsonl", "new"], "is a file"),
+        (["apply", "edit.safetensors", ".", "new"], "save_pretrained"),
+        (["merge", "edit.safetensors", "--weights", "1", "2", "-o", "new.safetensors"], "one weight for each"),
+        (["merge", "edit.safetensors", "-o", "new.bin"], ".safetensors"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(edited_world)
+    save_file({"w": torch.ones(2)}, "foreign.safetensors")
+    before = sorted(path.name for path in edited_world.iterdir())
+    code, out, err = kedit(*words)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: ")
+    assert said in err
+    assert sorted(path.name for path in edited_world.iterdir()) == before

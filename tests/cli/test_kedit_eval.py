@@ -1,0 +1,128 @@
+"""kedit eval: checkpoints, deltas, and what is no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kedit_train import EditDataset, Report, evaluate, world
+from kedit_train.evaluation.card import BEGIN, END
+
+Kedit = Callable[..., tuple[int, str, str]]
+
+
+def test_a_checkpoint_and_its_delta_are_scored_alike_and_as_in_python(kedit: Kedit, edited_world: Path) -> None:
+    edits = edited_world / "two.jsonl"
+    EditDataset.load(edited_world / "edits.jsonl", limit=2).save(edits)
+    code, said, _ = kedit("eval", edited_world / "model", edits, "--against", "world", "--json")
+    assert code == 0
+    by_folder = json.loads(said)
+    _, said, _ = kedit("eval", edited_world / "edit.safetensors", edits, "--against", "world", "--json")
+    by_file = json.loads(said)
+    dataset = EditDataset.load(edits)
+    model, tokenizer = world.load()
+    before = evaluate(model, tokenizer, dataset, progress=False)
+    from transformers import AutoModelForCausalLM
+
+    edited = AutoModelForCausalLM.from_pretrained(edited_world / "model")
+    wanted = evaluate(edited, tokenizer, dataset, before=before, progress=False).to_dict()
+    for found in (by_folder, by_file):
+        for part in ("metrics", "unedited", "answers"):
+            assert found[part] == wanted[part]
+    assert by_folder["metrics"]["reliability"]["generated"]["value"] == 1.0
+    assert by_folder["metrics"]["locality"]["compared_with"] == "unedited model"
+
+
+def test_every_file_that_it_writes(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_bytes(b"---\nlicense: mit\n---\r\n# Mine")
+    words = ["eval", "world", edited_world / "edits.jsonl", "--delta", edited_world / "edit.safetensors", "--full"]
+    words += ["--json", tmp_path / "e.json", "--markdown", tmp_path / "e.md", "--plots", tmp_path / "plots"]
+    code, said, _ = kedit(*words, "--card", card)
+    assert code == 0
+    report = Report.load(tmp_path / "e.json")
+    assert report.metrics["weight_drift"]["relative"].value > 0.0
+    assert report.metrics["locality"]["kl"].n > 0
+    assert "# Evaluation" in (tmp_path / "e.md").read_text()
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"reliability_locality.png", "positions.png"}
+    text = card.read_bytes()
+    assert text.startswith(b"---\nlicense: mit\n---\r\n# Mine\n\n" + BEGIN.encode())
+    for part in ("optimizer steps: 20", "2502.00602", "2509.22072", "bit for bit"):
+        assert part.encode() in text
+    assert all(f"written: {tmp_path / name}" in said for name in ("e.json", "e.md", "README.md"))
+    # Again: the section is replaced, and the report of before stands in for the model.
+    code, _, _ = kedit("eval", "world", edited_world / "edits.jsonl", "--against", tmp_path / "e.json", "--card", card)
+    assert code == 0
+    assert card.read_text().count(BEGIN) == card.read_text().count(END) == 1
+    assert "optimizer steps" not in card.read_text()
+
+
+def test_edits_without_probes_have_no_score(kedit: Kedit, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"prompt": "Luvumouth stands on the river", "target": "Tutava"}) + "\n")
+    card = tmp_path / "card.md"
+    code, said, _ = kedit("eval", "world", bare, "--plots", tmp_path / "plots", "--card", card)
+    assert code == 0
+    assert "no probes: generality, portability, locality" in said
+    assert "no reliability_locality.png: world has no probes of locality" in said
+    assert "| portability | no probes | – | 0 |" in card.read_text()
+    code, said, _ = kedit("eval", "world", bare, "--json")
+    scores = json.loads(said)["metrics"]
+    for question in ("generality", "portability", "locality"):
+        assert scores[question]["generated"] == {"value": None, "n": 0, "low": None, "high": None}
+
+
+def test_a_sample(kedit: Kedit) -> None:
+    code, said, _ = kedit("eval", "world", "world", "--limit", "2", "--seed", "5", "--json")
+    assert (code, json.loads(said)["meta"]["n_edits"], json.loads(said)["meta"]["seed"]) == (0, 2, 5)
+
+
+def test_weights_that_have_diverged(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    model, tokenizer = world.load()
+    with torch.no_grad():
+        model.get_parameter("model.layers.5.mlp.up_proj.weight")[0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    code, _, err = kedit("eval", tmp_path / "nan", edited_world / "edits.jsonl")
+    assert code == 1
+    assert "NaN" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([".", "edits.jsonl"], "cannot be loaded as a causal language model"),
+        (["no/such", "edits.jsonl"], "no such folder here"),
+        (["world", "none.jsonl"], "there is no such file"),
+        (["edit.safetensors", "edits.jsonl"], "--against BASE"),
+        (["edits.jsonl", "edits.jsonl", "--against", "world"], "no safetensors file"),
+        (["model", "edits.jsonl", "--delta", "edit.safetensors"], "applied already"),
+        (["world", "edits.jsonl", "--delta", "edit.safetensors", "--against", "model"], "leave --against out"),
+        (["world", "edits.jsonl", "--against", "none.json", "--full"], "none.json"),
+        (["world", "edits.jsonl", "--json", "report.txt"], "end the file's name in .json"),
+        (["world", "edits.jsonl", "--limit", "0"], "limit is 0"),
+        (["world", "edits.jsonl", "--batch-size", "0"], "batch_size is 0"),
+        (["world", "edits.jsonl", "--device", "nowhere"], "--device nowhere"),
+    ],
+)
+def test_what_cannot_be_asked(
+    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(edited_world)
+    code, out, err = kedit("eval", *words)
+    assert (code, out) == (1, "")
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert said in lines[0]
+
+
+def test_a_base_of_another_architecture(kedit: Kedit, edited_world: Path, stories: Path) -> None:
+    code, _, err = kedit("eval", edited_world / "model", edited_world / "edits.jsonl", "--against", stories)
+    assert code == 1
+    assert "is no base of" in err
+    assert "hidden_size" in err
