@@ -38,7 +38,7 @@ from workload import (
 from kedit_train import EditDataset, evaluate
 from kedit_train.callbacks import ActiveSet, ParameterScope, PrefixCache, TokenSmoothing
 from kedit_train.data import Edit
-from kedit_train.data.tokenise import Encoded
+from kedit_train.data.tokenise import Encoded, collate
 
 ENOUGH = 0.95
 
@@ -90,6 +90,15 @@ def reliability(model: Any, given: Setting, edits: Sequence[Edit]) -> float:
     return report.metrics["reliability"]["generated"].value
 
 
+@torch.no_grad()
+def forced(model: Any, given: Setting) -> float:
+    """The share of edits whose target, end-of-text included, is the likeliest token by token under teacher forcing."""
+    batch = collate(given.rows, pad_id=given.tokenizer.pad_token_id)
+    labels = batch.pop("labels")[:, 1:]
+    said = model(**{name: value.to(model.device) for name, value in batch.items()}).logits[:, :-1].argmax(-1).cpu()
+    return float(((said == labels) | (labels == -100)).all(1).float().mean())
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a method took for its edits: seconds an edit, the reliability that it reached, and epochs or steps."""
@@ -132,7 +141,9 @@ def together(given: Setting, host: str, callbacks: Callable[[], list[Any]], lr: 
                 step()
                 steps += 1
             seconds += now() - started
-            reached = reliability(model, given, given.edits)
+            # To ask takes time, though not on this clock; what fails in its own context is not said freely either.
+            if forced(model, given) > 0.9 * ENOUGH or epoch == options.epochs:
+                reached = reliability(model, given, given.edits)
     return Outcome(seconds / len(given.edits), reached, epoch, steps)
 
 
@@ -196,7 +207,7 @@ def tune(given: Setting, options: Any) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__, edits=64, single=16, rounds=3, epochs=60)
+    parser = arguments(__doc__, edits=64, single=16, rounds=2, epochs=60)
     parser.add_argument("--model", choices=["small", "factlm"], default="small")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])

@@ -73,7 +73,7 @@ def measure(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> fl
         return (token_divergence(known, head.project(states), direction=name),)  # pyright: ignore[reportArgumentType]
 
     kept = width * tokens * 4 + (vocab * width * 4 if trained else 0)
-    chunk = tokens if whole else chunk_length(vocab if name in LABELLED else 2 * vocab)
+    chunk = tokens if whole else chunk_length(vocab)
     start = peak()
     chunked(score, hidden, labels, before, chunk=chunk, parameters=head.trained)[0].mean().backward()
     extra = peak() - start - kept
