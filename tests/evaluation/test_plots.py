@@ -1,0 +1,136 @@
+"""Plots and the model card's section: what is drawn and written is what the report holds."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kedit_train.callbacks
+from kedit_train.data import Edit, Probe
+from kedit_train.errors import EditError
+from kedit_train.evaluation import Report, card, evaluate, plots
+
+EDITS = [
+    Edit("Ann lives in", "Köln", rephrases=("Ann's town:",), locality={"near": (Probe("Bob lives in", ("Oslo",)),)}),
+    Edit("Cyd lives in", "Lima", rephrases=("Cyd's town:",), locality={"near": (Probe("Dan lives in", ("Nice",)),)}),
+]
+OLD = {"Bob lives in": " Oslo", "Dan lives in": " Nice"}
+
+
+@pytest.fixture
+def reports(rigged: Any) -> dict[str, Report]:
+    """One edit learned without harm; both learned, with one answer lost elsewhere."""
+    before = evaluate(*rigged(OLD), EDITS, progress=False)
+    careful = OLD | {"Ann lives in": " Köln"}
+    greedy = careful | {"Cyd lives in": " Lima", "Bob lives in": " Köln"}
+    return {
+        "careful": evaluate(*rigged(careful), EDITS, before=before, progress=False),
+        "greedy": evaluate(*rigged(greedy), EDITS, before=before, progress=False),
+    }
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """The figure that was saved last."""
+    kept: list[Any] = []
+    save = plots.saved
+    monkeypatch.setattr(plots, "saved", lambda drawing, path: kept.append(drawing) or save(drawing, path))
+    return lambda: kept[-1]
+
+
+def test_the_plane_holds_the_scores(reports: dict[str, Report], drawn: Any, tmp_path: Path) -> None:
+    path = plots.reliability_locality(reports, tmp_path / "new" / "plane.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [file.name for file in path.parent.iterdir()] == ["plane.png"]
+    (axes,) = drawn().axes
+    points = {bars.get_label(): bars[0].get_xydata().tolist() for bars in axes.containers}
+    assert points == {"careful": [[0.5, 1.0]], "greedy": [[1.0, 0.5]]}
+    (unedited,) = [line for line in axes.lines if line.get_label() == "unedited"]
+    assert unedited.get_xydata().tolist() == [[0.0, 1.0]]
+    score = reports["greedy"].metrics["locality"]["generated"]
+    (whisker,) = axes.containers[1][2][1].get_segments()
+    assert whisker.tolist() == [[1.0, score.low], [1.0, score.high]]
+    low, high = axes.get_ylim()
+    assert low <= score.low <= 1.0 <= high
+
+
+def test_the_curves_hold_every_position(reports: dict[str, Report], drawn: Any, tmp_path: Path) -> None:
+    plots.positions(reports, tmp_path / "positions.png")
+    for axes, name in zip(drawn().axes, ("accuracy", "probability"), strict=True):
+        curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        wanted = {label: report.metrics["positions"] for label, report in reports.items()}
+        wanted["unedited"] = reports["greedy"].unedited["positions"]  # type: ignore[index]
+        assert curves == {
+            label: [[float(place), own[name].value] for place, own in places.items()]
+            for label, places in wanted.items()
+        }
+        assert len(curves["greedy"]) == len(b" K\xc3\xb6ln")
+    assert [tick.get_text() for tick in drawn().axes[0].get_xticklabels()][:2] == ["1\nn=2", "2\nn=2"]
+    assert drawn().axes[0].get_xticklabels()[-1].get_text() == "6\nn=1"
+
+
+def test_what_cannot_be_drawn(
+    reports: dict[str, Report], rigged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = evaluate(*rigged(OLD), EDITS, progress=False)
+    bare = evaluate(*rigged(OLD), [Edit("Ann lives in", "Köln")], progress=False)
+    for given, said in (
+        ({}, "no reports"),
+        (reports | {"alone": alone}, "no one axis"),
+        (reports | {"bare": bare}, "different edits"),
+        ({"bare": bare}, "bare has no probes of locality"),
+    ):
+        with pytest.raises(EditError, match=said):
+            plots.reliability_locality(given, tmp_path / "plane.png")
+    with pytest.raises(EditError, match=r"end the name in \.png"):
+        plots.positions(reports, tmp_path / "plane.jpg")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(EditError, match=r"kedit-train\[report\]"):
+        plots.positions(reports, tmp_path / "positions.png")
+
+
+def test_the_section_holds_what_the_report_holds(reports: dict[str, Report]) -> None:
+    report = reports["greedy"]
+    used = ["TokenSmoothing(lam=0.1)", "NormBall(radius=0.1)", "MyOwn(x=1)"]
+    report = replace(report, meta={**report.meta, "callbacks": used, "steps": 12})
+    text = card.section(report, cost={"training": "3 s on one | core"}, base="me/model_x")
+    score = report.metrics["locality"]["generated"]
+    assert f"| locality: same answers | – | 0.500 | {score.low:.2f}–{score.high:.2f} | 2 |" in text
+    assert "| reliability | 0.000 | 1.000 | 1.00–1.00 | 2 |" in text
+    assert "| portability | – | no probes | – | 0 |" in text
+    assert "| Ann lives in | (nothing) | Köln | Köln |" in text
+    for part in (report.meta["data_hash"], "base model: me/model\\_x", "optimizer steps: 12", "3 s on one \\| core"):
+        assert part in text
+    assert set(re.findall(r"arXiv (\d+\.\d+)\]", text)) == {"2502.00602", "2012.00363", card.MIRAGE[1]}
+    assert card.without_probes(report) == ["portability"]
+
+
+def test_papers_are_those_that_the_callbacks_name() -> None:
+    for name, papers in card.PAPERS.items():
+        doc = getattr(kedit_train.callbacks, name).__doc__
+        assert papers
+        assert all(number in doc for _, number in papers), name
+
+
+def test_a_section_takes_its_place_in_a_card(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "README.md"
+    card.put(path, "first\n")
+    assert path.read_text() == f"{card.BEGIN}\nfirst\n{card.END}\n"
+    path.write_bytes(b"# Mine\r\n" + path.read_bytes() + b"tail")
+    card.put(path, "second")
+    assert path.read_bytes() == f"# Mine\r\n{card.BEGIN}\nsecond\n{card.END}\ntail".encode()
+    assert [file.name for file in path.parent.iterdir()] == ["README.md"]
+    path.write_text(f"{card.END} {card.BEGIN}")
+    with pytest.raises(EditError, match="once each"):
+        card.put(path, "third")
+    path.write_text(card.BEGIN)
+    with pytest.raises(EditError, match="mend it, or remove both"):
+        card.put(path, "third")
+    assert path.read_text() == card.BEGIN
