@@ -1,0 +1,199 @@
+"""Each rule that ends a run, alone and beside another, and what it needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import HOSTS, collator
+
+from kedit_train import world
+from kedit_train.callbacks import (
+    EditCallback,
+    EditMetrics,
+    KLLocality,
+    ParameterScope,
+    StopWhenEdited,
+    TokenSmoothing,
+    editing,
+)
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError
+
+PROBABILITY = "edit/reliability_smallest_token_probability"
+
+
+class Says(EditCallback):
+    """Publishes given scores, one dict a step, where EditMetrics would."""
+
+    order = 60
+    every_n_steps = 1
+    extras = frozenset({"kl"})
+
+    def __init__(self, scores: list[dict[str, float]]) -> None:
+        self.scores = scores
+
+    def after_step(self, run: Any) -> None:
+        run.publish(self.scores[run.step - 1])
+
+
+class SaysTokens(Says):
+    """The same where TokenSmoothing would."""
+
+    epsilon = 0.05
+
+
+# Callbacks know one another by name.
+Says.__name__, SaysTokens.__name__ = "EditMetrics", "TokenSmoothing"
+
+
+def stopped_at(callbacks: list[Any], steps: int = 6) -> int | None:
+    """The step after which a loop that asks ``should_stop`` ends; None where it never has to."""
+    model = torch.nn.Linear(2, 2)
+    with editing(model, callbacks) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+        for step in range(1, steps + 1):
+            edit.before_step()
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if edit.should_stop:
+                return step
+    return None
+
+
+def rising(key: str, *values: float) -> list[dict[str, float]]:
+    return [{key: value} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("rule", "key", "values", "step"),
+    [
+        ({"reliability": 0.75}, "edit/reliability", (0.0, 0.5, 0.75, 1.0, 1.0, 1.0), 3),
+        ({"reliability": 1.0}, "edit/reliability", (0.0, 0.5, 0.75, 0.99, 0.5, 0.5), None),
+        ({"smallest_probability": 0.9}, PROBABILITY, (0.1, 0.5, 0.8, 0.89, 0.95, 1.0), 5),
+        ({"kl_budget": 0.1}, "edit/locality/kl", (0.0, 0.1, 0.11, 0.0, 0.0, 0.0), 3),
+        ({"kl_budget": 0.1}, "edit/locality_kl", (0.0, 0.05, 0.1, 0.2, 0.0, 0.0), 4),
+        ({"idle_steps": 2}, "edit/tokens/active_now", (0, 3, 0, 0, 1, 0), 4),
+    ],
+)
+def test_a_rule_ends_the_run_at_the_step_that_meets_it(
+    rule: dict[str, Any],
+    key: str,
+    values: tuple[float, ...],
+    step: int | None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop = StopWhenEdited(**{"reliability": None, **rule})
+    says = SaysTokens if "idle_steps" in rule else Says
+    assert stopped_at([says(rising(key, *values)), stop]) == step
+    assert (stop.reason is None) == (step is None)
+    said = capsys.readouterr().out
+    assert said == ("" if step is None else f"stopped at step {step}: {stop.reason}\n")
+
+
+def test_of_two_rules_the_first_that_is_met_ends_the_run_and_both_are_named_where_both_are() -> None:
+    scores = [
+        {"edit/reliability": 0.5, "edit/locality/kl": 0.0},
+        {"edit/reliability": 0.5, "edit/locality/kl": 0.3},
+        {"edit/reliability": 1.0, "edit/locality/kl": 0.3},
+    ]
+    stop = StopWhenEdited(kl_budget=0.2)
+    assert stopped_at([Says(scores), stop]) == 2
+    assert stop.reason == "KL to the unedited model 0.3 is above the budget of 0.2"
+    assert stopped_at([Says([scores[0], scores[2]]), stop]) == 2
+    assert stop.reason == ("reliability 1 is at least 1 and KL to the unedited model 0.3 is above the budget of 0.2")
+
+
+# Nats a token.
+BUDGET = 0.002
+
+
+def batches(edits: EditDataset, callbacks: list[Any], steps: int, lr: float) -> tuple[Any, int]:
+    model, tokenizer = world.load()
+    batch = collator(tokenizer)(edits.encode(tokenizer))
+    with editing(model, [ParameterScope(layers=0.5, modules="mlp"), *callbacks], log_every_n_steps=1) as edit:
+        optimizer = torch.optim.Adam(edit.parameters(), lr=lr)
+        for step in range(1, steps + 1):
+            edit.before_step()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if edit.should_stop:
+                return edit, step
+    return edit, steps + 1
+
+
+def test_a_real_run_stops_when_every_token_of_every_target_is_likely() -> None:
+    edits = EditDataset(world.edits(n=3))
+    metrics = EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)
+    edit, step = batches(edits, [metrics, StopWhenEdited(None, smallest_probability=0.8)], 60, 3e-3)
+    least = [row[PROBABILITY] for row in edit.history if PROBABILITY in row]
+    assert step % 2 == 0
+    assert least[step // 2 - 1] >= 0.8
+    assert all(value < 0.8 for value in least[: step // 2 - 1])
+
+
+@pytest.mark.parametrize("measured_by", ["KLLocality", "EditMetrics"])
+def test_a_real_run_stops_when_its_budget_of_divergence_is_spent(measured_by: str) -> None:
+    edits = EditDataset(world.edits(n=3))
+    if measured_by == "KLLocality":
+        key, callbacks = (
+            "edit/locality/kl",
+            [KLLocality(texts=["The old baker found a coin.", "A red fox slept."], weight=1e-6)],
+        )
+    else:
+        key = "edit/locality_kl"
+        callbacks = [EditMetrics(edits, every_n_steps=1, show=False, max_new_tokens=4, metrics=["kl"])]
+    edit, step = batches(edits, [*callbacks, StopWhenEdited(None, kl_budget=BUDGET)], 40, 3e-3)
+    assert 1 < step <= 40
+    found = [row[key] for row in edit.history if key in row]
+    assert max(found) > BUDGET
+    assert found[0] <= BUDGET
+
+
+@pytest.mark.parametrize("host", ["Trainer", "Lightning"])
+def test_trainers_stop_there(host: str) -> None:
+    edits = EditDataset(world.edits(n=2))
+    model, tokenizer = world.load()
+    metrics = EditMetrics(edits, every_n_steps=1, show=False, max_new_tokens=4)
+    stop = StopWhenEdited(None, smallest_probability=1e-9)
+    HOSTS[host](model, tokenizer, edits, [metrics, stop], 5)
+    assert metrics.report is not None
+    assert metrics.report.meta["steps"] == 1
+    assert stop.reason is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: StopWhenEdited(None), "every rule is None"),
+        (lambda: StopWhenEdited(smallest_probability=1.0), r"smallest_probability=1.0 is none in \(0, 1\)"),
+        (lambda: StopWhenEdited(kl_budget=0.0), "kl_budget=0.0 is no divergence"),
+    ],
+)
+def test_rules_that_cannot_be_meant_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(EditError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        (StopWhenEdited(), r"\(reliability=...\) reads what EditMetrics measures; add EditMetrics"),
+        (StopWhenEdited(None, smallest_probability=0.5), r"\(smallest_probability=...\) reads what EditMetrics"),
+        (StopWhenEdited(None, kl_budget=0.5), "reads a divergence that nothing here measures; add KLLocality"),
+        (StopWhenEdited(None, idle_steps=3), "counts active tokens; add TokenSmoothing"),
+    ],
+)
+def test_a_rule_without_what_it_reads_is_refused_before_the_first_step(stop: StopWhenEdited, message: str) -> None:
+    with pytest.raises(EditError, match=message):
+        stopped_at([stop])
+
+
+def test_a_budget_needs_metrics_that_measure_it() -> None:
+    edits = EditDataset(world.edits(n=2))
+    metrics = EditMetrics(edits, every_n_steps=1, show=False, max_new_tokens=4)
+    with pytest.raises(EditError, match="a divergence that nothing here measures"):
+        batches(edits, [metrics, TokenSmoothing(), StopWhenEdited(None, kl_budget=0.5)], 1, 1e-3)
