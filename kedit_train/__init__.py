@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from kedit_train.delta import EditDelta
     from kedit_train.errors import EditError
     from kedit_train.evaluation import Report, evaluate
+    from kedit_train.modes import run_edits, survey
     from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
 __version__ = "0.1.0"
@@ -25,6 +26,8 @@ __all__ = [
     "Report",
     "editing",
     "evaluate",
+    "run_edits",
+    "survey",
 ]
 
 _HOMES = {
@@ -38,6 +41,8 @@ _HOMES = {
     "Report": "evaluation",
     "editing": "callbacks.hosts.loop",
     "evaluate": "evaluation",
+    "run_edits": "modes",
+    "survey": "modes",
 }
 
 

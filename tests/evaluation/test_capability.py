@@ -1,0 +1,138 @@
+"""General ability beside the edits: by hand on a model whose every answer is known, and lm-eval on the live model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kedit_train.errors import EditError
+from kedit_train.evaluation.capability import CapabilityProbe, beginnings
+from kedit_train.evaluation.harness import harness_scores
+
+# The rigged model's first choice has this logit and all of its 257 others 0.
+SHARP, VOCAB = 10.0, 258
+RIGHT = SHARP - math.log(math.exp(SHARP) + VOCAB - 1)
+WRONG = RIGHT - SHARP
+
+
+def test_by_hand(rigged: Any) -> None:
+    prompts = ["a:", "b:", "c:", "d:"]
+    old = {"a:": "xy", "b:": "xy", "c:": "x", "d:": "Say it."}
+    new = old | {"b:": "xz", "d:": "say  it"}
+    probe = CapabilityProbe(["a:xy", "b:xy"], prompts)
+    before = probe(*rigged(old))
+    assert set(before.scores()) == {"perplexity"}
+    # Bytes 2 to 4 of each text: the colon comes of no prompt (end-of-text is expected there), then "x" and "y".
+    assert before.perplexity.n == 6
+    assert before.perplexity.value == pytest.approx(math.exp(-(2 * WRONG + 4 * RIGHT) / 6), rel=1e-5)
+    after = probe(*rigged(new), before=before)
+    assert after.perplexity.value == pytest.approx(math.exp(-(3 * WRONG + 3 * RIGHT) / 6), rel=1e-5)
+    # "b:" has changed; "d:" has changed in what normalisation leaves out.
+    assert (after.agreement.value, after.agreement.n) == (0.75, 4)
+    # Of the unedited answers' tokens, each with its end: 3 + 3 + 2 + 8. Where one first choice replaces another the
+    # two distributions differ in two places. "Say it." and "say  it" differ at S/s, " "/i ... by byte: counted here.
+    moved = 1 + sum(a != b for a, b in zip("Say it.", "say  it", strict=True))
+    one = (math.exp(RIGHT) - math.exp(WRONG)) * SHARP
+    assert after.kl.n == 16
+    assert after.kl.value == pytest.approx(moved * one / 16, rel=1e-4)
+    assert list(after.scores()) == ["perplexity", "kl", "agreement"]
+    same = probe(*rigged(old), before=before)
+    assert (same.kl.value, same.agreement.value, same.perplexity) == (0.0, 1.0, before.perplexity)
+
+
+def test_the_batch_does_not_matter_and_the_model_stays(rigged: Any) -> None:
+    old = {"a:": "xy", "bb:": "longer answer", "c:": ""}
+    model, tokenizer = rigged(old)
+    model.train()
+    one, many = (CapabilityProbe(["a:xy"], list(old), batch_size=size)(model, tokenizer) for size in (1, 64))
+    assert one.perplexity == many.perplexity
+    assert one.answers == many.answers
+    assert model.training
+
+
+def test_prompts_come_of_texts() -> None:
+    assert beginnings(["one two three four five", "alone", "a b"]) == ["one two", "a"]
+    assert len(beginnings(["w " * 100])[0].split()) == 16
+    assert CapabilityProbe(["one two three", "one two four"]).prompts == ["one"]
+    with pytest.raises(EditError, match="no text has two words"):
+        CapabilityProbe(["alone"])
+    with pytest.raises(EditError, match="holds no text"):
+        CapabilityProbe([])
+    with pytest.raises(EditError, match="tasks and prompts are lists"):
+        CapabilityProbe(["a b"], tasks="arc_easy")
+
+
+def test_another_probe_does_not_compare(rigged: Any) -> None:
+    model, tokenizer = rigged({"a:": "x"})
+    before = CapabilityProbe(["a:x b"], ["a:"])(model, tokenizer)
+    with pytest.raises(EditError, match="before is of other prompts"):
+        CapabilityProbe(["a:x b"], ["b:"])(model, tokenizer, before)
+
+
+def test_tasks_without_lm_eval(rigged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(EditError, match=r"pip install 'kedit-train\[eval\]'"):
+        harness_scores(*rigged({}), ["arc_easy"])
+    assert harness_scores(*rigged({}), []) == {}
+
+
+TASK = """\
+task: small_facts
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+  cache_dir: {cache}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_lm_eval_on_the_live_model(factlm: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra (lm-eval) is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
+    model.train()
+    records = json.loads((factlm / "records.json").read_text(encoding="utf-8"))[:20]
+    rows = [
+        {"prompt": r["prompt"], "choices": [r["ground_truth"], r["target_new"]], "label": int(i % 4 == 0)}
+        for i, r in enumerate(records)
+    ]
+    data, file = tmp_path / "facts.jsonl", tmp_path / "facts.yaml"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(TASK.format(data=data, cache=tmp_path / "cache"), encoding="utf-8")
+    python, state, kept = random.getstate(), torch.get_rng_state(), copy.deepcopy(tokenizer.__dict__.keys())
+    # The model knows the true answer of all twenty; every fourth is labelled with the other one.
+    by_file = harness_scores(model, tokenizer, [str(file)])["small_facts/acc"]
+    assert (by_file.value, by_file.n) == (0.75, 20)
+    assert by_file.low is not None
+    assert by_file.low == pytest.approx(0.75 - 1.96 * math.sqrt(0.75 * 0.25 / 19), rel=1e-3)
+    assert random.getstate() == python
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tokenizer.__dict__.keys() == kept
+    assert model.training
+    probe = CapabilityProbe(["a b c"], tasks=["small_facts"], task_folder=str(tmp_path), task_limit=8)
+    before = probe(model, tokenizer)
+    assert (before.tasks["small_facts/acc"].value, before.tasks["small_facts/acc"].n) == (0.75, 8)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    broken = probe(model, tokenizer, before)
+    assert broken.scores()["small_facts/acc"].value != 0.75
+    with pytest.raises(EditError, match="lm-eval knows no 'no_such_task'"):
+        harness_scores(model, tokenizer, ["no_such_task"])
+    with pytest.raises(EditError, match="there is no file"):
+        harness_scores(model, tokenizer, [str(tmp_path / "none.yaml")])

@@ -1,0 +1,433 @@
+"""The modes on a model that learns and forgets by a rule written down here, and on the world's small Llama."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kedit_train import run_edits, survey, world
+from kedit_train.callbacks import NormBall, ParameterScope
+from kedit_train.data import Edit, EditDataset, Probe
+from kedit_train.data.tokenise import collate, pad_token_id
+from kedit_train.errors import EditError
+from kedit_train.evaluation import evaluate
+from kedit_train.evaluation.bootstrap import Score
+from kedit_train.evaluation.capability import CapabilityProbe
+from kedit_train.modes import TrainLoop, retainability, retention_curve, rounds
+
+N = 12
+
+
+def facts(n: int = N) -> list[Edit]:
+    return [
+        Edit(f"P{i}:", f"new{i}", rephrases=(f"R{i}:",), locality={"near": (Probe(f"L{i}:", (f"near{i}",)),)})
+        for i in range(n)
+    ]
+
+
+def says(knows: Sequence[bool]) -> dict[str, str]:
+    """What a model says that knows these edits: of rephrasings the even ones; every fifth edit hurts its neighbour."""
+    answers = {}
+    for i, known in enumerate(knows):
+        answers[f"P{i}:"] = f" new{i}" if known else f" old{i}"
+        answers[f"R{i}:"] = f" new{i}" if known and i % 2 == 0 else f" old{i}"
+        answers[f"L{i}:"] = " hurt" if known and i % 5 == 0 else f" near{i}"
+    return answers
+
+
+@pytest.fixture
+def learner(rigged: Any) -> Callable[[int], tuple[Any, Any]]:
+    """A model whose answers hang on its parameter ``knows``, one number an edit."""
+
+    def make(n: int = N) -> tuple[Any, Any]:
+        model, tokenizer = rigged(says([False] * n))
+        model.register_parameter("knows", nn.Parameter(torch.zeros(n)))
+
+        def read(module: Any, *_: Any) -> None:
+            lines = says([bool(k > 0.5) for k in module.knows]).items()
+            module.script = [(_ids(tokenizer, p), _ids(tokenizer, a), False) for p, a in lines]
+
+        model.register_forward_pre_hook(read, with_kwargs=False)
+        return model, tokenizer
+
+    return make
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Teacher:
+    """Learns what it is given, and forgets the edit ``forgets`` places before the first of them."""
+
+    def __init__(self, forgets: int = 0) -> None:
+        self.forgets, self.calls, self.found = forgets, [], []
+
+    @torch.no_grad()
+    def __call__(self, model: Any, edits: Sequence[Edit]) -> None:
+        numbers = [int(edit.id) for edit in edits]
+        self.found.append(model.knows.clone())
+        self.calls.append(numbers)
+        lost = min(numbers) - self.forgets
+        if self.forgets and lost >= 0:
+            model.knows[lost] = 0.0
+        model.knows[numbers] = 1.0
+
+
+def test_rounds_are_what_their_names_say() -> None:
+    assert [r.trained for r in rounds("single", 3)] == [(0,), (1,), (2,)]
+    assert [r.trained for r in rounds("batch", 3)] == [(0, 1, 2)]
+    assert [(r.trained, r.seen) for r in rounds("sequential", 3)] == [((0,), 1), ((1,), 2), ((2,), 3)]
+    assert [r.trained for r in rounds("sequential", 5, 2)] == [(0, 1), (2, 3), (4,)]
+    streamed = rounds("streaming", 250)
+    assert [len(r.trained) for r in streamed] == [100, 200, 250]
+    assert [len(r.new) for r in streamed] == [100, 100, 50]
+    some = rounds("streaming", 250, 50, replay=30, seed=3)
+    assert [len(r.trained) for r in some] == [50, 80, 80, 80, 80]
+    for one in some:
+        old = set(one.trained) - set(one.new)
+        assert one.trained[-len(one.new) :] == one.new
+        assert len(set(one.trained)) == len(one.trained)
+        assert all(number < min(one.new) for number in old)
+    assert some == rounds("streaming", 250, 50, replay=30, seed=3) != rounds("streaming", 250, 50, replay=30, seed=4)
+    assert [r.trained for r in rounds("streaming", 4, 2, replay=0)] == [(0, 1), (2, 3)]
+
+
+def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
+    model, tokenizer = learner()
+    teacher = Teacher(forgets=3)
+    probe = CapabilityProbe([f"L{i}: near{i}" for i in range(N)], [f"L{i}:" for i in range(N)])
+    result = run_edits(
+        model, tokenizer, facts(), "sequential", train=teacher, checkpoints=(1, 3, 7), capability=probe, progress=False
+    )
+    assert teacher.calls == [[i] for i in range(N)]
+    assert [c.edits for c in result.checkpoints] == [1, 3, 7, N]
+    for checkpoint in result.checkpoints:
+        t = checkpoint.edits
+        knows = [max(0, t - 3) <= i < t for i in range(N)]
+        said = says(knows)
+        report = checkpoint.report
+        assert {r.edit for r in report.answers} == {str(i) for i in range(t)}
+        assert {r.prompt: r.answer for r in report.answers} == {
+            p: said[p].strip() for i in range(t) for p in (f"P{i}:", f"R{i}:", f"L{i}:")
+        }
+        scores = checkpoint.scores()
+        assert scores["reliability"].value == sum(knows) / t
+        assert scores["generality"].value == sum(k for k in knows[::2]) / t
+        hurt = sum(known and i % 5 == 0 for i, known in enumerate(knows))
+        assert scores["locality"].value == (t - hurt) / t
+        assert scores["latest"] == Score(1.0, 1)
+        # The probe asks the same prompts at every checkpoint, whatever has been edited.
+        assert scores["agreement"].value == pytest.approx(1 - hurt / N)
+        assert (scores["agreement"].n, scores["perplexity"].n > N) == (N, True)
+        assert report.unedited is not None
+        assert report.unedited["reliability"]["generated"].n == t
+    curve = result.curve()
+    assert [row["edits"] for row in curve] == [1, 3, 7, N]
+    assert curve[-1]["reliability"].value == 0.25
+    # The formula, term by term, against two of its accuracies.
+    accuracy = [min(t, 3) / t for t in range(1, N + 1)]
+    steps = [after - before for before, after in pairwise(accuracy)]
+    by_hand = sum(steps) / (N - 1)
+    found = survey(result)
+    assert found.retainability.value == pytest.approx(by_hand) == pytest.approx((0.25 - 1) / 11)
+    assert (found.accuracy.value, found.scalability.value, found.portability.n) == (0.25, None, 0)
+    assert (found.sources["retainability"], found.sources["scalability"]) == ("sequential", "–")
+
+
+def test_streaming_replays(learner: Any) -> None:
+    teacher = Teacher(forgets=1)
+    result = run_edits(
+        *learner(), facts(), "streaming", train=teacher, round_size=5, checkpoints=(1, 6), progress=False
+    )
+    assert teacher.calls == [list(range(5)), list(range(10)), list(range(12))]
+    assert [c.edits for c in result.checkpoints] == [5, 10, 12]
+    assert result.report.metrics["reliability"]["generated"].value == 1.0
+    assert result.checkpoints[-1].latest.n == 2
+    teacher = Teacher()
+    run_edits(*learner(), facts(), "streaming", train=teacher, round_size=5, replay=2, seed=7, progress=False)
+    assert teacher.calls == [list(r.trained) for r in rounds("streaming", N, 5, 2, 7)]
+    assert [len(call) for call in teacher.calls] == [5, 7, 4]
+    assert survey(result).sources["retainability"] == "streaming"
+
+
+def test_single_meets_the_unedited_model_each_time(learner: Any) -> None:
+    model, tokenizer = learner()
+    teacher = Teacher()
+    result = run_edits(model, tokenizer, facts(), "single", train=teacher, progress=False)
+    assert teacher.calls == [[i] for i in range(N)]
+    assert all(not found.any() for found in teacher.found)
+    assert not model.knows.any()
+    assert [c.edits for c in result.checkpoints] == [N]
+    metrics = result.report.metrics
+    assert metrics["reliability"]["generated"].value == 1.0
+    assert metrics["generality"]["generated"].value == 0.5
+    assert metrics["locality"]["generated"].value == 9 / 12  # the neighbours of 0, 5 and 10
+    assert metrics["locality"]["compared_with"] == "unedited model"
+    assert (metrics["perplexity"].n, result.report.meta["n_edits"], result.report.meta["n_probes"]) == (0, N, 3 * N)
+    assert result.report.unedited == result.before.metrics
+
+
+def test_scalability_and_the_other_five(learner: Any) -> None:
+    class Crowded(Teacher):
+        """Of several edits at once it learns every third only."""
+
+        def __call__(self, model: Any, edits: Sequence[Edit]) -> None:
+            super().__call__(model, edits if len(edits) == 1 else edits[::3])
+
+    runs = {
+        mode: run_edits(*learner(), facts(), mode, train=Crowded(2), checkpoints=(1,), progress=False)
+        for mode in ("single", "batch", "sequential")
+    }
+    found = survey(runs["batch"], runs["single"], runs["sequential"])
+    assert found.scalability.value == pytest.approx(1 - 4 / 12)
+    assert found.scalability.n == N
+    low, high = found.scalability.low, found.scalability.high
+    assert low is not None
+    assert high is not None
+    assert 0.3 < low < 2 / 3 < high <= 1.0
+    assert found.accuracy.value == pytest.approx(4 / 12)
+    assert found.generality.value == pytest.approx(2 / 12)  # of 0, 3, 6 and 9 the even ones
+    assert found.locality.value == pytest.approx(11 / 12)  # the neighbour of 0
+    assert found.retainability.value == pytest.approx((2 / 12 - 1) / 11)
+    assert survey(runs["single"]).accuracy.value == 1.0
+    table = found.markdown()
+    assert "| accuracy | 0.333 | 0.08–0.58 | 12 | batch |" in table
+    assert "| retainability | -0.076 | – | 12 | sequential |" in table
+    assert "| portability | – | – | 0 | batch |" in table
+    assert json.loads(json.dumps(found.to_dict()))["scalability"]["n"] == N
+
+
+def test_files(learner: Any, tmp_path: Path) -> None:
+    probe = CapabilityProbe(["L0: near0"], ["L0:", "L1:"])
+    result = run_edits(
+        *learner(), facts(), "sequential", train=Teacher(2), checkpoints=(1, 10), capability=probe, progress=False
+    )
+    data = json.loads(result.save(tmp_path / "new" / "run.json").read_text(encoding="utf-8"))
+    assert [step["edits"] for step in data["checkpoints"]] == [1, 10, 12]
+    assert data["checkpoints"][1]["metrics"]["reliability"]["generated"]["value"] == 0.2
+    assert data["checkpoints"][1]["capability"]["agreement"]["value"] == 1.0
+    assert data["checkpoints"][0]["capability"]["agreement"]["value"] == 0.5
+    assert len(data["report"]["answers"]) == 3 * N
+    assert data["meta"]["mode"] == "sequential"
+    text = result.save(tmp_path / "run.md").read_text(encoding="utf-8")
+    assert "| edits | reliability | latest | generality | locality | perplexity | kl | agreement | seconds |" in text
+    assert "\n| 0 | – |" in text
+    assert "\n| 10 | 0.200 (0.00–0.50) | 1.000 |" in text
+    survey(result).save(tmp_path / "six.md")
+    survey(result).save(tmp_path / "six.json")
+    pytest.importorskip("matplotlib")
+    assert result.save(tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    other = run_edits(*learner(), facts(), "batch", train=Teacher(), progress=False)
+    both = retention_curve({"one at a time": result, "at once": other}, tmp_path / "both.png")
+    assert both.stat().st_size > 10_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "both.png", "new", "run.md", "run.png", "six.json", "six.md"
+    ]  # fmt: skip
+
+
+def test_edits_without_or_with_equal_ids_stay_apart(learner: Any) -> None:
+    edits = [Edit(f"P{i}:", f"new{i}", id="same") for i in range(3)]
+    seen: list[str] = []
+
+    def train(model: Any, given: Sequence[Edit]) -> None:
+        seen.extend(edit.id for edit in given)
+        with torch.no_grad():
+            model.knows[len(seen) - 1] = 1.0
+
+    result = run_edits(*learner(3), edits, "sequential", train=train, progress=False)
+    assert seen == ["same", "same (1)", "same (2)"]
+    assert result.report.metrics["reliability"]["generated"].n == 3
+    assert result.report.metrics["reliability"]["generated"].low is not None
+
+
+def test_the_unedited_row_is_of_the_same_edits(learner: Any) -> None:
+    model, tokenizer = learner()
+    edits = [Edit(f"P{i}:", f"{'new' if i else 'old'}{i}") for i in range(N)]  # the first is known already
+    result = run_edits(
+        model, tokenizer, edits, "sequential", train=Teacher(), checkpoints=(4,), texts=["L0: near0"], progress=False
+    )
+    fresh = evaluate(*learner(), edits[:4], texts=["L0: near0"], progress=False)
+    assert result.checkpoints[0].report.unedited == fresh.metrics
+    assert fresh.metrics["reliability"]["generated"].value == 0.25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "together"}, "use one of single, batch, sequential, streaming"),
+        ({"mode": "batch", "round_size": 3}, "batch takes all edits at once"),
+        ({"mode": "single", "round_size": 1}, "single takes one edit at a time"),
+        ({"mode": "sequential", "round_size": 0}, "at least 1 edit a round"),
+        ({"mode": "sequential", "replay": 3}, "streaming alone replays"),
+        ({"mode": "streaming", "replay": -1}, "streaming alone replays"),
+        ({"mode": "batch", "before": None}, "before is not for the caller"),
+        ({"mode": "batch", "limit": 3}, "limit is not for the caller"),
+        ({"mode": "sequential", "checkpoints": (0, 3)}, "give 1 or more"),
+        ({"mode": "single", "texts": ["a b"]}, "texts is of one edited model"),
+        ({"mode": "single", "capability": CapabilityProbe(["a b"])}, "capability is of one edited model"),
+        ({"mode": "batch", "edits": []}, "no edits"),
+        ({"mode": "batch", "train": lambda model, edits: nn.Linear(1, 1)}, "returned another model"),
+    ],
+)
+def test_bad_arguments(learner: Any, arguments: dict[str, Any], message: str) -> None:
+    model, tokenizer = learner()
+    arguments = {"edits": facts(), "train": Teacher(), "progress": False} | arguments
+    with pytest.raises(EditError, match=message) as error:
+        run_edits(model, tokenizer, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_survey_refuses_what_does_not_compare(learner: Any) -> None:
+    one = run_edits(*learner(), facts(), "batch", train=Teacher(), progress=False)
+    with pytest.raises(EditError, match="two results of one mode"):
+        survey(one, one)
+    other = run_edits(*learner(), facts()[:5], "single", train=Teacher(), progress=False)
+    with pytest.raises(EditError, match="differ in data_hash"):
+        survey(one, other)
+    with pytest.raises(EditError, match="no results"):
+        survey()
+    with pytest.raises(EditError, match="one checkpoint is no sequence"):
+        retainability({5: 0.5})
+    assert survey(one).retainability == Score(None, 0)
+
+
+# A real model, trained by a real loop.
+
+KINDS = {torch.float32: torch.int32}
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: t.detach().clone().view(KINDS.get(t.dtype, t.dtype)) for name, t in tensors.items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_single_restores_to_the_last_bit() -> None:
+    model, tokenizer = world.load()
+    with torch.no_grad():
+        next(model.parameters())[0, :2] = torch.tensor([-0.0, float("1e-42")])  # a signed zero and a subnormal
+    model.lm_head.requires_grad_(False)
+    model.model.layers[0].train()
+    before = bits(model)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = [module.training for module in model.modules()]
+    moved = []
+
+    def train(model: Any, edits: Sequence[Edit]) -> None:
+        assert same(before, bits(model))
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        model.train()
+        model(input_ids=torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+        torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1).step()
+        moved.append(not same(before, bits(model)))
+
+    run_edits(model, tokenizer, world.edits(3), "single", train=train, progress=False)
+    assert moved == [True] * 3
+    assert same(before, bits(model))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+    def fails(model: Any, edits: Sequence[Edit]) -> None:
+        train(model, edits)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_edits(model, tokenizer, world.edits(3), "single", train=fails, progress=False)
+    assert same(before, bits(model))
+
+    def widens(model: Any, edits: Sequence[Edit]) -> None:
+        model.model.norm.weight = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(EditError, match=r"training changed model.norm.weight from \(\d+,\) torch.float32 to \(3,\)"):
+        run_edits(model, tokenizer, world.edits(1), "single", train=widens, progress=False)
+
+
+def test_the_loop_is_the_plain_one_and_seeded() -> None:
+    model, tokenizer = world.load()
+    edits = world.edits(6)
+    by_hand = copy.deepcopy(model)
+    names = [name for name, _ in model.named_parameters() if "layers.2.mlp.down_proj" in name]
+    assert names
+    for name, parameter in by_hand.named_parameters():
+        parameter.requires_grad_(name in names)
+    rows = TrainLoop(tokenizer)
+    assert (rows.epochs, rows.batch_size, rows.lr) == (25, 100, 5e-4)
+    encoded = EditDataset(edits).encode(tokenizer)
+    optimizer = torch.optim.SGD([p for p in by_hand.parameters() if p.requires_grad], lr=0.1)
+    with torch.random.fork_rng():
+        torch.manual_seed(5 + 6)
+        for _ in range(2):
+            for batch in torch.randperm(6).split(4):
+                by_hand(**collate([encoded[i] for i in batch], pad_id=pad_token_id(tokenizer))).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    state = torch.get_rng_state()
+    found = []
+    for draws in (0, 17):
+        torch.rand(draws)
+        own = copy.deepcopy(model)
+        loop = TrainLoop(
+            tokenizer, [ParameterScope(2, "mlp.down_proj")], epochs=2, batch_size=4, lr=0.1, optimizer=torch.optim.SGD
+        )
+        run_edits(own, tokenizer, edits, "batch", train=loop, seed=5, progress=False)
+        found.append(bits(own))
+    torch.set_rng_state(state)
+    assert same(found[0], bits(by_hand))
+    assert same(found[1], found[0])
+    assert not same(found[0], bits(model))
+
+
+def test_batch_and_sequence_on_a_real_model() -> None:
+    model, tokenizer = world.load()
+    edits = world.edits(4)
+    loop = TrainLoop(tokenizer, [ParameterScope(0.7, "mlp.down_proj"), NormBall(10.0)], lr=3e-3, epochs=30)
+    torch.manual_seed(1)
+    drawn = torch.get_rng_state()
+    single = run_edits(model, tokenizer, edits, "single", train=loop, progress=False)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert single.report.metrics["reliability"]["generated"].value == 1.0
+    sequence = run_edits(model, tokenizer, edits, "sequential", train=loop, checkpoints=(1, 2), progress=False)
+    assert [c.edits for c in sequence.checkpoints] == [1, 2, 4]
+    assert all(c.latest.value == 1.0 for c in sequence.checkpoints)
+    # The first edit of the sequence and of the single ones begin with the same model and the same seed.
+    first = [r.answer for r in sequence.checkpoints[0].report.answers if r.question == "reliability"]
+    assert first == [single.report.answers[0].answer]
+    assert "TrainLoop([ParameterScope" in sequence.meta["train"]
+
+
+def test_the_loop_stops_when_learned_and_refuses_what_diverges() -> None:
+    model, tokenizer = world.load()
+    edits = world.edits(2)
+    steps = []
+
+    class Counted(torch.optim.Adam):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            steps.append(1)
+            return super().step(*args, **kwargs)
+
+    scope = [ParameterScope(0.7, "mlp.down_proj")]
+    TrainLoop(tokenizer, scope, lr=3e-3, epochs=50, optimizer=Counted)(model, edits)
+    assert 1 < len(steps) < 50
+    steps.clear()
+    TrainLoop(tokenizer, scope, lr=1e-4, epochs=5, optimizer=Counted, stop_loss=0.0)(model, edits)
+    assert len(steps) == 5
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(EditError, match="the loss is nan: lower lr"):
+        TrainLoop(tokenizer, scope)(model, edits)
+    with pytest.raises(EditError, match="give at least 1 of each"):
+        TrainLoop(tokenizer, epochs=0)
