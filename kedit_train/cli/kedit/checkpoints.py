@@ -40,8 +40,8 @@ def folder_of(name: str) -> Path:
     except (OSError, HFValidationError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EditError(
-            f"there is no folder {name!r}, and the hub gives no such model ({reason.partition('. ')[0][:200]}); give the folder of a "
-            "checkpoint, a hub name, or 'world'"
+            f"there is no folder {name!r}, and the hub gives no such model ({reason.partition('. ')[0][:200]}); give "
+            "the folder of a checkpoint, a hub name, or 'world'"
         ) from error
 
 

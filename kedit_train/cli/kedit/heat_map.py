@@ -44,7 +44,7 @@ def heat_map(delta: Any, path: Path) -> Path:
         image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_yticks(range(len(layers)), layers)
-        axes.set_title(f"norm of the change, all {len(norms)} tensors", fontsize=10)
+        axes.set_title(f"norm of the change, all {len(norms)} tensors (white: unchanged)", fontsize=10)
         axes.set_ylabel("layer")
         drawing.colorbar(image, ax=axes)
     blocks = {name: _blocks(differences[name]).numpy() for name in shown}
@@ -66,8 +66,11 @@ def heat_map(delta: Any, path: Path) -> Path:
         axes.set_xlabel("input")
         axes.set_ylabel("output")
         drawing.colorbar(image, ax=axes)
-    which = f"the {len(shown)} most changed of {len(matrices)} matrices" if len(shown) < len(matrices) else "matrices"
-    drawing.suptitle(f"{which}: root mean square of the change" if shown else "what changed", fontsize=11)
+    which = (
+        f"the {len(shown)} most changed of {len(matrices)} matrices" if len(shown) < len(matrices) else "every matrix"
+    )
+    if shown:
+        drawing.supxlabel(f"panels: root mean square of the change, {which}", fontsize=10)
     return saved(drawing, path)
 
 
