@@ -157,7 +157,7 @@ class KLLocality(EditCallback):
         with evaluation_mode(run.model), run.host.forward_context():
             hidden = row_states(self._head, [self._rows[i] for i in chosen])
         answers = [a.to(hidden.device, non_blocking=True) for a in self._answers.take(chosen)]
-        chunk = chunk_length(2 * self._head.config.vocab_size)
+        chunk = chunk_length(self._head.config.vocab_size)
         (divergence,) = chunked(self.score, hidden, *answers, chunk=chunk, parameters=self._head.trained)
         mean = divergence.mean()
         self._sum, self._count = self._sum.to(mean.device) + mean.detach(), self._count + 1

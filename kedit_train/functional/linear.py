@@ -99,6 +99,10 @@ class _Linear(torch.autograd.Function):
         # Noted here: on a GPU the backward pass runs in another thread, where no context variable is set.
         sums = _COLLECTING.get()
         ctx.weight_sum = None if sums is None or not ctx.needs_input_grad[1] else sums.of(weight)
+        if sums is not None and ctx.needs_input_grad[1] and ctx.weight_sum is None:
+            raise ValueError(
+                "a trained weight is projected with and not among chunked(parameters=), so it would not be trained"
+            )
         with torch.autocast(hidden.device.type, enabled=False):
             # One call: the bias is added before the sum is rounded, as autocast has it.
             return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -187,6 +187,17 @@ def test_the_weights_of_a_linear_head_are_summed_in_place(dtype, monkeypatch):
     assert max((s.numel() for s in made if s != (vocab, width)), default=0) <= max(4 * vocab, n * width)
 
 
+def test_a_trained_head_that_is_not_named_is_an_error():
+    hidden, labels = data(torch.float32)
+    weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
+
+    def score(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        return (F.cross_entropy(linear(states, weight, None, torch.float32), targets, reduction="none"),)
+
+    with pytest.raises(ValueError, match=r"^a trained weight is projected with and not among chunked\(parameters=\)"):
+        chunked(score, hidden.requires_grad_(), labels, chunk=5)
+
+
 @pytest.mark.parametrize("head", ["weight and bias", "factors", "tied"])
 def test_gradcheck_of_a_trained_head(head):
     hidden, labels = data(torch.float64, n=5)
