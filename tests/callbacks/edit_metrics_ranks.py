@@ -1,0 +1,52 @@
+"""What ``test_edit_metrics_ranks.py`` runs on each of several processes: one plain loop under DDP."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from conformance.hosts import collator
+from torch.nn.parallel import DistributedDataParallel
+
+from kedit_train import world
+from kedit_train.callbacks import EditMetrics, ParameterScope, editing
+from kedit_train.data import EditDataset
+
+
+def main(folder: Path, rank: int, size: int) -> None:
+    if size > 1:
+        init = f"file://{folder / 'meeting'}"
+        dist.init_process_group("gloo", init, timedelta(seconds=60), rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    model, tokenizer = world.load()
+    edits = EditDataset(world.edits(n=5))
+    batch = collator(tokenizer)(edits.encode(tokenizer))
+    # By the first process's clock looks take too much from the second step on, by the other's never.
+    metrics = EditMetrics(
+        edits, 1, sample=3, show=False, max_new_tokens=8, metrics=["kl"], distributed=True, max_fraction_of_time=0.99
+    )
+    metrics._share = lambda: 1.0 if rank == 0 and metrics._looked_at == 1 else 0.0
+    with editing(model, [ParameterScope(layers=0.5, modules="mlp.down_proj"), metrics], tokenizer=tokenizer) as edit:
+        wrapped = DistributedDataParallel(model) if size > 1 else model
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.5)
+        for _ in range(3):
+            edit.before_step()
+            wrapped(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert metrics.report is not None
+    found = {"history": edit.history, "report": metrics.report.to_dict()["metrics"], "skipped": metrics.skipped}
+    (folder / f"found-{size}-{rank}.json").write_text(json.dumps(found))
+    if size > 1:
+        dist.barrier()
+        # Gloo can abort in its own teardown after everything is done.
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
