@@ -13,6 +13,9 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.batching import unwrapped
 from kedit_train.evaluation.bootstrap import Score
 
+# Entries in double precision at a time: an embedding as a whole would take more memory than the step that trained it.
+_CHUNK = 2**22
+
 
 @torch.no_grad()
 def weight_drift(model: nn.Module, reference: Mapping[str, Tensor] | nn.Module) -> dict[str, Score]:
@@ -40,13 +43,15 @@ def weight_drift(model: nn.Module, reference: Mapping[str, Tensor] | nn.Module) 
                 f"reference: {name} has shape {tuple(old.shape)} and this model has {found}: give the weights of the "
                 "very model before its edit"
             )
-        now, was = whole(own[name].detach()).double(), whole(old.detach()).double().to(own[name].device)
-        change = now - was
-        moved += float(change.square().sum())
-        size += float(was.square().sum())
-        largest = max(largest, float(change.abs().max())) if change.numel() else largest
-        differ += int((change != 0).sum())
-        n += change.numel()
+        now, before_it = whole(own[name].detach()).flatten(), whole(old.detach()).flatten()
+        n += now.numel()
+        for part, was in zip(now.split(_CHUNK), before_it.split(_CHUNK), strict=True):
+            was = was.to(part.device).double()
+            change = part.double() - was
+            moved += float(change.square().sum())
+            size += float(was.square().sum())
+            largest = max(largest, float(change.abs().max())) if change.numel() else largest
+            differ += int((change != 0).sum())
     if n == 0:
         return {name: Score(None, 0) for name in ("relative", "largest", "moved")}
     relative = (moved / size) ** 0.5 if size else None

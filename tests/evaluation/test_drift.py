@@ -1,0 +1,38 @@
+"""Weight drift by its formulas, whole and in parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kedit_train.evaluation import drift
+
+
+class Weights(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.nn.Parameter(torch.randn(7, 11))
+        self.nothing = torch.nn.Parameter(torch.zeros(0, 3))
+        self.half = torch.nn.Parameter(torch.randn(5).bfloat16())
+
+    def generate(self) -> None:
+        """What makes it a language model to the evaluator."""
+
+
+@pytest.mark.parametrize("chunk", [4, 2**22])
+def test_drift_is_the_same_in_parts_of_any_size(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "_CHUNK", chunk)
+    model = Weights()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.matrix[2] += 0.5
+        model.half[1] *= 2
+    change = torch.cat(
+        [(p.detach().double() - before[name].double()).flatten() for name, p in model.named_parameters()]
+    )
+    size = torch.cat([value.double().flatten() for value in before.values()])
+    found = drift.weight_drift(model, before)
+    assert found["relative"].value == pytest.approx(float(change.norm() / size.norm()), rel=1e-12)
+    assert found["largest"].value == float(change.abs().max())
+    assert found["moved"].value == 12 / 82
+    assert {score.n for score in found.values()} == {82}
