@@ -1,7 +1,7 @@
 """What a model can still do beside its edits: a cheap probe, and the tasks of lm-eval where they are wanted.
 
-Sequential editing is known to lose it long before the edits themselves show that ("Model Editing at Scale leads to
-Gradual and Catastrophic Forgetting", arXiv 2401.07453), so it is measured on the same model, at the same moments.
+Methods that change weights in sequence lose it after few edits, whatever their own scores say ("Navigating the Dual
+Facets", arXiv 2402.11122), so it is measured on the same model, at the same moments.
 """
 
 from __future__ import annotations

@@ -49,6 +49,9 @@ def drawn(curves: Mapping[str, Mapping[int, Mapping]], path: str | os.PathLike[s
         for number, (label, points) in enumerate(curves.items()):
             colour, marker = f"C{number}", MARKERS[number % len(MARKERS)]
             at = [count for count in sorted(points) if name in points[count]]
+            if not at:
+                # An empty line that is not clipped has no extent, and the layout fails on it.
+                continue
             scores = [points[count][name] for count in at]
             axes.plot(at, [s.value for s in scores], marker=marker, color=colour, label=label, clip_on=False, zorder=3)
             low, high = (
@@ -59,7 +62,10 @@ def drawn(curves: Mapping[str, Mapping[int, Mapping]], path: str | os.PathLike[s
             if name == "reliability":
                 latest = [points[count]["latest"].value for count in at]
                 axes.plot(at, latest, marker, color=colour, fillstyle="none", markersize=9, clip_on=False)
+        counts = sorted({count for points in curves.values() for count in points})
         axes.set_xscale("log")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.minorticks_off()
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
         axes.set_title(f"{name}\n{PANELS[name]}", fontsize=9)

@@ -53,8 +53,8 @@ def run_edits(
     - ``streaming``: edits come ``round_size`` at a time (100), and each training gets the new ones with ``replay``
       earlier ones (all).
 
-    One is never another under its name: "Fine-tuning Done Right in Model Editing" (arXiv 2509.22072) shows the same
-    objective at 75 % in sequence and at 99 % in batches.
+    One is never reported as another: the same fine-tuning of the same 1,000 facts has a reliability of 75 % in sequence
+    and of 99 % breadth-first ("Fine-tuning Done Right in Model Editing", arXiv 2509.22072, table 1).
 
     Args:
         model, tokenizer, edits: as :func:`~kedit_train.evaluate` takes them. Except after ``single``, ``model`` is
@@ -169,7 +169,8 @@ def _single(
         for number in range(len(edits)):
             part = edits[number : number + 1]
             try:
-                spent += _trained(model, edits, [number], train, seed)
+                # The seed of a sequence's first round: its first edit and a single one are the same training.
+                spent += _trained(model, edits, [number], train, seed + 1)
                 own = evaluate(model, tokenizer, part, before=_part(before, part, seed), **quietly)
             finally:
                 kept.restore()

@@ -4,7 +4,7 @@ python tests/benchmarks/sequential.py --edits 1000 --figure retention.png
 
 CounterFact's facts on a small Llama that knows the true ones; one thread. Breadth-first is a training of its own on the
 unedited model for each number of edits; one at a time is one long sequence, each edit until it is learned. Both train
-the same weights with the same objective; each has its own learning rate (``--lr``, ``--sequential-lr``).
+the same weights with the same objective and, unless told otherwise, the same learning rate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--layer", type=float, default=0.7)
     parser.add_argument("--lr", type=float, default=3e-3, help="breadth-first")
     parser.add_argument("--batch-size", type=int, default=25, help="breadth-first")
-    parser.add_argument("--sequential-lr", type=float, default=1e-3, help="one at a time")
+    parser.add_argument("--sequential-lr", type=float, default=3e-3, help="one at a time")
     parser.add_argument("--only", choices=("batch", "sequential"), help="one of the two")
     parser.add_argument("--figure", type=Path, help="where to write the retention curve, .png")
     parser.add_argument("--json", type=Path, help="a folder for the full results")

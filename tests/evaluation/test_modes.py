@@ -260,6 +260,18 @@ def test_the_unedited_row_is_of_the_same_edits(learner: Any) -> None:
     assert fresh.metrics["reliability"]["generated"].value == 0.25
 
 
+def test_what_evaluate_takes_is_handed_on(learner: Any) -> None:
+    asked = {"metrics": ["kl", "fluency"], "fluency_tokens": 5, "judge": lambda said, accepted: said == "old1"}
+    result = run_edits(
+        *learner(2), facts(2), "sequential", train=lambda model, edits: None, checkpoints=(1,), progress=False, **asked
+    )
+    for checkpoint in result.checkpoints:
+        metrics = checkpoint.report.metrics
+        assert metrics["locality"]["kl"].value == 0.0
+        assert metrics["fluency"]["entropy"].n == checkpoint.edits
+    assert [c.scores()["reliability"].value for c in result.checkpoints] == [0.0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
