@@ -13,7 +13,7 @@ class Weights(torch.nn.Module):
         super().__init__()
         self.matrix = torch.nn.Parameter(torch.randn(7, 11))
         self.nothing = torch.nn.Parameter(torch.zeros(0, 3))
-        self.half = torch.nn.Parameter(torch.randn(5).bfloat16())
+        self.narrow = torch.nn.Parameter(torch.randn(5).bfloat16())
 
     def generate(self) -> None:
         """What makes it a language model to the evaluator."""
@@ -26,7 +26,7 @@ def test_drift_is_the_same_in_parts_of_any_size(chunk: int, monkeypatch: pytest.
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         model.matrix[2] += 0.5
-        model.half[1] *= 2
+        model.narrow[1] *= 2
     change = torch.cat(
         [(p.detach().double() - before[name].double()).flatten() for name, p in model.named_parameters()]
     )
