@@ -15,7 +15,8 @@ class ActiveSet(EditCallback):
 
     A token within ``TokenSmoothing``'s clip has no gradient, so that an edit of such tokens costs a forward and a
     backward pass for nothing. It is taken out of the batch inside the model's own forward call, whatever loop makes the
-    batches; means over the batch still count it, so that the gradient of those that stay is what it was. What it
+    batches; means over the batch still count it, so that the gradient of those that stay is what it was, and logged
+    losses (and TRL's entropy and token accuracy) hold what it had when it was last looked at. What it
     cannot see is an edit that other edits push out again: that is learned at the next look.
 
     Works on rows of a batch: with one row a batch, and with examples packed into rows that differ from epoch to epoch,
@@ -63,13 +64,14 @@ class ActiveSet(EditCallback):
         self._rows = head.active = ActiveRows(self.recheck, self.probability)
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """The shares of rows and of supervised tokens that were left out since the last call."""
+        """Shares of rows and supervised tokens left out since the last call, and an estimate of the seconds saved."""
         rows = self._rows
         if rows is None or not rows.rows:
             return {}
         found = {
             "edit/active/rows_left_out": rows.rows_left_out / rows.rows,
             "edit/active/tokens_left_out": rows.tokens_left_out / max(1, rows.tokens),
+            "edit/active/seconds_saved": rows.seconds_saved,
         }
         rows.rows = rows.rows_left_out = rows.tokens = rows.tokens_left_out = 0
         return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -20,13 +22,17 @@ class ActiveRows:
         probability: what every label of a learned row has to reach; None goes by the objective's own clip.
 
     Attributes:
-        resting: row -> how many more times it is left out.
+        resting: row -> how many more times it is left out, and what its tokens had when they were last looked at: the
+            sums of their loss and of whatever else the host logs.
+        seconds_saved: an estimate, by what a real token of the other rows took from one call to the next.
     """
 
     def __init__(self, recheck: int, probability: float | None) -> None:
         self.recheck, self.probability = recheck, probability
         self.rows = self.rows_left_out = self.tokens = self.tokens_left_out = 0
-        self.resting: dict[str, int] = {}
+        self.resting: dict[str, list[float]] = {}
+        self.seconds_saved = 0.0
+        self._began, self._worked = 0.0, 0
         self._keys: list[str] = []
 
     def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Left]:
@@ -50,14 +56,17 @@ class ActiveRows:
         mask = kwargs.get("attention_mask")
         real = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else torch.ones_like(labels)
         keys = _keys(ids, labels, real)
+        sizes = real.bool().sum(1).tolist()
         kept = [i for i, key in enumerate(keys) if not self._rests(key)]
         supervised = (labels[:, 1:] != _IGNORE).sum(1).tolist()
         self.rows += len(keys)
         self.tokens += sum(supervised)
         self.rows_left_out += len(keys) - len(kept)
         self.tokens_left_out += sum(supervised) - sum(supervised[i] for i in kept)
+        self._estimate(sum(sizes), sum(sizes[i] for i in kept))
         silent = not kept
-        kept = kept or [int(real.sum(1).argmin())]
+        out = [Seen(supervised[i], *self.resting[key][1:]) for i, key in enumerate(keys) if i not in set(kept)]
+        kept = kept or [sizes.index(min(sizes))]
         self._keys = [] if silent else [keys[i] for i in kept]
         if len(kept) == len(keys):
             return dict(kwargs), Left()
@@ -69,37 +78,57 @@ class ActiveRows:
         }
         if silent:
             chosen["labels"] = torch.full_like(chosen["labels"], _IGNORE)
-        left = Left(sum(supervised) - sum(supervised[i] for i in kept) * (not silent), len(keys) - len(kept) + silent)
-        return {**kwargs, **chosen}, left
+        return {**kwargs, **chosen}, Left(out)
 
-    def learn(self, where: Tensor, active: Tensor) -> None:
+    def learn(self, where: Tensor, active: Tensor, *logged: Tensor) -> None:
         """Note which rows are done.
 
         Args:
             where: [rows, S - 1] bool, supervised positions of the rows that were kept; active: [N], one entry for each.
+            logged: [N] each, what is remembered of the tokens of a row that is done: the loss first.
         """
         if not self._keys:
             return
+        columns = [torch.zeros(where.shape, device=where.device).masked_scatter(where, c.float()) for c in logged]
         busy = torch.zeros(where.shape, dtype=torch.bool, device=where.device).masked_scatter(where, active.bool())
-        for key, still in zip(self._keys, busy.any(1).tolist(), strict=True):
+        sums = torch.stack([busy.any(1).float(), *(column.sum(1) for column in columns)], dim=1)
+        for key, (still, *seen) in zip(self._keys, sums.tolist(), strict=True):
             if still:
                 self.resting.pop(key, None)
             else:
-                self.resting[key] = self.recheck
+                self.resting[key] = [self.recheck, *seen]
         self._keys = []
 
     def _rests(self, key: str) -> bool:
-        left = self.resting.get(key, 0)
-        if left:
-            self.resting[key] = left - 1
-        return bool(left)
+        known = self.resting.get(key)
+        if not known or not known[0]:
+            return False
+        known[0] -= 1
+        return True
+
+    def _estimate(self, tokens: int, kept: int) -> None:
+        now = time.perf_counter()
+        if self._worked:
+            self.seconds_saved += (now - self._began) / self._worked * (tokens - kept)
+        self._began, self._worked = now, kept
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A row that was left out: its supervised tokens, and the sums that were remembered of them."""
+
+    tokens: int
+    loss: float
+    entropy: float = 0.0
+    top1: float = 0.0
 
 
 class Left:
     """What was left out of a batch, which the means over it still count."""
 
-    def __init__(self, tokens: int = 0, rows: int = 0) -> None:
-        self.tokens, self.rows = tokens, rows
+    def __init__(self, seen: Sequence[Seen] = ()) -> None:
+        self.seen = seen
+        self.tokens, self.rows = sum(row.tokens for row in seen), len(seen)
 
 
 def _keys(ids: Tensor, labels: Tensor, real: Tensor) -> list[str]:

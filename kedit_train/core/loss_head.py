@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kedit_train.core.active_rows import Left
+from kedit_train.core.active_rows import Left, Seen
 from kedit_train.core.output_head import OutputHead
 from kedit_train.errors import EditError
 from kedit_train.functional.chunking import chunk_length, chunked
@@ -98,8 +98,7 @@ class LossHead:
         before = None if anchor is None else anchor.before(args, kwargs, kwargs["labels"])
         kwargs, left = dict(kwargs), Left()
         fused = bool(kwargs.pop("fused_lm_head", False))
-        # Where TRL counts the tokens by itself, it has to see all of them.
-        if self.head.active is not None and not (fused and kwargs.get("num_items_in_batch") is None):
+        if self.head.active is not None:
             given = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
             args, (kwargs, left) = (), self.head.active.select({**given, **kwargs})
         self._request = Request(
@@ -141,18 +140,22 @@ class LossHead:
         if request.fused:
             # TRL sums and divides by the count itself.
             weights = weights * count if self.reduction == "sample" else where
-        weights = weights[where].to(torch.float32)
+        weights = weights[where].to(torch.promote_types(hidden.dtype, torch.float32))
         loss, active, *statistics = self._per_token(request, hidden[where], labels[where], weights)
         entropy_and_top1 = [statistics.pop() for _ in range(2)][::-1] if request.fused else []
         if request.before is not None:
             self.head.anchor.observe(statistics.pop())
         if self.head.active is not None:
             bound = self.head.active.probability
-            self.head.active.learn(where, active if bound is None else statistics.pop() < bound)
+            busy = active if bound is None else statistics.pop() < bound
+            self.head.active.learn(where, busy, loss.detach() / weights, *entropy_and_top1)
         self.observe(active, *statistics)
         if request.fused:
-            return self._fused_output(loss, where, *entropy_and_top1, aux_loss=getattr(output, "aux_loss", None))
-        output.loss = loss.sum()
+            left = [(row, share * count) for row, share in self._shares(request, where, count)]
+            aux_loss = getattr(output, "aux_loss", None)
+            return self._fused_output(loss, where, *entropy_and_top1, left=left, aux_loss=aux_loss)
+        # What was left out had a loss as well, a constant now, without which the logged one would fall below the clip.
+        output.loss = loss.sum() + sum(row.loss * share for row, share in self._shares(request, where, count))
         # One position of them was computed, for the host's own head; whoever reads them shall know.
         output.logits = Unbuilt()
         if getattr(output, "aux_loss", None) is not None:
@@ -184,7 +187,9 @@ class LossHead:
         vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
         # In half precision the gradient of the logits is rounded, and TRL divides by a token count that only it knows.
         # To round as it does, chunks are computed again in the backward pass, as TRL itself does.
-        defer = fused and self.head.compute_dtype(hidden) in HALF
+        # In fp16 small gradients would be lost before the scaler, which comes with the backward pass, lifts them.
+        dtype = self.head.compute_dtype(hidden)
+        defer = dtype == torch.float16 or (fused and dtype in HALF)
         chunk = chunk_length(vocab_size * (1 + len(before)))
         return chunked(score, hidden, labels, weights, *before, chunk=chunk, parameters=self.head.trained, defer=defer)
 
@@ -204,20 +209,38 @@ class LossHead:
         weights[where] = 1.0 / (lengths[index].float() * max(1, len(lengths) + request.left.rows) * shares)
         return weights
 
+    def _shares(self, request: Request, where: Tensor, count: Tensor) -> list[tuple[Seen, Any]]:
+        """Rows that were left out, each with the weight of its tokens' losses in the mean over the batch."""
+        seen = request.left.seen
+        if self.reduction == "token":
+            return [(row, 1.0 / count) for row in seen]
+        shares = self.shares() if request.items is not None else 1
+        rows = int(where.any(1).sum()) + len(seen)
+        return [(row, 1.0 / (max(1, row.tokens) * rows * shares)) for row in seen]
+
     @staticmethod
-    def _fused_output(loss: Tensor, where: Tensor, entropy: Tensor, top1: Tensor, *, aux_loss: Any) -> Any:
+    def _fused_output(
+        loss: Tensor, where: Tensor, entropy: Tensor, top1: Tensor, *, left: list[tuple[Seen, Any]], aux_loss: Any
+    ) -> Any:
         from trl.trainer.utils import FusedCausalLMOutput
 
-        def place(values: Tensor) -> Tensor:
-            return values.new_zeros(where.shape).masked_scatter(where, values)
+        tokens = torch.tensor([row.tokens for row, _ in left], device=where.device)
+
+        def place(values: Tensor, seen: list[Any]) -> Tensor:
+            grid = values.new_zeros(where.shape).masked_scatter(where, values)
+            if not left:
+                return grid
+            # What TRL does with these is to add them up: rows that are not there follow with what they had.
+            means = torch.as_tensor(seen, device=grid.device, dtype=torch.float32) / tokens.clamp(min=1)
+            return torch.cat([grid.flatten().float(), means.repeat_interleave(tokens)])
 
         fields = {"aux_loss": aux_loss} if aux_loss is not None else {}
         return FusedCausalLMOutput(
             loss=loss.mean(),
-            log_probs=place(-loss),
-            entropy=place(entropy),
-            is_top1=place(top1),
-            label_mask=where,
+            log_probs=place(-loss, [-row.loss * share for row, share in left]),
+            entropy=place(entropy, [row.entropy for row, _ in left]),
+            is_top1=place(top1, [row.top1 for row, _ in left]),
+            label_mask=place(where[where], tokens.tolist()),
             **fields,
         )
 

@@ -45,8 +45,9 @@ def learned(active: Any, batch: dict[str, Tensor], rows: list[int], times: int) 
         one = {k: v[[row, row]] for k, v in batch.items()}
         active.select(one)
         where = one["labels"][:, 1:] != -100
-        active.learn(where, torch.zeros(int(where.sum()), dtype=torch.bool))
-    active.resting = dict.fromkeys(active.resting, times)
+        count = int(where.sum())
+        active.learn(where, torch.zeros(count, dtype=torch.bool), torch.full((count,), 0.25))
+    active.resting = {key: [times, *seen[1:]] for key, seen in active.resting.items()}
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample"])
@@ -63,18 +64,24 @@ def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, 
         # By hand: the sum over the rows that stay, with the weights of the whole batch.
         inner = edit.run.callbacks[1]
         head, active = inner._loss_head, edit.run.head("test").active
+        own = 0.0
         for row in (0, 3):
             head.head.active = None
             length = int(batch["attention_mask"][row].sum())
             one = {k: v[[row], :length] for k, v in batch.items()}
             mean = model(**one).loss
             share = lengths[row] / (items or sum(lengths.values())) if reduction == "token" else 1 / 4
+            own += float(mean.detach()) * share
             (mean * share).backward()
         want = {n: p.grad.clone() for n, p in edit.run.scope.items()}
         model.zero_grad()
         head.head.active = active
         learned(active, side(batch), [1, 2], 9)
-        model(**given).loss.backward()
+        loss = model(**given).loss
+        # Their last losses, 0.25 a token here, still stand in what is logged.
+        share = (lengths[1] + lengths[2]) / (items or sum(lengths.values())) if reduction == "token" else 2 / 4
+        assert float(loss.detach()) == pytest.approx(own + 0.25 * share, rel=1e-5)
+        loss.backward()
         for name, parameter in edit.run.scope.items():
             torch.testing.assert_close(parameter.grad, want[name], rtol=2e-4, atol=1e-7)
 
@@ -90,7 +97,7 @@ def test_rows_are_left_out_for_as_many_rounds_as_asked_and_come_back_when_active
         # Row 0 (the longest) is never done, nor anything in the sixth round.
         busy = torch.zeros(where.shape, dtype=torch.bool)
         busy[0] = True
-        active.learn(where, (busy | (round_ == 6))[where])
+        active.learn(where, (busy | (round_ == 6))[where], torch.zeros(int(where.sum())))
     # All, row 0 twice, all again, twice, all are busy, so all.
     assert seen == [(4, 0), (1, 3), (1, 3), (4, 0), (1, 3), (1, 3), (4, 0), (4, 0)]
     assert active.rows == 32
@@ -180,3 +187,47 @@ def test_what_it_cannot_work_with_is_said(make, words, others, said):
 def test_bounds(wrong):
     with pytest.raises(EditError, match="ActiveSet"):
         ActiveSet(**wrong)
+
+
+def test_in_trl_the_same_is_logged_and_learned(tmp_path):
+    pytest.importorskip("trl")
+    from trl import SFTConfig, SFTTrainer
+
+    from kedit_train import EditDataset, evaluate, world
+
+    edits = EditDataset(world.edits(n=8))
+    rows: dict[bool, list[dict[str, float]]] = {}
+    reliability = {}
+    for active in (False, True):
+        model, tokenizer = world.load()
+        scope = ParameterScope(layers="0.3-1.0", modules="mlp.down_proj")
+        arguments = SFTConfig(
+            str(tmp_path),
+            num_train_epochs=14,
+            per_device_train_batch_size=8,
+            learning_rate=3e-3,
+            lr_scheduler_type="constant",
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=edits.to_prompt_completion(),
+            callbacks=[scope, TokenSmoothing(), *([ActiveSet(recheck=2)] if active else [])],
+        )
+        trainer.train()
+        rows[active] = [row for row in trainer.state.log_history if "loss" in row]
+        report = evaluate(model, tokenizer, edits, progress=False)
+        reliability[active] = report.metrics["reliability"]["generated"].value
+    assert max(row["edit/active/rows_left_out"] for row in rows[True]) > 0.4
+    assert reliability[True] >= reliability[False]
+    # Until something is left out the runs are one; after that the log still holds what was left out.
+    for key in ("loss", "mean_token_accuracy", "entropy"):
+        assert [r[key] for r in rows[True]] == pytest.approx([r[key] for r in rows[False]], abs=0.15), key
+    assert rows[True][-1]["mean_token_accuracy"] > 0.9

@@ -300,3 +300,22 @@ def test_a_failed_forward_leaves_nothing_behind(tiny):
         handle.remove()
         with torch.no_grad():
             assert model(**batch(TEXTS)).logits.shape[1] == batch(TEXTS)["input_ids"].shape[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+def test_small_gradients_survive_fp16_with_a_scaler(tiny):
+    """The scale comes with the backward pass: gradients taken earlier would have been lost to fp16."""
+    model = tiny("llama", vocab_size=4096)
+    # Many tokens, so that each has a small share of the mean.
+    ids = torch.randint(5, 4096, (8, 60))
+    inputs = {"input_ids": ids, "labels": ids}
+    want = gradients(model, model(**inputs).loss)
+
+    def relative(got: dict[str, Tensor]) -> float:
+        return max(float((got[n] / 65536 - g).norm() / g.norm()) for n, g in want.items())
+
+    with torch.autocast("cpu", torch.float16):
+        native = relative(gradients(model, model(**inputs).loss * 65536))
+        with loss_head(model):
+            ours = relative(gradients(model, model(**inputs).loss * 65536))
+    assert ours < 2 * native + 1e-3
