@@ -257,6 +257,8 @@ class EditRun:
 
     def reference_head(self) -> Any | None:
         """A callable that projects through the head as it was before the edit; None where the head does not change."""
+        # What FSDP2 holds gathered are other tensors than those in scope.
+        reshard(self.root)
         head = self.head("the reference")
         own = {id(p): name for name, p in head.module.named_parameters()}
         changing = {name: p for name, p in self.scope.items() if id(p) in own}

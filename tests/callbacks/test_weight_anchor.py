@@ -144,7 +144,7 @@ def test_ewc_is_to_second_order_the_divergence_on_its_texts(make, words):
     before = [model(input_ids=i).logits[0, :-1].detach().log_softmax(-1) for i in ids]
     name = "model.layers.1.mlp.down_proj.weight"
     # Many copies of each text: as many draws of the labels.
-    anchor = WeightAnchor("ewc", texts=TEXTS * 300, samples=None)
+    anchor = WeightAnchor("ewc", strength=1.0, texts=TEXTS * 300, samples=None)
     with editing(model, [anchor, ParameterScope(1, "down_proj")], tokenizer=words) as edit:
         edit.before_step()
         weight = edit.run.scope[name]
@@ -166,8 +166,7 @@ def test_ewc_counts_once_in_an_accumulated_step(make, words, ids):
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.5)
         edit.before_step()
         shake(edit)
-        edit.run.model.zero_grad()
-        optimizer.step()
+        optimizer.zero_grad()
         edit.before_step()
         for _ in range(3):
             (model(input_ids=ids, labels=ids).loss / 3).backward()
