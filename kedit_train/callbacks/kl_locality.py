@@ -41,11 +41,14 @@ class KLLocality(EditCallback):
     none; packed rows count as one row each. The scope's old values are kept for it, in full fine-tuning without
     ``ParameterScope`` a copy of all weights. Under DDP every process keeps the rows it has met.
 
+    Beside ``PrefixCache`` the texts are served too; as every round puts other texts together, with other padding, the
+    penalty is the same as without it within rounding, not bit for bit.
+
     Args:
         texts: a list of texts, a path to ``.txt`` (one a line), ``.jsonl`` or ``.json``, a dataset with a column
             ``text``, or "world". Texts that hold a prompt the edits are scored on are left out, with a warning. Or
-            "batch": the training batches; ``batch_size``, ``max_length``, ``tokenizer`` and ``seed`` are of no use
-            then.
+            "batch": the training batches, which leave nothing to ``batch_size``, ``max_length``, ``tokenizer`` and
+            ``seed``: they are refused then.
         weight: factor of the penalty beside the host's loss.
         direction: "forward", "reverse" or "jsd".
         batch_size: texts for each optimizer step, drawn in shuffled rounds; the same on every process.
@@ -95,6 +98,8 @@ class KLLocality(EditCallback):
                 if name in ("store_dtype", "top_k"):
                     bounds = "store_dtype float32|bfloat16|float16 or None, top_k > 0"
                 raise EditError(f"KLLocality: {name}={value!r} is out of bounds ({bounds})")
+        if store == "":
+            raise EditError("KLLocality: store='' names no folder; give one, or None to keep the answers for this run")
         # Read more than once: by prepare, by attach, and by a second run of the same instance.
         self.texts = list(texts) if isinstance(texts, Iterator) else texts
         self.weight = weight
@@ -111,6 +116,13 @@ class KLLocality(EditCallback):
         if self.anchors and teacher is not None:
             raise EditError(
                 "KLLocality: texts='batch' anchors on the unedited model; give texts where teacher is given"
+            )
+        unused = {"batch_size": batch_size != 8, "max_length": max_length != 256, "seed": seed != 0}
+        unused["tokenizer"] = tokenizer is not None
+        if self.anchors and any(unused.values()):
+            names = ", ".join(name for name, given in unused.items() if given)
+            raise EditError(
+                f"KLLocality: texts='batch' takes the training batches and does not read {names}; leave out"
             )
 
     def prepare(self, run: EditRun) -> None:

@@ -6,10 +6,13 @@ they depend on. It carries that key and a checksum of its data.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import socket
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -62,7 +65,7 @@ def collect(
         memory_limit: bytes that they may take where there is no path.
 
     Raises:
-        EditError: they would take more, or are not finite in their dtype.
+        EditError: they would take more than that, or more than there is room for on the disk.
     """
     starts, total = [0, *accumulate(lengths)], sum(lengths)
     file: _File | None = None
@@ -93,7 +96,8 @@ def load(path: Path, key: str, lengths: Sequence[int], memory_limit: int | None 
 
     Every byte is read once, for the checksum. Answers of more than ``memory_limit`` bytes stay on disk, memory-mapped.
     """
-    if not path.exists():
+    # Unlike Path.is_file, false for whatever cannot be looked at.
+    if not os.path.isfile(path):
         return None
     try:
         if path.stat().st_size < 8:
@@ -103,7 +107,7 @@ def load(path: Path, key: str, lengths: Sequence[int], memory_limit: int | None 
         if metadata.get(_KEY) != key:
             raise SafetensorError("it was made of other texts or another model")
         slices = [file.get_slice(name) for name in names]
-        if any(part.get_shape()[0] != sum(lengths) for part in slices):
+        if not slices or any(part.get_shape()[:1] != [sum(lengths)] for part in slices):
             raise SafetensorError("it holds another number of tokens")
         start = _data_start(path)
         if metadata.get(_DIGEST) != _digest(
@@ -117,6 +121,58 @@ def load(path: Path, key: str, lengths: Sequence[int], memory_limit: int | None 
     nbytes = path.stat().st_size - start
     mapped = memory_limit is not None and nbytes > memory_limit
     return Answers(slices if mapped else [part[:] for part in slices], lengths, nbytes, mapped=mapped)
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file that is to be written.
+
+    Raises:
+        EditError: the folder cannot be made or written to, or another folder has the file's name.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EditError(
+            f"store={str(path.parent)!r} is no folder and cannot be made one ({error.strerror}); name another"
+        ) from error
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise EditError(f"store={str(path.parent)!r} cannot be written to; name another folder or change its rights")
+    if path.is_dir():
+        raise EditError(f"store: a folder lies where the file {path} belongs; remove it or name another store")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers that were killed have left beside ``path``.
+
+    Of this file where the writer ran on this host and does so no more; of any file after a day without a change, unless
+    a process of this host with the writer's number is running.
+    """
+    for other in path.parent.glob(".*.safetensors.*"):
+        match = re.fullmatch(r"\.(.+\.safetensors)\.(.*)\.(\d+)", other.name)
+        if match is None:
+            continue
+        here = match[2] == socket.gethostname()
+        if here and _runs(int(match[3])):
+            continue
+        try:
+            if (here and match[1] == path.name) or time.time() - other.stat().st_mtime > 86400:
+                other.unlink()
+        except OSError:
+            # Another process was quicker, or the folder may only be read.
+            continue
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        # There, signal 0 would end it.
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _in_memory(shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], memory_limit: int | None) -> list[Tensor]:
@@ -133,10 +189,8 @@ class _File:
     """A safetensors file that is filled in place; it has its name only when it is complete."""
 
     def __init__(self, path: Path, shapes: Sequence[tuple[tuple[int, ...], torch.dtype]], key: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-        self.unfinished.unlink(missing_ok=True)
         entries, end = {}, 0
         for number, (shape, dtype) in enumerate(shapes):
             start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
@@ -145,7 +199,12 @@ class _File:
         text = json.dumps({"__metadata__": {_KEY: key, _DIGEST: blank}, **entries})
         # Padded so that the data lie at multiples of eight.
         header = (text + " " * (-len(text.encode()) % 8)).encode()
-        self._bytes = torch.from_file(str(self.unfinished), True, 8 + len(header) + end, dtype=torch.uint8)
+        self._size = 8 + len(header) + end
+        try:
+            _allocate(self.unfinished, self._size)
+            self._bytes = torch.from_file(str(self.unfinished), True, self._size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise self._refusal(error) from error
         self._write(0, len(header).to_bytes(8, "little") + header)
         self._at, self._data = 8 + header.index(blank.encode()), self._bytes[8 + len(header) :]
         self.tensors = [
@@ -157,12 +216,42 @@ class _File:
         self._write(self._at, _digest(self._data).encode())
         self.tensors = []
         del self._bytes, self._data
-        with self.unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(self.unfinished, self.path)
+        try:
+            with self.unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(self.unfinished, self.path)
+        except OSError as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> EditError:
+        if self.unfinished.is_file():
+            self.unfinished.unlink()
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        return EditError(
+            f"the answers before the edit take {self._size} bytes and could not be written to "
+            f"store={str(self.path.parent)!r} ({reason}); make room there, name another folder or give fewer texts"
+        )
 
     def _write(self, at: int, content: bytes) -> None:
         self._bytes[at : at + len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file whose every byte has its place on the disk: a mapped one that has not kills whoever writes to it."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                # File systems that know no allocation.
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+        zeros = bytes(1 << 20)
+        for start in range(0, size, len(zeros)):
+            file.write(zeros[: size - start])
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _data_start(path: Path) -> int:

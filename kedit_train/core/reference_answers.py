@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kedit_train.core.answers import Answers, collect, load
+from kedit_train.core.answers import Answers, collect, load, make_place, remove_leftovers
 from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.output_head import OutputHead, evaluation_mode
 from kedit_train.core.run import EditRun
@@ -28,7 +28,7 @@ from kedit_train.functional.chunking import chunk_length
 from kedit_train.functional.divergence import kl_divergence
 
 Rows = Sequence[Sequence[int]]
-Batches = Iterator[tuple[list[int], list[Tensor]]]
+Batches = Generator[tuple[list[int], list[Tensor]], None, None]
 
 
 def row_states(head: OutputHead, rows: Rows) -> Tensor:
@@ -154,26 +154,54 @@ def _stored(
     texts = hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
     name = json.dumps({**key(), "texts": texts}, sort_keys=True)
     path = store / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+    # Every process computes (sharded models need them all); one on each machine writes.
+    writes = os.environ.get("LOCAL_RANK", "0") == "0"
+    if writes:
+        remove_leftovers(path)
     found = load(path, name, lengths, memory_limit)
     if _everywhere(found is not None, device):
         assert found is not None
         return found, True
-    # Every process computes (sharded models need them all); one on each machine writes.
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        collect(batches(), lengths, path=path, key=name)
-    else:
-        for _ in batches():
+    refused = None
+    if writes:
+        refused = _refusal(lambda: make_place(path))
+    _agree(refused, device)
+    made = batches()
+    if writes:
+        refused = _refusal(lambda: collect(made, lengths, path=path, key=name))
+    if refused is None or _several():
+        # Those that write nothing compute all the same; and nobody leaves the others alone in it.
+        for _ in made:
             pass
-    _everywhere(True, device)
+    made.close()
+    _agree(refused, device)
     found = load(path, name, lengths, memory_limit)
     if found is None:
         raise EditError(f"KLLocality: what was written to {path} is not there any more; give a folder of this machine")
     return found, False
 
 
+def _refusal(write: Callable[[], object]) -> EditError | None:
+    try:
+        write()
+    except EditError as error:
+        return EditError(f"KLLocality: {error}")
+    return None
+
+
+def _agree(refused: EditError | None, device: torch.device) -> None:
+    """Raise on every process what one of them was refused."""
+    if not _everywhere(refused is None, device):
+        raise refused or EditError("KLLocality: another process could not write its answers to store; see its error")
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _everywhere(value: bool, device: torch.device) -> bool:
     """Whether it is so on every process; waits for all of them."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _several():
         return value
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)

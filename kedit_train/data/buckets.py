@@ -15,7 +15,9 @@ class LengthBuckets(BatchSampler):
     epoch, and breadth-first training (arXiv 2509.22072) wants them mixed. Where that leaves one batch a pool, batches
     are those of a plain ``BatchSampler``.
 
-    A subclass of torch's with its first arguments, so that Lightning can put a sampler for several processes inside.
+    A subclass of torch's with its first arguments, so that Lightning can put a sampler for several processes inside:
+    only where it is built in a ``train_dataloader`` hook (as in ``EditDataModule``), during which Lightning notes the
+    arguments. One that was built before is refused by Lightning in a run of several processes.
 
     Args:
         sampler: draws indices, [N] in an order that is new in each epoch.

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kedit_train.callbacks import KLLocality, ParameterScope, editing
+from kedit_train.core.answers import collect
 from kedit_train.errors import EditError
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30", "w7 w7 w7", "w50 w40 w30 w20"]
@@ -114,11 +122,15 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content)
     elif how == "foreign":
         save_file({"0": torch.zeros(TOKENS, 16)}, path)
+    elif how in ("scalar", "nothing"):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        save_file({"0": torch.tensor(1.0)} if how == "scalar" else {}, path, metadata=metadata)
     else:
         path.write_bytes(b"no tensors at all " * 9)
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "a bit", "foreign", "text"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "a bit", "foreign", "scalar", "nothing", "text"])
 def test_what_is_damaged_or_foreign_is_made_anew(make, words, tmp_path, how):
     model = make()
     want = value(copy.deepcopy(model), words, store=str(tmp_path))[0]
@@ -139,6 +151,87 @@ def test_a_failure_leaves_no_file(make, words, tmp_path):
     assert not (tmp_path / "kept").exists() or list((tmp_path / "kept").iterdir()) == []
 
 
+@pytest.mark.parametrize("allocates", [True, False])
+def test_every_byte_has_its_place_before_the_first_answer(tmp_path, monkeypatch, allocates):
+    """A mapped file with holes ends the process (SIGBUS) when the disk is full."""
+    if not allocates:
+        monkeypatch.delattr(os, "posix_fallocate")
+    tokens, found = 1 << 16, []
+
+    def batches():
+        for row in range(2):
+            found.extend(entry.stat().st_blocks * 512 for entry in tmp_path.iterdir())
+            yield [row], [torch.full((tokens, 4), float(row))]
+
+    collect(batches(), [tokens, tokens], path=tmp_path / "a.safetensors")
+    assert found[0] >= 2 * tokens * 4 * 4
+    (tensor,) = load_file(tmp_path / "a.safetensors").values()
+    assert tensor.sum().item() == tokens * 4
+
+
+@pytest.mark.parametrize("when", ["posix_fallocate", "replace"])
+def test_a_full_disk_is_told_and_leaves_no_file(make, words, tmp_path, monkeypatch, when):
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, when, full)
+    with pytest.raises(EditError, match=rf"KLLocality: .* take \d{{4}} bytes .*'{tmp_path}' \(No space left") as caught:
+        value(make(), words, store=str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_writer_left_is_removed(make, words, tmp_path):
+    model = make()
+    value(copy.deepcopy(model), words, store=str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host, old = socket.gethostname(), time.time() - 2 * 86400
+
+    def left(key: str, at: str, process: int, old_one: bool) -> Path:
+        file = tmp_path / f".{key}.safetensors.{at}.{process}"
+        file.write_bytes(b"half")
+        if old_one:
+            os.utime(file, (old, old))
+        return file
+
+    removed = [left(path.stem, host, gone.pid, False), left("b", host, gone.pid, True), left("c", "far.away", 1, True)]
+    kept = [
+        left("b2", host, gone.pid, False),
+        left(path.stem, host, os.getppid(), True),
+        left(path.stem, "far.away", gone.pid, False),
+        path,
+    ]
+    assert value(copy.deepcopy(model), words, store=str(tmp_path))[1] == 0
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert not any(file.exists() for file in removed)
+
+
+@pytest.mark.parametrize("where", ["a file", "below a file", "not creatable", "a folder in its place", "read only"])
+def test_a_store_that_cannot_be_is_refused_before_any_answer(make, words, tmp_path, monkeypatch, where):
+    model, store = make(), tmp_path / "kept"
+    message = r"is no folder and cannot be made one \(.*\); name another"
+    if where == "a folder in its place":
+        value(copy.deepcopy(model), words, store=str(store))
+        (path,) = store.iterdir()
+        path.unlink()
+        path.mkdir()
+        message = f"a folder lies where the file {path} belongs"
+    elif where == "read only":
+        # Whoever runs as root may write everywhere.
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        message = "cannot be written to"
+    elif where == "not creatable":
+        store = Path("/proc/nothing")
+    else:
+        store.write_text("mine")
+        store = store / "below" if where == "below a file" else store
+    monkeypatch.setattr("kedit_train.core.reference_answers.row_states", lambda *_: pytest.fail("it was computed"))
+    with pytest.raises(EditError, match=rf"^KLLocality: .*{message}"):
+        value(model, words, store=str(store))
+
+
 def test_narrower_answers_say_what_they_cost(make, words, tmp_path):
     model = make()
     want = value(copy.deepcopy(model), words)[0]
@@ -157,11 +250,14 @@ def test_narrower_answers_say_what_they_cost(make, words, tmp_path):
         ({"store_dtype": "int8"}, "out of bounds"),
         ({"top_k": 0}, "out of bounds"),
         ({"memory_limit": "much"}, "is no size"),
+        ({"store": ""}, "names no folder"),
+        ({"texts": "batch", "seed": 1, "batch_size": 4}, "does not read batch_size, seed; leave out"),
+        ({"texts": "batch", "tokenizer": "x", "max_length": 9}, "does not read max_length, tokenizer; leave out"),
     ],
 )
 def test_bounds_of_the_store(given, message):
     with pytest.raises(EditError, match=message):
-        KLLocality(TEXTS, **given)
+        KLLocality(**{"texts": TEXTS, **given})
 
 
 # -- a teacher
