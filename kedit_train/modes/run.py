@@ -88,7 +88,7 @@ def run_edits(
         "n_edits": len(named),
         "round_size": len(plan[0].new),
         "replay": None if mode != "streaming" else "all" if replay is None else replay,
-        "train": repr(train),
+        "train": getattr(train, "__qualname__", repr(train)),
         "seed": seed,
         **{name: before.meta[name] for name in ("data_name", "data_hash", "model", "versions", "settings", "date")},
     }
@@ -160,7 +160,7 @@ def _single(
 ) -> Checkpoint:
     kept = KeptWeights(model)
     # A bar for each edit's few questions would only flicker.
-    quietly = asking | {"progress": False}
+    quietly: dict[str, Any] = asking | {"progress": False}
     results: list[ProbeResult] = []
     settings: Any = {}
     spent, seed = 0.0, asking["seed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -82,12 +83,13 @@ class TrainLoop:
     def _step(self, model: Any, edit: Any, optimizer: Any, tensors: dict[str, torch.Tensor], device: Any) -> float:
         edit.before_step()
         loss = model(**{name: value.to(device) for name, value in tensors.items()}).loss
-        if not torch.isfinite(loss):
-            raise EditError(f"TrainLoop: the loss is {float(loss)}: lower lr={self.lr} or use a wider dtype")
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise EditError(f"TrainLoop: the loss is {value}: lower lr={self.lr} or use a wider dtype")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return value
 
     def __repr__(self) -> str:
         own = ", ".join(map(repr, self.callbacks))

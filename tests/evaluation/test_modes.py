@@ -268,7 +268,7 @@ def test_what_evaluate_takes_is_handed_on(learner: Any) -> None:
     for checkpoint in result.checkpoints:
         metrics = checkpoint.report.metrics
         assert metrics["locality"]["kl"].value == 0.0
-        assert metrics["fluency"]["entropy"].n == checkpoint.edits
+        assert metrics["fluency"]["ended"].n == checkpoint.edits
     assert [c.scores()["reliability"].value for c in result.checkpoints] == [0.0, 0.5]
 
 
