@@ -30,13 +30,18 @@ class PrefixCache(EditCallback):
     An error says so where storing would be wrong: nothing is frozen below the scope, dropout or noise below it,
     ``model.compile()``, sharded parameters, a model whose layers do more than hand hidden states on. A warning says so
     where single batches have to be computed in full: packed rows, masks that are not [B, S], ``inputs_embeds``,
-    requests for hidden states of every layer. Frozen weights that somebody writes to in place or replaces are noticed
-    (not through ``parameter.data.copy_()``) and everything stored is forgotten. A batch is served when all of its rows
-    are stored: it is worth a second epoch, and memory for all rows (``tokens * d`` numbers).
+    requests for hidden states of every layer, padding without ``labels=``, modules or hooks that come or go below.
+    Frozen weights and buffers that somebody writes to or replaces are noticed at once and everything stored is
+    forgotten. What leaves no trace (``parameter.data.add_()``, an attribute, random numbers of a hook's own generator)
+    is noticed by the recheck only: until then batches are served what was stored before. A batch is served when all of
+    its rows are stored: it is worth a second epoch, and memory for all rows (``tokens * d`` numbers). No keys and
+    values are returned with a batch that is served.
 
     Args:
         memory: for hidden states, on the CPU, for each process: bytes, "500MB" or "1.5GiB".
         folder: where hidden states beyond that go, removed when training ends; None computes them again.
+        recheck: after so many batches that were served, the next one is computed in full and compared with what is
+            stored; if it differs, a warning says so and nothing is cached for the rest of the run. 0 never does.
 
     Example:
         >>> SFTTrainer(model, args, train_dataset=data, callbacks=[ParameterScope(layers=0.7), PrefixCache()])
@@ -46,10 +51,12 @@ class PrefixCache(EditCallback):
     order = 10
     single = "one holds the rows of every batch: keep one"
 
-    def __init__(self, memory: int | str = "1GB", folder: str | None = None) -> None:
-        self.memory, self.folder = memory, folder
+    def __init__(self, memory: int | str = "1GB", folder: str | None = None, recheck: int = 100) -> None:
+        self.memory, self.folder, self.recheck = memory, folder, recheck
         self._bytes = parse_bytes(memory, "PrefixCache")
         self._prefix: FrozenPrefix | None = None
+        if recheck < 0:
+            raise EditError(f"PrefixCache: recheck={recheck!r} is below 0; give a number of batches, or 0 for never")
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
@@ -77,7 +84,7 @@ class PrefixCache(EditCallback):
             with torch.no_grad():
                 prefix = find_prefix(model, trained, ids, forward)
             store = RowStore(self._bytes, None if self.folder is None else Path(self.folder))
-            self._prefix = FrozenPrefix(model, prefix, store)
+            self._prefix = FrozenPrefix(model, prefix, store, self.recheck, lambda: _masked(run))
             self._prefix.prove(forward)
 
     def penalty(self, run: EditRun) -> None:
@@ -118,4 +125,9 @@ class PrefixCache(EditCallback):
             self._prefix = None
 
     def __repr__(self) -> str:
-        return f"PrefixCache(memory={self.memory!r}, folder={self.folder!r})"
+        return f"PrefixCache(memory={self.memory!r}, folder={self.folder!r}, recheck={self.recheck})"
+
+
+def _masked(run: EditRun) -> bool:
+    """Whether a callback is running the model for what its head reads, of which it takes the real tokens."""
+    return run._head is not None and run._head._capturing

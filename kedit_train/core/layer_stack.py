@@ -160,3 +160,85 @@ def _parameters(entered: Iterable[nn.Module], stack: nn.Module, layers: list[nn.
             contains = any(m is stack for m in module.modules())
             found |= {id(p): p for p in module.parameters(recurse=not contains)}
     return found
+
+
+class PrefixState:
+    """Notices what becomes of the prefix of a model: its modules, their hooks, and every tensor that they hold.
+
+    Tensors are looked up anew each time, so that those put in the place of others are seen too. What is written through
+    ``parameter.data`` leaves no trace, and attributes that are no tensors are not looked at.
+    """
+
+    def __init__(self, model: nn.Module, prefix: Prefix) -> None:
+        first = prefix.layers[prefix.cut]
+        self._model = model
+        around = [m for m in model.modules() if m is not first and any(x is first for x in m.modules())]
+        holding = {id(m) for m in around}
+        roots = [m for m in (*prefix.layers[: prefix.cut], *prefix.modules) if id(m) not in holding]
+        self._own = list({id(m): m for root in roots for m in root.modules()}.values())
+        self._around, self._backbone = around, prefix.backbone
+        # Held, so that nothing new can take the place in memory, and with it the id, of what was replaced.
+        self._modules = [child for m in (*self._own, *around) for child in m._modules.values()]
+        self._structure = self._look_around()
+        self._tensors = self._look()
+        self._values = self._copies()
+        self._states = _states(self._tensors)
+
+    def whole(self) -> bool:
+        """Whether the modules and the hooks below the cut are those that were found."""
+        return self._look_around() == self._structure
+
+    def trained(self) -> bool:
+        """Whether anything below the cut requires a gradient."""
+        return any(tensor.requires_grad for tensor in self._look().values())
+
+    def written(self) -> str | None:
+        """Name a tensor that was written to or replaced since the last call, or None."""
+        tensors = self._look()
+        states = _states(tensors)
+        if states == self._states:
+            return None
+        keys = [key for key in states | self._states if states.get(key) != self._states.get(key)]
+        # DDP writes buffers in every forward pass, the values that were there.
+        changed = [key for key in keys if not self._has_its_values(key, tensors.get(key))]
+        self._tensors, self._states = tensors, states
+        if not changed:
+            return None
+        self._values = self._copies()
+        module, name = changed[0]
+        paths = {id(m): f"{path}." if path else "" for path, m in self._model.named_modules()}
+        return f"{paths.get(module, '')}{name}"
+
+    def _look_around(self) -> list[Any]:
+        children = [id(child) for m in (*self._own, *self._around) for child in m._modules.values()]
+        hooks = [
+            (i, key)
+            for i, m in enumerate(self._own)
+            for key, hook in (*m._forward_pre_hooks.items(), *m._forward_hooks.items())
+            # With the first request for hidden states, transformers puts hooks on all layers that only look.
+            if not getattr(hook, "__module__", "").startswith("transformers.")
+        ]
+        return [children, hooks]
+
+    def _look(self) -> dict[tuple[int, str], Tensor]:
+        return {
+            (id(m), name): tensor
+            for m in (*self._own, self._backbone)
+            for name, tensor in (*m._parameters.items(), *m._buffers.items())
+            if tensor is not None
+        }
+
+    def _copies(self) -> dict[tuple[int, str], Tensor]:
+        buffers = {key: tensor for key, tensor in self._tensors.items() if not isinstance(tensor, nn.Parameter)}
+        return {key: tensor.detach().clone() for key, tensor in buffers.items()}
+
+    def _has_its_values(self, key: tuple[int, str], tensor: Tensor | None) -> bool:
+        before = self._values.get(key)
+        if before is None or tensor is None or isinstance(tensor, nn.Parameter):
+            return False
+        alike = before.shape == tensor.shape and before.dtype == tensor.dtype and before.device == tensor.device
+        return alike and torch.equal(before, tensor)
+
+
+def _states(tensors: dict[tuple[int, str], Tensor]) -> dict[tuple[int, str], tuple[int, int, int]]:
+    return {key: (id(tensor), tensor._version, tensor.data_ptr()) for key, tensor in tensors.items()}

@@ -26,12 +26,13 @@ class Rows:
     shape: torch.Size
 
 
-def read_rows(given: Mapping[str, Any], labels: Tensor | None, config: Any, mode: bytes) -> Rows | str:
+def read_rows(given: Mapping[str, Any], labels: Tensor | None, masked: bool, config: Any, mode: bytes) -> Rows | str:
     """Read what a backbone was called with.
 
     Args:
         given: its arguments by name, ``input_ids`` [B, S] among them, without those that are None.
         labels: [B, S] as the language model was given them; None where they are unknown.
+        masked: although there are no labels, nothing is read at padding.
         config: the backbone's configuration.
         mode: what else hidden states depend on.
 
@@ -48,7 +49,11 @@ def read_rows(given: Mapping[str, Any], labels: Tensor | None, config: Any, mode
     if bool(((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1).any()):
         return "attention_mask has a gap within a row"
     columns = real.int().argmax(1)
-    if not _padding_is_idle(real, columns, labels):
+    if labels is None or labels.shape != ids.shape:
+        if not masked and not bool(real.all()):
+            return "it is padded and comes without labels, so whether its loss leaves padding out is unknown"
+    elif bool((~real[:, :-1] & (labels.detach().cpu()[:, 1:] != _IGNORE)).any()):
+        # The first token of a row that is padded on the left is often supervised, by the state of the padding.
         return "a token next to padding is predicted from it, as far as the labels tell (mask its label)"
     starts = columns
     if positions is not None:
@@ -79,15 +84,6 @@ def _key(mode: bytes, start: int, ids: Tensor) -> str:
     digest.update(start.to_bytes(8, "little", signed=True))
     digest.update(ids.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _padding_is_idle(real: Tensor, columns: Tensor, labels: Tensor | None) -> bool:
-    """Whether no loss is taken of hidden states at padding, which are not stored."""
-    if labels is None or labels.shape != real.shape:
-        # The first token of a row that is padded on the left is often supervised, by the state of the padding.
-        return not bool(columns.any())
-    supervised = labels.detach().cpu()[:, 1:] != _IGNORE
-    return bool(real[:, :-1][supervised].all())
 
 
 def _longest(config: Any) -> int | None:
