@@ -87,7 +87,10 @@ def measured(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> f
     wanted: list[Any] = [loss, trained, vocab, width, tokens]
     command = [sys.executable, __file__, "--one", json.dumps(wanted)]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if ended.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {ended.returncode}: {ended.stderr[-2000:]}")
+    return float(ended.stdout)
 
 
 def main() -> None:
