@@ -124,8 +124,9 @@ class TransformersHost(Host):
         """Say which of the trainer's loggers have had a row before any callback can add to it.
 
         What reaches which: W&B gets every row, table, chart and file, into the run that the trainer opened. The
-        console, the progress bar and ``trainer.state.log_history`` get every row of numbers. TensorBoard, trackio, MLflow, Comet and the others, each a callback that stands before ours, get none. Scores
-        of the trainer's own evaluation (``eval_edit_*``) are added after its row was logged: they are there for
+        console, the progress bar and ``trainer.state.log_history`` get every row of numbers. TensorBoard, trackio,
+        MLflow, Comet and the others, each a callback that stands before ours, get none. Scores of the trainer's own
+        evaluation (``eval_edit_*``) are added after its row was logged: they are there for
         ``metric_for_best_model`` and for callbacks that stand after ours, ``EarlyStoppingCallback`` say.
         """
         reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
