@@ -1,0 +1,246 @@
+"""PrefixCache: what changes below the cut is noticed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from callbacks.prefixed import HALVES, batch, build, rates, same, scope, train
+from torch import Tensor, nn
+
+from kedit_train.callbacks import KLLocality, PrefixCache, TokenSmoothing, editing
+from kedit_train.errors import EditError
+
+
+def replaced(model: Any, factor: float = 1.5) -> None:
+    old = model.model.layers[1].mlp.up_proj
+    old.weight = nn.Parameter(old.weight.detach() * factor, requires_grad=False)
+
+
+def assigned(model: Any) -> None:
+    state = {name: value.clone() for name, value in model.model.layers[1].state_dict().items()}
+    state["mlp.up_proj.weight"] *= 1.5
+    model.model.layers[1].load_state_dict(state, assign=True)
+    model.model.layers[1].requires_grad_(False)
+
+
+def written(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+
+
+def other_storage(model: Any) -> None:
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.detach() * 1.5
+
+
+UP = r"layers\.1\.mlp\.up_proj\.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (written, UP),
+        (other_storage, UP),
+        (replaced, UP),
+        (assigned, r"layers\.1\."),
+        (lambda model: model.model.rotary_emb.inv_freq.mul_(1.5), r"rotary_emb\.inv_freq"),
+    ],
+    ids=["in place", "storage", "replaced", "assigned", "buffer"],
+)
+def test_frozen_tensors_that_change_are_noticed(change: Any, name: str) -> None:
+    with pytest.warns(UserWarning, match=rf"{name}.* was written to, although"):
+        cached = train_changing(change, PrefixCache())
+    assert cached[0] == train_changing(change)[0]
+    assert rates(cached[2]) == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_buffers_written_with_the_values_they_have_are_none_that_changed() -> None:
+    cached = train_changing(lambda model: model.model.rotary_emb.inv_freq.mul_(1.0), PrefixCache())
+    assert rates(cached[2]) == [0.0, 1.0, 1.0, 1.0]
+
+
+def other_module(model: Any) -> None:
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+    written(model)
+
+
+def other_layer(model: Any) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+    written(model)
+
+
+def hooked(model: Any) -> None:
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output * 1.1)
+
+
+@pytest.mark.parametrize("change", [other_module, other_layer, hooked])
+def test_modules_and_hooks_that_come_or_go_below_are_noticed(change: Any) -> None:
+    with pytest.warns(UserWarning, match="in full: a module or a hook below layer 3 was added, removed or replaced"):
+        cached = train_changing(change, PrefixCache())
+    assert cached[0] == train_changing(change)[0]
+    assert cached[2][-1]["edit/cache/bypassed"] == 2
+
+
+def test_hidden_states_asked_for_in_between_leave_the_cache_as_it_is() -> None:
+    @torch.no_grad()
+    def ask(model: Any) -> None:
+        assert len(model(**batch(), output_hidden_states=True).hidden_states) == 5
+
+    cached = train_changing(ask, PrefixCache())
+    assert cached[0] == train_changing(ask)[0]
+    assert rates(cached[2]) == [0.0, 1.0, 1.0, 1.0]
+
+
+def train_changing(change: Any, *more: Any, at: int = 2, steps: int = 4) -> tuple[Any, ...]:
+    """As train(), with a change of the model before one step."""
+    model, inputs, losses = build(), batch(), []
+    with editing(model, [scope(), *more], log_every_n_steps=1) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+        for step in range(steps):
+            edit.before_step()
+            if step == at:
+                change(model)
+            loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses, [p.detach().clone() for p in model.parameters()], edit.history
+
+
+def traceless(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
+
+
+def test_what_leaves_no_trace_is_found_by_the_recheck_which_ends_the_caching() -> None:
+    plain = train_changing(traceless, steps=7)
+    with pytest.warns(UserWarning, match="no longer what was stored for the same rows") as said:
+        cached = train_changing(traceless, PrefixCache(recheck=3), steps=7)
+    assert len(said) == 1
+    # One computed and three served; the fifth is compared, and this and the rest computed.
+    assert [row.get("edit/cache/hit_rate") for row in cached[2][:5]] == [0.0, 1.0, 1.0, 1.0, 0.0]
+    assert cached[2][-1]["edit/cache/bypassed"] == 2
+    assert cached[2][-1]["edit/cache/rows"] == 0
+    assert cached[0][:2] == plain[0][:2]
+    assert cached[0][2] != plain[0][2]
+
+
+def test_a_recheck_that_finds_the_same_goes_on_even_under_other_padding() -> None:
+    batches = [batch(width=width) for width in (12, 20, 32, 15, 12, 27)]
+    plain = train(build(), [scope()], batches, epochs=1)
+    cached = train(build(), [scope(), PrefixCache(recheck=2)], batches, epochs=1)
+    assert rates(cached[2]) == [0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    torch.testing.assert_close(cached[0], plain[0], rtol=1e-5, atol=1e-6)
+
+
+def test_noise_of_a_hooks_own_generator_is_found_by_the_recheck() -> None:
+    model, generator = build(), torch.Generator().manual_seed(0)
+
+    def noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + 0.1 * torch.randn(output.shape, generator=generator) if module.training else output
+
+    model.model.embed_tokens.register_forward_hook(noise)
+    with pytest.warns(UserWarning, match="no longer what was stored for the same rows"):
+        train(model, [scope(), PrefixCache(recheck=1)], [batch()])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_eager_attention_gives_the_same_bits_with_keys_and_values_kept_as_without(family: str) -> None:
+    def eager() -> Any:
+        model = build(family)
+        model.set_attn_implementation("eager")
+        return model
+
+    inputs = batch()
+    batches = [batch(rows=half) for half in HALVES]
+    plain, cached = (train(eager(), [scope(), *more], batches) for more in ([], [PrefixCache()]))
+    assert same(plain, cached)
+    assert rates(cached[2]) == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    model = eager()
+    with editing(model, [scope(), PrefixCache()]) as edit:
+        edit.before_step()
+        assert model(**inputs).past_key_values is not None
+        # Of layers that did not run there are none, so nobody can go on from half of them.
+        assert model(**inputs).past_key_values is None
+
+
+def test_padding_without_labels_is_computed_in_full() -> None:
+    inputs = {name: value for name, value in batch().items() if name != "labels"}
+    runs = []
+    for more in ([], [PrefixCache()]):
+        model, losses = build(), []
+        with warnings.catch_warnings(record=True) as said, editing(model, [scope(), *more]) as edit:
+            warnings.simplefilter("always")
+            optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+            for _ in range(3):
+                edit.before_step()
+                # Of every position, padding too.
+                loss = model(**inputs).logits.square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        runs.append((losses, [str(one.message) for one in said]))
+    assert runs[0][0] == runs[1][0]
+    assert runs[0][1] == []
+    assert len(runs[1][1]) == 1
+    assert "it is padded and comes without labels" in runs[1][1][0]
+
+
+def test_labels_are_known_though_an_anchor_runs_the_model_within_the_call() -> None:
+    batches = [batch("left", rows=half) for half in HALVES]
+    anchor = KLLocality(texts="batch", weight=3.0)
+    plain = train(build(), [scope(), anchor], batches)
+    cached = train(build(), [scope(), anchor, PrefixCache()], batches)
+    assert same(plain, cached)
+    assert rates(cached[2]) == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert cached[2][-1]["edit/cache/bypassed"] == 0
+
+
+def test_texts_of_several_lengths_are_served_though_they_have_no_labels(words: Any) -> None:
+    texts = [" ".join(f"w{(7 * i + j) % 59}" for j in range(3 + i)) for i in range(4)]
+    kl = KLLocality(texts, weight=10.0, batch_size=4)
+    cached = train(build(), [scope(), kl, PrefixCache()], [batch()], tokenizer=words)
+    assert rates(cached[2]) == [0.0, 1.0, 1.0]
+
+
+def test_the_scale_of_an_adapter_below_is_part_of_a_row() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def changing(*more: Any) -> tuple[Any, ...]:
+        config = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model, losses = get_peft_model(build(), config), []
+        model.requires_grad_(False)
+        top = [p.requires_grad_() for n, p in model.named_parameters() if "layers.3" in n and "lora" in n]
+        with editing(model, [*more], log_every_n_steps=1) as edit:
+            optimizer = torch.optim.SGD(top, lr=0.1)
+            for step in range(4):
+                edit.before_step()
+                if step == 2:
+                    below: Any = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+                    below.scaling["default"] *= 3
+                loss = model(**batch()).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses, edit.history
+
+    cached = changing(TokenSmoothing(), PrefixCache())
+    assert cached[0] == changing(TokenSmoothing())[0]
+    assert rates(cached[1]) == [0.0, 1.0, 0.0, 1.0]
+
+
+def test_arguments() -> None:
+    with pytest.raises(EditError, match="PrefixCache: 'much' is no size above 0"):
+        PrefixCache(memory="much")
+    with pytest.raises(EditError, match="PrefixCache: recheck=-1 is below 0"):
+        PrefixCache(recheck=-1)
+    with pytest.raises(EditError, match="two PrefixCache callbacks on one model"):
+        train(build(), [scope(), PrefixCache(), PrefixCache()], [batch()])
+    with pytest.raises(EditError, match="is a file; name a folder"):
+        train(build(), [scope(), PrefixCache(folder=__file__)], [batch()])

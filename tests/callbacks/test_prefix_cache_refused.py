@@ -1,0 +1,179 @@
+"""PrefixCache: what would be wrong is refused before the first step or computed in full."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from callbacks.prefixed import GPT2, HALVES, STILL, batch, build, rates, same, scope, train
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+)
+
+from kedit_train.callbacks import ParameterScope, PrefixCache, editing
+from kedit_train.errors import EditError
+
+
+class Peeks(nn.Module):
+    """A last layer that reads what the first one left beside the hidden states."""
+
+    def __init__(self, layer: nn.Module, first: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        first.register_forward_hook(lambda module, args, output: setattr(self, "seen", args[0]))
+        first.register_forward_hook(lambda module, args, output: setattr(self, "left", output * 2))
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        left, self.left = self.left, torch.zeros(())
+        return self.layer(hidden, *args, **kwargs) + left
+
+
+def refusals() -> dict[str, tuple[Any, list[Any], str]]:
+    def peeking() -> Any:
+        model = build()
+        layers = model.model.layers
+        layers[3] = Peeks(layers[3], layers[0])
+        return model
+
+    def compiled() -> Any:
+        model = build()
+        model.compile(backend="eager")
+        return model
+
+    def tied() -> Any:
+        return build("llama", tie_word_embeddings=True)
+
+    def bloom() -> Any:
+        config = BloomConfig(vocab_size=61, hidden_size=16, n_layer=4, n_head=2)
+        return AutoModelForCausalLM.from_config(config).train()
+
+    return {
+        "first layer": (build, [scope(0)], "only the embedding lies below layer 0"),
+        "everything": (build, [], "only the embedding lies below layer 0"),
+        "embedding": (
+            build,
+            [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
+            "model.embed_tokens.weight is trained and runs before layer 3",
+        ),
+        "tied": (
+            tied,
+            [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
+            "a tied head is its embedding",
+        ),
+        "compiled": (compiled, [scope()], "the model is compiled"),
+        "reads more": (peeking, [scope()], "are not the same without the layers below 3"),
+        "unknown": (bloom, [scope()], "no stack of layers that call each other in order"),
+    }
+
+
+@pytest.mark.parametrize("case", refusals())
+def test_what_would_be_wrong_is_refused_before_the_first_step(case: str) -> None:
+    make, callbacks, message = refusals()[case]
+    model = make()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(EditError) as error:
+        train(model, [*callbacks, PrefixCache()], [batch()])
+    assert message in str(error.value)
+    assert str(error.value).startswith("PrefixCache: ")
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.base_model.modules())
+
+
+def test_nothing_trained_is_refused() -> None:
+    with editing(build().requires_grad_(False), [PrefixCache()]) as edit, pytest.raises(EditError) as error:
+        edit.before_step()
+    assert str(error.value) == (
+        "PrefixCache: nothing is trained, so there is no first layer to begin at; widen the scope"
+    )
+
+
+@pytest.mark.parametrize("where", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])
+def test_dropout_below_is_refused_where_it_is_active(where: str) -> None:
+    def dropping() -> Any:
+        return AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **(STILL | {where: 0.1})))
+
+    with pytest.raises(EditError, match=r"a random number was drawn below layer 3 \(dropout, noise on embeddings\)"):
+        train(dropping().train(), [scope(), PrefixCache()], [batch()])
+    # As Lightning trains what from_pretrained returned.
+    cached = train(dropping().eval(), [scope(), PrefixCache()], [batch()])
+    assert rates(cached[2]) == [0.0, 1.0, 1.0]
+
+
+def test_rows_of_evaluation_mode_are_not_taken_for_those_of_training() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **(STILL | {"embd_pdrop": 0.1}))).eval()
+    with editing(model, [scope(), PrefixCache()]) as edit:
+        edit.before_step()
+        model(**batch())
+        model.train()
+        with pytest.raises(EditError, match="a random number was drawn"):
+            model(**batch())
+
+
+def test_recomputation_of_the_whole_backbone_is_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = build()
+    with editing(model, [scope(), PrefixCache()]) as edit:
+        edit.before_step()
+        inputs = batch()
+        loss = checkpoint(lambda: model(**inputs).loss, use_reentrant=False)
+        with pytest.raises(EditError, match="computed again in the backward pass"):
+            loss.backward()
+
+
+# transformers 5.23 has another name for it.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_layer_by_layer_is_served(reentrant: bool) -> None:
+    def checkpointed() -> Any:
+        model = build()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        return model
+
+    batches = [batch(rows=half) for half in HALVES]
+    plain = train(checkpointed(), [scope()], batches)
+    cached = train(checkpointed(), [scope(), PrefixCache()], batches)
+    assert same(plain, cached)
+    assert rates(cached[2])[-1] == 1.0
+
+
+def test_a_loop_that_compiles_the_model_is_told() -> None:
+    model, inputs = build(), batch()
+    with editing(model, [scope(), PrefixCache()]) as edit:
+        compiled, optimizer = torch.compile(model, backend="eager"), torch.optim.SGD(edit.parameters(), lr=0.1)
+        edit.before_step()
+        compiled(**inputs).loss.backward()
+        with pytest.warns(UserWarning, match="the loop compiles the model, so nothing is cached"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: {"attention_mask": torch.zeros(8, 1, 12, 12)}, "attention_mask is not of the shape"),
+        (lambda x: {"attention_mask": x["attention_mask"].index_fill(1, torch.tensor([1]), 0)}, "has a gap"),
+        (
+            lambda x: {"position_ids": torch.arange(12).remainder(6).expand(8, 12)},
+            r"start again within a row \(packing",
+        ),
+        (lambda x: {"input_ids": None, "inputs_embeds": torch.randn(8, 12, 16)}, "without input_ids"),
+        (lambda x: {"output_hidden_states": True}, "output_hidden_states was given"),
+        (lambda x: {"use_cache": True}, "use_cache=True was given"),
+        (lambda x: {"labels": x["input_ids"]}, "a token next to padding is predicted from it"),
+    ],
+)
+def test_a_batch_that_cannot_be_known_by_its_rows_is_computed_in_full(change: Any, reason: str) -> None:
+    inputs = {**batch(), **change(batch())}
+    plain = train(build(), [scope()], [inputs])
+    with pytest.warns(UserWarning, match=rf"^PrefixCache: a batch is computed in full: .*{reason}"):
+        cached = train(build(), [scope(), PrefixCache()], [inputs])
+    assert same(plain, cached)
+    assert cached[2][-1]["edit/cache/bypassed"] == 3
+    assert cached[2][-1]["edit/cache/rows"] == 0
