@@ -35,6 +35,7 @@ def arguments(description: str | None, **numbers: int) -> argparse.ArgumentParse
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the file to write the section into")
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -156,6 +156,7 @@ def _trainer_arguments(options: Any, lr: float, batch_size: int) -> dict[str, An
         "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": batch_size,
         "learning_rate": lr,
+        "seed": options.seed,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "max_steps": 1_000_000,
