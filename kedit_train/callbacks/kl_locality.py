@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,13 @@ from torch import Tensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.answers import Answers
 from kedit_train.core.batch_anchor import BatchAnchor
+from kedit_train.core.held_texts import HeldEdits, HeldTexts
 from kedit_train.core.loss_head import LossHead, cross_entropy
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.reference_answers import hidden_states, row_states, teachers_answers
 from kedit_train.core.row_store import parse_bytes
 from kedit_train.core.run import EditRun
-from kedit_train.core.texts import load_texts, text_rows
+from kedit_train.core.texts import edit_rows, load_texts, text_rows
 from kedit_train.errors import EditError
 from kedit_train.functional.buckets import bucket_divergence
 from kedit_train.functional.chunking import chunk_length, chunked
@@ -40,6 +42,10 @@ class KLLocality(EditCallback):
     row, in one more forward pass with the scope's old values in place, and kept by content, so that later epochs cost
     none; packed rows count as one row each. The scope's old values are kept for it, in full fine-tuning without
     ``ParameterScope`` a copy of all weights. Under DDP every process keeps the rows it has met.
+
+    Edits that come one after the other need ``sequential``: a penalty that refers in each run to the model of that run
+    holds what the runs before have lost. With it the answers are those before the first run, and what was edited since
+    is held as well, as the model answered it when its run was over: half of every batch.
 
     Beside ``PrefixCache`` the texts are served too; as every round puts other texts together, with other padding, the
     penalty is the same as without it within rounding, not bit for bit.
@@ -66,6 +72,9 @@ class KLLocality(EditCallback):
             answers the ``top_k`` most probable tokens and the mass of the rest are kept, and the divergence is that of
             these buckets, in any direction; at most the full one.
         top_k: tokens kept of a teacher's answer.
+        sequential: later runs of this instance on the same model keep the answers of the first, on the texts that do
+            not hold what they are scored on, and hold the edits of the runs before, each as a plain text; an edit of
+            the same prompt supersedes the earlier one.
     """
 
     order = 30
@@ -84,6 +93,7 @@ class KLLocality(EditCallback):
         memory_limit: int | str | None = None,
         teacher: Any = None,
         top_k: int = 256,
+        sequential: bool = False,
     ) -> None:
         for name, value, good in (
             ("weight", weight, weight >= 0.0),
@@ -108,11 +118,18 @@ class KLLocality(EditCallback):
         self.store = None if store is None else Path(store)
         self.dtype: torch.dtype | None = None if store_dtype is None else getattr(torch, store_dtype)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "KLLocality: memory_limit")
-        self.teacher, self.top_k = teacher, top_k
+        self.teacher, self.top_k, self.sequential = teacher, top_k, sequential
         self.anchors = isinstance(self.texts, str) and self.texts == "batch"
         self.penalises = not self.anchors
         self._anchor: BatchAnchor | None = None
         self._loss_head: LossHead | None = None
+        self._forget()
+        if sequential and (self.anchors or teacher is not None):
+            other = "texts='batch'" if self.anchors else "a teacher"
+            raise EditError(
+                f"KLLocality: sequential=True keeps the unedited model's answers on texts over several runs, and {other} "
+                "has none of them; leave one out"
+            )
         if self.anchors and teacher is not None:
             raise EditError(
                 "KLLocality: texts='batch' anchors on the unedited model; give texts where teacher is given"
@@ -154,21 +171,34 @@ class KLLocality(EditCallback):
                 shares, observe = run.host.loss_shares, lambda *_: None
                 self._loss_head = LossHead(self._head, cross_entropy, reduction="token", shares=shares, observe=observe)
             return
-        self._rows = text_rows(
+        if self.sequential and not run.edits:
+            raise EditError(
+                "KLLocality: sequential=True holds this run's edits in the next, and nothing says what they are; add "
+                "EditMetrics(edits), or say editing(edits=...) in a loop"
+            )
+        rows = text_rows(
             run, self.texts, needed_by="KLLocality", tokenizer=self.tokenizer, max_length=self.max_length
         )
-        self._take_answers(run)
-        self._order, self._drawn = self._rounds(), 0
+        if self._held is not None and self._model is not None and self._model() is run.model:
+            self._go_on(run, rows, self._held)
+        else:
+            self._forget()
+            self._held = HeldTexts(rows, self._take_answers(run, rows), self.seed)
+        self._model = weakref.ref(run.model)
         self._sum, self._count = torch.zeros(()), 0
 
     def penalty(self, run: EditRun) -> Tensor | None:
         if self.anchors:
             return None
-        chosen = [next(self._order) for _ in range(self.batch_size)]
-        self._drawn += self.batch_size
+        assert self._held is not None
+        earlier, states = self._earlier.draw(self.batch_size // 2, self._shuffler)
+        chosen = self._held.draw(self.batch_size - len(earlier))
         with evaluation_mode(run.model), run.host.forward_context():
-            hidden = row_states(self._head, [self._rows[i] for i in chosen])
-        answers = [a.to(hidden.device, non_blocking=True) for a in self._answers.take(chosen)]
+            hidden = row_states(self._head, [*(self._held.rows[i] for i in chosen), *earlier])
+        answers = self._held.answers.take(chosen)
+        if earlier:
+            answers = [torch.cat([answers[0], *states])]
+        answers = [a.to(hidden.device, non_blocking=True) for a in answers]
         chunk = chunk_length(self._head.config.vocab_size)
         (divergence,) = chunked(self.score, hidden, *answers, chunk=chunk, parameters=self._head.trained)
         mean = divergence.mean()
@@ -203,17 +233,27 @@ class KLLocality(EditCallback):
             return {}
         mean = float(self._sum) / self._count
         self._sum, self._count = torch.zeros(()), 0
-        found = {"edit/locality/kl": mean, "edit/locality/store_bytes": float(self._answers.nbytes)}
+        assert self._held is not None
+        found = {"edit/locality/kl": mean, "edit/locality/store_bytes": float(self._held.answers.nbytes)}
         return found if self.store is None else {**found, "edit/locality/store_hits": float(self._reused)}
 
     def state(self) -> dict[str, Any]:
-        return {} if self.anchors else {"drawn": getattr(self, "_drawn", 0)}
+        return {} if self._held is None else {"drawn": self._held.drawn, "earlier": len(self._earlier.edits)}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if not self.anchors:
-            self._drawn = state["drawn"]
-            for _ in range(self._drawn):
-                next(self._order)
+        if self._held is None:
+            return
+        if state.get("earlier", 0) != len(self._earlier.edits):
+            raise EditError(
+                "KLLocality: the checkpoint is of a later run of a sequence (sequential=True), and the answers before "
+                "its first run went with the process; give the model before the sequence as teacher= instead"
+            )
+        self._held.draw(state["drawn"])
+
+    def finish(self, run: EditRun) -> None:
+        if self.sequential:
+            self._earlier.supersede(run.edits)
+            self._earlier.pending = list(run.edits)
 
     def detach(self, run: EditRun) -> None:
         if self._anchor is not None:
@@ -222,25 +262,47 @@ class KLLocality(EditCallback):
         if self._loss_head is not None:
             self._loss_head.remove()
         self._anchor = self._loss_head = None
-        self._answers, self._rows = Answers([], [], 0, mapped=False), []
+        if not self.sequential:
+            self._held = None
 
-    def _take_answers(self, run: EditRun) -> None:
+    def _forget(self) -> None:
+        """Begin with no answers and no earlier edits."""
+        self._held: HeldTexts | None = None
+        self._earlier, self._shuffler = HeldEdits([], []), random.Random(self.seed)
+        self._model: Any = None
+
+    def _go_on(self, run: EditRun, rows: Sequence[Sequence[int]], held: HeldTexts) -> None:
+        """A later run of a sequence: its texts, and the edits before it."""
+        if not held.keep(rows):
+            raise EditError(
+                "KLLocality: every text of the first run holds a prompt that this run's edits are scored on, or is no "
+                "longer among the texts; give other texts"
+            )
+        self._earlier.supersede(run.edits)
+        tokenizer = run.tokenizer("KLLocality", self.tokenizer)
+        with evaluation_mode(run.model), run.host.forward_context():
+            self._earlier.settle(
+                lambda edits: edit_rows(run, edits, tokenizer, self.max_length),
+                lambda row: row_states(self._head, [row]),
+            )
+
+    def _take_answers(self, run: EditRun, rows: Sequence[Sequence[int]]) -> Answers:
         self._project_reference = run.reference_head()
+        if self.sequential and self._project_reference is not None:
+            raise EditError(
+                "KLLocality: sequential=True keeps hidden states over several runs, which the output head has to turn "
+                "into the same answers every time; leave the head (and what it is tied to) out of the scope"
+            )
         keep: dict[str, Any] = {"store": self.store, "dtype": self.dtype, "memory_limit": self.memory_limit}
         if self.teacher is None:
-            self._answers, self._reused = hidden_states(run, self._rows, self.batch_size, **keep)
-            return
+            answers, self._reused = hidden_states(run, rows, self.batch_size, **keep)
+            return answers
         tokenizer = run.tokenizer("KLLocality", self.tokenizer)
-        self._answers, self._reused, self._shared = teachers_answers(
-            run, self._rows, self.batch_size, self.teacher, self.top_k, tokenizer, **keep
+        answers, self._reused, self._shared = teachers_answers(
+            run, rows, self.batch_size, self.teacher, self.top_k, tokenizer, **keep
         )
-
-    def _rounds(self) -> Iterator[int]:
-        shuffler = random.Random(self.seed)
-        while True:
-            order = list(range(len(self._rows)))
-            shuffler.shuffle(order)
-            yield from order
+        return answers
 
     def __repr__(self) -> str:
-        return f"KLLocality(weight={self.weight}, direction={self.direction!r})"
+        sequential = ", sequential=True" if self.sequential else ""
+        return f"KLLocality(weight={self.weight}, direction={self.direction!r}{sequential})"

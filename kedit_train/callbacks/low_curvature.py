@@ -108,7 +108,7 @@ class LowCurvature(EditCallback):
         if self.sequential and not run.edits:
             raise EditError(
                 "LowCurvature: sequential=True takes this run's edits into the next one's curvature, and nothing says "
-                "what they are; add EditMetrics(edits)"
+                "what they are; add EditMetrics(edits), or say editing(edits=...) in a loop"
             )
         self._maps = linear_maps(run.model, run.scope, "LowCurvature")
         if adapters := [name for name in self._maps if ".lora_A." in name or ".lora_B." in name]:

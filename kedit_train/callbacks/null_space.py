@@ -124,7 +124,7 @@ class NullSpace(EditCallback):
         if self.sequential and not run.edits:
             raise EditError(
                 "NullSpace: sequential=True preserves this run's edits in the next, and nothing says what they are; "
-                "add EditMetrics(edits), or give earlier edits as preserve="
+                "add EditMetrics(edits), say editing(edits=...) in a loop, or give earlier edits as preserve="
             )
         if self._model is None or self._model() is not run.model:
             self._earlier = []

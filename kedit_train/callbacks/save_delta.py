@@ -125,7 +125,7 @@ class SaveDelta(EditCallback):
         # In the model's order on every process: gathering takes them all.
         touched = [name for name in weights if weights.made_of[name] & scoped]
         after = {name: weights[name].clone() for name in touched}
-        edits = run.edits or run.host.edits() or None
+        edits = self._edits or run.edits or None
         with holding(run.scope, before):
             delta = EditDelta.between(
                 weights,

@@ -62,6 +62,8 @@ def build(config: Namespace) -> Any:
             raise EditError(f"{key}: {config[key].class_path} is Lightning's own; sft runs {own.rpartition('.')[2]}'s")
     args = arguments_of(config)
     told = config.model.init_args
+    # Before a large model is loaded.
+    callbacks: list[Any] = list(recipe.callbacks(config))
     data = EditDataModule(**config.data.init_args.as_dict())
     model, tokenizer = load_model(told.name, dtype=told.dtype, trust_remote_code=told.trust_remote_code)
     if told.chat_template is not None:
@@ -72,7 +74,6 @@ def build(config: Namespace) -> Any:
         made = augmentation(model, tokenizer, data.edits, **asked)
         print(made.line)
         rows = EditDataset([*rows, *made(rows)], name=rows.name)
-    callbacks: list[Any] = list(recipe.callbacks(config))
     for callback in callbacks:
         # In Lightning the data module has them.
         if getattr(callback, "edits", data) is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ class EditRun:
         shapes: name -> shape of every parameter when the run was opened, for FSDP1 slices the very objects.
         masters: what keeps a half-precision scope in fp32, where anything does.
         scores: the latest value of every metric that a callback published, for other callbacks to read.
-        edits: what is being edited, where a callback or the host knows it.
     """
 
     def __init__(self, root: nn.Module, host: Host) -> None:
@@ -50,7 +49,7 @@ class EditRun:
         self.callbacks: list[Any] = []
         self.reference: dict[str, Tensor] = {}
         self.scores: dict[str, float] = {}
-        self.edits: Sequence[Edit] = ()
+        self._edits: Sequence[Edit] = ()
         self.closed = self.stopped = False
         self.trainable = {p: p.requires_grad for p in root.parameters()}
         self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -67,6 +66,18 @@ class EditRun:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or pickled model is an ordinary model: the edit under way belongs to the original.
         return type(None), ()
+
+    @property
+    def edits(self) -> Sequence[Edit]:
+        """What is being edited: as a callback was told, else the edits that the host holds; empty where nobody knows."""
+        held = () if self._edits else self.host.edits()
+        # Other people's data modules may call something else so.
+        ours = isinstance(held, Sequence) and len(held) > 0 and isinstance(held[0], Edit)
+        return cast(Sequence[Edit], held) if ours else self._edits
+
+    @edits.setter
+    def edits(self, edits: Sequence[Edit]) -> None:
+        self._edits = edits
 
     @property
     def step(self) -> int:

@@ -79,7 +79,7 @@ class TrainLoop:
         extra = self.extra(edits) if callable(self.extra) else self.extra
         rows = EditDataset([*edits, *extra]).encode(self.tokenizer, max_length=longest, **form)
         pad_id, device = pad_token_id(self.tokenizer), device_of(model)
-        with editing(model, self.callbacks, tokenizer=self.tokenizer) as edit, self._bar() as shown:
+        with editing(model, self.callbacks, tokenizer=self.tokenizer, edits=edits) as edit, self._bar() as shown:
             optimizer = self.optimizer(edit.parameters(), lr=self.lr)
             for _ in range(self.epochs):
                 losses = []

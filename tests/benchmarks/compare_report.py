@@ -74,10 +74,15 @@ def cell(rows: list[dict[str, Any]], name: str, digits: int) -> str:
 
 
 def table(rows: Rows) -> str:
+    """A column that says nothing (the same in every row) is left out."""
     best = front(rows)
-    lines = [f"| recipe | {' | '.join(HEADS)} |", "|---|" + "---:|" * len(HEADS)]
-    for name, each in rows.items():
-        cells = [cell(each, column, digits) for column, digits in COLUMNS.items()]
+    columns = {
+        head: [cell(each, column, digits) for each in rows.values()]
+        for head, (column, digits) in zip(HEADS, COLUMNS.items(), strict=True)
+    }
+    columns = {head: cells for head, cells in columns.items() if len({cell.split()[0] for cell in cells}) > 1}
+    lines = [f"| recipe | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name, *cells in zip(rows, *columns.values(), strict=True):
         lines.append(f"| {f'**{name}**' if name in best else name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

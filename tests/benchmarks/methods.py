@@ -127,8 +127,8 @@ class Method:
     ) -> None:
         self.setting, self.tokenizer, self.config = setting, tokenizer, config
         alone = mode in ("single", "sequential")
-        # Their answers are kept anew for every edit that is trained alone.
-        self.texts = setting.texts(scored)[: ALONE_TEXTS if alone else None]
+        # Their answers are taken anew for every edit that is trained alone, and once for a sequence.
+        self.texts = setting.texts(scored)[: ALONE_TEXTS if mode == "single" else None]
         self.lr = OF_A_HUNDRED.get(name, config.model.init_args.learning_rate) * (ALONE if alone else 1.0)
         data = config.data.init_args
         self.extra: Any = ()
@@ -141,6 +141,12 @@ class Method:
                 model, tokenizer, scored, prefixes=data.prefixes, replay=prompts, replay_rows=rows, seed=0
             )
         self.adapter = config.model.init_args.lora
+        self.made: list[Any] = list(recipe.callbacks(config))
+        for callback in self.made:
+            if hasattr(callback, "sequential"):
+                callback.sequential = mode == "sequential"
+            if getattr(callback, "texts", None) == "world":
+                callback.texts = self.texts
 
     def __call__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         extra: Sequence[Edit] = self.extra(edits) if callable(self.extra) else self.extra  # type: ignore[assignment]
@@ -171,16 +177,13 @@ class Method:
     def callbacks(self, edits: Sequence[Edit], steps: int) -> list[EditCallback]:
         """Those of the recipe; its reports are the comparison's own, and rules in steps are rules in epochs."""
         kept = []
-        made: list[Any] = list(recipe.callbacks(self.config))
-        for callback in made:
+        for callback in self.made:
             if isinstance(callback, (EditMetrics, SaveDelta)):
                 continue
             if isinstance(callback, StopWhenEdited):
                 callback.loss_steps = steps
                 callback.idle_steps = callback.idle_steps and steps
-            if getattr(callback, "texts", None) == "world":
-                setattr(callback, "texts", self.texts)  # noqa: B010
             if hasattr(callback, "edits"):
-                setattr(callback, "edits", list(edits))  # noqa: B010
+                callback.edits = list(edits)
             kept.append(callback)
         return kept

@@ -69,7 +69,7 @@ def test_a_promise_is_written_read_and_held_to(module: Any, tmp_path: Path, monk
     assert recipe.read_text().endswith("seed_everything: 0\n")
 
 
-@pytest.mark.parametrize("mode", ["batch", "single"])
+@pytest.mark.parametrize("mode", ["batch", "single", "sequential"])
 def test_a_method_is_its_recipe_with_rules_in_epochs(module: Any, mode: str) -> None:
     methods = module("methods")
     setting = methods.embedded()
@@ -85,9 +85,10 @@ def test_a_method_is_its_recipe_with_rules_in_epochs(module: Any, mode: str) -> 
         stop = made["StopWhenEdited"]
         assert (stop.idle_steps, stop.loss_steps) == ((steps, steps) if name == "overtone" else (None, steps))
         rate = 3e-3 if name == "kedit_default" else config.model.init_args.learning_rate
-        assert method.lr == pytest.approx(rate * (0.2 if mode == "single" else 1.0))
+        assert method.lr == pytest.approx(rate * (1.0 if mode == "batch" else 0.2))
         if name == "kedit_default":
             assert made["KLLocality"].texts == setting.texts(edits)[: 256 if mode == "single" else None]
+            assert made["KLLocality"].sequential == (mode == "sequential")
         if name == "masked_fisher":
             assert made["GradientMask"].edits == own
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -150,17 +150,12 @@ def test_dropout_does_not_count_as_change(make, words):
         assert model.transformer.h[0].attn.attn_dropout.training
 
 
-def drawn(kl: KLLocality, n: int) -> list[int]:
-    rounds: Iterator[int] = kl._rounds()
-    return [next(rounds) for _ in range(n)]
-
-
 def test_texts_are_drawn_in_shuffled_rounds_and_the_same_everywhere(make, words):
     def order(seed: int) -> list[int]:
         kl = KLLocality(TEXTS, seed=seed)
         with editing(make(), [kl], tokenizer=words) as edit:
-            edit.before_step()
-            return drawn(kl, 15)
+            edit.run.attach(kl)
+            return kl._held.draw(15)
 
     first = order(0)
     assert [sorted(first[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
@@ -187,7 +182,7 @@ def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
         edit.run.edits = [Edit(prompt="w20 w21", target="w5"), Edit(prompt="x", target="y", rephrases=("w7 w7",))]
         with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts hold a prompt"):
             edit.before_step()
-        assert [len(row) for row in kl._rows] == [5, 1, 4]
+        assert [len(row) for row in kl._held.rows] == [5, 1, 4]
 
 
 def test_a_generator_of_texts_serves_two_runs(make, words):
@@ -195,7 +190,7 @@ def test_a_generator_of_texts_serves_two_runs(make, words):
     for _ in range(2):
         with editing(make(), [kl], tokenizer=words) as edit:
             edit.before_step()
-            assert len(kl._rows) == len(TEXTS)
+            assert len(kl._held.rows) == len(TEXTS)
 
 
 @pytest.mark.parametrize(("name", "write"), [("a.txt", "\n".join), ("a.json", json.dumps)])
@@ -203,7 +198,7 @@ def test_files(make, words, tmp_path, name, write: Callable[[list[str]], str]):
     (tmp_path / name).write_text(write(TEXTS))
     with editing(make(), [kl := KLLocality(tmp_path / name)], tokenizer=words) as edit:
         edit.before_step()
-        assert len(kl._rows) == len(TEXTS)
+        assert len(kl._held.rows) == len(TEXTS)
 
 
 def test_an_empty_file_is_an_error_before_training(make, words, tmp_path):

@@ -18,9 +18,12 @@ from kedit_train.errors import EditError
 class LoopHost(Host):
     """A hand-written loop. What would be logged is handed to ``on_log`` and kept in ``history``."""
 
-    def __init__(self, tokenizer: Any = None, on_log: Any = None, log_every_n_steps: int = 10) -> None:
+    def __init__(
+        self, tokenizer: Any = None, on_log: Any = None, log_every_n_steps: int = 10, edits: Any = None
+    ) -> None:
         super().__init__(self)
         self._tokenizer, self.on_log, self.log_every_n_steps = tokenizer, on_log, log_every_n_steps
+        self._edits = edits
         self.history: list[dict[str, float]] = []
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
@@ -47,6 +50,9 @@ class LoopHost(Host):
 
     def tokenizer(self) -> Any | None:
         return self._tokenizer
+
+    def edits(self) -> Any | None:
+        return self._edits
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         step = self.run.step if self.run else 0
@@ -138,6 +144,7 @@ def editing(
     tokenizer: Any = None,
     on_log: Any = None,
     log_every_n_steps: int = 10,
+    edits: Any = None,
 ) -> Iterator[Editing]:
     """Turn a hand-written loop into an edit.
 
@@ -149,6 +156,7 @@ def editing(
         callbacks: any of ``kedit_train.callbacks``, in any order.
         tokenizer: for callbacks that read text; by default the one saved where the model came from.
         on_log: called with ``(metrics, step)``; ``wandb.log`` or ``fabric.log_dict`` fit.
+        edits: what the loop trains, for callbacks that ask what is edited and were not told themselves.
 
     Example:
         >>> with editing(model, [ParameterScope(layers=0.5), TokenSmoothing()]) as edit:
@@ -163,7 +171,7 @@ def editing(
         raise EditError(f"editing() takes a loaded model, not {model!r}; load it with AutoModelForCausalLM")
     if not callbacks:
         raise EditError("editing(): the list of callbacks is empty; nothing would be constrained")
-    host = LoopHost(tokenizer, on_log, log_every_n_steps)
+    host = LoopHost(tokenizer, on_log, log_every_n_steps, edits)
     run = None
     try:
         for callback in callbacks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import get_args
@@ -36,7 +37,7 @@ def run(args: Namespace) -> int:
 
 
 def about(path: Path) -> str:
-    """The first sentences of a file's own header: the comment of a YAML file up to a blank or indented line."""
+    """The first sentence of a file's own header: the comment of a YAML file up to a blank or indented line."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].replace("``", "")
@@ -45,4 +46,4 @@ def about(path: Path) -> str:
         if not line.startswith("# ") or line.startswith("#  "):
             break
         lines.append(line[2:].strip())
-    return " ".join(lines)
+    return re.split(r"(?<=[.])\s", " ".join(lines), maxsplit=1)[0]

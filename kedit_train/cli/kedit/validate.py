@@ -46,6 +46,8 @@ def _checked(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"file": name, "kind": None, "callbacks": [], "error": None}
     try:
         path = Path(name) if Path(name).exists() or Path(name).is_absolute() else packaged(name)
+        if not path.is_file():
+            raise EditError("it is no file; give a YAML file, or a name of the catalogue (kedit ls)")
         row["kind"] = _kind(path)
         row["callbacks"] = check(path)
     except (EditError, OSError) as error:

@@ -1,0 +1,78 @@
+"""Rows of tokens whose answers are held over one run of edits, or over a sequence of runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kedit_train.core.answers import Answers
+from kedit_train.data import Edit
+
+Row = Sequence[int]
+
+
+class HeldTexts:
+    """Rows of texts with the answers that are to stay, drawn in shuffled rounds; later runs go on in the same round.
+
+    Args:
+        rows: of tokens.
+        answers: to them.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, rows: Sequence[Row], answers: Answers, seed: int) -> None:
+        self.rows, self.answers = rows, answers
+        self.drawn = 0
+        self._allowed = set(range(len(rows)))
+        self._order = self._rounds(random.Random(seed))
+
+    def draw(self, n: int) -> list[int]:
+        """Numbers of ``n`` rows."""
+        self.drawn += n
+        return [next(self._order) for _ in range(n)]
+
+    def keep(self, rows: Iterable[Row]) -> int:
+        """Draw none but these from now on, where they are held; how many are left."""
+        wanted = {tuple(row) for row in rows}
+        self._allowed = {i for i in self._allowed if tuple(self.rows[i]) in wanted}
+        return len(self._allowed)
+
+    def _rounds(self, shuffler: random.Random) -> Iterator[int]:
+        while True:
+            order = list(range(len(self.rows)))
+            shuffler.shuffle(order)
+            yield from (i for i in order if i in self._allowed)
+
+
+@dataclass
+class HeldEdits:
+    """Edits of earlier runs as rows, with the answers that the model gave once they were learned.
+
+    Args:
+        edits: whose answers are held: for each its rows, and their answers [tokens, ...].
+        pending: edits of the run that ended last, whose answers nobody has taken yet.
+    """
+
+    edits: list[tuple[Edit, Row, Tensor]]
+    pending: list[Edit]
+
+    def supersede(self, edits: Iterable[Edit]) -> None:
+        """Forget edits of the same prompts."""
+        prompts = {edit.prompt for edit in edits}
+        self.edits = [held for held in self.edits if held[0].prompt not in prompts]
+        self.pending = [edit for edit in self.pending if edit.prompt not in prompts]
+
+    @torch.no_grad()
+    def settle(self, rows_of: Callable[[list[Edit]], Sequence[Row]], answer: Callable[[Row], Tensor]) -> None:
+        """Take the answers that were pending."""
+        self.edits += [(edit, row, answer(row).cpu()) for edit in self.pending for row in rows_of([edit])]
+        self.pending = []
+
+    def draw(self, n: int, shuffler: random.Random) -> tuple[list[Row], list[Tensor]]:
+        """At most ``n`` rows, each once, and their answers."""
+        chosen = shuffler.sample(self.edits, min(n, len(self.edits)))
+        return [row for _, row, _ in chosen], [answers for *_, answers in chosen]

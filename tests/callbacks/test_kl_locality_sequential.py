@@ -1,0 +1,145 @@
+"""KLLocality over runs that follow one another: held to the model before the first, and to the edits since."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from callbacks.test_kl_locality import TEXTS, by_hand, divergence, shake
+
+from kedit_train.callbacks import KLLocality, ParameterScope, editing
+from kedit_train.data import Edit
+from kedit_train.errors import EditError
+from kedit_train.modes import TrainLoop
+
+FIRST, SECOND, THIRD = Edit("w40 w41", "w42"), Edit("w17", "w51 w52"), Edit("w40 w41", "w43")
+
+
+def run(model: Any, words: Any, kl: KLLocality, edits: list[Edit]) -> float:
+    """One run of a sequence: its penalty once something has moved."""
+    with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=edits) as edit:
+        for callback in edit.run.callbacks:
+            edit.run.attach(callback)
+        shake(model)
+        penalty = kl.penalty(edit.run)
+        assert penalty is not None
+        return penalty.item()
+
+
+def tokens(before: Any, now: Any, words: Any, texts: list[str]) -> torch.Tensor:
+    """Divergence at every token of the texts."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([words(text)["input_ids"]])
+        with torch.no_grad():
+            found.append(divergence(before(input_ids=ids).logits[0], now(input_ids=ids).logits[0], "forward"))
+    return torch.cat(found)
+
+
+def test_texts_are_held_to_the_model_before_the_first_run_and_edits_to_the_model_after_theirs(make, words):
+    model = make().eval()
+    at_first = copy.deepcopy(model)
+    kl = KLLocality(TEXTS, batch_size=5, sequential=True)
+    # Each run draws whole rounds: 5 texts; then 5 texts and 1 edit; then 5 texts and 2 edits.
+    got = run(model, words, kl, [FIRST])
+    assert got == pytest.approx(by_hand(at_first, model, words, TEXTS).item(), rel=1e-4)
+    after_first = copy.deepcopy(model)
+    kl.batch_size = 6
+    got = run(model, words, kl, [SECOND])
+    texts, edit = tokens(at_first, model, words, TEXTS), tokens(after_first, model, words, ["w40 w41 w42 </s>"])
+    assert got == pytest.approx(torch.cat([texts, edit]).mean().item(), rel=1e-4)
+    after_second = copy.deepcopy(model)
+    kl.batch_size = 7
+    got = run(model, words, kl, [Edit("w14", "w16")])
+    texts, first = tokens(at_first, model, words, TEXTS), tokens(after_first, model, words, ["w40 w41 w42 </s>"])
+    second = tokens(after_second, model, words, ["w17 w51 w52 </s>"])
+    assert got == pytest.approx(torch.cat([texts, first, second]).mean().item(), rel=1e-4)
+
+
+def test_without_it_every_run_is_held_to_the_model_that_it_found(make, words):
+    model, kl = make().eval(), KLLocality(TEXTS, batch_size=5)
+    run(model, words, kl, [FIRST])
+    before = copy.deepcopy(model)
+    got = run(model, words, kl, [SECOND])
+    assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)
+
+
+def test_edits_take_half_of_a_batch_at_most(make, words):
+    model, kl = make(), KLLocality(TEXTS, batch_size=4, sequential=True)
+    for number in range(5):
+        run(model, words, kl, [Edit(f"w{31 + number}", "w16")])
+    drawn = []
+    kl._earlier.draw = lambda n, shuffler: (drawn.append(n), ([], []))[1]  # type: ignore[method-assign]
+    run(model, words, kl, [FIRST])
+    assert (drawn, len(kl._earlier.edits)) == ([2], 5)
+
+
+def test_an_edit_supersedes_an_earlier_one_of_the_same_prompt(make, words):
+    model, kl = make(), KLLocality(TEXTS, sequential=True)
+    for edits in ([FIRST], [SECOND], [THIRD], [Edit("w14", "w16")]):
+        run(model, words, kl, edits)
+    assert [held[0] for held in kl._earlier.edits] == [SECOND, THIRD]
+
+
+@pytest.mark.filterwarnings("ignore:KLLocality. 1 of 5 texts")
+def test_texts_that_hold_what_a_run_is_scored_on_are_left_out_from_then_on(make, words):
+    model, kl = make(), KLLocality(TEXTS, sequential=True)
+    run(model, words, kl, [FIRST])
+    assert set(kl._held.draw(50)) == {0, 1, 2, 3, 4}
+    run(model, words, kl, [Edit("w20 w21", "w5")])
+    assert set(kl._held.draw(50)) == {0, 1, 3, 4}
+    run(model, words, kl, [Edit("x", "y", rephrases=("w7 w7",))])
+    assert set(kl._held.draw(50)) == {0, 1, 4}
+
+
+def test_another_model_begins_another_sequence(make, words):
+    kl = KLLocality(TEXTS, batch_size=5, sequential=True)
+    run(make(), words, kl, [FIRST])
+    model = make().eval()
+    before = copy.deepcopy(model)
+    got = run(model, words, kl, [SECOND])
+    assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)
+    assert kl._earlier.edits == []
+
+
+def test_train_loop_says_what_each_of_its_rounds_edits(make, words):
+    model, kl = make(), KLLocality(TEXTS, sequential=True)
+    train = TrainLoop(words, [kl, ParameterScope(1)], epochs=1)
+    for edit in (FIRST, SECOND, Edit("w14", "w16")):
+        train(model, [edit])
+    assert [held[0].prompt for held in kl._earlier.edits] == ["w40 w41", "w17"]
+
+
+def test_what_cannot_be_kept_is_refused(make, words):
+    for options in ({"texts": "batch"}, {"texts": TEXTS, "teacher": "some"}):
+        with pytest.raises(EditError, match="sequential=True keeps .*; leave one out"):
+            KLLocality(**options, sequential=True)
+    with (
+        pytest.raises(EditError, match=r"KLLocality: sequential=True holds .*; add EditMetrics\(edits\)"),
+        editing(make(), [KLLocality(TEXTS, sequential=True)], tokenizer=words) as edit,
+    ):
+        edit.before_step()
+    with (
+        pytest.raises(EditError, match="leave the head .* out of the scope"),
+        editing(
+            make(), [KLLocality(TEXTS, sequential=True), ParameterScope(None)], tokenizer=words, edits=[FIRST]
+        ) as edit,
+    ):
+        edit.before_step()
+
+
+def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words):
+    model, kl = make(), KLLocality(TEXTS, sequential=True)
+    run(model, words, kl, [FIRST])
+    with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[SECOND]) as edit:
+        edit.run.attach(kl)
+        saved = kl.state()
+    fresh = KLLocality(TEXTS, sequential=True)
+    with (
+        pytest.raises(EditError, match="later run of a sequence .* give the model before the sequence as teacher"),
+        editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[SECOND]) as edit,
+    ):
+        edit.run.attach(fresh)
+        fresh.load_state(saved)
