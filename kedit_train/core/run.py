@@ -69,7 +69,7 @@ class EditRun:
 
     @property
     def edits(self) -> Sequence[Edit]:
-        """What is being edited: as a callback was told, else the edits that the host holds; empty where nobody knows."""
+        """What is being edited: what a callback was told, else what the host holds; empty where nobody knows."""
         held = () if self._edits else self.host.edits()
         # Other people's data modules may call something else so.
         ours = isinstance(held, Sequence) and len(held) > 0 and isinstance(held[0], Edit)

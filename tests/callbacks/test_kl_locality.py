@@ -98,7 +98,7 @@ def test_in_fp64_and_in_chunks(make, words, monkeypatch):
 def test_the_reference_is_the_model_before_the_edit_however_long_training_lasts(make, words, ids):
     model = make()
     before = copy.deepcopy(model).eval()
-    kl = KLLocality(TEXTS, batch_size=len(TEXTS))
+    kl = KLLocality(TEXTS, weight=1.0, batch_size=len(TEXTS))
     with editing(model, [ParameterScope(1), TokenSmoothing(), kl], tokenizer=words, log_every_n_steps=1) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
         for _ in range(4):
@@ -143,7 +143,9 @@ def test_dropout_does_not_count_as_change(make, words):
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
-    with editing(model, [ParameterScope(1), kl := KLLocality(TEXTS, batch_size=5)], tokenizer=words) as edit:
+    with editing(
+        model, [ParameterScope(1), kl := KLLocality(TEXTS, weight=1.0, batch_size=5)], tokenizer=words
+    ) as edit:
         edit.before_step()
         assert kl.metrics(edit.run)["edit/locality/kl"] == pytest.approx(0, abs=1e-6)
         assert model.training
@@ -169,7 +171,7 @@ def test_long_texts_are_cut_into_windows_that_the_model_can_read(make, words, li
     model = make(max_position_embeddings=limit)
     before = copy.deepcopy(model)
     parts = [TEXTS[2].split()[i : i + limit] for i in range(0, 11, limit)]
-    with editing(model, [kl := KLLocality(TEXTS[2:3], batch_size=len(parts))], tokenizer=words) as edit:
+    with editing(model, [kl := KLLocality(TEXTS[2:3], weight=1.0, batch_size=len(parts))], tokenizer=words) as edit:
         for callback in edit.run.callbacks:
             edit.run.attach(callback)
         shake(model)
@@ -183,6 +185,10 @@ def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
         with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts hold a prompt"):
             edit.before_step()
         assert [len(row) for row in kl._held.rows] == [5, 1, 4]
+
+
+def test_the_usual_factor_is_that_of_texts_or_of_the_batch():
+    assert [KLLocality(*given).weight for given in ((TEXTS,), ("batch",), (TEXTS, 0.5))] == [30.0, 1.0, 0.5]
 
 
 def test_a_generator_of_texts_serves_two_runs(make, words):
@@ -222,7 +228,7 @@ def test_no_tokenizer_is_an_error(make):
 def test_without_a_scope_everything_is_trained_and_the_old_head_is_kept(make, words, tied):
     model = make(tie_word_embeddings=tied)
     before = copy.deepcopy(model)
-    with editing(model, [kl := KLLocality(TEXTS, batch_size=len(TEXTS))], tokenizer=words) as edit:
+    with editing(model, [kl := KLLocality(TEXTS, weight=1.0, batch_size=len(TEXTS))], tokenizer=words) as edit:
         edit.before_step()
         shake(model)
         assert kl.penalty(edit.run).item() == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-5)

@@ -30,7 +30,7 @@ def value(
     model: Any, words: Any, scope: Any = 1, texts: Any = TEXTS, **options: Any
 ) -> tuple[float, int, dict[str, Any]]:
     """(penalty at weights moved always alike, forward passes of the reference, metrics)."""
-    kl = KLLocality(texts, batch_size=len(texts), **options)
+    kl = KLLocality(texts, weight=1.0, batch_size=len(texts), **options)
     passes: list[int] = []
     with editing(model, [kl, ParameterScope(scope)], tokenizer=words) as edit:
         edit.run.head("test")

@@ -14,6 +14,7 @@ from torch import nn
 from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, TokenSmoothing, editing
 from kedit_train.core import EditRun, Host
 from kedit_train.core.reference import holding, snapshot
+from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
 IDS = torch.tensor([[5, 7, 11, 13, 17, 3], [2, 4, 8, 16, 32, 60]])
@@ -233,3 +234,17 @@ def test_no_tokenizer(tiny, name, message):
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     run.close()
+
+
+def test_the_edits_of_a_run_are_those_that_somebody_knows(tiny):
+    """A callback's word comes first; and what another project's data module calls edits is none of ours."""
+    mine, told = [Edit("w1", "w2")], [Edit("w3", "w4")]
+    with editing(tiny("llama"), [ParameterScope(1)]) as edit:
+        assert list(edit.run.edits) == []
+    with editing(tiny("llama"), [ParameterScope(1)], edits=mine) as edit:
+        assert list(edit.run.edits) == mine
+        edit.run.edits = told
+        assert list(edit.run.edits) == told
+    for other in (object(), ["added an edge"], "edits.jsonl", []):
+        with editing(tiny("llama"), [ParameterScope(1)], edits=other) as edit:
+            assert list(edit.run.edits) == []
