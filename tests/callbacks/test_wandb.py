@@ -33,6 +33,8 @@ def edits() -> EditDataset:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "WANDB_CONSOLE": "off"}.items():
         monkeypatch.setenv(name, value)
+    # What another test set up in this process keeps that test's folder.
+    wandb.teardown()
     return tmp_path
 
 

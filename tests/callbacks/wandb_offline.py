@@ -26,6 +26,9 @@ def records(path: Path) -> Iterator[Any]:
             at += left
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        if at + 7 + length > len(data):
+            # Still being written.
+            return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -39,14 +42,14 @@ class OfflineRun:
     """The only run below a folder: history, summary, metric definitions, configuration, artifacts (type -> files)."""
 
     def __init__(self, folder: Path) -> None:
-        (path,) = folder.rglob("run-*.wandb")
+        path, written = _complete(folder)
         self.folder = path.parent
         self.rows: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
         self.steps: dict[str, str] = {}
         self.config: dict[str, Any] = {}
         self.artifacts: dict[str, list[str]] = {}
-        for record in _complete(path):
+        for record in written:
             kind = record.WhichOneof("record_type")
             if kind == "history":
                 self.rows.append(_items(record.history.item))
@@ -70,14 +73,16 @@ class OfflineRun:
         return [(row[step], row[key]) for row in self.rows if key in row]
 
 
-def _complete(path: Path) -> list[Any]:
-    # The service process may still be writing when wandb.finish() has returned; the exit record is its last but few.
-    for _ in range(100):
-        found = list(records(path))
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
+def _complete(folder: Path) -> tuple[Path, list[Any]]:
+    # The service process may still be writing, or not even have begun, when wandb.finish() has returned; the exit
+    # record is its last but few.
+    for _ in range(600):
+        for path in folder.rglob("run-*.wandb"):
+            found = list(records(path))
+            if any(record.WhichOneof("record_type") == "exit" for record in found):
+                return path, found
         time.sleep(0.1)
-    raise AssertionError(f"{path} was never completed")
+    raise AssertionError(f"no W&B run below {folder} was ever completed")
 
 
 def _items(items: Any) -> dict[str, Any]:
