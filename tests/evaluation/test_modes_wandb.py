@@ -20,8 +20,10 @@ TEXTS = ["The old baker found a coin near the river.", "A red fox slept under th
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    for name, value in {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "WANDB_CONSOLE": "off"}.items():
+        monkeypatch.setenv(name, value)
+    # What another test set up in this process keeps that test's folder.
+    wandb.teardown()
     yield wandb.init(project="modes", dir=str(tmp_path))
     wandb.finish()
 
