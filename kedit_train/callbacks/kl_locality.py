@@ -27,7 +27,7 @@ from kedit_train.functional.chunking import chunk_length, chunked
 from kedit_train.functional.divergence import Direction, token_divergence
 
 # Factors of the penalty where none is given.
-ON_TEXTS, ON_BATCH = 30.0, 1.0
+ON_TEXTS, ON_BATCH = 20.0, 1.0
 
 
 class KLLocality(EditCallback):
@@ -58,7 +58,7 @@ class KLLocality(EditCallback):
             ``text``, or "world". Texts that hold a prompt the edits are scored on are left out, with a warning. Or
             "batch": the training batches, which leave nothing to ``batch_size``, ``max_length``, ``tokenizer`` and
             ``seed``: they are refused then.
-        weight: factor of the penalty beside the host's loss: by default 30 with texts (the mean runs over every token
+        weight: factor of the penalty beside the host's loss: by default 20 with texts (the mean runs over every token
             of them, of which an edit moves few; chosen on two small models, recipes/README.md) and 1 with "batch".
         direction: "forward", "reverse" or "jsd".
         batch_size: texts for each optimizer step, drawn in shuffled rounds; the same on every process.

@@ -89,6 +89,7 @@ def test_a_method_is_its_recipe_with_rules_in_epochs(module: Any, mode: str) -> 
         if name == "kedit_default":
             assert made["KLLocality"].texts == setting.texts(edits)[: 256 if mode == "single" else None]
             assert made["KLLocality"].sequential == (mode == "sequential")
+            assert made["KLLocality"].weight == (20.0 if mode == "batch" else 200.0)
         if name == "masked_fisher":
             assert made["GradientMask"].edits == own
 

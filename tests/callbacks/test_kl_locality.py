@@ -188,7 +188,7 @@ def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
 
 
 def test_the_usual_factor_is_that_of_texts_or_of_the_batch():
-    assert [KLLocality(*given).weight for given in ((TEXTS,), ("batch",), (TEXTS, 0.5))] == [30.0, 1.0, 0.5]
+    assert [KLLocality(*given).weight for given in ((TEXTS,), ("batch",), (TEXTS, 0.5))] == [20.0, 1.0, 0.5]
 
 
 def test_a_generator_of_texts_serves_two_runs(make, words):
