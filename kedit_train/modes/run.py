@@ -82,7 +82,7 @@ def run_edits(
     if not len(edits):
         raise EditError("run_edits: no edits: the data is empty")
     plan = rounds(mode, len(edits), round_size, replay, seed)
-    _check(mode, checkpoints, capability, evaluation)
+    _check(mode, checkpoints, capability, evaluation, getattr(train, "callbacks", ()))
     named = _named(edits)
     train = TrainLoop(tokenizer) if train is None else train
     asking: dict[str, Any] = evaluation | {"progress": progress, "seed": seed}
@@ -130,7 +130,11 @@ def _finished(result: ModeResult, wandb_run: Any) -> ModeResult:
 
 
 def _check(
-    mode: Mode, checkpoints: Collection[int], capability: CapabilityProbe | None, evaluation: dict[str, Any]
+    mode: Mode,
+    checkpoints: Collection[int],
+    capability: CapabilityProbe | None,
+    evaluation: dict[str, Any],
+    callbacks: Sequence[Any],
 ) -> None:
     for name, reason in _OWN.items():
         if name in evaluation:
@@ -144,6 +148,12 @@ def _check(
             raise EditError(
                 f"run_edits: {given[0]} is of one edited model, and single has one for each edit: leave it out"
             )
+        for callback in callbacks:
+            if getattr(callback, "sequential", False):
+                raise EditError(
+                    f"run_edits: {type(callback).__name__}(sequential=True) goes on from edit to edit, and single "
+                    "edits the unedited model every time: leave sequential out"
+                )
 
 
 def _named(edits: Sequence[Edit]) -> EditDataset:

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from kedit_train import run_edits, survey
+from kedit_train.callbacks import KLLocality
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
 from kedit_train.evaluation import evaluate
 from kedit_train.evaluation.bootstrap import Score
 from kedit_train.evaluation.capability import CapabilityProbe
-from kedit_train.modes import retainability, retention_curve, rounds
+from kedit_train.modes import TrainLoop, retainability, retention_curve, rounds
 
 N = 12
 
@@ -307,3 +308,10 @@ def test_survey_refuses_what_does_not_compare(learner: Any) -> None:
     with pytest.raises(EditError, match="one checkpoint is no sequence"):
         retainability({5: 0.5})
     assert survey(one).retainability == Score(None, 0)
+
+
+def test_single_takes_no_callback_that_goes_on_from_edit_to_edit(learner: Any) -> None:
+    model, tokenizer = learner()
+    train = TrainLoop(tokenizer, [KLLocality(["a b"], sequential=True)])
+    with pytest.raises(EditError, match=r"KLLocality\(sequential=True\) goes on from edit to edit"):
+        run_edits(model, tokenizer, facts(), "single", train=train, progress=False)
