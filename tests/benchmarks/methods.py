@@ -65,14 +65,15 @@ def embedded() -> Setting:
 
 
 def factlm() -> Setting:
-    """CounterFact's records that this model knows the true answers to; those from 1,200 on are its held-out draw."""
+    """CounterFact's records that this model knows the true answers to; those from 1,200 on are its held-out draws."""
     if not FACTLM.exists():
         raise EditError(f"the model factlm is not at {FACTLM}; compare on the world alone")
     # Every sentence that this model has read ends with a full stop; edits without it would teach it to leave them out.
     records = [replace(e, target=f"{e.target}.") for e in EditDataset.load(FACTLM / "records.json")]
 
     def edits(n: int, draw: int) -> list[Edit]:
-        first = 1200 if draw >= HELD_OUT else (draw * 300) % 900
+        # Three draws of 300 and, of 100, three times as many that share no edit.
+        first = 1200 + (draw - HELD_OUT) * 100 if draw >= HELD_OUT else draw % 3 * 300 + draw // 3 * 100
         return records[first : first + n]
 
     def texts(edits: Sequence[Edit]) -> list[str]:
