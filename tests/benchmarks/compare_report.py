@@ -74,16 +74,17 @@ def cell(rows: list[dict[str, Any]], name: str, digits: int) -> str:
 
 
 def table(rows: Rows) -> str:
-    """A column that says nothing (the same in every row) is left out."""
-    best = front(rows)
+    """A column that says nothing (the same in every row) is left out; draws are told where recipes differ in them."""
+    best, differ = front(rows), len({len(each) for each in rows.values()}) > 1
     columns = {
         head: [cell(each, column, digits) for each in rows.values()]
         for head, (column, digits) in zip(HEADS, COLUMNS.items(), strict=True)
     }
     columns = {head: cells for head, cells in columns.items() if len({cell.split()[0] for cell in cells}) > 1}
     lines = [f"| recipe | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    for name, *cells in zip(rows, *columns.values(), strict=True):
-        lines.append(f"| {f'**{name}**' if name in best else name} | {' | '.join(cells)} |")
+    for (name, each), *cells in zip(rows.items(), *columns.values(), strict=True):
+        shown = f"**{name}**" if name in best else name
+        lines.append(f"| {f'{shown}, {len(each)}' if differ else shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -128,10 +129,10 @@ def write(results: list[dict[str, Any]]) -> None:
     ]
     for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
         rows = groups[model, mode]
-        first = next(iter(rows.values()))
-        draws = len(first)
-        title = TITLES[mode].format(n=first[0]["edits"])
-        parts += [f"### {model}: {title} ({draws} draw{'s' if draws > 1 else ''})", table(rows)]
+        draws = sorted({len(each) for each in rows.values()})
+        told = "draws beside the names" if len(draws) > 1 else f"{draws[0]} draw{'s' if draws[0] > 1 else ''}"
+        title = TITLES[mode].format(n=next(iter(rows.values()))[0]["edits"])
+        parts += [f"### {model}: {title} ({told})", table(rows)]
     failed = [
         f"{r['model']}, {r['recipe']}, {r['mode']}, draw {r['draw']}: {r['error']}" for r in results if "error" in r
     ]

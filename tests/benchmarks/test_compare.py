@@ -46,6 +46,23 @@ def test_a_cell_is_the_mean_and_the_range_of_the_draws(module: Any) -> None:
     assert report.cell(draws, "drift", 2) == "-"
 
 
+def test_a_table_leaves_out_what_is_alike_and_tells_draws_that_differ(module: Any) -> None:
+    report = module("compare_report")
+    other = dict.fromkeys(("portability", "resurgence", "drift", "perplexity", "seconds", "memory"))
+    rows = {
+        "one": [row(1.0, 0.5, 0.9)[0] | other, row(1.0, 0.7, 0.9)[0] | other],
+        "two": [row(1.0, 0.4, 0.8)[0] | other],
+    }
+    assert report.table(rows).splitlines() == [
+        "| recipe | generality | locality |",
+        "|---|---:|---:|",
+        "| **one**, 2 | 0.60 (0.50-0.70) | 0.90 (0.90-0.90) |",
+        "| two, 1 | 0.40 | 0.80 |",
+    ]
+    del rows["one"][1]
+    assert "| **one** | 0.50 | 0.90 |" in report.table(rows)
+
+
 def test_a_promise_is_written_read_and_held_to(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check = module("recipes_check")
     monkeypatch.setattr(check, "RECIPES", tmp_path)
