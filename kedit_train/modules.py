@@ -25,6 +25,14 @@ from kedit_train.data.tokenise import Encoded, collate, context_length, pad_toke
 from kedit_train.errors import EditError
 
 WORLD = "world"
+# Edits of the embedded world where nobody says how many: a run of half a minute.
+OF_THE_WORLD = 24
+
+
+def check_rate(learning_rate: float) -> None:
+    """Refuse what no optimizer takes, before a large model is loaded."""
+    if not 0.0 <= learning_rate < float("inf"):
+        raise EditError(f"model.learning_rate={learning_rate} is no rate: give 0 or more")
 
 
 class EditModule(LightningModule):
@@ -73,6 +81,7 @@ class EditModule(LightningModule):
     ) -> None:
         super().__init__()
         # Before a large model is loaded.
+        check_rate(learning_rate)
         adapter = None if lora is None else lora_config(lora)
         self.name, self.save_to = name, save_to
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
@@ -127,7 +136,7 @@ class EditDataModule(LightningDataModule):
 
     Args:
         path: a file that ``EditDataset.load`` reads, or "world" for edits of the embedded world.
-        limit: the most records to read.
+        limit: the most records to read; by default all of a file, and 24 of the world.
         batch_size: edits a step, on each process.
         shuffle: draw the edits in a new order in every epoch.
         bucket: with shuffle, put edits of like length together, so that little of a batch is padding; every epoch mixes
@@ -194,6 +203,7 @@ class EditDataModule(LightningDataModule):
             "replay_rows": replay_rows,
             "earlier": earlier,
         }
+        limit = OF_THE_WORLD if limit is None and path == WORLD else limit
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
         self.taught = self.edits if answers == "new" else self.edits.to_old_targets()
         self.extra: list[Edit] = []

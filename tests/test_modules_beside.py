@@ -17,7 +17,7 @@ from kedit_train.data import Edit, EditDataset
 from kedit_train.delta import EditDelta
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
-from kedit_train.modules import EditDataModule, EditModule, load_model
+from kedit_train.modules import OF_THE_WORLD, EditDataModule, EditModule, load_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
@@ -204,3 +204,19 @@ def test_a_module_without_a_model_is_told_what_to_do() -> None:
 
     with pytest.raises(EditError, match="asks the module's model for prefixes and replay, and Bare has no"):
         trainer(max_epochs=1).fit(Bare(), EditDataModule(limit=2, prefixes=1))
+
+
+def test_a_file_is_read_whole_and_of_the_world_some(tmp_path: Path) -> None:
+    """A recipe names no number, so that another file in the world's place is not cut short."""
+    path = tmp_path / "edits.jsonl"
+    EditDataset([Edit(f"{number} is the number of", "apples") for number in range(40)]).save(path)
+    assert len(EditDataModule(str(path)).edits) == 40
+    assert len(EditDataModule(str(path), limit=30).edits) == 30
+    assert len(EditDataModule().edits) == OF_THE_WORLD == 24
+    assert len(EditDataModule(limit=30).edits) == 30
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_a_rate_that_no_optimizer_takes_is_refused(rate: float) -> None:
+    with pytest.raises(EditError, match=r"model.learning_rate=.* is no rate: give 0 or more"):
+        EditModule(name="nowhere", learning_rate=rate)

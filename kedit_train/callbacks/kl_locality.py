@@ -14,6 +14,7 @@ from torch import Tensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.answers import Answers
 from kedit_train.core.batch_anchor import BatchAnchor
+from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.held_texts import HeldEdits, HeldTexts
 from kedit_train.core.loss_head import LossHead, cross_entropy
 from kedit_train.core.output_head import evaluation_mode
@@ -48,7 +49,8 @@ class KLLocality(EditCallback):
 
     Edits that come one after the other need ``sequential``: a penalty that refers in each run to the model of that run
     holds what the runs before have lost. With it the answers are those before the first run, and what was edited since
-    is held as well, as the model answered it when its run was over: half of every batch.
+    is held as well, as the model answers it when the next run begins: half of every batch. The instance and the model
+    have to live on between runs, so it is for ``editing``, ``run_edits`` and trainers called again in one process.
 
     Beside ``PrefixCache`` the texts are served too; as every round puts other texts together, with other padding, the
     penalty is the same as without it within rounding, not bit for bit.
@@ -77,8 +79,8 @@ class KLLocality(EditCallback):
             these buckets, in any direction; at most the full one.
         top_k: tokens kept of a teacher's answer.
         sequential: later runs of this instance on the same model keep the answers of the first, on the texts that do
-            not hold what they are scored on, and hold the edits of the runs before, each as a plain text; an edit of
-            the same prompt supersedes the earlier one.
+            not hold what they are scored on, and hold the edits of the runs before, each as prompt and target without
+            any template; an edit of the same prompt supersedes the earlier one.
     """
 
     order = 30
@@ -134,6 +136,10 @@ class KLLocality(EditCallback):
                 f"KLLocality: sequential=True keeps the unedited model's answers on texts over several runs, and "
                 f"{other} has none of them; leave one out"
             )
+        if sequential and batch_size < 2:
+            raise EditError(
+                "KLLocality: sequential=True holds texts and earlier edits in one batch; give batch_size=2 or more"
+            )
         if self.anchors and teacher is not None:
             raise EditError(
                 "KLLocality: texts='batch' anchors on the unedited model; give texts where teacher is given"
@@ -181,11 +187,18 @@ class KLLocality(EditCallback):
                 "EditMetrics(edits), or say editing(edits=...) in a loop"
             )
         rows = text_rows(run, self.texts, needed_by="KLLocality", tokenizer=self.tokenizer, max_length=self.max_length)
+        self._project_reference = run.reference_head()
+        if self.sequential and self._project_reference is not None:
+            raise EditError(
+                "KLLocality: sequential=True keeps hidden states over several runs, which the output head has to turn "
+                "into the same answers every time; leave the head (and what it is tied to) out of the scope"
+            )
         if self._held is not None and self._model is not None and self._model() is run.model:
             self._go_on(run, rows, self._held)
         else:
             self._forget()
             self._held = HeldTexts(rows, self._take_answers(run, rows), self.seed)
+            self._head_then = fingerprint(self._head.module) if self.sequential else ""
         self._model = weakref.ref(run.model)
         self._sum, self._count = torch.zeros(()), 0
 
@@ -275,6 +288,11 @@ class KLLocality(EditCallback):
 
     def _go_on(self, run: EditRun, rows: Sequence[Sequence[int]], held: HeldTexts) -> None:
         """A later run of a sequence: its texts, and the edits before it."""
+        if fingerprint(self._head.module) != self._head_then:
+            raise EditError(
+                "KLLocality: the output head is no longer that of the first run, so the answers that are kept cannot "
+                "be told any more (sequential=True); make a new KLLocality for another sequence"
+            )
         if not held.keep(rows):
             raise EditError(
                 "KLLocality: every text of the first run holds a prompt that this run's edits are scored on, or is no "
@@ -289,12 +307,6 @@ class KLLocality(EditCallback):
             )
 
     def _take_answers(self, run: EditRun, rows: Sequence[Sequence[int]]) -> Answers:
-        self._project_reference = run.reference_head()
-        if self.sequential and self._project_reference is not None:
-            raise EditError(
-                "KLLocality: sequential=True keeps hidden states over several runs, which the output head has to turn "
-                "into the same answers every time; leave the head (and what it is tied to) out of the scope"
-            )
         keep: dict[str, Any] = {"store": self.store, "dtype": self.dtype, "memory_limit": self.memory_limit}
         if self.teacher is None:
             answers, self._reused = hidden_states(run, rows, self.batch_size, **keep)

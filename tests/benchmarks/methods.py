@@ -22,7 +22,7 @@ from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop
-from kedit_train.modules import lora_config
+from kedit_train.modules import OF_THE_WORLD, lora_config
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 FACTLM = SHARED / "models" / "factlm"
@@ -136,7 +136,7 @@ class Method:
         self.extra: Any = ()
         if data.prefixes or data.replay:
             # As many other facts beside one edit as the recipe has beside each of its own.
-            share = (data.replay_rows or 0) / data.limit
+            share = (data.replay_rows or 0) / (data.limit or OF_THE_WORLD)
             rows = round(share * (1 if alone else len(scored))) if data.replay else None
             prompts = self.setting.prompts(scored) if data.replay else None
             self.extra = augmentation(

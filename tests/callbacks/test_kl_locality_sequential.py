@@ -130,6 +130,29 @@ def test_what_cannot_be_kept_is_refused(make, words):
         edit.before_step()
 
 
+def test_a_head_that_is_not_that_of_the_first_run_is_refused(make, words):
+    """The hidden states that are kept mean what they mean through one head only."""
+    for scope in (ParameterScope(None), ParameterScope(modules="lm_head")):
+        model, kl = make(), KLLocality(TEXTS, sequential=True)
+        run(model, words, kl, [FIRST])
+        with (
+            pytest.raises(EditError, match=r"leave the head .* out of the scope"),
+            editing(model, [kl, scope], tokenizer=words, edits=[SECOND]) as edit,
+        ):
+            edit.before_step()
+    model, kl = make(), KLLocality(TEXTS, sequential=True)
+    run(model, words, kl, [FIRST])
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.1)
+    with (
+        pytest.raises(EditError, match="no longer that of the first run"),
+        editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[SECOND]) as edit,
+    ):
+        edit.before_step()
+    with pytest.raises(EditError, match="batch_size=2 or more"):
+        KLLocality(TEXTS, batch_size=1, sequential=True)
+
+
 def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words):
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     run(model, words, kl, [FIRST])
