@@ -47,6 +47,19 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         _remove(hidden)
 
 
+def obstacle(path: str | os.PathLike[str]) -> str | None:
+    """Why no file can be written to ``path``, or None; nothing is made, not even its folders."""
+    if os.path.isdir(path):
+        return f"{path} is a folder"
+    folder = Path(os.path.abspath(path)).parent
+    # A link that leads nowhere is there too, and no folder can be made in its place.
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        return f"{folder} is no folder"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} may not be written to"
+
+
 def unfinished_name(path: Path) -> Path:
     """``.NAME.HOST.PROCESS.unfinished`` beside ``path``."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")

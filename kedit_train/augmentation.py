@@ -20,6 +20,7 @@ from kedit_train.core.texts import load_texts
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.augment import LeakGuard, with_prefixes
 from kedit_train.data.prompts import PromptFormat
+from kedit_train.data.readers.files import SUFFIXES
 from kedit_train.data.tokenise import context_length, ids_of
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
@@ -268,6 +269,17 @@ def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> l
         return world.other_prompts(exclude=edits)
     if not isinstance(source, str | Path):
         return list(source)
-    if Path(source).suffix == ".txt":
+    path = Path(source)
+    if not path.is_file():
+        raise EditError(
+            f"replay: there is no file {str(path)!r} (working directory: {Path.cwd()}): name one of prompts, .txt with "
+            f"one a line or a file of edits ({', '.join(SUFFIXES)})"
+        )
+    if path.suffix.lower() not in (".txt", *SUFFIXES):
+        raise EditError(
+            f"replay: {path} is of no known kind: prompts are read from .txt, one a line, or from files of edits "
+            f"({', '.join(SUFFIXES)}): rename or convert it"
+        )
+    if path.suffix.lower() == ".txt":
         return [line.strip() for line in load_texts(source, needed_by="replay")]
     return [edit.prompt for edit in EditDataset.load(source)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from kedit_train.atomic import obstacle
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
@@ -112,6 +113,11 @@ class EditMetrics(EditCallback):
             )
         self._edits = load_edits(edits)
         run.edits, self.best = self._edits, {}
+        hindered = obstacle(self.report_path) if self.report_path is not None and run.host.is_main else None
+        if hindered:
+            raise EditError(
+                f"EditMetrics: report={self.report_path!r} cannot be written: {hindered}; name another file"
+            )
 
     def attach(self, run: EditRun) -> None:
         self.report, self._looked_at, self._scores = None, -1, {}

@@ -3,6 +3,7 @@
     python -m kedit_train fit --config recipes/quickstart.yaml
     python -m kedit_train fit --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
     python -m kedit_train fit --print_config
+    python -m kedit_train sft --config recipes/overtone.yaml        in TRL: see ``kedit_train.cli.sft``
 
 Any LightningModule and LightningDataModule can take their places by ``class_path``.
 """
@@ -51,6 +52,7 @@ class EditCLI(LightningCLI):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
             parser_class=EditParser,
+            parser_kwargs={"description": "Edit a model: fit in Lightning, sft in TRL's SFTTrainer (see sft --help)."},
             seed_everything_default=0,
             # "config.yaml" might be the file that the user started from.
             save_config_kwargs={"overwrite": True, "config_filename": "resolved.yaml"},
@@ -138,10 +140,12 @@ def edit_error(error: BaseException | None) -> EditError | None:
 
 
 def quiet() -> None:
-    """Leave out what Lightning says about other products and about choices that the recipes make on purpose."""
+    """Leave out what libraries tell each other, Lightning of other products, and of choices that recipes make."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda row: "Tip:" not in row.getMessage())
     for noise in ("does not have many workers", "smaller than the logging interval", "isinstance.treespec, LeafSpec"):
         warnings.filterwarnings("ignore", f".*{noise}.*")
+    # trl 1.16 and peft 0.21 use a name that transformers 5.23 changes.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def main() -> None:

@@ -4,7 +4,10 @@
     python -m kedit_train sft --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
 
 The keys are those of ``fit``. What they ask of the Lightning trainer becomes the ``SFTConfig`` argument that means the
-same; a key that has none is refused. The optimizer is Adam at a constant rate, as in ``EditModule``.
+same; a key that has none is refused. The optimizer is Adam at a constant rate, as in ``EditModule``. Several processes
+are a launcher's to start:
+
+    torchrun --nproc-per-node 2 -m kedit_train sft --config recipes/overtone.yaml
 """
 
 from __future__ import annotations
@@ -32,12 +35,20 @@ READ = frozenset((
     "precision", "accelerator",
 ))  # fmt: skip
 PRECISION = {None: {}, "32-true": {}, "32": {}, "bf16-mixed": {"bf16": True}, "16-mixed": {"fp16": True}}
+# How many processes: what started them has decided that before any key is read.
+COUNTS = ("devices", "num_nodes")
 LOGGERS = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
 
 
 def main(arguments: Sequence[str]) -> Any:
-    """Run a recipe in ``SFTTrainer``; gives the trainer."""
+    """Run a recipe in ``SFTTrainer``; gives the trainer.
+
+    Raises:
+        EditError: no recipe is named: the keys' own defaults train the whole model for up to 1000 epochs.
+    """
     config = recipe.parse(arguments)
+    if not config.get("config"):
+        raise EditError("sft: no recipe is named: give --config RECIPE.yaml; kedit ls lists them")
     trainer = build(config)
     check_world(trainer.args.world_size, os.environ)
     trainer.train()
@@ -115,7 +126,15 @@ def arguments_of(config: Namespace) -> Any:
         "gradient_checkpointing": module.gradient_checkpointing,
         **{"bf16": False, **_precision(trainer.precision)},
     }
-    unread = [f"trainer.{key}" for key in vars(usual) if key not in READ and trainer[key] != usual[key]]
+    changed = [key for key in vars(usual) if key not in READ and trainer[key] != usual[key]]
+    counts = [f"trainer.{key}" for key in changed if key in COUNTS]
+    if counts:
+        raise EditError(
+            f"sft: {' and '.join(counts)} cannot start processes here: leave it out and let a launcher start them: "
+            "torchrun --nproc-per-node N -m kedit_train sft --config RECIPE.yaml"
+        )
+    unread = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
+    unread += [f"trainer.{key}" for key in changed]
     unread += ["model.weight_decay"] if module.weight_decay else []
     unread += ["data.append_eos=false"] if not data.append_eos else []
     unread += ["data.shuffle=false"] if not data.shuffle else []

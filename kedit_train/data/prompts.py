@@ -44,8 +44,8 @@ def check_format(prompt_format: str, tokenizer: Any = None) -> None:
         raise EditError(f"prompt_format={prompt_format!r} is not known: use 'plain', 'chat' or 'question'")
     if prompt_format == "chat" and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
         raise EditError(
-            "prompt_format='chat' needs a chat template and this tokenizer has none: set tokenizer.chat_template, or "
-            "use 'plain' or 'question'"
+            "prompt_format='chat' needs a chat template and this tokenizer has none: set tokenizer.chat_template "
+            "(--model.chat_template in a recipe), or use 'plain' or 'question'"
         )
 
 

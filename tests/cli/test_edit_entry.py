@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,43 @@ def test_keys_that_are_wrong(complain, yaml: str, said: list[str]) -> None:
     assert all(part in message for part in said), message
     assert "NoneType" not in message
     assert len(message) < 300
+
+
+@pytest.mark.parametrize("arguments", [["foo"], []])
+def test_both_trainers_are_named(complain, arguments: list[str]) -> None:
+    code, message = complain(*arguments)
+    assert code == 2
+    assert "fit, sft" in message
+
+
+def test_a_key_that_the_last_callback_does_not_have(complain) -> None:
+    code, message = complain("fit", "--config", "base.yaml", "--trainer.callbacks.layers", "2.5")
+    assert code == 2
+    assert "EditMetrics: Option 'layers' is not accepted; it takes edits, every_n_steps" in message
+    assert "the last callback's of the list" in message
+    assert "kedit cp" in message
+    assert "lightning.Callback" not in message
+
+
+def test_a_value_that_the_last_callback_does_not_take(complain) -> None:
+    _, message = complain("fit", "--config", "base.yaml", "--trainer.callbacks.every_n_steps", "x")
+    assert "EditMetrics: every_n_steps: expected int" in message
+    assert "lightning.Callback" not in message
+
+
+def test_a_key_of_callbacks_where_there_are_none(complain) -> None:
+    _, message = complain("fit", "--trainer.callbacks.layers", "2.5")
+    assert "lists no callback" in message
+
+
+def test_only_the_deprecation_that_is_not_ours_is_left_out() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        edit.quiet()
+        warnings.warn("`gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
+        warnings.warn("`learning_rate` is deprecated and will be removed", FutureWarning, stacklevel=1)
+    assert [str(one.message)[:15] for one in said] == ["`learning_rate`"]
 
 
 @pytest.mark.parametrize(

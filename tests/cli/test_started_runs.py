@@ -121,3 +121,13 @@ def test_the_trl_script_on_two_processes(there: Path) -> None:
     assert report["meta"]["steps"] == 2
     assert ended.stdout.count("report: ") == 1
     assert (there / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_a_recipe_in_trl_on_two_processes(there: Path) -> None:
+    several = ("--nproc-per-node", "2", "--master-port", str(free_port()))
+    ended = start(there, tool("torchrun"), *several, "-m", "kedit_train", "sft", "--config", "recipe.yaml")
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads((there / "out" / "report.json").read_text())
+    assert report["meta"]["steps"] == 6  # as in Lightning, above
+    assert ended.stdout.count("report: ") == 1
+    assert "FutureWarning" not in ended.stderr

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 
 from kedit_train import world
+from kedit_train.augmentation import read_prompts
 from kedit_train.data import Edit, Probe
 from kedit_train.data.augment import LeakGuard, scored_prompts, with_prefixes
 from kedit_train.errors import EditError
@@ -95,3 +97,15 @@ def test_the_guard_against_the_plainest_search() -> None:
         assert guard.edited(text) == (any(prompt in plain(text) for prompt in own) or any(words))
         found[scored] += 1
     assert min(found.values()) > 100
+
+
+@pytest.mark.parametrize("name", ["nofile", "none.txt", "none.jsonl"])
+def test_prompts_that_are_not_there(name: str) -> None:
+    with pytest.raises(EditError, match=rf"replay: there is no file '{name}'.*\.txt with one a line or .*\.jsonl"):
+        read_prompts(name, [])
+
+
+def test_prompts_of_an_unknown_kind(tmp_path: Path) -> None:
+    (tmp_path / "prompts.md").write_text("The capital of Fenesh is")
+    with pytest.raises(EditError, match=r"prompts\.md is of no known kind.*\.txt"):
+        read_prompts(tmp_path / "prompts.md", [])

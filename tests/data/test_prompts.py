@@ -86,7 +86,7 @@ def test_end_of_text_where_the_template_closes_no_turn(chatty: Any) -> None:
     with pytest.raises(EditError, match=r"^facts, edit 0: neither the chat template nor the tokenizer"):
         EditDataset([Edit("Who?", "Ann")], name="facts").encode(tokenizer, prompt_format="chat")
     tokenizer.chat_template = None
-    with pytest.raises(EditError, match="needs a chat template"):
+    with pytest.raises(EditError, match=r"needs a chat template.*--model.chat_template in a recipe"):
         EditDataset([Edit("Who?", "Ann")]).encode(tokenizer, prompt_format="chat")
 
 
