@@ -26,7 +26,7 @@ from kedit_train.cli.edit import DATA, MODULE
 from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.modules import EditDataModule, load_model, lora_config
+from kedit_train.modules import EditDataModule, check_rate, load_model, lora_config
 
 # Keys of Lightning's trainer that are read here, and the summary that TRL's never prints.
 READ = frozenset((
@@ -73,6 +73,7 @@ def build(config: Namespace) -> Any:
             raise EditError(f"{key}: {config[key].class_path} is Lightning's own; sft runs {own.rpartition('.')[2]}'s")
     args = arguments_of(config)
     told = config.model.init_args
+    check_rate(told.learning_rate)
     # Before a large model is loaded.
     callbacks: list[Any] = list(recipe.callbacks(config))
     data = EditDataModule(**config.data.init_args.as_dict())

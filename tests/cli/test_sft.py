@@ -118,6 +118,7 @@ def test_what_a_recipe_asks_of_module_and_data_is_done(name: str, tmp_path: Path
         (("--model.weight_decay=0.1",), "nothing that does what model.weight_decay asks for"),
         (("--optimizer=torch.optim.SGD", "--optimizer.lr=1e-9"), "what optimizer asks for"),
         (("--lr_scheduler=torch.optim.lr_scheduler.ConstantLR",), "what lr_scheduler asks for"),
+        (("--model.learning_rate=-1",), "model.learning_rate=-1.0 is no rate"),
         (("--trainer.devices=2",), "leave it out.*: torchrun --nproc-per-node N -m kedit_train sft"),
         (("--trainer.gradient_clip_algorithm=norm",), "what trainer.gradient_clip_algorithm asks for"),
         (("--data.append_eos=false",), "what data.append_eos=false asks for"),
