@@ -106,10 +106,12 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
         for name, each in rows.items():
             at = names.index(name)
             colour, shape = colours[at % len(colours)], "os^Dv"[at // len(colours)]
+            if name == "kedit_default":
+                colour, shape = "#CC0000", "*"
             took = (mean(each, "reliability") or 0.0) >= 0.95
             x, y = mean(each, "generality") or 0.0, mean(each, "locality") or 0.0
             face = colour if took else "none"
-            ax.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=8, label=name)
+            ax.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=14 if shape == "*" else 8, label=name)
         ax.grid(color="0.9")
     lines = {line.get_label(): line for row in axes for ax in row for line in ax.get_lines()}
     drawing.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=7, fontsize=8)
