@@ -49,10 +49,11 @@ class EditCLI(LightningCLI):
     The resolved configuration is written beside the run's logs as ``resolved.yaml``.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, parser_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        told = {"description": "Edit a model: fit in Lightning, sft in TRL's SFTTrainer (see sft --help)."}
         super().__init__(
             parser_class=EditParser,
-            parser_kwargs={"description": "Edit a model: fit in Lightning, sft in TRL's SFTTrainer (see sft --help)."},
+            parser_kwargs=told | (parser_kwargs or {}),
             seed_everything_default=0,
             # "config.yaml" might be the file that the user started from.
             save_config_kwargs={"overwrite": True, "config_filename": "resolved.yaml"},
