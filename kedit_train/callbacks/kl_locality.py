@@ -199,7 +199,7 @@ class KLLocality(EditCallback):
             self._forget()
             self._held = HeldTexts(rows, self._take_answers(run, rows), self.seed)
             self._head_then = fingerprint(self._head.module) if self.sequential else ""
-        self._model = weakref.ref(run.model)
+        self._model, self._runs = weakref.ref(run.model), self._runs + 1
         self._sum, self._count = torch.zeros(()), 0
 
     def penalty(self, run: EditRun) -> Tensor | None:
@@ -253,12 +253,12 @@ class KLLocality(EditCallback):
         return found if self.store is None else {**found, "edit/locality/store_hits": float(self._reused)}
 
     def state(self) -> dict[str, Any]:
-        return {} if self._held is None else {"drawn": self._held.drawn, "earlier": len(self._earlier.edits)}
+        return {} if self._held is None else {"drawn": self._held.drawn, "runs": self._runs}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self._held is None:
             return
-        if state.get("earlier", 0) != len(self._earlier.edits):
+        if self._runs == 1 and state.get("runs", 1) > 1:
             raise EditError(
                 "KLLocality: the checkpoint is of a later run of a sequence (sequential=True), and the answers before "
                 "its first run went with the process; give the model before the sequence as teacher= instead"
@@ -284,7 +284,7 @@ class KLLocality(EditCallback):
         """Begin with no answers and no earlier edits."""
         self._held: HeldTexts | None = None
         self._earlier, self._shuffler = HeldEdits([], []), random.Random(self.seed)
-        self._model: Any = None
+        self._model, self._runs = None, 0
 
     def _go_on(self, run: EditRun, rows: Sequence[Sequence[int]], held: HeldTexts) -> None:
         """A later run of a sequence: its texts, and the edits before it."""

@@ -153,14 +153,16 @@ def test_a_head_that_is_not_that_of_the_first_run_is_refused(make, words):
         KLLocality(TEXTS, batch_size=1, sequential=True)
 
 
-def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words):
+@pytest.mark.parametrize("later", [SECOND, THIRD], ids=["another", "superseding"])
+def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words, later):
+    """Also where no earlier edit is held, because the later one is of the same prompt."""
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     run(model, words, kl, [FIRST])
-    with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[SECOND]) as edit:
+    with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
         edit.run.attach(kl)
         saved = kl.state()
     fresh = KLLocality(TEXTS, sequential=True)
-    with editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[SECOND]) as edit:
+    with editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
         edit.run.attach(fresh)
         with pytest.raises(
             EditError, match=r"later run of a sequence .* give the model before the sequence as teacher"
