@@ -5,10 +5,6 @@ The model and the edits are all that is here: what makes the run an edit are the
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,8 +19,8 @@ from kedit_train.data.buckets import LengthBuckets
 from kedit_train.data.prompts import PromptFormat, check_format
 from kedit_train.data.tokenise import Encoded, collate, context_length, pad_token_id
 from kedit_train.errors import EditError
+from kedit_train.pretrained import WORLD, load_model, lora_config, refused
 
-WORLD = "world"
 # Edits of the embedded world where nobody says how many: a run of half a minute.
 OF_THE_WORLD = 24
 
@@ -261,96 +257,3 @@ class EditDataModule(LightningDataModule):
 
     def _collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
         return collate(rows, pad_id=self._pad_id)
-
-
-def lora_config(arguments: Mapping[str, Any]) -> Any:
-    """peft's ``LoraConfig`` for a causal language model.
-
-    Raises:
-        EditError: peft is not installed, or refuses the arguments.
-    """
-    try:
-        from peft import LoraConfig
-    except ModuleNotFoundError as error:
-        raise EditError("lora= makes an adapter of peft: pip install peft") from error
-    unknown = [name for name in arguments if name not in inspect.signature(LoraConfig).parameters]
-    if unknown:
-        raise EditError(
-            f"lora: peft's LoraConfig has no argument {unknown[0]!r}; see its documentation for those it has"
-        )
-    every: dict[str, Any] = {"task_type": "CAUSAL_LM", **arguments}
-    with refused(f"lora={dict(arguments)}"):
-        return LoraConfig(**every)
-
-
-@contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Turn what ``peft`` says into one line."""
-    try:
-        yield
-    except (ValueError, TypeError, KeyError) as error:
-        raise EditError(f"{what} is refused by peft: {' '.join(str(error).split())[:300]}") from error
-
-
-def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer from a hub name, a folder or "world".
-
-    Raises:
-        EditError: either is not there, the model is no causal language model, or some of its weights are missing.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if name == WORLD:
-        from kedit_train import world
-
-        name = str(world.path())
-    with refusals(name, "cannot be loaded as a causal language model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    model, info = loaded
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise EditError(
-            f"model {name!r} has no weights for {missing}, so {type(model).__name__} would start from random ones: "
-            "give the checkpoint of a causal language model"
-        )
-    if not is_causal(model):
-        raise EditError(
-            f"model {name!r} ({type(model).__name__}) lets a token see those after it, so it cannot be asked to "
-            "continue a prompt: give the checkpoint of a causal language model"
-        )
-    with refusals(name, "comes without a tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return model, tokenizer
-
-
-@contextmanager
-def refusals(name: str, problem: str) -> Iterator[None]:
-    """Turn what ``transformers`` says over many lines into one: the first names the reason."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        local = "" if Path(name).is_dir() else " (there is no such folder here)"
-        raise EditError(
-            f"model {name!r}{local} {problem}: {reason[:300]}; give a hub name, a folder saved by save_pretrained, or "
-            "'world'"
-        ) from error
-
-
-@torch.no_grad()
-def is_causal(model: Any) -> bool:
-    """Whether the answers at the first positions stay when the last token of the input is another one.
-
-    ``AutoModelForCausalLM`` loads encoders too, and configurations do not tell (``is_decoder`` is False for GPT-NeoX).
-    """
-    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
-    logits = model.eval()(input_ids=ids).logits.float()
-    change = (logits[0] - logits[1]).norm(dim=-1)
-    if bool(change.isnan().any()):
-        raise EditError(
-            f"{type(model).__name__} gives NaN logits: its weights have diverged; give a checkpoint from before that, "
-            "or load it in a wider dtype"
-        )
-    return bool(change[:-1].max() <= torch.finfo(model.dtype).eps ** 0.5 * change[-1])

@@ -24,7 +24,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from kedit_train.callbacks import EditMetrics, KLLocality, SaveDelta, StopWhenEdited, TokenSmoothing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.modules import WORLD, load_model
+from kedit_train.pretrained import WORLD, load_model
 
 
 def arguments() -> argparse.Namespace:

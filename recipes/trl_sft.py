@@ -22,7 +22,7 @@ from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, Token
 from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.modules import WORLD, load_model
+from kedit_train.pretrained import WORLD, load_model
 
 
 def arguments() -> argparse.Namespace:

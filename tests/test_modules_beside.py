@@ -17,7 +17,8 @@ from kedit_train.data import Edit, EditDataset
 from kedit_train.delta import EditDelta
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
-from kedit_train.modules import OF_THE_WORLD, EditDataModule, EditModule, load_model
+from kedit_train.modules import OF_THE_WORLD, EditDataModule, EditModule
+from kedit_train.pretrained import load_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),

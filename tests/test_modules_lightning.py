@@ -12,7 +12,8 @@ from transformers import BertConfig, BertLMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 from kedit_train.callbacks import EditMetrics, ParameterScope
 from kedit_train.errors import EditError
-from kedit_train.modules import EditDataModule, EditModule, is_causal, load_model
+from kedit_train.modules import EditDataModule, EditModule
+from kedit_train.pretrained import is_causal, load_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),

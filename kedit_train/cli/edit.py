@@ -26,7 +26,8 @@ from kedit_train.cli.complaint import shorten
 from kedit_train.cli.console import leave, say_error
 from kedit_train.cli.processes import check_world, follow_launcher, part
 from kedit_train.errors import EditError
-from kedit_train.modules import WORLD, EditDataModule, EditModule
+from kedit_train.modules import EditDataModule, EditModule
+from kedit_train.pretrained import WORLD
 
 CONFIG = ("--config", "-c")
 MODULE, DATA = (f"{cls.__module__}.{cls.__qualname__}" for cls in (EditModule, EditDataModule))

@@ -26,7 +26,8 @@ from kedit_train.cli.edit import DATA, MODULE
 from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.modules import EditDataModule, check_rate, load_model, lora_config
+from kedit_train.modules import EditDataModule, check_rate
+from kedit_train.pretrained import load_model, lora_config
 
 # Keys of Lightning's trainer that are read here, and the summary that TRL's never prints.
 READ = frozenset((

@@ -22,7 +22,8 @@ from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop
-from kedit_train.modules import OF_THE_WORLD, lora_config
+from kedit_train.modules import OF_THE_WORLD
+from kedit_train.pretrained import lora_config
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 FACTLM = SHARED / "models" / "factlm"

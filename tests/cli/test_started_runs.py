@@ -74,7 +74,7 @@ def test_from_a_configuration_file_alone(there: Path) -> None:
     # What was saved answers as the report says.
     import torch
 
-    from kedit_train.modules import load_model
+    from kedit_train.pretrained import load_model
 
     model, tokenizer = load_model(str(there / "m"))
     right = next(row for row in report["answers"] if row["question"] == "reliability" and row["right"])

@@ -55,7 +55,7 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
     """
     from transformers.utils import logging
 
-    from kedit_train.modules import load_model, refusals
+    from kedit_train.pretrained import load_model, refusals
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
