@@ -82,7 +82,9 @@ def run_edits(
     if not len(edits):
         raise EditError("run_edits: no edits: the data is empty")
     plan = rounds(mode, len(edits), round_size, replay, seed)
-    _check(mode, checkpoints, capability, evaluation, getattr(train, "callbacks", ()))
+    callbacks = getattr(train, "callbacks", ())
+    # A training of the caller's may mean something else by that name.
+    _check(mode, checkpoints, capability, evaluation, callbacks if isinstance(callbacks, (list, tuple)) else ())
     named = _named(edits)
     train = TrainLoop(tokenizer) if train is None else train
     asking: dict[str, Any] = evaluation | {"progress": progress, "seed": seed}

@@ -35,6 +35,12 @@ RECIPES = (
 )  # fmt: skip
 
 
+def nearest(texts: Sequence[str], edit: Edit) -> list[str]:
+    """Those with the edit's old answer first: of one edit's neighbours those change."""
+    old = (edit.old_target or "").rstrip(".")
+    return sorted(texts, key=lambda text: not old or old not in text)
+
+
 @dataclass(frozen=True)
 class Setting:
     """A model, edits by draw, and the texts that go with them."""
@@ -143,11 +149,16 @@ class Method:
             self.extra = augmentation(
                 model, tokenizer, scored, prefixes=data.prefixes, replay=prompts, replay_rows=rows, seed=0
             )
-        self.adapter = config.model.init_args.lora
+        self.adapter, self.mode = config.model.init_args.lora, mode
         self.made: list[Any] = list(recipe.callbacks(config))
         for callback in self.made:
             if isinstance(callback, KLLocality) and alone:
                 callback.weight *= ALONE_KL
+                self.nearest = (
+                    {e.id: nearest(setting.texts([e]), e)[: callback.batch_size] for e in scored}
+                    if mode == "single"
+                    else {}
+                )
             if hasattr(callback, "sequential"):
                 callback.sequential = mode == "sequential"
             if getattr(callback, "texts", None) == "world":
@@ -190,5 +201,7 @@ class Method:
                 callback.idle_steps = callback.idle_steps and steps
             if hasattr(callback, "edits"):
                 callback.edits = list(edits)
+            if isinstance(callback, KLLocality) and self.mode == "single":
+                callback.texts = self.nearest[edits[0].id]
             kept.append(callback)
         return kept

@@ -315,3 +315,11 @@ def test_single_takes_no_callback_that_goes_on_from_edit_to_edit(learner: Any) -
     train = TrainLoop(tokenizer, [KLLocality(["a b"], sequential=True)])
     with pytest.raises(EditError, match=r"KLLocality\(sequential=True\) goes on from edit to edit"):
         run_edits(model, tokenizer, facts(), "single", train=train, progress=False)
+
+
+def test_a_training_may_mean_something_else_by_callbacks(learner: Any) -> None:
+    class Own(Teacher):
+        def callbacks(self) -> None: ...
+
+    model, tokenizer = learner(2)
+    assert run_edits(model, tokenizer, facts(2), "batch", train=Own(), progress=False).checkpoints
