@@ -36,7 +36,7 @@ RECIPES = (
 
 
 def nearest(texts: Sequence[str], edit: Edit) -> list[str]:
-    """Those with the edit's old answer first: of one edit's neighbours those change."""
+    """Those that give the edit's old answer first, whose own answers are the most in danger."""
     old = (edit.old_target or "").rstrip(".")
     return sorted(texts, key=lambda text: not old or old not in text)
 
@@ -149,16 +149,15 @@ class Method:
             self.extra = augmentation(
                 model, tokenizer, scored, prefixes=data.prefixes, replay=prompts, replay_rows=rows, seed=0
             )
-        self.adapter, self.mode = config.model.init_args.lora, mode
+        self.adapter = config.model.init_args.lora
+        self.nearest: dict[str | None, list[str]] = {}
         self.made: list[Any] = list(recipe.callbacks(config))
         for callback in self.made:
             if isinstance(callback, KLLocality) and alone:
                 callback.weight *= ALONE_KL
-                self.nearest = (
-                    {e.id: nearest(setting.texts([e]), e)[: callback.batch_size] for e in scored}
-                    if mode == "single"
-                    else {}
-                )
+            if isinstance(callback, KLLocality) and mode == "single":
+                # One batch of them for each edit: what a lone edit changes are its neighbours.
+                self.nearest = {e.id: nearest(setting.texts([e]), e)[: callback.batch_size] for e in scored}
             if hasattr(callback, "sequential"):
                 callback.sequential = mode == "sequential"
             if getattr(callback, "texts", None) == "world":
@@ -201,7 +200,7 @@ class Method:
                 callback.idle_steps = callback.idle_steps and steps
             if hasattr(callback, "edits"):
                 callback.edits = list(edits)
-            if isinstance(callback, KLLocality) and self.mode == "single":
+            if isinstance(callback, KLLocality) and self.nearest:
                 callback.texts = self.nearest[edits[0].id]
             kept.append(callback)
         return kept
