@@ -200,14 +200,14 @@ class KLLocality(EditCallback):
             self._held = HeldTexts(rows, self._take_answers(run, rows), self.seed)
             self._head_then = fingerprint(self._head.module) if self.sequential else ""
         self._model, self._runs = weakref.ref(run.model), self._runs + 1
+        self._shuffle()
         self._sum, self._count = torch.zeros(()), 0
 
     def penalty(self, run: EditRun) -> Tensor | None:
         if self.anchors:
             return None
         assert self._held is not None
-        earlier, states = self._earlier.draw(self.batch_size // 2, self._shuffler)
-        chosen = self._held.draw(self.batch_size - len(earlier))
+        chosen, earlier, states = self._draw(self._held)
         with evaluation_mode(run.model), run.host.forward_context():
             hidden = row_states(self._head, [*(self._held.rows[i] for i in chosen), *earlier])
         answers = self._held.answers.take(chosen)
@@ -253,17 +253,20 @@ class KLLocality(EditCallback):
         return found if self.store is None else {**found, "edit/locality/store_hits": float(self._reused)}
 
     def state(self) -> dict[str, Any]:
-        return {} if self._held is None else {"drawn": self._held.drawn, "runs": self._runs}
+        return {} if self._held is None else {"draws": self._draws, "runs": self._runs}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self._held is None:
             return
-        if self._runs == 1 and state.get("runs", 1) > 1:
+        if self._runs == 1 and state["runs"] > 1:
             raise EditError(
                 "KLLocality: the checkpoint is of a later run of a sequence (sequential=True), and the answers before "
                 "its first run went with the process; give the model before the sequence as teacher= instead"
             )
-        self._held.draw(state["drawn"])
+        self._runs = state["runs"]
+        self._shuffle()
+        for _ in range(state["draws"]):
+            self._draw(self._held)
 
     def finish(self, run: EditRun) -> None:
         if self.sequential:
@@ -283,8 +286,21 @@ class KLLocality(EditCallback):
     def _forget(self) -> None:
         """Begin with no answers and no earlier edits."""
         self._held: HeldTexts | None = None
-        self._earlier, self._shuffler = HeldEdits([], []), random.Random(self.seed)
+        self._earlier = HeldEdits([], [])
         self._model, self._runs = None, 0
+
+    def _shuffle(self) -> None:
+        """Begin this run's draws, which hang on the seed and on which of a sequence's runs it is."""
+        assert self._held is not None
+        seed = self.seed + self._runs - 1
+        self._held.begin(seed)
+        self._shuffler, self._draws = random.Random(seed), 0
+
+    def _draw(self, held: HeldTexts) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Tensor]]:
+        """A step's batch: numbers of texts; rows of earlier edits, and their answers."""
+        self._draws += 1
+        earlier, states = self._earlier.draw(self.batch_size // 2, self._shuffler)
+        return held.draw(self.batch_size - len(earlier)), earlier, states
 
     def _go_on(self, run: EditRun, rows: Sequence[Sequence[int]], held: HeldTexts) -> None:
         """A later run of a sequence: its texts, and the edits before it."""

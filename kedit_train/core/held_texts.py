@@ -16,7 +16,7 @@ Row = Sequence[int]
 
 
 class HeldTexts:
-    """Rows of texts with the answers that are to stay, drawn in shuffled rounds; later runs go on in the same round.
+    """Rows of texts with the answers that are to stay, drawn in shuffled rounds.
 
     Args:
         rows: of tokens.
@@ -26,13 +26,15 @@ class HeldTexts:
 
     def __init__(self, rows: Sequence[Row], answers: Answers, seed: int) -> None:
         self.rows, self.answers = rows, answers
-        self.drawn = 0
         self._allowed = set(range(len(rows)))
+        self.begin(seed)
+
+    def begin(self, seed: int) -> None:
+        """Shuffle from the start."""
         self._order = self._rounds(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:
         """Numbers of ``n`` rows."""
-        self.drawn += n
         return [next(self._order) for _ in range(n)]
 
     def keep(self, rows: Iterable[Row]) -> int:

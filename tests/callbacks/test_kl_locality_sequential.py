@@ -168,3 +168,34 @@ def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words, la
             EditError, match=r"later run of a sequence .* give the model before the sequence as teacher"
         ):
             fresh.load_state(saved)
+
+
+def test_a_later_run_resumed_in_the_same_process_draws_what_it_would_have_drawn(make, words):
+    def penalties(kl: KLLocality, model: Any, saved: dict[str, Any] | None, n: int) -> tuple[list[float], Any]:
+        with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[THIRD]) as edit:
+            for callback in edit.run.callbacks:
+                edit.run.attach(callback)
+            if saved is not None:
+                kl.load_state(saved)
+            torch.manual_seed(1)
+            shake(model)
+            found = [kl.penalty(edit.run).item() for _ in range(n)]
+            state = kl.state()
+            edit.run.close()  # as a run that was cut off
+        return found, state
+
+    runs = []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        model, kl = make().eval(), KLLocality(TEXTS, batch_size=4, sequential=True)
+        for edits in ([FIRST], [SECOND], [Edit("w14", "w16")]):
+            run(model, words, kl, edits)
+        start = copy.deepcopy(model.state_dict())
+        if not cut:
+            runs.append(penalties(kl, model, None, 7)[0])
+            continue
+        found, saved = penalties(kl, model, None, 3)
+        model.load_state_dict(start)
+        runs.append(found + penalties(kl, model, saved, 4)[0])
+    assert len(set(runs[0])) > 4
+    assert runs[0] == runs[1]
