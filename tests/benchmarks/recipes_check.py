@@ -104,6 +104,8 @@ def main() -> None:
     options = parser.parse_args()
     every = [p.name for p in sorted(RECIPES.glob("*.yaml"))] + ["lora_sft.py"] if options.write else runnable()
     names = [name for name in every if not options.only or Path(name).stem in options.only]
+    if unknown := set(options.only or ()) - {Path(name).stem for name in every}:
+        raise SystemExit(f"--only {min(unknown)}: no such recipe; they are {' '.join(Path(n).stem for n in every)}")
     for name in names:
         if not re.search(rf"^(# )?(EXPECT|{MARK})", _head(RECIPES / name), re.MULTILINE):
             raise SystemExit(f"{RECIPES / name} has no line '# EXPECT' for its figures")
