@@ -50,7 +50,7 @@ def main() -> None:
     callbacks = [
         TokenSmoothing(epsilon=0.05),
         KLLocality(texts=given.texts or WORLD, weight=30.0, batch_size=32),
-        StopWhenEdited(reliability=None, idle_steps=2),
+        StopWhenEdited(reliability=None, idle_steps="epoch"),
         SaveDelta(f"{given.output_dir}/edit.safetensors"),
     ]
     trainer = SFTTrainer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
@@ -22,7 +22,7 @@ class StopWhenEdited(EditCallback):
         reliability: stop when ``EditMetrics`` measured at least this reliability; it has to be on the list, with
             ``every_n_steps`` set. None turns this off.
         idle_steps: stop after this many optimizer steps in a row in which ``TokenSmoothing`` found no active token;
-            the number of batches in an epoch means that a whole epoch had nothing to teach. None turns this off.
+            "epoch" takes as many as an epoch has, which then had nothing to teach. None turns this off.
         smallest_probability: stop when the least probable token of all targets has at least this probability, as
             ``EditMetrics`` measures it under teacher forcing: the one token that did not take is what a mean hides.
             Reliability is often 1 before; turn that off then. None turns this off.
@@ -32,7 +32,8 @@ class StopWhenEdited(EditCallback):
         loss: stop when the mean of ``TokenSmoothing``'s loss a token over the last ``loss_steps`` optimizer steps is
             below this; 0.01 over an epoch is where FT-M and LocFT-BF ("Fine-tuning Done Right in Model Editing", arXiv
             2509.22072) end. ``TokenSmoothing(lam=1.0, epsilon=0.0)`` has cross-entropy as its loss. None: off.
-        loss_steps: the number of batches in an epoch.
+        loss_steps: a number of steps, or "epoch": as many as an epoch has. A plain loop says it in
+            ``editing(epoch_steps=...)``.
     """
 
     # After EditMetrics, whose scores it reads.
@@ -41,24 +42,25 @@ class StopWhenEdited(EditCallback):
     def __init__(
         self,
         reliability: float | None = 1.0,
-        idle_steps: int | None = None,
+        idle_steps: int | Literal["epoch"] | None = None,
         smallest_probability: float | None = None,
         kl_budget: float | None = None,
         loss: float | None = None,
-        loss_steps: int = 1,
+        loss_steps: int | Literal["epoch"] = "epoch",
     ) -> None:
         if all(rule is None for rule in (reliability, idle_steps, smallest_probability, kl_budget, loss)):
             raise EditError("StopWhenEdited: every rule is None, so it would never stop a run")
         if reliability is not None and not 0.0 < reliability <= 1.0:
             raise EditError(f"StopWhenEdited: reliability={reliability} is no share in (0, 1]")
-        if idle_steps is not None and idle_steps < 1:
-            raise EditError(f"StopWhenEdited: idle_steps={idle_steps} is no number of steps (1 or more)")
+        for name, steps in (("idle_steps", idle_steps), ("loss_steps", loss_steps)):
+            if steps not in (None, "epoch") and not (isinstance(steps, int) and steps >= 1):
+                raise EditError(f"StopWhenEdited: {name}={steps!r} is no number of steps (1 or more, or 'epoch')")
         if smallest_probability is not None and not 0.0 < smallest_probability < 1.0:
             raise EditError(f"StopWhenEdited: smallest_probability={smallest_probability} is none in (0, 1)")
         if kl_budget is not None and not 0.0 < kl_budget < float("inf"):
             raise EditError(f"StopWhenEdited: kl_budget={kl_budget} is no divergence (nats, above 0)")
-        if (loss is not None and not 0.0 < loss < float("inf")) or loss_steps < 1:
-            raise EditError(f"StopWhenEdited: loss={loss}, loss_steps={loss_steps}: expected above 0, and 1 or more")
+        if loss is not None and not 0.0 < loss < float("inf"):
+            raise EditError(f"StopWhenEdited: loss={loss} is none to end at (above 0)")
         self.reliability, self.idle_steps = reliability, idle_steps
         self.smallest_probability, self.kl_budget = smallest_probability, kl_budget
         self.loss, self.loss_steps = loss, loss_steps
@@ -85,7 +87,20 @@ class StopWhenEdited(EditCallback):
             if "TokenSmoothing" not in names:
                 raise EditError("StopWhenEdited(loss=...) reads TokenSmoothing's; add TokenSmoothing(1.0, epsilon=0.0)")
             names["TokenSmoothing"].publishes_loss = True  # type: ignore[attr-defined]
+        self._enough_idle = self._steps(run, "idle_steps") if self.idle_steps is not None else 0
+        self._enough_losses = self._steps(run, "loss_steps") if self.loss is not None else 0
         self._idle, self._losses, self.reason = 0, [], None
+
+    def _steps(self, run: EditRun, name: str) -> int:
+        steps = getattr(self, name)
+        if steps != "epoch":
+            return steps
+        if run.host.epoch_steps is None:
+            raise EditError(
+                f"StopWhenEdited({name}='epoch'): this {run.host.name} does not say how many optimizer steps an epoch "
+                f"has; give {name} as a number, or in a loop editing(epoch_steps=...)"
+            )
+        return run.host.epoch_steps
 
     def state(self) -> dict[str, Any]:
         return {"idle": getattr(self, "_idle", 0), "losses": list(getattr(self, "_losses", []))}
@@ -115,12 +130,12 @@ class StopWhenEdited(EditCallback):
             met.append(f"KL to the unedited model {kl:.3g} is above the budget of {self.kl_budget:g}")
         if self.idle_steps is not None:
             self._idle = self._idle + 1 if scores.get("edit/tokens/active_now") == 0 else 0
-            if self._idle >= self.idle_steps:
+            if self._idle >= self._enough_idle:
                 met.append(f"no active token in {self._idle} steps")
         if self.loss is not None:
-            self._losses = [*self._losses, scores["edit/tokens/loss_now"]][-self.loss_steps :]
+            self._losses = [*self._losses, scores["edit/tokens/loss_now"]][-self._enough_losses :]
             mean = sum(self._losses) / len(self._losses)
-            if len(self._losses) == self.loss_steps and mean < self.loss:
+            if len(self._losses) == self._enough_losses and mean < self.loss:
                 met.append(f"loss {mean:.3g} is below {self.loss:g}")
         return met
 

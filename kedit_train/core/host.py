@@ -35,6 +35,11 @@ class Host:
         """Optimizer steps that the loop intends to take, where it knows."""
         return None
 
+    @property
+    def epoch_steps(self) -> int | None:
+        """Optimizer steps of an epoch, where the loop knows."""
+        return None
+
     def tokenizer(self) -> Any | None:
         """The tokenizer that the loop itself holds."""
         return None

@@ -1,12 +1,11 @@
 """The recipes as methods: each file of recipes/ as ``train(model, edits)`` on a model of small facts.
 
 What a recipe says is what is run: its callbacks, rate, budget of epochs and rule to stop. Only what depends on the
-model is put in its place: the texts that must stay, the batch, and how many steps make an epoch.
+model is put in its place: the texts that must stay, and the batch.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from kedit_train import EditDataset, world
 from kedit_train.augmentation import augmentation
-from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, SaveDelta, StopWhenEdited
+from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, SaveDelta
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
@@ -168,7 +167,7 @@ class Method:
         batch = self.setting.batch_size * (1 + len(extra) // max(1, len(edits)))
         loop = TrainLoop(
             self.tokenizer,
-            self.callbacks(edits, math.ceil((len(edits) + len(extra)) / batch)),
+            self.callbacks(edits),
             epochs=self.config.trainer.max_epochs,
             batch_size=batch,
             lr=self.lr,
@@ -189,15 +188,12 @@ class Method:
         for parameter, flag in zip(model.parameters(), trained, strict=True):
             parameter.requires_grad_(flag)
 
-    def callbacks(self, edits: Sequence[Edit], steps: int) -> list[EditCallback]:
-        """Those of the recipe; its reports are the comparison's own, and rules in steps are rules in epochs."""
+    def callbacks(self, edits: Sequence[Edit]) -> list[EditCallback]:
+        """Those of the recipe; its reports are the comparison's own."""
         kept = []
         for callback in self.made:
             if isinstance(callback, (EditMetrics, SaveDelta)):
                 continue
-            if isinstance(callback, StopWhenEdited):
-                callback.loss_steps = steps
-                callback.idle_steps = callback.idle_steps and steps
             if hasattr(callback, "edits"):
                 callback.edits = list(edits)
             if isinstance(callback, KLLocality) and self.nearest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def test_a_promise_is_written_read_and_held_to(module: Any, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("mode", ["batch", "single", "sequential"])
-def test_a_method_is_its_recipe_with_rules_in_epochs(module: Any, mode: str) -> None:
+def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
     methods = module("methods")
     setting = methods.embedded()
     model, tokenizer = methods.load(setting.path)
@@ -96,11 +95,10 @@ def test_a_method_is_its_recipe_with_rules_in_epochs(module: Any, mode: str) -> 
         config = methods.recipe.load(name)
         method = methods.Method(setting, model, tokenizer, name, config, edits, mode)
         own = edits if mode == "batch" else edits[:1]
-        steps = math.ceil(len(own) / setting.batch_size)
-        made = {type(callback).__name__: callback for callback in method.callbacks(own, steps)}
+        made = {type(callback).__name__: callback for callback in method.callbacks(own)}
         assert "EditMetrics" not in made
         stop = made["StopWhenEdited"]
-        assert (stop.idle_steps, stop.loss_steps) == ((steps, steps) if name == "overtone" else (None, steps))
+        assert (stop.idle_steps, stop.loss_steps) == ("epoch" if name == "overtone" else None, "epoch")
         rate = 3e-3 if name == "kedit_default" else config.model.init_args.learning_rate
         assert method.lr == pytest.approx(rate * (1.0 if mode == "batch" else 0.2))
         if name == "kedit_default":

@@ -20,6 +20,7 @@ from kedit_train.callbacks import (
 )
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
+from kedit_train.modes import TrainLoop
 
 PROBABILITY = "edit/reliability_smallest_token_probability"
 
@@ -76,7 +77,7 @@ def rising(key: str, *values: float) -> list[dict[str, float]]:
         ({"kl_budget": 0.1}, "edit/locality/kl", (0.0, 0.1, 0.11, 0.0, 0.0, 0.0), 3),
         ({"kl_budget": 0.1}, "edit/locality_kl", (0.0, 0.05, 0.1, 0.2, 0.0, 0.0), 4),
         ({"idle_steps": 2}, "edit/tokens/active_now", (0, 3, 0, 0, 1, 0), 4),
-        ({"loss": 0.2}, "edit/tokens/loss_now", (1.0, 0.3, 0.2, 0.1, 1.0, 1.0), 4),
+        ({"loss": 0.2, "loss_steps": 1}, "edit/tokens/loss_now", (1.0, 0.3, 0.2, 0.1, 1.0, 1.0), 4),
         ({"loss": 0.2, "loss_steps": 3}, "edit/tokens/loss_now", (0.1, 0.1, 0.5, 0.1, 0.1, 0.3), 6),
         ({"loss": 0.2, "loss_steps": 7}, "edit/tokens/loss_now", (0.1, 0.1, 0.1, 0.1, 0.1, 0.1), None),
     ],
@@ -122,7 +123,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_whatever_the_accumulatio
         def after_step(self, run: Any) -> None:
             heard.append(run.scores["edit/tokens/loss_now"])
 
-    stop = StopWhenEdited(reliability=None, loss=1e-9)
+    stop = StopWhenEdited(reliability=None, loss=1e-9, loss_steps=1)
     callbacks = [ParameterScope(0.5, "mlp.down_proj"), TokenSmoothing(1.0, epsilon), stop, Hears()]
     with editing(model, callbacks, tokenizer=tokenizer) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.0)
@@ -210,6 +211,9 @@ def test_trainers_stop_there(host: str) -> None:
         (lambda: StopWhenEdited(None), "every rule is None"),
         (lambda: StopWhenEdited(smallest_probability=1.0), r"smallest_probability=1.0 is none in \(0, 1\)"),
         (lambda: StopWhenEdited(kl_budget=0.0), "kl_budget=0.0 is no divergence"),
+        (lambda: StopWhenEdited(idle_steps=0), "idle_steps=0 is no number of steps"),
+        (lambda: StopWhenEdited(loss=0.1, loss_steps="day"), "loss_steps='day' is no number of steps"),
+        (lambda: StopWhenEdited(loss=0.0), "loss=0.0 is none to end at"),
     ],
 )
 def test_rules_that_cannot_be_meant_are_refused(make: Any, message: str) -> None:
@@ -236,3 +240,50 @@ def test_a_budget_needs_metrics_that_measure_it() -> None:
     metrics = EditMetrics(edits, every_n_steps=1, show=False, max_new_tokens=4)
     with pytest.raises(EditError, match="a divergence that nothing here measures"):
         batches(edits, [metrics, TokenSmoothing(), StopWhenEdited(None, kl_budget=0.5)], 1, 1e-3)
+
+
+class SaysEpoch(SaysTokens):
+    """Ten steps with nothing to learn but in the second."""
+
+    def __init__(self) -> None:
+        quiet, loud = ({"edit/tokens/active_now": n, "edit/tokens/loss_now": n / 10} for n in (0, 3))
+        super().__init__([quiet, loud, *[quiet] * 8])
+
+
+SaysEpoch.__name__ = "TokenSmoothing"
+
+
+@pytest.mark.parametrize(("window", "step"), [(1, 5), (2, 4)])
+@pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "Lightning"])
+def test_an_epoch_is_what_the_trainer_makes_of_it(host: str, window: int, step: int) -> None:
+    """Nine edits in batches of 4 are 3 steps, and 2 where two batches make one."""
+    model, tokenizer = world.load()
+    stop = StopWhenEdited(None, idle_steps="epoch")
+    name = "accumulate_grad_batches" if host == "Lightning" else "gradient_accumulation_steps"
+    callbacks = [SaysEpoch(), stop]
+    HOSTS[host](model, tokenizer, EditDataset(world.edits(n=9)), callbacks, 10, **{name: window})
+    assert stop.run is not None
+    assert (stop.run.host.epoch_steps, stop.run.step) == (4 - window, step)
+    assert stop.reason == f"no active token in {4 - window} steps"
+
+
+def test_the_loss_of_an_epoch_is_its_mean() -> None:
+    model, tokenizer = world.load()
+    stop = StopWhenEdited(None, loss=0.05)
+    HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=9)), [SaysEpoch(), stop], 10)
+    assert stop.run is not None
+    assert stop.run.step == 5  # (0 + 0.3 + 0) / 3 is above
+
+
+def test_a_loop_says_how_long_its_epochs_are() -> None:
+    model, tokenizer = world.load()
+    edits = world.edits(n=3)
+    with pytest.raises(EditError, match=r"idle_steps='epoch'.*plain loop does not say .*editing\(epoch_steps=...\)"):
+        stopped_at([SaysEpoch(), StopWhenEdited(None, idle_steps="epoch")])
+    with editing(model, [stop := StopWhenEdited(None, idle_steps="epoch"), SaysEpoch()], epoch_steps=4) as edit:
+        edit.before_step()
+        assert stop._enough_idle == 4
+        model.zero_grad()
+    stop = StopWhenEdited(None, idle_steps="epoch")
+    TrainLoop(tokenizer, [SaysEpoch(), stop], batch_size=2, epochs=5, stop_loss=0.0)(model, edits)
+    assert stop.reason == "no active token in 2 steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -53,6 +54,13 @@ class LightningHost(Host):
     def steps(self) -> int | None:
         steps = self.trainer.estimated_stepping_batches
         return int(steps) if steps != float("inf") else None
+
+    @property
+    def epoch_steps(self) -> int | None:
+        # As trainer.estimated_stepping_batches does: asked before the first epoch, when no data is there yet.
+        self.trainer.fit_loop.setup_data()
+        batches = self.trainer.num_training_batches
+        return math.ceil(batches / self.trainer.accumulate_grad_batches) if batches != float("inf") else None
 
     def tokenizer(self) -> Any | None:
         holders: list[Any] = [self.module, getattr(self.trainer, "datamodule", None)]

@@ -19,11 +19,16 @@ class LoopHost(Host):
     """A hand-written loop. What would be logged is handed to ``on_log`` and kept in ``history``."""
 
     def __init__(
-        self, tokenizer: Any = None, on_log: Any = None, log_every_n_steps: int = 10, edits: Any = None
+        self,
+        tokenizer: Any = None,
+        on_log: Any = None,
+        log_every_n_steps: int = 10,
+        edits: Any = None,
+        epoch_steps: int | None = None,
     ) -> None:
         super().__init__(self)
         self._tokenizer, self.on_log, self.log_every_n_steps = tokenizer, on_log, log_every_n_steps
-        self._edits = edits
+        self._edits, self._epoch_steps = edits, epoch_steps
         self.history: list[dict[str, float]] = []
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
@@ -47,6 +52,10 @@ class LoopHost(Host):
                 "fabric.launch() or torch.distributed.init_process_group() come first)"
             )
         return None
+
+    @property
+    def epoch_steps(self) -> int | None:
+        return self._epoch_steps
 
     def tokenizer(self) -> Any | None:
         return self._tokenizer
@@ -145,6 +154,7 @@ def editing(
     on_log: Any = None,
     log_every_n_steps: int = 10,
     edits: Any = None,
+    epoch_steps: int | None = None,
 ) -> Iterator[Editing]:
     """Turn a hand-written loop into an edit.
 
@@ -157,6 +167,7 @@ def editing(
         tokenizer: for callbacks that read text; by default the one saved where the model came from.
         on_log: called with ``(metrics, step)``; ``wandb.log`` or ``fabric.log_dict`` fit.
         edits: what the loop trains, for callbacks that ask what is edited and were not told themselves.
+        epoch_steps: optimizer steps of an epoch, for ``StopWhenEdited``, whose rules may look at a whole one.
 
     Example:
         >>> with editing(model, [ParameterScope(layers=0.5), TokenSmoothing()]) as edit:
@@ -171,7 +182,7 @@ def editing(
         raise EditError(f"editing() takes a loaded model, not {model!r}; load it with AutoModelForCausalLM")
     if not callbacks:
         raise EditError("editing(): the list of callbacks is empty; nothing would be constrained")
-    host = LoopHost(tokenizer, on_log, log_every_n_steps, edits)
+    host = LoopHost(tokenizer, on_log, log_every_n_steps, edits, epoch_steps)
     run = None
     try:
         for callback in callbacks:

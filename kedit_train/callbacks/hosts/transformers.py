@@ -66,6 +66,12 @@ class TransformersHost(Host):
     def steps(self) -> int | None:
         return self.state.max_steps or None
 
+    @property
+    def epoch_steps(self) -> int | None:
+        if not hasattr(self.train_dataloader, "__len__"):
+            return None
+        return math.ceil(len(self.train_dataloader) / self.args.gradient_accumulation_steps)
+
     def tokenizer(self) -> Any | None:
         # A processor (vision-language models) carries its tokenizer.
         return getattr(self.processing_class, "tokenizer", self.processing_class)
