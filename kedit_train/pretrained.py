@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kedit_train.errors import EditError
 
@@ -67,11 +68,11 @@ def is_causal(model: Any) -> bool:
 
 @contextmanager
 def refusals(name: str, problem: str) -> Iterator[None]:
-    """Turn what ``transformers`` says over many lines into one: the first names the reason."""
+    """Turn what ``transformers`` says over many lines into one."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         local = "" if Path(name).is_dir() else " (there is no such folder here)"
         raise EditError(
             f"model {name!r}{local} {problem}: {reason[:300]}; give a hub name, a folder saved by save_pretrained, or "

@@ -131,7 +131,15 @@ def test_models_that_cannot_be_edited(tmp_path: Path) -> None:
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
     LlamaForCausalLM(LlamaConfig(**SMALL)).model.save_pretrained(tmp_path / "headless")
     LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(tmp_path / "no_tokenizer")
+    for name in ("cut", "mismatch"):
+        LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config = tmp_path / "mismatch" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 24}))
     for name, said in {
+        "cut": "cannot be loaded .*: .*header",
+        "mismatch": "cannot be loaded .*size",
         "nowhere": "no such folder here",
         "empty": "cannot be loaded",
         "t5": "cannot be loaded",

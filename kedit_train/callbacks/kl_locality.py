@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kedit_train import world
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.answers import Answers
 from kedit_train.core.batch_anchor import BatchAnchor
@@ -21,6 +22,7 @@ from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.reference_answers import hidden_states, row_states, teachers_answers
 from kedit_train.core.row_store import parse_bytes
 from kedit_train.core.run import EditRun
+from kedit_train.core.sequence import check_known, goes_on
 from kedit_train.core.texts import edit_rows, load_texts, text_rows
 from kedit_train.errors import EditError
 from kedit_train.functional.buckets import bucket_divergence
@@ -63,7 +65,8 @@ class KLLocality(EditCallback):
         weight: factor of the penalty beside the host's loss: by default 20 with texts (the mean runs over every token
             of them, of which an edit moves few; chosen on two small models, recipes/README.md) and 1 with "batch".
         direction: "forward", "reverse" or "jsd".
-        batch_size: texts for each optimizer step, drawn in shuffled rounds; the same on every process.
+        batch_size: texts for each optimizer step, drawn in shuffled rounds; the same on every process. More of them
+            hold better and cost as much as so many edits: 64 short ones in ``recipes/kedit_default.yaml``.
         max_length: tokens a text; longer ones are cut into several, none is cut off.
         tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
         seed: of the shuffling.
@@ -181,26 +184,26 @@ class KLLocality(EditCallback):
                 shares, observe = run.host.loss_shares, lambda *_: None
                 self._loss_head = LossHead(self._head, cross_entropy, reduction="token", shares=shares, observe=observe)
             return
-        if self.sequential and not run.edits:
-            raise EditError(
-                "KLLocality: sequential=True holds this run's edits in the next, and nothing says what they are; add "
-                "EditMetrics(edits), or say editing(edits=...) in a loop"
-            )
-        rows = text_rows(run, self.texts, needed_by="KLLocality", tokenizer=self.tokenizer, max_length=self.max_length)
+        if self.sequential:
+            check_known(run, "KLLocality", "holds this run's edits in the next")
+        first = not (self.sequential and goes_on(self._model, run, "KLLocality"))
+        rows = text_rows(
+            run, self._texts(run, first), needed_by="KLLocality", tokenizer=self.tokenizer, max_length=self.max_length
+        )
         self._project_reference = run.reference_head()
         if self.sequential and self._project_reference is not None:
             raise EditError(
                 "KLLocality: sequential=True keeps hidden states over several runs, which the output head has to turn "
                 "into the same answers every time; leave the head (and what it is tied to) out of the scope"
             )
-        if self._held is not None and self._model is not None and self._model() is run.model:
-            self._go_on(run, rows, self._held)
-        else:
+        if first or self._held is None:
             self._forget()
             self._held = HeldTexts(rows, self._take_answers(run, rows), self.seed)
             self._head_then = fingerprint(self._head.module) if self.sequential else ""
-        self._model, self._runs = weakref.ref(run.model), self._runs + 1
-        self._shuffle()
+        else:
+            self._go_on(run, rows, self._held)
+        self._model = weakref.ref(run.model)
+        self._shuffle(self._ended)
         self._sum, self._count = torch.zeros(()), 0
 
     def penalty(self, run: EditRun) -> Tensor | None:
@@ -253,25 +256,27 @@ class KLLocality(EditCallback):
         return found if self.store is None else {**found, "edit/locality/store_hits": float(self._reused)}
 
     def state(self) -> dict[str, Any]:
-        return {} if self._held is None else {"draws": self._draws, "runs": self._runs}
+        if self._held is None:
+            return {}
+        return {"draws": self._draws, "run": self._run, "earlier": self._said()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if self._held is None:
             return
-        if self._runs == 1 and state["runs"] > 1:
+        if state["earlier"] != self._said() or (state["run"] and not self._ended):
             raise EditError(
-                "KLLocality: the checkpoint is of a later run of a sequence (sequential=True), and the answers before "
-                "its first run went with the process; give the model before the sequence as teacher= instead"
+                "KLLocality: the checkpoint is of a later run of a sequence (sequential=True), whose earlier runs this "
+                "KLLocality has not seen, so the answers before them are gone; begin that run again, with the model "
+                "before the sequence as teacher="
             )
-        self._runs = state["runs"]
-        self._shuffle()
+        self._shuffle(state["run"])
         for _ in range(state["draws"]):
             self._draw(self._held)
 
     def finish(self, run: EditRun) -> None:
         if self.sequential:
             self._earlier.supersede(run.edits)
-            self._earlier.pending = list(run.edits)
+            self._ended += 1
 
     def detach(self, run: EditRun) -> None:
         if self._anchor is not None:
@@ -286,15 +291,27 @@ class KLLocality(EditCallback):
     def _forget(self) -> None:
         """Begin with no answers and no earlier edits."""
         self._held: HeldTexts | None = None
-        self._earlier = HeldEdits([], [])
-        self._model, self._runs = None, 0
+        self._earlier = HeldEdits()
+        self._model, self._ended = None, 0
 
-    def _shuffle(self) -> None:
-        """Begin this run's draws, which hang on the seed and on which of a sequence's runs it is."""
+    def _shuffle(self, number: int) -> None:
+        """Begin a run's draws, which hang on the seed and on how many runs of a sequence came before it."""
         assert self._held is not None
-        seed = self.seed + self._runs - 1
-        self._held.begin(seed)
-        self._shuffler, self._draws = random.Random(seed), 0
+        self._run = number
+        self._held.begin(self.seed + number)
+        self._shuffler, self._draws = random.Random(self.seed + number), 0
+
+    def _said(self) -> list[list[str]]:
+        """The earlier edits that are held."""
+        return [[edit.prompt, edit.target] for edit, *_ in self._earlier.beside]
+
+    def _texts(self, run: EditRun, first: bool) -> Any:
+        """What to hold. The world's texts are drawn for the first run's edits; later runs leave out those of theirs."""
+        if self.texts == "world" and self.sequential:
+            found = load_texts("world", edits=run.edits) if first else self._worlds
+            self._worlds = found if first else world.unaffected(found, run.edits)
+            return self._worlds
+        return self.texts
 
     def _draw(self, held: HeldTexts) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Tensor]]:
         """A step's batch: numbers of texts; rows of earlier edits, and their answers."""
@@ -314,13 +331,15 @@ class KLLocality(EditCallback):
                 "KLLocality: every text of the first run holds a prompt that this run's edits are scored on, or is no "
                 "longer among the texts; give other texts"
             )
-        self._earlier.supersede(run.edits)
         tokenizer = run.tokenizer("KLLocality", self.tokenizer)
-        with evaluation_mode(run.model), run.host.forward_context():
-            self._earlier.settle(
-                lambda edits: edit_rows(run, edits, tokenizer, self.max_length),
-                lambda row: row_states(self._head, [row]),
-            )
+        if self._earlier.pending:
+            # A trainer that resumes has put a checkpoint's weights in their place.
+            with run.unedited(), evaluation_mode(run.model), run.host.forward_context():
+                self._earlier.settle(
+                    lambda edits: edit_rows(run, edits, tokenizer, self.max_length),
+                    lambda row: row_states(self._head, [row]),
+                )
+        self._earlier.begin(run.edits)
 
     def _take_answers(self, run: EditRun, rows: Sequence[Sequence[int]]) -> Answers:
         keep: dict[str, Any] = {"store": self.store, "dtype": self.dtype, "memory_limit": self.memory_limit}

@@ -16,6 +16,7 @@ from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.gradients import project_gradients
 from kedit_train.core.linear_maps import linear_maps
 from kedit_train.core.run import EditRun
+from kedit_train.core.sequence import check_known, goes_on
 from kedit_train.core.statistics import Moment, same_everywhere
 from kedit_train.core.texts import edit_rows, load_texts, text_rows
 from kedit_train.errors import EditError
@@ -105,18 +106,15 @@ class LowCurvature(EditCallback):
             load_texts(self.texts, needed_by="LowCurvature")
 
     def attach(self, run: EditRun) -> None:
-        if self.sequential and not run.edits:
-            raise EditError(
-                "LowCurvature: sequential=True takes this run's edits into the next one's curvature, and nothing says "
-                "what they are; add EditMetrics(edits), or say editing(edits=...) in a loop"
-            )
+        if self.sequential:
+            check_known(run, "LowCurvature", "takes this run's edits into the next one's curvature")
         self._maps = linear_maps(run.model, run.scope, "LowCurvature")
         if adapters := [name for name in self._maps if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(
                 f"LowCurvature: {adapters[0]} is the factor of an adapter, which has no curvature while B is zero; "
                 "train the weight itself, or constrain the adapter with NullSpace"
             )
-        if self._model is None or self._model() is not run.model:
+        if not (self.sequential and goes_on(self._model, run, "LowCurvature")):
             self._running = {}, {}
         self._model = weakref.ref(run.model)
         inputs, gradients = self._running if self._running[0] else self._on_texts(run)

@@ -14,6 +14,7 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.gradients import project_gradients
 from kedit_train.core.linear_maps import LinearMap, linear_maps
 from kedit_train.core.run import EditRun
+from kedit_train.core.sequence import check_known, goes_on
 from kedit_train.core.statistics import (
     Batch,
     holds_model_inputs,
@@ -121,13 +122,10 @@ class NullSpace(EditCallback):
             text_model(run, "NullSpace")
 
     def attach(self, run: EditRun) -> None:
-        if self.sequential and not run.edits:
-            raise EditError(
-                "NullSpace: sequential=True preserves this run's edits in the next, and nothing says what they are; "
-                "add EditMetrics(edits), say editing(edits=...) in a loop, or give earlier edits as preserve="
-            )
-        if self._model is None or self._model() is not run.model:
-            self._earlier = []
+        if self.sequential:
+            check_known(run, "NullSpace", "preserves this run's edits in the next")
+            if not goes_on(self._model, run, "NullSpace"):
+                self._earlier = []
         self._model = weakref.ref(run.model)
         self._maps = self._without_free_factors(run, linear_maps(run.model, run.scope, "NullSpace"))
         directions = self._directions(run, self._batches(run, self.texts))

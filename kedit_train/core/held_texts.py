@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,16 +57,22 @@ class HeldEdits:
     Args:
         edits: whose answers are held: for each its rows, and their answers [tokens, ...].
         pending: edits of the run that ended last, whose answers nobody has taken yet.
+        beside: those of ``edits`` that the run under way does not edit again.
     """
 
-    edits: list[tuple[Edit, Row, Tensor]]
-    pending: list[Edit]
+    edits: list[tuple[Edit, Row, Tensor]] = field(default_factory=list)
+    pending: list[Edit] = field(default_factory=list)
+    beside: list[tuple[Edit, Row, Tensor]] = field(default_factory=list)
+
+    def begin(self, edits: Iterable[Edit]) -> None:
+        """A run of these edits: nothing is forgotten before it has ended."""
+        prompts = {edit.prompt for edit in edits}
+        self.beside = [held for held in self.edits if held[0].prompt not in prompts]
 
     def supersede(self, edits: Iterable[Edit]) -> None:
-        """Forget edits of the same prompts."""
-        prompts = {edit.prompt for edit in edits}
-        self.edits = [held for held in self.edits if held[0].prompt not in prompts]
-        self.pending = [edit for edit in self.pending if edit.prompt not in prompts]
+        """A run of these edits has ended: earlier ones of the same prompts are over."""
+        self.begin(edits)
+        self.edits, self.pending = self.beside, list(edits)
 
     @torch.no_grad()
     def settle(self, rows_of: Callable[[list[Edit]], Sequence[Row]], answer: Callable[[Row], Tensor]) -> None:
@@ -76,5 +82,5 @@ class HeldEdits:
 
     def draw(self, n: int, shuffler: random.Random) -> tuple[list[Row], list[Tensor]]:
         """At most ``n`` rows, each once, and their answers."""
-        chosen = shuffler.sample(self.edits, min(n, len(self.edits)))
+        chosen = shuffler.sample(self.beside, min(n, len(self.beside)))
         return [row for _, row, _ in chosen], [answers for *_, answers in chosen]

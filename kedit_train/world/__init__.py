@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from kedit_train.errors import EditError
 from kedit_train.world import grammar
-from kedit_train.world.counterfactual import edits, locality_texts, other_prompts
+from kedit_train.world.counterfactual import edits, locality_texts, other_prompts, unaffected
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["edits", "load", "locality_texts", "other_prompts", "path", "prose"]
+__all__ = ["edits", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
 
 
 def path() -> Path:

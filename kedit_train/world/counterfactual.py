@@ -88,6 +88,22 @@ def locality_texts(exclude: Sequence[Edit], n: int = 1024, seed: int = 0) -> lis
     return shuffled(rng, [*stated, *grammar.paragraphs(told, seed=1000 + seed, held_out=False)])
 
 
+def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
+    """Of ``locality_texts`` made for earlier edits those that it could have given for these as well.
+
+    Raises:
+        EditError: an edit is not about this world.
+    """
+    known, involved = world(), _involved(edits)
+    said = {
+        text
+        for fact in (*known.facts.values(), *known.two_hop.values())
+        if fact.key in involved
+        for text in facts.documents(fact, (*BY_NAME[fact.relation].trained, *BY_NAME[fact.relation].held_out))
+    }
+    return [text for text in texts if text not in said]
+
+
 def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     """One prompt for each fact that ``exclude`` leaves as it is, in random order, for a replay.
 

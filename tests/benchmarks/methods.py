@@ -82,13 +82,21 @@ def factlm() -> Setting:
         first = 1200 + (draw - HELD_OUT) * 100 if draw >= HELD_OUT else draw % 3 * 300 + draw // 3 * 100
         return records[first : first + n]
 
-    def texts(edits: Sequence[Edit]) -> list[str]:
+    def others(edits: Sequence[Edit]) -> list[Edit]:
+        """Not edited, nor about a subject that a probe asks about: in other words, that may be the fact it asks for."""
         mine = {edit.id for edit in edits}
-        asked = [p.prompt for e in edits for p in (e, *(p for kind in e.locality.values() for p in kind))]
-        asked += [r for e in edits for r in e.rephrases]
+        asked = prompts_of(edits)
+        return [e for e in records if e.id not in mine and not any(e.subject and e.subject in p for p in asked)]
+
+    def prompts_of(edits: Sequence[Edit]) -> list[str]:
+        probes = [p.prompt for e in edits for kind in e.locality.values() for p in kind]
+        return [*(p for e in edits for p in (e.prompt, *e.rephrases)), *probes]
+
+    def texts(edits: Sequence[Edit]) -> list[str]:
+        asked = prompts_of(edits)
         subjects = [e.subject for e in edits if e.subject]
-        # Facts that are not edited here, and none that asks for what the edits are scored on, or names their subjects.
-        true = [f"{e.prompt} {e.old_target}." for e in records if e.id not in mine]
+        # None that asks for what the edits are scored on, or names their subjects.
+        true = [f"{e.prompt} {e.old_target}." for e in others(edits)]
         return [t for t in true if not any(word in t for word in (*asked, *subjects))]
 
     def unrelated() -> list[str]:
@@ -96,8 +104,7 @@ def factlm() -> Setting:
         return [line.strip() for line in lines if len(line) > 200][:60]
 
     def prompts(edits: Sequence[Edit]) -> list[str]:
-        mine = {edit.id for edit in edits}
-        return [e.prompt for e in records if e.id not in mine]
+        return [e.prompt for e in others(edits)]
 
     return Setting("factlm", FACTLM, 20, edits, texts, unrelated, prompts)
 

@@ -128,4 +128,6 @@ def test_the_texts_of_factlm_ask_for_nothing_that_is_scored(module: Any, shared:
     assert len(texts) > 1000
     assert not any(prompt in text for text in texts for prompt in prompts)
     assert not any(e.subject and e.subject in text for text in texts for e in edits)
+    told = {f"{e.prompt} {e.old_target}.": e.subject for e in (*setting.edits(1200, 0), *setting.edits(400, 100))}
+    assert not any(told[text] in prompt for text in texts if text in told for prompt in prompts)
     assert not {e.id for e in edits} & {e.id for e in setting.edits(100, 100)}

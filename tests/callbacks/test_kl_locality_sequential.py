@@ -9,8 +9,8 @@ import pytest
 import torch
 from callbacks.test_kl_locality import TEXTS, by_hand, divergence, shake
 
-from kedit_train.callbacks import KLLocality, ParameterScope, editing
-from kedit_train.data import Edit
+from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, editing
+from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop
 
@@ -99,7 +99,8 @@ def test_another_model_begins_another_sequence(make, words):
     run(make(), words, kl, [FIRST])
     model = make().eval()
     before = copy.deepcopy(model)
-    got = run(model, words, kl, [SECOND])
+    with pytest.warns(UserWarning, match=r"this run's model is not the object .* a new sequence begins"):
+        got = run(model, words, kl, [SECOND])
     assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)
     assert kl._earlier.edits == []
 
@@ -153,8 +154,9 @@ def test_a_head_that_is_not_that_of_the_first_run_is_refused(make, words):
         KLLocality(TEXTS, batch_size=1, sequential=True)
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["nothing before", "another run before"])
 @pytest.mark.parametrize("later", [SECOND, THIRD], ids=["another", "superseding"])
-def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words, later):
+def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words, later, before):
     """Also where no earlier edit is held, because the later one is of the same prompt."""
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     run(model, words, kl, [FIRST])
@@ -162,10 +164,12 @@ def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words, la
         edit.run.attach(kl)
         saved = kl.state()
     fresh = KLLocality(TEXTS, sequential=True)
+    if before:
+        run(model, words, fresh, [Edit("w14", "w16")])
     with editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
         edit.run.attach(fresh)
         with pytest.raises(
-            EditError, match=r"later run of a sequence .* give the model before the sequence as teacher"
+            EditError, match=r"later run of a sequence .* begin that run again, with the model before the sequence as t"
         ):
             fresh.load_state(saved)
 
@@ -199,3 +203,49 @@ def test_a_later_run_resumed_in_the_same_process_draws_what_it_would_have_drawn(
         runs.append(found + penalties(kl, model, saved, 4)[0])
     assert len(set(runs[0])) > 4
     assert runs[0] == runs[1]
+
+
+def test_a_run_that_failed_has_forgotten_nothing(make, words):
+    model, kl = make(), KLLocality(TEXTS, batch_size=6, sequential=True)
+    run(model, words, kl, [FIRST])
+    run(model, words, kl, [SECOND])
+    with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[THIRD]) as edit:
+        edit.before_step()
+        assert [held.prompt for held, *_ in kl._earlier.beside] == [SECOND.prompt]
+        edit.run.close()  # as an exception does
+    run(model, words, kl, [Edit("w14", "w16")])
+    assert [held for held, *_ in kl._earlier.beside] == [FIRST, SECOND]
+
+
+def test_edits_are_held_to_the_model_before_a_run_also_where_that_run_is_resumed(make, words, tmp_path):
+    """A trainer that resumes puts a checkpoint's weights in place before the callbacks begin."""
+    from conformance.hosts import HOSTS
+
+    edits, held = [EditDataset([FIRST]), EditDataset([SECOND])], []
+    saving = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    for resume in (False, f"{tmp_path}/checkpoint-2"):
+        torch.manual_seed(0)
+        model, kl = make().eval(), KLLocality(TEXTS, batch_size=4, sequential=True)
+        run(model, words, kl, [FIRST])
+        callbacks = [kl, ParameterScope(1), EditMetrics(edits[1], every_n_steps=0, show=False)]
+        HOSTS["Trainer"](model, words, edits[1], callbacks, 4, **saving, resume=resume)
+        (_, _, answers), *_ = kl._earlier.edits
+        held.append(answers)
+    assert torch.equal(*held)
+
+
+def test_the_worlds_texts_stay_but_for_those_about_later_edits():
+    from kedit_train import world
+
+    edits = world.edits(12, seed=1)
+    model, tokenizer = world.load()
+    kl = KLLocality("world", batch_size=4, sequential=True)
+    held = []
+    for edit in edits[:3]:
+        run(model, tokenizer, kl, [edit])
+        held.append({tokenizer.decode(kl._held.rows[i]) for i in kl._held._allowed})
+    allowed = set(world.unaffected(world.locality_texts(exclude=edits[:1]), edits[:3]))
+    assert len(held[0]) > 1000
+    assert held[0] > held[1] > held[2]
+    assert len(held[2]) > 900
+    assert {text.removeprefix("<s>").strip() for text in held[2]} <= {text.strip() for text in allowed}

@@ -199,7 +199,8 @@ def test_sequential_factors_are_the_average_over_tokens_of_texts_and_earlier_edi
             resumed.load_state({"curvatures": {}})
     other = make("llama")
     with editing(other, [low, first], tokenizer=words) as edit:
-        edit.before_step()
+        with pytest.warns(UserWarning, match="a new sequence begins"):
+            edit.before_step()
         assert low._running[0][name].count == 13
 
 

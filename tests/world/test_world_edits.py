@@ -122,3 +122,16 @@ def test_texts_for_edits_of_another_world_are_refused():
         world.locality_texts([edit])
     with pytest.raises(EditError, match="lower n"):
         world.locality_texts(world.edits(32), 100_000)
+
+
+def test_texts_stay_unaffected_by_later_edits_that_do_not_touch_them() -> None:
+    """Judged by the prompts: what an edit asks for or changes is in none of them, and little else is left out."""
+    first, later = world.edits(40, seed=3)[:1], world.edits(40, seed=3)[1:4]
+    texts = world.locality_texts(exclude=first)
+    kept = world.unaffected(texts, later)
+    asked = [p for e in later for p in (e.prompt, *e.rephrases)]
+    asked += [p.prompt for e in later for kind in (*e.locality.values(), *e.portability.values()) for p in kind]
+    assert not any(prompt in text for text in kept for prompt in asked)
+    gone = set(texts) - set(kept)
+    assert 0 < len(gone) < 100
+    assert {text for text in texts if any(prompt in text for prompt in asked)} <= gone
