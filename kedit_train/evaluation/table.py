@@ -29,7 +29,9 @@ def scores_table(report: Report) -> Table:
         title_style="bold",
     )
     edits, probes = report.meta["n_edits"], report.meta["n_probes"]
-    table.title = f"{edits} edit{'s' * (edits != 1)}, {probes} probes ({report.meta['data_name']})"
+    every = report.meta.get("n_edits_in_data", edits)
+    drawn = f"{edits} drawn of {every} edits" if edits < every else f"{edits} edit{'s' * (edits != 1)}"
+    table.title = f"{drawn}, {probes} probes ({report.meta['data_name']})"
     table.add_column("", overflow="fold", min_width=15)
     if compared:
         table.add_column("unedited", justify="right", style="dim", no_wrap=True)

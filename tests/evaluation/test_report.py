@@ -188,3 +188,10 @@ def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
 )
 def test_an_interval_has_the_places_that_its_size_needs(low: float | None, high: float | None, shown: str) -> None:
     assert interval(Score(0.0, 2, low, high)) == shown
+
+
+def test_a_sample_is_told_from_all_the_edits(rigged: Any) -> None:
+    out = io.StringIO()
+    edits = [replace(EDIT, id=str(i)) for i in range(3)]
+    evaluate(*rigged(OLD), edits, limit=2, progress=False).print(Console(file=out, width=80), answers=0)
+    assert "2 drawn of 3 edits, " in out.getvalue()
