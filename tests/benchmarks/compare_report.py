@@ -94,6 +94,7 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
     models, modes = ([*dict.fromkeys(key[i] for key in groups)] for i in (0, 1))
     modes = [mode for mode in TITLES if mode in modes]
     names = [*dict.fromkeys(name for rows in groups.values() for name in rows)]
+    shown: dict[str, Any] = {}
     drawing = figure(4.2 * len(modes), 3.6 * len(models) + 0.6)
     axes = drawing.subplots(len(models), len(modes), squeeze=False)
     for ax in (ax for row in axes for ax in row):
@@ -111,10 +112,12 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
             took = (mean(each, "reliability") or 0.0) >= 0.95
             x, y = mean(each, "generality") or 0.0, mean(each, "locality") or 0.0
             face = colour if took else "none"
-            ax.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=14 if shape == "*" else 8, label=name)
+            size = 14 if shape == "*" else 8
+            ax.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=size)
+            # For the legend alone, which has no hollow markers.
+            shown[name] = ax.plot([], [], shape, color=colour, markersize=size)[0]
         ax.grid(color="0.9")
-    lines = {line.get_label(): line for row in axes for ax in row for line in ax.get_lines()}
-    drawing.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=7, fontsize=8)
+    drawing.legend([shown[name] for name in names], names, loc="outside lower center", ncols=7, fontsize=8)
     saved(drawing, path)
 
 
@@ -127,7 +130,7 @@ def write(results: list[dict[str, Any]]) -> None:
     parts = [
         BEGIN,
         f"Measured on {date.today()}: {where}, Python {platform.python_version()}, torch {torch.__version__}.",
-        "![Generality against locality, a marker for each recipe](figures/compare.png)",
+        "![Generality against locality, a marker for each recipe](figures/compare.png)\nHollow: fewer than 95 % of the edits took.",
     ]
     for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
         rows = groups[model, mode]
