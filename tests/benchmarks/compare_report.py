@@ -130,7 +130,8 @@ def write(results: list[dict[str, Any]]) -> None:
     parts = [
         BEGIN,
         f"Measured on {date.today()}: {where}, Python {platform.python_version()}, torch {torch.__version__}.",
-        "![Generality against locality, a marker for each recipe](figures/compare.png)\nHollow: fewer than 95 % of the edits took.",
+        "![Generality against locality, a marker for each recipe](figures/compare.png)",
+        "Hollow: fewer than 95 % of the edits took.",
     ]
     for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
         rows = groups[model, mode]
