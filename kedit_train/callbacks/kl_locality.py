@@ -198,7 +198,7 @@ class KLLocality(EditCallback):
             )
         if first or self._held is None:
             self._forget()
-            self._held = HeldTexts(rows, self._take_answers(run, rows), self.seed)
+            self._held = HeldTexts(rows, self._take_answers(run, rows))
             self._head_then = fingerprint(self._head.module) if self.sequential else ""
         else:
             self._go_on(run, rows, self._held)

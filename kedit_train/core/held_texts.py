@@ -21,16 +21,14 @@ class HeldTexts:
     Args:
         rows: of tokens.
         answers: to them.
-        seed: of the shuffling.
     """
 
-    def __init__(self, rows: Sequence[Row], answers: Answers, seed: int) -> None:
+    def __init__(self, rows: Sequence[Row], answers: Answers) -> None:
         self.rows, self.answers = rows, answers
         self._allowed = set(range(len(rows)))
-        self.begin(seed)
 
     def begin(self, seed: int) -> None:
-        """Shuffle from the start."""
+        """Shuffle from the start; before the first draw."""
         self._order = self._rounds(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:

@@ -80,7 +80,7 @@ class TrainLoop:
         extra = self.extra(edits) if callable(self.extra) else self.extra
         rows = EditDataset([*edits, *extra]).encode(self.tokenizer, max_length=longest, **form)
         pad_id, device = pad_token_id(self.tokenizer), device_of(model)
-        told: Any = {"tokenizer": self.tokenizer, "edits": edits, "epoch_steps": -(-len(rows) // self.batch_size)}
+        told: Any = {"tokenizer": self.tokenizer, "edits": edits, "epoch_steps": math.ceil(len(rows) / self.batch_size)}
         with editing(model, self.callbacks, **told) as edit, self._bar() as shown:
             optimizer = self.optimizer(edit.parameters(), lr=self.lr)
             for _ in range(self.epochs):

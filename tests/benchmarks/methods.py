@@ -19,6 +19,7 @@ from kedit_train.augmentation import augmentation
 from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, SaveDelta
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
+from kedit_train.data.augment import scored_prompts
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop
 from kedit_train.modules import OF_THE_WORLD
@@ -89,8 +90,7 @@ def factlm() -> Setting:
         return [e for e in records if e.id not in mine and not any(e.subject and e.subject in p for p in asked)]
 
     def prompts_of(edits: Sequence[Edit]) -> list[str]:
-        probes = [p.prompt for e in edits for kind in e.locality.values() for p in kind]
-        return [*(p for e in edits for p in (e.prompt, *e.rephrases)), *probes]
+        return [prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))]
 
     def texts(edits: Sequence[Edit]) -> list[str]:
         asked = prompts_of(edits)
