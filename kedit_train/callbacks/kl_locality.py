@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +13,7 @@ from kedit_train import world
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.answers import Answers
 from kedit_train.core.batch_anchor import BatchAnchor
-from kedit_train.core.fingerprint import fingerprint
-from kedit_train.core.held_texts import HeldEdits, HeldTexts
+from kedit_train.core.held_sequence import HeldSequence
 from kedit_train.core.loss_head import LossHead, cross_entropy
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.reference_answers import hidden_states, row_states, teachers_answers
@@ -132,7 +129,7 @@ class KLLocality(EditCallback):
         self.penalises = not self.anchors
         self._anchor: BatchAnchor | None = None
         self._loss_head: LossHead | None = None
-        self._forget()
+        self._held: HeldSequence | None = None
         if sequential and (self.anchors or teacher is not None):
             other = "texts='batch'" if self.anchors else "a teacher"
             raise EditError(
@@ -186,9 +183,15 @@ class KLLocality(EditCallback):
             return
         if self.sequential:
             check_known(run, "KLLocality", "holds this run's edits in the next")
-        first = not (self.sequential and goes_on(self._model, run, "KLLocality"))
+        held = self._held if self.sequential else None
+        if held is not None and not goes_on(held.model, run, "KLLocality"):
+            held = None
         rows = text_rows(
-            run, self._texts(run, first), needed_by="KLLocality", tokenizer=self.tokenizer, max_length=self.max_length
+            run,
+            self._texts(run, held is None),
+            needed_by="KLLocality",
+            tokenizer=self.tokenizer,
+            max_length=self.max_length,
         )
         self._project_reference = run.reference_head()
         if self.sequential and self._project_reference is not None:
@@ -196,24 +199,34 @@ class KLLocality(EditCallback):
                 "KLLocality: sequential=True keeps hidden states over several runs, which the output head has to turn "
                 "into the same answers every time; leave the head (and what it is tied to) out of the scope"
             )
-        if first or self._held is None:
-            self._forget()
-            self._held = HeldTexts(rows, self._take_answers(run, rows))
-            self._head_then = fingerprint(self._head.module) if self.sequential else ""
+        if held is None:
+            self._held = HeldSequence(
+                rows,
+                self._take_answers(run, rows),
+                seed=self.seed,
+                run=run,
+                head=self._head.module if self.sequential else None,
+            )
         else:
-            self._go_on(run, rows, self._held)
-        self._model = weakref.ref(run.model)
-        self._shuffle(self._ended)
+            tokenizer = run.tokenizer("KLLocality", self.tokenizer)
+            held.go_on(
+                run,
+                rows,
+                self._head.module,
+                rows_of=lambda edits: edit_rows(run, edits, tokenizer, self.max_length),
+                answer=lambda row: row_states(self._head, [row]),
+            )
         self._sum, self._count = torch.zeros(()), 0
 
     def penalty(self, run: EditRun) -> Tensor | None:
         if self.anchors:
             return None
         assert self._held is not None
-        chosen, earlier, states = self._draw(self._held)
+        chosen, earlier, states = self._held.draw(self.batch_size)
+        texts = self._held.texts
         with evaluation_mode(run.model), run.host.forward_context():
-            hidden = row_states(self._head, [*(self._held.rows[i] for i in chosen), *earlier])
-        answers = self._held.answers.take(chosen)
+            hidden = row_states(self._head, [*(texts.rows[i] for i in chosen), *earlier])
+        answers = texts.answers.take(chosen)
         if earlier:
             answers = [torch.cat([answers[0], *states])]
         answers = [a.to(hidden.device, non_blocking=True) for a in answers]
@@ -252,31 +265,19 @@ class KLLocality(EditCallback):
         mean = float(self._sum) / self._count
         self._sum, self._count = torch.zeros(()), 0
         assert self._held is not None
-        found = {"edit/locality/kl": mean, "edit/locality/store_bytes": float(self._held.answers.nbytes)}
+        found = {"edit/locality/kl": mean, "edit/locality/store_bytes": float(self._held.texts.answers.nbytes)}
         return found if self.store is None else {**found, "edit/locality/store_hits": float(self._reused)}
 
     def state(self) -> dict[str, Any]:
-        if self._held is None:
-            return {}
-        return {"draws": self._draws, "run": self._run, "earlier": self._said()}
+        return {} if self._held is None else self._held.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if self._held is None:
-            return
-        if state["earlier"] != self._said() or (state["run"] and not self._ended):
-            raise EditError(
-                "KLLocality: the checkpoint is of a later run of a sequence (sequential=True), whose earlier runs this "
-                "KLLocality has not seen, so the answers before them are gone; begin that run again, with the model "
-                "before the sequence as teacher="
-            )
-        self._shuffle(state["run"])
-        for _ in range(state["draws"]):
-            self._draw(self._held)
+        if self._held is not None:
+            self._held.load_state(state, self.batch_size)
 
     def finish(self, run: EditRun) -> None:
-        if self.sequential:
-            self._earlier.supersede(run.edits)
-            self._ended += 1
+        if self.sequential and self._held is not None:
+            self._held.end(run.edits)
 
     def detach(self, run: EditRun) -> None:
         if self._anchor is not None:
@@ -288,23 +289,6 @@ class KLLocality(EditCallback):
         if not self.sequential:
             self._held = None
 
-    def _forget(self) -> None:
-        """Begin with no answers and no earlier edits."""
-        self._held: HeldTexts | None = None
-        self._earlier = HeldEdits()
-        self._model, self._ended = None, 0
-
-    def _shuffle(self, number: int) -> None:
-        """Begin a run's draws, which hang on the seed and on how many runs of a sequence came before it."""
-        assert self._held is not None
-        self._run = number
-        self._held.begin(self.seed + number)
-        self._shuffler, self._draws = random.Random(self.seed + number), 0
-
-    def _said(self) -> list[list[str]]:
-        """The earlier edits that are held."""
-        return [[edit.prompt, edit.target] for edit, *_ in self._earlier.beside]
-
     def _texts(self, run: EditRun, first: bool) -> Any:
         """What to hold. The world's texts are drawn for the first run's edits; later runs leave out those of theirs."""
         if self.texts == "world" and self.sequential:
@@ -312,34 +296,6 @@ class KLLocality(EditCallback):
             self._worlds = found if first else world.unaffected(found, run.edits)
             return self._worlds
         return self.texts
-
-    def _draw(self, held: HeldTexts) -> tuple[list[int], Sequence[Sequence[int]], Sequence[Tensor]]:
-        """A step's batch: numbers of texts; rows of earlier edits, and their answers."""
-        self._draws += 1
-        earlier, states = self._earlier.draw(self.batch_size // 2, self._shuffler)
-        return held.draw(self.batch_size - len(earlier)), earlier, states
-
-    def _go_on(self, run: EditRun, rows: Sequence[Sequence[int]], held: HeldTexts) -> None:
-        """A later run of a sequence: its texts, and the edits before it."""
-        if fingerprint(self._head.module) != self._head_then:
-            raise EditError(
-                "KLLocality: the output head is no longer that of the first run, so the answers that are kept cannot "
-                "be told any more (sequential=True); make a new KLLocality for another sequence"
-            )
-        if not held.keep(rows):
-            raise EditError(
-                "KLLocality: every text of the first run holds a prompt that this run's edits are scored on, or is no "
-                "longer among the texts; give other texts"
-            )
-        tokenizer = run.tokenizer("KLLocality", self.tokenizer)
-        if self._earlier.pending:
-            # A trainer that resumes has put a checkpoint's weights in their place.
-            with run.unedited(), evaluation_mode(run.model), run.host.forward_context():
-                self._earlier.settle(
-                    lambda edits: edit_rows(run, edits, tokenizer, self.max_length),
-                    lambda row: row_states(self._head, [row]),
-                )
-        self._earlier.begin(run.edits)
 
     def _take_answers(self, run: EditRun, rows: Sequence[Sequence[int]]) -> Answers:
         keep: dict[str, Any] = {"store": self.store, "dtype": self.dtype, "memory_limit": self.memory_limit}

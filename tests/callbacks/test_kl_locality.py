@@ -157,7 +157,7 @@ def test_texts_are_drawn_in_shuffled_rounds_and_the_same_everywhere(make, words)
         kl = KLLocality(TEXTS, seed=seed)
         with editing(make(), [kl], tokenizer=words) as edit:
             edit.run.attach(kl)
-            return kl._held.draw(15)
+            return kl._held.texts.draw(15)
 
     first = order(0)
     assert [sorted(first[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
@@ -184,7 +184,7 @@ def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
         edit.run.edits = [Edit(prompt="w20 w21", target="w5"), Edit(prompt="x", target="y", rephrases=("w7 w7",))]
         with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts hold a prompt"):
             edit.before_step()
-        assert [len(row) for row in kl._held.rows] == [5, 1, 4]
+        assert [len(row) for row in kl._held.texts.rows] == [5, 1, 4]
 
 
 def test_the_usual_factor_is_that_of_texts_or_of_the_batch():
@@ -196,7 +196,7 @@ def test_a_generator_of_texts_serves_two_runs(make, words):
     for _ in range(2):
         with editing(make(), [kl], tokenizer=words) as edit:
             edit.before_step()
-            assert len(kl._held.rows) == len(TEXTS)
+            assert len(kl._held.texts.rows) == len(TEXTS)
 
 
 @pytest.mark.parametrize(("name", "write"), [("a.txt", "\n".join), ("a.json", json.dumps)])
@@ -204,7 +204,7 @@ def test_files(make, words, tmp_path, name, write: Callable[[list[str]], str]):
     (tmp_path / name).write_text(write(TEXTS))
     with editing(make(), [kl := KLLocality(tmp_path / name)], tokenizer=words) as edit:
         edit.before_step()
-        assert len(kl._held.rows) == len(TEXTS)
+        assert len(kl._held.texts.rows) == len(TEXTS)
 
 
 def test_an_empty_file_is_an_error_before_training(make, words, tmp_path):

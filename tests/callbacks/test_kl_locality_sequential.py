@@ -71,27 +71,27 @@ def test_edits_take_half_of_a_batch_at_most(make, words):
     for number in range(5):
         run(model, words, kl, [Edit(f"w{31 + number}", "w16")])
     drawn = []
-    kl._earlier.draw = lambda n, shuffler: (drawn.append(n), ([], []))[1]  # type: ignore[method-assign]
+    kl._held.earlier.draw = lambda n, shuffler: (drawn.append(n), ([], []))[1]  # type: ignore[method-assign]
     run(model, words, kl, [FIRST])
-    assert (drawn, len(kl._earlier.edits)) == ([2], 5)
+    assert (drawn, len(kl._held.earlier.edits)) == ([2], 5)
 
 
 def test_an_edit_supersedes_an_earlier_one_of_the_same_prompt(make, words):
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     for edits in ([FIRST], [SECOND], [THIRD], [Edit("w14", "w16")]):
         run(model, words, kl, edits)
-    assert [held[0] for held in kl._earlier.edits] == [SECOND, THIRD]
+    assert [held[0] for held in kl._held.earlier.edits] == [SECOND, THIRD]
 
 
 @pytest.mark.filterwarnings("ignore:KLLocality. 1 of 5 texts")
 def test_texts_that_hold_what_a_run_is_scored_on_are_left_out_from_then_on(make, words):
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     run(model, words, kl, [FIRST])
-    assert set(kl._held.draw(50)) == {0, 1, 2, 3, 4}
+    assert set(kl._held.texts.draw(50)) == {0, 1, 2, 3, 4}
     run(model, words, kl, [Edit("w20 w21", "w5")])
-    assert set(kl._held.draw(50)) == {0, 1, 3, 4}
+    assert set(kl._held.texts.draw(50)) == {0, 1, 3, 4}
     run(model, words, kl, [Edit("x", "y", rephrases=("w7 w7",))])
-    assert set(kl._held.draw(50)) == {0, 1, 4}
+    assert set(kl._held.texts.draw(50)) == {0, 1, 4}
 
 
 def test_another_model_begins_another_sequence(make, words):
@@ -102,7 +102,7 @@ def test_another_model_begins_another_sequence(make, words):
     with pytest.warns(UserWarning, match=r"this run's model is not the object .* a new sequence begins"):
         got = run(model, words, kl, [SECOND])
     assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)
-    assert kl._earlier.edits == []
+    assert kl._held.earlier.edits == []
 
 
 def test_train_loop_says_what_each_of_its_rounds_edits(make, words):
@@ -110,7 +110,7 @@ def test_train_loop_says_what_each_of_its_rounds_edits(make, words):
     train = TrainLoop(words, [kl, ParameterScope(1)], epochs=1)
     for edit in (FIRST, SECOND, Edit("w14", "w16")):
         train(model, [edit])
-    assert [held[0].prompt for held in kl._earlier.edits] == ["w40 w41", "w17"]
+    assert [held[0].prompt for held in kl._held.earlier.edits] == ["w40 w41", "w17"]
 
 
 def test_what_cannot_be_kept_is_refused(make, words):
@@ -211,10 +211,10 @@ def test_a_run_that_failed_has_forgotten_nothing(make, words):
     run(model, words, kl, [SECOND])
     with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[THIRD]) as edit:
         edit.before_step()
-        assert [held.prompt for held, *_ in kl._earlier.beside] == [SECOND.prompt]
+        assert [held.prompt for held, *_ in kl._held.earlier.beside] == [SECOND.prompt]
         edit.run.close()  # as an exception does
     run(model, words, kl, [Edit("w14", "w16")])
-    assert [held for held, *_ in kl._earlier.beside] == [FIRST, SECOND]
+    assert [held for held, *_ in kl._held.earlier.beside] == [FIRST, SECOND]
 
 
 def test_edits_are_held_to_the_model_before_a_run_also_where_that_run_is_resumed(make, words, tmp_path):
@@ -229,7 +229,7 @@ def test_edits_are_held_to_the_model_before_a_run_also_where_that_run_is_resumed
         run(model, words, kl, [FIRST])
         callbacks = [kl, ParameterScope(1), EditMetrics(edits[1], every_n_steps=0, show=False)]
         HOSTS["Trainer"](model, words, edits[1], callbacks, 4, **saving, resume=resume)
-        (_, _, answers), *_ = kl._earlier.edits
+        (_, _, answers), *_ = kl._held.earlier.edits
         held.append(answers)
     assert torch.equal(*held)
 
@@ -243,7 +243,7 @@ def test_the_worlds_texts_stay_but_for_those_about_later_edits():
     held = []
     for edit in edits[:3]:
         run(model, tokenizer, kl, [edit])
-        held.append({tokenizer.decode(kl._held.rows[i]) for i in kl._held._allowed})
+        held.append({tokenizer.decode(kl._held.texts.rows[i]) for i in kl._held.texts._allowed})
     allowed = set(world.unaffected(world.locality_texts(exclude=edits[:1]), edits[:3]))
     assert len(held[0]) > 1000
     assert held[0] > held[1] > held[2]

@@ -77,7 +77,7 @@ def test_above_the_limit_they_are_mapped_and_the_same(make, words, tmp_path):
     instance = KLLocality(TEXTS, store=str(tmp_path), memory_limit="1KB")
     with editing(copy.deepcopy(model), [instance, ParameterScope(1)], tokenizer=words) as edit:
         edit.before_step()
-        assert instance._held.answers.mapped
+        assert instance._held.texts.answers.mapped
     with pytest.raises(
         EditError, match="answers before the edit take 1536 bytes and memory_limit allows 1000; give store="
     ):
