@@ -62,8 +62,9 @@ class KLLocality(EditCallback):
         weight: factor of the penalty beside the host's loss: by default 20 with texts (the mean runs over every token
             of them, of which an edit moves few; chosen on two small models, recipes/README.md) and 1 with "batch".
         direction: "forward", "reverse" or "jsd".
-        batch_size: texts for each optimizer step, drawn in shuffled rounds; the same on every process. More of them
-            hold better and cost as much as so many edits: 64 short ones in ``recipes/kedit_default.yaml``.
+        batch_size: texts for each optimizer step, at most all of them, drawn in shuffled rounds; the same on every
+            process. More of them hold better and cost as much as so many edits: 64 short ones in
+            ``recipes/kedit_default.yaml``.
         max_length: tokens a text; longer ones are cut into several, none is cut off.
         tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
         seed: of the shuffling.
@@ -81,6 +82,10 @@ class KLLocality(EditCallback):
         sequential: later runs of this instance on the same model keep the answers of the first, on the texts that do
             not hold what they are scored on, and hold the edits of the runs before, each as prompt and target without
             any template; an edit of the same prompt supersedes the earlier one.
+        nearest: hold no more than so many texts for each edit, those nearest to it
+            (:func:`~kedit_train.data.nearest.nearest_texts`). For a few edits and many texts: what they change
+            elsewhere is their neighbours, which a random text is not. It needs to know the edits, and is not for a
+            sequence, whose texts are those of its first run.
     """
 
     order = 30
@@ -100,6 +105,7 @@ class KLLocality(EditCallback):
         teacher: Any = None,
         top_k: int = 256,
         sequential: bool = False,
+        nearest: int | None = None,
     ) -> None:
         for name, value, good in (
             ("weight", weight, weight is None or weight >= 0.0),
@@ -108,11 +114,12 @@ class KLLocality(EditCallback):
             ("max_length", max_length, max_length > 0),
             ("store_dtype", store_dtype, store_dtype in (None, "float32", "bfloat16", "float16")),
             ("top_k", top_k, top_k > 0),
+            ("nearest", nearest, nearest is None or nearest > 0),
         ):
             if not good:
                 bounds = "weight >= 0, direction forward|reverse|jsd, batch_size and max_length > 0"
-                if name in ("store_dtype", "top_k"):
-                    bounds = "store_dtype float32|bfloat16|float16 or None, top_k > 0"
+                if name in ("store_dtype", "top_k", "nearest"):
+                    bounds = "store_dtype float32|bfloat16|float16 or None, top_k > 0, nearest > 0 or None"
                 raise EditError(f"KLLocality: {name}={value!r} is out of bounds ({bounds})")
         if store == "":
             raise EditError("KLLocality: store='' names no folder; give one, or None to keep the answers for this run")
@@ -123,7 +130,7 @@ class KLLocality(EditCallback):
         self.store = None if store is None else Path(store)
         self.dtype: torch.dtype | None = None if store_dtype is None else getattr(torch, store_dtype)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "KLLocality: memory_limit")
-        self.teacher, self.top_k, self.sequential = teacher, top_k, sequential
+        self.teacher, self.top_k, self.sequential, self.nearest = teacher, top_k, sequential, nearest
         self.anchors = isinstance(self.texts, str) and self.texts == "batch"
         self.weight = weight if weight is not None else ON_BATCH if self.anchors else ON_TEXTS
         self.penalises = not self.anchors
@@ -136,6 +143,11 @@ class KLLocality(EditCallback):
                 f"KLLocality: sequential=True keeps the unedited model's answers on texts over several runs, and "
                 f"{other} has none of them; leave one out"
             )
+        if sequential and nearest is not None:
+            raise EditError(
+                "KLLocality: nearest chooses texts by the edits of one run, and sequential=True keeps the texts of the "
+                "first; leave one out"
+            )
         if sequential and batch_size < 2:
             raise EditError(
                 "KLLocality: sequential=True holds texts and earlier edits in one batch; give batch_size=2 or more"
@@ -145,7 +157,7 @@ class KLLocality(EditCallback):
                 "KLLocality: texts='batch' anchors on the unedited model; give texts where teacher is given"
             )
         unused = {"batch_size": batch_size != 8, "max_length": max_length != 256, "seed": seed != 0}
-        unused["tokenizer"] = tokenizer is not None
+        unused |= {"tokenizer": tokenizer is not None, "nearest": nearest is not None}
         if self.anchors and any(unused.values()):
             names = ", ".join(name for name, given in unused.items() if given)
             raise EditError(
@@ -182,7 +194,9 @@ class KLLocality(EditCallback):
                 self._loss_head = LossHead(self._head, cross_entropy, reduction="token", shares=shares, observe=observe)
             return
         if self.sequential:
-            check_known(run, "KLLocality", "holds this run's edits in the next")
+            check_known(run, "KLLocality", "sequential=True holds this run's edits in the next")
+        if self.nearest is not None:
+            check_known(run, "KLLocality", f"nearest={self.nearest} chooses texts by their edits")
         held = self._held if self.sequential else None
         if held is not None and not goes_on(held.model, run, "KLLocality"):
             held = None
@@ -192,6 +206,7 @@ class KLLocality(EditCallback):
             needed_by="KLLocality",
             tokenizer=self.tokenizer,
             max_length=self.max_length,
+            nearest=self.nearest,
         )
         self._project_reference = run.reference_head()
         if self.sequential and self._project_reference is not None:

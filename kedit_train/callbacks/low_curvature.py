@@ -107,7 +107,7 @@ class LowCurvature(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            check_known(run, "LowCurvature", "takes this run's edits into the next one's curvature")
+            check_known(run, "LowCurvature", "sequential=True takes this run's edits into the next one's curvature")
         self._maps = linear_maps(run.model, run.scope, "LowCurvature")
         if adapters := [name for name in self._maps if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(

@@ -123,7 +123,7 @@ class NullSpace(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            check_known(run, "NullSpace", "preserves this run's edits in the next")
+            check_known(run, "NullSpace", "sequential=True preserves this run's edits in the next")
             if not goes_on(self._model, run, "NullSpace"):
                 self._earlier = []
         self._model = weakref.ref(run.model)

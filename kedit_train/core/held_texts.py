@@ -32,8 +32,8 @@ class HeldTexts:
         self._order = self._rounds(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:
-        """Numbers of ``n`` rows."""
-        return [next(self._order) for _ in range(n)]
+        """Numbers of ``n`` rows, or of all where there are fewer."""
+        return [next(self._order) for _ in range(min(n, len(self._allowed)))]
 
     def keep(self, rows: Iterable[Row]) -> int:
         """Draw none but these from now on, where they are held; how many are left."""

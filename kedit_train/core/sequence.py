@@ -30,9 +30,9 @@ def goes_on(model: weakref.ref[nn.Module] | None, run: EditRun, needed_by: str) 
 
 
 def check_known(run: EditRun, needed_by: str, what: str) -> None:
-    """Refuse a run of a sequence that does not know its edits."""
+    """Refuse a run that does not know its edits, which an argument needs."""
     if not run.edits:
         raise EditError(
-            f"{needed_by}: sequential=True {what}, and nothing says what they are; add EditMetrics(edits), or say "
+            f"{needed_by}: {what}, and nothing says what they are; add EditMetrics(edits), or say "
             "editing(edits=...) in a loop"
         )

@@ -15,23 +15,27 @@ from torch import Tensor
 from kedit_train.core.run import EditRun
 from kedit_train.data.augment import scored_prompts
 from kedit_train.data.edit import Edit
+from kedit_train.data.nearest import nearest_texts
 from kedit_train.data.tokenise import context_length, encode_edit
 from kedit_train.errors import EditError
 
 
-def load_texts(source: Any, *, edits: Sequence[Edit] = (), needed_by: str = "KLLocality") -> list[str]:
+def load_texts(
+    source: Any, *, edits: Sequence[Edit] = (), most: int | None = 1024, needed_by: str = "KLLocality"
+) -> list[str]:
     """Read texts.
 
     Args:
         source: a list of strings; a path to ``.txt`` (one text a line), ``.jsonl`` or ``.json`` (strings, or records
             with ``text``); a ``datasets.Dataset`` with a column ``text``; or "world", the embedded world's facts.
         edits: with "world", what those facts must not touch.
+        most: with "world", how many texts; None for all that there are.
         needed_by: the callback that errors name.
     """
     if source == "world":
         from kedit_train import world
 
-        return world.locality_texts(exclude=edits)
+        return world.locality_texts(exclude=edits, n=most)
     name = "texts"
     if isinstance(source, str | Path):
         name, source = str(source), _read(Path(source), needed_by)
@@ -115,6 +119,7 @@ def text_rows(
     samples: int | None = None,
     seed: int = 0,
     edits: Sequence[Edit] | None = None,
+    nearest: int | None = None,
 ) -> list[list[int]]:
     """Texts as windows of tokens, without those that hold what edits are scored on.
 
@@ -124,9 +129,13 @@ def text_rows(
         max_length: tokens a window, at most what the model can read.
         samples: the most texts to take, drawn by ``seed``; None takes all.
         edits: what is scored; by default the run's own edits.
+        nearest: how many texts for each edit, the nearest to it; None takes all.
     """
     edits = run.edits if edits is None else edits
-    found = without_probes(load_texts(texts, edits=edits, needed_by=needed_by), edits, needed_by=needed_by)
+    loaded = load_texts(texts, edits=edits, most=1024 if nearest is None else None, needed_by=needed_by)
+    found = without_probes(loaded, edits, needed_by=needed_by)
+    if nearest is not None:
+        found = nearest_texts(found, edits, nearest)
     if samples is not None and samples < len(found):
         found = random.Random(seed).sample(found, samples)
     return windows(run.tokenizer(needed_by, tokenizer), found, longest(run, max_length), needed_by=needed_by)

@@ -53,8 +53,8 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
     ]
 
 
-def locality_texts(exclude: Sequence[Edit], n: int = 1024, seed: int = 0) -> list[str]:
-    """``n`` documents that stay true after ``exclude``, for a KL term.
+def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0) -> list[str]:
+    """``n`` documents (None: as many as there are) that stay true after ``exclude``, for a KL term.
 
     Half state facts of other subjects in the very wordings of the edits' prompts, where an edit leaks first; a quarter
     state any facts in any trained wording, two-hop ones among them; a quarter is training prose. A fact that is
@@ -67,7 +67,6 @@ def locality_texts(exclude: Sequence[Edit], n: int = 1024, seed: int = 0) -> lis
     rng = Random(f"locality texts {seed}")
     involved = _involved(exclude)
     left = [fact for fact in facts.training_facts(world()) if fact.key not in involved]
-    near, told = round(n * NEAR_SHARE) if exclude else 0, round(n * PROSE_SHARE)
     wordings = {_prompts()[edit.prompt][1]: set() for edit in exclude}
     for edit in exclude:
         wordings[_prompts()[edit.prompt][1]].add(edit.prompt.replace(edit.subject or "", "{s}"))
@@ -78,6 +77,9 @@ def locality_texts(exclude: Sequence[Edit], n: int = 1024, seed: int = 0) -> lis
         for text in facts.documents(fact, sorted(wordings[fact.relation]))
     ]
     anything = [text for fact in left for text in facts.documents(fact, BY_NAME[fact.relation].trained)]
+    if n is None:
+        n = int(len({*close, *anything}) / (1 - PROSE_SHARE))
+    near, told = round(n * NEAR_SHARE) if exclude else 0, round(n * PROSE_SHARE)
     stated = shuffled(rng, close)[:near]
     taken = set(stated)
     stated += [text for text in shuffled(rng, anything) if text not in taken][: n - told - len(stated)]

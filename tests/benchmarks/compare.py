@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import HELD_OUT, RECIPES, SETTINGS, Method, Setting, load
+from methods import HELD_OUT, RECIPES, SETTINGS, USUAL_RATES, Method, Setting, load
 from paired import resident_peak
 from torch import nn
 
@@ -50,7 +50,8 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
     """One run: its scores, and what it cost."""
     model, tokenizer = load(setting.path)
     edits = setting.edits(count, draw)
-    own = recipe.load(name, *given)
+    usual = [f"--model.learning_rate={USUAL_RATES[name, mode]}"] if (name, mode) in USUAL_RATES else []
+    own = recipe.load(name, *usual, *given)
     train = Method(setting, model, tokenizer, name, own, edits, mode)
     spent = 0.0
 

@@ -35,12 +35,6 @@ RECIPES = (
 )  # fmt: skip
 
 
-def nearest(texts: Sequence[str], edit: Edit) -> list[str]:
-    """Those that give the edit's old answer first, whose own answers are the most in danger."""
-    old = (edit.old_target or "").rstrip(".")
-    return sorted(texts, key=lambda text: not old or old not in text)
-
-
 @dataclass(frozen=True)
 class Setting:
     """A model, edits by draw, and the texts that go with them."""
@@ -63,7 +57,8 @@ def load(path: Path) -> tuple[Any, Any]:
 
 def embedded() -> Setting:
     def texts(edits: Sequence[Edit]) -> list[str]:
-        return world.locality_texts(exclude=edits, n=1024)
+        # Beside one edit all that there is, among which the nearest are looked for.
+        return world.locality_texts(exclude=edits, n=1024 if len(edits) > 1 else None)
 
     def edits(n: int, draw: int) -> list[Edit]:
         return world.edits(n, seed=draw)
@@ -113,10 +108,14 @@ SETTINGS: dict[str, Callable[[], Setting]] = {"world": embedded, "factlm": factl
 
 
 # One edit at a time is learned at a fifth of the rate and with ten times the KL penalty: a batch's gradients partly
-# cancel, one edit's do not.
-ALONE, ALONE_KL, ALONE_TEXTS = 0.2, 10.0, 256
-# Of a batch of 100, where a recipe's own is for the 24 edits of its file.
-OF_A_HUNDRED = {"kedit_default": 3e-3}
+# cancel, one edit's do not. The penalty holds the texts nearest to it.
+ALONE, ALONE_KL, ALONE_TEXTS, NEAREST = 0.2, 10.0, 256, 24
+# The rates that a recipe says are for other numbers of edits than the 24 of its file.
+USUAL_RATES = {
+    ("kedit_default", "batch"): 3e-3,
+    ("kedit_default", "sequential"): 3e-3,
+    ("kedit_default", "single"): 1.5e-3,
+}
 
 
 class Method:
@@ -144,7 +143,7 @@ class Method:
         alone = mode in ("single", "sequential")
         # Their answers are taken anew for every edit that is trained alone, and once for a sequence.
         self.texts = setting.texts(scored)[: ALONE_TEXTS if mode == "single" else None]
-        self.lr = OF_A_HUNDRED.get(name, config.model.init_args.learning_rate) * (ALONE if alone else 1.0)
+        self.lr = config.model.init_args.learning_rate * (ALONE if alone else 1.0)
         data = config.data.init_args
         self.extra: Any = ()
         if data.prefixes or data.replay:
@@ -156,14 +155,14 @@ class Method:
                 model, tokenizer, scored, prefixes=data.prefixes, replay=prompts, replay_rows=rows, seed=0
             )
         self.adapter = config.model.init_args.lora
-        self.nearest: dict[str | None, list[str]] = {}
+        self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = list(recipe.callbacks(config))
         for callback in self.made:
             if isinstance(callback, KLLocality) and alone:
                 callback.weight *= ALONE_KL
             if isinstance(callback, KLLocality) and mode == "single":
-                # One batch of them for each edit: what a lone edit changes are its neighbours.
-                self.nearest = {e.id: nearest(setting.texts([e]), e)[: callback.batch_size] for e in scored}
+                callback.nearest = NEAREST
+                self.beside = {edit.id: setting.texts([edit]) for edit in scored}
             if hasattr(callback, "sequential"):
                 callback.sequential = mode == "sequential"
             if getattr(callback, "texts", None) == "world":
@@ -203,7 +202,7 @@ class Method:
                 continue
             if hasattr(callback, "edits"):
                 callback.edits = list(edits)
-            if isinstance(callback, KLLocality) and self.nearest:
-                callback.texts = self.nearest[edits[0].id]
+            if isinstance(callback, KLLocality) and callback.nearest:
+                callback.texts = self.beside[edits[0].id]
             kept.append(callback)
         return kept

@@ -157,7 +157,7 @@ def test_texts_are_drawn_in_shuffled_rounds_and_the_same_everywhere(make, words)
         kl = KLLocality(TEXTS, seed=seed)
         with editing(make(), [kl], tokenizer=words) as edit:
             edit.run.attach(kl)
-            return kl._held.texts.draw(15)
+            return [i for _ in range(3) for i in kl._held.texts.draw(5)]
 
     first = order(0)
     assert [sorted(first[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
@@ -245,3 +245,29 @@ def test_bounds(given):
         f"KLLocality: {name}={value!r} is out of bounds (weight >= 0, direction forward|reverse|jsd, batch_size and "
         "max_length > 0)"
     )
+
+
+def test_nearest_holds_the_texts_that_the_edits_endanger_and_no_other(make, words):
+    texts = [*TEXTS, "w8 w40", "w30 w2"]
+    kl = KLLocality(texts, nearest=2, batch_size=8)
+    edits = [Edit("w5 w2", "w3", subject="w5", old_target="w30")]
+    with editing(make(), [kl], tokenizer=words, edits=edits) as edit:
+        edit.run.attach(kl)
+        held = [words.decode(row) for row in kl._held.texts.rows]
+        assert sorted(held) == sorted(["w30 w2", TEXTS[2]])
+        # A batch takes each text once, however many it asks for.
+        assert sorted(kl._held.draw(8)[0]) == [0, 1]
+
+
+def test_nearest_needs_edits_and_is_not_for_a_sequence(make, words):
+    with (
+        pytest.raises(EditError, match=r"KLLocality: nearest=2 chooses texts by their edits, and nothing says"),
+        editing(make(), [KLLocality(TEXTS, nearest=2)], tokenizer=words) as edit,
+    ):
+        edit.before_step()
+    with pytest.raises(EditError, match=r"nearest chooses texts by the edits of one run"):
+        KLLocality(TEXTS, nearest=2, sequential=True)
+    with pytest.raises(EditError, match=r"nearest=0 is out of bounds"):
+        KLLocality(TEXTS, nearest=0)
+    with pytest.raises(EditError, match=r"does not read nearest"):
+        KLLocality("batch", nearest=2)
