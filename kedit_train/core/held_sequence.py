@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,7 +21,7 @@ from kedit_train.errors import EditError
 
 
 class HeldSequence:
-    """What a penalty holds, drawn in one batch: at most half of it earlier edits, the rest texts.
+    """What a penalty holds, drawn in one batch: for half of it earlier edits, where there are, else texts.
 
     Args:
         rows: of the texts.
@@ -33,6 +35,7 @@ class HeldSequence:
         self, rows: Sequence[Row], answers: Answers, *, seed: int, run: EditRun, head: nn.Module | None = None
     ) -> None:
         self.texts, self.earlier = HeldTexts(rows, answers), HeldEdits()
+        self._rows = hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
         self.model, self._seed, self._ended = weakref.ref(run.model), seed, 0
         self._head_then = "" if head is None else fingerprint(head)
         self._begin(0)
@@ -85,14 +88,19 @@ class HeldSequence:
 
     def state(self) -> dict[str, Any]:
         """How far the draws are, and of which run."""
-        return {"draws": self._draws, "run": self._run, "earlier": self._said()}
+        return {"draws": self._draws, "run": self._run, "earlier": self._said(), "texts": self._rows}
 
     def load_state(self, state: dict[str, Any], n: int) -> None:
         """Draw on from there, ``n`` at a time.
 
         Raises:
-            EditError: the state is of a run whose earlier runs were not seen.
+            EditError: the state is of a run that held other texts, or whose earlier runs were not seen.
         """
+        if state["texts"] != self._rows:
+            raise EditError(
+                "KLLocality: the checkpoint is of a run that held other texts, or cut or chose them otherwise; resume "
+                "with the same texts, max_length and nearest, or begin anew"
+            )
         if state["earlier"] != self._said() or (state["run"] and not self._ended):
             raise EditError(
                 "KLLocality: the checkpoint is of a later run of a sequence (sequential=True), whose earlier runs this "

@@ -72,12 +72,12 @@ class _Phrases:
     def __init__(self, phrases: Iterable[str], words: bool = False) -> None:
         self.words = words
         self.by_key: dict[str, set[str]] = defaultdict(set)
-        for phrase in map(_plain, phrases):
+        for phrase in map(plain, phrases):
             self.by_key[phrase[: self.KEY]].add(phrase)
         self.lengths = sorted({len(key) for key in self.by_key})
 
     def any_in(self, text: str) -> bool:
-        text = _plain(text)
+        text = plain(text)
         return any(
             text.startswith(phrase, at) and (not self.words or _whole(text, at, at + len(phrase)))
             for length in self.lengths
@@ -86,8 +86,17 @@ class _Phrases:
         )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+    """Without regard to case and the width of white space."""
     return " ".join(text.casefold().split())
+
+
+def says(text: str, phrase: str) -> bool:
+    """Whether ``phrase`` is in ``text`` as whole words; both are ``plain``."""
+    at = text.find(phrase)
+    while at >= 0 and not _whole(text, at, at + len(phrase)):
+        at = text.find(phrase, at + 1)
+    return at >= 0
 
 
 def _whole(text: str, start: int, end: int) -> bool:

@@ -69,7 +69,8 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
     left = [fact for fact in facts.training_facts(world()) if fact.key not in involved]
     wordings = {_prompts()[edit.prompt][1]: set() for edit in exclude}
     for edit in exclude:
-        wordings[_prompts()[edit.prompt][1]].add(edit.prompt.replace(edit.subject or "", "{s}"))
+        subject, relation = _prompts()[edit.prompt]
+        wordings[relation].add(edit.prompt.replace(subject, "{s}"))
     close = [
         text
         for fact in left
@@ -119,7 +120,7 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     subjects = {edit.subject for edit in exclude}
     own: dict[str, list[str]] = {}
     for edit in exclude:
-        wording = edit.prompt.replace(edit.subject or "", "{s}")
+        wording = edit.prompt.replace(_prompts()[edit.prompt][0], "{s}")
         own.setdefault(_prompts()[edit.prompt][1], []).append(wording)
     left = [fact for fact in facts.training_facts(world()) if fact.key not in involved and fact.subject not in subjects]
     prompts = []

@@ -255,7 +255,7 @@ def test_nearest_holds_the_texts_that_the_edits_endanger_and_no_other(make, word
         edit.run.attach(kl)
         held = [words.decode(row) for row in kl._held.texts.rows]
         assert sorted(held) == sorted(["w30 w2", TEXTS[2]])
-        # A batch takes each text once, however many it asks for.
+        # Where a batch asks for more than there are, it takes each text once.
         assert sorted(kl._held.draw(8)[0]) == [0, 1]
 
 
@@ -267,7 +267,25 @@ def test_nearest_needs_edits_and_is_not_for_a_sequence(make, words):
         edit.before_step()
     with pytest.raises(EditError, match=r"nearest chooses texts by the edits of one run"):
         KLLocality(TEXTS, nearest=2, sequential=True)
-    with pytest.raises(EditError, match=r"nearest=0 is out of bounds"):
+    with pytest.raises(EditError, match=r"nearest=0 is no number of texts"):
         KLLocality(TEXTS, nearest=0)
+    with pytest.raises(EditError, match=r"nearest=2\.5 is no number of texts"):
+        KLLocality(TEXTS, nearest=2.5)
     with pytest.raises(EditError, match=r"does not read nearest"):
         KLLocality("batch", nearest=2)
+    assert "nearest=2" in repr(KLLocality(TEXTS, nearest=2))
+
+
+def test_a_checkpoint_of_a_run_that_held_other_texts_is_refused(make, words):
+    edits = [Edit("w5 w2", "w3", old_target="w30")]
+    states = []
+    for nearest in (2, 2, 3):
+        kl = KLLocality(TEXTS, nearest=nearest)
+        with editing(make(), [kl], tokenizer=words, edits=edits) as edit:
+            edit.run.attach(kl)
+            if states and nearest == 3:
+                with pytest.raises(EditError, match="held other texts"):
+                    kl.load_state(states[0])
+            elif states:
+                kl.load_state(states[0])
+            states.append(kl.state())

@@ -30,7 +30,7 @@ def test_the_old_answer_comes_first_then_words_of_the_prompt_but_not_of_its_subj
 
 
 def test_several_edits_give_the_union_in_the_order_given():
-    other = Edit("Water is", "dry", subject="Water", old_target="wet")
+    other = Edit("Ice is", "dry", subject="Ice", old_target="wet")
     texts = ORDER[::-1]
     assert nearest_texts(texts, [EDIT, other], 1) == ["Water is wet", "Bo Roe was born in ROME"]
     assert nearest_texts(texts, [EDIT, other], 100) == texts
@@ -38,7 +38,31 @@ def test_several_edits_give_the_union_in_the_order_given():
 
 
 def test_without_old_answer_and_subject_words_decide():
-    assert nearest_texts(["a b", "c d", "a c"], [Edit("c d e", "f")], 2) == ["c d", "a c"]
+    texts = ["a tall nice dog", "The capital of Spain is Madrid", "x y z a f p c t i s", "Spain is far"]
+    for subject in (None, "", "France"):
+        edit = Edit("The capital of France is", "Rome", subject=subject)
+        assert nearest_texts(texts, [edit], 1) == texts[1:2]
+        assert nearest_texts(texts, [edit], 2) == [texts[1], texts[3]]
+
+
+def test_what_the_edit_changes_is_never_held_whoever_it_is_near_to():
+    texts = ["France's  capital city is PARIS", "Bob was born in Rome", "Lyon is in France", "Paris has a river"]
+    edit = Edit("The capital of France is", "Rome", subject="France", old_target="Paris.")
+    other = Edit("Where is Paris? In", "Rome", subject="Paris", old_target="France")
+    for edits in ([edit], [edit, other], [other]):
+        assert nearest_texts(texts, edits, 10) == texts[1:]
+
+
+def test_old_answers_are_whole_words_and_copies_count_once():
+    texts = ["The price is right", "Born at sea", "Born at sea", "There is ice", "Born on land"]
+    assert nearest_texts(texts, [Edit("Water, born as", "fire", old_target="ice")], 1) == ["There is ice"]
+    assert nearest_texts(texts, [Edit("born at", "x")], 2) == ["Born at sea", "Born on land"]
+
+
+def test_scripts_without_spaces_are_compared_by_pairs_of_characters():
+    texts = ["猫は動物です", "東京の首都は日本", "ロンドンの市長はサディク", "ベルリンの市長はカイ"]
+    assert nearest_texts(texts, [Edit("パリの市長は", "ボブ", subject="パリ")], 2) == texts[2:]
+    assert nearest_texts(texts, [Edit("パリは", "ボブ", old_target="日本")], 1) == texts[1:2]
 
 
 def test_of_the_world_they_are_about_others_with_the_old_object():

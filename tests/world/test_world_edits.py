@@ -135,3 +135,8 @@ def test_texts_stay_unaffected_by_later_edits_that_do_not_touch_them() -> None:
     gone = set(texts) - set(kept)
     assert 0 < len(gone) < 100
     assert {text for text in texts if any(prompt in text for prompt in asked)} <= gone
+
+
+def test_an_edit_without_its_subject_is_known_by_its_prompt(made):
+    bare = [dataclasses.replace(edit, subject=None) for edit in made]
+    assert world.locality_texts(bare, 128) == world.locality_texts(made, 128)
