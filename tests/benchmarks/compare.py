@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import HELD_OUT, RECIPES, SETTINGS, USUAL_RATES, Method, Setting, load
+from methods import HELD_OUT, RECIPES, SETTINGS, Method, Setting, load, usual
 from paired import resident_peak
 from torch import nn
 
@@ -50,8 +50,7 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
     """One run: its scores, and what it cost."""
     model, tokenizer = load(setting.path)
     edits = setting.edits(count, draw)
-    usual = [f"--model.learning_rate={USUAL_RATES[name, mode]}"] if (name, mode) in USUAL_RATES else []
-    own = recipe.load(name, *usual, *given)
+    own = recipe.load(name, *usual(name, mode), *given)
     train = Method(setting, model, tokenizer, name, own, edits, mode)
     spent = 0.0
 

@@ -118,6 +118,11 @@ USUAL_RATES = {
 }
 
 
+def usual(name: str, mode: str) -> list[str]:
+    """What to say to ``recipe.load`` for this mode."""
+    return [f"--model.learning_rate={USUAL_RATES[name, mode]}"] if (name, mode) in USUAL_RATES else []
+
+
 class Method:
     """``train(model, edits)`` as a recipe does it.
 
