@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import weakref
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.held_texts import HeldEdits, HeldTexts, Row
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
+from kedit_train.core.texts import hash_rows
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
@@ -35,7 +34,6 @@ class HeldSequence:
         self, rows: Sequence[Row], answers: Answers, *, seed: int, run: EditRun, head: nn.Module | None = None
     ) -> None:
         self.texts, self.earlier = HeldTexts(rows, answers), HeldEdits()
-        self._rows = hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
         self.model, self._seed, self._ended = weakref.ref(run.model), seed, 0
         self._head_then = "" if head is None else fingerprint(head)
         self._begin(0)
@@ -88,7 +86,7 @@ class HeldSequence:
 
     def state(self) -> dict[str, Any]:
         """How far the draws are, and of which run."""
-        return {"draws": self._draws, "run": self._run, "earlier": self._said(), "texts": self._rows}
+        return {"draws": self._draws, "run": self._run, "earlier": self._said(), "texts": hash_rows(self.texts.rows)}
 
     def load_state(self, state: dict[str, Any], n: int) -> None:
         """Draw on from there, ``n`` at a time.
@@ -96,7 +94,7 @@ class HeldSequence:
         Raises:
             EditError: the state is of a run that held other texts, or whose earlier runs were not seen.
         """
-        if state["texts"] != self._rows:
+        if state["texts"] != hash_rows(self.texts.rows):
             raise EditError(
                 "KLLocality: the checkpoint is of a run that held other texts, or cut or chose them otherwise; resume "
                 "with the same texts, max_length and nearest, or begin anew"

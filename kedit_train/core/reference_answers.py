@@ -22,7 +22,7 @@ from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.output_head import OutputHead, evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.core.teacher import head_of, open_teacher
-from kedit_train.core.texts import pad
+from kedit_train.core.texts import hash_rows, pad
 from kedit_train.errors import EditError
 from kedit_train.functional.buckets import top_log_probs
 from kedit_train.functional.chunking import chunk_length
@@ -152,8 +152,7 @@ def _stored(
         answers = collect(batches(), lengths, memory_limit=memory_limit)
         assert answers is not None
         return answers, False
-    texts = hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
-    name = json.dumps({**key(), "texts": texts}, sort_keys=True)
+    name = json.dumps({**key(), "texts": hash_rows(rows)}, sort_keys=True)
     path = store / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
     # Every process computes (sharded models need them all); one on each machine writes.
     writes = os.environ.get("LOCAL_RANK", "0") == "0"

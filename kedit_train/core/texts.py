@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import warnings
@@ -139,6 +140,11 @@ def text_rows(
     if samples is not None and samples < len(found):
         found = random.Random(seed).sample(found, samples)
     return windows(run.tokenizer(needed_by, tokenizer), found, longest(run, max_length), needed_by=needed_by)
+
+
+def hash_rows(rows: Sequence[Sequence[int]]) -> str:
+    """SHA-256, hex, of rows of tokens in their order."""
+    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
 
 
 def edit_rows(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_length: int) -> list[list[int]]:
