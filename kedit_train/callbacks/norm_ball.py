@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.centres import Centres
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.balls import distance_squared, linf_bounds, norm_squared, shrink, shrink_factor
@@ -74,31 +74,18 @@ class NormBall(EditCallback):
         self.radius, self.norm, self.per, self.anchor = radius, norm, per, anchor
         self.fraction = fraction
         self._radii: dict[str, float] = {}
-        self._centres: dict[str, Tensor] = {}
+        self._centres = Centres(anchor, "NormBall")
         self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
-        self._reference: Mapping[str, Tensor] = {}
-        self._model: Any = None
 
     def attach(self, run: EditRun) -> None:
-        self._bounds, self._radii, self._reference = {}, {}, {}
-        same_model = self._model is not None and self._model() is run.model
-        if self.anchor == "previous" or not same_model:
-            self._centres = {}
-        self._model = weakref.ref(run.model)
-        known = sorted(self._centres.keys() & run.scope.keys())
+        self._bounds, self._radii = {}, {}
+        known = self._centres.begin(run)
         self._find_radii(known)
         for name in known:
             self._check_within(name, run.reference[name], run.scope[name].dtype)
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # Not before the first step: other callbacks may settle what the reference is when they are attached.
-        for name, weight in weights.items():
-            centre = self._centres.setdefault(name, reference[name])
-            if isinstance(weight, DTensor) and not isinstance(centre, DTensor):
-                self._centres[name] = distribute_tensor(centre, weight.device_mesh, weight.placements)
-            elif centre.device != weight.device:
-                self._centres[name] = centre.to(weight.device)
-        self._reference = reference
+        self._centres.follow(weights, reference)
         if self._radii.keys() != weights.keys():
             self._find_radii(weights)
         if self.norm == "linf":
@@ -136,18 +123,15 @@ class NormBall(EditCallback):
         return {"edit/drift/ball": furthest, "edit/drift/at_bound": at_bound / entries}
 
     def state(self) -> dict[str, Any]:
-        # Only of an earlier run: the reference of this one is in the checkpoint.
-        earlier = {n: centre for n, centre in self._centres.items() if centre is not self._reference.get(n)}
-        return {"centres": {n: c.full_tensor() if isinstance(c, DTensor) else c for n, c in earlier.items()}}
+        return {"centres": self._centres.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._centres |= state["centres"]
+        self._centres.load_state(state["centres"])
         self._radii = {}
 
     def detach(self, run: EditRun) -> None:
-        self._bounds, self._radii, self._reference = {}, {}, {}
-        if self.anchor == "previous":
-            self._centres = {}
+        self._bounds, self._radii = {}, {}
+        self._centres.end()
 
     def _find_radii(self, names: Iterable[str]) -> None:
         """The radius of each tensor (of "scope" the same for all), in the weights' units."""
@@ -197,8 +181,6 @@ class NormBall(EditCallback):
 
     def _check_within(self, name: str, start: Tensor, dtype: torch.dtype) -> None:
         centre, radius = self._centres[name], self._radii[name]
-        if start.shape != centre.shape:
-            raise EditError(f"NormBall: {name} has another shape than when this callback first met the model")
         apart = (_local(start).double() - _local(centre).double()).abs()
         # Saving in half precision rounds what was within.
         slack = torch.finfo(dtype).eps * _local(centre).double().abs()

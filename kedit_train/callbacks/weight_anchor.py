@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.centres import Anchor, Centres
 from kedit_train.core.fisher import contexts, diagonal_fisher
 from kedit_train.core.run import EditRun
 from kedit_train.core.sharding import whole
@@ -40,6 +41,10 @@ class WeightAnchor(EditCallback):
         texts: for "ewc", as in ``KLLocality``; those with a prompt that the edits are scored on are left out.
         decoupled: of "l2sp": None or true pulls after the step, false adds the penalty to the loss. "ewc" is always in
             the loss, to be weighed against it (plain SGD diverges where ``lr * strength * F`` exceeds 2).
+        anchor: of runs that follow one another on the same model: "base" pulls towards the weights that this instance
+            first met (and, of "ewc", by how much those mattered), so that what earlier runs moved needlessly goes as
+            well; what they have learned goes with it, unless something holds it (``KLLocality(sequential=True)``).
+            "previous" pulls towards the weights at the beginning of each run. Another model starts anew.
         samples: windows of the texts to take F from, drawn with ``seed``; None takes all. Each costs a backward pass.
         max_length: tokens a window.
         tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
@@ -60,6 +65,7 @@ class WeightAnchor(EditCallback):
         strength: float | None = None,
         texts: Any = None,
         decoupled: bool | None = None,
+        anchor: Anchor = "base",
         samples: int | None = 256,
         max_length: int = 256,
         tokenizer: Any = None,
@@ -68,11 +74,12 @@ class WeightAnchor(EditCallback):
         for name, value, good in (
             ("kind", kind, kind in ("l2sp", "ewc")),
             ("strength", strength, strength is None or 0.0 <= strength < float("inf")),
+            ("anchor", anchor, anchor in ("base", "previous")),
             ("samples", samples, samples is None or samples > 0),
             ("max_length", max_length, max_length > 1),
         ):
             if not good:
-                bounds = "kind l2sp|ewc, strength >= 0, samples > 0, max_length > 1"
+                bounds = "kind l2sp|ewc, strength >= 0, anchor base|previous, samples > 0, max_length > 1"
                 raise EditError(f"WeightAnchor: {name}={value!r} is out of bounds ({bounds})")
         if (texts is None) == (kind == "ewc"):
             given = "needs texts=" if texts is None else "does not read texts="
@@ -87,6 +94,7 @@ class WeightAnchor(EditCallback):
         self.penalises = not self.decoupled
         self.samples, self.max_length, self.tokenizer, self.seed = samples, max_length, tokenizer, seed
         self._anchored: EditRun | None = None
+        self._centres = Centres(anchor, "WeightAnchor")
         self._fisher: dict[str, Tensor] = {}
 
     def prepare(self, run: EditRun) -> None:
@@ -102,14 +110,16 @@ class WeightAnchor(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         self._anchored = run
-        if self.kind == "ewc":
+        known = self._centres.begin(run)
+        if self.kind == "ewc" and not (known and self._fisher.keys() >= run.scope.keys()):
             texts = text_rows(
                 run, self.texts, needed_by="WeightAnchor", tokenizer=self.tokenizer, max_length=self.max_length
             )
             rows = contexts(texts, "WeightAnchor")
             if self.samples is not None and self.samples < len(rows):
                 rows = random.Random(self.seed).sample(rows, self.samples)
-            self._fisher = diagonal_fisher(run, rows, needed_by="WeightAnchor", seed=self.seed)
+            kept = {name: self._fisher[name] for name in known if name in self._fisher}
+            self._fisher = diagonal_fisher(run, rows, needed_by="WeightAnchor", seed=self.seed) | kept
 
     def penalty(self, run: EditRun) -> Tensor | None:
         return None if self.decoupled else self._distance(run)
@@ -118,6 +128,7 @@ class WeightAnchor(EditCallback):
         if not self.decoupled or self._anchored is None:
             return weights
         pulled = dict(weights)
+        self._centres.follow(weights, reference)
         # What had no gradient was not stepped, so it is not pulled either; nor is what another optimizer steps.
         for name, rate in self._anchored.steps.learning_rates.items():
             if rate is None:
@@ -131,7 +142,7 @@ class WeightAnchor(EditCallback):
                     "beyond its anchor; lower one of them"
                 )
             weight = _wide(weights[name])
-            step = rate * self.strength * (weight - _wide(reference[name]))
+            step = rate * self.strength * (weight - _wide(self._centres[name]))
             pulled[name] = (weight - step).to(weights[name].dtype)
         return pulled
 
@@ -140,19 +151,38 @@ class WeightAnchor(EditCallback):
         """The penalty at the weights as they are, decoupled or not."""
         return {"edit/drift/anchor": float(self._distance(run))} if self._anchored is run else {}
 
+    def state(self) -> dict[str, Any]:
+        centres = self._centres.state()
+        # Taken of the weights before an earlier run, which a new process does not have.
+        fisher = {name: fisher for name, fisher in self._fisher.items() if name in centres}
+        return {"centres": centres, "fisher": fisher}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._centres.load_state(state["centres"])
+        self._fisher |= state["fisher"]
+
     def detach(self, run: EditRun) -> None:
-        self._anchored, self._fisher = None, {}
+        self._anchored = None
+        self._centres.end()
+        if not self._centres:
+            self._fisher = {}
 
     def _distance(self, run: EditRun) -> Tensor:
+        self._centres.follow(run.scope, run.reference)
         terms = []
         for name, parameter in run.scope.items():
-            square = (_wide(parameter) - _wide(run.reference[name])).square()
-            terms.append(whole((self._fisher[name] * square).sum() if self.kind == "ewc" else square.sum()))
+            square = (_wide(parameter) - _wide(self._centres[name])).square()
+            terms.append(
+                whole((self._fisher[name].to(square.device) * square).sum() if self.kind == "ewc" else square.sum())
+            )
         # Layers may lie on several devices.
         return 0.5 * self.strength * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def __repr__(self) -> str:
-        return f"WeightAnchor(kind={self.kind!r}, strength={self.strength}, decoupled={self.decoupled})"
+        return (
+            f"WeightAnchor(kind={self.kind!r}, strength={self.strength}, decoupled={self.decoupled}, "
+            f"anchor={self._centres.anchor!r})"
+        )
 
 
 def _wide(tensor: Tensor) -> Tensor:
