@@ -16,7 +16,7 @@ from torch import nn
 
 from kedit_train import EditDataset, world
 from kedit_train.augmentation import augmentation
-from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, SaveDelta
+from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, SaveDelta, WeightAnchor
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.data.augment import scored_prompts
@@ -162,6 +162,9 @@ class Method:
         self.adapter = config.model.init_args.lora
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = list(recipe.callbacks(config))
+        if (name, mode) == ("kedit_default", "sequential"):
+            # In a sequence it is recipes/one_by_one.py.
+            self.made.append(WeightAnchor())
         for callback in self.made:
             if isinstance(callback, KLLocality) and alone:
                 callback.weight *= ALONE_KL

@@ -102,7 +102,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--write", action="store_true", help="write the lines instead of checking them")
     options = parser.parse_args()
-    every = [p.name for p in sorted(RECIPES.glob("*.yaml"))] + ["lora_sft.py"] if options.write else runnable()
+    every = (
+        [p.name for p in sorted(RECIPES.glob("*.yaml"))] + ["lora_sft.py", "one_by_one.py"]
+        if options.write
+        else runnable()
+    )
     names = [name for name in every if not options.only or Path(name).stem in options.only]
     if unknown := set(options.only or ()) - {Path(name).stem for name in every}:
         raise SystemExit(f"--only {min(unknown)}: no such recipe; they are {' '.join(Path(n).stem for n in every)}")

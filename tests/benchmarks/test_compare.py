@@ -15,9 +15,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(HERE.parents[1] / "recipes"))
     monkeypatch.syspath_prepend(str(HERE))
     yield importlib.import_module
-    for name in ("methods", "compare_report", "recipes_check", "paired"):
+    for name in ("methods", "compare_report", "recipes_check", "paired", "one_by_one"):
         sys.modules.pop(name, None)
 
 
@@ -113,6 +114,13 @@ def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
                 assert held == setting.texts(edits)
             assert made["KLLocality"].sequential == (mode == "sequential")
             assert made["KLLocality"].weight == (20.0 if mode == "batch" else 200.0)
+            if mode == "sequential":
+                named = module("one_by_one")
+                own_script = {repr(each) for each in (*named.learning(), *named.constraints("world"))}
+                assert {repr(each) for each in made.values()} == own_script
+                assert method.lr == pytest.approx(named.arguments([]).lr)
+            else:
+                assert "WeightAnchor" not in made
         if name == "masked_fisher":
             assert made["GradientMask"].edits == own
 

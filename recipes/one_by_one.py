@@ -1,0 +1,80 @@
+"""Edits that come one after the other, each trained alone by the same process as soon as it is there.
+
+    python recipes/one_by_one.py
+    python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt --lr 5e-5
+    python recipes/one_by_one.py --plain          the same runs without what must stay: they forget
+
+Expected: EXPECT
+
+What each run holds is the model before the first edit and the edits since (``KLLocality(sequential=True)``); what it
+moved needlessly is pulled back (``WeightAnchor``, towards the weights before the first edit). Where edits can be
+trained together, that is better: kedit_default.yaml, and sequential.yaml for those of a day.
+
+Result: the curve over the edits in the terminal and as retention.png, and in the output folder report.json and
+edit.safetensors, which `kedit apply` adds to the base model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+
+from kedit_train import EditDelta
+from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, StopWhenEdited, TokenSmoothing, WeightAnchor
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError
+from kedit_train.modes import TrainLoop, run_edits
+from kedit_train.pretrained import WORLD, load_model
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Edits one after the other, each trained alone.")
+    parser.add_argument("--model", default=WORLD, help="a hub name, a folder, or 'world'")
+    parser.add_argument("--edits", default=WORLD, help="a file of edits in the order in which they come, or 'world'")
+    parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
+    parser.add_argument("--output_dir", default="runs/one_by_one")
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--limit", type=int, help="how many edits; 24 of the world")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plain", action="store_true", help="without what must stay")
+    return parser.parse_args(given)
+
+
+def learning() -> list[EditCallback]:
+    """As kedit_default.yaml learns."""
+    return [
+        ParameterScope("0.3-1.0", "mlp.down_proj"),
+        TokenSmoothing(lam=1.0, epsilon=0.0, reduction="sample"),
+        StopWhenEdited(reliability=None, loss=0.005),
+    ]
+
+
+def constraints(texts: str) -> list[EditCallback]:
+    """What must stay. The instances live on from edit to edit, and so do their memories."""
+    # Ten times the penalty of a batch: one edit's gradients do not cancel, and half of the rows are earlier edits.
+    return [KLLocality(texts=texts, weight=200.0, batch_size=64, sequential=True), WeightAnchor()]
+
+
+def main() -> None:
+    given = arguments()
+    if given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
+        raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
+    limit = 24 if given.limit is None and given.edits == WORLD else given.limit
+    edits = EditDataset.load(given.edits, limit=limit)
+    model, tokenizer = load_model(given.model)
+    base = copy.deepcopy(model)
+    callbacks = [*learning(), *([] if given.plain else constraints(given.texts or WORLD))]
+    loop = TrainLoop(tokenizer, callbacks, epochs=40, lr=given.lr, stop_loss=0.0)
+    result = run_edits(model, tokenizer, edits, "sequential", train=loop, seed=given.seed)
+    print(result.markdown())
+    result.save(f"{given.output_dir}/retention.png")
+    result.report.save(f"{given.output_dir}/report.json")
+    EditDelta.between(base, model, edits=edits).save(f"{given.output_dir}/edit.safetensors")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except EditError as error:
+        sys.exit(f"error: {error}")
