@@ -137,6 +137,11 @@ def text_rows(
     found = without_probes(loaded, edits, needed_by=needed_by)
     if nearest is not None:
         found = nearest_texts(found, edits, nearest)
+        if not found:
+            raise EditError(
+                f"{needed_by}: every text states what an edit changes (its subject with its old answer), so none can "
+                "be held; give other texts"
+            )
     if samples is not None and samples < len(found):
         found = random.Random(seed).sample(found, samples)
     return windows(run.tokenizer(needed_by, tokenizer), found, longest(run, max_length), needed_by=needed_by)
