@@ -53,7 +53,7 @@ def learning() -> list[EditCallback]:
 def constraints(texts: str) -> list[EditCallback]:
     """What must stay. The instances live on from edit to edit, and so do their memories."""
     # Ten times the penalty of a batch: one edit's gradients do not cancel, and half of the rows are earlier edits.
-    return [KLLocality(texts=texts, weight=200.0, batch_size=64, sequential=True), WeightAnchor()]
+    return [KLLocality(texts=texts, weight=200.0, batch_size=32, sequential=True), WeightAnchor()]
 
 
 def main() -> None:

@@ -108,8 +108,8 @@ SETTINGS: dict[str, Callable[[], Setting]] = {"world": embedded, "factlm": factl
 
 
 # One edit at a time is learned at a fifth of the rate and with ten times the KL penalty: a batch's gradients partly
-# cancel, one edit's do not. The penalty holds the texts nearest to it.
-ALONE, ALONE_KL, ALONE_TEXTS, NEAREST = 0.2, 10.0, 256, 24
+# cancel, one edit's do not. The penalty holds the texts nearest to it. In a sequence kedit_default is one_by_one.py.
+ALONE, ALONE_KL, ALONE_TEXTS, NEAREST, SEQUENCE_TEXTS = 0.2, 10.0, 256, 24, 32
 # The rates that a recipe says are for other numbers of edits than the 24 of its file.
 USUAL_RATES = {
     ("kedit_default", "batch"): 3e-3,
@@ -163,11 +163,13 @@ class Method:
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = list(recipe.callbacks(config))
         if (name, mode) == ("kedit_default", "sequential"):
-            # In a sequence it is recipes/one_by_one.py.
+            # What recipes/one_by_one.py has beside it.
             self.made.append(WeightAnchor())
         for callback in self.made:
             if isinstance(callback, KLLocality) and alone:
                 callback.weight *= ALONE_KL
+            if isinstance(callback, KLLocality) and (name, mode) == ("kedit_default", "sequential"):
+                callback.batch_size = SEQUENCE_TEXTS
             if isinstance(callback, KLLocality) and mode == "single":
                 callback.nearest = NEAREST
                 self.beside = {edit.id: setting.texts([edit]) for edit in scored}
