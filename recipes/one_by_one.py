@@ -1,7 +1,7 @@
 """Edits that come one after the other, each trained alone by the same process as soon as it is there.
 
     python recipes/one_by_one.py
-    python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt --lr 5e-5
+    python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt --lr 1e-4
     python recipes/one_by_one.py --plain          the same runs without what must stay: they forget
 
 Expected: EXPECT
@@ -20,6 +20,8 @@ import argparse
 import copy
 import sys
 
+import torch
+
 from kedit_train import EditDelta
 from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, StopWhenEdited, TokenSmoothing, WeightAnchor
 from kedit_train.data import EditDataset
@@ -35,6 +37,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/one_by_one")
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--pull", type=float, default=1.2e-3, help="share of the way back to the first weights, a step")
     parser.add_argument("--limit", type=int, help="how many edits; 24 of the world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without what must stay")
@@ -50,27 +53,31 @@ def learning() -> list[EditCallback]:
     ]
 
 
-def constraints(texts: str) -> list[EditCallback]:
+def constraints(texts: str, strength: float) -> list[EditCallback]:
     """What must stay. The instances live on from edit to edit, and so do their memories."""
     # Ten times the penalty of a batch: one edit's gradients do not cancel, and half of the rows are earlier edits.
-    return [KLLocality(texts=texts, weight=200.0, batch_size=32, sequential=True), WeightAnchor()]
+    return [KLLocality(texts=texts, weight=200.0, batch_size=32, sequential=True), WeightAnchor(strength=strength)]
 
 
 def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
         raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
+    if not given.lr > 0.0:
+        raise EditError(f"--lr {given.lr}: give a learning rate above 0")
     limit = 24 if given.limit is None and given.edits == WORLD else given.limit
     edits = EditDataset.load(given.edits, limit=limit)
     model, tokenizer = load_model(given.model)
     base = copy.deepcopy(model)
-    callbacks = [*learning(), *([] if given.plain else constraints(given.texts or WORLD))]
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    callbacks = [*learning(), *([] if given.plain else constraints(given.texts or WORLD, given.pull / given.lr))]
     loop = TrainLoop(tokenizer, callbacks, epochs=40, lr=given.lr, stop_loss=0.0)
     result = run_edits(model, tokenizer, edits, "sequential", train=loop, seed=given.seed)
     print(result.markdown())
     result.save(f"{given.output_dir}/retention.png")
     result.report.save(f"{given.output_dir}/report.json")
-    EditDelta.between(base, model, edits=edits).save(f"{given.output_dir}/edit.safetensors")
+    EditDelta.between(base, model.cpu(), edits=edits).save(f"{given.output_dir}/edit.safetensors")
 
 
 if __name__ == "__main__":

@@ -116,9 +116,12 @@ def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
             assert made["KLLocality"].weight == (20.0 if mode == "batch" else 200.0)
             if mode == "sequential":
                 named = module("one_by_one")
-                own_script = {repr(each) for each in (*named.learning(), *named.constraints("world"))}
+                given = named.arguments([])
+                constraints = named.constraints("world", given.pull / given.lr)
+                own_script = {repr(each) for each in (*named.learning(), *constraints)}
                 assert {repr(each) for each in made.values()} == own_script
-                assert method.lr == pytest.approx(named.arguments([]).lr)
+                assert method.lr == pytest.approx(given.lr)
+                assert made["KLLocality"].batch_size == constraints[0].batch_size
             else:
                 assert "WeightAnchor" not in made
         if name == "masked_fisher":

@@ -267,9 +267,7 @@ def test_nearest_needs_edits_and_is_not_for_a_sequence(make, words):
         edit.before_step()
     edits = [Edit("w5 w2", "w3", subject="w5", old_target="w30")]
     with (
-        pytest.raises(
-            EditError, match=r"KLLocality: every text states what an edit changes \(its subject with its old"
-        ),
+        pytest.raises(EditError, match=r"KLLocality: every text states what an edit changes"),
         editing(make(), [KLLocality(["w30 w5", "w5 w9 w30"], nearest=2)], tokenizer=words, edits=edits) as edit,
     ):
         edit.before_step()
