@@ -4,7 +4,7 @@
     python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt --lr 1e-4
     python recipes/one_by_one.py --plain          the same runs without what must stay: they forget
 
-Expected: EXPECT
+Expected: reliability 0.95 to 1.00, generality 0.87 to 0.97, locality 0.92 to 1.00; 111 s (2026-11-22).
 
 What each run holds is the model before the first edit and the edits since (``KLLocality(sequential=True)``); what it
 moved needlessly is pulled back (``WeightAnchor``, towards the weights before the first edit). Where edits can be
@@ -53,10 +53,13 @@ def learning() -> list[EditCallback]:
     ]
 
 
-def constraints(texts: str, strength: float) -> list[EditCallback]:
+def constraints(texts: str, strength: float, seed: int = 0) -> list[EditCallback]:
     """What must stay. The instances live on from edit to edit, and so do their memories."""
     # Ten times the penalty of a batch: one edit's gradients do not cancel, and half of the rows are earlier edits.
-    return [KLLocality(texts=texts, weight=200.0, batch_size=32, sequential=True), WeightAnchor(strength=strength)]
+    return [
+        KLLocality(texts=texts, weight=200.0, batch_size=32, seed=seed, sequential=True),
+        WeightAnchor(strength=strength),
+    ]
 
 
 def main() -> None:
@@ -71,7 +74,8 @@ def main() -> None:
     base = copy.deepcopy(model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    callbacks = [*learning(), *([] if given.plain else constraints(given.texts or WORLD, given.pull / given.lr))]
+    held = [] if given.plain else constraints(given.texts or WORLD, given.pull / given.lr, given.seed)
+    callbacks = [*learning(), *held]
     loop = TrainLoop(tokenizer, callbacks, epochs=40, lr=given.lr, stop_loss=0.0)
     result = run_edits(model, tokenizer, edits, "sequential", train=loop, seed=given.seed)
     print(result.markdown())
