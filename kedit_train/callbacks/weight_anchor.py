@@ -44,7 +44,8 @@ class WeightAnchor(EditCallback):
         anchor: of runs that follow one another on the same model: "base" pulls towards the weights that this instance
             first met (and, of "ewc", by how much those mattered), so that what earlier runs moved needlessly goes as
             well; what they have learned goes with it, unless something holds it (``KLLocality(sequential=True)``).
-            "previous" pulls towards the weights at the beginning of each run. Another model starts anew.
+            "previous" pulls towards the weights at the beginning of each run. Another model starts anew. "base" keeps a
+            copy of the scope's first weights as long as this instance lives.
         samples: windows of the texts to take F from, drawn with ``seed``; None takes all. Each costs a backward pass.
         max_length: tokens a window.
         tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.

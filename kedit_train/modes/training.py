@@ -29,9 +29,10 @@ class TrainLoop:
     Args:
         tokenizer: of the model.
         callbacks: of ``kedit_train.callbacks``, in any order; by default one down-projection late in the model. Where
-            the mode trains in rounds they begin anew in each: what they keep of "the unedited model" (a ball's centre,
-            the answers of a KL term) is then the model at the beginning of the round; ``KLLocality``, ``NullSpace`` and
-            ``LowCurvature`` go on where ``sequential=True``.
+            the mode trains in rounds they begin anew in each: what they keep of "the unedited model" (the answers of a
+            KL term) is then the model at the beginning of the round. ``KLLocality``, ``NullSpace`` and ``LowCurvature``
+            go on where ``sequential=True``; ``NormBall`` and ``WeightAnchor`` measure from the weights before the first
+            round, unless ``anchor="previous"``.
         epochs: the most passes over the edits.
         batch_size: edits a step.
         lr: the learning rate.
