@@ -6,9 +6,10 @@
 
 Expected: reliability 0.95 to 1.00, generality 0.87 to 0.97, locality 0.92 to 1.00; 111 s (2026-11-22).
 
-What each run holds is the model before the first edit and the edits since (``KLLocality(sequential=True)``); what it
-moved needlessly is pulled back (``WeightAnchor``, towards the weights before the first edit). Where edits can be
-trained together, that is better: kedit_default.yaml, and sequential.yaml for those of a day.
+What each run holds is the model before the first edit and the edits since (``KLLocality(sequential=True)``), and all
+of them together stay within a ball around the weights before the first (``NormBall``): where edits are many, that keeps
+most of what no text says. Where edits can be trained together, that is better: kedit_default.yaml, and sequential.yaml
+for those of a day.
 
 Result: the curve over the edits in the terminal and as retention.png, and in the output folder report.json and
 edit.safetensors, which `kedit apply` adds to the base model.
@@ -23,7 +24,7 @@ import sys
 import torch
 
 from kedit_train import EditDelta
-from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, StopWhenEdited, TokenSmoothing, WeightAnchor
+from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop, run_edits
@@ -37,7 +38,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/one_by_one")
     parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--pull", type=float, default=1.2e-3, help="share of the way back to the first weights, a step")
+    parser.add_argument(
+        "--room", type=float, default=0.5, help="how far weights may go, of their norm before the first"
+    )
     parser.add_argument("--limit", type=int, help="how many edits; 24 of the world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without what must stay")
@@ -53,12 +56,12 @@ def learning() -> list[EditCallback]:
     ]
 
 
-def constraints(texts: str, strength: float, seed: int = 0) -> list[EditCallback]:
+def constraints(texts: str, room: float, seed: int = 0) -> list[EditCallback]:
     """What must stay. The instances live on from edit to edit, and so do their memories."""
     # Ten times the penalty of a batch: one edit's gradients do not cancel, and half of the rows are earlier edits.
     return [
         KLLocality(texts=texts, weight=200.0, batch_size=32, seed=seed, sequential=True),
-        WeightAnchor(strength=strength),
+        NormBall(norm="l2", per="scope", fraction=room),
     ]
 
 
@@ -66,15 +69,13 @@ def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
         raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
-    if not given.lr > 0.0:
-        raise EditError(f"--lr {given.lr}: give a learning rate above 0")
     limit = 24 if given.limit is None and given.edits == WORLD else given.limit
     edits = EditDataset.load(given.edits, limit=limit)
     model, tokenizer = load_model(given.model)
     base = copy.deepcopy(model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    held = [] if given.plain else constraints(given.texts or WORLD, given.pull / given.lr, given.seed)
+    held = [] if given.plain else constraints(given.texts or WORLD, given.room, given.seed)
     callbacks = [*learning(), *held]
     loop = TrainLoop(tokenizer, callbacks, epochs=40, lr=given.lr, stop_loss=0.0)
     result = run_edits(model, tokenizer, edits, "sequential", train=loop, seed=given.seed)

@@ -16,7 +16,7 @@ from torch import nn
 
 from kedit_train import EditDataset, world
 from kedit_train.augmentation import augmentation
-from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, SaveDelta, WeightAnchor
+from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, NormBall, SaveDelta
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.data.augment import scored_prompts
@@ -164,7 +164,7 @@ class Method:
         self.made: list[Any] = list(recipe.callbacks(config))
         if (name, mode) == ("kedit_default", "sequential"):
             # What recipes/one_by_one.py has beside it.
-            self.made.append(WeightAnchor())
+            self.made.append(NormBall(norm="l2", per="scope", fraction=0.5))
         for callback in self.made:
             if isinstance(callback, KLLocality) and alone:
                 callback.weight *= ALONE_KL

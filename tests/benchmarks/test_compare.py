@@ -117,13 +117,13 @@ def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
             if mode == "sequential":
                 named = module("one_by_one")
                 given = named.arguments([])
-                constraints = named.constraints("world", given.pull / given.lr)
+                constraints = named.constraints("world", given.room)
                 own_script = {repr(each) for each in (*named.learning(), *constraints)}
                 assert {repr(each) for each in made.values()} == own_script
                 assert method.lr == pytest.approx(given.lr)
                 assert made["KLLocality"].batch_size == constraints[0].batch_size
             else:
-                assert "WeightAnchor" not in made
+                assert "NormBall" not in made
         if name == "masked_fisher":
             assert made["GradientMask"].edits == own
 

@@ -45,7 +45,7 @@ def test_it_learns_edit_after_edit_and_leaves_what_came_of_it(tmp_path: Path) ->
         (("--edits", "mine.jsonl"), "error: --texts FILE: name texts that your model should answer as before"),
         (("--texts", "nowhere.txt"), "error: KLLocality: no file 'nowhere.txt'"),
         (("--limit", "0"), "error: world: there are no edits"),
-        (("--lr", "0"), "error: --lr 0.0: give a learning rate above 0"),
+        (("--room", "0"), "error: NormBall: fraction=0.0 is out of bounds"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
