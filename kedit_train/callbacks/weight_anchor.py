@@ -43,7 +43,10 @@ class WeightAnchor(EditCallback):
             the loss, to be weighed against it (plain SGD diverges where ``lr * strength * F`` exceeds 2).
         anchor: of runs that follow one another on the same model: "base" pulls towards the weights that this instance
             first met (and, of "ewc", by how much those mattered), so that what earlier runs moved needlessly goes as
-            well; what they have learned goes with it, unless something holds it (``KLLocality(sequential=True)``).
+            well; what they have learned goes with it, unless something holds it (``KLLocality(sequential=True)``). After
+            200 edits of the embedded world one by one the other answers were 0.75 with it and 0.57 without, but after
+            300 of factlm the rephrasings were 0.38 and 0.64: a ball takes nothing as long as it does not bind
+            (recipes/one_by_one.py).
             "previous" pulls towards the weights at the beginning of each run. Another model starts anew. "base" keeps a
             copy of the scope's first weights as long as this instance lives.
         samples: windows of the texts to take F from, drawn with ``seed``; None takes all. Each costs a backward pass.

@@ -68,6 +68,8 @@ class TrainLoop:
         check_format(prompt_format, tokenizer)
         if epochs < 1 or batch_size < 1:
             raise EditError(f"TrainLoop: epochs={epochs}, batch_size={batch_size}: give at least 1 of each")
+        if not 0.0 < lr < math.inf:
+            raise EditError(f"TrainLoop: lr={lr}: give a learning rate above 0")
         self.tokenizer, self.epochs, self.batch_size = tokenizer, epochs, batch_size
         self.extra = extra
         self.callbacks = [ParameterScope(0.7, "mlp.down_proj")] if callbacks is None else list(callbacks)

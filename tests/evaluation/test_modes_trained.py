@@ -146,3 +146,6 @@ def test_the_loop_stops_when_learned_and_refuses_what_diverges() -> None:
         TrainLoop(tokenizer, scope)(model, edits)
     with pytest.raises(EditError, match="give at least 1 of each"):
         TrainLoop(tokenizer, epochs=0)
+    for rate in (0.0, -1e-3, float("nan"), float("inf")):
+        with pytest.raises(EditError, match=f"TrainLoop: lr={rate}: give a learning rate above 0"):
+            TrainLoop(tokenizer, lr=rate)
