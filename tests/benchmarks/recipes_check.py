@@ -91,6 +91,10 @@ def write(name: str, runs: list[dict[str, float]], seconds: list[float]) -> None
     path.write_text(text)
 
 
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def main() -> None:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -98,7 +102,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="recipes by name, without the ending")
-    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--seeds", type=numbers, default="0,1", help="several numbers: 0,1,2")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--write", action="store_true", help="write the lines instead of checking them")
     options = parser.parse_args()
@@ -113,7 +117,7 @@ def main() -> None:
     for name in names:
         if not re.search(rf"^(# )?(EXPECT|{MARK})", _head(RECIPES / name), re.MULTILINE):
             raise SystemExit(f"{RECIPES / name} has no line '# EXPECT' for its figures")
-    seeds = [int(seed) for seed in options.seeds.split(",")]
+    seeds = options.seeds
     found: dict[str, list[tuple[dict[str, float], float]]] = {name: [] for name in names}
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
