@@ -129,7 +129,7 @@ def write(results: list[dict[str, Any]]) -> None:
     where = f"{processor()}, {os.cpu_count()} cores, one thread a run"
     parts = [
         BEGIN,
-        f"Measured on {date.today()}: {where}, Python {platform.python_version()}, torch {torch.__version__}.",
+        f"Measured up to {date.today()}: {where}, Python {platform.python_version()}, torch {torch.__version__}.",
         "![Generality against locality, a marker for each recipe](figures/compare.png)",
         "Hollow: fewer than 95 % of the edits took.",
     ]
