@@ -50,6 +50,7 @@ class KLLocality(EditCallback):
     holds what the runs before have lost. With it the answers are those before the first run, and what was edited since
     is held as well, as the model answers it when the next run begins: half of every batch. The instance and the model
     have to live on between runs, so it is for ``editing``, ``run_edits`` and trainers called again in one process.
+    Of many edits a ``NormBall`` around the first weights keeps what no text says (recipes/one_by_one.py).
 
     Beside ``PrefixCache`` the texts are served too; as every round puts other texts together, with other padding, the
     penalty is the same as without it within rounding, not bit for bit.
