@@ -2,7 +2,7 @@
 
     python recipes/one_by_one.py
     python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt --lr 1e-4
-    python recipes/one_by_one.py --plain          the same runs without what must stay: they forget
+    python recipes/one_by_one.py --plain          the same runs without what must stay: 0.79 of the other answers
 
 Expected: reliability 0.95 to 1.00, generality 0.87 to 0.97, locality 0.92 to 1.00; 111 s (2026-11-22).
 
@@ -12,7 +12,7 @@ most of what no text says. Where edits can be trained together, that is better: 
 for those of a day.
 
 Result: the curve over the edits in the terminal and as retention.png, and in the output folder report.json and
-edit.safetensors, which `kedit apply` adds to the base model.
+edit.safetensors, which `kedit apply` adds to the base model; stopped in between, it has what was learned until then.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from kedit_train import EditDelta
+from kedit_train.atomic import obstacle
 from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop, run_edits
 from kedit_train.pretrained import WORLD, load_model
+
+DELTA, REPORT, PICTURE = "edit.safetensors", "report.json", "retention.png"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -65,24 +70,46 @@ def constraints(texts: str, room: float, seed: int = 0) -> list[EditCallback]:
     ]
 
 
+def check(given: argparse.Namespace) -> None:
+    """Refuse before the first edit what would come up after the last."""
+    if given.plain and (given.texts, given.room) != (None, None):
+        raise EditError("--plain holds nothing: leave out --texts and --room")
+    if not given.plain and given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
+        raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
+    for name in (DELTA, REPORT, PICTURE):
+        if reason := obstacle(Path(given.output_dir) / name):
+            raise EditError(f"--output_dir {given.output_dir}: {reason}")
+    if find_spec("matplotlib") is None:
+        raise EditError("pictures need matplotlib: pip install 'kedit-train[report]'")
+
+
 def main() -> None:
     given = arguments()
-    if given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
-        raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
+    check(given)
+    out = Path(given.output_dir)
     limit = 24 if given.limit is None and given.edits == WORLD else given.limit
     edits = EditDataset.load(given.edits, limit=limit)
     model, tokenizer = load_model(given.model)
     base = copy.deepcopy(model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    held = [] if given.plain else constraints(given.texts or WORLD, given.room, given.seed)
-    callbacks = [*learning(), *held]
-    loop = TrainLoop(tokenizer, callbacks, epochs=40, lr=given.lr, stop_loss=0.0)
-    result = run_edits(model, tokenizer, edits, "sequential", train=loop, seed=given.seed)
+    room = 0.5 if given.room is None else given.room
+    held = [] if given.plain else constraints(given.texts or WORLD, room, given.seed)
+    loop = TrainLoop(tokenizer, [*learning(), *held], epochs=40, lr=given.lr, stop_loss=0.0)
+    finished = False
+    try:
+        result = run_edits(model, tokenizer, edits, "sequential", train=loop, seed=given.seed)
+        finished = True
+    finally:
+        delta = EditDelta.between(base, model.cpu(), edits=edits if finished else None)
+        if delta.changes:
+            delta.save(out / DELTA)
+    result.report.save(out / REPORT)
+    result.save(out / PICTURE)
     print(result.markdown())
-    result.save(f"{given.output_dir}/retention.png")
-    result.report.save(f"{given.output_dir}/report.json")
-    EditDelta.between(base, model.cpu(), edits=edits).save(f"{given.output_dir}/edit.safetensors")
+    for answer in result.report.answers:
+        if answer.question == "reliability" and not answer.right:
+            print(f"not answered as edited: {answer.prompt!r} (it says {answer.answer!r})")
 
 
 if __name__ == "__main__":

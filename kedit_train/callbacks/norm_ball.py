@@ -34,7 +34,8 @@ class NormBall(EditCallback):
         radius: greatest distance in the weights' own units, above 0; by default ``fraction`` says it. Published L-inf
             radii lie between 5e-5 and 1e-3; what they mean depends on the model.
         norm: "linf" bounds every entry by itself, "l2" a Euclidean norm.
-        per: for "l2", whose norm: each "tensor"'s or that of the whole "scope". "linf" is the same either way.
+        per: for "l2", whose norm: each "tensor"'s or that of the run's whole "scope" (another scope has another ball).
+            "linf" is the same either way.
         anchor: "base" keeps the ball around the weights that this instance first met in a model, however many edits of
             that model follow; "previous" centres it anew on each run, so that drift adds up. Another model starts anew.
         fraction: where ``radius`` is left out: for "linf" this times the root mean square of each tensor's centre, for
@@ -81,8 +82,7 @@ class NormBall(EditCallback):
         self._bounds, self._radii = {}, {}
         known = self._centres.begin(run)
         self._find_radii(known)
-        for name in known:
-            self._check_within(name, run.reference[name], run.scope[name].dtype)
+        self._check_within(run, known)
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._centres.follow(weights, reference)
@@ -104,7 +104,9 @@ class NormBall(EditCallback):
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         """The share of the radius in use (of the tensor furthest out) and, for "linf", of entries at their bound."""
-        weights = {name: p.detach() for name, p in run.scope.items() if name in self._centres}
+        # Nothing has been measured before the first step.
+        ready = self._bounds if self.norm == "linf" else self._radii
+        weights = {name: p.detach() for name, p in run.scope.items() if name in self._centres and name in ready}
         if not weights:
             return {}
         if self.norm == "l2":
@@ -179,16 +181,26 @@ class NormBall(EditCallback):
     def _shrink(self, name: str, weight: Tensor, factor: float) -> Tensor:
         return _on_shards(lambda own: shrink(own, _local(self._centres[name]).to(own.dtype), factor), weight)
 
-    def _check_within(self, name: str, start: Tensor, dtype: torch.dtype) -> None:
-        centre, radius = self._centres[name], self._radii[name]
-        apart = (_local(start).double() - _local(centre).double()).abs()
-        # Saving in half precision rounds what was within.
-        slack = torch.finfo(dtype).eps * _local(centre).double().abs()
-        outside = (apart > radius + slack).any() if self.norm == "linf" else apart.norm() > radius + slack.norm()
-        if bool(outside):
+    def _check_within(self, run: EditRun, known: list[str]) -> None:
+        """Refuse a run that begins outside: a step would throw away what something else has done."""
+        apart, slack = {}, {}
+        for name in known:
+            centre, start = _local(self._centres[name]).double(), _local(run.reference[name]).double()
+            apart[name] = (start - centre).abs()
+            # Saving in half precision rounds what was within.
+            slack[name] = torch.finfo(run.scope[name].dtype).eps * centre.abs()
+        if self.norm == "linf":
+            outside = [n for n in known if bool((apart[n] > self._radii[n] + slack[n]).any())]
+        elif self.per == "tensor":
+            outside = [n for n in known if float(apart[n].norm()) > self._radii[n] + float(slack[n].norm())]
+        else:
+            total, allowed = (sum(float(t.norm()) ** 2 for t in each.values()) ** 0.5 for each in (apart, slack))
+            outside = known if known and total > self._radii[known[0]] + allowed else []
+        if outside:
+            other = " or has another scope, whose ball is another" if self.per == "scope" and self.norm == "l2" else ""
             raise EditError(
-                f"NormBall: {name} begins outside of the ball around the weights that this callback first met, so the "
-                "model was changed without it; make a new NormBall, or choose anchor='previous'"
+                f"NormBall: {outside[0]} begins outside of the ball around the weights that this callback first met, "
+                f"so the model was changed without it{other}; make a new NormBall, or choose anchor='previous'"
             )
 
     def __repr__(self) -> str:

@@ -38,14 +38,15 @@ class WeightAnchor(EditCallback):
             anchor; 10 and 10,000 keep more of the embedded world's, and learn 35 and 57 % of factlm's edits. What
             a decoupled pull does over a run goes by learning rate * alpha * steps: 0.7 did well on factlm, 1.2 in the
             world.
-        texts: for "ewc", as in ``KLLocality``; those with a prompt that the edits are scored on are left out.
+        texts: for "ewc", as in ``KLLocality``; those with a prompt that the edits (of the first run) are scored on are
+            left out.
         decoupled: of "l2sp": None or true pulls after the step, false adds the penalty to the loss. "ewc" is always in
             the loss, to be weighed against it (plain SGD diverges where ``lr * strength * F`` exceeds 2).
         anchor: of runs that follow one another on the same model: "base" pulls towards the weights that this instance
             first met (and, of "ewc", by how much those mattered), so that what earlier runs moved needlessly goes as
             well; what they have learned goes with it, unless something holds it (``KLLocality(sequential=True)``).
             After 200 edits of the embedded world, one by one, it kept 0.75 of the other answers instead of 0.57; after
-            300 of factlm it left 0.38 of the rephrasings instead of 0.64: a ball (``NormBall``) takes nothing before it
+            300 of factlm it left 0.38 of the rephrasings instead of 0.63: a ball (``NormBall``) takes nothing before it
             binds. "previous" pulls towards the weights at the beginning of each run. Another model starts anew. "base"
             keeps a copy of the scope's first weights as long as this instance lives.
         samples: windows of the texts to take F from, drawn with ``seed``; None takes all. Each costs a backward pass.
@@ -114,7 +115,7 @@ class WeightAnchor(EditCallback):
     def attach(self, run: EditRun) -> None:
         self._anchored = run
         known = self._centres.begin(run)
-        if self.kind == "ewc" and not (known and self._fisher.keys() >= run.scope.keys()):
+        if self.kind == "ewc" and not set(known) & self._fisher.keys() >= run.scope.keys():
             texts = text_rows(
                 run, self.texts, needed_by="WeightAnchor", tokenizer=self.tokenizer, max_length=self.max_length
             )

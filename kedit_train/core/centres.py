@@ -43,6 +43,8 @@ class Centres(dict[str, Tensor]):
         for name in known:
             if run.scope[name].shape != self[name].shape:
                 raise EditError(f"{self.owner}: {name} has another shape than when this callback first met the model")
+            # The model may have been moved since.
+            self[name] = self[name].to(run.scope[name].device)
         return known
 
     def follow(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:

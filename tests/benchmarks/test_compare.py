@@ -117,7 +117,7 @@ def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
             if mode == "sequential":
                 named = module("one_by_one")
                 given = named.arguments([])
-                constraints = named.constraints("world", given.room)
+                constraints = named.constraints("world", 0.5)
                 own_script = {repr(each) for each in (*named.learning(), *constraints)}
                 assert {repr(each) for each in made.values()} == own_script
                 assert method.lr == pytest.approx(given.lr)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kedit_train.callbacks import NormBall, ParameterScope, editing
+from kedit_train.core.centres import Centres
 from kedit_train.core.checkpoint import load_state, save_state
 from kedit_train.errors import EditError
 
@@ -193,6 +197,40 @@ def test_base_refuses_a_model_that_something_else_has_moved(norm):
     with pytest.raises(EditError, match=r"0\.weight begins outside of the ball .* make a new NormBall"):
         train(model, ball, OPTIMIZERS["adamw"])
     train(model, NormBall(1e-2, norm=norm), OPTIMIZERS["adamw"])
+
+
+def test_a_ball_over_the_scope_is_left_by_all_its_tensors_together_and_is_another_with_another_scope():
+    model, ball = forecaster(), NormBall(1.0, norm="l2", per="scope")
+    train(model, ball, lambda p: torch.optim.SGD(p, lr=1e-9))
+    # Each within the radius, all of them together without.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.9 / parameter.numel() ** 0.5)
+    with pytest.raises(EditError, match=r"begins outside of the ball .* or has another scope, whose ball is another"):
+        train(model, ball, OPTIMIZERS["adamw"])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_later_run_has_nothing_to_say_before_its_first_step(norm):
+    model, ball = forecaster(), NormBall(1e-2, norm=norm)
+    train(model, ball, OPTIMIZERS["adamw"])
+    with editing(model, [ball]) as edit:
+        edit.before_step()
+        assert ball.metrics(edit.run).keys() <= {"edit/drift/ball"}
+        ball.load_state({"centres": {}})
+        assert ball.metrics(edit.run) == {}
+
+
+def test_centres_go_where_the_model_goes_between_runs():
+    model = forecaster()
+    centres = Centres("base", "NormBall")
+    run: Any = SimpleNamespace(model=model, scope=dict(model.named_parameters()))
+    assert centres.begin(run) == []
+    centres.follow(run.scope, {name: p.detach().clone() for name, p in run.scope.items()})
+    moved = forecaster().to("meta")
+    run.scope = dict(moved.named_parameters())
+    assert set(centres.begin(run)) == set(run.scope)
+    assert {centre.device.type for centre in centres.values()} == {"meta"}
 
 
 def test_a_checkpoint_takes_the_ball_of_an_earlier_run_along(tmp_path):

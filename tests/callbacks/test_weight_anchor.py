@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -275,6 +276,29 @@ def test_base_weighs_by_what_mattered_before_the_first_run_and_follows_the_scope
     assert not torch.allclose(taken[DOWN], fisher[DOWN]), "the run before has changed what matters"
     want = sum(float((fisher[n] * (model.get_parameter(n).detach() - start[n]) ** 2).sum()) for n in (DOWN, up))
     assert penalty.item() == pytest.approx(3.0 / 2 * want, rel=1e-5)
+
+
+def test_what_a_run_that_failed_before_its_first_step_took_is_not_kept(make, words):
+    class Fails(EditCallback):
+        order = 90
+
+        def attach(self, run: Any) -> None:
+            raise EditError("no")
+
+    model = make()
+    anchor, up = WeightAnchor("ewc", texts=TEXTS), DOWN.replace("down", "up")
+    both = ParameterScope(1, ["down_proj", "up_proj"])
+    rows = [Encoded(words(text)["input_ids"], 1) for text in TEXTS]
+    for others in ([ParameterScope(1, "down_proj")], [both, Fails()]):
+        with contextlib.suppress(EditError), editing(model, [anchor, *others], tokenizer=words) as edit:
+            edit.before_step()
+            assert anchor.metrics(edit.run)
+    with torch.no_grad():
+        model.get_parameter(up).mul_(3.0)
+    with editing(model, [anchor, both], tokenizer=words) as edit:
+        edit.before_step()
+        want = diagonal_fisher(edit.run, rows, needed_by="X", seed=0)[up]
+        torch.testing.assert_close(anchor._fisher[up], want)
 
 
 def test_a_tensor_that_changes_its_shape_between_runs_is_refused():

@@ -39,12 +39,30 @@ def test_it_learns_edit_after_edit_and_leaves_what_came_of_it(tmp_path: Path) ->
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(1, 6)}
 
 
+def test_what_was_learned_before_an_error_is_kept(tmp_path: Path) -> None:
+    edits = EditDataset.load("world", limit=2)
+    (tmp_path / "edits.jsonl").write_text(
+        "".join(json.dumps({"prompt": edit.prompt, "target": edit.target}) + "\n" for edit in edits)
+    )
+    (tmp_path / "texts.txt").write_text(f"{edits[1].prompt} well known.\n")
+    done = call(tmp_path, "--edits", "edits.jsonl", "--texts", "texts.txt")
+    assert done.returncode == 1
+    assert "error: KLLocality: every text" in done.stderr.splitlines()[-1]
+    model, tokenizer = world.load()
+    EditDelta.load(tmp_path / "edit.safetensors").apply(model)
+    found = evaluate(model, tokenizer, edits[:1], progress=False)
+    assert found.metrics["reliability"]["generated"].value == 1.0
+    assert not (tmp_path / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--edits", "mine.jsonl"), "error: --texts FILE: name texts that your model should answer as before"),
         (("--texts", "nowhere.txt"), "error: KLLocality: no file 'nowhere.txt'"),
         (("--limit", "0"), "error: world: there are no edits"),
+        (("--plain", "--room", "1"), "error: --plain holds nothing: leave out --texts and --room"),
+        (("--output_dir", str(SCRIPT)), f"error: --output_dir {SCRIPT}: {SCRIPT} is no folder"),
         (("--room", "0"), "error: NormBall: fraction=0.0 is out of bounds"),
     ],
 )
