@@ -4,7 +4,7 @@
     python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt --lr 1e-4
     python recipes/one_by_one.py --plain          the same runs without what must stay: 0.79 of the other answers
 
-Expected: reliability 0.95 to 1.00, generality 0.87 to 0.97, locality 0.92 to 1.00; 111 s (2026-11-22).
+Expected: reliability 0.95 to 1.00, generality 0.87 to 0.98, locality 0.89 to 1.00; 75 s (2026-11-22).
 
 What each run holds is the model before the first edit and the edits since (``KLLocality(sequential=True)``), and all
 of them together stay within a ball around the weights before the first (``NormBall``): where edits are many, that keeps
