@@ -4,7 +4,7 @@
     python recipes/lora_sft.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt
     python recipes/lora_sft.py --plain          the same run without the callbacks but the one that reports
 
-Expected: reliability 0.95 to 1.00, generality 0.54 to 0.67, locality 0.90 to 1.00; 60 s (2026-11-21).
+Expected: reliability 0.95 to 1.00, generality 0.38 to 0.85, locality 0.90 to 1.00; 39 s (2026-11-22).
 
 Result: a table in the terminal, and in the output folder report.json, the adapter and edit.safetensors, which
 `kedit apply` adds to the base model.
