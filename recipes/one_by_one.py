@@ -43,9 +43,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/one_by_one")
     parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument(
-        "--room", type=float, default=0.5, help="how far weights may go, of their norm before the first"
-    )
+    parser.add_argument("--room", type=float, help="how far weights may go, of their norm before the first (0.5)")
     parser.add_argument("--limit", type=int, help="how many edits; 24 of the world")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without what must stay")

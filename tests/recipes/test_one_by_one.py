@@ -39,6 +39,13 @@ def test_it_learns_edit_after_edit_and_leaves_what_came_of_it(tmp_path: Path) ->
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(1, 6)}
 
 
+def test_plain_runs_without_what_must_stay(tmp_path: Path) -> None:
+    done = call(tmp_path, "--plain", "--limit", "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "KLLocality" not in done.stdout
+    assert "NormBall" not in done.stdout
+
+
 def test_what_was_learned_before_an_error_is_kept(tmp_path: Path) -> None:
     edits = EditDataset.load("world", limit=2)
     (tmp_path / "edits.jsonl").write_text(
