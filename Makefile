@@ -36,7 +36,7 @@ bench: $(READY)  ## measure against what a user would run instead, into tests/be
 	$(BIN)/python tests/benchmarks/step_time.py --memory $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py --memory --model wide $(BENCH)
 
-compare: $(READY)  ## every recipe on the same edits, three draws, into recipes/README.md; one to two hours on 2 cores
+compare: $(READY)  ## every recipe on the same edits, three draws, into recipes/README.md; what compare.jsonl has is not measured again (all of it: some five hours on 2 cores)
 	$(BIN)/python tests/benchmarks/compare.py $(COMPARE)
 
 recipes-check: $(READY)  ## does every recipe keep the numbers that it promises? some ten minutes on 2 cores

@@ -38,9 +38,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     unfinished = hidden / path.name
     try:
         yield unfinished
-        for one in unfinished.rglob("*") if unfinished.is_dir() else ():
+        # safetensors makes files that their owner alone may read: give them what any new file has, as the folder tells.
+        usual = hidden.stat().st_mode & 0o666
+        for one in (*unfinished.rglob("*"), unfinished):
+            if one.is_file() and not one.is_symlink():
+                one.chmod(usual)
             flush(one)
-        flush(unfinished)
         os.replace(unfinished, path)
         flush(path.parent)
     finally:

@@ -11,8 +11,9 @@ of them together stay within a ball around the weights before the first (``NormB
 most of what no text says. Where edits can be trained together, that is better: kedit_default.yaml, and sequential.yaml
 for those of a day.
 
-Result: the curve over the edits in the terminal and as retention.png, and in the output folder report.json and
-edit.safetensors, which `kedit apply` adds to the base model; stopped in between, it has what was learned until then.
+Result: what is known after how many edits, in the terminal and as retention.png, and in the output folder report.json
+and edit.safetensors, which `kedit apply` adds to the base model; stopped in between, it has what was learned until
+then.
 """
 
 from __future__ import annotations
@@ -69,7 +70,13 @@ def constraints(texts: str, room: float, seed: int = 0) -> list[EditCallback]:
 
 
 def check(given: argparse.Namespace) -> None:
-    """Refuse before the first edit what would come up after the last."""
+    """Refuse in this command's words, and before a model is loaded, what would come up later."""
+    for name in ("lr", "room", "limit"):
+        value = getattr(given, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise EditError(f"--{name} {value:g}: give a number above 0")
+    if given.texts is not None and not Path(given.texts).is_file():
+        raise EditError(f"--texts {given.texts}: there is no such file")
     if given.plain and (given.texts, given.room) != (None, None):
         raise EditError("--plain holds nothing: leave out --texts and --room")
     if not given.plain and given.texts is None and (given.model, given.edits) != (WORLD, WORLD):

@@ -91,6 +91,22 @@ def test_the_next_save_of_the_name_removes_what_a_killed_one_left(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([path, other, tmp_path / "model", *kept])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="permissions are of POSIX")
+def test_what_is_written_may_be_read_by_whom_any_new_file_may(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "usual").write_text("text")
+    EditDelta.between({"w": torch.zeros(4)}, {"w": torch.ones(4)}).save(tmp_path / "a.safetensors")
+    with writing(tmp_path / "model") as unfinished:
+        unfinished.mkdir()
+        save_file({"w": torch.ones(4)}, unfinished / "model.safetensors")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert (tmp_path / "a.safetensors").stat().st_mode == usual
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode == usual
+    assert os.access(tmp_path / "model", os.X_OK)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is of POSIX")
 def test_a_delta_and_a_report_clean_up_alike(tmp_path):
     import torch

@@ -7,7 +7,7 @@
 
 A recipe runs in a process of its own, whose peak memory is read after the batches; --jobs processes side by side.
 Results go to compare.jsonl beside this file as they come, and what is there is not measured again: delete the lines of
-a recipe that has changed.
+a recipe that has changed, or begin anew with --results FILE (recipes/README.md is then written from that file).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import HELD_OUT, RECIPES, SETTINGS, Method, Setting, load, usual
+from methods import FACTLM, HELD_OUT, RECIPES, SETTINGS, Method, Setting, load, usual
 from paired import resident_peak
 from torch import nn
 
@@ -176,7 +176,9 @@ def tune(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run", "tune", "report", "cell"], default="run")
-    parser.add_argument("--model", dest="models", default=",".join(SETTINGS), help="some of: %(default)s")
+    parser.add_argument(
+        "--model", dest="models", help=f"some of: {', '.join(SETTINGS)}; by default those that are here"
+    )
     parser.add_argument("--recipes", default=",".join(RECIPES), help="some of: %(default)s")
     parser.add_argument("--modes", default=",".join(EDITS), help="some of: %(default)s")
     parser.add_argument("--draws", default="0,1,2", help="which edits and seeds: %(default)s")
@@ -186,6 +188,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if missing := "" if FACTLM.exists() else f"the model factlm is not at {FACTLM}":
+        if options.models and "factlm" in options.models.split(","):
+            parser.error(missing)
+        print(f"{missing}: the world alone", file=sys.stderr)
+    options.models = options.models or ",".join(name for name in SETTINGS if name != "factlm" or not missing)
     for name, kind in (("models", str), ("recipes", str), ("modes", str), ("draws", int), ("rates", float)):
         setattr(options, name, [kind(one) for one in getattr(options, name).split(",") if one])
     options.model = options.models[0]

@@ -91,7 +91,7 @@ def write(name: str, runs: list[dict[str, float]], seconds: list[float]) -> None
     path.write_text(text)
 
 
-def numbers(text: str) -> list[int]:
+def seeds(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
@@ -101,11 +101,13 @@ def main() -> None:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="recipes by name, without the ending")
-    parser.add_argument("--seeds", type=numbers, default="0,1", help="several numbers: 0,1,2")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", nargs="+", help="some recipes by name: overtone chat")
+    parser.add_argument("--seeds", type=seeds, default="0,1", help="one or several: 0,1,2 (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (%(default)s)")
     parser.add_argument("--write", action="store_true", help="write the lines instead of checking them")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: give 1 or more")
     every = (
         [p.name for p in sorted(RECIPES.glob("*.yaml"))] + ["lora_sft.py", "one_by_one.py"]
         if options.write
@@ -117,7 +119,6 @@ def main() -> None:
     for name in names:
         if not re.search(rf"^(# )?(EXPECT|{MARK})", _head(RECIPES / name), re.MULTILINE):
             raise SystemExit(f"{RECIPES / name} has no line '# EXPECT' for its figures")
-    seeds = options.seeds
     found: dict[str, list[tuple[dict[str, float], float]]] = {name: [] for name in names}
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -125,8 +126,8 @@ def main() -> None:
         Progress(*columns, console=Console(stderr=True)) as bar,
         ThreadPoolExecutor(options.jobs) as pool,
     ):
-        task = bar.add_task("recipes", total=len(names) * len(seeds))
-        jobs = {pool.submit(run, name, seed, Path(folder)): name for name in names for seed in seeds}
+        task = bar.add_task("recipes", total=len(names) * len(options.seeds))
+        jobs = {pool.submit(run, name, seed, Path(folder)): name for name in names for seed in options.seeds}
         for job in as_completed(jobs):
             found[jobs[job]].append(job.result())
             bar.advance(task)
