@@ -191,7 +191,8 @@ def main() -> None:
     if missing := "" if FACTLM.exists() else f"the model factlm is not at {FACTLM}":
         if options.models and "factlm" in options.models.split(","):
             parser.error(missing)
-        print(f"{missing}: the world alone", file=sys.stderr)
+        if options.what != "report" and not options.models:
+            print(f"{missing}: the world alone", file=sys.stderr)
     options.models = options.models or ",".join(name for name in SETTINGS if name != "factlm" or not missing)
     for name, kind in (("models", str), ("recipes", str), ("modes", str), ("draws", int), ("rates", float)):
         setattr(options, name, [kind(one) for one in getattr(options, name).split(",") if one])
