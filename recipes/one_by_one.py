@@ -75,7 +75,7 @@ def check(given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             raise EditError(f"--{name} {value:g}: give a number above 0")
-    if given.texts is not None and not Path(given.texts).is_file():
+    if given.texts not in (None, WORLD) and not Path(given.texts).is_file():
         raise EditError(f"--texts {given.texts}: there is no such file")
     if given.plain and (given.texts, given.room) != (None, None):
         raise EditError("--plain holds nothing: leave out --texts and --room")

@@ -188,14 +188,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if missing := "" if FACTLM.exists() else f"the model factlm is not at {FACTLM}":
-        if options.models and "factlm" in options.models.split(","):
-            parser.error(missing)
-        if options.what != "report" and not options.models:
-            print(f"{missing}: the world alone", file=sys.stderr)
-    options.models = options.models or ",".join(name for name in SETTINGS if name != "factlm" or not missing)
+    here = [name for name in SETTINGS if name != "factlm" or FACTLM.exists()]
+    if options.models is None and options.what != "report" and "factlm" not in here:
+        print(f"the model factlm is not at {FACTLM}: the world alone", file=sys.stderr)
+    options.models = options.models or ",".join(here)
     for name, kind in (("models", str), ("recipes", str), ("modes", str), ("draws", int), ("rates", float)):
         setattr(options, name, [kind(one) for one in getattr(options, name).split(",") if one])
+    if absent := [name for name in options.models if name not in here]:
+        parser.error(f"--model {absent[0]}: here is {', '.join(here)} (factlm is looked for at {FACTLM})")
     options.model = options.models[0]
     if options.what == "cell":
         cell(options)

@@ -39,6 +39,10 @@ def test_it_learns_edit_after_edit_and_leaves_what_came_of_it(tmp_path: Path) ->
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(1, 6)}
 
 
+def test_the_texts_of_the_world_may_be_named(tmp_path: Path) -> None:
+    assert call(tmp_path, "--texts", "world", "--limit", "1").returncode == 0
+
+
 def test_plain_runs_without_what_must_stay(tmp_path: Path) -> None:
     done = call(tmp_path, "--plain", "--limit", "1")
     assert done.returncode == 0, done.stderr[-2000:]
