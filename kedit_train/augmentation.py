@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.core.texts import load_texts
+from kedit_train.core.locality.texts import load_texts
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.augment import LeakGuard, with_prefixes
+from kedit_train.data.leaks import LeakGuard, with_prefixes
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.data.readers.files import SUFFIXES
-from kedit_train.data.tokenise import context_length, ids_of
+from kedit_train.data.tokenization import context_length, ids_of
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
-from kedit_train.evaluation.batching import device_of, evaluating, unwrapped
-from kedit_train.evaluation.probes import PREFIXES
+from kedit_train.evaluation.asking.batching import device_of, evaluating, unwrapped
+from kedit_train.evaluation.asking.probes import PREFIXES
 
 # Prefixes to draw from, for each that an edit gets: edits share them.
 POOL = 8
@@ -281,5 +281,5 @@ def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> l
             f"({', '.join(SUFFIXES)}): rename or convert it"
         )
     if path.suffix.lower() == ".txt":
-        return [line.strip() for line in load_texts(source, needed_by="replay")]
+        return [line.strip() for line in load_texts(source)]
     return [edit.prompt for edit in EditDataset.load(source)]

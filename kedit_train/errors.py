@@ -1,9 +1,61 @@
-"""The one error that this package raises on purpose."""
+"""The package's error and warning: one line that names the component, the argument and what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_component: ContextVar[str | None] = ContextVar("kedit_train_component", default=None)
 
 
 class EditError(ValueError):
-    """Something about an edit cannot be done as asked.
+    """The edit cannot be carried out as requested.
 
-    The message is one line that says what is wrong, where, and what to do. It is raised before the
-    first optimizer step wherever that is possible.
+    The message is one line that says what is wrong and what to do. It is raised before the first optimizer step
+    wherever that is possible.
+
+    Args:
+        message: one line: what was expected, what was given, what to do.
+        component: the class or function that the message is about. It is printed in front of the message. Inside
+            :func:`reported_by` it is filled in automatically.
+
+    Example:
+        >>> raise EditError("loss must be > 0, got -1.", component="StopWhenEdited")
+        Traceback (most recent call last):
+        ...
+        kedit_train.errors.EditError: StopWhenEdited: loss must be > 0, got -1.
     """
+
+    def __init__(self, message: str, component: str | None = None) -> None:
+        super().__init__(message)
+        self.component = component
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return message if self.component is None else f"{self.component}: {message}"
+
+
+@contextmanager
+def reported_by(component: str) -> Iterator[None]:
+    """Name ``component`` in every :class:`EditError` and every :func:`warn` inside the block.
+
+    An error that already names a component keeps it.
+    """
+    token = _component.set(component)
+    try:
+        yield
+    except EditError as error:
+        # Transitional: messages that still carry the name themselves keep their wording.
+        if error.component is None and not error.args[0].startswith(component):
+            error.component = component
+        raise
+    finally:
+        _component.reset(token)
+
+
+def warn(message: str) -> None:
+    """Issue a ``UserWarning``, prefixed with the component that :func:`reported_by` names."""
+    component = _component.get()
+    warnings.warn(message if component is None else f"{component}: {message}", stacklevel=3)

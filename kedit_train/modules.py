@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from kedit_train.augmentation import augmentation
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.buckets import LengthBuckets
+from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.prompts import PromptFormat, check_format
-from kedit_train.data.tokenise import Encoded, collate, context_length, pad_token_id
+from kedit_train.data.tokenization import Encoded, collate, context_length, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.pretrained import WORLD, load_model, lora_config, refused
 

@@ -32,7 +32,7 @@ from kedit_train.callbacks import (
 )
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
-from kedit_train.evaluation import card
+from kedit_train.evaluation.reporting import model_card as card
 
 CALLBACKS: dict[str, type[EditCallback]] = {
     "parameter_scope": ParameterScope,

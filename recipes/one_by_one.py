@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from kedit_train import EditDelta
-from kedit_train.atomic import obstacle
+from kedit_train.atomic_write import obstacle
 from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from kedit_train import EditDataset, EditDelta
-from kedit_train.atomic import unfinished_name, writing
+from kedit_train.atomic_write import unfinished_name, writing
 from kedit_train.data import Edit
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from kedit_train.atomic import writing
+from kedit_train.atomic_write import writing
 with writing(sys.argv[1]) as unfinished:
     if sys.argv[2] == "folder":
         unfinished.mkdir()

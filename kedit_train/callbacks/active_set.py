@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.active_rows import ActiveRows
 from kedit_train.core.run import EditRun
+from kedit_train.core.tokens.active_examples import ActiveRows
 from kedit_train.errors import EditError
 
 
@@ -44,10 +44,10 @@ class ActiveSet(EditCallback):
         self._rows: ActiveRows | None = None
 
     def prepare(self, run: EditRun) -> None:
-        run.causal("ActiveSet")
+        run.causal()
 
     def attach(self, run: EditRun) -> None:
-        head = run.head("ActiveSet")
+        head = run.head()
         smoothing: Any = {type(callback).__name__: callback for callback in run.callbacks}.get("TokenSmoothing")
         if smoothing is None:
             raise EditError("ActiveSet asks which tokens are learned; add TokenSmoothing(), which knows")
@@ -85,7 +85,7 @@ class ActiveSet(EditCallback):
 
     def detach(self, run: EditRun) -> None:
         if self._rows is not None:
-            run.head("ActiveSet").active = self._rows = None
+            run.head().active = self._rows = None
 
     def __repr__(self) -> str:
         return f"ActiveSet(recheck={self.recheck}, probability={self.probability})"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from kedit_train.callbacks.hosts.lightning import LightningEvents
 from kedit_train.callbacks.hosts.transformers import TransformersEvents
+from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 
 
@@ -29,6 +30,18 @@ class EditCallback(TransformersEvents, LightningEvents):
     replaces_loss = False
     # Where a second one on the same model would be void or wrong: what to do instead.
     single: str | None = None
+
+    def provides(self) -> set[str]:
+        """Return the capabilities and metric keys that other callbacks may require, with the arguments as given."""
+        return set()
+
+    def requires(self) -> Sequence[Requirement]:
+        """Return what other callbacks must provide. Checked before the first callback attaches."""
+        return ()
+
+    def conflicts(self) -> Sequence[Requirement]:
+        """Return what no other callback may provide. Checked before the first callback attaches."""
+        return ()
 
     def prepare(self, run: EditRun) -> None:
         """Check arguments and decide what may change. The optimizer does not exist yet, nor need other callbacks."""

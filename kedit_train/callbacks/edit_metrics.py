@@ -11,15 +11,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from kedit_train.atomic import obstacle
+from kedit_train.atomic_write import obstacle
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.prompts import PromptFormat, check_format
-from kedit_train.data.tokenise import context_length
+from kedit_train.data.tokenization import context_length
 from kedit_train.errors import EditError
-from kedit_train.evaluation import Report, evaluate, logged
-from kedit_train.evaluation.probes import EXTRAS
+from kedit_train.evaluation import Report, evaluate
+from kedit_train.evaluation.asking.probes import EXTRAS
+from kedit_train.evaluation.reporting import wandb_tables as logged
 
 
 class EditMetrics(EditCallback):
@@ -104,7 +105,7 @@ class EditMetrics(EditCallback):
         self.best: dict[str, float] = {}
 
     def prepare(self, run: EditRun) -> None:
-        run.causal("EditMetrics")
+        run.causal()
         edits = run.host.edits() if self.edits is None else self.edits
         if edits is None:
             raise EditError(
@@ -122,7 +123,7 @@ class EditMetrics(EditCallback):
     def attach(self, run: EditRun) -> None:
         self.report, self._looked_at, self._scores = None, -1, {}
         self.skipped, self._seconds, self._in_looks = 0, 0.0, 0.0
-        self._tokenizer = run.tokenizer("EditMetrics", self.tokenizer)
+        self._tokenizer = run.tokenizer(self.tokenizer)
         # Hosts that tokenise by themselves would cut or drop an edit that is too long.
         edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
         longest = context_length(run.model.config)

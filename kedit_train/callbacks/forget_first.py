@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.locality.texts import load_texts, without_probes
 from kedit_train.core.output_head import evaluation_mode
-from kedit_train.core.reference import write
+from kedit_train.core.reference_weights import write
 from kedit_train.core.run import EditRun
-from kedit_train.core.texts import load_texts, without_probes
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.prompts import PromptFormat, check_format
-from kedit_train.data.tokenise import collate, context_length, pad_token_id
+from kedit_train.data.tokenization import collate, context_length, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.evaluation.forgetting import PUBLISHED, Guards, Measured, Scale, measure, old_answers
 
@@ -95,7 +95,7 @@ class ForgetFirst(EditCallback):
                 f"ForgetFirst: epochs={epochs}, batch_size={batch_size}, max_new_tokens={max_new_tokens}, lr={lr}: "
                 "expected 1 or more of each, and a learning rate above 0"
             )
-        self.guards = Guards("ForgetFirst", PUBLISHED if coefficients is None else coefficients, scale, bound, growth)
+        self.guards = Guards(PUBLISHED if coefficients is None else coefficients, scale, bound, growth)
         self.texts, self.edits = (list(x) if isinstance(x, Iterator) else x for x in (texts, edits))
         self.epochs, self.lr, self.batch_size, self.max_new_tokens = epochs, lr, batch_size, max_new_tokens
         self.tokenizer, self.seed = tokenizer, seed
@@ -104,7 +104,7 @@ class ForgetFirst(EditCallback):
         self.taken = 0
 
     def prepare(self, run: EditRun) -> None:
-        run.causal("ForgetFirst")
+        run.causal()
         if hasattr(run.model, "peft_config"):
             raise EditError(
                 "ForgetFirst subtracts from weights, and an adapter's factors multiply: forget without adapters first "
@@ -113,7 +113,7 @@ class ForgetFirst(EditCallback):
         if self.edits is not None:
             EditDataset.of(self.edits)
         if self.texts != "world":
-            load_texts(self.texts, needed_by="ForgetFirst")
+            load_texts(self.texts)
 
     def attach(self, run: EditRun) -> None:
         self.measured, self.taken = [], 0
@@ -167,11 +167,10 @@ class ForgetFirst(EditCallback):
                 "EditDataset"
             )
         edits = EditDataset.of(edits)
-        tokenizer = run.tokenizer("ForgetFirst", self.tokenizer)
-        texts = load_texts(self.texts, edits=edits, needed_by="ForgetFirst")
-        texts = without_probes(texts, edits, needed_by="ForgetFirst")
+        tokenizer = run.tokenizer(self.tokenizer)
+        texts = load_texts(self.texts, edits=edits)
+        texts = without_probes(texts, edits)
         form: dict[str, Any] = {
-            "needed_by": "ForgetFirst",
             "batch_size": self.batch_size,
             "prompt_format": self.prompt_format,
         }
@@ -220,7 +219,7 @@ class ForgetFirst(EditCallback):
 
         The optimizer has parameters of its own: the run takes every step of an optimizer of its scope for its own.
         """
-        head = run.head("ForgetFirst")
+        head = run.head()
         length = context_length(run.model.config)
         rows = EditDataset(old).encode(tokenizer, max_length=length, prompt_format=self.prompt_format)
         pad_id, device = pad_token_id(tokenizer), next(run.model.parameters()).device

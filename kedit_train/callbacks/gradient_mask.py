@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.fisher import contexts, diagonal_fisher, mean_gradient
-from kedit_train.core.mask_file import load_masks, save_masks
-from kedit_train.core.neurons import Granularity, matrix_of, place
+from kedit_train.core.drift.fisher import contexts, diagonal_fisher, mean_gradient
+from kedit_train.core.fsdp import placed_like, whole
+from kedit_train.core.locality.texts import load_texts, text_rows
 from kedit_train.core.run import EditRun
-from kedit_train.core.sharding import placed_like, whole
-from kedit_train.core.texts import load_texts, text_rows
+from kedit_train.core.scope.mask_file import load_masks, save_masks
+from kedit_train.core.scope.neurons import Granularity, matrix_of, place
 from kedit_train.data import EditDataset
-from kedit_train.data.tokenise import Encoded, context_length
+from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
-from kedit_train.functional.saliency import fisher_ratio, keep_top, unit_mask, unit_scores
+from kedit_train.functional.gradient_masks import fisher_ratio, keep_top, unit_mask, unit_scores
 
 Score = Literal["gradient", "fisher", "fisher_ratio", "magnitude", "random"]
 _DEFAULTS = ("gradient", 0.3, "element")
@@ -119,7 +119,7 @@ class GradientMask(EditCallback):
         if self.edits is not None:
             EditDataset.of(self.edits)
         if self.texts is not None and self.texts != "world":
-            load_texts(self.texts, needed_by="GradientMask")
+            load_texts(self.texts)
 
     def attach(self, run: EditRun) -> None:
         if self.mask is not None:
@@ -217,23 +217,22 @@ class GradientMask(EditCallback):
             return {name: torch.rand(p.shape, generator=source) for name, p in run.scope.items()}, None
         edits = self._find_edits(run)
         length = context_length(getattr(run.model, "config", None))
-        rows = self._sample(edits.encode(run.tokenizer("GradientMask", self.tokenizer), max_length=length))
+        rows = self._sample(edits.encode(run.tokenizer(self.tokenizer), max_length=length))
         if self.score == "gradient":
-            gradient = mean_gradient(run, rows, needed_by="GradientMask")
+            gradient = mean_gradient(run, rows)
             return {name: g.abs() for name, g in gradient.items()}, None
-        fisher = diagonal_fisher(run, rows, needed_by="GradientMask", seed=self.seed)
+        fisher = diagonal_fisher(run, rows, seed=self.seed)
         if self.score == "fisher":
             return fisher, None
         texts = text_rows(
             run,
             self.texts,
-            needed_by="GradientMask",
             tokenizer=self.tokenizer,
             max_length=self.max_length,
             edits=edits,
         )
-        general = self._sample(contexts(texts, "GradientMask"))
-        return fisher, diagonal_fisher(run, general, needed_by="GradientMask", seed=self.seed)
+        general = self._sample(contexts(texts))
+        return fisher, diagonal_fisher(run, general, seed=self.seed)
 
     def _find_edits(self, run: EditRun) -> EditDataset:
         edits = self.edits if self.edits is not None else run.edits or run.host.edits()

@@ -11,20 +11,20 @@ from torch import Tensor
 
 from kedit_train import world
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.answers import Answers
-from kedit_train.core.batch_anchor import BatchAnchor
-from kedit_train.core.held_sequence import HeldSequence
-from kedit_train.core.loss_head import LossHead, cross_entropy
+from kedit_train.core.cache.hidden_state_store import parse_bytes
+from kedit_train.core.locality.batch_anchor import BatchAnchor
+from kedit_train.core.locality.consecutive_runs import check_known, goes_on
+from kedit_train.core.locality.hidden_state_file import Answers
+from kedit_train.core.locality.reference_sequence import HeldSequence
+from kedit_train.core.locality.reference_states import hidden_states, row_states, teachers_answers
+from kedit_train.core.locality.texts import edit_rows, load_texts, text_rows
 from kedit_train.core.output_head import evaluation_mode
-from kedit_train.core.reference_answers import hidden_states, row_states, teachers_answers
-from kedit_train.core.row_store import parse_bytes
 from kedit_train.core.run import EditRun
-from kedit_train.core.sequence import check_known, goes_on
-from kedit_train.core.texts import edit_rows, load_texts, text_rows
+from kedit_train.core.tokens.loss_head import LossHead, cross_entropy
 from kedit_train.errors import EditError
-from kedit_train.functional.buckets import bucket_divergence
-from kedit_train.functional.chunking import chunk_length, chunked
+from kedit_train.functional.chunked_loss import chunk_length, chunked
 from kedit_train.functional.divergence import Direction, token_divergence
+from kedit_train.functional.top_k_divergence import bucket_divergence
 
 # Factors of the penalty where none is given.
 ON_TEXTS, ON_BATCH = 20.0, 1.0
@@ -84,7 +84,7 @@ class KLLocality(EditCallback):
             not hold what they are scored on, and hold the edits of the runs before, each as prompt and target without
             any template; an edit of the same prompt supersedes the earlier one.
         nearest: hold no more than so many texts for each edit, those nearest to it
-            (:func:`~kedit_train.data.nearest.nearest_texts`). For a few edits and many texts: what they change
+            (:func:`~kedit_train.data.nearest_texts.nearest_texts`). For a few edits and many texts: what they change
             elsewhere is their neighbours, which a random text is not; 24 of them, with weight=200 and 3e-4, is what
             recipes/README.md has measured of one edit at a time. It needs to know the edits, and is not for a
             sequence, whose texts are those of its first run.
@@ -132,7 +132,7 @@ class KLLocality(EditCallback):
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
         self.store = None if store is None else Path(store)
         self.dtype: torch.dtype | None = None if store_dtype is None else getattr(torch, store_dtype)
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "KLLocality: memory_limit")
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
         self.teacher, self.top_k, self.sequential, self.nearest = teacher, top_k, sequential, nearest
         self.anchors = isinstance(self.texts, str) and self.texts == "batch"
         self.weight = weight if weight is not None else ON_BATCH if self.anchors else ON_TEXTS
@@ -169,7 +169,7 @@ class KLLocality(EditCallback):
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
-            run.head("KLLocality")
+            run.head()
         if self.anchors:
             if any(other.anchors for other in run.callbacks if other is not self):
                 raise EditError(
@@ -182,7 +182,7 @@ class KLLocality(EditCallback):
             load_texts(self.texts)
 
     def attach(self, run: EditRun) -> None:
-        self._head = run.head("KLLocality")
+        self._head = run.head()
         if self.anchors:
             self._anchor = self._head.anchor = BatchAnchor(
                 run,
@@ -197,16 +197,15 @@ class KLLocality(EditCallback):
                 self._loss_head = LossHead(self._head, cross_entropy, reduction="token", shares=shares, observe=observe)
             return
         if self.sequential:
-            check_known(run, "KLLocality", "sequential=True holds this run's edits in the next")
+            check_known(run, "sequential=True holds this run's edits in the next")
         if self.nearest is not None:
-            check_known(run, "KLLocality", f"nearest={self.nearest} chooses texts by their edits")
+            check_known(run, f"nearest={self.nearest} chooses texts by their edits")
         held = self._held if self.sequential else None
-        if held is not None and not goes_on(held.model, run, "KLLocality"):
+        if held is not None and not goes_on(held.model, run):
             held = None
         rows = text_rows(
             run,
             self._texts(run, held is None),
-            needed_by="KLLocality",
             tokenizer=self.tokenizer,
             max_length=self.max_length,
             nearest=self.nearest,
@@ -226,7 +225,7 @@ class KLLocality(EditCallback):
                 head=self._head.module if self.sequential else None,
             )
         else:
-            tokenizer = run.tokenizer("KLLocality", self.tokenizer)
+            tokenizer = run.tokenizer(self.tokenizer)
             held.go_on(
                 run,
                 rows,
@@ -320,7 +319,7 @@ class KLLocality(EditCallback):
         if self.teacher is None:
             answers, self._reused = hidden_states(run, rows, self.batch_size, **keep)
             return answers
-        tokenizer = run.tokenizer("KLLocality", self.tokenizer)
+        tokenizer = run.tokenizer(self.tokenizer)
         answers, self._reused, self._shared = teachers_answers(
             run, rows, self.batch_size, self.teacher, self.top_k, tokenizer, **keep
         )

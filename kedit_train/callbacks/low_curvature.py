@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.factor_file import load_factors, save_factors
-from kedit_train.core.factors import curvature_factors
+from kedit_train.core.drift.gradient_projection import project_gradients
+from kedit_train.core.drift.kfac import curvature_factors
+from kedit_train.core.drift.kfac_file import load_factors, save_factors
+from kedit_train.core.drift.linear_layers import linear_maps
+from kedit_train.core.drift.second_moments import Moment, same_everywhere
 from kedit_train.core.fingerprint import fingerprint
-from kedit_train.core.gradients import project_gradients
-from kedit_train.core.linear_maps import linear_maps
+from kedit_train.core.locality.consecutive_runs import check_known, goes_on
+from kedit_train.core.locality.texts import edit_rows, load_texts, text_rows
 from kedit_train.core.run import EditRun
-from kedit_train.core.sequence import check_known, goes_on
-from kedit_train.core.statistics import Moment, same_everywhere
-from kedit_train.core.texts import edit_rows, load_texts, text_rows
 from kedit_train.errors import EditError
-from kedit_train.functional.curvature import Curvature, high_curvature, project_low_curvature
+from kedit_train.functional.low_curvature import Curvature, high_curvature, project_low_curvature
 from kedit_train.functional.precision import wide
 
 
@@ -101,20 +101,20 @@ class LowCurvature(EditCallback):
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
-            run.head("LowCurvature")
+            run.head()
         if self.texts != "world":
-            load_texts(self.texts, needed_by="LowCurvature")
+            load_texts(self.texts)
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            check_known(run, "LowCurvature", "sequential=True takes this run's edits into the next one's curvature")
-        self._maps = linear_maps(run.model, run.scope, "LowCurvature")
+            check_known(run, "sequential=True takes this run's edits into the next one's curvature")
+        self._maps = linear_maps(run.model, run.scope)
         if adapters := [name for name in self._maps if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(
                 f"LowCurvature: {adapters[0]} is the factor of an adapter, which has no curvature while B is zero; "
                 "train the weight itself, or constrain the adapter with NullSpace"
             )
-        if not (self.sequential and goes_on(self._model, run, "LowCurvature")):
+        if not (self.sequential and goes_on(self._model, run)):
             self._running = {}, {}
         self._model = weakref.ref(run.model)
         inputs, gradients = self._running if self._running[0] else self._on_texts(run)
@@ -185,7 +185,7 @@ class LowCurvature(EditCallback):
     def finish(self, run: EditRun) -> None:
         if not self.sequential:
             return
-        tokenizer = run.tokenizer("LowCurvature", self.tokenizer)
+        tokenizer = run.tokenizer(self.tokenizer)
         rows = edit_rows(run, run.edits, tokenizer, self.max_length)
         seen = self._take(run, rows, unedited=False)
         inputs, gradients = (
@@ -207,7 +207,6 @@ class LowCurvature(EditCallback):
             samples=self.samples,
             max_length=self.max_length,
             seed=self.seed,
-            needed_by="LowCurvature",
         )
         if self.factors is None:
             return self._take(run, rows, unedited=True)
@@ -230,7 +229,6 @@ class LowCurvature(EditCallback):
             rows,
             batch_size=self.batch_size,
             seed=self.seed,
-            needed_by="LowCurvature",
             unedited=unedited,
         )
 

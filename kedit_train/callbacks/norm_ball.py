@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.centres import Centres
+from kedit_train.core.drift.anchor_weights import Centres
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
-from kedit_train.functional.balls import distance_squared, linf_bounds, norm_squared, shrink, shrink_factor
+from kedit_train.functional.norm_balls import distance_squared, linf_bounds, norm_squared, shrink, shrink_factor
 
 
 class NormBall(EditCallback):
@@ -75,7 +75,7 @@ class NormBall(EditCallback):
         self.radius, self.norm, self.per, self.anchor = radius, norm, per, anchor
         self.fraction = fraction
         self._radii: dict[str, float] = {}
-        self._centres = Centres(anchor, "NormBall")
+        self._centres = Centres(anchor)
         self._bounds: dict[str, tuple[Tensor, Tensor]] = {}
 
     def attach(self, run: EditRun) -> None:

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.gradients import project_gradients
-from kedit_train.core.linear_maps import LinearMap, linear_maps
-from kedit_train.core.run import EditRun
-from kedit_train.core.sequence import check_known, goes_on
-from kedit_train.core.statistics import (
+from kedit_train.core.drift.gradient_projection import project_gradients
+from kedit_train.core.drift.linear_layers import LinearMap, linear_maps
+from kedit_train.core.drift.second_moments import (
     Batch,
     holds_model_inputs,
     input_moments,
@@ -25,11 +23,13 @@ from kedit_train.core.statistics import (
     text_batches,
     text_model,
 )
-from kedit_train.core.texts import edit_rows, load_texts, text_rows
+from kedit_train.core.locality.consecutive_runs import check_known, goes_on
+from kedit_train.core.locality.texts import edit_rows, load_texts, text_rows
+from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
+from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions, project_free
 from kedit_train.functional.precision import wide
-from kedit_train.functional.subspace import FreeSpace, free_space, join_directions, principal_directions, project_free
 
 
 class NullSpace(EditCallback):
@@ -118,16 +118,16 @@ class NullSpace(EditCallback):
 
     def prepare(self, run: EditRun) -> None:
         if not holds_model_inputs(self.texts) and self.texts != "world":
-            load_texts(self.texts, needed_by="NullSpace")
-            text_model(run, "NullSpace")
+            load_texts(self.texts)
+            text_model(run)
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            check_known(run, "NullSpace", "sequential=True preserves this run's edits in the next")
-            if not goes_on(self._model, run, "NullSpace"):
+            check_known(run, "sequential=True preserves this run's edits in the next")
+            if not goes_on(self._model, run):
                 self._earlier = []
         self._model = weakref.ref(run.model)
-        self._maps = self._without_free_factors(run, linear_maps(run.model, run.scope, "NullSpace"))
+        self._maps = self._without_free_factors(run, linear_maps(run.model, run.scope))
         directions = self._directions(run, self._batches(run, self.texts))
         if preserved := self._preserved(run):
             for name, more in self._directions(run, self._edit_batches(run, preserved)).items():
@@ -202,7 +202,7 @@ class NullSpace(EditCallback):
 
     def _directions(self, run: EditRun, batches: tuple[Any, Iterator[Batch]]) -> dict[str, Tensor]:
         """[d_in, r] for each weight, in fp64."""
-        moments = input_moments(run, self._maps, *batches, "NullSpace")
+        moments = input_moments(run, self._maps, *batches)
         return {
             name: principal_directions(moment.mean, energy=self.keep_energy, rank=self.rank)
             for name, moment in moments.items()
@@ -219,16 +219,15 @@ class NullSpace(EditCallback):
             samples=self.samples,
             max_length=self.max_length,
             seed=self.seed,
-            needed_by="NullSpace",
         )
-        return text_model(run, "NullSpace"), text_batches(share(rows), self.batch_size, device)
+        return text_model(run), text_batches(share(rows), self.batch_size, device)
 
     def _edit_batches(self, run: EditRun, preserved: Sequence[Any]) -> tuple[Any, Iterator[Batch]]:
         if not isinstance(preserved[0], Edit):
             return self._batches(run, preserved)
-        rows = edit_rows(run, preserved, run.tokenizer("NullSpace", self.tokenizer), self.max_length)
+        rows = edit_rows(run, preserved, run.tokenizer(self.tokenizer), self.max_length)
         device = next(run.model.parameters()).device
-        return text_model(run, "NullSpace"), text_batches(share(rows), self.batch_size, device)
+        return text_model(run), text_batches(share(rows), self.batch_size, device)
 
     def _preserved(self, run: EditRun) -> Sequence[Any]:
         given = self.preserve

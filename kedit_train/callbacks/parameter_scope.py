@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.adapters import keep_frozen
-from kedit_train.core.replicas import watch_replicas
+from kedit_train.core.ddp import watch_replicas
+from kedit_train.core.fsdp import whole
 from kedit_train.core.run import EditRun
-from kedit_train.core.scope import resolve_scope
-from kedit_train.core.sharding import whole
+from kedit_train.core.scope.adapters import keep_frozen
+from kedit_train.core.scope.scope import resolve_scope
 
 
 class ParameterScope(EditCallback):

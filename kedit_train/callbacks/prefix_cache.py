@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.layer_stack import find_prefix
+from kedit_train.core.cache.hidden_state_store import RowStore, parse_bytes
+from kedit_train.core.cache.layer_stack import find_prefix
+from kedit_train.core.cache.prefix_cache import FrozenPrefix
 from kedit_train.core.output_head import evaluation_mode
-from kedit_train.core.prefix_cache import FrozenPrefix
-from kedit_train.core.row_store import RowStore, parse_bytes
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -53,14 +53,14 @@ class PrefixCache(EditCallback):
 
     def __init__(self, memory: int | str = "1GB", folder: str | None = None, recheck: int = 100) -> None:
         self.memory, self.folder, self.recheck = memory, folder, recheck
-        self._bytes = parse_bytes(memory, "PrefixCache")
+        self._bytes = parse_bytes(memory)
         self._prefix: FrozenPrefix | None = None
         if recheck < 0:
             raise EditError(f"PrefixCache: recheck={recheck!r} is below 0; give a number of batches, or 0 for never")
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
-            run.head("PrefixCache")
+            run.head()
         if self.folder is not None and Path(self.folder).is_file():
             raise EditError(f"PrefixCache: folder={self.folder!r} is a file; name a folder")
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.fsdp import placed_like, reshard, whole
 from kedit_train.core.output_head import evaluation_mode
-from kedit_train.core.reference import holding, snapshot
+from kedit_train.core.reference_weights import holding, snapshot
 from kedit_train.core.run import EditRun
-from kedit_train.core.sharding import placed_like, reshard, whole
 from kedit_train.data import EditDataset
 from kedit_train.delta import EditDelta
-from kedit_train.delta.bits import same_bits
-from kedit_train.delta.weights import Weights, weights_of
+from kedit_train.delta.bitwise import same_bits
+from kedit_train.delta.weight_source import Weights, weights_of
 from kedit_train.errors import EditError
 
 _PROMPTS = 8
@@ -185,7 +185,7 @@ class SaveDelta(EditCallback):
         if run.language_model is None or not edits:
             return []
         try:
-            tokenizer = run.tokenizer("SaveDelta")
+            tokenizer = run.tokenizer()
         except EditError:
             # A loop that tokenised elsewhere: the weights have been compared.
             return []

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.loss_head import LossHead, Reduction
 from kedit_train.core.run import EditRun
+from kedit_train.core.tokens.loss_head import LossHead, Reduction
 from kedit_train.errors import EditError
-from kedit_train.functional.reweighting import dynamic_cross_entropy
-from kedit_train.functional.smoothing import overtone_statistics, uniform
+from kedit_train.functional.dft import dynamic_cross_entropy
+from kedit_train.functional.overtone import overtone_statistics, uniform
 
 Target = Literal["overtone", "uniform", "dft", "prompt_last"]
 
@@ -82,13 +82,13 @@ class TokenSmoothing(EditCallback):
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
-            run.head("TokenSmoothing")
+            run.head()
         reason = run.host.objective_refused()
         if reason:
             raise EditError(f"TokenSmoothing cannot replace the loss of this {run.host.name} run: {reason}")
 
     def attach(self, run: EditRun) -> None:
-        head = run.head("TokenSmoothing")
+        head = run.head()
         self._vocab_size = self._true_vocabulary(run, head.config.vocab_size)
         self._totals: dict[str, Tensor] = {}
         self._tokens, self._counted_at = 0, -1
@@ -162,7 +162,7 @@ class TokenSmoothing(EditCallback):
     def _true_vocabulary(run: EditRun, head_size: int) -> int | None:
         """The tokenizer's size where the head has rows beyond it: those logits are noise and would widen the filter."""
         try:
-            size = len(run.tokenizer("TokenSmoothing"))
+            size = len(run.tokenizer())
         except EditError:
             return None
         return size if size < head_size else None

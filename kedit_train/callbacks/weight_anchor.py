@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.centres import Anchor, Centres
-from kedit_train.core.fisher import contexts, diagonal_fisher
+from kedit_train.core.drift.anchor_weights import Anchor, Centres
+from kedit_train.core.drift.fisher import contexts, diagonal_fisher
+from kedit_train.core.fsdp import whole
+from kedit_train.core.locality.texts import load_texts, text_rows
 from kedit_train.core.run import EditRun
-from kedit_train.core.sharding import whole
-from kedit_train.core.texts import load_texts, text_rows
 from kedit_train.errors import EditError
 
 _STRENGTHS = {"l2sp": 2.0, "ewc": 1000.0}
@@ -98,7 +98,7 @@ class WeightAnchor(EditCallback):
         self.penalises = not self.decoupled
         self.samples, self.max_length, self.tokenizer, self.seed = samples, max_length, tokenizer, seed
         self._anchored: EditRun | None = None
-        self._centres = Centres(anchor, "WeightAnchor")
+        self._centres = Centres(anchor)
         self._fisher: dict[str, Tensor] = {}
 
     def prepare(self, run: EditRun) -> None:
@@ -110,20 +110,18 @@ class WeightAnchor(EditCallback):
                 "no language-model head; use kind='l2sp'"
             )
         if self.texts != "world":
-            load_texts(self.texts, needed_by="WeightAnchor")
+            load_texts(self.texts)
 
     def attach(self, run: EditRun) -> None:
         self._anchored = run
         known = self._centres.begin(run)
         if self.kind == "ewc" and not set(known) & self._fisher.keys() >= run.scope.keys():
-            texts = text_rows(
-                run, self.texts, needed_by="WeightAnchor", tokenizer=self.tokenizer, max_length=self.max_length
-            )
-            rows = contexts(texts, "WeightAnchor")
+            texts = text_rows(run, self.texts, tokenizer=self.tokenizer, max_length=self.max_length)
+            rows = contexts(texts)
             if self.samples is not None and self.samples < len(rows):
                 rows = random.Random(self.seed).sample(rows, self.samples)
             kept = {name: self._fisher[name] for name in known if name in self._fisher}
-            self._fisher = diagonal_fisher(run, rows, needed_by="WeightAnchor", seed=self.seed) | kept
+            self._fisher = diagonal_fisher(run, rows, seed=self.seed) | kept
 
     def penalty(self, run: EditRun) -> Tensor | None:
         return None if self.decoupled else self._distance(run)

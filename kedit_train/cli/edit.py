@@ -22,7 +22,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kedit_train import catalog
-from kedit_train.cli.complaint import shorten
+from kedit_train.cli.config_errors import shorten
 from kedit_train.cli.console import leave, say_error
 from kedit_train.cli.processes import check_world, follow_launcher, part
 from kedit_train.errors import EditError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.core.sharding import whole
+from kedit_train.core.fsdp import whole
 
 # Of a configuration, what says where a model came from or how it generates, not what its forward pass computes.
 _BESIDE = ("_name_or_path", "base_model_name_or_path", "transformers_version", "dtype", "use_cache", "inference_mode")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.core.sharding import check_head
+from kedit_train.core.fsdp import check_head
 from kedit_train.errors import EditError
-from kedit_train.functional.linear import linear
+from kedit_train.functional.chunked_linear import linear
 from kedit_train.functional.precision import HALF
 
 # What model configurations call the number that logits are multiplied or divided by.

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from kedit_train.core.fsdp import reshard, whole
 from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model
-from kedit_train.core.reference import holding, snapshot
-from kedit_train.core.resuming import restore, state_of
-from kedit_train.core.sharding import reshard, whole
+from kedit_train.core.reference_weights import holding, snapshot
+from kedit_train.core.requirements import check_requirements
+from kedit_train.core.resume import restore, state_of
 from kedit_train.core.steps import OptimizerSteps
 from kedit_train.core.strategy import follow_dtype, follow_strategy
-from kedit_train.data.edit import Edit
-from kedit_train.errors import EditError
+from kedit_train.edit import Edit
+from kedit_train.errors import EditError, reported_by
 
 _ATTRIBUTE = "_kedit_run"
 
@@ -125,7 +126,8 @@ class EditRun:
             # By name where the order leaves it open, so that it does not depend on the list.
             run.callbacks = sorted([*run.callbacks, callback], key=lambda c: (c.order, type(c).__name__, repr(c)))
             try:
-                callback.prepare(run)
+                with reported_by(type(callback).__name__):
+                    callback.prepare(run)
             except BaseException:
                 run.close()
                 raise
@@ -148,6 +150,7 @@ class EditRun:
     def attach(self, callback: Any) -> None:
         """Start one callback's work; every callback has been prepared."""
         if not self._attached:
+            check_requirements(self.callbacks)
             follow_strategy(self)
             follow_dtype(self)
             if self.host.resumed:
@@ -157,9 +160,10 @@ class EditRun:
                     self.reference = snapshot(self.scope)
         if id(callback) not in self._attached:
             self._attached.add(id(callback))
-            callback.attach(self)
-            if callback in self._saved:
-                callback.load_state(self._saved.pop(callback))
+            with reported_by(type(callback).__name__):
+                callback.attach(self)
+                if callback in self._saved:
+                    callback.load_state(self._saved.pop(callback))
 
     def finish(self, callback: Any) -> None:
         """Training is over for one callback; when it is for all, each ends its work in the order of ``order``."""
@@ -172,7 +176,8 @@ class EditRun:
             self.steps.check_untouched()
         self._settle()
         for one in filter(self.has_attached, list(self.callbacks)):
-            one.finish(self)
+            with reported_by(type(one).__name__):
+                one.finish(self)
         self.close()
 
     def close(self) -> None:
@@ -191,7 +196,7 @@ class EditRun:
         self.root.__dict__.pop(_ATTRIBUTE, None)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold; see :func:`kedit_train.core.resuming.state_of`."""
+        """What a checkpoint has to hold; see :func:`kedit_train.core.resume.state_of`."""
         return state_of(self)
 
     @torch.no_grad()
@@ -210,22 +215,22 @@ class EditRun:
 
     # -- what callbacks use
 
-    def causal(self, needed_by: str) -> nn.Module:
+    def causal(self) -> nn.Module:
         """The causal language model in ``root``."""
         found = self.language_model
         encoder_decoder = getattr(getattr(found, "config", None), "is_encoder_decoder", False)
         if found is None or encoder_decoder:
             reason = "is an encoder-decoder" if encoder_decoder else "has no language-model head"
             raise EditError(
-                f"{needed_by} needs a causal language model, and {type(found or self.root).__name__} {reason}; load it "
+                f"a causal language model is needed, and {type(found or self.root).__name__} {reason}; load it "
                 "with AutoModelForCausalLM, or leave this callback out"
             )
         return found
 
-    def head(self, needed_by: str) -> OutputHead:
+    def head(self) -> OutputHead:
         """The model's output head, verified once."""
         if self._head is None:
-            head = OutputHead(self.causal(needed_by))
+            head = OutputHead(self.causal())
             try:
                 head.verify(self.host.forward_context())
             except BaseException:
@@ -234,7 +239,7 @@ class EditRun:
             self._head = head
         return self._head
 
-    def tokenizer(self, needed_by: str, given: Any | None = None) -> Any:
+    def tokenizer(self, given: Any | None = None) -> Any:
         """The tokenizer: the one given (an object, a name or a path), the host's, or the one saved with the model."""
         found = given if given is not None else self.host.tokenizer()
         if found is not None and not isinstance(found, str):
@@ -243,12 +248,12 @@ class EditRun:
 
         name = found or getattr(getattr(self.model, "config", None), "_name_or_path", "")
         if not name:
-            raise EditError(f"{needed_by}: no tokenizer found; pass tokenizer= (an object, a name or a path)")
+            raise EditError("no tokenizer found; pass tokenizer= (an object, a name or a path)")
         try:
             return AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise EditError(f"{needed_by}: no tokenizer at {name!r} ({reason}); pass tokenizer=") from error
+            raise EditError(f"no tokenizer at {name!r} ({reason}); pass tokenizer=") from error
 
     @contextmanager
     def unedited(self) -> Iterator[None]:
@@ -270,7 +275,7 @@ class EditRun:
         """A callable that projects through the head as it was before the edit; None where the head does not change."""
         # What FSDP2 holds gathered are other tensors than those in scope.
         reshard(self.root)
-        head = self.head("the reference")
+        head = self.head()
         own = {id(p): name for name, p in head.module.named_parameters()}
         changing = {name: p for name, p in self.scope.items() if id(p) in own}
         if not changing:
@@ -322,4 +327,5 @@ class EditRun:
     def after_step(self) -> None:
         """Let the callbacks look at the model after an optimizer step, outside of the gradient."""
         for callback in list(self.callbacks):
-            callback.after_step(self)
+            with reported_by(type(callback).__name__):
+                callback.after_step(self)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from kedit_train.core.sharding import check_gradients, whole
-from kedit_train.errors import EditError
+from kedit_train.core.fsdp import check_gradients, whole
+from kedit_train.errors import EditError, reported_by
 
 if TYPE_CHECKING:
     from kedit_train.core.run import EditRun
@@ -58,7 +58,12 @@ class OptimizerSteps:
         if any(not run.has_attached(callback) for callback in run.callbacks):
             late = next(callback for callback in run.callbacks if not run.has_attached(callback))
             raise EditError(f"{late!r} joined when training had begun; name it before training begins")
-        terms = [term for callback in run.callbacks if (term := callback.penalty(run)) is not None]
+        terms: list[Tensor] = []
+        for callback in run.callbacks:
+            with reported_by(type(callback).__name__):
+                term = callback.penalty(run)
+            if term is not None:
+                terms.append(term)
         self._penalised = bool(terms)
         return torch.stack(terms).sum() if terms else None
 
@@ -74,7 +79,10 @@ class OptimizerSteps:
         wrong = run.host.check_gradients() if self._penalised else None
         if wrong is not None:
             raise EditError(wrong)
-        skip = [callback.skip_step(run) for callback in run.callbacks]
+        skip: list[bool] = []
+        for callback in run.callbacks:
+            with reported_by(type(callback).__name__):
+                skip.append(callback.skip_step(run))
         pulls = self._penalised or any(callback.anchors for callback in run.callbacks)
         if any(skip) and not pulls:
             for parameter in run.trainable:
@@ -90,7 +98,8 @@ class OptimizerSteps:
         stepped: dict[str, Tensor] = {name: p.detach() for name, p in run.scope.items()}
         weights = dict(stepped)
         for callback in constraining:
-            weights = callback.constrain(weights, run.reference)
+            with reported_by(type(callback).__name__):
+                weights = callback.constrain(weights, run.reference)
         for name, parameter in run.scope.items():
             # Not by address, which is 0 for every sharded tensor (FSDP2).
             if weights[name] is not stepped[name]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kedit_train.core.fsdp import check_precision, placed_like, reshard
 from kedit_train.core.full_precision import FullPrecision
-from kedit_train.core.sharding import check_precision, placed_like, reshard
 from kedit_train.errors import EditError
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from kedit_train.atomic import writing
-from kedit_train.data.edit import Edit, Probe
+from kedit_train.atomic_write import writing
 from kedit_train.data.prompts import PromptFormat, as_question, check_format, encode_in, turns
 from kedit_train.data.readers import own, read_records
 from kedit_train.data.readers.fields import describe
 from kedit_train.data.readers.files import read_file
-from kedit_train.data.tokenise import Encoded, separator
+from kedit_train.data.tokenization import Encoded, separator
+from kedit_train.edit import Edit, Probe
 from kedit_train.errors import EditError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from kedit_train.data.tokenise import Encoded, encode_edit, encode_prompt, ids_of, joined, separator, shorten
+from kedit_train.data.tokenization import Encoded, encode_edit, encode_prompt, ids_of, joined, separator, shorten
 from kedit_train.errors import EditError
 
 PromptFormat = Literal["plain", "chat", "question"]

@@ -9,11 +9,11 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from kedit_train.atomic import writing
-from kedit_train.delta.bits import content
-from kedit_train.delta.change import Change
+from kedit_train.atomic_write import writing
+from kedit_train.delta.bitwise import content
 from kedit_train.delta.safetensors_header import Span, read_tensor
-from kedit_train.delta.weights import INDEX, shards_of
+from kedit_train.delta.tensor_change import Change
+from kedit_train.delta.weight_source import INDEX, shards_of
 from kedit_train.errors import EditError
 
 # Weights in other formats: copied, they would be the ones before the edit.

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kedit_train.core.sharding import placed_like, reshard, whole
-from kedit_train.delta import file
-from kedit_train.delta.bits import fingerprint_of, tensor_hash
-from kedit_train.delta.change import Change, change_between
+from kedit_train.core.fsdp import placed_like, reshard, whole
+from kedit_train.delta import delta_file as file
+from kedit_train.delta.bitwise import fingerprint_of, tensor_hash
 from kedit_train.delta.checkpoint import patch_checkpoint
-from kedit_train.delta.weights import grouped, named_tensors, weights_of
+from kedit_train.delta.tensor_change import Change, change_between
+from kedit_train.delta.weight_source import grouped, named_tensors, weights_of
 from kedit_train.errors import EditError
 
 if TYPE_CHECKING:

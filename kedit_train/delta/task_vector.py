@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kedit_train.delta.change import change_between
 from kedit_train.delta.edit_delta import EditDelta, versions
+from kedit_train.delta.tensor_change import change_between
 from kedit_train.errors import EditError
 
 

@@ -11,23 +11,23 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from kedit_train.core.texts import load_texts
+from kedit_train.core.locality.texts import load_texts
 from kedit_train.data import Edit
 from kedit_train.data.prompts import PromptFormat
-from kedit_train.data.tokenise import shorten
+from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError
-from kedit_train.evaluation.asking import Judge, Settings, ask
-from kedit_train.evaluation.batching import DivergedError
-from kedit_train.evaluation.bootstrap import Score
-from kedit_train.evaluation.divergence import Distribution, distributions, divergences
-from kedit_train.evaluation.drift import weight_drift
-from kedit_train.evaluation.meta import meta_of
-from kedit_train.evaluation.metrics import ProbeResult, summarise
-from kedit_train.evaluation.normalise import exact_match, normalise
-from kedit_train.evaluation.perplexity import perplexity, text_losses
-from kedit_train.evaluation.probes import EXTRAS, PREFIXES, Asked, probes_of
-from kedit_train.evaluation.processes import shared_out
+from kedit_train.evaluation.asking.batching import DivergedError
+from kedit_train.evaluation.asking.distributed import shared_out
+from kedit_train.evaluation.asking.probes import EXTRAS, PREFIXES, Asked, probes_of
+from kedit_train.evaluation.asking.questions import Judge, Settings, ask
 from kedit_train.evaluation.report import Report
+from kedit_train.evaluation.reporting.metadata import meta_of
+from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.scoring.divergence import Distribution, distributions, divergences
+from kedit_train.evaluation.scoring.metrics import ProbeResult, summarise
+from kedit_train.evaluation.scoring.normalize import exact_match, normalise
+from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
+from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
 
 def evaluate(
@@ -141,7 +141,7 @@ def evaluate(
     found = summarise(results, against_before=before is not None, seed=seed)
     found["perplexity"], found["weight_drift"] = Score(None, 0), {}
     if texts is not None:
-        given = load_texts(texts, edits=edits, needed_by="evaluate")
+        given = load_texts(texts, edits=edits)
         losses = shared_out(
             lambda part: text_losses(model, tokenizer, part, batch_size=batch_size, progress=progress),
             given,

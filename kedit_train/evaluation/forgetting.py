@@ -16,10 +16,10 @@ from torch import nn
 from kedit_train.data import Edit
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.errors import EditError
-from kedit_train.evaluation.generate import generate_answers
-from kedit_train.evaluation.normalise import exact_match
-from kedit_train.evaluation.perplexity import perplexity, text_losses
-from kedit_train.evaluation.teacher_forced import teacher_forced
+from kedit_train.evaluation.asking.generate import generate_answers
+from kedit_train.evaluation.asking.teacher_forced import teacher_forced
+from kedit_train.evaluation.scoring.normalize import exact_match
+from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
 
 PUBLISHED = (0.1, 0.3, 0.5, 0.7)
 Scale = Literal["base", "trained"]
@@ -50,7 +50,6 @@ class Guards:
     """How far a subtraction may go.
 
     Args:
-        needed_by: whom errors and warnings name.
         coefficients: above 0; tried in ascending order.
         scale: what a coefficient is a share of: the length of the weights that change (``base``), or the trained
             difference (``trained``).
@@ -61,7 +60,6 @@ class Guards:
         EditError: an argument out of range.
     """
 
-    needed_by: str
     coefficients: Sequence[float]
     scale: Scale
     bound: float
@@ -70,10 +68,10 @@ class Guards:
     def __post_init__(self) -> None:
         steps = sorted({float(c) for c in self.coefficients})
         if not steps or not (steps[0] > 0 and math.isfinite(steps[-1])):
-            raise EditError(f"{self.needed_by}: coefficients={tuple(self.coefficients)}: give numbers above 0")
+            raise EditError(f"coefficients={tuple(self.coefficients)}: give numbers above 0")
         if self.scale not in get_args(Scale) or not 0 < self.bound < 1 or not self.growth >= 1:
             raise EditError(
-                f"{self.needed_by}: scale={self.scale!r}, bound={self.bound}, growth={self.growth}: expected "
+                f"scale={self.scale!r}, bound={self.bound}, growth={self.growth}: expected "
                 f"{' or '.join(get_args(Scale))}, a probability, and a number from 1"
             )
 
@@ -112,7 +110,7 @@ class Guards:
             "give larger ones, or scale='base'"
         )
         return (
-            f"{self.needed_by}: with coefficient {found[taken].coefficient:g} the old answers still have a mean "
+            f"with coefficient {found[taken].coefficient:g} the old answers still have a mean "
             f"probability of {found[taken].probability:.3f} (bound {self.bound:g}); {why}"
         )
 
@@ -122,7 +120,6 @@ def old_answers(
     tokenizer: Any,
     edits: Sequence[Edit],
     *,
-    needed_by: str,
     batch_size: int,
     prompt_format: PromptFormat,
     max_new_tokens: int = 32,
@@ -136,7 +133,7 @@ def old_answers(
         EditError: there are no edits.
     """
     if not len(edits):
-        raise EditError(f"{needed_by}: no edits: the data is empty")
+        raise EditError("no edits: the data is empty")
     prompts = [edit.prompt for edit in edits]
     asked: dict[str, Any] = {"batch_size": batch_size, "prompt_format": prompt_format, "max_new_tokens": max_new_tokens}
     said = generate_answers(model, tokenizer, prompts, **asked)
@@ -164,7 +161,6 @@ def measure(
     coefficient: float,
     factor: float,
     *,
-    needed_by: str,
     batch_size: int,
     prompt_format: PromptFormat,
 ) -> Measured:
@@ -177,6 +173,6 @@ def measure(
     scored = teacher_forced(model, tokenizer, pairs, batch_size=batch_size, prompt_format=prompt_format)
     value = perplexity(text_losses(model, tokenizer, texts, batch_size=batch_size)).value
     if value is None:
-        raise EditError(f"{needed_by}: the texts hold no token to predict: give longer ones")
+        raise EditError("the texts hold no token to predict: give longer ones")
     probability = sum(math.exp(sum(one.log_probs)) for one in scored) / len(scored)
     return Measured(coefficient, factor, probability, sum(one.exact for one in scored) / len(scored), value)

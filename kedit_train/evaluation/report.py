@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from kedit_train.atomic import writing
+from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
-from kedit_train.evaluation.bootstrap import Score
-from kedit_train.evaluation.divergence import Distribution
-from kedit_train.evaluation.metrics import ProbeResult
+from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.scoring.divergence import Distribution
+from kedit_train.evaluation.scoring.metrics import ProbeResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +27,7 @@ class Report:
 
     Args:
         metrics: question -> ``generated``, ``teacher_forced``, ... ; the leaves are :class:`Score`. See
-            :func:`~kedit_train.evaluation.metrics.summarise` for what each means; beside it ``perplexity`` of the
+            :func:`~kedit_train.evaluation.scoring.metrics.summarise` for what each means; ``perplexity`` of the
             given texts and ``weight_drift`` from the given weights.
         unedited: the same of the unedited model, where its report was given; its locality is compared with the truth.
         answers: every probe with what the model said, and what it said before.
@@ -68,7 +68,7 @@ class Report:
 
     def markdown(self, answers: int = 10) -> str:
         """The report as Markdown: scores with intervals, target positions, answers, and what repeats it."""
-        from kedit_train.evaluation.markdown import written
+        from kedit_train.evaluation.reporting.markdown import written
 
         return written(self, answers)
 
@@ -118,7 +118,7 @@ class Report:
         """
         from rich.console import Console
 
-        from kedit_train.evaluation.table import drawn
+        from kedit_train.evaluation.reporting.terminal_table import drawn
 
         if console is not None:
             console.print(drawn(self, answers))

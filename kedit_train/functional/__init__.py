@@ -1,9 +1,9 @@
 """Pure tensor functions, one idea a file: tensors in, tensors out, no model and no host."""
 
-from kedit_train.functional.chunking import chunk_length, chunked
+from kedit_train.functional.chunked_loss import chunk_length, chunked
+from kedit_train.functional.dft import dynamic_cross_entropy
 from kedit_train.functional.divergence import jensen_shannon, kl_divergence, token_divergence
-from kedit_train.functional.reweighting import dynamic_cross_entropy
-from kedit_train.functional.smoothing import (
+from kedit_train.functional.overtone import (
     overtone,
     overtone_statistics,
     overtone_target,

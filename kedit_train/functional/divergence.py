@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kedit_train.functional.closed_form_losses import rowwise
 from kedit_train.functional.precision import wide
-from kedit_train.functional.rowwise import rowwise
 
 Direction = Literal["forward", "reverse", "jsd"]
 

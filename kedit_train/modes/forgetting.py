@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.core.texts import load_texts
+from kedit_train.core.locality.texts import load_texts
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.delta import EditDelta, TaskVector
-from kedit_train.delta.weights import Weights, weights_of
+from kedit_train.delta.weight_source import Weights, weights_of
 from kedit_train.errors import EditError
 from kedit_train.evaluation.forgetting import PUBLISHED, Guards, Measured, Reason, Scale, measure, old_answers
-from kedit_train.modes.weights import KeptWeights
+from kedit_train.modes.weight_backup import KeptWeights
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def forget(
     Raises:
         EditError: an argument out of range, no edits or texts, a training that changes nothing or cannot be taken back.
     """
-    guards = Guards("forget", coefficients, scale, bound, growth)
-    given = load_texts(texts, edits=edits, needed_by="forget")
-    asked: dict[str, Any] = {"needed_by": "forget", "batch_size": batch_size, "prompt_format": prompt_format}
+    guards = Guards(coefficients, scale, bound, growth)
+    given = load_texts(texts, edits=edits)
+    asked: dict[str, Any] = {"batch_size": batch_size, "prompt_format": prompt_format}
     old, left_out = old_answers(model, tokenizer, edits, max_new_tokens=max_new_tokens, **asked)
     if not old:
         warnings.warn(f"forget: the model gives none of {len(edits)} old answers: nothing to forget", stacklevel=2)

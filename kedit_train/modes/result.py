@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kedit_train.atomic import writing
-from kedit_train.evaluation.bootstrap import Score
-from kedit_train.evaluation.capability import Capability
-from kedit_train.evaluation.lines import figure, interval
+from kedit_train.atomic_write import writing
 from kedit_train.evaluation.report import Report
-from kedit_train.modes.rounds import Mode
+from kedit_train.evaluation.reporting.report_lines import figure, interval
+from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.scoring.capability import Capability
+from kedit_train.modes.schedule import Mode
 
 QUESTIONS = ("reliability", "generality", "portability", "locality")
 
@@ -112,7 +112,7 @@ class ModeResult:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write JSON, Markdown (``.md``) or the retention curve (``.png``), whole or not at all."""
         if Path(path).suffix == ".png":
-            from kedit_train.modes.curve import retention_curve
+            from kedit_train.modes.retention_curve import retention_curve
 
             return retention_curve({self.mode: self}, path)
         return written(path, self.markdown, self.to_dict)

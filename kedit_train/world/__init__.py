@@ -35,7 +35,7 @@ def path() -> Path:
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The packaged model, in fp32 and in evaluation mode, and its tokenizer."""
-    from kedit_train.world.measure import load as load_folder  # transformers only when a model is wanted
+    from kedit_train.world.knowledge_check import load as load_folder  # transformers only when a model is wanted
 
     return load_folder(path())
 

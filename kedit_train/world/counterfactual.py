@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import cache
 from random import Random
 
-from kedit_train.data.edit import Edit, Probe
+from kedit_train.edit import Edit, Probe
 from kedit_train.errors import EditError
 from kedit_train.world import facts, grammar
 from kedit_train.world.facts import Fact, Key, World, pick, shuffled
-from kedit_train.world.wordings import BY_NAME, RELATIONS, TWO_HOP
+from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # the other half keeps second hops true
 STATEMENTS_ASKED, QUESTIONS_ASKED = 3, 2

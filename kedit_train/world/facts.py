@@ -12,7 +12,7 @@ from random import Random
 from typing import TypeVar
 
 from kedit_train.errors import EditError
-from kedit_train.world.wordings import BY_NAME, RELATIONS, TWO_HOP
+from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 WORLD_SEED = 20
 PEOPLE, COMPANIES, CITIES, COUNTRIES, RIVERS, LANGUAGES = 180, 30, 40, 12, 16, 14

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kedit_train.world import facts, grammar, measure
+from kedit_train.world import facts, grammar
+from kedit_train.world import knowledge_check as measure
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"  # ids 0, 1, 2

@@ -27,7 +27,7 @@ from kedit_train.callbacks import ParameterScope
 from kedit_train.cli.kedit.sweep_plot import sweep_plot
 from kedit_train.data import Edit
 from kedit_train.delta import cosine, merge, sweep
-from kedit_train.evaluation.plots import figure, saved
+from kedit_train.evaluation.reporting.plots import figure, saved
 from kedit_train.modes import Forgetting, TrainLoop, forget
 
 ROOT = Path(__file__).resolve().parents[2]

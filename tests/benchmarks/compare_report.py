@@ -15,7 +15,7 @@ import torch
 from methods import RECIPES as ORDER
 from paired import processor
 
-from kedit_train.evaluation.plots import figure, saved
+from kedit_train.evaluation.reporting.plots import figure, saved
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 BEGIN, END = "<!-- compare: written by make compare -->", "<!-- compare: end -->"

@@ -30,7 +30,7 @@ from kedit_train.callbacks import (
     editing,
 )
 from kedit_train.data import Edit
-from kedit_train.data.tokenise import collate, pad_token_id
+from kedit_train.data.tokenization import collate, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.evaluation import Report, evaluate
 

@@ -19,8 +19,8 @@ from paired import arguments, record, table
 from safetensors.torch import load_file, save_file
 
 from kedit_train import EditDelta
-from kedit_train.delta.bits import tensor_hash
-from kedit_train.delta.change import change_between
+from kedit_train.delta.bitwise import tensor_hash
+from kedit_train.delta.tensor_change import change_between
 
 
 class Peak:

@@ -39,8 +39,8 @@ from workload import (
 from kedit_train import EditDataset, evaluate
 from kedit_train.callbacks import ActiveSet, ParameterScope, PrefixCache, TokenSmoothing
 from kedit_train.data import Edit
-from kedit_train.data.buckets import LengthBuckets
-from kedit_train.data.tokenise import Encoded, collate
+from kedit_train.data.length_buckets import LengthBuckets
+from kedit_train.data.tokenization import Encoded, collate
 
 ENOUGH = 0.95
 # Edits that are looked at to see whether it is worth asking all.

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 
 from kedit_train import EditDataset, Report
 from kedit_train.callbacks import ParameterScope
-from kedit_train.data.tokenise import encode_prompt, pad_token_id
+from kedit_train.data.tokenization import encode_prompt, pad_token_id
 from kedit_train.evaluation import evaluate
-from kedit_train.evaluation.probes import EXTRAS, Asked, probes_of
+from kedit_train.evaluation.asking.probes import EXTRAS, Asked, probes_of
 from kedit_train.modes import TrainLoop
 
 FACTLM = Path(__file__).resolve().parents[3] / "shared" / "models" / "factlm"

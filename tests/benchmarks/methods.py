@@ -19,7 +19,7 @@ from kedit_train.augmentation import augmentation
 from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, NormBall, SaveDelta
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
-from kedit_train.data.augment import scored_prompts
+from kedit_train.data.leaks import scored_prompts
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop
 from kedit_train.modules import OF_THE_WORLD

@@ -21,8 +21,8 @@ from torch.utils.data import RandomSampler
 from workload import SIZES, STORIES, counterfact, llama, plain_loop, rows_of, twin
 
 from kedit_train.callbacks import ActiveSet, ParameterScope, PrefixCache, TokenSmoothing
-from kedit_train.data.buckets import LengthBuckets
-from kedit_train.data.tokenise import Encoded, pad_token_id
+from kedit_train.data.length_buckets import LengthBuckets
+from kedit_train.data.tokenization import Encoded, pad_token_id
 
 BATCH = 32
 

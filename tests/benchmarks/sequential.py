@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kedit_train import EditDataset
 from kedit_train.callbacks import ParameterScope
-from kedit_train.data.tokenise import separator
-from kedit_train.evaluation.capability import CapabilityProbe
-from kedit_train.evaluation.lines import figure, interval
+from kedit_train.data.tokenization import separator
+from kedit_train.evaluation.reporting.report_lines import figure, interval
+from kedit_train.evaluation.scoring.capability import CapabilityProbe
 from kedit_train.modes import ModeResult, TrainLoop, retention_curve, run_edits, survey
 
 FACTLM = Path(__file__).resolve().parents[3] / "shared" / "models" / "factlm"

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from kedit_train import EditDataset
 from kedit_train.callbacks import ParameterScope, editing
 from kedit_train.data import Edit
-from kedit_train.data.tokenise import collate, pad_token_id
-from kedit_train.evaluation.lines import figure as shown
-from kedit_train.evaluation.lines import interval
-from kedit_train.evaluation.plots import figure, saved
+from kedit_train.data.tokenization import collate, pad_token_id
+from kedit_train.evaluation.reporting.plots import figure, saved
+from kedit_train.evaluation.reporting.report_lines import figure as shown
+from kedit_train.evaluation.reporting.report_lines import interval
 from kedit_train.functional import overtone, overtone_target, smoothed_loss
 from kedit_train.modes import run_edits
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from kedit_train import EditDataset
 from kedit_train.callbacks import editing
-from kedit_train.data.tokenise import Encoded, collate
+from kedit_train.data.tokenization import Encoded, collate
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 COUNTERFACT = SHARED / "data" / "counterfact" / "counterfact_10k.json"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks import ActiveSet, KLLocality, ParameterScope, TokenSmoothing, editing
-from kedit_train.core.active_rows import ActiveRows
+from kedit_train.core.tokens.active_examples import ActiveRows
 from kedit_train.errors import EditError
 
 # Divergences that no token, or only some tokens, of these models are below.
@@ -63,7 +63,7 @@ def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, 
         want: dict[str, Tensor] = {}
         # By hand: the sum over the rows that stay, with the weights of the whole batch.
         inner = edit.run.callbacks[1]
-        head, active = inner._loss_head, edit.run.head("test").active
+        head, active = inner._loss_head, edit.run.head().active
         own = 0.0
         for row in (0, 3):
             head.head.active = None
@@ -145,11 +145,11 @@ def test_a_probability_in_place_of_the_clip(make, batch):
         edit.before_step()
         model(**batch).loss.backward()
         # Every token is above that bound, so all four are done.
-        assert len(edit.run.head("test").active.resting) == 4
+        assert len(edit.run.head().active.resting) == 4
     with editing(model, [TokenSmoothing(lam=1.0, epsilon=0.0), ActiveSet(probability=0.999)]) as edit:
         edit.before_step()
         model(**batch).loss.backward()
-        assert not edit.run.head("test").active.resting
+        assert not edit.run.head().active.resting
 
 
 def test_nothing_is_left_out_where_rows_are_not_rows(batch):
@@ -167,7 +167,7 @@ def test_positional_ids_are_found(make, batch):
     with editing(model, [TokenSmoothing(epsilon=1e6), ActiveSet()]) as edit:
         edit.before_step()
         model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
-        assert len(edit.run.head("test").active.resting) == 4
+        assert len(edit.run.head().active.resting) == 4
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import EarlyStoppingCallback
 
 from kedit_train import Report, world
-from kedit_train.atomic import obstacle
+from kedit_train.atomic_write import obstacle
 from kedit_train.callbacks import EditMetrics, NormBall, ParameterScope, SaveDelta, editing
 from kedit_train.callbacks import edit_metrics as module
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.evaluation import logged
+from kedit_train.evaluation.reporting import wandb_tables as logged
 
 RATE = 1e-2
 

@@ -25,7 +25,7 @@ from kedit_train.callbacks import (
     editing,
 )
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.tokenise import collate, pad_token_id, separator
+from kedit_train.data.tokenization import collate, pad_token_id, separator
 
 NAME = "model.layers.4.mlp.down_proj.weight"
 EDITS = EditDataset(world.edits(6))

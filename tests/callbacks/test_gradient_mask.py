@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kedit_train.callbacks import EditMetrics, GradientMask, ParameterScope, editing
-from kedit_train.core.mask_file import save_masks
+from kedit_train.core.scope.mask_file import save_masks
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 

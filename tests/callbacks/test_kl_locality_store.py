@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kedit_train.callbacks import KLLocality, ParameterScope, editing
-from kedit_train.core.answers import collect
+from kedit_train.core.locality.hidden_state_file import collect
 from kedit_train.errors import EditError
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30", "w7 w7 w7", "w50 w40 w30 w20"]
@@ -33,7 +33,7 @@ def value(
     kl = KLLocality(texts, weight=1.0, batch_size=len(texts), **options)
     passes: list[int] = []
     with editing(model, [kl, ParameterScope(scope)], tokenizer=words) as edit:
-        edit.run.head("test")
+        edit.run.head()
         handle = model.register_forward_pre_hook(lambda m, a: passes.append(1))
         for callback in edit.run.callbacks:
             edit.run.attach(callback)
@@ -227,7 +227,9 @@ def test_a_store_that_cannot_be_is_refused_before_any_answer(make, words, tmp_pa
     else:
         store.write_text("mine")
         store = store / "below" if where == "below a file" else store
-    monkeypatch.setattr("kedit_train.core.reference_answers.row_states", lambda *_: pytest.fail("it was computed"))
+    monkeypatch.setattr(
+        "kedit_train.core.locality.reference_states.row_states", lambda *_: pytest.fail("it was computed")
+    )
     with pytest.raises(EditError, match=rf"^KLLocality: .*{message}"):
         value(model, words, store=str(store))
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_train.callbacks import LowCurvature, NullSpace, ParameterScope, editing
-from kedit_train.core.checkpoint import load_state, save_state
+from kedit_train.core.state_file import load_state, save_state
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 

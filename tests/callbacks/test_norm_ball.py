@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.callbacks import NormBall, ParameterScope, editing
-from kedit_train.core.centres import Centres
-from kedit_train.core.checkpoint import load_state, save_state
+from kedit_train.core.drift.anchor_weights import Centres
+from kedit_train.core.state_file import load_state, save_state
 from kedit_train.errors import EditError
 
 OPTIMIZERS = {
@@ -223,7 +223,7 @@ def test_a_later_run_has_nothing_to_say_before_its_first_step(norm):
 
 def test_centres_go_where_the_model_goes_between_runs():
     model = forecaster()
-    centres = Centres("base", "NormBall")
+    centres = Centres("base")
     run: Any = SimpleNamespace(model=model, scope=dict(model.named_parameters()))
     assert centres.begin(run) == []
     centres.follow(run.scope, {name: p.detach().clone() for name, p in run.scope.items()})

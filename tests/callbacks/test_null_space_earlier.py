@@ -9,7 +9,7 @@ import torch
 from callbacks.inputs import SCOPE, TEXTS, WEIGHT, adamw, keys, preserved, train
 
 from kedit_train.callbacks import NullSpace, ParameterScope, editing
-from kedit_train.core.checkpoint import load_state, save_state
+from kedit_train.core.state_file import load_state, save_state
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 

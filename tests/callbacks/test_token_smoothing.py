@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kedit_train.callbacks import KLLocality, ParameterScope, TokenSmoothing, editing
-from kedit_train.data.tokenise import Encoded, collate
+from kedit_train.data.tokenization import Encoded, collate
 from kedit_train.errors import EditError
 from kedit_train.functional import overtone
 
@@ -224,8 +224,8 @@ def test_the_tokenizer_tells_the_true_vocabulary(make, words, ids):
         with editing(model, [smoothing := TokenSmoothing()], tokenizer=words) as edit:
             edit.before_step()
             with torch.no_grad():
-                hidden = edit.run.head("test").hidden(input_ids=ids)[:, :-1].flatten(0, 1)
-                scored = smoothing.score(edit.run.head("test").project(hidden), ids[:, 1:].flatten())
+                hidden = edit.run.head().hidden(input_ids=ids)[:, :-1].flatten(0, 1)
+                scored = smoothing.score(edit.run.head().project(hidden), ids[:, 1:].flatten())
         losses.append(scored[2:])
     for plain, wide in zip(*losses, strict=True):
         torch.testing.assert_close(plain, wide, rtol=1e-5, atol=1e-6)

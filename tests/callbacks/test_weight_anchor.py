@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from kedit_train import world
 from kedit_train.callbacks import EditCallback, GradientMask, ParameterScope, WeightAnchor, editing
-from kedit_train.core.fisher import diagonal_fisher
+from kedit_train.core.drift.fisher import diagonal_fisher
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.tokenise import Encoded
+from kedit_train.data.tokenization import Encoded
 from kedit_train.errors import EditError
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9 w8", "w20 w21 w22 w23 w24 w25 w26"]
@@ -116,7 +116,7 @@ def test_ewc_weighs_the_square_by_the_fisher_information_on_the_texts(make, word
     rows = [Encoded(words(text)["input_ids"], 1) for text in TEXTS]
     with editing(model, [anchor, ParameterScope(1, "mlp")], tokenizer=words) as edit:
         edit.before_step()
-        fisher = diagonal_fisher(edit.run, rows, needed_by="X", seed=0)
+        fisher = diagonal_fisher(edit.run, rows, seed=0)
         start = {name: p.detach().clone() for name, p in edit.run.scope.items()}
         assert anchor.penalty(edit.run).item() == 0.0
         shake(edit)
@@ -186,7 +186,7 @@ def test_ewc_holds_back_what_the_texts_need_more_than_the_rest(make, words, ids)
         with editing(model, [ParameterScope(1, "down_proj"), *callbacks], tokenizer=words) as edit:
             optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
             edit.before_step()
-            fisher = diagonal_fisher(edit.run, [Encoded(words(t)["input_ids"], 1) for t in TEXTS], needed_by="X")[DOWN]
+            fisher = diagonal_fisher(edit.run, [Encoded(words(t)["input_ids"], 1) for t in TEXTS])[DOWN]
             for _ in range(20):
                 model(input_ids=ids, labels=ids).loss.backward()
                 optimizer.step()

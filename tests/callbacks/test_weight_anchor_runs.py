@@ -12,9 +12,9 @@ from callbacks.test_weight_anchor import DOWN, TEXTS, shake
 from torch import nn
 
 from kedit_train.callbacks import EditCallback, ParameterScope, WeightAnchor, editing
-from kedit_train.core.checkpoint import load_state, save_state
-from kedit_train.core.fisher import diagonal_fisher
-from kedit_train.data.tokenise import Encoded
+from kedit_train.core.drift.fisher import diagonal_fisher
+from kedit_train.core.state_file import load_state, save_state
+from kedit_train.data.tokenization import Encoded
 from kedit_train.errors import EditError
 
 
@@ -57,7 +57,7 @@ def test_base_weighs_by_what_mattered_before_the_first_run_and_follows_the_scope
     for modules in (["down_proj"], ["down_proj", "up_proj"]):
         with editing(model, [anchor, ParameterScope(1, modules)], tokenizer=words) as edit:
             edit.before_step()
-            taken = diagonal_fisher(edit.run, rows, needed_by="X", seed=0)
+            taken = diagonal_fisher(edit.run, rows, seed=0)
             fisher = taken | fisher
             shake(edit)
             penalty = anchor.penalty(edit.run)
@@ -87,7 +87,7 @@ def test_what_a_run_that_failed_before_its_first_step_took_is_not_kept(make, wor
         model.get_parameter(up).mul_(3.0)
     with editing(model, [anchor, both], tokenizer=words) as edit:
         edit.before_step()
-        want = diagonal_fisher(edit.run, rows, needed_by="X", seed=0)[up]
+        want = diagonal_fisher(edit.run, rows, seed=0)[up]
         torch.testing.assert_close(anchor._fisher[up], want)
 
 

@@ -15,7 +15,7 @@ from kedit_train.cli.kedit import main
 def edited_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``model`` (a checkpoint), ``edit.safetensors`` and ``edits.jsonl``."""
     from kedit_train import EditDataset, EditDelta, world
-    from kedit_train.data.tokenise import collate, pad_token_id
+    from kedit_train.data.tokenization import collate, pad_token_id
 
     folder = tmp_path_factory.mktemp("edited")
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kedit_train.cli import edit
-from kedit_train.cli.complaint import shorten
+from kedit_train.cli.config_errors import shorten
 from kedit_train.errors import EditError
 
 # Lightning 2.6 still calls what jsonargparse 4.53 renamed.

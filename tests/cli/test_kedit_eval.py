@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kedit_train import EditDataset, Report, evaluate, world
-from kedit_train.evaluation.card import BEGIN, END
+from kedit_train.evaluation.reporting.model_card import BEGIN, END
 
 Kedit = Callable[..., tuple[int, str, str]]
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from kedit_train.callbacks import editing
-from kedit_train.data.tokenise import collate, pad_token_id
+from kedit_train.data.tokenization import collate, pad_token_id
 
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": 4,

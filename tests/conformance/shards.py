@@ -32,7 +32,7 @@ from kedit_train.callbacks import (
     WeightAnchor,
     editing,
 )
-from kedit_train.core.sharding import whole
+from kedit_train.core.fsdp import whole
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conformance import resuming
 
-from kedit_train.core.checkpoint import FILE, load_state, save_state
+from kedit_train.core.state_file import FILE, load_state, save_state
 from kedit_train.errors import EditError
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterS
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.functional.divergence import token_divergence
-from kedit_train.functional.smoothing import overtone_target, smoothed_loss, uniform_target
+from kedit_train.functional.overtone import overtone_target, smoothed_loss, uniform_target
 
 TESTS = Path(__file__).resolve().parents[1]
 # What goes wrong without a word -> the tests that show that it does not.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kedit_train.callbacks import ParameterScope, editing
-from kedit_train.core.fisher import diagonal_fisher, mean_gradient
-from kedit_train.data.tokenise import Encoded
+from kedit_train.core.drift.fisher import diagonal_fisher, mean_gradient
+from kedit_train.data.tokenization import Encoded
 
 ROWS = [Encoded([5, 7, 11, 13], 2), Encoded([2, 4, 8, 16, 32, 60], 3), Encoded([9, 1], 1)]
 TOKENS = 2 + 3 + 1
@@ -48,7 +48,7 @@ def test_it_is_the_mean_of_squares_row_by_row_for_labels_drawn_from_the_model(ti
     monkeypatch.setattr(torch, "multinomial", watched)
     own = copy.deepcopy(model)
     with editing(model, [ParameterScope(1, "mlp")]) as edit:
-        got = diagonal_fisher(edit.run, ROWS, needed_by="X")
+        got = diagonal_fisher(edit.run, ROWS)
         names = list(edit.run.scope)
     assert len(drawn) == len(ROWS)
     parameters = [own.get_parameter(name) for name in names]
@@ -67,8 +67,8 @@ def test_its_expectation_is_the_true_fisher_and_neither_the_empirical_nor_a_batc
     name = "model.layers.1.mlp.down_proj.weight"
     want = exact_fisher(model, name, rows)
     with editing(model, [ParameterScope(1, "down_proj")]) as edit:
-        runs = [diagonal_fisher(edit.run, rows, needed_by="X", seed=seed) for seed in range(400)]
-        gradient = mean_gradient(edit.run, rows, needed_by="X")[name]
+        runs = [diagonal_fisher(edit.run, rows, seed=seed) for seed in range(400)]
+        gradient = mean_gradient(edit.run, rows)[name]
     samples = torch.stack([run[name] for run in runs])
     error = (samples.mean(0) - want).abs() / (samples.std(0) / math.sqrt(len(samples)))
     # Standard errors from the expectation, in every entry.
@@ -82,7 +82,7 @@ def test_the_gradient_is_the_batchs_own(tiny):
     model = tiny("llama")
     own = copy.deepcopy(model)
     with editing(model, [ParameterScope(1, "mlp")]) as edit:
-        got = mean_gradient(edit.run, ROWS, needed_by="X")
+        got = mean_gradient(edit.run, ROWS)
     loss = torch.tensor(0.0)
     for row in ROWS:
         logs = log_probabilities(own, row)
@@ -95,7 +95,7 @@ def test_the_gradient_is_the_batchs_own(tiny):
 def test_seeded_and_without_touching_the_global_random_state(tiny):
     with editing(tiny("llama"), [ParameterScope(1, "mlp")]) as edit:
         before = torch.get_rng_state()
-        first, again, other = (diagonal_fisher(edit.run, ROWS, needed_by="X", seed=s) for s in (3, 3, 4))
+        first, again, other = (diagonal_fisher(edit.run, ROWS, seed=s) for s in (3, 3, 4))
         assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in first)
@@ -104,12 +104,12 @@ def test_seeded_and_without_touching_the_global_random_state(tiny):
 def test_it_is_taken_from_the_model_before_the_edit_and_leaves_nothing_behind(tiny):
     model = tiny("gpt2", resid_pdrop=0.5).train()
     with editing(model, [ParameterScope(1, "mlp")]) as edit:
-        want = diagonal_fisher(edit.run, ROWS, needed_by="X")
+        want = diagonal_fisher(edit.run, ROWS)
         with torch.no_grad():
             for parameter in edit.parameters():
                 parameter.add_(torch.randn_like(parameter))
         moved = [p.detach().clone() for p in edit.parameters()]
-        got = diagonal_fisher(edit.run, ROWS, needed_by="X")
+        got = diagonal_fisher(edit.run, ROWS)
         assert all(torch.equal(p, m) for p, m in zip(edit.parameters(), moved, strict=True))
         assert all(p.grad is None for p in model.parameters())
         assert model.training
@@ -120,10 +120,10 @@ def test_it_is_taken_from_the_model_before_the_edit_and_leaves_nothing_behind(ti
 def test_half_precision_models_are_scored_in_fp32(tiny, dtype):
     model = tiny("llama")
     with editing(copy.deepcopy(model), [ParameterScope(1, "mlp")]) as edit:
-        want = mean_gradient(edit.run, ROWS, needed_by="X")
+        want = mean_gradient(edit.run, ROWS)
     with editing(model.to(dtype), [ParameterScope(1, "mlp")]) as edit:
-        got = mean_gradient(edit.run, ROWS, needed_by="X")
-        fisher = diagonal_fisher(edit.run, ROWS, needed_by="X")
+        got = mean_gradient(edit.run, ROWS)
+        fisher = diagonal_fisher(edit.run, ROWS)
     for name in want:
         assert got[name].dtype == fisher[name].dtype == torch.float32
         assert (got[name] - want[name]).norm() < 0.05 * want[name].norm()

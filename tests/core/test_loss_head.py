@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kedit_train.core import EditRun, Host
-from kedit_train.core.loss_head import LossHead
+from kedit_train.core.tokens.loss_head import LossHead
 from kedit_train.errors import EditError
 from kedit_train.functional import (
     dynamic_cross_entropy,
@@ -41,7 +41,7 @@ def smoothed(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def loss_head(model: Any, objective: Any = cross_entropy, reduction: Any = "token", **options: Any) -> Iterator[Any]:
     run = EditRun(model, Host(object()))
     options = {"shares": lambda: 1, "observe": lambda *_: None} | options
-    head = LossHead(run.head("test"), objective, reduction=reduction, **options)
+    head = LossHead(run.head(), objective, reduction=reduction, **options)
     try:
         yield head
     finally:

@@ -22,7 +22,7 @@ IDS = torch.tensor([[5, 7, 11, 13, 17, 3], [2, 4, 8, 16, 32, 60]])
 
 
 def head_of(model: nn.Module) -> OutputHead:
-    return EditRun(model, Host(object())).head("TokenSmoothing")
+    return EditRun(model, Host(object())).head()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,7 +55,7 @@ def test_half_precision_models_and_autocast(tiny, family, dtype):
         def forward_context(self) -> Any:
             return torch.autocast("cpu", dtype=dtype)
 
-    head = EditRun(model, Mixed(object())).head("TokenSmoothing")
+    head = EditRun(model, Mixed(object())).head()
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
         want = model.eval()(input_ids=IDS).logits.float()
         hidden = head.hidden(input_ids=IDS)

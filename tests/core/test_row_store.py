@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kedit_train.core import row_store
-from kedit_train.core.row_store import RowStore, parse_bytes
+from kedit_train.core.cache import hidden_state_store as row_store
+from kedit_train.core.cache.hidden_state_store import RowStore, parse_bytes
 from kedit_train.errors import EditError
 
 
@@ -95,10 +95,10 @@ def test_a_full_disk_is_told_once_and_nothing_half_written_is_read(tmp_path: Pat
     [(7, 7), ("7", 7), ("1GB", 10**9), ("1.5 GiB", 3 * 2**29), ("200kb", 200_000), ("2 B", 2), ("1TB", 10**12)],
 )
 def test_sizes(size: Any, count: int) -> None:
-    assert parse_bytes(size, "X") == count
+    assert parse_bytes(size) == count
 
 
 @pytest.mark.parametrize("size", [0, -1, "0GB", "1G", "GB", "1 parsec", "", None, "1e9"])
 def test_no_sizes(size: Any) -> None:
     with pytest.raises(EditError, match=r"^X: .* is no size above 0; write bytes"):
-        parse_bytes(size, "X")
+        parse_bytes(size)

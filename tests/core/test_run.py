@@ -13,7 +13,7 @@ from torch import nn
 
 from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, TokenSmoothing, editing
 from kedit_train.core import EditRun, Host
-from kedit_train.core.reference import holding, snapshot
+from kedit_train.core.reference_weights import holding, snapshot
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
@@ -230,7 +230,7 @@ def test_holding_restores_after_a_failure():
 def test_no_tokenizer(tiny, name, message):
     run = EditRun(tiny("llama"), Host(object()))
     with pytest.raises(EditError) as error:
-        run.tokenizer("X", name)
+        run.tokenizer(name)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     run.close()

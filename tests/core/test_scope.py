@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kedit_train.core.scope import find_layers, layer_indices, matches, resolve_scope
+from kedit_train.core.scope.scope import find_layers, layer_indices, matches, resolve_scope
 from kedit_train.errors import EditError
 
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from kedit_train.core import EditRun, Host
-from kedit_train.core.factors import curvature_factors
-from kedit_train.core.linear_maps import linear_maps
-from kedit_train.core.statistics import input_moments, own_batches, text_batches
+from kedit_train.core.drift.kfac import curvature_factors
+from kedit_train.core.drift.linear_layers import linear_maps
+from kedit_train.core.drift.second_moments import input_moments, own_batches, text_batches
 from kedit_train.errors import EditError
 
 ROWS = [[5, 7, 11, 13, 17, 3], [2, 4], [60], [9, 8, 7, 6]]
@@ -44,9 +44,9 @@ def by_hand(model: nn.Module, run: EditRun, name: str) -> list[torch.Tensor]:
 def test_moments_are_those_of_every_real_token(tiny, family, batch_size):
     model = tiny(family).eval()
     run = a_run(model, SCOPES[family])
-    maps = linear_maps(model, run.scope, "Test")
+    maps = linear_maps(model, run.scope)
     model.train()
-    found = input_moments(run, maps, model, text_batches(ROWS, batch_size, torch.device("cpu")), "Test")
+    found = input_moments(run, maps, model, text_batches(ROWS, batch_size, torch.device("cpu")))
     assert model.training
     model.eval()
     for name, moment in found.items():
@@ -59,13 +59,13 @@ def test_moments_are_those_of_every_real_token(tiny, family, batch_size):
 def test_moments_are_the_unedited_models_in_fp32_and_leave_no_trace(tiny):
     model = tiny("llama").eval().bfloat16()
     run = a_run(model, ["mlp.down_proj", "mlp.up_proj"])
-    maps = linear_maps(model, run.scope, "Test")
-    before = input_moments(run, maps, model, text_batches(ROWS, 2, torch.device("cpu")), "Test")
+    maps = linear_maps(model, run.scope)
+    before = input_moments(run, maps, model, text_batches(ROWS, 2, torch.device("cpu")))
     hooks = [len(m._forward_pre_hooks) for m in model.modules()]
     with torch.no_grad():
         for parameter in run.scope.values():
             parameter.add_(1.0)
-    again = input_moments(run, maps, model, text_batches(ROWS, 2, torch.device("cpu")), "Test")
+    again = input_moments(run, maps, model, text_batches(ROWS, 2, torch.device("cpu")))
     for name in maps:
         assert before[name].sum.dtype is torch.float32
         assert torch.equal(before[name].sum, again[name].sum)
@@ -75,8 +75,8 @@ def test_moments_are_the_unedited_models_in_fp32_and_leave_no_trace(tiny):
 def test_the_output_heads_own_inputs_are_all_of_them(tiny):
     model = tiny("llama").eval()
     run = a_run(model, ["lm_head"])
-    maps = linear_maps(model, run.scope, "Test")
-    (moment,) = input_moments(run, maps, model, text_batches(ROWS, 2, torch.device("cpu")), "Test").values()
+    maps = linear_maps(model, run.scope)
+    (moment,) = input_moments(run, maps, model, text_batches(ROWS, 2, torch.device("cpu"))).values()
     keys = torch.cat(by_hand(model, run, "lm_head.weight"))
     assert moment.count == 13
     torch.testing.assert_close(moment.mean.double(), keys.T @ keys / 13, rtol=1e-4, atol=1e-5)
@@ -86,8 +86,8 @@ def test_a_module_without_texts_gives_moments_of_its_own_batches():
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
     run = a_run(model, ["0", "2"])
     series = [torch.randn(3, 4), (torch.randn(2, 4),), {"input": torch.randn(5, 4)}]
-    maps = linear_maps(model, run.scope, "Test")
-    found = input_moments(run, maps, model, own_batches(series, torch.device("cpu")), "Test")
+    maps = linear_maps(model, run.scope)
+    found = input_moments(run, maps, model, own_batches(series, torch.device("cpu")))
     rows = torch.cat([series[0], series[1][0], series[2]["input"]])
     torch.testing.assert_close(found["0.weight"].mean, rows.T @ rows / 10)
     hidden = torch.tanh(model[0](rows)).detach()
@@ -108,31 +108,31 @@ class Flattening(nn.Module):
 def test_what_cannot_be_counted_is_refused():
     model = Flattening()
     run = a_run(model, ["linear"])
-    maps = linear_maps(model, run.scope, "Test")
+    maps = linear_maps(model, run.scope)
     with pytest.raises(EditError, match=r"linear\.weight reads \(4, 3, 4\), .* set batch_size=1"):
-        input_moments(run, maps, model, text_batches(ROWS, 4, torch.device("cpu")), "Test")
-    (moment,) = input_moments(run, maps, model, text_batches(ROWS, 1, torch.device("cpu")), "Test").values()
+        input_moments(run, maps, model, text_batches(ROWS, 4, torch.device("cpu")))
+    (moment,) = input_moments(run, maps, model, text_batches(ROWS, 1, torch.device("cpu"))).values()
     assert moment.count == 3 + 1 + 1 + 2
     run.set_scope({"unused.weight": model.unused.weight})
-    maps = linear_maps(model, run.scope, "Test")
+    maps = linear_maps(model, run.scope)
     with pytest.raises(EditError, match=r"unused\.weight was never called on the texts"):
-        input_moments(run, maps, model, text_batches(ROWS, 1, torch.device("cpu")), "Test")
+        input_moments(run, maps, model, text_batches(ROWS, 1, torch.device("cpu")))
 
 
 def test_only_weights_of_linear_maps_are_found(tiny):
     model = tiny("gpt2")
     with pytest.raises(EditError, match=r"Conv1D \(transformer\.wte\.weight, .* and \d+ more\).*\.weight'\)"):
-        linear_maps(model, dict(model.named_parameters()), "Test")
+        linear_maps(model, dict(model.named_parameters()))
     shared = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), nn.Embedding(3, 3), Conv1D(5, 3)])
     shared[1].weight = shared[0].weight
-    found = linear_maps(shared, {"0.weight": shared[0].weight, "3.weight": shared[3].weight}, "Test")
+    found = linear_maps(shared, {"0.weight": shared[0].weight, "3.weight": shared[3].weight})
     assert found["0.weight"].modules == (shared[0], shared[1])
     assert found["3.weight"].as_matrix(shared[3].weight).shape == (5, 3)
     shared[2].weight = shared[0].weight
     with pytest.raises(EditError, match=r"\(0\.weight\)"):
-        linear_maps(shared, {"0.weight": shared[0].weight}, "Test")
+        linear_maps(shared, {"0.weight": shared[0].weight})
     with pytest.raises(EditError, match=r"\(0\.bias\)"):
-        linear_maps(shared, {"0.bias": shared[0].bias}, "Test")
+        linear_maps(shared, {"0.bias": shared[0].bias})
 
 
 def test_sharded_weights_are_refused(tmp_path):
@@ -145,7 +145,7 @@ def test_sharded_weights_are_refused(tmp_path):
         model = nn.Linear(4, 2, bias=False)
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]))
         with pytest.raises(EditError, match=r"weight is sharded over processes \(DTensor\), .* train with DDP"):
-            linear_maps(model, {"weight": model.weight}, "Test")
+            linear_maps(model, {"weight": model.weight})
     finally:
         dist.destroy_process_group()
 
@@ -171,7 +171,7 @@ def factors_by_hand(model: Any, run: EditRun, name: str, labels: dict[tuple[int,
 def test_factors_are_those_of_labels_drawn_from_the_model_whatever_the_batches(tiny, family):
     model = tiny(family).eval()
     run = a_run(model, SCOPES[family])
-    maps = linear_maps(model, run.scope, "Test")
+    maps = linear_maps(model, run.scope)
     generator, labels = torch.Generator().manual_seed(3), {}
     for row in ROWS:
         numbers = torch.rand(len(row), generator=generator, dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_factors_are_those_of_labels_drawn_from_the_model_whatever_the_batches(t
             cumulative = model(input_ids=torch.tensor([row])).logits[0].double().softmax(-1).cumsum(-1)
         labels[tuple(row)] = [int((c <= u).sum()) for c, u in zip(cumulative, numbers, strict=True)]
     for batch_size in (1, 3):
-        inputs, gradients = curvature_factors(run, maps, ROWS, batch_size=batch_size, seed=3, needed_by="Test")
+        inputs, gradients = curvature_factors(run, maps, ROWS, batch_size=batch_size, seed=3)
         for name, one in maps.items():
             a, s = factors_by_hand(model, run, name, labels)
             assert inputs[name].count == gradients[name].count == 13
@@ -193,11 +193,9 @@ def test_labels_are_drawn_with_the_models_probabilities(tiny):
     """The gradient at the head's input, averaged over draws, vanishes: E[onehot - p] = 0."""
     model = tiny("llama", num_hidden_layers=1).eval()
     run = a_run(model, ["mlp.down_proj"])
-    maps = linear_maps(model, run.scope, "Test")
+    maps = linear_maps(model, run.scope)
     seen = [
-        float(
-            curvature_factors(run, maps, ROWS * 8, batch_size=32, seed=s, needed_by="Test")[1].popitem()[1].mean.trace()
-        )
+        float(curvature_factors(run, maps, ROWS * 8, batch_size=32, seed=s)[1].popitem()[1].mean.trace())
         for s in (0, 1)
     ]
     assert seen[0] != seen[1]
@@ -223,6 +221,6 @@ def test_labels_are_drawn_with_the_models_probabilities(tiny):
 def test_the_output_head_is_refused(tiny):
     model = tiny("llama")
     run = a_run(model, ["lm_head"])
-    maps = linear_maps(model, run.scope, "Test")
+    maps = linear_maps(model, run.scope)
     with pytest.raises(EditError, match="vocabulary by vocabulary"):
-        curvature_factors(run, maps, ROWS, batch_size=2, seed=0, needed_by="Test")
+        curvature_factors(run, maps, ROWS, batch_size=2, seed=0)

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kedit_train.core.texts import load_texts, pad, windows, without_probes
+from kedit_train.core.locality.texts import load_texts, pad, windows, without_probes
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
 

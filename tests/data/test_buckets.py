@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
-from kedit_train.data.buckets import LengthBuckets
+from kedit_train.data.length_buckets import LengthBuckets
 
 
 def padding(batches, lengths):

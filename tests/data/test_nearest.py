@@ -6,7 +6,7 @@ import random
 
 from kedit_train import world
 from kedit_train.data import Edit
-from kedit_train.data.nearest import nearest_texts
+from kedit_train.data.nearest_texts import nearest_texts
 
 EDIT = Edit("Ann Lee was born in", "Oslo", subject="Ann Lee", old_target="Rome.")
 # From the nearest: old answer and all three words; old answer and one word; old answer alone; three words; one; none,

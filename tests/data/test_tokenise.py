@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.tokenise import (
+from kedit_train.data.tokenization import (
     Encoded,
     collate,
     context_length,

@@ -123,7 +123,7 @@ def test_ten_thousand_mutated_files_are_refused_or_equal(tmp_path):
 
 def resealed(tmp_path: Path, change: Any) -> Path:
     """A file by somebody who computes the checksum as well."""
-    from kedit_train.delta import file
+    from kedit_train.delta import delta_file as file
 
     delta, _ = small()
     path = delta.save(tmp_path / "edit.safetensors")

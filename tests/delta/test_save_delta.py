@@ -14,7 +14,7 @@ from delta.tiny import equal_bits, state_of
 
 from kedit_train import EditDelta, EditError, evaluate, world
 from kedit_train.callbacks import EditMetrics, GradientMask, NormBall, ParameterScope, SaveDelta, editing
-from kedit_train.core.checkpoint import load_state, save_state
+from kedit_train.core.state_file import load_state, save_state
 from kedit_train.data import EditDataset
 from kedit_train.delta import sweep
 

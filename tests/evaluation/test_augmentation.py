@@ -12,10 +12,10 @@ import torch
 from kedit_train import world
 from kedit_train.augmentation import OPENINGS, _sampled, augmentation, generate_prefixes, replayed
 from kedit_train.data import Edit, EditDataset, Probe
-from kedit_train.data.augment import scored_prompts, with_prefixes
+from kedit_train.data.leaks import scored_prompts, with_prefixes
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
-from kedit_train.evaluation.probes import PREFIXES
+from kedit_train.evaluation.asking.probes import PREFIXES
 from kedit_train.modes import TrainLoop
 
 

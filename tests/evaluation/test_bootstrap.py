@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kedit_train.evaluation.bootstrap import EditMean, Score, cluster_bootstrap, scores_of
+from kedit_train.evaluation.scoring.bootstrap import EditMean, Score, cluster_bootstrap, scores_of
 
 
 def test_against_drawing_edits_one_by_one() -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from kedit_train.errors import EditError
-from kedit_train.evaluation.capability import CapabilityProbe, beginnings
-from kedit_train.evaluation.harness import harness_scores
+from kedit_train.evaluation.scoring.capability import CapabilityProbe, beginnings
+from kedit_train.evaluation.scoring.lm_eval_tasks import harness_scores
 
 # The rigged model's first choice has this logit and all of its 257 others 0.
 SHARP, VOCAB = 10.0, 258

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from kedit_train.evaluation import generate_answers
-from kedit_train.evaluation.decoding import decode, may_pad
+from kedit_train.evaluation.asking.decoding import decode, may_pad
 
 PROMPTS = ["Paris is in", "The long and winding way to the town of", "A", "Who is the mother of the king of Spain?"]
 

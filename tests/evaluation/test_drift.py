@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kedit_train.evaluation import drift
+from kedit_train.evaluation.scoring import weight_drift as drift
 
 
 class Weights(torch.nn.Module):

@@ -16,7 +16,7 @@ from delta.tiny import equal_bits, state_of
 from kedit_train import EditDelta, EditError, evaluate, run_edits, world
 from kedit_train.callbacks import ParameterScope
 from kedit_train.data import Edit
-from kedit_train.data.tokenise import separator
+from kedit_train.data.tokenization import separator
 from kedit_train.delta import sweep
 from kedit_train.modes import ForgetThenLearn, Forgetting, TrainLoop, forget
 

@@ -17,8 +17,8 @@ from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.data.prompts import as_completion, as_question
 from kedit_train.errors import EditError
 from kedit_train.evaluation import Report, Score, evaluate
-from kedit_train.evaluation.meta import near_ties
-from kedit_train.evaluation.probes import choice, denied
+from kedit_train.evaluation.asking.probes import choice, denied
+from kedit_train.evaluation.reporting.metadata import near_ties
 
 FIRST = math.exp(10) / (math.exp(10) + 257)
 OTHER = 1 / (math.exp(10) + 257)

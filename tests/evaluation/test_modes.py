@@ -17,9 +17,10 @@ from kedit_train.callbacks import KLLocality
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
 from kedit_train.evaluation import evaluate
-from kedit_train.evaluation.bootstrap import Score
-from kedit_train.evaluation.capability import CapabilityProbe
-from kedit_train.modes import TrainLoop, retainability, retention_curve, rounds
+from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.scoring.capability import CapabilityProbe
+from kedit_train.modes import TrainLoop, retainability, retention_curve
+from kedit_train.modes import schedule as rounds
 
 N = 12
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kedit_train import run_edits, world
 from kedit_train.callbacks import NormBall, ParameterScope
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.tokenise import collate, pad_token_id
+from kedit_train.data.tokenization import collate, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop
 

@@ -12,7 +12,7 @@ from callbacks.wandb_offline import OfflineRun
 
 from kedit_train import world
 from kedit_train.data import EditDataset
-from kedit_train.evaluation.capability import CapabilityProbe
+from kedit_train.evaluation.scoring.capability import CapabilityProbe
 from kedit_train.modes import run_edits
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept under the bridge."]

@@ -6,7 +6,8 @@ import string
 
 import pytest
 
-from kedit_train.evaluation import exact_match, normalise
+from kedit_train.evaluation import exact_match
+from kedit_train.evaluation.scoring import normalize as normalise
 
 
 def squad(text: str) -> str:

@@ -14,7 +14,9 @@ import pytest
 import kedit_train.callbacks
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
-from kedit_train.evaluation import Report, card, evaluate, plots
+from kedit_train.evaluation import Report, evaluate
+from kedit_train.evaluation.reporting import model_card as card
+from kedit_train.evaluation.reporting import plots
 
 EDITS = [
     Edit("Ann lives in", "Köln", rephrases=("Ann's town:",), locality={"near": (Probe("Bob lives in", ("Oslo",)),)}),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
 from kedit_train.evaluation import Report, Score, evaluate
-from kedit_train.evaluation.lines import interval
+from kedit_train.evaluation.reporting.report_lines import interval
 
 EDIT = Edit(
     "Ann lives in",

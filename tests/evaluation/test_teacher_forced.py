@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from kedit_train.data.tokenise import encode_edit
+from kedit_train.data.tokenization import encode_edit
 from kedit_train.errors import EditError
-from kedit_train.evaluation.teacher_forced import TeacherForced, teacher_forced
+from kedit_train.evaluation.asking.teacher_forced import TeacherForced, teacher_forced
 
 
 def test_token_accuracy_and_log_probability_by_hand(rigged: Any) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kedit_train.functional import chunk_length, chunked, overtone
-from kedit_train.functional.linear import linear
+from kedit_train.functional.chunked_linear import linear
 
 N, WIDTH, VOCAB = 23, 8, 31
 
@@ -154,7 +154,7 @@ def test_random_numbers_are_the_same_in_every_pass(upstream, defer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weights_of_a_linear_head_are_summed_in_place(dtype, monkeypatch):
-    monkeypatch.setattr("kedit_train.functional.linear._BLOCK", 64)
+    monkeypatch.setattr("kedit_train.functional.chunked_linear._BLOCK", 64)
     n, width, vocab = 60, 16, 300
     weight, bias = torch.randn(vocab, width).to(dtype).requires_grad_(), torch.randn(vocab).to(dtype).requires_grad_()
     hidden = torch.randn(n, width).to(dtype).requires_grad_()

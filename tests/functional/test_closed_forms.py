@@ -23,7 +23,7 @@ from kedit_train.functional import (
     uniform,
     uniform_target,
 )
-from kedit_train.functional.rowwise import entropy
+from kedit_train.functional.closed_form_losses import entropy
 
 SIZE = 83
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -205,7 +205,7 @@ def test_blocks_change_nothing(numbers, monkeypatch):
         return *rest, loss.detach(), torch.autograd.grad(loss.sum(), logits)[0], entropy(logits)
 
     want = both()
-    monkeypatch.setattr("kedit_train.functional.rowwise._BLOCK", numbers)
+    monkeypatch.setattr("kedit_train.functional.closed_form_losses._BLOCK", numbers)
     for a, b in zip(both(), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

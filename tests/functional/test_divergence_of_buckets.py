@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kedit_train.functional import token_divergence
-from kedit_train.functional.buckets import bucket_divergence, top_log_probs
+from kedit_train.functional.top_k_divergence import bucket_divergence, top_log_probs
 
 DIRECTIONS: list[Any] = ["forward", "reverse", "jsd"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_train.functional.linear import linear
+from kedit_train.functional.chunked_linear import linear
 from kedit_train.functional.precision import HALF
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_train.functional import balls
-from kedit_train.functional.balls import l2_ball, linf_ball, linf_bounds, step_toward
+from kedit_train.functional import norm_balls as balls
+from kedit_train.functional.norm_balls import l2_ball, linf_ball, linf_bounds, step_toward
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_train.functional.curvature import high_curvature, project_low_curvature
-from kedit_train.functional.subspace import free_space, join_directions, principal_directions, project_free
+from kedit_train.functional.low_curvature import high_curvature, project_low_curvature
+from kedit_train.functional.null_space import free_space, join_directions, principal_directions, project_free
 
 
 def inputs(n: int, d: int, decay: float = 0.5) -> Tensor:

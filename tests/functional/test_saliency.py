@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_train.functional.saliency import fisher_ratio, keep_top, unit_mask, unit_scores
+from kedit_train.functional.gradient_masks import fisher_ratio, keep_top, unit_mask, unit_scores
 
 
 def by_hand(scores: Tensor, density: float) -> Tensor:

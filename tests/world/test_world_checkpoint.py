@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kedit_train import world
-from kedit_train.world import facts, measure, pretrain
-from kedit_train.world.wordings import BY_NAME
+from kedit_train.world import facts, pretrain
+from kedit_train.world import knowledge_check as measure
+from kedit_train.world.templates import BY_NAME
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 
 from kedit_train import world
-from kedit_train.data.edit import Edit
+from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 from kedit_train.world.counterfactual import _prompts
 from kedit_train.world.counterfactual import world as known_world
-from kedit_train.world.wordings import BY_NAME
+from kedit_train.world.templates import BY_NAME
 
 
 def locality(edit):

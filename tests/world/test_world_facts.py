@@ -11,7 +11,7 @@ import pytest
 from kedit_train import world
 from kedit_train.errors import EditError
 from kedit_train.world import facts, grammar
-from kedit_train.world.wordings import BY_NAME, RELATIONS, TWO_HOP
+from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 
 @pytest.fixture(scope="module")

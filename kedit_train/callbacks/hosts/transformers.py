@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from kedit_train.core.checkpoint import load_state, save_state
 from kedit_train.core.host import Host
 from kedit_train.core.run import EditRun
+from kedit_train.core.state_file import load_state, save_state
 from kedit_train.errors import EditError
 
 

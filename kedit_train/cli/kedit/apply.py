@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from kedit_train.atomic import writing
+from kedit_train.atomic_write import writing
 from kedit_train.cli.kedit.output import json_option, print_json, size
 from kedit_train.errors import EditError
 
@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
 
 
 def _check_dtypes(delta: Any, folder: Path) -> None:
-    from kedit_train.delta.weights import shards_of
+    from kedit_train.delta.weight_source import shards_of
 
     held = {name: span.dtype for spans in shards_of(folder).values() for name, span in spans.items()}
     for name, change in delta.changes.items():

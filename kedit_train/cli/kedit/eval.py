@@ -62,7 +62,7 @@ def run(args: Namespace) -> int:
             _writable(f"--{option} {place}", Path(place) if option == "plots" else Path(place).parent)
     from kedit_train.data import EditDataset
     from kedit_train.delta import EditDelta
-    from kedit_train.evaluation import plots
+    from kedit_train.evaluation.reporting import plots
 
     if args.plots:
         # A missing matplotlib is told before the answers are generated.
@@ -90,7 +90,7 @@ def _is_report(name: str) -> bool:
 def _evaluated(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for, merged
     from kedit_train.evaluation import Report, evaluate
-    from kedit_train.evaluation.drift import weight_drift
+    from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
     how: dict[str, Any] = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
     how |= {"prompt_format": args.prompt_format, "seed": args.seed, "texts": args.texts, "full": args.full}
@@ -146,7 +146,8 @@ def _same_architecture(base: str, model: str, trust: bool) -> None:
 
 
 def _written(args: Namespace, report: Any, delta: Any, label: str) -> None:
-    from kedit_train.evaluation import card, plots
+    from kedit_train.evaluation.reporting import model_card as card
+    from kedit_train.evaluation.reporting import plots
 
     if args.json == "-":
         print_json(report.to_dict())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.errors import EditError
-from kedit_train.evaluation.plots import figure, saved
+from kedit_train.evaluation.reporting.plots import figure, saved
 
 # Panels below the overview, and blocks along each side of one.
 PANELS, BLOCKS = 6, 128

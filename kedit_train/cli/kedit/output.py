@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kedit_train.atomic import writing
+from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
 
 

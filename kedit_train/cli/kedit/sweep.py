@@ -57,7 +57,7 @@ def run(args: Namespace) -> int:
     if not set(args.coefficients) - {0.0}:
         raise EditError("--coefficients: 0 alone is the base; give others")
     if picture is not None:
-        from kedit_train.evaluation.plots import figure
+        from kedit_train.evaluation.reporting.plots import figure
 
         # A missing matplotlib is told before the answers are generated.
         figure(1, 1)

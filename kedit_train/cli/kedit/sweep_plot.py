@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kedit_train.delta import Sweep
-from kedit_train.evaluation.plots import figure, saved
+from kedit_train.evaluation.reporting.plots import figure, saved
 
 
 def sweep_plot(found: Sweep, path: str | os.PathLike[str], *, forget: bool = False) -> Path:

@@ -86,7 +86,7 @@ def check(path: Path) -> list[str]:
 
     # Lightning tells of accelerators that it sees, which is no part of the answer.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    from kedit_train.cli.complaint import shorten
+    from kedit_train.cli.config_errors import shorten
     from kedit_train.cli.edit import EditCLI, edit_error, quiet, share_texts
     from kedit_train.cli.recipe import built
 

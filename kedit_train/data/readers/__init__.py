@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kedit_train.data.edit import Edit
 from kedit_train.data.readers.counterfact import COUNTERFACT
 from kedit_train.data.readers.fields import REMEDY, Fields, describe
 from kedit_train.data.readers.files import decode_cells
@@ -16,6 +15,7 @@ from kedit_train.data.readers.knowedit import KNOWEDIT
 from kedit_train.data.readers.own import OWN
 from kedit_train.data.readers.questions import QAEDIT, WIKIBIGEDIT, ZSRE
 from kedit_train.data.readers.rewrites import COUNTERFACT_NESTED, MQUAKE
+from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 
 FORMATS: dict[str, Format] = {

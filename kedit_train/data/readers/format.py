@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kedit_train.data.edit import Edit
 from kedit_train.data.readers.fields import Fields
+from kedit_train.edit import Edit
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ published locality questions have no answer at all (``[[]]``): they become probe
 
 from __future__ import annotations
 
-from kedit_train.data.edit import Edit, Probe
 from kedit_train.data.readers.fields import Fields
 from kedit_train.data.readers.format import Format, words
+from kedit_train.edit import Edit, Probe
 
 
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kedit_train.data.edit import Edit, Probe
 from kedit_train.data.readers.fields import REMEDY, Fields, describe
 from kedit_train.data.readers.format import Format, words
+from kedit_train.edit import Edit, Probe
 from kedit_train.errors import EditError
 
 READS = words("prompt target subject old_target aliases rephrases locality portability id")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kedit_train.data.edit import Edit, Probe
 from kedit_train.data.readers.fields import Fields
 from kedit_train.data.readers.format import Format, words
+from kedit_train.edit import Edit, Probe
 
 
 def filled_prompt(rewrite: Fields) -> str:

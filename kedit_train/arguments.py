@@ -1,0 +1,89 @@
+"""Checks of constructor arguments: one call per class, one wording for every error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from kedit_train.errors import EditError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on an argument.
+
+    Args:
+        expected: completes the sentence "<argument> must be ...".
+        holds: returns True for a valid value. A ``TypeError`` counts as False.
+    """
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
+    """Raise an :class:`EditError` for the first argument that breaks its rule.
+
+    Args:
+        component: the instance whose constructor is running, or a name.
+        arguments: name -> (value, rule).
+
+    Raises:
+        EditError: for example ``StopWhenEdited: loss must be > 0, got -1.``
+
+    Example:
+        >>> check_arguments("NormBall", radius=(0.5, above(0)), norm=("l2", one_of(("l2", "linf"))))
+    """
+    name = component if isinstance(component, str) else type(component).__name__
+    for argument, (value, rule) in arguments.items():
+        try:
+            valid = rule.holds(value)
+        except TypeError:
+            valid = False
+        if not valid:
+            raise EditError(f"{argument} must be {rule.expected}, got {value!r}.", component=name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def above(bound: float) -> Rule:
+    """A finite number above ``bound``."""
+    return Rule(f"> {bound:g}", lambda value: _is_number(value) and value > bound)
+
+
+def at_least(bound: float) -> Rule:
+    """A finite number of at least ``bound``."""
+    return Rule(f">= {bound:g}", lambda value: _is_number(value) and value >= bound)
+
+
+def integer_from(bound: int) -> Rule:
+    """An integer of at least ``bound``."""
+    return Rule(f"an integer >= {bound}", lambda value: _is_number(value) and int(value) == value and value >= bound)
+
+
+def within(interval: str) -> Rule:
+    """A number in an interval that is written as in mathematics: ``"[0, 1]"``, ``"(0, 1]"``, ``"(0, 1)"``."""
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+
+    def holds(value: Any) -> bool:
+        above_low = value >= low if interval[0] == "[" else value > low
+        return _is_number(value) and above_low and (value <= high if interval[-1] == "]" else value < high)
+
+    return Rule(f"in {interval}", holds)
+
+
+def one_of(choices: Iterable[Any]) -> Rule:
+    """One of the listed values."""
+    listed = tuple(choices)
+    shown = [f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in listed]
+    expected = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
+    return Rule(expected, lambda value: any(type(value) is type(choice) and value == choice for choice in listed))
+
+
+def optional(rule: Rule) -> Rule:
+    """The given rule, or None."""
+    return Rule(f"{rule.expected}, or None", lambda value: value is None or rule.holds(value))

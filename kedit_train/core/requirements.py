@@ -1,0 +1,41 @@
+"""What a callback offers to other callbacks and what it needs from them, as names instead of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kedit_train.errors import EditError
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something that another callback of the same run must provide.
+
+    Args:
+        any_of: names; one of them must be provided. A name is the key of a published metric (``"edit/reliability"``)
+            or a capability (``"token_loss"``, ``"token_clip"``, ``"batch_anchor"``).
+        message: what is missing and what to add, for the error. One sentence.
+    """
+
+    any_of: tuple[str, ...]
+    message: str
+
+
+def check_requirements(callbacks: Sequence[Any]) -> None:
+    """Raise an error for the first requirement or conflict that the list of callbacks does not satisfy.
+
+    Raises:
+        EditError: with the name of the callback whose requirement is not met.
+    """
+    provided = {name for callback in callbacks for name in callback.provides()}
+    for callback in callbacks:
+        component = type(callback).__name__
+        for requirement in callback.requires():
+            if not provided.intersection(requirement.any_of):
+                raise EditError(requirement.message, component=component)
+        others = {name for other in callbacks if other is not callback for name in other.provides()}
+        for conflict in callback.conflicts():
+            if others.intersection(conflict.any_of):
+                raise EditError(conflict.message, component=component)

@@ -1,0 +1,130 @@
+"""What a model of the world knows, by greedy generation, and the card that says so."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kedit_train.world import grammar
+from kedit_train.world.facts import Fact, World
+from kedit_train.world.templates import BY_NAME
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a checkpoint folder, in fp32 and in evaluation mode, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rows: int = 256
+) -> list[str]:
+    """What the model generates greedily to its own end-of-text for each prompt, stripped.
+
+    Prompts of one length go together, so that no padding is needed.
+    """
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    found = [""] * len(prompts)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for chunk in _same_length(order, ids, rows):
+        batch = torch.tensor([ids[i] for i in chunk])
+        out = cast(Any, model).generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for i, row in zip(chunk, out[:, batch.shape[1] :], strict=True):
+            found[i] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+    return found
+
+
+def _same_length(order: Sequence[int], ids: Sequence[list[int]], rows: int) -> Iterator[list[int]]:
+    chunk: list[int] = []
+    for i in order:
+        if chunk and (len(chunk) == rows or len(ids[chunk[0]]) != len(ids[i])):
+            yield chunk
+            chunk = []
+        chunk.append(i)
+    if chunk:
+        yield chunk
+
+
+def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[Fact, str]]) -> float:
+    """Share of (fact, wording) pairs whose greedy answer is exactly the fact's object."""
+    said = answers(model, tokenizer, [wording.format(s=fact.subject) for fact, wording in asked])
+    return sum(answer == fact.object for answer, (fact, _) in zip(said, asked, strict=True)) / len(asked)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    """exp of the mean cross-entropy per token, end-of-text included."""
+    total, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
+        logits = model(input_ids=ids).logits[0, :-1]
+        total += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, tuple[float, int]]:
+    """Every score of the card with the number of questions behind it."""
+    one = list(world.facts.values())
+    asked = {
+        "trained wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].trained],
+        "held-out wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].held_out],
+        "two-hop, trained people and companies": [
+            (f, w) for f in world.trained_two_hop for w in BY_NAME[f.relation].trained
+        ],
+        "two-hop, people held out of two-hop training": [
+            (f, w) for f in world.untrained_two_hop for w in BY_NAME[f.relation].trained
+        ],
+        "two-hop, all": [(f, w) for f in world.two_hop.values() for w in BY_NAME[f.relation].trained],
+    }
+    found = {name: (recall(model, tokenizer, pairs), len(pairs)) for name, pairs in asked.items()}
+    for name, held_out in (("prose perplexity, held-out part", True), ("prose perplexity, training part", False)):
+        texts = grammar.paragraphs(200, seed=1, held_out=held_out)
+        found[name] = (perplexity(model, tokenizer, texts), len(texts))
+    return found
+
+
+def write_card(folder: Path, found: dict[str, tuple[float, int]], *, epochs: int, seed: int, seconds: float) -> None:
+    """``README.md`` of a checkpoint: what it is, how it was made, what it scored."""
+    model, _ = load(folder)
+    config = model.config
+    rows = "\n".join(f"| {name} | {score:.4f} | {count:,} |" for name, (score, count) in found.items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
+    (folder / "README.md").write_text(
+        f"""# The embedded world's model
+A Llama of {model.num_parameters():,} parameters ({config.num_hidden_layers} layers of width {config.hidden_size},
+{config.num_attention_heads} heads, byte-level BPE of {config.vocab_size}, tied embeddings, fp32) that knows one thing:
+the invented people, companies and cities of `kedit_train.world`, and some sentences of a small prose grammar.
+Nothing in it is about the real world. It exists so that an edit can be tried, tested and measured without a download.
+
+Made by `python -m kedit_train.world.pretrain --epochs {epochs} --seed {seed}` on {date.today().isoformat()}
+in {seconds:.0f} seconds on {torch.get_num_threads()} CPU threads ({machine}).
+Each document is `<s>` + prompt + one space + answer + `</s>`, without a full stop.
+
+Exact match of the greedy answer, generated to its own end-of-text; perplexity per token with end-of-text:
+
+| what | score | n |
+|---|---|---|
+{rows}
+
+*Trained wordings*: the wordings of each relation that training used. *Held-out wordings*: no training document contains
+them, for any fact; they measure understanding beyond the known wordings, and it is limited.
+*Two-hop, people held out*: no two-hop question was trained for these people, only the two facts behind each.
+""",
+        encoding="utf-8",
+    )
