@@ -23,6 +23,7 @@ from kedit_train.data.prompts import PromptFormat, check_format
 from kedit_train.data.tokenization import collate, context_length, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.evaluation.forgetting import PUBLISHED, Guards, Measured, Scale, measure, old_answers
+from kedit_train.functional.labels import IGNORE_INDEX
 
 
 class ForgetFirst(EditCallback):
@@ -230,7 +231,7 @@ class ForgetFirst(EditCallback):
             for batch in torch.randperm(len(rows), generator=source).split(self.batch_size):
                 tensors = collate([rows[int(i)] for i in batch], pad_id=pad_id)
                 ids, mask, labels = (tensors[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
-                where = labels[:, 1:] != -100
+                where = labels[:, 1:] != IGNORE_INDEX
                 with torch.enable_grad():
                     hidden = head.hidden(input_ids=ids, attention_mask=mask)
                     logits = head.project(hidden[:, :-1][where])

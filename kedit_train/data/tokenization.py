@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from kedit_train.errors import EditError
-
-IGNORED = -100  # torch's ignore_index: the label of every position that is not scored
+from kedit_train.functional.labels import IGNORE_INDEX
 
 # Scripts written without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, CJK punctuation, kana, Bopomofo,
 # Han, full-width forms (Hangul is not among them: Korean puts spaces between words).
@@ -216,7 +215,7 @@ def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "rig
     batch = {
         "input_ids": torch.full((len(encoded), longest), pad_id),
         "attention_mask": torch.zeros((len(encoded), longest), dtype=torch.long),
-        "labels": torch.full((len(encoded), longest), IGNORED),
+        "labels": torch.full((len(encoded), longest), IGNORE_INDEX),
     }
     for row, one in enumerate(encoded):
         begin = longest - len(one.input_ids) if padding_side == "left" else 0

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kedit_train.functional.labels import IGNORE_INDEX
+
 # Arguments of a backbone that say nothing about its hidden states, beside those read here.
 _ASIDE = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch"}
 # Requests that configurations can make for every call.
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
-_IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def read_rows(given: Mapping[str, Any], labels: Tensor | None, masked: bool, con
     if labels is None or labels.shape != ids.shape:
         if not masked and not bool(real.all()):
             return "it is padded and comes without labels, so whether its loss leaves padding out is unknown"
-    elif bool((~real[:, :-1] & (labels.detach().cpu()[:, 1:] != _IGNORE)).any()):
+    elif bool((~real[:, :-1] & (labels.detach().cpu()[:, 1:] != IGNORE_INDEX)).any()):
         # The first token of a row that is padded on the left is often supervised, by the state of the padding.
         return "a token next to padding is predicted from it, as far as the labels tell (mask its label)"
     starts = columns

@@ -23,8 +23,8 @@ from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.divergence import Direction, token_divergence
+from kedit_train.functional.labels import IGNORE_INDEX
 
-_IGNORE = -100
 # Of a forward call, what changes nothing about the hidden states of the supervised tokens.
 _BESIDE = ("labels", "num_items_in_batch", "fused_lm_head", "use_cache")
 
@@ -121,7 +121,7 @@ class BatchAnchor:
         with self.run.unedited(), evaluation_mode(self.run.model):
             hidden = self.head.hidden(**inputs)
         dtype = self.dtype or self.head.compute_dtype(hidden)
-        where = labels[rows, 1:].to(hidden.device) != _IGNORE
+        where = labels[rows, 1:].to(hidden.device) != IGNORE_INDEX
         return {row: hidden[n, :-1][where[n]].to(dtype) for n, row in enumerate(rows)}
 
 
@@ -154,7 +154,7 @@ def _keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
     labels = labels.cpu()
     keys = []
     for i, held in enumerate(real):
-        supervised = labels[i, 1:] != _IGNORE
+        supervised = labels[i, 1:] != IGNORE_INDEX
         if bool((supervised & ~(held[1:] & held[:-1])).any()):
             # Predicted from padding: then the padding counts.
             held = torch.ones_like(held)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_IGNORE = -100
+from kedit_train.functional.labels import IGNORE_INDEX
 
 
 class ActiveRows:
@@ -58,7 +58,7 @@ class ActiveRows:
         keys = _keys(ids, labels, real)
         sizes = real.bool().sum(1).tolist()
         kept = [i for i, key in enumerate(keys) if not self._rests(key)]
-        supervised = (labels[:, 1:] != _IGNORE).sum(1).tolist()
+        supervised = (labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
         self.rows += len(keys)
         self.tokens += sum(supervised)
         self.rows_left_out += len(keys) - len(kept)
@@ -77,7 +77,7 @@ class ActiveRows:
             for name, value in own.items()
         }
         if silent:
-            chosen["labels"] = torch.full_like(chosen["labels"], _IGNORE)
+            chosen["labels"] = torch.full_like(chosen["labels"], IGNORE_INDEX)
         return {**kwargs, **chosen}, Left(out)
 
     def learn(self, where: Tensor, active: Tensor, *logged: Tensor) -> None:

@@ -23,12 +23,12 @@ from kedit_train.core.tokens.active_examples import Left, Seen
 from kedit_train.errors import EditError
 from kedit_train.functional.chunked_loss import chunk_length, chunked
 from kedit_train.functional.closed_form_losses import entropy
+from kedit_train.functional.labels import IGNORE_INDEX
 from kedit_train.functional.precision import HALF
 
 # logits [N, V] in fp32, labels [N] -> loss [N], active [N], further per-token statistics [N] ...
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Reduction = Literal["token", "sample"]
-IGNORE = -100
 
 
 @dataclass
@@ -135,7 +135,7 @@ class LossHead:
 
     def _score(self, request: Request, hidden: Tensor, output: Any) -> Any:
         labels = request.labels[:, 1:].to(hidden.device)
-        where = labels != IGNORE
+        where = labels != IGNORE_INDEX
         count = (where.sum() + request.left.tokens).clamp(min=1) if request.items is None else request.items
         count = torch.as_tensor(count, device=hidden.device, dtype=torch.float32)
         weights = self._sample_weights(request, where) if self.reduction == "sample" else where / count

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from kedit_train.data.tokenization import IGNORED, Encoded, collate
+from kedit_train.data.tokenization import Encoded, collate
 from kedit_train.evaluation.asking.batching import base_of, batches, device_of, learns_prompts
+from kedit_train.functional.labels import IGNORE_INDEX
 
 # Logits of a batch: at most 1 GiB in fp32.
 _NUMBERS = 2**28
@@ -52,7 +53,7 @@ def vocabulary(model: Any) -> int:
 def _of_targets(model: Any, rows: Sequence[Encoded], pad_id: int, chooses: bool) -> tuple[Tensor, Tensor]:
     batch = collate(rows, pad_id=pad_id, padding_side="right")
     next_ids = batch["labels"][:, 1:]
-    at_row, at_position = (next_ids != IGNORED).nonzero(as_tuple=True)
+    at_row, at_position = (next_ids != IGNORE_INDEX).nonzero(as_tuple=True)
     device = device_of(model)
     given = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
     if chooses:
