@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kedit_train.atomic_write import obstacle
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.processes import is_distributed, world_size
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.prompts import PromptFormat, check_format
@@ -103,6 +104,12 @@ class EditMetrics(EditCallback):
         self.unedited: Report | None = None
         self.report: Report | None = None
         self.best: dict[str, float] = {}
+
+    def provides(self) -> set[str]:
+        if not self.every_n_steps:
+            return set()
+        names = ("reliability", "reliability_smallest_token_probability", "generality", "portability", "locality")
+        return {f"edit/{name}" for name in (*names, *(("locality_kl",) if "kl" in self.extras else ()))}
 
     def prepare(self, run: EditRun) -> None:
         run.causal()
@@ -225,16 +232,16 @@ class EditMetrics(EditCallback):
                 limit=limit,
                 prompt_format=self.prompt_format,
                 progress=run.host.is_main and len(self._edits) > self.batch_size,
-                distributed=self.distributed and _processes() > 1,
+                distributed=self.distributed and is_distributed(),
             )
         self._seconds += time.perf_counter() - began
         return report
 
     def _whole(self, report: Report) -> Report:
         """With the distributions of all processes: a look deals its sample out anew."""
-        if not report.distributions or not self.distributed or _processes() == 1:
+        if not report.distributions or not self.distributed or not is_distributed():
             return report
-        parts: list[Any] = [None] * _processes()
+        parts: list[Any] = [None] * world_size()
         dist.all_gather_object(parts, dict(report.distributions))
         return replace(report, distributions={prompt: one for part in parts for prompt, one in part.items()})
 
@@ -245,7 +252,7 @@ class EditMetrics(EditCallback):
         if self.max_fraction_of_time is None:
             return False
         decided = [self._share() > self.max_fraction_of_time]
-        if _processes() > 1:
+        if is_distributed():
             # By one clock: a look that only some of the processes take would not end.
             dist.broadcast_object_list(decided, src=0)
         return decided[0]
@@ -270,7 +277,3 @@ def load_edits(edits: Any) -> Sequence[Edit]:
     if len(found) == 0:
         raise EditError("EditMetrics: the list of edits is empty; there is nothing to edit")
     return found
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

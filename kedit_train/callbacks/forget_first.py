@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.locality.texts import load_texts, without_probes
 from kedit_train.core.output_head import evaluation_mode
+from kedit_train.core.processes import is_distributed
 from kedit_train.core.reference_weights import write
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
@@ -132,7 +133,7 @@ class ForgetFirst(EditCallback):
             )
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():
             line = self._forget(run)
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             # Sums on a GPU depend on their order; weights of their own would let the processes diverge.
             for parameter in run.scope.values():
                 dist.broadcast(parameter.data, src=0)

@@ -15,6 +15,7 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.fisher import contexts, diagonal_fisher, mean_gradient
 from kedit_train.core.fsdp import placed_like, whole
 from kedit_train.core.locality.texts import load_texts, text_rows
+from kedit_train.core.processes import is_distributed
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.mask_file import load_masks, save_masks
 from kedit_train.core.scope.neurons import Granularity, matrix_of, place
@@ -128,7 +129,7 @@ class GradientMask(EditCallback):
             masks = self._masks(run)
         for name, parameter in run.scope.items():
             masks[name] = masks[name].to(parameter.device)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if is_distributed():
                 # Sums on a GPU depend on their order; a mask of its own on each process would let weights diverge.
                 dist.broadcast(masks[name].view(torch.uint8), src=0)
         kept, total = sum(int(mask.sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())

@@ -167,6 +167,9 @@ class KLLocality(EditCallback):
                 f"KLLocality: texts='batch' takes the training batches and does not read {names}; leave out"
             )
 
+    def provides(self) -> set[str]:
+        return {"edit/locality/kl", "batch_anchor"} if self.anchors else {"edit/locality/kl"}
+
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
             run.head()

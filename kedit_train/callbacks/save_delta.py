@@ -15,6 +15,7 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.fsdp import placed_like, reshard, whole
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.reference_weights import holding, snapshot
+from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
 from kedit_train.delta import EditDelta
@@ -66,6 +67,12 @@ class SaveDelta(EditCallback):
         self._values: dict[str, Tensor] = {}
         self._step = 0
 
+    def requires(self) -> Sequence[Requirement]:
+        if self.at == "end":
+            return ()
+        message = 'at="best" reads the reliability that EditMetrics measures; add EditMetrics(every_n_steps=20)'
+        return (Requirement(("edit/reliability",), message),)
+
     def prepare(self, run: EditRun) -> None:
         self._best, self._values, self.delta = None, {}, None
         self._edits = EditDataset.load(self.edits) if isinstance(self.edits, str | Path) else self.edits
@@ -73,10 +80,6 @@ class SaveDelta(EditCallback):
             run.edits = self._edits
 
     def attach(self, run: EditRun) -> None:
-        names = {type(callback).__name__: callback for callback in run.callbacks}
-        self._every = getattr(names.get("EditMetrics"), "every_n_steps", 0)
-        if self.at == "best" and not self._every:
-            raise EditError("SaveDelta(at='best') reads what EditMetrics measures; add EditMetrics(every_n_steps=20)")
         # Adapters that no delta can hold are refused now, not after the training.
         weights_of(run.model)
         self._reference: dict[str, Tensor] = {}
@@ -93,7 +96,7 @@ class SaveDelta(EditCallback):
             self._best, self._step, self._values = (reliability, locality), state["step"], state["values"]
 
     def after_step(self, run: EditRun) -> None:
-        if self.at == "end" or run.step % self._every:
+        if self.at == "end" or run.published_at.get("edit/reliability") != run.step:
             return
         found = (run.scores["edit/reliability"], run.scores.get("edit/locality", 0.0))
         if self._best is None or found > self._best:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -66,27 +68,30 @@ class StopWhenEdited(EditCallback):
         self.loss, self.loss_steps = loss, loss_steps
         self.reason: str | None = None
 
+    def requires(self) -> Sequence[Requirement]:
+        metrics = "reads what EditMetrics measures during training; add EditMetrics(every_n_steps=20), or pass"
+        tokens = "idle_steps counts active tokens; add TokenSmoothing(epsilon=0.05), or pass idle_steps=None"
+        rules = (
+            (self.reliability, ("edit/reliability",), f"reliability {metrics} reliability=None"),
+            (self.smallest_probability, (_PROBABILITY,), f"smallest_probability {metrics} smallest_probability=None"),
+            (self.idle_steps, ("token_clip",), tokens),
+            (self.idle_steps, ("edit/tokens/active_now",), tokens),
+            (
+                self.kl_budget,
+                _KL,
+                "kl_budget needs a callback that measures the divergence; add KLLocality, or "
+                'EditMetrics(every_n_steps=20, metrics=["kl"])',
+            ),
+            (
+                self.loss,
+                ("edit/tokens/loss_now",),
+                "loss reads the training loss of TokenSmoothing; add TokenSmoothing(1.0, epsilon=0.0), or pass "
+                "loss=None",
+            ),
+        )
+        return [Requirement(names, message) for value, names, message in rules if value is not None]
+
     def attach(self, run: EditRun) -> None:
-        names = {type(callback).__name__: callback for callback in run.callbacks}
-        metrics: Any = names.get("EditMetrics")
-        looks = getattr(metrics, "every_n_steps", 0)
-        for name in ("reliability", "smallest_probability"):
-            if getattr(self, name) is not None and not looks:
-                raise EditError(
-                    f"StopWhenEdited({name}=...) reads what EditMetrics measures; add EditMetrics(every_n_steps=20), "
-                    f"or turn this rule off with {name}=None"
-                )
-        if self.idle_steps is not None and not getattr(names.get("TokenSmoothing"), "epsilon", 0.0):
-            raise EditError("StopWhenEdited(idle_steps=...) counts active tokens; add TokenSmoothing(epsilon=0.05)")
-        if self.kl_budget is not None and "KLLocality" not in names and not (looks and "kl" in metrics.extras):
-            raise EditError(
-                "StopWhenEdited(kl_budget=...) reads a divergence that nothing here measures; add KLLocality, or "
-                "EditMetrics(every_n_steps=20, metrics=['kl'])"
-            )
-        if self.loss is not None:
-            if "TokenSmoothing" not in names:
-                raise EditError("StopWhenEdited(loss=...) reads TokenSmoothing's; add TokenSmoothing(1.0, epsilon=0.0)")
-            names["TokenSmoothing"].publishes_loss = True  # type: ignore[attr-defined]
         self._enough_idle = self._steps(run, "idle_steps") if self.idle_steps is not None else 0
         self._enough_losses = self._steps(run, "loss_steps") if self.loss is not None else 0
         self._idle, self._losses, self.reason = 0, [], None

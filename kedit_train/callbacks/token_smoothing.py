@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.processes import is_distributed
 from kedit_train.core.run import EditRun
 from kedit_train.core.tokens.loss_head import LossHead, Reduction
 from kedit_train.errors import EditError
@@ -76,9 +77,11 @@ class TokenSmoothing(EditCallback):
         self.lam, self.epsilon, self.n_sigma = lam, epsilon, n_sigma
         self.reduction: Reduction = reduction
         self.target = target
-        # Set by whoever stops on it: to read it is to wait for the device.
-        self.publishes_loss = False
         self._loss_head: LossHead | None = None
+
+    def provides(self) -> set[str]:
+        clip = {"token_clip", "edit/tokens/active_now"} if self.epsilon > 0.0 else set()
+        return {"token_loss", "edit/tokens/loss_now"} | clip
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
@@ -121,16 +124,18 @@ class TokenSmoothing(EditCallback):
                 "not replaced; let the training step call model(..., labels=labels) and use the loss that it returns, "
                 "and let one optimizer step the whole scope"
             )
-        if self.epsilon == 0.0 and not self.publishes_loss:
+        # Reading the loss waits for the device, so it is read only where a callback needs it.
+        publishes_loss = run.is_required("edit/tokens/loss_now")
+        if self.epsilon == 0.0 and not publishes_loss:
             return False
         now = self._now
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             # Every rank has to come to the same decision.
             now = now.clone()
             dist.all_reduce(now)
         active, loss, tokens = now.tolist()
         run.publish({"edit/tokens/active_now": active})
-        if self.publishes_loss:
+        if publishes_loss:
             run.publish({"edit/tokens/loss_now": loss / max(1.0, tokens)})
         return self.epsilon > 0.0 and active == 0.0
 

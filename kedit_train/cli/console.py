@@ -53,9 +53,9 @@ def _take(path: Path) -> bool:
 
 def leave(code: int) -> NoReturn:
     """End a process that failed, without waiting for the others of a distributed run."""
-    import torch.distributed as dist
+    from kedit_train.core.processes import has_process_group
 
-    if dist.is_available() and dist.is_initialized():
+    if has_process_group():
         # Gloo's threads abort the process in some one in three ordinary exits without a common shutdown, which the
         # other processes can no longer take part in.
         sys.stdout.flush()

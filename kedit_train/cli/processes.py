@@ -77,7 +77,9 @@ def part() -> None:
     """End a distributed run in step: gloo aborts some processes that end while others still talk to them."""
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    from kedit_train.core.processes import has_process_group
+
+    if has_process_group():
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from kedit_train.core.processes import is_distributed
 from kedit_train.errors import EditError
 
 
@@ -23,7 +23,7 @@ def watch_replicas(model: nn.Module) -> list[Any]:
     Returns:
         Handles of the hooks, each with ``remove()``; none for a single process.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not is_distributed():
         return []
     return [model.register_forward_pre_hook(_Check())]
 

@@ -39,6 +39,7 @@ class EditRun:
         shapes: name -> shape of every parameter when the run was opened, for FSDP1 slices the very objects.
         masters: what keeps a half-precision scope in fp32, where anything does.
         scores: the latest value of every metric that a callback published, for other callbacks to read.
+        published_at: metric key -> the optimizer step at which it was last published.
     """
 
     def __init__(self, root: nn.Module, host: Host) -> None:
@@ -50,6 +51,7 @@ class EditRun:
         self.callbacks: list[Any] = []
         self.reference: dict[str, Tensor] = {}
         self.scores: dict[str, float] = {}
+        self.published_at: dict[str, int] = {}
         self._edits: Sequence[Edit] = ()
         self.closed = self.stopped = False
         self.trainable = {p: p.requires_grad for p in root.parameters()}
@@ -305,6 +307,11 @@ class EditRun:
     def publish(self, metrics: Mapping[str, float]) -> None:
         """Make metrics known to the other callbacks."""
         self.scores.update(metrics)
+        self.published_at.update(dict.fromkeys(metrics, self.step))
+
+    def is_required(self, name: str) -> bool:
+        """Return whether a callback of this run requires ``name``, a metric key or a capability."""
+        return any(name in needed.any_of for callback in self.callbacks for needed in callback.requires())
 
     def collect(self) -> dict[str, float]:
         """Gather every callback's metrics since the last log event."""

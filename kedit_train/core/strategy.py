@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from kedit_train.core.fsdp import check_precision, placed_like, reshard
 from kedit_train.core.full_precision import FullPrecision
+from kedit_train.core.processes import is_distributed
 from kedit_train.errors import EditError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def follow_dtype(run: EditRun) -> None:
     converted = {n: p.dtype for n, p in run.scope.items() if n in run.reference and p.dtype != run.reference[n].dtype}
     if not converted:
         return
-    if run.full_precision and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if run.full_precision and is_distributed():
         raise EditError(
             "the scope would be trained in fp32, but the model was converted to half precision after several processes "
             "had been wired up; load the model in half precision and leave the trainer's precision at 32-true, or give "

@@ -83,9 +83,6 @@ class Scores(EditMetrics):
             run.publish({"edit/reliability": {2: 0.5, 4: 0.5}.get(run.step, 0.1), "edit/locality": run.step / 10})
 
 
-Scores.__name__ = "EditMetrics"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_best_step_is_saved_and_the_model_goes_on_from_the_last(dtype, tmp_path):
     edits = EditDataset(world.edits(n=8))
@@ -128,7 +125,9 @@ def test_nothing_moved_and_arguments_that_make_no_sense(tmp_path):
     with pytest.raises(EditError, match="SaveDelta: no weight has moved in 2 steps, so there is no edit to save"):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits, steps=2, lr=0.0)
     assert not Path(path).exists()
-    with pytest.raises(EditError, match=r"reads what EditMetrics measures; add EditMetrics\(every_n_steps=20\)"):
+    with pytest.raises(
+        EditError, match=r"reads the reliability that EditMetrics measures; add EditMetrics\(every_n_steps=20\)"
+    ):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path, at="best")], edits)
     with pytest.raises(EditError, match="at='middle' is no moment"):
         SaveDelta(path, at="middle")  # type: ignore[arg-type]

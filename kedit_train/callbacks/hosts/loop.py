@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
 from kedit_train.core.host import Host
+from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -42,11 +42,11 @@ class LoopHost(Host):
 
     @property
     def is_main(self) -> bool:
-        return not _together() or dist.get_rank() == 0
+        return rank() == 0
 
     def refused(self) -> str | None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1 and not _together():
+        if launched > 1 and not is_distributed():
             return (
                 f"{launched} processes were started and none knows of the others, so each would train for itself (let "
                 "fabric.launch() or torch.distributed.init_process_group() come first)"
@@ -74,7 +74,7 @@ class LoopHost(Host):
 
     def check_gradients(self) -> str | None:
         # Several processes: DDP may have moved them into buckets of its own.
-        if not _together() and any(p.grad is not grad for p, grad in self.pulled):
+        if not is_distributed() and any(p.grad is not grad for p, grad in self.pulled):
             return (
                 "the gradient of the edit's penalties is gone: zero_grad() came between edit.before_step() and "
                 "optimizer.step(); call it before edit.before_step()"
@@ -88,10 +88,6 @@ class LoopHost(Host):
             metrics = run.collect()
             if metrics:
                 self.log(metrics)
-
-
-def _together() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class Editing:

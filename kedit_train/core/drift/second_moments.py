@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kedit_train.core.drift.linear_layers import LinearMap
 from kedit_train.core.locality.texts import pad
 from kedit_train.core.output_head import evaluation_mode
+from kedit_train.core.processes import is_distributed, rank, world_size
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import full_precision, wide
@@ -80,7 +81,7 @@ def holds_model_inputs(source: Any) -> bool:
 
 def own_batches(source: Iterable[Any], device: torch.device) -> Iterator[Batch]:
     """This process's share of a model's own inputs: mappings (keyword arguments), sequences (positional) or tensors."""
-    for given in islice(source, rank(), None, processes()):
+    for given in islice(source, rank(), None, world_size()):
         if isinstance(given, Mapping):
             inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
             mask = inputs.get("attention_mask")
@@ -173,18 +174,9 @@ def empty_moment(parameter: Tensor, size: int) -> Moment:
     return Moment(wide(torch.zeros(size, size, dtype=parameter.dtype, device=parameter.device)))
 
 
-def processes() -> int:
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if processes() > 1 else 0
-
-
 def share(items: Sequence[Any]) -> Sequence[Any]:
     """What of it this process is to work on."""
-    return items[rank() :: processes()]
+    return items[rank() :: world_size()]
 
 
 def gathered(moments: dict[str, Moment]) -> dict[str, Moment]:
@@ -194,7 +186,7 @@ def gathered(moments: dict[str, Moment]) -> dict[str, Moment]:
         EditError: no process saw any token.
     """
     for name, moment in moments.items():
-        if processes() > 1:
+        if is_distributed():
             count = torch.tensor(moment.count, device=moment.sum.device)
             dist.all_reduce(moment.sum)
             dist.all_reduce(count)
@@ -209,7 +201,7 @@ def gathered(moments: dict[str, Moment]) -> dict[str, Moment]:
 
 def same_everywhere(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors of the first process, on all of them: decompositions may differ in their last bits."""
-    if processes() == 1:
+    if world_size() == 1:
         return list(tensors)
     shapes: list[Any] = [[tuple(t.shape) for t in tensors]]
     dist.broadcast_object_list(shapes, src=0)

@@ -22,6 +22,7 @@ from kedit_train.core.locality.hidden_state_file import Answers, collect, load, 
 from kedit_train.core.locality.teacher import head_of, open_teacher
 from kedit_train.core.locality.texts import hash_rows, pad
 from kedit_train.core.output_head import OutputHead, evaluation_mode
+from kedit_train.core.processes import is_distributed
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.chunked_loss import chunk_length
@@ -169,7 +170,7 @@ def _stored(
     made = batches()
     if writes:
         refused = _refusal(lambda: collect(made, lengths, path=path, key=name))
-    if refused is None or _several():
+    if refused is None or is_distributed():
         # Those that write nothing compute all the same; and nobody leaves the others alone in it.
         for _ in made:
             pass
@@ -195,13 +196,9 @@ def _agree(refused: EditError | None, device: torch.device) -> None:
         raise refused or EditError("KLLocality: another process could not write its answers to store; see its error")
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _everywhere(value: bool, device: torch.device) -> bool:
     """Whether it is so on every process; waits for all of them."""
-    if not _several():
+    if not is_distributed():
         return value
     flag = torch.tensor(int(value), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
