@@ -2,6 +2,7 @@
 
 from kedit_train.evaluation.asking.generate import Answer, generate_answers
 from kedit_train.evaluation.evaluator import evaluate
+from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.report import Report
 from kedit_train.evaluation.scoring.bootstrap import EditMean, Score
 from kedit_train.evaluation.scoring.normalize import contains, exact_match, normalise
@@ -9,6 +10,7 @@ from kedit_train.evaluation.scoring.normalize import contains, exact_match, norm
 __all__ = [
     "Answer",
     "EditMean",
+    "EvaluationOptions",
     "Report",
     "Score",
     "contains",

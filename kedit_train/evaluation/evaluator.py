@@ -20,6 +20,7 @@ from kedit_train.evaluation.asking.batching import DivergedError
 from kedit_train.evaluation.asking.distributed import shared_out
 from kedit_train.evaluation.asking.probes import EXTRAS, PREFIXES, Asked, probes_of
 from kedit_train.evaluation.asking.questions import Judge, Settings, ask
+from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.report import Report
 from kedit_train.evaluation.reporting.metadata import meta_of
 from kedit_train.evaluation.scoring.bootstrap import Score
@@ -35,6 +36,7 @@ def evaluate(
     tokenizer: Any,
     edits: Sequence[Edit],
     *,
+    options: EvaluationOptions | None = None,
     before: Report | None = None,
     metrics: Collection[str] = (),
     full: bool = False,
@@ -100,6 +102,10 @@ def evaluate(
         EditError: no edits, a prompt beyond the model's context, NaN logits (the edit is named), a ``before`` that
             does not fit, an unknown metric.
     """
+    if options is not None:
+        metrics, full, texts = options.extra_metrics, False, options.texts
+        prompt_format, batch_size, distributed = options.prompt_format, options.batch_size, options.distributed
+        max_new_tokens, fluency_tokens = options.max_new_tokens, options.fluency_tokens
     extras = _extras(metrics, full)
     settings = Settings(batch_size, max_new_tokens, fluency_tokens, prompt_format, judge, progress)
     asked_with = {"max_new_tokens": max_new_tokens, "prompt_format": prompt_format}

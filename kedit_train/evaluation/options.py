@@ -1,0 +1,85 @@
+"""What an evaluation measures, and how it prompts the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from kedit_train.arguments import Rule, check_arguments, integer_from, one_of
+from kedit_train.data.prompts import FORMATS, PromptFormat
+
+ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency"]
+EXTRA_METRICS: tuple[ExtraMetric, ...] = get_args(ExtraMetric)
+
+_METRICS = Rule(
+    '"all" or a list of ' + ", ".join(f'"{name}"' for name in EXTRA_METRICS),
+    lambda value: value == "all" or (not isinstance(value, str) and set(value) <= set(EXTRA_METRICS)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Settings that :func:`~kedit_train.evaluation.evaluate` and ``EditMetrics`` share.
+
+    The unedited and the edited model must be evaluated with the same options; ``evaluate`` checks the ones that
+    change an answer.
+
+    Args:
+        metrics: what to measure in addition to reliability, generality, portability and locality: "all", or a list of
+
+            - "prefixes": generality after neutral sentences (two more answers per edit),
+            - "format": generality as a question, or as a completion (one more answer per edit),
+            - "kl": KL divergence from the unedited model on the locality prompts (one more forward pass per prompt;
+              12 KiB of memory per token),
+            - "resurgence": whether the old answer comes back when it is denied, or offered as a choice (three more
+              answers per edit),
+            - "fluency": entropy and repetition of a longer continuation of each edit's prompt (costs as much as
+              everything else together).
+        batch_size: prompts per forward pass. Scores do not depend on it.
+        max_new_tokens: maximum length of an answer, in tokens.
+        fluency_tokens: maximum length of the continuation for "fluency", in tokens.
+        texts: unrelated texts for perplexity: a list of strings, a path, a dataset, or "world". None: no perplexity.
+        tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
+        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the
+            format of the training.
+        distributed: split the edits across the processes of the default group instead of evaluating all of them on
+            each process. Not for models that FSDP2 shards.
+
+    Raises:
+        EditError: an argument is out of range.
+
+    Example:
+        >>> from kedit_train.evaluation import EvaluationOptions
+        >>> options = EvaluationOptions(metrics=["kl", "resurgence"], max_new_tokens=16)
+        >>> sorted(options.extra_metrics)
+        ['kl', 'resurgence']
+        >>> EvaluationOptions(batch_size=0)
+        Traceback (most recent call last):
+        ...
+        kedit_train.errors.EditError: EvaluationOptions: batch_size must be an integer >= 1, got 0.
+    """
+
+    metrics: Sequence[ExtraMetric] | Literal["all"] = ()
+    batch_size: int = 64
+    max_new_tokens: int = 32
+    fluency_tokens: int = 100
+    texts: Any = None
+    tokenizer: Any = None
+    prompt_format: PromptFormat = "plain"
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            self,
+            metrics=(self.metrics, _METRICS),
+            batch_size=(self.batch_size, integer_from(1)),
+            max_new_tokens=(self.max_new_tokens, integer_from(1)),
+            fluency_tokens=(self.fluency_tokens, integer_from(1)),
+            prompt_format=(self.prompt_format, one_of(FORMATS)),
+        )
+
+    @property
+    def extra_metrics(self) -> frozenset[str]:
+        """The names in ``metrics``; all of them for "all"."""
+        return frozenset(EXTRA_METRICS if self.metrics == "all" else self.metrics)
