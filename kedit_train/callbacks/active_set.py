@@ -47,7 +47,6 @@ class ActiveSet(EditCallback):
         run.causal()
 
     def attach(self, run: EditRun) -> None:
-        head = run.head()
         smoothing: Any = {type(callback).__name__: callback for callback in run.callbacks}.get("TokenSmoothing")
         if smoothing is None:
             raise EditError("ActiveSet asks which tokens are learned; add TokenSmoothing(), which knows")
@@ -61,7 +60,7 @@ class ActiveSet(EditCallback):
                 "ActiveSet would leave edits out that KLLocality(texts='batch') has to hold; give KLLocality texts, or "
                 "leave ActiveSet out"
             )
-        self._rows = head.active = ActiveRows(self.recheck, self.probability)
+        self._rows = run.loss_head().filter = ActiveRows(self.recheck, self.probability)
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Shares of rows and supervised tokens left out since the last call, and an estimate of the seconds saved."""
@@ -84,8 +83,7 @@ class ActiveSet(EditCallback):
             self._rows.resting = dict(state["resting"])
 
     def detach(self, run: EditRun) -> None:
-        if self._rows is not None:
-            run.head().active = self._rows = None
+        self._rows = None
 
     def __repr__(self) -> str:
         return f"ActiveSet(recheck={self.recheck}, probability={self.probability})"

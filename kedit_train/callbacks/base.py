@@ -26,8 +26,6 @@ class EditCallback(TransformersEvents, LightningEvents):
     penalises = False
     # Compares with the unedited model while the model's own forward pass goes on (KLLocality on the training batch).
     anchors = False
-    # Scores the supervised tokens in the host's place, through core/loss_head.py.
-    replaces_loss = False
     # Where a second one on the same model would be void or wrong: what to do instead.
     single: str | None = None
 

@@ -20,7 +20,6 @@ from kedit_train.core.locality.reference_states import hidden_states, row_states
 from kedit_train.core.locality.texts import edit_rows, load_texts, text_rows
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
-from kedit_train.core.tokens.loss_head import LossHead, cross_entropy
 from kedit_train.errors import EditError
 from kedit_train.functional.chunked_loss import chunk_length, chunked
 from kedit_train.functional.divergence import Direction, token_divergence
@@ -138,7 +137,6 @@ class KLLocality(EditCallback):
         self.weight = weight if weight is not None else ON_BATCH if self.anchors else ON_TEXTS
         self.penalises = not self.anchors
         self._anchor: BatchAnchor | None = None
-        self._loss_head: LossHead | None = None
         self._held: HeldSequence | None = None
         if sequential and (self.anchors or teacher is not None):
             other = "texts='batch'" if self.anchors else "a teacher"
@@ -187,7 +185,7 @@ class KLLocality(EditCallback):
     def attach(self, run: EditRun) -> None:
         self._head = run.head()
         if self.anchors:
-            self._anchor = self._head.anchor = BatchAnchor(
+            self._anchor = run.loss_head().term = BatchAnchor(
                 run,
                 weight=self.weight,
                 direction=self.direction,
@@ -195,9 +193,6 @@ class KLLocality(EditCallback):
                 memory=self.memory_limit,
                 folder=self.store,
             )
-            if not any(callback.replaces_loss for callback in run.callbacks):
-                shares, observe = run.host.loss_shares, lambda *_: None
-                self._loss_head = LossHead(self._head, cross_entropy, reduction="token", shares=shares, observe=observe)
             return
         if self.sequential:
             check_known(run, "sequential=True holds this run's edits in the next")
@@ -301,11 +296,8 @@ class KLLocality(EditCallback):
 
     def detach(self, run: EditRun) -> None:
         if self._anchor is not None:
-            self._head.anchor = None
             self._anchor.kept.close()
-        if self._loss_head is not None:
-            self._loss_head.remove()
-        self._anchor = self._loss_head = None
+        self._anchor = None
         if not self.sequential:
             self._held = None
 

@@ -130,4 +130,4 @@ class PrefixCache(EditCallback):
 
 def _masked(run: EditRun) -> bool:
     """Whether a callback is running the model for what its head reads, of which it takes the real tokens."""
-    return run._head is not None and run._head._capturing
+    return run.reads_hidden_states

@@ -11,7 +11,7 @@ from torch import Tensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.processes import is_distributed
 from kedit_train.core.run import EditRun
-from kedit_train.core.tokens.loss_head import LossHead, Reduction
+from kedit_train.core.tokens.loss_head import Reduction
 from kedit_train.errors import EditError
 from kedit_train.functional.dft import dynamic_cross_entropy
 from kedit_train.functional.overtone import overtone_statistics, uniform
@@ -45,7 +45,6 @@ class TokenSmoothing(EditCallback):
     """
 
     order = 20
-    replaces_loss = True
     single = "a token can have one target only: keep one"
 
     def __init__(
@@ -77,7 +76,6 @@ class TokenSmoothing(EditCallback):
         self.lam, self.epsilon, self.n_sigma = lam, epsilon, n_sigma
         self.reduction: Reduction = reduction
         self.target = target
-        self._loss_head: LossHead | None = None
 
     def provides(self) -> set[str]:
         clip = {"token_clip", "edit/tokens/active_now"} if self.epsilon > 0.0 else set()
@@ -97,14 +95,8 @@ class TokenSmoothing(EditCallback):
         self._tokens, self._counted_at = 0, -1
         # Active tokens, the sum of the tokens' losses, and tokens, of the current step.
         self._now = torch.zeros(3, dtype=torch.float64)
-        self._loss_head = LossHead(
-            head,
-            self.score,
-            reduction=self.reduction,
-            shares=run.host.loss_shares,
-            observe=self._observe,
-            at="first" if self.target == "prompt_last" else "own",
-        )
+        position = "first" if self.target == "prompt_last" else "own"
+        run.loss_head().use(self.score, reduction=self.reduction, position=position, observe=self._observe)
 
     def score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Score tokens: loss [N], active [N], and the statistics that are logged, [N] each."""
@@ -146,11 +138,6 @@ class TokenSmoothing(EditCallback):
         found = {f"edit/tokens/{name}": float(total) / self._tokens for name, total in self._totals.items()}
         self._totals, self._tokens = {}, 0
         return found
-
-    def detach(self, run: EditRun) -> None:
-        if self._loss_head is not None:
-            self._loss_head.remove()
-            self._loss_head = None
 
     def _observe(self, active: Tensor, loss: Tensor, *statistics: Tensor) -> None:
         run = self.run

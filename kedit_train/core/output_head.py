@@ -59,10 +59,6 @@ class OutputHead:
         self.config: Any = base.config.get_text_config()
         self.scale, self.softcap = 1.0, getattr(self.config, "final_logit_softcapping", None)
         self.captured: Tensor | None = None
-        # A term that the loss head adds to every supervised token's loss (core/batch_anchor.py), where there is one.
-        self.anchor: Any = None
-        # What leaves rows that are learned out of the batches that the loss head scores (core/active_rows.py).
-        self.active: Any = None
         self.autocast: dict[str, Any] = {}
         self._capturing = False
         self._handle = self.module.register_forward_pre_hook(self._enter)
@@ -83,6 +79,11 @@ class OutputHead:
             yield self
         finally:
             self.end()
+
+    @property
+    def is_capturing(self) -> bool:
+        """Whether the forward pass under way is one of which only the hidden states are kept."""
+        return self._capturing
 
     def begin(self) -> None:
         self.captured, self._capturing = None, True

@@ -19,6 +19,7 @@ from kedit_train.core.requirements import check_requirements
 from kedit_train.core.resume import restore, state_of
 from kedit_train.core.steps import OptimizerSteps
 from kedit_train.core.strategy import follow_dtype, follow_strategy
+from kedit_train.core.tokens.loss_head import LossHead
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError, reported_by
 
@@ -60,6 +61,7 @@ class EditRun:
         self.masters: FullPrecision | None = None
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self._head: OutputHead | None = None
+        self._loss_head: LossHead | None = None
         self._attached: set[int] = set()
         self._finished: set[int] = set()
         self.steps = OptimizerSteps(self)
@@ -190,6 +192,8 @@ class EditRun:
         for callback in self.callbacks:
             callback.detach(self)
         self.steps.remove()
+        if self._loss_head is not None:
+            self._loss_head.remove()
         if self._head is not None:
             self._head.remove()
         for parameter, trainable in self.trainable.items():
@@ -240,6 +244,17 @@ class EditRun:
                 raise
             self._head = head
         return self._head
+
+    def loss_head(self) -> LossHead:
+        """Return the loss head of the model, which is created on the first call and removed with the run."""
+        if self._loss_head is None:
+            self._loss_head = LossHead(self.head(), shares=self.host.loss_shares)
+        return self._loss_head
+
+    @property
+    def reads_hidden_states(self) -> bool:
+        """Whether the forward pass under way is one of which a callback keeps only the hidden states."""
+        return self._head is not None and self._head.is_capturing
 
     def tokenizer(self, given: Any | None = None) -> Any:
         """The tokenizer: the one given (an object, a name or a path), the host's, or the one saved with the model."""

@@ -62,11 +62,11 @@ def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, 
         edit.before_step()
         want: dict[str, Tensor] = {}
         # By hand: the sum over the rows that stay, with the weights of the whole batch.
-        inner = edit.run.callbacks[1]
-        head, active = inner._loss_head, edit.run.head().active
+        head = edit.run.loss_head()
+        active = head.filter
         own = 0.0
         for row in (0, 3):
-            head.head.active = None
+            head.filter = None
             length = int(batch["attention_mask"][row].sum())
             one = {k: v[[row], :length] for k, v in batch.items()}
             mean = model(**one).loss
@@ -75,7 +75,7 @@ def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, 
             (mean * share).backward()
         want = {n: p.grad.clone() for n, p in edit.run.scope.items()}
         model.zero_grad()
-        head.head.active = active
+        head.filter = active
         learned(active, side(batch), [1, 2], 9)
         loss = model(**given).loss
         # Their last losses, 0.25 a token here, still stand in what is logged.
@@ -145,11 +145,11 @@ def test_a_probability_in_place_of_the_clip(make, batch):
         edit.before_step()
         model(**batch).loss.backward()
         # Every token is above that bound, so all four are done.
-        assert len(edit.run.head().active.resting) == 4
+        assert len(edit.run.loss_head().filter.resting) == 4
     with editing(model, [TokenSmoothing(lam=1.0, epsilon=0.0), ActiveSet(probability=0.999)]) as edit:
         edit.before_step()
         model(**batch).loss.backward()
-        assert not edit.run.head().active.resting
+        assert not edit.run.loss_head().filter.resting
 
 
 def test_nothing_is_left_out_where_rows_are_not_rows(batch):
@@ -167,7 +167,7 @@ def test_positional_ids_are_found(make, batch):
     with editing(model, [TokenSmoothing(epsilon=1e6), ActiveSet()]) as edit:
         edit.before_step()
         model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
-        assert len(edit.run.head().active.resting) == 4
+        assert len(edit.run.loss_head().filter.resting) == 4
 
 
 @pytest.mark.parametrize(

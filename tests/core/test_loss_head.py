@@ -40,8 +40,8 @@ def smoothed(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def loss_head(model: Any, objective: Any = cross_entropy, reduction: Any = "token", **options: Any) -> Iterator[Any]:
     run = EditRun(model, Host(object()))
-    options = {"shares": lambda: 1, "observe": lambda *_: None} | options
-    head = LossHead(run.head(), objective, reduction=reduction, **options)
+    head = LossHead(run.head(), shares=options.pop("shares", lambda: 1))
+    head.use(objective, reduction=reduction, **options)
     try:
         yield head
     finally:

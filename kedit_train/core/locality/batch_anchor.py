@@ -64,7 +64,7 @@ class BatchAnchor:
         self._project_reference = run.reference_head()
         self._sum, self._tokens = torch.zeros(()), 0
 
-    def before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
+    def reference_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
         """What the head of the unedited model reads at the positions that predict supervised tokens, [N, d].
 
         Args:
@@ -90,10 +90,10 @@ class BatchAnchor:
         found |= dict(zip(known, self.kept.get(known) or (), strict=True))
         return torch.cat([found[key].to(labels.device) for key in keys])
 
-    def divergence(self, logits: Tensor, before: Tensor) -> Tensor:
-        """Divergence [N], in nats, of logits [N, V] from what the unedited model made of ``before`` [N, d]."""
+    def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
+        """Divergence [N], in nats, of logits [N, V] from the unedited model at ``reference_states`` [N, d]."""
         with torch.no_grad():
-            reference = self.head.project(before, self._project_reference)
+            reference = self.head.project(reference_states, self._project_reference)
         return token_divergence(reference, logits, direction=self.direction)
 
     def observe(self, divergence: Tensor) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,53 @@ from kedit_train.functional.precision import HALF
 # logits [N, V] in fp32, labels [N] -> loss [N], active [N], further per-token statistics [N] ...
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Reduction = Literal["token", "sample"]
+# The position that scores a token: its own, or that of the first supervised token of its sequence.
+Position = Literal["own", "first"]
+
+
+class TokenTerm(Protocol):
+    """A second term in the loss of every supervised token, such as the divergence from the reference model.
+
+    Attributes:
+        weight: factor of the term.
+    """
+
+    weight: float
+
+    def reference_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """Return what the term compares with, [N, hidden], before the forward pass of the training itself.
+
+        Args:
+            args, kwargs: arguments of the model's forward call.
+            labels: [batch, sequence]; N of the positions predict a supervised token.
+        """
+        ...
+
+    def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
+        """Return the term [n] for some of the tokens, from their logits [n, vocabulary] and reference [n, hidden]."""
+        ...
+
+    def observe(self, divergence: Tensor) -> None:
+        """Receive the unweighted terms [N] of one forward pass, without gradient."""
+        ...
+
+
+class ExampleFilter(Protocol):
+    """Decides which examples of a batch the model runs on.
+
+    Attributes:
+        probability: an example is learned when each of its tokens has this probability; None uses the objective's clip.
+    """
+
+    probability: float | None
+
+    def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Left]:
+        """Return the arguments of the forward call without the examples that are left out, and what these were."""
+        ...
+
+    def learn(self, where: Tensor, active: Tensor, *logged: Tensor) -> None:
+        """Receive which supervised tokens of the remaining examples are still active, and their losses."""
+        ...
 
 
 @dataclass
@@ -50,26 +97,19 @@ class LossHead:
 
     Args:
         head: the model's output head.
-        objective: scores tokens; see ``Objective``.
-        reduction: "token" weighs every supervised token alike, as the hosts do; "sample" every sequence alike.
-        shares: micro-batches whose losses the host adds up without dividing (:meth:`Host.loss_shares`).
-        observe: receives what each micro-batch gave, [N] each: active, loss, and whatever else the objective returns.
-        at: the position whose distribution scores a token: its "own", or the "first" supervised one of its sequence.
+        shares: returns the number of micro-batches whose losses the host adds up without dividing
+            (:meth:`Host.loss_shares`).
+
+    Attributes:
+        term: a second term in the loss of every supervised token, or None.
+        filter: leaves examples out of the batches, or None.
     """
 
-    def __init__(
-        self,
-        head: OutputHead,
-        objective: Objective,
-        *,
-        reduction: Reduction,
-        shares: Callable[[], int],
-        observe: Callable[..., None],
-        at: Literal["own", "first"] = "own",
-    ) -> None:
-        self.head, self.objective, self.reduction, self.at = head, objective, reduction, at
-        self.shares, self.observe = shares, observe
-        self.calls = 0
+    def __init__(self, head: OutputHead, *, shares: Callable[[], int]) -> None:
+        self.head, self.shares = head, shares
+        self.term: TokenTerm | None = None
+        self.filter: ExampleFilter | None = None
+        self.use(cross_entropy)
         self._inert = False
         self._request: Request | None = None
         self._handles = [
@@ -82,6 +122,25 @@ class LossHead:
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled model takes its hooks along; there they do nothing.
         return {"_inert": True, "_request": None}
+
+    def use(
+        self,
+        objective: Objective,
+        *,
+        reduction: Reduction = "token",
+        position: Position = "own",
+        observe: Callable[..., None] | None = None,
+    ) -> None:
+        """Set the objective; without a call it is the cross-entropy of the hosts.
+
+        Args:
+            objective: scores tokens; see ``Objective``.
+            reduction: "token" weighs every supervised token alike, as the hosts do; "sample" every sequence alike.
+            position: the position whose distribution scores a token.
+            observe: receives the results of each micro-batch, [N] each: active, loss, and the further statistics of
+                the objective.
+        """
+        self.objective, self.reduction, self.position, self.observe = objective, reduction, position, observe
 
     def remove(self) -> None:
         """Give the model its own loss back."""
@@ -96,13 +155,12 @@ class LossHead:
             return None
         if kwargs.get("shift_labels") is not None:
             raise EditError("labels that are shifted already (sequence parallelism) are not supported by the loss head")
-        anchor = self.head.anchor
-        before = None if anchor is None else anchor.before(args, kwargs, kwargs["labels"])
+        before = None if self.term is None else self.term.reference_states(args, kwargs, kwargs["labels"])
         kwargs, left = dict(kwargs), Left()
         fused = bool(kwargs.pop("fused_lm_head", False))
-        if self.head.active is not None:
+        if self.filter is not None:
             given = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
-            args, (kwargs, left) = (), self.head.active.select({**given, **kwargs})
+            args, (kwargs, left) = (), self.filter.select({**given, **kwargs})
         self._request = Request(
             labels=kwargs.pop("labels"),
             items=kwargs.pop("num_items_in_batch", None),
@@ -130,7 +188,6 @@ class LossHead:
                 f"the head of {type(module).__name__} reads positions {got} where the labels have "
                 f"{tuple(request.labels.shape)}; prompt tuning and heads that are not called as modules are unsupported"
             )
-        self.calls += 1
         return self._score(request, hidden[:, :-1], output)
 
     def _score(self, request: Request, hidden: Tensor, output: Any) -> Any:
@@ -144,17 +201,18 @@ class LossHead:
             weights = weights * count if self.reduction == "sample" else where
         weights = weights[where].to(torch.promote_types(hidden.dtype, torch.float32))
         states = hidden[where]
-        if self.at == "first":
+        if self.position == "first":
             states = states[self._first(request, where)]
         loss, active, *statistics = self._per_token(request, states, labels[where], weights)
         entropy_and_top1 = [statistics.pop() for _ in range(2)][::-1] if request.fused else []
-        if request.before is not None:
-            self.head.anchor.observe(statistics.pop())
-        if self.head.active is not None:
-            bound = self.head.active.probability
+        if self.term is not None:
+            self.term.observe(statistics.pop())
+        if self.filter is not None:
+            bound = self.filter.probability
             busy = active if bound is None else statistics.pop() < bound
-            self.head.active.learn(where, busy, loss.detach() / weights, *entropy_and_top1)
-        self.observe(active, loss.detach() / weights, *statistics)
+            self.filter.learn(where, busy, loss.detach() / weights, *entropy_and_top1)
+        if self.observe is not None:
+            self.observe(active, loss.detach() / weights, *statistics)
         if request.fused:
             left = [(row, share * count) for row, share in self._shares(request, where, count)]
             aux_loss = getattr(output, "aux_loss", None)
@@ -172,17 +230,17 @@ class LossHead:
         return output
 
     def _per_token(self, request: Request, hidden: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        fused, anchor = request.fused, self.head.anchor
+        fused, term = request.fused, self.term
         before = () if request.before is None else (request.before.to(hidden),)
 
         def score(states: Tensor, targets: Tensor, factors: Tensor, *states_before: Tensor) -> tuple[Tensor, ...]:
             logits = self.head.project(states, fp32_gradients=fused)
             loss, *statistics = self.objective(logits, targets)
-            if self.head.active is not None and self.head.active.probability is not None:
+            if self.filter is not None and self.filter.probability is not None:
                 statistics.append((-F.cross_entropy(logits.detach(), targets, reduction="none")).exp())
-            if states_before:
-                divergence = anchor.divergence(logits, *states_before)
-                loss, statistics = loss + anchor.weight * divergence, [*statistics, divergence.detach()]
+            if term is not None:
+                divergence = term.divergence(logits, *states_before)
+                loss, statistics = loss + term.weight * divergence, [*statistics, divergence.detach()]
             if fused:
                 # TRL logs both for every step, so its users shall find them unchanged.
                 statistics += [entropy(logits), logits.detach().argmax(-1) == targets]
