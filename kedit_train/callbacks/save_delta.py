@@ -43,7 +43,7 @@ class SaveDelta(EditCallback):
             of the looks that ``EditMetrics(every_n_steps=...)`` takes.
         edits: what was edited, an ``EditDataset`` or a path; None takes those of ``EditMetrics`` or of Lightning's data
             module, where there are any. Their hash and number go into the file.
-        licence: of the base, for the file; None takes what the model card in its folder states.
+        license: of the base, for the file; None takes what the model card in its folder states.
 
     The scores in the file are those that ``EditMetrics`` has published by then, at the end the final ones.
 
@@ -55,13 +55,13 @@ class SaveDelta(EditCallback):
     order = 95
 
     def __init__(
-        self, path: str, at: Literal["end", "best"] = "end", edits: Any = None, licence: str | None = None
+        self, path: str, at: Literal["end", "best"] = "end", edits: Any = None, license: str | None = None
     ) -> None:
         if at not in ("end", "best"):
             raise EditError(f"SaveDelta: at={at!r} is no moment to save; give 'end' or 'best'")
         if Path(path).suffix != ".safetensors":
             raise EditError(f"SaveDelta: path={str(path)!r}: a delta is a safetensors file; end it in .safetensors")
-        self.path, self.at, self.edits, self.licence = path, at, edits, licence
+        self.path, self.at, self.edits, self.license = path, at, edits, license
         self.delta: EditDelta | None = None
         self._best: tuple[float, float] | None = None
         self._values: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ class SaveDelta(EditCallback):
                 edits=edits,
                 configuration={"callbacks": [repr(c) for c in run.callbacks], "step": step, "steps": run.step},
                 scores={name: value for name, value in run.scores.items() if math.isfinite(value)},
-                licence=self.licence,
+                license=self.license,
                 touched=touched,
             )
         if not len(delta):

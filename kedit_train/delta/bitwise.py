@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from kedit_train.safetensors_file import dtype_name, tensor_bytes
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -21,16 +23,10 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
 
 
-def content(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor in row-major order; nothing is copied where they lie so already."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(b"") if flat.numel() == 0 else flat.view(torch.uint8).numpy().data
-
-
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 (hex) of a CPU tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
-    digest.update(content(tensor))
+    digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -41,8 +37,3 @@ def fingerprint_of(hashes: Iterable[str]) -> str:
     checkpoint (which stores a tied weight once, or twice) have the same fingerprint.
     """
     return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"bfloat16"`` for ``torch.bfloat16``."""
-    return str(dtype).removeprefix("torch.")

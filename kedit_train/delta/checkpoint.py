@@ -10,11 +10,11 @@ from typing import Literal
 from tqdm import tqdm
 
 from kedit_train.atomic_write import writing
-from kedit_train.delta.bitwise import content
-from kedit_train.delta.safetensors_header import Span, read_tensor
 from kedit_train.delta.tensor_change import Change
 from kedit_train.delta.weight_source import INDEX, shards_of
 from kedit_train.errors import EditError
+from kedit_train.safetensors_file import tensor_bytes
+from kedit_train.safetensors_header import Span, read_tensor
 
 # Weights in other formats: copied, they would be the ones before the edit.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
@@ -70,4 +70,4 @@ def _patch(copy: Path, original: Path, jobs: Mapping[str, tuple[Span, Change]], 
         for name, (span, change) in jobs.items():
             value = change.put(read_tensor(original, span, name), change.after if to == "edited" else change.before)
             file.seek(span.start)
-            file.write(content(value))
+            file.write(tensor_bytes(value))

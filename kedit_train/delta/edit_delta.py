@@ -34,7 +34,7 @@ class EditDelta:
 
     Args:
         changes: name -> what changed.
-        meta: plain values: ``base`` (``fingerprint``, ``names``, ``name``, ``licence``), ``edits`` (``hash``,
+        meta: plain values: ``base`` (``fingerprint``, ``names``, ``name``, ``license``), ``edits`` (``hash``,
             ``count``), ``configuration``, ``scores``, ``versions``.
 
     Example:
@@ -55,7 +55,7 @@ class EditDelta:
         edits: Sequence[Any] | None = None,
         configuration: Any = None,
         scores: Mapping[str, float] | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         touched: Iterable[str] | None = None,
     ) -> EditDelta:
         """Compare two models, one tensor at a time.
@@ -67,7 +67,7 @@ class EditDelta:
             base, edited: modules, state dicts or folders of checkpoints, each of either kind.
             edits: what was edited; their hash and number go into ``meta``.
             configuration: of the run, plain values; scores: of the edit.
-            licence: of the base; by default what the model card in its folder states.
+            license: of the base; by default what the model card in its folder states.
             touched: names that may differ, where that is known: the others are not read from ``edited``.
 
         Raises:
@@ -93,7 +93,7 @@ class EditDelta:
             change = change_between(before, after, hashes[-1], old.tied.get(name, ()))
             if change is not None:
                 changes[name] = change
-        about = {"name": old.about.get("name"), "licence": licence or old.about.get("licence")}
+        about = {"name": old.about.get("name"), "license": license or old.about.get("license")}
         meta = {
             "base": {"fingerprint": fingerprint_of(hashes), "names": sorted(old), **about},
             "edits": {"hash": None, "count": 0} if edits is None else describe_edits(edits),

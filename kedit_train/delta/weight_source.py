@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kedit_train.core.fsdp import whole
-from kedit_train.delta.safetensors_header import Span, read_header, read_tensor
 from kedit_train.errors import EditError
+from kedit_train.safetensors_header import Span, read_header, read_tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -26,7 +26,7 @@ class Weights(Mapping[str, Tensor]):
     Args:
         readers: name -> what makes the tensor; tied: name -> further names of the same tensor.
         made_of: name -> the parameters (``id``) that its value is made of, where they are known.
-        about: ``name`` and ``licence`` of the model, where they are known.
+        about: ``name`` and ``license`` of the model, where they are known.
     """
 
     def __init__(
@@ -163,11 +163,11 @@ def _merge(layer: Any, name: str) -> Tensor:
 def _about(model: Any) -> dict[str, str | None]:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     # A folder of this machine is nobody else's business.
-    return {"name": Path(name).name, "licence": licence_of(name)} if Path(name).exists() else {"name": name}
+    return {"name": Path(name).name, "license": license_of(name)} if Path(name).exists() else {"name": name}
 
 
-def licence_of(folder: str | os.PathLike[str]) -> str | None:
-    """What the model card in a checkpoint's folder states as its licence, if there is one."""
+def license_of(folder: str | os.PathLike[str]) -> str | None:
+    """What the model card in a checkpoint's folder states as its license, if there is one."""
     card = Path(folder) / "README.md"
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
     if not lines or lines[0].strip() != "---":
@@ -182,7 +182,7 @@ def _of_folder(folder: Path) -> Weights:
         for path, spans in shards_of(folder).items()
         for name, span in spans.items()
     }
-    return Weights(readers, {}, about={"name": folder.name, "licence": licence_of(folder)})
+    return Weights(readers, {}, about={"name": folder.name, "license": license_of(folder)})
 
 
 def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:

@@ -98,11 +98,11 @@ def test_show_draws_and_tells(kedit: Kedit, edited_world: Path, tmp_path: Path) 
 
 def test_what_a_file_says_does_not_command_the_terminal(kedit: Kedit, tmp_path: Path) -> None:
     name = "w\x1b[2J\x07"
-    delta = EditDelta.between({name: torch.zeros(3, 2)}, {name: torch.ones(3, 2)}, licence="\x1b]0;owned\x07")
+    delta = EditDelta.between({name: torch.zeros(3, 2)}, {name: torch.ones(3, 2)}, license="\x1b]0;owned\x07")
     file = delta.save(tmp_path / "edit.safetensors")
     code, said, _ = kedit("show", file)
     assert (code, "\x1b" in said, "\x07" in said) == (0, False, False)
-    assert r"licence \x1b]0;owned\x07" in said
+    assert r"license \x1b]0;owned\x07" in said
     assert r"w\x1b[2J\x07" in said
     _, _, err = kedit("apply", file, "world", tmp_path / "out")
     assert r"the checkpoint has no tensor 'w\x1b[2J\x07'" in err
@@ -145,9 +145,9 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["show", "none.safetensors"], "there is no file"),
-        (["show", "foreign.safetensors"], "is no delta"),
-        (["show", "edits.jsonl"], "cut short, or no safetensors file"),
+        (["show", "none.safetensors"], "does not exist"),
+        (["show", "foreign.safetensors"], "is not a delta file"),
+        (["show", "edits.jsonl"], "not a safetensors file"),
         (["apply", "edit.safetensors", "model", "new"], "applied already"),
         (["revert", "edit.safetensors", "world", "new"], "not applied"),
         (["apply", "edit.safetensors", "world", "model"], "is there already"),

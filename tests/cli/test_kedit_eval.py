@@ -100,7 +100,7 @@ def test_weights_that_have_diverged(kedit: Kedit, edited_world: Path, tmp_path: 
         (["no/such", "edits.jsonl"], "no such folder here"),
         (["world", "none.jsonl"], "there is no such file"),
         (["edit.safetensors", "edits.jsonl"], "--against BASE"),
-        (["edits.jsonl", "edits.jsonl", "--against", "world"], "no safetensors file"),
+        (["edits.jsonl", "edits.jsonl", "--against", "world"], "not a safetensors file"),
         (["model", "edits.jsonl", "--delta", "edit.safetensors"], "applied already"),
         (["world", "edits.jsonl", "--delta", "edit.safetensors", "--against", "model"], "leave --against out"),
         (["world", "edits.jsonl", "--against", "none.json", "--full"], "none.json"),

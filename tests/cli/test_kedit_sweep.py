@@ -80,7 +80,7 @@ def test_forgetting_counts_what_is_no_longer_answered(kedit: Kedit, edited_world
     ("words", "said"),
     [
         (["edit.safetensors", "model", "edits.jsonl"], "applied already: give its base"),
-        (["none.safetensors", "world", "edits.jsonl"], "there is no file"),
+        (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
         (["edit.safetensors", "world", "none.jsonl"], "there is no such file"),
         (["edit.safetensors", "world", "bare.jsonl"], "has no probes of locality, which the rule needs"),
         (["edit.safetensors", "world", "edits.jsonl", "--coefficients", "0"], "0 alone is the base"),

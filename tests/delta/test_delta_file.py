@@ -16,6 +16,8 @@ from delta.tiny import equal_bits
 from safetensors.torch import load_file, save_file
 
 from kedit_train import EditDelta, EditError
+from kedit_train.safetensors_file import checksum
+from kedit_train.safetensors_header import read_header
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -123,15 +125,13 @@ def test_ten_thousand_mutated_files_are_refused_or_equal(tmp_path):
 
 def resealed(tmp_path: Path, change: Any) -> Path:
     """A file by somebody who computes the checksum as well."""
-    from kedit_train.delta import delta_file as file
-
     delta, _ = small()
     path = delta.save(tmp_path / "edit.safetensors")
     tensors = load_file(path)
-    text = json.loads(file.read_header(path)[1]["kedit_train.delta"])
+    text = json.loads(read_header(path)[1]["kedit_train.delta"])
     change(text, tensors)
     written = json.dumps(text)
-    metadata = {"kedit_train.delta": written, "kedit_train.delta.sha256": file._digest(written, tensors)}
+    metadata = {"kedit_train.delta": written, "kedit_train.delta.sha256": checksum(written, tensors)}
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -139,16 +139,16 @@ def resealed(tmp_path: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text, tensors: text.update(format=2), "it is of format 2 and this version reads 1; upgrade"),
+        (lambda text, tensors: text.update(format=2), "it has format 2 and this version reads 1; upgrade"),
         (lambda text, tensors: text["tensors"]["c"].update(shape=[10**12]), None),
         (lambda text, tensors: text["tensors"]["c"].update(shape=[3]), "'c': its numbers of entries do not ascend"),
         (
             lambda text, tensors: text["tensors"]["b"].update(shape=[3, 5]),
             r"'b': its values are torch.bfloat16 \[5, 3\]",
         ),
-        (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': an unknown layout"),
-        (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': no hash of the base"),
-        (lambda text, tensors: text["tensors"].pop("d"), "it holds '.*/d', which belongs to no change"),
+        (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': unknown layout 'diagonal'"),
+        (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': the hash of the base is not a SHA-256"),
+        (lambda text, tensors: text["tensors"].pop("d"), "tensor '.*/d' belongs to no change"),
         (lambda text, tensors: tensors.update({"index/d": tensors["index/d"].flip(0).contiguous()}), "do not ascend"),
         (
             lambda text, tensors: tensors.update({"index/d": tensors["index/d"].float()}),
@@ -156,26 +156,29 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         ),
         (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': its values are"),
         (lambda text, tensors: text.pop("base"), "KeyError: 'base'"),
-        (lambda text, tensors: text.update(base={"fingerprint": 1, "names": []}), "no fingerprint or names"),
+        (
+            lambda text, tensors: text.update(base={"fingerprint": 1, "names": []}),
+            "the fingerprint and the tensor names of the base must be",
+        ),
         (
             lambda text, tensors: text["tensors"]["c"].update(shape=[10**10, 10**10]),
-            "'c': an unknown layout or a shape",
+            "'c': a tensor cannot have its shape",
         ),
-        (lambda text, tensors: text["tensors"]["c"].update(shape=[1] * 65), "'c': an unknown layout or a shape"),
+        (lambda text, tensors: text["tensors"]["c"].update(shape=[1] * 65), "'c': a tensor cannot have its shape"),
         (lambda text, tensors: nothing_left(tensors, "d"), "'d': it changes no entry"),
-        (lambda text, tensors: text.update(edits=[1]), "no valid delta: AttributeError"),
-        (lambda text, tensors: text.update(edits={"count": "many"}), "edits that are not described"),
-        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), "edits that are not described"),
+        (lambda text, tensors: text.update(edits=[1]), "not a valid delta: AttributeError"),
+        (lambda text, tensors: text.update(edits={"count": "many"}), "edits must hold a hash"),
+        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), "edits must hold a hash"),
         (
             lambda text, tensors: text.update(edits={"count": 1, "parents": [{"hash": 1}]}),
-            "edits that are not described",
+            "edits must hold a hash",
         ),
-        (lambda text, tensors: text["base"].update(licence={"a": 1}), "a name or licence of the base"),
-        (lambda text, tensors: text.update(scores={"a": "b"}), "a score that is no finite number"),
-        (lambda text, tensors: text.update(scores={"a": float("nan")}), "a score that is no finite number"),
-        (lambda text, tensors: text.update(scores=[1]), "no valid delta: AttributeError"),
-        (lambda text, tensors: text.update(versions={"torch": 2}), "versions that are no text"),
-        (lambda text, tensors: text.update(configuration=[float("inf")]), "no valid delta: ValueError"),
+        (lambda text, tensors: text["base"].update(license={"a": 1}), "the name and the license of the base must be"),
+        (lambda text, tensors: text.update(scores={"a": "b"}), "every score must be a finite number"),
+        (lambda text, tensors: text.update(scores={"a": float("nan")}), "every score must be a finite number"),
+        (lambda text, tensors: text.update(scores=[1]), "not a valid delta: AttributeError"),
+        (lambda text, tensors: text.update(versions={"torch": 2}), "every version must be a string"),
+        (lambda text, tensors: text.update(configuration=[float("inf")]), "not a valid delta: ValueError"),
     ],
 )
 def test_a_file_with_a_right_checksum_and_wrong_content_is_refused(change, message, tmp_path):
@@ -193,6 +196,13 @@ def test_a_file_with_a_right_checksum_and_wrong_content_is_refused(change, messa
         EditDelta.load(path)
 
 
+def test_files_with_the_older_key_for_the_license_are_read(tmp_path):
+    path = resealed(tmp_path, lambda text, tensors: text["base"].update(licence=text["base"].pop("license") or "mit"))
+    delta = EditDelta.load(path)
+    assert delta.meta["base"]["license"] == "mit"
+    assert "licence" not in delta.meta["base"]
+
+
 def nothing_left(tensors: dict[str, torch.Tensor], name: str) -> None:
     for part, dim in (("index", 0), ("before", 0), ("after", 0)):
         tensors[f"{part}/{name}"] = tensors[f"{part}/{name}"].narrow(dim, 0, 0).contiguous()
@@ -206,7 +216,7 @@ def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
         text = {"kedit_train.delta": "{}", "kedit_train.delta.sha256": "0" * 64}
         header = json.dumps({"__metadata__": text, "before/w": entry}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(EditError, match="a shape or place that is no number"):
+        with pytest.raises(EditError, match="a tensor has an impossible shape or place"):
             EditDelta.load(path)
 
 
@@ -219,7 +229,7 @@ def test_one_entry_of_a_tensor_that_fits_nowhere_is_not_calculated_with(tmp_path
 def test_metadata_that_load_would_refuse_are_not_saved(tmp_path):
     delta, _ = small()
     for wrong in ({"scores": {"a": True}}, {"edits": None}, {"base": {}}):
-        with pytest.raises(EditError, match=r"metadata are not those of an edit|a score that is no finite number"):
+        with pytest.raises(EditError, match=r"metadata of the delta is not valid|every score must be a finite number"):
             EditDelta(delta.changes, delta.meta | wrong).save(tmp_path / "edit.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -236,13 +246,13 @@ def test_foreign_files_are_refused(tmp_path, factlm):
     (tmp_path / "empty.safetensors").write_bytes(b"")
     torch.save({"a": torch.ones(2)}, tmp_path / "pickle.safetensors")
     for path, message in [
-        (tmp_path / "text.safetensors", "cut short, or no safetensors file"),
-        (tmp_path / "empty.safetensors", "cut short, or no safetensors file"),
-        (tmp_path / "pickle.safetensors", "cut short, or no safetensors file"),
-        (factlm / "model.safetensors", "is no delta: no EditDelta.save wrote it"),
-        (tmp_path / "missing.safetensors", "there is no file"),
-        (tmp_path, "there is no file"),
-        ("a\0b", "there is no file|cannot be read"),
+        (tmp_path / "text.safetensors", "not a safetensors file, or it is cut short"),
+        (tmp_path / "empty.safetensors", "not a safetensors file, or it is cut short"),
+        (tmp_path / "pickle.safetensors", "not a safetensors file, or it is cut short"),
+        (factlm / "model.safetensors", "is not a delta file"),
+        (tmp_path / "missing.safetensors", "does not exist"),
+        (tmp_path, "does not exist"),
+        ("a\0b", "does not exist|cannot be read"),
     ]:
         with pytest.raises(EditError, match=message):
             EditDelta.load(path)
@@ -251,10 +261,10 @@ def test_foreign_files_are_refused(tmp_path, factlm):
 def test_metadata_that_is_no_json_is_refused_and_leaves_nothing(tmp_path):
     delta, _ = small()
     delta.meta["configuration"] = {"model": object()}
-    with pytest.raises(EditError, match="metadata do not fit JSON"):
+    with pytest.raises(EditError, match="metadata of the delta is not valid"):
         delta.save(tmp_path / "edit.safetensors")
     delta.meta["configuration"] = {"score": float("nan")}
-    with pytest.raises(EditError, match="metadata do not fit JSON"):
+    with pytest.raises(EditError, match="metadata of the delta is not valid"):
         delta.save(tmp_path / "edit.safetensors")
     assert list(tmp_path.iterdir()) == []
 

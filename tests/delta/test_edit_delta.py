@@ -148,13 +148,13 @@ def test_what_it_belongs_to_is_recorded(make, edited, tmp_path):
     assert meta["edits"] == {"hash": edits.hash, "count": 2}
     assert meta["configuration"] == {"lr": 1e-3}
     assert meta["scores"] == {"edit/reliability": 1.0}
-    assert meta["base"]["licence"] == "mit"
+    assert meta["base"]["license"] == "mit"
     assert meta["base"]["name"] == "m"
     assert str(tmp_path) not in str(meta)
     assert set(meta["base"]["names"]) == {name for name, _ in base.named_parameters()}
     assert {"torch", "transformers"} <= set(meta["versions"])
     assert EditDelta.between(base, trained, edits=list(edits)).meta["edits"]["hash"] == edits.hash
-    assert through_a_file(EditDelta.between(base, trained, licence="own"), tmp_path).meta["base"]["licence"] == "own"
+    assert through_a_file(EditDelta.between(base, trained, license="own"), tmp_path).meta["base"]["license"] == "own"
 
 
 def test_a_model_that_is_neither_is_refused_and_left_alone(make, edited):

@@ -41,7 +41,7 @@ def run(model: Any, callbacks: list[Any], edits: EditDataset, steps: int = 4, lr
 def test_the_file_is_what_was_trained(dtype, scoped, tmp_path, capsys):
     model, edits = world.load()[0].to(dtype), EditDataset(world.edits(n=8))
     base, path = copy.deepcopy(model), tmp_path / "runs" / "edit.safetensors"
-    saver = SaveDelta(str(path), edits=edits, licence="none")
+    saver = SaveDelta(str(path), edits=edits, license="none")
     run(model, [saver, *([ParameterScope(**SCOPE), NormBall(1e-2)] if scoped else [])], edits, lr=1e-3)
     delta = EditDelta.load(path)
     assert saver.delta is not None

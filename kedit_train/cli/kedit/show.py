@@ -100,8 +100,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _about(meta: Mapping[str, Any]) -> Iterator[str]:
     base, edits = meta["base"], meta.get("edits") or {}
-    licence = f", licence {base['licence']}" if base.get("licence") else ""
-    yield f"base      {base.get('name') or 'unnamed'} ({base['fingerprint'][:12]}{licence})"
+    license = f", license {base['license']}" if base.get("license") else ""
+    yield f"base      {base.get('name') or 'unnamed'} ({base['fingerprint'][:12]}{license})"
     parents = f", {len(edits['parents'])} deltas merged" if edits.get("parents") else ""
     hashed = f" (SHA-256 {edits['hash'][:12]})" if edits.get("hash") else ""
     yield f"edits     {edits.get('count', 0) or 'not recorded'}{hashed}{parents}"

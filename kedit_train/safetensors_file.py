@@ -1,0 +1,202 @@
+"""Safetensors files with JSON metadata and a checksum: written atomically, verified when they are read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kedit_train.atomic_write import writing
+from kedit_train.errors import EditError
+from kedit_train.safetensors_header import DTYPES, map_tensors, read_header
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Contents(NamedTuple):
+    """What a file holds.
+
+    Args:
+        tensors: name -> tensor on the CPU.
+        metadata: the JSON value that was saved with them; None for a file without metadata of the requested kind.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: Any
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any = None, *, kind: str
+) -> Path:
+    """Write tensors and metadata atomically; an existing file is replaced and parent folders are made.
+
+    Args:
+        path: of the file.
+        tensors: name -> tensor on any device; copied to the CPU. Two names must not share memory.
+        metadata: any value that JSON holds.
+        kind: what the file is, for example ``"kedit_train.delta"``. :func:`load_tensors` refuses another kind.
+
+    Raises:
+        EditError: ``metadata`` does not fit JSON.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = save_tensors(f"{folder.name}/a.safetensors", {"w": torch.ones(2)}, {"seed": 0}, kind="example")
+        >>> load_tensors(path, kind="example")
+        Contents(tensors={'w': tensor([1., 1.])}, metadata={'seed': 0})
+    """
+    path = Path(path)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = _to_json(metadata)
+    with writing(path) as unfinished:
+        save_file(on_cpu, unfinished, metadata={kind: text, f"{kind}.sha256": checksum(text, on_cpu)})
+    return path
+
+
+@contextmanager
+def fill_tensors(
+    path: str | os.PathLike[str],
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    metadata: Any = None,
+    *,
+    kind: str,
+) -> Iterator[dict[str, Tensor]]:
+    """Write a file that is larger than memory: the block fills memory-mapped tensors.
+
+    The whole file is allocated before the block begins. It takes its name when the block ends without an error; after
+    an error nothing is left.
+
+    Args:
+        path: of the file.
+        shapes: name -> (shape, dtype) of each tensor.
+        metadata: any value that JSON holds.
+        kind: as in :func:`save_tensors`.
+
+    Yields:
+        name -> tensor. Entries that the block does not write are undefined.
+
+    Raises:
+        EditError: ``metadata`` does not fit JSON.
+        OSError: the disk has no room for the file, or it cannot be written.
+    """
+    text = _to_json(metadata)
+    # Large items first, so that every tensor is aligned to its item size.
+    names = sorted(shapes, key=lambda name: (-shapes[name][1].itemsize, name))
+    entries: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        shape, dtype = shapes[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    blank = "0" * 64
+    header = json.dumps({"__metadata__": {kind: text, f"{kind}.sha256": blank}, **entries}).encode()
+    # Spaces after the JSON are allowed; they align the data to eight bytes.
+    header += b" " * (-len(header) % 8)
+    with writing(path) as unfinished:
+        _allocate(unfinished, 8 + len(header) + end)
+        mapped = torch.from_file(str(unfinished), True, 8 + len(header) + end, dtype=torch.uint8)
+        data = mapped[8 + len(header) :]
+        tensors = {
+            name: data[slice(*entries[name]["data_offsets"])].view(shapes[name][1]).view(shapes[name][0])
+            for name in names
+        }
+        yield tensors
+        sealed = header.replace(f'"{blank}"'.encode(), f'"{checksum(text, tensors)}"'.encode(), 1)
+        start_of_file = len(header).to_bytes(8, "little") + sealed
+        mapped[: len(start_of_file)] = torch.frombuffer(bytearray(start_of_file), dtype=torch.uint8)
+
+
+def load_tensors(
+    path: str | os.PathLike[str], *, kind: str, memory_map: bool = True, allow_unsigned: bool = False
+) -> Contents:
+    """Read what :func:`save_tensors` or :func:`fill_tensors` wrote, and verify its checksum.
+
+    Args:
+        path: of the file.
+        kind: as it was saved.
+        memory_map: True maps the tensors, so that they take no memory until they are used. False copies them into
+            memory, so that the file may be deleted or changed afterwards.
+        allow_unsigned: also read a safetensors file without metadata of this kind, which has no checksum.
+
+    Raises:
+        EditError: no such file, another kind of file, a damaged file, or a file that was changed after it was written.
+    """
+    path = Path(path)
+    spans, stored = read_header(path)
+    signed = kind in stored and f"{kind}.sha256" in stored
+    if not signed and not allow_unsigned:
+        raise EditError(f"{path} is not a {kind.removeprefix('kedit_train.')} file of kedit-train.")
+    if any(span.dtype is None or span.start % span.dtype.itemsize for span in spans.values()):
+        raise EditError(f"{path} is damaged: a tensor has an unknown dtype or is not aligned.")
+    try:
+        tensors = map_tensors(path, spans)
+    except (OSError, ValueError) as error:
+        raise EditError(f"{path} cannot be read: {error}") from error
+    if signed and checksum(stored[kind], tensors) != stored[f"{kind}.sha256"]:
+        raise EditError(f"{path} was changed after it was written (its SHA-256 differs); get the file again.")
+    try:
+        metadata = json.loads(stored[kind]) if signed else None
+    except (ValueError, RecursionError) as error:
+        raise EditError(f"{path} is damaged: its metadata is not JSON ({type(error).__name__}).") from error
+    if not memory_map:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    return Contents(tensors, metadata)
+
+
+def checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hex) of metadata text and of the names, dtypes, shapes and bytes of CPU tensors.
+
+    Memory-mapped tensors are hashed page by page, so a file of any size takes no memory.
+    """
+    digest = hashlib.sha256(metadata.encode(errors="surrogatepass"))
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"\n{name} {dtype_name(value.dtype)} {list(value.shape)} ".encode(errors="surrogatepass"))
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(b"") if flat.numel() == 0 else flat.view(torch.uint8).numpy().data
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _to_json(metadata: Any) -> str:
+    try:
+        return json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise EditError(f"metadata must be a value that JSON can hold: {error}.") from error
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file whose every byte is on the disk: writing to a mapped byte without a place kills the process."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                # Some file systems do not support allocation; they get zeros instead.
+                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                    raise
+        zeros = bytes(1 << 20)
+        for start in range(0, size, len(zeros)):
+            file.write(zeros[: size - start])

@@ -1,0 +1,147 @@
+"""The header of a safetensors file: where each tensor lies, without trusting any number in the file."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_train.errors import EditError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# The safetensors format allows no longer header.
+_MAX_HEADER_BYTES = 100_000_000
+# Limits of torch: the number of dimensions, and a number of entries that fits 64 bits.
+_MAX_DIMENSIONS, _MAX_ENTRIES = 64, 2**63
+
+
+@dataclass(frozen=True)
+class Span:
+    """The place of one tensor in a file.
+
+    Args:
+        dtype: None for a dtype that torch has no equivalent of.
+        shape: of the tensor.
+        start: offset of its first byte in the file.
+        end: offset behind its last byte.
+    """
+
+    dtype: torch.dtype | None
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str, str]]:
+    """Read the header of a safetensors file.
+
+    The length of the header is compared with the size of the file before anything is allocated. The tensors must cover
+    the rest of the file exactly, without gaps and without overlaps.
+
+    Returns:
+        name -> :class:`Span`, and the metadata.
+
+    Raises:
+        EditError: the file does not exist, cannot be read, is cut short, or is not a valid safetensors file.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise EditError(f"file {str(path)!r} does not exist; check the path.")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise EditError(f"{path} is not a safetensors file, or it is cut short (the header is longer than it).")
+            text = file.read(length)
+    except (OSError, ValueError) as error:
+        if isinstance(error, EditError):
+            raise
+        raise EditError(f"{str(path)!r} cannot be read: {error}") from error
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise EditError("its metadata values are not strings")
+        spans = {name: _span(entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EditError(f"{path} is not a valid safetensors file: {reason}") from error
+    end = 8 + length
+    for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
+        if span.start != end:
+            raise EditError(f"{path} is damaged: {name!r} does not begin where the previous tensor ends.")
+        end = span.end
+    if end != size:
+        raise EditError(f"{path} is cut short or damaged: it has {size} bytes and its header describes {end}.")
+    return spans, metadata
+
+
+def is_shape(value: Any) -> bool:
+    """Return whether a JSON value is a shape that a torch tensor can have."""
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return False
+    sizes = all(type(number) is int and 0 <= number < _MAX_ENTRIES for number in value)
+    # Torch computes strides with max(1, size), so an empty tensor can overflow too.
+    return sizes and math.prod(max(1, number) for number in value) < _MAX_ENTRIES
+
+
+def read_tensor(path: str | os.PathLike[str], span: Span, name: str) -> Tensor:
+    """Read one tensor into memory.
+
+    Raises:
+        EditError: torch has no equivalent of its dtype.
+    """
+    if span.dtype is None:
+        raise EditError(f"{path}: tensor {name!r} has a dtype that torch does not support.")
+    buffer = bytearray(span.end - span.start)
+    with open(path, "rb") as file:
+        file.seek(span.start)
+        file.readinto(buffer)
+    return _as_tensor(buffer, 0, span)
+
+
+def map_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span]) -> dict[str, Tensor]:
+    """Memory-map tensors: pages are read on first use, and writing to a tensor does not change the file."""
+    with open(path, "rb") as file:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return {name: _as_tensor(whole, span.start, span) for name, span in spans.items()}
+
+
+def _span(entry: Any, data_start: int) -> Span:
+    start, end = entry["data_offsets"]
+    shape, dtype = entry["shape"], DTYPES.get(entry["dtype"])
+    if not is_shape(shape) or not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
+        raise EditError("a tensor has an impossible shape or place")
+    if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
+        raise EditError(f"{end - start} bytes do not hold a tensor of dtype {entry['dtype']} and shape {shape}")
+    return Span(dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _as_tensor(buffer: bytearray | mmap.mmap, offset: int, span: Span) -> Tensor:
+    dtype = span.dtype or torch.uint8
+    if span.end == span.start:
+        return torch.empty(span.shape, dtype=dtype)
+    count = (span.end - span.start) // dtype.itemsize
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset).reshape(span.shape)
