@@ -1,4 +1,4 @@
-"""The comparison as tables and a picture, put into recipes/README.md."""
+"""Write the comparison of recipes into docs/results.md: one table per model and mode, and a scatter plot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from paired import processor
 
 from kedit_train.evaluation.reporting.plots import figure, saved
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "recipes" / "figures" / "compare.png"
 BEGIN, END = "<!-- compare: written by make compare -->", "<!-- compare: end -->"
 FRONT = ("reliability", "generality", "locality")
 COLUMNS = {
@@ -25,26 +26,26 @@ COLUMNS = {
     "seconds": 3, "memory": 0,
 }  # fmt: skip
 HEADS = (
-    "reliability", "generality", "portability", "locality", "old answer likelier", "drift", "perplexity, times",
-    "s an edit", "memory, MB",
+    "reliability", "generality", "portability", "locality", "old answer preferred", "drift", "perplexity ratio",
+    "seconds per edit", "memory, MB",
 )  # fmt: skip
 TITLES = {
-    "batch": "A batch of {n}",
-    "single": "Single: each of {n} on the unedited model",
-    "sequential": "In sequence: {n}, one after the other",
+    "batch": "{n} edits in one batch",
+    "single": "{n} single edits, each on the unedited model",
+    "sequential": "{n} edits in sequence",
 }
 Rows = dict[str, list[dict[str, Any]]]
 
 
 def grouped(results: list[dict[str, Any]]) -> dict[tuple[str, str], Rows]:
-    """(model, mode) -> recipe -> its draws; what failed is told by ``write``."""
-    found: dict[tuple[str, str], Rows] = defaultdict(lambda: defaultdict(list))
+    """Return (model, mode) -> recipe -> results of its draws, without failed runs."""
+    groups: dict[tuple[str, str], Rows] = defaultdict(lambda: defaultdict(list))
     order = [*ORDER, *(row["recipe"] for row in results)]
     for row in sorted(results, key=lambda row: (order.index(row["recipe"]), row["draw"])):
         if "error" not in row:
             times = row["perplexity"] and row["perplexity"] / row["perplexity before"]
-            found[row["model"], row["mode"]][row["recipe"]].append(row | {"perplexity": times})
-    return found
+            groups[row["model"], row["mode"]][row["recipe"]].append(row | {"perplexity": times})
+    return groups
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float | None:
@@ -53,7 +54,7 @@ def mean(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def front(rows: Rows) -> set[str]:
-    """Recipes that no other one equals or beats in reliability, generality and locality, and beats in one."""
+    """Return the recipes on the Pareto front of reliability, generality and locality."""
     points = {name: tuple(mean(each, score) or 0.0 for score in FRONT) for name, each in rows.items()}
     return {
         name
@@ -63,18 +64,19 @@ def front(rows: Rows) -> set[str]:
 
 
 def cell(rows: list[dict[str, Any]], name: str, digits: int) -> str:
+    """Format the mean over draws and half the distance between the smallest and the largest value."""
     values = [row[name] for row in rows if row[name] is not None]
     if not values:
         return "-"
     if name == "memory":
-        # Draws run in one process, whose peak only grows.
+        # All draws run in one process, and the peak of a process only grows.
         values = [min(values)]
-    middle = f"{statistics.fmean(values):.{digits}f}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+    average = f"{statistics.fmean(values):.{digits}f}"
+    return average if len(values) == 1 else f"{average} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def table(rows: Rows) -> str:
-    """A column that says nothing (the same in every row) is left out; draws are told where recipes differ in them."""
+    """Format one table. Columns with one value in all rows are left out; draws are counted where recipes differ."""
     best, differ = front(rows), len({len(each) for each in rows.values()}) > 1
     columns = {
         head: [cell(each, column, digits) for each in rows.values()]
@@ -89,8 +91,8 @@ def table(rows: Rows) -> str:
 
 
 def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
-    """Generality to the right, locality upwards; hollow where fewer than 95 % of the edits took."""
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    """Plot locality over generality; hollow markers have a reliability below 0.95."""
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
     models, modes = ([*dict.fromkeys(key[i] for key in groups)] for i in (0, 1))
     modes = [mode for mode in TITLES if mode in modes]
     names = [*dict.fromkeys(name for rows in groups.values() for name in rows)]
@@ -106,48 +108,47 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
         ax.set(title=f"{model}, {mode} ({count})", xlabel="generality", ylabel="locality")
         for name, each in rows.items():
             at = names.index(name)
-            colour, shape = colours[at % len(colours)], "os^Dv"[at // len(colours)]
+            color, shape = colors[at % len(colors)], "os^Dv"[at // len(colors)]
             if name == "kedit_default":
-                colour, shape = "#CC0000", "*"
-            took = (mean(each, "reliability") or 0.0) >= 0.95
+                color, shape = "#CC0000", "*"
+            reliable = (mean(each, "reliability") or 0.0) >= 0.95
             x, y = mean(each, "generality") or 0.0, mean(each, "locality") or 0.0
-            face = colour if took else "none"
+            face = color if reliable else "none"
             size = 14 if shape == "*" else 8
-            ax.plot(x, y, shape, color=colour, markerfacecolor=face, markersize=size)
-            # For the legend alone, which has no hollow markers.
-            shown[name] = ax.plot([], [], shape, color=colour, markersize=size)[0]
+            ax.plot(x, y, shape, color=color, markerfacecolor=face, markersize=size)
+            # An empty plot for the legend, which shows filled markers only.
+            shown[name] = ax.plot([], [], shape, color=color, markersize=size)[0]
         ax.grid(color="0.9")
     drawing.legend([shown[name] for name in names], names, loc="outside lower center", ncols=7, fontsize=8)
     saved(drawing, path)
 
 
 def write(results: list[dict[str, Any]]) -> None:
-    """Replace what stands between the marks in recipes/README.md, and the picture beside it."""
+    """Replace the section between the two markers in docs/results.md, and the plot."""
     groups = grouped(results)
     if not groups:
-        raise SystemExit("nothing has been measured yet: run the comparison first")
-    where = f"{processor()}, {os.cpu_count()} cores, one thread a run"
+        raise SystemExit("compare: there are no results yet; run the comparison first")
+    machine = f"{processor()}, {os.cpu_count()} cores, one thread per run"
     parts = [
         BEGIN,
-        f"Measured up to {date.today()}: {where}, Python {platform.python_version()}, torch {torch.__version__}.",
-        "![Generality against locality, a marker for each recipe](figures/compare.png)",
-        "Hollow: fewer than 95 % of the edits took.",
+        f"Written on {date.today()} from compare.jsonl: {machine}, Python {platform.python_version()}, torch {torch.__version__}.",
+        "![Locality over generality, one marker per recipe](../recipes/figures/compare.png)",
+        "Hollow markers: reliability below 0.95.",
     ]
     for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
         rows = groups[model, mode]
         draws = sorted({len(each) for each in rows.values()})
-        told = "draws beside the names" if len(draws) > 1 else f"{draws[0]} draw{'s' if draws[0] > 1 else ''}"
+        count = "draws after each name" if len(draws) > 1 else f"{draws[0]} draw{'s' if draws[0] > 1 else ''}"
         title = TITLES[mode].format(n=next(iter(rows.values()))[0]["edits"])
-        parts += [f"### {model}: {title} ({told})", table(rows)]
+        parts += [f"### {model}: {title} ({count})", table(rows)]
     failed = [
         f"{r['model']}, {r['recipe']}, {r['mode']}, draw {r['draw']}: {r['error']}" for r in results if "error" in r
     ]
-    parts += [f"Not run: {'; '.join(failed)}."] if failed else []
-    readme = RECIPES / "README.md"
-    text = readme.read_text()
+    parts += [f"Runs that failed: {'; '.join(failed)}."] if failed else []
+    text = PAGE.read_text()
     body = "\n\n".join([*parts, END])
     pattern = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
     text = pattern.sub(lambda _: body, text) if pattern.search(text) else f"{text.rstrip()}\n\n{body}\n"
-    readme.write_text(text)
-    draw(groups, RECIPES / "figures" / "compare.png")
-    print(f"{readme} and figures/compare.png")
+    PAGE.write_text(text)
+    draw(groups, FIGURE)
+    print(f"wrote {PAGE} and {FIGURE}")

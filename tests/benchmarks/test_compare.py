@@ -26,7 +26,7 @@ def row(reliability: float, generality: float, locality: float) -> list[dict[str
     return [{"reliability": reliability, "generality": generality, "locality": locality}]
 
 
-def test_the_front_holds_what_nothing_else_beats(module: Any) -> None:
+def test_the_pareto_front(module: Any) -> None:
     report = module("compare_report")
     rows = {
         "best": row(1.0, 0.9, 0.9),
@@ -38,15 +38,15 @@ def test_the_front_holds_what_nothing_else_beats(module: Any) -> None:
     assert report.front(rows) == {"best", "equal", "other trade"}
 
 
-def test_a_cell_is_the_mean_and_the_range_of_the_draws(module: Any) -> None:
+def test_a_cell_shows_the_mean_and_half_the_range_over_draws(module: Any) -> None:
     report = module("compare_report")
     draws = [{"locality": 0.5, "drift": None}, {"locality": 1.0, "drift": None}]
-    assert report.cell(draws, "locality", 2) == "0.75 (0.50-1.00)"
+    assert report.cell(draws, "locality", 2) == "0.75 ± 0.25"
     assert report.cell(draws[:1], "locality", 2) == "0.50"
     assert report.cell(draws, "drift", 2) == "-"
 
 
-def test_a_table_leaves_out_what_is_alike_and_tells_draws_that_differ(module: Any) -> None:
+def test_a_table_omits_constant_columns_and_counts_draws_that_differ(module: Any) -> None:
     report = module("compare_report")
     other = dict.fromkeys(("portability", "resurgence", "drift", "perplexity", "seconds", "memory"))
     rows = {
@@ -56,7 +56,7 @@ def test_a_table_leaves_out_what_is_alike_and_tells_draws_that_differ(module: An
     assert report.table(rows).splitlines() == [
         "| recipe | generality | locality |",
         "|---|---:|---:|",
-        "| **one**, 2 | 0.60 (0.50-0.70) | 0.90 (0.90-0.90) |",
+        "| **one**, 2 | 0.60 ± 0.10 | 0.90 ± 0.00 |",
         "| two, 1 | 0.40 | 0.80 |",
     ]
     del rows["one"][1]
