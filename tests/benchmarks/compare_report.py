@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import statistics
 from collections import defaultdict
@@ -128,10 +127,10 @@ def write(results: list[dict[str, Any]]) -> None:
     groups = grouped(results)
     if not groups:
         raise SystemExit("compare: there are no results yet; run the comparison first")
-    machine = f"{processor()}, {os.cpu_count()} cores, one thread per run"
+    machine = f"{processor()}, {os.cpu_count()} cores, one thread per run, torch {torch.__version__}"
     parts = [
         BEGIN,
-        f"Written on {date.today()} from compare.jsonl: {machine}, Python {platform.python_version()}, torch {torch.__version__}.",
+        f"Written on {date.today()} from compare.jsonl ({machine}).",
         "![Locality over generality, one marker per recipe](../recipes/figures/compare.png)",
         "Hollow markers: reliability below 0.95.",
     ]
