@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kedit_train.callbacks.hosts.loop import editing
-    from kedit_train.data import Edit, EditDataset, Probe
+    from kedit_train.data import Edit, EditCollator, EditDataset, Probe
     from kedit_train.delta import EditDelta
     from kedit_train.errors import EditError
     from kedit_train.evaluation import Report, evaluate
     from kedit_train.modes import run_edits, survey
+    from kedit_train.pretrained import load_model
     from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "Edit",
+    "EditCollator",
     "EditDataset",
     "EditDelta",
     "EditError",
@@ -26,12 +28,14 @@ __all__ = [
     "Report",
     "editing",
     "evaluate",
+    "load_model",
     "run_edits",
     "survey",
 ]
 
 _HOMES = {
     "Edit": "data",
+    "EditCollator": "data",
     "EditDataset": "data",
     "EditDelta": "delta",
     "EditError": "errors",
@@ -41,6 +45,7 @@ _HOMES = {
     "Report": "evaluation",
     "editing": "callbacks.hosts.loop",
     "evaluate": "evaluation",
+    "load_model": "pretrained",
     "run_edits": "modes",
     "survey": "modes",
 }

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kedit_train.errors import EditError
+from kedit_train.optional import require
 
 WORLD = "world"
 
@@ -86,10 +87,8 @@ def lora_config(arguments: Mapping[str, Any]) -> Any:
     Raises:
         EditError: peft is not installed, or refuses the arguments.
     """
-    try:
+    with require("peft"):
         from peft import LoraConfig
-    except ModuleNotFoundError as error:
-        raise EditError("lora= makes an adapter of peft: pip install peft") from error
     unknown = [name for name in arguments if name not in inspect.signature(LoraConfig).parameters]
     if unknown:
         raise EditError(

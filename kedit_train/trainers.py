@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
-
 from kedit_train.callbacks import (
     ActiveSet,
     EditCallback,
@@ -33,6 +30,11 @@ from kedit_train.callbacks import (
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
 from kedit_train.evaluation.reporting import model_card as card
+from kedit_train.optional import require
+
+with require("trl", extra="trl"):
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
 CALLBACKS: dict[str, type[EditCallback]] = {
     "parameter_scope": ParameterScope,

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kedit_train"
 # Each layer may import itself and the layers before it (docs/architecture.md).
 LAYERS = (
     ("errors", "arguments", "optional", "atomic_write", "safetensors_file", "functional", "edit"),
-    ("data",),
     ("world",),
+    ("data",),
     ("core",),
     ("evaluation", "delta"),
     ("callbacks",),

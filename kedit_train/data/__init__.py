@@ -1,6 +1,7 @@
 """Edits: what they are, where they are read from, how they become tokens."""
 
+from kedit_train.data.collator import EditCollator
 from kedit_train.data.dataset import EditDataset
 from kedit_train.edit import Edit, Probe
 
-__all__ = ["Edit", "EditDataset", "Probe"]
+__all__ = ["Edit", "EditCollator", "EditDataset", "Probe"]

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from kedit_train import world
 from kedit_train.atomic_write import writing
 from kedit_train.data.prompts import PromptFormat, as_question, check_format, encode_in, turns
 from kedit_train.data.readers import own, read_records
@@ -19,6 +20,7 @@ from kedit_train.data.readers.files import read_file
 from kedit_train.data.tokenization import Encoded, separator
 from kedit_train.edit import Edit, Probe
 from kedit_train.errors import EditError
+from kedit_train.optional import require
 
 if TYPE_CHECKING:
     import datasets
@@ -75,12 +77,10 @@ class EditDataset(Sequence[Edit]):
         Raises:
             EditError: one line with the file, the record's number (from 1), the field and what was expected.
         """
-        if str(path) == "world":
+        if world.is_world(path):
             if format not in (None, "edits"):
                 raise EditError(f"the embedded world is not read from a file of format {format!r}: leave format out")
-            from kedit_train.world import edits as world_edits
-
-            return cls(world_edits() if limit is None else world_edits(n=limit), name="world")
+            return cls(world.edits() if limit is None else world.edits(n=limit), name=world.NAME)
         path = Path(path)
         edits, found, skipped = read_records(
             read_file(path),
@@ -207,10 +207,8 @@ class EditDataset(Sequence[Edit]):
             ``len(self)`` rows. Nothing but prompt and target goes in: no rephrase, no probe.
         """
         check_format(prompt_format)
-        try:
+        with require("datasets", extra="trl"):
             import datasets
-        except ModuleNotFoundError as error:
-            raise EditError("to_prompt_completion() makes a datasets.Dataset: pip install datasets") from error
 
         rows: list[dict[str, Any]] = []
         for edit in self._edits:

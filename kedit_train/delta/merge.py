@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kedit_train.delta.task_vector import TaskVector, as_vector, check_same_base
 from kedit_train.errors import EditError
+from kedit_train.optional import require
 
 Method = Literal["linear", "ties", "dare"]
 
@@ -98,10 +99,6 @@ def _weighted_sum(parts: Sequence[Tensor], weights: Tensor, density: float) -> T
 def _implementation(method: Method) -> Any:
     if method == "linear":
         return _weighted_sum
-    try:
+    with require("peft"):
         from peft.utils import merge_utils
-    except ModuleNotFoundError as error:
-        raise EditError(
-            f"{method} is PEFT's implementation: pip install peft, or merge with method='linear'"
-        ) from error
     return {"ties": merge_utils.ties, "dare": merge_utils.dare_linear}[method]

@@ -9,6 +9,7 @@ from typing import Any
 
 from kedit_train.evaluation.reporting import wandb_tables as logged
 from kedit_train.modes.result import Checkpoint, ModeResult
+from kedit_train.optional import require
 
 EDITS = "retention/edits"
 # What is a share of 1 and so fits on one axis; the series and the table hold perplexity and divergence, too.
@@ -31,7 +32,8 @@ def point(run: Any, checkpoint: Checkpoint) -> None:
 
 def end(run: Any, result: ModeResult) -> None:
     """The curve as table and chart, the edits' answers, their targets token by token, and the result as artifact."""
-    import wandb
+    with require("wandb", extra="wandb"):
+        import wandb
 
     def table(columns: Sequence[str], rows: Any) -> Any:
         return wandb.Table(columns=list(columns), data=rows)

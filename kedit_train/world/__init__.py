@@ -18,7 +18,15 @@ from kedit_train.world.counterfactual import edits, locality_texts, other_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["edits", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
+__all__ = ["NAME", "edits", "is_world", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
+
+# The name that stands for the embedded world wherever a model, edits, texts or prompts are named.
+NAME = "world"
+
+
+def is_world(name: object) -> bool:
+    """Whether ``name`` stands for the embedded world, instead of a file, a folder or a hub name."""
+    return isinstance(name, str) and name == NAME
 
 
 def path() -> Path:

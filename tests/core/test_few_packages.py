@@ -1,4 +1,4 @@
-"""With torch, transformers and lightning alone the callbacks import and edit a model in a plain loop."""
+"""Without the optional packages the callbacks edit a model; what needs one of them says what to install."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = """
+WITHOUT = """
 import sys
 
 BLOCKED = {"trl", "wandb", "datasets", "peft", "rich", "matplotlib", "jsonargparse", "typer"}
@@ -38,7 +38,8 @@ for name in BLOCKED:
     except ImportError:
         continue
     raise SystemExit(f"{name} is not blocked")
-
+"""
+EDIT = """
 import kedit_train.functional, kedit_train.core
 from kedit_train.callbacks import KLLocality, ParameterScope, TokenSmoothing, editing
 
@@ -68,15 +69,73 @@ assert not BLOCKED & set(sys.modules), BLOCKED & set(sys.modules)
 print("edited")
 """
 
+ERRORS = """
+from pathlib import Path
 
-def test_imports_and_edits_without_the_other_packages():
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+from kedit_train import EditDataset, EditError, world
+
+
+def trainer():
+    from kedit_train import EditSFTTrainer
+
+
+def recipe():
+    from kedit_train.trainers import EditSFTConfig
+
+
+def rows():
+    EditDataset.load("world", limit=1).to_prompt_completion()
+
+
+def table():
+    from kedit_train.evaluation.reporting.wandb_tables import curves_to_wandb
+
+    curves_to_wandb(None, [])
+
+
+def picture():
+    from kedit_train.evaluation.reporting.plots import figure
+
+    figure(1, 1)
+
+
+def adapter():
+    from kedit_train.pretrained import lora_config
+
+    lora_config({})
+
+
+for call in (trainer, recipe, rows, table, picture, adapter):
+    try:
+        call()
+    except EditError as error:
+        print(error)
+"""
+
+
+def run(script: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT + script],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert found.returncode == 0, found.stderr
-    assert found.stdout == "edited\n"
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_callbacks_edit_a_model_without_the_optional_packages():
+    assert run(EDIT) == "edited\n"
+
+
+def test_a_missing_package_is_one_line_that_says_what_to_install():
+    assert run(ERRORS).splitlines() == [
+        "trl is not installed; install it with pip install 'kedit-train[trl]'",
+        "trl is not installed; install it with pip install 'kedit-train[trl]'",
+        "datasets is not installed; install it with pip install 'kedit-train[trl]'",
+        "wandb is not installed; install it with pip install 'kedit-train[wandb]'",
+        "matplotlib is not installed; install it with pip install 'kedit-train[report]'",
+        "peft is not installed; install it with pip install peft",
+    ]

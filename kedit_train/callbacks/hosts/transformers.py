@@ -16,6 +16,7 @@ from kedit_train.core.host import Host
 from kedit_train.core.run import EditRun
 from kedit_train.core.state_file import load_state, save_state
 from kedit_train.errors import EditError
+from kedit_train.optional import require
 
 
 class TransformersHost(Host):
@@ -147,7 +148,8 @@ class TransformersHost(Host):
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         run = self.wandb_run()
         if run is not None:
-            import wandb
+            with require("wandb", extra="wandb"):
+                import wandb
 
             # A plain list of rows: wandb copies it, and mixed columns need to be allowed.
             table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
@@ -166,7 +168,8 @@ class TransformersHost(Host):
         reports = self.args.report_to or []
         if not self.is_main or "wandb" not in ([reports] if isinstance(reports, str) else reports):
             return None
-        import wandb
+        with require("wandb", extra="wandb"):
+            import wandb
 
         if wandb.run is not None and not self._defined:
             self._defined = True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_train.errors import EditError
+from kedit_train.optional import require
 
 # What belongs to a model of transformers; no weights that would have to be unpickled.
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py"]
@@ -62,7 +63,8 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
     base = adapted_base(name)
     if base is None:
         return load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    from peft import PeftModel
+    with require("peft"):
+        from peft import PeftModel
     from transformers import AutoTokenizer
 
     try:

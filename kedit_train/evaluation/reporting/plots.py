@@ -14,6 +14,7 @@ from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
 from kedit_train.evaluation.report import Report
 from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.optional import require
 
 # Okabe and Ito's colours, which stay apart for the colour-blind, each with a marker of its own.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -26,10 +27,8 @@ def figure(width: float, height: float) -> Any:
     Raises:
         EditError: matplotlib is missing.
     """
-    try:
+    with require("matplotlib", extra="report"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise EditError("pictures need matplotlib: pip install 'kedit-train[report]'") from error
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kedit_train.evaluation.report import Report
 from kedit_train.evaluation.scoring.normalize import normalise
+from kedit_train.optional import require
 
 # In words and not by a colour: loggers show cells as text, and sort and filter by it.
 CHANGED, SAME = "changed", ""
@@ -40,7 +41,8 @@ def positions(model: str, report: Report) -> Iterator[list[Any]]:
 
 def curves_to_wandb(run: Any, rows: Sequence[Sequence[Any]]) -> None:
     """One line a model over the targets' tokens, of probability and of loss, from rows of :data:`POSITIONS`."""
-    import wandb
+    with require("wandb", extra="wandb"):
+        import wandb
 
     for name in ("probability", "loss"):
         table = wandb.Table(columns=list(POSITIONS), data=[list(row) for row in rows])

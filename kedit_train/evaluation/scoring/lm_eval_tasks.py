@@ -15,6 +15,7 @@ from torch import nn
 from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.batching import evaluating, unwrapped
 from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.optional import require
 
 
 def harness_scores(
@@ -45,12 +46,10 @@ def harness_scores(
     """
     if not tasks:
         return {}
-    try:
+    with require("lm-eval", extra="eval"):
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError as error:
-        raise EditError(f"tasks need lm-eval ({error}): pip install 'kedit-train[eval]'") from error
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     for task in files:
         if not Path(task).is_file():
