@@ -131,7 +131,7 @@ class KLLocality(EditCallback):
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
         self.store = None if store is None else Path(store)
         self.dtype: torch.dtype | None = None if store_dtype is None else getattr(torch, store_dtype)
-        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit)
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "KLLocality")
         self.teacher, self.top_k, self.sequential, self.nearest = teacher, top_k, sequential, nearest
         self.anchors = isinstance(self.texts, str) and self.texts == "batch"
         self.weight = weight if weight is not None else ON_BATCH if self.anchors else ON_TEXTS

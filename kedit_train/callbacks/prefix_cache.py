@@ -1,79 +1,102 @@
-"""Nothing but time: what is frozen below the scope is computed once for each example."""
+"""PrefixCache: run the frozen layers below the scope once per example instead of once per epoch."""
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from kedit_train.arguments import check_arguments, integer_from
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.cache.hidden_state_store import RowStore, parse_bytes
+from kedit_train.core.cache.hidden_state_store import HiddenStateStore, parse_bytes
 from kedit_train.core.cache.layer_stack import find_prefix
 from kedit_train.core.cache.prefix_cache import FrozenPrefix
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 
 
 class PrefixCache(EditCallback):
-    """Keep the hidden states that enter the first layer with anything to train, and run the layers below it no more.
+    """Store the hidden states that enter the first trained layer, and skip the frozen layers below it.
 
-    The layers below the scope give a row of tokens the same hidden states in every epoch. They are stored by content
-    (token ids, first position), without padding, so they serve shuffled batches, other padding, accumulated
-    micro-batches, and the texts of ``KLLocality``. Batches that are the same in every epoch give losses and weights
-    that are the same bit for bit; shuffled ones the same within the rounding that other padding brings. Evaluation and
-    generation are left as they are. The layers are found by watching the model run, and at the start it is checked
-    that its logits are the same, bit for bit, without them.
+    The layers below the scope compute the same hidden states for a sequence of tokens in every epoch. This callback
+    stores them by content (token ids and position of the first token), without padding. They therefore serve shuffled
+    batches, other padding, accumulated micro-batches and the texts of ``KLLocality``. It saves time from the second
+    epoch on, and only time: if every epoch has the same batches, losses and weights are the same bit for bit. In
+    shuffled batches they differ by the rounding that other padding causes. Evaluation and generation do not use the
+    cache.
 
-    An error says so where storing would be wrong: nothing is frozen below the scope, dropout or noise below it,
-    ``model.compile()``, sharded parameters, a model whose layers do more than hand hidden states on. A warning says so
-    where single batches have to be computed in full: packed rows, masks that are not [B, S], ``inputs_embeds``,
-    requests for hidden states of every layer, padding without ``labels=``, modules or hooks that come or go below.
-    Frozen weights and buffers that somebody writes to or replaces are noticed at once and everything stored is
-    forgotten. What leaves no trace (``parameter.data.add_()``, an attribute, random numbers of a hook's own generator)
-    is noticed by the recheck only: until then batches are served what was stored before. A batch is served when all of
-    its rows are stored: it is worth a second epoch, and memory for all rows (``tokens * d`` numbers). No keys and
-    values are returned with a batch that is served.
+    The layers are found by watching the model run once. Before training, a check compares the logits with and without
+    these layers bit for bit.
+
+    A batch is served from the cache if all of its sequences are stored; otherwise all of its layers run. It comes back
+    without keys and values of attention (``past_key_values``). A warning names the reason if a batch cannot be served:
+    packed sequences, masks that are not [B, S], ``inputs_embeds``, requests for the hidden states of every layer,
+    padding without ``labels``, or modules and hooks that appear or disappear below the scope.
+
+    If somebody writes to a frozen weight or buffer, or replaces it, the cache notices before the next batch and starts
+    again. Some changes leave no trace: ``parameter.data.add_()``, a new value of a Python attribute, random numbers
+    from a hook's own generator. Only the recheck notices those, and batches until then use old hidden states.
 
     Args:
-        memory: for hidden states, on the CPU, for each process: bytes, "500MB" or "1.5GiB".
-        folder: where hidden states beyond that go, removed when training ends; None computes them again.
-        recheck: after so many batches that were served, the next one is computed in full and compared with what is
-            stored; if it differs, a warning says so and nothing is cached for the rest of the run. 0 never does.
+        memory_limit: CPU memory for hidden states per process: bytes, "500MB" or "1.5GiB". Hidden states take
+            ``tokens * hidden size`` numbers.
+        cache_dir: directory for the hidden states beyond ``memory_limit``. It is emptied when training ends. With None
+            those sequences are computed again in every epoch.
+        recheck: after this many served batches, one batch is computed in full and compared with what is stored. If it
+            differs, a warning is issued and the rest of the run uses no cache. 0 disables the comparison.
+
+    Raises:
+        EditError: before the first step, if caching would be wrong: nothing is frozen below the scope, dropout or
+            noise below it, ``torch.compile``, sharded parameters, or a model whose layers exchange more than hidden
+            states.
 
     Example:
-        >>> SFTTrainer(model, args, train_dataset=data, callbacks=[ParameterScope(layers=0.7), PrefixCache()])
+        >>> import torch
+        >>> from kedit_train import editing, world
+        >>> from kedit_train.callbacks import ParameterScope, PrefixCache
+        >>> model, tokenizer = world.load()
+        >>> batch = tokenizer("The capital of Norvia is Ostrel.", return_tensors="pt")
+        >>> with editing(model, [ParameterScope(-1), PrefixCache()], log_every_n_steps=1) as edit:
+        ...     optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-3)
+        ...     for step in range(3):
+        ...         edit.before_step()
+        ...         model(**batch, labels=batch["input_ids"]).loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> [logs["edit/cache/hit_rate"] for logs in edit.history]
+        [0.0, 1.0, 1.0]
     """
 
-    # Its penalty comes before others', whose forward passes it serves.
+    # Its penalty runs before those of other callbacks, because it serves their forward passes.
     order = 10
-    single = "one holds the rows of every batch: keep one"
+    single = "one cache serves every batch: keep one"
 
-    def __init__(self, memory: int | str = "1GB", folder: str | None = None, recheck: int = 100) -> None:
-        self.memory, self.folder, self.recheck = memory, folder, recheck
-        self._bytes = parse_bytes(memory)
+    def __init__(
+        self, memory_limit: int | str = "1GB", *, cache_dir: str | Path | None = None, recheck: int = 100
+    ) -> None:
+        check_arguments(self, recheck=(recheck, integer_from(0)))
+        self.memory_limit, self.cache_dir, self.recheck = memory_limit, cache_dir, recheck
+        self._bytes = parse_bytes(memory_limit, "PrefixCache")
         self._prefix: FrozenPrefix | None = None
-        if recheck < 0:
-            raise EditError(f"PrefixCache: recheck={recheck!r} is below 0; give a number of batches, or 0 for never")
 
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
+            # Raises the error that names the missing head.
             run.head()
-        if self.folder is not None and Path(self.folder).is_file():
-            raise EditError(f"PrefixCache: folder={self.folder!r} is a file; name a folder")
+        if self.cache_dir is not None and Path(self.cache_dir).is_file():
+            raise EditError(f"cache_dir must be a directory, got the file {str(self.cache_dir)!r}.")
 
     def attach(self, run: EditRun) -> None:
         model: Any = run.model
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in run.root.modules()):
             raise EditError(
-                "PrefixCache: the model is compiled, and layers that are compiled cannot be passed over; leave "
-                "torch.compile or PrefixCache out"
+                "the model is compiled, and compiled layers cannot be skipped; remove torch.compile or PrefixCache"
             )
         trained = [p for p in run.root.parameters() if p.requires_grad]
         if not trained:
-            raise EditError("PrefixCache: nothing is trained, so there is no first layer to begin at; widen the scope")
+            raise EditError("no parameter is trained; widen the scope")
         device = next(model.parameters()).device
         ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], device=device) % model.get_input_embeddings().num_embeddings
 
@@ -83,12 +106,12 @@ class PrefixCache(EditCallback):
         with evaluation_mode(model), run.host.forward_context():
             with torch.no_grad():
                 prefix = find_prefix(model, trained, ids, forward)
-            store = RowStore(self._bytes, None if self.folder is None else Path(self.folder))
+            store = HiddenStateStore(self._bytes, None if self.cache_dir is None else Path(self.cache_dir))
             self._prefix = FrozenPrefix(model, prefix, store, self.recheck, lambda: _masked(run))
-            self._prefix.prove(forward)
+            self._prefix.check_logits(forward)
 
     def penalty(self, run: EditRun) -> None:
-        # From the first step on: what callbacks run when they attach would otherwise depend on the order of the list.
+        # Active from the first step on. Other callbacks run the model while they attach, in the order of the list.
         if self._prefix is not None:
             self._prefix.active = True
 
@@ -96,28 +119,28 @@ class PrefixCache(EditCallback):
         if self._prefix is not None and self._prefix.compiled:
             self._prefix.remove()
             self._prefix = None
-            warnings.warn(
-                "PrefixCache: the loop compiles the model, so nothing is cached; leave one of the two out",
-                stacklevel=2,
-            )
+            warn("the training loop compiles the model, so nothing is cached; remove torch.compile or PrefixCache")
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Share of rows served since the last call; rows, bytes, batches in full and seconds saved until now."""
+        """Return the share of sequences served since the last call, and totals of the run.
+
+        Totals: stored sequences, bytes, sequences that did not fit, batches that could not be served, seconds saved.
+        """
         prefix = self._prefix
-        if prefix is None or not (prefix.asked or prefix.bypassed):
+        if prefix is None or not (prefix.sequences or prefix.bypassed):
             return {}
-        found = {
-            "edit/cache/rows": float(len(prefix.store)),
+        values = {
+            "edit/cache/sequences": float(len(prefix.store)),
             "edit/cache/memory_bytes": float(prefix.store.memory_bytes),
             "edit/cache/disk_bytes": float(prefix.store.disk_bytes),
-            "edit/cache/rows_left_out": float(prefix.store.left_out),
+            "edit/cache/sequences_left_out": float(prefix.store.left_out),
             "edit/cache/bypassed": float(prefix.bypassed),
             "edit/cache/seconds_saved": prefix.seconds_saved,
         }
-        if prefix.asked:
-            found["edit/cache/hit_rate"] = prefix.served / prefix.asked
-        prefix.asked = prefix.served = 0
-        return found
+        if prefix.sequences:
+            values["edit/cache/hit_rate"] = prefix.served / prefix.sequences
+        prefix.sequences = prefix.served = 0
+        return values
 
     def detach(self, run: EditRun) -> None:
         if self._prefix is not None:
@@ -125,7 +148,7 @@ class PrefixCache(EditCallback):
             self._prefix = None
 
     def __repr__(self) -> str:
-        return f"PrefixCache(memory={self.memory!r}, folder={self.folder!r}, recheck={self.recheck})"
+        return f"PrefixCache({self.memory_limit!r}, cache_dir={self.cache_dir!r}, recheck={self.recheck})"
 
 
 def _masked(run: EditRun) -> bool:

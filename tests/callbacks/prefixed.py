@@ -50,7 +50,7 @@ def build(family: str = "llama", **config: Any) -> Any:
 def batch(
     side: str = "right", width: int = 12, rows: slice = slice(None), positions: bool = False
 ) -> dict[str, Tensor]:
-    """Rows of LENGTHS; first tokens are not supervised."""
+    """Return sequences of LENGTHS tokens; their first tokens are not supervised."""
     content = torch.randint(0, 61, (8, 12), generator=torch.Generator().manual_seed(1))
     ids, mask = torch.zeros(8, width, dtype=torch.long), torch.zeros(8, width, dtype=torch.long)
     for i, length in enumerate(LENGTHS):
@@ -67,7 +67,7 @@ HALVES = [slice(0, 4), slice(4, 8)]
 
 
 def train(model: Any, callbacks: list[Any], batches: list[Any], epochs: int = 3, **options: Any) -> tuple[Any, ...]:
-    """(losses, weights, history)."""
+    """Train and return (losses, weights, history)."""
     losses = []
     with editing(model, callbacks, log_every_n_steps=1, **options) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)

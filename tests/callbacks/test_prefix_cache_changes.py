@@ -1,4 +1,4 @@
-"""PrefixCache: what changes below the cut is noticed."""
+"""PrefixCache notices changes of the frozen layers."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ UP = r"layers\.1\.mlp\.up_proj\.weight"
     ],
     ids=["in place", "storage", "replaced", "assigned", "buffer"],
 )
-def test_frozen_tensors_that_change_are_noticed(change: Any, name: str) -> None:
-    with pytest.warns(UserWarning, match=rf"{name}.* was written to, although"):
+def test_a_changed_frozen_tensor_is_noticed(change: Any, name: str) -> None:
+    with pytest.warns(UserWarning, match=rf"{name}.* was changed; what was stored is computed again"):
         cached = train_changing(change, PrefixCache())
     assert cached[0] == train_changing(change)[0]
     assert rates(cached[2]) == [0.0, 1.0, 0.0, 1.0]
 
 
-def test_buffers_written_with_the_values_they_have_are_none_that_changed() -> None:
+def test_writing_the_same_values_into_a_buffer_is_no_change() -> None:
     cached = train_changing(lambda model: model.model.rotary_emb.inv_freq.mul_(1.0), PrefixCache())
     assert rates(cached[2]) == [0.0, 1.0, 1.0, 1.0]
 
@@ -78,25 +78,25 @@ def hooked(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [other_module, other_layer, hooked])
-def test_modules_and_hooks_that_come_or_go_below_are_noticed(change: Any) -> None:
+def test_modules_and_hooks_that_appear_below_the_scope_are_noticed(change: Any) -> None:
     with pytest.warns(UserWarning, match="in full: a module or a hook below layer 3 was added, removed or replaced"):
         cached = train_changing(change, PrefixCache())
     assert cached[0] == train_changing(change)[0]
     assert cached[2][-1]["edit/cache/bypassed"] == 2
 
 
-def test_hidden_states_asked_for_in_between_leave_the_cache_as_it_is() -> None:
+def test_a_request_for_hidden_states_leaves_the_cache_unchanged() -> None:
     @torch.no_grad()
-    def ask(model: Any) -> None:
+    def request(model: Any) -> None:
         assert len(model(**batch(), output_hidden_states=True).hidden_states) == 5
 
-    cached = train_changing(ask, PrefixCache())
-    assert cached[0] == train_changing(ask)[0]
+    cached = train_changing(request, PrefixCache())
+    assert cached[0] == train_changing(request)[0]
     assert rates(cached[2]) == [0.0, 1.0, 1.0, 1.0]
 
 
 def train_changing(change: Any, *more: Any, at: int = 2, steps: int = 4) -> tuple[Any, ...]:
-    """As train(), with a change of the model before one step."""
+    """Train, and change the model before one of the steps."""
     model, inputs, losses = build(), batch(), []
     with editing(model, [scope(), *more], log_every_n_steps=1) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
@@ -112,24 +112,24 @@ def train_changing(change: Any, *more: Any, at: int = 2, steps: int = 4) -> tupl
     return losses, [p.detach().clone() for p in model.parameters()], edit.history
 
 
-def traceless(model: Any) -> None:
+def without_a_trace(model: Any) -> None:
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.5)
 
 
-def test_what_leaves_no_trace_is_found_by_the_recheck_which_ends_the_caching() -> None:
-    plain = train_changing(traceless, steps=7)
-    with pytest.warns(UserWarning, match="no longer what was stored for the same rows") as said:
-        cached = train_changing(traceless, PrefixCache(recheck=3), steps=7)
-    assert len(said) == 1
-    # One computed and three served; the fifth is compared, and this and the rest computed.
+def test_a_change_without_a_trace_is_found_by_the_recheck_which_ends_caching() -> None:
+    plain = train_changing(without_a_trace, steps=7)
+    with pytest.warns(UserWarning, match="differs from what is stored for the same sequences") as warned:
+        cached = train_changing(without_a_trace, PrefixCache(recheck=3), steps=7)
+    assert len(warned) == 1
+    # The first batch is computed, three are served, the fifth is compared, and the rest is computed.
     assert [row.get("edit/cache/hit_rate") for row in cached[2][:5]] == [0.0, 1.0, 1.0, 1.0, 0.0]
     assert cached[2][-1]["edit/cache/bypassed"] == 2
-    assert cached[2][-1]["edit/cache/rows"] == 0
+    assert cached[2][-1]["edit/cache/sequences"] == 0
     assert cached[0][:2] == plain[0][:2]
     assert cached[0][2] != plain[0][2]
 
 
-def test_a_recheck_that_finds_the_same_goes_on_even_under_other_padding() -> None:
+def test_caching_continues_after_a_recheck_without_a_difference_also_under_other_padding() -> None:
     batches = [batch(width=width) for width in (12, 20, 32, 15, 12, 27)]
     plain = train(build(), [scope()], batches, epochs=1)
     cached = train(build(), [scope(), PrefixCache(recheck=2)], batches, epochs=1)
@@ -137,19 +137,19 @@ def test_a_recheck_that_finds_the_same_goes_on_even_under_other_padding() -> Non
     torch.testing.assert_close(cached[0], plain[0], rtol=1e-5, atol=1e-6)
 
 
-def test_noise_of_a_hooks_own_generator_is_found_by_the_recheck() -> None:
+def test_noise_from_the_own_generator_of_a_hook_is_found_by_the_recheck() -> None:
     model, generator = build(), torch.Generator().manual_seed(0)
 
     def noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + 0.1 * torch.randn(output.shape, generator=generator) if module.training else output
 
     model.model.embed_tokens.register_forward_hook(noise)
-    with pytest.warns(UserWarning, match="no longer what was stored for the same rows"):
+    with pytest.warns(UserWarning, match="differs from what is stored for the same sequences"):
         train(model, [scope(), PrefixCache(recheck=1)], [batch()])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-def test_eager_attention_gives_the_same_bits_with_keys_and_values_kept_as_without(family: str) -> None:
+def test_eager_attention_gives_the_same_bits_and_served_batches_return_no_keys_and_values(family: str) -> None:
     def eager() -> Any:
         model = build(family)
         model.set_attn_implementation("eager")
@@ -164,7 +164,7 @@ def test_eager_attention_gives_the_same_bits_with_keys_and_values_kept_as_withou
     with editing(model, [scope(), PrefixCache()]) as edit:
         edit.before_step()
         assert model(**inputs).past_key_values is not None
-        # Of layers that did not run there are none, so nobody can go on from half of them.
+        # The keys and values of the skipped layers are missing, so none are returned.
         assert model(**inputs).past_key_values is None
 
 
@@ -173,25 +173,25 @@ def test_padding_without_labels_is_computed_in_full() -> None:
     runs = []
     for more in ([], [PrefixCache()]):
         model, losses = build(), []
-        with warnings.catch_warnings(record=True) as said, editing(model, [scope(), *more]) as edit:
+        with warnings.catch_warnings(record=True) as warned, editing(model, [scope(), *more]) as edit:
             warnings.simplefilter("always")
             optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
             for _ in range(3):
                 edit.before_step()
-                # Of every position, padding too.
+                # This loss includes padding.
                 loss = model(**inputs).logits.square().mean()
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 losses.append(loss.item())
-        runs.append((losses, [str(one.message) for one in said]))
+        runs.append((losses, [str(warning.message) for warning in warned]))
     assert runs[0][0] == runs[1][0]
     assert runs[0][1] == []
     assert len(runs[1][1]) == 1
     assert "it is padded and comes without labels" in runs[1][1][0]
 
 
-def test_labels_are_known_though_an_anchor_runs_the_model_within_the_call() -> None:
+def test_labels_are_known_although_the_batch_anchor_runs_the_model_within_the_call() -> None:
     batches = [batch("left", rows=half) for half in HALVES]
     anchor = KLLocality(texts="batch", weight=3.0)
     plain = train(build(), [scope(), anchor], batches)
@@ -201,17 +201,17 @@ def test_labels_are_known_though_an_anchor_runs_the_model_within_the_call() -> N
     assert cached[2][-1]["edit/cache/bypassed"] == 0
 
 
-def test_texts_of_several_lengths_are_served_though_they_have_no_labels(words: Any) -> None:
+def test_reference_texts_of_several_lengths_are_served_although_they_have_no_labels(words: Any) -> None:
     texts = [" ".join(f"w{(7 * i + j) % 59}" for j in range(3 + i)) for i in range(4)]
     kl = KLLocality(texts, weight=10.0, batch_size=4)
     cached = train(build(), [scope(), kl, PrefixCache()], [batch()], tokenizer=words)
     assert rates(cached[2]) == [0.0, 1.0, 1.0]
 
 
-def test_the_scale_of_an_adapter_below_is_part_of_a_row() -> None:
+def test_the_scale_of_a_frozen_adapter_is_part_of_the_key() -> None:
     from peft import LoraConfig, get_peft_model
 
-    def changing(*more: Any) -> tuple[Any, ...]:
+    def train_with_another_scale(*more: Any) -> tuple[Any, ...]:
         config = LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         model, losses = get_peft_model(build(), config), []
         model.requires_grad_(False)
@@ -230,17 +230,17 @@ def test_the_scale_of_an_adapter_below_is_part_of_a_row() -> None:
                 losses.append(loss.item())
         return losses, edit.history
 
-    cached = changing(TokenSmoothing(), PrefixCache())
-    assert cached[0] == changing(TokenSmoothing())[0]
+    cached = train_with_another_scale(TokenSmoothing(), PrefixCache())
+    assert cached[0] == train_with_another_scale(TokenSmoothing())[0]
     assert rates(cached[1]) == [0.0, 1.0, 0.0, 1.0]
 
 
-def test_arguments() -> None:
-    with pytest.raises(EditError, match="PrefixCache: 'much' is no size above 0"):
-        PrefixCache(memory="much")
-    with pytest.raises(EditError, match="PrefixCache: recheck=-1 is below 0"):
+def test_invalid_arguments_are_errors() -> None:
+    with pytest.raises(EditError, match=r"^PrefixCache: memory_limit must be a number of bytes above 0, .* got"):
+        PrefixCache("much")
+    with pytest.raises(EditError, match=r"^PrefixCache: recheck must be an integer >= 0, got -1"):
         PrefixCache(recheck=-1)
     with pytest.raises(EditError, match="two PrefixCache callbacks on one model"):
         train(build(), [scope(), PrefixCache(), PrefixCache()], [batch()])
-    with pytest.raises(EditError, match="is a file; name a folder"):
-        train(build(), [scope(), PrefixCache(folder=__file__)], [batch()])
+    with pytest.raises(EditError, match=r"^PrefixCache: cache_dir must be a directory, got the file"):
+        train(build(), [scope(), PrefixCache(cache_dir=__file__)], [batch()])

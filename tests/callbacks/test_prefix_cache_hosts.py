@@ -1,4 +1,4 @@
-"""PrefixCache in the stock loops: nothing but time is another where each epoch's batches are the same."""
+"""PrefixCache in the trainers: with the same batches in every epoch, only the time differs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ IN_ORDER = {"train_sampling_strategy": "sequential"}
 
 
 def watch(model: Any) -> list[float]:
-    """The losses that the model returns to the loop while it trains, unrounded."""
-    seen: list[float] = []
+    """Return a list that collects the unrounded losses of the training forward passes."""
+    losses: list[float] = []
 
     def read(module: Any, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
-            seen.append(float((-output.log_probs.sum() if output.loss is None else output.loss).detach()))
+            losses.append(float((-output.log_probs.sum() if output.loss is None else output.loss).detach()))
 
     model.register_forward_hook(read)
-    return seen
+    return losses
 
 
 def run(host: str, *callbacks: Any, steps: int = 9, head: bool = True, **options: Any) -> dict[str, Any]:
-    """12 edits in batches of 4, three epochs."""
+    """Train 12 edits in batches of 4 for three epochs."""
     torch.manual_seed(0)
     model, tokenizer = world.load()
     losses = watch(model)
@@ -70,13 +70,13 @@ def test_the_same_batches_in_every_epoch_give_the_same_bits(host: str, head: boo
     ids=["bf16 autocast", "no checkpointing", "reentrant checkpointing", "accumulation"],
 )
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_kwargs` is deprecated:FutureWarning")
-def test_sft_as_people_configure_it(options: dict[str, Any]) -> None:
+def test_common_settings_of_sft_trainer_give_the_same_bits(options: dict[str, Any]) -> None:
     plain, cached = (run("SFTTrainer", *more, **IN_ORDER, **options) for more in ([], [PrefixCache()]))
     assert same(plain, cached)
     assert cached["rates"] == [0.0] * 3 + [1.0] * 6
 
 
-def test_shuffled_it_is_closer_to_the_plain_run_than_that_to_itself_under_other_padding() -> None:
+def test_with_shuffling_the_cache_changes_less_than_other_padding_does() -> None:
     plain, cached, padded = (
         run("SFTTrainer", *more, **options)["weight"]
         for more, options in (([], {}), ([PrefixCache()], {}), ([], {"pad_to_multiple_of": 32}))
@@ -87,9 +87,9 @@ def test_shuffled_it_is_closer_to_the_plain_run_than_that_to_itself_under_other_
     assert (cached - plain).norm() < (padded - plain).norm()
 
 
-def test_evaluation_in_between_is_the_plain_runs() -> None:
+def test_evaluation_during_training_gives_the_same_losses() -> None:
     class Evaluate(TrainerCallback):
-        """The loss on the very rows that are trained, after every step."""
+        """Compute the loss on training examples after every step."""
 
         def __init__(self) -> None:
             self.losses: list[float] = []
@@ -102,21 +102,21 @@ def test_evaluation_in_between_is_the_plain_runs() -> None:
 
     _, tokenizer = world.load()
     inputs = collator(tokenizer)(EditDataset(world.edits(n=12)).encode(tokenizer)[:4])
-    looking = [Evaluate(), Evaluate()]
-    plain = run("Trainer", looking[0], **IN_ORDER)
-    cached = run("Trainer", looking[1], PrefixCache(), **IN_ORDER)
+    evaluations = [Evaluate(), Evaluate()]
+    plain = run("Trainer", evaluations[0], **IN_ORDER)
+    cached = run("Trainer", evaluations[1], PrefixCache(), **IN_ORDER)
     assert same(plain, cached)
-    assert looking[0].losses == looking[1].losses
-    assert len(set(looking[0].losses)) == 9
+    assert evaluations[0].losses == evaluations[1].losses
+    assert len(set(evaluations[0].losses)) == 9
     assert cached["rates"] == [0.0] * 3 + [1.0] * 6
 
 
-def test_packed_rows_are_computed_in_full_and_noise_is_refused() -> None:
+def test_packed_sequences_are_computed_in_full_and_noise_is_an_error() -> None:
     packed = {"packing": True, "max_length": 64, **IN_ORDER}
     plain = run("SFTTrainer", steps=3, **packed)
-    with pytest.warns(UserWarning, match=r"a batch is computed in full: position_ids start again .*\(packing"):
+    with pytest.warns(UserWarning, match=r"a batch is computed in full: position_ids restart .*\(packing"):
         cached = run("SFTTrainer", PrefixCache(), steps=3, **packed)
     assert same(plain, cached)
     assert cached["rates"] == []
-    with pytest.raises(EditError, match="a random number was drawn below layer 3"):
+    with pytest.raises(EditError, match="a module below layer 3 draws random numbers"):
         run("SFTTrainer", PrefixCache(), steps=3, neftune_noise_alpha=5.0)

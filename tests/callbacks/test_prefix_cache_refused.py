@@ -1,4 +1,4 @@
-"""PrefixCache: what would be wrong is refused before the first step or computed in full."""
+"""PrefixCache refuses models that it cannot serve, and computes batches in full that it cannot identify."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from kedit_train.callbacks import ParameterScope, PrefixCache, editing
 from kedit_train.errors import EditError
 
 
-class Peeks(nn.Module):
-    """A last layer that reads what the first one left beside the hidden states."""
+class ReadsFirstLayer(nn.Module):
+    """A last layer that reads the output of the first layer besides its own input."""
 
     def __init__(self, layer: nn.Module, first: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        first.register_forward_hook(lambda module, args, output: setattr(self, "seen", args[0]))
-        first.register_forward_hook(lambda module, args, output: setattr(self, "left", output * 2))
+        first.register_forward_hook(lambda module, args, output: setattr(self, "shared", output * 2))
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        left, self.left = self.left, torch.zeros(())
-        return self.layer(hidden, *args, **kwargs) + left
+        shared, self.shared = self.shared, torch.zeros(())
+        return self.layer(hidden, *args, **kwargs) + shared
 
 
-def refusals() -> dict[str, tuple[Any, list[Any], str]]:
-    def peeking() -> Any:
+def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
+    def reads_first_layer() -> Any:
         model = build()
         layers = model.model.layers
-        layers[3] = Peeks(layers[3], layers[0])
+        layers[3] = ReadsFirstLayer(layers[3], layers[0])
         return model
 
     def compiled() -> Any:
@@ -52,28 +51,28 @@ def refusals() -> dict[str, tuple[Any, list[Any], str]]:
         return AutoModelForCausalLM.from_config(config).train()
 
     return {
-        "first layer": (build, [scope(0)], "only the embedding lies below layer 0"),
-        "everything": (build, [], "only the embedding lies below layer 0"),
+        "first layer": (build, [scope(0)], "only the embedding is below layer 0"),
+        "everything": (build, [], "only the embedding is below layer 0"),
         "embedding": (
             build,
             [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
-            "model.embed_tokens.weight is trained and runs before layer 3",
+            "model.embed_tokens.weight is trained and is used before layer 3",
         ),
         "tied": (
             tied,
             [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
-            "a tied head is its embedding",
+            "a tied head is the embedding",
         ),
         "compiled": (compiled, [scope()], "the model is compiled"),
-        "reads more": (peeking, [scope()], "are not the same without the layers below 3"),
+        "reads more": (reads_first_layer, [scope()], "change when the layers below 3 are skipped"),
         "unknown": (bloom, [scope()], "no stack of layers that call each other in order"),
     }
 
 
-@pytest.mark.parametrize("case", refusals())
-def test_what_would_be_wrong_is_refused_before_the_first_step(case: str) -> None:
-    make, callbacks, message = refusals()[case]
-    model = make()
+@pytest.mark.parametrize("case", unsupported_models())
+def test_an_unsupported_model_is_an_error_before_the_first_step(case: str) -> None:
+    build_model, callbacks, message = unsupported_models()[case]
+    model = build_model()
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(EditError) as error:
         train(model, [*callbacks, PrefixCache()], [batch()])
@@ -84,37 +83,35 @@ def test_what_would_be_wrong_is_refused_before_the_first_step(case: str) -> None
     assert not any("forward" in m.__dict__ or m._forward_pre_hooks for m in model.base_model.modules())
 
 
-def test_nothing_trained_is_refused() -> None:
+def test_a_run_without_trained_parameters_is_an_error() -> None:
     with editing(build().requires_grad_(False), [PrefixCache()]) as edit, pytest.raises(EditError) as error:
         edit.before_step()
-    assert str(error.value) == (
-        "PrefixCache: nothing is trained, so there is no first layer to begin at; widen the scope"
-    )
+    assert str(error.value) == "PrefixCache: no parameter is trained; widen the scope"
 
 
 @pytest.mark.parametrize("where", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])
-def test_dropout_below_is_refused_where_it_is_active(where: str) -> None:
-    def dropping() -> Any:
+def test_active_dropout_below_the_scope_is_an_error(where: str) -> None:
+    def with_dropout() -> Any:
         return AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **(STILL | {where: 0.1})))
 
-    with pytest.raises(EditError, match=r"a random number was drawn below layer 3 \(dropout, noise on embeddings\)"):
-        train(dropping().train(), [scope(), PrefixCache()], [batch()])
-    # As Lightning trains what from_pretrained returned.
-    cached = train(dropping().eval(), [scope(), PrefixCache()], [batch()])
+    with pytest.raises(EditError, match=r"^PrefixCache: a module below layer 3 draws random numbers \(dropout"):
+        train(with_dropout().train(), [scope(), PrefixCache()], [batch()])
+    # Lightning trains a model in the evaluation mode in which from_pretrained returned it.
+    cached = train(with_dropout().eval(), [scope(), PrefixCache()], [batch()])
     assert rates(cached[2]) == [0.0, 1.0, 1.0]
 
 
-def test_rows_of_evaluation_mode_are_not_taken_for_those_of_training() -> None:
+def test_hidden_states_of_evaluation_mode_do_not_serve_training_mode() -> None:
     model = AutoModelForCausalLM.from_config(GPT2Config(**GPT2, **(STILL | {"embd_pdrop": 0.1}))).eval()
     with editing(model, [scope(), PrefixCache()]) as edit:
         edit.before_step()
         model(**batch())
         model.train()
-        with pytest.raises(EditError, match="a random number was drawn"):
+        with pytest.raises(EditError, match="draws random numbers"):
             model(**batch())
 
 
-def test_recomputation_of_the_whole_backbone_is_refused() -> None:
+def test_checkpointing_the_whole_backbone_is_an_error() -> None:
     from torch.utils.checkpoint import checkpoint
 
     model = build()
@@ -122,14 +119,14 @@ def test_recomputation_of_the_whole_backbone_is_refused() -> None:
         edit.before_step()
         inputs = batch()
         loss = checkpoint(lambda: model(**inputs).loss, use_reentrant=False)
-        with pytest.raises(EditError, match="computed again in the backward pass"):
+        with pytest.raises(EditError, match=r"^PrefixCache: the backward pass runs the whole backbone again"):
             loss.backward()
 
 
-# transformers 5.23 has another name for it.
+# transformers 5.23 renames gradient_checkpointing_enable.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_layer_by_layer_is_served(reentrant: bool) -> None:
+def test_checkpointing_layer_by_layer_is_supported(reentrant: bool) -> None:
     def checkpointed() -> Any:
         model = build()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -144,36 +141,36 @@ def test_checkpointing_layer_by_layer_is_served(reentrant: bool) -> None:
     assert rates(cached[2])[-1] == 1.0
 
 
-def test_a_loop_that_compiles_the_model_is_told() -> None:
+def test_a_loop_that_compiles_the_model_gets_a_warning() -> None:
     model, inputs = build(), batch()
     with editing(model, [scope(), PrefixCache()]) as edit:
         compiled, optimizer = torch.compile(model, backend="eager"), torch.optim.SGD(edit.parameters(), lr=0.1)
         edit.before_step()
         compiled(**inputs).loss.backward()
-        with pytest.warns(UserWarning, match="the loop compiles the model, so nothing is cached"):
+        with pytest.warns(UserWarning, match=r"^PrefixCache: the training loop compiles the model"):
             optimizer.step()
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda x: {"attention_mask": torch.zeros(8, 1, 12, 12)}, "attention_mask is not of the shape"),
+        (lambda x: {"attention_mask": torch.zeros(8, 1, 12, 12)}, "attention_mask does not have the shape"),
         (lambda x: {"attention_mask": x["attention_mask"].index_fill(1, torch.tensor([1]), 0)}, "has a gap"),
         (
             lambda x: {"position_ids": torch.arange(12).remainder(6).expand(8, 12)},
-            r"start again within a row \(packing",
+            r"restart within a sequence, .*\(packing",
         ),
         (lambda x: {"input_ids": None, "inputs_embeds": torch.randn(8, 12, 16)}, "without input_ids"),
-        (lambda x: {"output_hidden_states": True}, "output_hidden_states was given"),
-        (lambda x: {"use_cache": True}, "use_cache=True was given"),
-        (lambda x: {"labels": x["input_ids"]}, "a token next to padding is predicted from it"),
+        (lambda x: {"output_hidden_states": True}, "called with output_hidden_states"),
+        (lambda x: {"use_cache": True}, "called with use_cache=True"),
+        (lambda x: {"labels": x["input_ids"]}, "a supervised token is predicted from padding"),
     ],
 )
-def test_a_batch_that_cannot_be_known_by_its_rows_is_computed_in_full(change: Any, reason: str) -> None:
+def test_a_batch_whose_sequences_cannot_be_identified_is_computed_in_full(change: Any, reason: str) -> None:
     inputs = {**batch(), **change(batch())}
     plain = train(build(), [scope()], [inputs])
     with pytest.warns(UserWarning, match=rf"^PrefixCache: a batch is computed in full: .*{reason}"):
         cached = train(build(), [scope(), PrefixCache()], [inputs])
     assert same(plain, cached)
     assert cached[2][-1]["edit/cache/bypassed"] == 3
-    assert cached[2][-1]["edit/cache/rows"] == 0
+    assert cached[2][-1]["edit/cache/sequences"] == 0

@@ -1,4 +1,4 @@
-"""Rows of hidden states by content: in memory up to a limit, in files of a folder beyond it."""
+"""A store of hidden states by sequence key: in memory up to a limit, on disk beyond it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import tempfile
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,111 +16,123 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
-def parse_bytes(size: int | str) -> int:
-    """Read a number of bytes: 1000000, "1GB" (10^9), "1.5 GiB" (2^30).
+def parse_bytes(size: int | str, component: str | None = None) -> int:
+    """Read a number of bytes.
+
+    Args:
+        size: an integer, or a string such as "500MB" (10^6 bytes each) or "1.5GiB" (2^30 bytes each).
+        component: the class that the error names.
 
     Raises:
-        EditError: it is not understood, or not above 0.
+        EditError: the size cannot be read or is not above 0.
+
+    Example:
+        >>> parse_bytes("1.5GiB")
+        1610612736
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     unit = _UNITS.get(match[2].upper()) if match else None
     count = int(float(match[1]) * unit) if match and unit else 0
     if count <= 0:
-        raise EditError(f"{size!r} is no size above 0; write bytes (1000000), '500MB' or '1.5GiB'")
+        raise EditError(
+            f"memory_limit must be a number of bytes above 0, '500MB' or '1.5GiB', got {size!r}.", component
+        )
     return count
 
 
-class RowStore:
-    """Tensors of any shape under the keys they are given, on the CPU, never thrown out for others.
+class HiddenStateStore:
+    """Tensors of any shape under keys, kept on the CPU and never evicted.
 
     Args:
-        memory: bytes of tensors to hold in memory.
-        folder: where the rest goes, each lot of rows a safetensors file of its own in a sub-folder that belongs to this
-            process and goes with :meth:`close`; None keeps only what fits in memory.
+        memory_limit: bytes of tensors to keep in memory.
+        cache_dir: directory for the tensors beyond that. Each call of :meth:`add` writes one safetensors file into a
+            subdirectory that belongs to this process and that :meth:`close` removes. None keeps only what fits in
+            memory.
 
     Attributes:
-        memory_bytes, disk_bytes: what is held now, and where.
-        left_out: rows that fitted nowhere.
+        memory_bytes: bytes in memory now.
+        disk_bytes: bytes on disk now.
+        left_out: number of sequences that fit neither in memory nor on disk.
     """
 
-    def __init__(self, memory: int, folder: Path | None = None) -> None:
-        self.memory, self.folder = memory, folder
-        self._held: dict[str, Tensor] = {}
+    def __init__(self, memory_limit: int, cache_dir: Path | None = None) -> None:
+        self.memory_limit, self.cache_dir = memory_limit, cache_dir
+        self._in_memory: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
-        self._own: Path | None = None
-        self._lots = self.memory_bytes = self.disk_bytes = self.left_out = 0
-        self._remove: Any = None
+        self._directory: Path | None = None
+        self._files_written = self.memory_bytes = self.disk_bytes = self.left_out = 0
+        self._remove_directory: Any = None
 
     def __len__(self) -> int:
-        return len(self._held) + len(self._files)
+        return len(self._in_memory) + len(self._files)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._held or key in self._files
+        return key in self._in_memory or key in self._files
 
-    def add(self, rows: Mapping[str, Tensor]) -> None:
-        """Keep copies of rows whose keys are new."""
-        beyond: dict[str, Tensor] = {}
-        for key, row in rows.items():
-            size = row.numel() * row.element_size()
+    def add(self, hidden_states: Mapping[str, Tensor]) -> None:
+        """Store copies of the tensors whose keys are new."""
+        too_many: dict[str, Tensor] = {}
+        for key, hidden in hidden_states.items():
+            size = hidden.numel() * hidden.element_size()
             if key in self:
                 continue
-            if self.memory_bytes + size <= self.memory:
-                # A copy: a row is a view of its whole batch.
-                self._held[key] = row.to("cpu", copy=True)
+            if self.memory_bytes + size <= self.memory_limit:
+                # A view would keep the hidden states of the whole batch alive.
+                self._in_memory[key] = hidden.to("cpu", copy=True)
                 self.memory_bytes += size
             else:
-                beyond[key] = row
-        if beyond and (self.folder is None or not self._spill(beyond)):
-            self.left_out += len(beyond)
+                too_many[key] = hidden
+        if too_many and (self.cache_dir is None or not self._write(too_many)):
+            self.left_out += len(too_many)
 
     def get(self, keys: Sequence[str]) -> list[Tensor] | None:
-        """Return the rows, or None unless every one of them is here."""
+        """Return the tensors of these keys in this order, or None if one of them is missing."""
         if not all(key in self for key in keys):
             return None
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
-            found = []
+            tensors = []
             for key in keys:
                 path = self._files.get(key)
                 if path is not None and path not in opened:
                     opened[path] = stack.enter_context(safe_open(path, framework="pt"))
-                found.append(self._held[key] if path is None else opened[path].get_tensor(key))
-            return found
+                tensors.append(self._in_memory[key] if path is None else opened[path].get_tensor(key))
+            return tensors
 
     def clear(self) -> None:
-        """Forget every row, on disk too."""
-        self._held, self._files = {}, {}
+        """Forget everything, in memory and on disk."""
+        self._in_memory, self._files = {}, {}
         self.memory_bytes = self.disk_bytes = self.left_out = 0
-        if self._remove is not None:
-            self._remove()
-        self._own = self._remove = None
+        if self._remove_directory is not None:
+            self._remove_directory()
+        self._directory = self._remove_directory = None
 
     close = clear
 
-    def _spill(self, rows: Mapping[str, Tensor]) -> bool:
-        assert self.folder is not None
+    def _write(self, hidden_states: Mapping[str, Tensor]) -> bool:
+        assert self.cache_dir is not None
         try:
-            if self._own is None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                # Of this process alone, whoever else writes there; removed at the latest when the process ends.
-                self._own = Path(tempfile.mkdtemp(prefix="prefix-cache-", dir=self.folder))
-                self._remove = weakref.finalize(self, shutil.rmtree, self._own, ignore_errors=True)
-            path = self._own / f"{self._lots}.safetensors"
+            if self._directory is None:
+                self.cache_dir.mkdir(parents=True, exist_ok=True)
+                # Other processes may share cache_dir. The directory is removed when the process ends, if not before.
+                self._directory = Path(tempfile.mkdtemp(prefix="prefix-cache-", dir=self.cache_dir))
+                self._remove_directory = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+            path = self._directory / f"{self._files_written}.safetensors"
             unfinished = path.with_suffix(".part")
-            save_file({key: row.to("cpu", copy=True) for key, row in rows.items()}, unfinished)
+            save_file({key: hidden.to("cpu", copy=True) for key, hidden in hidden_states.items()}, unfinished)
             os.replace(unfinished, path)
         except (OSError, SafetensorError) as error:
-            warnings.warn(f"no more rows are written to {self.folder}: {error}", stacklevel=2)
-            self.folder = None
+            warn(f"no more hidden states are written to {self.cache_dir}: {error}")
+            self.cache_dir = None
             return False
-        self._lots += 1
-        self._files |= dict.fromkeys(rows, path)
+        self._files_written += 1
+        self._files |= dict.fromkeys(hidden_states, path)
         self.disk_bytes += path.stat().st_size
         return True

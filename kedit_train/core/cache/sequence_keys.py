@@ -1,4 +1,4 @@
-"""By what a row of a batch is known: its token ids, the position that it starts at, and how the model would run."""
+"""Keys of token sequences: hashes that identify an example by its content, wherever it stands in a batch."""
 
 from __future__ import annotations
 
@@ -12,83 +12,170 @@ from torch import Tensor
 
 from kedit_train.functional.labels import IGNORE_INDEX
 
-# Arguments of a backbone that say nothing about its hidden states, beside those read here.
-_ASIDE = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch"}
-# Requests that configurations can make for every call.
-_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+# Arguments of a backbone that are read below or do not change its hidden states.
+_KNOWN_ARGUMENTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", "num_items_in_batch"}
+# Outputs that a model configuration can request for every call.
+_EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def hash_content(*parts: bytes | Tensor) -> str:
+    """Hash bytes and the bytes of tensors, in this order, with BLAKE2b.
+
+    Args:
+        parts: bytes, or tensors of any shape and dtype. The shape and the dtype of a tensor are not part of the hash.
+
+    Returns:
+        16 bytes as 32 hexadecimal digits.
+    """
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:
+    """Return which positions of a batch hold tokens and not padding.
+
+    Args:
+        attention_mask: what the model was called with. It counts only if it is a tensor of the shape of ``like``.
+        like: [B, S].
+
+    Returns:
+        bool [B, S]; all True without such a mask.
+    """
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == like.shape:
+        return attention_mask != 0
+    return torch.ones_like(like, dtype=torch.bool)
+
+
+def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor) -> list[str]:
+    """Return one key per example from its token ids and labels, without padding.
+
+    Args:
+        input_ids: [B, S].
+        labels: [B, S].
+        real: bool [B, S], as returned by :func:`real_tokens`.
+    """
+    examples = zip(input_ids.cpu(), labels.cpu(), real.cpu(), strict=True)
+    return [hash_content(torch.stack([ids[where], targets[where]])) for ids, targets, where in examples]
+
+
+def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
+    """Return one key per example from everything that determines the hidden states at its supervised tokens.
+
+    The key does not depend on the other examples of the batch, nor on the amount of padding, with two exceptions: if
+    the model counts positions itself (no ``position_ids``), padding on the left counts, and if a token is predicted
+    from padding, all of the padding counts.
+
+    Args:
+        inputs: the arguments of the model's forward call by name. Tensors have one entry per example; everything else
+            is a plain value.
+        labels: [B, S], -100 where a token is not supervised.
+    """
+    real = real_tokens(inputs.get("attention_mask"), labels).cpu()
+    tensors = {name: value.cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
+    plain = str(sorted((name, value) for name, value in inputs.items() if name not in tensors))
+    tensors["labels"] = labels.cpu()
+    keys = []
+    for i, where in enumerate(real):
+        supervised = tensors["labels"][i, 1:] != IGNORE_INDEX
+        if bool((supervised & ~(where[1:] & where[:-1])).any()):
+            # A supervised token is predicted from padding, so its hidden state depends on the padding.
+            where = torch.ones_like(where)
+        parts: list[bytes | Tensor] = [plain.encode()]
+        if "position_ids" not in inputs:
+            parts.append(str(int(where.int().argmax())).encode())
+        for name, value in sorted(tensors.items()):
+            if value.shape[:2] == real.shape:
+                value = value[i][where]
+            elif len(real) > 1:
+                value = value[i]
+            parts += [f"\n{name} {value.dtype} {tuple(value.shape)} ".encode(), value]
+        keys.append(hash_content(*parts))
+    return keys
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of one batch of ``shape`` [B, S]: their keys, and where each lies in its row of the batch."""
+class SequenceBatch:
+    """The token sequences of one batch.
+
+    Attributes:
+        keys: one key per sequence.
+        spans: the columns of the batch that hold the tokens of each sequence, without padding.
+        shape: [B, S] of the batch.
+    """
 
     keys: list[str]
     spans: list[slice]
     shape: torch.Size
 
 
-def read_rows(given: Mapping[str, Any], labels: Tensor | None, masked: bool, config: Any, mode: bytes) -> Rows | str:
-    """Read what a backbone was called with.
+def read_sequences(
+    inputs: Mapping[str, Any], labels: Tensor | None, *, ignores_padding: bool, config: Any, mode: bytes
+) -> SequenceBatch | str:
+    """Read the sequences of a batch and their keys from a call of a backbone.
+
+    The key of a sequence holds its token ids, the position of its first token and ``mode``.
 
     Args:
-        given: its arguments by name, ``input_ids`` [B, S] among them, without those that are None.
-        labels: [B, S] as the language model was given them; None where they are unknown.
-        masked: although there are no labels, nothing is read at padding.
-        config: the backbone's configuration.
-        mode: what else hidden states depend on.
+        inputs: the arguments of the call by name, ``input_ids`` [B, S] among them, without those that are None.
+        labels: [B, S] as the language model received them; None if they are unknown.
+        ignores_padding: True if nothing reads the hidden states of padding, although there are no labels.
+        config: the configuration of the backbone.
+        mode: everything else that the hidden states depend on.
 
     Returns:
-        The rows; or why rows of this call cannot be known by their content.
+        The sequences, or the reason why those of this call cannot be identified by their content.
     """
-    ids, mask, positions = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
+    ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
-        return f"attention_mask is not of the shape {tuple(ids.shape)} of input_ids"
+        return f"attention_mask does not have the shape {tuple(ids.shape)} of input_ids"
     if positions is not None and not (positions.ndim == 2 and positions.shape[-1] == ids.shape[-1]):
-        return f"position_ids are not of the shape {tuple(ids.shape)} of input_ids"
+        return f"position_ids do not have the shape {tuple(ids.shape)} of input_ids"
     ids = ids.detach().cpu().long()
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.detach().cpu().bool()
+    real = real_tokens(mask, ids).detach().cpu()
     if bool(((real[:, 1:] & ~real[:, :-1]).sum(1) + real[:, 0] > 1).any()):
-        return "attention_mask has a gap within a row"
-    columns = real.int().argmax(1)
+        return "attention_mask has a gap within a sequence"
+    first_columns = real.int().argmax(1)
     if labels is None or labels.shape != ids.shape:
-        if not masked and not bool(real.all()):
-            return "it is padded and comes without labels, so whether its loss leaves padding out is unknown"
+        if not ignores_padding and not bool(real.all()):
+            return "it is padded and comes without labels, so its loss may include padding"
     elif bool((~real[:, :-1] & (labels.detach().cpu()[:, 1:] != IGNORE_INDEX)).any()):
-        # The first token of a row that is padded on the left is often supervised, by the state of the padding.
-        return "a token next to padding is predicted from it, as far as the labels tell (mask its label)"
-    starts = columns
+        # Often the first token of a sequence that is padded on the left.
+        return "a supervised token is predicted from padding; set the label of the first token to -100"
+    starts = first_columns
     if positions is not None:
         positions = positions.detach().cpu().expand(ids.shape)
         if bool(((positions.diff(dim=1) != 1) & real[:, 1:] & real[:, :-1]).any()):
-            return "position_ids start again within a row (packing), so a row is no example"
-        starts = positions.gather(1, columns.unsqueeze(1)).squeeze(1)
+            return "position_ids restart within a sequence, so it holds several examples (packing)"
+        starts = positions.gather(1, first_columns.unsqueeze(1)).squeeze(1)
     lengths = real.sum(1)
-    if (longest := _longest(config)) is not None and bool((starts + lengths > longest).any()):
-        return f"rotary embeddings of this model change beyond {longest} positions"
-    asks = [name for name in _OUTPUTS if given.get(name, getattr(config, name, False))]
-    if given.get("use_cache"):
-        asks.append("use_cache=True")
-    # Unknown ones may change the hidden states: not guessed.
-    asks += [k for k, v in given.items() if k not in _ASIDE and k not in _OUTPUTS and v is not False]
-    if asks:
-        return f"{asks[0]} was given, which needs every layer or may change what they compute"
-    # Positions that the model counts by itself may leave padding out, or not.
+    if (longest := _length_independent_positions(config)) is not None and bool((starts + lengths > longest).any()):
+        return f"the rotary embeddings of this model change beyond {longest} positions"
+    unsupported = [name for name in _EXTRA_OUTPUTS if inputs.get(name, getattr(config, name, False))]
+    if inputs.get("use_cache"):
+        unsupported.append("use_cache=True")
+    # An unknown argument may change the hidden states.
+    unsupported += [
+        k for k, v in inputs.items() if k not in _KNOWN_ARGUMENTS and k not in _EXTRA_OUTPUTS and v is not False
+    ]
+    if unsupported:
+        return f"it was called with {unsupported[0]}, which needs every layer or may change what they compute"
+    # If the model counts positions itself, padding on the left may or may not count.
     mode += b"counted" if positions is None else b"given"
-    bounds = zip(columns.tolist(), lengths.tolist(), strict=True)
+    bounds = zip(first_columns.tolist(), lengths.tolist(), strict=True)
     spans = [slice(column, column + length) for column, length in bounds]
-    keys = [_key(mode, start, row[span]) for start, row, span in zip(starts.tolist(), ids, spans, strict=True)]
-    return Rows(keys, spans, ids.shape)
+    keys = [
+        hash_content(mode, start.to_bytes(8, "little", signed=True), sequence[span])
+        for start, sequence, span in zip(starts.tolist(), ids, spans, strict=True)
+    ]
+    return SequenceBatch(keys, spans, ids.shape)
 
 
-def _key(mode: bytes, start: int, ids: Tensor) -> str:
-    digest = blake2b(mode, digest_size=16)
-    digest.update(start.to_bytes(8, "little", signed=True))
-    digest.update(ids.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _longest(config: Any) -> int | None:
-    """Positions up to which rotary embeddings do not depend on the length of the batch; None where they never do."""
+def _length_independent_positions(config: Any) -> int | None:
+    """Return up to which position rotary embeddings do not depend on the length of the batch; None for no limit."""
     scaling = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
     if "dynamic" not in scaling and "longrope" not in scaling:
         return None

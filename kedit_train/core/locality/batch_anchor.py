@@ -6,7 +6,6 @@ that a row that comes again costs no second forward pass. The loss head adds the
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import sys
 import warnings
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kedit_train.core.cache.hidden_state_store import RowStore
+from kedit_train.core.cache.hidden_state_store import HiddenStateStore
+from kedit_train.core.cache.sequence_keys import forward_keys
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -58,7 +58,7 @@ class BatchAnchor:
         self.run, self.head = run, run.head()
         self.weight, self.dtype = weight, dtype
         self.direction: Direction = direction
-        self.kept = RowStore(sys.maxsize if memory is None else memory, folder)
+        self.kept = HiddenStateStore(sys.maxsize if memory is None else memory, folder)
         self.rows = self.hits = 0
         self.seen_at = -1
         self._project_reference = run.reference_head()
@@ -73,7 +73,7 @@ class BatchAnchor:
         given = inspect.signature(self.head.model.forward).bind_partial(*args).arguments if args else {}
         inputs = {k: v for k, v in {**given, **kwargs}.items() if k not in _BESIDE and v is not None}
         inputs = {name: _per_row(name, value, len(labels)) for name, value in inputs.items()}
-        keys = _keys(inputs, labels)
+        keys = forward_keys(inputs, labels)
         missing = [i for i, key in enumerate(keys) if key not in self.kept and key not in keys[:i]]
         self.rows, self.hits = self.rows + len(keys), self.hits + len(keys) - len(missing)
         fresh = self._take(inputs, labels, missing) if missing else {}
@@ -143,31 +143,3 @@ def _per_row(name: str, value: Any, rows: int) -> Any:
         f"KLLocality(texts='batch'): the model is called with {name} of shape {tuple(value.shape)} for {rows} rows, so "
         "what belongs to which row is unknown; leave that argument out, or give texts"
     )
-
-
-def _keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
-    """For each row a hash of all that its answers depend on, wherever it stands and however far it is padded."""
-    mask = inputs.get("attention_mask")
-    real = mask.cpu() != 0 if isinstance(mask, Tensor) and mask.shape == labels.shape else torch.ones(labels.shape) > 0
-    own = {name: value.cpu() for name, value in inputs.items() if isinstance(value, Tensor)}
-    plain = str(sorted((name, value) for name, value in inputs.items() if name not in own))
-    labels = labels.cpu()
-    keys = []
-    for i, held in enumerate(real):
-        supervised = labels[i, 1:] != IGNORE_INDEX
-        if bool((supervised & ~(held[1:] & held[:-1])).any()):
-            # Predicted from padding: then the padding counts.
-            held = torch.ones_like(held)
-        digest = hashlib.blake2b(plain.encode(), digest_size=16)
-        if "position_ids" not in inputs:
-            # Models that count positions from the row's start see padding on the left.
-            digest.update(str(int(held.int().argmax())).encode())
-        for name, value in sorted({**own, "labels": labels}.items()):
-            if value.shape[:2] == real.shape:
-                value = value[i][held]
-            elif len(real) > 1:
-                value = value[i]
-            digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        keys.append(digest.hexdigest())
-    return keys

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kedit_train.core.cache.sequence_keys import real_tokens, supervised_keys
 from kedit_train.functional.labels import IGNORE_INDEX
 
 
@@ -53,10 +53,9 @@ class ActiveRows:
         if not isinstance(ids, Tensor) or len(labels) < 2 or not rows:
             self._keys = []
             return dict(kwargs), Left()
-        mask = kwargs.get("attention_mask")
-        real = mask if isinstance(mask, Tensor) and mask.shape == labels.shape else torch.ones_like(labels)
-        keys = _keys(ids, labels, real)
-        sizes = real.bool().sum(1).tolist()
+        real = real_tokens(kwargs.get("attention_mask"), labels)
+        keys = supervised_keys(ids, labels, real)
+        sizes = real.sum(1).tolist()
         kept = [i for i, key in enumerate(keys) if not self._rests(key)]
         supervised = (labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()
         self.rows += len(keys)
@@ -70,7 +69,7 @@ class ActiveRows:
         self._keys = [] if silent else [keys[i] for i in kept]
         if len(kept) == len(keys):
             return dict(kwargs), Left()
-        columns = real[kept].bool().any(0).nonzero().squeeze(-1)
+        columns = real[kept].any(0).nonzero().squeeze(-1)
         span = slice(int(columns[0]), int(columns[-1]) + 1)
         chosen = {
             name: (value[kept][:, span] if value.shape[:2] == labels.shape else value[kept])
@@ -129,11 +128,3 @@ class Left:
     def __init__(self, seen: Sequence[Seen] = ()) -> None:
         self.seen = seen
         self.tokens, self.rows = sum(row.tokens for row in seen), len(seen)
-
-
-def _keys(ids: Tensor, labels: Tensor, real: Tensor) -> list[str]:
-    rows = zip(ids.cpu(), labels.cpu(), real.cpu().bool(), strict=True)
-    return [
-        blake2b(torch.stack([row[held], target[held]]).numpy().tobytes(), digest_size=16).hexdigest()
-        for row, target, held in rows
-    ]
