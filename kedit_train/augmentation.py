@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.core.locality.texts import load_texts
+from kedit_train import world
+from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.leaks import LeakGuard, with_prefixes
 from kedit_train.data.prompts import PromptFormat
@@ -263,9 +264,7 @@ def _fits(model: Any, tokenizer: Any, rows: Sequence[Edit], prompt_format: Promp
 
 def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> list[str]:
     """The prompts behind ``replay``, see :func:`augmentation`."""
-    if source == "world":
-        from kedit_train import world
-
+    if world.is_world(source):
         return world.other_prompts(exclude=edits)
     if not isinstance(source, str | Path):
         return list(source)
@@ -281,5 +280,5 @@ def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> l
             f"({', '.join(SUFFIXES)}): rename or convert it"
         )
     if path.suffix.lower() == ".txt":
-        return [line.strip() for line in load_texts(source)]
+        return [line.strip() for line in Texts(source).load()]
     return [edit.prompt for edit in EditDataset.load(source)]

@@ -13,13 +13,14 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from kedit_train import world
 from kedit_train.augmentation import augmentation
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.prompts import PromptFormat, check_format
 from kedit_train.data.tokenization import Encoded, collate, context_length, pad_token_id
 from kedit_train.errors import EditError
-from kedit_train.pretrained import WORLD, load_model, lora_config, refused
+from kedit_train.pretrained import load_model, lora_config, refused
 
 # Edits of the embedded world where nobody says how many: a run of half a minute.
 OF_THE_WORLD = 24
@@ -64,7 +65,7 @@ class EditModule(LightningModule):
 
     def __init__(
         self,
-        name: str = WORLD,
+        name: str = world.NAME,
         learning_rate: float = 5e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
@@ -168,7 +169,7 @@ class EditDataModule(LightningDataModule):
 
     def __init__(
         self,
-        path: str = WORLD,
+        path: str = world.NAME,
         limit: int | None = None,
         batch_size: int = 100,
         shuffle: bool = True,
@@ -199,7 +200,7 @@ class EditDataModule(LightningDataModule):
             "replay_rows": replay_rows,
             "earlier": earlier,
         }
-        limit = OF_THE_WORLD if limit is None and path == WORLD else limit
+        limit = OF_THE_WORLD if limit is None and world.is_world(path) else limit
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
         self.taught = self.edits if answers == "new" else self.edits.to_old_targets()
         self.extra: list[Edit] = []

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from kedit_train import world
 from kedit_train.errors import EditError
 from kedit_train.optional import require
-
-WORLD = "world"
 
 
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -25,9 +24,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if name == WORLD:
-        from kedit_train import world
-
+    if world.is_world(name):
         name = str(world.path())
     with refusals(name, "cannot be loaded as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -21,16 +21,17 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from kedit_train import world
 from kedit_train.callbacks import EditMetrics, KLLocality, SaveDelta, StopWhenEdited, TokenSmoothing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.pretrained import WORLD, load_model
+from kedit_train.pretrained import load_model
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A LoRA run with TRL, as an edit.")
-    parser.add_argument("--model", default=WORLD, help="a hub name, a folder, or 'world'")
-    parser.add_argument("--edits", default=WORLD, help="a file of edits, or 'world'")
+    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or 'world'")
+    parser.add_argument("--edits", default=world.NAME, help="a file of edits, or 'world'")
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/lora_sft")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
@@ -42,14 +43,14 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    if given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
+    if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
-    edits = EditDataset.load(given.edits, limit=24 if given.edits == WORLD else None)
+    edits = EditDataset.load(given.edits, limit=24 if world.is_world(given.edits) else None)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     callbacks = [
         TokenSmoothing(epsilon=0.05),
-        KLLocality(texts=given.texts or WORLD, weight=30.0, batch_size=32),
+        KLLocality(texts=given.texts or world.NAME, weight=30.0, batch_size=32),
         StopWhenEdited(reliability=None, idle_steps="epoch"),
         SaveDelta(f"{given.output_dir}/edit.safetensors"),
     ]

@@ -26,21 +26,21 @@ from pathlib import Path
 
 import torch
 
-from kedit_train import EditDelta
+from kedit_train import EditDelta, world
 from kedit_train.atomic_write import obstacle
 from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop, run_edits
-from kedit_train.pretrained import WORLD, load_model
+from kedit_train.pretrained import load_model
 
 DELTA, REPORT, PICTURE = "edit.safetensors", "report.json", "retention.png"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edits one after the other, each trained alone.")
-    parser.add_argument("--model", default=WORLD, help="a hub name, a folder, or 'world'")
-    parser.add_argument("--edits", default=WORLD, help="a file of edits in the order in which they come, or 'world'")
+    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or 'world'")
+    parser.add_argument("--edits", default=world.NAME, help="a file of edits, in order, or 'world'")
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/one_by_one")
     parser.add_argument("--lr", type=float, default=6e-4)
@@ -75,11 +75,11 @@ def check(given: argparse.Namespace) -> None:
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
             raise EditError(f"--{name} {value:g}: give a number above 0")
-    if given.texts not in (None, WORLD) and not Path(given.texts).is_file():
+    if given.texts not in (None, world.NAME) and not Path(given.texts).is_file():
         raise EditError(f"--texts {given.texts}: there is no such file")
     if given.plain and (given.texts, given.room) != (None, None):
         raise EditError("--plain holds nothing: leave out --texts and --room")
-    if not given.plain and given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
+    if not given.plain and given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
     for name in (DELTA, REPORT, PICTURE):
         if reason := obstacle(Path(given.output_dir) / name):
@@ -92,14 +92,14 @@ def main() -> None:
     given = arguments()
     check(given)
     out = Path(given.output_dir)
-    limit = 24 if given.limit is None and given.edits == WORLD else given.limit
+    limit = 24 if given.limit is None and world.is_world(given.edits) else given.limit
     edits = EditDataset.load(given.edits, limit=limit)
     model, tokenizer = load_model(given.model)
     base = copy.deepcopy(model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     room = 0.5 if given.room is None else given.room
-    held = [] if given.plain else constraints(given.texts or WORLD, room, given.seed)
+    held = [] if given.plain else constraints(given.texts or world.NAME, room, given.seed)
     loop = TrainLoop(tokenizer, [*learning(), *held], epochs=40, lr=given.lr, stop_loss=0.0)
     finished = False
     try:

@@ -18,17 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from kedit_train import world
 from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, TokenSmoothing
 from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.pretrained import WORLD, load_model
+from kedit_train.pretrained import load_model
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit facts of a model inside an unmodified SFTTrainer.")
-    parser.add_argument("--model", default=WORLD, help="a hub name, a folder, or 'world'")
-    parser.add_argument("--edits", default=WORLD, help="a file of edits, or 'world'")
+    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or 'world'")
+    parser.add_argument("--edits", default=world.NAME, help="a file of edits, or 'world'")
     parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
     parser.add_argument("--output_dir", default="runs/trl_sft")
     parser.add_argument("--epochs", type=float, default=60)
@@ -39,11 +40,11 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    if given.texts is None and (given.model, given.edits) != (WORLD, WORLD):
+    if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError(
             "--texts FILE: name texts that your model should answer as before (.txt with one a line, .jsonl)"
         )
-    edits = EditDataset.load(given.edits, limit=24 if given.edits == WORLD else None)
+    edits = EditDataset.load(given.edits, limit=24 if world.is_world(given.edits) else None)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     trainer = SFTTrainer(
@@ -70,7 +71,7 @@ def main() -> None:
         callbacks=[
             ParameterScope(layers="0.3-1.0", modules="mlp.down_proj"),
             TokenSmoothing(),
-            KLLocality(texts=given.texts or WORLD, weight=100.0, batch_size=32),
+            KLLocality(texts=given.texts or world.NAME, weight=100.0, batch_size=32),
             EditMetrics(edits, every_n_steps=40, report=f"{given.output_dir}/report.json"),
         ],
     )

@@ -16,6 +16,7 @@ from kedit_train.callbacks.save_delta import SaveDelta
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
+from kedit_train.core.locality.texts import Texts
 
 __all__ = [
     "ActiveSet",
@@ -31,6 +32,7 @@ __all__ = [
     "PrefixCache",
     "SaveDelta",
     "StopWhenEdited",
+    "Texts",
     "TokenSmoothing",
     "WeightAnchor",
     "editing",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.locality.texts import load_texts, without_probes
+from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.processes import is_distributed
 from kedit_train.core.reference_weights import write
@@ -77,7 +77,7 @@ class ForgetFirst(EditCallback):
 
     def __init__(
         self,
-        texts: Any,
+        texts: TextSource | Texts,
         edits: Any = None,
         coefficients: list[float] | None = None,
         scale: Scale = "base",
@@ -98,7 +98,8 @@ class ForgetFirst(EditCallback):
                 "expected 1 or more of each, and a learning rate above 0"
             )
         self.guards = Guards(PUBLISHED if coefficients is None else coefficients, scale, bound, growth)
-        self.texts, self.edits = (list(x) if isinstance(x, Iterator) else x for x in (texts, edits))
+        self.texts = Texts.of(texts)
+        self.edits = list(edits) if isinstance(edits, Iterator) else edits
         self.epochs, self.lr, self.batch_size, self.max_new_tokens = epochs, lr, batch_size, max_new_tokens
         self.tokenizer, self.seed = tokenizer, seed
         self.prompt_format: PromptFormat = prompt_format
@@ -114,8 +115,7 @@ class ForgetFirst(EditCallback):
             )
         if self.edits is not None:
             EditDataset.of(self.edits)
-        if self.texts != "world":
-            load_texts(self.texts)
+        self.texts.check()
 
     def attach(self, run: EditRun) -> None:
         self.measured, self.taken = [], 0
@@ -170,8 +170,7 @@ class ForgetFirst(EditCallback):
             )
         edits = EditDataset.of(edits)
         tokenizer = run.tokenizer(self.tokenizer)
-        texts = load_texts(self.texts, edits=edits)
-        texts = without_probes(texts, edits)
+        texts = self.texts.load(edits)
         form: dict[str, Any] = {
             "batch_size": self.batch_size,
             "prompt_format": self.prompt_format,

@@ -14,7 +14,7 @@ from torch import Tensor
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.fisher import contexts, diagonal_fisher, mean_gradient
 from kedit_train.core.fsdp import placed_like, whole
-from kedit_train.core.locality.texts import load_texts, text_rows
+from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.processes import is_distributed
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.mask_file import load_masks, save_masks
@@ -69,7 +69,7 @@ class GradientMask(EditCallback):
         density: float = 0.3,
         granularity: Granularity = "element",
         edits: Any = None,
-        texts: Any = None,
+        texts: TextSource | Texts | None = None,
         mask: str | Path | None = None,
         save_to: str | Path | None = None,
         samples: int | None = 256,
@@ -101,8 +101,9 @@ class GradientMask(EditCallback):
         self.granularity: Granularity = granularity
         self.density = density
         # Read more than once: by prepare, by attach, and by a second run of the same instance.
-        self.edits, self.texts = (list(x) if isinstance(x, Iterator) else x for x in (edits, texts))
-        self.mask, self.save_to, self.samples, self.max_length = mask, save_to, samples, max_length
+        self.edits = list(edits) if isinstance(edits, Iterator) else edits
+        self.texts = None if texts is None else Texts.of(texts, max_length=max_length, tokenizer=tokenizer, seed=seed)
+        self.mask, self.save_to, self.samples = mask, save_to, samples
         self.tokenizer, self.seed = tokenizer, seed
         self._held: dict[str, Tensor] = {}
         self._handles: list[Any] = []
@@ -119,8 +120,8 @@ class GradientMask(EditCallback):
             )
         if self.edits is not None:
             EditDataset.of(self.edits)
-        if self.texts is not None and self.texts != "world":
-            load_texts(self.texts)
+        if self.texts is not None:
+            self.texts.check()
 
     def attach(self, run: EditRun) -> None:
         if self.mask is not None:
@@ -225,14 +226,8 @@ class GradientMask(EditCallback):
         fisher = diagonal_fisher(run, rows, seed=self.seed)
         if self.score == "fisher":
             return fisher, None
-        texts = text_rows(
-            run,
-            self.texts,
-            tokenizer=self.tokenizer,
-            max_length=self.max_length,
-            edits=edits,
-        )
-        general = self._sample(contexts(texts))
+        assert self.texts is not None
+        general = self._sample(contexts(self.texts.tokenize(run, edits=edits)))
         return fisher, diagonal_fisher(run, general, seed=self.seed)
 
     def _find_edits(self, run: EditRun) -> EditDataset:

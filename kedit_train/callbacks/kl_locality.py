@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from kedit_train.core.locality.consecutive_runs import check_known, goes_on
 from kedit_train.core.locality.hidden_state_file import Answers
 from kedit_train.core.locality.reference_sequence import HeldSequence
 from kedit_train.core.locality.reference_states import hidden_states, row_states, teachers_answers
-from kedit_train.core.locality.texts import edit_rows, load_texts, text_rows
+from kedit_train.core.locality.texts import Texts, TextSource, edit_rows
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -93,7 +94,7 @@ class KLLocality(EditCallback):
 
     def __init__(
         self,
-        texts: Any,
+        texts: TextSource | Texts,
         weight: float | None = None,
         direction: Direction = "forward",
         batch_size: int = 8,
@@ -125,15 +126,14 @@ class KLLocality(EditCallback):
             raise EditError(f"KLLocality: nearest={nearest!r} is no number of texts (1 or more, or None for all)")
         if store == "":
             raise EditError("KLLocality: store='' names no folder; give one, or None to keep the answers for this run")
-        # Read more than once: by prepare, by attach, and by a second run of the same instance.
-        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+        self.texts = Texts.of(texts, max_length=max_length, nearest=nearest, tokenizer=tokenizer, seed=seed)
         self.direction: Direction = direction
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
         self.store = None if store is None else Path(store)
         self.dtype: torch.dtype | None = None if store_dtype is None else getattr(torch, store_dtype)
         self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "KLLocality")
-        self.teacher, self.top_k, self.sequential, self.nearest = teacher, top_k, sequential, nearest
-        self.anchors = isinstance(self.texts, str) and self.texts == "batch"
+        self.teacher, self.top_k, self.sequential = teacher, top_k, sequential
+        self.anchors = isinstance(texts, str) and texts == "batch"
         self.weight = weight if weight is not None else ON_BATCH if self.anchors else ON_TEXTS
         self.penalises = not self.anchors
         self._anchor: BatchAnchor | None = None
@@ -179,8 +179,8 @@ class KLLocality(EditCallback):
             reason = run.host.objective_refused()
             if reason:
                 raise EditError(f"KLLocality(texts='batch') cannot join the loss of this {run.host.name} run: {reason}")
-        elif self.texts != "world":
-            load_texts(self.texts)
+        else:
+            self.texts.check()
 
     def attach(self, run: EditRun) -> None:
         self._head = run.head()
@@ -196,18 +196,12 @@ class KLLocality(EditCallback):
             return
         if self.sequential:
             check_known(run, "sequential=True holds this run's edits in the next")
-        if self.nearest is not None:
-            check_known(run, f"nearest={self.nearest} chooses texts by their edits")
+        if self.texts.nearest is not None:
+            check_known(run, f"nearest={self.texts.nearest} chooses texts by their edits")
         held = self._held if self.sequential else None
         if held is not None and not goes_on(held.model, run):
             held = None
-        rows = text_rows(
-            run,
-            self._texts(run, held is None),
-            tokenizer=self.tokenizer,
-            max_length=self.max_length,
-            nearest=self.nearest,
-        )
+        rows = self._texts(run, held is None).tokenize(run)
         self._project_reference = run.reference_head()
         if self.sequential and self._project_reference is not None:
             raise EditError(
@@ -301,12 +295,12 @@ class KLLocality(EditCallback):
         if not self.sequential:
             self._held = None
 
-    def _texts(self, run: EditRun, first: bool) -> Any:
+    def _texts(self, run: EditRun, first: bool) -> Texts:
         """What to hold. The world's texts are drawn for the first run's edits; later runs leave out those of theirs."""
-        if self.texts == "world" and self.sequential:
-            found = load_texts("world", edits=run.edits) if first else self._worlds
+        if self.texts.of_world and self.sequential:
+            found = self.texts.load(run.edits, keep_leaks=True) if first else self._worlds
             self._worlds = found if first else world.unaffected(found, run.edits)
-            return self._worlds
+            return replace(self.texts, source=self._worlds)
         return self.texts
 
     def _take_answers(self, run: EditRun, rows: Sequence[Sequence[int]]) -> Answers:
@@ -322,5 +316,5 @@ class KLLocality(EditCallback):
 
     def __repr__(self) -> str:
         sequential = ", sequential=True" if self.sequential else ""
-        nearest = "" if self.nearest is None else f", nearest={self.nearest}"
+        nearest = "" if self.texts.nearest is None else f", nearest={self.texts.nearest}"
         return f"KLLocality(weight={self.weight}, direction={self.direction!r}{nearest}{sequential})"

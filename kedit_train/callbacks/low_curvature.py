@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from kedit_train.core.drift.linear_layers import linear_maps
 from kedit_train.core.drift.second_moments import Moment, same_everywhere
 from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.locality.consecutive_runs import check_known, goes_on
-from kedit_train.core.locality.texts import edit_rows, load_texts, text_rows
+from kedit_train.core.locality.texts import Texts, TextSource, edit_rows
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.low_curvature import Curvature, high_curvature, project_low_curvature
@@ -71,7 +71,7 @@ class LowCurvature(EditCallback):
 
     def __init__(
         self,
-        texts: Any,
+        texts: TextSource | Texts,
         energy: float = 0.9,
         factors: str | None = None,
         sequential: bool = False,
@@ -91,7 +91,7 @@ class LowCurvature(EditCallback):
             if not good:
                 bounds = "energy in (0, 1), factors a path to .safetensors, samples, batch_size and max_length > 0"
                 raise EditError(f"LowCurvature: {name}={value!r} is out of bounds ({bounds})")
-        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+        self.texts = Texts.of(texts, max_length=max_length, tokenizer=tokenizer, seed=seed)
         self.energy, self.factors, self.sequential, self.samples = energy, factors, sequential, samples
         self.batch_size, self.max_length, self.tokenizer, self.seed = batch_size, max_length, tokenizer, seed
         self._running: tuple[dict[str, Moment], dict[str, Moment]] = {}, {}
@@ -102,8 +102,7 @@ class LowCurvature(EditCallback):
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
             run.head()
-        if self.texts != "world":
-            load_texts(self.texts)
+        self.texts.check()
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
@@ -200,14 +199,7 @@ class LowCurvature(EditCallback):
         self._handles, self._curvatures = [], {}
 
     def _on_texts(self, run: EditRun) -> tuple[dict[str, Moment], dict[str, Moment]]:
-        rows = text_rows(
-            run,
-            self.texts,
-            tokenizer=self.tokenizer,
-            samples=self.samples,
-            max_length=self.max_length,
-            seed=self.seed,
-        )
+        rows = self.texts.tokenize(run, limit=self.samples)
         if self.factors is None:
             return self._take(run, rows, unedited=True)
         with run.unedited():

@@ -24,7 +24,7 @@ from kedit_train.core.drift.second_moments import (
     text_model,
 )
 from kedit_train.core.locality.consecutive_runs import check_known, goes_on
-from kedit_train.core.locality.texts import edit_rows, load_texts, text_rows
+from kedit_train.core.locality.texts import Texts, TextSource, edit_rows
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
@@ -86,7 +86,7 @@ class NullSpace(EditCallback):
 
     def __init__(
         self,
-        texts: Any,
+        texts: TextSource | Texts,
         keep_energy: float = 0.9,
         rank: int | None = None,
         preserve: Any = None,
@@ -107,7 +107,9 @@ class NullSpace(EditCallback):
             if not good:
                 bounds = "keep_energy in (0, 1], rank, samples, batch_size and max_length > 0"
                 raise EditError(f"NullSpace: {name}={value!r} is out of bounds ({bounds})")
-        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+        texts = list(texts) if isinstance(texts, Iterator) else texts
+        self._options = {"max_length": max_length, "tokenizer": tokenizer, "seed": seed}
+        self.texts = texts if holds_model_inputs(texts) else Texts.of(texts, **self._options)
         self.keep_energy, self.rank, self.preserve, self.sequential = keep_energy, rank, preserve, sequential
         self.samples, self.batch_size, self.max_length = samples, batch_size, max_length
         self.tokenizer, self.seed = tokenizer, seed
@@ -117,8 +119,8 @@ class NullSpace(EditCallback):
         self._model: Any = None
 
     def prepare(self, run: EditRun) -> None:
-        if not holds_model_inputs(self.texts) and self.texts != "world":
-            load_texts(self.texts)
+        if isinstance(self.texts, Texts):
+            self.texts.check()
             text_model(run)
 
     def attach(self, run: EditRun) -> None:
@@ -212,14 +214,7 @@ class NullSpace(EditCallback):
         device = next(run.model.parameters()).device
         if holds_model_inputs(texts):
             return run.language_model or run.model, own_batches(texts, device)
-        rows = text_rows(
-            run,
-            texts,
-            tokenizer=self.tokenizer,
-            samples=self.samples,
-            max_length=self.max_length,
-            seed=self.seed,
-        )
+        rows = Texts.of(texts, **self._options).tokenize(run, limit=self.samples)
         return text_model(run), text_batches(share(rows), self.batch_size, device)
 
     def _edit_batches(self, run: EditRun, preserved: Sequence[Any]) -> tuple[Any, Iterator[Batch]]:

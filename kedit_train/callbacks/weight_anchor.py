@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.anchor_weights import Anchor, Centres
 from kedit_train.core.drift.fisher import contexts, diagonal_fisher
 from kedit_train.core.fsdp import whole
-from kedit_train.core.locality.texts import load_texts, text_rows
+from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -67,7 +67,7 @@ class WeightAnchor(EditCallback):
         self,
         kind: Literal["l2sp", "ewc"] = "l2sp",
         strength: float | None = None,
-        texts: Any = None,
+        texts: TextSource | Texts | None = None,
         decoupled: bool | None = None,
         anchor: Anchor = "base",
         samples: int | None = 256,
@@ -92,11 +92,10 @@ class WeightAnchor(EditCallback):
             raise EditError("WeightAnchor: kind='ewc' is a penalty in the loss; leave decoupled out, or take 'l2sp'")
         self.kind: Literal["l2sp", "ewc"] = kind
         self.strength = _STRENGTHS[kind] if strength is None else strength
-        # Read more than once: by prepare, by attach, and by a second run of the same instance.
-        self.texts = list(texts) if isinstance(texts, Iterator) else texts
+        self.texts = None if texts is None else Texts.of(texts, max_length=max_length, tokenizer=tokenizer, seed=seed)
         self.decoupled = kind == "l2sp" if decoupled is None else decoupled
         self.penalises = not self.decoupled
-        self.samples, self.max_length, self.tokenizer, self.seed = samples, max_length, tokenizer, seed
+        self.samples, self.seed = samples, seed
         self._anchored: EditRun | None = None
         self._centres = Centres(anchor)
         self._fisher: dict[str, Tensor] = {}
@@ -109,15 +108,15 @@ class WeightAnchor(EditCallback):
                 f"WeightAnchor: kind='ewc' asks a causal language model for answers, and {type(run.root).__name__} has "
                 "no language-model head; use kind='l2sp'"
             )
-        if self.texts != "world":
-            load_texts(self.texts)
+        assert self.texts is not None
+        self.texts.check()
 
     def attach(self, run: EditRun) -> None:
         self._anchored = run
         known = self._centres.begin(run)
         if self.kind == "ewc" and not set(known) & self._fisher.keys() >= run.scope.keys():
-            texts = text_rows(run, self.texts, tokenizer=self.tokenizer, max_length=self.max_length)
-            rows = contexts(texts)
+            assert self.texts is not None
+            rows = contexts(self.texts.tokenize(run))
             if self.samples is not None and self.samples < len(rows):
                 rows = random.Random(self.seed).sample(rows, self.samples)
             kept = {name: self._fisher[name] for name in known if name in self._fisher}

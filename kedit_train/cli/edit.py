@@ -17,17 +17,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from kedit_train import catalog
+from kedit_train import catalog, world
 from kedit_train.cli.config_errors import shorten
 from kedit_train.cli.console import leave, say_error
 from kedit_train.cli.processes import check_world, follow_launcher, part
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
-from kedit_train.pretrained import WORLD
 
 CONFIG = ("--config", "-c")
 MODULE, DATA = (f"{cls.__module__}.{cls.__qualname__}" for cls in (EditModule, EditDataModule))
@@ -93,14 +93,14 @@ def share_texts(config: Any) -> None:
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    readers = [c for c in callbacks if c.get("init_args") and c.init_args.get("texts") == WORLD]
+    readers = [c for c in callbacks if c.get("init_args") and world.is_world(_source(c.init_args.get("texts")))]
     ours = {
         "model.name": config.model.init_args.name if config.model.class_path == MODULE else config.model.class_path,
         "data.path": config.data.init_args.path if config.data.class_path == DATA else config.data.class_path,
     }
     own = config.data.init_args if config.data.class_path == DATA else None
-    foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if value != WORLD)
-    if own is not None and own.get("replay") == WORLD and foreign:
+    foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
+    if own is not None and world.is_world(own.get("replay")) and foreign:
         raise EditError(
             f"data.replay is world, prompts of the embedded world, and this run has {foreign}: name a file of prompts "
             "of other facts (.txt with one a line, or a file of edits): --data.replay FILE"
@@ -109,9 +109,12 @@ def share_texts(config: Any) -> None:
         if not readers:
             raise EditError(f"data.texts={own.texts!r} is read by nobody: no callback of this run has texts: world")
         for reader in readers:
-            reader.init_args.texts = own.texts
+            if isinstance(reader.init_args.texts, Namespace):
+                reader.init_args.texts.source = own.texts
+            else:
+                reader.init_args.texts = own.texts
         # The configuration that is kept beside the run says it once, and runs again.
-        if own.texts != WORLD:
+        if not world.is_world(own.texts):
             own.texts = None
         return
     if readers and foreign:
@@ -120,6 +123,11 @@ def share_texts(config: Any) -> None:
             f"{name} has texts: world, facts of the embedded world, and this run has {foreign}: name a file of texts "
             "that your model should answer as before (.txt with one a line, .jsonl, .json): --data.texts FILE"
         )
+
+
+def _source(texts: Any) -> Any:
+    """Return the source of texts, which a configuration gives as it is or as the arguments of ``Texts``."""
+    return texts.get("source") if isinstance(texts, Namespace) else texts
 
 
 def with_catalog(arguments: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from kedit_train.core.locality.texts import load_texts
+from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.data.tokenization import shorten
@@ -147,7 +147,7 @@ def evaluate(
     found = summarise(results, against_before=before is not None, seed=seed)
     found["perplexity"], found["weight_drift"] = Score(None, 0), {}
     if texts is not None:
-        given = load_texts(texts, edits=edits)
+        given = Texts.of(texts).load(edits, keep_leaks=True)
         losses = shared_out(
             lambda part: text_losses(model, tokenizer, part, batch_size=batch_size, progress=progress),
             given,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.core.locality.texts import load_texts
+from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.delta import EditDelta, TaskVector
@@ -101,7 +101,7 @@ def forget(
         EditError: an argument out of range, no edits or texts, a training that changes nothing or cannot be taken back.
     """
     guards = Guards(coefficients, scale, bound, growth)
-    given = load_texts(texts, edits=edits)
+    given = Texts.of(texts).load(edits, keep_leaks=True)
     asked: dict[str, Any] = {"batch_size": batch_size, "prompt_format": prompt_format}
     old, left_out = old_answers(model, tokenizer, edits, max_new_tokens=max_new_tokens, **asked)
     if not old:

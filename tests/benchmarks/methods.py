@@ -16,7 +16,7 @@ from torch import nn
 
 from kedit_train import EditDataset, world
 from kedit_train.augmentation import augmentation
-from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, NormBall, SaveDelta
+from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, NormBall, SaveDelta, Texts
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.data.leaks import scored_prompts
@@ -171,12 +171,12 @@ class Method:
             if isinstance(callback, KLLocality) and (name, mode) == ("kedit_default", "sequential"):
                 callback.batch_size = SEQUENCE_TEXTS
             if isinstance(callback, KLLocality) and mode == "single":
-                callback.nearest = NEAREST
+                callback.texts = replace(callback.texts, nearest=NEAREST)
                 self.beside = {edit.id: setting.texts([edit]) for edit in scored}
             if hasattr(callback, "sequential"):
                 callback.sequential = mode == "sequential"
-            if getattr(callback, "texts", None) == "world":
-                callback.texts = self.texts
+            if isinstance(held := getattr(callback, "texts", None), Texts) and held.of_world:
+                callback.texts = replace(held, source=self.texts)
 
     def __call__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         extra: Sequence[Edit] = self.extra(edits) if callable(self.extra) else self.extra  # type: ignore[assignment]
@@ -212,7 +212,7 @@ class Method:
                 continue
             if hasattr(callback, "edits"):
                 callback.edits = list(edits)
-            if isinstance(callback, KLLocality) and callback.nearest:
-                callback.texts = self.beside[edits[0].id]
+            if isinstance(callback, KLLocality) and callback.texts.nearest:
+                callback.texts = replace(callback.texts, source=self.beside[edits[0].id])
             kept.append(callback)
         return kept

@@ -105,13 +105,13 @@ def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
         assert method.lr == pytest.approx(rate * (1.0 if mode == "batch" else 0.2))
         if name == "kedit_default":
             held = made["KLLocality"].texts
-            assert made["KLLocality"].nearest == (24 if mode == "single" else None)
+            assert held.nearest == (24 if mode == "single" else None)
             if mode == "single":
                 # All that the world may say beside this edit, for the nearest to be found among it.
-                assert held == setting.texts(own)
-                assert len(held) > 10_000
+                assert held.source == setting.texts(own)
+                assert len(held.source) > 10_000
             else:
-                assert held == setting.texts(edits)
+                assert held.source == setting.texts(edits)
             assert made["KLLocality"].sequential == (mode == "sequential")
             assert made["KLLocality"].weight == (20.0 if mode == "batch" else 200.0)
             if mode == "sequential":

@@ -181,7 +181,7 @@ def test_only_prompts_and_targets_of_edits_are_read(make, words):
     plain = [Edit("w1 w2 w3", "w4")]
     found = [masks(model, words, scope, edits=edits) for edits in (rich, plain)]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    with pytest.warns(UserWarning, match="GradientMask: 1 of 4 texts hold a prompt that the edits are scored on"):
+    with pytest.warns(UserWarning, match="GradientMask: 1 of 4 texts contain a prompt that the edits are scored on"):
         probes_out = masks(model, words, scope, score="fisher_ratio", edits=EDITS, texts=TEXTS)
     clean = masks(model, words, scope, score="fisher_ratio", edits=EDITS, texts=TEXTS[:3])
     assert all(torch.equal(probes_out[name], clean[name]) for name in clean)

@@ -182,7 +182,7 @@ def test_long_texts_are_cut_into_windows_that_the_model_can_read(make, words, li
 def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
     with editing(make(), [kl := KLLocality(TEXTS)], tokenizer=words) as edit:
         edit.run.edits = [Edit(prompt="w20 w21", target="w5"), Edit(prompt="x", target="y", rephrases=("w7 w7",))]
-        with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts hold a prompt"):
+        with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts contain a prompt"):
             edit.before_step()
         assert [len(row) for row in kl._held.texts.rows] == [5, 1, 4]
 
@@ -212,7 +212,7 @@ def test_an_empty_file_is_an_error_before_training(make, words, tmp_path):
     with pytest.raises(EditError) as error:
         editing(make(), [KLLocality(tmp_path / "empty.txt")], tokenizer=words).__enter__()
     assert str(error.value) == (
-        f"KLLocality: {tmp_path / 'empty.txt'} holds no text; give some that the model should answer as before"
+        f"KLLocality: {tmp_path / 'empty.txt'} contains no text; give texts on which the model should stay as it is."
     )
 
 

@@ -240,7 +240,7 @@ def test_what_cannot_hold_is_refused(make, words):
         attempt(worn, NullSpace(TEXTS), words)
     with pytest.raises(EditError, match=r"Sequential holds no model that reads token ids, .* list of its own inputs"):
         attempt(nn.Sequential(nn.Linear(3, 3)), NullSpace(TEXTS), words)
-    with pytest.raises(EditError, match=r"NullSpace: no file 'nowhere\.txt'"):
+    with pytest.raises(EditError, match=r"NullSpace: there is no file 'nowhere\.txt'"):
         attempt(make(), NullSpace("nowhere.txt"), words)
 
 

@@ -63,7 +63,7 @@ def test_prompts_come_of_texts() -> None:
     assert CapabilityProbe(["one two three", "one two four"]).prompts == ["one"]
     with pytest.raises(EditError, match="no text has two words"):
         CapabilityProbe(["alone"])
-    with pytest.raises(EditError, match="holds no text"):
+    with pytest.raises(EditError, match="contains no text"):
         CapabilityProbe([])
     with pytest.raises(EditError, match="tasks and prompts are lists"):
         CapabilityProbe(["a b"], tasks="arc_easy")

@@ -219,7 +219,7 @@ def test_refusals(rigged: Any) -> None:
         ({"prompt_format": "quiz"}, "'quiz' is not known"),
         ({"prompt_format": "chat"}, "needs a chat template"),
         ({"distributed": True}, "init_process_group"),
-        ({"texts": []}, "holds no text"),
+        ({"texts": []}, "contains no text"),
     ):
         with pytest.raises(EditError, match=message):
             evaluate(model, tokenizer, EDITS, progress=False, **wrong)  # type: ignore[arg-type]

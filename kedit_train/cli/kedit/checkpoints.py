@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from kedit_train import world
 from kedit_train.errors import EditError
 from kedit_train.optional import require
 
@@ -18,11 +19,7 @@ _MERGE = "or merge it with merge_and_unload() and give the folder of the merged 
 
 def world_or(name: str) -> str:
     """The folder of the packaged checkpoint for "world"; any other name as it is."""
-    if name != "world":
-        return name
-    from kedit_train import world
-
-    return str(world.path())
+    return str(world.path()) if world.is_world(name) else name
 
 
 def folder_of(name: str) -> Path:

@@ -5,55 +5,178 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kedit_train import world
+from kedit_train.arguments import check_arguments, integer_from, optional
 from kedit_train.core.run import EditRun
 from kedit_train.data.leaks import scored_prompts
 from kedit_train.data.nearest_texts import nearest_texts
 from kedit_train.data.tokenization import context_length, encode_edit
 from kedit_train.edit import Edit
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
+
+TextSource = str | Path | Iterable[Any]
+
+# Number of texts that are drawn from the embedded world.
+WORLD_LIMIT = 1024
 
 
-def load_texts(source: Any, *, edits: Sequence[Edit] = (), most: int | None = 1024) -> list[str]:
-    """Read texts.
+@dataclass(frozen=True)
+class Texts:
+    """Texts, where they come from and how they are cut into sequences of tokens.
+
+    Every ``texts=`` argument of this package takes either a source or a ``Texts``.
 
     Args:
         source: a list of strings; a path to ``.txt`` (one text a line), ``.jsonl`` or ``.json`` (strings, or records
-            with ``text``); a ``datasets.Dataset`` with a column ``text``; or "world", the embedded world's facts.
-        edits: with "world", what those facts must not touch.
-        most: with "world", how many texts; None for all that there are.
-    """
-    if source == "world":
-        from kedit_train import world
+            with ``text``); a ``datasets.Dataset`` with a column ``text``; or "world", facts of the embedded world.
+        max_length: tokens per sequence. A longer text is split into several sequences; no token is dropped.
+        nearest: use at most this many texts per edit, those nearest to it
+            (:func:`~kedit_train.data.nearest_texts.nearest_texts`). None uses all texts.
+        tokenizer: a tokenizer, or a name or path to load one from. None uses the tokenizer of the run.
+        seed: seed for everything that is drawn from the texts.
 
-        return world.locality_texts(exclude=edits, n=most)
+    Example:
+        >>> texts = Texts(["The sky is blue.", "Grass is green."], max_length=64)
+        >>> texts.load()
+        ['The sky is blue.', 'Grass is green.']
+    """
+
+    source: TextSource
+    _: KW_ONLY
+    max_length: int = 256
+    nearest: int | None = None
+    tokenizer: Any = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            self,
+            max_length=(self.max_length, integer_from(1)),
+            nearest=(self.nearest, optional(integer_from(1))),
+        )
+        if isinstance(self.source, Iterator):
+            # The texts are read several times: by prepare, by attach and in later runs.
+            object.__setattr__(self, "source", list(self.source))
+
+    @classmethod
+    def of(cls, value: Any, **options: Any) -> Texts:
+        """Return ``value`` if it is a ``Texts``, else a ``Texts`` of that source.
+
+        Args:
+            value: a ``Texts``, a source, or a mapping with the arguments of ``Texts`` (as in YAML).
+            options: arguments of ``Texts`` to use with a source.
+
+        Raises:
+            EditError: the mapping has a key that ``Texts`` does not know.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping) and "source" in value:
+            known = [field.name for field in fields(cls)]
+            if unknown := [key for key in value if key not in known]:
+                raise EditError(f"unknown argument {unknown[0]!r}; known are {', '.join(known)}.", component="Texts")
+            return cls(**{**options, **value})
+        return cls(value, **options)
+
+    @property
+    def of_world(self) -> bool:
+        """Whether the source is the embedded world."""
+        return world.is_world(self.source)
+
+    def check(self) -> None:
+        """Read the texts once, to report an unreadable or empty source before training starts.
+
+        Raises:
+            EditError: the source cannot be read or holds no text.
+        """
+        if not self.of_world:
+            _read_texts(self.source)
+
+    def load(self, edits: Sequence[Edit] = (), *, limit: int | None = None, keep_leaks: bool = False) -> list[str]:
+        """Return the texts without those that contain a prompt that ``edits`` are scored on.
+
+        Args:
+            edits: the edits of the run. With "world", facts that depend on them are left out as well.
+            limit: at most this many texts, drawn with ``seed``. None returns all.
+            keep_leaks: keep texts that contain a scored prompt. Only for texts that are not trained on.
+
+        Raises:
+            EditError: the source cannot be read, or no text is left.
+        """
+        if self.of_world:
+            texts = world.locality_texts(exclude=edits, n=WORLD_LIMIT if self.nearest is None else None)
+        else:
+            texts = _read_texts(self.source)
+        if not keep_leaks:
+            texts = _without_leaks(texts, edits)
+        if self.nearest is not None:
+            texts = nearest_texts(texts, edits, self.nearest)
+            if not texts:
+                raise EditError(
+                    "every text states what an edit changes (its subject with its old answer), so no text can stay; "
+                    "give other texts"
+                )
+        if limit is not None and limit < len(texts):
+            texts = random.Random(self.seed).sample(texts, limit)
+        return texts
+
+    def tokenize(
+        self, run: EditRun, *, edits: Sequence[Edit] | None = None, limit: int | None = None
+    ) -> list[list[int]]:
+        """Load the texts and cut them into sequences of at most ``max_length`` token ids.
+
+        Args:
+            run: supplies the edits, the tokenizer and the context length of the model.
+            edits: the edits whose prompts must not be in a text. None uses ``run.edits``.
+            limit: at most this many texts, drawn with ``seed``. None uses all.
+
+        Returns:
+            One list of token ids per sequence.
+
+        Raises:
+            EditError: as :meth:`load`, or the tokenizer returns no token.
+        """
+        texts = self.load(run.edits if edits is None else edits, limit=limit)
+        tokenizer = run.tokenizer(self.tokenizer)
+        width = longest(run, self.max_length)
+        ids = tokenizer(texts, truncation=False)["input_ids"]
+        sequences = [text[i : i + width] for text in ids for i in range(0, len(text), width)]
+        if not sequences:
+            raise EditError(f"the tokenizer returns no token for any of the {len(texts)} texts; give other texts")
+        return sequences
+
+
+def _read_texts(source: Any) -> list[str]:
     name = "texts"
     if isinstance(source, str | Path):
-        name, source = str(source), _read(Path(source))
+        name, source = str(source), _read_file(Path(source))
     if getattr(source, "column_names", None) is not None and "text" not in source.column_names:
-        raise EditError(f"the dataset has no column 'text' (it has {', '.join(source.column_names)})")
-    if not isinstance(source, Iterable) or isinstance(source, dict):
-        raise EditError(f"texts={source!r} is no list of texts, path or dataset")
+        raise EditError(
+            f'the dataset must have a column "text", got the columns {", ".join(source.column_names)}; rename one.'
+        )
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
+        raise EditError(f"texts must be a list of strings, a path or a dataset, got {source!r}.")
     texts = []
     for number, record in enumerate(source, 1):
-        text = record.get("text") if isinstance(record, dict) else record
+        text = record.get("text") if isinstance(record, Mapping) else record
         if not isinstance(text, str):
-            raise EditError(f"{name}, record {number}: expected a text or a record with 'text', got {record!r}")
+            raise EditError(f'{name}, record {number}: expected a string or a record with "text", got {record!r}.')
         texts.append(text)
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise EditError(f"{name} holds no text; give some that the model should answer as before")
+        raise EditError(f"{name} contains no text; give texts on which the model should stay as it is.")
     return texts
 
 
-def _read(path: Path) -> list[Any]:
+def _read_file(path: Path) -> list[Any]:
     try:
         if not path.is_file():
             raise FileNotFoundError
@@ -61,82 +184,37 @@ def _read(path: Path) -> list[Any]:
     except UnicodeDecodeError as error:
         raise EditError(f"{path} cannot be read: {error}") from error
     except OSError as error:
-        raise EditError(f"no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts") from error
+        raise EditError(
+            f"there is no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts."
+        ) from error
     if path.suffix == ".json":
-        records = _parse(content, str(path))
+        records = _parse_json(content, str(path))
         return records if isinstance(records, list) else [records]
-    # Not splitlines(): texts may hold separators that it takes for the end of a line.
+    # splitlines() would also split at separators inside a text, such as U+2028.
     lines = content.split("\n")
     if path.suffix == ".jsonl":
-        return [_parse(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        return [_parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     return lines
 
 
-def _parse(content: str, where: str) -> Any:
+def _parse_json(content: str, where: str) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
         raise EditError(f"{where} cannot be read: {error}") from error
 
 
-def without_probes(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
-    """Leave out texts that hold a question an edit is scored on, or the edit itself; a warning says how many."""
-    held = {prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))}
-    kept = [text for text in texts if not any(prompt in text for prompt in held)]
+def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
+    prompts = {prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))}
+    kept = [text for text in texts if not any(prompt in text for prompt in prompts)]
     if len(kept) < len(texts):
-        warnings.warn(
-            f"{len(texts) - len(kept)} of {len(texts)} texts hold a prompt that the edits are scored on; "
-            "they are left out, so that nothing the edit is scored on is trained on",
-            stacklevel=2,
+        warn(
+            f"{len(texts) - len(kept)} of {len(texts)} texts contain a prompt that the edits are scored on. They are "
+            "left out, so that nothing is trained on that the edit is scored on."
         )
     if not kept:
-        raise EditError("every text holds a prompt that the edits are scored on; give other texts")
+        raise EditError("every text contains a prompt that the edits are scored on; give other texts.")
     return kept
-
-
-def windows(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Tokenise; a text longer than ``max_length`` becomes several windows, so that nothing is cut off."""
-    ids = tokenizer(list(texts), truncation=False)["input_ids"]
-    rows = [row[i : i + max_length] for row in ids for i in range(0, len(row), max_length)]
-    if not rows:
-        raise EditError(f"the tokenizer makes no token of any of the {len(texts)} texts; give others")
-    return rows
-
-
-def text_rows(
-    run: EditRun,
-    texts: Any,
-    *,
-    tokenizer: Any = None,
-    max_length: int = 256,
-    samples: int | None = None,
-    seed: int = 0,
-    edits: Sequence[Edit] | None = None,
-    nearest: int | None = None,
-) -> list[list[int]]:
-    """Texts as windows of tokens, without those that hold what edits are scored on.
-
-    Args:
-        texts: as :func:`load_texts` reads them.
-        tokenizer: as :meth:`EditRun.tokenizer` takes it.
-        max_length: tokens a window, at most what the model can read.
-        samples: the most texts to take, drawn by ``seed``; None takes all.
-        edits: what is scored; by default the run's own edits.
-        nearest: how many texts for each edit, the nearest to it; None takes all.
-    """
-    edits = run.edits if edits is None else edits
-    loaded = load_texts(texts, edits=edits, most=1024 if nearest is None else None)
-    found = without_probes(loaded, edits)
-    if nearest is not None:
-        found = nearest_texts(found, edits, nearest)
-        if not found:
-            raise EditError(
-                "every text states what an edit changes (its subject with its old answer), so none can "
-                "be held; give other texts"
-            )
-    if samples is not None and samples < len(found):
-        found = random.Random(seed).sample(found, samples)
-    return windows(run.tokenizer(tokenizer), found, longest(run, max_length))
 
 
 def hash_rows(rows: Sequence[Sequence[int]]) -> str:

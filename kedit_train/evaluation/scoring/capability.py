@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.core.locality.texts import load_texts
+from kedit_train.core.locality.texts import Texts
 from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.generate import Answer, generate_answers
 from kedit_train.evaluation.scoring.bootstrap import EditMean, Score, ratio_scores
@@ -87,7 +87,7 @@ class CapabilityProbe:
     ) -> None:
         if isinstance(tasks, str) or isinstance(prompts, str):
             raise EditError("CapabilityProbe: tasks and prompts are lists: put the one into a list")
-        self.texts = load_texts(texts)
+        self.texts = Texts.of(texts).load()
         self.prompts = list(dict.fromkeys(beginnings(self.texts) if prompts is None else prompts))
         if not self.prompts:
             raise EditError("CapabilityProbe: no text has two words to make a prompt of: give prompts")
