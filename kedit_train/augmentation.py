@@ -160,6 +160,25 @@ def _told(found: Replayed) -> str:
 
 
 @dataclass(frozen=True)
+class AugmentationOptions:
+    """Examples to train beside the edits, as a recipe names them (``data.augmentation``). See :func:`augmentation`.
+
+    Args:
+        prefixes: pseudo-paraphrases per edit: the prompt behind short texts that the unedited model generates.
+        replay: prompts of other facts, trained with the answers of the unedited model: a ``.txt`` file with one per
+            line, a file of edits (its prompts are used), or "world".
+        replay_limit: replay at most this many facts, drawn anew under each seed. None replays as many as there are
+            edits.
+        previous_edits: a file of edits that the model has learned before. All are trained again.
+    """
+
+    prefixes: int = 0
+    replay: str | None = None
+    replay_limit: int | None = None
+    previous_edits: str | None = None
+
+
+@dataclass(frozen=True)
 class Augmentation:
     """Called with edits, gives the rows to train beside them: their pseudo-paraphrases, and what is replayed.
 
@@ -192,15 +211,15 @@ def augmentation(
     *,
     prefixes: int = 0,
     replay: str | Path | Sequence[str] | None = None,
-    replay_rows: int | None = None,
-    earlier: str | Path | Sequence[Edit] | None = None,
+    replay_limit: int | None = None,
+    previous_edits: str | Path | Sequence[Edit] | None = None,
     seed: int = 0,
     prompt_format: PromptFormat = "plain",
     batch_size: int = 64,
 ) -> Augmentation:
     """Make the further rows of a run, once, on the unedited model; never from what the edits are scored on.
 
-    For a data module of Lightning it is behind ``EditDataModule(prefixes=, replay=, earlier=)``; for a loop it is the
+    For a data module of Lightning it is behind ``EditDataModule(augmentation=)``; for a loop it is the
     ``extra`` of ``TrainLoop``; for TRL ``EditDataset([*edits, *augmentation(...)(edits)]).to_prompt_completion()``.
 
     Args:
@@ -208,9 +227,9 @@ def augmentation(
         prefixes: pseudo-paraphrases an edit (``with_prefixes``), of ``POOL`` times as many that the model generates.
         replay: prompts of other facts, which the unedited model answers: a list; a ``.txt`` file with one a line; a
             file of edits, of which the prompts alone are taken; or "world", other facts of the embedded world.
-        replay_rows: how many of them to replay, drawn by ``seed``; None takes as many as there are edits.
-        earlier: edits that the model has learned before, or a file of them: all are replayed with their own targets,
-            unless the new ones supersede them.
+        replay_limit: how many of them to replay, drawn by ``seed``; None takes as many as there are edits.
+        previous_edits: edits that the model has learned before, or a file of them: all are replayed with their own
+            targets, unless the new ones supersede them.
         seed: of all that is drawn.
         prompt_format: in which form the edits are trained.
         batch_size: prompts asked together.
@@ -218,10 +237,10 @@ def augmentation(
     Raises:
         EditError: a number below 0, a file that cannot be read, or nothing left to replay.
     """
-    if prefixes < 0 or (replay_rows is not None and replay_rows < 1):
-        raise EditError(f"augmentation: prefixes={prefixes}, replay_rows={replay_rows}: expected >= 0 and >= 1")
-    if replay_rows is not None and replay is None:
-        raise EditError(f"augmentation: replay_rows={replay_rows} of nothing: name the prompts with replay=")
+    if prefixes < 0 or (replay_limit is not None and replay_limit < 1):
+        raise EditError(f"augmentation: prefixes={prefixes}, replay_limit={replay_limit}: expected >= 0 and >= 1")
+    if replay_limit is not None and replay is None:
+        raise EditError(f"augmentation: replay_limit={replay_limit} of nothing: name the prompts with replay=")
     guard, told = LeakGuard(edits), []
     texts: list[str] = []
     if prefixes:
@@ -240,12 +259,12 @@ def augmentation(
         )
     kept: list[Edit] = []
     if replay is not None:
-        how: dict[str, Any] = {"n": replay_rows or len(edits), "seed": seed, "prompt_format": prompt_format}
+        how: dict[str, Any] = {"n": replay_limit or len(edits), "seed": seed, "prompt_format": prompt_format}
         found = replayed(model, tokenizer, read_prompts(replay, edits), edits, batch_size=batch_size, **how)
         kept += found.rows
         told.append(f"{len(found.rows)} replayed facts ({_told(found)})")
-    if earlier is not None:
-        old = EditDataset.load(earlier) if isinstance(earlier, str | Path) else earlier
+    if previous_edits is not None:
+        old = EditDataset.of(previous_edits) if isinstance(previous_edits, str | Path) else previous_edits
         own = [Edit(edit.prompt, edit.target, id=f"earlier {edit.id or i}") for i, edit in enumerate(old)]
         free = [row for row in own if not guard.refuses(row)]
         kept += free

@@ -1,10 +1,8 @@
-"""A LightningModule around any causal language model and a LightningDataModule around any file of edits.
-
-The model and the edits are all that is here: what makes the run an edit are the callbacks in ``L.Trainer``.
-"""
+"""A LightningModule for a causal language model and a LightningDataModule for a file of edits."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,247 +12,233 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from kedit_train import world
-from kedit_train.augmentation import augmentation
-from kedit_train.data import Edit, EditDataset
+from kedit_train.arguments import at_least, check_arguments, integer_from, one_of
+from kedit_train.augmentation import AugmentationOptions, augmentation
+from kedit_train.data import Edit, EditCollator, EditDataset
 from kedit_train.data.length_buckets import LengthBuckets
-from kedit_train.data.prompts import PromptFormat, check_format
-from kedit_train.data.tokenization import Encoded, collate, context_length, pad_token_id
+from kedit_train.data.prompts import FORMATS, PromptFormat
+from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
-from kedit_train.pretrained import load_model, lora_config, refused
+from kedit_train.optional import require
+from kedit_train.pretrained import load_model, lora_config, peft_errors
 
-# Edits of the embedded world where nobody says how many: a run of half a minute.
-OF_THE_WORLD = 24
-
-
-def check_rate(learning_rate: float) -> None:
-    """Refuse what no optimizer takes, before a large model is loaded."""
-    if not 0.0 <= learning_rate < float("inf"):
-        raise EditError(f"model.learning_rate={learning_rate} is no rate: give 0 or more")
+# The embedded world has any number of edits; this many make a run of half a minute.
+WORLD_EDITS = 24
+_NO_AUGMENTATION = AugmentationOptions()
 
 
 class EditModule(LightningModule):
-    """Fine-tune a causal language model with Adam at a constant learning rate.
+    """A causal language model that is fine-tuned with Adam at a constant learning rate.
 
-    Its defaults are those of LocFT-BF ("Fine-tuning Done Right in Model Editing", arXiv 2509.22072): Adam without
-    weight decay, warm-up or schedule, in full precision.
+    The defaults are those of LocFT-BF: Adam without weight decay, warm-up or schedule, in full precision. The model is
+    an ordinary one: the callbacks of the ``Trainer`` turn its training into an edit. In a LightningCLI project,
+    ``--optimizer`` and ``--lr_scheduler`` replace Adam and the constant learning rate.
 
     Args:
-        name: a hub name, a local folder, or "world" for the embedded model.
-        learning_rate: of Adam; constant.
-        betas: of Adam.
-        weight_decay: of Adam (an L2 term in the gradient, not AdamW's).
-        dtype: what the weights are loaded in. In half precision, updates below about 1/256 of a weight are rounded
-            away. "auto" takes the checkpoint's own.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        trust_remote_code: let the checkpoint bring its own code.
-        save_to: a folder for the edited model (with ``lora`` its adapter) and its tokenizer, written when training
-            ends.
-        lora: train an adapter instead: arguments of peft's ``LoraConfig``, such as
-            ``{r: 8, lora_alpha: 32, target_modules: [q_proj, v_proj]}``. ``ParameterScope`` then restricts which of its
-            factors train, by the names of the modules that they adapt.
-        chat_template: a Jinja template for a tokenizer that comes without one (or with another), for
-            ``prompt_format="chat"``.
+        name: a hub name, a folder, or "world" for the embedded model.
+        learning_rate: the learning rate of Adam, 0 or more.
+        dtype: the type of the weights; "auto" uses that of the checkpoint. In bfloat16, an update below about 1/256 of
+            a weight is rounded away.
+        gradient_checkpointing: recompute the activations in the backward pass. It saves memory and costs time.
+        trust_remote_code: let the checkpoint run its own code.
+        save_path: a folder for the edited model (with ``lora``: its adapter) and its tokenizer, written when training
+            ends. None saves nothing.
+        lora: train a LoRA adapter. The arguments of ``LoraConfig`` in PEFT, such as
+            ``{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}``. ``ParameterScope`` then selects
+            factors by the names of the modules that they adapt.
+        chat_template: a Jinja template for the tokenizer, for ``prompt_format="chat"``. None keeps the tokenizer's own.
 
     Attributes:
-        model: the ``transformers`` model, in training mode; with ``lora`` a ``PeftModel`` around it.
+        model: the ``transformers`` model, in training mode; with ``lora``, a ``PeftModel`` around it.
         tokenizer: its tokenizer.
 
     Raises:
-        EditError: there is no such model, it is no causal language model, or it has no tokenizer.
+        EditError: the model or its tokenizer cannot be loaded, or the model is not a causal language model.
+
+    References:
+        "Fine-tuning Done Right in Model Editing", arXiv 2509.22072.
+
+    Example:
+        >>> import lightning as L
+        >>> from kedit_train.callbacks import ParameterScope
+        >>> from kedit_train.modules import EditDataModule, EditModule
+        >>> quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = L.Trainer(max_epochs=1, callbacks=[ParameterScope(0.7)], enable_model_summary=False, **quiet)
+        >>> trainer.fit(EditModule("world"), EditDataModule("world", limit=4, batch_size=4))
+        >>> trainer.global_step
+        1
     """
 
     def __init__(
         self,
         name: str = world.NAME,
+        *,
         learning_rate: float = 5e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
-        save_to: str | None = None,
+        save_path: str | None = None,
         lora: dict[str, Any] | None = None,
         chat_template: str | None = None,
     ) -> None:
         super().__init__()
-        # Before a large model is loaded.
-        check_rate(learning_rate)
+        # Checked before a large model is loaded.
+        check_arguments(self, learning_rate=(learning_rate, at_least(0)))
         adapter = None if lora is None else lora_config(lora)
-        self.name, self.save_to = name, save_to
-        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
-        # Here and not in configure_model: callbacks choose parameters in their setup, which comes before that hook.
+        self.name, self.save_path, self.learning_rate = name, save_path, learning_rate
+        # Loaded here and not in configure_model, because callbacks choose parameters in their setup, which is earlier.
         self.model, self.tokenizer = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         if adapter is not None:
-            from peft import get_peft_model
-
-            with refused(f"lora={lora}"):
+            with require("peft"):
+                from peft import get_peft_model
+            with peft_errors(f"lora={lora}"):
                 self.model = get_peft_model(self.model, adapter)
-        # from_pretrained leaves evaluation mode, which Lightning keeps.
+        # Models are loaded in evaluation mode, and Lightning keeps the mode.
         self.model.train()
         if gradient_checkpointing:
-            # The reentrant kind needs inputs that require gradients, which a frozen embedding does not give.
-            newer = getattr(self.model, "activation_checkpointing_enable", None)  # its name since transformers 5.23
+            # Reentrant checkpointing needs inputs that require gradients, which a frozen embedding does not return.
+            # The method has this name since transformers 5.23.
+            newer = getattr(self.model, "activation_checkpointing_enable", None)
             (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def forward(self, **batch: Tensor) -> Any:
-        """The model's own output for ``input_ids``, ``attention_mask`` and ``labels``, each [batch, length]."""
+        """Return the output of the model for ``input_ids``, ``attention_mask`` and ``labels``, each [batch, length]."""
         return self.model(**batch, use_cache=False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The model's own loss (a scalar), or what ``TokenSmoothing`` puts in its place."""
+        """Return the loss of the model, a scalar. A callback may have replaced it."""
         loss = self(**batch).loss
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam on the parameters that require a gradient. ``--optimizer`` on the command line takes its place."""
+        """Return Adam for the parameters that require a gradient."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.Adam(trained, lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
+        return torch.optim.Adam(trained, lr=self.learning_rate)
 
     def on_fit_start(self) -> None:
-        """Refuse now what ``save_to`` could not do at the end."""
-        if self.save_to is not None and any(hasattr(p, "device_mesh") for p in self.parameters()):
-            raise EditError("save_to cannot write a model that is sharded over processes; use Lightning's checkpoints")
+        """Refuse a ``save_path`` that cannot be written, before the first step."""
+        if self.save_path is not None and any(hasattr(p, "device_mesh") for p in self.parameters()):
+            raise EditError(
+                "save_path cannot be used with a model that is sharded over processes; use Lightning's checkpoints",
+                component="EditModule",
+            )
 
     def on_train_end(self) -> None:
-        """Save the edited model; the callbacks have left it by now."""
-        if self.save_to is not None and self.trainer.is_global_zero:
-            self.model.save_pretrained(self.save_to)
-            self.tokenizer.save_pretrained(self.save_to)
-            print(f"{'adapter' if hasattr(self.model, 'peft_config') else 'edited model'}: {self.save_to}")
+        """Save the edited model. The callbacks have detached from it by now."""
+        if self.save_path is not None and self.trainer.is_global_zero:
+            self.model.save_pretrained(self.save_path)
+            self.tokenizer.save_pretrained(self.save_path)
+            print(f"{'adapter' if hasattr(self.model, 'peft_config') else 'edited model'}: {self.save_path}")
 
 
 class EditDataModule(LightningDataModule):
-    """Give the edits to a LightningModule as batches of ``input_ids``, ``attention_mask`` and ``labels``.
+    """Batches of edits with ``input_ids``, ``attention_mask`` and ``labels``, tokenized with the module's tokenizer.
 
-    Breadth-first: all edits are shuffled in every epoch (arXiv 2509.22072). Targets only are labelled, by position.
+    All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072), and edits of similar length share
+    a batch, so that little of it is padding. Only the tokens of the targets are labelled.
 
     Args:
-        path: a file that ``EditDataset.load`` reads, or "world" for edits of the embedded world.
-        limit: the most records to read; by default all of a file, and 24 of the world.
-        batch_size: edits a step, on each process.
-        shuffle: draw the edits in a new order in every epoch.
-        bucket: with shuffle, put edits of like length together, so that little of a batch is padding; every epoch mixes
-            them anew.
-        append_eos: end every target with end-of-text, so that the edited model learns to stop.
-        on_error: "raise" stops at the first bad record, "skip" leaves bad records out and says how many.
-        texts: a file of texts that the edit has to leave alone; it takes the place of ``texts: world`` in the
-            ``KLLocality`` of a recipe (read by ``python -m kedit_train fit``).
-        num_workers: of the data loader; the batches are in memory, so 0 is fastest.
-        prompt_format: in which form the edits are trained: as they stand ("plain"), through the tokenizer's template as
-            a "chat", or framed as a "question". ``EditMetrics`` has the same argument.
-        answers: "new" trains each edit's target; "old" its ``old_target``, as what is to be forgotten by task
-            arithmetic; what is asked stays the same.
-        prefixes: train every edit also behind so many short texts that the unedited model makes up, for generality
-            (arXiv 2402.11078); never its rephrases.
-        replay: train also the unedited model's own answers to these prompts, for locality: a ``.txt`` file with one a
-            line, a file of edits (its prompts alone), or "world". What edits are scored on or about is left out; a line
-            says how much.
-        replay_rows: how many of them, drawn anew under each seed; by default as many as there are edits.
-        earlier: a file of edits that the model has learned before: all are trained again, with their own targets.
-
-    What ``prefixes``, ``replay`` and ``earlier`` add is made once a run, before the first step and under the seed of
-    torch (``seed_everything``), and is the same on every process.
+        path: a file that :meth:`EditDataset.load` reads, or "world" for edits of the embedded world.
+        limit: read at most this many records. None reads the whole file, and 24 edits of the world.
+        on_error: "raise" stops at the first bad record, "skip" leaves bad records out with a warning.
+        batch_size: edits per step on each process.
+        append_eos: end every target with the end-of-text token, so that the edited model learns to stop.
+        prompt_format: train prompts as they are ("plain"), through the chat template of the tokenizer ("chat"), or
+            framed as a question ("question"). ``EditMetrics`` needs the same one.
+        texts: a file of texts that must stay. It replaces ``texts: world`` in the callbacks of a recipe
+            (``python -m kedit_train fit``); a script passes texts to the callbacks themselves.
+        augmentation: examples to train beside the edits: pseudo-paraphrases, replayed facts, previous edits. They are
+            made once, before the first step, with the seed of torch (``seed_everything``), and are the same on every
+            process.
 
     Attributes:
-        edits: an ``EditDataset``, there from the beginning.
-        extra: the rows beside them, after ``setup``.
+        edits: the edits, an :class:`EditDataset`.
+        added: the examples that ``augmentation`` added, after ``setup``.
 
     Raises:
-        EditError: the file cannot be read, a record is bad, an edit does not fit into the model's context, one has no
-            ``old_target`` where that is to be trained, or nothing is left to replay.
+        EditError: the file cannot be read, an edit does not fit the context of the model, or no fact is left to replay.
+
+    Example:
+        >>> from kedit_train.modules import EditDataModule
+        >>> data = EditDataModule("world", limit=4, batch_size=2)
+        >>> len(data.edits)
+        4
     """
 
     def __init__(
         self,
         path: str = world.NAME,
+        *,
         limit: int | None = None,
-        batch_size: int = 100,
-        shuffle: bool = True,
-        bucket: bool = True,
-        append_eos: bool = True,
         on_error: Literal["raise", "skip"] = "raise",
-        texts: str | None = None,
-        num_workers: int = 0,
+        batch_size: int = 100,
+        append_eos: bool = True,
         prompt_format: PromptFormat = "plain",
-        answers: Literal["new", "old"] = "new",
-        prefixes: int = 0,
-        replay: str | None = None,
-        replay_rows: int | None = None,
-        earlier: str | None = None,
+        texts: str | None = None,
+        augmentation: AugmentationOptions = _NO_AUGMENTATION,
     ) -> None:
         super().__init__()
-        check_format(prompt_format)
-        if answers not in ("new", "old"):
-            raise EditError(f"EditDataModule: answers={answers!r} is not known: use 'new' or 'old'")
-        if batch_size < 1:
-            raise EditError(f"EditDataModule: batch_size={batch_size} is no number of edits (1 or more)")
-        self.path, self.batch_size, self.shuffle, self.append_eos = path, batch_size, shuffle, append_eos
-        self.bucket, self.texts, self.num_workers = bucket, texts, num_workers
+        check_arguments(self, batch_size=(batch_size, integer_from(1)), prompt_format=(prompt_format, one_of(FORMATS)))
+        self.path, self.batch_size, self.append_eos, self.texts = path, batch_size, append_eos, texts
         self.prompt_format: PromptFormat = prompt_format
-        self.beside: dict[str, Any] = {
-            "prefixes": prefixes,
-            "replay": replay,
-            "replay_rows": replay_rows,
-            "earlier": earlier,
-        }
-        limit = OF_THE_WORLD if limit is None and world.is_world(path) else limit
+        # A mapping is what a configuration holds.
+        self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
+        limit = WORLD_EDITS if limit is None and world.is_world(path) else limit
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
-        self.taught = self.edits if answers == "new" else self.edits.to_old_targets()
-        self.extra: list[Edit] = []
+        self.added: list[Edit] = []
 
     def setup(self, stage: str) -> None:
-        """Tokenise with the tokenizer of the module that is trained."""
+        """Tokenize the edits with the tokenizer of the module that is trained, and make the examples beside them."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         self.tokenizer = getattr(module, "tokenizer", None)
         if self.tokenizer is None:
             raise EditError(
-                f"EditDataModule tokenises with the module's tokenizer, and {type(module).__name__} has no attribute "
-                "'tokenizer'; set it in its __init__, or use EditModule"
+                f"the edits are tokenized with the tokenizer of the module, and {type(module).__name__} has no "
+                "attribute 'tokenizer'; set self.tokenizer in its __init__, or use EditModule",
+                component="EditDataModule",
             )
-        limit = context_length(module.model.config) if hasattr(getattr(module, "model", None), "config") else None
-        self._pad_id = pad_token_id(self.tokenizer)
-        if stage == "fit":
-            self.extra = self._made(module) if any(self.beside.values()) else []
-        rows = EditDataset([*self.taught, *self.extra], name=self.edits.name)
-        form: Any = {"append_eos": self.append_eos, "prompt_format": self.prompt_format}
-        self._encoded = rows.encode(self.tokenizer, max_length=limit, **form)
+        longest = context_length(module.model.config) if hasattr(getattr(module, "model", None), "config") else None
+        if stage == "fit" and any(vars(self.augmentation).values()):
+            self.added = self._augment(module)
+        self._encoded = EditDataset([*self.edits, *self.added], name=self.edits.name).encode(
+            self.tokenizer, max_length=longest, append_eos=self.append_eos, prompt_format=self.prompt_format
+        )
 
-    def _made(self, module: Any) -> list[Edit]:
-        """The rows beside the edits, of a model that is still the unedited one (a checkpoint is restored later)."""
+    def _augment(self, module: Any) -> list[Edit]:
+        """Make the examples with the unedited model: Lightning restores a checkpoint later than this."""
         if not isinstance(getattr(module, "model", None), torch.nn.Module):
             raise EditError(
-                f"EditDataModule asks the module's model for prefixes and replay, and {type(module).__name__} has no "
-                "attribute 'model'; set it in its __init__, or use EditModule"
+                f"augmentation generates with the model of the module, and {type(module).__name__} has no attribute "
+                "'model'; set self.model in its __init__, or use EditModule",
+                component="EditDataModule",
             )
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         if type(strategy) in (SingleDeviceStrategy, DDPStrategy):
-            # Where it is about to go anyway; strategies that shard it might not have the room.
+            # These strategies move the model there anyway. Those that shard it may not have the memory for it.
             module.to(strategy.root_device)
-        made = augmentation(
+        augment = augmentation(
             module.model,
             self.tokenizer,
             self.edits,
             seed=torch.initial_seed(),
             prompt_format=self.prompt_format,
-            **self.beside,
+            **vars(self.augmentation),
         )
         if self.trainer is not None and self.trainer.is_global_zero:
-            print(made.line)
-        # Rounding may differ between processes, and one that had other rows would have other steps.
-        return strategy.broadcast(made(self.taught))
+            print(augment.line)
+        # Rounding may differ between processes, and other examples would give a process another number of steps.
+        return strategy.broadcast(augment(self.edits))
 
     def train_dataloader(self) -> DataLoader[Encoded]:
-        """Batches of padded edits; Lightning deals them out over processes."""
-        encoded: Any = self._encoded
-        rest: dict[str, Any] = {"num_workers": self.num_workers, "collate_fn": self._collate}
-        if not (self.bucket and self.shuffle):
-            return DataLoader(encoded, batch_size=self.batch_size, shuffle=self.shuffle, **rest)
-        lengths = [len(row.input_ids) for row in self._encoded]
-        buckets = LengthBuckets(RandomSampler(encoded), self.batch_size, False, lengths)
-        return DataLoader(encoded, batch_sampler=buckets, **rest)
-
-    def _collate(self, rows: list[Encoded]) -> dict[str, Tensor]:
-        return collate(rows, pad_id=self._pad_id)
+        """Return batches of padded edits, which Lightning distributes over the processes."""
+        examples: Any = self._encoded
+        lengths = [len(example.input_ids) for example in self._encoded]
+        # The batches are in memory, so worker processes would only cost time.
+        return DataLoader(
+            examples,
+            batch_sampler=LengthBuckets(RandomSampler(examples), self.batch_size, False, lengths),
+            collate_fn=EditCollator(self.tokenizer),
+        )

@@ -26,7 +26,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
     if world.is_world(name):
         name = str(world.path())
-    with refusals(name, "cannot be loaded as a causal language model"):
+    with loading_errors(name, "cannot be loaded as a causal language model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
@@ -42,7 +42,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
             f"model {name!r} ({type(model).__name__}) lets a token see those after it, so it cannot be asked to "
             "continue a prompt: give the checkpoint of a causal language model"
         )
-    with refusals(name, "comes without a tokenizer that can be loaded"):
+    with loading_errors(name, "comes without a tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
@@ -65,7 +65,7 @@ def is_causal(model: Any) -> bool:
 
 
 @contextmanager
-def refusals(name: str, problem: str) -> Iterator[None]:
+def loading_errors(name: str, problem: str) -> Iterator[None]:
     """Turn what ``transformers`` says over many lines into one."""
     try:
         yield
@@ -92,12 +92,12 @@ def lora_config(arguments: Mapping[str, Any]) -> Any:
             f"lora: peft's LoraConfig has no argument {unknown[0]!r}; see its documentation for those it has"
         )
     every: dict[str, Any] = {"task_type": "CAUSAL_LM", **arguments}
-    with refused(f"lora={dict(arguments)}"):
+    with peft_errors(f"lora={dict(arguments)}"):
         return LoraConfig(**every)
 
 
 @contextmanager
-def refused(what: str) -> Iterator[None]:
+def peft_errors(what: str) -> Iterator[None]:
     """Turn what ``peft`` says into one line."""
     try:
         yield

@@ -28,7 +28,7 @@ from kedit_train.callbacks import (
     WeightAnchor,
 )
 from kedit_train.data import Edit, EditDataset
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.reporting import model_card as card
 from kedit_train.optional import require
 
@@ -129,23 +129,38 @@ class EditSFTConfig(SFTConfig):
 
 
 class EditSFTTrainer(SFTTrainer):
-    """``SFTTrainer`` with the callbacks that its ``EditSFTConfig`` describes, and a model card that tells of the edit.
+    """``SFTTrainer`` with the callbacks that its :class:`EditSFTConfig` describes and a model card about the edit.
 
-    It adds nothing else: the same callbacks on an ``SFTTrainer`` give the same weights. The card (``README.md``, beside
-    every saved model) is TRL's own with a section on what was edited, with which constraints, scores, cost and papers;
-    the section is there once ``EditMetrics`` has made its final report.
+    It adds nothing else: an ``SFTTrainer`` with the same callbacks gives the same weights. The card (``README.md``
+    beside every saved model) is the one that TRL writes, with a section on what was edited, the constraints, the
+    scores, the cost and the papers. ``EditMetrics`` must be among the callbacks for that section.
 
     Args:
-        model: a name, a path or a model, as for ``SFTTrainer``.
+        model: a hub name, a folder or a model, as for ``SFTTrainer``.
         args: the configuration.
-        edits: what to edit, in place of ``args.edits``.
-        train_dataset: what to train on; by default the edits, as prompts and completions.
+        edits: the edits, instead of ``args.edits``. Callbacks that need edits and have none get these.
+        train_dataset: what to train on, instead of the edits: an ``EditDataset``, or a dataset as for ``SFTTrainer``.
         callbacks: more callbacks, of this package or others.
-        kwargs: all else that ``SFTTrainer`` takes.
+        kwargs: all other arguments of ``SFTTrainer``.
+
+    Raises:
+        EditError: there is nothing to train on, or no callback of this package.
 
     Example:
-        >>> (args,) = TrlParser(EditSFTConfig).parse_args_and_config()  # --config edit.yaml
-        >>> EditSFTTrainer("Qwen/Qwen3-0.6B", args).train()
+        >>> from kedit_train import EditSFTConfig, EditSFTTrainer, world
+        >>> args = EditSFTConfig(
+        ...     "runs/example",
+        ...     edits="world",
+        ...     max_steps=1,
+        ...     use_cpu=True,
+        ...     bf16=False,
+        ...     report_to=[],
+        ...     disable_tqdm=True,
+        ...     parameter_scope={"layers": 0.7},
+        ... )
+        >>> trainer = EditSFTTrainer(str(world.path()), args=args)
+        >>> [type(callback).__name__ for callback in args.edit_callbacks()]
+        ['ParameterScope']
     """
 
     _tag_names = [*SFTTrainer._tag_names, "knowledge-editing", "kedit-train"]  # noqa: RUF012 (as in the parent)
@@ -153,28 +168,35 @@ class EditSFTTrainer(SFTTrainer):
     def __init__(
         self,
         model: Any,
-        args: EditSFTConfig,
         *,
+        args: EditSFTConfig,
         edits: Sequence[Edit] | None = None,
         train_dataset: Any = None,
         callbacks: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, EditSFTConfig):
-            raise EditError(f"EditSFTTrainer takes an EditSFTConfig, not {type(args).__name__}, which holds no edit")
-        if edits is None and args.edits is not None:
-            edits = EditDataset.load(args.edits)
-        if train_dataset is None:
-            if edits is None:
-                raise EditError("EditSFTTrainer: there is nothing to learn; set edits= (a file), or train_dataset=")
-            train_dataset = EditDataset.of(edits).to_prompt_completion(prompt_format=args.prompt_format)  # type: ignore[arg-type]
-        every = [*args.edit_callbacks(edits), *(callbacks or ())]
-        if not any(isinstance(one, EditCallback) for one in every):
-            raise EditError(
-                "EditSFTTrainer: no callback is set, so this would be plain fine-tuning; set parameter_scope, "
-                f"edit_metrics or another of {', '.join(CALLBACKS)}"
-            )
-        super().__init__(model, args=args, train_dataset=train_dataset, callbacks=every, **kwargs)
+        with reported_by("EditSFTTrainer"):
+            if not isinstance(args, EditSFTConfig):
+                raise EditError(f"args must be an EditSFTConfig, got {type(args).__name__}.")
+            if edits is None and args.edits is not None:
+                edits = EditDataset.load(args.edits)
+            if edits is None and train_dataset is None:
+                raise EditError("there is nothing to train on; give edits= (in YAML: edits: FILE) or train_dataset=")
+            examples: Any = edits if train_dataset is None else train_dataset
+            if isinstance(examples, EditDataset) or train_dataset is None:
+                prompt_format: Any = args.prompt_format
+                examples = EditDataset.of(examples).to_prompt_completion(prompt_format=prompt_format)
+            all_callbacks = [*args.edit_callbacks(edits), *(callbacks or ())]
+            own = [callback for callback in all_callbacks if isinstance(callback, EditCallback)]
+            if not own:
+                raise EditError(
+                    "no callback is set, so this would be plain fine-tuning; set parameter_scope, edit_metrics or "
+                    f"another of {', '.join(CALLBACKS)}"
+                )
+        for callback in own:
+            if edits is not None and getattr(callback, "edits", edits) is None:
+                callback.edits = edits  # type: ignore[attr-defined]
+        super().__init__(model, args=args, train_dataset=examples, callbacks=all_callbacks, **kwargs)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -75,7 +75,7 @@ def test_the_loss_is_the_models_own() -> None:
 def test_metrics_take_the_edits_of_the_data_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     metrics = EditMetrics(every_n_steps=0, report=str(report), show=False)
-    module = EditModule(learning_rate=0.0, save_to=str(tmp_path / "model"))
+    module = EditModule(learning_rate=0.0, save_path=str(tmp_path / "model"))
     data = EditDataModule(limit=3, batch_size=3)
     trainer(max_epochs=1, callbacks=[metrics, ParameterScope(layers=0)]).fit(module, data)
     found = json.loads(report.read_text())
@@ -166,5 +166,5 @@ def test_a_module_without_tokenizer_is_told_what_to_do() -> None:
         def configure_optimizers(self):
             raise AssertionError
 
-    with pytest.raises(EditError, match="Plain has no attribute 'tokenizer'"):
+    with pytest.raises(EditError, match=r"^EditDataModule: .* Plain has no attribute 'tokenizer'"):
         trainer(max_epochs=1).fit(Plain(), EditDataModule(limit=2))

@@ -55,7 +55,7 @@ def parsed(folder: Path, *more: str) -> EditSFTConfig:
 def test_ten_lines_of_yaml_give_the_weights_of_the_same_callbacks_bit_for_bit(folder: Path) -> None:
     assert len(RUN.strip().splitlines()) == 10
     model, tokenizer = world.load()
-    trainer = EditSFTTrainer(model, parsed(folder), processing_class=tokenizer)
+    trainer = EditSFTTrainer(model, args=parsed(folder), processing_class=tokenizer)
     trainer.train()
     plain, _ = world.load()
     edits = EditDataset.load("world.jsonl")
@@ -88,7 +88,7 @@ def test_a_saved_model_has_a_card_that_tells_of_the_edit(folder: Path) -> None:
     model, tokenizer = world.load()
     delta = folder / "edit.safetensors"
     args = parsed(folder, "--save_delta", f'{{"path": "{delta}"}}', "--save_strategy=steps", "--save_steps=2")
-    trainer = EditSFTTrainer(model, args, processing_class=tokenizer)
+    trainer = EditSFTTrainer(model, args=args, processing_class=tokenizer)
     trainer.train()
     # A checkpoint during training has TRL's card only: no report has been made yet.
     assert "## Knowledge edit" not in (folder / "out" / "README.md").read_text()
@@ -123,7 +123,7 @@ def test_a_chat_is_trained_and_asked_in_the_templates_words(folder: Path) -> Non
         str(folder / "chat"), **HERE, num_train_epochs=1, prompt_format="chat", edit_metrics={"show": False}
     )
     edits = world.edits(n=3)
-    trainer = EditSFTTrainer(model, args, edits=edits, processing_class=tokenizer)
+    trainer = EditSFTTrainer(model, args=args, edits=edits, processing_class=tokenizer)
     texts = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
     assert texts == [f"{e.prompt} Answer: {e.target}{tokenizer.eos_token}" for e in edits]
     trainer.train()
@@ -175,12 +175,12 @@ def test_a_configuration_that_cannot_be_meant_is_refused(given: dict[str, Any], 
 
 def test_a_trainer_without_an_edit_is_refused() -> None:
     model, tokenizer = world.load()
-    with pytest.raises(EditError, match="takes an EditSFTConfig, not SFTConfig"):
-        EditSFTTrainer(model, SFTConfig(output_dir="x", **HERE), processing_class=tokenizer)  # pyright: ignore
-    with pytest.raises(EditError, match="there is nothing to learn; set edits="):
-        EditSFTTrainer(model, EditSFTConfig(output_dir="x", **HERE, norm_ball={}), processing_class=tokenizer)
+    with pytest.raises(EditError, match=r"^EditSFTTrainer: args must be an EditSFTConfig, got SFTConfig"):
+        EditSFTTrainer(model, args=SFTConfig(output_dir="x", **HERE), processing_class=tokenizer)  # pyright: ignore
+    with pytest.raises(EditError, match="there is nothing to train on; give edits="):
+        EditSFTTrainer(model, args=EditSFTConfig(output_dir="x", **HERE, norm_ball={}), processing_class=tokenizer)
     with pytest.raises(EditError, match="no callback is set, so this would be plain fine-tuning"):
-        EditSFTTrainer(model, EditSFTConfig(output_dir="x", **HERE, edits="world"), processing_class=tokenizer)
+        EditSFTTrainer(model, args=EditSFTConfig(output_dir="x", **HERE, edits="world"), processing_class=tokenizer)
 
 
 def test_trl_is_not_imported_before_it_is_needed() -> None:

@@ -100,10 +100,10 @@ def share_texts(config: Any) -> None:
     }
     own = config.data.init_args if config.data.class_path == DATA else None
     foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
-    if own is not None and world.is_world(own.get("replay")) and foreign:
+    if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
-            f"data.replay is world, prompts of the embedded world, and this run has {foreign}: name a file of prompts "
-            "of other facts (.txt with one a line, or a file of edits): --data.replay FILE"
+            f"data.augmentation.replay is world, prompts of the embedded world, and this run has {foreign}: name a "
+            "file of prompts of other facts (.txt with one a line, or a file of edits): --data.augmentation.replay FILE"
         )
     if own is not None and own.texts is not None:
         if not readers:

@@ -1,4 +1,4 @@
-"""A recipe in TRL: the same file, in an unmodified ``SFTTrainer``.
+"""A recipe in TRL: the same file, in an ``EditSFTTrainer``.
 
     python -m kedit_train sft --config recipes/overtone.yaml
     python -m kedit_train sft --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
+from kedit_train.arguments import at_least, check_arguments
 from kedit_train.augmentation import augmentation
 from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
@@ -26,8 +27,9 @@ from kedit_train.cli.edit import DATA, MODULE
 from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.modules import EditDataModule, check_rate
+from kedit_train.modules import EditDataModule
 from kedit_train.pretrained import load_model, lora_config
+from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
 # Keys of Lightning's trainer that are read here, and the summary that TRL's never prints.
 READ = frozenset((
@@ -42,7 +44,7 @@ LOGGERS = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLo
 
 
 def main(arguments: Sequence[str]) -> Any:
-    """Run a recipe in ``SFTTrainer``; gives the trainer.
+    """Run a recipe in ``EditSFTTrainer`` and return the trainer.
 
     Raises:
         EditError: no recipe is named: the keys' own defaults train the whole model for up to 1000 epochs.
@@ -53,68 +55,60 @@ def main(arguments: Sequence[str]) -> Any:
     trainer = build(config)
     check_world(trainer.args.world_size, os.environ)
     trainer.train()
-    folder = config.model.init_args.save_to
-    if folder is not None:
-        trainer.save_model(folder)
-        print(f"edited model: {folder}")
+    path = config.model.init_args.save_path
+    if path is not None:
+        trainer.save_model(path)
+        print(f"edited model: {path}")
     part()
     return trainer
 
 
-def build(config: Namespace) -> Any:
-    """The ``SFTTrainer`` that a recipe's configuration describes.
+def build(config: Namespace) -> EditSFTTrainer:
+    """Return the trainer that the configuration of a recipe describes.
 
     Raises:
-        EditError: a key that means nothing to TRL; another module or data module.
+        EditError: a key that TRL has no counterpart for, or a module or data module other than this package's.
     """
-    from trl.trainer.sft_trainer import SFTTrainer
-
     for key, own in (("model", MODULE), ("data", DATA)):
         if config[key].class_path != own:
-            raise EditError(f"{key}: {config[key].class_path} is Lightning's own; sft runs {own.rpartition('.')[2]}'s")
-    args = arguments_of(config)
-    told = config.model.init_args
-    check_rate(told.learning_rate)
-    # Before a large model is loaded.
+            raise EditError(f"{key}: {config[key].class_path} runs in Lightning only; use {own.rpartition('.')[2]}")
+    args, options = arguments_of(config), config.model.init_args
+    # All arguments are checked before a large model is loaded.
+    check_arguments("model", learning_rate=(options.learning_rate, at_least(0)))
     callbacks: list[Any] = list(recipe.callbacks(config))
     data = EditDataModule(**config.data.init_args.as_dict())
-    model, tokenizer = load_model(told.name, dtype=told.dtype, trust_remote_code=told.trust_remote_code)
-    if told.chat_template is not None:
-        tokenizer.chat_template = told.chat_template
-    rows = data.taught
-    if any(data.beside.values()):
-        asked: dict[str, Any] = {"seed": args.seed, "prompt_format": data.prompt_format, **data.beside}
-        made = augmentation(model, tokenizer, data.edits, **asked)
-        print(made.line)
-        rows = EditDataset([*rows, *made(rows)], name=rows.name)
-    for callback in callbacks:
-        # In Lightning the data module has them.
-        if getattr(callback, "edits", data) is None:
-            callback.edits = data.edits
+    model, tokenizer = load_model(options.name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    if options.chat_template is not None:
+        tokenizer.chat_template = options.chat_template
+    examples = data.edits
+    if any(vars(data.augmentation).values()):
+        seed, prompt_format = args.seed, data.prompt_format
+        augment = augmentation(
+            model, tokenizer, data.edits, seed=seed, prompt_format=prompt_format, **vars(data.augmentation)
+        )
+        print(augment.line)
+        examples = EditDataset([*data.edits, *augment(data.edits)], name=data.edits.name)
     if not any(isinstance(callback, EditMetrics) for callback in callbacks):
         callbacks.append(EditMetrics(data.edits, every_n_steps=0))
-    return SFTTrainer(
-        model=model,
-        processing_class=tokenizer,
+    return EditSFTTrainer(
+        model,
         args=args,
-        train_dataset=rows.to_prompt_completion(prompt_format=data.prompt_format),
-        peft_config=None if told.lora is None else lora_config(told.lora),
+        edits=data.edits,
+        train_dataset=examples,
+        processing_class=tokenizer,
+        peft_config=None if options.lora is None else lora_config(options.lora),
         callbacks=callbacks,
     )
 
 
-def arguments_of(config: Namespace) -> Any:
-    """The ``SFTConfig`` that means what the recipe says."""
-    from trl.trainer.sft_config import SFTConfig
-
+def arguments_of(config: Namespace) -> EditSFTConfig:
+    """Return the ``EditSFTConfig`` that means what the recipe says."""
     trainer, module, data = config.trainer, config.model.init_args, config.data.init_args
     usual = recipe.parser().get_defaults().trainer
     given: dict[str, Any] = {
         "output_dir": trainer.default_root_dir or "runs/sft",
         "seed": config.seed_everything if isinstance(config.seed_everything, int) else 0,
         "learning_rate": module.learning_rate,
-        "adam_beta1": module.betas[0],
-        "adam_beta2": module.betas[1],
         "per_device_train_batch_size": data.batch_size,
         "gradient_accumulation_steps": trainer.accumulate_grad_batches,
         "max_grad_norm": trainer.gradient_clip_val or 0.0,
@@ -137,13 +131,12 @@ def arguments_of(config: Namespace) -> Any:
         )
     unread = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
     unread += [f"trainer.{key}" for key in changed]
-    unread += ["model.weight_decay"] if module.weight_decay else []
     unread += ["data.append_eos=false"] if not data.append_eos else []
-    unread += ["data.shuffle=false"] if not data.shuffle else []
     if unread:
         raise EditError(f"sft: SFTTrainer has nothing that does what {', '.join(unread)} asks for: leave it out")
     use_cpu = trainer.accelerator == "cpu" or not torch.accelerator.is_available()
-    return SFTConfig(
+    return EditSFTConfig(
+        prompt_format=data.prompt_format,
         optim="adamw_torch",
         lr_scheduler_type="constant",
         weight_decay=0.0,

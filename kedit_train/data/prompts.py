@@ -41,7 +41,7 @@ def switched(prompt: str, prompt_format: PromptFormat) -> str:
 def check_format(prompt_format: str, tokenizer: Any = None) -> None:
     """Refuse a form that is not known, or that this tokenizer (where one is given) cannot give."""
     if prompt_format not in FORMATS:
-        raise EditError(f"prompt_format={prompt_format!r} is not known: use 'plain', 'chat' or 'question'")
+        raise EditError(f'prompt_format must be "plain", "chat" or "question", got {prompt_format!r}.')
     if prompt_format == "chat" and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
         raise EditError(
             "prompt_format='chat' needs a chat template and this tokenizer has none: set tokenizer.chat_template "

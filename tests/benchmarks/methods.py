@@ -22,7 +22,7 @@ from kedit_train.data import Edit
 from kedit_train.data.leaks import scored_prompts
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop
-from kedit_train.modules import OF_THE_WORLD
+from kedit_train.modules import WORLD_EDITS
 from kedit_train.pretrained import lora_config
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -151,13 +151,14 @@ class Method:
         self.lr = config.model.init_args.learning_rate * (ALONE if alone else 1.0)
         data = config.data.init_args
         self.extra: Any = ()
-        if data.prefixes or data.replay:
+        options = data.augmentation
+        if options.prefixes or options.replay:
             # As many other facts beside one edit as the recipe has beside each of its own.
-            share = (data.replay_rows or 0) / (data.limit or OF_THE_WORLD)
-            rows = round(share * (1 if alone else len(scored))) if data.replay else None
-            prompts = self.setting.prompts(scored) if data.replay else None
+            share = (options.replay_limit or 0) / (data.limit or WORLD_EDITS)
+            rows = round(share * (1 if alone else len(scored))) if options.replay else None
+            prompts = self.setting.prompts(scored) if options.replay else None
             self.extra = augmentation(
-                model, tokenizer, scored, prefixes=data.prefixes, replay=prompts, replay_rows=rows, seed=0
+                model, tokenizer, scored, prefixes=options.prefixes, replay=prompts, replay_limit=rows, seed=0
             )
         self.adapter = config.model.init_args.lora
         self.beside: dict[str | None, list[str]] = {}

@@ -113,10 +113,10 @@ def test_only_the_deprecation_that_is_not_ours_is_left_out() -> None:
         (["--model.name", "gpt2"], "model.name='gpt2'.*--data.texts"),
         (["--data.path", "edits.jsonl", "--data.texts", "world"], "edits.jsonl"),
         (
-            ["--data.replay", "world", "--model.name", "gpt2"],
-            "data.replay is world.*model.name='gpt2'.*--data.replay FILE",
+            ["--data.augmentation.replay", "world", "--model.name", "gpt2"],
+            "data.augmentation.replay is world.*model.name='gpt2'.*--data.augmentation.replay FILE",
         ),
-        (["--data.batch_size", "0"], "batch_size=0"),
+        (["--data.batch_size", "0"], "batch_size must be .*, got 0"),
         (["--data.texts", "none.txt", "--model.name", "no/such/folder"], "no/such/folder.*save_pretrained"),
         (["--trainer.callbacks.every_n_steps", "-1"], "every_n_steps=-1"),
     ],

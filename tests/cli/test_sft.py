@@ -97,7 +97,7 @@ def test_activations_are_recomputed_where_the_recipe_says_so_and_nowhere_else(wa
 @pytest.mark.parametrize("name", ["replay", "overtone_lora", "chat"])
 def test_what_a_recipe_asks_of_module_and_data_is_done(name: str, tmp_path: Path) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
-    options += ["--data.replay_rows=5", "--data.prefixes=2"] if name == "replay" else []
+    options += ["--data.augmentation.replay_limit=5", "--data.augmentation.prefixes=2"] if name == "replay" else []
     config = configured(name, *options)
     config.trainer.callbacks[-1].init_args.report = None
     trainer = sft.build(config)
@@ -115,12 +115,14 @@ def test_what_a_recipe_asks_of_module_and_data_is_done(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--model.weight_decay=0.1",), "nothing that does what model.weight_decay asks for"),
         (("--optimizer=torch.optim.SGD", "--optimizer.lr=1e-9"), "what optimizer asks for"),
         (("--lr_scheduler=torch.optim.lr_scheduler.ConstantLR",), "what lr_scheduler asks for"),
-        (("--model.learning_rate=-1",), "model.learning_rate=-1.0 is no rate"),
+        (("--model.learning_rate=-1",), "model: learning_rate must be >= 0, got -1.0"),
         (("--trainer.devices=2",), "leave it out.*: torchrun --nproc-per-node N -m kedit_train sft"),
-        (("--trainer.gradient_clip_algorithm=norm",), "what trainer.gradient_clip_algorithm asks for"),
+        (
+            ("--trainer.gradient_clip_algorithm=norm",),
+            "nothing that does what trainer.gradient_clip_algorithm",
+        ),
         (("--data.append_eos=false",), "what data.append_eos=false asks for"),
         (("--trainer.precision=16-true",), "trainer.precision='16-true' is Lightning's own"),
         (("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"), "trainer.logger=CSVLogger is Lightning's own"),

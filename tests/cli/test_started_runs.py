@@ -61,7 +61,9 @@ def written(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_from_a_configuration_file_alone(there: Path) -> None:
-    ended = start(there, sys.executable, "-m", "kedit_train", "fit", "--config", "recipe.yaml", "--model.save_to", "m")
+    ended = start(
+        there, sys.executable, "-m", "kedit_train", "fit", "--config", "recipe.yaml", "--model.save_path", "m"
+    )
     assert ended.returncode == 0, ended.stderr
     report, resolved = written(there)
     assert report["meta"]["steps"] == 12  # 8 edits, 2 a batch, 3 epochs

@@ -97,7 +97,9 @@ def test_replayed_rows_are_the_models_own_answers(rigged: Any) -> None:
 def test_a_replay_of_the_world_leaves_out_what_is_asked(known: Any, form: Any) -> None:
     model, tokenizer = known
     edits = world.edits(24)
-    made = augmentation(model, tokenizer, edits, prefixes=2, replay="world", replay_rows=60, seed=3, prompt_format=form)
+    made = augmentation(
+        model, tokenizer, edits, prefixes=2, replay="world", replay_limit=60, seed=3, prompt_format=form
+    )
     rows = made(edits)
     assert len(rows) == 2 * 24 + 60
     asked = [prompt.lower() for edit in edits for prompt in scored_prompts(edit)]
@@ -111,11 +113,11 @@ def test_a_replay_of_the_world_leaves_out_what_is_asked(known: Any, form: Any) -
     assert "48 pseudo-paraphrases" in made.line
     assert "60 replayed facts" in made.line
     again = augmentation(
-        model, tokenizer, edits, prefixes=2, replay="world", replay_rows=60, seed=3, prompt_format=form
+        model, tokenizer, edits, prefixes=2, replay="world", replay_limit=60, seed=3, prompt_format=form
     )
     assert again(edits) == rows
     other = augmentation(
-        model, tokenizer, edits, prefixes=2, replay="world", replay_rows=60, seed=4, prompt_format=form
+        model, tokenizer, edits, prefixes=2, replay="world", replay_limit=60, seed=4, prompt_format=form
     )
     assert other(edits) != rows
     # In a sequence an edit gets what it gets in the batch, and no other edit's rows.
@@ -149,18 +151,18 @@ def test_files_of_prompts_and_of_edits(rigged: Any, tmp_path: Path) -> None:
     def rows(**options: Any) -> set[tuple[str, str]]:
         return {(row.prompt, row.target) for row in augmentation(model, tokenizer, edits, **options)(edits)}
 
-    assert rows(replay=str(text), replay_rows=9) == {("A:", "one"), ("B:", "two")}
+    assert rows(replay=str(text), replay_limit=9) == {("A:", "one"), ("B:", "two")}
     assert len(rows(replay=str(text))) == 1
     assert rows(replay=["B:"]) == {("B:", "two")}
     # Of a file of edits the prompts alone; edits that were learned before keep their own targets.
     assert rows(replay=file) == {("A:", "one")}
-    assert rows(earlier=file) == {("A:", "false")}
+    assert rows(previous_edits=file) == {("A:", "false")}
     assert rows() == set()
     for wrong, message in (
         ({"prefixes": -1}, "prefixes=-1"),
-        ({"replay_rows": 3}, "name the prompts with replay="),
+        ({"replay_limit": 3}, "name the prompts with replay="),
         ({"replay": ["P:"]}, "no prompt is left to be replayed"),
-        ({"earlier": [Edit("x " * 200, "y")]}, "tokens, 200 fit"),
+        ({"previous_edits": [Edit("x " * 200, "y")]}, "tokens, 200 fit"),
     ):
         with pytest.raises(EditError, match=message):
             rows(**wrong)
@@ -178,7 +180,7 @@ def test_a_loop_trains_what_it_is_given_beside_the_edits(known: Any, monkeypatch
         return 0.0
 
     monkeypatch.setattr(TrainLoop, "_step", step)
-    made = augmentation(model, tokenizer, edits, prefixes=1, replay="world", replay_rows=4)
+    made = augmentation(model, tokenizer, edits, prefixes=1, replay="world", replay_limit=4)
     for extra, expected in (
         (made, [edits[0], *made(edits[:1])]),
         ([edits[2]], [edits[0], edits[2]]),

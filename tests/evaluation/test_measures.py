@@ -216,7 +216,7 @@ def test_refusals(rigged: Any) -> None:
     for wrong, message in (
         ({"metrics": ["fluncy"]}, "'fluncy' is not known: use any of prefixes"),
         ({"metrics": "kl"}, "one string"),
-        ({"prompt_format": "quiz"}, "'quiz' is not known"),
+        ({"prompt_format": "quiz"}, "prompt_format must be .*, got 'quiz'"),
         ({"prompt_format": "chat"}, "needs a chat template"),
         ({"distributed": True}, "init_process_group"),
         ({"texts": []}, "contains no text"),

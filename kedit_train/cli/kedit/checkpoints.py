@@ -53,7 +53,7 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
     """
     from transformers.utils import logging
 
-    from kedit_train.pretrained import load_model, refusals
+    from kedit_train.pretrained import load_model, loading_errors
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -68,10 +68,10 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
         model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     except EditError as error:
         raise EditError(f"{name} is an adapter of {base!r}, and {error}; {_MERGE}") from error
-    with refusals(name, f"is an adapter that does not fit its base {base!r}"):
+    with loading_errors(name, f"is an adapter that does not fit its base {base!r}"):
         adapted = PeftModel.from_pretrained(model, name)
     if (Path(name) / "tokenizer_config.json").is_file():
-        with refusals(name, "comes with a tokenizer that cannot be loaded"):
+        with loading_errors(name, "comes with a tokenizer that cannot be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return adapted.eval(), tokenizer
 
