@@ -1,20 +1,8 @@
-"""An edit is a file: what changed, saved, applied, taken back, and calculated with."""
+"""An edit as a file: save, apply, revert, add, scale and merge what a run changed."""
 
 from kedit_train.delta.edit_delta import EditDelta
 from kedit_train.delta.merge import merge, sparsify
-from kedit_train.delta.sweep import Point, Sweep, sweep
-from kedit_train.delta.task_vector import Relation, TaskVector, analogy, cosine, relation
+from kedit_train.delta.sweep import Sweep, SweepPoint, sweep
+from kedit_train.delta.task_vector import TaskVector
 
-__all__ = [
-    "EditDelta",
-    "Point",
-    "Relation",
-    "Sweep",
-    "TaskVector",
-    "analogy",
-    "cosine",
-    "merge",
-    "relation",
-    "sparsify",
-    "sweep",
-]
+__all__ = ["EditDelta", "Sweep", "SweepPoint", "TaskVector", "merge", "sparsify", "sweep"]

@@ -14,26 +14,26 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers of the same width, so that NaN equals itself and -0.0 is not 0.0."""
+    """View a tensor as integers of the same width, so that NaN equals itself and -0.0 differs from 0.0."""
     return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one dtype, one shape and one bit pattern."""
+    """Return whether two tensors have the same dtype, shape and bit pattern."""
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(bits(one), bits(other))
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 (hex) of a CPU tensor's dtype, shape and bytes."""
+    """Return the SHA-256 (hex) of the dtype, shape and bytes of a CPU tensor."""
     digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {list(tensor.shape)}\n".encode())
     digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 
 def fingerprint_of(hashes: Iterable[str]) -> str:
-    """One SHA-256 for the weights of a model, from those of its tensors.
+    """Return one SHA-256 (hex) for a whole model, computed from the hashes of its tensors.
 
-    The different contents count, not their names nor how often each occurs: a model in memory, its state dict and its
-    checkpoint (which stores a tied weight once, or twice) have the same fingerprint.
+    Names and repetitions do not count. So a model in memory, its state dict and its checkpoint (which may store a tied
+    weight once or twice) have the same fingerprint.
     """
     return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A delta applied to a checkpoint on the disk, shard by shard; no more than one tensor is in memory."""
+"""Applying a delta to a checkpoint on disk, shard by shard, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from kedit_train.errors import EditError
 from kedit_train.safetensors_file import tensor_bytes
 from kedit_train.safetensors_header import Span, read_tensor
 
-# Weights in other formats: copied, they would be the ones before the edit.
+# Weights in other formats are not copied, because they would still be the weights before the edit.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
 
 
 def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to: Literal["edited", "base"]) -> Path:
-    """Copy a checkpoint with the changed tensors replaced.
+    """Copy a checkpoint and replace the changed tensors.
 
-    Every changed tensor is checked before the first byte is written. Shards are copied as files and the values written
-    into their places, so that headers, order and every other tensor stay as they are, byte for byte. ``out`` appears
-    when it is complete. Configuration and tokenizer files come along; subfolders and weights in other formats do not.
+    Every changed tensor is checked before the first byte is written. Shards are copied as files and new values are
+    written over the old ones, so that headers, order and all other tensors stay the same byte for byte. Configuration
+    and tokenizer files are copied; subfolders and weights in other formats are not. ``out`` appears when it is
+    complete.
+
+    Args:
+        changes: name -> change.
+        folder: the checkpoint to read.
+        out: the folder to write; it must not exist.
+        to: the state of the new checkpoint.
 
     Raises:
-        EditError: the checkpoint does not hold the tensors in the state to change, or ``out`` is there already.
+        EditError: the checkpoint is not in the state that ``to`` starts from, or ``out`` exists.
     """
     if out.exists():
-        raise EditError(f"{out} is there already; give the name of a folder that is not")
+        raise EditError(f"{out} already exists; choose the name of a new folder.")
     shards = shards_of(folder)
     jobs = _jobs(changes, shards, to)
     with writing(out) as unfinished:
@@ -49,17 +56,18 @@ def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to:
 def _jobs(
     changes: Mapping[str, Change], shards: Mapping[Path, dict[str, Span]], to: str
 ) -> dict[Path, dict[str, tuple[Span, Change]]]:
-    where = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
-    held = {name: [one for one in (name, *change.tied) if one in where] for name, change in changes.items()}
-    lost = next((name for name, found in held.items() if not found), None)
-    if lost is not None:
-        raise EditError(f"the checkpoint has no tensor {lost!r}; the delta belongs to another model")
+    """Return what to write into each shard; a tied tensor may be stored under several names."""
+    places = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
+    stored = {name: [alias for alias in (name, *change.tied) if alias in places] for name, change in changes.items()}
+    missing = next((name for name, aliases in stored.items() if not aliases), None)
+    if missing is not None:
+        raise EditError(f"the checkpoint has no tensor {missing!r}, so the delta belongs to another model.")
     jobs: dict[Path, dict[str, tuple[Span, Change]]] = {}
     for name, change in changes.items():
-        for one in held[name]:
-            path, span = where[one]
-            change.require("base" if to == "edited" else "edited", one, read_tensor(path, span, one))
-            jobs.setdefault(path, {})[one] = (span, change)
+        for alias in stored[name]:
+            path, span = places[alias]
+            change.require("base" if to == "edited" else "edited", alias, read_tensor(path, span, alias))
+            jobs.setdefault(path, {})[alias] = (span, change)
     return jobs
 
 
@@ -68,6 +76,6 @@ def _patch(copy: Path, original: Path, jobs: Mapping[str, tuple[Span, Change]], 
         return
     with copy.open("rb+") as file:
         for name, (span, change) in jobs.items():
-            value = change.put(read_tensor(original, span, name), change.after if to == "edited" else change.before)
+            values = change.after if to == "edited" else change.before
             file.seek(span.start)
-            file.write(tensor_bytes(value))
+            file.write(tensor_bytes(change.replaced(read_tensor(original, span, name), values)))

@@ -1,49 +1,57 @@
-"""What an edit changed, as an object and as a file: look at it, apply it, take it back, calculate with it."""
+"""What an edit changed: an object that applies, reverts and calculates, and a file."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from kedit_train.core.fsdp import placed_like, reshard, whole
-from kedit_train.delta import delta_file as file
+from kedit_train.delta import delta_file
 from kedit_train.delta.bitwise import fingerprint_of, tensor_hash
 from kedit_train.delta.checkpoint import patch_checkpoint
+from kedit_train.delta.metadata import describe_edits, library_versions
+from kedit_train.delta.task_vector import BaseTensor, TaskVector
 from kedit_train.delta.tensor_change import Change, change_between
 from kedit_train.delta.weight_source import grouped, named_tensors, weights_of
 from kedit_train.errors import EditError
-
-if TYPE_CHECKING:
-    from kedit_train.delta.task_vector import TaskVector
 
 State = Literal["base", "edited"]
 
 
 class EditDelta:
-    """The tensors that an edit changed, with their values before and after, and what they belong to.
+    """The tensors that an edit changed, with their values before and after.
 
-    ``apply`` gives the edited weights and ``revert`` the base, both bit for bit: each writes recorded values, and only
-    into a model whose tensors are, by their SHA-256, the ones recorded. Operators (``a + b``, ``-a``, ``0.5 * a``) give
-    a :class:`~kedit_train.delta.task_vector.TaskVector` in fp32, and its ``delta()`` is one of these again.
+    :meth:`apply` turns the base model into the edited model and :meth:`revert` turns it back, both bit for bit. Both
+    write recorded values, and only into a model whose tensors have the recorded SHA-256. Operators (``a + b``, ``-a``,
+    ``0.5 * a``) return a :class:`~kedit_train.delta.TaskVector` in fp32; its ``delta()`` is an ``EditDelta`` again.
+
+    Create a delta with :meth:`between` or :meth:`load`, or let the ``SaveDelta`` callback save one.
 
     Args:
-        changes: name -> what changed.
+        changes: name -> what changed in this tensor.
         meta: plain values: ``base`` (``fingerprint``, ``names``, ``name``, ``license``), ``edits`` (``hash``,
-            ``count``), ``configuration``, ``scores``, ``versions``.
+            ``count``), ``configuration``, ``scores`` and ``versions``.
 
     Example:
+        >>> import tempfile, torch
+        >>> from kedit_train import EditDelta
+        >>> base = {"w": torch.tensor([1.0, 2.0, 3.0])}
+        >>> edited = {"w": torch.tensor([1.0, 2.5, 3.0])}
         >>> delta = EditDelta.between(base, edited)
-        >>> delta.save("paris.safetensors")
-        >>> EditDelta.load("paris.safetensors").apply(model)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = delta.save(f"{folder.name}/edit.safetensors")
+        >>> EditDelta.load(path).apply(base)
+        {'w': tensor([1.0000, 2.5000, 3.0000])}
+        >>> EditDelta.load(path).revert(base)
+        {'w': tensor([1., 2., 3.])}
     """
 
-    def __init__(self, changes: Mapping[str, Change], meta: Mapping[str, Any]) -> None:
+    def __init__(self, changes: Mapping[str, Change], *, meta: Mapping[str, Any]) -> None:
         self.changes, self.meta = dict(changes), dict(meta)
 
     @classmethod
@@ -60,24 +68,26 @@ class EditDelta:
     ) -> EditDelta:
         """Compare two models, one tensor at a time.
 
-        Adapters (PEFT) count as merged into the weights that they adapt, so the delta of a LoRA run is one like any
-        other and applies to the plain base model; the adapter itself is what PEFT saves.
+        PEFT adapters count as merged into the weights that they adapt. So the delta of a LoRA run applies to the plain
+        base model; PEFT saves the adapter itself.
 
         Args:
-            base, edited: modules, state dicts or folders of checkpoints, each of either kind.
-            edits: what was edited; their hash and number go into ``meta``.
-            configuration: of the run, plain values; scores: of the edit.
-            license: of the base; by default what the model card in its folder states.
-            touched: names that may differ, where that is known: the others are not read from ``edited``.
+            base: a module, a state dict or the folder of a checkpoint.
+            edited: a module, a state dict or the folder of a checkpoint; it may be of another kind than ``base``.
+            edits: what was edited. Their hash and number go into the metadata.
+            configuration: of the run, plain values.
+            scores: of the edit, name -> number.
+            license: of the base. Default: what the model card in its folder states.
+            touched: names of the tensors that may differ, if that is known. Other tensors of ``edited`` are not read.
 
         Raises:
-            EditError: the two have other names, shapes or dtypes.
+            EditError: the models differ in names, shapes or dtypes.
         """
         old, new = weights_of(base), weights_of(edited)
         if touched is None and set(old) != set(new):
             name = sorted(set(old) ^ set(new))[0]
             only = "base" if name in old else "edited model"
-            raise EditError(f"only the {only} has a tensor {name!r}; a delta lies between two states of one model")
+            raise EditError(f"only the {only} has a tensor {name!r}; compare two states of the same model.")
         chosen, hashes, changes = set(old if touched is None else touched), [], {}
         for name in old:
             before = old[name]
@@ -88,7 +98,7 @@ class EditDelta:
             if after.dtype != before.dtype or after.shape != before.shape:
                 raise EditError(
                     f"{name} is {before.dtype} {list(before.shape)} in the base and {after.dtype} {list(after.shape)} "
-                    "in the edited model; load both in one dtype"
+                    "in the edited model; load both models in one dtype."
                 )
             change = change_between(before, after, hashes[-1], old.tied.get(name, ()))
             if change is not None:
@@ -99,37 +109,38 @@ class EditDelta:
             "edits": {"hash": None, "count": 0} if edits is None else describe_edits(edits),
             "configuration": configuration,
             "scores": dict(scores or {}),
-            "versions": versions(),
+            "versions": library_versions(),
         }
-        return cls(changes, meta)
-
-    # -- the file
+        return cls(changes, meta=meta)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a safetensors file, whole or not at all; a file of this name is replaced."""
-        return file.write(path, self.changes, self.meta)
+        """Write a safetensors file atomically; an existing file is replaced.
+
+        Raises:
+            EditError: the metadata does not fit JSON.
+        """
+        return delta_file.write(path, self.changes, self.meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EditDelta:
-        """Open what :meth:`save` wrote. Tensors are mapped: they take memory when they are used.
+        """Open what :meth:`save` wrote. Tensors are memory-mapped, so they take memory only when they are used.
 
         Raises:
-            EditError: no delta, cut short, or not as it was written; the message says which.
+            EditError: the file is not a delta, is damaged, or was changed after it was written.
         """
-        return cls(*file.read(path))
-
-    # -- a model in memory
+        changes, meta = delta_file.read(path)
+        return cls(changes, meta=meta)
 
     def verify(self, model: Any, *, full: bool = False) -> State:
-        """Tell whether ``model`` is the base or the edited model, by the bits of every changed tensor.
+        """Return whether ``model`` is the base or the edited model, by the bits of every changed tensor.
 
         Args:
-            model: a module, or a state dict.
-            full: look at every other tensor too, by the fingerprint of the whole base.
+            model: a module or a state dict.
+            full: also compare all other tensors, with the fingerprint of the whole base.
 
         Raises:
-            EditError: it is neither, part one and part the other, or of other shapes or dtypes; or it ties a changed
-                tensor to one that the base has apart.
+            EditError: the model is neither, is partly edited, has other shapes or dtypes, or ties a changed tensor to
+                one that the base keeps separate.
         """
         targets = self._targets(model)
         state: State = "base"
@@ -144,65 +155,99 @@ class EditDelta:
             hashes = [known.get(id(t)) or tensor_hash(_on_cpu(t)) for t in (tensors[n] for n in grouped(tensors))]
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
-                    "tensors that the delta leaves alone differ from the model that was edited; the edit can be "
-                    "applied, but not to the model that it was made and measured on"
+                    "tensors that the delta does not change differ from the model that was edited; the delta can be "
+                    "applied, but this is not the model that it was made for and evaluated on."
                 )
         return state
 
     def apply(self, model: Any) -> Any:
-        """Turn the base, in place, into the edited model, bit for bit; return it. All or nothing.
+        """Turn the base model into the edited model, in place and bit for bit; return it.
+
+        Every tensor is checked before the first one is written.
 
         Args:
-            model: a module (sharded by FSDP2 too: every process calls this), or a state dict.
+            model: a module or a state dict. With FSDP2, every process must call this.
 
         Raises:
-            EditError: as :meth:`verify`, or the delta is applied already; then nothing was changed.
+            EditError: as in :meth:`verify`, or the delta is already applied; the model is unchanged.
         """
         return self._write(model, "edited")
 
     def revert(self, model: Any) -> Any:
-        """Turn the edited model, in place, back into the base, bit for bit; return it. All or nothing."""
+        """Turn the edited model back into the base model, in place and bit for bit; return it.
+
+        Raises:
+            EditError: as in :meth:`verify`, or the delta is not applied; the model is unchanged.
+        """
         return self._write(model, "base")
 
-    # -- a checkpoint on the disk
-
     def apply_to_checkpoint(self, folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-        """Write the edited model as a new checkpoint, one tensor at a time; see ``delta/checkpoint.py``."""
+        """Write the edited model as a new checkpoint, with one tensor in memory at a time.
+
+        Args:
+            folder: the safetensors checkpoint of the base model, sharded or not.
+            out: a folder that does not exist yet.
+
+        Raises:
+            EditError: ``folder`` is not the base model, or ``out`` exists.
+        """
         return patch_checkpoint(self.changes, Path(folder), Path(out), "edited")
 
     def revert_checkpoint(self, folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-        """Write the base as a new checkpoint from that of the edited model."""
+        """Write the base model as a new checkpoint from the checkpoint of the edited model.
+
+        Args:
+            folder: the safetensors checkpoint of the edited model.
+            out: a folder that does not exist yet.
+
+        Raises:
+            EditError: ``folder`` is not the edited model, or ``out`` exists.
+        """
         return patch_checkpoint(self.changes, Path(folder), Path(out), "base")
 
-    # -- looking, and calculating
-
     def difference(self, name: str) -> Tensor:
-        """``edited - base`` of one tensor, whole, in fp32: what task arithmetic calculates with."""
+        """Return ``edited - base`` of one whole tensor in fp32 (fp64 for fp64 weights).
+
+        Raises:
+            EditError: the delta does not change this tensor, or it holds no floating-point numbers.
+        """
         if name not in self.changes:
-            raise EditError(f"the delta does not change {name!r}; it changes {', '.join(list(self.changes)[:4])}")
+            raise EditError(f"the delta does not change {name!r}; it changes {', '.join(list(self.changes)[:4])}.")
         return self.changes[name].difference()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all changes."""
+        """Size of all changes in bytes."""
         return sum(change.nbytes for change in self.changes.values())
 
-    def vector(self) -> TaskVector:
-        """The differences in fp32."""
-        from kedit_train.delta.task_vector import TaskVector
+    def vector(self) -> TaskVector[EditDelta]:
+        """Return the differences in fp32, for arithmetic.
 
-        return TaskVector.of(self)
+        Raises:
+            EditError: a changed tensor holds no floating-point numbers.
+        """
+        base = {}
+        for name, change in self.changes.items():
+            values, known = change.partial_base()
+            base[name] = BaseTensor(values, known, change.base, change.tied)
+        return TaskVector(
+            {name: change.difference() for name, change in self.changes.items()},
+            base=base,
+            about=self.meta["base"],
+            parents=(self.meta.get("edits", {}),),
+            delta_type=EditDelta,
+        )
 
-    def __add__(self, other: Any) -> TaskVector:
+    def __add__(self, other: Any) -> TaskVector[EditDelta]:
         return self.vector() + other
 
-    def __sub__(self, other: Any) -> TaskVector:
+    def __sub__(self, other: Any) -> TaskVector[EditDelta]:
         return self.vector() - other
 
-    def __neg__(self) -> TaskVector:
+    def __neg__(self) -> TaskVector[EditDelta]:
         return -self.vector()
 
-    def __mul__(self, factor: float) -> TaskVector:
+    def __mul__(self, factor: float) -> TaskVector[EditDelta]:
         return self.vector() * factor
 
     __rmul__ = __mul__
@@ -213,33 +258,34 @@ class EditDelta:
     def __repr__(self) -> str:
         layouts = ", ".join(f"{name} ({change.layout})" for name, change in list(self.changes.items())[:3])
         more = ", ..." if len(self) > 3 else ""
-        return f"EditDelta({len(self)} tensors, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
+        count = "1 tensor" if len(self) == 1 else f"{len(self)} tensors"
+        return f"EditDelta({count}, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
 
     def _targets(self, model: Any) -> list[tuple[str, Tensor]]:
-        """(name in the delta, tensor of the model): each tensor of the model once."""
+        """Return (name in the delta, tensor of the model), each tensor of the model once."""
         if isinstance(model, nn.Module):
             reshard(model)
             named = named_tensors(model)
         elif isinstance(model, Mapping):
             named = dict(model)
         else:
-            raise EditError(f"a delta applies to a module or a state dict, not to a {type(model).__name__}")
+            raise EditError(f"a delta applies to a module or a state dict, got {type(model).__name__}.")
         groups = {name: (first, *others) for first, others in grouped(named).items() for name in (first, *others)}
-        apart = set(self.meta["base"]["names"])
+        separate = set(self.meta["base"]["names"])
         targets: dict[str, tuple[str, Tensor]] = {}
         for name, change in self.changes.items():
-            held = [one for one in (name, *change.tied) if one in named]
-            if not held:
-                hint = "; merge its adapter, or give the plain model" if hasattr(model, "peft_config") else ""
-                raise EditError(f"the model has no tensor {name!r}: the delta belongs to another model{hint}")
-            for one in held:
-                for other in groups[one]:
-                    if other in apart and other != name:
+            present = [alias for alias in (name, *change.tied) if alias in named]
+            if not present:
+                hint = "; merge its adapter, or use the plain model" if hasattr(model, "peft_config") else ""
+                raise EditError(f"the model has no tensor {name!r}, so the delta belongs to another model{hint}.")
+            for alias in present:
+                for other in groups[alias]:
+                    if other in separate and other != name:
                         raise EditError(
-                            f"the model ties {one} to {other}, which the base has apart, so both would change; load "
-                            "the model with tie_word_embeddings=False"
+                            f"the model ties {alias} to {other}, but the base keeps them separate, so both would "
+                            "change; load the model with tie_word_embeddings=False."
                         )
-                targets.setdefault(groups[one][0], (name, named[one]))
+                targets.setdefault(groups[alias][0], (name, named[alias]))
         return list(targets.values())
 
     @torch.no_grad()
@@ -249,30 +295,9 @@ class EditDelta:
             self.changes[name].require("base" if to == "edited" else "edited", name, _on_cpu(tensor))
         for name, tensor in targets:
             change = self.changes[name]
-            value = change.put(_on_cpu(tensor), change.after if to == "edited" else change.before)
+            value = change.replaced(_on_cpu(tensor), change.after if to == "edited" else change.before)
             tensor.copy_(placed_like(value.to(tensor.device), tensor))
         return model
-
-
-def versions() -> dict[str, str]:
-    """Of this package and the libraries that computed the weights."""
-    found = {}
-    for name in ("kedit-train", "torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def describe_edits(edits: Sequence[Any]) -> dict[str, Any]:
-    """Hash and number of edits, the hash as :class:`~kedit_train.data.EditDataset` has it."""
-    own = getattr(edits, "hash", None)
-    if not isinstance(own, str):
-        from kedit_train.data import EditDataset
-
-        own = EditDataset(edits).hash
-    return {"hash": own, "count": len(edits)}
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several deltas of one base as one: their sum, TIES, DARE; and the sparser form of one, RECT."""
+"""Merging several deltas of one base model (sum, TIES, DARE), and making one delta sparser (RECT)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kedit_train.arguments import check_arguments, one_of, within
+from kedit_train.delta.edit_delta import EditDelta
 from kedit_train.delta.task_vector import TaskVector, as_vector, check_same_base
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, reported_by
 from kedit_train.optional import require
 
 Method = Literal["linear", "ties", "dare"]
@@ -19,39 +21,57 @@ Method = Literal["linear", "ties", "dare"]
 @torch.no_grad()
 def merge(
     deltas: Sequence[Any],
-    weights: Sequence[float] | None = None,
     *,
+    weights: Sequence[float] | None = None,
     method: Method = "linear",
     density: float = 0.5,
     seed: int = 0,
-) -> TaskVector:
-    """Merge deltas (or task vectors) of one base, tensor by tensor; TIES and DARE are PEFT's implementations.
+) -> TaskVector[EditDelta]:
+    """Merge deltas (or task vectors) of one base model, tensor by tensor.
 
-    ``linear``: the weighted sum (arXiv 2212.04089). ``ties``: of each delta the share ``density`` of largest entries of
-    every tensor, then the mean of those entries that have the sign of the majority by mass ("TIES-Merging", arXiv
-    2306.01708). ``dare``: entries dropped at random until the share ``density`` is left, those scaled by
-    ``1 / density``, then the weighted sum ("Language Models are Super Mario", arXiv 2311.03099).
-
-    A delta that does not change a tensor takes part with zeros there.
+    A delta that does not change a tensor counts as zeros there. TIES and DARE are the implementations of PEFT.
 
     Args:
         deltas: at least one.
-        weights: one for each; by default 1.
-        density: share of entries kept, in (0, 1]; linear does not use it.
-        seed: of what DARE drops.
+        weights: one number for each delta. Default: 1 for each.
+        method: ``linear`` is the weighted sum. ``ties`` keeps the ``density`` largest entries of every tensor of each
+            delta, and averages those whose sign is that of the majority by mass. ``dare`` drops entries at random until
+            the share ``density`` is left, divides by ``density``, and returns the weighted sum.
+        density: share of entries to keep, in (0, 1]. ``linear`` ignores it.
+        seed: for the random draw of ``dare``.
+
+    Returns:
+        The merged task vector; its :meth:`~TaskVector.delta` is a delta again.
 
     Raises:
-        EditError: different bases, arguments out of range, or TIES or DARE without PEFT.
+        EditError: different bases, an argument out of range, or PEFT is not installed (``ties`` and ``dare``).
+
+    References:
+        linear: "Editing Models with Task Arithmetic", arXiv 2212.04089. TIES: "TIES-Merging: Resolving Interference
+        When Merging Models", arXiv 2306.01708. DARE: "Language Models are Super Mario", arXiv 2311.03099.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDelta
+        >>> from kedit_train.delta import merge
+        >>> base = {"w": torch.zeros(3)}
+        >>> a = EditDelta.between(base, {"w": torch.tensor([1.0, 0.0, 2.0])})
+        >>> b = EditDelta.between(base, {"w": torch.tensor([0.0, 4.0, -2.0])})
+        >>> merge([a, b], weights=[1.0, 0.5]).delta().apply(base)
+        {'w': tensor([1., 2., 1.])}
     """
-    vectors = [as_vector(delta) for delta in deltas]
-    factors = [1.0] * len(vectors) if weights is None else [float(weight) for weight in weights]
-    if not vectors or len(factors) != len(vectors):
-        raise EditError(f"merge: {len(vectors)} deltas and {len(factors)} weights; give one weight for each delta")
-    if method not in get_args(Method) or not 0.0 < density <= 1.0:
-        raise EditError(f"merge: method={method!r}, density={density}: expected {get_args(Method)} and (0, 1]")
-    for vector in vectors[1:]:
-        check_same_base(vectors[0], vector)
-    implementation = _implementation(method)
+    check_arguments("merge", method=(method, one_of(get_args(Method))), density=(density, within("(0, 1]")))
+    with reported_by("merge"):
+        vectors = [as_vector(delta) for delta in deltas]
+        factors = [1.0] * len(vectors) if weights is None else [float(weight) for weight in weights]
+        if not vectors or len(factors) != len(vectors):
+            raise EditError(
+                f"expected at least one delta and one weight for each, got {len(vectors)} deltas and {len(factors)} "
+                "weights."
+            )
+        for vector in vectors[1:]:
+            check_same_base(vectors[0], vector)
+        implementation = _implementation(method)
     merged = {}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"The density .* no pruning will be performed")
@@ -59,32 +79,45 @@ def merge(
         for name in sorted({name for vector in vectors for name in vector.differences}):
             parts = _parts(name, vectors)
             merged[name] = implementation(parts, torch.tensor(factors, dtype=parts[0].dtype), density)
-    return vectors[0].combined(merged, *vectors[1:])
+    return vectors[0].with_differences(merged, *vectors[1:])
 
 
 @torch.no_grad()
-def sparsify(delta: Any, keep: float = 0.4) -> TaskVector:
-    """Keep of each tensor the share ``keep`` of entries with the largest relative change, ``|difference / base|``.
-
-    RECT ("Model Editing Harms General Abilities of Large Language Models: Regularization to the Rescue", arXiv
-    2401.04700). The share is taken of the entries of the whole tensor; a change of an entry that was 0 counts as
-    infinitely large.
+def sparsify(delta: Any, *, density: float = 0.4) -> TaskVector[EditDelta]:
+    """Keep, in each tensor, the entries with the largest relative change ``|difference / base|`` (RECT).
 
     Args:
-        keep: in (0, 1].
+        delta: a delta or a task vector.
+        density: share of all entries of a tensor to keep, in (0, 1]. A change of an entry that was 0 counts as
+            infinitely large.
+
+    Raises:
+        EditError: ``density`` is out of range.
+
+    References:
+        "Model Editing Harms General Abilities of Large Language Models: Regularization to the Rescue", arXiv
+        2401.04700.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDelta
+        >>> from kedit_train.delta import sparsify
+        >>> base = {"w": torch.tensor([1.0, 1.0, 10.0, 10.0])}
+        >>> delta = EditDelta.between(base, {"w": torch.tensor([2.0, 1.1, 11.0, 16.0])})
+        >>> sparsify(delta, density=0.5).delta().apply(base)
+        {'w': tensor([ 2.,  1., 10., 16.])}
     """
-    if not 0.0 < keep <= 1.0:
-        raise EditError(f"sparsify: keep={keep} is no share in (0, 1]")
-    vector, kept = as_vector(delta), {}
+    check_arguments("sparsify", density=(density, within("(0, 1]")))
+    vector, sparse = as_vector(delta), {}
     for name, difference in vector.differences.items():
-        ratio = (difference.abs() / vector.base[name].abs()).nan_to_num(nan=0.0, posinf=torch.inf).reshape(-1)
-        count = max(1, int(keep * ratio.numel()))
+        ratio = (difference.abs() / vector.base[name].values.abs()).nan_to_num(nan=0.0, posinf=torch.inf).reshape(-1)
+        count = max(1, int(density * ratio.numel()))
         mask = torch.zeros_like(ratio, dtype=torch.bool).index_fill_(0, ratio.topk(count).indices, True)
-        kept[name] = torch.where(mask.view_as(difference), difference, 0.0)
-    return vector.combined(kept)
+        sparse[name] = torch.where(mask.view_as(difference), difference, 0.0)
+    return vector.with_differences(sparse)
 
 
-def _parts(name: str, vectors: Sequence[TaskVector]) -> list[Tensor]:
+def _parts(name: str, vectors: Sequence[TaskVector[Any]]) -> list[Tensor]:
     zeros = torch.zeros_like(next(v.differences[name] for v in vectors if name in v.differences))
     return [vector.differences.get(name, zeros) for vector in vectors]
 

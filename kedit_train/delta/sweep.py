@@ -1,4 +1,4 @@
-"""How much of an edit? Reliability against locality over coefficients, and one picked by a stated rule."""
+"""A sweep: score multiples of a delta, and pick one by a stated rule."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any
 
 from torch import nn
 
+from kedit_train.arguments import check_arguments, within
 from kedit_train.delta.edit_delta import EditDelta
 from kedit_train.delta.task_vector import as_vector
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, reported_by
+
+COEFFICIENTS = tuple(round(0.1 * i, 2) for i in range(1, 11))
 
 
 @dataclass(frozen=True)
-class Point:
-    """What one coefficient gives; ``coefficient`` 0 is the base."""
+class SweepPoint:
+    """The scores of one coefficient; coefficient 0 is the base model."""
 
     coefficient: float
     reliability: float
@@ -25,10 +28,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every point in the order of coefficients, the one picked, and the delta that it stands for."""
+    """The result of :func:`sweep`.
 
-    points: tuple[Point, ...]
-    best: Point
+    Args:
+        points: in ascending order of the coefficient, the base model (0) included.
+        best: the point that the rule picked.
+        delta: ``best.coefficient`` times the swept delta, ready to apply and to save.
+        rule: the rule as a sentence.
+    """
+
+    points: tuple[SweepPoint, ...]
+    best: SweepPoint
     delta: EditDelta
     rule: str
 
@@ -37,56 +47,76 @@ def sweep(
     model: nn.Module,
     delta: Any,
     score: Callable[[nn.Module], Mapping[str, float]],
-    coefficients: Sequence[float] = tuple(round(0.1 * i, 2) for i in range(1, 11)),
     *,
-    keep: float = 0.95,
+    coefficients: Sequence[float] = COEFFICIENTS,
+    keep_locality: float = 0.95,
 ) -> Sweep:
-    """Apply ``coefficient * delta`` for each coefficient, score the model, and pick one.
+    """Apply each multiple of a delta, score the model, and pick one coefficient.
 
-    The rule: of the coefficients with which the locality is at least ``keep`` of the base's own, the one of highest
-    reliability; of equals, the smallest. So are coefficients picked for negation in "Editing Models with Task
-    Arithmetic" (arXiv 2212.04089): 95 % of the accuracy elsewhere has to stay. Score on questions that are held out
-    from whatever reports the result.
+    The rule: among the coefficients whose locality is at least ``keep_locality`` times that of the base model, pick the
+    one with the highest reliability, and of equals the one nearest to 0. Score on questions that are not used to report
+    the result. The paper picks coefficients for negation in the same way, with 95 % of the accuracy on other tasks.
 
     Args:
-        model: the base that the delta belongs to, given back as it was, bit for bit.
-        delta: a delta or a task vector. For forgetting, negative coefficients and a score whose reliability is what is
-            forgotten.
-        score: model -> ``reliability`` and ``locality`` (or ``edit/reliability`` and ``edit/locality``, so that
-            ``lambda model: evaluate(model, tokenizer, held_out).flat()`` will do).
-        coefficients: any but 0, which is measured anyway.
+        model: the base model of the delta. It is restored bit for bit, also after an error.
+        delta: a delta or a task vector. To make a model forget, use negative coefficients, and a score whose
+            reliability counts what is forgotten.
+        score: called with the model. Returns ``reliability`` and ``locality``, or ``edit/reliability`` and
+            ``edit/locality`` as in ``evaluate(...).flat()``.
+        coefficients: at least one besides 0. Coefficient 0 is always scored. Default: 0.1, 0.2, ... 1.
+        keep_locality: share of the locality of the base model that must remain, in [0, 1].
 
     Raises:
-        EditError: no coefficient is within the rule, or a score is missing.
+        EditError: no coefficient fulfills the rule, or a score is missing or not finite.
+
+    References:
+        "Editing Models with Task Arithmetic", arXiv 2212.04089.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDelta
+        >>> from kedit_train.delta import sweep
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> delta = EditDelta.between(model, {"weight": torch.ones(1, 1)})
+        >>> def score(model):
+        ...     weight = float(model.weight)
+        ...     return {"reliability": weight, "locality": 1 - weight / 10}
+        >>> result = sweep(model, delta, score, coefficients=[0.25, 0.5, 1.0])
+        >>> result.best
+        SweepPoint(coefficient=0.5, reliability=0.5, locality=0.95)
     """
-    chosen = sorted({float(c) for c in coefficients} - {0.0})
-    if not chosen or not 0.0 <= keep <= 1.0:
-        raise EditError(f"sweep: coefficients={list(coefficients)}, keep={keep}: give numbers but 0, and one in [0, 1]")
-    vector = as_vector(delta)
-    points = {0.0: _point(0.0, score(model))}
-    for coefficient in chosen:
-        applied = (coefficient * vector).apply(model)
-        try:
-            points[coefficient] = _point(coefficient, score(model))
-        finally:
-            applied.revert(model)
-    least = keep * points[0.0].locality
-    within = [points[c] for c in chosen if points[c].locality >= least]
-    rule = f"highest reliability with locality >= {keep:g} of the base's ({least:.3f})"
-    if not within:
-        nearest = max((points[c] for c in chosen), key=lambda point: point.locality)
-        raise EditError(
-            f"sweep: no coefficient keeps the locality at {least:.3f} (best: {nearest.locality:.3f} with "
-            f"{nearest.coefficient:g}); give smaller coefficients, or lower keep={keep:g}"
-        )
-    best = max(within, key=lambda point: (point.reliability, -abs(point.coefficient)))
-    picked = (best.coefficient * vector).delta(configuration={"coefficient": best.coefficient, "rule": rule})
-    return Sweep(tuple(points[c] for c in sorted(points)), best, picked, rule)
+    check_arguments("sweep", keep_locality=(keep_locality, within("[0, 1]")))
+    chosen = sorted({float(coefficient) for coefficient in coefficients} - {0.0})
+    if not chosen:
+        raise EditError(f"coefficients must contain a number besides 0, got {list(coefficients)}.", component="sweep")
+    with reported_by("sweep"):
+        vector = as_vector(delta)
+        points = {0.0: _scored(0.0, score(model))}
+        for coefficient in chosen:
+            applied: EditDelta = (coefficient * vector).apply(model)
+            try:
+                points[coefficient] = _scored(coefficient, score(model))
+            finally:
+                applied.revert(model)
+        least = keep_locality * points[0.0].locality
+        allowed = [points[coefficient] for coefficient in chosen if points[coefficient].locality >= least]
+        if not allowed:
+            nearest = max((points[coefficient] for coefficient in chosen), key=lambda point: point.locality)
+            raise EditError(
+                f"no coefficient keeps a locality of {least:.3f} (the highest is {nearest.locality:.3f} with "
+                f"coefficient {nearest.coefficient:g}); use smaller coefficients, or a keep_locality below "
+                f"{keep_locality:g}."
+            )
+    rule = f"highest reliability with a locality of at least {keep_locality:g} x that of the base ({least:.3f})"
+    best = max(allowed, key=lambda point: (point.reliability, -abs(point.coefficient)))
+    scaled = (best.coefficient * vector).delta(configuration={"coefficient": best.coefficient, "rule": rule})
+    return Sweep(tuple(points[coefficient] for coefficient in sorted(points)), best, scaled, rule)
 
 
-def _point(coefficient: float, scores: Mapping[str, float]) -> Point:
-    found = {name: scores.get(name, scores.get(f"edit/{name}", math.nan)) for name in ("reliability", "locality")}
-    for name, value in found.items():
+def _scored(coefficient: float, scores: Mapping[str, float]) -> SweepPoint:
+    values = {name: scores.get(name, scores.get(f"edit/{name}", math.nan)) for name in ("reliability", "locality")}
+    for name, value in values.items():
         if not math.isfinite(value):
-            raise EditError(f"sweep: the score with coefficient {coefficient:g} has no finite {name!r}")
-    return Point(coefficient, **found)
+            raise EditError(f"the score of coefficient {coefficient:g} must contain a finite {name!r}, got {value}.")
+    return SweepPoint(coefficient, **values)

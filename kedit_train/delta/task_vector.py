@@ -1,201 +1,192 @@
-"""Task arithmetic: differences of weights in fp32, added, scaled, negated, and rounded once at the end."""
+"""Task arithmetic: weight differences in fp32 that can be added, scaled and negated."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from kedit_train.delta.edit_delta import EditDelta, versions
-from kedit_train.delta.tensor_change import change_between
+from kedit_train.delta.metadata import library_versions
+from kedit_train.delta.tensor_change import Change, change_between
 from kedit_train.errors import EditError
+
+D = TypeVar("D")
 
 
 @dataclass(frozen=True)
-class TaskVector:
-    """A linear combination, or a merge, of what edits of one base changed ("Editing Models with Task Arithmetic",
-    arXiv 2212.04089).
-
-    It is no edit of weights yet: ``base + difference`` has to be rounded to the base's dtype. :meth:`delta` does so,
-    once, and records the bits before and after, so that what comes out applies and reverts exactly. It needs no model:
-    the deltas bring the base's values along.
-
-    ``1.0 * a`` is therefore ``a`` within rounding (in fp32 the last bit of ``base + (edited - base)``); a model between
-    the base (0) and the edit (1), as WiSE-FT takes it (arXiv 2109.01903), is ``alpha * a``.
+class BaseTensor:
+    """A tensor of the base model, as far as the deltas know it.
 
     Args:
-        differences: name -> fp32 (fp64 for fp64) difference, whole tensors.
-        base: name -> the base's tensor, as far as the deltas bring it along; known: name -> bool, where they do.
-        hashes: name -> hash of the base's tensor.
-        tied: name -> other names of the tensor.
-        about: the base, as in ``EditDelta.meta["base"]``.
-        parents: the ``edits`` of the deltas that went in.
+        values: the whole tensor; zeros where no delta recorded the value.
+        known: bool, the same shape: where a delta recorded the value.
+        hash: of the whole tensor.
+        tied: other names of the same tensor.
+    """
+
+    values: Tensor
+    known: Tensor
+    hash: str
+    tied: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TaskVector(Generic[D]):
+    """A linear combination, or a merge, of the differences that edits of one base model made.
+
+    Arithmetic on an :class:`~kedit_train.EditDelta` (``a + b``, ``-a``, ``0.5 * a``) and
+    :func:`~kedit_train.delta.merge` return a task vector. It is not an edit yet, because ``base + difference`` must be
+    rounded to the dtype of the base. :meth:`delta` rounds once and records the bits before and after, so its result
+    applies and reverts exactly. No model is needed: the deltas contain the values of the base.
+
+    ``1.0 * a`` equals ``a`` up to rounding (in fp32 the last bit of ``base + (edited - base)`` may differ).
+
+    Args:
+        differences: name -> whole tensor in fp32 (fp64 for fp64 weights).
+        base: name -> tensor of the base.
+        about: the base model, as in ``EditDelta.meta["base"]``.
+        parents: the ``edits`` metadata of the deltas that were combined.
+        delta_type: builds a delta from changes and ``meta=``.
+
+    References:
+        "Editing Models with Task Arithmetic", arXiv 2212.04089. A model between the base (0) and the edit (1) is
+        ``alpha * a``: "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv 2109.01903.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDelta
+        >>> base = {"w": torch.tensor([1.0, 2.0])}
+        >>> a = EditDelta.between(base, {"w": torch.tensor([2.0, 2.0])})
+        >>> b = EditDelta.between(base, {"w": torch.tensor([1.0, 4.0])})
+        >>> half_of_both = (0.5 * (a + b)).delta()
+        >>> half_of_both.apply(base)
+        {'w': tensor([1.5000, 3.0000])}
+        >>> half_of_both.revert(base)
+        {'w': tensor([1., 2.])}
     """
 
     differences: Mapping[str, Tensor]
-    base: Mapping[str, Tensor]
-    known: Mapping[str, Tensor]
-    hashes: Mapping[str, str]
-    tied: Mapping[str, tuple[str, ...]]
+    _: KW_ONLY
+    base: Mapping[str, BaseTensor]
     about: Mapping[str, Any]
-    parents: tuple[Mapping[str, Any], ...] = field(default=())
-
-    @classmethod
-    def of(cls, delta: EditDelta) -> TaskVector:
-        """The differences of one delta.
-
-        Raises:
-            EditError: it changes a tensor that holds no floating-point numbers.
-        """
-        bases = {name: change.partial_base() for name, change in delta.changes.items()}
-        return cls(
-            {name: delta.difference(name) for name in delta.changes},
-            {name: base for name, (base, _) in bases.items()},
-            {name: known for name, (_, known) in bases.items()},
-            {name: change.base for name, change in delta.changes.items()},
-            {name: change.tied for name, change in delta.changes.items()},
-            delta.meta["base"],
-            (delta.meta.get("edits", {}),),
-        )
+    parents: tuple[Mapping[str, Any], ...] = ()
+    delta_type: Callable[..., D]
 
     @torch.no_grad()
-    def delta(self, configuration: Any = None) -> EditDelta:
-        """Round to the base's dtype once, and record the bits.
+    def delta(self, *, configuration: Any = None) -> D:
+        """Round to the dtype of the base once, and record the bits before and after.
+
+        Args:
+            configuration: plain values for the metadata: how the vector was made.
 
         Raises:
-            EditError: a weight would be infinite or no number.
+            EditError: a weight would become infinite or NaN.
         """
-        changes = {}
+        changes: dict[str, Change] = {}
         for name, difference in self.differences.items():
             base = self.base[name]
-            moved = (base.to(difference.dtype) + difference).to(base.dtype)
-            edited = torch.where(difference != 0, moved, base)
-            # Widened: torch asks no float8 whether it is finite.
+            moved = (base.values.to(difference.dtype) + difference).to(base.values.dtype)
+            edited = torch.where(difference != 0, moved, base.values)
+            # Torch cannot tell whether a float8 is finite, so the values are widened first.
             if not bool(moved.to(difference.dtype)[difference != 0].isfinite().all()):
-                raise EditError(f"{name} would no longer be finite in {base.dtype}; take a smaller coefficient")
-            change = change_between(base, edited, self.hashes[name], self.tied[name], self.known[name])
+                raise EditError(f"{name} would not be finite in {base.values.dtype}; use a smaller coefficient.")
+            change = change_between(base.values, edited, base.hash, base.tied, base.known)
             if change is not None:
                 changes[name] = change
         count = sum(int(parent.get("count", 0)) for parent in self.parents)
         edits = {"hash": None, "count": count, "parents": [dict(parent) for parent in self.parents]}
         meta = {"base": dict(self.about), "edits": edits, "configuration": configuration, "scores": {}}
-        return EditDelta(changes, meta | {"versions": versions()})
+        return self.delta_type(changes, meta=meta | {"versions": library_versions()})
 
-    def apply(self, model: Any) -> EditDelta:
-        """Round, apply, and return the delta that was applied: its ``revert(model)`` gives the base back."""
-        delta = self.delta()
+    def apply(self, model: Any) -> D:
+        """Round, apply to ``model`` in place, and return the delta. Its ``revert(model)`` restores the base."""
+        delta: Any = self.delta()
         delta.apply(model)
         return delta
 
-    def combined(self, others: Mapping[str, Tensor], *vectors: TaskVector) -> TaskVector:
-        """These differences, on the base that this vector and ``vectors`` know in parts."""
-        base, known, hashes, tied = dict(self.base), dict(self.known), dict(self.hashes), dict(self.tied)
-        for vector in vectors:
-            check_same_base(self, vector)
-            for name, places in vector.known.items():
-                base[name] = torch.where(places, vector.base[name], base[name]) if name in base else vector.base[name]
-                known[name] = places | known[name] if name in known else places
-            hashes |= vector.hashes
-            tied |= vector.tied
-        parents = self.parents + tuple(parent for vector in vectors for parent in vector.parents)
-        return TaskVector(others, base, known, hashes, tied, self.about, parents)
+    def cosine(self, other: Any) -> float:
+        """Return the cosine of the angle to another task vector or delta over all tensors; 0 if one of them is zero.
 
-    def __add__(self, other: Any) -> TaskVector:
+        Raises:
+            EditError: the two have different bases.
+        """
         vector = as_vector(other)
-        names = list(dict.fromkeys([*self.differences, *vector.differences]))
         check_same_base(self, vector)
-        return self.combined({name: sum_of(name, self, vector) for name in names}, vector)
+        shared = self.differences.keys() & vector.differences.keys()
+        product = sum(float((self.differences[n].double() * vector.differences[n].double()).sum()) for n in shared)
+        lengths = self.norm() * vector.norm()
+        return product / lengths if lengths else 0.0
 
-    def __sub__(self, other: Any) -> TaskVector:
+    def norm(self) -> float:
+        """Return the Euclidean norm over all tensors."""
+        return math.sqrt(sum(float(value.double().square().sum()) for value in self.differences.values()))
+
+    def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
+        """Return a vector of these differences, on the base that this vector and ``others`` know in parts."""
+        base = dict(self.base)
+        for other in others:
+            check_same_base(self, other)
+            for name, theirs in other.base.items():
+                if name in base:
+                    values = torch.where(theirs.known, theirs.values, base[name].values)
+                    base[name] = BaseTensor(values, theirs.known | base[name].known, theirs.hash, theirs.tied)
+                else:
+                    base[name] = theirs
+        parents = self.parents + tuple(parent for other in others for parent in other.parents)
+        return TaskVector(differences, base=base, about=self.about, parents=parents, delta_type=self.delta_type)
+
+    def __add__(self, other: Any) -> TaskVector[D]:
+        vector = as_vector(other)
+        check_same_base(self, vector)
+        total = dict(self.differences)
+        for name, value in vector.differences.items():
+            total[name] = torch.stack([total[name], value]).sum(0) if name in total else value
+        return self.with_differences(total, vector)
+
+    def __sub__(self, other: Any) -> TaskVector[D]:
         return self + -as_vector(other)
 
-    def __neg__(self) -> TaskVector:
+    def __neg__(self) -> TaskVector[D]:
         return self * -1.0
 
-    def __mul__(self, factor: float) -> TaskVector:
+    def __mul__(self, factor: float) -> TaskVector[D]:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise EditError(f"a delta is scaled by a finite number, not by {factor!r}")
-        return self.combined({name: value * factor for name, value in self.differences.items()})
+            raise EditError(f"a delta can only be multiplied by a finite number, got {factor!r}.")
+        return self.with_differences({name: value * factor for name, value in self.differences.items()})
 
     __rmul__ = __mul__
 
-    def norm(self) -> float:
-        """Euclidean length over all tensors."""
-        return math.sqrt(sum(float(value.double().square().sum()) for value in self.differences.values()))
 
-
-def as_vector(value: Any) -> TaskVector:
-    """A delta's differences; a vector as it is."""
-    if isinstance(value, TaskVector):
-        return value
-    if isinstance(value, EditDelta):
-        return value.vector()
-    raise EditError(f"deltas are added to deltas, not to a {type(value).__name__}")
-
-
-def check_same_base(one: TaskVector, other: TaskVector) -> None:
-    """Refuse vectors that do not begin at one point."""
-    if one.about["fingerprint"] != other.about["fingerprint"]:
-        raise EditError(
-            f"the deltas belong to different bases ({str(one.about['fingerprint'])[:12]} and "
-            f"{str(other.about['fingerprint'])[:12]}), so their differences do not add up to anything; make both from "
-            "one model"
-        )
-    for name in one.hashes.keys() & other.hashes.keys():
-        if one.hashes[name] != other.hashes[name] or one.base[name].shape != other.base[name].shape:
-            raise EditError(f"the deltas disagree on {name} in their base; one of them was put together wrongly")
-
-
-def sum_of(name: str, *vectors: TaskVector) -> Tensor:
-    """The sum of what vectors say of one tensor, where they say anything."""
-    found = [vector.differences[name] for vector in vectors if name in vector.differences]
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
-
-
-class Relation(NamedTuple):
-    """How two edits lie to each other: their cosine, and what it suggests."""
-
-    cosine: float
-    kind: str
-    add: bool
-    negate: bool
-
-
-def cosine(one: Any, other: Any) -> float:
-    """The cosine of the angle between two deltas over all tensors; 0 where one of them is zero.
+def as_vector(value: Any) -> TaskVector[Any]:
+    """Return a task vector as it is, and the differences of a delta.
 
     Raises:
-        EditError: their bases differ.
+        EditError: ``value`` is neither.
     """
-    a, b = as_vector(one), as_vector(other)
-    check_same_base(a, b)
-    both = a.differences.keys() & b.differences.keys()
-    product = sum(float((a.differences[n].double() * b.differences[n].double()).sum()) for n in both)
-    lengths = a.norm() * b.norm()
-    return product / lengths if lengths else 0.0
+    if isinstance(value, TaskVector):
+        return value
+    vector = getattr(value, "vector", None)
+    if not callable(vector):
+        raise EditError(f"expected an EditDelta or a TaskVector, got {type(value).__name__}.")
+    return vector()  # type: ignore[return-value]
 
 
-def relation(one: Any, other: Any, *, irrelevant: float = 0.1) -> Relation:
-    """What the cosine of two deltas suggests: whether adding both, and whether negating one, is likely to work.
+def check_same_base(one: TaskVector[Any], other: TaskVector[Any]) -> None:
+    """Check that two vectors start from the same base model.
 
-    "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) proves, for a one-layer nonlinear
-    Transformer that classifies, that adding works for irrelevant and for aligned tasks, and that negating one forgets
-    it without harming the other where they are irrelevant or contradictory. A lead, not a guarantee: measure with
-    :func:`~kedit_train.delta.sweep.sweep`.
-
-    Args:
-        irrelevant: a cosine of at most this size counts as none. Two random directions in n dimensions have one of
-            about ``1 / sqrt(n)``.
+    Raises:
+        EditError: they do not.
     """
-    value = cosine(one, other)
-    kind = "irrelevant" if abs(value) <= irrelevant else "aligned" if value > 0 else "contradictory"
-    return Relation(value, kind, add=kind != "contradictory", negate=kind != "aligned")
-
-
-def analogy(a: Any, b: Any, c: Any) -> TaskVector:
-    """``c + (b - a)``: what turns a into b, done to c (arXiv 2212.04089)."""
-    return as_vector(c) + (as_vector(b) - a)
+    if one.about["fingerprint"] != other.about["fingerprint"]:
+        raise EditError(
+            f"the deltas belong to different base models ({str(one.about['fingerprint'])[:12]} and "
+            f"{str(other.about['fingerprint'])[:12]}); only deltas of one base can be combined."
+        )
+    for name in one.base.keys() & other.base.keys():
+        mine, theirs = one.base[name], other.base[name]
+        if mine.hash != theirs.hash or mine.values.shape != theirs.values.shape:
+            raise EditError(f"the deltas disagree about {name} in their base; one of the files is not valid.")

@@ -26,7 +26,7 @@ from kedit_train import EditDataset, EditDelta, evaluate, world
 from kedit_train.callbacks import ParameterScope
 from kedit_train.cli.kedit.sweep_plot import sweep_plot
 from kedit_train.data import Edit
-from kedit_train.delta import cosine, merge, sweep
+from kedit_train.delta import merge, sweep
 from kedit_train.evaluation.reporting.plots import figure, saved
 from kedit_train.modes import Forgetting, TrainLoop, forget
 
@@ -100,7 +100,7 @@ def sums(bench: Bench, grid: Sequence[float]) -> tuple[dict[str, dict[float, Poi
     found = {
         label: {c: bench.with_(vector, c, lambda: bench.scores(both)) for c in grid} for label, vector in made.items()
     }
-    return found, cosine(one, other)
+    return found, one.vector().cosine(other)
 
 
 def negation(bench: Bench, grid: Sequence[float]) -> dict[float, Point]:
@@ -196,7 +196,13 @@ def main() -> None:
     half = len(bench.first) // 2
     asked, told = bench.first[:half], bench.first[half:]
     grid = (0.5, 1.0) if few else (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5)
-    swept = sweep(bench.model, held, lambda model: bench.scores(asked, model), grid, keep=0.0 if few else 0.95)
+    swept = sweep(
+        bench.model,
+        held,
+        lambda model: bench.scores(asked, model),
+        coefficients=grid,
+        keep_locality=0.0 if few else 0.95,
+    )
     after = bench.with_(swept.delta.vector(), 1.0, lambda: bench.scores(told))
     full = bench.with_(held.vector(), 1.0, lambda: bench.scores(told))
     count = bench.n

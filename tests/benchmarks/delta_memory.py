@@ -70,7 +70,7 @@ def make(folder: Path, total: float, shard: float, tensor: float) -> tuple[EditD
         assert change is not None
         changes[name] = change
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    return EditDelta(changes, {"base": {"fingerprint": "", "names": sorted(where)}}), shards
+    return EditDelta(changes, meta={"base": {"fingerprint": "", "names": sorted(where)}}), shards
 
 
 def main() -> None:

@@ -148,7 +148,7 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
         (["show", "none.safetensors"], "does not exist"),
         (["show", "foreign.safetensors"], "is not a delta file"),
         (["show", "edits.jsonl"], "not a safetensors file"),
-        (["apply", "edit.safetensors", "model", "new"], "applied already"),
+        (["apply", "edit.safetensors", "model", "new"], "already applied"),
         (["revert", "edit.safetensors", "world", "new"], "not applied"),
         (["apply", "edit.safetensors", "world", "model"], "is there already"),
         (["apply", "edit.safetensors", "no/such", "new"], "give the folder of a checkpoint, a hub name, or 'world'"),

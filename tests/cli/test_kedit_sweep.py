@@ -31,7 +31,7 @@ def byhand(edited_world: Path, coefficient: float) -> tuple[float, float]:
 
 def test_points_pick_table_picture_and_delta(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     picture, out = tmp_path / "new" / "sweep.png", tmp_path / "picked.safetensors"
-    words = ("sweep", edited_world / "edit.safetensors", "world", edited_world / "edits.jsonl", "--keep", 0.5)
+    words = ("sweep", edited_world / "edit.safetensors", "world", edited_world / "edits.jsonl", "--keep-locality", 0.5)
     words = (*words, "--coefficients", 1, 0.4, "--plot", picture, "--out", out)
     code, said, _ = kedit(*words, "--json")
     found = json.loads(said)
@@ -68,7 +68,7 @@ def test_forgetting_counts_what_is_no_longer_answered(kedit: Kedit, edited_world
     back = EditDelta.between(edited_world / "model", world.path())
     back.save(tmp_path / "back.safetensors")
     words = ("sweep", tmp_path / "back.safetensors", edited_world / "model", edited_world / "edits.jsonl", "--forget")
-    code, said, _ = kedit(*words, "--coefficients", 1, "--keep", 0, "--json")
+    code, said, _ = kedit(*words, "--coefficients", 1, "--keep-locality", 0, "--json")
     found = json.loads(said)
     before, after = byhand(edited_world, 1.0)[0], byhand(edited_world, 0.0)[0]
     assert code == 0
@@ -84,14 +84,14 @@ def test_forgetting_counts_what_is_no_longer_answered(kedit: Kedit, edited_world
         (["edit.safetensors", "world", "none.jsonl"], "there is no such file"),
         (["edit.safetensors", "world", "bare.jsonl"], "has no probes of locality, which the rule needs"),
         (["edit.safetensors", "world", "edits.jsonl", "--coefficients", "0"], "0 alone is the base"),
-        (["edit.safetensors", "world", "edits.jsonl", "--keep", "1.5"], "keep=1.5"),
+        (["edit.safetensors", "world", "edits.jsonl", "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),
         (["edit.safetensors", "world", "edits.jsonl", "--plot", "sweep.jpg"], "end the name in .png"),
         (["edit.safetensors", "world", "edits.jsonl", "--out", "new.bin"], "end the name in .safetensors"),
         (["edit.safetensors", "world", "edits.jsonl", "--out", "edit.safetensors", "--force"], "is swept"),
         (["edit.safetensors", "world", "edits.jsonl", "--device", "nowhere"], "--device nowhere"),
         (
-            ["edit.safetensors", "world", "edits.jsonl", "--coefficients", "60", "--keep", "1", "--limit", "2"],
-            "no coefficient keeps the locality",
+            ["edit.safetensors", "world", "edits.jsonl", *["--coefficients", "60", "--keep-locality", "1", "--limit", "2"]],
+            "no coefficient keeps a locality",
         ),
     ],
 )  # fmt: skip

@@ -70,15 +70,15 @@ def test_adapters_that_no_delta_can_hold_are_refused(make):
 
     base = make()
     prompts = get_peft_model(make(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(EditError, match="learned prompts are no change of a weight"):
+    with pytest.raises(EditError, match="prompt tuning changes no weight"):
         EditDelta.between(base, prompts)
     merged = adapted(base)
     merged.merge_adapter()
-    with pytest.raises(EditError, match=r"q_proj: its adapter is merged already; call unmerge_adapter\(\)"):
+    with pytest.raises(EditError, match=r"q_proj: its adapter is already merged; call unmerge_adapter\(\)"):
         EditDelta.between(base, merged)
     model = adapted(base)
     with pytest.raises(
-        EditError, match="the delta belongs to another model; merge its adapter, or give the plain model"
+        EditError, match="the delta belongs to another model; merge its adapter, or use the plain model"
     ):
         EditDelta.between(base, model).apply(model)
 

@@ -59,14 +59,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(ma
     make(torch.bfloat16).save_pretrained(tmp_path / "half")
     make(num_hidden_layers=1).save_pretrained(tmp_path / "short")
     for name, message in [
-        ("edited", "the delta is applied already"),
+        ("edited", "the delta is already applied"),
         ("half", "is torch.bfloat16 .* in the model and torch.float32"),
         ("short", f"the checkpoint has no tensor '{DOWN}'"),
-        ("nowhere", "there is no folder"),
+        ("nowhere", "does not exist; give the folder"),
     ]:
         with pytest.raises(EditError, match=message):
             delta.apply_to_checkpoint(tmp_path / name, tmp_path / "out")
-    with pytest.raises(EditError, match="is there already"):
+    with pytest.raises(EditError, match="already exists"):
         delta.revert_checkpoint(tmp_path / "edited", tmp_path / "half")
     assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -83,7 +83,7 @@ def test_shards_outside_of_the_folder_are_refused(name, make, edited, tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"][DOWN] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(EditError, match="which is no plain file of this folder"):
+    with pytest.raises(EditError, match="which is not a file in this folder"):
         EditDelta.between(make(), edited()).apply_to_checkpoint(tmp_path / "base", tmp_path / "out")
 
 
@@ -93,10 +93,10 @@ def test_an_index_or_shards_that_are_not_whole_are_refused(make, edited, tmp_pat
     make().save_pretrained(folder, max_shard_size="4KB")
     index = (folder / INDEX).read_text()
     for text, message in [
-        ("{", "is no index of shards"),
-        ("[" * 100_000, "is no index of shards"),
-        ('{"weight_map": 3}', "is no index of shards"),
-        (index.replace(DOWN, "elsewhere"), "do not agree on where"),
+        ("{", "is not a valid shard index"),
+        ("[" * 100_000, "is not a valid shard index"),
+        ('{"weight_map": 3}', "is not a valid shard index"),
+        (index.replace(DOWN, "elsewhere"), "does not match its shards"),
     ]:
         (folder / INDEX).write_text(text)
         with pytest.raises(EditError, match=message):

@@ -141,20 +141,20 @@ def resealed(tmp_path: Path, change: Any) -> Path:
     [
         (lambda text, tensors: text.update(format=2), "it has format 2 and this version reads 1; upgrade"),
         (lambda text, tensors: text["tensors"]["c"].update(shape=[10**12]), None),
-        (lambda text, tensors: text["tensors"]["c"].update(shape=[3]), "'c': its numbers of entries do not ascend"),
+        (lambda text, tensors: text["tensors"]["c"].update(shape=[3]), "'c': the index of its entries must ascend"),
         (
             lambda text, tensors: text["tensors"]["b"].update(shape=[3, 5]),
-            r"'b': its values are torch.bfloat16 \[5, 3\]",
+            r"'b': its values must have shape .* got torch.bfloat16 \[5, 3\]",
         ),
         (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': unknown layout 'diagonal'"),
         (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': the hash of the base is not a SHA-256"),
         (lambda text, tensors: text["tensors"].pop("d"), "tensor '.*/d' belongs to no change"),
-        (lambda text, tensors: tensors.update({"index/d": tensors["index/d"].flip(0).contiguous()}), "do not ascend"),
+        (lambda text, tensors: tensors.update({"index/d": tensors["index/d"].flip(0).contiguous()}), "must ascend"),
         (
             lambda text, tensors: tensors.update({"index/d": tensors["index/d"].float()}),
-            "not numbered by a vector of int",
+            "must be a vector of integers",
         ),
-        (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': its values are"),
+        (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': its values must have"),
         (lambda text, tensors: text.pop("base"), "KeyError: 'base'"),
         (
             lambda text, tensors: text.update(base={"fingerprint": 1, "names": []}),
@@ -230,7 +230,7 @@ def test_metadata_that_load_would_refuse_are_not_saved(tmp_path):
     delta, _ = small()
     for wrong in ({"scores": {"a": True}}, {"edits": None}, {"base": {}}):
         with pytest.raises(EditError, match=r"metadata of the delta is not valid|every score must be a finite number"):
-            EditDelta(delta.changes, delta.meta | wrong).save(tmp_path / "edit.safetensors")
+            EditDelta(delta.changes, meta=delta.meta | wrong).save(tmp_path / "edit.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -178,7 +178,7 @@ def test_negation_forgets_what_it_was_trained_on_before_what_lies_beside_it():
         scores = evaluate(current, tokenizer, edits, before=before, **options).flat()
         return {"reliability": 1.0 - scores["edit/reliability"], "locality": scores["edit/locality"]}
 
-    found = sweep(base, EditDelta.between(base, model), forgotten, [-8.0, -12.0], keep=0.5)
+    found = sweep(base, EditDelta.between(base, model), forgotten, coefficients=[-8.0, -12.0], keep_locality=0.5)
     assert equal_bits(state_of(base), state_of(world.load()[0]))
     assert found.points[-1].coefficient == found.points[-1].reliability == 0.0
     # Three facts in four are gone, and four in seven of the others still there.

@@ -11,7 +11,7 @@ from delta.tiny import DOWN, equal_bits, state_of
 from torch import Tensor
 
 from kedit_train import EditDelta, EditError
-from kedit_train.delta import TaskVector, analogy, cosine, merge, relation, sparsify, sweep
+from kedit_train.delta import TaskVector, merge, sparsify, sweep
 
 
 def delta_of(base: dict[str, Tensor], changes: dict[str, Tensor]) -> EditDelta:
@@ -49,7 +49,7 @@ def difference(delta: EditDelta, name: str, base: dict[str, Tensor]) -> Tensor:
     return delta.difference(name) if name in delta.changes else torch.zeros(base[name].shape)
 
 
-def test_sums_scales_and_analogies_are_what_the_formulas_say(base, three, tmp_path):
+def test_sums_and_scales_are_what_the_formulas_say(base, three, tmp_path):
     a, b, c = three
 
     def of(delta: EditDelta):
@@ -61,7 +61,7 @@ def test_sums_scales_and_analogies_are_what_the_formulas_say(base, three, tmp_pa
         "0.5 * a": (0.5 * a, lambda n: 0.5 * of(a)(n)),
         "a - b": (a - b, lambda n: of(a)(n) - of(b)(n)),
         "a + b * 2 - c": (a + b * 2 - c, lambda n: of(a)(n) + 2 * of(b)(n) - of(c)(n)),
-        "analogy": (analogy(a, b, c), lambda n: of(c)(n) + (of(b)(n) - of(a)(n))),
+        "c + (b - a)": (c + (b - a), lambda n: of(c)(n) + (of(b)(n) - of(a)(n))),
         "a + a": (a + a.vector(), lambda n: 2 * of(a)(n)),
     }
     for case, (vector, combine) in cases.items():
@@ -128,7 +128,7 @@ def test_signs_of_zero_survive():
 def test_linear_ties_and_dare_against_the_papers(base, three):
     a, b, c = (delta.difference("a") for delta in three)
     weights = [1.0, 0.5, 2.0]
-    linear = merge(three, weights)
+    linear = merge(three, weights=weights)
     torch.testing.assert_close(linear.differences["a"], a + 0.5 * b + 2 * c)
     torch.testing.assert_close(linear.differences["c"], 0.5 * three[1].difference("c"))
 
@@ -142,7 +142,7 @@ def test_linear_ties_and_dare_against_the_papers(base, three):
         sign = 1.0 if sum(entry) >= 0 else -1.0
         agreeing = [w * v for w, v in zip(weights, entry, strict=True) if v * sign > 0]
         want.append(sum(agreeing) / max(1, len(agreeing)))
-    ties = merge(three, weights, method="ties", density=0.4)
+    ties = merge(three, weights=weights, method="ties", density=0.4)
     torch.testing.assert_close(ties.differences["a"].reshape(-1), torch.tensor(want), rtol=1e-5, atol=1e-6)
 
     dare = merge(three[:1], method="dare", density=0.5, seed=3).differences["a"]
@@ -162,7 +162,7 @@ def test_a_weighted_sum_needs_no_peft_and_the_others_say_that_they_do(three, mon
     # A module that is None in here is one that is not installed.
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "peft.utils", None)
-    torch.testing.assert_close(merge(three, [1.0, -0.5, 2.0]).differences["a"], theirs)
+    torch.testing.assert_close(merge(three, weights=[1.0, -0.5, 2.0]).differences["a"], theirs)
     for method in ("ties", "dare"):
         with pytest.raises(EditError, match="peft is not installed; install it with pip install peft"):
             merge(three, method=method)
@@ -180,32 +180,31 @@ def test_rect_keeps_the_largest_relative_changes(base):
     base["a"][0, 0] = 0.0
     delta = delta_of(base, {"a": scattered((12, 10), 1.0, 6)})
     change = delta.difference("a")
-    kept = sparsify(delta, 0.25).differences["a"]
+    kept = sparsify(delta, density=0.25).differences["a"]
     ratio = {
         (i, j): abs(float(change[i, j])) / abs(float(base["a"][i, j]) or 1e-30) for i in range(12) for j in range(10)
     }
     chosen = sorted(ratio, key=lambda place: -ratio[place])[:30]
     assert {(int(i), int(j)) for i, j in kept.nonzero()} == set(chosen)
     assert all(kept[place] == change[place] for place in chosen)
-    assert torch.equal(sparsify(delta, 1.0).differences["a"], change)
+    assert torch.equal(sparsify(delta, density=1.0).differences["a"], change)
 
 
-def test_cosines_and_what_they_suggest(base):
+def test_cosines(base):
     one = torch.zeros(12, 10)
     one[0] = 1.0
     other = torch.zeros(12, 10)
     other[1] = 1.0
     zeros = {"a": torch.zeros(12, 10), "b": base["b"], "c": base["c"]}
     x, y, both = delta_of(zeros, {"a": one}), delta_of(zeros, {"a": other}), delta_of(zeros, {"a": one + other})
-    minus = delta_of(zeros, {"a": -3 * one})
+    minus = delta_of(zeros, {"a": -3 * one}).vector()
     apart = delta_of(zeros, {"c": torch.ones(6, 8)})
-    assert cosine(x, x) == pytest.approx(1.0)
-    assert cosine(x, y) == cosine(x, apart) == 0.0
-    assert cosine(x, both) == pytest.approx(math.sqrt(0.5))
-    assert relation(x, y)[1:] == ("irrelevant", True, True)
-    assert relation(x, both)[1:] == ("aligned", True, False)
-    assert relation(x, minus)[1:] == ("contradictory", False, True)
-    assert relation(x, minus).cosine == pytest.approx(-1.0)
+    cosine = x.vector().cosine
+    assert cosine(x) == pytest.approx(1.0)
+    assert cosine(y) == cosine(apart) == 0.0
+    assert cosine(both) == pytest.approx(math.sqrt(0.5))
+    assert cosine(minus) == pytest.approx(-1.0)
+    assert cosine(0.0 * x) == 0.0
 
 
 def test_different_bases_are_refused(base, three):
@@ -216,24 +215,24 @@ def test_different_bases_are_refused(base, three):
         lambda: three[0] + other,
         lambda: three[0] - other,
         lambda: merge([*three, other]),
-        lambda: cosine(three[0], other),
-        lambda: analogy(three[0], three[1], other),
+        lambda: three[0].vector().cosine(other),
+        lambda: other + (three[1] - three[0]),
     ):
-        with pytest.raises(EditError, match="the deltas belong to different bases"):
+        with pytest.raises(EditError, match="the deltas belong to different base models"):
             act()
 
 
 def test_arguments_that_make_no_sense(base, three):
     for act, message in [
-        (lambda: three[0] + 1, "deltas are added to deltas, not to a int"),
-        (lambda: three[0] * math.nan, "scaled by a finite number, not by nan"),
-        (lambda: three[0] * "2", "scaled by a finite number"),
-        (lambda: merge([]), "0 deltas and 0 weights"),
-        (lambda: merge(three, [1.0]), "3 deltas and 1 weights"),
-        (lambda: merge(three, method="mean"), "method='mean'"),  # type: ignore[arg-type]
-        (lambda: merge(three, method="dare", density=0.0), r"density=0.0: expected .* and \(0, 1\]"),
-        (lambda: sparsify(three[0], 0.0), "keep=0.0 is no share"),
-        (lambda: (three[1] * 1e9).delta(), "c would no longer be finite in torch.float16"),
+        (lambda: three[0] + 1, "expected an EditDelta or a TaskVector, got int"),
+        (lambda: three[0] * math.nan, "multiplied by a finite number, got nan"),
+        (lambda: three[0] * "2", "multiplied by a finite number, got '2'"),
+        (lambda: merge([]), "merge: expected at least one delta and one weight for each, got 0 deltas and 0 weights"),
+        (lambda: merge(three, weights=[1.0]), "got 3 deltas and 1 weights"),
+        (lambda: merge(three, method="mean"), 'merge: method must be "linear", "ties" or "dare", got .mean.'),  # type: ignore[arg-type]
+        (lambda: merge(three, method="dare", density=0.0), r"merge: density must be in \(0, 1\], got 0.0"),
+        (lambda: sparsify(three[0], density=0.0), r"sparsify: density must be in \(0, 1\], got 0.0"),
+        (lambda: (three[1] * 1e9).delta(), "c would not be finite in torch.float16"),
     ]:
         with pytest.raises(EditError, match=message):
             act()
@@ -249,7 +248,7 @@ def test_a_sweep_measures_the_base_picks_by_its_rule_and_gives_the_model_back(ma
         moved = float((current.get_parameter(DOWN).detach() - start).norm()) / full
         return {"edit/reliability": min(1.0, round(moved, 3) * 2), "edit/locality": 1.0 - 0.1 * round(moved, 3)}
 
-    found = sweep(model, delta, score, [0.25, 1.0, 0.5, 0.4, 0.0])
+    found = sweep(model, delta, score, coefficients=[0.25, 1.0, 0.5, 0.4, 0.0])
     assert equal_bits(state_of(model), state_of(make()))
     assert [point.coefficient for point in found.points] == [0.0, 0.25, 0.4, 0.5, 1.0]
     assert [point.reliability for point in found.points] == pytest.approx([0.0, 0.5, 0.8, 1.0, 1.0])
@@ -258,8 +257,8 @@ def test_a_sweep_measures_the_base_picks_by_its_rule_and_gives_the_model_back(ma
     found.delta.apply(model)
     assert score(model)["edit/reliability"] == pytest.approx(1.0)
     found.delta.revert(model)
-    with pytest.raises(EditError, match=r"no coefficient keeps the locality at 0.999 \(best: 0.975 with 0.25\)"):
-        sweep(model, delta, score, [0.25, 1.0], keep=0.999)
-    with pytest.raises(EditError, match="the score with coefficient 0 has no finite 'locality'"):
-        sweep(model, delta, lambda current: {"reliability": 1.0}, [1.0])
+    with pytest.raises(EditError, match=r"keeps a locality of 0.999 \(the highest is 0.975 with coefficient 0.25\)"):
+        sweep(model, delta, score, coefficients=[0.25, 1.0], keep_locality=0.999)
+    with pytest.raises(EditError, match="sweep: the score of coefficient 0 must contain a finite 'locality', got nan"):
+        sweep(model, delta, lambda current: {"reliability": 1.0}, coefficients=[1.0])
     assert equal_bits(state_of(model), state_of(make()))

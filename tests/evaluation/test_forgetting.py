@@ -239,9 +239,11 @@ def test_negating_an_edit_unlearns_it(model, tokenizer):
     assert new_answers(model)["reliability"] == 1.0
     # On the edited model: what goes back to the base is minus the edit.
     back = EditDelta.between(model, base)
-    found = sweep(
-        model, back, lambda m: new_answers(m) | {"reliability": 1 - new_answers(m)["reliability"]}, [0.5, 1.0]
-    )
+
+    def scores(current: Any) -> dict[str, float]:
+        return new_answers(current) | {"reliability": 1 - new_answers(current)["reliability"]}
+
+    found = sweep(model, back, scores, coefficients=[0.5, 1.0])
     assert found.points[0].reliability == 0.0
     assert found.points[-1].reliability == 1.0
     (1.0 * back).apply(model)

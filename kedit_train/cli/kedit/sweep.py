@@ -16,14 +16,16 @@ EPILOG = """\
 examples:
   kedit sweep runs/mine/edit.safetensors Qwen/Qwen3-0.6B held_out.jsonl
   kedit sweep runs/mine/edit.safetensors world world --limit 24 --plot sweep.png --out picked.safetensors
-  kedit sweep runs/mine/edit.safetensors world held_out.jsonl --coefficients 0.25 0.5 0.75 1 1.5 --keep 0.98
+  kedit sweep runs/mine/edit.safetensors world held_out.jsonl --coefficients 0.25 0.5 0.75 1 1.5 --keep-locality 0.98
   kedit sweep runs/mine/edit.safetensors world held_out.jsonl --forget --coefficients -0.25 -0.5 -1
 
-The rule: of the coefficients with which the locality is at least --keep of the base's, the one of highest reliability;
-of equals, the one nearest to 0. Locality here is "the same answer as the base's". Pick on other questions than those
-that you report: kedit eval MODEL OTHER_EDITS --delta picked.safetensors.
---forget is for a delta trained on what is to be unlearned, or one of another sign: reliability then counts the edits
-that are no longer answered with their target.
+The rule: among the coefficients that keep at least --keep-locality of the base's locality, pick the one with the
+highest reliability; of equals, the one nearest to 0. Locality is the share of answers that are the same as the base
+model's. Report results on other questions than those you pick on:
+kedit eval MODEL OTHER_EDITS --delta picked.safetensors
+
+--forget is for a delta that was trained on what the model should unlearn. Reliability then counts the edits that are
+no longer answered with their target.
 """
 COEFFICIENTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
@@ -34,7 +36,13 @@ def arguments(parser: ArgumentParser) -> None:
     add("model", metavar="MODEL", help="the base: a checkpoint's folder, a hub name, or world")
     add("edits", metavar="EDITS", help="held-out questions: .json, .jsonl or .csv of EditDataset, or world")
     add("--coefficients", type=_number, nargs="+", metavar="C", default=COEFFICIENTS, help="0.1, 0.2, ... 1; 0 is free")
-    add("--keep", type=_number, default=0.95, metavar="S", help="share of the base's locality that has to stay (0.95)")
+    add(
+        "--keep-locality",
+        type=_number,
+        default=0.95,
+        metavar="S",
+        help="share of the base's locality that must remain (0.95)",
+    )
     add("--forget", action="store_true", help="reliability counts what is no longer answered")
     add("--limit", type=int, metavar="N", help="a seeded sample of N edits")
     add("--batch-size", type=int, default=64, metavar="N", help="rows at a time (64); no score depends on it")
@@ -114,7 +122,7 @@ def _swept(args: Namespace) -> Any:
             reliability = flat["edit/reliability"]
             return {"reliability": 1 - reliability if args.forget else reliability, "locality": flat["edit/locality"]}
 
-        return sweep(model, delta, score, args.coefficients, keep=args.keep)
+        return sweep(model, delta, score, coefficients=args.coefficients, keep_locality=args.keep_locality)
 
 
 def _mark(point: Any, best: Any) -> str:
