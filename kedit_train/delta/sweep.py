@@ -80,7 +80,7 @@ def sweep(
         >>> _ = torch.nn.init.zeros_(model.weight)
         >>> delta = EditDelta.between(model, {"weight": torch.ones(1, 1)})
         >>> def score(model):
-        ...     weight = float(model.weight)
+        ...     weight = float(model.weight.detach())
         ...     return {"reliability": weight, "locality": 1 - weight / 10}
         >>> result = sweep(model, delta, score, coefficients=[0.25, 0.5, 1.0])
         >>> result.best

@@ -121,7 +121,7 @@ def forgetting(bench: Bench, grid: Sequence[float]) -> dict[str, Forgetting]:
     loops = {"stopped at loss 0.01": bench.loop(), f"{bench.epochs} epochs": bench.loop(stop_loss=0.0)}
     with warnings.catch_warnings():
         # Every coefficient is to be measured, so no bound is reached.
-        warnings.filterwarnings("ignore", message="forget: with coefficient")
+        warnings.filterwarnings("ignore", message="(forget: )?with coefficient")
         guards: dict[str, Any] = {"texts": bench.texts, "bound": 1e-9, "growth": 1e9}
         return {
             name: forget(bench.model, bench.tokenizer, bench.first, train, grid, **guards)

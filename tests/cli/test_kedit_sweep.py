@@ -76,6 +76,9 @@ def test_forgetting_counts_what_is_no_longer_answered(kedit: Kedit, edited_world
     assert after < before
 
 
+EDITS = ("edit.safetensors", "world", "edits.jsonl")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -83,14 +86,14 @@ def test_forgetting_counts_what_is_no_longer_answered(kedit: Kedit, edited_world
         (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
         (["edit.safetensors", "world", "none.jsonl"], "there is no such file"),
         (["edit.safetensors", "world", "bare.jsonl"], "has no probes of locality, which the rule needs"),
-        (["edit.safetensors", "world", "edits.jsonl", "--coefficients", "0"], "0 alone is the base"),
-        (["edit.safetensors", "world", "edits.jsonl", "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),
-        (["edit.safetensors", "world", "edits.jsonl", "--plot", "sweep.jpg"], "end the name in .png"),
-        (["edit.safetensors", "world", "edits.jsonl", "--out", "new.bin"], "end the name in .safetensors"),
-        (["edit.safetensors", "world", "edits.jsonl", "--out", "edit.safetensors", "--force"], "is swept"),
-        (["edit.safetensors", "world", "edits.jsonl", "--device", "nowhere"], "--device nowhere"),
+        ([*EDITS, "--coefficients", "0"], "0 alone is the base"),
+        ([*EDITS, "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),
+        ([*EDITS, "--plot", "sweep.jpg"], "end the name in .png"),
+        ([*EDITS, "--out", "new.bin"], "end the name in .safetensors"),
+        ([*EDITS, "--out", "edit.safetensors", "--force"], "is swept"),
+        ([*EDITS, "--device", "nowhere"], "--device nowhere"),
         (
-            ["edit.safetensors", "world", "edits.jsonl", *["--coefficients", "60", "--keep-locality", "1", "--limit", "2"]],
+            [*EDITS, "--coefficients=60", "--keep-locality=1", "--limit=2"],
             "no coefficient keeps a locality",
         ),
     ],
