@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.drift.fisher import contexts, diagonal_fisher, mean_gradient
+from kedit_train.core.drift.fisher import diagonal_fisher, mean_gradient, next_token_examples
 from kedit_train.core.fsdp import placed_like, whole
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.processes import is_distributed
@@ -227,7 +227,7 @@ class GradientMask(EditCallback):
         if self.score == "fisher":
             return fisher, None
         assert self.texts is not None
-        general = self._sample(contexts(self.texts.tokenize(run, edits=edits)))
+        general = self._sample(next_token_examples(self.texts.tokenize(run, edits=edits)))
         return fisher, diagonal_fisher(run, general, seed=self.seed)
 
     def _find_edits(self, run: EditRun) -> EditDataset:

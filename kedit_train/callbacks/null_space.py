@@ -1,28 +1,30 @@
-"""How far may weights move? Not at all along the inputs that given texts send through them."""
+"""How far may the weights move? Not at all along the inputs that given texts send through them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.drift.gradient_projection import project_gradients
-from kedit_train.core.drift.linear_layers import LinearMap, linear_maps
-from kedit_train.core.drift.second_moments import (
+from kedit_train.core.drift.change_projection import ChangeProjection
+from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
+from kedit_train.core.drift.lora_factors import lora_pairs
+from kedit_train.core.drift.model_batches import (
     Batch,
+    find_text_model,
     holds_model_inputs,
-    input_moments,
-    own_batches,
-    same_everywhere,
-    share,
+    model_input_batches,
+    share_of_process,
     text_batches,
-    text_model,
 )
+from kedit_train.core.drift.second_moments import broadcast_from_first, input_moments
 from kedit_train.core.locality.consecutive_runs import check_known, goes_on
 from kedit_train.core.locality.texts import Texts, TextSource, edit_rows
 from kedit_train.core.run import EditRun
@@ -33,239 +35,217 @@ from kedit_train.functional.precision import wide
 
 
 class NullSpace(EditCallback):
-    """After every optimizer step, take out of the whole change what acts on the inputs of given texts.
+    """Remove from the change of each weight what acts on the inputs that given texts send through it.
 
-    The null-space constraint of AlphaEdit (arXiv 2410.02355) for fine-tuning. The unedited model reads the texts once;
-    of what each scoped weight multiplies, the directions U that hold ``keep_energy`` of its second moment are kept, and
-    each step ends with ``W = W0 + (W - W0)(I - U Uᵀ)``. Projecting gradients instead leaks under Adam, whose step
-    divides entry by entry; the difference itself is exact for every optimizer, weight decay included. Gradients are
-    projected as well, so that Adam's scales are those of what may move.
+    This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
+    once. For each scoped weight, the directions U that hold most of the energy of its inputs are computed. Each
+    optimizer step then ends with ``W = W0 + (W - W0)(I - U Uᵀ)``, so the layer's output on preserved inputs stays as
+    it was. The whole change is projected because a projected gradient does not stay in the subspace under Adam.
+    Gradients are projected as well, so that Adam's statistics contain only what may move.
 
-    What holds: ``(W - W0) U = 0`` up to the rounding of the stored weights (``edit/drift/null_space_leak``), which in
-    fp32 is below 1e-5 of the change for edits of ordinary size. A scope in bf16 or fp16 is trained in fp32 by
-    ``ParameterScope``; rounding it at the end leaves 1/256 of each weight, which may be much of a small change.
+    ``(W - W0) U = 0`` holds up to the rounding of the stored weights. In fp32 the remaining share
+    (``edit/drift/null_space_leak``) is below 1e-5 for edits of ordinary size. ``ParameterScope`` trains a bf16 or fp16
+    scope in fp32; the rounding at the end of training adds an error of up to 1/256 of each weight, which can be large
+    relative to a small change.
 
-    Of LoRA, A is projected, so that ``B A U = 0``: before the first step as well, which changes nothing, since B is
-    zero there; B is free. With A alone or B alone in the scope, that factor's change is projected like any weight's.
-    DoRA is refused: its norms move with every input.
+    For LoRA layers, only the A factor is projected, so that ``B A U = 0``; B is free. A is projected before the first
+    step too, which changes nothing because B is zero then. If only one factor is in scope, its change is projected
+    like that of any weight.
 
-    Together with others: comes before ``NormBall`` and ``GradientMask``. An L2 ball keeps the null space up to
-    rounding; clipping ("linf") and masks do not, and what is left is approximate (see the metric).
+    The projection is applied after ``LowCurvature`` and before ``NormBall`` and ``GradientMask``. An L2 ball keeps the
+    null space up to rounding. Clipping (``NormBall(norm="linf")``) and masks keep it only approximately.
 
     Args:
-        texts: as of ``KLLocality``; or a list of the model's own inputs (tensors, tuples or mappings of them), for
-            modules that read no text.
-        keep_energy: share of the inputs' energy that is preserved, in (0, 1]. Of 0.5, 0.8, 0.9 and 0.95, 0.9 is the
-            most with which a model of real facts (factlm in tests/benchmarks/constraints.py) learned as many edits as
-            without, and it kept 10 points more of the locality; 0.95 learned fewer and kept more. Look at
-            ``edit/drift/null_space_rank``: where a model sends a few directions of great size through a layer (first
-            tokens), they alone may hold it.
-        rank: preserve this many directions of each weight instead.
-        preserve: earlier edits (an ``EditDataset``, a sequence of ``Edit``, or a path that ``EditDataset.load`` reads)
-            or a list of texts, whose inputs are preserved beside those of ``texts``, by ``keep_energy`` of their own.
-        sequential: after each run, add its edits to ``preserve`` for the next run of this instance on the same model;
-            a later edit of the same prompt supersedes the earlier one.
-        samples: the most texts to read; None reads all. Fewer tokens than a weight has inputs leave the rest free.
-        batch_size: texts read together.
-        max_length: tokens a text; longer ones are cut into several, none is cut off.
-        tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
-        seed: of which ``samples`` are drawn.
+        texts: texts whose inputs are preserved: a source or a :class:`Texts`. For a model that reads no text, a list
+            of its inputs (tensors, or tuples or mappings of tensors).
+        energy: share of the inputs' energy (the trace of their second moment) that is preserved, in (0, 1]. Default
+            0.9. A higher value preserves more and leaves less room for the edit.
+        rank: number of directions to preserve per weight, instead of ``energy``.
+        preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or more texts, whose
+            inputs are preserved as well. ``energy`` and ``rank`` apply to them separately.
+        sequential: after each run, add its edits to ``preserve`` for the next run of this instance on the same model.
+            A later edit with the same prompt replaces the earlier one.
+        limit: read at most this many texts. None (default) reads all.
+        batch_size: sequences per forward pass. Default 8.
 
-    Costs once a pass over the texts and an eigendecomposition [d_in, d_in] in fp64 for each weight; per step
-    4 d_out d_in min(rank, d_in - rank) operations.
+    Logs ``edit/drift/null_space_rank`` (mean number of preserved directions), ``edit/drift/null_space_share`` (mean
+    share of preserved directions) and ``edit/drift/null_space_leak`` (``|change U| / |change|`` over the whole scope).
 
     Raises:
-        EditError: the scope holds anything but weights of ``nn.Linear``, ``Conv1D`` or LoRA factors (ParameterScope
-            with ``modules="....weight"`` leaves biases out), a weight is sharded, or nothing would be free to move.
+        EditError: an argument is invalid; the scope contains parameters other than weights of ``nn.Linear``,
+            ``Conv1D`` or LoRA factors; a weight is sharded; an adapter is DoRA; or no direction is left to move in.
+
+    References:
+        AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355.
+
+    Example:
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import NullSpace, ParameterScope
+        >>> model, tokenizer = world.load()
+        >>> edit = EditDataset.load("world", limit=1)[0]
+        >>> batch = tokenizer(f"{edit.prompt} {edit.target}", return_tensors="pt")
+        >>> callbacks = [ParameterScope(0.7, "mlp.down_proj.weight"), NullSpace("world", limit=64)]
+        >>> with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as run:
+        ...     optimizer = torch.optim.Adam(run.parameters(), lr=1e-3)
+        ...     run.before_step()
+        ...     model(**batch, labels=batch["input_ids"]).loss.backward()
+        ...     optimizer.step()
+        >>> run.history[-1]["edit/drift/null_space_leak"] < 1e-4
+        True
     """
 
-    # After LowCurvature, so that it is the exact one of the two.
+    # After LowCurvature: the last projection is the one that holds exactly.
     order = 41
     constrains = True
-    single = "projecting twice undoes part of the first: give one of them all texts"
+    single = "a second projection undoes part of the first: give one NullSpace all texts."
 
     def __init__(
         self,
         texts: TextSource | Texts,
-        keep_energy: float = 0.9,
+        *,
+        energy: float = 0.9,
         rank: int | None = None,
         preserve: Any = None,
         sequential: bool = False,
-        samples: int | None = None,
+        limit: int | None = None,
         batch_size: int = 8,
-        max_length: int = 256,
-        tokenizer: Any = None,
-        seed: int = 0,
     ) -> None:
-        for name, value, good in (
-            ("keep_energy", keep_energy, 0.0 < keep_energy <= 1.0),
-            ("rank", rank, rank is None or rank > 0),
-            ("samples", samples, samples is None or samples > 0),
-            ("batch_size", batch_size, batch_size > 0),
-            ("max_length", max_length, max_length > 0),
-        ):
-            if not good:
-                bounds = "keep_energy in (0, 1], rank, samples, batch_size and max_length > 0"
-                raise EditError(f"NullSpace: {name}={value!r} is out of bounds ({bounds})")
-        texts = list(texts) if isinstance(texts, Iterator) else texts
-        self._options = {"max_length": max_length, "tokenizer": tokenizer, "seed": seed}
-        self.texts = texts if holds_model_inputs(texts) else Texts.of(texts, **self._options)
-        self.keep_energy, self.rank, self.preserve, self.sequential = keep_energy, rank, preserve, sequential
-        self.samples, self.batch_size, self.max_length = samples, batch_size, max_length
-        self.tokenizer, self.seed = tokenizer, seed
-        self._earlier: list[Edit] = []
-        self._spaces: dict[str, FreeSpace] = {}
-        self._handles: list[Any] = []
-        self._model: Any = None
+        check_arguments(
+            self,
+            energy=(energy, within("(0, 1]")),
+            rank=(rank, optional(integer_from(1))),
+            limit=(limit, optional(integer_from(1))),
+            batch_size=(batch_size, integer_from(1)),
+        )
+        source = list(texts) if isinstance(texts, Iterator) else texts
+        self.texts: Any = source if holds_model_inputs(source) else Texts.of(source)
+        self.energy, self.rank, self.preserve, self.sequential = energy, rank, preserve, sequential
+        self.limit, self.batch_size = limit, batch_size
+        self._projection = ChangeProjection({}, {}, project_free)
+        self._previous_edits: list[Edit] = []
+        self._model: weakref.ref[nn.Module] | None = None
 
     def prepare(self, run: EditRun) -> None:
         if isinstance(self.texts, Texts):
             self.texts.check()
-            text_model(run)
+            find_text_model(run)
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
             check_known(run, "sequential=True preserves this run's edits in the next")
             if not goes_on(self._model, run):
-                self._earlier = []
+                self._previous_edits = []
         self._model = weakref.ref(run.model)
-        self._maps = self._without_free_factors(run, linear_maps(run.model, run.scope))
-        directions = self._directions(run, self._batches(run, self.texts))
+        layers = find_linear_layers(run.model, run.scope)
+        pairs = lora_pairs(run, layers)
+        layers = {name: layer for name, layer in layers.items() if name not in pairs.values()}
+        directions = self._directions(run, layers, *self._batches(run, self.texts))
         if preserved := self._preserved(run):
-            for name, more in self._directions(run, self._edit_batches(run, preserved)).items():
+            for name, more in self._directions(run, layers, *self._batches(run, preserved)).items():
                 directions[name] = join_directions(directions[name], more)
-        self._spaces = {}
-        names = list(self._maps)
-        for name, found in zip(names, same_everywhere([directions[name] for name in names]), strict=True):
-            if found.shape[1] >= found.shape[0]:
-                raise EditError(
-                    f"NullSpace: the texts use all {found.shape[0]} directions of the inputs of {name}, so it could "
-                    "not move; lower keep_energy or set rank="
-                )
-            weight = run.scope[name]
-            space = free_space(found, torch.promote_types(weight.dtype, torch.float32))
-            self._spaces[name] = space._replace(basis=space.basis.to(weight.device))
-        self._start_factors_within(run)
-        self._handles = project_gradients(self._maps, run.scope, lambda name, g: project_free(g, self._spaces[name]))
+        spaces = self._free_spaces(run, directions)
+        self._projection = ChangeProjection(layers, spaces, project_free)
+        for name in pairs:
+            _project_reference(run, name, spaces[name])
+        self._projection.start(run.scope)
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        projected = dict(weights)
-        for name, space in self._spaces.items():
-            start = wide(reference[name])
-            delta = self._maps[name].as_matrix(wide(weights[name]) - start)
-            free = self._maps[name].as_matrix(project_free(delta, space))
-            projected[name] = (start + free).to(weights[name].dtype)
-        return projected
+        return self._projection.constrain(weights, reference)
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Mean number of preserved directions and their mean share; and ``|change U| / |change|`` over the scope."""
-        if not self._spaces:
+        spaces: list[FreeSpace] = list(self._projection.subspaces.values())
+        if not spaces:
             return {}
-        ranks = [space.rank for space in self._spaces.values()]
-        shares = [space.rank / space.basis.shape[0] for space in self._spaces.values()]
-        found = {
-            "edit/drift/null_space_rank": sum(ranks) / len(ranks),
-            "edit/drift/null_space_share": sum(shares) / len(shares),
+        metrics = {
+            "edit/drift/null_space_rank": sum(space.rank for space in spaces) / len(spaces),
+            "edit/drift/null_space_share": sum(space.rank / space.basis.shape[0] for space in spaces) / len(spaces),
         }
-        leaked, moved = 0.0, 0.0
-        for name, space in self._spaces.items():
-            delta = wide(run.scope[name].detach()) - wide(run.reference[name])
-            delta = self._maps[name].as_matrix(delta)
-            leaked += float((delta - project_free(delta, space)).double().square().sum())
-            moved += float(delta.double().square().sum())
-        if moved:
-            found["edit/drift/null_space_leak"] = (leaked / moved) ** 0.5
-        return found
+        leak = self._projection.leak(run.scope, run.reference)
+        return metrics if leak is None else {**metrics, "edit/drift/null_space_leak": leak}
 
     def state(self) -> dict[str, Any]:
-        spaces = {name: space._asdict() for name, space in self._spaces.items()}
-        return {"spaces": spaces, "earlier": [[edit.prompt, edit.target] for edit in self._earlier]}
+        edits = [[edit.prompt, edit.target] for edit in self._previous_edits]
+        return {"subspaces": self._projection.state(), "previous_edits": edits}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        # The directions that the run began with: of earlier runs' edits nothing else is left.
-        saved = {name: FreeSpace(**space) for name, space in state["spaces"].items()}
-        if saved.keys() != self._spaces.keys():
-            raise EditError("NullSpace: the checkpoint is of another scope; resume with the same ParameterScope")
-        for name, space in saved.items():
-            # Copied: tensors out of a file lie at odd addresses, and products of matrices depend on that.
-            basis = space.basis.to(self._spaces[name].basis, copy=True)
-            self._spaces[name] = space._replace(basis=basis)
-        self._earlier = [Edit(prompt, target) for prompt, target in state["earlier"]]
+        # A resumed run cannot recompute the directions of previous edits, so it takes those that the run started with.
+        self._projection.load_state(state["subspaces"])
+        self._previous_edits = [Edit(prompt, target) for prompt, target in state["previous_edits"]]
 
     def finish(self, run: EditRun) -> None:
         if self.sequential:
             prompts = {edit.prompt for edit in run.edits}
-            self._earlier = [*(edit for edit in self._earlier if edit.prompt not in prompts), *run.edits]
+            kept = [edit for edit in self._previous_edits if edit.prompt not in prompts]
+            self._previous_edits = [*kept, *run.edits]
 
     def detach(self, run: EditRun) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._spaces = [], {}
+        self._projection.stop()
 
-    def _directions(self, run: EditRun, batches: tuple[Any, Iterator[Batch]]) -> dict[str, Tensor]:
-        """[d_in, r] for each weight, in fp64."""
-        moments = input_moments(run, self._maps, *batches)
+    def _batches(self, run: EditRun, source: Any) -> tuple[nn.Module, Iterator[Batch]]:
+        """Return the module that reads ``source`` (texts, edits or model inputs) and this process's batches."""
+        device = next(run.model.parameters()).device
+        if holds_model_inputs(source):
+            return run.language_model or run.model, model_input_batches(source, device)
+        if isinstance(source, Texts):
+            sequences = source.tokenize(run, limit=self.limit)
+        else:
+            settings = self._settings()
+            sequences = edit_rows(run, source, run.tokenizer(settings.tokenizer), settings.max_length)
+        return find_text_model(run), text_batches(share_of_process(sequences), self.batch_size, device)
+
+    def _preserved(self, run: EditRun) -> Any:
+        """Return what ``preserve`` and previous runs add: edits, a ``Texts`` or model inputs; None if nothing."""
+        preserve = self.preserve
+        if isinstance(preserve, str | Path):
+            preserve = EditDataset.load(preserve)
+        if not isinstance(preserve, Texts):
+            preserve = list(preserve) if preserve is not None else []
+            if not preserve or isinstance(preserve[0], Edit):
+                current = {edit.prompt for edit in run.edits}
+                return [edit for edit in [*preserve, *self._previous_edits] if edit.prompt not in current]
+        if self._previous_edits:
+            raise EditError("preserve must be edits if sequential=True, got texts; give edits, or sequential=False.")
+        if isinstance(preserve, Texts) or holds_model_inputs(preserve):
+            return preserve
+        return replace(self._settings(), source=preserve, nearest=None)
+
+    def _settings(self) -> Texts:
+        """Return the settings with which edits and ``preserve`` are tokenized."""
+        return self.texts if isinstance(self.texts, Texts) else Texts([])
+
+    def _directions(
+        self, run: EditRun, layers: Mapping[str, LinearLayer], model: nn.Module, batches: Iterator[Batch]
+    ) -> dict[str, Tensor]:
+        """Return the directions to preserve for each weight, [d_in, rank] in fp64."""
+        moments = input_moments(run, layers, model, batches)
         return {
-            name: principal_directions(moment.mean, energy=self.keep_energy, rank=self.rank)
+            name: principal_directions(moment.mean, energy=self.energy, rank=self.rank)
             for name, moment in moments.items()
         }
 
-    def _batches(self, run: EditRun, texts: Any) -> tuple[Any, Iterator[Batch]]:
-        device = next(run.model.parameters()).device
-        if holds_model_inputs(texts):
-            return run.language_model or run.model, own_batches(texts, device)
-        rows = Texts.of(texts, **self._options).tokenize(run, limit=self.samples)
-        return text_model(run), text_batches(share(rows), self.batch_size, device)
-
-    def _edit_batches(self, run: EditRun, preserved: Sequence[Any]) -> tuple[Any, Iterator[Batch]]:
-        if not isinstance(preserved[0], Edit):
-            return self._batches(run, preserved)
-        rows = edit_rows(run, preserved, run.tokenizer(self.tokenizer), self.max_length)
-        device = next(run.model.parameters()).device
-        return text_model(run), text_batches(share(rows), self.batch_size, device)
-
-    def _preserved(self, run: EditRun) -> Sequence[Any]:
-        given = self.preserve
-        if isinstance(given, str | Path):
-            given = EditDataset.load(given)
-        given = list(given) if given is not None else []
-        if given and not isinstance(given[0], Edit):
-            if self._earlier:
-                raise EditError("NullSpace: sequential=True adds edits to preserve=, which holds texts; give edits")
-            return given
-        current = {edit.prompt for edit in run.edits}
-        return [edit for edit in [*given, *self._earlier] if edit.prompt not in current]
-
-    def _without_free_factors(self, run: EditRun, maps: dict[str, LinearMap]) -> dict[str, LinearMap]:
-        """Of a LoRA pair in the scope A is projected, wholly, and B is free."""
-        self._factors = [name for name in maps if ".lora_A." in name and _partner(name) in maps]
-        for name in self._factors:
-            if bool(run.reference[_partner(name)].any()):
+    def _free_spaces(self, run: EditRun, directions: Mapping[str, Tensor]) -> dict[str, FreeSpace]:
+        spaces = {}
+        for name, basis in zip(directions, broadcast_from_first(list(directions.values())), strict=True):
+            if basis.shape[1] >= basis.shape[0]:
                 raise EditError(
-                    f"NullSpace: {_partner(name)} is not zero, so the adapter acts already and training both of its "
-                    "factors cannot keep it where it is; merge it and start a new one, or train one factor alone"
+                    f"the texts use all {basis.shape[0]} input directions of {name}, so the weight could not move; "
+                    "use a lower energy, or set rank."
                 )
-        for name, module in run.model.named_modules():
-            if getattr(module, "lora_magnitude_vector", None) and any(f.startswith(f"{name}.") for f in maps):
-                raise EditError(
-                    f"NullSpace: {name} is a DoRA adapter, whose norm rescales the answers for every input; use LoRA"
-                )
-        free = {_partner(name) for name in self._factors}
-        return {name: one for name, one in maps.items() if name not in free}
-
-    def _start_factors_within(self, run: EditRun) -> None:
-        for name in self._factors:
-            start = wide(run.reference[name])
-            within = project_free(start, self._spaces[name])
-            # Not again after a resume, whose reference lies within already: the last bits would differ.
-            rounding = max(1e-5, torch.finfo(run.reference[name].dtype).eps)
-            if float((start - within).norm()) > rounding * float(start.norm()):
-                run.reference[name] = within.to(run.reference[name].dtype)
+            weight = run.scope[name]
+            space = free_space(basis, torch.promote_types(weight.dtype, torch.float32))
+            spaces[name] = space._replace(basis=space.basis.to(weight.device))
+        return spaces
 
     def __repr__(self) -> str:
-        kept = f"keep_energy={self.keep_energy}" if self.rank is None else f"rank={self.rank}"
-        return f"NullSpace({kept}, sequential={self.sequential})"
+        size = f"energy={self.energy}" if self.rank is None else f"rank={self.rank}"
+        return f"NullSpace({size}, sequential={self.sequential})"
 
 
-def _partner(name: str) -> str:
-    return name.replace(".lora_A.", ".lora_B.")
+def _project_reference(run: EditRun, name: str, space: FreeSpace) -> None:
+    """Project the initial value of a LoRA A factor, from which its change is measured."""
+    start = wide(run.reference[name])
+    projected = project_free(start, space)
+    # A resumed run has a projected reference already. A second projection would change its last bits.
+    rounding = max(1e-5, torch.finfo(run.reference[name].dtype).eps)
+    if float((start - projected).norm()) > rounding * float(start.norm()):
+        run.reference[name] = projected.to(run.reference[name].dtype)

@@ -1,4 +1,4 @@
-"""WeightAnchor over runs that follow one another: what it pulls towards, and what a checkpoint takes along."""
+"""WeightAnchor over consecutive runs: what it pulls towards, and what a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from callbacks.test_weight_anchor import DOWN, TEXTS, shake
+from callbacks.test_weight_anchor import DOWN, TEXTS, examples_of, move
 from torch import nn
 
 from kedit_train.callbacks import EditCallback, ParameterScope, WeightAnchor, editing
 from kedit_train.core.drift.fisher import diagonal_fisher
 from kedit_train.core.state_file import load_state, save_state
-from kedit_train.data.tokenization import Encoded
 from kedit_train.errors import EditError
 
 
-def pulled_home(model: nn.Module, anchor: WeightAnchor) -> None:
-    """A run whose one step is the pull alone."""
+def pull_once(model: nn.Module, anchor: WeightAnchor) -> None:
+    """Run a single step in which only the anchor moves the weights."""
     with editing(model, [anchor]) as edit:
         edit.before_step()
         optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
@@ -28,47 +27,47 @@ def pulled_home(model: nn.Module, anchor: WeightAnchor) -> None:
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_base_pulls_over_several_runs_towards_the_first_weights_and_previous_towards_each_runs_own(decoupled):
-    for anchor, left in (("base", 0.5), ("previous", 1.0)):
+def test_base_pulls_towards_the_first_weights_and_previous_towards_those_before_each_run(decoupled):
+    for anchor, remaining in (("base", 0.5), ("previous", 1.0)):
         model = nn.Linear(3, 2)
         start = copy.deepcopy(model)
-        pull = WeightAnchor(strength=0.5, decoupled=decoupled, anchor=anchor)
-        pulled_home(model, pull)
+        callback = WeightAnchor(strength=0.5, decoupled=decoupled, anchor=anchor)
+        pull_once(model, callback)
         for w, w0 in zip(model.parameters(), start.parameters(), strict=True):
             torch.testing.assert_close(w, w0)
         with torch.no_grad():
             for w in model.parameters():
                 w.add_(1.0)
-        pulled_home(model, pull)
+        pull_once(model, callback)
         for w, w0 in zip(model.parameters(), start.parameters(), strict=True):
-            torch.testing.assert_close(w, w0 + left)
+            torch.testing.assert_close(w, w0 + remaining)
         other = nn.Linear(3, 2)
         start = copy.deepcopy(other)
-        pulled_home(other, pull)
+        pull_once(other, callback)
         for w, w0 in zip(other.parameters(), start.parameters(), strict=True):
             torch.testing.assert_close(w, w0)
 
 
-def test_base_weighs_by_what_mattered_before_the_first_run_and_follows_the_scope(make, words):
+def test_base_keeps_the_fisher_information_of_the_first_run_and_adds_that_of_new_weights(make, words):
     model = make()
     anchor, up = WeightAnchor("ewc", strength=3.0, texts=TEXTS), DOWN.replace("down", "up")
-    rows = [Encoded(words(text)["input_ids"], 1) for text in TEXTS]
+    examples = examples_of(words)
     start, fisher = {n: p.detach().clone() for n, p in model.named_parameters()}, {}
     for modules in (["down_proj"], ["down_proj", "up_proj"]):
         with editing(model, [anchor, ParameterScope(1, modules)], tokenizer=words) as edit:
             edit.before_step()
-            taken = diagonal_fisher(edit.run, rows, seed=0)
-            fisher = taken | fisher
-            shake(edit)
+            current = diagonal_fisher(edit.run, examples, seed=0)
+            fisher = current | fisher
+            move(edit)
             penalty = anchor.penalty(edit.run)
         if len(modules) == 1:
             start[up] = model.get_parameter(up).detach().clone()
-    assert not torch.allclose(taken[DOWN], fisher[DOWN]), "the run before has changed what matters"
-    want = sum(float((fisher[n] * (model.get_parameter(n).detach() - start[n]) ** 2).sum()) for n in (DOWN, up))
-    assert penalty.item() == pytest.approx(3.0 / 2 * want, rel=1e-5)
+    assert not torch.allclose(current[DOWN], fisher[DOWN]), "the first run has changed it"
+    expected = sum(float((fisher[n] * (model.get_parameter(n).detach() - start[n]) ** 2).sum()) for n in (DOWN, up))
+    assert penalty.item() == pytest.approx(3.0 / 2 * expected, rel=1e-5)
 
 
-def test_what_a_run_that_failed_before_its_first_step_took_is_not_kept(make, words):
+def test_nothing_is_kept_of_a_run_that_failed_before_its_first_step(make, words):
     class Fails(EditCallback):
         order = 90
 
@@ -78,7 +77,7 @@ def test_what_a_run_that_failed_before_its_first_step_took_is_not_kept(make, wor
     model = make()
     anchor, up = WeightAnchor("ewc", texts=TEXTS), DOWN.replace("down", "up")
     both = ParameterScope(1, ["down_proj", "up_proj"])
-    rows = [Encoded(words(text)["input_ids"], 1) for text in TEXTS]
+    examples = examples_of(words)
     for others in ([ParameterScope(1, "down_proj")], [both, Fails()]):
         with contextlib.suppress(EditError), editing(model, [anchor, *others], tokenizer=words) as edit:
             edit.before_step()
@@ -87,37 +86,39 @@ def test_what_a_run_that_failed_before_its_first_step_took_is_not_kept(make, wor
         model.get_parameter(up).mul_(3.0)
     with editing(model, [anchor, both], tokenizer=words) as edit:
         edit.before_step()
-        want = diagonal_fisher(edit.run, rows, seed=0)[up]
-        torch.testing.assert_close(anchor._fisher[up], want)
+        expected = diagonal_fisher(edit.run, examples, seed=0)[up]
+        torch.testing.assert_close(anchor._fisher[up], expected)
 
 
-def test_a_tensor_that_changes_its_shape_between_runs_is_refused():
+def test_a_weight_that_changes_its_shape_between_runs_is_refused():
     model, anchor = nn.Linear(3, 2, bias=False), WeightAnchor(strength=0.5)
-    pulled_home(model, anchor)
+    pull_once(model, anchor)
     model.weight = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(EditError, match="WeightAnchor: weight has another shape than when this callback first met"):
-        pulled_home(model, anchor)
+    with pytest.raises(
+        EditError, match=r"WeightAnchor: weight has shape \(3, 3\), but had shape \(2, 3\) in an earlier run"
+    ):
+        pull_once(model, anchor)
 
 
-def test_a_checkpoint_takes_the_weights_before_an_earlier_run_along(make, words, tmp_path):
+def test_a_checkpoint_restores_the_anchor_weights_of_an_earlier_run(make, words, tmp_path):
     for options in ({"strength": 0.5}, {"kind": "ewc", "strength": 3.0, "texts": TEXTS}):
-        model, found = make(), []
+        model, metrics = make(), []
         anchor = WeightAnchor(**options)
         with editing(model, [anchor, ParameterScope(1, "down_proj")], tokenizer=words) as edit:
             edit.before_step()
-            # Of a first run nothing needs to be kept: the reference is in the checkpoint.
+            # In the first run the anchor is the reference, which the checkpoint stores anyway.
             assert anchor.metrics(edit.run) == {"edit/drift/anchor": 0.0}
-            assert anchor.state() == {"centres": {}, "fisher": {}}
-            shake(edit)
-        for own in (anchor, WeightAnchor(**options)):
-            with editing(model, [own, ParameterScope(1, "down_proj")], tokenizer=words) as edit:
+            assert anchor.state() == {"anchor_weights": {}, "fisher": {}}
+            move(edit)
+        for callback in (anchor, WeightAnchor(**options)):
+            with editing(model, [callback, ParameterScope(1, "down_proj")], tokenizer=words) as edit:
                 edit.before_step()
-                if own is anchor:
-                    found.append(own.metrics(edit.run))
-                    save_state(tmp_path, own.state())
+                if callback is anchor:
+                    metrics.append(callback.metrics(edit.run))
+                    save_state(tmp_path, callback.state())
                 else:
-                    assert own.metrics(edit.run) == {"edit/drift/anchor": 0.0}
-                    own.load_state(load_state(tmp_path) or {})
-                    found.append(own.metrics(edit.run))
-        assert found[0] == found[1]
-        assert found[0]["edit/drift/anchor"] > 1e-3
+                    assert callback.metrics(edit.run) == {"edit/drift/anchor": 0.0}
+                    callback.load_state(load_state(tmp_path) or {})
+                    metrics.append(callback.metrics(edit.run))
+        assert metrics[0] == metrics[1]
+        assert metrics[0]["edit/drift/anchor"] > 1e-3

@@ -239,7 +239,7 @@ def test_the_null_space_of_lora_is_that_of_the_merged_change(host: str) -> None:
     ("constraint", "options", "why"),
     [
         (lambda: NullSpace(texts=TEXTS), {"use_dora": True}, "NullSpace"),
-        (lambda: LowCurvature(texts=TEXTS), {}, "is the factor of an adapter"),
+        (lambda: LowCurvature(texts=TEXTS), {}, "is a factor of an adapter"),
     ],
 )
 def test_adapters_that_a_constraint_cannot_hold_are_refused(constraint: Any, options: Any, why: str) -> None:

@@ -223,19 +223,19 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
     ),
     "WeightAnchor": (
         lambda: [WeightAnchor("ewc", texts=TEXTS)],
-        "asks a causal language model for answers, and Forecaster.*use kind='l2sp'",
+        "needs a causal language model, and Forecaster.*use kind='l2sp'",
     ),
     "NullSpace, texts": (
         lambda: [NullSpace(texts=TEXTS)],
-        "Forecaster holds no model that reads token ids, .* its own inputs",
+        "Forecaster has no module that reads token ids, .* the model's inputs",
     ),
     "NullSpace, GRU": (
         lambda: [ParameterScope(modules="encoder"), NullSpace(texts=[series()[0]])],
-        "NullSpace: the scope holds what is not the weight of nn.Linear",
+        "NullSpace: every parameter in scope must be the weight of nn.Linear",
     ),
     "LowCurvature": (
         lambda: [ParameterScope(modules="head.0.weight"), LowCurvature(texts=TEXTS)],
-        "LowCurvature needs a causal",
+        "LowCurvature: .*causal language model",
     ),
 }
 

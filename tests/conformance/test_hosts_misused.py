@@ -201,7 +201,7 @@ def test_the_inputs_of_a_wrapped_head_are_read_in_full(reading: str):
     space = NullSpace(TEXTS, rank=4, batch_size=1)
     with editing(model, [ParameterScope(modules=reading), space], tokenizer=tokenizer) as edit:
         edit.before_step()
-        (one,) = space._spaces.values()
+        (free,) = space._projection.subspaces.values()
         seen = []
 
         def watch(module: nn.Module, args: Any) -> None:
@@ -216,5 +216,5 @@ def test_the_inputs_of_a_wrapped_head_are_read_in_full(reading: str):
         rows = torch.cat(seen)
         _, _, directions = torch.linalg.svd(rows.double(), full_matrices=False)
         # Whichever of the two bases is kept: these four directions are what it preserves.
-        inside = (directions[:4] @ one.basis.double()).norm() / 4**0.5
-        assert float(inside) == pytest.approx(1.0 if one.preserved else 0.0, abs=1e-3)
+        inside = (directions[:4] @ free.basis.double()).norm() / 4**0.5
+        assert float(inside) == pytest.approx(1.0 if free.preserved else 0.0, abs=1e-3)

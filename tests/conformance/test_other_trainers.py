@@ -137,7 +137,7 @@ def test_the_null_space_holds(kind: str, checkpoint: Path, tmp_path: Path) -> No
     inputs, outputs = caught[0]
     expected = inputs @ rows.before["model.layers.2.mlp.down_proj.weight"].T
     change = (layer.weight - rows.before["model.layers.2.mlp.down_proj.weight"]).norm() * inputs.norm()
-    # keep_energy=0.99 leaves a tenth of the inputs' size at most.
+    # energy=0.99 leaves a tenth of the inputs' size at most.
     assert (outputs - expected).norm() < 0.1 * change
 
 
@@ -218,7 +218,7 @@ REFUSALS = {
     ("Reward", "KLLocality"): "KLLocality needs a causal language model, and LlamaForSequenceClassification",
     ("Reward", "EditMetrics"): "EditMetrics needs a causal language model, and LlamaForSequenceClassification",
     ("Reward", "GradientMask"): "asks a causal language model for answers, and LlamaForSequenceClassification",
-    ("Reward", "WeightAnchor"): "asks a causal language model for answers, and LlamaForSequenceClassification",
+    ("Reward", "WeightAnchor"): "needs a causal language model, and LlamaForSequenceClassification",
 }
 
 

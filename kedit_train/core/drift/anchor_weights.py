@@ -1,4 +1,4 @@
-"""What a change is measured from: the weights before a run, or before the first of several runs on one model."""
+"""The weights from which a change is measured, kept over consecutive runs on one model."""
 
 from __future__ import annotations
 
@@ -15,59 +15,80 @@ from kedit_train.errors import EditError
 Anchor = Literal["base", "previous"]
 
 
-class Centres(dict[str, Tensor]):
-    """Name -> weight, each as it was when it was met first.
+class AnchorWeights:
+    """The value of each scoped weight before the first run, or before the current run.
 
     Args:
-        anchor: "base" keeps them over later runs on the same model; "previous" takes them anew in each run.
+        anchor: "base" keeps the stored values for later runs on the same model. "previous" stores new values in each
+            run. Another model starts with an empty store in both cases.
     """
 
     def __init__(self, anchor: Anchor) -> None:
-        super().__init__()
         self.anchor = anchor
+        self._weights: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
         self._reference: Mapping[str, Tensor] = {}
 
-    def begin(self, run: EditRun) -> list[str]:
-        """Begin a run; which of its scope an earlier one has met.
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name]
+
+    def names(self) -> set[str]:
+        """Return the names of the stored weights."""
+        return set(self._weights)
+
+    def start_run(self, run: EditRun) -> list[str]:
+        """Begin a run and move the stored values to the device of its weights.
+
+        Returns:
+            The names in the run's scope that an earlier run has stored, sorted.
 
         Raises:
-            EditError: a tensor has changed its shape since.
+            EditError: a weight has another shape than its stored value.
         """
         same_model = self._model is not None and self._model() is run.model
         if self.anchor == "previous" or not same_model:
-            self.clear()
+            self._weights = {}
         self._model, self._reference = weakref.ref(run.model), {}
-        known = sorted(self.keys() & run.scope.keys())
-        for name in known:
-            if run.scope[name].shape != self[name].shape:
-                raise EditError(f"{name} has another shape than when this callback first met the model")
-            # The model may have been moved since.
-            self[name] = self[name].to(run.scope[name].device)
-        return known
+        stored = sorted(self._weights.keys() & run.scope.keys())
+        for name in stored:
+            weight = run.scope[name]
+            if weight.shape != self._weights[name].shape:
+                raise EditError(
+                    f"{name} has shape {tuple(weight.shape)}, but had shape {tuple(self._weights[name].shape)} in an "
+                    "earlier run of this callback; make a new callback for the changed model."
+                )
+            # The model may have been moved between the runs.
+            self._weights[name] = self._weights[name].to(weight.device)
+        return stored
 
-    def follow(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
-        """Meet what is new among ``weights``, and be where they are.
+    def register(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+        """Register new weights and move the stored values to their device.
 
-        Not before the first step: until then other callbacks may settle what the reference is.
+        Call this from the first step on, not earlier: until then another callback may still change the reference.
+
+        Args:
+            weights: name -> weight, possibly sharded (FSDP2). A stored value is sharded in the same way.
+            reference: name -> value before the current run; stored for the names that are new.
         """
         self._reference = reference
         for name, weight in weights.items():
-            centre = self.setdefault(name, reference[name])
-            if isinstance(weight, DTensor) and not isinstance(centre, DTensor):
-                self[name] = distribute_tensor(centre, weight.device_mesh, weight.placements)
-            elif centre.device != weight.device:
-                self[name] = centre.to(weight.device)
+            stored = self._weights.setdefault(name, reference[name])
+            if isinstance(weight, DTensor) and not isinstance(stored, DTensor):
+                self._weights[name] = distribute_tensor(stored, weight.device_mesh, weight.placements)
+            elif stored.device != weight.device:
+                self._weights[name] = stored.to(weight.device)
 
-    def end(self) -> None:
+    def end_run(self) -> None:
+        """Release the run's reference and, for ``anchor="previous"``, the stored values."""
         self._reference = {}
         if self.anchor == "previous":
-            self.clear()
+            self._weights = {}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to hold: those of earlier runs; the reference of this one is in there."""
-        earlier = {name: centre for name, centre in self.items() if centre is not self._reference.get(name)}
-        return {name: c.full_tensor() if isinstance(c, DTensor) else c for name, c in earlier.items()}
+        """Return the values from earlier runs. Those of the current run are in the checkpoint's reference already."""
+        earlier = {name: w for name, w in self._weights.items() if w is not self._reference.get(name)}
+        return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in earlier.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self.update(state)
+        """Restore what :meth:`state` returned."""
+        self._weights.update(state)

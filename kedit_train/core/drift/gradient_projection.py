@@ -1,4 +1,4 @@
-"""Gradients brought into the space that a constraint leaves free, before an optimizer learns its scales from them."""
+"""Project gradients into the space that a constraint leaves free, before the optimizer sees them."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.core.drift.linear_layers import LinearMap
+from kedit_train.core.drift.linear_layers import LinearLayer
 from kedit_train.functional.precision import wide
 
 
 def project_gradients(
-    maps: Mapping[str, LinearMap], scope: Mapping[str, nn.Parameter], project: Callable[[str, Tensor], Tensor]
+    layers: Mapping[str, LinearLayer], scope: Mapping[str, nn.Parameter], project: Callable[[str, Tensor], Tensor]
 ) -> list[Any]:
-    """From now on, replace the gradient of each weight by its projection after every backward pass.
+    """Replace the gradient of each weight by its projection after every backward pass.
 
-    This alone confines nothing: Adam divides entry by entry. But what a weight may not follow never grows smaller, so
-    without it Adam's scales are made of that, and its steps go where they will be undone.
+    This does not constrain the weights: Adam rescales each entry, so its step leaves the projected space. It keeps
+    Adam's second moments free of gradient components that the constraint removes anyway. Without it, these components
+    never shrink and determine the step size of everything else.
 
     Args:
-        maps: the weights by name.
+        layers: name -> linear layer of the weight.
         scope: name -> parameter.
-        project: ``(name, gradient [out, in], at least fp32) -> [out, in]``, linear.
+        project: called with a name and a gradient [out, in] in fp32 or fp64; returns the projection, [out, in]. Must
+            be linear, because accumulated gradients are projected more than once.
 
     Returns:
-        Handles with ``remove()``.
+        One handle per weight; ``handle.remove()`` ends the projection.
     """
 
-    def hook(one: LinearMap) -> Callable[[Tensor], None]:
+    def hook(layer: LinearLayer) -> Callable[[Tensor], None]:
         @torch.no_grad()
         def replace(parameter: Tensor) -> None:
             gradient = parameter.grad
             if gradient is not None:
-                # In place, for DDP reduces this very tensor. Accumulated gradients are projected again: it is linear.
-                gradient.copy_(one.as_matrix(project(one.name, one.as_matrix(wide(gradient)))))
+                # In place, because DDP reduces this very tensor.
+                gradient.copy_(layer.as_matrix(project(layer.name, layer.as_matrix(wide(gradient)))))
 
         return replace
 
-    return [scope[name].register_post_accumulate_grad_hook(hook(one)) for name, one in maps.items()]
+    return [scope[name].register_post_accumulate_grad_hook(hook(layer)) for name, layer in layers.items()]

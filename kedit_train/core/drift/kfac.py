@@ -1,100 +1,141 @@
-"""The two Kronecker factors of a linear map's curvature, on texts, with labels drawn from the model itself."""
+"""K-FAC factors of linear layers on texts, with labels sampled from the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kedit_train.core.drift.linear_layers import LinearMap
-from kedit_train.core.drift.second_moments import (
-    Batch,
-    Current,
-    Moment,
-    empty_moment,
-    gathered,
-    read_input,
-    share,
-    text_batches,
-)
+from kedit_train.core.drift.linear_layers import LinearLayer
+from kedit_train.core.drift.model_batches import Batch, share_of_process, text_batches
+from kedit_train.core.drift.second_moments import SecondMoment, layer_input, sum_over_processes, zero_moment
 from kedit_train.core.output_head import OutputHead, evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.chunked_loss import chunk_length, chunked
 
 
-def curvature_factors(
+@dataclass(frozen=True)
+class KFACFactors:
+    """The two Kronecker factors of the Gauss-Newton matrix of each weight.
+
+    Attributes:
+        inputs: name -> E[a aᵀ] of the layer's inputs, [d_in, d_in].
+        gradients: name -> E[g gᵀ] of the loss gradient at the layer's output, [d_out, d_out].
+    """
+
+    inputs: dict[str, SecondMoment]
+    gradients: dict[str, SecondMoment]
+
+    def __add__(self, other: KFACFactors) -> KFACFactors:
+        """Return the factors of both samples together; each token counts once."""
+        return KFACFactors(
+            {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
+            {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums and counts as plain dictionaries for a checkpoint."""
+        return {
+            kind: {name: {"sum": moment.sum, "count": moment.count} for name, moment in moments.items()}
+            for kind, moments in (("inputs", self.inputs), ("gradients", self.gradients))
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> KFACFactors:
+        """Restore what :meth:`state` returned.
+
+        Args:
+            state: as returned by :meth:`state`.
+            like: name -> tensor with the device and dtype of the factors.
+        """
+        inputs, gradients = (
+            {name: SecondMoment(m["sum"].to(like[name]), m["count"]) for name, m in state[kind].items()}
+            for kind in ("inputs", "gradients")
+        )
+        return cls(inputs, gradients)
+
+
+def kfac_factors(
     run: EditRun,
-    maps: Mapping[str, LinearMap],
-    rows: Sequence[Sequence[int]],
+    layers: Mapping[str, LinearLayer],
+    sequences: Sequence[Sequence[int]],
     *,
     batch_size: int,
     seed: int,
     unedited: bool = True,
-) -> tuple[dict[str, Moment], dict[str, Moment]]:
-    """Gather the Kronecker factors of the Gauss-Newton matrix of every map: K-FAC with labels drawn from the model.
+) -> KFACFactors:
+    """Compute the K-FAC factors of every layer, with labels sampled from the model's own distribution.
 
-    Labels of the texts themselves would give the empirical Fisher, which is another matrix. Each token's label is drawn
-    with a number of its own, so that neither the size of batches nor the number of processes changes which.
+    The labels of the texts themselves would give the empirical Fisher matrix, which is a different matrix. The random
+    number of each token is drawn in advance, so neither the batch size nor the number of processes changes the labels.
 
     Args:
-        rows: token windows, the same on every process.
-        unedited: on the model before the edit, else as it is now.
+        run: the current run.
+        layers: name -> linear layer.
+        sequences: token ids, the same on every process.
+        batch_size: sequences per forward and backward pass.
+        seed: seed of the sampled labels.
+        unedited: compute the factors on the model before the edit; False uses the current weights.
 
     Returns:
-        (inputs, gradients): E[a aᵀ] of what each map reads and E[g gᵀ] of the gradient at its output of the
-        cross-entropy summed over tokens.
+        Factors of the cross-entropy summed over tokens.
 
     Raises:
-        EditError: a module was never called, saw other tokens than the batch has, or is the output head.
+        EditError: a module was never called, its inputs are not one vector per token, or it is the output head.
     """
     head = run.head()
-    inputs, gradients, outputs = {}, {}, []
-    for name, one in maps.items():
-        if any(module in head.module.modules() for module in one.modules):
+    inputs: dict[str, SecondMoment] = {}
+    gradients: dict[str, SecondMoment] = {}
+    outputs: list[tuple[str, Tensor]] = []
+    for name, layer in layers.items():
+        if any(module in head.module.modules() for module in layer.modules):
             raise EditError(
-                f"{name} is the output head, whose factor would be vocabulary by vocabulary; leave it out of the scope"
+                f"{name} is the output head, for which the factor would have shape [vocabulary, vocabulary]; remove it "
+                "from the scope."
             )
-        out, into = one.as_matrix(run.scope[name]).shape
-        inputs[name], gradients[name] = empty_moment(run.scope[name], into), empty_moment(run.scope[name], out)
+        d_out, d_in = layer.as_matrix(run.scope[name]).shape
+        inputs[name], gradients[name] = zero_moment(run.scope[name], d_in), zero_moment(run.scope[name], d_out)
     generator = torch.Generator().manual_seed(seed)
-    drawn = [(list(row), torch.rand(len(row), generator=generator, dtype=torch.float64)) for row in rows]
-    drawn = sorted(share(drawn), key=lambda pair: len(pair[0]))
+    numbered = [(list(ids), torch.rand(len(ids), generator=generator, dtype=torch.float64)) for ids in sequences]
+    numbered = sorted(share_of_process(numbered), key=lambda pair: len(pair[0]))
     device = next(run.model.parameters()).device
-    current = Current()
-    before = run.unedited() if unedited else nullcontext()
+    batch: Batch
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            inputs[name].add(current.rows(read_input(args, kwargs).detach(), name))
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            inputs[name].update(batch.real_tokens(layer_input(args, kwargs).detach(), name))
             outputs.append((name, output))
 
-        return hook
+        return record
 
-    hooks = [m.register_forward_hook(watch(n), with_kwargs=True) for n, one in maps.items() for m in one.modules]
+    weights = run.unedited() if unedited else nullcontext()
+    hooks = [m.register_forward_hook(hook(n), with_kwargs=True) for n, layer in layers.items() for m in layer.modules]
     try:
-        with before, evaluation_mode(run.model), run.host.forward_context(), torch.enable_grad():
-            for start in range(0, len(drawn), batch_size):
-                part = drawn[start : start + batch_size]
-                current.batch = next(text_batches([row for row, _ in part], len(part), device))
+        with weights, evaluation_mode(run.model), run.host.forward_context(), torch.enable_grad():
+            for start in range(0, len(numbered), batch_size):
+                part = numbered[start : start + batch_size]
+                batch = next(text_batches([ids for ids, _ in part], len(part), device))
                 uniform = torch.cat([numbers for _, numbers in part]).to(device, torch.float32)
-                loss = _sampled_loss(head, current.batch, uniform)
-                found = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
-                for (name, _), gradient in zip(outputs, found, strict=True):
+                loss = _loss_on_sampled_labels(head, batch, uniform)
+                at_outputs = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)
+                for (name, _), gradient in zip(outputs, at_outputs, strict=True):
                     if gradient is not None:
-                        gradients[name].add(current.rows(gradient, name))
+                        gradients[name].update(batch.real_tokens(gradient, name))
                 outputs.clear()
     finally:
-        for hook in hooks:
-            hook.remove()
-    return gathered(inputs), gathered(gradients)
+        for handle in hooks:
+            handle.remove()
+    return KFACFactors(sum_over_processes(inputs), sum_over_processes(gradients))
 
 
-def _sampled_loss(head: OutputHead, batch: Batch, uniform: Tensor) -> Tensor:
+def _loss_on_sampled_labels(head: OutputHead, batch: Batch, uniform: Tensor) -> Tensor:
+    """Return the summed cross-entropy; the label of each token is sampled by its number in ``uniform``, [tokens]."""
     assert isinstance(batch.inputs, Mapping)
     hidden = head.hidden(**batch.inputs)[batch.inputs["attention_mask"].bool()]
 

@@ -1,4 +1,4 @@
-"""Curvature factors as a file that belongs to one set of weights and texts."""
+"""K-FAC factors as a file that is valid for one set of weights, texts and sampled labels."""
 
 from __future__ import annotations
 
@@ -7,83 +7,89 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_train.atomic_write import writing
-from kedit_train.core.drift.second_moments import Moment
+from kedit_train.core.drift.kfac import KFACFactors
+from kedit_train.core.drift.second_moments import SecondMoment
 from kedit_train.errors import EditError
+from kedit_train.safetensors_file import load_tensors, save_tensors
 
-Factors = tuple[dict[str, Moment], dict[str, Moment]]
+_KIND = "kedit_train.kfac_factors"
+_RETRY = "delete the file to compute the factors again"
 
 
 def save_factors(
-    path: str | Path,
-    inputs: Mapping[str, Moment],
-    gradients: Mapping[str, Moment],
-    model: str,
-    rows: Sequence[Sequence[int]],
-    seed: int,
+    path: str | Path, factors: KFACFactors, model: str, sequences: Sequence[Sequence[int]], seed: int
 ) -> None:
-    """Write both factors of every weight, with the fingerprints of model and texts; whole or not at all.
+    """Write the factors of every weight atomically, with fingerprints of the model, the texts and the labels.
 
     Args:
-        model: fingerprint of the model before the edit; rows: the token windows that were read; seed: of the labels.
+        path: the ``.safetensors`` file; an existing file is replaced.
+        factors: what to write.
+        model: fingerprint of the model before the edit (:func:`kedit_train.core.fingerprint.fingerprint`).
+        sequences: token ids of the texts.
+        seed: seed of the sampled labels.
     """
-    path = Path(path)
-    tensors = {f"inputs/{name}": moment.sum.cpu().contiguous() for name, moment in inputs.items()}
-    tensors |= {f"gradients/{name}": moment.sum.cpu().contiguous() for name, moment in gradients.items()}
-    counts = {f"inputs/{n}": m.count for n, m in inputs.items()} | {
-        f"gradients/{n}": m.count for n, m in gradients.items()
-    }
-    metadata = {**_fingerprints(model, rows, seed), "tokens": json.dumps(counts)}
-    with writing(path) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata)
+    moments = _by_key(factors)
+    counts = {key: moment.count for key, moment in moments.items()}
+    metadata = {**_fingerprints(model, sequences, seed), "tokens": counts}
+    save_tensors(path, {key: moment.sum for key, moment in moments.items()}, metadata, kind=_KIND)
 
 
 def load_factors(
-    path: str | Path, weights: Mapping[str, Tensor], model: str, rows: Sequence[Sequence[int]], seed: int
-) -> Factors | None:
-    """Read what :func:`save_factors` wrote, on the devices of the weights; None where there is no such file.
+    path: str | Path, weights: Mapping[str, Tensor], model: str, sequences: Sequence[Sequence[int]], seed: int
+) -> KFACFactors | None:
+    """Read what :func:`save_factors` has written.
 
     Args:
-        weights: name -> the weight, [out, in] or transposed, whose factors are wanted.
+        path: the ``.safetensors`` file.
+        weights: name -> weight, [out, in] or [in, out], whose factors are needed. The factors are moved to its device.
+        model: as for :func:`save_factors`.
+        sequences: as for :func:`save_factors`.
+        seed: as for :func:`save_factors`.
+
+    Returns:
+        The factors; None if there is no such file.
 
     Raises:
-        EditError: the file cannot be read, lacks a weight, or is of another model, texts or labels.
+        EditError: the file cannot be read, was written for another model, other texts or another seed, or does not
+            contain finite factors of the right size for every weight.
     """
     path = Path(path)
     if not path.exists():
         return None
-    moments: dict[str, dict[str, Moment]] = {"inputs": {}, "gradients": {}}
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            counts = json.loads(metadata.get("tokens", "{}"))
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                kind, _, name = key.partition("/")
-                if kind in moments and name in weights and key in counts:
-                    moments[kind][name] = Moment(file.get_tensor(key).to(weights[name].device, copy=True), counts[key])
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise EditError(f"LowCurvature: factors={str(path)!r} cannot be read: {str(error).splitlines()[0]}") from error
-    for what, wanted in _fingerprints(model, rows, seed).items():
-        if metadata.get(what) != wanted:
+        tensors, metadata = load_tensors(path, kind=_KIND, memory_map=False)
+    except EditError as error:
+        raise EditError(f"factors_path={str(path)!r} cannot be used: {str(error).rstrip('.')}; {_RETRY}.") from error
+    for subject, fingerprint in _fingerprints(model, sequences, seed).items():
+        if metadata.get(subject) != fingerprint:
             raise EditError(
-                f"LowCurvature: factors={str(path)!r} was made with other {what} than this run's; give another path, "
-                "or delete the file to have it made anew"
+                f"factors_path={str(path)!r} was computed for other {subject} than those of this run; use another "
+                f"path, or {_RETRY}."
             )
-    for kind, found in moments.items():
+    factors = KFACFactors({}, {})
+    for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):
         for name, weight in weights.items():
-            square = found[name].sum.ndim == 2 and len(set(found[name].sum.shape)) == 1 if name in found else False
-            if not square or len(found[name].sum) not in weight.shape or not bool(found[name].sum.isfinite().all()):
-                raise EditError(
-                    f"LowCurvature: factors={str(path)!r} has no usable factor {kind}/{name}; delete the file to have "
-                    "it made anew"
-                )
-    return moments["inputs"], moments["gradients"]
+            key = f"{kind}/{name}"
+            matrix, count = tensors.get(key), metadata["tokens"].get(key)
+            if matrix is None or count is None or not _is_factor(matrix, weight):
+                raise EditError(f"factors_path={str(path)!r} has no valid factor {key!r}; {_RETRY}.")
+            moments[name] = SecondMoment(matrix.to(weight.device), count)
+    return factors
 
 
-def _fingerprints(model: str, rows: Sequence[Sequence[int]], seed: int) -> dict[str, str]:
-    of_texts = hashlib.sha256(json.dumps([seed, [list(row) for row in rows]]).encode())
-    return {"weights": model, "texts": of_texts.hexdigest()}
+def _by_key(factors: KFACFactors) -> dict[str, SecondMoment]:
+    inputs = {f"inputs/{name}": moment for name, moment in factors.inputs.items()}
+    return inputs | {f"gradients/{name}": moment for name, moment in factors.gradients.items()}
+
+
+def _is_factor(matrix: Tensor, weight: Tensor) -> bool:
+    """Return whether the matrix is square, finite and as large as one side of the weight."""
+    square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
+    return square and len(matrix) in weight.shape and bool(matrix.isfinite().all())
+
+
+def _fingerprints(model: str, sequences: Sequence[Sequence[int]], seed: int) -> dict[str, str]:
+    texts = hashlib.sha256(json.dumps([seed, [list(ids) for ids in sequences]]).encode())
+    return {"weights": model, "texts": texts.hexdigest()}

@@ -1,4 +1,4 @@
-"""Which parameters are the weight of a linear map, and which way round it is stored."""
+"""Find the linear layer that each parameter in scope belongs to."""
 
 from __future__ import annotations
 
@@ -13,62 +13,72 @@ from kedit_train.errors import EditError
 
 
 @dataclass(frozen=True)
-class LinearMap:
-    """A weight and every module that multiplies by it.
+class LinearLayer:
+    """A weight matrix and the modules that multiply by it.
 
     Attributes:
-        inputs_first: stored [in, out] (``Conv1D`` of GPT-2) rather than [out, in] (``nn.Linear``, LoRA factors).
+        name: name of the parameter.
+        modules: every module that uses the weight; more than one if the weight is shared.
+        transposed: whether the weight is stored as [in, out] (``Conv1D`` of GPT-2) instead of [out, in]
+            (``nn.Linear``, LoRA factors).
     """
 
     name: str
     modules: tuple[nn.Module, ...]
-    inputs_first: bool
+    transposed: bool
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """The weight (or its change) as [out, in]; applied twice, as it was."""
-        return weight.T if self.inputs_first else weight
+        """Return the weight, or a change of it, as [out, in]. A second call restores the stored layout."""
+        return weight.T if self.transposed else weight
 
 
-def linear_maps(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> dict[str, LinearMap]:
-    """Find the linear map of every parameter in scope.
+def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> dict[str, LinearLayer]:
+    """Find the linear layer of every parameter in scope.
+
+    Args:
+        model: the model that the scope belongs to.
+        scope: name -> parameter.
+
+    Returns:
+        name -> linear layer, in the order of the scope.
 
     Raises:
-        EditError: a parameter is none's weight (a bias, an embedding, a norm, fused experts), is packed by
-            quantisation, or is sharded.
+        EditError: a parameter is not the weight of a linear layer (a bias, an embedding, a norm, fused experts), is
+            quantized, or is sharded.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {id(p): [] for p in scope.values()}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) in owners:
                 owners[id(parameter)].append((module, key))
-    found, others = {}, []
+    layers, others = {}, []
     for name, parameter in scope.items():
         if isinstance(parameter, DTensor):
             raise EditError(
-                f"{name} is sharded over processes (DTensor), and the projection needs whole rows of the "
-                "weight and the inputs of the whole module; train with DDP, or leave this callback out"
+                f"{name} is sharded over processes (DTensor), but the projection needs the whole weight; train with "
+                "DDP instead of FSDP2, or remove this callback."
             )
-        stored = {_inputs_first(module, key) for module, key in owners[id(parameter)]}
-        if len(stored) != 1 or None in stored:
+        layouts = {_is_transposed(module, key) for module, key in owners[id(parameter)]}
+        if len(layouts) != 1 or None in layouts:
             others.append(name)
         else:
             modules = tuple(module for module, _ in owners[id(parameter)])
-            found[name] = LinearMap(name, modules, bool(stored.pop()))
+            layers[name] = LinearLayer(name, modules, bool(layouts.pop()))
     if others:
-        shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        listed = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
         raise EditError(
-            f"the scope holds what is not the weight of nn.Linear or Conv1D ({shown}), whose change no "
-            "projection of inputs can confine; choose weights alone, as ParameterScope(modules='mlp.down_proj.weight')"
+            f"every parameter in scope must be the weight of nn.Linear or Conv1D, but these are not: {listed}; select "
+            "weights only, for example ParameterScope(modules='mlp.down_proj.weight')."
         )
-    return found
+    return layers
 
 
-def _inputs_first(module: nn.Module, key: str) -> bool | None:
-    """How this parameter is stored, or None where the module is no linear map with it as plain weight."""
+def _is_transposed(module: nn.Module, key: str) -> bool | None:
+    """Return whether the weight is stored as [in, out]; None if the parameter is not the weight of a linear layer."""
     if key != "weight":
         return None
     if isinstance(module, nn.Linear):
-        # Quantised and flattened (FSDP1) weights have another shape than the module says.
+        # A quantized or flattened (FSDP1) weight does not have the shape that the module states.
         return False if module.weight.shape == (module.out_features, module.in_features) else None
     if isinstance(module, Conv1D):
         return True if module.weight.ndim == 2 and module.weight.shape[1] == module.nf else None

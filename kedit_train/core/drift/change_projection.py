@@ -1,0 +1,94 @@
+"""Keep the change of linear weights out of given directions, as ``NullSpace`` and ``LowCurvature`` do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kedit_train.core.drift.gradient_projection import project_gradients
+from kedit_train.core.drift.linear_layers import LinearLayer
+from kedit_train.errors import EditError
+from kedit_train.functional.precision import wide
+
+
+class ChangeProjection:
+    """Removes fixed directions from the change of each weight.
+
+    The gradient is projected after every backward pass, and the whole change ``W - W0`` after every optimizer step.
+    The second projection makes the constraint exact for every optimizer.
+
+    Args:
+        layers: name -> linear layer of the weight.
+        subspaces: name -> a named tuple that describes the directions of this weight.
+        project: called with a change [out, in] in fp32 or fp64 and a subspace; returns the change without the
+            directions, [out, in]. Must be linear.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LinearLayer], subspaces: Mapping[str, Any], project: Callable[[Tensor, Any], Tensor]
+    ) -> None:
+        self.layers, self.subspaces = dict(layers), dict(subspaces)
+        self._project = project
+        self._hooks: list[Any] = []
+
+    def start(self, scope: Mapping[str, nn.Parameter]) -> None:
+        """Project the gradients of these parameters from now on."""
+        self._hooks = project_gradients(self.layers, scope, self._projected)
+
+    def stop(self) -> None:
+        """Remove the gradient hooks and forget the directions."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.subspaces = [], {}
+
+    def constrain(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights with the directions removed from their change.
+
+        Args:
+            weights: name -> weight after an optimizer step.
+            reference: name -> weight before the edit.
+        """
+        constrained = dict(weights)
+        for name in self.subspaces:
+            start = wide(reference[name])
+            change = self.layers[name].as_matrix(wide(weights[name]) - start)
+            projected = self.layers[name].as_matrix(self._projected(name, change))
+            constrained[name] = (start + projected).to(weights[name].dtype)
+        return constrained
+
+    def leak(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float | None:
+        """Return the norm of the change in the removed directions over the norm of the whole change.
+
+        Both norms are over all weights together. None if no weight has changed.
+        """
+        removed, total = 0.0, 0.0
+        for name in self.subspaces:
+            change = self.layers[name].as_matrix(wide(weights[name].detach()) - wide(reference[name]))
+            removed += float((change - self._projected(name, change)).double().square().sum())
+            total += float(change.double().square().sum())
+        return (removed / total) ** 0.5 if total else None
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Return the subspaces as plain dictionaries for a checkpoint."""
+        return {name: subspace._asdict() for name, subspace in self.subspaces.items()}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restore what :meth:`state` returned, on the devices of the current subspaces.
+
+        Raises:
+            EditError: the checkpoint has other weights.
+        """
+        if state.keys() != self.subspaces.keys():
+            raise EditError("the checkpoint was written with another scope; resume with the same ParameterScope.")
+        for name, own in self.subspaces.items():
+            fields = own._asdict()
+            for key, value in state[name].items():
+                # Tensors that were read from a file can have unaligned addresses, on which the last bits of matrix
+                # products depend, so they are copied.
+                fields[key] = value.to(fields[key], copy=True) if isinstance(value, Tensor) else value
+            self.subspaces[name] = type(own)(**fields)
+
+    def _projected(self, name: str, change: Tensor) -> Tensor:
+        return self._project(change, self.subspaces[name])

@@ -1,0 +1,118 @@
+"""Batches on which statistics of a model are computed: tokenized texts, or inputs for a model that reads no text."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_train.core.locality.texts import pad
+from kedit_train.core.processes import rank, world_size
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one forward pass.
+
+    Attributes:
+        inputs: keyword arguments as a mapping, or positional arguments as a tuple.
+        mask: [batch, sequence] bool, True for real tokens. None if there is no padding.
+    """
+
+    inputs: tuple[Any, ...] | Mapping[str, Any]
+    mask: Tensor | None = None
+
+    def call(self, model: nn.Module) -> Any:
+        """Run the model on this batch."""
+        return model(**self.inputs) if isinstance(self.inputs, Mapping) else model(*self.inputs)
+
+    def real_tokens(self, values: Tensor, name: str) -> Tensor:
+        """Return the vectors of real tokens.
+
+        Args:
+            values: [batch, sequence, d] or [batch * sequence, d].
+            name: name of the weight, for the error.
+
+        Returns:
+            [tokens, d]
+
+        Raises:
+            EditError: the values do not have one vector per token of the batch.
+        """
+        vectors = values.reshape(-1, values.shape[-1])
+        if self.mask is None:
+            return vectors
+        flat = values.ndim == 2 and len(values) == self.mask.numel()
+        if values.shape[:-1] != self.mask.shape and not flat:
+            raise EditError(
+                f"the module of {name} reads a tensor of shape {tuple(values.shape)}, but the model was given a batch "
+                f"of shape {tuple(self.mask.shape)}, so padding cannot be recognized; set batch_size=1."
+            )
+        return vectors[self.mask.flatten()]
+
+
+def text_batches(sequences: Sequence[Sequence[int]], batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yield right-padded batches of token sequences, sorted by length."""
+    ordered = sorted(sequences, key=len)
+    for start in range(0, len(ordered), batch_size):
+        ids, mask = pad(ordered[start : start + batch_size])
+        ids, mask = ids.to(device), mask.to(device)
+        yield Batch({"input_ids": ids, "attention_mask": mask}, None if bool(mask.all()) else mask.bool())
+
+
+def holds_model_inputs(source: Any) -> bool:
+    """Return whether ``source`` holds model inputs (tensors, or tuples or mappings of tensors) instead of texts."""
+    if isinstance(source, str) or not isinstance(source, Iterable):
+        return False
+    first = next(iter(source), None)
+    values = first.values() if isinstance(first, Mapping) else first if isinstance(first, tuple | list) else [first]
+    return any(isinstance(value, Tensor) for value in values)
+
+
+def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator[Batch]:
+    """Yield this process's share of the inputs of a model.
+
+    Args:
+        source: one item per forward pass: a mapping (keyword arguments), a tuple or list (positional arguments) or a
+            tensor.
+        device: where to move the tensors.
+    """
+    for item in islice(source, rank(), None, world_size()):
+        if isinstance(item, Mapping):
+            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}
+            mask = inputs.get("attention_mask")
+            yield Batch(inputs, None if mask is None or bool(mask.all()) else mask.bool())
+        else:
+            values = item if isinstance(item, tuple | list) else [item]
+            yield Batch(tuple(v.to(device) if isinstance(v, Tensor) else v for v in values))
+
+
+def find_text_model(run: EditRun) -> nn.Module:
+    """Return the outermost module that reads token ids: a language model, or a reward model or classifier.
+
+    Raises:
+        EditError: no module of the run reads token ids.
+    """
+    queue = deque([run.language_model or run.model])
+    while queue:
+        module = queue.popleft()
+        if "input_ids" in inspect.signature(module.forward).parameters:
+            return module
+        queue.extend(module.children())
+    raise EditError(
+        f"{type(run.root).__name__} has no module that reads token ids, so it cannot read texts; give texts= as a list "
+        "of the model's inputs (tensors, or tuples or mappings of tensors)."
+    )
+
+
+def share_of_process(items: Sequence[Any]) -> Sequence[Any]:
+    """Return every n-th item, so that the n processes of a distributed run share the work."""
+    return items[rank() :: world_size()]

@@ -1,0 +1,114 @@
+"""NullSpace over several runs: which inputs are preserved, by how many directions, and what a checkpoint stores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from callbacks.inputs import SCOPE, TEXTS, WEIGHT, ScopeOfEdits, adamw, attach, inputs_of, principal, share_of, train
+
+from kedit_train.callbacks import NullSpace, ParameterScope, editing
+from kedit_train.core.state_file import load_state, save_state
+from kedit_train.data import Edit
+from kedit_train.errors import EditError
+
+NAME = WEIGHT["llama"]
+
+
+def rank_after_a_step(make: Any, words: Any, ids: torch.Tensor, **options: Any) -> float:
+    model = make("llama")
+    callbacks = [NullSpace(TEXTS, **options), ParameterScope(1, SCOPE["llama"])]
+    with editing(model, callbacks, tokenizer=words, log_every_n_steps=1) as edit:
+        train(model, edit, ids, adamw(edit.parameters()), 1)
+    return edit.history[-1]["edit/drift/null_space_rank"]
+
+
+def test_rank_counts_directions_of_texts_and_of_preserved_edits_separately(make, words, ids):
+    model = make("llama")
+    preserve = [Edit("w40 w41", "w42"), Edit("w50", "w51 w52")]
+    of_edits = inputs_of(model, words, NAME, ["w40 w41 w42 </s>", "w50 w51 w52 </s>"])
+    before = model.get_parameter(NAME).detach().clone()
+    callbacks = [NullSpace(TEXTS, rank=3, preserve=preserve), ParameterScope(1, SCOPE["llama"])]
+    with editing(model, callbacks, tokenizer=words, log_every_n_steps=50) as edit:
+        train(model, edit, ids, adamw(edit.parameters()))
+    assert edit.history[-1]["edit/drift/null_space_rank"] == 6
+    directions = torch.linalg.svd(of_edits, full_matrices=False)[0][:, :3]
+    change = model.get_parameter(NAME).detach().double() - before.double()
+    assert share_of(change, directions) < 1e-5
+
+
+def test_limit_reads_fewer_texts_and_preserve_reads_more(make, words, ids):
+    # 13 tokens, but the second layer reads the three w7 alike.
+    assert rank_after_a_step(make, words, ids, energy=1.0) == 11
+    assert rank_after_a_step(make, words, ids, energy=1.0, limit=2) < 11
+    assert rank_after_a_step(make, words, ids, energy=1.0, preserve=["w33 w34"]) == 13
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_sequential_preserves_the_inputs_of_previous_edits(make, words, sequential):
+    model = make("llama")
+    null_space = NullSpace(TEXTS, energy=0.999, sequential=sequential)
+    ranks, leaks = [], []
+    for edits in ([Edit("w40 w41", "w42")], [Edit("w50 w51", "w52")]):
+        first_edit = inputs_of(model, words, NAME, ["w40 w41 w42 </s>"])
+        before = model.get_parameter(NAME).detach().clone()
+        ids = torch.tensor([words(f"{edits[0].prompt} {edits[0].target}")["input_ids"]])
+        with editing(model, [null_space, ScopeOfEdits(edits)], tokenizer=words, log_every_n_steps=5) as edit:
+            train(model, edit, ids, adamw(edit.parameters()), 5)
+        ranks.append(edit.history[-1]["edit/drift/null_space_rank"])
+        change = model.get_parameter(NAME).detach().double() - before.double()
+        leaks.append(share_of(change, principal(first_edit, 0.999)))
+    assert leaks[0] > 0.1
+    assert (leaks[1] < 1e-5) == sequential
+    assert ranks[1] > ranks[0] if sequential else ranks[1] <= ranks[0] + 1
+
+
+def test_sequential_forgets_previous_edits_with_another_model(make, words):
+    null_space = NullSpace(TEXTS, sequential=True)
+    attach_and_finish = [null_space, ScopeOfEdits([Edit("w40 w41", "w42")])]
+    for _ in range(2):
+        model = make("llama")
+        with editing(model, attach_and_finish, tokenizer=words) as edit:
+            if null_space._previous_edits:
+                with pytest.warns(UserWarning, match="sequential=True"):
+                    edit.before_step()
+            else:
+                edit.before_step()
+            assert null_space._previous_edits == []
+        assert len(null_space._previous_edits) == 1
+
+
+def test_sequential_needs_to_know_the_edits(make, words):
+    with pytest.raises(EditError, match=r"NullSpace: sequential=True .* EditMetrics"):
+        attach(make("llama"), words, NullSpace(TEXTS, sequential=True), ParameterScope(1, SCOPE["llama"]))
+
+
+def test_sequential_refuses_texts_in_preserve(make, words):
+    null_space = NullSpace(TEXTS, sequential=True, preserve=["w33 w34"])
+    model, scope = make("llama"), ScopeOfEdits([Edit("w40 w41", "w42")])
+    attach(model, words, null_space, scope)
+    with pytest.raises(EditError, match="NullSpace: preserve must be edits if sequential=True, got texts"):
+        attach(model, words, null_space, scope)
+
+
+def test_a_checkpoint_restores_the_directions_of_previous_edits(make, words, tmp_path):
+    """A new process does not know the previous edits."""
+    model = make("llama")
+    null_space = NullSpace(TEXTS, sequential=True)
+    attach(model, words, null_space, ScopeOfEdits([Edit("w40 w41", "w42")]))
+    scope = ScopeOfEdits([Edit("w50 w51", "w52")])
+    with editing(model, [null_space, scope], tokenizer=words) as edit:
+        edit.before_step()
+        save_state(tmp_path, null_space.state())
+        weights, reference = {NAME: torch.randn(16, 32)}, dict(edit.run.reference)
+        expected = null_space.constrain(weights, reference)[NAME]
+    resumed = NullSpace(TEXTS, sequential=True)
+    with editing(model, [resumed, scope], tokenizer=words) as edit:
+        edit.before_step()
+        assert not torch.equal(resumed.constrain(weights, reference)[NAME], expected)
+        resumed.load_state(load_state(tmp_path) or {})
+        assert torch.equal(resumed.constrain(weights, reference)[NAME], expected)
+        assert [edit.prompt for edit in resumed._previous_edits] == ["w40 w41"]
+        with pytest.raises(EditError, match="checkpoint was written with another scope"):
+            resumed.load_state({"subspaces": {}, "previous_edits": []})

@@ -1,0 +1,76 @@
+"""Batches for statistics: texts with padding, or inputs of a model that reads no text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from core.drift.drift_runs import SEQUENCES, run_on
+from torch import nn
+
+from kedit_train.core.drift.model_batches import (
+    Batch,
+    find_text_model,
+    holds_model_inputs,
+    model_input_batches,
+    text_batches,
+)
+from kedit_train.errors import EditError
+
+CPU = torch.device("cpu")
+
+
+def test_texts_are_sorted_by_length_and_padded_on_the_right():
+    first, second = text_batches(SEQUENCES, 2, CPU)
+    assert first.inputs["input_ids"].tolist() == [[60, 0], [2, 4]]
+    assert first.mask is not None
+    assert first.mask.tolist() == [[True, False], [True, True]]
+    assert second.inputs["input_ids"].shape == (2, 6)
+
+
+def test_a_batch_without_padding_has_no_mask():
+    (batch,) = text_batches([[1, 2], [3, 4]], 2, CPU)
+    assert batch.mask is None
+    assert batch.real_tokens(torch.zeros(2, 2, 5), "w").shape == (4, 5)
+
+
+def test_real_tokens_leave_padding_out_of_values_by_sequence_and_of_flat_values():
+    batch = next(text_batches(SEQUENCES, 2, CPU))
+    values = torch.arange(4.0).reshape(2, 2, 1)
+    for shaped in (values, values.reshape(4, 1)):
+        assert batch.real_tokens(shaped, "w").flatten().tolist() == [0.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ([torch.zeros(2)], True),
+        ([(torch.zeros(2),)], True),
+        ([{"input": torch.zeros(2)}], True),
+        (["a text"], False),
+        ([{"text": "a text"}], False),
+        ("a path", False),
+        ([], False),
+        (3, False),
+    ],
+)
+def test_model_inputs_are_told_from_texts(source: Any, expected: bool):
+    assert holds_model_inputs(source) is expected
+
+
+def test_model_inputs_become_positional_or_keyword_arguments():
+    x, mask = torch.zeros(2, 3), torch.tensor([[1, 1], [1, 0]])
+    batches = list(model_input_batches([x, (x, 1), {"input": x, "attention_mask": mask}], CPU))
+    assert len(batches[0].inputs) == 1
+    assert batches[1].inputs[1] == 1
+    assert batches[2].mask is not None
+    assert batches[2].mask.tolist() == [[True, True], [True, False]]
+    assert torch.equal(Batch((x,)).call(nn.Identity()), x)
+
+
+def test_the_module_that_reads_token_ids_is_found_in_a_wrapper(tiny):
+    model = tiny("llama")
+    assert find_text_model(run_on(nn.ModuleDict({"inner": model}), ["down_proj"])) is model
+    with pytest.raises(EditError, match=r"Sequential has no module that reads token ids, .* the model's inputs"):
+        find_text_model(run_on(nn.Sequential(nn.Linear(3, 3)), ["0"]))
