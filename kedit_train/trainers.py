@@ -24,6 +24,7 @@ from kedit_train.callbacks import (
     PrefixCache,
     SaveDelta,
     StopWhenEdited,
+    TokenLoss,
     TokenSmoothing,
     WeightAnchor,
 )
@@ -40,6 +41,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "parameter_scope": ParameterScope,
     "gradient_mask": GradientMask,
     "forget_first": ForgetFirst,
+    "token_loss": TokenLoss,
     "token_smoothing": TokenSmoothing,
     "kl_locality": KLLocality,
     "weight_anchor": WeightAnchor,
@@ -94,7 +96,8 @@ class EditSFTConfig(SFTConfig):
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of it may."))
     prompt_format: str = field(default="plain", metadata={"help": "Of training and asking: plain, chat or question."})
     forget_first: Arguments = field(default=None, metadata=_help("Subtract the old answers before the first step."))
-    token_smoothing: Arguments = field(default=None, metadata=_help("Towards what each token is pulled (OverTone)."))
+    token_loss: Arguments = field(default=None, metadata=_help("What each token is trained towards."))
+    token_smoothing: Arguments = field(default=None, metadata=_help("OverTone: token_loss with that objective."))
     kl_locality: Arguments = field(default=None, metadata=_help("What must stay: answers on given texts."))
     weight_anchor: Arguments = field(default=None, metadata=_help("What must stay: weights (L2-SP, EWC)."))
     norm_ball: Arguments = field(default=None, metadata=_help("How far weights may move."))

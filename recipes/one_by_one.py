@@ -28,7 +28,7 @@ import torch
 
 from kedit_train import EditDelta, world
 from kedit_train.atomic_write import obstacle
-from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
+from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenLoss
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop, run_edits
@@ -55,7 +55,7 @@ def learning() -> list[EditCallback]:
     """As kedit_default.yaml learns."""
     return [
         ParameterScope("0.3-1.0", "mlp.down_proj"),
-        TokenSmoothing(lam=1.0, epsilon=0.0, reduction="sample"),
+        TokenLoss(reduction="sample"),
         StopWhenEdited(reliability=None, loss=0.005),
     ]
 

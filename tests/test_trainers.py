@@ -24,7 +24,7 @@ max_steps: 4
 learning_rate: 5.0e-3
 per_device_train_batch_size: 4
 parameter_scope: {layers: 0.5, modules: mlp.down_proj}
-token_smoothing: {lam: 0.2}
+token_smoothing: {label_weight: 0.2}
 kl_locality: {texts: ["The old baker found a coin.", "A red fox slept."], batch_size: 2}
 norm_ball: {fraction: 0.5}
 edit_metrics: {every_n_steps: 2, max_new_tokens: 8, show: false}
@@ -68,7 +68,7 @@ def test_ten_lines_of_yaml_give_the_weights_of_the_same_callbacks_bit_for_bit(fo
         processing_class=tokenizer,
         callbacks=[
             ParameterScope(layers=0.5, modules="mlp.down_proj"),
-            TokenSmoothing(lam=0.2),
+            TokenSmoothing(label_weight=0.2),
             KLLocality(texts=["The old baker found a coin.", "A red fox slept."], batch_size=2),
             NormBall(fraction=0.5),
             EditMetrics(edits, every_n_steps=2, max_new_tokens=8, show=False),

@@ -14,6 +14,7 @@ from kedit_train.callbacks.parameter_scope import ParameterScope
 from kedit_train.callbacks.prefix_cache import PrefixCache
 from kedit_train.callbacks.save_delta import SaveDelta
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
+from kedit_train.callbacks.token_loss import TokenLoss
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
 from kedit_train.core.locality.texts import Texts
@@ -33,6 +34,7 @@ __all__ = [
     "SaveDelta",
     "StopWhenEdited",
     "Texts",
+    "TokenLoss",
     "TokenSmoothing",
     "WeightAnchor",
     "editing",

@@ -1,89 +1,97 @@
-"""Nothing but time: edits that are learned are left out of the batches, and looked at again now and then."""
+"""ActiveSet: edits that are learned are left out of the batches for some rounds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
-from kedit_train.core.tokens.active_examples import ActiveRows
-from kedit_train.errors import EditError
+from kedit_train.core.tokens.active_examples import ActiveExamples
 
 
 class ActiveSet(EditCallback):
-    """Leave an edit out of the next rounds once no target token of it is active, and look again every few.
+    """Save time by leaving learned edits out of the training batches.
 
-    A token within ``TokenSmoothing``'s clip has no gradient, so that an edit of such tokens costs a forward and a
-    backward pass for nothing. It is taken out of the batch inside the model's own forward call, whatever loop makes the
-    batches; means over the batch still count it, so that the gradient of those that stay is what it was, and logged
-    losses (and TRL's entropy and token accuracy) hold what it had when it was last looked at. What it
-    cannot see is an edit that other edits push out again: that is learned at the next look.
+    A token within the clip of the token loss has no gradient. An edit whose tokens are all within the clip costs a
+    forward and a backward pass and changes nothing. ``ActiveSet`` takes such edits out of the batch inside the model's
+    forward call, so it works with any data loader. Means over the batch still count them, so the gradient of the
+    remaining edits does not change. Logged losses, and the entropy and token accuracy of TRL, include the values that
+    these edits had at their last forward pass.
 
-    Works on rows of a batch: with one row a batch, and with examples packed into rows that differ from epoch to epoch,
-    nothing is left out. It needs ``TokenSmoothing``, and no anchor on the batch (``KLLocality(texts="batch")``).
+    Every ``recheck`` rounds the model runs on a learned edit again. An edit that other edits have pushed out in between
+    is noticed only then.
+
+    Nothing is left out of batches with one example, and of packed batches whose rows differ between epochs.
 
     Args:
-        recheck: rounds that a learned edit is left out before it is looked at again.
-        probability: call an edit learned when each of its target tokens has at least this probability; by default when
-            none is active under the clip.
+        recheck: number of rounds that a learned edit is left out before the model runs on it again.
+        probability: an edit is learned when each of its target tokens has at least this probability, in (0, 1). With
+            None it is learned when none of its tokens is active under the clip of the token loss.
+
+    Raises:
+        EditError: there is no token loss on the list, or it has no clip and ``probability`` is None, or an anchor on
+            the training batch is on the list.
 
     Example:
-        >>> SFTTrainer(model, args, train_dataset=data, callbacks=[ParameterScope(), TokenSmoothing(), ActiveSet()])
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import ActiveSet, ParameterScope, TokenSmoothing
+        >>> from kedit_train.data.tokenization import collate
+        >>> model, tokenizer = world.load()
+        >>> batch = collate(EditDataset.load("world", limit=4).encode(tokenizer), pad_id=tokenizer.pad_token_id)
+        >>> callbacks = [ParameterScope(layers=0.7), TokenSmoothing(), ActiveSet(recheck=2)]
+        >>> with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=15) as edit:
+        ...     optimizer = torch.optim.Adam(edit.parameters(), lr=5e-3)
+        ...     for _ in range(15):
+        ...         edit.before_step()
+        ...         model(**batch).loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> edit.history[0]["edit/active/examples_left_out"] > 0
+        True
     """
 
-    # After TokenSmoothing, whose head it works through.
+    # After the token loss, which creates the loss head.
     order = 25
-    single = "one knows every edit: keep one"
+    single = "ActiveSet works on all edits; remove one of the two"
 
-    def __init__(self, recheck: int = 4, probability: float | None = None) -> None:
-        if recheck < 1:
-            raise EditError(f"ActiveSet: recheck={recheck} is no number of rounds (1 or more)")
-        if probability is not None and not 0.0 < probability < 1.0:
-            raise EditError(f"ActiveSet: probability={probability} is none in (0, 1)")
+    def __init__(self, recheck: int = 4, *, probability: float | None = None) -> None:
+        check_arguments(self, recheck=(recheck, integer_from(1)), probability=(probability, optional(within("(0, 1)"))))
         self.recheck, self.probability = recheck, probability
-        self._rows: ActiveRows | None = None
+        self._examples: ActiveExamples | None = None
+
+    def requires(self) -> Sequence[Requirement]:
+        loss = "a token loss tells which edits are learned; add TokenSmoothing()."
+        clip = "without a clip every token stays active; give the token loss an epsilon > 0, or pass probability."
+        needed = [Requirement(("token_loss",), loss)]
+        return needed if self.probability is not None else [*needed, Requirement(("token_clip",), clip)]
+
+    def conflicts(self) -> Sequence[Requirement]:
+        message = "edits that are left out would not be anchored; remove ActiveSet or the anchor on the training batch."
+        return (Requirement(("batch_anchor",), message),)
 
     def prepare(self, run: EditRun) -> None:
         run.causal()
 
     def attach(self, run: EditRun) -> None:
-        smoothing: Any = {type(callback).__name__: callback for callback in run.callbacks}.get("TokenSmoothing")
-        if smoothing is None:
-            raise EditError("ActiveSet asks which tokens are learned; add TokenSmoothing(), which knows")
-        if self.probability is None and smoothing.epsilon == 0.0:
-            raise EditError(
-                "ActiveSet: with TokenSmoothing(epsilon=0.0) every token is active for ever; give it an epsilon, or "
-                "ActiveSet a probability"
-            )
-        if any(callback.anchors for callback in run.callbacks):
-            raise EditError(
-                "ActiveSet would leave edits out that KLLocality(texts='batch') has to hold; give KLLocality texts, or "
-                "leave ActiveSet out"
-            )
-        self._rows = run.loss_head().filter = ActiveRows(self.recheck, self.probability)
+        self._examples = run.loss_head().filter = ActiveExamples(self.recheck, self.probability)
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Shares of rows and supervised tokens left out since the last call, and an estimate of the seconds saved."""
-        rows = self._rows
-        if rows is None or not rows.rows:
-            return {}
-        found = {
-            "edit/active/rows_left_out": rows.rows_left_out / rows.rows,
-            "edit/active/tokens_left_out": rows.tokens_left_out / max(1, rows.tokens),
-            "edit/active/seconds_saved": rows.seconds_saved,
-        }
-        rows.rows = rows.rows_left_out = rows.tokens = rows.tokens_left_out = 0
-        return found
+        """Return the shares of examples and tokens left out since the last call, and the seconds saved so far."""
+        return {} if self._examples is None else self._examples.metrics()
 
     def state(self) -> dict[str, Any]:
-        return {"resting": dict(self._rows.resting) if self._rows is not None else {}}
+        return {"learned": dict(self._examples.learned) if self._examples is not None else {}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if self._rows is not None:
-            self._rows.resting = dict(state["resting"])
+        if self._examples is not None:
+            self._examples.learned = dict(state["learned"])
 
     def detach(self, run: EditRun) -> None:
-        self._rows = None
+        self._examples = None
 
     def __repr__(self) -> str:
         return f"ActiveSet(recheck={self.recheck}, probability={self.probability})"

@@ -33,7 +33,7 @@ class StopWhenEdited(EditCallback):
             ``EditMetrics(metrics=["kl"])``, whichever is on the list. None turns this off.
         loss: stop when the mean of ``TokenSmoothing``'s loss a token over the last ``loss_steps`` optimizer steps is
             below this; 0.01 over an epoch is where FT-M and LocFT-BF ("Fine-tuning Done Right in Model Editing", arXiv
-            2509.22072) end. ``TokenSmoothing(lam=1.0, epsilon=0.0)`` has cross-entropy as its loss. None: off.
+            2509.22072) end. ``TokenLoss()`` has cross-entropy as its loss. None: off.
         loss_steps: a number of steps, or "epoch": as many as an epoch has. A plain loop says it in
             ``editing(epoch_steps=...)``.
     """
@@ -85,8 +85,7 @@ class StopWhenEdited(EditCallback):
             (
                 self.loss,
                 ("edit/tokens/loss_now",),
-                "loss reads the training loss of TokenSmoothing; add TokenSmoothing(1.0, epsilon=0.0), or pass "
-                "loss=None",
+                "loss reads the training loss of TokenSmoothing; add TokenLoss(), or pass loss=None",
             ),
         )
         return [Requirement(names, message) for value, names, message in rules if value is not None]

@@ -1,20 +1,19 @@
-"""Pure tensor functions, one idea a file: tensors in, tensors out, no model and no host."""
+"""Pure tensor functions, one idea in each file: tensors in, tensors out, no model and no host."""
 
 from kedit_train.functional.chunked_loss import chunk_length, chunked
+from kedit_train.functional.clipping import smoothed_loss
+from kedit_train.functional.cross_entropy import cross_entropy
 from kedit_train.functional.dft import dynamic_cross_entropy
 from kedit_train.functional.divergence import jensen_shannon, kl_divergence, token_divergence
-from kedit_train.functional.overtone import (
-    overtone,
-    overtone_statistics,
-    overtone_target,
-    smoothed_loss,
-    uniform,
-    uniform_target,
-)
+from kedit_train.functional.labels import IGNORE_INDEX
+from kedit_train.functional.overtone import overtone, overtone_statistics, overtone_target
+from kedit_train.functional.uniform_smoothing import uniform, uniform_target
 
 __all__ = [
+    "IGNORE_INDEX",
     "chunk_length",
     "chunked",
+    "cross_entropy",
     "dynamic_cross_entropy",
     "jensen_shannon",
     "kl_divergence",

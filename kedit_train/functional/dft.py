@@ -1,31 +1,32 @@
-"""Cross-entropy reweighted by the model's own belief: what it finds unlikely pulls it less.
-
-Source: "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification" (Dynamic
-Fine-Tuning, arXiv 2508.05629).
-"""
+"""Dynamic fine-tuning (DFT): each token's cross-entropy multiplied by the model's probability for the token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from kedit_train.functional.clipping import clipped
 from kedit_train.functional.closed_form_losses import Value, rowwise
-from kedit_train.functional.overtone import clipped
 
 
 def dynamic_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Score tokens by DFT: each token's cross-entropy times its own probability, which is held constant.
+    """Score tokens by DFT, with the gradient in closed form.
 
-    The gradient with respect to the logits is ``p_y (p - one_hot(y))``. Read as a policy gradient, cross-entropy
-    rewards a token by ``1 / p_y``, the more the less likely the model finds it; here every target is rewarded alike.
+    The probability is a constant for the gradient, which is ``p_y (p - one_hot(y))`` for the logits. Read as a policy
+    gradient, cross-entropy rewards a token by ``1 / p_y``, so tokens that the model finds unlikely dominate it. Here
+    every label has the same reward.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
-        epsilon: clip of the cross-entropy in nats, before it is weighted; 0 is the paper's loss.
+        epsilon: clip in nats of the cross-entropy before it is multiplied; 0 is the loss of the paper.
 
     Returns:
-        loss [N], active [N] bool (cross-entropy above ``epsilon``).
+        The loss [N] in nats, and whether the cross-entropy is above ``epsilon`` [N] bool.
+
+    References:
+        "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
+        arXiv 2508.05629.
     """
     loss, active = rowwise(_value(epsilon), _gradient, logits, labels)
     return loss, active

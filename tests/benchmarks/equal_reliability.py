@@ -37,7 +37,7 @@ from workload import (
 )
 
 from kedit_train import EditDataset, evaluate
-from kedit_train.callbacks import ActiveSet, ParameterScope, PrefixCache, TokenSmoothing
+from kedit_train.callbacks import ActiveSet, ParameterScope, PrefixCache, TokenLoss, TokenSmoothing
 from kedit_train.data import Edit
 from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.tokenization import Encoded, collate
@@ -183,7 +183,7 @@ def methods(given: Setting, options: Any) -> dict[str, Callable[[], Outcome]]:
         return lambda: together(given, host, callbacks, lr, options)
 
     # The objective of (b), so that the same epochs are needed and only their cost differs.
-    same = given.stock_lr, lambda: TokenSmoothing(1.0, 0.0)
+    same = given.stock_lr, lambda: TokenLoss()
     smoothed = given.ours_lr, TokenSmoothing
     return {
         "(e) one edit at a time, 25 steps": lambda: single(None),
@@ -205,7 +205,7 @@ def methods(given: Setting, options: Any) -> dict[str, Callable[[], Outcome]]:
 def tune(given: Setting, options: Any) -> None:
     """Epochs (of the one-at-a-time loop: steps an edit, with its early end) until reliable, at several rates."""
     # Cross-entropy through the head with the cache is what (b) trains, in less time.
-    for name, make in (("cross-entropy", lambda: TokenSmoothing(1.0, 0.0)), ("TokenSmoothing", TokenSmoothing)):
+    for name, make in (("cross-entropy", lambda: TokenLoss()), ("TokenSmoothing", TokenSmoothing)):
         for lr in options.rates:
             epochs = []
             for seed in range(1, options.rounds + 1):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kedit_train.callbacks import ParameterScope, PrefixCache, TokenSmoothing, editing
+from kedit_train.callbacks import ParameterScope, PrefixCache, TokenLoss, editing
 
 
 def build(options: argparse.Namespace) -> Any:
@@ -76,8 +76,8 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 
     variants: dict[str, list[Any]] = {
         "stock, frozen to the scope": [scope()],
-        "with the loss head": [scope(), TokenSmoothing(lam=1.0, epsilon=0.0)],
-        "with the loss head and PrefixCache": [scope(), TokenSmoothing(lam=1.0, epsilon=0.0), PrefixCache()],
+        "with the loss head": [scope(), TokenLoss()],
+        "with the loss head and PrefixCache": [scope(), TokenLoss(), PrefixCache()],
         "stock loss and PrefixCache": [scope(), PrefixCache()],
     }
     clock = time.process_time if options.clock == "cpu" else time.perf_counter

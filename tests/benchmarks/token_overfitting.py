@@ -44,7 +44,7 @@ def cross_entropy(now: Tensor, _: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
 def static(now: Tensor, unedited: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The filtered distribution of the unedited model in place of the current one's."""
-    target, *_ = overtone_target(unedited, labels, lam=LAM, n_sigma=SIGMA)
+    target, *_ = overtone_target(unedited, labels, label_weight=LAM, n_sigma=SIGMA)
     return smoothed_loss(now, target, epsilon=EPSILON)
 
 
@@ -59,12 +59,12 @@ def unchecked(now: Tensor, _: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 OBJECTIVES: dict[str, Objective] = {
     "cross-entropy": cross_entropy,
-    "OverTone": lambda z, _, y: overtone(z, y, lam=LAM, epsilon=EPSILON, n_sigma=SIGMA),
-    "without the clip": lambda z, _, y: overtone(z, y, lam=LAM, epsilon=0.0, n_sigma=SIGMA),
+    "OverTone": lambda z, _, y: overtone(z, y, label_weight=LAM, epsilon=EPSILON, n_sigma=SIGMA),
+    "without the clip": lambda z, _, y: overtone(z, y, label_weight=LAM, epsilon=0.0, n_sigma=SIGMA),
     "static filter": static,
     "without the check": unchecked,
-    "without the filter": lambda z, _, y: overtone(z, y, lam=LAM, epsilon=EPSILON, n_sigma=1e9),
-    "clip alone (cross-entropy)": lambda z, _, y: overtone(z, y, lam=1.0, epsilon=EPSILON, n_sigma=SIGMA),
+    "without the filter": lambda z, _, y: overtone(z, y, label_weight=LAM, epsilon=EPSILON, n_sigma=1e9),
+    "clip alone (cross-entropy)": lambda z, _, y: overtone(z, y, label_weight=1.0, epsilon=EPSILON, n_sigma=SIGMA),
 }
 
 

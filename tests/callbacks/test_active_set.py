@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_train.callbacks import ActiveSet, KLLocality, ParameterScope, TokenSmoothing, editing
-from kedit_train.core.tokens.active_examples import ActiveRows
+from kedit_train.callbacks import ActiveSet, KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
+from kedit_train.core.tokens.active_examples import ActiveExamples
 from kedit_train.errors import EditError
 
 # Divergences that no token, or only some tokens, of these models are below.
@@ -46,8 +46,8 @@ def learned(active: Any, batch: dict[str, Tensor], rows: list[int], times: int) 
         active.select(one)
         where = one["labels"][:, 1:] != -100
         count = int(where.sum())
-        active.learn(where, torch.zeros(count, dtype=torch.bool), torch.full((count,), 0.25))
-    active.resting = {key: [times, *seen[1:]] for key, seen in active.resting.items()}
+        active.record(where, torch.zeros(count, dtype=torch.bool), torch.full((count,), 0.25))
+    active.learned = {key: [times, *seen[1:]] for key, seen in active.learned.items()}
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample"])
@@ -87,35 +87,35 @@ def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, 
 
 
 def test_rows_are_left_out_for_as_many_rounds_as_asked_and_come_back_when_active(batch):
-    active = ActiveRows(recheck=2, probability=None)
+    active = ActiveExamples(recheck=2, probability=None)
     seen = []
     for round_ in range(8):
         kwargs, left = active.select(batch)
         kept = kwargs["input_ids"].shape[0]
-        seen.append((kept, left.rows))
+        seen.append((kept, len(left.examples)))
         where = kwargs["labels"][:, 1:] != -100
         # Row 0 (the longest) is never done, nor anything in the sixth round.
         busy = torch.zeros(where.shape, dtype=torch.bool)
         busy[0] = True
-        active.learn(where, (busy | (round_ == 6))[where], torch.zeros(int(where.sum())))
+        active.record(where, (busy | (round_ == 6))[where], torch.zeros(int(where.sum())))
     # All, row 0 twice, all again, twice, all are busy, so all.
     assert seen == [(4, 0), (1, 3), (1, 3), (4, 0), (1, 3), (1, 3), (4, 0), (4, 0)]
-    assert active.rows == 32
-    assert active.rows_left_out == 12
+    assert active.examples == 32
+    assert active.examples_left_out == 12
 
 
 def test_padding_that_nobody_needs_any_more_goes(batch):
-    active = ActiveRows(recheck=5, probability=None)
+    active = ActiveExamples(recheck=5, probability=None)
     learned(active, batch, [0, 2], 5)
     kwargs, left = active.select(batch)
     assert kwargs["input_ids"].shape == (2, 6)
     assert torch.equal(kwargs["attention_mask"].sum(1), torch.tensor([5, 6]))
-    assert left.rows == 2
+    assert len(left.examples) == 2
     assert left.tokens == 6 + 4
 
 
 def test_the_same_edit_in_another_padding_is_the_same_edit(batch):
-    active = ActiveRows(recheck=5, probability=None)
+    active = ActiveExamples(recheck=5, probability=None)
     learned(active, batch, [0, 1, 2], 5)
     kwargs, _ = active.select(flipped(batch))
     assert len(kwargs["input_ids"]) == 1
@@ -135,29 +135,29 @@ def test_where_all_is_learned_one_row_stays_and_nothing_moves(make, batch):
             optimizer.zero_grad()
             assert all(torch.equal(a, b) for a, b in zip(before, edit.parameters(), strict=True))
         found = edit.run.collect()
-    assert found["edit/active/rows_left_out"] == pytest.approx(16 / 24)
+    assert found["edit/active/examples_left_out"] == pytest.approx(16 / 24)
     assert "edit/active/tokens_left_out" in found
 
 
 def test_a_probability_in_place_of_the_clip(make, batch):
     model = make().train()
-    with editing(model, [TokenSmoothing(lam=1.0, epsilon=0.0), ActiveSet(probability=1e-30)]) as edit:
+    with editing(model, [TokenLoss(), ActiveSet(probability=1e-30)]) as edit:
         edit.before_step()
         model(**batch).loss.backward()
         # Every token is above that bound, so all four are done.
-        assert len(edit.run.loss_head().filter.resting) == 4
-    with editing(model, [TokenSmoothing(lam=1.0, epsilon=0.0), ActiveSet(probability=0.999)]) as edit:
+        assert len(edit.run.loss_head().filter.learned) == 4
+    with editing(model, [TokenLoss(), ActiveSet(probability=0.999)]) as edit:
         edit.before_step()
         model(**batch).loss.backward()
-        assert not edit.run.loss_head().filter.resting
+        assert not edit.run.loss_head().filter.learned
 
 
 def test_nothing_is_left_out_where_rows_are_not_rows(batch):
-    active = ActiveRows(recheck=5, probability=None)
+    active = ActiveExamples(recheck=5, probability=None)
     learned(active, batch, [0, 1, 2, 3], 5)
     for extra in ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, {"features": [1, 2]}):
         kwargs, left = active.select(batch | extra)
-        assert (len(kwargs["labels"]), left.rows) == (4, 0)
+        assert (len(kwargs["labels"]), len(left.examples)) == (4, 0)
     kwargs, _ = active.select({k: v[:1] for k, v in batch.items()})
     assert len(kwargs["labels"]) == 1
 
@@ -167,15 +167,15 @@ def test_positional_ids_are_found(make, batch):
     with editing(model, [TokenSmoothing(epsilon=1e6), ActiveSet()]) as edit:
         edit.before_step()
         model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
-        assert len(edit.run.loss_head().filter.resting) == 4
+        assert len(edit.run.loss_head().filter.learned) == 4
 
 
 @pytest.mark.parametrize(
     ("others", "said"),
     [
         ([], "add TokenSmoothing"),
-        ([TokenSmoothing(epsilon=0.0)], "active for ever"),
-        ([TokenSmoothing(), KLLocality("batch")], "has to hold"),
+        ([TokenSmoothing(epsilon=0.0)], "every token stays active"),
+        ([TokenSmoothing(), KLLocality("batch")], "would not be anchored"),
     ],
 )
 def test_what_it_cannot_work_with_is_said(make, words, others, said):
@@ -225,7 +225,7 @@ def test_in_trl_the_same_is_logged_and_learned(tmp_path):
         rows[active] = [row for row in trainer.state.log_history if "loss" in row]
         report = evaluate(model, tokenizer, edits, progress=False)
         reliability[active] = report.metrics["reliability"]["generated"].value
-    assert max(row["edit/active/rows_left_out"] for row in rows[True]) > 0.4
+    assert max(row["edit/active/examples_left_out"] for row in rows[True]) > 0.4
     assert reliability[True] >= reliability[False]
     # Until something is left out the runs are one; after that the log still holds what was left out.
     for key in ("loss", "mean_token_accuracy", "entropy"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from kedit_train.callbacks import KLLocality, ParameterScope, TokenSmoothing, editing
+from kedit_train.callbacks import KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
 from kedit_train.errors import EditError
 
 ROWS = [([5, 7, 11], [13, 17, 3]), ([2, 4], [8]), ([9, 8, 7, 6], [5, 32, 60])]
@@ -77,7 +77,7 @@ def start(edit: Any) -> Any:
 def test_loss_and_gradient(make, words, family, side, smoothed):
     model = make(family)
     before = copy.deepcopy(model)
-    used = [ParameterScope(1), KLLocality("batch", weight=0.7)] + [TokenSmoothing(lam=1.0, epsilon=0.0)] * smoothed
+    used = [ParameterScope(1), KLLocality("batch", weight=0.7)] + [TokenLoss()] * smoothed
     with editing(model, used, tokenizer=words) as edit:
         anchor = start(edit)
         loss = model(**batch(ROWS, side)).loss

@@ -34,7 +34,7 @@ def edited_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         world.path(),
         folder / "model",
         edits=edits,
-        configuration={"callbacks": ["ParameterScope(layers=0.7)", "TokenSmoothing(lam=0.1)"], "steps": 20},
+        configuration={"callbacks": ["ParameterScope(layers=0.7)", "TokenSmoothing(label_weight=0.1)"], "steps": 20},
         scores={"edit/reliability": 1.0},
     )
     delta.save(folder / "edit.safetensors")

@@ -54,7 +54,10 @@ def complain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ("trainer: {max_epochs: many}", ["trainer.max_epochs", "expected int", "many"]),
         (
             "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",
-            ["trainer.callbacks: kedit_train.callbacks.TokenSmoothing: Option 'lamb'", "it takes lam, epsilon"],
+            [
+                "trainer.callbacks: kedit_train.callbacks.TokenSmoothing: Option 'lamb'",
+                "it takes objective, label_weight",
+            ],
         ),
         ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
         ("trainer: [", ["parsing"]),

@@ -20,6 +20,7 @@ from kedit_train.callbacks import (
     PrefixCache,
     SaveDelta,
     StopWhenEdited,
+    TokenLoss,
     TokenSmoothing,
     WeightAnchor,
 )
@@ -30,6 +31,7 @@ TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Wher
 # for every run from the edits.
 SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
+    "TokenLoss": lambda edits: [TokenLoss("dft", epsilon=0.05)],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, weight=10.0, batch_size=2)],
     "KLLocality on the batch": lambda edits: [KLLocality(texts="batch", weight=10.0)],

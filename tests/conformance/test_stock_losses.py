@@ -9,7 +9,7 @@ import torch
 from conformance.hosts import HOSTS
 
 from kedit_train import world
-from kedit_train.callbacks import TokenSmoothing
+from kedit_train.callbacks import TokenLoss
 from kedit_train.data import EditDataset
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def test_cross_entropy_through_the_loss_head_is_the_stock_loss(host: str, option
     host, _, adapter = host.partition(", ")
     options = [OPTIONS[option] | ({"peft_config": lora()} if adapter else {}) for _ in range(2)]
     stock = losses(host, [], options[0])
-    ours = losses(host, [TokenSmoothing(lam=1.0, epsilon=0.0)], options[1])
+    ours = losses(host, [TokenLoss()], options[1])
     assert len(stock) == 3
     for (loss, norm), (own_loss, own_norm) in zip(stock, ours, strict=True):
         half = "bf16" in option
@@ -71,7 +71,7 @@ def test_the_mean_over_samples_does_not_depend_on_accumulation(host: str) -> Non
     for trainer_options, lightning_options in pairs:
         model, tokenizer = world.load()
         torch.manual_seed(0)
-        smoothing = [TokenSmoothing(lam=1.0, epsilon=0.0, reduction="sample")]
+        smoothing = [TokenLoss(reduction="sample")]
         if host == "Trainer":
             HOSTS[host](model, tokenizer, edits, smoothing, 2, lr_scheduler_type="constant", **trainer_options)
         else:

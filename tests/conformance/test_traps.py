@@ -15,11 +15,11 @@ from conformance.settings import TEXTS
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kedit_train import world
-from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, TokenSmoothing, editing
+from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, TokenLoss, TokenSmoothing, editing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
+from kedit_train.functional import overtone_target, smoothed_loss, uniform_target
 from kedit_train.functional.divergence import token_divergence
-from kedit_train.functional.overtone import overtone_target, smoothed_loss, uniform_target
 
 TESTS = Path(__file__).resolve().parents[1]
 # What goes wrong without a word -> the tests that show that it does not.
@@ -103,10 +103,10 @@ def test_the_loss_of_every_host_is_the_formula(host: str, edits: EditDataset) ->
     labels = batch["labels"][:, 1:]
     logits, labels = logits[labels != -100], labels[labels != -100]
     size = len(tokenizer) if len(tokenizer) < logits.shape[-1] else None
-    expected = smoothed_loss(logits, uniform_target(logits, labels, lam=0.5, vocab_size=size))[0].mean()
+    expected = smoothed_loss(logits, uniform_target(logits, labels, label_weight=0.5, vocab_size=size))[0].mean()
     stock = torch.nn.functional.cross_entropy(logits, labels)
     losses = Losses()
-    HOSTS[host](model, tokenizer, edits, [scope(), TokenSmoothing(lam=0.5, epsilon=0.0, target="uniform"), losses], 1)
+    HOSTS[host](model, tokenizer, edits, [scope(), TokenLoss("uniform", label_weight=0.5), losses], 1)
     assert abs(float(expected - stock)) > 0.1
     assert losses.found[:1] == pytest.approx([float(expected)], rel=1e-4)
 

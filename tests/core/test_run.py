@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, TokenSmoothing, editing
+from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
 from kedit_train.core import EditRun, Host
 from kedit_train.core.reference_weights import holding, snapshot
 from kedit_train.data import Edit
@@ -93,7 +93,7 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
 def test_a_copy_of_a_model_under_edit_is_an_ordinary_model(tiny, take):
     model = tiny("llama")
     want = model(input_ids=IDS, labels=IDS)
-    with editing(model, [ParameterScope(1), TokenSmoothing(0.5, target="uniform")]) as edit:
+    with editing(model, [ParameterScope(1), TokenLoss("uniform", label_weight=0.5, epsilon=0.05)]) as edit:
         edit.before_step()
         ours = model(input_ids=IDS, labels=IDS).loss
         other = take(model)
@@ -102,7 +102,7 @@ def test_a_copy_of_a_model_under_edit_is_an_ordinary_model(tiny, take):
         assert torch.equal(got.logits, want.logits)
         assert not torch.equal(ours, want.loss)
         assert getattr(other, "_kedit_run", None) is None
-        with editing(other, [TokenSmoothing(0.5, target="uniform")]) as second:
+        with editing(other, [TokenLoss("uniform", label_weight=0.5, epsilon=0.05)]) as second:
             second.before_step()
             torch.testing.assert_close(other(input_ids=IDS, labels=IDS).loss, ours)
         torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, ours)

@@ -100,7 +100,7 @@ def test_what_cannot_be_drawn(
 
 def test_the_section_holds_what_the_report_holds(reports: dict[str, Report]) -> None:
     report = reports["greedy"]
-    used = ["TokenSmoothing(lam=0.1)", "NormBall(radius=0.1)", "MyOwn(x=1)"]
+    used = ["TokenSmoothing(label_weight=0.1)", "NormBall(radius=0.1)", "MyOwn(x=1)"]
     report = replace(report, meta={**report.meta, "callbacks": used, "steps": 12})
     text = card.section(report, cost={"training": "3 s on one | core"}, base="me/model_x")
     score = report.metrics["locality"]["generated"]

@@ -212,7 +212,7 @@ def test_gradcheck_of_a_trained_head(head):
                 logits = part @ fixed.t() + part @ head_tensors[0].t() @ head_tensors[1].t()
             else:
                 logits = linear(part, head_tensors[0], (*head_tensors, None)[1], torch.float64)
-            return (overtone(logits, targets, lam=1.0, epsilon=0.0)[0],)
+            return (overtone(logits, targets, label_weight=1.0, epsilon=0.0)[0],)
 
         states = states + head_tensors[0][labels] if head == "tied" else states
         return (chunked(score, states, labels, chunk=2, parameters=head_tensors)[0] * upstream).sum()

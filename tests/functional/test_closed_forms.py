@@ -77,12 +77,12 @@ def plain_overtone(z: Tensor, y: Tensor, *, epsilon: float, **options: Any) -> t
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
 @pytest.mark.parametrize(
-    ("lam", "epsilon", "n_sigma"),
+    ("label_weight", "epsilon", "n_sigma"),
     [(0.1, 0.05, 0.5), (0.1, 0.01, 1.0), (0.4, 0.0, math.inf), (0.0, 0.3, 2.0), (1.0, 0.0, 0.5)],
 )
-def test_overtone(dtype, spread, lam, epsilon, n_sigma):
+def test_overtone(dtype, spread, label_weight, epsilon, n_sigma):
     logits, labels = cases(spread, dtype)
-    options = {"lam": lam, "epsilon": epsilon, "n_sigma": n_sigma, "vocab_size": None}
+    options = {"label_weight": label_weight, "epsilon": epsilon, "n_sigma": n_sigma, "vocab_size": None}
     compared(
         lambda z: overtone_statistics(z, labels, **options),
         lambda z: plain_overtone(z, labels, **options),
@@ -93,12 +93,12 @@ def test_overtone(dtype, spread, lam, epsilon, n_sigma):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epsilon", [0.0, 1.0])
-@pytest.mark.parametrize("lam", [0.0, 0.9, 1.0])
-def test_uniform(dtype, epsilon, lam):
+@pytest.mark.parametrize("label_weight", [0.0, 0.9, 1.0])
+def test_uniform(dtype, epsilon, label_weight):
     logits, labels = cases(3.0, dtype)
     compared(
-        lambda z: uniform(z, labels, lam=lam, epsilon=epsilon),
-        lambda z: smoothed_loss(z, uniform_target(z, labels, lam=lam), epsilon=epsilon),
+        lambda z: uniform(z, labels, label_weight=label_weight, epsilon=epsilon),
+        lambda z: smoothed_loss(z, uniform_target(z, labels, label_weight=label_weight), epsilon=epsilon),
         logits,
         tightness(dtype),
     )
@@ -133,7 +133,7 @@ def test_padded_rows_of_the_head(loss, fill):
     scored, plain = {
         "overtone": (
             lambda z: overtone(z, labels, vocab_size=SIZE),
-            lambda z: plain_overtone(z, labels, epsilon=0.05, lam=0.1, n_sigma=0.5, vocab_size=SIZE)[:2],
+            lambda z: plain_overtone(z, labels, epsilon=0.05, label_weight=0.1, n_sigma=0.5, vocab_size=SIZE)[:2],
         ),
         "uniform": (
             lambda z: uniform(z, labels, vocab_size=SIZE),
@@ -174,7 +174,7 @@ def test_divergence_where_neither_has_mass(direction):
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross-entropy": lambda z, y: overtone(z, y, lam=1.0, epsilon=0.0)[0],
+    "cross-entropy": lambda z, y: overtone(z, y, label_weight=1.0, epsilon=0.0)[0],
     "uniform": lambda z, y: uniform(z, y, epsilon=0.7)[0],
     **{
         d: lambda z, y, d=d: token_divergence(F.one_hot(y, z.shape[1]) * 2.0, z, direction=d)  # pyright: ignore
@@ -201,7 +201,9 @@ def test_blocks_change_nothing(numbers, monkeypatch):
     logits.requires_grad_()
 
     def both() -> tuple[Tensor, ...]:
-        loss, *rest = overtone_statistics(logits, labels, lam=0.1, epsilon=0.05, n_sigma=0.5, vocab_size=SIZE - 3)
+        loss, *rest = overtone_statistics(
+            logits, labels, label_weight=0.1, epsilon=0.05, n_sigma=0.5, vocab_size=SIZE - 3
+        )
         return *rest, loss.detach(), torch.autograd.grad(loss.sum(), logits)[0], entropy(logits)
 
     want = both()

@@ -14,7 +14,7 @@ from kedit_train.functional import overtone, overtone_target, smoothed_loss, uni
 LN = math.log
 
 
-def by_hand(row: list[float], label: int, lam: float, eps: float, n: float, size: int) -> dict:
+def by_hand(row: list[float], label: int, label_weight: float, eps: float, n: float, size: int) -> dict:
     """Equations 2 and 3 of arXiv 2502.00602 for one token, over the first ``size`` entries for the filter.
 
     ``margin`` says how near the nearest decision (filter, check) was, so that a test in lower precision can leave out
@@ -30,8 +30,8 @@ def by_hand(row: list[float], label: int, lam: float, eps: float, n: float, size
     normaliser = sum(math.exp(row[k] - top) for k in survivors)
     mixture = [0.0] * len(row)
     for k in survivors:
-        mixture[k] = (1 - lam) * math.exp(row[k] - top) / normaliser
-    mixture[label] += lam
+        mixture[k] = (1 - label_weight) * math.exp(row[k] - top) / normaliser
+    mixture[label] += label_weight
     rival = max(p for k, p in enumerate(mixture) if k != label)
     accepted = mixture[label] > rival
     target = mixture if accepted else [float(k == label) for k in range(len(row))]
@@ -63,16 +63,17 @@ def cases(size: int, spread: float, dtype: torch.dtype, n: int = 40) -> tuple[Te
 @pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 300.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("lam", "eps", "n"), [(0.1, 0.05, 0.5), (0.1, 0.01, 1.0), (0.5, 0.0, math.inf), (0.0, 0.3, 2.0), (1.0, 0.05, 0.5)]
+    ("label_weight", "eps", "n"),
+    [(0.1, 0.05, 0.5), (0.1, 0.01, 1.0), (0.5, 0.0, math.inf), (0.0, 0.3, 2.0), (1.0, 0.05, 0.5)],
 )
-def test_equals_the_paper(size, spread, dtype, lam, eps, n):
+def test_equals_the_paper(size, spread, dtype, label_weight, eps, n):
     logits, labels = cases(size, spread, dtype)
-    target, accepted, survivors = overtone_target(logits, labels, lam=lam, n_sigma=n)
-    loss, active = overtone(logits, labels, lam=lam, epsilon=eps, n_sigma=n)
+    target, accepted, survivors = overtone_target(logits, labels, label_weight=label_weight, n_sigma=n)
+    loss, active = overtone(logits, labels, label_weight=label_weight, epsilon=eps, n_sigma=n)
     tight = 1e-12 if dtype == torch.float64 else 1e-4
     compared = 0
     for i, row in enumerate(logits.double().tolist()):
-        want = by_hand(row, int(labels[i]), lam, eps, n, size)
+        want = by_hand(row, int(labels[i]), label_weight, eps, n, size)
         # Flat rows are all ties, which both sides decide by the same rule.
         if dtype != torch.float64 and spread and want["margin"] < 1e-5:
             continue
@@ -128,10 +129,10 @@ def test_a_model_that_diverged_is_not_reported_as_learned():
 
 
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-def test_lam_1_epsilon_0_is_cross_entropy(dtype, rel):
+def test_all_weight_on_the_label_is_cross_entropy(dtype, rel):
     logits, labels = cases(211, 3.0, dtype, n=64)
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    loss, _ = overtone(ours, labels, lam=1.0, epsilon=0.0)
+    loss, _ = overtone(ours, labels, label_weight=1.0, epsilon=0.0)
     want = F.cross_entropy(theirs, labels, reduction="none")
     weights = torch.rand(len(labels), dtype=dtype)
     (loss * weights).sum().backward()
@@ -184,7 +185,7 @@ def test_target_is_a_distribution_and_carries_no_graph():
 
 def test_a_tie_with_the_label_is_no_win():
     logits = torch.tensor([[2.0, 2.0, -1.0]], dtype=torch.float64)
-    _, accepted, survivors = overtone_target(logits, torch.tensor([0]), lam=0.0, n_sigma=0.5)
+    _, accepted, survivors = overtone_target(logits, torch.tensor([0]), label_weight=0.0, n_sigma=0.5)
     assert (bool(accepted), int(survivors)) == (False, 2)
 
 
@@ -193,7 +194,7 @@ def test_uniform_target_is_label_smoothing(vocab_size):
     logits, labels = cases(13, 1.0, torch.float64)
     size = vocab_size or 13
     labels = labels % size
-    target = uniform_target(logits, labels, lam=0.8, vocab_size=vocab_size)
+    target = uniform_target(logits, labels, label_weight=0.8, vocab_size=vocab_size)
     for row, label in zip(target.tolist(), labels.tolist(), strict=True):
         assert row == pytest.approx([0.2 / size * (k < size) + 0.8 * (k == label) for k in range(13)])
     if vocab_size is None:

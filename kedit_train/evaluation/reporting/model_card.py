@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ BEGIN, END = "<!-- kedit-train: begin -->", "<!-- kedit-train: end -->"
 # Callback -> the papers that its docstring names as the source of what it does by default.
 PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ParameterScope": (("Fine-tuning Done Right in Model Editing", "2509.22072"),),
+    'TokenLoss("overtone"': (("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", "2502.00602"),),
+    'TokenLoss("dft"': (("On the Generalization of SFT", "2508.05629"),),
     "TokenSmoothing": (("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", "2502.00602"),),
     "KLLocality": (("Fast Model Editing at Scale", "2110.11309"),),
     "NormBall": (("Modifying Memories in Transformer Models", "2012.00363"),),
@@ -142,7 +143,7 @@ def _cost(report: Report, delta: Any, cost: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _papers(callbacks: list[str]) -> Iterator[str]:
-    used = [re.split(r"\W", callback, maxsplit=1)[0] for callback in callbacks]
-    papers = dict.fromkeys([paper for name in used for paper in PAPERS.get(name, ())] + [MIRAGE])
+    used = [paper for one in callbacks for name, papers in PAPERS.items() if one.startswith(name) for paper in papers]
+    papers = dict.fromkeys([*used, MIRAGE])
     yield "### Papers\n"
     yield from (f"- {title} ([arXiv {number}](https://arxiv.org/abs/{number}))" for title, number in papers)

@@ -1,0 +1,239 @@
+"""TokenLoss: what each token of the new answers is trained towards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kedit_train.arguments import Rule, at_least, check_arguments, one_of, optional, within
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.processes import is_distributed
+from kedit_train.core.requirements import Requirement
+from kedit_train.core.run import EditRun
+from kedit_train.core.tokens.interfaces import Reduction
+from kedit_train.errors import EditError
+from kedit_train.functional.cross_entropy import cross_entropy
+from kedit_train.functional.dft import dynamic_cross_entropy
+from kedit_train.functional.overtone import overtone_statistics
+from kedit_train.functional.uniform_smoothing import uniform
+
+Objective = Literal["cross_entropy", "overtone", "uniform", "dft", "prompt_last"]
+
+# Objective -> the arguments that it uses, with their defaults.
+DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "cross_entropy": {"epsilon": 0.0},
+    "overtone": {"label_weight": 0.1, "epsilon": 0.05, "n_sigma": 0.5},
+    "uniform": {"label_weight": 0.9, "epsilon": 0.0},
+    "dft": {"epsilon": 0.0},
+    "prompt_last": {"epsilon": 0.0},
+}
+_WIDTH = Rule("> 0 (inf turns the filter off)", lambda value: isinstance(value, int | float) and value > 0)
+
+
+class TokenLoss(EditCallback):
+    """The loss of each target token: cross-entropy or an objective made for editing.
+
+    It replaces the host's training loss at the supervised positions. The training step calls
+    ``model(..., labels=labels)`` and uses the loss that the model returns. Evaluation losses stay the host's own.
+    ``TokenLoss()`` alone computes the host's cross-entropy, and with ``reduction="sample"`` it computes the mean over
+    edits of their token means, as FT-M and LocFT do.
+
+    With a clip (``epsilon > 0``) a token stops contributing once it is learned. If no token of an optimizer step is
+    active and no penalty such as ``KLLocality`` is on the list, the step is skipped: the weights and the state of the
+    optimizer stay as they are.
+
+    Args:
+        objective: what a token is trained towards.
+
+            - ``"cross_entropy"``: the label.
+            - ``"overtone"``: a mixture of the label and the model's own filtered distribution, recomputed at every
+              step. Where the label is not the most probable token of the mixture, the label alone.
+            - ``"uniform"``: label smoothing, a mixture of the label and the uniform distribution.
+            - ``"dft"``: the label, with each token's cross-entropy multiplied by the model's probability for it.
+            - ``"prompt_last"``: the label, scored by the distribution at the last position of the prompt. This is FT-L
+              in EasyEdit. It teaches which tokens an answer has and not their order.
+        label_weight: weight of the one-hot label in the target mixture, in [0, 1]. Only for ``"overtone"`` (default
+            0.1) and ``"uniform"`` (default 0.9).
+        epsilon: clip in nats. A token whose loss is at most this has no gradient. Default 0.05 for ``"overtone"`` and
+            0 (no clip) for the others.
+        n_sigma: width of the filter in standard deviations of the logits. Only for ``"overtone"`` (default 0.5).
+        reduction: ``"token"`` gives all supervised tokens the same weight, as the hosts do; ``"sample"`` gives all
+            sequences the same weight, whatever the length of their targets.
+
+    Raises:
+        EditError: an argument is out of range, or the objective does not use it.
+
+    References:
+        - "Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing" (OverTone), arXiv 2502.00602.
+        - "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification" (DFT),
+          arXiv 2508.05629.
+        - "Fine-tuning Done Right in Model Editing" (LocFT-BF), arXiv 2509.22072.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import ParameterScope, TokenLoss
+        >>> from kedit_train.data.tokenization import collate
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> batch = collate(edits.encode(tokenizer), pad_id=tokenizer.pad_token_id)
+        >>> with editing(model, [ParameterScope(layers=0.7), TokenLoss("overtone")], tokenizer=tokenizer) as edit:
+        ...     optimizer = torch.optim.Adam(edit.parameters(), lr=1e-3)
+        ...     for _ in range(3):
+        ...         edit.before_step()
+        ...         loss = model(**batch).loss
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> edit.run.scores["edit/tokens/active_now"] > 0
+        True
+    """
+
+    order = 20
+
+    def __init__(
+        self,
+        objective: Objective = "cross_entropy",
+        *,
+        label_weight: float | None = None,
+        epsilon: float | None = None,
+        n_sigma: float | None = None,
+        reduction: Reduction = "token",
+    ) -> None:
+        check_arguments(
+            self,
+            objective=(objective, one_of(get_args(Objective))),
+            label_weight=(label_weight, optional(within("[0, 1]"))),
+            epsilon=(epsilon, optional(at_least(0))),
+            n_sigma=(n_sigma, optional(_WIDTH)),
+            reduction=(reduction, one_of(get_args(Reduction))),
+        )
+        values = {"label_weight": label_weight, "epsilon": epsilon, "n_sigma": n_sigma}
+        for name, value in values.items():
+            if value is not None and name not in DEFAULTS[objective]:
+                message = f'objective="{objective}" does not use {name}={value}; leave it out.'
+                raise EditError(message, component=type(self).__name__)
+        chosen = {**DEFAULTS[objective], **{name: value for name, value in values.items() if value is not None}}
+        self.objective: Objective = objective
+        self.label_weight, self.n_sigma = chosen.get("label_weight"), chosen.get("n_sigma")
+        self.epsilon = chosen["epsilon"]
+        self.reduction: Reduction = reduction
+
+    def provides(self) -> set[str]:
+        clip = {"token_clip", "edit/tokens/active_now"} if self.epsilon > 0.0 else set()
+        return {"token_loss", "edit/tokens/loss_now"} | clip
+
+    def conflicts(self) -> Sequence[Requirement]:
+        found = [Requirement(("token_loss",), "the model has another token loss already; keep one of the two.")]
+        if self.objective == "prompt_last":
+            message = (
+                'objective="prompt_last" scores a token at the last position of the prompt, and an anchor on the '
+                "training batch compares it at its own position; remove one of the two."
+            )
+            found.append(Requirement(("batch_anchor",), message))
+        return found
+
+    def prepare(self, run: EditRun) -> None:
+        if run.language_model is None:
+            run.head()
+        reason = run.host.objective_refused()
+        if reason:
+            raise EditError(f"the loss of this {run.host.name} run cannot be replaced: {reason}")
+
+    def attach(self, run: EditRun) -> None:
+        self._vocab_size = _true_vocabulary(run)
+        self._totals: dict[str, Tensor] = {}
+        self._tokens, self._counted_at = 0, -1
+        # Of the current step: active tokens, sum of the losses of all tokens, number of tokens.
+        self._now = torch.zeros(3, dtype=torch.float64)
+        position = "first" if self.objective == "prompt_last" else "own"
+        run.loss_head().use(self.score, reduction=self.reduction, position=position, observe=self._observe)
+
+    def score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Score tokens. A subclass may override this.
+
+        Args:
+            logits: [N, vocabulary], fp32.
+            labels: [N] token ids.
+
+        Returns:
+            The loss [N], whether each token is active [N], and for ``"overtone"`` further [N]: whether the mixture was
+            used, how many tokens the filter kept, and the label's share of the target.
+        """
+        options: dict[str, Any] = {"epsilon": self.epsilon}
+        if self.objective == "cross_entropy":
+            return cross_entropy(logits, labels, **options)
+        if self.objective == "dft":
+            return dynamic_cross_entropy(logits, labels, **options)
+        if self.objective == "prompt_last":
+            return uniform(logits, labels, label_weight=1.0, **options)
+        options |= {"label_weight": self.label_weight, "vocab_size": self._vocab_size}
+        if self.objective == "uniform":
+            return uniform(logits, labels, **options)
+        return overtone_statistics(logits, labels, n_sigma=self.n_sigma, **options)
+
+    def skip_step(self, run: EditRun) -> bool:
+        if self._counted_at != run.step:
+            raise EditError(
+                "the model was not called with labels= since the last optimizer step, so its loss was not replaced. "
+                "Let the training step call model(..., labels=labels) and use the loss that it returns, and let one "
+                "optimizer step the whole scope."
+            )
+        # Reading the loss waits for the device, so it is read only where a callback needs it.
+        publishes_loss = run.is_required("edit/tokens/loss_now")
+        if self.epsilon == 0.0 and not publishes_loss:
+            return False
+        now = self._now
+        if is_distributed():
+            # All processes must take the same decision.
+            now = now.clone()
+            dist.all_reduce(now)
+        active, loss, tokens = now.tolist()
+        run.publish({"edit/tokens/active_now": active})
+        if publishes_loss:
+            run.publish({"edit/tokens/loss_now": loss / max(1.0, tokens)})
+        return self.epsilon > 0.0 and active == 0.0
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        """Return means over the tokens since the last call.
+
+        Returns:
+            ``edit/tokens/active``, the share of active tokens. For ``"overtone"`` also ``edit/tokens/accepted`` (share
+            of tokens whose mixture was used), ``survivors`` (tokens that the filter kept) and ``label_mass`` (share of
+            the label in the target).
+        """
+        if not self._tokens:
+            return {}
+        means = {f"edit/tokens/{name}": float(total) / self._tokens for name, total in self._totals.items()}
+        self._totals, self._tokens = {}, 0
+        return means
+
+    def _observe(self, active: Tensor, loss: Tensor, *statistics: Tensor) -> None:
+        run = self.run
+        if self._counted_at != run.step:
+            self._now, self._counted_at = torch.zeros(3, dtype=torch.float64, device=active.device), run.step
+        self._now[0] += active.sum()
+        self._now[1] += loss.sum()
+        self._now[2] += len(active)
+        self._tokens += len(active)
+        for name, values in zip(("active", "accepted", "survivors", "label_mass"), (active, *statistics), strict=False):
+            self._totals[name] = self._totals.get(name, 0.0) + values.sum(dtype=torch.float32)
+
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name) for name in DEFAULTS[self.objective]}
+        values |= {} if self.reduction == "token" else {"reduction": f'"{self.reduction}"'}
+        listed = "".join(f", {name}={value}" for name, value in values.items())
+        return f'{type(self).__name__}("{self.objective}"{listed})'
+
+
+def _true_vocabulary(run: EditRun) -> int | None:
+    """Return the size of the tokenizer if the head has more rows, whose logits are noise and would widen the filter."""
+    try:
+        size = len(run.tokenizer())
+    except EditError:
+        return None
+    return size if size < run.head().config.vocab_size else None

@@ -1,0 +1,98 @@
+"""The types through which objectives, additional terms and example filters join the loss head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+# Takes fp32 logits [N, vocabulary] and labels [N]. Returns the loss [N], whether each token is active [N], and any
+# number of further statistics [N].
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+Reduction = Literal["token", "sample"]
+# Which position's distribution scores a token: its own, or the first supervised one of its sequence.
+Position = Literal["own", "first"]
+
+
+class TokenTerm(Protocol):
+    """A second term in the loss of every supervised token, such as the divergence from the reference model.
+
+    Attributes:
+        weight: factor of the term.
+    """
+
+    weight: float
+
+    def reference_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """Return what the term compares with, [N, hidden], before the forward pass of the training itself.
+
+        Args:
+            args: positional arguments of the model's forward call.
+            kwargs: keyword arguments of the same call.
+            labels: [batch, sequence]. N of the positions predict a supervised token.
+        """
+        ...
+
+    def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
+        """Return the term [n] for n of the tokens, from their logits [n, vocabulary] and references [n, hidden]."""
+        ...
+
+    def observe(self, divergence: Tensor) -> None:
+        """Receive the unweighted terms [N] of one forward pass, without gradient."""
+        ...
+
+
+class ExampleFilter(Protocol):
+    """Decides which examples of a batch the model runs on.
+
+    Attributes:
+        probability: an example is learned when each of its supervised tokens has at least this probability. With None
+            it is learned when no token is active.
+    """
+
+    probability: float | None
+
+    def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], LeftOut]:
+        """Return the arguments of the forward call for the remaining examples, and the examples that were left out."""
+        ...
+
+    def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
+        """Receive the results of the remaining examples.
+
+        Args:
+            where: [examples, sequence - 1] bool, the supervised positions.
+            active: [N] bool, one entry for each supervised position.
+            sums: [N] each: the loss, and in TRL the entropy and whether the label was the most probable token.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LeftOutExample:
+    """An example that was left out of a batch, with the results of its last forward pass.
+
+    Args:
+        tokens: number of supervised tokens.
+        loss: sum of the losses of these tokens.
+        entropy: sum of their entropies, in nats.
+        correct: number of these tokens that were the most probable one.
+    """
+
+    tokens: int
+    loss: float
+    entropy: float = 0.0
+    correct: float = 0.0
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The examples that were left out of one batch. Means over the batch still count them."""
+
+    examples: tuple[LeftOutExample, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Number of supervised tokens of these examples."""
+        return sum(example.tokens for example in self.examples)

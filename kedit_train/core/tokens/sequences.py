@@ -1,0 +1,60 @@
+"""Sequences within a batch: which supervised token belongs to which, and what each token weighs in a mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sequence_numbers(where: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the number of the sequence that each supervised token belongs to.
+
+    Args:
+        where: [batch, length - 1] bool, the positions that predict a supervised token.
+        positions: position ids, [batch, length] or [1, length], or None. A packed row holds several sequences, and
+            each of them starts at position 0. Without position ids every row is one sequence.
+
+    Returns:
+        [N] int64, counted from 0 without gaps, for the N supervised tokens in order.
+    """
+    sequence = torch.arange(len(where), device=where.device).unsqueeze(1).expand_as(where)
+    if positions is not None:
+        starts = (positions.to(where.device) == 0).expand(len(where), where.shape[1] + 1)
+        # Shifted by one, because a position predicts the token after it.
+        sequence = starts.reshape(-1).cumsum(0).reshape(starts.shape)[:, 1:]
+    return sequence[where].unique(return_inverse=True)[1]
+
+
+def first_of_sequence(numbers: Tensor) -> Tensor:
+    """Return the index of the first supervised token of each token's sequence.
+
+    Args:
+        numbers: [N], from :func:`sequence_numbers`.
+
+    Returns:
+        [N] int64, indices into the N supervised tokens.
+    """
+    indices = torch.arange(len(numbers), device=numbers.device)
+    begins = torch.ones_like(numbers, dtype=torch.bool)
+    begins[1:] = numbers[1:] != numbers[:-1]
+    return indices[begins][numbers]
+
+
+def sequence_weights(where: Tensor, positions: Tensor | None, *, left_out: int = 0, shares: int = 1) -> Tensor:
+    """Return token weights that turn a sum over tokens into the mean over sequences of their token means.
+
+    Args:
+        where: [batch, length - 1] bool, the positions that predict a supervised token.
+        positions: as for :func:`sequence_numbers`.
+        left_out: number of sequences that are not in the batch and still count in the mean.
+        shares: number of micro-batches whose losses the host adds up without dividing.
+
+    Returns:
+        [batch, length - 1] fp32, zero at unsupervised positions.
+    """
+    numbers = sequence_numbers(where, positions)
+    lengths = torch.bincount(numbers)
+    # The dtype is explicit, because Lightning makes bf16 the default dtype with precision="bf16-true".
+    weights = torch.zeros(where.shape, dtype=torch.float32, device=where.device)
+    weights[where] = 1.0 / (lengths[numbers].float() * max(1, len(lengths) + left_out) * shares)
+    return weights

@@ -1,0 +1,47 @@
+"""The clipped divergence from a target: a token that is close enough to its target has no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kedit_train.functional.precision import wide
+
+
+def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Clip divergences from below, without a gradient where they are clipped.
+
+    Args:
+        divergence: [N], in nats.
+        epsilon: clip in nats, at least 0.
+
+    Returns:
+        ``max(divergence, epsilon)`` [N], and whether the divergence is above ``epsilon`` [N] bool. NaN counts as above,
+        so that a model that has diverged is not reported as learned.
+    """
+    active = ~(divergence <= epsilon)
+    # Not clamp(min=epsilon): its gradient is one where both are equal, and a clipped token must have none.
+    return torch.where(active, divergence, epsilon), active
+
+
+def smoothed_loss(logits: Tensor, target: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the clipped forward divergence ``max(KL(target || model), epsilon)`` of each token.
+
+    This is the reference for the objectives of this package, which compute the same without building the target.
+
+    Args:
+        logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+        target: [N, V] probabilities, a constant.
+        epsilon: clip in nats.
+
+    Returns:
+        The loss [N] in nats, and whether it is above ``epsilon`` [N] bool.
+
+    References:
+        "Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602, equation 3.
+    """
+    log_probs = wide(logits).log_softmax(-1)
+    negative_entropy = torch.special.xlogy(target, target).sum(-1)
+    # The product of a target of zero and a logit of minus infinity must be zero, not NaN.
+    cross_entropy = -(target * log_probs.masked_fill(target == 0, 0.0)).sum(-1)
+    return clipped(negative_entropy + cross_entropy, epsilon)

@@ -1,0 +1,58 @@
+"""Parts of softmax losses that closed-form gradients share; all work on rows of logits in fp32 or fp64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract the greatest logit of the true vocabulary.
+
+    Args:
+        z: [n, V] logits.
+        labels: [n] token ids.
+        size: number of entries of the true vocabulary; the head may have further rows.
+
+    Returns:
+        The greatest logit [n, 1], the shifted logits of the true vocabulary [n, size], and that of the label [n].
+    """
+    top = z[:, :size].amax(-1, keepdim=True)
+    return top, z[:, :size] - top, (z.gather(-1, labels.unsqueeze(-1)) - top).squeeze(-1)
+
+
+def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
+    """Return the log of the softmax denominator over all V rows of the head, minus ``top``; [n].
+
+    Args:
+        exponentials: [n, size], of the shifted logits of the true vocabulary.
+        z: [n, V] logits.
+        top: [n, 1], the greatest logit of the true vocabulary.
+    """
+    log_z = exponentials.sum(-1).log()
+    padded = z[:, exponentials.shape[-1] :]
+    return torch.logaddexp(log_z, (padded - top).logsumexp(-1)) if padded.shape[-1] else log_z
+
+
+def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
+    """Write the gradient of the logits beyond the true vocabulary, and the shifted logits in the place of the others.
+
+    Args:
+        out: [n, V], written.
+        z: [n, V] logits.
+        top: [n, 1], the greatest logit of the true vocabulary.
+        log_z: [n], from :func:`log_normalizer`.
+        size: number of entries of the true vocabulary.
+
+    Returns:
+        The part of ``out`` that holds the shifted logits, [n, size].
+    """
+    if size < z.shape[-1]:
+        torch.sub(z[:, size:], top + log_z.unsqueeze(-1), out=out[:, size:]).exp_()
+    return torch.sub(z[:, :size], top, out=out[:, :size])
+
+
+def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
+    """Subtract the mass [n] of each label from its entry of ``out`` [n, V], and clear the rows that are not active."""
+    out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))
+    out.mul_(active.unsqueeze(-1))
