@@ -210,7 +210,7 @@ def test_all_five_at_once_keep_what_is_exact() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
-    "TokenSmoothing": (lambda: [TokenSmoothing()], "TokenSmoothing needs a causal language model, and Forecaster"),
+    "TokenSmoothing": (lambda: [TokenSmoothing()], "TokenSmoothing: a causal language model is needed, and Forecaster"),
     "KLLocality": (lambda: [KLLocality(texts=TEXTS)], "KLLocality needs a causal language model, and Forecaster"),
     "EditMetrics": (
         lambda: [EditMetrics(world.edits(n=2))],

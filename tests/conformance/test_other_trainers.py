@@ -209,12 +209,15 @@ REFUSALS = {
     (
         "DPO",
         "TokenSmoothing",
-    ): r"TokenSmoothing cannot replace the loss of this transformers run: loss_type=.* log-probabilities",
+    ): r"TokenSmoothing: the loss of this transformers run cannot be replaced: loss_type=.* log-probabilities",
     (
         "KTO",
         "TokenSmoothing",
-    ): r"TokenSmoothing cannot replace the loss of this transformers run: loss_type=.* log-probabilities",
-    ("Reward", "TokenSmoothing"): "TokenSmoothing needs a causal language model, and LlamaForSequenceClassification",
+    ): r"TokenSmoothing: the loss of this transformers run cannot be replaced: loss_type=.* log-probabilities",
+    (
+        "Reward",
+        "TokenSmoothing",
+    ): "TokenSmoothing: a causal language model is needed, and LlamaForSequenceClassification",
     ("Reward", "KLLocality"): "KLLocality needs a causal language model, and LlamaForSequenceClassification",
     ("Reward", "EditMetrics"): "EditMetrics needs a causal language model, and LlamaForSequenceClassification",
     ("Reward", "GradientMask"): "asks a causal language model for answers, and LlamaForSequenceClassification",
