@@ -174,7 +174,8 @@ class TokenLoss(EditCallback):
         options |= {"label_weight": self.label_weight, "vocab_size": self._vocab_size}
         if self.objective == "uniform":
             return uniform(logits, labels, **options)
-        return overtone_statistics(logits, labels, n_sigma=self.n_sigma, **options)
+        options["n_sigma"] = self.n_sigma
+        return overtone_statistics(logits, labels, **options)
 
     def skip_step(self, run: EditRun) -> bool:
         if self._counted_at != run.step:

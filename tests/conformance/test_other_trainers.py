@@ -217,9 +217,9 @@ REFUSALS = {
     (
         "Reward",
         "TokenSmoothing",
-    ): "TokenSmoothing: a causal language model is needed, and LlamaForSequenceClassification",
-    ("Reward", "KLLocality"): "KLLocality needs a causal language model, and LlamaForSequenceClassification",
-    ("Reward", "EditMetrics"): "EditMetrics needs a causal language model, and LlamaForSequenceClassification",
+    ): "a causal language model is needed, and LlamaForSequenceClassification",
+    ("Reward", "KLLocality"): "KLLocality: a causal language model is needed, and LlamaForSequenceClassification",
+    ("Reward", "EditMetrics"): "EditMetrics: a causal language model is needed, and LlamaForSequenceClassification",
     ("Reward", "GradientMask"): "asks a causal language model for answers, and LlamaForSequenceClassification",
     ("Reward", "WeightAnchor"): "needs a causal language model, and LlamaForSequenceClassification",
 }
