@@ -22,7 +22,7 @@ from kedit_train.data import Edit, EditDataset
 from kedit_train.data.leaks import LeakGuard, with_prefixes
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.data.readers.files import SUFFIXES
-from kedit_train.data.tokenization import context_length, ids_of
+from kedit_train.data.tokenization import context_length, token_ids
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
 from kedit_train.evaluation.asking.batching import device_of, evaluating, unwrapped
@@ -65,7 +65,7 @@ def generate_prefixes(
 
 def _sampled(model: Any, tokenizer: Any, n: int, length: int, generator: torch.Generator) -> list[str]:
     begin = tokenizer.bos_token_id
-    starts = [[begin]] if begin is not None else [ids_of(tokenizer, word, special=False)[:1] for word in OPENINGS]
+    starts = [[begin]] if begin is not None else [token_ids(tokenizer, word, special=False)[:1] for word in OPENINGS]
     ids = torch.tensor([starts[i % len(starts)] for i in range(n)], device=device_of(model))
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
     for _ in range(length):

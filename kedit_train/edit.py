@@ -1,4 +1,4 @@
-"""An edit, and the questions that tell whether it took."""
+"""The records that everything else works with: an edit, and a question with its right answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 class Probe:
     """A question with every answer that counts as right, the preferred one first.
 
-    ``answers`` may be empty: then only "did the answer change?" can be asked of it.
+    Args:
+        prompt: the question.
+        answers: the right answers. If there are none, an evaluation can only check whether the answer of the model
+            changed.
+
+    Example:
+        >>> Probe("Ben lives in", ("Basel", "Bâle")).answers[0]
+        'Basel'
     """
 
     prompt: str
@@ -19,18 +26,25 @@ class Probe:
 
 @dataclass(frozen=True)
 class Edit:
-    """One fact to write into a model, and what it is scored on. Only ``prompt`` and ``target`` are ever trained on.
+    """A fact to write into a model, with the questions that the edited model is scored on.
+
+    Only ``prompt`` and ``target`` are trained on.
 
     Args:
         prompt: what the model reads, up to where the answer begins.
-        target: what it shall answer from now on (without leading space, without end-of-text).
+        target: the new answer, without a leading space and without end-of-text.
         subject: the entity that the fact is about.
-        old_target: what was true, or what the model believed, before.
-        aliases: further spellings of ``target`` that count as right.
-        rephrases: other wordings of ``prompt`` (generality).
-        locality: kind -> questions whose answers must stay as they were.
+        old_target: the old answer: what was true, or what the model answered, before the edit.
+        aliases: other spellings of ``target`` that count as right.
+        rephrases: other wordings of ``prompt``, which measure generality.
+        locality: kind -> questions whose answers must not change.
         portability: kind -> questions whose answers follow from the new fact.
-        id: the record's own identifier, for messages and reports.
+        id: the identifier of the record, used in messages and reports.
+
+    Example:
+        >>> edit = Edit("Ada lives in", "Bern", subject="Ada", old_target="Rome", aliases=("Berne",))
+        >>> edit.answers
+        ('Bern', 'Berne')
     """
 
     prompt: str

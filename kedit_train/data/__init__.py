@@ -1,4 +1,4 @@
-"""Edits: what they are, where they are read from, how they become tokens."""
+"""Edits: records, files of records, tokens and batches."""
 
 from kedit_train.data.collator import EditCollator
 from kedit_train.data.dataset import EditDataset

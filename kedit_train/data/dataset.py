@@ -1,4 +1,4 @@
-"""A list of edits: read from any public format, saved as one's own, turned into what trainers eat."""
+"""A list of edits: read from a file of any public format, saved, tokenized, or turned into a TRL dataset."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from kedit_train import world
+from kedit_train.arguments import check_arguments, one_of, optional
 from kedit_train.atomic_write import writing
-from kedit_train.data.prompts import PromptFormat, as_question, check_format, encode_in, turns
+from kedit_train.data.prompts import PromptFormat, as_question, chat_messages, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
 from kedit_train.data.readers.fields import describe
 from kedit_train.data.readers.files import read_file
@@ -29,27 +30,35 @@ OnError = Literal["raise", "skip"]
 
 
 class EditDataset(Sequence[Edit]):
-    """Edits in order. An index gives an ``Edit``, a slice another ``EditDataset``.
+    """A sequence of edits. An index returns an :class:`Edit`, a slice returns an ``EditDataset``.
 
     Args:
-        edits: at least one.
-        name: what messages and reports call them, e.g. the file's name.
-        format: which format they were read from; ``"edits"`` is this package's own.
-        skipped: one line for each record that ``on_error="skip"`` left out.
+        edits: at least one edit.
+        name: the name in messages and reports, for example that of the file.
+        format: the format that the edits were read from; "edits" is the one of this package.
+        skipped: one message for each record that was left out.
 
     Raises:
-        EditError: there are none, or one has a blank prompt or target or a field of the wrong type.
+        EditError: there is no edit, or an edit has a blank prompt, a blank target or a field of a wrong type.
+
+    Example:
+        >>> from kedit_train import Edit, EditDataset
+        >>> edits = EditDataset([Edit("Ada lives in", "Bern"), Edit("Ben lives in", "Basel")])
+        >>> edits[1].target
+        'Basel'
+        >>> len(EditDataset.load("world", limit=3)[1:])
+        2
     """
 
     def __init__(
-        self, edits: Iterable[Edit], name: str = "edits", format: str = "edits", skipped: Iterable[str] = ()
+        self, edits: Iterable[Edit], *, name: str = "edits", format: str = "edits", skipped: Iterable[str] = ()
     ) -> None:
         self._edits = tuple(edits)
         self.name = name
         self.format = format
         self.skipped = tuple(skipped)
         if not self._edits:
-            raise EditError(f"{name}: there are no edits: give at least one prompt with its target")
+            raise EditError(f"{name}: there are no edits; give at least one with a prompt and a target")
         for i, edit in enumerate(self._edits):
             check_edit(edit, f"{name}, edit {i}")
 
@@ -62,27 +71,32 @@ class EditDataset(Sequence[Edit]):
         on_error: OnError = "raise",
         limit: int | None = None,
     ) -> EditDataset:
-        """Read a ``.json``, ``.jsonl`` or ``.csv`` file; the format is recognised from its records.
+        """Read a ``.json``, ``.jsonl`` or ``.csv`` file. The format is recognized from the fields of its records.
 
-        Formats: ``edits`` (our own), ``counterfact``, ``counterfact_nested``, ``zsre``, ``knowedit``,
-        ``wikibigedit``, ``qaedit``, ``mquake``; what each field becomes stands in ``kedit_train/data/readers``.
+        The formats are ``edits`` (that of this package), ``counterfact``, ``counterfact_nested``, ``zsre``,
+        ``knowedit``, ``wikibigedit``, ``qaedit`` and ``mquake``. ``docs/data.md`` describes them.
 
         Args:
-            path: the file, or ``"world"`` for edits of the embedded world.
-            format: one of the names above, where the fields alone do not tell.
-            on_error: ``"raise"`` stops at the first bad record; ``"skip"`` leaves bad records out, warns once with
-                their number and the first reason, and keeps every reason in ``.skipped``.
-            limit: stop after so many records that could be read. A record of MQuAKE holds up to four edits.
+            path: the file, or "world" for edits of the embedded world.
+            format: one of the names above, if the fields alone do not decide. None recognizes it.
+            on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
+                of records and the first reason, and keeps every reason in ``skipped``.
+            limit: stop after this many records that could be read. A record of MQuAKE holds up to four edits. None
+                reads the whole file, and 32 edits of the world.
 
         Raises:
-            EditError: one line with the file, the record's number (from 1), the field and what was expected.
+            EditError: one line with the file, the number of the record (from 1), the field, what was expected and
+                what was read.
+
+        Example:
+            >>> EditDataset.load("world", limit=2).format
+            'edits'
         """
         if world.is_world(path):
-            if format not in (None, "edits"):
-                raise EditError(f"the embedded world is not read from a file of format {format!r}: leave format out")
+            check_arguments("EditDataset", format=(format, optional(one_of(("edits",)))))
             return cls(world.edits() if limit is None else world.edits(n=limit), name=world.NAME)
         path = Path(path)
-        edits, found, skipped = read_records(
+        edits, recognized, skipped = read_records(
             read_file(path),
             str(path),
             format=format,
@@ -90,11 +104,11 @@ class EditDataset(Sequence[Edit]):
             limit=limit,
             csv=path.suffix.lower() == ".csv",
         )
-        return cls(edits, name=path.name, format=found, skipped=skipped)
+        return cls(edits, name=path.name, format=recognized, skipped=skipped)
 
     @classmethod
     def of(cls, edits: EditDataset | Sequence[Edit] | str | Path) -> EditDataset:
-        """Edits as they are, as a list, or in a file that ``load`` reads."""
+        """Return the edits of a dataset, of a sequence, or of a file that :meth:`load` reads."""
         if isinstance(edits, str | Path):
             return cls.load(edits)
         return edits if isinstance(edits, EditDataset) else cls(edits)
@@ -108,11 +122,19 @@ class EditDataset(Sequence[Edit]):
         format: str | None = None,
         on_error: OnError = "raise",
     ) -> EditDataset:
-        """The same from a list of dicts or a ``datasets.Dataset``; the arguments are those of ``load``."""
+        """Read a list of dicts or a ``datasets.Dataset``. The other arguments are those of :meth:`load`.
+
+        Example:
+            >>> EditDataset.from_records([{"prompt": "Ada lives in", "target": "Bern"}])[0].target
+            'Bern'
+        """
         if isinstance(records, (str, Mapping)):
-            raise EditError(f"{name}: from_records wants a list of records, not one {type(records).__name__}: use load")
-        edits, found, skipped = read_records(list(records), name, format=format, on_error=on_error)
-        return cls(edits, name=name, format=found, skipped=skipped)
+            raise EditError(
+                f"records must be a list of records, got {describe(records)}; use EditDataset.load for a file",
+                component="EditDataset",
+            )
+        edits, recognized, skipped = read_records(list(records), name, format=format, on_error=on_error)
+        return cls(edits, name=name, format=recognized, skipped=skipped)
 
     @overload
     def __getitem__(self, index: int) -> Edit: ...
@@ -135,76 +157,83 @@ class EditDataset(Sequence[Edit]):
     def _with(self, edits: Sequence[Edit]) -> EditDataset:
         return EditDataset(edits, name=self.name, format=self.format, skipped=self.skipped)
 
+    def _where(self, i: int) -> str:
+        return f"{self.name}, edit {i}" + (f" (id {self._edits[i].id})" if self._edits[i].id else "")
+
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of the edits as canonical JSON: equal for equal edits in equal order, whatever their file."""
+        """SHA-256 of the edits as canonical JSON. Equal edits in equal order have equal hashes, whatever their file."""
         digest = hashlib.sha256()
         for edit in self._edits:
             digest.update(json.dumps(own.write(edit), sort_keys=True, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 
-    def sample(self, n: int, seed: int = 0) -> EditDataset:
-        """``n`` different edits drawn with ``seed``, in the order in which they stand here."""
+    def sample(self, n: int, *, seed: int = 0) -> EditDataset:
+        """Return ``n`` different edits, drawn with ``seed``, in the order of this dataset."""
         if not 1 <= n <= len(self):
-            raise EditError(f"{self.name}: cannot draw {n} of {len(self)} edits: use 1 to {len(self)}")
+            raise EditError(f"{self.name}: n must be from 1 to {len(self)}, the number of edits, got {n}.")
         return self._with([self._edits[i] for i in sorted(random.Random(seed).sample(range(len(self)), n))])
 
     def save(self, path: str | Path) -> Path:
-        """Write this package's own JSONL; ``load`` gives equal edits back. The file is there whole or not at all."""
+        """Save the edits as JSONL in the format of this package. :meth:`load` returns equal edits.
+
+        The file is written completely or not at all.
+        """
         path = Path(path)
         if path.suffix.lower() != ".jsonl":
-            raise EditError(f"{path}: edits are saved as .jsonl: change the file's ending")
+            raise EditError(f"{path}: edits are saved as .jsonl; change the ending of the path")
         with writing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
             for edit in self._edits:
                 file.write(json.dumps(own.write(edit), ensure_ascii=False) + "\n")
         return path
 
     def to_old_targets(self) -> EditDataset:
-        """The same prompts with what was true before as their targets: the run whose change is what is to be forgotten.
+        """Return the same prompts with the old answers as targets, to train what is to be forgotten.
 
-        F-Learning ("Forgetting before Learning", arXiv 2311.08011) subtracts that change before it learns the new
-        facts (``-EditDelta.load(path)``).
+        F-Learning subtracts that change before it learns the new facts (``-EditDelta.load(path)``).
 
         Raises:
             EditError: an edit has no ``old_target``.
+
+        References:
+            "Forgetting before Learning: Utilizing Parametric Arithmetic for Knowledge Updating in Large Language
+            Models", arXiv 2311.08011.
         """
-        found = []
+        edits = []
         for i, edit in enumerate(self._edits):
             if edit.old_target is None:
                 raise EditError(
-                    f"{self._named(i)}: it has no old_target, so there is nothing to train it back to; give it "
-                    "one, e.g. the unedited model's own answer (kedit_train.evaluation.generate_answers)"
+                    f"{self._where(i)}: the edit has no old_target to train; set it, for example to the answer of the "
+                    "unedited model (kedit_train.evaluation.generate_answers)"
                 )
-            found.append(replace(edit, target=edit.old_target, old_target=None, aliases=()))
-        return self._with(found)
+            edits.append(replace(edit, target=edit.old_target, old_target=None, aliases=()))
+        return self._with(edits)
 
-    def to_prompt_completion(self, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
-        """The edits in TRL's columns ``prompt`` and ``completion``, for an unmodified ``SFTTrainer``.
+    def to_prompt_completion(self, *, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
+        """Return the edits in the columns ``prompt`` and ``completion`` of TRL, for an ``SFTTrainer``.
 
-        As texts, the completion opens with the space that separates it from the prompt, where one is needed. In a chat
-        both are lists of messages, which ``SFTTrainer`` renders with the template of its tokenizer. End-of-text is not
-        in them: ``SFTTrainer`` (trl 1.16) appends ``tokenizer.eos_token`` to every text that does not end in it, in a
-        chat what the template puts after an answer, and scores completions only. What it does differently from
-        ``encode``, seen in its source and tried:
+        Only prompts and targets are in them, no rephrases and no probes. As plain text, the completion begins with the
+        space that separates it from the prompt, if one is needed. In a chat, both columns hold messages, which
+        ``SFTTrainer`` renders with the chat template of its tokenizer. ``SFTTrainer`` (trl 1.16) appends end-of-text
+        and trains the completions only. It differs from :meth:`encode` in these points:
 
-        - sequences beyond ``SFTConfig.max_length`` (1,024 unless set) are cut, and left out where nothing of the
-          target remains: run ``encode`` with ``max_length`` first to be told;
-        - a prompt whose end merges with the completion's beginning into one token loses that end, with a warning;
-          ``encode`` keeps the prompt's own tokens;
-        - a tokenizer that appends end-of-text by itself gets it twice;
-        - in a chat, everything that the template puts behind the generation prompt is scored: a line break after the
-          token that closes the turn, an empty train of thought before the answer. ``encode`` ends with that token, and
-          counts what stands before the answer as the prompt's. Where the template closes no turn, nothing is appended.
-
-        Further rows (pseudo-paraphrases, replayed facts) are edits like any other: with ``rows = augmentation(model,
-        tokenizer, edits, prefixes=5, replay="prompts.txt")(edits)`` of ``kedit_train.augmentation``, train on
-        ``EditDataset([*edits, *rows]).to_prompt_completion()``.
+        - It cuts sequences that are longer than ``SFTConfig.max_length`` (1,024 by default) and drops those without a
+          target token left. Call ``encode`` with ``max_length`` first to get an error instead.
+        - If the end of the prompt and the beginning of the completion merge into one token, the prompt loses its end,
+          with a warning. ``encode`` keeps the tokens of the prompt.
+        - If the tokenizer appends end-of-text by itself, the sequence ends with it twice.
+        - In a chat, everything that the template puts after the generation prompt is trained, for example a line break
+          after the token that closes the turn, or an empty thinking block before the answer. ``encode`` ends with the
+          closing token and counts what stands before the answer as part of the prompt.
 
         Args:
-            prompt_format: ``"plain"``, as a ``"chat"``, or framed as a ``"question"``.
+            prompt_format: "plain", "chat" or "question".
 
         Returns:
-            ``len(self)`` rows. Nothing but prompt and target goes in: no rephrase, no probe.
+            One row per edit.
+
+        Raises:
+            EditError: the package ``datasets`` is not installed.
         """
         check_format(prompt_format)
         with require("datasets", extra="trl"):
@@ -213,7 +242,7 @@ class EditDataset(Sequence[Edit]):
         rows: list[dict[str, Any]] = []
         for edit in self._edits:
             if prompt_format == "chat":
-                prompt, completion = turns(edit.prompt), turns(edit.prompt, edit.target)[1:]
+                prompt, completion = chat_messages(edit.prompt), chat_messages(edit.prompt, edit.target)[1:]
             else:
                 prompt = as_question(edit.prompt) if prompt_format == "question" else edit.prompt
                 completion = separator(prompt, edit.target) + edit.target
@@ -228,54 +257,65 @@ class EditDataset(Sequence[Edit]):
         max_length: int | None = None,
         prompt_format: PromptFormat = "plain",
     ) -> list[Encoded]:
-        """Tokens and target mask of every edit, see ``prompts.encode_in``; errors name the edit.
+        """Tokenize every edit. See :func:`~kedit_train.data.prompts.encode_in_format`.
 
         Args:
-            append_eos: end every target, exactly once, with end-of-text; in a chat with the token that closes the
-                assistant's turn, where the template has one.
-            max_length: the tokenizer's own bound by default, where it has one.
-            prompt_format: ``"plain"``, through the tokenizer's template as a ``"chat"``, or framed as a ``"question"``.
+            tokenizer: a tokenizer of ``transformers``.
+            append_eos: end every target exactly once with end-of-text; in a chat, with the token that closes the turn
+                of the assistant, if the template has one.
+            max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer, if it has one.
+            prompt_format: "plain" leaves prompts as they are, "chat" applies the chat template of the tokenizer,
+                "question" frames the prompt as a question.
+
+        Returns:
+            One :class:`~kedit_train.data.tokenization.Encoded` per edit, for :class:`~kedit_train.data.EditCollator`.
+
+        Raises:
+            EditError: an edit cannot be tokenized or is too long. The message names the edit.
         """
         check_format(prompt_format, tokenizer)
-        bound = getattr(tokenizer, "model_max_length", None)
-        # Tokenizers without a bound carry an astronomical number.
-        max_length = bound if max_length is None and isinstance(bound, int) and bound < 10**9 else max_length
-        rest: dict[str, Any] = {"append_eos": append_eos, "max_length": max_length}
+        limit = getattr(tokenizer, "model_max_length", None)
+        # A tokenizer without a limit has a very large number here.
+        if max_length is None and isinstance(limit, int) and limit < 10**9:
+            max_length = limit
+        options: dict[str, Any] = {"append_eos": append_eos, "max_length": max_length}
         return [
-            encode_in(tokenizer, edit.prompt, edit.target, prompt_format, where=self._named(i), **rest)
+            encode_in_format(tokenizer, edit.prompt, edit.target, prompt_format, where=self._where(i), **options)
             for i, edit in enumerate(self._edits)
         ]
 
-    def _named(self, i: int) -> str:
-        return f"{self.name}, edit {i}" + (f" (id {self._edits[i].id})" if self._edits[i].id else "")
-
 
 def check_edit(edit: object, where: str) -> None:
-    """The one place where an edit's content is validated, whoever made it.
+    """Check the content of an edit, whoever made it.
+
+    Args:
+        edit: the edit.
+        where: the beginning of the messages.
 
     Raises:
-        EditError: not an ``Edit``; prompt, target or a probe's prompt is blank; a field has the wrong type; a text
-            is not valid Unicode.
+        EditError: it is not an :class:`Edit`; the prompt, the target or the prompt of a probe is blank; a field has a
+            wrong type; a text is not valid Unicode.
     """
 
     def text(value: object, field: str) -> None:
         if not isinstance(value, str) or not value.strip():
-            raise EditError(f"{where}: {field} is {describe(value)} (expected text): give it a value")
+            raise EditError(f"{where}: {field} must be text, got {describe(value)}.")
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise EditError(f"{where}: {field} has a lone surrogate at {error.start}: mend its encoding") from error
+            raise EditError(
+                f"{where}: {field} must be valid Unicode, got a lone surrogate at character {error.start}; "
+                "correct the encoding"
+            ) from error
 
     def texts(values: object, field: str) -> None:
         if not isinstance(values, tuple):
-            raise EditError(
-                f"{where}: {field} is {describe(values)} (expected a tuple of texts): wrap it in tuple(...)"
-            )
+            raise EditError(f"{where}: {field} must be a tuple of texts, got {describe(values)}; use tuple(...)")
         for i, value in enumerate(values):
             text(value, f"{field}[{i}]")
 
     if not isinstance(edit, Edit):
-        raise EditError(f"{where}: it is {describe(edit)} (expected an Edit): use from_records for dicts")
+        raise EditError(f"{where}: it must be an Edit, got {describe(edit)}; use EditDataset.from_records for dicts")
     text(edit.prompt, "prompt")
     text(edit.target, "target")
     for field, value in (("subject", edit.subject), ("old_target", edit.old_target)):
@@ -287,11 +327,11 @@ def check_edit(edit: object, where: str) -> None:
     texts(edit.rephrases, "rephrases")
     for field, kinds in (("locality", edit.locality), ("portability", edit.portability)):
         if not isinstance(kinds, Mapping):
-            raise EditError(f"{where}: {field} is {describe(kinds)} (expected a mapping): use {{kind: (Probe, ...)}}")
+            raise EditError(f"{where}: {field} must be a mapping {{kind: (Probe, ...)}}, got {kinds!r}.")
         for kind, probes in kinds.items():
             text(kind, f"a kind of {field}")
             if not isinstance(probes, tuple) or not all(isinstance(probe, Probe) for probe in probes):
-                raise EditError(f"{where}: {field}[{kind!r}] is no tuple of Probe: use {{kind: (Probe, ...)}}")
+                raise EditError(f"{where}: {field}[{kind!r}] must be a tuple of Probe, got {probes!r}.")
             for i, probe in enumerate(probes):
                 text(probe.prompt, f"{field}[{kind!r}][{i}].prompt")
                 texts(probe.answers, f"{field}[{kind!r}][{i}].answers")

@@ -1,4 +1,4 @@
-"""Batches of edits of like length, so that little of a batch is padding, drawn anew in every epoch."""
+"""Batches of edits of similar length."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from torch.utils.data import BatchSampler
 
 
 class LengthBuckets(BatchSampler):
-    """Cut what ``sampler`` draws into pools, sort each pool by length, and cut it into batches.
+    """A batch sampler that puts edits of similar length into a batch, so that little of it is padding.
 
-    Pools are a quarter of an epoch at most: with few batches a single pool would put the same edits together in every
-    epoch, and breadth-first training (arXiv 2509.22072) wants them mixed. Where that leaves one batch a pool, batches
-    are those of a plain ``BatchSampler``.
+    The indices of an epoch are cut into pools, each pool is sorted by length and cut into batches. A pool has at most a
+    quarter of the epoch, because with few batches a single pool would put the same edits together in every epoch, and
+    breadth-first training (arXiv 2509.22072) mixes them. Where a pool would be a single batch, the batches are those of
+    ``BatchSampler``.
 
-    A subclass of torch's with its first arguments, so that Lightning can put a sampler for several processes inside:
-    only where it is built in a ``train_dataloader`` hook (as in ``EditDataModule``), during which Lightning notes the
-    arguments. One that was built before is refused by Lightning in a run of several processes.
+    Its first arguments are those of ``BatchSampler``, so that Lightning can put a sampler for several processes inside.
+    Lightning can do so only if the object is created in a ``train_dataloader`` hook, as in ``EditDataModule``; it
+    refuses one that was created earlier.
 
     Args:
-        sampler: draws indices, [N] in an order that is new in each epoch.
-        batch_size: indices a batch.
-        drop_last: leave out what does not fill a batch at the end of an epoch.
-        lengths: tokens of each index.
-        pool: the most batches that are sorted together.
+        sampler: draws the indices, [N] in a new order in each epoch.
+        batch_size: indices per batch.
+        drop_last: leave out the last batch of an epoch if it is not full.
+        lengths: the number of tokens of each index.
+        pool: the maximum number of batches that are sorted together.
     """
 
     def __init__(self, sampler: Any, batch_size: int, drop_last: bool, lengths: Sequence[int], pool: int = 50) -> None:
@@ -37,11 +38,11 @@ class LengthBuckets(BatchSampler):
             drawn = drawn[: len(drawn) // self.batch_size * self.batch_size]
         size = self.batch_size
         width = size * max(1, min(self.pool, len(drawn) // size // 4))
-        order = {index: at for at, index in enumerate(drawn)}
+        position = {index: i for i, index in enumerate(drawn)}
         for start in range(0, len(drawn), width):
             pool = drawn[start : start + width]
             if width > size:
                 pool.sort(key=lambda index: self.lengths[index])
             batches = [pool[i : i + size] for i in range(0, len(pool), size)]
-            # As they were drawn, for sorted ones would run from short to long; no generator of its own is needed.
-            yield from sorted(batches, key=lambda batch: min(order[index] for index in batch))
+            # Sorted batches would run from short to long. The order in which they were drawn needs no random generator.
+            yield from sorted(batches, key=lambda batch: min(position[index] for index in batch))

@@ -1,4 +1,4 @@
-"""Of many texts those whose answers an edit puts in danger first."""
+"""The texts whose predictions an edit is most likely to change."""
 
 from __future__ import annotations
 
@@ -15,36 +15,51 @@ WORD = re.compile(r"\w+")
 
 
 def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[str]:
-    """For each edit the ``n`` texts nearest to it; the union, each text once, in the order given.
+    """Return the ``n`` nearest texts of each edit, each text once, in the order of ``texts``.
 
-    Nearer are those that hold the edit's old answer, as whole words, and among them (and among the rest) those that
-    share more words with its prompt, its subject left out. What a lone edit changes elsewhere is, first of all, the
-    answers of others that had its old answer, most in its own wording ("neighbours": CounterFact's neighborhood
-    prompts, arXiv 2202.05262). A text that names the subject of an edit together with its old answer states what that
-    edit changes, and is never taken. Letter case makes no difference; scripts without spaces are compared by pairs of
-    characters; of equals the earlier text is nearer.
+    A text is nearer if it contains the old answer of the edit as whole words, and among equals if it shares more words
+    with the prompt, without the subject. A single edit mostly changes the answers about other subjects that had the
+    same old answer, in a similar wording (the neighborhood prompts of CounterFact). A text that contains the subject of
+    an edit and its old answer states what that edit changes, and is never returned. Letter case makes no difference.
+    Scripts without spaces are compared by pairs of characters. Among equals, the earlier text is nearer.
+
+    Args:
+        texts: the texts.
+        edits: the edits.
+        n: texts per edit.
+
+    References:
+        "Locating and Editing Factual Associations in GPT", arXiv 2202.05262 (CounterFact).
+
+    Example:
+        >>> edit = Edit("Ann was born in", "Oslo", subject="Ann", old_target="Rome")
+        >>> nearest_texts(["Water is wet", "Bo was born in Rome", "Ann was born in Rome"], [edit], n=1)
+        ['Bo was born in Rome']
     """
-    known = [(plain(edit.subject or ""), plain(edit.old_target or "").rstrip(".")) for edit in edits]
-    left: list[tuple[str, str, frozenset[str]]] = []
+    facts = [(plain(edit.subject or ""), plain(edit.old_target or "").rstrip(".")) for edit in edits]
+    candidates: list[tuple[str, str, frozenset[str]]] = []
     for text in dict.fromkeys(texts):
-        said = plain(text)
-        if not any(subject and old and says(said, subject) and says(said, old) for subject, old in known):
-            left.append((text, said, _words(said)))
+        normalized = plain(text)
+        if not any(subject and old and says(normalized, subject) and says(normalized, old) for subject, old in facts):
+            candidates.append((text, normalized, _words(normalized)))
     chosen: set[str] = set()
-    for edit, (subject, old) in zip(edits, known, strict=True):
-        asked = plain(edit.prompt)
-        asked_words = _words(asked.replace(subject, " ") if subject else asked)
+    for edit, (subject, old) in zip(edits, facts, strict=True):
+        prompt = plain(edit.prompt)
+        prompt_words = _words(prompt.replace(subject, " ") if subject else prompt)
 
-        def rank(each: tuple[str, str, frozenset[str]], old: str = old, words: frozenset[str] = asked_words) -> Any:
-            return not (old and says(each[1], old)), -len(words & each[2])
+        def rank(
+            candidate: tuple[str, str, frozenset[str]], old: str = old, words: frozenset[str] = prompt_words
+        ) -> Any:
+            return not (old and says(candidate[1], old)), -len(words & candidate[2])
 
-        chosen.update(text for text, *_ in nsmallest(n, left, key=rank))
-    return [text for text, *_ in left if text in chosen]
+        chosen.update(text for text, *_ in nsmallest(n, candidates, key=rank))
+    return [text for text, *_ in candidates if text in chosen]
 
 
 def _words(text: str) -> frozenset[str]:
-    found: list[str] = []
+    """Return the words of a text, and the pairs of characters of words without spaces between them."""
+    parts: list[str] = []
     for word in WORD.findall(text):
         pairs = [word[i : i + 2] for i in range(len(word) - 1)] if SPACELESS.search(word) else []
-        found += pairs or [word]
-    return frozenset(found)
+        parts += pairs or [word]
+    return frozenset(parts)

@@ -1,113 +1,127 @@
-"""In which form a question reaches the model: as it stands, through its chat template, or framed as a question."""
+"""Prompt formats: a prompt as it is, through a chat template, or framed as a question."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from kedit_train.data.tokenization import Encoded, encode_edit, encode_prompt, ids_of, joined, separator, shorten
+from kedit_train.data.tokenization import (
+    Encoded,
+    encode_edit,
+    encode_pair,
+    encode_prompt,
+    separator,
+    shorten,
+    token_ids,
+)
 from kedit_train.errors import EditError
 
 PromptFormat = Literal["plain", "chat", "question"]
 FORMATS = ("plain", "chat", "question")
 
 _QUESTION_MARKS = ("?", "？", "؟", "՞", ";")
-# Stands for an answer while the template is asked what it puts around one: letters only, so that none is escaped.
+# A placeholder, to see what a template puts around an answer. It has only letters, so that no template escapes it.
 _ANSWER = "kedittrainanswer"
 
 
 def is_question(prompt: str) -> bool:
-    """Whether a prompt asks; any other is a sentence to be completed."""
+    """Return whether a prompt is a question. Any other prompt is a sentence to be completed."""
     return prompt.rstrip().endswith(_QUESTION_MARKS)
 
 
 def as_question(prompt: str) -> str:
-    """A prompt in a question's frame; a sentence to be completed is asked for its end."""
-    asked = prompt.strip() if is_question(prompt) else f'How does this sentence end? "{prompt.strip()} ..."'
-    return f"Please answer the question.\nQ: {asked}\nA:"
+    """Frame a prompt as a question. For a sentence to be completed, the question asks for its end."""
+    question = prompt.strip() if is_question(prompt) else f'How does this sentence end? "{prompt.strip()} ..."'
+    return f"Please answer the question.\nQ: {question}\nA:"
 
 
 def as_completion(prompt: str) -> str:
-    """A prompt as a sentence to be completed; it stays as it is where it is one."""
+    """Turn a question into a sentence to be completed. Any other prompt stays as it is."""
     return f'The answer to the question "{prompt.strip()}" is' if is_question(prompt) else prompt
 
 
-def switched(prompt: str, prompt_format: PromptFormat) -> str:
-    """The same prompt in the other form: a completion as a question, a question as a completion."""
+def switch_format(prompt: str, prompt_format: PromptFormat) -> str:
+    """Return a sentence to be completed as a question, and a question as a sentence to be completed."""
     to_completion = prompt_format == "question" or is_question(prompt)
     return as_completion(prompt) if to_completion else as_question(prompt)
 
 
 def check_format(prompt_format: str, tokenizer: Any = None) -> None:
-    """Refuse a form that is not known, or that this tokenizer (where one is given) cannot give."""
+    """Raise an ``EditError`` for an unknown format, or for "chat" with a tokenizer that has no chat template."""
     if prompt_format not in FORMATS:
         raise EditError(f'prompt_format must be "plain", "chat" or "question", got {prompt_format!r}.')
     if prompt_format == "chat" and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
         raise EditError(
-            "prompt_format='chat' needs a chat template and this tokenizer has none: set tokenizer.chat_template "
-            "(--model.chat_template in a recipe), or use 'plain' or 'question'"
+            'prompt_format="chat" needs a chat template, and this tokenizer has none; set tokenizer.chat_template '
+            '(--model.chat_template in a recipe), or use "plain" or "question"'
         )
 
 
-def turns(prompt: str, target: str | None = None) -> list[dict[str, str]]:
-    """The conversation of an edit, as a chat template reads it."""
-    said = [{"role": "user", "content": prompt}]
-    return said if target is None else [*said, {"role": "assistant", "content": target}]
+def chat_messages(prompt: str, target: str | None = None) -> list[dict[str, str]]:
+    """Return the messages of an edit, for a chat template."""
+    messages = [{"role": "user", "content": prompt}]
+    return messages if target is None else [*messages, {"role": "assistant", "content": target}]
 
 
-def rendered(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> str:
-    """What the model reads, as text; in a chat it ends where the assistant's answer begins.
+def render_prompt(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> str:
+    """Return the text that the model reads. In a chat, it ends where the answer of the assistant begins.
 
-    What the template itself puts before every answer (an empty train of thought) belongs to what is read.
+    Text that the template puts before every answer, such as an empty thinking block, is part of the prompt.
     """
-    return _framed(tokenizer, prompt, prompt_format)[0]
+    return _split_template(tokenizer, prompt, prompt_format)[0]
 
 
-def _framed(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> tuple[str, str | None, str]:
-    """What the model reads; the blanks between that and the answer, None where the texts decide; what closes a turn."""
+def _split_template(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> tuple[str, str | None, str]:
+    """Return the text before the answer, the spaces between them, and the text after the answer.
+
+    The spaces are None outside of a chat, where prompt and target decide.
+    """
     if prompt_format == "question":
         return as_question(prompt), None, ""
     if prompt_format == "plain":
         return prompt, None, ""
-    text = str(tokenizer.apply_chat_template(turns(prompt), tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(turns(prompt, _ANSWER), tokenize=False))
-    before, found, after = whole.rpartition(_ANSWER)
-    if not found or not before.startswith(text):
+    text = str(tokenizer.apply_chat_template(chat_messages(prompt), tokenize=False, add_generation_prompt=True))
+    whole = str(tokenizer.apply_chat_template(chat_messages(prompt, _ANSWER), tokenize=False))
+    before, placeholder, after = whole.rpartition(_ANSWER)
+    if not placeholder or not before.startswith(text):
         return text, None, ""
-    # Blanks go with the answer: most tokenizers join a space with the word behind it.
+    # The spaces belong to the answer, because most tokenizers join a space with the word after it.
     read = text + before[len(text) :].rstrip(" ")
     return read, before[len(read) :], after
 
 
 def prompt_ids(tokenizer: Any, prompt: str, prompt_format: PromptFormat = "plain") -> list[int]:
-    """The ids that the model generates from. A chat template brings its own special tokens, so none are added to it."""
-    text = rendered(tokenizer, prompt, prompt_format)
-    return _bare(tokenizer, text) if prompt_format == "chat" else encode_prompt(tokenizer, text)
+    """Return the token ids that the model generates from.
+
+    A chat template brings its own special tokens, so the tokenizer adds none to it.
+    """
+    text = render_prompt(tokenizer, prompt, prompt_format)
+    return _without_special(tokenizer, text) if prompt_format == "chat" else encode_prompt(tokenizer, text)
 
 
-def _bare(tokenizer: Any, text: str) -> list[int]:
-    return ids_of(tokenizer, text, special=False)
+def _without_special(tokenizer: Any, text: str) -> list[int]:
+    return token_ids(tokenizer, text, special=False)
 
 
 def end_id(tokenizer: Any, prompt_format: PromptFormat = "plain") -> int | None:
-    """The one token that ends an answer: end-of-text, in a chat the special token that closes the assistant's turn.
+    """Return the id of the token that ends an answer.
 
     Returns:
-        In a chat, the first special token that the template puts after an answer (text around it, such as a line
-        break, is not part of it); end-of-text where it puts none. None where the tokenizer has none either.
+        The end-of-text token. In a chat, the first special token that the template puts after an answer, if there is
+        one; it closes the turn of the assistant. None if the tokenizer has neither.
     """
     if prompt_format != "chat":
         return tokenizer.eos_token_id
-    return _closing(tokenizer, _framed(tokenizer, _ANSWER.upper(), prompt_format)[2])
+    return _closing_id(tokenizer, _split_template(tokenizer, _ANSWER.upper(), prompt_format)[2])
 
 
-def _closing(tokenizer: Any, after: str) -> int | None:
+def _closing_id(tokenizer: Any, after: str) -> int | None:
     special = {at for at, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    return next((at for at in _bare(tokenizer, after) if at in special), tokenizer.eos_token_id)
+    return next((at for at in _without_special(tokenizer, after) if at in special), tokenizer.eos_token_id)
 
 
-def encode_in(
+def encode_in_format(
     tokenizer: Any,
     prompt: str,
     target: str,
@@ -117,54 +131,73 @@ def encode_in(
     max_length: int | None = None,
     where: str = "",
 ) -> Encoded:
-    """``encode_edit`` in any form; the prompt's ids are ``prompt_ids``, those that the model will generate from.
+    """Tokenize a prompt and its target in any format.
+
+    The prompt has the token ids of :func:`prompt_ids`, from which the model will generate.
 
     Args:
-        append_eos: end the target with ``end_id``, exactly once.
+        tokenizer: a tokenizer of ``transformers``.
+        prompt: the prompt of an edit.
+        target: its target.
+        prompt_format: "plain", "chat" or "question".
+        append_eos: end the target with the token of :func:`end_id`, exactly once.
+        max_length: the maximum number of tokens. None sets no limit.
+        where: names the edit in messages.
+
+    Raises:
+        EditError: as :func:`~kedit_train.data.tokenization.encode_edit`.
     """
-    text, lead, after = _framed(tokenizer, prompt, prompt_format)
+    text, lead, after = _split_template(tokenizer, prompt, prompt_format)
     rest: dict[str, Any] = {"max_length": max_length}
     if prompt_format != "chat":
         return encode_edit(tokenizer, text, target, append_eos=append_eos, where=where, **rest)
-    named, end = f"{where}: " if where else "", _closing(tokenizer, after)
+    named, end = f"{where}: " if where else "", _closing_id(tokenizer, after)
     if append_eos and end is None:
         raise EditError(
-            f"{named}neither the chat template nor the tokenizer has a token that ends a turn: set tokenizer.eos_token"
+            f"{named}neither the chat template nor the tokenizer has a token that ends a turn; set tokenizer.eos_token"
         )
     lead = separator(text, target) if lead is None else lead
-    return joined(tokenizer, text, lead, target, end=end if append_eos else None, encode=_bare, where=named, **rest)
+    return encode_pair(
+        tokenizer, text, lead, target, end=end if append_eos else None, encode=_without_special, where=named, **rest
+    )
 
 
 def pair_ids(
     tokenizer: Any, prompt: str, target: str, prompt_format: PromptFormat = "plain", max_length: int | None = None
 ) -> Encoded:
-    """A prompt with an answer and the token that ends it (``end_id``, where there is one).
+    """Tokenize a prompt with an answer and the token that ends it, if there is one (:func:`end_id`).
 
     Raises:
-        EditError: a target without a token, or a pair longer than ``max_length``.
+        EditError: the target has no token, or the pair is longer than ``max_length``.
     """
     ends = end_id(tokenizer, prompt_format) is not None
-    row = encode_in(tokenizer, prompt, target, prompt_format, append_eos=ends, max_length=max_length)
-    if len(row.input_ids) - row.target_start - ends < 1:
-        raise EditError(f"the target {target!r} of {shorten(prompt)!r} is only an end-of-text: give it some text")
-    return row
+    encoded = encode_in_format(tokenizer, prompt, target, prompt_format, append_eos=ends, max_length=max_length)
+    if len(encoded.input_ids) - encoded.target_start - ends < 1:
+        raise EditError(f"the target {target!r} of {shorten(prompt)!r} is only an end-of-text token; give it some text")
+    return encoded
 
 
-def prompt_rows(
+def encode_prompts(
     tokenizer: Any, prompts: Sequence[str], context: int | None, prompt_format: PromptFormat = "plain"
 ) -> list[tuple[int, ...]]:
-    """Every prompt's ids.
+    """Return the token ids of every prompt.
+
+    Args:
+        tokenizer: a tokenizer of ``transformers``.
+        prompts: the prompts.
+        context: the context length of the model in tokens, or None for no limit.
+        prompt_format: "plain", "chat" or "question".
 
     Raises:
-        EditError: a prompt is empty, or fills the model's whole context.
+        EditError: a prompt is empty, or fills the whole context of the model.
     """
-    rows = []
+    sequences = []
     for prompt in prompts:
         ids = tuple(prompt_ids(tokenizer, prompt, prompt_format))
         if context is not None and len(ids) >= context:
             raise EditError(
-                f"prompt {shorten(prompt)!r} has {len(ids)} tokens and the model's context is {context}: "
-                "nothing can be generated after it; shorten it or leave it out"
+                f"the prompt {shorten(prompt)!r} must have fewer tokens than the context of the model ({context}), got "
+                f"{len(ids)}; shorten it or leave it out"
             )
-        rows.append(ids)
-    return rows
+        sequences.append(ids)
+    return sequences

@@ -1,8 +1,4 @@
-"""Edits as tokens: one joint tokenisation, a target mask by construction, batches that change nothing.
-
-Published editors find the target by counting tokens that differ from padding; with pad = eos that drops the
-end-of-text token or shifts the mask by one. Here the target's first position is carried along from the start.
-"""
+"""Tokenization of edits: token ids with the position of the target, and padded batches of them."""
 
 from __future__ import annotations
 
@@ -16,8 +12,8 @@ import torch
 from kedit_train.errors import EditError
 from kedit_train.functional.labels import IGNORE_INDEX
 
-# Scripts written without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, CJK punctuation, kana, Bopomofo,
-# Han, full-width forms (Hangul is not among them: Korean puts spaces between words).
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, CJK punctuation, kana, Bopomofo,
+# Han, full-width forms (not Hangul: Korean has spaces between words).
 SPACELESS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]"
@@ -26,73 +22,90 @@ SPACELESS = re.compile(
 
 @dataclass(frozen=True)
 class Encoded:
-    """One edit as tokens: ``input_ids[target_start:]`` is the target with its end-of-text token, if it has one."""
+    """An edit as tokens.
+
+    The position of the target is known from the beginning and never searched for, so a padding token that is also the
+    end-of-text token cannot shift it.
+
+    Args:
+        input_ids: the token ids of prompt and target.
+        target_start: the position of the first target token. ``input_ids[target_start:]`` is the target with its
+            end-of-text token, if it has one.
+    """
 
     input_ids: list[int]
     target_start: int
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """``text`` on one line, for a message: at most ``width`` characters, cut with an ellipsis."""
+    """Return ``text`` on one line of at most ``width`` characters, for a message. An ellipsis marks a cut."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def separator(prompt: str, target: str) -> str:
-    """What goes between prompt and target: a space, or nothing where one is there or the script has none.
+    """Return the text between prompt and target: a space or nothing.
 
-    Nothing if the prompt ends in white space, if the target begins with it, or if either side of the border is
-    written in a script without spaces between words (Chinese, Japanese, Thai, ...).
+    It is nothing if the prompt ends with white space, if the target begins with it, or if the text on either side is in
+    a script without spaces between words (Chinese, Japanese, Thai and others).
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
     return "" if SPACELESS.match(prompt[-1]) or SPACELESS.match(target[0]) else " "
 
 
-def ids_of(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Token ids, never padded or truncated, whatever the tokenizer's own settings say."""
-    found = tokenizer(text, add_special_tokens=special, padding=False, truncation=False, verbose=False)
-    return list(found["input_ids"])
+def token_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Return the token ids of a text, never padded or truncated, whatever the settings of the tokenizer are.
+
+    Args:
+        tokenizer: a tokenizer of ``transformers``.
+        text: the text.
+        special: add the special tokens that the tokenizer puts around a text.
+    """
+    encoding = tokenizer(text, add_special_tokens=special, padding=False, truncation=False, verbose=False)
+    return list(encoding["input_ids"])
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids that a model generates from: with begin-of-text where the tokenizer adds one, without end-of-text.
+    """Return the token ids that a model generates from.
 
-    A tokenizer that puts end-of-text after every text (``add_eos_token=True``) would close the prompt before the
-    answer, so what it adds there is taken off; an end-of-text that is written in the prompt stays.
+    They begin with begin-of-text if the tokenizer adds it. An end-of-text token that the tokenizer appends
+    (``add_eos_token=True``) is removed, because it would close the prompt before the answer. One that is written in the
+    prompt stays.
 
     Raises:
-        EditError: the prompt is empty, or gives no token.
+        EditError: the prompt has no tokens.
     """
-    ids = ids_of(tokenizer, prompt, special=True)
+    ids = token_ids(tokenizer, prompt, special=True)
     eos = tokenizer.eos_token_id
     if eos is not None and ids and ids[-1] == eos:
-        written = trailing(ids_of(tokenizer, prompt, special=False), eos)
-        ids = ids[: len(ids) - max(0, trailing(ids, eos) - written)]
+        written = count_at_end(token_ids(tokenizer, prompt, special=False), eos)
+        ids = ids[: len(ids) - max(0, count_at_end(ids, eos) - written)]
     if not prompt or not ids:
-        raise EditError(f"the prompt {prompt!r} gives no tokens: an edit needs a context to answer in")
+        raise EditError(f"the prompt {prompt!r} has no tokens; give a prompt that the model can continue")
     return ids
 
 
-def trailing(ids: Sequence[int], token: int) -> int:
+def count_at_end(ids: Sequence[int], token: int) -> int:
+    """Return how often ``token`` is repeated at the end of ``ids``."""
     count = 0
     while count < len(ids) and ids[-1 - count] == token:
         count += 1
     return count
 
 
-def continuation(tokenizer: Any, text: str) -> list[int]:
-    """The ids of ``text`` where it continues another text, without the space that some tokenizers put before a text.
+def encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of ``text`` where it continues another text.
 
-    Metaspace tokenizers (Llama 2) turn a text into " text" first. Behind an anchor that does not merge with it, the
-    text's own tokens are seen.
+    Some tokenizers (Llama 2) put a space before every text. Behind a character that does not merge with the text, the
+    tokens of the text itself are visible.
     """
-    for anchor in ("\n", "?", "a"):
-        head = ids_of(tokenizer, anchor, special=False)
-        both = ids_of(tokenizer, anchor + text, special=False)
+    for character in ("\n", "?", "a"):
+        head = token_ids(tokenizer, character, special=False)
+        both = token_ids(tokenizer, character + text, special=False)
         if head and len(both) > len(head) and both[: len(head)] == head:
             return both[len(head) :]
-    return ids_of(tokenizer, text, special=False)
+    return token_ids(tokenizer, text, special=False)
 
 
 def encode_edit(
@@ -104,39 +117,40 @@ def encode_edit(
     max_length: int | None = None,
     where: str = "",
 ) -> Encoded:
-    """Prompt and target as tokens, tokenised together once; the prompt's tokens are always ``encode_prompt``'s.
+    """Tokenize a prompt together with its target. The prompt always has the token ids of :func:`encode_prompt`.
 
-    Where a token straddles the border of prompt and target (the prompt ends in a space, or in half a word), the joint
-    tokens do not begin with the prompt's own. The target is then tokenised as a continuation of its own, so that the
-    model is trained in exactly the context that it will generate from.
+    If a token crosses the border of prompt and target (the prompt ends with a space or half a word), the joint tokens
+    do not begin with those of the prompt. The target is then tokenized as a continuation, so that the model is trained
+    in exactly the context that it will generate from.
 
     Args:
-        tokenizer: of ``transformers``.
-        prompt: as in ``Edit``.
-        target: as in ``Edit``; ``separator`` decides on the space between them.
+        tokenizer: a tokenizer of ``transformers``.
+        prompt: the prompt of an edit.
+        target: its target. :func:`separator` decides on the space between them.
         append_eos: end the target with end-of-text, exactly once, so that the edited model learns to stop.
-        max_length: the most tokens that fit, e.g. ``context_length(model.config)``. Nothing is ever truncated.
-        where: names the edit in errors, e.g. ``"facts.json, edit 3 (id 17758)"``.
+        max_length: the maximum number of tokens, for example ``context_length(model.config)``. Nothing is truncated.
+        where: names the edit in messages, for example ``"facts.json, edit 3 (id 17758)"``.
 
     Raises:
-        EditError: too long; no end-of-text token to append; the target has no tokens, or characters that the
-            tokenizer only knows as "unknown", which no model could ever generate.
+        EditError: the edit is too long; the tokenizer has no end-of-text token; the target has no tokens, or has
+            characters that the tokenizer only knows as "unknown", which no model could generate.
     """
-    named = f"{where}: " if where else ""
+    beginning = f"{where}: " if where else ""
     if append_eos and tokenizer.eos_token_id is None:
         raise EditError(
-            f"{named}the tokenizer has no end-of-text token to append: set tokenizer.eos_token, or pass "
-            "append_eos=False"
+            f"{beginning}the tokenizer has no end-of-text token; set tokenizer.eos_token, or pass append_eos=False"
         )
     end = tokenizer.eos_token_id if append_eos else None
-    lead = separator(prompt, target)
-    return joined(tokenizer, prompt, lead, target, end=end, encode=encode_prompt, max_length=max_length, where=named)
+    space = separator(prompt, target)
+    return encode_pair(
+        tokenizer, prompt, space, target, end=end, encode=encode_prompt, max_length=max_length, where=beginning
+    )
 
 
-def joined(
+def encode_pair(
     tokenizer: Any,
     prompt: str,
-    lead: str,
+    space: str,
     target: str,
     *,
     end: int | None,
@@ -144,98 +158,106 @@ def joined(
     max_length: int | None,
     where: str,
 ) -> Encoded:
-    """What ``encode_edit`` does, with its refusals, for any frame around the prompt.
+    """Do the work of :func:`encode_edit` for any format of the prompt.
 
     Args:
-        lead: what separates prompt and target; it is trained with the target.
-        end: the id that ends the answer, appended unless the answer ends in it; None appends nothing.
-        encode: gives a text's ids, ``encode(tokenizer, text)``.
-        where: what errors begin with.
+        tokenizer: a tokenizer of ``transformers``.
+        prompt: the text that the model reads.
+        space: the text between prompt and target, which is trained with the target.
+        target: the target of the edit.
+        end: the id of the token that ends the answer; it is appended unless the answer ends with it. None appends
+            nothing.
+        encode: returns the token ids of a text, ``encode(tokenizer, text)``.
+        max_length: the maximum number of tokens, or None.
+        where: the beginning of the messages.
+
+    Raises:
+        EditError: as :func:`encode_edit`.
     """
     shown = prompt if len(prompt) <= 80 else prompt[:77] + "..."
     try:
         head = encode(tokenizer, prompt)
     except EditError as error:
         raise EditError(f"{where}{error}") from error
-    answer = lead + target
+    answer = space + target
     ids = encode(tokenizer, prompt + answer)
     if ids[: len(head)] != head or len(ids) <= len(head):
-        ids = head + continuation(tokenizer, answer)
+        ids = head + encode_continuation(tokenizer, answer)
     if len(ids) == len(head):
-        raise EditError(f"{where}the target {target!r} of the prompt {shown!r} gives no tokens: change the target")
+        raise EditError(f"{where}the target {target!r} of the prompt {shown!r} has no tokens; change the target")
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown not in (end, tokenizer.eos_token_id) and unknown in ids[len(head) :]:
         raise EditError(
-            f"{where}the target {target!r} of the prompt {shown!r} has characters that the tokenizer does not know, "
-            "so that no model with it can say them: spell the target otherwise"
+            f"{where}the target {target!r} of the prompt {shown!r} has characters that the tokenizer does not know, so "
+            "no model with this tokenizer can generate it; write the target in another way"
         )
     if end is not None and ids[-1] != end:
         ids = [*ids, end]
     if max_length is not None and len(ids) > max_length:
         raise EditError(
-            f"{where}the prompt {shown!r} and its target have {len(ids)} tokens, {max_length} fit: shorten the edit "
-            "or leave it out"
+            f"{where}the prompt {shown!r} and its target must have at most {max_length} tokens, got {len(ids)}; "
+            "shorten the edit or leave it out"
         )
     return Encoded(ids, len(head))
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The padding token's id, else end-of-text's: masks come from lengths, so any id would do.
+    """Return the id of the padding token, or of end-of-text if the tokenizer has no padding token.
 
     Raises:
         EditError: the tokenizer has neither.
     """
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return found
-    raise EditError("the tokenizer has neither a padding nor an end-of-text token: set tokenizer.pad_token")
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return token_id
+    raise EditError("the tokenizer has neither a padding nor an end-of-text token; set tokenizer.pad_token")
 
 
 def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "right") -> dict[str, torch.Tensor]:
-    """A batch for ``model(**batch)``.
+    """Pad encoded edits to a batch for ``model(**batch)``. :class:`~kedit_train.data.EditCollator` is its public form.
 
     Args:
         encoded: [batch] edits.
-        pad_id: fills the gaps; it may be the id of end-of-text.
-        padding_side: ``"right"`` or ``"left"``. Models with absolute positions (GPT-2) also need
-            ``position_ids(batch["attention_mask"])`` where padding is on the left; rotary ones give the same without.
+        pad_id: the token id of the padding, which may be that of end-of-text.
+        padding_side: "right" or "left". Models with absolute positions (GPT-2) also need
+            ``position_ids(batch["attention_mask"])`` for padding on the left.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64. Labels are -100 outside the
+        ``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64. Labels are -100 outside of the
         target, by position and never by comparing ids with ``pad_id``.
 
     Raises:
-        EditError: no edits, or an unknown side.
+        EditError: there are no edits, or the side is unknown.
     """
     if padding_side not in ("right", "left"):
-        raise EditError(f"padding_side={padding_side!r} is not known: use 'right' or 'left'")
+        raise EditError(f'padding_side must be "right" or "left", got {padding_side!r}.')
     if not encoded:
-        raise EditError("there is nothing to collate: give at least one encoded edit")
-    longest = max(len(one.input_ids) for one in encoded)
+        raise EditError("there is nothing to collate; give at least one encoded edit")
+    longest = max(len(example.input_ids) for example in encoded)
     batch = {
         "input_ids": torch.full((len(encoded), longest), pad_id),
         "attention_mask": torch.zeros((len(encoded), longest), dtype=torch.long),
         "labels": torch.full((len(encoded), longest), IGNORE_INDEX),
     }
-    for row, one in enumerate(encoded):
-        begin = longest - len(one.input_ids) if padding_side == "left" else 0
-        end = begin + len(one.input_ids)
-        batch["input_ids"][row, begin:end] = torch.tensor(one.input_ids)
-        batch["attention_mask"][row, begin:end] = 1
-        batch["labels"][row, begin + one.target_start : end] = torch.tensor(one.input_ids[one.target_start :])
+    for i, example in enumerate(encoded):
+        begin = longest - len(example.input_ids) if padding_side == "left" else 0
+        end = begin + len(example.input_ids)
+        batch["input_ids"][i, begin:end] = torch.tensor(example.input_ids)
+        batch["attention_mask"][i, begin:end] = 1
+        batch["labels"][i, begin + example.target_start : end] = torch.tensor(example.input_ids[example.target_start :])
     return batch
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """[batch, length] positions that count from each row's first real token, whichever side is padded."""
+    """Return [batch, length] positions, counted from the first real token of each sequence, for either padding side."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def context_length(config: Any) -> int | None:
-    """The most tokens that a model's configuration allows, or None where it names no limit (recurrent, ALiBi)."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    """Return the context length of a model in tokens, or None if its configuration has no limit (recurrent, ALiBi)."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length"):
-        found = getattr(text, name, None)
-        if isinstance(found, int) and found > 0:
-            return found
+        length = getattr(text_config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
     return None

@@ -98,7 +98,7 @@ def test_weights_that_have_diverged(kedit: Kedit, edited_world: Path, tmp_path: 
     [
         ([".", "edits.jsonl"], "cannot be loaded as a causal language model"),
         (["no/such", "edits.jsonl"], "no such folder here"),
-        (["world", "none.jsonl"], "there is no such file"),
+        (["world", "none.jsonl"], "the file does not exist"),
         (["edit.safetensors", "edits.jsonl"], "--against BASE"),
         (["edits.jsonl", "edits.jsonl", "--against", "world"], "not a safetensors file"),
         (["model", "edits.jsonl", "--delta", "edit.safetensors"], "applied already"),

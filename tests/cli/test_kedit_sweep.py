@@ -84,7 +84,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
     [
         (["edit.safetensors", "model", "edits.jsonl"], "applied already: give its base"),
         (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
-        (["edit.safetensors", "world", "none.jsonl"], "there is no such file"),
+        (["edit.safetensors", "world", "none.jsonl"], "the file does not exist"),
         (["edit.safetensors", "world", "bare.jsonl"], "has no probes of locality, which the rule needs"),
         ([*EDITS, "--coefficients", "0"], "0 alone is the base"),
         ([*EDITS, "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),

@@ -1,4 +1,4 @@
-"""What is malformed gets one line: file, record, field, what was expected, what to do."""
+"""A malformed record is reported in one line: file, record, field, what was expected, what was read, what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.errors import EditError
 
-REST = ': mend the record, or pass on_error="skip" to leave such records out'
+REST = '; correct the record, or pass on_error="skip" to leave out such records'
 GOOD = {
     "edits": {"prompt": "p", "target": "t"},
     "counterfact": {"prompt": "p", "target_new": "t", "ground_truth": "o"},
@@ -47,75 +47,75 @@ def changed(name: str, change: dict[str, Any]) -> dict[str, Any]:
 
 
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    ("edits", {"target": ...}, "field 'target' is missing (expected text)"),
-    ("edits", {"target": None}, "field 'target' is null (expected text)"),
-    ("edits", {"target": " \n"}, "field 'target' is empty (expected text)"),
-    ("edits", {"target": 1984}, "field 'target' is a number (expected text)"),
-    ("edits", {"target": ["t"]}, "field 'target' is a list (expected text)"),
-    ("edits", {"prompt": ""}, "field 'prompt' is empty (expected text)"),
-    ("edits", {"subject": 3}, "field 'subject' is a number (expected text)"),
-    ("edits", {"aliases": [1]}, "field 'aliases[0]' is a number (expected text)"),
-    ("edits", {"rephrases": ["r", ""]}, "field 'rephrases[1]' is empty (expected text)"),
-    ("edits", {"rephrases": {"a": 1}}, "field 'rephrases' is a mapping (expected text or a list of texts)"),
-    ("edits", {"id": 1.5}, "field 'id' is a number (expected text or a whole number)"),
+    ("edits", {"target": ...}, "field 'target' is missing, it must be text"),
+    ("edits", {"target": None}, "field 'target' must be text, got null"),
+    ("edits", {"target": " \n"}, "field 'target' must be text, got empty text"),
+    ("edits", {"target": 1984}, "field 'target' must be text, got a number"),
+    ("edits", {"target": ["t"]}, "field 'target' must be text, got a list"),
+    ("edits", {"prompt": ""}, "field 'prompt' must be text, got empty text"),
+    ("edits", {"subject": 3}, "field 'subject' must be text, got a number"),
+    ("edits", {"aliases": [1]}, "field 'aliases[0]' must be text, got a number"),
+    ("edits", {"rephrases": ["r", ""]}, "field 'rephrases[1]' must be text, got empty text"),
+    ("edits", {"rephrases": {"a": 1}}, "field 'rephrases' must be text or a list of texts, got a mapping"),
+    ("edits", {"id": 1.5}, "field 'id' must be text or a whole number, got a number"),
     (
         "edits",
         {"locality": {"near": [3]}},
-        'field \'locality.near[0]\' is a number (expected text or {"prompt": ..., "answers": [...]})',
+        'field \'locality.near[0]\' must be text or {"prompt": ..., "answers": [...]}, got a number',
     ),
-    ("edits", {"locality": [{"answers": ["a"]}]}, "field 'locality[0].prompt' is missing (expected text)"),
+    ("edits", {"locality": [{"answers": ["a"]}]}, "field 'locality[0].prompt' is missing, it must be text"),
     (
         "edits",
         {"portability": 5},
-        "field 'portability' is a number (expected a list of questions, or a mapping of kinds to such lists)",
+        "field 'portability' must be a list of questions, or a mapping of kinds to such lists, got a number",
     ),
-    ("counterfact", {"target_new": ...}, "field 'target_new' is missing (expected text)"),
-    ("counterfact", {"ground_truth": 5}, "field 'ground_truth' is a number (expected text or a list of texts)"),
-    ("counterfact", {"rephrase_prompt": True}, "field 'rephrase_prompt' is a boolean (expected text or a list of texts)"),  # noqa: E501
-    ("counterfact", {"locality_ground_truth": "a"}, "field 'locality_prompt' is missing (expected text)"),
-    ("zsre", {"alt": ""}, "field 'alt' is empty (expected text)"),
-    ("zsre", {"src": ...}, "field 'src' is missing (expected text)"),
-    ("zsre", {"answers": ["a", None]}, "field 'answers[1]' is null (expected text)"),
-    ("knowedit", {"target_new": float("nan")}, "field 'target_new' is a number (expected text)"),
-    ("knowedit", {"locality": []}, "field 'locality' is a list (expected a mapping)"),
-    ("knowedit", {"locality.k": "q"}, "field 'locality.k' is text (expected a list of mappings)"),
-    ("knowedit", {"locality.k.0": "q"}, "field 'locality.k[0]' is text (expected a mapping)"),
-    ("knowedit", {"locality.k.0.prompt": ...}, "field 'locality.k[0].prompt' is missing (expected text)"),
+    ("counterfact", {"target_new": ...}, "field 'target_new' is missing, it must be text"),
+    ("counterfact", {"ground_truth": 5}, "field 'ground_truth' must be text or a list of texts, got a number"),
+    ("counterfact", {"rephrase_prompt": True}, "field 'rephrase_prompt' must be text or a list of texts, got a boolean"),  # noqa: E501
+    ("counterfact", {"locality_ground_truth": "a"}, "field 'locality_prompt' is missing, it must be text"),
+    ("zsre", {"alt": ""}, "field 'alt' must be text, got empty text"),
+    ("zsre", {"src": ...}, "field 'src' is missing, it must be text"),
+    ("zsre", {"answers": ["a", None]}, "field 'answers[1]' must be text, got null"),
+    ("knowedit", {"target_new": float("nan")}, "field 'target_new' must be text, got a number"),
+    ("knowedit", {"locality": []}, "field 'locality' must be a mapping, got an empty list"),
+    ("knowedit", {"locality.k": "q"}, "field 'locality.k' must be a list of mappings, got text"),
+    ("knowedit", {"locality.k.0": "q"}, "field 'locality.k[0]' must be a mapping, got text"),
+    ("knowedit", {"locality.k.0.prompt": ...}, "field 'locality.k[0].prompt' is missing, it must be text"),
     (
         "knowedit",
         {"locality.k.0.ground_truth": [["a"], ["b", 4]]},
-        "field 'locality.k[0].ground_truth[1][1]' is a number (expected text)",
+        "field 'locality.k[0].ground_truth[1][1]' must be text, got a number",
     ),
-    ("qaedit", {"locality.0.loc": None}, "field 'locality[0].loc' is null (expected text)"),
-    ("qaedit", {"locality": "x"}, "field 'locality' is text (expected a list of mappings)"),
-    ("wikibigedit", {"ans": ..., "mhop": "q"}, "field 'target_new' (or 'ans') is missing (expected text)"),
-    ("wikibigedit", {"mhop_ans": "a"}, "field 'mhop' is missing (expected text)"),
+    ("qaedit", {"locality.0.loc": None}, "field 'locality[0].loc' must be text, got null"),
+    ("qaedit", {"locality": "x"}, "field 'locality' must be a list of mappings, got text"),
+    ("wikibigedit", {"ans": ..., "mhop": "q"}, "field 'target_new' or 'ans' is missing, it must be text"),
+    ("wikibigedit", {"mhop_ans": "a"}, "field 'mhop' is missing, it must be text"),
     (
         "counterfact_nested",
         {"requested_rewrite.prompt": "It is"},
-        "field 'requested_rewrite.prompt' has no {} for the subject "
-        '(expected text such as "The mother tongue of {} is")',
+        "field 'requested_rewrite.prompt' must be text with {} for the subject, "
+        'such as "The mother tongue of {} is", got "It is"',
     ),
-    ("counterfact_nested", {"requested_rewrite.subject": ...}, "field 'requested_rewrite.subject' is missing (expected text)"),  # noqa: E501
+    ("counterfact_nested", {"requested_rewrite.subject": ...}, "field 'requested_rewrite.subject' is missing, it must be text"),  # noqa: E501
     (
         "counterfact_nested",
         {"requested_rewrite.target_new": "t"},
-        "field 'requested_rewrite.target_new' is text (expected a mapping)",
+        "field 'requested_rewrite.target_new' must be a mapping, got text",
     ),
     (
         "counterfact_nested",
         {"requested_rewrite.target_new": {"id": "Q1"}},
-        "field 'requested_rewrite.target_new.str' is missing (expected text)",
+        "field 'requested_rewrite.target_new.str' is missing, it must be text",
     ),
-    ("mquake", {"requested_rewrite": []}, "field 'requested_rewrite' is an empty list (expected a list of mappings)"),
-    ("mquake", {"requested_rewrite": ...}, "field 'requested_rewrite' is missing (expected a list of mappings)"),
-    ("mquake", {"requested_rewrite.0.target_new": ...}, "field 'requested_rewrite[0].target_new' is missing (expected a mapping)"),  # noqa: E501
-    ("mquake", {"new_answer": ...}, "field 'new_answer' is missing (expected text)"),
+    ("mquake", {"requested_rewrite": []}, "field 'requested_rewrite' must be a list of mappings, got an empty list"),
+    ("mquake", {"requested_rewrite": ...}, "field 'requested_rewrite' is missing, it must be a list of mappings"),
+    ("mquake", {"requested_rewrite.0.target_new": ...}, "field 'requested_rewrite[0].target_new' is missing, it must be a mapping"),  # noqa: E501
+    ("mquake", {"new_answer": ...}, "field 'new_answer' is missing, it must be text"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "change", "message"), CASES)
-def test_a_bad_record_gets_one_line(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_bad_record_is_reported_in_one_line(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "facts.json"
     path.write_text(json.dumps([GOOD[name], changed(name, change), GOOD[name]]))
     expected = f"{path}, record 2: {message}{REST}"
@@ -125,7 +125,9 @@ def test_a_bad_record_gets_one_line(name: str, change: dict[str, Any], message: 
     assert "\n" not in expected
     with pytest.warns(UserWarning, match="skipped") as warned:
         edits = EditDataset.load(path, on_error="skip")
-    assert [str(one.message) for one in warned] == [f"{path}: skipped 1 of 3 records; first: {expected}"]
+    assert [str(warning.message) for warning in warned] == [
+        f"{path}: skipped 1 of 3 records; the first reason: {expected}"
+    ]
     assert Path(warned[0].filename) == Path(__file__)
     assert (edits.skipped, len(edits), edits.format) == ((expected,), 2, name)
 
@@ -143,111 +145,113 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_field_that_nothing_reads_is_an_error_in_our_own_format(tmp_path: Path) -> None:
+def test_an_unknown_field_is_an_error_in_the_format_of_this_package(tmp_path: Path) -> None:
     path = write(tmp_path / "f.json", json.dumps([GOOD["edits"], {**GOOD["edits"], "rephrasing": ["r"]}]))
     assert raised(path) == (
-        f"{path}, record 2: nothing reads the field 'rephrasing' (known: aliases, id, locality, old_target, "
-        "portability, prompt, rephrases, subject, target): rename or remove it; mend the record, or pass "
-        'on_error="skip" to leave such records out'
+        f"{path}, record 2: field 'rephrasing' is not known (known: aliases, id, locality, old_target, portability, "
+        'prompt, rephrases, subject, target); rename or remove it, or pass on_error="skip" to leave out such records'
     )
 
 
-def test_a_field_that_nothing_reads_is_a_warning_in_a_public_format() -> None:
-    with pytest.warns(UserWarning, match=r"^set: format counterfact does not read the fields 'notes' \(2 records\)$"):
+def test_an_unknown_field_is_a_warning_in_a_public_format() -> None:
+    with pytest.warns(UserWarning, match=r"^set: the format counterfact does not read .* 'notes' \(2 records\)$"):
         EditDataset.from_records([{**GOOD["counterfact"], "notes": 1}] * 2, name="set")
 
 
-def test_a_record_of_another_format_is_an_error_not_a_loss(tmp_path: Path) -> None:
+def test_a_record_of_another_format_is_an_error(tmp_path: Path) -> None:
     stray = GOOD["knowedit"]
     path = write(tmp_path / "f.json", json.dumps([GOOD["counterfact"]] * 2 + [stray]))
     assert raised(path) == (
-        f"{path}, record 3: field 'locality' belongs to knowedit, the records here are counterfact (expected one "
-        f'format in a file){REST}, or pass format="counterfact"'
+        f"{path}, record 3: field 'locality' belongs to the format knowedit, but the other records are counterfact, "
+        f'and a file must have one format{REST}, or pass format="counterfact"'
     )
 
 
-def test_unknown_and_ambiguous_fields_list_formats_and_keys(tmp_path: Path) -> None:
+def test_unknown_and_ambiguous_fields_are_listed_with_the_formats(tmp_path: Path) -> None:
     formats = "edits, counterfact, counterfact_nested, zsre, knowedit, wikibigedit, qaedit, mquake"
     path = write(tmp_path / "f.json", '[{"question": "q", "reply": "a"}]')
     assert raised(path) == (
-        f"{path}: the fields 'question', 'reply' fit none of the formats {formats}: rename them to prompt and target, "
-        "or pass format=..."
+        f"{path}: the fields 'question', 'reply' match none of the formats {formats}; rename them to prompt and "
+        "target, or pass format=..."
     )
     path = write(tmp_path / "g.json", '[{"prompt": "q", "target": "a", "target_new": "b"}]')
     assert raised(path) == (
-        f"{path}: the fields 'prompt', 'target', 'target_new' fit several formats equally well (edits, counterfact): "
+        f"{path}: the fields 'prompt', 'target', 'target_new' match several formats equally well (edits, counterfact); "
         'pass format="edits" or another of them, or split the file'
     )
     path = write(tmp_path / "h.json", json.dumps([GOOD["zsre"], GOOD["edits"]]))
-    assert "fit several formats equally well (zsre, edits)" in raised(path)
+    assert "match several formats equally well (zsre, edits)" in raised(path)
 
 
-def test_arguments(tmp_path: Path) -> None:
+def test_wrong_arguments_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "f.json", json.dumps([GOOD["edits"]]))
-    assert raised(path, format="zrse").startswith("format='zrse' is not known: use one of edits, counterfact,")
-    assert raised(path, on_error="ignore") == "on_error='ignore' is not known: use 'raise' or 'skip'"
-    assert raised(path, limit=0) == "limit=0 leaves no edits: use 1 or more, or None for all"
+    assert raised(path, format="zrse").startswith('EditDataset: format must be "edits", "counterfact", ')
+    assert raised(path, on_error="ignore") == 'EditDataset: on_error must be "raise" or "skip", got \'ignore\'.'
+    assert raised(path, limit=0) == "EditDataset: limit must be an integer >= 1, or None, got 0."
     for wrong in ("p", {"prompt": "p", "target": "t"}):
-        with pytest.raises(EditError, match=r"wants a list of records, not one (str|dict): use load"):
+        with pytest.raises(EditError, match=r"^EditDataset: records must be a list of records, got (text|a mapping)"):
             EditDataset.from_records(wrong)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(EditError, match=r"^records: there are no records: an edit needs"):
+    with pytest.raises(EditError, match=r"^records: there are no records; give at least one"):
         EditDataset.from_records([])
-    with pytest.raises(EditError, match=r"^records, record 1: the record is a number \(expected a mapping of fields\)"):
+    with pytest.raises(EditError, match=r"^records, record 1: the record must be a mapping of fields, got a number;"):
         EditDataset.from_records([1, 2])  # pyright: ignore[reportArgumentType]
 
 
-def test_files(tmp_path: Path) -> None:
+def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     missing = tmp_path / "none.json"
-    assert raised(missing) == f"{missing}: there is no such file: check the path (working directory: {Path.cwd()})"
+    assert raised(missing) == f"{missing}: the file does not exist; check the path (working directory: {Path.cwd()})"
     for name, text in [("a.json", ""), ("a.jsonl", " \n\n"), ("a.csv", "")]:
         path = write(tmp_path / name, text)
-        assert raised(path) == f"{path}: the file is empty: an edit needs at least a prompt and a target"
+        assert raised(path) == f"{path}: the file is empty; give at least one record with a prompt and a target"
     for name, text in [("b.json", "[]"), ("b2.json", '{"data": []}'), ("b.csv", "prompt,target\n")]:
         path = write(tmp_path / name, text)
-        assert raised(path) == f"{path}: the file holds no records: an edit needs at least a prompt and a target"
+        assert raised(path) == f"{path}: the file has no records; give at least one with a prompt and a target"
     path = write(tmp_path / "c.yaml", "a: 1")
-    assert raised(path) == f"{path}: files of edits end in .json, .jsonl, .csv: rename or convert it"
+    assert raised(path) == f"{path}: a file of edits must end in .json, .jsonl, .csv; rename or convert it"
     path = write(tmp_path / "d.json", '{"prompt": "p", "target": "t"}')
     assert raised(path) == (
-        f"{path}: expected a list of records, or a mapping with that list under data, records, edits; found a dict "
-        "with the keys 'prompt', 'target': put the records into a list"
+        f"{path}: the file must hold a list of records, or a mapping with that list under data, records, edits, got "
+        "a mapping with the keys 'prompt', 'target'; put the records into a list"
     )
     path = write(tmp_path / "e.json", '[{"prompt": "p",\n "target": }]')
-    assert raised(path) == f"{path}, line 2: not JSON (Expecting value): mend the file"
+    assert raised(path) == f"{path}, line 2: the file is not valid JSON (Expecting value); correct it"
     path = write(tmp_path / "f.json", '{"prompt": "p"}\n{"prompt": "q"}\n')
     assert raised(path) == (
-        f"{path}, line 2: not JSON (Extra data): mend the file; one object a line belongs into a .jsonl file"
+        f"{path}, line 2: the file is not valid JSON (Extra data); correct it; a file with one record per line must "
+        "end in .jsonl"
     )
     path = tmp_path / "g.json"
     path.write_bytes('[{"prompt": "é", "target": "t"}]'.encode("latin-1"))
-    assert raised(path) == f"{path}: not UTF-8 text (byte 13): save it as UTF-8"
+    assert raised(path) == f"{path}: the file must be UTF-8 text, byte 13 is not; save it as UTF-8"
 
 
-def test_a_broken_line_of_jsonl_is_one_bad_record(tmp_path: Path) -> None:
+def test_a_broken_jsonl_line_is_one_bad_record(tmp_path: Path) -> None:
     good = json.dumps(GOOD["edits"])
     path = write(tmp_path / "f.jsonl", f'{good}\n\n{{"prompt": \n{good}\n')
-    message = f"{path}, record 2 (line 3): not JSON (Expecting value at column 12){REST}"
+    message = f"{path}, record 2 (line 3): the line is not valid JSON (Expecting value at column 12){REST}"
     assert raised(path) == message
     with pytest.warns(UserWarning, match="skipped 1 of 3 records"):
         edits = EditDataset.load(path, on_error="skip")
     assert (len(edits), edits.skipped) == (2, (message,))
 
 
-def test_csv_rows(tmp_path: Path) -> None:
+def test_broken_csv_files_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", "prompt,target\np,t\nAda, the poet,Bern\n")
-    assert raised(path) == f"{path}, record 2 (line 3): 3 cells under 2 column names (a comma without quotes?){REST}"
+    assert (
+        raised(path) == f"{path}, record 2 (line 3): the row must have 2 cells, got 3 (a comma without quotes?){REST}"
+    )
     path = write(tmp_path / "g.csv", "prompt,prompt\na,b\n")
-    assert raised(path) == f"{path}: the column 'prompt' is there twice: rename one of them"
+    assert raised(path) == f"{path}: the column 'prompt' appears twice; rename one of them"
     path = write(tmp_path / "h.csv", 'prompt,target,aliases\np,t,"[""a"", "\n')
     assert raised(path) == (
-        f"{path}, record 1: field 'aliases' is not JSON (Expecting value) (expected a JSON list or mapping, or texts "
-        f"with | between them){REST}"
+        f"{path}, record 1: field 'aliases' must be a JSON list or mapping, or texts with | between them, got invalid "
+        f"JSON (Expecting value){REST}"
     )
     path = write(tmp_path / "i.csv", 'prompt,target\np,"t\n')
-    assert raised(path) == f"{path}, line 2: not CSV (unexpected end of data): mend the file"
+    assert raised(path) == f"{path}, line 2: the file is not valid CSV (unexpected end of data); correct it"
 
 
-def test_skipping_counts_warns_once_and_never_ends_empty(tmp_path: Path) -> None:
+def test_skipping_warns_once_and_never_returns_an_empty_dataset(tmp_path: Path) -> None:
     records = [GOOD["edits"] if i % 2 else {"prompt": "p", "target": i} for i in range(10)]
     path = write(tmp_path / "f.json", json.dumps(records))
     with pytest.warns(UserWarning, match="skipped") as warned:
@@ -260,33 +264,33 @@ def test_skipping_counts_warns_once_and_never_ends_empty(tmp_path: Path) -> None
         assert len(EditDataset.load(path, on_error="skip", limit=2)) == 2
     path = write(tmp_path / "g.json", json.dumps([{"prompt": "p", "target": 1}] * 3))
     assert raised(path, on_error="skip").startswith(
-        f"{path}: none of the 3 records can be read; first: {path}, record 1"
+        f"{path}: none of the 3 records can be read; the first reason: {path}, record 1"
     )
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ("text", "it is text (expected an Edit): use from_records for dicts"),
-        (Edit("", "t"), "prompt is empty (expected text): give it a value"),
-        (Edit("p", " "), "target is empty (expected text): give it a value"),
-        (Edit("p", 3), "target is a number (expected text): give it a value"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", ""), "subject is empty (expected text): give it a value"),
-        (Edit("p", "t", aliases=["a"]), "aliases is a list (expected a tuple of texts): wrap it in tuple(...)"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", rephrases="abc"), "rephrases is text (expected a tuple of texts): wrap it in tuple(...)"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", locality=()), "locality is a list (expected a mapping): use {kind: (Probe, ...)}"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", locality={"k": ("q",)}), "locality['k'] is no tuple of Probe: use {kind: (Probe, ...)}"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", portability={"k": (Probe(""),)}), "portability['k'][0].prompt is empty (expected text): give it a value"),  # noqa: E501
-        (Edit("p", "t", id=4), "id is a number (expected text): give it a value"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "\ud800"), "target has a lone surrogate at 0: mend its encoding"),
+        ("text", "it must be an Edit, got text; use EditDataset.from_records for dicts"),
+        (Edit("", "t"), "prompt must be text, got empty text."),
+        (Edit("p", " "), "target must be text, got empty text."),
+        (Edit("p", 3), "target must be text, got a number."),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "t", ""), "subject must be text, got empty text."),
+        (Edit("p", "t", aliases=["a"]), "aliases must be a tuple of texts, got a list; use tuple(...)"),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "t", rephrases="abc"), "rephrases must be a tuple of texts, got text; use tuple(...)"),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "t", locality=()), "locality must be a mapping {kind: (Probe, ...)}, got ()."),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "t", locality={"k": ("q",)}), "locality['k'] must be a tuple of Probe, got ('q',)."),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "t", portability={"k": (Probe(""),)}), "portability['k'][0].prompt must be text, got empty text."),
+        (Edit("p", "t", id=4), "id must be text, got a number."),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "\ud800"), "target must be valid Unicode, got a lone surrogate at character 0; correct the encoding"),  # noqa: E501
     ],
 )  # fmt: skip
-def test_edits_made_by_hand_are_validated_too(edit: Any, message: str) -> None:
+def test_edits_created_in_code_are_checked_too(edit: Any, message: str) -> None:
     with pytest.raises(EditError) as caught:
         EditDataset([Edit("p", "t"), edit], name="mine")
     assert str(caught.value) == f"mine, edit 1: {message}"
 
 
-def test_no_edits() -> None:
-    with pytest.raises(EditError, match=r"^mine: there are no edits: give at least one prompt with its target$"):
+def test_a_dataset_without_edits_is_an_error() -> None:
+    with pytest.raises(EditError, match=r"^mine: there are no edits; give at least one with a prompt and a target$"):
         EditDataset([], name="mine")

@@ -1,4 +1,4 @@
-"""EditDataset as a sequence, as a file, as TRL's rows."""
+"""EditDataset: a sequence, a file and a TRL dataset."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
+from kedit_train import world
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.errors import EditError
 
@@ -30,7 +30,7 @@ RICH = [
 ]
 
 
-def test_sequence() -> None:
+def test_indices_and_slices_work_as_in_a_sequence() -> None:
     edits = EditDataset([Edit(f"p{i}", "t") for i in range(10)], name="ten", format="zsre", skipped=("why",))
     assert (len(edits), edits[3].prompt, edits[-1].prompt) == (10, "p3", "p9")
     part = edits[2:5]
@@ -51,11 +51,11 @@ def test_sample_is_seeded_without_repeats_and_in_order() -> None:
     assert drawn != [edit.prompt for edit in edits.sample(20, seed=4)]
     assert list(edits.sample(100)) == list(edits)
     for n in (0, 101):
-        with pytest.raises(EditError, match=f"cannot draw {n} of 100 edits"):
+        with pytest.raises(EditError, match=f"n must be from 1 to 100, the number of edits, got {n}"):
             edits.sample(n)
 
 
-def test_round_trip_is_exact(tmp_path: Path) -> None:
+def test_saved_edits_are_loaded_unchanged(tmp_path: Path) -> None:
     edits = EditDataset(RICH, name="rich")
     path = edits.save(tmp_path / "new" / "rich.jsonl")
     back = EditDataset.load(path)
@@ -65,7 +65,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert "伯尔尼" in path.read_text(encoding="utf-8")
 
 
-def test_round_trip_of_real_files(shared: Path, tmp_path: Path) -> None:
+def test_real_files_are_saved_and_loaded_unchanged(shared: Path, tmp_path: Path) -> None:
     for file in ("data/knowedit/wiki_recent_train.json", "models/factlm/records.json"):
         edits = EditDataset.load(shared / file)
         back = EditDataset.load(edits.save(tmp_path / "edits.jsonl"))
@@ -73,7 +73,7 @@ def test_round_trip_of_real_files(shared: Path, tmp_path: Path) -> None:
         assert back.hash == edits.hash
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = EditDataset(RICH).save(tmp_path / "e.jsonl")
     before = path.read_bytes()
 
@@ -89,7 +89,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
         EditDataset(RICH).save(tmp_path / "e.json")
 
 
-def test_hash_is_stable_across_processes_and_sees_every_field() -> None:
+def test_the_hash_is_stable_across_processes_and_depends_on_every_field() -> None:
     edits = EditDataset(RICH, name="a")
     script = (
         "from kedit_train.data import *; import sys;"
@@ -120,14 +120,14 @@ def test_hash_is_stable_across_processes_and_sees_every_field() -> None:
     assert EditDataset(RICH[::-1]).hash != edits.hash
 
 
-def test_importing_the_data_room_imports_no_trainer() -> None:
+def test_importing_the_data_package_imports_no_trainer() -> None:
     absent = ("trl", "datasets", "wandb", "transformers")
     script = f"import sys, kedit_train.data; print([m for m in {absent} if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
 
-def test_prompt_completion_holds_prompt_and_target_and_nothing_else(factlm: Path) -> None:
+def test_prompt_completion_has_prompts_and_targets_only(factlm: Path) -> None:
     edits = EditDataset([Edit("Ada lives in", "Bern", "Ada"), Edit("Ada lives in ", "Bern"), Edit("首都是", "東京")])
     rows = edits.to_prompt_completion()
     assert rows.column_names == ["prompt", "completion"]
@@ -144,10 +144,15 @@ def test_prompt_completion_holds_prompt_and_target_and_nothing_else(factlm: Path
     assert not probes & set(real.to_prompt_completion()["prompt"])
 
 
-def test_world_is_asked_for_as_many_edits_as_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = types.ModuleType("kedit_train.world")
-    world.edits = lambda n=32, seed=0: [Edit(f"prompt {i}", "t") for i in range(n)]  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "kedit_train.world", world)
+def test_the_world_has_as_many_edits_as_the_limit() -> None:
     assert (len(EditDataset.load("world")), len(EditDataset.load("world", limit=20))) == (32, 20)
-    with pytest.raises(EditError, match="the embedded world is not read from a file of format 'zsre'"):
+    assert list(EditDataset.load("world", limit=20)) == world.edits(20)
+    with pytest.raises(EditError, match=r"^EditDataset: format must be .*edits.*, or None, got 'zsre'"):
         EditDataset.load("world", format="zsre")
+
+
+def test_the_package_and_the_data_package_load_the_world_without_its_import() -> None:
+    for module in ("kedit_train", "kedit_train.data"):
+        script = f"from {module} import EditDataset; print(len(EditDataset.load('world', limit=3)))"
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == "3"

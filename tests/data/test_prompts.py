@@ -12,7 +12,7 @@ import torch
 
 from kedit_train import world
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.prompts import as_question, end_id, pair_ids, prompt_ids, rendered
+from kedit_train.data.prompts import as_question, end_id, pair_ids, prompt_ids, render_prompt
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
 
@@ -66,8 +66,8 @@ def test_templates_of_real_models(chatty: Any, name: str) -> None:
     said = [{"role": "user", "content": edit.prompt}, {"role": "assistant", "content": edit.target}]
     whole = tokenizer.apply_chat_template(said, tokenize=False)
     # Nothing before the target is another text than the template's, an empty train of thought included.
-    assert whole.startswith(rendered(tokenizer, edit.prompt, "chat"))
-    assert ("</think>" in rendered(tokenizer, edit.prompt, "chat")) == (name == "qwen3")
+    assert whole.startswith(render_prompt(tokenizer, edit.prompt, "chat"))
+    assert ("</think>" in render_prompt(tokenizer, edit.prompt, "chat")) == (name == "qwen3")
     assert tokenizer.decode(one.input_ids) == tokenizer.decode(
         tokenizer(whole[: whole.rindex(REAL[name]) + len(REAL[name])], add_special_tokens=False)["input_ids"]
     )
@@ -93,7 +93,7 @@ def test_end_of_text_where_the_template_closes_no_turn(chatty: Any) -> None:
 def test_blanks_of_the_template_go_with_the_answer(chatty: Any) -> None:
     _, tokenizer = chatty(INST)
     one = pair_ids(tokenizer, "Who?", "Ann", "chat")
-    assert rendered(tokenizer, "Who?", "chat").endswith("[/INST]")
+    assert render_prompt(tokenizer, "Who?", "chat").endswith("[/INST]")
     assert tokenizer.decode(one.input_ids[one.target_start :]) == f" Ann{tokenizer.eos_token}"
 
 
@@ -105,7 +105,7 @@ def trl_rows(model: Any, tokenizer: Any, edits: EditDataset, prompt_format: Any,
     args = SFTConfig(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = edits.to_prompt_completion(prompt_format)
+        data = edits.to_prompt_completion(prompt_format=prompt_format)
         trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     rows = []
     for row in trainer.train_dataset:

@@ -1,4 +1,4 @@
-"""Every format's record -> the edit it means."""
+"""Every format: a record and the edit that it becomes."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ ONE = {
 
 @pytest.mark.parametrize("name", ONE)
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".data.json"])
-def test_one_record_of_each_format(name: str, suffix: str, tmp_path: Path) -> None:
+def test_a_record_of_each_format_becomes_its_edit(name: str, suffix: str, tmp_path: Path) -> None:
     record, edit = ONE[name]
     path = tmp_path / f"facts{suffix}"
     text = json.dumps({"version": 1, "data": [record]} if suffix == ".data.json" else [record])
@@ -228,7 +228,7 @@ def test_one_record_of_each_format(name: str, suffix: str, tmp_path: Path) -> No
     assert list(EditDataset.load(path, format=name)) == [edit]
 
 
-def test_mquake_gives_an_edit_per_rewrite_and_asks_its_multi_hop_questions_once() -> None:
+def test_mquake_has_one_edit_per_rewrite_and_its_multi_hop_questions_once() -> None:
     one = {**MQUAKE, "case_id": 10, "requested_rewrite": MQUAKE["requested_rewrite"][:1]}
     edits = EditDataset.from_records([MQUAKE, one])
     assert edits.format == "mquake"
@@ -257,13 +257,13 @@ def test_mquake_gives_an_edit_per_rewrite_and_asks_its_multi_hop_questions_once(
     ]
 
 
-def test_mquake_limit_counts_records(tmp_path: Path) -> None:
+def test_limit_counts_the_records_of_mquake(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_text(json.dumps([MQUAKE] * 3))
     assert len(EditDataset.load(path, limit=2)) == 4
 
 
-def test_wikibigedit_in_its_long_names() -> None:
+def test_wikibigedit_is_read_with_its_long_field_names() -> None:
     names = {"update": "prompt", "ans": "target_new", "rephrase": "rephrase_prompt"} | {
         "loc": "locality_prompt",
         "loc_ans": "locality_ground_truth",
@@ -274,13 +274,13 @@ def test_wikibigedit_in_its_long_names() -> None:
     assert edits[0] == ONE["wikibigedit"][1]
 
 
-def test_counterfact_with_a_list_of_rephrases() -> None:
+def test_counterfact_is_read_with_a_list_of_rephrases() -> None:
     record = {**COUNTERFACT, "rephrase_prompts": ["one", "two"], "relation": "P103"}
     del record["rephrase_prompt"]
     assert EditDataset.from_records([record])[0].rephrases == ("one", "two")
 
 
-def test_a_locality_question_that_is_not_from_nq_keeps_its_words() -> None:
+def test_only_the_prefix_of_natural_questions_is_removed() -> None:
     for loc, expected in [("Who leads Basel", "Who leads Basel"), ("nq question: who leads?", "who leads?")]:
         probe = EditDataset.from_records([{**ZSRE, "loc": loc}])[0].locality["natural_questions"][0]
         assert probe.prompt == expected
@@ -290,7 +290,7 @@ def test_a_locality_question_that_is_not_from_nq_keeps_its_words() -> None:
 def test_optional_fields_may_be_missing_null_or_blank(name: str) -> None:
     record, edit = ONE[name]
     needed = {"prompt", "target_new", "target", "src", "alt", "update", "ans"}
-    # what tells the formats apart has to stay, empty or not
+    # The format is named, because the fields that distinguish it are blank.
     for rest in (None, "", "  "):
         bare = {key: value if key in needed else rest for key, value in record.items()}
         edits = EditDataset.from_records([bare], format=name)
@@ -302,11 +302,11 @@ def test_optional_fields_may_be_missing_null_or_blank(name: str) -> None:
 def test_a_probe_without_its_answer_is_kept_and_an_answer_without_its_question_is_an_error() -> None:
     record = {**COUNTERFACT, "locality_ground_truth": None}
     assert EditDataset.from_records([record])[0].locality == {"neighborhood": (Probe("Ben is a native speaker of"),)}
-    with pytest.raises(EditError, match=r"records, record 1: field 'locality_prompt' is null \(expected text\)"):
+    with pytest.raises(EditError, match=r"records, record 1: field 'locality_prompt' must be text, got null"):
         EditDataset.from_records([{**COUNTERFACT, "locality_prompt": None}])
 
 
-def test_csv_with_quotes_lists_and_empty_cells(tmp_path: Path) -> None:
+def test_csv_files_may_have_quotes_lists_and_empty_cells(tmp_path: Path) -> None:
     path = tmp_path / "facts.csv"
     path.write_text(
         "\ufeffprompt,target,aliases,rephrases,locality,id\n"
@@ -329,7 +329,7 @@ def test_csv_with_quotes_lists_and_empty_cells(tmp_path: Path) -> None:
     ]
 
 
-def test_csv_of_a_public_format(tmp_path: Path) -> None:
+def test_csv_files_may_have_a_public_format(tmp_path: Path) -> None:
     path = tmp_path / "zsre.csv"
     path.write_text("subject,src,alt,answers,loc,loc_ans\nAda,Who is Ada?,a poet,a nun|a cook,nq question: who,me\n")
     edits = EditDataset.load(path)
@@ -337,7 +337,7 @@ def test_csv_of_a_public_format(tmp_path: Path) -> None:
     assert edits[0].old_target == "a nun"
 
 
-def test_from_a_datasets_dataset() -> None:
+def test_a_datasets_dataset_is_read() -> None:
     import datasets
 
     records = [KNOWEDIT, {"prompt": "p", "target_new": "t", "locality": {"Forgetfulness": []}}]

@@ -1,4 +1,4 @@
-"""The published files, whole: how many edits, and that nothing is lost on the way."""
+"""The published files are read completely."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 
 
-def test_counterfact(shared: Path) -> None:
+def test_counterfact_is_read_completely(shared: Path) -> None:
     path = shared / "data/counterfact/counterfact_10k.json"
     edits = EditDataset.load(path)
     assert (len(edits), edits.format, edits.skipped) == (10_000, "counterfact", ())
@@ -23,14 +23,14 @@ def test_counterfact(shared: Path) -> None:
 
 def test_zsre_has_two_records_without_a_target(shared: Path) -> None:
     path = shared / "data/zsre_mend_1k.json"
-    reason = 'expected text): mend the record, or pass on_error="skip" to leave such records out'
+    reason = 'must be text, got empty text; correct the record, or pass on_error="skip" to leave out such records'
     with pytest.raises(EditError) as caught:
         EditDataset.load(path)
-    assert str(caught.value) == f"{path}, record 535: field 'alt' is empty ({reason}"
-    with pytest.warns(UserWarning, match="skipped 2 of 1000 records; first: .*record 535: field 'alt' is empty"):
+    assert str(caught.value) == f"{path}, record 535: field 'alt' {reason}"
+    with pytest.warns(UserWarning, match="skipped 2 of 1000 records; the first reason: .*record 535: "):
         edits = EditDataset.load(path, on_error="skip")
     assert (len(edits), edits.format) == (998, "zsre")
-    assert edits.skipped == tuple(f"{path}, record {n}: field 'alt' is empty ({reason}" for n in (535, 724))
+    assert edits.skipped == tuple(f"{path}, record {n}: field 'alt' {reason}" for n in (535, 724))
     questions = [edit.locality["natural_questions"][0].prompt for edit in edits]
     assert all(text.endswith("?") and not text.startswith("nq ") for text in questions)
     raw = [record for record in json.loads(path.read_text()) if record["alt"].strip()]
@@ -45,7 +45,7 @@ def test_zsre_has_two_records_without_a_target(shared: Path) -> None:
         ("wiki_recent_train.json", 570, {"Reasoning": 476, "Logical_Generalization": 223, "Subject_Aliasing": 52}),
     ],
 )
-def test_knowedit(shared: Path, file: str, count: int, kinds: dict[str, int]) -> None:
+def test_knowedit_is_read_completely(shared: Path, file: str, count: int, kinds: dict[str, int]) -> None:
     edits = EditDataset.load(shared / "data/knowedit" / file)
     assert (len(edits), edits.format, edits.skipped) == (count, "knowedit", ())
     found = {kind: sum(len(edit.portability.get(kind, ())) for edit in edits) for kind in kinds}
@@ -56,7 +56,7 @@ def test_knowedit(shared: Path, file: str, count: int, kinds: dict[str, int]) ->
         assert [probe.prompt for probes in edit.locality.values() for probe in probes] == questions
 
 
-def test_factlm_records(factlm: Path) -> None:
+def test_the_records_of_factlm_are_read_completely(factlm: Path) -> None:
     edits = EditDataset.load(factlm / "records.json")
     assert (len(edits), edits.format, edits.skipped) == (1600, "counterfact", ())
     raw = json.loads((factlm / "records.json").read_text())

@@ -162,7 +162,7 @@ def test_files_of_prompts_and_of_edits(rigged: Any, tmp_path: Path) -> None:
         ({"prefixes": -1}, "prefixes=-1"),
         ({"replay_limit": 3}, "name the prompts with replay="),
         ({"replay": ["P:"]}, "no prompt is left to be replayed"),
-        ({"previous_edits": [Edit("x " * 200, "y")]}, "tokens, 200 fit"),
+        ({"previous_edits": [Edit("x " * 200, "y")]}, "at most 200 tokens"),
     ):
         with pytest.raises(EditError, match=message):
             rows(**wrong)

@@ -100,7 +100,7 @@ def test_peft(factlm: Path, kind: str) -> None:
 
 def test_refusals(rigged: Any) -> None:
     model, tokenizer = rigged({"Q:": " Rome"}, context=12)
-    with pytest.raises(EditError, match=r"'Q:' and its target have 13 tokens, 12 fit"):
+    with pytest.raises(EditError, match=r"'Q:' and its target must have at most 12 tokens, got 13"):
         teacher_forced(model, tokenizer, [("Q:", "Rome, Ita")])
     with pytest.raises(EditError, match="only an end-of-text"):
         teacher_forced(model, tokenizer, [("Q: ", "</s>")])

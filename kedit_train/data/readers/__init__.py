@@ -1,4 +1,4 @@
-"""Records -> edits: one reader for each public format, and the choice between them."""
+"""One reader per public format, and the choice between them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kedit_train.arguments import check_arguments, integer_from, one_of, optional
 from kedit_train.data.readers.counterfact import COUNTERFACT
 from kedit_train.data.readers.fields import REMEDY, Fields, describe
 from kedit_train.data.readers.files import decode_cells
@@ -23,49 +24,65 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def recognise(records: Sequence[Any], name: str) -> str:
-    """The format that most records have, by their keys.
+def recognize(records: Sequence[Any], name: str) -> str:
+    """Return the name of the format that most records have, judged by their keys.
+
+    Args:
+        records: the records of a file.
+        name: the beginning of the messages.
 
     Raises:
-        EditError: no record has a known one, or two formats are equally frequent.
+        EditError: no record has a known format, or two formats are equally frequent.
     """
     votes: Counter[str] = Counter()
     for record in records:
         if isinstance(record, Mapping):
-            votes.update(form.name for form in FORMATS.values() if form.recognise(record))
+            votes.update(form.name for form in FORMATS.values() if form.recognize(record))
     ranked = votes.most_common()
     best = [form for form, count in ranked if count == ranked[0][1]]
     if len(best) == 1:
         return best[0]
     mappings = [record for record in records if isinstance(record, Mapping)]
     if not mappings:
-        read_record(records[0], OWN, f"{name}, record 1", chosen=True, csv=False)  # says what it is instead
-    shown = [record for record in mappings if not best or any(FORMATS[form].recognise(record) for form in best)]
+        # Raises the error that says what the record is instead of a mapping.
+        read_record(records[0], OWN, f"{name}, record 1", chosen=True, csv=False)
+    shown = [record for record in mappings if not best or any(FORMATS[form].recognize(record) for form in best)]
     keys = ", ".join(map(repr, dict.fromkeys(key for record in shown for key in record)))
     if best:
         raise EditError(
-            f"{name}: the fields {keys} fit several formats equally well ({', '.join(best)}): pass "
+            f"{name}: the fields {keys} match several formats equally well ({', '.join(best)}); pass "
             f'format="{best[0]}" or another of them, or split the file'
         )
     raise EditError(
-        f"{name}: the fields {keys} fit none of the formats {', '.join(FORMATS)}: rename them to prompt and target, "
+        f"{name}: the fields {keys} match none of the formats {', '.join(FORMATS)}; rename them to prompt and target, "
         "or pass format=..."
     )
 
 
 def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: bool) -> list[Edit]:
-    """The edits of one record. ``chosen``: the user named the format, so no second guess is made."""
+    """Return the edits of one record.
+
+    Args:
+        record: a mapping, or the ``EditError`` that reading the line raised.
+        form: the format.
+        where: the beginning of the messages.
+        chosen: the user named the format, so no other format is suggested.
+        csv: decode cells that hold lists or mappings.
+
+    Raises:
+        EditError: the record is malformed, or of another format.
+    """
     if isinstance(record, EditError):
         raise record
     if not isinstance(record, Mapping):
-        raise EditError(f"{where}: the record is {describe(record)} (expected a mapping of fields): {REMEDY}")
+        raise EditError(f"{where}: the record must be a mapping of fields, got {describe(record)}; {REMEDY}")
     others = set(record) - form.reads - form.ignores
     if others and not chosen:
-        looks = [other.name for other in FORMATS.values() if other is not form and other.recognise(record)]
-        if looks:
+        matches = [other.name for other in FORMATS.values() if other is not form and other.recognize(record)]
+        if matches:
             raise EditError(
-                f"{where}: field '{min(map(str, others))}' belongs to {looks[0]}, the records here are {form.name} "
-                f'(expected one format in a file): {REMEDY}, or pass format="{form.name}"'
+                f"{where}: field '{min(map(str, others))}' belongs to the format {matches[0]}, but the other records "
+                f'are {form.name}, and a file must have one format; {REMEDY}, or pass format="{form.name}"'
             )
     if csv:
         record = decode_cells(record, form.structured, where)
@@ -81,19 +98,33 @@ def read_records(
     limit: int | None = None,
     csv: bool = False,
 ) -> tuple[list[Edit], str, tuple[str, ...]]:
-    """All edits of the records, the format's name, and one line for each record that was skipped.
+    """Turn records into edits.
 
-    Warns once where records were skipped, and once where a public format's records have fields that nothing reads.
+    It warns once if records were skipped, and once if records of a public format have fields that are not read.
+
+    Args:
+        records: the records.
+        name: the beginning of the messages.
+        format: the name of the format; None recognizes it.
+        on_error: "raise" or "skip".
+        limit: stop after this many records that could be read.
+        csv: the records are rows of a CSV file.
+
+    Returns:
+        The edits, the name of the format, and one message per skipped record.
+
+    Raises:
+        EditError: a record is malformed and ``on_error`` is "raise", no record can be read, or a wrong argument.
     """
-    if on_error not in ("raise", "skip"):
-        raise EditError(f"on_error={on_error!r} is not known: use 'raise' or 'skip'")
-    if limit is not None and limit < 1:
-        raise EditError(f"limit={limit} leaves no edits: use 1 or more, or None for all")
-    if format is not None and format not in FORMATS:
-        raise EditError(f"format={format!r} is not known: use one of {', '.join(FORMATS)}")
+    check_arguments(
+        "EditDataset",
+        on_error=(on_error, one_of(("raise", "skip"))),
+        limit=(limit, optional(integer_from(1))),
+        format=(format, optional(one_of(FORMATS))),
+    )
     if not records:
-        raise EditError(f"{name}: there are no records: an edit needs at least a prompt and a target")
-    form = FORMATS[format or recognise(records, name)]
+        raise EditError(f"{name}: there are no records; give at least one with a prompt and a target")
+    form = FORMATS[format or recognize(records, name)]
     edits: list[Edit] = []
     skipped: list[str] = []
     unread: Counter[str] = Counter()
@@ -112,10 +143,13 @@ def read_records(
         unread.update(str(key) for key in set(record) - form.reads - form.ignores)
     if unread:
         listed = ", ".join(f"'{key}' ({count} records)" for key, count in sorted(unread.items()))
-        warnings.warn(f"{name}: format {form.name} does not read the fields {listed}", UserWarning, stacklevel=3)
+        warnings.warn(f"{name}: the format {form.name} does not read the fields {listed}", UserWarning, stacklevel=3)
     if skipped:
-        message = f"{name}: skipped {len(skipped)} of {done + len(skipped)} records; first: {skipped[0]}"
         if not edits:
-            raise EditError(f"{name}: none of the {len(skipped)} records can be read; first: {skipped[0]}")
-        warnings.warn(message, UserWarning, stacklevel=3)
+            raise EditError(f"{name}: none of the {len(skipped)} records can be read; the first reason: {skipped[0]}")
+        warnings.warn(
+            f"{name}: skipped {len(skipped)} of {done + len(skipped)} records; the first reason: {skipped[0]}",
+            UserWarning,
+            stacklevel=3,
+        )
     return edits, form.name, tuple(skipped)

@@ -1,9 +1,4 @@
-"""CounterFact, one level deep (one rephrase, one neighbour), as the later editing repositories publish it.
-
-Data: "Locating and Editing Factual Associations in GPT" (arXiv 2202.05262). The variant with a list of
-``rephrase_prompts`` reads the same way. ``ground_truth`` is the old truth; the neighbour's right answer is
-``locality_ground_truth``.
-"""
+"""The flat form of CounterFact, with one rephrase and one neighbour per record, as editing repositories publish it."""
 
 from __future__ import annotations
 
@@ -11,22 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from kedit_train.data.readers.fields import Fields
-from kedit_train.data.readers.format import Format, words
+from kedit_train.data.readers.format import Format, field_names
 from kedit_train.data.readers.questions import WIKIBIGEDIT, one_probe
-from kedit_train.edit import Edit, Probe
+from kedit_train.edit import Edit
 
 
-def recognise(record: Mapping[str, Any]) -> bool:
+def recognize(record: Mapping[str, Any]) -> bool:
+    """Return whether the keys are those of flat CounterFact and of no nested or similar format."""
     keys = set(record)
     nested = keys & {"locality", "portability", "requested_rewrite"}
-    return bool(keys & {"target_new", "locality_prompt"}) and not nested and not WIKIBIGEDIT.recognise(record)
+    return bool(keys & {"target_new", "locality_prompt"}) and not nested and not WIKIBIGEDIT.recognize(record)
 
 
 def read(record: Fields) -> list[Edit]:
+    """Read a record, also one with a list of ``rephrase_prompts``.
+
+    ``ground_truth`` is the old answer. ``locality_ground_truth`` is the right answer about the neighbour. ``relation``
+    and ``relation_id`` only name the relation and are not read.
+
+    References:
+        "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
+    """
     old = record.answers("ground_truth")
-    neighbour: dict[str, tuple[Probe, ...]] = one_probe(
-        record, "neighborhood", ("locality_prompt",), ("locality_ground_truth",)
-    )
     return [
         Edit(
             prompt=record.text("prompt"),
@@ -34,20 +35,20 @@ def read(record: Fields) -> list[Edit]:
             subject=record.optional_text("subject"),
             old_target=old[0] if old else None,
             rephrases=record.texts("rephrase_prompt") + record.texts("rephrase_prompts"),
-            locality=neighbour,
-            id=record.identity("case_id", "id"),
+            locality=one_probe(record, "neighborhood", ("locality_prompt",), ("locality_ground_truth",)),
+            id=record.identifier("case_id", "id"),
         )
     ]
 
 
 COUNTERFACT = Format(
     name="counterfact",
-    recognise=recognise,
+    recognize=recognize,
     read=read,
-    reads=words(
+    reads=field_names(
         "case_id id prompt target_new subject ground_truth rephrase_prompt rephrase_prompts locality_prompt "
         "locality_ground_truth"
     ),
-    ignores=words("relation relation_id"),
-    structured=words("rephrase_prompts"),
+    ignores=field_names("relation relation_id"),
+    structured=field_names("rephrase_prompts"),
 )

@@ -1,4 +1,4 @@
-"""Checked access to one record: a wrong field becomes one line that names file, record, field and what was expected."""
+"""Checked access to the fields of one record."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from kedit_train.errors import EditError
 
-REMEDY = 'mend the record, or pass on_error="skip" to leave such records out'
+REMEDY = 'correct the record, or pass on_error="skip" to leave out such records'
 
 
 def describe(value: object) -> str:
-    """What a JSON value is, in a reader's words: ``"null"``, ``"text"``, ``"a number"``, ..."""
+    """Return what a JSON value is, in words: "null", "text", "empty text", "a number", and so on."""
     if value is None:
         return "null"
     if isinstance(value, str):
-        return "text" if value.strip() else "empty"
+        return "text" if value.strip() else "empty text"
     if isinstance(value, bool):
         return "a boolean"
     if isinstance(value, (int, float)):
@@ -23,20 +23,25 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, (list, tuple)):
-        return "a list"
-    return f"of type {type(value).__name__}"
+        return "a list" if value else "an empty list"
+    return f"a {type(value).__name__}"
+
+
+def is_blank(value: object) -> bool:
+    """Return True for null and for text of white space only."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 class Fields:
-    """One record, or a mapping inside it. Every method raises a one-line ``EditError`` for what is malformed.
+    """One record, or a mapping inside it. Every method reports a malformed value as a one-line ``EditError``.
 
-    An optional field that is missing, null or blank is absent, which is fine; of the wrong type it is an error.
-    Where a method takes several keys, they are alternative names of one field, and the first that is there counts.
+    An optional field may be missing, null or blank. A value of the wrong type is an error. Where a method takes several
+    keys, they are alternative names of one field, and the first one with a value is read.
 
     Args:
         values: the record.
-        where: what precedes the message, e.g. ``"edits.json, record 17"`` (records are counted from 1).
-        path: where in the record these values are, e.g. ``"requested_rewrite[0]."``.
+        where: the beginning of the messages, for example ``"edits.json, record 17"`` (records are counted from 1).
+        path: where in the record these values are, for example ``"requested_rewrite[0]."``.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, path: str = "") -> None:
@@ -44,95 +49,106 @@ class Fields:
         self.where = where
         self.path = path
 
-    def error(self, key: str, problem: str, expected: str) -> EditError:
-        return EditError(f"{self.where}: field '{self.path}{key}' {problem} (expected {expected}): {REMEDY}")
+    def error(self, key: str, expected: str, got: str) -> EditError:
+        """Return the error for a field with a wrong value."""
+        return EditError(f"{self.where}: field '{self.path}{key}' must be {expected}, got {got}; {REMEDY}")
+
+    def missing(self, keys: tuple[str, ...], expected: str) -> EditError:
+        """Return the error for a field that is missing."""
+        names = " or ".join(f"'{self.path}{key}'" for key in keys)
+        return EditError(f"{self.where}: field {names} is missing, it must be {expected}; {REMEDY}")
 
     def _pick(self, keys: tuple[str, ...]) -> tuple[str, Any]:
-        """The first key with something in it, else the first that is there at all."""
-        there = [key for key in keys if key in self.values]
-        filled = [key for key in there if describe(self.values[key]) not in ("null", "empty")]
-        key = (filled or there or [keys[0]])[0]
+        """Return the first key with a value, else the first key that exists."""
+        existing = [key for key in keys if key in self.values]
+        filled = [key for key in existing if not is_blank(self.values[key])]
+        key = (filled or existing or [keys[0]])[0]
         return key, self.values.get(key)
 
     def has(self, *keys: str) -> bool:
-        return describe(self._pick(keys)[1]) not in ("null", "empty")
+        """Return whether one of the keys has a value."""
+        return not is_blank(self._pick(keys)[1])
 
     def text(self, *keys: str) -> str:
-        """A text that must be there and not blank, as written."""
+        """Return a required text as it is written."""
         key, value = self._pick(keys)
         if key not in self.values:
-            or_else = "".join(f" (or '{other}')" for other in keys[1:])
-            raise EditError(f"{self.where}: field '{self.path}{key}'{or_else} is missing (expected text): {REMEDY}")
+            raise self.missing(keys, "text")
         if not isinstance(value, str) or not value.strip():
-            raise self.error(key, f"is {describe(value)}", "text")
+            raise self.error(key, "text", describe(value))
         return value
 
     def answer(self, *keys: str) -> str:
-        """A text that must be there, without the white space around it: the separator decides that."""
+        """Return a required text without the white space around it, because the separator is added later."""
         return self.text(*keys).strip()
 
     def optional_text(self, *keys: str) -> str | None:
+        """Return a text, or None where it is missing."""
         return self.text(*keys) if self.has(*keys) else None
 
-    def identity(self, *keys: str) -> str:
-        """The record's own identifier as text; numbers are usual here."""
+    def identifier(self, *keys: str) -> str:
+        """Return the identifier of the record as text. Whole numbers are common here."""
         key, value = self._pick(keys)
         if not self.has(*keys):
             return ""
         if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise self.error(key, f"is {describe(value)}", "text or a whole number")
+            raise self.error(key, "text or a whole number", describe(value))
         return str(value)
 
     def texts(self, *keys: str) -> tuple[str, ...]:
-        """None, one text or a list of texts, as written."""
+        """Return the texts of a field that holds nothing, one text or a list of texts, as they are written."""
         if not self.has(*keys):
             return ()
         key, value = self._pick(keys)
         if isinstance(value, str):
             return (value,)
         if not isinstance(value, (list, tuple)):
-            raise self.error(key, f"is {describe(value)}", "text or a list of texts")
+            raise self.error(key, "text or a list of texts", describe(value))
         for i, item in enumerate(value):
             if not isinstance(item, str) or not item.strip():
-                raise self.error(f"{key}[{i}]", f"is {describe(item)}", "text")
+                raise self.error(f"{key}[{i}]", "text", describe(item))
         return tuple(value)
 
     def answers(self, *keys: str) -> tuple[str, ...]:
-        """None, one text, a list of texts or a list of alias lists, as one tuple: any of them counts as right."""
+        """Return the distinct right answers of a field: nothing, a text, a list of texts or a list of alias lists."""
         key, value = self._pick(keys)
-        found: list[str] = []
-        for i, item in enumerate(value if isinstance(value, (list, tuple)) else ()):
-            inside = Fields({f"{key}[{i}]": item}, self.where, self.path)
-            found += inside.texts(f"{key}[{i}]") if isinstance(item, (list, tuple)) else [inside.text(f"{key}[{i}]")]
         if not isinstance(value, (list, tuple)):
-            found += self.texts(*keys)
-        return tuple(dict.fromkeys(text.strip() for text in found))
+            texts = list(self.texts(*keys))
+        else:
+            texts = []
+            for i, item in enumerate(value):
+                name = f"{key}[{i}]"
+                fields = Fields({name: item}, self.where, self.path)
+                texts += fields.texts(name) if isinstance(item, (list, tuple)) else [fields.text(name)]
+        return tuple(dict.fromkeys(text.strip() for text in texts))
 
     def child(self, key: str) -> Fields:
-        """A mapping that must be there."""
-        value = self.values.get(key)
+        """Return the fields of a required mapping."""
+        if key not in self.values:
+            raise self.missing((key,), "a mapping")
+        value = self.values[key]
         if not isinstance(value, Mapping):
-            problem = f"is {describe(value)}" if key in self.values else "is missing"
-            raise self.error(key, problem, "a mapping")
+            raise self.error(key, "a mapping", describe(value))
         return Fields(value, self.where, f"{self.path}{key}.")
 
     def children(self, key: str, *, required: bool = False) -> list[Fields]:
-        """A list of mappings."""
+        """Return the fields of each mapping in a list."""
         value = self.values.get(key)
-        if not required and describe(value) in ("null", "empty"):
+        if not required and is_blank(value):
             return []
+        if required and key not in self.values:
+            raise self.missing((key,), "a list of mappings")
         if not isinstance(value, (list, tuple)) or (required and not value):
-            problem = "is missing" if key not in self.values else f"is {describe(value or None)}"
-            raise self.error(key, "is an empty list" if value in ([], ()) else problem, "a list of mappings")
+            raise self.error(key, "a list of mappings", describe(value))
         for i, item in enumerate(value):
             if not isinstance(item, Mapping):
-                raise self.error(f"{key}[{i}]", f"is {describe(item)}", "a mapping")
+                raise self.error(f"{key}[{i}]", "a mapping", describe(item))
         return [Fields(item, self.where, f"{self.path}{key}[{i}].") for i, item in enumerate(value)]
 
     def kinds(self, key: str) -> dict[str, list[Fields]]:
-        """A mapping from kind to a list of mappings; kinds without any are left out."""
+        """Return kind -> fields of each mapping, for a mapping from kinds to lists. Empty kinds are left out."""
         if not self.has(key):
             return {}
-        inside = self.child(key)
-        found = {str(kind): inside.children(kind) for kind in inside.values}
-        return {kind: items for kind, items in found.items() if items}
+        kinds = self.child(key)
+        children = {str(kind): kinds.children(kind) for kind in kinds.values}
+        return {kind: items for kind, items in children.items() if items}

@@ -1,4 +1,4 @@
-"""Files -> records. A line that cannot be parsed is returned as its error, so that the caller may skip it."""
+"""Reading the records of a file. A broken line is returned as an error, so that the caller can skip it."""
 
 from __future__ import annotations
 
@@ -8,65 +8,75 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kedit_train.data.readers.fields import REMEDY
+from kedit_train.data.readers.fields import REMEDY, describe
 from kedit_train.errors import EditError
 
 SUFFIXES = (".json", ".jsonl", ".csv")
-WRAPPERS = ("data", "records", "edits")  # names under which a JSON file may keep its list
+# The keys under which a JSON file may keep its list of records.
+LIST_KEYS = ("data", "records", "edits")
 
 
 def read_file(path: Path) -> list[Any]:
-    """The records of a ``.json``, ``.jsonl`` or ``.csv`` file, in order.
+    """Read the records of a ``.json``, ``.jsonl`` or ``.csv`` file, in order.
 
     Args:
-        path: UTF-8, with or without byte order mark. JSON: a list, or a mapping with the list under ``data``,
-            ``records`` or ``edits``. JSONL: blank lines are no records. CSV: the first row names the fields; an
-            empty cell is an absent field.
+        path: a UTF-8 file, with or without byte order mark. JSON: a list, or a mapping with the list under ``data``,
+            ``records`` or ``edits``. JSONL: one record per line; blank lines are skipped. CSV: the first row names the
+            fields; an empty cell is a missing field.
 
     Returns:
-        One mapping per record (or whatever else JSON held there; the caller checks), and an ``EditError`` in the
-        place of a line that is no JSON or a row with too many or too few cells.
+        One mapping per record, or whatever else the JSON holds there. A line that is not JSON, or a row with the wrong
+        number of cells, is returned as an ``EditError``.
 
     Raises:
-        EditError: the file is missing, of another kind, not text, empty or broken as a whole.
+        EditError: the file is missing, empty, of another kind, not text, or broken as a whole.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise EditError(f"{path}: files of edits end in {', '.join(SUFFIXES)}: rename or convert it")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise EditError(f"{path}: a file of edits must end in {', '.join(SUFFIXES)}; rename or convert it")
     if not path.is_file():
-        raise EditError(f"{path}: there is no such file: check the path (working directory: {Path.cwd()})")
+        raise EditError(f"{path}: the file does not exist; check the path (working directory: {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EditError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+        raise EditError(f"{path}: the file must be UTF-8 text, byte {error.start} is not; save it as UTF-8") from error
     if not text.strip():
-        raise EditError(f"{path}: the file is empty: an edit needs at least a prompt and a target")
-    kind = path.suffix.lower()
-    records = read_json(path, text) if kind == ".json" else read_csv(path) if kind == ".csv" else read_jsonl(path, text)
+        raise EditError(f"{path}: the file is empty; give at least one record with a prompt and a target")
+    if suffix == ".json":
+        records = read_json(path, text)
+    elif suffix == ".csv":
+        records = read_csv(path)
+    else:
+        records = read_jsonl(path, text)
     if not records:
-        raise EditError(f"{path}: the file holds no records: an edit needs at least a prompt and a target")
+        raise EditError(f"{path}: the file has no records; give at least one with a prompt and a target")
     return records
 
 
 def read_json(path: Path, text: str) -> list[Any]:
+    """Parse a JSON file and return its list of records."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "; one object a line belongs into a .jsonl file" if error.msg == "Extra data" else ""
-        raise EditError(f"{path}, line {error.lineno}: not JSON ({error.msg}): mend the file{hint}") from error
-    if isinstance(found, Mapping):
-        found = next((found[name] for name in WRAPPERS if isinstance(found.get(name), list)), found)
-    if not isinstance(found, list):
-        keys = f" with the keys {', '.join(map(repr, found))}" if isinstance(found, Mapping) else ""
+        hint = "; a file with one record per line must end in .jsonl" if error.msg == "Extra data" else ""
         raise EditError(
-            f"{path}: expected a list of records, or a mapping with that list under {', '.join(WRAPPERS)}; "
-            f"found a {type(found).__name__}{keys}: put the records into a list"
+            f"{path}, line {error.lineno}: the file is not valid JSON ({error.msg}); correct it{hint}"
+        ) from error
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in LIST_KEYS if isinstance(content.get(key), list)), content)
+    if not isinstance(content, list):
+        keys = f" with the keys {', '.join(map(repr, content))}" if isinstance(content, Mapping) else ""
+        raise EditError(
+            f"{path}: the file must hold a list of records, or a mapping with that list under {', '.join(LIST_KEYS)}, "
+            f"got {describe(content)}{keys}; put the records into a list"
         )
-    return found
+    return content
 
 
 def read_jsonl(path: Path, text: str) -> list[Any]:
+    """Parse a JSONL file. A line that is not JSON becomes an ``EditError``."""
     records: list[Any] = []
-    # split("\n") and not splitlines(): U+2028 and its like may stand inside a JSON text
+    # splitlines() would also split at U+2028 and similar characters, which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -74,36 +84,48 @@ def read_jsonl(path: Path, text: str) -> list[Any]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             where = f"{path}, record {len(records) + 1} (line {number})"
-            records.append(EditError(f"{where}: not JSON ({error.msg} at column {error.colno}): {REMEDY}"))
+            reason = f"{error.msg} at column {error.colno}"
+            records.append(EditError(f"{where}: the line is not valid JSON ({reason}); {REMEDY}"))
     return records
 
 
 def read_csv(path: Path) -> list[Any]:
+    """Parse a CSV file. A row with the wrong number of cells becomes an ``EditError``."""
     records: list[Any] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         try:
             names = [name.strip() for name in next(rows)]
-            doubled = sorted({name for name in names if names.count(name) > 1})
-            if doubled:
-                raise EditError(f"{path}: the column {doubled[0]!r} is there twice: rename one of them")
+            repeated = sorted({name for name in names if names.count(name) > 1})
+            if repeated:
+                raise EditError(f"{path}: the column {repeated[0]!r} appears twice; rename one of them")
             for cells in rows:
                 if not any(cell.strip() for cell in cells):
                     continue
                 if len(cells) != len(names):
                     where = f"{path}, record {len(records) + 1} (line {rows.line_num})"
-                    problem = f"{len(cells)} cells under {len(names)} column names"
-                    records.append(EditError(f"{where}: {problem} (a comma without quotes?): {REMEDY}"))
+                    problem = f"the row must have {len(names)} cells, got {len(cells)} (a comma without quotes?)"
+                    records.append(EditError(f"{where}: {problem}; {REMEDY}"))
                     continue
                 row = zip(names, cells, strict=True)
                 records.append({name: cell for name, cell in row if cell.strip()})
         except csv.Error as error:
-            raise EditError(f"{path}, line {rows.line_num}: not CSV ({error}): mend the file") from error
+            raise EditError(f"{path}, line {rows.line_num}: the file is not valid CSV ({error}); correct it") from error
     return records
 
 
 def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: str) -> dict[str, Any]:
-    """CSV cells that stand for lists or mappings: JSON if they begin like it, else ``a|b|c``."""
+    """Decode the CSV cells that stand for lists or mappings.
+
+    Args:
+        record: field -> cell.
+        structured: the fields that hold lists or mappings. A cell that begins with ``[`` or ``{`` is read as JSON, any
+            other as texts with ``|`` between them.
+        where: the beginning of the messages.
+
+    Raises:
+        EditError: a cell is not valid JSON.
+    """
     decoded = dict(record)
     for key in structured & record.keys():
         cell = record[key].strip()
@@ -114,7 +136,7 @@ def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: s
             decoded[key] = json.loads(cell)
         except json.JSONDecodeError as error:
             raise EditError(
-                f"{where}: field '{key}' is not JSON ({error.msg}) (expected a JSON list or mapping, or texts with | "
-                f"between them): {REMEDY}"
+                f"{where}: field '{key}' must be a JSON list or mapping, or texts with | between them, got invalid "
+                f"JSON ({error.msg}); {REMEDY}"
             ) from error
     return decoded

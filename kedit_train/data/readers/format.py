@@ -1,4 +1,4 @@
-"""What a format is to the loader."""
+"""The description of a format that a reader can read."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from kedit_train.edit import Edit
 
 @dataclass(frozen=True)
 class Format:
-    """One way of writing edits down.
+    """A format of records.
 
     Args:
-        name: what ``EditDataset.load(format=...)`` calls it.
-        recognise: whether a record's keys are those of this format.
-        read: one record -> its edits (MQuAKE has up to four in one record).
+        name: the name for ``EditDataset.load(format=...)``.
+        recognize: returns whether the keys of a record are those of this format.
+        read: turns one record into its edits. A record of MQuAKE has up to four.
         reads: top-level fields that end up in the edits.
-        ignores: top-level fields that are known and left out; the reader's docstring says why.
-        structured: fields that hold lists or mappings; a CSV cell holds them as JSON, or as ``a|b|c``.
+        ignores: top-level fields that are known and left out; the docstring of ``read`` says why.
+        structured: fields that hold lists or mappings. In a CSV file, a cell holds them as JSON or as ``a|b|c``.
     """
 
     name: str
-    recognise: Callable[[Mapping[str, Any]], bool]
+    recognize: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Fields], list[Edit]]
     reads: frozenset[str]
     ignores: frozenset[str] = frozenset()
     structured: frozenset[str] = frozenset()
 
 
-def words(text: str) -> frozenset[str]:
+def field_names(text: str) -> frozenset[str]:
+    """Return the names in a text that separates them by spaces."""
     return frozenset(text.split())

@@ -1,19 +1,14 @@
-"""KnowEdit ("A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286).
-
-Locality and portability keep the names of their kinds. A right answer is a text, a list, or a list with one list of
-aliases for every correct value (a person with three occupations has three): any text in it counts as right. Some
-published locality questions have no answer at all (``[[]]``): they become probes without answers, of which only
-"did the answer change?" can be asked. A kind without any question is left out.
-"""
+"""KnowEdit: locality and portability by kind, with lists of right answers."""
 
 from __future__ import annotations
 
 from kedit_train.data.readers.fields import Fields
-from kedit_train.data.readers.format import Format, words
+from kedit_train.data.readers.format import Format, field_names
 from kedit_train.edit import Edit, Probe
 
 
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
+    """Return kind -> probes for the field ``key``."""
     return {
         kind: tuple(Probe(item.text("prompt"), item.answers("ground_truth")) for item in items)
         for kind, items in record.kinds(key).items()
@@ -21,7 +16,16 @@ def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
 
 
 def read(record: Fields) -> list[Edit]:
-    """``ground_truth`` is the old truth (the first of several is kept); ``cond`` repeats the record and is not read."""
+    """Read a record.
+
+    Locality and portability keep the names of their kinds; a kind without questions is left out. A right answer is a
+    text, a list of texts, or a list with one list of aliases per correct value; any text in it counts as right. Some
+    published locality questions have no answer (``[[]]``) and become probes without answers. ``ground_truth`` is the
+    old answer, of which the first is kept. ``cond`` repeats the record and is not read.
+
+    References:
+        "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286.
+    """
     old = record.answers("ground_truth")
     return [
         Edit(
@@ -32,16 +36,18 @@ def read(record: Fields) -> list[Edit]:
             rephrases=record.texts("rephrase_prompt", "rephrase"),
             locality=probes(record, "locality"),
             portability=probes(record, "portability"),
-            id=record.identity("case_id", "id"),
+            id=record.identifier("case_id", "id"),
         )
     ]
 
 
 KNOWEDIT = Format(
     name="knowedit",
-    recognise=lambda record: "target_new" in record and bool(set(record) & {"locality", "portability"}),
+    recognize=lambda record: "target_new" in record and bool(set(record) & {"locality", "portability"}),
     read=read,
-    reads=words("case_id id subject prompt target_new ground_truth rephrase_prompt rephrase locality portability"),
-    ignores=words("cond"),
-    structured=words("ground_truth locality portability"),
+    reads=field_names(
+        "case_id id subject prompt target_new ground_truth rephrase_prompt rephrase locality portability"
+    ),
+    ignores=field_names("cond"),
+    structured=field_names("ground_truth locality portability"),
 )

@@ -1,41 +1,36 @@
-"""This package's own format: an ``Edit`` as a JSON object, or as a row of a CSV file.
-
-``prompt`` and ``target`` are required; ``subject``, ``old_target``, ``aliases``, ``rephrases``, ``locality``,
-``portability`` and ``id`` are optional. Locality and portability map a kind to a list of questions; a bare list
-counts as the kind ``other``. A question is ``{"prompt": ..., "answers": [...]}``, or only its text, where it has no
-known answer. Texts are kept exactly as written. A field of any other name is an error: a misspelt ``rephrases``
-must not go unnoticed.
-"""
+"""The format of this package: an ``Edit`` as a JSON object or as a row of a CSV file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from kedit_train.data.readers.fields import REMEDY, Fields, describe
-from kedit_train.data.readers.format import Format, words
+from kedit_train.data.readers.fields import Fields, describe
+from kedit_train.data.readers.format import Format, field_names
 from kedit_train.edit import Edit, Probe
 from kedit_train.errors import EditError
 
-READS = words("prompt target subject old_target aliases rephrases locality portability id")
+READS = field_names("prompt target subject old_target aliases rephrases locality portability id")
 
 
 def one_probe(record: Fields, key: str, item: object) -> Probe:
+    """Return the probe of a question: a text, or a mapping with ``prompt`` and ``answers``."""
     if isinstance(item, str) and item.strip():
         return Probe(item)
     if not isinstance(item, Mapping):
-        raise record.error(key, f"is {describe(item)}", 'text or {"prompt": ..., "answers": [...]}')
-    inside = Fields(item, record.where, f"{record.path}{key}.")
-    refuse_others(inside, words("prompt answers"))
-    return Probe(inside.text("prompt"), inside.texts("answers"))
+        raise record.error(key, 'text or {"prompt": ..., "answers": [...]}', describe(item))
+    fields = Fields(item, record.where, f"{record.path}{key}.")
+    check_names(fields, field_names("prompt answers"))
+    return Probe(fields.text("prompt"), fields.texts("answers"))
 
 
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
+    """Return kind -> probes. A list without kinds gets the kind "other"."""
     value = record.values.get(key)
     if not record.has(key):
         return {}
     kinds: Mapping[str, Any] = value if isinstance(value, Mapping) else {"other": value}
-    found: dict[str, tuple[Probe, ...]] = {}
+    result: dict[str, tuple[Probe, ...]] = {}
     for kind, items in kinds.items():
         name = f"{key}.{kind}" if isinstance(value, Mapping) else key
         if items is None:
@@ -43,25 +38,30 @@ def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
         if isinstance(items, str):
             items = [items]
         if not isinstance(items, (list, tuple)):
-            raise record.error(
-                name, f"is {describe(items)}", "a list of questions, or a mapping of kinds to such lists"
-            )
-        found[str(kind)] = tuple(one_probe(record, f"{name}[{i}]", item) for i, item in enumerate(items))
-    return found
+            raise record.error(name, "a list of questions, or a mapping of kinds to such lists", describe(items))
+        result[str(kind)] = tuple(one_probe(record, f"{name}[{i}]", item) for i, item in enumerate(items))
+    return result
 
 
-def refuse_others(record: Fields, known: frozenset[str]) -> None:
+def check_names(record: Fields, known: frozenset[str]) -> None:
+    """Raise an error for a field of an unknown name, because a misspelled name must not go unnoticed."""
     others = sorted(str(key) for key in set(record.values) - known)
     if others:
         listed = ", ".join(f"'{record.path}{key}'" for key in others)
         raise EditError(
-            f"{record.where}: nothing reads the field {listed} (known: {', '.join(sorted(known))}): "
-            f"rename or remove it; {REMEDY}"
+            f"{record.where}: field {listed} is not known (known: {', '.join(sorted(known))}); rename or remove it, or "
+            'pass on_error="skip" to leave out such records'
         )
 
 
 def read(record: Fields) -> list[Edit]:
-    refuse_others(record, READS)
+    """Read a record. Texts are kept exactly as they are written.
+
+    ``prompt`` and ``target`` are required. ``subject``, ``old_target``, ``aliases``, ``rephrases``, ``locality``,
+    ``portability`` and ``id`` are optional. Locality and portability map a kind to a list of questions, or are a list
+    of questions. A question is ``{"prompt": ..., "answers": [...]}``, or a text if it has no known answer.
+    """
+    check_names(record, READS)
     return [
         Edit(
             prompt=record.text("prompt"),
@@ -72,18 +72,18 @@ def read(record: Fields) -> list[Edit]:
             rephrases=record.texts("rephrases"),
             locality=probes(record, "locality"),
             portability=probes(record, "portability"),
-            id=record.identity("id"),
+            id=record.identifier("id"),
         )
     ]
 
 
 def write(edit: Edit) -> dict[str, Any]:
-    """The edit as JSON values, without the fields that are empty; ``read`` gives an equal edit back."""
+    """Return the edit as JSON values without empty fields. ``read`` returns an equal edit from them."""
 
-    def kinds(found: Mapping[str, tuple[Probe, ...]]) -> dict[str, Any]:
-        return {kind: [{"prompt": p.prompt, "answers": list(p.answers)} for p in ps] for kind, ps in found.items()}
+    def kinds(probes: Mapping[str, tuple[Probe, ...]]) -> dict[str, Any]:
+        return {kind: [{"prompt": p.prompt, "answers": list(p.answers)} for p in ps] for kind, ps in probes.items()}
 
-    every = {
+    values = {
         "id": edit.id,
         "prompt": edit.prompt,
         "target": edit.target,
@@ -94,10 +94,11 @@ def write(edit: Edit) -> dict[str, Any]:
         "locality": kinds(edit.locality),
         "portability": kinds(edit.portability),
     }
-    return {key: value for key, value in every.items() if value}
+    return {key: value for key, value in values.items() if value}
 
 
-def recognise(record: Mapping[str, Any]) -> bool:
+def recognize(record: Mapping[str, Any]) -> bool:
+    """Return whether the keys are those of this format and not of QAEdit, which also has ``target``."""
     keys = set(record)
     if keys & {"rephrases", "old_target", "aliases"}:
         return True
@@ -106,8 +107,8 @@ def recognise(record: Mapping[str, Any]) -> bool:
 
 OWN = Format(
     name="edits",
-    recognise=recognise,
+    recognize=recognize,
     read=read,
     reads=READS,
-    structured=words("aliases rephrases locality portability"),
+    structured=field_names("aliases rephrases locality portability"),
 )

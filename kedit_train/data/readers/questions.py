@@ -1,9 +1,4 @@
-"""Benchmarks of one question a record: ZsRE as MEND publishes it, WikiBigEdit, QAEdit.
-
-The locality questions of ZsRE and QAEdit come from Natural Questions and carry MEND's prefix ``nq question: `` and
-no question mark. The prefix is an instruction to the encoder-decoder that MEND was made for and means nothing to a
-causal model, so it is taken off and a question mark is put at the end; the words themselves stay as published.
-"""
+"""Benchmarks with one question per record: ZsRE as MEND publishes it, WikiBigEdit and QAEdit."""
 
 from __future__ import annotations
 
@@ -11,14 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from kedit_train.data.readers.fields import Fields
-from kedit_train.data.readers.format import Format, words
+from kedit_train.data.readers.format import Format, field_names
 from kedit_train.edit import Edit, Probe
 
 NQ_PREFIX = "nq question:"
 
 
 def plain_question(text: str) -> str:
-    """``"nq question: who wrote it"`` -> ``"who wrote it?"``; any other text as it is."""
+    """Turn ``"nq question: who wrote it"`` into ``"who wrote it?"`` and return any other text as it is.
+
+    ZsRE and QAEdit take their locality questions from Natural Questions, with a prefix that MEND's encoder-decoder
+    needs and that means nothing to a causal model.
+    """
     if not text.startswith(NQ_PREFIX):
         return text
     return text.removeprefix(NQ_PREFIX).strip().rstrip("?") + "?"
@@ -27,9 +26,9 @@ def plain_question(text: str) -> str:
 def one_probe(
     record: Fields, kind: str, prompt_keys: tuple[str, ...], answer_keys: tuple[str, ...]
 ) -> dict[str, tuple[Probe, ...]]:
-    """``{kind: (probe,)}``, or nothing where the record has neither prompt nor answer.
+    """Return ``{kind: (probe,)}``, or an empty mapping if the record has neither prompt nor answer.
 
-    A prompt without an answer still asks "did it change?"; an answer without its prompt is an error.
+    A prompt without an answer becomes a probe without answers. An answer without its prompt is an error.
     """
     if not record.has(*prompt_keys) and not record.has(*answer_keys):
         return {}
@@ -37,10 +36,12 @@ def one_probe(
 
 
 def read_zsre(record: Fields) -> list[Edit]:
-    """ "Fast Model Editing at Scale" (arXiv 2110.11309). The new answer is ``alt``; ``answers`` are the old truth.
+    """Read a record of ZsRE. ``alt`` is the new answer, ``answers`` are the old ones, of which the first is kept.
 
-    Of several old answers the first is kept. ``pred`` (what MEND's own model said) and ``cond`` (a summary in MEND's
-    input syntax) are not read.
+    ``pred`` (the answer of MEND's model) and ``cond`` (a summary in the input syntax of MEND) are not read.
+
+    References:
+        "Fast Model Editing at Scale", arXiv 2110.11309.
     """
     old = record.answers("answers")
     return [
@@ -56,10 +57,13 @@ def read_zsre(record: Fields) -> list[Edit]:
 
 
 def read_wikibigedit(record: Fields) -> list[Edit]:
-    """ "Understanding the Limits of Lifelong Knowledge Editing in LLMs" (arXiv 2503.05683), either set of names.
+    """Read a record of WikiBigEdit, with either of its two sets of field names.
 
-    ``personas`` asks the same question in somebody's voice: it joins the rephrases, after ``rephrase``. ``mhop`` is
-    portability of kind ``multi_hop``.
+    ``personas`` asks the same question in the voice of a persona and becomes a rephrase, after ``rephrase``. ``mhop``
+    becomes portability of the kind ``multi_hop``.
+
+    References:
+        "Understanding the Limits of Lifelong Knowledge Editing in LLMs", arXiv 2503.05683.
     """
     return [
         Edit(
@@ -69,13 +73,17 @@ def read_wikibigedit(record: Fields) -> list[Edit]:
             rephrases=record.texts("rephrase_prompt", "rephrase") + record.texts("personas"),
             locality=one_probe(record, "unrelated", ("locality_prompt", "loc"), ("locality_ground_truth", "loc_ans")),
             portability=one_probe(record, "multi_hop", ("mhop",), ("mhop_ans",)),
-            id=record.identity("case_id", "id"),
+            id=record.identifier("case_id", "id"),
         )
     ]
 
 
 def read_qaedit(record: Fields) -> list[Edit]:
-    """ "The Mirage of Model Editing" (arXiv 2502.11177). ``source``, the data set of the question, is not read."""
+    """Read a record of QAEdit. ``source``, the data set of the question, is not read.
+
+    References:
+        "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
+    """
     locality = tuple(
         Probe(plain_question(item.text("loc")), item.answers("loc_ans")) for item in record.children("locality")
     )
@@ -86,12 +94,13 @@ def read_qaedit(record: Fields) -> list[Edit]:
             subject=record.optional_text("subject"),
             rephrases=record.texts("rephrase"),
             locality={"unrelated": locality} if locality else {},
-            id=record.identity("id"),
+            id=record.identifier("id"),
         )
     ]
 
 
 def is_wikibigedit(record: Mapping[str, Any]) -> bool:
+    """Return whether the keys are those of WikiBigEdit, in either set of names or mixed."""
     keys = set(record)
     own_names = keys & {"update", "ans", "mhop", "mhop_ans", "personas"}
     mixed_names = "target_new" in keys and keys & {"loc", "loc_ans", "rephrase"}
@@ -100,27 +109,27 @@ def is_wikibigedit(record: Mapping[str, Any]) -> bool:
 
 ZSRE = Format(
     name="zsre",
-    recognise=lambda record: bool(set(record) & {"src", "alt"}),
+    recognize=lambda record: bool(set(record) & {"src", "alt"}),
     read=read_zsre,
-    reads=words("subject src rephrase alt answers loc loc_ans"),
-    ignores=words("pred cond"),
-    structured=words("answers"),
+    reads=field_names("subject src rephrase alt answers loc loc_ans"),
+    ignores=field_names("pred cond"),
+    structured=field_names("answers"),
 )
 WIKIBIGEDIT = Format(
     name="wikibigedit",
-    recognise=is_wikibigedit,
+    recognize=is_wikibigedit,
     read=read_wikibigedit,
-    reads=words(
+    reads=field_names(
         "case_id id prompt update target_new ans subject rephrase_prompt rephrase locality_prompt loc "
         "locality_ground_truth loc_ans mhop mhop_ans personas"
     ),
-    ignores=words("tag relation relation_id"),
+    ignores=field_names("tag relation relation_id"),
 )
 QAEDIT = Format(
     name="qaedit",
-    recognise=lambda record: "target" in record and bool(set(record) & {"rephrase", "source"}),
+    recognize=lambda record: "target" in record and bool(set(record) & {"rephrase", "source"}),
     read=read_qaedit,
-    reads=words("id prompt target subject rephrase locality"),
-    ignores=words("source"),
-    structured=words("locality"),
+    reads=field_names("id prompt target subject rephrase locality"),
+    ignores=field_names("source"),
+    structured=field_names("locality"),
 )

@@ -1,4 +1,4 @@
-"""The two benchmarks that nest their edits in ``requested_rewrite``: CounterFact as first published, and MQuAKE."""
+"""Benchmarks with edits under ``requested_rewrite``: CounterFact as first published, and MQuAKE."""
 
 from __future__ import annotations
 
@@ -6,30 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from kedit_train.data.readers.fields import Fields
-from kedit_train.data.readers.format import Format, words
+from kedit_train.data.readers.format import Format, field_names
 from kedit_train.edit import Edit, Probe
 
 
 def filled_prompt(rewrite: Fields) -> str:
-    """The prompt with the subject in place of ``{}``."""
+    """Return the prompt with the subject in the place of ``{}``."""
     prompt, subject = rewrite.text("prompt"), rewrite.text("subject")
     if "{}" not in prompt:
-        raise rewrite.error("prompt", "has no {} for the subject", 'text such as "The mother tongue of {} is"')
+        expected = 'text with {} for the subject, such as "The mother tongue of {} is"'
+        raise rewrite.error("prompt", expected, f'"{prompt}"')
     return prompt.replace("{}", subject)
 
 
 def old_target(rewrite: Fields) -> str | None:
+    """Return the old answer, or None where it is not known."""
     return rewrite.child("target_true").answer("str") if rewrite.has("target_true") else None
 
 
 def read_counterfact(record: Fields) -> list[Edit]:
-    """ "Locating and Editing Factual Associations in GPT" (arXiv 2202.05262).
+    """Read a record of CounterFact.
 
-    Paraphrases are rephrases. Neighbours (other subjects with the same true object) are locality of kind
-    ``neighborhood``, with ``target_true`` as the right answer. Two lists are not read, as neither holds a question
-    that this edit could answer rightly or wrongly: ``attribute_prompts`` are about other subjects whose true object
-    already is the new target, so that an edit which leaks everywhere scores on them; ``generation_prompts`` are open
-    beginnings without an answer.
+    Paraphrases become rephrases. Neighbours (other subjects with the same true object) become locality of the kind
+    ``neighborhood``, with ``target_true`` as the right answer. Two lists are not read, because no answer to them is
+    right or wrong for this edit: ``attribute_prompts`` are about other subjects whose true object is the new target
+    already, and ``generation_prompts`` are open beginnings.
+
+    References:
+        "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
     """
     rewrite = record.child("requested_rewrite")
     truth = old_target(rewrite)
@@ -42,25 +46,27 @@ def read_counterfact(record: Fields) -> list[Edit]:
             old_target=truth,
             rephrases=record.texts("paraphrase_prompts"),
             locality={"neighborhood": neighbours} if neighbours else {},
-            id=record.identity("case_id"),
+            id=record.identifier("case_id"),
         )
     ]
 
 
 def read_mquake(record: Fields) -> list[Edit]:
-    """ "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions" (arXiv 2305.14795).
+    """Read a record of MQuAKE, which holds 1 to 4 edits.
 
-    One record gives 1 to 4 edits, with ids ``"case-1"``, ``"case-2"``, ... where there are several. The multi-hop
-    questions hold only once all edits of the record are made, so they are attached to its *last* edit alone: asked
-    once, and true by then in sequential editing. Their kind says how many edits they need: ``multi_hop_edits_1``
-    to ``multi_hop_edits_4``; with more than 1 they mean nothing when edits are made one at a time on the unedited
-    model. Each rewrite's own ``question`` is its rephrase. The old multi-hop answer and the lists of single hops
-    (the chain in pieces) are not read.
+    Several edits get the ids ``"case-1"``, ``"case-2"``, and so on. The ``question`` of a rewrite becomes its
+    rephrase. The multi-hop questions are true only after all edits of the record, so they belong to its last edit,
+    as portability of the kind ``multi_hop_edits_1`` to ``multi_hop_edits_4``: the number of edits that they need. With
+    more than one, they mean nothing when each edit is made alone on the unedited model. The old multi-hop answer and
+    the lists of single hops are not read.
+
+    References:
+        "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions", arXiv 2305.14795.
     """
     rewrites = record.children("requested_rewrite", required=True)
-    case = record.identity("case_id")
-    right = (record.answer("new_answer"), *record.answers("new_answer_alias")) if record.has("questions") else ()
-    hops = tuple(Probe(text, tuple(dict.fromkeys(right))) for text in record.texts("questions"))
+    case = record.identifier("case_id")
+    answers = (record.answer("new_answer"), *record.answers("new_answer_alias")) if record.has("questions") else ()
+    hops = tuple(Probe(text, tuple(dict.fromkeys(answers))) for text in record.texts("questions"))
     edits = []
     for i, rewrite in enumerate(rewrites, start=1):
         last = i == len(rewrites)
@@ -79,23 +85,24 @@ def read_mquake(record: Fields) -> list[Edit]:
 
 
 def is_mquake(record: Mapping[str, Any]) -> bool:
-    asks = bool(set(record) & {"questions", "new_answer"})
-    return asks or ("requested_rewrite" in record and isinstance(record["requested_rewrite"], list))
+    """Return whether the keys are those of MQuAKE. CounterFact also has ``requested_rewrite``, but not as a list."""
+    has_questions = bool(set(record) & {"questions", "new_answer"})
+    return has_questions or ("requested_rewrite" in record and isinstance(record["requested_rewrite"], list))
 
 
 COUNTERFACT_NESTED = Format(
     name="counterfact_nested",
-    recognise=lambda record: "requested_rewrite" in record and not is_mquake(record),
+    recognize=lambda record: "requested_rewrite" in record and not is_mquake(record),
     read=read_counterfact,
-    reads=words("case_id requested_rewrite paraphrase_prompts neighborhood_prompts"),
-    ignores=words("attribute_prompts generation_prompts pararel_idx"),
-    structured=words("requested_rewrite paraphrase_prompts neighborhood_prompts"),
+    reads=field_names("case_id requested_rewrite paraphrase_prompts neighborhood_prompts"),
+    ignores=field_names("attribute_prompts generation_prompts pararel_idx"),
+    structured=field_names("requested_rewrite paraphrase_prompts neighborhood_prompts"),
 )
 MQUAKE = Format(
     name="mquake",
-    recognise=is_mquake,
+    recognize=is_mquake,
     read=read_mquake,
-    reads=words("case_id requested_rewrite questions new_answer new_answer_alias"),
-    ignores=words("answer answer_alias answer_extended new_answer_extended single_hops new_single_hops orig"),
-    structured=words("requested_rewrite questions new_answer_alias"),
+    reads=field_names("case_id requested_rewrite questions new_answer new_answer_alias"),
+    ignores=field_names("answer answer_alias answer_extended new_answer_extended single_hops new_single_hops orig"),
+    structured=field_names("requested_rewrite questions new_answer_alias"),
 )

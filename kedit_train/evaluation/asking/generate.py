@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from kedit_train.data.prompts import PromptFormat, check_format, end_id, prompt_rows
+from kedit_train.data.prompts import PromptFormat, check_format, encode_prompts, end_id
 from kedit_train.data.tokenization import context_length, pad_token_id
 from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.batching import DivergedError, bar, batches, evaluating, unwrapped
@@ -121,7 +121,7 @@ def generate_answers(
         raise EditError("prompts is one string: give a list of prompts")
     check_format(prompt_format, tokenizer)
     context = context_length(inner.config)
-    asked = prompt_rows(tokenizer, prompts, context, prompt_format)
+    asked = encode_prompts(tokenizer, prompts, context, prompt_format)
     stops, pad_id = Ending(inner, tokenizer, lines, prompt_format), pad_token_id(tokenizer)
     names = dict(zip(asked, prompts, strict=True))
     most = {row: max_new_tokens if context is None else min(max_new_tokens, context - len(row)) for row in names}

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from kedit_train.data import Edit
-from kedit_train.data.prompts import PromptFormat, switched
+from kedit_train.data.prompts import PromptFormat, switch_format
 from kedit_train.data.tokenization import separator
 
 # Sentences about nothing, put before a prompt: an edit that took does not depend on how a text begins.
@@ -85,7 +85,7 @@ def probes_of(
         for prefix in random.Random(f"{seed} {name}").sample(list(prefixes), min(PREFIXES_EACH, len(prefixes))):
             yield new("generality", "prefix", f"{prefix} {edit.prompt}")
     if "format" in extras:
-        yield new("generality", "format", switched(edit.prompt, prompt_format))
+        yield new("generality", "format", switch_format(edit.prompt, prompt_format))
     for question, by_kind in (("portability", edit.portability), ("locality", edit.locality)):
         for kind, probes in by_kind.items():
             for probe in probes:

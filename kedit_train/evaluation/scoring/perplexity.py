@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.data.tokenization import Encoded, context_length, ids_of, pad_token_id
+from kedit_train.data.tokenization import Encoded, context_length, pad_token_id, token_ids
 from kedit_train.evaluation.asking.batching import DivergedError, bar, evaluating, unwrapped
 from kedit_train.evaluation.asking.logits import target_logits
 from kedit_train.evaluation.scoring.bootstrap import Score, ratio_scores
@@ -37,7 +37,7 @@ def text_losses(
     rows: list[Encoded] = []
     owners: list[int] = []
     for number, text in enumerate(texts):
-        ids = ids_of(tokenizer, text, special=True)
+        ids = token_ids(tokenizer, text, special=True)
         windows = [ids[i : i + width] for i in range(0, len(ids), width)]
         kept = [Encoded(window, 1) for window in windows if len(window) > 1]
         rows += kept

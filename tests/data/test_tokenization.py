@@ -1,4 +1,4 @@
-"""Prompt, target and mask as tokens, over tokenizers of every common kind."""
+"""Token ids and labels of edits, with tokenizers of every common kind."""
 
 from __future__ import annotations
 
@@ -133,13 +133,13 @@ every = pytest.mark.parametrize("tokenizer", ALL, indirect=True)
         ("born in", "1984", " "),
     ],
 )
-def test_separator(prompt: str, target: str, expected: str) -> None:
+def test_separator_depends_on_white_space_and_script(prompt: str, target: str, expected: str) -> None:
     assert separator(prompt, target) == expected
 
 
 @every
 @pytest.mark.parametrize(("prompt", "target"), PAIRS)
-def test_training_context_is_generation_context_and_nothing_is_lost(tokenizer: Any, prompt: str, target: str) -> None:
+def test_the_training_context_is_the_generation_context(tokenizer: Any, prompt: str, target: str) -> None:
     one = encode_edit(tokenizer, prompt, target)
     head, tail = one.input_ids[: one.target_start], one.input_ids[one.target_start :]
     assert head == encode_prompt(tokenizer, prompt)
@@ -157,25 +157,25 @@ def test_training_context_is_generation_context_and_nothing_is_lost(tokenizer: A
     assert head[:1] == bos[:1] or not bos
     joint = tokenizer(prompt + separator(prompt, target) + target, add_special_tokens=False).input_ids
     alone = tokenizer(prompt, add_special_tokens=False).input_ids
-    if joint[: len(alone)] == alone:  # no token straddles the border: the joint tokenisation, token for token
+    if joint[: len(alone)] == alone:  # No token crosses the border, so the joint tokens are used.
         assert one.input_ids[-1 - len(joint) : -1] == joint
 
 
-def test_the_pairs_above_do_straddle() -> None:
-    """Otherwise the test above says nothing about the fallback."""
-    straddled = set()
+def test_tokens_cross_the_border_of_some_pairs() -> None:
+    """Otherwise the previous test would not cover the fallback."""
+    crossing = set()
     for name, build in BUILT.items():
         tokenizer = _made.setdefault(name, build())
         for prompt, target in PAIRS:
             joint = tokenizer(prompt + separator(prompt, target) + target, add_special_tokens=False).input_ids
             alone = tokenizer(prompt, add_special_tokens=False).input_ids
             if joint[: len(alone)] != alone:
-                straddled.add(name)
-    assert straddled == set(BUILT)
+                crossing.add(name)
+    assert crossing == set(BUILT)
 
 
 @every
-def test_every_real_edit_decodes_to_its_own_text(tokenizer: Any, factlm: Path) -> None:
+def test_every_real_edit_decodes_to_its_text(tokenizer: Any, factlm: Path) -> None:
     edits = EditDataset.load(factlm / "records.json").sample(100, seed=1)
     for edit, one in zip(edits, edits.encode(tokenizer), strict=True):
         assert one.input_ids[: one.target_start] == encode_prompt(tokenizer, edit.prompt)
@@ -186,7 +186,7 @@ def test_every_real_edit_decodes_to_its_own_text(tokenizer: Any, factlm: Path) -
         assert words.strip() == edit.target
 
 
-def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_prompt_but_a_written_one_is() -> None:
+def test_an_appended_eos_is_removed_from_the_prompt_and_a_written_one_stays() -> None:
     tokenizer = _made.setdefault("byte-level, adds EOS itself", BUILT["byte-level, adds EOS itself"]())
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert tokenizer("Ada").input_ids[-1] == eos
@@ -198,7 +198,7 @@ def test_an_eos_that_the_tokenizer_adds_is_no_part_of_the_prompt_but_a_written_o
 
 
 @every
-def test_a_tokenizer_set_to_truncate_does_not(tokenizer: Any) -> None:
+def test_truncation_settings_of_the_tokenizer_are_ignored(tokenizer: Any) -> None:
     before = encode_edit(tokenizer, "The capital of France is", "Paris")
     tokenizer.backend_tokenizer.enable_truncation(3)
     tokenizer.backend_tokenizer.enable_padding(length=64)
@@ -213,25 +213,24 @@ def test_errors_name_the_edit() -> None:
     with pytest.raises(EditError) as caught:
         edits.encode(tokenizer, max_length=long - 1)
     assert str(caught.value) == (
-        f"facts.json, edit 1 (id 17): the prompt 'The capital of France is' and its target have {long} tokens, "
-        f"{long - 1} fit: shorten the edit or leave it out"
+        f"facts.json, edit 1 (id 17): the prompt 'The capital of France is' and its target must have at "
+        f"most {long - 1} tokens, got {long}; shorten the edit or leave it out"
     )
     mute = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(EditError) as caught:
         edits.encode(mute)
     assert str(caught.value) == (
-        "facts.json, edit 0: the tokenizer has no end-of-text token to append: set tokenizer.eos_token, or pass "
-        "append_eos=False"
+        "facts.json, edit 0: the tokenizer has no end-of-text token; set tokenizer.eos_token, or pass append_eos=False"
     )
     assert len(edits.encode(mute, append_eos=False)) == 2
-    with pytest.raises(EditError, match=r"^here: the prompt '' gives no tokens: an edit needs a context"):
+    with pytest.raises(EditError, match=r"^here: the prompt '' has no tokens; give a prompt"):
         encode_edit(tokenizer, "", "Paris", where="here")
     with pytest.raises(EditError, match=r"^the tokenizer has neither a padding nor an end-of-text token"):
         pad_token_id(mute)
     assert pad_token_id(tokenizer) == tokenizer.eos_token_id
 
 
-def test_a_target_that_the_tokenizer_cannot_write_is_refused() -> None:
+def test_a_target_with_unknown_characters_is_an_error() -> None:
     core: Any = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "Ada": 2, "is": 3, "here": 4}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
@@ -241,11 +240,11 @@ def test_a_target_that_the_tokenizer_cannot_write_is_refused() -> None:
         EditError, match=r"^f, edit 2: the target 'Bern' of the prompt 'Ada is' has characters that the"
     ):
         encode_edit(tokenizer, "Ada is", "Bern", where="f, edit 2")
-    with pytest.raises(EditError, match=r"the target '.+u200a' of the prompt 'Ada is' gives no tokens"):
+    with pytest.raises(EditError, match=r"the target '.+u200a' of the prompt 'Ada is' has no tokens"):
         encode_edit(tokenizer, "Ada is", "\u200a")
 
 
-def test_collate_by_hand() -> None:
+def test_collate_equals_batches_written_by_hand() -> None:
     encoded = [Encoded([5, 6, 7, 2], 2), Encoded([5, 2, 2], 1)]
     right = collate(encoded, pad_id=2)
     assert {key: value.tolist() for key, value in right.items()} == {
@@ -261,7 +260,7 @@ def test_collate_by_hand() -> None:
     }
     assert {value.dtype for value in left.values()} == {torch.int64}
     assert position_ids(left["attention_mask"]).tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
-    with pytest.raises(EditError, match="padding_side='middle' is not known: use 'right' or 'left'"):
+    with pytest.raises(EditError, match=r"padding_side must be .*, got 'middle'"):
         collate(encoded, pad_id=0, padding_side="middle")
     with pytest.raises(EditError, match="nothing to collate"):
         collate([], pad_id=0)
@@ -305,7 +304,7 @@ def test_left_padding_with_absolute_positions() -> None:
     assert context_length(model.config) == 16
 
 
-def test_context_length(factlm: Path, stories: Path) -> None:
+def test_context_length_is_that_of_the_configuration(factlm: Path, stories: Path) -> None:
     for path in (factlm, stories):
         config = AutoModelForCausalLM.from_pretrained(path).config
         assert context_length(config) == config.max_position_embeddings
@@ -313,7 +312,7 @@ def test_context_length(factlm: Path, stories: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # trl 1.16 sets it itself
-def test_trl_makes_the_same_tokens_and_the_same_mask(factlm: Path, tmp_path: Path) -> None:
+def test_trl_trains_the_same_tokens_and_labels(factlm: Path, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportPrivateImportUsage]
 
     tokenizer = AutoTokenizer.from_pretrained(factlm)
