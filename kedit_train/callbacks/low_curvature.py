@@ -71,6 +71,7 @@ class LowCurvature(EditCallback):
         CrispEdit, arXiv 2602.15823.
 
     Example:
+        >>> import torch
         >>> from kedit_train import EditDataset, editing, world
         >>> from kedit_train.callbacks import LowCurvature, ParameterScope
         >>> model, tokenizer = world.load()

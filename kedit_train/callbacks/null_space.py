@@ -79,6 +79,7 @@ class NullSpace(EditCallback):
         AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355.
 
     Example:
+        >>> import torch
         >>> from kedit_train import EditDataset, editing, world
         >>> from kedit_train.callbacks import NullSpace, ParameterScope
         >>> model, tokenizer = world.load()

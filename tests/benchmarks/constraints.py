@@ -1,10 +1,10 @@
-"""What each constraint buys: the same edits, steps and optimizer under every one of them, scored by what is generated.
+"""Compare the constraints: the same edits, steps and optimizer under each of them, scored by generated answers.
 
 python tests/benchmarks/constraints.py --model world
 python tests/benchmarks/constraints.py --model factlm --rows "NullSpace,LowCurvature"
 
-Every constraint has its own defaults, which were chosen on other edits (``--edits 1``) than those reported. Prints a
-Markdown table; a row takes some ten seconds on one core.
+Every constraint runs with its defaults, which were chosen on other edits (``--edits 1``) than those reported. The script
+prints a Markdown table. A row takes about ten seconds on one core.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ FACTLM = Path(__file__).resolve().parents[3] / "shared" / "models" / "factlm"
 
 @dataclass(frozen=True)
 class Setting:
-    """A model with what is common to every row: scope, budget, the texts that must stay and the weight of their KL."""
+    """A model and what all rows share: edits, texts that must stay, scope, training budget and KL weight."""
 
     path: Path
     edits: list[Edit]
     texts: list[str]
     layers: Any
-    lr: float
+    learning_rate: float
     epochs: int
     batch_size: int
-    kl: float
+    kl_weight: float
 
 
 def embedded(number: int = 0) -> Setting:
@@ -58,24 +58,24 @@ def embedded(number: int = 0) -> Setting:
 
 
 def factlm(number: int = 0) -> Setting:
-    """The 60 records of this number, and others' true statements as texts, without those that are asked for."""
+    """Use the 60 records of this number as edits and true statements of others as texts, without scored prompts."""
     if not FACTLM.exists():
-        raise EditError(f"the benchmark's model factlm is not at {FACTLM}; choose --model world")
+        raise EditError(f"there is no model factlm at {FACTLM}; use --model world")
     data = EditDataset.load(FACTLM / "records.json")
     edits = list(data[60 * number : 60 * number + 60])
-    asked = [p.prompt for e in edits for p in (e, *(p for kind in e.locality.values() for p in kind))]
-    asked += [r for e in edits for r in e.rephrases]
+    prompts = [p.prompt for e in edits for p in (e, *(p for kind in e.locality.values() for p in kind))]
+    prompts += [r for e in edits for r in e.rephrases]
     texts = [f"{e.prompt} {e.old_target}." for e in data[1000:1300]]
-    texts = [text for text in texts if not any(prompt in text for prompt in asked)]
+    texts = [text for text in texts if not any(prompt in text for prompt in prompts)]
     return Setting(FACTLM, edits, texts, 0.9, 3e-3, 40, 20, 4.0)
 
 
 MODELS: dict[str, Callable[[int], Setting]] = {"world": embedded, "factlm": factlm}
 
-# Each from what is set up; beside it always ParameterScope and TokenSmoothing.
+# Each row adds its callbacks to ParameterScope and the token loss.
 ROWS: dict[str, Callable[[Setting], list[Any]]] = {
     "scope only": lambda s: [],
-    "KLLocality": lambda s: [KLLocality(s.texts, s.kl, batch_size=32)],
+    "KLLocality": lambda s: [KLLocality(s.texts, weight=s.kl_weight, batch_size=32)],
     "NormBall linf": lambda s: [NormBall()],
     "NormBall l2": lambda s: [NormBall(norm="l2", fraction=0.5)],
     "NullSpace": lambda s: [NullSpace(s.texts, batch_size=64)],
@@ -94,24 +94,24 @@ def load(path: Path) -> tuple[Any, Any]:
 
 
 def train(setting: Setting, constraints: Sequence[Any], seed: int = 0) -> tuple[Any, Any, dict[str, float]]:
-    """The edited model, its tokenizer, and the last metrics."""
+    """Return the edited model, its tokenizer and the last metrics."""
     torch.manual_seed(seed)
     model, tokenizer = load(setting.path)
-    rows, pad_id = EditDataset(setting.edits).encode(tokenizer), pad_token_id(tokenizer)
+    examples, pad_id = EditDataset(setting.edits).encode(tokenizer), pad_token_id(tokenizer)
     scope = ParameterScope(setting.layers, "mlp.down_proj")
     with editing(model, [scope, TokenSmoothing(), *constraints], tokenizer=tokenizer) as edit:
-        optimizer = torch.optim.Adam(edit.parameters(), lr=setting.lr)
+        optimizer = torch.optim.Adam(edit.parameters(), lr=setting.learning_rate)
         for _ in range(setting.epochs):
-            for batch in torch.randperm(len(rows)).split(setting.batch_size):
+            for batch in torch.randperm(len(examples)).split(setting.batch_size):
                 edit.before_step()
-                model(**collate([rows[i] for i in batch], pad_id=pad_id)).loss.backward()
+                model(**collate([examples[i] for i in batch], pad_id=pad_id)).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
         metrics = edit.run.collect()
     return model.eval(), tokenizer, metrics
 
 
-def row(name: str, report: Report, metrics: dict[str, float]) -> str:
+def table_row(name: str, report: Report, metrics: dict[str, float]) -> str:
     scores = [report.metrics[column]["generated"].value for column in COLUMNS]
     cells = ["-" if score is None else f"{score:.3f}" for score in scores]
     cells.append(f"{metrics['edit/drift/relative']:.3f}")
@@ -124,28 +124,30 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="world")
-    parser.add_argument("--edits", type=int, default=0, help="which edits: 0 is reported, defaults were chosen on 1")
-    parser.add_argument("--rows", default=",".join(ROWS), help="some of: %(default)s")
+    parser.add_argument(
+        "--edits", type=int, default=0, help="draw of the edits: 0 is reported, the defaults were chosen on 1"
+    )
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, from: %(default)s")
     arguments = parser.parse_args()
     names = [name.strip() for name in arguments.rows.split(",")]
     if unknown := set(names) - set(ROWS):
-        parser.error(f"no row {sorted(unknown)[0]!r}; choose of {', '.join(ROWS)}")
+        parser.error(f"unknown row {sorted(unknown)[0]!r}; choose from {', '.join(ROWS)}")
     setting = MODELS[arguments.model](arguments.edits)
     model, tokenizer = load(setting.path)
     before = evaluate(model.eval(), tokenizer, setting.edits, progress=False)
-    heads = ["constraint", *COLUMNS, "drift"]
+    columns = ["constraint", *COLUMNS, "drift"]
     print(
         f"{arguments.model}: {len(setting.edits)} edits, {setting.epochs} epochs in batches of {setting.batch_size}\n"
     )
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
-    # Bars on the other stream, so that the table can be sent into a file.
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
+    # The bar goes to stderr, so that the table can be redirected to a file.
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task(arguments.model, total=len(names))
         for name in names:
             progress.update(task, description=f"{arguments.model}: {name}")
             model, tokenizer, metrics = train(setting, ROWS[name](setting))
             report = evaluate(model, tokenizer, setting.edits, before=before, progress=False)
-            print(row(name, report, metrics), flush=True)
+            print(table_row(name, report, metrics), flush=True)
             progress.advance(task)
 
 
