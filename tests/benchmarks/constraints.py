@@ -3,8 +3,8 @@
 python tests/benchmarks/constraints.py --model world
 python tests/benchmarks/constraints.py --model factlm --rows "NullSpace,LowCurvature"
 
-Every constraint runs with its defaults, which were chosen on other edits (``--edits 1``) than those reported. The script
-prints a Markdown table. A row takes about ten seconds on one core.
+Every constraint runs with its defaults, which were chosen on other edits (``--edits 1``) than those reported. Prints a
+Markdown table. A row takes about ten seconds on one core.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="world")
-    parser.add_argument(
-        "--edits", type=int, default=0, help="draw of the edits: 0 is reported, the defaults were chosen on 1"
-    )
+    parser.add_argument("--edits", type=int, default=0, help="draw of the edits (defaults were chosen on 1, not 0)")
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, from: %(default)s")
     arguments = parser.parse_args()
     names = [name.strip() for name in arguments.rows.split(",")]
