@@ -54,7 +54,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def learning() -> list[EditCallback]:
     """As kedit_default.yaml learns."""
     return [
-        ParameterScope("0.3-1.0", "mlp.down_proj"),
+        ParameterScope("0.3-1.0", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
         StopWhenEdited(reliability=None, loss=0.005),
     ]

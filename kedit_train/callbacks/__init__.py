@@ -18,6 +18,7 @@ from kedit_train.callbacks.token_loss import TokenLoss
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
 from kedit_train.core.locality.texts import Texts
+from kedit_train.core.scope.mask_scores import MaskScore
 
 __all__ = [
     "ActiveSet",
@@ -27,6 +28,7 @@ __all__ = [
     "GradientMask",
     "KLLocality",
     "LowCurvature",
+    "MaskScore",
     "NormBall",
     "NullSpace",
     "ParameterScope",

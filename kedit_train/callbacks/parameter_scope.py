@@ -43,6 +43,7 @@ class ParameterScope(EditCallback):
     def __init__(
         self,
         layers: int | float | str | list[int | float | str] | None = None,
+        *,
         modules: str | list[str] | None = None,
         full_precision: bool = True,
     ) -> None:

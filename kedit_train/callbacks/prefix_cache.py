@@ -107,7 +107,7 @@ class PrefixCache(EditCallback):
             with torch.no_grad():
                 prefix = find_prefix(model, trained, ids, forward)
             store = HiddenStateStore(self._bytes, None if self.cache_dir is None else Path(self.cache_dir))
-            self._prefix = FrozenPrefix(model, prefix, store, self.recheck, lambda: _masked(run))
+            self._prefix = FrozenPrefix(model, prefix, store, self.recheck, lambda: run.reads_hidden_states)
             self._prefix.check_logits(forward)
 
     def penalty(self, run: EditRun) -> None:
@@ -149,8 +149,3 @@ class PrefixCache(EditCallback):
 
     def __repr__(self) -> str:
         return f"PrefixCache({self.memory_limit!r}, cache_dir={self.cache_dir!r}, recheck={self.recheck})"
-
-
-def _masked(run: EditRun) -> bool:
-    """Whether a callback is running the model for what its head reads, of which it takes the real tokens."""
-    return run.reads_hidden_states

@@ -72,7 +72,7 @@ class TrainLoop:
             raise EditError(f"TrainLoop: lr={lr}: give a learning rate above 0")
         self.tokenizer, self.epochs, self.batch_size = tokenizer, epochs, batch_size
         self.extra = extra
-        self.callbacks = [ParameterScope(0.7, "mlp.down_proj")] if callbacks is None else list(callbacks)
+        self.callbacks = [ParameterScope(0.7, modules="mlp.down_proj")] if callbacks is None else list(callbacks)
         self.lr, self.optimizer, self.stop_loss = lr, optimizer, stop_loss
         self.progress, self.prompt_format, self.append_eos = progress, prompt_format, append_eos
 

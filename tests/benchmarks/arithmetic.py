@@ -63,7 +63,7 @@ class Bench:
         self.n = {q: self.before.metrics[q]["generated"].n for q in QUESTIONS}
 
     def loop(self, **given: Any) -> TrainLoop:
-        scope = [ParameterScope(0.7, "mlp.down_proj")]
+        scope = [ParameterScope(0.7, modules="mlp.down_proj")]
         return TrainLoop(self.tokenizer, scope, **{"epochs": self.epochs, "batch_size": 16, "lr": self.lr} | given)
 
     def delta(self, edits: Sequence[Edit]) -> EditDelta:

@@ -98,7 +98,7 @@ def train(setting: Setting, constraints: Sequence[Any], seed: int = 0) -> tuple[
     torch.manual_seed(seed)
     model, tokenizer = load(setting.path)
     examples, pad_id = EditDataset(setting.edits).encode(tokenizer), pad_token_id(tokenizer)
-    scope = ParameterScope(setting.layers, "mlp.down_proj")
+    scope = ParameterScope(setting.layers, modules="mlp.down_proj")
     with editing(model, [scope, TokenSmoothing(), *constraints], tokenizer=tokenizer) as edit:
         optimizer = torch.optim.Adam(edit.parameters(), lr=setting.learning_rate)
         for _ in range(setting.epochs):

@@ -178,7 +178,7 @@ def methods(given: Setting, options: Any) -> dict[str, Callable[[], Outcome]]:
 
     def ours(host: str, lr: float, *extra: Callable[[], Any]) -> Callable[[], Outcome]:
         def callbacks() -> list[Any]:
-            return [ParameterScope(given.layer, "mlp.down_proj"), *(make() for make in extra)]
+            return [ParameterScope(given.layer, modules="mlp.down_proj"), *(make() for make in extra)]
 
         return lambda: together(given, host, callbacks, lr, options)
 
@@ -210,7 +210,7 @@ def tune(given: Setting, options: Any) -> None:
             epochs = []
             for seed in range(1, options.rounds + 1):
                 options.seed = seed
-                scope = ParameterScope(given.layer, "mlp.down_proj")
+                scope = ParameterScope(given.layer, modules="mlp.down_proj")
                 outcome = together(given, "SFTTrainer", lambda s=scope, m=make: [s, m(), PrefixCache()], lr, options)
                 epochs.append(f"{outcome.rounds:g} ({outcome.reliability:.3f})")
             print(f"{name}, lr {lr:g}: epochs (reliability) {', '.join(epochs)}", flush=True)

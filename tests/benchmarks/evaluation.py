@@ -106,7 +106,12 @@ def main() -> None:
     edits = EditDataset.load(FACTLM / "records.json", limit=options.records)
     rows, before = of_state("unedited", model, tokenizer, edits, {}, options, now)
     train = TrainLoop(
-        tokenizer, [ParameterScope(0.9, "mlp.down_proj")], epochs=options.epochs, batch_size=64, lr=3e-3, stop_loss=0.0
+        tokenizer,
+        [ParameterScope(0.9, modules="mlp.down_proj")],
+        epochs=options.epochs,
+        batch_size=64,
+        lr=3e-3,
+        stop_loss=0.0,
     )
     train(model, edits)
     more, after = of_state("edited", model, tokenizer, edits, before, options, now)

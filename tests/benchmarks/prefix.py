@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     model, data = build(options), batches(options)
 
     def scope() -> ParameterScope:
-        return ParameterScope(options.layer, "mlp.down_proj", full_precision=False)
+        return ParameterScope(options.layer, modules="mlp.down_proj", full_precision=False)
 
     variants: dict[str, list[Any]] = {
         "stock, frozen to the scope": [scope()],

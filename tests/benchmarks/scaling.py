@@ -37,7 +37,7 @@ def loops(
         return iter(LengthBuckets(RandomSampler(rows), batch_size, False, lengths))
 
     def scope() -> ParameterScope:
-        return ParameterScope(layer, "mlp.down_proj")
+        return ParameterScope(layer, modules="mlp.down_proj")
 
     made: dict[str, tuple[list[Any], Any]] = {
         "stock, frozen to the scope": ([scope()], None),

@@ -31,7 +31,7 @@ COLUMNS = ("reliability", "latest", "generality", "locality", "agreement", "kl",
 
 
 def loop(tokenizer: Any, arguments: argparse.Namespace, lr: float, batch_size: int) -> TrainLoop:
-    scope = ParameterScope(arguments.layer, "mlp.down_proj")
+    scope = ParameterScope(arguments.layer, modules="mlp.down_proj")
     return TrainLoop(tokenizer, [scope], lr=lr, batch_size=batch_size, epochs=arguments.epochs)
 
 

@@ -96,7 +96,7 @@ class Workload:
 
     def _ours(self, *callbacks: Callable[[], Any]) -> Callable[[], Stepwise]:
         def build() -> Stepwise:
-            made = [ParameterScope(self.layer, "mlp.down_proj"), *(make() for make in callbacks)]
+            made = [ParameterScope(self.layer, modules="mlp.down_proj"), *(make() for make in callbacks)]
             return self._trainer(twin(self.model, self.layer), callbacks=made)
 
         return build

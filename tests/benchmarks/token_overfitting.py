@@ -83,7 +83,7 @@ class Train:
         inputs = [collate(rows, pad_id=pad_id) for rows in batches]
         with torch.no_grad():
             unedited = [_scored(model, batch)[0] for batch in inputs]
-        with editing(model, [ParameterScope(0.66, "mlp.down_proj")], tokenizer=self.tokenizer) as edit:
+        with editing(model, [ParameterScope(0.66, modules="mlp.down_proj")], tokenizer=self.tokenizer) as edit:
             optimizer = torch.optim.Adam(edit.parameters(), lr=self.lr)
             for epoch in range(self.epochs):
                 for number in torch.randperm(len(inputs)).tolist():

@@ -91,4 +91,4 @@ def rates(history: list[dict[str, float]]) -> list[float]:
 
 
 def scope(layers: Any = 3) -> ParameterScope:
-    return ParameterScope(layers, "mlp")
+    return ParameterScope(layers, modules="mlp")

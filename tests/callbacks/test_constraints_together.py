@@ -35,7 +35,7 @@ def edited(make: Any, words: Any, ids: Tensor, *callbacks: Any) -> tuple[Tensor,
     torch.manual_seed(0)
     model = make("llama")
     before = model.get_parameter(NAME).detach().clone()
-    scope = ParameterScope(1, SCOPE["llama"])
+    scope = ParameterScope(1, modules=SCOPE["llama"])
     with editing(model, [*callbacks, scope], tokenizer=words, log_every_n_steps=1) as edit:
         train(model, edit, ids, adamw(edit.parameters()))
     return before, model.get_parameter(NAME).detach(), edit.history[-1]

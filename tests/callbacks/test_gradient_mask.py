@@ -1,4 +1,4 @@
-"""Which entries a mask lets change: by score, by neuron, from a file; and what is refused."""
+"""GradientMask chooses entries by score, by neuron and from a file, and reports invalid arguments and files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kedit_train.callbacks import EditMetrics, GradientMask, ParameterScope, editing
+from kedit_train.callbacks import EditMetrics, GradientMask, MaskScore, ParameterScope, editing
 from kedit_train.core.scope.mask_file import save_masks
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
@@ -26,38 +26,43 @@ TEXTS = ["w30 w31 w32 w33", "w40 w41 w42 w43 w44", "w50 w51", "w20 w21 w22"]
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-def masks(model: Any, words: Any, *callbacks: Any, **given: Any) -> dict[str, Tensor]:
-    """What may change, by name."""
-    with editing(model, [mask := GradientMask(**given), *callbacks], tokenizer=words) as edit:
+def masks(model: Any, words: Any, *callbacks: Any, **arguments: Any) -> dict[str, Tensor]:
+    """Return a mask per parameter, True where the entry may change."""
+    with editing(model, [mask := GradientMask(**arguments), *callbacks], tokenizer=words) as edit:
         edit.before_step()
-        kept, total = (sum(int(f(~held)) for held in mask._held.values()) for f in (torch.sum, torch.numel))
-        assert mask.metrics(edit.run)["edit/scope/mask_density"] == pytest.approx(kept / total, rel=1e-12)
-        return {name: ~held for name, held in mask._held.items()}
+        trained, total = (sum(int(f(~frozen)) for frozen in mask._frozen.values()) for f in (torch.sum, torch.numel))
+        assert mask.metrics(edit.run)["edit/scope/mask_density"] == pytest.approx(trained / total, rel=1e-12)
+        return {name: ~frozen for name, frozen in mask._frozen.items()}
 
 
 @pytest.mark.parametrize("score", ["fisher", "fisher_ratio", "gradient", "magnitude", "random"])
 @pytest.mark.parametrize("density", [0.013, 0.05, 0.5, 1.0])
 def test_the_density_of_every_tensor_is_exact(make, words, score, density):
     texts = TEXTS[:3] if score == "fisher_ratio" else None
-    found = masks(make(), words, ParameterScope(None, "mlp"), score=score, density=density, edits=EDITS, texts=texts)
-    assert len(found) == 6
-    for name, mask in found.items():
+    chosen = masks(
+        make(), words, ParameterScope(None, modules="mlp"), score=score, density=density, edits=EDITS, texts=texts
+    )
+    assert len(chosen) == 6
+    for name, mask in chosen.items():
         assert int(mask.sum()) == round(density * mask.numel()), name
 
 
 @pytest.mark.parametrize("score", ["fisher", "fisher_ratio", "gradient", "random"])
-def test_masks_are_seeded_and_leave_the_random_state_alone(make, words, score):
+def test_masks_depend_on_their_seed_and_not_on_the_global_random_state(make, words, score):
     model, state = make(), torch.get_rng_state()
-    given = {"score": score, "edits": EDITS, "texts": TEXTS[:3] if score == "fisher_ratio" else None, "samples": 2}
-    first, again, other = (masks(model, words, ParameterScope(1, "mlp"), seed=s, **given) for s in (0, 0, 1))
+    scope, texts = ParameterScope(1, modules="mlp"), TEXTS[:3] if score == "fisher_ratio" else None
+    scores = [MaskScore(score, limit=2, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (masks(model, words, scope, score=s, edits=EDITS, texts=texts) for s in scores)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_the_gradient_score_is_the_size_of_the_edits_own_gradient(make, words):
+def test_the_gradient_score_is_the_absolute_gradient_of_the_targets(make, words):
     model = make()
-    found = masks(model, words, ParameterScope(1, "down_proj"), score="gradient", density=0.1, edits=EDITS)[DOWN]
+    chosen = masks(model, words, ParameterScope(1, modules="down_proj"), score="gradient", density=0.1, edits=EDITS)[
+        DOWN
+    ]
     total = torch.zeros_like(model.get_parameter(DOWN))
     for edit in EDITS:
         prompt, ids = (words(t)["input_ids"] for t in (edit.prompt, f"{edit.prompt} {edit.target} </s>"))
@@ -65,30 +70,31 @@ def test_the_gradient_score_is_the_size_of_the_edits_own_gradient(make, words):
         loss = model(input_ids=torch.tensor([ids]), labels=labels).loss * (len(ids) - len(prompt))
         total += torch.autograd.grad(loss, model.get_parameter(DOWN))[0]
     best = total.abs().flatten().topk(51).indices
-    assert set(best.tolist()) == set(found.flatten().nonzero().squeeze(-1).tolist())
+    assert set(best.tolist()) == set(chosen.flatten().nonzero().squeeze(-1).tolist())
 
 
-def test_the_ratio_turns_away_from_what_general_texts_need(make, words):
-    model, scope = make(), ParameterScope(None, "embed_tokens")
-    given = {"edits": EDITS, "density": 5 / 61, "granularity": "row"}
-    # Every token of the first two edits, and none of the third's, so that the rows of those five stand out.
+def test_the_ratio_avoids_entries_that_texts_need(make, words):
+    model, scope = make(), ParameterScope(None, modules="embed_tokens")
+    arguments = {"edits": EDITS, "density": 5 / 61, "granularity": "row"}
+    # The texts hold every token of the first two edits and none of the third, so the five rows of the third stand out.
     texts = ["w8 w7 w6 w5 w4 w3 w2 w1 w8 w7 w6 w5 w4 w3 w2 w1"] * 3
     third = torch.tensor([words.convert_tokens_to_ids(f"w{i}") for i in (9, 10, 11, 12, 13)])
-    alone = masks(model, words, scope, score="fisher", **given)["model.embed_tokens.weight"][:, 0]
-    ratio = masks(model, words, scope, score="fisher_ratio", texts=texts, **given)["model.embed_tokens.weight"][:, 0]
+    alone = masks(model, words, scope, score="fisher", **arguments)["model.embed_tokens.weight"][:, 0]
+    ratio = masks(model, words, scope, score="fisher_ratio", texts=texts, **arguments)["model.embed_tokens.weight"][
+        :, 0
+    ]
     assert alone.sum() == ratio.sum() == 5
     assert ratio[third].sum() > alone[third].sum()
 
 
 @pytest.mark.parametrize("granularity", ["row", "column"])
-def test_neurons_of_linear_layers_and_of_gpt2s_transposed_ones(make, words, granularity):
-    llama = masks(make(), words, ParameterScope(1, "down_proj"), score="fisher", granularity=granularity, density=0.25,
-                  edits=EDITS)[DOWN]  # fmt: skip
+def test_neurons_of_linear_layers_and_of_transposed_gpt2_layers(make, words, granularity):
+    share = {"granularity": granularity, "density": 0.25}
+    llama = masks(make(), words, ParameterScope(1, modules="down_proj"), score="fisher", edits=EDITS, **share)[DOWN]
     rows = llama if granularity == "row" else llama.T
     assert llama.shape == (16, 32)
     assert rows.all(1).sum() == rows.any(1).sum() == len(rows) // 4
-    gpt2 = masks(make("gpt2"), words, ParameterScope(1, "mlp.c_fc"), score="random", granularity=granularity,
-                 density=0.25)  # fmt: skip
+    gpt2 = masks(make("gpt2"), words, ParameterScope(1, modules="mlp.c_fc"), score="random", **share)
     weight, bias = gpt2["transformer.h.1.mlp.c_fc.weight"], gpt2["transformer.h.1.mlp.c_fc.bias"]
     assert weight.shape == (16, 64)
     rows = weight.T if granularity == "row" else weight
@@ -97,136 +103,156 @@ def test_neurons_of_linear_layers_and_of_gpt2s_transposed_ones(make, words, gran
 
 
 @pytest.mark.parametrize("score", ["fisher", "gradient", "fisher_ratio"])
-def test_other_models_have_no_answers_to_score(score):
+def test_scores_from_edits_need_a_language_model(score):
     texts = TEXTS if score == "fisher_ratio" else None
     with pytest.raises(EditError) as error:
         editing(nn.GRU(2, 4), [GradientMask(score, texts=texts)]).__enter__()
     assert str(error.value) == (
-        f"GradientMask: score='{score}' asks a causal language model for answers, and GRU has no "
-        "language-model head; use score='magnitude', 'random' or mask="
+        f"GradientMask: score='{score}' needs a causal language model, and GRU has no language-model head; "
+        'use score="magnitude", score="random" or mask_path'
     )
 
 
-def test_a_mask_survives_its_file(make, words, tmp_path):
-    model, path, scope = make(), tmp_path / "mask.safetensors", ParameterScope(1, "mlp")
-    written = masks(model, words, scope, edits=EDITS, save_to=path)
+def test_a_mask_is_the_same_after_saving_and_loading(make, words, tmp_path):
+    model, path, scope = make(), tmp_path / "mask.safetensors", ParameterScope(1, modules="mlp")
+    written = masks(model, words, scope, edits=EDITS, save_path=path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["mask.safetensors"]
-    read = masks(make(), words, scope, mask=path)
+    read = masks(make(), words, scope, mask_path=path)
     assert written.keys() == read.keys() == load_file(path).keys()
     assert all(torch.equal(written[name], read[name]) for name in written)
     save_file(read, path)
-    assert all(torch.equal(read[n], m) for n, m in masks(make(), words, scope, mask=str(path)).items())
+    assert all(torch.equal(read[n], m) for n, m in masks(make(), words, scope, mask_path=str(path)).items())
 
 
-def whole(model: Any) -> dict[str, Tensor]:
+def full_mask(model: Any) -> dict[str, Tensor]:
     return {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters() if "layers.1.mlp" in n}
 
 
-SPOILED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "shape": (lambda m: m | {DOWN: m[DOWN].T.contiguous()}, "{path}: " + DOWN + " is [32, 16] there and [16, 32] in"),
-    "missing": (lambda m: {n: v for n, v in m.items() if n != DOWN}, "{path}: " + DOWN + " has no mask in it"),
+WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "shape": (
+        lambda m: m | {DOWN: m[DOWN].T.contiguous()},
+        "{path}: " + DOWN + " has the shape [32, 16] in the file and [16, 32] in",
+    ),
+    "missing": (lambda m: {n: v for n, v in m.items() if n != DOWN}, "{path}: " + DOWN + " has no mask in the file"),
     "unknown": (lambda m: m | {"lm_head.weight": m[DOWN].clone()}, "{path}: lm_head.weight is not in the scope"),
-    "numbers": (lambda m: m | {DOWN: m[DOWN].float()}, "{path}: " + DOWN + " holds torch.float32; a mask holds bools"),
-    "nothing": (lambda m: {n: ~v for n, v in m.items()}, "the mask holds all 1536 entries of the scope"),
+    "numbers": (
+        lambda m: m | {DOWN: m[DOWN].float()},
+        "{path}: " + DOWN + " must contain bools, True where the entry may change, got torch.float32.",
+    ),
+    "nothing": (lambda m: {n: ~v for n, v in m.items()}, "the mask freezes all 1536 entries of the scope"),
 }
 
 
-@pytest.mark.parametrize("kind", SPOILED)
-def test_a_mask_of_something_else_is_refused(make, words, tmp_path, kind):
-    spoil, message = SPOILED[kind]
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_mask_that_does_not_fit_is_an_error(make, words, tmp_path, kind):
+    change, message = WRONG[kind]
     model, path = make(), tmp_path / "mask.safetensors"
-    save_file(spoil(whole(model)), path)
+    save_file(change(full_mask(model)), path)
     with pytest.raises(EditError) as error:
-        masks(model, words, ParameterScope(1, "mlp"), mask=path)
+        masks(model, words, ParameterScope(1, modules="mlp"), mask_path=path)
     assert str(error.value).startswith("GradientMask: " + message.format(path=path))
     assert "\n" not in str(error.value)
 
 
-def test_a_damaged_file_is_refused_before_training(make, tmp_path):
+def test_a_damaged_file_is_an_error_before_training(make, tmp_path):
     model, path = make(), tmp_path / "mask.safetensors"
-    save_masks(path, whole(model))
+    save_masks(path, full_mask(model))
     content = path.read_bytes()
-    spoiled = [
-        ("is not as it was written", content[:-1] + bytes([1 - content[-1]])),
-        ("holds bytes that are neither 0 nor 1", content[:-1] + b"\x07"),
-        *(("is no safetensors file, or a damaged one", content[:end]) for end in (0, 7, 90, -5)),
+    save_file(full_mask(model), path)
+    unsigned = path.read_bytes()
+    damaged = [
+        ("was changed after it was written", content[:-1] + bytes([1 - content[-1]])),
+        ("was changed after it was written", content[:-1] + b"\x07"),
+        ("must contain bools, .* got bytes other than 0 and 1", unsigned[:-1] + b"\x07"),
+        *(("safetensors file|is damaged", content[:end]) for end in (0, 7, 90, -5)),
     ]
-    for message, data in spoiled:
+    for message, data in damaged:
         path.write_bytes(data)
         with pytest.raises(EditError, match=message) as error:
-            editing(model, [GradientMask(mask=path)]).__enter__()
+            editing(model, [GradientMask(mask_path=path)]).__enter__()
         assert "\n" not in str(error.value)
     path.unlink()
-    with pytest.raises(EditError, match=r"^GradientMask: no mask file '.*'; give the path that save_to= wrote$"):
-        editing(model, [GradientMask(mask=path)]).__enter__()
+    with pytest.raises(EditError, match=r"^GradientMask: file '.*' does not exist; check the path.$"):
+        editing(model, [GradientMask(mask_path=path)]).__enter__()
 
 
-def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = save_masks(tmp_path / "mask.safetensors", {"a": torch.tensor([True, False])})
     content = path.read_bytes()
 
-    def full(*args: Any, **kwargs: Any) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no space left"):
         save_masks(path, {"a": torch.tensor([True, True])})
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_only_prompts_and_targets_of_edits_are_read(make, words):
-    model, scope = make(), ParameterScope(1, "mlp")
+def test_only_prompts_and_targets_are_used(make, words):
+    model, scope = make(), ParameterScope(1, modules="mlp")
     rich = [Edit("w1 w2 w3", "w4", subject="w40", old_target="w41", aliases=("w42",), rephrases=("w43 w44",))]
     plain = [Edit("w1 w2 w3", "w4")]
-    found = [masks(model, words, scope, edits=edits) for edits in (rich, plain)]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    chosen = [masks(model, words, scope, edits=edits) for edits in (rich, plain)]
+    assert all(torch.equal(chosen[0][name], chosen[1][name]) for name in chosen[0])
     with pytest.warns(UserWarning, match="GradientMask: 1 of 4 texts contain a prompt that the edits are scored on"):
-        probes_out = masks(model, words, scope, score="fisher_ratio", edits=EDITS, texts=TEXTS)
+        without_leaks = masks(model, words, scope, score="fisher_ratio", edits=EDITS, texts=TEXTS)
     clean = masks(model, words, scope, score="fisher_ratio", edits=EDITS, texts=TEXTS[:3])
-    assert all(torch.equal(probes_out[name], clean[name]) for name in clean)
+    assert all(torch.equal(without_leaks[name], clean[name]) for name in clean)
 
 
-def test_the_edits_may_be_those_of_another_callback_in_any_order(make, words):
-    model, scope = make(), ParameterScope(1, "mlp")
+def test_edits_of_another_callback_are_used_in_any_order_of_the_list(make, words):
+    model, scope = make(), ParameterScope(1, modules="mlp")
     metrics = EditMetrics(EDITS, show=False, max_new_tokens=2)
-    want = masks(model, words, scope, edits=EDITS)
+    expected = masks(model, words, scope, edits=EDITS)
     for direction in (1, -1):
-        found = masks(model, words, *[metrics, scope][::direction])
-        assert all(torch.equal(found[name], want[name]) for name in want)
+        chosen = masks(model, words, *[metrics, scope][::direction])
+        assert all(torch.equal(chosen[name], expected[name]) for name in expected)
     with (
         editing(model, [GradientMask()], tokenizer=words) as edit,
         pytest.raises(
-            EditError, match=r"^GradientMask: score='gradient' needs the edits, and this plain loop run holds"
+            EditError, match=r"^GradientMask: score='gradient' needs edits, and this plain loop run has none; pass"
         ),
     ):
         edit.before_step()
 
 
-def test_rows_of_stacked_experts_are_refused(words):
+def test_rows_of_stacked_experts_are_an_error(words):
     model = nn.Module()
     model.experts = nn.Parameter(torch.randn(2, 3, 4))
-    with pytest.raises(EditError, match=r"^experts has shape \[2, 3, 4\], of which no dimension is known to be a row"):
+    with pytest.raises(EditError, match=r"^GradientMask: experts has the shape \[2, 3, 4\], where it is unknown"):
         masks(model, words, score="random", granularity="row")
     assert masks(model, words, score="random", density=0.5)["experts"].sum() == 12
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
-        ({"score": "size"}, "score='size' is out of bounds"),
-        ({"density": 0.0}, "density=0.0 is out of bounds"),
-        ({"density": float("nan")}, "density=nan is out of bounds"),
-        ({"granularity": "layer"}, "granularity='layer' is out of bounds"),
-        ({"samples": 0}, "samples=0 is out of bounds"),
-        ({"max_length": 1}, "max_length=1 is out of bounds"),
-        ({"score": "fisher_ratio"}, "score='fisher_ratio' needs texts="),
-        ({"texts": ["a"]}, "score='gradient' does not read texts="),
-        ({"mask": "m.safetensors", "density": 0.1}, "mask= is the mask; leave out"),
-        ({"mask": "m.safetensors", "save_to": "x"}, "mask= is the mask; leave out"),
+        (
+            {"score": "size"},
+            'score must be "gradient", "fisher", "fisher_ratio", "magnitude" or "random", got \'size\'.',
+        ),
+        ({"density": 0.0}, "density must be in (0, 1], got 0.0."),
+        ({"density": float("nan")}, "density must be in (0, 1], got nan."),
+        ({"granularity": "layer"}, 'granularity must be "element", "row" or "column", got \'layer\'.'),
+        ({"score": "fisher_ratio"}, "score=\"fisher_ratio\" needs texts, got score='fisher_ratio'."),
+        ({"texts": ["a"]}, "only score=\"fisher_ratio\" uses texts, got score='gradient'."),
+        ({"mask_path": "m.safetensors", "density": 0.1}, "with mask_path no mask is chosen; remove score"),
+        ({"mask_path": "m.safetensors", "save_path": "x"}, "with mask_path no mask is chosen; remove score"),
     ],
 )
-def test_arguments_that_make_no_sense(given, message):
+def test_invalid_arguments_are_errors(arguments, message):
     with pytest.raises(EditError) as error:
-        GradientMask(**given)
+        GradientMask(**arguments)
     assert str(error.value).startswith(f"GradientMask: {message}")
+
+
+def test_a_score_is_a_name_a_mask_score_or_a_mapping() -> None:
+    assert MaskScore.of("random") == MaskScore("random", limit=256, seed=0)
+    assert MaskScore.of({"name": "fisher", "limit": None}) == MaskScore("fisher", limit=None)
+    assert MaskScore.of(MaskScore("fisher", seed=2)).seed == 2
+    with pytest.raises(EditError, match=r"^MaskScore: limit must be an integer >= 1, or None, got 0\.$"):
+        MaskScore("gradient", limit=0)
+    with pytest.raises(EditError, match=r"^MaskScore: unknown argument 'samples'; use name, limit, seed\.$"):
+        MaskScore.of({"samples": 4})

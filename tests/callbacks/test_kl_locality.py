@@ -72,13 +72,13 @@ def assert_equals_by_hand(model: Any, scope: ParameterScope, words: Any, directi
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_value_and_gradient(make, words, direction, family):
-    assert_equals_by_hand(make(family), ParameterScope(1, "mlp"), words, direction)
+    assert_equals_by_hand(make(family), ParameterScope(1, modules="mlp"), words, direction)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "mlp"], ["embed_tokens"], None])
 def test_with_the_output_head_or_its_tied_embeddings_in_the_scope(make, words, tied, modules):
-    assert_equals_by_hand(make(tie_word_embeddings=tied), ParameterScope(None, modules), words)
+    assert_equals_by_hand(make(tie_word_embeddings=tied), ParameterScope(None, modules=modules), words)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

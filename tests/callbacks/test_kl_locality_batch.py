@@ -114,7 +114,7 @@ def test_reverse(make, words):
 def test_the_head_the_norms_and_tied_embeddings_may_be_in_the_scope(make, words, tied, modules):
     model = make(tie_word_embeddings=tied)
     before = copy.deepcopy(model)
-    used = [KLLocality("batch"), *([ParameterScope(None, modules)] if modules else [])]
+    used = [KLLocality("batch"), *([ParameterScope(None, modules=modules)] if modules else [])]
     with editing(model, used, tokenizer=words) as edit:
         start(edit)
         shake(model)

@@ -22,7 +22,7 @@ NAME = WEIGHT["llama"]
 
 
 def scope(family: str = "llama") -> ParameterScope:
-    return ParameterScope(1, SCOPE[family])
+    return ParameterScope(1, modules=SCOPE[family])
 
 
 def factors_of(callback: LowCurvature, run: Any) -> KFACFactors:
@@ -210,12 +210,12 @@ def test_a_model_without_language_model_head_is_refused(words):
 
 def test_a_scope_with_a_bias_is_refused(make, words):
     with pytest.raises(EditError, match=r"these are not: transformer\.h\.1\.mlp\.c_proj\.bias"):
-        attach(make("gpt2"), words, LowCurvature(TEXTS), ParameterScope(1, "mlp.c_proj"))
+        attach(make("gpt2"), words, LowCurvature(TEXTS), ParameterScope(1, modules="mlp.c_proj"))
 
 
 def test_the_output_head_is_refused(make, words):
     with pytest.raises(EditError, match=r"LowCurvature: lm_head\.weight is the output head"):
-        attach(make(), words, LowCurvature(TEXTS), ParameterScope(None, "lm_head"))
+        attach(make(), words, LowCurvature(TEXTS), ParameterScope(None, modules="lm_head"))
 
 
 def test_an_adapter_is_refused(make, words):

@@ -1,4 +1,4 @@
-"""Nothing outside of the mask moves by one bit, whatever steps the weights, in every loop, on several processes."""
+"""No bit outside the mask changes, with any optimizer, in every trainer and on several processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kedit_train import world
-from kedit_train.callbacks import GradientMask, ParameterScope, TokenSmoothing, editing
+from kedit_train.callbacks import GradientMask, MaskScore, ParameterScope, TokenSmoothing, editing
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
 
@@ -33,7 +33,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The numbers' own bits: 0.0 and -0.0 differ, NaN equals itself."""
+    """View numbers as integers: 0.0 and -0.0 differ, NaN equals itself."""
     return tensor.detach().view(INTEGERS[tensor.element_size()])
 
 
@@ -71,12 +71,12 @@ def train(model: Any, edit: Any, optimizer: Any, ids: Tensor, check: Callable[[]
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("granularity", ["element", "row", "column"])
-def test_nothing_outside_of_the_mask_moves(make, words, ids, name, dtype, granularity):
+def test_nothing_outside_the_mask_changes(make, words, ids, name, dtype, granularity):
     model = make(dtype=dtype)
-    mask = GradientMask("fisher", 0.2, granularity, edits=EDITS)
-    with editing(model, [ParameterScope(1, "mlp.*_proj"), mask], tokenizer=words) as edit:
+    mask = GradientMask("fisher", density=0.2, granularity=granularity, edits=EDITS)
+    with editing(model, [ParameterScope(1, modules="mlp.*_proj"), mask], tokenizer=words) as edit:
         with torch.no_grad():
-            # Zeros of both signs are among what must not change.
+            # Zeros of both signs must not change either.
             edit.parameters()[0].view(-1)[:40] *= -0.0
         edit.run.set_scope(edit.run.scope)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -85,7 +85,7 @@ def test_nothing_outside_of_the_mask_moves(make, words, ids, name, dtype, granul
         def check() -> None:
             for n, p in model.named_parameters():
                 differs = bits(p) != bits(before[n])
-                assert not bool((differs & mask._held[n]).any() if n in mask._held else differs.any()), n
+                assert not bool((differs & mask._frozen[n]).any() if n in mask._frozen else differs.any()), n
                 moved[n] |= differs
 
         train(model, edit, OPTIMIZERS[name](edit.parameters()), ids, check)
@@ -93,7 +93,7 @@ def test_nothing_outside_of_the_mask_moves(make, words, ids, name, dtype, granul
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_warm_optimizer_moves_nothing_outside_of_the_mask(make, words, ids, name):
+def test_a_warm_optimizer_changes_nothing_outside_the_mask(make, words, ids, name):
     model = make()
     model.requires_grad_(False)
     model.get_parameter(DOWN).requires_grad_(True)
@@ -103,53 +103,53 @@ def test_a_warm_optimizer_moves_nothing_outside_of_the_mask(make, words, ids, na
         optimizer.step()
         optimizer.zero_grad()
     before = model.get_parameter(DOWN).detach().clone()
-    free = before.clone()
-    with editing(model, [mask := GradientMask("random", 0.1)], tokenizer=words) as edit:
+    changed = before.clone()
+    with editing(model, [mask := GradientMask("random", density=0.1)], tokenizer=words) as edit:
 
         def check() -> None:
             differs = bits(model.get_parameter(DOWN)) != bits(before)
-            assert not bool((differs & mask._held[DOWN]).any())
-            free.copy_(differs)
+            assert not bool((differs & mask._frozen[DOWN]).any())
+            changed.copy_(differs)
 
         train(model, edit, optimizer, ids, check)
-    assert free.any()
+    assert changed.any()
 
 
-def test_without_writing_back_a_warm_optimizer_would_move_them(make, words, ids):
-    """What the test above would see if masking gradients were enough."""
+def test_without_restoring_values_a_warm_optimizer_changes_frozen_entries(make, words, ids):
+    """Masked gradients alone would not pass the test above."""
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     before = model.get_parameter(DOWN).detach().clone()
-    with editing(model, [mask := GradientMask("random", 0.1)], tokenizer=words) as edit:
+    with editing(model, [mask := GradientMask("random", density=0.1)], tokenizer=words) as edit:
         mask.constrain = lambda weights, reference: weights
         train(model, edit, optimizer, ids, lambda: None, steps=1)
-        assert bool(((model.get_parameter(DOWN) != before) & mask._held[DOWN]).any())
+        assert bool(((model.get_parameter(DOWN) != before) & mask._frozen[DOWN]).any())
 
 
-def test_gradients_outside_of_the_mask_are_zero_when_clipping_sees_them_and_the_hooks_go(make, words, ids):
+def test_gradients_outside_the_mask_are_zero_until_the_run_ends(make, words, ids):
     model = make()
     own = copy.deepcopy(model)
-    with editing(model, [mask := GradientMask("random", 0.1), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(model, [mask := GradientMask("random", density=0.1), ParameterScope(1)], tokenizer=words) as edit:
         edit.before_step()
         model(input_ids=ids, labels=ids).loss.backward()
         own(input_ids=ids, labels=ids).loss.backward()
         for name, parameter in edit.run.scope.items():
-            assert torch.equal(parameter.grad, own.get_parameter(name).grad.masked_fill(mask._held[name], 0.0))
-            assert parameter.grad.any() or mask._held[name].all()
+            assert torch.equal(parameter.grad, own.get_parameter(name).grad.masked_fill(mask._frozen[name], 0.0))
+            assert parameter.grad.any() or mask._frozen[name].all()
         handles = [p._post_accumulate_grad_hooks for p in edit.parameters()]
         assert all(handles)
     assert not any(handles)
     model.zero_grad()
     own.zero_grad()
-    for one in (model, own):
-        one(input_ids=ids, labels=ids).loss.backward()
+    for network in (model, own):
+        network(input_ids=ids, labels=ids).loss.backward()
     assert torch.equal(model.get_parameter(DOWN).grad, own.get_parameter(DOWN).grad)
 
 
-HARD = {
+OPTIONS = {
     "Trainer": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.1, "bf16": True},
     "SFTTrainer": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.1, "optim": "adafactor"},
     "Lightning": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "precision": "bf16-true"},
@@ -159,47 +159,49 @@ HARD = {
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_nothing_outside_of_the_mask_moves_in_any_host(host):
+def test_nothing_outside_the_mask_changes_in_any_trainer(host):
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(n=8))
     if host == "Lightning":
         model = model.bfloat16()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    mask = Kept(density=0.1, edits=edits, samples=2)
-    HOSTS[host](model, tokenizer, edits, [mask, ParameterScope(0.5, "mlp")], 2, **HARD[host])
+    mask = RememberingMask(MaskScore("gradient", limit=2), density=0.1, edits=edits)
+    HOSTS[host](model, tokenizer, edits, [mask, ParameterScope(0.5, modules="mlp")], 2, **OPTIONS[host])
     for name, parameter in model.named_parameters():
         differs = bits(parameter) != bits(before[name])
-        assert not bool((differs & mask.kept[name]).any() if name in mask.kept else differs.any()), name
-        assert bool(differs.any()) == (name in mask.kept), name
+        assert not bool((differs & mask.remembered[name]).any() if name in mask.remembered else differs.any()), name
+        assert bool(differs.any()) == (name in mask.remembered), name
 
 
-class Kept(GradientMask):
-    """Remembers its mask when the run is over."""
+class RememberingMask(GradientMask):
+    """A mask that can be read after the run."""
 
     def finish(self, run: Any) -> None:
         super().finish(run)
-        self.kept = dict(self._held)
+        self.remembered = dict(self._frozen)
 
 
-def test_a_resumed_run_goes_on_with_the_mask_that_it_began_with(make, words, ids, tmp_path):
+def test_a_resumed_run_uses_the_mask_of_the_checkpoint(make, words, ids, tmp_path):
     model, path = make(), tmp_path / "mask.safetensors"
-    scope = ParameterScope(1, "mlp")
-    with editing(model, [first := GradientMask("random", 0.1, seed=1), scope]) as edit:
+    scope = ParameterScope(1, modules="mlp")
+    with editing(model, [first := GradientMask(MaskScore("random", seed=1), density=0.1), scope]) as edit:
         edit.before_step()
         state = first.state()
-    assert not first.state()["held"]
+    assert not first.state()["frozen"]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with editing(model, [second := GradientMask("random", 0.1, seed=2, save_to=path), scope]) as edit:
+    with editing(
+        model, [second := GradientMask(MaskScore("random", seed=2), density=0.1, save_path=path), scope]
+    ) as edit:
         edit.before_step()
-        assert not torch.equal(second._held[DOWN], state["held"][DOWN])
+        assert not torch.equal(second._frozen[DOWN], state["frozen"][DOWN])
         second.load_state(state)
         train(model, edit, torch.optim.AdamW(edit.parameters(), lr=0.1), ids, lambda: None)
-    for name, held in state["held"].items():
-        assert torch.equal(bits(model.get_parameter(name)) != bits(before[name]), ~held)
-        assert torch.equal(load_file(path)[name], ~held)
-    with editing(model, [second, ParameterScope(0, "mlp")]) as edit:
+    for name, frozen in state["frozen"].items():
+        assert torch.equal(bits(model.get_parameter(name)) != bits(before[name]), ~frozen)
+        assert torch.equal(load_file(path)[name], ~frozen)
+    with editing(model, [second, ParameterScope(0, modules="mlp")]) as edit:
         edit.before_step()
-        with pytest.raises(EditError, match=r"^GradientMask: the checkpoint's mask is of another scope; resume"):
+        with pytest.raises(EditError, match=r"^GradientMask: the mask in the checkpoint belongs to another scope"):
             second.load_state(state)
 
 
@@ -208,16 +210,16 @@ import os, sys, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from kedit_train.callbacks import GradientMask, WeightAnchor, editing
+from kedit_train.callbacks import GradientMask, MaskScore, WeightAnchor, editing
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
 model = nn.Linear(16, 8)
-with editing(model, [mask := GradientMask("random", 0.3, seed=dist.get_rank())]) as edit:
+with editing(model, [mask := GradientMask(MaskScore("random", seed=dist.get_rank()))]) as edit:
     edit.before_step()
-    first = dict(mask._held)
+    first = dict(mask._frozen)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 9), nn.Tanh(), nn.Linear(9, 3))
 before = {name: p.detach().clone() for name, p in model.named_parameters()}
-with editing(model, [mask := GradientMask("magnitude", 0.3), WeightAnchor(strength=0.5)]) as edit:
+with editing(model, [mask := GradientMask("magnitude", density=0.3), WeightAnchor(strength=0.5)]) as edit:
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.3)
     for _ in range(3):
@@ -225,32 +227,32 @@ with editing(model, [mask := GradientMask("magnitude", 0.3), WeightAnchor(streng
         model(torch.randn(4, 16)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    held = {name: mask.full_tensor() for name, mask in mask._held.items()}
+    frozen = {name: mask.full_tensor() for name, mask in mask._frozen.items()}
 after = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
-torch.save({"first": first, "held": held, "before": before, "after": after}, sys.argv[3])
+torch.save({"first": first, "frozen": frozen, "before": before, "after": after}, sys.argv[3])
 dist.barrier()
 os._exit(0)
 """
 
 
-def test_all_processes_use_the_first_ones_mask_and_shards_hold_still(tmp_path):
+def test_all_processes_use_the_mask_of_the_first_and_shards_keep_their_values(tmp_path):
     files = [tmp_path / f"{rank}.pt" for rank in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, "-c", RANKS, str(tmp_path / "meet")]
     ranks = [subprocess.Popen([*command, str(rank), str(file)], env=environment) for rank, file in enumerate(files)]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
-    found = [torch.load(file) for file in files]
-    with editing(nn.Linear(16, 8), [mask := GradientMask("random", 0.3, seed=0)]) as edit:
+    results = [torch.load(file) for file in files]
+    with editing(nn.Linear(16, 8), [mask := GradientMask("random")]) as edit:
         edit.before_step()
-        assert all(torch.equal(one["first"][name], held) for one in found for name, held in mask._held.items())
-    for one in found:
-        for name, held in one["held"].items():
-            differs = bits(one["after"][name]) != bits(one["before"][name])
-            assert torch.equal(differs, ~held), name
+        assert all(torch.equal(result["first"][name], f) for result in results for name, f in mask._frozen.items())
+    for result in results:
+        for name, frozen in result["frozen"].items():
+            differs = bits(result["after"][name]) != bits(result["before"][name])
+            assert torch.equal(differs, ~frozen), name
 
 
 class Forecaster(nn.Module):
-    """No language model: a recurrent net, a convolution, a norm and a linear layer over a series."""
+    """A model of time series: a recurrent layer, a norm, two convolutions and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,13 +265,16 @@ class Forecaster(nn.Module):
 
 @pytest.mark.parametrize("score", ["magnitude", "random"])
 @pytest.mark.parametrize("granularity", ["element", "row", "column"])
-def test_other_models_can_be_masked_by_size_at_random_or_by_a_file(tmp_path, score, granularity):
+def test_other_models_can_be_masked_by_magnitude_at_random_or_from_a_file(tmp_path, score, granularity):
     model, series = Forecaster(), torch.randn(3, 10, 2)
     nn.init.normal_(model.norm.weight)
     nn.init.normal_(model.norm.bias)
     before = copy.deepcopy(model)
     path = tmp_path / "masks" / "mask.safetensors"
-    for mask in (GradientMask(score, 0.5, granularity, save_to=path), GradientMask(mask=path)):
+    for mask in (
+        GradientMask(score, density=0.5, granularity=granularity, save_path=path),
+        GradientMask(mask_path=path),
+    ):
         with editing(model, [mask]) as edit:
             optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2, weight_decay=0.1)
             for _ in range(2):
@@ -291,40 +296,42 @@ def test_other_models_can_be_masked_by_size_at_random_or_by_a_file(tmp_path, sco
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_adapters_and_scores_that_are_all_zero(make, words, ids):
+def test_equal_scores_are_an_error_and_adapters_can_be_masked(make, words, ids):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["down_proj"])
     model = peft.get_peft_model(make(), config)
-    # B starts at zero, so nothing reaches A, and no score tells its entries apart.
+    # B starts at zero, so the gradient of A is zero everywhere.
     with (
-        pytest.raises(EditError, match=r"^GradientMask: .*lora_A.*, score='gradient': all scores are 0, which tells"),
+        pytest.raises(EditError, match=r"^GradientMask: .*lora_A.*: all scores are 0.*; choose another score"),
         editing(model, [GradientMask(edits=EDITS)], tokenizer=words) as edit,
     ):
         edit.before_step()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with editing(model, [mask := GradientMask("random", 0.3), TokenSmoothing()], tokenizer=words) as edit:
+    with editing(model, [mask := GradientMask("random", density=0.3), TokenSmoothing()], tokenizer=words) as edit:
         train(model, edit, torch.optim.AdamW(edit.parameters(), lr=0.1, weight_decay=0.1), ids, lambda: None)
         for name, parameter in model.named_parameters():
             differs = bits(parameter) != bits(before[name])
-            assert not bool((differs & mask._held[name]).any() if name in mask._held else differs.any())
+            assert not bool((differs & mask._frozen[name]).any() if name in mask._frozen else differs.any())
             assert ("lora_" in name) == bool(differs.any())
 
 
-def test_tied_embeddings_are_masked_once(make, words, ids):
+def test_tied_embeddings_have_one_mask(make, words, ids):
     model = make(tie_word_embeddings=True)
     before = copy.deepcopy(model)
-    with editing(model, [mask := GradientMask("fisher", 0.1, "row", edits=EDITS)], tokenizer=words) as edit:
+    with editing(
+        model, [mask := GradientMask("fisher", density=0.1, granularity="row", edits=EDITS)], tokenizer=words
+    ) as edit:
         assert "lm_head.weight" not in edit.run.scope
         train(model, edit, torch.optim.AdamW(edit.parameters(), lr=0.1), ids, lambda: None)
         differs = bits(model.lm_head.weight) != bits(before.lm_head.weight)
-        assert not bool((differs & mask._held["model.embed_tokens.weight"]).any())
+        assert not bool((differs & mask._frozen["model.embed_tokens.weight"]).any())
         assert differs.any()
 
 
-def test_the_same_instance_masks_a_second_model(make, words, ids):
+def test_one_instance_masks_several_models_in_turn(make, words, ids):
     mask = GradientMask(edits=iter(EDITS))
     for family in ("llama", "gpt2"):
         model = make(family)
         with editing(model, [mask], tokenizer=words) as edit:
             train(model, edit, torch.optim.SGD(edit.parameters(), lr=0.1), ids, lambda: None, steps=1)
-            assert mask._held.keys() == edit.run.scope.keys()
+            assert mask._frozen.keys() == edit.run.scope.keys()

@@ -28,7 +28,7 @@ def test_the_change_does_nothing_to_preserved_inputs(make, words, ids, family, o
     name = WEIGHT[family]
     before = model.get_parameter(name).detach().clone()
     directions = principal(inputs_of(model, words, name), energy)
-    callbacks = [NullSpace(TEXTS, energy=energy, batch_size=3), ParameterScope(1, SCOPE[family])]
+    callbacks = [NullSpace(TEXTS, energy=energy, batch_size=3), ParameterScope(1, modules=SCOPE[family])]
     with editing(model, callbacks, tokenizer=words, log_every_n_steps=50) as edit:
         train(model, edit, ids, OPTIMIZERS[optimizer](edit.parameters()))
     change = model.get_parameter(name).detach().double() - before.double()
@@ -48,7 +48,7 @@ def test_with_all_energy_the_predictions_on_every_token_stay(make, words, ids):
     name = WEIGHT["llama"]
     before = copy.deepcopy(model)
     inputs = inputs_of(model, words, name).float()
-    callbacks = [NullSpace(TEXTS, energy=1.0), ParameterScope(1, SCOPE["llama"])]
+    callbacks = [NullSpace(TEXTS, energy=1.0), ParameterScope(1, modules=SCOPE["llama"])]
     with editing(model, callbacks, tokenizer=words) as edit:
         train(model, edit, ids, adamw(edit.parameters()))
     change = (model.get_parameter(name) - before.get_parameter(name)).detach()
@@ -74,7 +74,7 @@ def test_the_optimizer_receives_projected_gradients(make, words, ids, family):
     gradient = accumulated_gradient()
     expected = gradient - gradient @ directions @ directions.T
     model.zero_grad()
-    with editing(model, [NullSpace(TEXTS), ParameterScope(1, SCOPE[family])], tokenizer=words) as edit:
+    with editing(model, [NullSpace(TEXTS), ParameterScope(1, modules=SCOPE[family])], tokenizer=words) as edit:
         edit.before_step()
         torch.testing.assert_close(accumulated_gradient(), expected, atol=1e-5, rtol=1e-4)
         assert float((gradient - expected).norm()) > 0.1 * float(gradient.norm())
@@ -168,7 +168,7 @@ def test_the_leak_is_the_rounding_of_the_stored_weights(
     model = make("llama", dtype)
     before = model.get_parameter(name).detach().double().clone()
     directions = principal(inputs_of(model, words, name), 0.9)
-    scope = ParameterScope(1, SCOPE["llama"], full_precision=full_precision)
+    scope = ParameterScope(1, modules=SCOPE["llama"], full_precision=full_precision)
     with editing(model, [NullSpace(TEXTS), scope], tokenizer=words, log_every_n_steps=50) as edit:
         train(model, edit, ids, adamw(edit.parameters()))
     change = model.get_parameter(name).detach().double() - before
@@ -204,7 +204,7 @@ def test_a_reward_model_is_preserved_on_texts(words, ids):
     name = WEIGHT["llama"]
     before = model.get_parameter(name).detach().double().clone()
     directions = principal(inputs_of(model, words, name), 0.9)
-    with editing(model, [NullSpace(TEXTS), ParameterScope(1, SCOPE["llama"])], tokenizer=words) as edit:
+    with editing(model, [NullSpace(TEXTS), ParameterScope(1, modules=SCOPE["llama"])], tokenizer=words) as edit:
         optimizer = adamw(edit.parameters())
         for _ in range(50):
             edit.before_step()
@@ -218,13 +218,13 @@ def test_a_reward_model_is_preserved_on_texts(words, ids):
 
 def test_a_scope_with_a_bias_is_refused(make, words):
     with pytest.raises(EditError, match=r"NullSpace: .*these are not: transformer\.h\.1\.mlp\.c_proj\.bias"):
-        attach(make("gpt2"), words, NullSpace(TEXTS), ParameterScope(1, "mlp.c_proj"))
+        attach(make("gpt2"), words, NullSpace(TEXTS), ParameterScope(1, modules="mlp.c_proj"))
 
 
 def test_texts_that_use_all_directions_are_refused(make, words):
     texts = [f"w{i} w{i + 1}" for i in range(50)]
     with pytest.raises(EditError, match=r"the texts use all 16 input directions .* could not move; use a lower energy"):
-        attach(make(), words, NullSpace(texts, energy=1.0), ParameterScope(1, "q_proj"))
+        attach(make(), words, NullSpace(texts, energy=1.0), ParameterScope(1, modules="q_proj"))
 
 
 def test_a_dora_adapter_is_refused(make, words):

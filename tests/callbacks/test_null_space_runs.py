@@ -18,7 +18,7 @@ NAME = WEIGHT["llama"]
 
 def rank_after_a_step(make: Any, words: Any, ids: torch.Tensor, **options: Any) -> float:
     model = make("llama")
-    callbacks = [NullSpace(TEXTS, **options), ParameterScope(1, SCOPE["llama"])]
+    callbacks = [NullSpace(TEXTS, **options), ParameterScope(1, modules=SCOPE["llama"])]
     with editing(model, callbacks, tokenizer=words, log_every_n_steps=1) as edit:
         train(model, edit, ids, adamw(edit.parameters()), 1)
     return edit.history[-1]["edit/drift/null_space_rank"]
@@ -29,7 +29,7 @@ def test_rank_counts_directions_of_texts_and_of_preserved_edits_separately(make,
     preserve = [Edit("w40 w41", "w42"), Edit("w50", "w51 w52")]
     of_edits = inputs_of(model, words, NAME, ["w40 w41 w42 </s>", "w50 w51 w52 </s>"])
     before = model.get_parameter(NAME).detach().clone()
-    callbacks = [NullSpace(TEXTS, rank=3, preserve=preserve), ParameterScope(1, SCOPE["llama"])]
+    callbacks = [NullSpace(TEXTS, rank=3, preserve=preserve), ParameterScope(1, modules=SCOPE["llama"])]
     with editing(model, callbacks, tokenizer=words, log_every_n_steps=50) as edit:
         train(model, edit, ids, adamw(edit.parameters()))
     assert edit.history[-1]["edit/drift/null_space_rank"] == 6
@@ -81,7 +81,7 @@ def test_sequential_forgets_previous_edits_with_another_model(make, words):
 
 def test_sequential_needs_to_know_the_edits(make, words):
     with pytest.raises(EditError, match=r"NullSpace: sequential=True .* EditMetrics"):
-        attach(make("llama"), words, NullSpace(TEXTS, sequential=True), ParameterScope(1, SCOPE["llama"]))
+        attach(make("llama"), words, NullSpace(TEXTS, sequential=True), ParameterScope(1, modules=SCOPE["llama"]))
 
 
 def test_sequential_refuses_texts_in_preserve(make, words):

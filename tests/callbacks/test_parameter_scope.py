@@ -44,7 +44,7 @@ OPTIMIZERS = {
 def test_everything_else_is_bitwise_the_same(make, ids, optimizer, dtype, everything):
     model = make("llama", dtype)
     before = bits(model)
-    with editing(model, [ParameterScope(1, "mlp.down_proj")]) as edit:
+    with editing(model, [ParameterScope(1, modules="mlp.down_proj")]) as edit:
         # A host hands every parameter to its optimizer; the frozen ones have no gradient.
         trained = list(model.parameters()) if everything else edit.parameters()
         train(edit, model, OPTIMIZERS[optimizer](trained), ids)
@@ -62,7 +62,7 @@ def test_everything_else_is_bitwise_the_same(make, ids, optimizer, dtype, everyt
 def test_gpt2(make, ids, layers, modules, want):
     model = make("gpt2")
     before = bits(model)
-    with editing(model, [ParameterScope(layers, modules)]) as edit:
+    with editing(model, [ParameterScope(layers, modules=modules)]) as edit:
         train(edit, model, OPTIMIZERS["adamw"](model.parameters()), ids)
     # wte and lm_head are one tensor, which named_parameters() gives once.
     assert moved(before, bits(model)) == want
@@ -73,7 +73,7 @@ def test_adapters_of_one_layer(make, ids):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["down_proj", "q_proj"]))
     before = bits(model)
-    with editing(model, [ParameterScope(1, "down_proj")]) as edit:
+    with editing(model, [ParameterScope(1, modules="down_proj")]) as edit:
         assert edit.run.describe_scope()["parameters"] == 2 * (16 + 32)
         train(edit, model, OPTIMIZERS["adamw"](edit.parameters()), ids)
     assert {name.split(".down_proj.")[1] for name in moved(before, bits(model))} == {
@@ -88,7 +88,7 @@ def test_on_a_real_model(factlm):
     text = AutoTokenizer.from_pretrained(factlm)(["The mother tongue of Danielle Darrieux is French"])
     ids = torch.tensor(text["input_ids"])
     before = bits(model)
-    with editing(model, [ParameterScope(0.7, "mlp.down_proj")]) as edit:
+    with editing(model, [ParameterScope(0.7, modules="mlp.down_proj")]) as edit:
         scope = set(edit.run.scope)
         train(edit, model, OPTIMIZERS["adamw"](model.parameters()), ids, steps=2)
     assert len(scope) == 1
@@ -98,7 +98,7 @@ def test_on_a_real_model(factlm):
 def test_the_drift_is_measured_from_the_start(make, ids):
     model = make()
     start = model.model.layers[1].mlp.up_proj.weight.detach().clone()
-    with editing(model, [scope := ParameterScope(1, "up_proj")], log_every_n_steps=1) as edit:
+    with editing(model, [scope := ParameterScope(1, modules="up_proj")], log_every_n_steps=1) as edit:
         assert scope.metrics(edit.run) == {"edit/scope/parameters": 512.0, "edit/drift/relative": 0.0}
         train(edit, model, OPTIMIZERS["sgd"](edit.parameters()), ids, steps=3)
         want = (model.model.layers[1].mlp.up_proj.weight - start).norm() / start.norm()

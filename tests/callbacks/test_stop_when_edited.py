@@ -116,7 +116,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_whatever_the_accumulatio
             heard.append(run.scores["edit/tokens/loss_now"])
 
     stop = StopWhenEdited(reliability=None, loss=1e-9, loss_steps=1)
-    callbacks = [ParameterScope(0.5, "mlp.down_proj"), TokenLoss(epsilon=epsilon), stop, Hears()]
+    callbacks = [ParameterScope(0.5, modules="mlp.down_proj"), TokenLoss(epsilon=epsilon), stop, Hears()]
     with editing(model, callbacks, tokenizer=tokenizer) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.0)
         for parts in ([rows], [rows[:1], rows[1:]]):

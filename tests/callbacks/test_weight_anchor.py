@@ -109,7 +109,7 @@ def test_every_host_pulls_after_each_step_with_the_learning_rate_of_that_step(ho
         model, tokenizer = world.load()
         edits = EditDataset(world.edits(n=8))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        callbacks = [WeightAnchor(strength=strength), ParameterScope(0.5, "down_proj")]
+        callbacks = [WeightAnchor(strength=strength), ParameterScope(0.5, modules="down_proj")]
         HOSTS[host](model, tokenizer, edits, callbacks, 1)
         drift[strength] = sum(float((p.detach() - before[n]).norm()) for n, p in model.named_parameters())
     assert drift[0.0] > 0.05
@@ -122,7 +122,7 @@ def test_ewc_weights_the_squares_by_the_fisher_information_on_the_texts(make, wo
     model = make(family)
     anchor = WeightAnchor("ewc", strength=3.0, texts=TEXTS)
     examples = examples_of(words)
-    with editing(model, [anchor, ParameterScope(1, "mlp")], tokenizer=words) as edit:
+    with editing(model, [anchor, ParameterScope(1, modules="mlp")], tokenizer=words) as edit:
         edit.before_step()
         fisher = diagonal_fisher(edit.run, examples, seed=0)
         start = {name: p.detach().clone() for name, p in edit.run.scope.items()}
@@ -153,7 +153,7 @@ def test_ewc_with_strength_1_is_to_second_order_the_divergence_on_its_texts(make
     name = "model.layers.1.mlp.down_proj.weight"
     # Many copies of each text give many samples of the labels.
     anchor = WeightAnchor("ewc", strength=1.0, texts=TEXTS * 300, limit=None)
-    with editing(model, [anchor, ParameterScope(1, "down_proj")], tokenizer=words) as edit:
+    with editing(model, [anchor, ParameterScope(1, modules="down_proj")], tokenizer=words) as edit:
         edit.before_step()
         weight = edit.run.scope[name]
         ratios = []
@@ -170,7 +170,7 @@ def test_ewc_with_strength_1_is_to_second_order_the_divergence_on_its_texts(make
 def test_ewc_counts_once_in_an_accumulated_step(make, words, ids):
     model = make()
     anchor = WeightAnchor("ewc", strength=50.0, texts=TEXTS)
-    with editing(model, [anchor, ParameterScope(1, "mlp")], tokenizer=words) as edit:
+    with editing(model, [anchor, ParameterScope(1, modules="mlp")], tokenizer=words) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.5)
         edit.before_step()
         move(edit)
@@ -191,7 +191,7 @@ def test_ewc_holds_weights_that_the_texts_need_more_than_others(make, words, ids
         torch.manual_seed(0)
         model = make()
         before = model.get_parameter(DOWN).detach().clone()
-        with editing(model, [ParameterScope(1, "down_proj"), *callbacks], tokenizer=words) as edit:
+        with editing(model, [ParameterScope(1, modules="down_proj"), *callbacks], tokenizer=words) as edit:
             optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
             edit.before_step()
             fisher = diagonal_fisher(edit.run, examples_of(words))[DOWN]
@@ -250,8 +250,10 @@ def test_half_precision_weights_are_pulled_in_fp32_and_rounded_once():
 def test_a_mask_holds_exactly_after_the_anchor(make, words, ids):
     model = make()
     before = model.get_parameter(DOWN).detach().clone()
-    mask = GradientMask("random", 0.1)
-    with editing(model, [mask, WeightAnchor(strength=0.5), ParameterScope(1, "down_proj")], tokenizer=words) as edit:
+    mask = GradientMask("random", density=0.1)
+    with editing(
+        model, [mask, WeightAnchor(strength=0.5), ParameterScope(1, modules="down_proj")], tokenizer=words
+    ) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1)
         for _ in range(3):
             edit.before_step()
@@ -314,7 +316,7 @@ def test_texts_that_the_edits_are_scored_on_are_left_out(make, words):
     fisher = []
     for texts in ([*TEXTS, "w40 w41 w42"], TEXTS):
         anchor = WeightAnchor("ewc", texts=texts)
-        with editing(model, [anchor, ParameterScope(1, "mlp")], tokenizer=words) as edit:
+        with editing(model, [anchor, ParameterScope(1, modules="mlp")], tokenizer=words) as edit:
             edit.run.edits = [Edit("w50", "w51", rephrases=("w40 w41",))]
             if len(texts) > 3:
                 with pytest.warns(UserWarning, match="WeightAnchor: 1 of 4 texts contain a prompt"):

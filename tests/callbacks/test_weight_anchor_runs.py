@@ -54,7 +54,7 @@ def test_base_keeps_the_fisher_information_of_the_first_run_and_adds_that_of_new
     examples = examples_of(words)
     start, fisher = {n: p.detach().clone() for n, p in model.named_parameters()}, {}
     for modules in (["down_proj"], ["down_proj", "up_proj"]):
-        with editing(model, [anchor, ParameterScope(1, modules)], tokenizer=words) as edit:
+        with editing(model, [anchor, ParameterScope(1, modules=modules)], tokenizer=words) as edit:
             edit.before_step()
             current = diagonal_fisher(edit.run, examples, seed=0)
             fisher = current | fisher
@@ -76,9 +76,9 @@ def test_nothing_is_kept_of_a_run_that_failed_before_its_first_step(make, words)
 
     model = make()
     anchor, up = WeightAnchor("ewc", texts=TEXTS), DOWN.replace("down", "up")
-    both = ParameterScope(1, ["down_proj", "up_proj"])
+    both = ParameterScope(1, modules=["down_proj", "up_proj"])
     examples = examples_of(words)
-    for others in ([ParameterScope(1, "down_proj")], [both, Fails()]):
+    for others in ([ParameterScope(1, modules="down_proj")], [both, Fails()]):
         with contextlib.suppress(EditError), editing(model, [anchor, *others], tokenizer=words) as edit:
             edit.before_step()
             assert anchor.metrics(edit.run)
@@ -104,14 +104,14 @@ def test_a_checkpoint_restores_the_anchor_weights_of_an_earlier_run(make, words,
     for options in ({"strength": 0.5}, {"kind": "ewc", "strength": 3.0, "texts": TEXTS}):
         model, metrics = make(), []
         anchor = WeightAnchor(**options)
-        with editing(model, [anchor, ParameterScope(1, "down_proj")], tokenizer=words) as edit:
+        with editing(model, [anchor, ParameterScope(1, modules="down_proj")], tokenizer=words) as edit:
             edit.before_step()
             # In the first run the anchor is the reference, which the checkpoint stores anyway.
             assert anchor.metrics(edit.run) == {"edit/drift/anchor": 0.0}
             assert anchor.state() == {"anchor_weights": {}, "fisher": {}}
             move(edit)
         for callback in (anchor, WeightAnchor(**options)):
-            with editing(model, [callback, ParameterScope(1, "down_proj")], tokenizer=words) as edit:
+            with editing(model, [callback, ParameterScope(1, modules="down_proj")], tokenizer=words) as edit:
                 edit.before_step()
                 if callback is anchor:
                     metrics.append(callback.metrics(edit.run))

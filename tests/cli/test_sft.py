@@ -54,7 +54,7 @@ def test_equals_the_trainer_written_by_hand(tmp_path: Path) -> None:
         ),
         train_dataset=edits.to_prompt_completion(),
         callbacks=[
-            ParameterScope(0.66, "mlp.down_proj"),
+            ParameterScope(0.66, modules="mlp.down_proj"),
             TokenSmoothing(label_weight=0.1, epsilon=0.01, n_sigma=0.5, reduction="sample"),
             StopWhenEdited(None, idle_steps=2),
             EditMetrics(edits, every_n_steps=0, show=False),

@@ -14,6 +14,7 @@ from kedit_train.callbacks import (
     GradientMask,
     KLLocality,
     LowCurvature,
+    MaskScore,
     NormBall,
     NullSpace,
     ParameterScope,
@@ -45,7 +46,7 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
     ],
     "NormBall": lambda edits: [NormBall(radius=1e-3)],
-    "GradientMask": lambda edits: [GradientMask(density=0.2, edits=edits, samples=4)],
+    "GradientMask": lambda edits: [GradientMask(MaskScore("gradient", limit=4), density=0.2, edits=edits)],
     "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS)],
     "ForgetFirst": lambda edits: [
         ForgetFirst(TEXTS, edits=edits, bound=0.999, growth=9.0, epochs=3),

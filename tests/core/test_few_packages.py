@@ -54,7 +54,7 @@ config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=16, num_hid
 model = LlamaForCausalLM(config)
 ids = torch.tensor([[1, 2, 3, 4]])
 before = {name: p.detach().clone() for name, p in model.named_parameters()}
-callbacks = [ParameterScope(1, "mlp"), TokenSmoothing(), KLLocality(["a b c", "d e"])]
+callbacks = [ParameterScope(1, modules="mlp"), TokenSmoothing(), KLLocality(["a b c", "d e"])]
 with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as edit:
     optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
     for _ in range(2):

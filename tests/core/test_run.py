@@ -40,7 +40,7 @@ def test_nothing_is_left_on_the_model(tiny, family, steps):
     model = tiny(family)
     next(model.parameters()).requires_grad_(False)
     before = state(model)
-    with editing(model, [TokenSmoothing(), ParameterScope(1, "mlp")]) as edit:
+    with editing(model, [TokenSmoothing(), ParameterScope(1, modules="mlp")]) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
         for _ in range(steps):
             step(edit, model, optimizer)
@@ -171,7 +171,7 @@ class Plus(EditCallback):
         return {name: weight * 2.0 for name, weight in weights.items()}
 
 
-@pytest.mark.parametrize("scope", [[], [ParameterScope(1, "down_proj")]], ids=["everything", "scope"])
+@pytest.mark.parametrize("scope", [[], [ParameterScope(1, modules="down_proj")]], ids=["everything", "scope"])
 def test_constraints_hold_after_every_step_in_their_order_whatever_the_list_says(tiny, scope):
     model = tiny("llama")
     start = snapshot(dict(model.named_parameters()))

@@ -90,7 +90,7 @@ def test_the_best_step_is_saved_and_the_model_goes_on_from_the_last(dtype, tmp_p
     def train(steps: int, at: str, name: str) -> tuple[EditDelta, Any]:
         model = world.load()[0].to(dtype)
         saver = SaveDelta(str(tmp_path / name), at=at)  # type: ignore[arg-type]
-        callbacks = [ParameterScope(**SCOPE), NormBall(5e-3), GradientMask("magnitude", 0.5), saver]
+        callbacks = [ParameterScope(**SCOPE), NormBall(5e-3), GradientMask("magnitude", density=0.5), saver]
         callbacks.append(Scores(edits, every_n_steps=2, show=False, max_new_tokens=4))
         run(model, callbacks, edits, steps)
         return EditDelta.load(tmp_path / name), model

@@ -96,7 +96,12 @@ def test_the_loop_is_the_plain_one_and_seeded() -> None:
         torch.rand(draws)
         own = copy.deepcopy(model)
         loop = TrainLoop(
-            tokenizer, [ParameterScope(2, "mlp.down_proj")], epochs=2, batch_size=4, lr=0.1, optimizer=torch.optim.SGD
+            tokenizer,
+            [ParameterScope(2, modules="mlp.down_proj")],
+            epochs=2,
+            batch_size=4,
+            lr=0.1,
+            optimizer=torch.optim.SGD,
         )
         run_edits(own, tokenizer, edits, "batch", train=loop, seed=5, progress=False)
         found.append(bits(own))
@@ -109,7 +114,7 @@ def test_the_loop_is_the_plain_one_and_seeded() -> None:
 def test_batch_and_sequence_on_a_real_model() -> None:
     model, tokenizer = world.load()
     edits = world.edits(4)
-    loop = TrainLoop(tokenizer, [ParameterScope(0.7, "mlp.down_proj"), NormBall(10.0)], lr=3e-3, epochs=30)
+    loop = TrainLoop(tokenizer, [ParameterScope(0.7, modules="mlp.down_proj"), NormBall(10.0)], lr=3e-3, epochs=30)
     torch.manual_seed(1)
     drawn = torch.get_rng_state()
     single = run_edits(model, tokenizer, edits, "single", train=loop, progress=False)
@@ -134,7 +139,7 @@ def test_the_loop_stops_when_learned_and_refuses_what_diverges() -> None:
             steps.append(1)
             return super().step(*args, **kwargs)
 
-    scope = [ParameterScope(0.7, "mlp.down_proj")]
+    scope = [ParameterScope(0.7, modules="mlp.down_proj")]
     TrainLoop(tokenizer, scope, lr=3e-3, epochs=50, optimizer=Counted)(model, edits)
     assert 1 < len(steps) < 50
     steps.clear()

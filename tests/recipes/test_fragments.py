@@ -19,7 +19,9 @@ FRAGMENTS = sorted(catalog.folder("callbacks").glob("*.yaml"))
 CALLBACKS = {
     name: value
     for name in kedit_train.callbacks.__all__
-    if inspect.isclass(value := getattr(kedit_train.callbacks, name)) and name != "EditCallback"
+    if inspect.isclass(value := getattr(kedit_train.callbacks, name))
+    and issubclass(value, kedit_train.callbacks.EditCallback)
+    and name != "EditCallback"
 }
 # A scope without arguments would train everything, so its fragment names the layers and modules of the recipes.
 VALUES = {"ParameterScope": {"layers": "0.3-1.0", "modules": "mlp.down_proj"}}

@@ -1,74 +1,61 @@
-"""Masks as a file: bool tensors by parameter name, in safetensors."""
+"""Mask files: bool tensors by parameter name, in safetensors with a checksum."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
+from kedit_train.safetensors_file import load_tensors, save_tensors
 
-_DIGEST = "kedit_train.mask.sha256"
+_KIND = "kedit_train.mask"
 
 
 def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> Path:
-    """Write masks with their checksum; the file is there whole or not at all."""
-    path = Path(path)
-    own = {name: mask.detach().cpu().contiguous() for name, mask in masks.items()}
-    with writing(path) as unfinished:
-        save_file(own, unfinished, metadata={_DIGEST: _digest(own)})
-    return path
+    """Write masks atomically, with a checksum.
+
+    Args:
+        path: path of the file.
+        masks: name -> bool tensor.
+    """
+    return save_tensors(path, masks, kind=_KIND)
 
 
 def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None) -> dict[str, Tensor]:
-    """Read masks, for parameters of these names and shapes where they are given.
+    """Read masks and check that they fit the scope.
 
-    A file that somebody else wrote needs no checksum; one of ours has to agree with it.
+    A file that another program wrote needs no checksum.
+
+    Args:
+        path: path of a safetensors file with one bool tensor per parameter.
+        shapes: name -> shape of every parameter in the scope. None skips the comparison.
+
+    Returns:
+        name -> bool tensor.
 
     Raises:
-        EditError: no such file, no safetensors file, changed since it was written; a tensor that is not bool, not in
-            ``shapes`` or of another shape; or a name of ``shapes`` without one.
+        EditError: the file is missing, damaged or was changed after it was written; a tensor is not bool, is not in
+            ``shapes`` or has another shape; or a name of ``shapes`` has no tensor.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise EditError(f"GradientMask: no mask file {str(path)!r}; give the path that save_to= wrote")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata, masks = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise EditError(f"GradientMask: {path} is no safetensors file, or a damaged one: {reason}") from error
+    masks = load_tensors(path, kind=_KIND, memory_map=False, allow_unsigned=True).tensors
     for name, mask in masks.items():
         if mask.dtype != torch.bool or bool((mask.view(torch.uint8) > 1).any()):
-            kind = "bytes that are neither 0 nor 1" if mask.dtype == torch.bool else str(mask.dtype)
-            raise EditError(f"GradientMask: {path}: {name} holds {kind}; a mask holds bools, true where to train")
-    if _DIGEST in metadata and metadata[_DIGEST] != _digest(masks):
-        raise EditError(f"GradientMask: {path} is not as it was written (checksum); write it again with save_to=")
+            values = "bytes other than 0 and 1" if mask.dtype == torch.bool else str(mask.dtype)
+            raise EditError(f"{path}: {name} must contain bools, True where the entry may change, got {values}.")
     if shapes is None:
         return masks
     unknown, missing = sorted(masks.keys() - shapes.keys()), sorted(shapes.keys() - masks.keys())
     if unknown or missing:
-        name, what = (unknown[0], "is not in the scope") if unknown else (missing[0], "has no mask in it")
+        name, problem = (unknown[0], "is not in the scope") if unknown else (missing[0], "has no mask in the file")
         more = f" (and {len(unknown + missing) - 1} more)" if len(unknown + missing) > 1 else ""
-        raise EditError(f"GradientMask: {path}: {name}{more} {what}; give ParameterScope what the mask was made for")
+        raise EditError(f"{path}: {name}{more} {problem}; use the ParameterScope that the mask was made for")
     for name, mask in masks.items():
         if mask.shape != shapes[name]:
             raise EditError(
-                f"GradientMask: {path}: {name} is {list(mask.shape)} there and {list(shapes[name])} in the model; "
-                "the mask was made for another model"
+                f"{path}: {name} has the shape {list(mask.shape)} in the file and {list(shapes[name])} in the model; "
+                "use a mask that was made for this model"
             )
     return masks
-
-
-def _digest(masks: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(masks):
-        digest.update(f"{name} {list(masks[name].shape)}\n".encode())
-        digest.update(masks[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

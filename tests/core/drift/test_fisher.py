@@ -47,7 +47,7 @@ def test_fisher_is_the_mean_of_squared_gradients_per_example_for_sampled_labels(
 
     monkeypatch.setattr(torch, "multinomial", recording)
     copied = copy.deepcopy(model)
-    with editing(model, [ParameterScope(1, "mlp")]) as edit:
+    with editing(model, [ParameterScope(1, modules="mlp")]) as edit:
         fisher = diagonal_fisher(edit.run, EXAMPLES)
         names = list(edit.run.scope)
     assert len(sampled) == len(EXAMPLES)
@@ -66,7 +66,7 @@ def test_its_expectation_is_the_true_fisher_and_not_the_square_of_a_batch_gradie
     examples = [Encoded([token % 13 for token in e.input_ids], e.target_start) for e in EXAMPLES]
     name = "model.layers.1.mlp.down_proj.weight"
     expected = exact_fisher(model, name, examples)
-    with editing(model, [ParameterScope(1, "down_proj")]) as edit:
+    with editing(model, [ParameterScope(1, modules="down_proj")]) as edit:
         runs = [diagonal_fisher(edit.run, examples, seed=seed) for seed in range(400)]
         gradient = mean_gradient(edit.run, examples)[name]
     samples = torch.stack([run[name] for run in runs])
@@ -81,7 +81,7 @@ def test_its_expectation_is_the_true_fisher_and_not_the_square_of_a_batch_gradie
 def test_the_mean_gradient_is_that_of_one_batch(tiny):
     model = tiny("llama")
     copied = copy.deepcopy(model)
-    with editing(model, [ParameterScope(1, "mlp")]) as edit:
+    with editing(model, [ParameterScope(1, modules="mlp")]) as edit:
         gradients = mean_gradient(edit.run, EXAMPLES)
     loss = torch.tensor(0.0)
     for example in EXAMPLES:
@@ -93,7 +93,7 @@ def test_the_mean_gradient_is_that_of_one_batch(tiny):
 
 
 def test_the_seed_decides_the_labels_and_the_global_random_state_stays(tiny):
-    with editing(tiny("llama"), [ParameterScope(1, "mlp")]) as edit:
+    with editing(tiny("llama"), [ParameterScope(1, modules="mlp")]) as edit:
         before = torch.get_rng_state()
         first, again, other = (diagonal_fisher(edit.run, EXAMPLES, seed=s) for s in (3, 3, 4))
         assert torch.equal(torch.get_rng_state(), before)
@@ -103,7 +103,7 @@ def test_the_seed_decides_the_labels_and_the_global_random_state_stays(tiny):
 
 def test_fisher_belongs_to_the_model_before_the_edit_and_leaves_no_trace(tiny):
     model = tiny("gpt2", resid_pdrop=0.5).train()
-    with editing(model, [ParameterScope(1, "mlp")]) as edit:
+    with editing(model, [ParameterScope(1, modules="mlp")]) as edit:
         before = diagonal_fisher(edit.run, EXAMPLES)
         with torch.no_grad():
             for parameter in edit.parameters():
@@ -119,9 +119,9 @@ def test_fisher_belongs_to_the_model_before_the_edit_and_leaves_no_trace(tiny):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_computed_in_fp32(tiny, dtype):
     model = tiny("llama")
-    with editing(copy.deepcopy(model), [ParameterScope(1, "mlp")]) as edit:
+    with editing(copy.deepcopy(model), [ParameterScope(1, modules="mlp")]) as edit:
         expected = mean_gradient(edit.run, EXAMPLES)
-    with editing(model.to(dtype), [ParameterScope(1, "mlp")]) as edit:
+    with editing(model.to(dtype), [ParameterScope(1, modules="mlp")]) as edit:
         gradients = mean_gradient(edit.run, EXAMPLES)
         fisher = diagonal_fisher(edit.run, EXAMPLES)
     for name in expected:

@@ -1,0 +1,166 @@
+"""Scores of the entries of the scope, and the masks that follow from them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kedit_train.arguments import check_arguments, integer_from, one_of, optional
+from kedit_train.core.drift.fisher import diagonal_fisher, mean_gradient, next_token_examples
+from kedit_train.core.fsdp import whole
+from kedit_train.core.locality.texts import Texts
+from kedit_train.core.run import EditRun
+from kedit_train.core.scope.neurons import Granularity, matrix_of, unit_of
+from kedit_train.data import EditDataset
+from kedit_train.data.tokenization import Encoded, context_length
+from kedit_train.errors import EditError
+from kedit_train.functional.gradient_masks import fisher_ratio, keep_top, unit_mask, unit_scores
+
+ScoreName = Literal["gradient", "fisher", "fisher_ratio", "magnitude", "random"]
+
+
+@dataclass(frozen=True)
+class MaskScore:
+    """A score by which ``GradientMask`` chooses the entries to train, with its settings.
+
+    Args:
+        name: one of
+
+            - "gradient": absolute value of the mean gradient of the edits' targets;
+            - "fisher": diagonal Fisher information at the positions of the targets, with labels drawn from the model;
+            - "fisher_ratio": that, divided by the Fisher information on other texts;
+            - "magnitude": absolute value of the weight;
+            - "random": random numbers.
+        limit: score at most this many edits, and at most this many sequences of the texts. None scores all. Each
+            costs one backward pass. "magnitude" and "random" do not use it.
+        seed: seed for the choice of edits and sequences, the drawn labels and the random scores.
+
+    Example:
+        >>> MaskScore("random", seed=1)
+        MaskScore(name='random', limit=256, seed=1)
+    """
+
+    name: ScoreName
+    _: KW_ONLY
+    limit: int | None = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            self, name=(self.name, one_of(get_args(ScoreName))), limit=(self.limit, optional(integer_from(1)))
+        )
+
+    @classmethod
+    def of(cls, value: Any) -> MaskScore:
+        """Return ``value`` if it is a ``MaskScore``, else the score of that name or with these arguments.
+
+        Args:
+            value: a ``MaskScore``, a name, or a mapping with the arguments (as in YAML).
+
+        Raises:
+            EditError: the name or an argument is unknown.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            known = [field.name for field in fields(cls)]
+            if unknown := [key for key in value if key not in known]:
+                raise EditError(
+                    f"unknown argument {unknown[0]!r}; known are {', '.join(known)}.", component="MaskScore"
+                )
+            return cls(**{"name": "gradient", **value})
+        return cls(value)
+
+    @property
+    def needs_edits(self) -> bool:
+        """Whether the score is computed from the edits with a causal language model."""
+        return self.name in ("gradient", "fisher", "fisher_ratio")
+
+    def sample(self, sequences: Sequence[Encoded]) -> Sequence[Encoded]:
+        """Return at most ``limit`` sequences, drawn with ``seed``, in their order."""
+        if self.limit is None or self.limit >= len(sequences):
+            return sequences
+        return [sequences[i] for i in sorted(random.Random(self.seed).sample(range(len(sequences)), self.limit))]
+
+
+def score_entries(
+    run: EditRun, score: MaskScore, edits: EditDataset | None, texts: Texts | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Compute a score for every entry of the scope.
+
+    Args:
+        run: the run before its first step.
+        score: which score.
+        edits: required if the score needs edits.
+        texts: required for "fisher_ratio".
+
+    Returns:
+        name -> scores in the shape of the parameter; and for "fisher_ratio" name -> Fisher information on the texts,
+        else None.
+    """
+    if score.name == "magnitude":
+        return {name: whole(run.reference[name]).float().abs() for name in run.scope}, None
+    if score.name == "random":
+        generator = torch.Generator().manual_seed(score.seed)
+        return {name: torch.rand(p.shape, generator=generator) for name, p in run.scope.items()}, None
+    assert edits is not None
+    length = context_length(getattr(run.model, "config", None))
+    sequences = score.sample(edits.encode(run.tokenizer(), max_length=length))
+    if score.name == "gradient":
+        return {name: gradient.abs() for name, gradient in mean_gradient(run, sequences).items()}, None
+    on_edits = diagonal_fisher(run, sequences, seed=score.seed)
+    if score.name == "fisher":
+        return on_edits, None
+    assert texts is not None
+    others = score.sample(next_token_examples(texts.tokenize(run, edits=edits)))
+    return on_edits, diagonal_fisher(run, others, seed=score.seed)
+
+
+def choose_masks(
+    model: nn.Module,
+    scores: Mapping[str, Tensor],
+    on_texts: Mapping[str, Tensor] | None,
+    *,
+    density: float,
+    granularity: Granularity,
+) -> dict[str, Tensor]:
+    """Turn scores into masks that keep the same share of every tensor.
+
+    Args:
+        model: the model that the names belong to.
+        scores: name -> scores in the shape of the parameter.
+        on_texts: what the scores are divided by, after the mean over a neuron; None leaves them as they are.
+        density: share of the entries or neurons to keep.
+        granularity: what is kept or left out as a whole; see ``GradientMask``.
+
+    Returns:
+        name -> bool mask, True where the entry may change.
+
+    Raises:
+        EditError: the scores of a tensor are all equal or not finite, or it has no rows and columns.
+    """
+    units = {name: unit_of(model, name, granularity, scores) for name in scores}
+    masks: dict[str, Tensor] = {}
+    for name, (rule, dim) in units.items():
+        if rule != "scored":
+            continue
+        values = scores[name] if dim is None else unit_scores(scores[name], dim)
+        if on_texts is not None:
+            values = fisher_ratio(values, on_texts[name] if dim is None else unit_scores(on_texts[name], dim))
+        try:
+            kept = keep_top(values, density)
+        except ValueError as error:
+            raise EditError(f"{name}: {error}; choose another score or take it out of the scope") from error
+        masks[name] = kept if dim is None else unit_mask(kept, scores[name].shape, dim)
+    for name, (rule, dim) in units.items():
+        if rule == "frozen":
+            masks[name] = torch.zeros_like(scores[name], dtype=torch.bool)
+        elif rule == "as_matrix":
+            matrix = masks[matrix_of(name)]
+            masks[name] = matrix.movedim(dim or 0, 0).flatten(1)[:, 0].clone()
+    return masks
