@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from kedit_train.errors import EditError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,22 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
             valid = False
         if not valid:
             raise EditError(f"{argument} must be {rule.expected}, got {value!r}.", component=name)
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Make an instance of a dataclass from a mapping of its arguments, such as a section of a YAML file.
+
+    Args:
+        kind: the dataclass.
+        values: argument -> value.
+
+    Raises:
+        EditError: a key is not an argument of ``kind``.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := [name for name in values if name not in known]:
+        raise EditError(f"unknown argument {unknown[0]!r}; it takes {', '.join(known)}.", component=kind.__name__)
+    return kind(**values)
 
 
 def _is_number(value: Any) -> bool:

@@ -28,7 +28,7 @@ import torch
 
 from kedit_train import EditDelta, world
 from kedit_train.atomic_write import obstacle
-from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenLoss
+from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, Texts, TokenLoss
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop, run_edits
@@ -64,7 +64,7 @@ def constraints(texts: str, room: float, seed: int = 0) -> list[EditCallback]:
     """What must stay. The instances live on from edit to edit, and so do their memories."""
     # Ten times the penalty of a batch: one edit's gradients do not cancel, and half of the rows are earlier edits.
     return [
-        KLLocality(texts=texts, weight=200.0, batch_size=32, seed=seed, sequential=True),
+        KLLocality(Texts(texts, seed=seed), weight=200.0, batch_size=32, sequential=True),
         NormBall(norm="l2", per="scope", fraction=room),
     ]
 

@@ -2,6 +2,7 @@
 
 from kedit_train.callbacks.active_set import ActiveSet
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.callbacks.batch_anchor import BatchAnchor
 from kedit_train.callbacks.edit_metrics import EditMetrics
 from kedit_train.callbacks.forget_first import ForgetFirst
 from kedit_train.callbacks.gradient_mask import GradientMask
@@ -17,11 +18,14 @@ from kedit_train.callbacks.stop_when_edited import StopWhenEdited
 from kedit_train.callbacks.token_loss import TokenLoss
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
+from kedit_train.core.locality.reference_cache import ReferenceCache
+from kedit_train.core.locality.teacher import Teacher
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.scope.mask_scores import MaskScore
 
 __all__ = [
     "ActiveSet",
+    "BatchAnchor",
     "EditCallback",
     "EditMetrics",
     "ForgetFirst",
@@ -33,8 +37,10 @@ __all__ = [
     "NullSpace",
     "ParameterScope",
     "PrefixCache",
+    "ReferenceCache",
     "SaveDelta",
     "StopWhenEdited",
+    "Teacher",
     "Texts",
     "TokenLoss",
     "TokenSmoothing",

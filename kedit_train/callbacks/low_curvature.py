@@ -18,8 +18,9 @@ from kedit_train.core.drift.kfac_file import load_factors, save_factors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first
 from kedit_train.core.fingerprint import fingerprint
-from kedit_train.core.locality.consecutive_runs import check_known, goes_on
-from kedit_train.core.locality.texts import Texts, TextSource, edit_rows
+from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
+from kedit_train.core.locality.texts import Texts, TextSource
+from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.low_curvature import Curvature, high_curvature, project_low_curvature
@@ -121,14 +122,14 @@ class LowCurvature(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            check_known(run, "sequential=True takes this run's edits into the next one's curvature")
+            require_edits(run, "sequential=True takes this run's edits into the next one's curvature")
         layers = find_linear_layers(run.model, run.scope)
         if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(
                 f"{adapters[0]} is a factor of an adapter, which has no curvature while B is zero; train the weight "
                 "itself, or constrain the adapter with NullSpace."
             )
-        if not (self.sequential and goes_on(self._model, run)):
+        if not (self.sequential and continues_run(self._model, run)):
             self._accumulated = None
         self._model = weakref.ref(run.model)
         factors = self._accumulated or self._factors_of_texts(run, layers)
@@ -171,7 +172,7 @@ class LowCurvature(EditCallback):
         if self._accumulated is None:
             return
         settings = self.texts
-        sequences = edit_rows(run, run.edits, run.tokenizer(settings.tokenizer), settings.max_length)
+        sequences = tokenize_edits(run, run.edits, run.tokenizer(settings.tokenizer), settings.max_length)
         edited = self._compute_factors(run, self._projection.layers, sequences, unedited=False)
         self._accumulated = self._accumulated + edited
 

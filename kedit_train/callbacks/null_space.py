@@ -25,8 +25,9 @@ from kedit_train.core.drift.model_batches import (
     text_batches,
 )
 from kedit_train.core.drift.second_moments import broadcast_from_first, input_moments
-from kedit_train.core.locality.consecutive_runs import check_known, goes_on
-from kedit_train.core.locality.texts import Texts, TextSource, edit_rows
+from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
+from kedit_train.core.locality.texts import Texts, TextSource
+from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
@@ -133,8 +134,8 @@ class NullSpace(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            check_known(run, "sequential=True preserves this run's edits in the next")
-            if not goes_on(self._model, run):
+            require_edits(run, "sequential=True preserves this run's edits in the next")
+            if not continues_run(self._model, run):
                 self._previous_edits = []
         self._model = weakref.ref(run.model)
         layers = find_linear_layers(run.model, run.scope)
@@ -191,7 +192,7 @@ class NullSpace(EditCallback):
             sequences = source.tokenize(run, limit=self.limit)
         else:
             settings = self._settings()
-            sequences = edit_rows(run, source, run.tokenizer(settings.tokenizer), settings.max_length)
+            sequences = tokenize_edits(run, source, run.tokenizer(settings.tokenizer), settings.max_length)
         return find_text_model(run), text_batches(share_of_process(sequences), self.batch_size, device)
 
     def _preserved(self, run: EditRun) -> Any:

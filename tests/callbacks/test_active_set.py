@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_train.callbacks import ActiveSet, KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
+from kedit_train.callbacks import ActiveSet, BatchAnchor, ParameterScope, TokenLoss, TokenSmoothing, editing
 from kedit_train.core.tokens.active_examples import ActiveExamples
 from kedit_train.errors import EditError
 
@@ -175,7 +175,7 @@ def test_positional_ids_are_found(make, batch):
     [
         ([], "add TokenSmoothing"),
         ([TokenSmoothing(epsilon=0.0)], "every token stays active"),
-        ([TokenSmoothing(), KLLocality("batch")], "would not be anchored"),
+        ([TokenSmoothing(), BatchAnchor()], "would not be anchored"),
     ],
 )
 def test_what_it_cannot_work_with_is_said(make, words, others, said):

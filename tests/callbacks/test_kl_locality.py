@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_train.callbacks import KLLocality, ParameterScope, TokenSmoothing, editing
+from kedit_train.callbacks import KLLocality, ParameterScope, Texts, TokenSmoothing, editing
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
@@ -116,7 +116,9 @@ def test_it_holds_the_model_back(make, words, ids):
         torch.manual_seed(0)
         model = make()
         before = copy.deepcopy(model)
-        with editing(model, [ParameterScope(), KLLocality(TEXTS, weight, batch_size=5)], tokenizer=words) as edit:
+        with editing(
+            model, [ParameterScope(), KLLocality(TEXTS, weight=weight, batch_size=5)], tokenizer=words
+        ) as edit:
             optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
             for _ in range(10):
                 edit.before_step()
@@ -154,10 +156,10 @@ def test_dropout_does_not_count_as_change(make, words):
 
 def test_texts_are_drawn_in_shuffled_rounds_and_the_same_everywhere(make, words):
     def order(seed: int) -> list[int]:
-        kl = KLLocality(TEXTS, seed=seed)
+        kl = KLLocality(Texts(TEXTS, seed=seed))
         with editing(make(), [kl], tokenizer=words) as edit:
             edit.run.attach(kl)
-            return [i for _ in range(3) for i in kl._held.texts.draw(5)]
+            return [i for _ in range(3) for i in kl._batches.texts.draw(5)]
 
     first = order(0)
     assert [sorted(first[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
@@ -184,11 +186,7 @@ def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
         edit.run.edits = [Edit(prompt="w20 w21", target="w5"), Edit(prompt="x", target="y", rephrases=("w7 w7",))]
         with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts contain a prompt"):
             edit.before_step()
-        assert [len(row) for row in kl._held.texts.rows] == [5, 1, 4]
-
-
-def test_the_usual_factor_is_that_of_texts_or_of_the_batch():
-    assert [KLLocality(*given).weight for given in ((TEXTS,), ("batch",), (TEXTS, 0.5))] == [20.0, 1.0, 0.5]
+        assert [len(row) for row in kl._batches.texts.sequences] == [5, 1, 4]
 
 
 def test_a_generator_of_texts_serves_two_runs(make, words):
@@ -196,7 +194,7 @@ def test_a_generator_of_texts_serves_two_runs(make, words):
     for _ in range(2):
         with editing(make(), [kl], tokenizer=words) as edit:
             edit.before_step()
-            assert len(kl._held.texts.rows) == len(TEXTS)
+            assert len(kl._batches.texts.sequences) == len(TEXTS)
 
 
 @pytest.mark.parametrize(("name", "write"), [("a.txt", "\n".join), ("a.json", json.dumps)])
@@ -204,7 +202,7 @@ def test_files(make, words, tmp_path, name, write: Callable[[list[str]], str]):
     (tmp_path / name).write_text(write(TEXTS))
     with editing(make(), [kl := KLLocality(tmp_path / name)], tokenizer=words) as edit:
         edit.before_step()
-        assert len(kl._held.texts.rows) == len(TEXTS)
+        assert len(kl._batches.texts.sequences) == len(TEXTS)
 
 
 def test_an_empty_file_is_an_error_before_training(make, words, tmp_path):
@@ -235,62 +233,60 @@ def test_without_a_scope_everything_is_trained_and_the_old_head_is_kept(make, wo
 
 
 @pytest.mark.parametrize(
-    "given", [{"weight": -1.0}, {"weight": float("nan")}, {"direction": "both"}, {"batch_size": 0}, {"max_length": 0}]
+    ("options", "message"),
+    [
+        ({"weight": -1.0}, "weight must be >= 0, got -1.0."),
+        ({"weight": float("nan")}, "weight must be >= 0, got nan."),
+        ({"direction": "both"}, 'direction must be "forward", "reverse" or "jsd", got \'both\'.'),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0."),
+    ],
 )
-def test_bounds(given):
+def test_arguments_are_checked(options, message):
     with pytest.raises(EditError) as error:
-        KLLocality(TEXTS, **given)
-    ((name, value),) = given.items()
-    assert str(error.value) == (
-        f"KLLocality: {name}={value!r} is out of bounds (weight >= 0, direction forward|reverse|jsd, batch_size and "
-        "max_length > 0)"
-    )
+        KLLocality(TEXTS, **options)
+    assert str(error.value) == f"KLLocality: {message}"
 
 
 def test_nearest_holds_the_texts_that_the_edits_endanger_and_no_other(make, words):
     texts = [*TEXTS, "w8 w40", "w30 w2"]
-    kl = KLLocality(texts, nearest=2, batch_size=8)
+    kl = KLLocality(Texts(texts, nearest=2), batch_size=8)
     edits = [Edit("w5 w2", "w3", subject="w5", old_target="w30")]
     with editing(make(), [kl], tokenizer=words, edits=edits) as edit:
         edit.run.attach(kl)
-        held = [words.decode(row) for row in kl._held.texts.rows]
-        assert sorted(held) == sorted(["w30 w2", TEXTS[2]])
+        decoded = [words.decode(sequence) for sequence in kl._batches.texts.sequences]
+        assert sorted(decoded) == sorted(["w30 w2", TEXTS[2]])
         # Where a batch asks for more than there are, it takes each text once.
-        assert sorted(kl._held.draw(8)[0]) == [0, 1]
+        assert sorted(kl._batches.draw(8)[0]) == [0, 1]
 
 
 def test_nearest_needs_edits_and_is_not_for_a_sequence(make, words):
     with (
-        pytest.raises(EditError, match=r"KLLocality: nearest=2 chooses texts by their edits, and nothing says"),
-        editing(make(), [KLLocality(TEXTS, nearest=2)], tokenizer=words) as edit,
+        pytest.raises(EditError, match=r"KLLocality: nearest=2 selects texts by the edits, but the run does not know"),
+        editing(make(), [KLLocality(Texts(TEXTS, nearest=2))], tokenizer=words) as edit,
     ):
         edit.before_step()
     edits = [Edit("w5 w2", "w3", subject="w5", old_target="w30")]
     with (
         pytest.raises(EditError, match=r"KLLocality: every text states what an edit changes"),
-        editing(make(), [KLLocality(["w30 w5", "w5 w9 w30"], nearest=2)], tokenizer=words, edits=edits) as edit,
+        editing(make(), [KLLocality(Texts(["w30 w5", "w5 w9 w30"], nearest=2))], tokenizer=words, edits=edits) as edit,
     ):
         edit.before_step()
-    with pytest.raises(EditError, match=r"nearest chooses texts by the edits of one run"):
-        KLLocality(TEXTS, nearest=2, sequential=True)
-    with pytest.raises(EditError, match=r"nearest=0 is no number of texts"):
-        KLLocality(TEXTS, nearest=0)
-    with pytest.raises(EditError, match=r"nearest=2\.5 is no number of texts"):
-        KLLocality(TEXTS, nearest=2.5)
-    with pytest.raises(EditError, match=r"does not read nearest"):
-        KLLocality("batch", nearest=2)
-    assert "nearest=2" in repr(KLLocality(TEXTS, nearest=2))
+    with pytest.raises(
+        EditError, match=r"^KLLocality: sequential=True keeps the texts of the first run, so Texts\(nearest"
+    ):
+        KLLocality(Texts(TEXTS, nearest=2), sequential=True)
+    assert "nearest=2" in repr(KLLocality(Texts(TEXTS, nearest=2)))
 
 
 def test_a_checkpoint_of_a_run_that_held_other_texts_is_refused(make, words):
     edits = [Edit("w5 w2", "w3", old_target="w30")]
     states = []
     for nearest in (2, 2, 3):
-        kl = KLLocality(TEXTS, nearest=nearest)
+        kl = KLLocality(Texts(TEXTS, nearest=nearest))
         with editing(make(), [kl], tokenizer=words, edits=edits) as edit:
             edit.run.attach(kl)
             if states and nearest == 3:
-                with pytest.raises(EditError, match="held other texts"):
+                with pytest.raises(EditError, match="the checkpoint was made with other reference texts"):
                     kl.load_state(states[0])
             elif states:
                 kl.load_state(states[0])

@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from kedit_train.callbacks import KLLocality, ParameterScope, editing
-from kedit_train.core.locality.hidden_state_file import collect
+from kedit_train.callbacks import KLLocality, ParameterScope, ReferenceCache, Teacher, editing
+from kedit_train.core.locality.hidden_state_file import write_states
 from kedit_train.errors import EditError
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30", "w7 w7 w7", "w50 w40 w30 w20"]
@@ -52,8 +52,8 @@ def test_a_second_run_does_no_forward_pass_for_its_reference(make, words, tmp_pa
     plain, passes, metrics = value(copy.deepcopy(model), words)
     assert passes == 1
     assert metrics["edit/locality/store_bytes"] == TOKENS * 16 * 4
-    first = value(copy.deepcopy(model), words, store=str(tmp_path / "kept"))
-    again = value(copy.deepcopy(model), words, store=str(tmp_path / "kept"))
+    first = value(copy.deepcopy(model), words, cache=tmp_path / "kept")
+    again = value(copy.deepcopy(model), words, cache=tmp_path / "kept")
     assert (first[0], again[0]) == (plain, plain)
     assert (first[1], again[1]) == (1, 0)
     assert (first[2]["edit/locality/store_hits"], again[2]["edit/locality/store_hits"]) == (0.0, 1.0)
@@ -64,30 +64,30 @@ def test_a_second_run_does_no_forward_pass_for_its_reference(make, words, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_another_scope_finds_them_too(make, words, tmp_path, dtype):
     model = make(dtype=dtype)
-    value(copy.deepcopy(model), words, scope=1, store=str(tmp_path))
-    assert value(copy.deepcopy(model), words, scope=0, store=str(tmp_path))[1] == 0
+    value(copy.deepcopy(model), words, scope=1, cache=tmp_path)
+    assert value(copy.deepcopy(model), words, scope=0, cache=tmp_path)[1] == 0
 
 
 def test_above_the_limit_they_are_mapped_and_the_same(make, words, tmp_path):
     model = make()
     want = value(copy.deepcopy(model), words)[0]
     for passes in (1, 0):
-        kl = {"store": str(tmp_path), "memory_limit": TOKENS * 16 * 4 - 1}
-        assert value(copy.deepcopy(model), words, **kl)[:2] == (want, passes)
-    instance = KLLocality(TEXTS, store=str(tmp_path), memory_limit="1KB")
+        cache = ReferenceCache(tmp_path, memory_limit=TOKENS * 16 * 4 - 1)
+        assert value(copy.deepcopy(model), words, cache=cache)[:2] == (want, passes)
+    instance = KLLocality(TEXTS, cache=ReferenceCache(tmp_path, memory_limit="1KB"))
     with editing(copy.deepcopy(model), [instance, ParameterScope(1)], tokenizer=words) as edit:
         edit.before_step()
-        assert instance._held.texts.answers.mapped
+        assert instance._batches.texts.states.memory_mapped
     with pytest.raises(
-        EditError, match="answers before the edit take 1536 bytes and memory_limit allows 1000; give store="
+        EditError, match="reference hidden states take 1536 bytes and memory_limit is 1000; set cache_dir"
     ):
-        value(copy.deepcopy(model), words, memory_limit="1KB")
+        value(copy.deepcopy(model), words, cache=ReferenceCache(memory_limit="1KB"))
 
 
 @pytest.mark.parametrize("what", ["weight", "buffer", "config", "texts", "order", "dtype", "precision"])
 def test_whatever_differs_finds_nothing(make, words, tmp_path, what):
     model = make()
-    value(copy.deepcopy(model), words, store=str(tmp_path))
+    value(copy.deepcopy(model), words, cache=tmp_path)
     texts, options = list(TEXTS), {}
     if what == "weight":
         with torch.no_grad():
@@ -101,11 +101,11 @@ def test_whatever_differs_finds_nothing(make, words, tmp_path, what):
     elif what == "order":
         texts = texts[::-1]
     elif what == "dtype":
-        options["store_dtype"] = "float32"
+        options["cache"] = ReferenceCache(tmp_path, dtype="float32")
     else:
         torch.set_float32_matmul_precision("high")
     try:
-        assert value(model, words, texts=texts, store=str(tmp_path), **options)[1] == 1
+        assert value(model, words, texts=texts, **{"cache": tmp_path, **options})[1] == 1
     finally:
         torch.set_float32_matmul_precision("highest")
     assert len(list(tmp_path.iterdir())) == 2
@@ -133,12 +133,12 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["truncated", "empty", "a bit", "foreign", "scalar", "nothing", "text"])
 def test_what_is_damaged_or_foreign_is_made_anew(make, words, tmp_path, how):
     model = make()
-    want = value(copy.deepcopy(model), words, store=str(tmp_path))[0]
+    want = value(copy.deepcopy(model), words, cache=tmp_path)[0]
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     damage(path, how)
-    with pytest.warns(UserWarning, match=r"holds no answers of this model on these texts \(.*\); made anew"):
-        assert value(copy.deepcopy(model), words, store=str(tmp_path))[:2] == (want, 1)
+    with pytest.warns(UserWarning, match=r"KLLocality: .* The reference hidden states are computed again"):
+        assert value(copy.deepcopy(model), words, cache=tmp_path)[:2] == (want, 1)
     assert path.read_bytes() == whole
     assert list(tmp_path.iterdir()) == [path]
 
@@ -147,7 +147,7 @@ def test_a_failure_leaves_no_file(make, words, tmp_path):
     model = make()
     model.model.register_forward_pre_hook(lambda m, a: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
-        value(model, words, store=str(tmp_path / "kept"))
+        value(model, words, cache=tmp_path / "kept")
     assert not (tmp_path / "kept").exists() or list((tmp_path / "kept").iterdir()) == []
 
 
@@ -160,10 +160,10 @@ def test_every_byte_has_its_place_before_the_first_answer(tmp_path, monkeypatch,
 
     def batches():
         for row in range(2):
-            found.extend(entry.stat().st_blocks * 512 for entry in tmp_path.iterdir())
+            found.extend(entry.stat().st_blocks * 512 for entry in tmp_path.rglob("*") if entry.is_file())
             yield [row], [torch.full((tokens, 4), float(row))]
 
-    collect(batches(), [tokens, tokens], path=tmp_path / "a.safetensors")
+    write_states(batches(), [tokens, tokens], tmp_path / "a.safetensors", key="")
     assert found[0] >= 2 * tokens * 4 * 4
     (tensor,) = load_file(tmp_path / "a.safetensors").values()
     assert tensor.sum().item() == tokens * 4
@@ -176,14 +176,14 @@ def test_a_full_disk_is_told_and_leaves_no_file(make, words, tmp_path, monkeypat
 
     monkeypatch.setattr(os, when, full)
     with pytest.raises(EditError, match=rf"KLLocality: .* take \d{{4}} bytes .*'{tmp_path}' \(No space left") as caught:
-        value(make(), words, store=str(tmp_path))
+        value(make(), words, cache=tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_writer_left_is_removed(make, words, tmp_path):
     model = make()
-    value(copy.deepcopy(model), words, store=str(tmp_path))
+    value(copy.deepcopy(model), words, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -203,7 +203,7 @@ def test_what_a_killed_writer_left_is_removed(make, words, tmp_path):
         left(path.stem, "far.away", gone.pid, False),
         path,
     ]
-    assert value(copy.deepcopy(model), words, store=str(tmp_path))[1] == 0
+    assert value(copy.deepcopy(model), words, cache=tmp_path)[1] == 0
     assert sorted(tmp_path.iterdir()) == sorted(kept)
     assert not any(file.exists() for file in removed)
 
@@ -211,55 +211,54 @@ def test_what_a_killed_writer_left_is_removed(make, words, tmp_path):
 @pytest.mark.parametrize("where", ["a file", "below a file", "not creatable", "a folder in its place", "read only"])
 def test_a_store_that_cannot_be_is_refused_before_any_answer(make, words, tmp_path, monkeypatch, where):
     model, store = make(), tmp_path / "kept"
-    message = r"is no folder and cannot be made one \(.*\); name another"
+    message = r"is not a directory and cannot be made \(.*\); name another"
     if where == "a folder in its place":
-        value(copy.deepcopy(model), words, store=str(store))
+        value(copy.deepcopy(model), words, cache=store)
         (path,) = store.iterdir()
         path.unlink()
         path.mkdir()
-        message = f"a folder lies where the file {path} belongs"
+        message = f"{path} is a directory where a file must be written"
     elif where == "read only":
         # Whoever runs as root may write everywhere.
         monkeypatch.setattr(os, "access", lambda *_: False)
-        message = "cannot be written to"
+        message = "is not writable"
     elif where == "not creatable":
         store = Path("/proc/nothing")
     else:
         store.write_text("mine")
         store = store / "below" if where == "below a file" else store
     monkeypatch.setattr(
-        "kedit_train.core.locality.reference_states.row_states", lambda *_: pytest.fail("it was computed")
+        "kedit_train.core.locality.reference_states.hidden_states", lambda *_: pytest.fail("it was computed")
     )
     with pytest.raises(EditError, match=rf"^KLLocality: .*{message}"):
-        value(model, words, store=str(store))
+        value(model, words, cache=store)
 
 
 def test_narrower_answers_say_what_they_cost(make, words, tmp_path):
     model = make()
     want = value(copy.deepcopy(model), words)[0]
     with pytest.warns(
-        UserWarning, match=r"kept in torch.bfloat16 and computed in torch.float32; on the first texts that"
+        UserWarning, match=r"KLLocality: .* stored in torch.bfloat16 and computed in torch.float32. On the first texts"
     ):
-        got, _, metrics = value(copy.deepcopy(model), words, store_dtype="bfloat16")
+        got, _, metrics = value(copy.deepcopy(model), words, cache=ReferenceCache(dtype="bfloat16"))
     assert metrics["edit/locality/store_bytes"] == TOKENS * 16 * 2
     assert got != want
     assert got == pytest.approx(want, rel=0.05)
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
-        ({"store_dtype": "int8"}, "out of bounds"),
-        ({"top_k": 0}, "out of bounds"),
-        ({"memory_limit": "much"}, "is no size"),
-        ({"store": ""}, "names no folder"),
-        ({"texts": "batch", "seed": 1, "batch_size": 4}, "does not read batch_size, seed; leave out"),
-        ({"texts": "batch", "tokenizer": "x", "max_length": 9}, "does not read max_length, tokenizer; leave out"),
+        ({"dtype": "int8"}, 'ReferenceCache: dtype must be "float32", "bfloat16" or "float16", or None, got \'int8\'.'),
+        ({"memory_limit": "much"}, "ReferenceCache: memory_limit must be a number of bytes above 0"),
+        ({"cache_dir": ""}, "ReferenceCache: cache_dir must be a directory, or None, got ''."),
+        ({"directory": "a"}, "ReferenceCache: unknown argument 'directory'; it takes cache_dir, dtype, memory_limit."),
     ],
 )
-def test_bounds_of_the_store(given, message):
-    with pytest.raises(EditError, match=message):
-        KLLocality(**{"texts": TEXTS, **given})
+def test_bounds_of_the_cache(options, message):
+    with pytest.raises(EditError) as error:
+        KLLocality(TEXTS, cache=options)
+    assert str(error.value).startswith(message)
 
 
 # -- a teacher
@@ -282,7 +281,7 @@ def by_hand(teacher: Any, model: Any, words: Any, k: int, direction: str) -> flo
 @pytest.mark.parametrize(("k", "direction"), [(1, "forward"), (8, "forward"), (8, "reverse"), (61, "forward")])
 def test_a_larger_teacher(make, words, tmp_path, k, direction):
     teacher, model = make("gpt2", n_embd=32), make()
-    options = {"teacher": teacher, "top_k": k, "direction": direction, "store": str(tmp_path)}
+    options = {"teacher": Teacher(teacher, top_k=k), "direction": direction, "cache": tmp_path}
     first, again = (value(shaken := copy.deepcopy(model), words, **options) for _ in range(2))
     shaken = copy.deepcopy(model)
     want = None
@@ -301,7 +300,7 @@ def test_a_teacher_by_path_with_padded_rows(make, words, tmp_path):
     teacher.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     model = make()
-    got = value(model, words, teacher=str(tmp_path), top_k=5)[0]
+    got = value(model, words, teacher={"model": str(tmp_path), "top_k": 5})[0]
     teacher.lm_head.weight = torch.nn.Parameter(teacher.lm_head.weight[:61])
     assert got == pytest.approx(by_hand(teacher, model, words, 5, "forward"), rel=1e-4)
 
@@ -309,12 +308,12 @@ def test_a_teacher_by_path_with_padded_rows(make, words, tmp_path):
 def test_teachers_that_cannot_be_compared_are_refused(make, words, tmp_path):
     model = make()
     for teacher, message in (
-        (make(vocab_size=77), "the vocabulary of teacher"),
-        (str(tmp_path / "nothing"), "no teacher at"),
-        (torch.nn.Linear(2, 2), "teacher Linear has no language-model head"),
-        (model, "teacher is the very model that is edited"),
+        (make(vocab_size=77), "has another vocabulary than the edited model"),
+        (str(tmp_path / "nothing"), "no teacher can be loaded from"),
+        (torch.nn.Linear(2, 2), "teacher must be a causal language model, got Linear without"),
+        (model, "teacher is the model that is edited"),
     ):
         with pytest.raises(EditError, match=message):
             value(model, words, teacher=teacher)
-    with pytest.raises(EditError, match="top_k=62 is more than the 61 tokens"):
-        value(model, words, teacher=make("gpt2"), top_k=62)
+    with pytest.raises(EditError, match="top_k must be at most 61, the size of the vocabulary, got 62"):
+        value(model, words, teacher=Teacher(make("gpt2"), top_k=62))

@@ -11,7 +11,7 @@ import torch
 from callbacks.prefixed import HALVES, batch, build, rates, same, scope, train
 from torch import Tensor, nn
 
-from kedit_train.callbacks import KLLocality, PrefixCache, TokenSmoothing, editing
+from kedit_train.callbacks import BatchAnchor, KLLocality, PrefixCache, TokenSmoothing, editing
 from kedit_train.errors import EditError
 
 
@@ -193,7 +193,7 @@ def test_padding_without_labels_is_computed_in_full() -> None:
 
 def test_labels_are_known_although_the_batch_anchor_runs_the_model_within_the_call() -> None:
     batches = [batch("left", rows=half) for half in HALVES]
-    anchor = KLLocality(texts="batch", weight=3.0)
+    anchor = BatchAnchor(weight=3.0)
     plain = train(build(), [scope(), anchor], batches)
     cached = train(build(), [scope(), anchor, PrefixCache()], batches)
     assert same(plain, cached)

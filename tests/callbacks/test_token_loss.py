@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_train.callbacks import KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
+from kedit_train.callbacks import BatchAnchor, KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
 from kedit_train.data.tokenization import Encoded, collate
 from kedit_train.errors import EditError
 from kedit_train.functional import overtone, overtone_statistics
@@ -213,7 +213,7 @@ def test_prompt_last_finds_the_sequences_of_a_packed_row(make):
 
 
 def test_prompt_last_is_refused_beside_an_anchor_on_the_batch(make):
-    callbacks = [TokenLoss("prompt_last"), KLLocality(texts="batch")]
+    callbacks = [TokenLoss("prompt_last"), BatchAnchor()]
     with editing(make(), callbacks) as edit, pytest.raises(EditError, match=r"TokenLoss: .* remove one of the two"):
         edit.before_step()
 

@@ -9,6 +9,7 @@ from typing import Any
 from kedit_train import callbacks
 from kedit_train.callbacks import (
     ActiveSet,
+    BatchAnchor,
     EditMetrics,
     ForgetFirst,
     GradientMask,
@@ -35,7 +36,7 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "TokenLoss": lambda edits: [TokenLoss("dft", epsilon=0.05)],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, weight=10.0, batch_size=2)],
-    "KLLocality on the batch": lambda edits: [KLLocality(texts="batch", weight=10.0)],
+    "BatchAnchor": lambda edits: [BatchAnchor(weight=10.0)],
     # Their scope is the first setting's, so that all can be on one list.
     "NullSpace": lambda edits: [
         NullSpace(texts=TEXTS, batch_size=2),

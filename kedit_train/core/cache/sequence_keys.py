@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -33,6 +33,18 @@ def hash_content(*parts: bytes | Tensor) -> str:
             part = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         digest.update(part)
     return digest.hexdigest()
+
+
+def hash_sequences(sequences: Iterable[Sequence[int]]) -> str:
+    """Hash token sequences in their order.
+
+    Args:
+        sequences: one list of token ids per sequence.
+
+    Returns:
+        16 bytes as 32 hexadecimal digits.
+    """
+    return hash_content(*(str(list(sequence)).encode() for sequence in sequences))
 
 
 def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.core.locality.texts import pad
+from kedit_train.core.locality.token_sequences import pad_sequences
 from kedit_train.core.processes import rank, world_size
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -63,7 +63,7 @@ def text_batches(sequences: Sequence[Sequence[int]], batch_size: int, device: to
     """Yield right-padded batches of token sequences, sorted by length."""
     ordered = sorted(sequences, key=len)
     for start in range(0, len(ordered), batch_size):
-        ids, mask = pad(ordered[start : start + batch_size])
+        ids, mask = pad_sequences(ordered[start : start + batch_size])
         ids, mask = ids.to(device), mask.to(device)
         yield Batch({"input_ids": ids, "attention_mask": mask}, None if bool(mask.all()) else mask.bool())
 

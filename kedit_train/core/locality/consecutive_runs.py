@@ -1,37 +1,44 @@
-"""Runs of one callback that follow one another on the same model."""
+"""Checks for callbacks that carry something over from one run to the next on the same model."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
 
 from torch import nn
 
 from kedit_train.core.run import EditRun
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 
 
-def goes_on(model: weakref.ref[nn.Module] | None, run: EditRun) -> bool:
-    """Whether this run trains the very model of the runs before it; a warning where those trained another.
+def continues_run(previous_model: weakref.ref[nn.Module] | None, run: EditRun) -> bool:
+    """Return whether ``run`` trains the same model object as the run before it.
 
     Args:
-        model: what the run before trained; None before the first.
+        previous_model: the model of the previous run; None before the first run.
+        run: the run that begins.
+
+    Warns:
+        UserWarning: the previous run trained another model, so what was kept from it cannot be used.
     """
-    if model is None:
+    if previous_model is None:
         return False
-    if model() is run.model:
+    if previous_model() is run.model:
         return True
-    warnings.warn(
-        "sequential=True: this run's model is not the object that the runs before have trained, so "
-        "nothing of those is held and a new sequence begins; train that object on, or make a new callback for this one",
-        stacklevel=2,
+    warn(
+        "sequential=True, but this run trains another model object than the run before it. What was kept from earlier "
+        "runs is dropped, and this run counts as the first. Train the same model object, or use a new callback."
     )
     return False
 
 
-def check_known(run: EditRun, what: str) -> None:
-    """Refuse a run that does not know its edits, which an argument needs."""
+def require_edits(run: EditRun, reason: str) -> None:
+    """Raise an error if the run does not know its edits.
+
+    Args:
+        run: the run that begins.
+        reason: which argument needs the edits and for what. It completes "<reason>, but the run does not know ...".
+    """
     if not run.edits:
         raise EditError(
-            f"{what}, and nothing says what they are; add EditMetrics(edits), or say editing(edits=...) in a loop"
+            f"{reason}, but the run does not know its edits; add EditMetrics(edits), or pass editing(edits=...)."
         )

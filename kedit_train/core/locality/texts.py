@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from kedit_train import world
-from kedit_train.arguments import check_arguments, integer_from, optional
+from kedit_train.arguments import check_arguments, from_mapping, integer_from, optional
+from kedit_train.core.locality.token_sequences import sequence_limit, split_sequences
 from kedit_train.core.run import EditRun
 from kedit_train.data.leaks import scored_prompts
 from kedit_train.data.nearest_texts import nearest_texts
-from kedit_train.data.tokenization import context_length, encode_edit
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError, warn
 
@@ -80,10 +76,7 @@ class Texts:
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping) and "source" in value:
-            known = [field.name for field in fields(cls)]
-            if unknown := [key for key in value if key not in known]:
-                raise EditError(f"unknown argument {unknown[0]!r}; known are {', '.join(known)}.", component="Texts")
-            return cls(**{**options, **value})
+            return from_mapping(cls, {**options, **value})
         return cls(value, **options)
 
     @property
@@ -146,9 +139,8 @@ class Texts:
         """
         texts = self.load(run.edits if edits is None else edits, limit=limit)
         tokenizer = run.tokenizer(self.tokenizer)
-        width = longest(run, self.max_length)
         ids = tokenizer(texts, truncation=False)["input_ids"]
-        sequences = [text[i : i + width] for text in ids for i in range(0, len(text), width)]
+        sequences = split_sequences(ids, sequence_limit(run, self.max_length))
         if not sequences:
             raise EditError(f"the tokenizer returns no token for any of the {len(texts)} texts; give other texts")
         return sequences
@@ -215,32 +207,3 @@ def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
     if not kept:
         raise EditError("every text contains a prompt that the edits are scored on; give other texts.")
     return kept
-
-
-def hash_rows(rows: Sequence[Sequence[int]]) -> str:
-    """SHA-256, hex, of rows of tokens in their order."""
-    return hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest()
-
-
-def edit_rows(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Edits, prompt with target, as windows of tokens."""
-    eos = tokenizer.eos_token_id is not None
-    rows = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=eos).input_ids for edit in edits]
-    width = longest(run, max_length)
-    return [row[i : i + width] for row in rows for i in range(0, len(row), width)]
-
-
-def longest(run: EditRun, max_length: int) -> int:
-    """``max_length``, or what the model can read where that is less."""
-    return min(max_length, context_length(getattr(run.model, "config", None)) or max_length)
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Right-pad to input_ids [B, S] and attention_mask [B, S]; the mask, not the pad id, tells what is real."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids, mask

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from yaml import safe_load
 
 from kedit_train.callbacks import EditCallback
-from kedit_train.core.locality.texts import Texts, pad
+from kedit_train.core.locality.texts import Texts
+from kedit_train.core.locality.token_sequences import pad_sequences
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
 
@@ -146,7 +147,7 @@ def test_texts_without_tokens_are_an_error():
 
 
 def test_padding():
-    ids, mask = pad([[0, 5], [7], [1, 2, 3]], pad_id=0)
+    ids, mask = pad_sequences([[0, 5], [7], [1, 2, 3]], pad_id=0)
     assert ids.tolist() == [[0, 5, 0], [7, 0, 0], [1, 2, 3]]
     assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
 
@@ -224,7 +225,7 @@ def test_a_source_becomes_texts():
     with pytest.raises(EditError) as error:
         Texts.of({"source": "keep.txt", "length": 8})
     assert str(error.value) == (
-        "Texts: unknown argument 'length'; known are source, max_length, nearest, tokenizer, seed."
+        "Texts: unknown argument 'length'; it takes source, max_length, nearest, tokenizer, seed."
     )
 
 

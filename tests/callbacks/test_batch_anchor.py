@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from kedit_train.callbacks import KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
+from kedit_train.callbacks import BatchAnchor, ParameterScope, ReferenceCache, TokenLoss, TokenSmoothing, editing
 from kedit_train.errors import EditError
 
 ROWS = [([5, 7, 11], [13, 17, 3]), ([2, 4], [8]), ([9, 8, 7, 6], [5, 32, 60])]
@@ -77,7 +77,7 @@ def start(edit: Any) -> Any:
 def test_loss_and_gradient(make, words, family, side, smoothed):
     model = make(family)
     before = copy.deepcopy(model)
-    used = [ParameterScope(1), KLLocality("batch", weight=0.7)] + [TokenLoss()] * smoothed
+    used = [ParameterScope(1), BatchAnchor(weight=0.7)] + [TokenLoss()] * smoothed
     with editing(model, used, tokenizer=words) as edit:
         anchor = start(edit)
         loss = model(**batch(ROWS, side)).loss
@@ -85,25 +85,27 @@ def test_loss_and_gradient(make, words, family, side, smoothed):
         shake(model)
         loss = model(**batch(ROWS, side)).loss
         assert_same(model, loss, by_hand(before, model, batch(ROWS, side), 0.7))
-        assert (anchor.rows, anchor.hits) == (6, 3)
+        assert (anchor.examples, anchor.hits) == (6, 3)
         assert by_hand(before, model, batch(ROWS, side), 0.7) - by_hand(before, model, batch(ROWS, side), 0.0) > 1e-3
 
 
 def test_answers_kept_in_bf16(make, words):
     model = make()
     before = copy.deepcopy(model)
-    with editing(model, [KLLocality("batch", store_dtype="bfloat16"), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(
+        model, [BatchAnchor(cache=ReferenceCache(dtype="bfloat16")), ParameterScope(1)], tokenizer=words
+    ) as edit:
         anchor = start(edit)
         shake(model)
         want = by_hand(before, model, batch(ROWS), 1.0).item()
         assert model(**batch(ROWS)).loss.item() == pytest.approx(want, rel=0.02)
-        assert anchor.kept.memory_bytes == 7 * 16 * 2
+        assert anchor.store.memory_bytes == 7 * 16 * 2
 
 
 def test_reverse(make, words):
     model = make()
     before = copy.deepcopy(model)
-    with editing(model, [KLLocality("batch", 2.0, "reverse"), ParameterScope(0)], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(2.0, direction="reverse"), ParameterScope(0)], tokenizer=words) as edit:
         start(edit)
         shake(model)
         assert_same(model, model(**batch(ROWS)).loss, by_hand(before, model, batch(ROWS), 2.0, "reverse"))
@@ -114,7 +116,7 @@ def test_reverse(make, words):
 def test_the_head_the_norms_and_tied_embeddings_may_be_in_the_scope(make, words, tied, modules):
     model = make(tie_word_embeddings=tied)
     before = copy.deepcopy(model)
-    used = [KLLocality("batch"), *([ParameterScope(None, modules=modules)] if modules else [])]
+    used = [BatchAnchor(), *([ParameterScope(None, modules=modules)] if modules else [])]
     with editing(model, used, tokenizer=words) as edit:
         start(edit)
         shake(model)
@@ -127,7 +129,7 @@ def test_adapters(make, words):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
     before = copy.deepcopy(model)
-    with editing(model, [KLLocality("batch"), ParameterScope()], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(), ParameterScope()], tokenizer=words) as edit:
         start(edit)
         shake(model)
         assert_same(model, model(**batch(ROWS)).loss, by_hand(before, model, batch(ROWS), 1.0))
@@ -136,7 +138,7 @@ def test_adapters(make, words):
 def test_rows_are_known_again_shuffled_and_padded_otherwise(make, words):
     model = make()
     before = copy.deepcopy(model)
-    with editing(model, [KLLocality("batch"), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         anchor = start(edit)
         model(**batch(ROWS))
         shake(model)
@@ -148,14 +150,14 @@ def test_rows_are_known_again_shuffled_and_padded_otherwise(make, words):
             loss = model(**inputs).loss
             assert len(calls) == 1, "no second forward pass"
             assert_same(model, loss, by_hand(before, model, inputs, 1.0))
-        assert (anchor.rows, anchor.hits) == (10, 7)
+        assert (anchor.examples, anchor.hits) == (10, 7)
 
 
 @pytest.mark.parametrize("change", ["ids", "labels", "positions", "types"])
 def test_a_row_that_differs_in_anything_is_another(make, words, change):
     model = make("gpt2")
     before = copy.deepcopy(model)
-    with editing(model, [KLLocality("batch"), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         anchor = start(edit)
         inputs = batch(ROWS)
         model(**inputs)
@@ -181,7 +183,7 @@ def test_packed_rows_are_rows(make, words):
         packed["labels"] += [-100] * len(prompt) + target
         packed["position_ids"] += range(len(prompt + target))
     inputs = {key: torch.tensor([row]) for key, row in packed.items()}
-    with editing(model, [KLLocality("batch"), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         anchor = start(edit)
         model(**inputs)
         shake(model)
@@ -195,13 +197,13 @@ def test_packed_rows_are_rows(make, words):
 def test_beyond_the_limit_rows_are_computed_again_or_read_from_disk(make, words, tmp_path, folder):
     model = make()
     before = copy.deepcopy(model)
-    kl = KLLocality("batch", memory_limit=16 * 4 * 3, store=str(tmp_path) if folder else None)
+    kl = BatchAnchor(cache=ReferenceCache(tmp_path if folder else None, memory_limit=16 * 4 * 3))
     with editing(model, [kl, ParameterScope(1)], tokenizer=words) as edit:
         anchor = start(edit)
         if folder:
             model(**batch(ROWS))
         else:
-            with pytest.warns(UserWarning, match="memory_limit is reached"):
+            with pytest.warns(UserWarning, match="BatchAnchor: memory_limit of the ReferenceCache is reached"):
                 model(**batch(ROWS))
         shake(model)
         assert_same(model, model(**batch(ROWS)).loss, by_hand(before, model, batch(ROWS), 1.0))
@@ -212,7 +214,7 @@ def test_beyond_the_limit_rows_are_computed_again_or_read_from_disk(make, words,
 
 def test_a_step_of_learned_tokens_is_taken_where_the_anchor_pulls(make, words, ids):
     model = make()
-    used = [ParameterScope(1), TokenSmoothing(epsilon=1e9), KLLocality("batch", 1.0)]
+    used = [ParameterScope(1), TokenSmoothing(epsilon=1e9), BatchAnchor(1.0)]
     with editing(model, used, tokenizer=words, log_every_n_steps=1) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
         edit.before_step()
@@ -230,17 +232,17 @@ def test_a_step_of_learned_tokens_is_taken_where_the_anchor_pulls(make, words, i
 
 def test_evaluation_is_the_models_own(make, words):
     model = make()
-    with editing(model, [KLLocality("batch"), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         anchor = start(edit)
         with torch.no_grad():
             model(**batch(ROWS))
-        assert anchor.rows == 0
+        assert anchor.examples == 0
 
 
 def test_dropout_does_not_count_as_change(make, words):
     model = make("gpt2", attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5).eval()
     before = copy.deepcopy(model)
-    with editing(model.train(), [KLLocality("batch"), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(model.train(), [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         start(edit)
         model(**batch(ROWS))
         shake(model.eval())
@@ -248,16 +250,17 @@ def test_dropout_does_not_count_as_change(make, words):
 
 
 def test_what_cannot_be_right_is_refused(make, words, ids):
-    with pytest.raises(EditError, match="texts='batch' anchors on the unedited model; give texts"):
-        KLLocality("batch", teacher=make())
-    with pytest.raises(EditError, match="two anchors"), editing(make(), [KLLocality("batch"), KLLocality("batch")]):
+    with (
+        pytest.raises(EditError, match="two BatchAnchor callbacks on one model; keep one"),
+        editing(make(), [BatchAnchor(), BatchAnchor()]),
+    ):
         pass
     model = make()
-    with editing(model, [KLLocality("batch"), ParameterScope(1)], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         edit.before_step()
         with pytest.raises(EditError, match="called with past_key_values, a DynamicCache"):
             model(input_ids=ids, labels=ids, past_key_values=DynamicCache())
-        with pytest.raises(EditError, match=r"attention_mask of shape \(3, 6\) for 2 rows"):
+        with pytest.raises(EditError, match=r"attention_mask of shape \(3, 6\) for 2 examples"):
             model(input_ids=ids, labels=ids, attention_mask=torch.ones(3, 6))
         optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
         model(input_ids=ids).logits.sum().backward()

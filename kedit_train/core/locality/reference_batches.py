@@ -1,0 +1,137 @@
+"""Batches for a locality penalty: reference texts, and in later runs previous edits beside them."""
+
+from __future__ import annotations
+
+import random
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kedit_train.core.cache.sequence_keys import hash_sequences
+from kedit_train.core.fingerprint import fingerprint
+from kedit_train.core.locality.hidden_state_file import ReferenceStates
+from kedit_train.core.locality.reference_texts import PreviousEdit, ReferenceTexts, ReplayBuffer, TokenIds
+from kedit_train.core.output_head import evaluation_mode
+from kedit_train.core.run import EditRun
+from kedit_train.edit import Edit
+from kedit_train.errors import EditError
+
+
+class ReferenceBatches:
+    """Draws the batches of a penalty in one run, or in several consecutive runs on the same model.
+
+    In later runs, previous edits take up to half of each batch and reference texts take the rest.
+
+    Args:
+        sequences: token ids of the reference texts.
+        states: their reference hidden states, from the model before the first run.
+        seed: seed of the draws; run number ``n`` uses ``seed + n``.
+        run: the first run.
+        head: the output head, if there will be later runs. They need the same head, because they turn the stored hidden
+            states into logits with it.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[TokenIds],
+        states: ReferenceStates,
+        *,
+        seed: int,
+        run: EditRun,
+        head: nn.Module | None = None,
+    ) -> None:
+        self.texts, self.replay_buffer = ReferenceTexts(sequences, states), ReplayBuffer()
+        self.model, self._seed, self._finished_runs = weakref.ref(run.model), seed, 0
+        self._head_fingerprint = "" if head is None else fingerprint(head)
+        self._start_draws(0)
+
+    def draw(self, batch_size: int) -> tuple[list[int], list[PreviousEdit]]:
+        """Return one batch: indices of reference sequences, and previous edits."""
+        self._draws += 1
+        previous = self.replay_buffer.draw(batch_size // 2, self._shuffler)
+        return self.texts.draw(batch_size - len(previous)), previous
+
+    def start_next_run(
+        self,
+        run: EditRun,
+        sequences: Sequence[TokenIds],
+        head: nn.Module,
+        tokenize: Callable[[list[Edit]], Sequence[TokenIds]],
+        hidden_states: Callable[[TokenIds], Tensor],
+    ) -> None:
+        """Start a later run: keep the reference texts that are still allowed, and add the edits of the run before.
+
+        Args:
+            run: the run. If a trainer resumes it, its weights may already be those of a checkpoint.
+            sequences: token ids of the texts that this run allows.
+            head: the output head, unchanged since the first run.
+            tokenize: returns the sequences of edits.
+            hidden_states: returns the hidden states [tokens, hidden] of a sequence.
+
+        Raises:
+            EditError: the head has changed, or no reference text is left.
+        """
+        if fingerprint(head) != self._head_fingerprint:
+            raise EditError(
+                "the output head has changed since the first run, so the stored reference hidden states have no "
+                "meaning any more (sequential=True); use a new callback for the next runs."
+            )
+        if not self.texts.restrict(sequences):
+            raise EditError(
+                "no text of the first run can be used any more: each contains a prompt that this run's edits are "
+                "scored on, or is no longer among the texts; give other texts."
+            )
+        if self.replay_buffer.pending:
+            with run.unedited(), evaluation_mode(run.model), run.host.forward_context():
+                self.replay_buffer.add_pending(tokenize, hidden_states)
+        self.replay_buffer.start_run(run.edits)
+        self._start_draws(self._finished_runs)
+
+    def finish_run(self, edits: Sequence[Edit]) -> None:
+        """Finish a run that trained ``edits``. A run that failed must not be finished."""
+        self.replay_buffer.finish_run(edits)
+        self._finished_runs += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return the number of draws so far, and what identifies the run and its data, for a checkpoint."""
+        return {
+            "draws": self._draws,
+            "run": self._run,
+            "previous_edits": self._previous_edits(),
+            "texts": hash_sequences(self.texts.sequences),
+        }
+
+    def load_state(self, state: dict[str, Any], batch_size: int) -> None:
+        """Continue the draws of a checkpoint.
+
+        Args:
+            state: as returned by :meth:`state`.
+            batch_size: of each draw.
+
+        Raises:
+            EditError: the checkpoint was made with other texts, or with earlier runs that this object has not seen.
+        """
+        if state["texts"] != hash_sequences(self.texts.sequences):
+            raise EditError(
+                "the checkpoint was made with other reference texts, or they were selected or split differently; "
+                "resume with the same texts, max_length and nearest, or start a new run."
+            )
+        if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
+            raise EditError(
+                "the checkpoint is from a later run with sequential=True, and this callback has not seen the runs "
+                "before it, so their reference hidden states are missing; start that run again, with the model before "
+                "the first run as teacher=."
+            )
+        self._start_draws(state["run"])
+        for _ in range(state["draws"]):
+            self.draw(batch_size)
+
+    def _start_draws(self, run: int) -> None:
+        self._run, self._draws = run, 0
+        self.texts.restart(self._seed + run)
+        self._shuffler = random.Random(self._seed + run)
+
+    def _previous_edits(self) -> list[list[str]]:
+        return [[entry.edit.prompt, entry.edit.target] for entry in self.replay_buffer.active]

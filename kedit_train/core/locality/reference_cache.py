@@ -1,0 +1,167 @@
+"""Where reference hidden states are kept, in which dtype, and in how much memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from kedit_train.arguments import Rule, check_arguments, from_mapping, one_of, optional
+from kedit_train.atomic_write import remove_leftovers
+from kedit_train.core.cache.hidden_state_store import parse_bytes
+from kedit_train.core.cache.sequence_keys import hash_sequences
+from kedit_train.core.locality.hidden_state_file import (
+    Batch,
+    ReferenceStates,
+    check_writable,
+    collect_states,
+    read_states,
+    write_states,
+)
+from kedit_train.core.processes import is_distributed
+from kedit_train.errors import EditError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """Where :class:`~kedit_train.callbacks.KLLocality` and ``BatchAnchor`` keep reference hidden states.
+
+    Args:
+        cache_dir: directory for the hidden states. None keeps them in memory for this run only.
+            ``KLLocality`` writes one file, which a later run on the same model and texts reads instead of computing the
+            hidden states again. To find it, every weight of the model is hashed. ``BatchAnchor`` writes only what
+            exceeds ``memory_limit``, and removes it after the run.
+        dtype: dtype of the stored hidden states. None uses the dtype in which the output head multiplies, which loses
+            nothing (float32 for a teacher). A narrower dtype adds a divergence, which a warning reports.
+        memory_limit: bytes that the hidden states may take in memory, as a number or a string such as "2GB". None sets
+            no limit. Above the limit, ``KLLocality`` memory-maps its file from ``cache_dir``, or raises an error if
+            there is none; ``BatchAnchor`` writes to ``cache_dir``, or computes the hidden states again in every step.
+
+    Raises:
+        EditError: an argument is out of bounds.
+
+    Example:
+        >>> ReferenceCache("runs/cache", dtype="bfloat16", memory_limit="2GB").memory_bytes
+        2000000000
+    """
+
+    cache_dir: str | Path | None = None
+    _: KW_ONLY
+    dtype: Dtype | None = None
+    memory_limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            self,
+            cache_dir=(self.cache_dir, Rule("a directory, or None", lambda path: path is None or str(path) != "")),
+            dtype=(self.dtype, optional(one_of(("float32", "bfloat16", "float16")))),
+        )
+        if self.memory_limit is not None:
+            parse_bytes(self.memory_limit, "ReferenceCache")
+
+    @classmethod
+    def of(cls, value: ReferenceCache | str | Path | Mapping[str, Any] | None) -> ReferenceCache:
+        """Return ``value`` if it is a ``ReferenceCache``, else one made from a directory or a mapping of arguments."""
+        if isinstance(value, Mapping):
+            return from_mapping(cls, value)
+        return value if isinstance(value, ReferenceCache) else cls(value)
+
+    @property
+    def directory(self) -> Path | None:
+        """``cache_dir`` as a path."""
+        return None if self.cache_dir is None else Path(self.cache_dir)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """``dtype`` as a ``torch.dtype``."""
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """``memory_limit`` in bytes."""
+        return None if self.memory_limit is None else parse_bytes(self.memory_limit)
+
+
+@torch.no_grad()
+def compute_or_read(
+    compute: Callable[[], Generator[Batch, None, None]],
+    sequences: Sequence[Sequence[int]],
+    *,
+    cache: ReferenceCache,
+    key: Callable[[], dict[str, str]],
+    device: torch.device,
+) -> tuple[ReferenceStates, bool]:
+    """Return reference tensors of sequences from the file of an earlier run, or compute and store them.
+
+    Args:
+        compute: returns a generator of the tensors, batch by batch.
+        sequences: token ids.
+        cache: where the tensors are kept.
+        key: returns what the tensors depend on beside the sequences. Only called with a ``cache_dir``.
+        device: device for the messages between processes.
+
+    Returns:
+        The tensors, and whether they were read from a file.
+
+    Raises:
+        EditError: they exceed ``memory_limit``, or the file cannot be written.
+    """
+    lengths, directory = [len(sequence) for sequence in sequences], cache.directory
+    if directory is None:
+        return collect_states(compute(), lengths, cache.memory_bytes), False
+    full_key = json.dumps({**key(), "texts": hash_sequences(sequences)}, sort_keys=True)
+    path = directory / f"{hashlib.sha256(full_key.encode()).hexdigest()[:32]}.safetensors"
+    # Every process computes, because sharded models need all of them; one process per machine writes.
+    writes = os.environ.get("LOCAL_RANK", "0") == "0"
+    if writes:
+        remove_leftovers(path)
+    states = read_states(path, full_key, lengths, cache.memory_bytes)
+    if _on_all_processes(states is not None, device):
+        assert states is not None
+        return states, True
+    error = _error_of(lambda: check_writable(path)) if writes else None
+    _raise_together(error, device)
+    batches = compute()
+    if writes:
+        error = _error_of(lambda: write_states(batches, lengths, path, full_key))
+    if error is None or is_distributed():
+        # Processes that do not write take part in the forward passes too, also after an error of the one that writes.
+        for _ in batches:
+            pass
+    batches.close()
+    _raise_together(error, device)
+    states = read_states(path, full_key, lengths, cache.memory_bytes)
+    if states is None:
+        raise EditError(f"{path} was written and can no longer be read; use a cache_dir on a local disk.")
+    return states, False
+
+
+def _error_of(write: Callable[[], object]) -> EditError | None:
+    try:
+        write()
+    except EditError as error:
+        return error
+    return None
+
+
+def _raise_together(error: EditError | None, device: torch.device) -> None:
+    """Raise an error on all processes if one of them has one, so that no process waits for the others for ever."""
+    if not _on_all_processes(error is None, device):
+        raise error or EditError("another process could not write to cache_dir; its error says why.")
+
+
+def _on_all_processes(value: bool, device: torch.device) -> bool:
+    if not is_distributed():
+        return value
+    flag = torch.tensor(int(value), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)

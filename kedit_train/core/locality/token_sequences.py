@@ -1,0 +1,56 @@
+"""Sequences of token ids: edits as sequences, the longest one that a model reads, and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_train.core.run import EditRun
+from kedit_train.data.tokenization import context_length, encode_edit
+from kedit_train.edit import Edit
+
+
+def tokenize_edits(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_length: int) -> list[list[int]]:
+    """Return edits as sequences of token ids: the prompt, the target, and the end of text if the tokenizer has one.
+
+    Args:
+        run: supplies the context length of the model.
+        edits: one edit gives one sequence, or several if it is longer than ``max_length``.
+        tokenizer: tokenizer of the model.
+        max_length: tokens per sequence.
+    """
+    append_eos = tokenizer.eos_token_id is not None
+    encoded = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=append_eos).input_ids for edit in edits]
+    return split_sequences(encoded, sequence_limit(run, max_length))
+
+
+def split_sequences(sequences: Iterable[Sequence[int]], length: int) -> list[Any]:
+    """Cut sequences into parts of at most ``length`` tokens. No token is dropped and no part spans two sequences."""
+    return [sequence[i : i + length] for sequence in sequences for i in range(0, len(sequence), length)]
+
+
+def sequence_limit(run: EditRun, max_length: int) -> int:
+    """Return ``max_length``, or the context length of the model if that is smaller."""
+    return min(max_length, context_length(getattr(run.model, "config", None)) or max_length)
+
+
+def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad sequences on the right.
+
+    Args:
+        sequences: token ids; B sequences, the longest of S tokens.
+        pad_id: token id at padded positions. It may also be a real token, because the mask marks the padding.
+
+    Returns:
+        input_ids [B, S] and attention_mask [B, S], 1 at real tokens.
+    """
+    width = max(map(len, sequences))
+    input_ids = torch.full((len(sequences), width), pad_id)
+    attention_mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for i, sequence in enumerate(sequences):
+        input_ids[i, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[i, : len(sequence)] = 1
+    return input_ids, attention_mask
