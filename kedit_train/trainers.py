@@ -1,4 +1,4 @@
-"""TRL's supervised fine-tuning as an edit, for those who want a configuration rather than a list of callbacks."""
+"""Supervised fine-tuning with TRL as an edit, described by a configuration instead of a list of callbacks."""
 
 from __future__ import annotations
 
@@ -54,30 +54,38 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "stop_when_edited": StopWhenEdited,
     "save_delta": SaveDelta,
 }
-# As transformers' own parser reads it: a string is what the command line gives.
+# The command line gives a string of JSON.
 Arguments = dict[str, Any] | str | None
 
 
-def _help(what: str) -> dict[str, str]:
-    return {"help": f"{what} Arguments of the callback as a mapping or as JSON; {{}} for its defaults."}
+def _help(question: str) -> dict[str, str]:
+    return {"help": f"{question} The arguments of the callback, as a mapping or as JSON; {{}} for its defaults."}
 
 
 @dataclass
 class EditSFTConfig(SFTConfig):
-    """``SFTConfig`` with one field for each callback of this package, read from YAML and flags by ``TrlParser``.
+    """``SFTConfig`` with one field per callback of this package. ``TrlParser`` reads it from YAML and flags.
 
-    A field holds the arguments of its callback by their own names: ``parameter_scope: {layers: 0.7}`` is
-    ``ParameterScope(layers=0.7)``, on the command line ``--parameter_scope '{"layers": 0.7}'``. ``{}`` or ``true``
-    takes the callback with its defaults; what is left out is not there. Callbacks that read edits get ``edits``.
+    A field holds the arguments of its callback: ``parameter_scope: {layers: 0.7}`` is ``ParameterScope(layers=0.7)``,
+    on the command line ``--parameter_scope '{"layers": 0.7}'``. ``{}`` or ``true`` uses the defaults of the callback.
+    A field that is not set adds no callback. Callbacks that need edits get ``edits``.
 
     Args:
-        edits: a file that ``EditDataset.load`` reads, or "world"; what is trained, unless the trainer is given a
-            ``train_dataset``, and what is asked.
-        prompt_format: in which form edits are trained and asked: as they stand ("plain"), as a "chat" through the
-            tokenizer's template, or framed as a "question".
+        edits: a file that :meth:`EditDataset.load` reads, or "world". The edits are trained, unless the trainer gets a
+            ``train_dataset``, and evaluated.
+        prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
+            template of the tokenizer ("chat"), or framed as a question ("question").
+
+    Raises:
+        EditError: a field is not a mapping, or names an argument that its callback does not have.
 
     Example:
-        A run in ten lines, ``edit.yaml``::
+        >>> from kedit_train import EditSFTConfig
+        >>> args = EditSFTConfig("runs/example", bf16=False, use_cpu=True, norm_ball={"radius": 0.1}, active_set=True)
+        >>> [type(callback).__name__ for callback in args.edit_callbacks()]
+        ['NormBall', 'ActiveSet']
+
+        The same fields in ``edit.yaml``, for ``TrlParser(EditSFTConfig).parse_args_and_config()``::
 
             output_dir: runs/mine
             edits: counterfact.json
@@ -85,33 +93,29 @@ class EditSFTConfig(SFTConfig):
             per_device_train_batch_size: 32
             num_train_epochs: 10
             parameter_scope: {layers: 0.7, modules: mlp.down_proj}
-            token_smoothing: true
-            kl_locality: {texts: held_out.txt}
+            token_loss: {objective: overtone}
+            kl_locality: {texts: texts_that_must_stay.txt}
             edit_metrics: {every_n_steps: 20}
             stop_when_edited: true
     """
 
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
-    parameter_scope: Arguments = field(default=None, metadata=_help("Where the model may change."))
-    gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of it may."))
-    prompt_format: str = field(default="plain", metadata={"help": "Of training and asking: plain, chat or question."})
+    parameter_scope: Arguments = field(default=None, metadata=_help("Where may the model change?"))
+    gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weights may change?"))
+    prompt_format: str = field(default="plain", metadata={"help": "Format of the prompts: plain, chat or question."})
     forget_first: Arguments = field(default=None, metadata=_help("Subtract the old answers before the first step."))
-    token_loss: Arguments = field(default=None, metadata=_help("What each token is trained towards."))
-    token_smoothing: Arguments = field(default=None, metadata=_help("OverTone: token_loss with that objective."))
-    kl_locality: Arguments = field(default=None, metadata=_help("What must stay: answers on given texts."))
-    weight_anchor: Arguments = field(default=None, metadata=_help("What must stay: weights (L2-SP, EWC)."))
-    norm_ball: Arguments = field(default=None, metadata=_help("How far weights may move."))
-    null_space: Arguments = field(
-        default=None, metadata=_help("In which directions they may: outside of what texts use.")
-    )
-    low_curvature: Arguments = field(
-        default=None, metadata=_help("In which directions they may: where the loss is flat.")
-    )
-    prefix_cache: Arguments = field(default=None, metadata=_help("Compute frozen layers once."))
-    active_set: Arguments = field(default=None, metadata=_help("Leave learned edits out."))
-    edit_metrics: Arguments = field(default=None, metadata=_help("Did it take?"))
-    stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when it has."))
-    save_delta: Arguments = field(default=None, metadata=_help("Save what changed as a file."))
+    token_loss: Arguments = field(default=None, metadata=_help("What is each token trained towards?"))
+    token_smoothing: Arguments = field(default=None, metadata=_help("token_loss with the objective overtone."))
+    kl_locality: Arguments = field(default=None, metadata=_help("Which predictions must stay?"))
+    weight_anchor: Arguments = field(default=None, metadata=_help("Pull weights to their old values (L2-SP, EWC)."))
+    norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
+    null_space: Arguments = field(default=None, metadata=_help("Project the change away from inputs of texts."))
+    low_curvature: Arguments = field(default=None, metadata=_help("Project the change onto low-curvature directions."))
+    prefix_cache: Arguments = field(default=None, metadata=_help("Compute the frozen layers once."))
+    active_set: Arguments = field(default=None, metadata=_help("Skip the edits that are learned."))
+    edit_metrics: Arguments = field(default=None, metadata=_help("Did it work?"))
+    stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
+    save_delta: Arguments = field(default=None, metadata=_help("Save the change as a file."))
 
     def __post_init__(self) -> None:
         for name in CALLBACKS:
@@ -119,16 +123,21 @@ class EditSFTConfig(SFTConfig):
         super().__post_init__()
 
     def edit_callbacks(self, edits: Sequence[Edit] | None = None) -> list[EditCallback]:
-        """The callbacks that the fields describe; those that read edits get ``edits``, unless a field names its own."""
-        made = []
-        for name, kind in CALLBACKS.items():
-            given = getattr(self, name)
-            if given is None:
+        """Return the callbacks that the fields describe.
+
+        Args:
+            edits: passed to the callbacks that have an argument ``edits``, unless a field sets it.
+        """
+        shared = {"edits": edits, "prompt_format": self.prompt_format}
+        callbacks = []
+        for name, callback_class in CALLBACKS.items():
+            arguments = getattr(self, name)
+            if arguments is None:
                 continue
-            shared = {"edits": edits, "prompt_format": self.prompt_format}
-            taken = inspect.signature(kind).parameters
-            made.append(kind(**{n: v for n, v in shared.items() if n in taken and v is not None} | given))
-        return made
+            known = inspect.signature(callback_class).parameters
+            defaults = {key: value for key, value in shared.items() if key in known and value is not None}
+            callbacks.append(callback_class(**defaults | arguments))
+        return callbacks
 
 
 class EditSFTTrainer(SFTTrainer):
@@ -204,15 +213,17 @@ class EditSFTTrainer(SFTTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """TRL's draft of a card in ``args.output_dir``, with the section on the edit."""
+        """Write the model card of TRL to ``args.output_dir`` and add the section on the edit."""
         super().create_model_card(model_name, dataset_name, tags)
         metrics, saved = self._edit_callback(EditMetrics), self._edit_callback(SaveDelta)
         report = getattr(metrics, "report", None)
         if report is None or not self.is_world_process_zero():
             return
         runtime = next((row["train_runtime"] for row in self.state.log_history if "train_runtime" in row), None)
-        cost = {} if runtime is None else {"training": f"{runtime:.1f} s on {self.args.device.type}, looks included"}
-        cost["asking before, during and after it"] = f"{report.meta['seconds_of_metrics']:.1f} s"
+        cost = (
+            {} if runtime is None else {"training": f"{runtime:.1f} s on {self.args.device.type}, evaluations included"}
+        )
+        cost["evaluation before, during and after training"] = f"{report.meta['seconds_of_metrics']:.1f} s"
         text = card.section(report, delta=getattr(saved, "delta", None), cost=cost)
         card.put(Path(str(self.args.output_dir)) / "README.md", text)
 
@@ -221,31 +232,37 @@ class EditSFTTrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
         if _internal_call or not self.is_world_process_zero():
             return
-        own = Path(str(self.args.output_dir))
-        folder = own if output_dir is None else Path(output_dir)
+        run_folder = Path(str(self.args.output_dir))
+        folder = run_folder if output_dir is None else Path(output_dir)
         self.create_model_card(model_name=folder.name)
-        if folder.resolve() != own.resolve():
-            shutil.copyfile(own / "README.md", folder / "README.md")
+        if folder.resolve() != run_folder.resolve():
+            shutil.copyfile(run_folder / "README.md", folder / "README.md")
 
-    def _edit_callback(self, kind: type[EditCallback]) -> Any | None:
-        return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
+    def _edit_callback(self, callback_class: type[EditCallback]) -> Any | None:
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, callback_class)), None)
 
 
-def _arguments(name: str, given: Any) -> dict[str, Any] | None:
-    """What a field holds, as arguments of its callback; None where it is to be left out."""
-    kind = CALLBACKS[name]
-    if isinstance(given, str):
+def _arguments(name: str, value: Any) -> dict[str, Any] | None:
+    """Return the value of a field as arguments of its callback, or None if there is to be no callback."""
+    callback_class = CALLBACKS[name]
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise EditError(f"{name}: {given!r} is no JSON ({error}); give arguments such as '{{}}'") from error
-    if given is None or given is False:
+            raise EditError(f"{name} must be JSON such as '{{}}', got {value!r} ({error}).", "EditSFTConfig") from error
+    if value is None or value is False:
         return None
-    given = {} if given is True else given
-    if not isinstance(given, dict):
-        raise EditError(f"{name}: {given!r} is no mapping; give the arguments of {kind.__name__} by name, or true")
-    known = list(inspect.signature(kind).parameters)
-    unknown = [key for key in given if key not in known]
+    value = {} if value is True else value
+    if not isinstance(value, dict):
+        raise EditError(
+            f"{name} must be a mapping with arguments of {callback_class.__name__}, or true, got {value!r}.",
+            component="EditSFTConfig",
+        )
+    known = list(inspect.signature(callback_class).parameters)
+    unknown = [key for key in value if key not in known]
     if unknown:
-        raise EditError(f"{name}: {kind.__name__} has no argument {unknown[0]!r}; it has {', '.join(known)}")
-    return given
+        raise EditError(
+            f"{name}: {callback_class.__name__} has no argument {unknown[0]!r}; it has {', '.join(known)}",
+            component="EditSFTConfig",
+        )
+    return value

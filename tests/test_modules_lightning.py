@@ -1,4 +1,4 @@
-"""EditModule and EditDataModule: what reaches the model, the optimizer and the disk."""
+"""EditModule and EditDataModule: batches, optimizer, saved files and errors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def trainer(**kwargs) -> L.Trainer:
     return L.Trainer(accelerator="cpu", devices=1, **{**QUIET, **kwargs})
 
 
-class Watch(L.Callback):
-    """Keeps every batch, and what the optimizer was given."""
+class Recorder(L.Callback):
+    """Keep every batch and the parameters of the optimizer."""
 
     def __init__(self) -> None:
         self.batches: list[list[dict]] = []
@@ -41,13 +41,13 @@ class Watch(L.Callback):
         self.batches[-1].append(batch)
 
 
-def test_every_edit_once_an_epoch_shuffled_and_labelled_by_position() -> None:
+def test_every_epoch_has_every_edit_once_in_a_new_order() -> None:
     torch.set_num_threads(1)
-    module, data, watch = EditModule(learning_rate=1e-3), EditDataModule(limit=10, batch_size=4), Watch()
-    trainer(max_epochs=2, callbacks=[ParameterScope(layers=2, modules="mlp.down_proj"), watch]).fit(module, data)
+    module, data, recorder = EditModule(learning_rate=1e-3), EditDataModule(limit=10, batch_size=4), Recorder()
+    trainer(max_epochs=2, callbacks=[ParameterScope(layers=2, modules="mlp.down_proj"), recorder]).fit(module, data)
     tokenizer, epochs = module.tokenizer, []
     expected = {f"{edit.prompt} {edit.target}{tokenizer.eos_token}": edit.target for edit in data.edits}
-    for batches in watch.batches:
+    for batches in recorder.batches:
         assert [len(batch["labels"]) for batch in batches] == [4, 4, 2]
         seen = []
         for batch in batches:
@@ -58,12 +58,12 @@ def test_every_edit_once_an_epoch_shuffled_and_labelled_by_position() -> None:
         assert sorted(seen) == sorted(expected)
         epochs.append(seen)
     assert epochs[0] != epochs[1]
-    assert watch.training
-    # Frozen parameters are not even listed.
-    assert [id(p) for p in watch.trained] == [id(module.model.get_parameter("model.layers.2.mlp.down_proj.weight"))]
+    assert recorder.training
+    # The optimizer does not get frozen parameters.
+    assert [id(p) for p in recorder.trained] == [id(module.model.get_parameter("model.layers.2.mlp.down_proj.weight"))]
 
 
-def test_the_loss_is_the_models_own() -> None:
+def test_the_loss_is_that_of_the_model() -> None:
     module = EditModule()
     batch = {"input_ids": torch.tensor([[0, 9, 8, 7]]), "labels": torch.tensor([[-100, -100, 8, 7]])}
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
@@ -72,7 +72,7 @@ def test_the_loss_is_the_models_own() -> None:
     torch.testing.assert_close(module.training_step(batch, 0), expected)
 
 
-def test_metrics_take_the_edits_of_the_data_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_edit_metrics_uses_the_edits_of_the_data_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     metrics = EditMetrics(every_n_steps=0, report=str(report), show=False)
     module = EditModule(learning_rate=0.0, save_path=str(tmp_path / "model"))
@@ -89,7 +89,7 @@ def test_metrics_take_the_edits_of_the_data_module(tmp_path: Path, capsys: pytes
         torch.testing.assert_close(saved.get_parameter(name), parameter, rtol=0, atol=0)
 
 
-def test_metrics_without_edits_say_so() -> None:
+def test_edit_metrics_without_edits_is_an_error() -> None:
     class Bare(EditModule):
         def train_dataloader(self):
             return [{"input_ids": torch.tensor([[0, 9, 8]]), "labels": torch.tensor([[-100, 9, 8]])}]
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_dtype() -> None:
+def test_the_weights_have_the_given_dtype() -> None:
     assert next(EditModule(dtype="bfloat16").model.parameters()).dtype == torch.bfloat16
     assert next(EditModule().model.parameters()).dtype == torch.float32
 
@@ -119,13 +119,13 @@ def test_dtype() -> None:
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def test_causal_models_are_told_from_encoders() -> None:
+def test_causal_models_are_distinguished_from_encoders() -> None:
     assert is_causal(LlamaForCausalLM(LlamaConfig(**SMALL)))
     assert is_causal(GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)))
     assert not is_causal(BertLMHeadModel(BertConfig(**SMALL)))
 
 
-def test_models_that_cannot_be_edited(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_edited_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
@@ -140,25 +140,25 @@ def test_models_that_cannot_be_edited(tmp_path: Path) -> None:
     for name, said in {
         "cut": "cannot be loaded .*: .*header",
         "mismatch": "cannot be loaded .*size",
-        "nowhere": "no such folder here",
+        "nowhere": "no such folder",
         "empty": "cannot be loaded",
         "t5": "cannot be loaded",
         "headless": "no weights for lm_head.weight",
-        "no_tokenizer": "without a tokenizer",
+        "no_tokenizer": "has no tokenizer",
     }.items():
         with pytest.raises(EditError, match=said) as raised:
             load_model(str(tmp_path / name))
         assert "\n" not in str(raised.value)
 
 
-def test_an_edit_beyond_the_context_is_named(tmp_path: Path) -> None:
+def test_an_edit_longer_than_the_context_is_named(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "word " * 300, "target": "x"}) + "\n")
     with pytest.raises(EditError, match=r"long.jsonl, edit 0.*at most 256 tokens"):
         trainer(max_epochs=1).fit(EditModule(), EditDataModule(path=str(path)))
 
 
-def test_a_module_without_tokenizer_is_told_what_to_do() -> None:
+def test_a_module_without_tokenizer_is_an_error() -> None:
     class Plain(L.LightningModule):
         def training_step(self, batch, batch_idx):
             raise AssertionError

@@ -30,7 +30,7 @@ norm_ball: {fraction: 0.5}
 edit_metrics: {every_n_steps: 2, max_new_tokens: 8, show: false}
 stop_when_edited: true
 """
-# What a machine without a GPU and a test need; no part of the edit.
+# Arguments for a test on a machine without a GPU.
 HERE = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
 
 
@@ -52,7 +52,7 @@ def parsed(folder: Path, *more: str) -> EditSFTConfig:
     return found
 
 
-def test_ten_lines_of_yaml_give_the_weights_of_the_same_callbacks_bit_for_bit(folder: Path) -> None:
+def test_a_yaml_file_and_a_list_of_callbacks_give_equal_weights_bit_for_bit(folder: Path) -> None:
     assert len(RUN.strip().splitlines()) == 10
     model, tokenizer = world.load()
     trainer = EditSFTTrainer(model, args=parsed(folder), processing_class=tokenizer)
@@ -84,7 +84,7 @@ def test_ten_lines_of_yaml_give_the_weights_of_the_same_callbacks_bit_for_bit(fo
     assert moved == ["model.layers.3.mlp.down_proj.weight"]
 
 
-def test_a_saved_model_has_a_card_that_tells_of_the_edit(folder: Path) -> None:
+def test_a_saved_model_has_a_card_about_the_edit(folder: Path) -> None:
     model, tokenizer = world.load()
     delta = folder / "edit.safetensors"
     args = parsed(folder, "--save_delta", f'{{"path": "{delta}"}}', "--save_strategy=steps", "--save_steps=2")
@@ -113,7 +113,7 @@ def test_a_saved_model_has_a_card_that_tells_of_the_edit(folder: Path) -> None:
     assert (folder / "saved" / "model.safetensors").is_file()
 
 
-def test_a_chat_is_trained_and_asked_in_the_templates_words(folder: Path) -> None:
+def test_a_chat_is_trained_and_evaluated_with_the_chat_template(folder: Path) -> None:
     model, tokenizer = world.load()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} Answer:"
@@ -138,7 +138,7 @@ def test_every_callback_has_a_field() -> None:
     assert new == {*CALLBACKS, "edits", "prompt_format"}
 
 
-def test_the_command_line_takes_json_true_and_null(folder: Path) -> None:
+def test_a_field_may_be_json_true_or_null_on_the_command_line(folder: Path) -> None:
     args = parsed(folder, "--norm_ball", "null", "--token_smoothing", "true", "--kl_locality", '{"texts": "world"}')
     assert args.norm_ball is None
     assert args.token_smoothing == {}
@@ -149,7 +149,7 @@ def test_the_command_line_takes_json_true_and_null(folder: Path) -> None:
     assert '"kl_locality"' in args.to_json_string()
 
 
-def test_edits_go_to_those_that_read_them_and_more_callbacks_join() -> None:
+def test_callbacks_that_need_edits_get_those_of_the_trainer() -> None:
     edits = world.edits(n=2)
     args = EditSFTConfig(output_dir="x", **HERE, edit_metrics=True, gradient_mask={"density": 0.1}, norm_ball={})
     made = {type(one).__name__: one for one in args.edit_callbacks(edits)}
@@ -163,17 +163,20 @@ def test_edits_go_to_those_that_read_them_and_more_callbacks_join() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"kl_locality": {"text": "x"}}, r"^kl_locality: KLLocality has no argument 'text'; it has texts, weight"),
-        ({"norm_ball": "0.1,"}, r"^norm_ball: '0.1,' is no JSON"),
-        ({"norm_ball": 3}, r"^norm_ball: 3 is no mapping; give the arguments of NormBall by name"),
+        (
+            {"kl_locality": {"text": "x"}},
+            r"^EditSFTConfig: kl_locality: KLLocality has no argument 'text'; it has texts",
+        ),
+        ({"norm_ball": "0.1,"}, r"^EditSFTConfig: norm_ball must be JSON such as '{}', got '0.1,'"),
+        ({"norm_ball": 3}, r"^EditSFTConfig: norm_ball must be a mapping with arguments of NormBall, or true, got 3"),
     ],
 )
-def test_a_configuration_that_cannot_be_meant_is_refused(given: dict[str, Any], message: str) -> None:
+def test_a_wrong_field_is_an_error(given: dict[str, Any], message: str) -> None:
     with pytest.raises(EditError, match=message):
         EditSFTConfig(output_dir="x", **HERE, **given)
 
 
-def test_a_trainer_without_an_edit_is_refused() -> None:
+def test_a_trainer_without_an_edit_is_an_error() -> None:
     model, tokenizer = world.load()
     with pytest.raises(EditError, match=r"^EditSFTTrainer: args must be an EditSFTConfig, got SFTConfig"):
         EditSFTTrainer(model, args=SFTConfig(output_dir="x", **HERE), processing_class=tokenizer)  # pyright: ignore

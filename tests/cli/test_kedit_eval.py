@@ -97,7 +97,7 @@ def test_weights_that_have_diverged(kedit: Kedit, edited_world: Path, tmp_path: 
     ("words", "said"),
     [
         ([".", "edits.jsonl"], "cannot be loaded as a causal language model"),
-        (["no/such", "edits.jsonl"], "no such folder here"),
+        (["no/such", "edits.jsonl"], "no such folder"),
         (["world", "none.jsonl"], "the file does not exist"),
         (["edit.safetensors", "edits.jsonl"], "--against BASE"),
         (["edits.jsonl", "edits.jsonl", "--against", "world"], "not a safetensors file"),

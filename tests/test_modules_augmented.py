@@ -1,4 +1,4 @@
-"""EditDataModule's further rows and forms, EditModule's adapter: in runs of Lightning on the world."""
+"""Augmentation, prompt formats and adapters in Lightning runs on the embedded world."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def trainer(**kwargs: Any) -> L.Trainer:
     return L.Trainer(accelerator="cpu", devices=1, **{**QUIET, **kwargs})
 
 
-class Texts(L.Callback):
-    """What each epoch trains, as texts: prompt with target, and the target alone."""
+class TextRecorder(L.Callback):
+    """Keep the trained texts of an epoch: prompt with target, and the target alone."""
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self.rows: list[tuple[str, str]] = []
@@ -44,7 +44,7 @@ class Texts(L.Callback):
 
 
 def trained(data: EditDataModule, module: EditModule | None = None) -> list[tuple[str, str]]:
-    texts = Texts()
+    texts = TextRecorder()
     module = EditModule(learning_rate=0.0) if module is None else module
     trainer(max_epochs=1, callbacks=[texts]).fit(module, data)
     return sorted(texts.rows)
@@ -60,7 +60,7 @@ def named(rows: list[Edit]) -> list[tuple[str, str]]:
     return sorted((a.replace("<bos>", bos).replace("<eos>", eos), b.replace("<eos>", eos)) for a, b in plain(rows))
 
 
-def test_what_is_trained_beside_the_edits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_augmentation_adds_examples_to_the_edits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     earlier = EditDataset(world.edits(6, seed=9)[4:]).save(tmp_path / "earlier.jsonl")
     options: dict[str, Any] = {"prefixes": 2, "replay": "world", "replay_limit": 5, "previous_edits": str(earlier)}
     L.seed_everything(7, verbose=False)
@@ -75,14 +75,14 @@ def test_what_is_trained_beside_the_edits(capsys: pytest.CaptureFixture[str], tm
     assert made.line in line
     L.seed_everything(8, verbose=False)
     assert trained(EditDataModule(limit=4, batch_size=8, augmentation=AugmentationOptions(**options))) != rows
-    # What is asked are the edits alone, and no second setup makes new rows on a model that is edited by then.
+    # Only the edits are evaluated, and a second setup, with an edited model, makes no new examples.
     assert data.edits.hash == EditDataset(world.edits(4)).hash
     kept = list(data.added)
     data.setup("validate")
     assert data.added == kept
 
 
-def test_forms_are_trained_and_asked() -> None:
+def test_prompt_formats_are_trained_and_evaluated() -> None:
     data = EditDataModule(limit=3, batch_size=3, prompt_format="question")
     rows = trained(data)
     assert all("Please answer the question.\nQ: How does this sentence end?" in text for text, _ in rows)
@@ -103,7 +103,7 @@ def test_forms_are_trained_and_asked() -> None:
         EditMetrics(prompt_format="quiz")  # type: ignore[arg-type]
 
 
-def test_an_adapter_learns_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_learns_the_edits_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from peft import PeftModel
 
     folder = tmp_path / "adapter"
@@ -146,18 +146,18 @@ def test_a_scope_restricts_the_adapter() -> None:
     assert len(moved) == 2
 
 
-def test_what_peft_refuses_is_one_line() -> None:
+def test_an_error_of_peft_is_one_line() -> None:
     for lora, said in (
-        ({"rank": 8}, r"LoraConfig has no argument 'rank'"),
-        ({"target_modules": ["nowhere"]}, r"refused by peft: .*nowhere"),
-        ({"r": 0, "target_modules": ["q_proj"]}, r"refused by peft"),
+        ({"rank": 8}, r"LoraConfig of peft has no argument 'rank'"),
+        ({"target_modules": ["nowhere"]}, r"not accepted by peft: .*nowhere"),
+        ({"r": 0, "target_modules": ["q_proj"]}, r"not accepted by peft"),
     ):
         with pytest.raises(EditError, match=said) as raised:
             EditModule(lora=lora)
         assert "\n" not in str(raised.value)
 
 
-def test_a_resumed_run_has_the_rows_of_its_beginning(tmp_path: Path) -> None:
+def test_a_resumed_run_has_the_examples_of_its_first_part(tmp_path: Path) -> None:
     augment = AugmentationOptions(prefixes=2, replay="world", replay_limit=8)
     options: dict[str, Any] = {"limit": 4, "batch_size": 4, "augmentation": augment}
     L.seed_everything(1, verbose=False)
@@ -165,7 +165,7 @@ def test_a_resumed_run_has_the_rows_of_its_beginning(tmp_path: Path) -> None:
     run = trainer(max_epochs=3)
     run.fit(module, data)
     run.save_checkpoint(tmp_path / "run.ckpt")
-    # The edited model would make others.
+    # The edited model would generate other examples.
     assert augmentation(module.model, module.tokenizer, data.edits, seed=1, **vars(augment))(data.edits) != data.added
     L.seed_everything(1, verbose=False)
     again = EditDataModule(**options)
@@ -175,7 +175,7 @@ def test_a_resumed_run_has_the_rows_of_its_beginning(tmp_path: Path) -> None:
     assert again.added == data.added
 
 
-def test_a_module_without_a_model_is_told_what_to_do() -> None:
+def test_augmentation_without_a_model_is_an_error() -> None:
     class Bare(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -191,8 +191,8 @@ def test_a_module_without_a_model_is_told_what_to_do() -> None:
         trainer(max_epochs=1).fit(Bare(), EditDataModule(limit=2, augmentation=AugmentationOptions(prefixes=1)))
 
 
-def test_a_file_is_read_whole_and_of_the_world_some(tmp_path: Path) -> None:
-    """A recipe names no number, so that another file in the world's place is not cut short."""
+def test_a_file_is_read_completely_and_the_world_has_a_default_limit(tmp_path: Path) -> None:
+    """A recipe sets no limit, so that a file in the place of the world is not cut."""
     path = tmp_path / "edits.jsonl"
     EditDataset([Edit(f"{number} is the number of", "apples") for number in range(40)]).save(path)
     assert len(EditDataModule(str(path)).edits) == 40
@@ -202,6 +202,6 @@ def test_a_file_is_read_whole_and_of_the_world_some(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
-def test_a_rate_that_no_optimizer_takes_is_refused(rate: float) -> None:
+def test_a_learning_rate_below_zero_is_an_error(rate: float) -> None:
     with pytest.raises(EditError, match=r"^EditModule: learning_rate must be >= 0, got "):
         EditModule(name="nowhere", learning_rate=rate)
