@@ -1,4 +1,4 @@
-"""Where may the model change? Everything outside of the scope is frozen before the optimizer exists."""
+"""ParameterScope: where the model may change."""
 
 from __future__ import annotations
 
@@ -15,30 +15,42 @@ from kedit_train.core.scope.scope import resolve_scope
 
 
 class ParameterScope(EditCallback):
-    """Train the parameters of some modules in some layers, and nothing else.
+    """Train the selected modules in the selected layers, and freeze everything else.
 
-    Fine-tuning one down-projection in the middle of the network, breadth-first, is the strongest plain recipe known
-    for editing ("Fine-tuning Done Right in Model Editing", LocFT-BF, arXiv 2509.22072): late layers keep general
-    ability best, early ones generalise best.
+    The parameters outside the scope are frozen before the optimizer exists, so they stay the same bit for bit. In a
+    model with adapters, only adapter parameters can be in the scope: parameters that are frozen already stay frozen.
+
+    Fine-tuning one down-projection matrix is the strongest plain recipe known for editing (LocFT-BF). Late layers keep
+    general ability best; early layers generalize best.
 
     Args:
         layers: an index (``5``, ``-1``), a fraction of the depth (``0.7``), an inclusive range (``"4-6"``,
-            ``"0.5-0.75"``), several (``[2, "4-6"]`` or ``"2,4-6"``), or None for every parameter, embeddings included.
-        modules: a dotted pattern or several; consecutive parts of a parameter's name must match it part by part
-            (``"mlp.down_proj"``, ``"self_attn.*_proj"``, ``"mlp"``). A module's bias comes with it; ``.weight`` leaves
-            it out. None takes everything in the layers.
-        full_precision: train what is in bf16 or fp16 in fp32 and round it when training ends, constraints included:
-            otherwise updates below about 1/256 of a weight are rounded to nothing. Checkpoints written during training
-            hold these tensors in fp32.
+            ``"0.5-0.75"``) or several (``[2, "4-6"]``, ``"2,4-6"``). None selects every parameter, including the
+            embeddings.
+        modules: one pattern or several. Consecutive parts of a parameter name must match the pattern part by part:
+            ``"mlp.down_proj"``, ``"self_attn.*_proj"``, ``"mlp"``. A pattern for a module includes its bias;
+            ``"mlp.down_proj.weight"`` does not. None selects everything in the layers.
+        full_precision: train bf16 and fp16 parameters of the scope in fp32, and round them when training ends. In
+            half precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during
+            training contain these parameters in fp32.
 
-    Of a model with adapters only the adapters' parameters are eligible: what is frozen already stays frozen.
+    Raises:
+        EditError: nothing matches, a layer is out of range, or everything that matches is frozen.
+
+    References:
+        - Fine-tuning Done Right in Model Editing (LocFT-BF), arXiv 2509.22072.
 
     Example:
-        >>> SFTTrainer(model, args, train_dataset=data, callbacks=[ParameterScope(layers=0.7, modules="mlp.down_proj")])
+        >>> from kedit_train import editing, world
+        >>> from kedit_train.callbacks import ParameterScope
+        >>> model, tokenizer = world.load()
+        >>> with editing(model, [ParameterScope(0.7, modules="mlp.down_proj")]) as edit:
+        ...     [name for name, p in model.named_parameters() if p.requires_grad]
+        ['model.layers.2.mlp.down_proj.weight']
     """
 
     order = 0
-    single = "give one of them every layer and module"
+    single = "use one with all layers and modules"
 
     def __init__(
         self,
@@ -65,17 +77,20 @@ class ParameterScope(EditCallback):
         self._handles = []
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Parameters in scope, and how far they are from where they were, relative to their size."""
-        moved, size = torch.zeros(()), torch.zeros(())
+        """Return the number of parameters in the scope and their distance from the reference weights.
+
+        The distance is relative to the L2 norm of the reference weights.
+        """
+        squared_change, squared_norm = torch.zeros(()), torch.zeros(())
         with torch.no_grad():
             for name, parameter in run.scope.items():
                 reference = run.reference[name].float()
-                moved += whole((parameter.float() - reference).square().sum()).cpu()
-                size += whole(reference.square().sum()).cpu()
+                squared_change += whole((parameter.float() - reference).square().sum()).cpu()
+                squared_norm += whole(reference.square().sum()).cpu()
         return {
             "edit/scope/parameters": float(sum(p.numel() for p in run.scope.values())),
-            "edit/drift/relative": float((moved / size.clamp(min=1e-30)).sqrt()),
+            "edit/drift/relative": float((squared_change / squared_norm.clamp(min=1e-30)).sqrt()),
         }
 
     def __repr__(self) -> str:
-        return f"ParameterScope(layers={self.layers!r}, modules={self.modules!r})"
+        return f"ParameterScope({self.layers!r}, modules={self.modules!r})"

@@ -1,4 +1,4 @@
-"""ParameterScope: what is outside of the scope is the same to the last bit, whatever the optimizer does."""
+"""ParameterScope keeps everything outside the scope bit for bit, with any optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer as integers, so that signed zeros and NaN count as what they are."""
+    """View parameters and buffers as integers, so that signed zeros and NaN are compared exactly."""
     values = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {n: v.detach().clone().view(INTEGERS.get(v.dtype, v.dtype)) for n, v in values.items()}
 
@@ -41,35 +41,35 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("everything", [False, True], ids=["scope only", "every parameter"])
-def test_everything_else_is_bitwise_the_same(make, ids, optimizer, dtype, everything):
+def test_everything_outside_the_scope_stays_bit_for_bit(make, ids, optimizer, dtype, everything):
     model = make("llama", dtype)
     before = bits(model)
     with editing(model, [ParameterScope(1, modules="mlp.down_proj")]) as edit:
-        # A host hands every parameter to its optimizer; the frozen ones have no gradient.
+        # Trainers pass every parameter to the optimizer; the frozen ones have no gradient.
         trained = list(model.parameters()) if everything else edit.parameters()
         train(edit, model, OPTIMIZERS[optimizer](trained), ids)
     assert moved(before, bits(model)) == {"model.layers.1.mlp.down_proj.weight"}
 
 
 @pytest.mark.parametrize(
-    ("layers", "modules", "want"),
+    ("layers", "modules", "expected"),
     [
         (0, "mlp.c_proj", {"transformer.h.0.mlp.c_proj.weight", "transformer.h.0.mlp.c_proj.bias"}),
         (-1, "mlp.c_proj.weight", {"transformer.h.1.mlp.c_proj.weight"}),
         (None, "wte", {"transformer.wte.weight"}),
     ],
 )
-def test_gpt2(make, ids, layers, modules, want):
+def test_scopes_of_gpt2(make, ids, layers, modules, expected):
     model = make("gpt2")
     before = bits(model)
     with editing(model, [ParameterScope(layers, modules=modules)]) as edit:
         train(edit, model, OPTIMIZERS["adamw"](model.parameters()), ids)
-    # wte and lm_head are one tensor, which named_parameters() gives once.
-    assert moved(before, bits(model)) == want
+    # wte and lm_head are tied; named_parameters() returns them once.
+    assert moved(before, bits(model)) == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_adapters_of_one_layer(make, ids):
+def test_the_adapters_of_one_layer_are_trained(make, ids):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["down_proj", "q_proj"]))
     before = bits(model)
@@ -83,7 +83,7 @@ def test_adapters_of_one_layer(make, ids):
     assert all(".layers.1.mlp.down_proj." in name for name in moved(before, bits(model)))
 
 
-def test_on_a_real_model(factlm):
+def test_a_pretrained_model_changes_in_the_scope_only(factlm):
     model = AutoModelForCausalLM.from_pretrained(factlm)
     text = AutoTokenizer.from_pretrained(factlm)(["The mother tongue of Danielle Darrieux is French"])
     ids = torch.tensor(text["input_ids"])
@@ -95,18 +95,18 @@ def test_on_a_real_model(factlm):
     assert moved(before, bits(model)) == scope
 
 
-def test_the_drift_is_measured_from_the_start(make, ids):
+def test_drift_is_relative_to_the_reference_weights(make, ids):
     model = make()
     start = model.model.layers[1].mlp.up_proj.weight.detach().clone()
     with editing(model, [scope := ParameterScope(1, modules="up_proj")], log_every_n_steps=1) as edit:
         assert scope.metrics(edit.run) == {"edit/scope/parameters": 512.0, "edit/drift/relative": 0.0}
         train(edit, model, OPTIMIZERS["sgd"](edit.parameters()), ids, steps=3)
-        want = (model.model.layers[1].mlp.up_proj.weight - start).norm() / start.norm()
-        assert edit.history[-1]["edit/drift/relative"] == pytest.approx(want.item(), rel=1e-5)
+        expected = (model.model.layers[1].mlp.up_proj.weight - start).norm() / start.norm()
+        assert edit.history[-1]["edit/drift/relative"] == pytest.approx(expected.item(), rel=1e-5)
         assert [row["step"] for row in edit.history] == [1, 2, 3]
 
 
-def test_any_module_with_a_loss(ids):
+def test_any_module_can_be_scoped(ids):
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).eval()
     before = bits(net)
     with editing(net, [ParameterScope(modules="2.weight")]) as edit:
@@ -120,7 +120,7 @@ def test_any_module_with_a_loss(ids):
 
 
 @pytest.mark.parametrize("second", [0, 1, None])
-def test_two_of_them_are_refused(make, second):
+def test_two_scopes_on_one_model_are_an_error(make, second):
     with pytest.raises(EditError) as error, editing(make(), [ParameterScope(0), ParameterScope(second)]):
         pass
-    assert str(error.value) == "two ParameterScope callbacks on one model; give one of them every layer and module"
+    assert str(error.value) == "two ParameterScope callbacks on one model; use one with all layers and modules"

@@ -122,7 +122,7 @@ def test_a_pattern_of_one_factor_selects_that_factor(host: str) -> None:
     ("modules", "why"),
     [
         ("mlp.down_proj.weight", "matches no parameter"),
-        ("mlp.down_proj.base_layer", "is frozen already"),
+        ("mlp.down_proj.base_layer", "are frozen; unfreeze them"),
         ("mlp.up_proj", "of a model with adapters, modules that carry one"),
     ],
 )
@@ -273,7 +273,7 @@ def packed(kind: str) -> tuple[Any, Any]:
 
 def test_a_quantised_weight_in_the_scope_is_refused_with_its_dtype() -> None:
     model, tokenizer = packed("down_proj")
-    with pytest.raises(EditError, match=r"int8 \(quantised\), .* adapter"):
+    with pytest.raises(EditError, match=r"quantized weights \(int8\), .* adapter"):
         HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=4)), [scope()], 1)
     assert all(p.requires_grad == p.dtype.is_floating_point for p in model.parameters())
 

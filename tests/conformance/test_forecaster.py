@@ -115,7 +115,7 @@ def test_the_scope_is_found_by_module_patterns(modules: str, expected: set[str],
 
 
 def test_layers_of_a_module_without_a_stack_are_refused() -> None:
-    with pytest.raises(EditError, match="Forecaster has no stack of layers; leave out layers="):
+    with pytest.raises(EditError, match="Forecaster has no stack of layers; leave out layers and"):
         fit([ParameterScope(layers=0.5, modules="head")])
 
 

@@ -1,4 +1,4 @@
-"""Factors of adapters that an edit has frozen stay frozen, whatever their adapter is switched to and back."""
+"""Keep the factors of adapters frozen that an edit has frozen, even when PEFT switches adapters."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from torch import nn
 
 
 def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:
-    """Freeze parameters of adapters again before each forward pass of the layer that has them.
+    """Freeze parameters of adapters again before each forward pass of their layer.
 
-    Switching adapters (PEFT's ``set_adapter`` and ``disable_adapter``, with which trainers of preferences reach their
-    reference model) makes every factor of the active adapter trainable. Gradients that no optimizer uses would then
-    count in the clipping of the others, and activation checkpointing would compute another graph than it did at first.
+    Switching adapters makes every factor of the active adapter trainable (``set_adapter`` and ``disable_adapter`` of
+    PEFT, which preference trainers use for their reference model). Gradients without an optimizer would then count in
+    gradient clipping, and activation checkpointing would recompute another graph than the first one.
 
     Args:
-        model: nothing is done unless it has adapters of PEFT.
-        frozen: parameters, those of adapters among them.
+        model: nothing happens unless it has PEFT adapters.
+        frozen: frozen parameters of the model, including those of adapters.
 
     Returns:
-        Handles of the hooks, each with ``remove()``.
+        Handles of hooks, each with ``remove()``.
     """
     if not hasattr(model, "peft_config"):
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    held = {id(p) for p in frozen}
+    frozen_ids = {id(p) for p in frozen}
     handles: list[Any] = []
     for module in model.modules():
-        # The layer, not the factor's own module: magnitudes and embeddings' factors are never called themselves.
+        # The hook is on the layer, because modules of magnitudes and embedding factors are never called themselves.
         if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
-            names = [name for name, p in module.named_parameters() if id(p) in held]
+            names = [name for name, p in module.named_parameters() if id(p) in frozen_ids]
             if names:
-                # Also when the layer is computed again in the backward pass.
+                # The hook also runs when the backward pass recomputes the layer.
                 handles.append(module.register_forward_pre_hook(_Freeze(names)))
     return handles
 
@@ -47,5 +47,5 @@ class _Freeze:
             module.get_parameter(name).requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model takes its hooks along; there they do nothing.
+        # A copied or pickled model takes its hooks along. The copies do nothing.
         return {"_names": []}

@@ -1,4 +1,4 @@
-"""Where the model may change: parameters found by layer and dotted pattern in whatever model is given."""
+"""The scope: the parameters that may change, selected by layer and by module pattern in any model."""
 
 from __future__ import annotations
 
@@ -13,50 +13,65 @@ from kedit_train.errors import EditError
 Layer = int | float | str
 Layers = Layer | Sequence[Layer] | None
 Modules = str | Sequence[str] | None
+_NUMBER = r"-?\d+(?:\.\d+)?"
 
 
 def find_layers(model: nn.Module) -> tuple[str, int]:
-    """Find the stack of layers: the module list that its configuration counts, else the only outermost one.
+    """Find the stack of layers of a model.
+
+    This is the module list whose length the configuration names, or else the only outermost module list.
 
     Returns:
         (dotted name, number of layers).
+
+    Raises:
+        EditError: there is no stack of layers, or more than one.
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     outermost = {n: size for n, size in stacks.items() if not any(n.startswith(f"{other}.") for other in stacks)}
     config = getattr(model, "config", None)
     text_config = getattr(config, "get_text_config", lambda: config)()
     depth = getattr(text_config, "num_hidden_layers", None)
-    found = {name: size for name, size in outermost.items() if size == depth} or outermost
-    if len(found) != 1:
-        what = "no stack of layers" if not found else f"several stacks of layers ({', '.join(found)})"
+    candidates = {name: size for name, size in outermost.items() if size == depth} or outermost
+    if len(candidates) != 1:
+        problem = f"several stacks of layers ({', '.join(candidates)})" if candidates else "no stack of layers"
         raise EditError(
-            f"ParameterScope: {type(model).__name__} has {what}; leave out layers= and give full parameter patterns, "
-            f"such as modules='{next(iter(stacks), 'encoder.2.linear')}.*'"
+            f"{type(model).__name__} has {problem}; leave out layers and select parameters by their full names, for "
+            f'example modules="{next(iter(stacks), "encoder.2.linear")}.*"'
         )
-    return next(iter(found.items()))
+    return next(iter(candidates.items()))
 
 
 def layer_indices(layers: Layers, depth: int) -> list[int]:
-    """Turn what a user writes into sorted indices of a stack of ``depth`` layers.
+    """Return the sorted indices of the selected layers.
 
-    An int is an index (negative counts from the end); a float in [0, 1] is a fraction of the depth (0.7 of 12 layers
-    is layer 8); a string is either of these, an inclusive range "4-6" or "0.5-0.75", or several, separated by commas.
+    Args:
+        layers: an int is an index (negative counts from the end). A float in [0, 1] is a fraction of the depth: 0.7
+            of 12 layers is layer 8. A string is one of these, an inclusive range ("4-6", "0.5-0.75"), or several
+            separated by commas. A sequence combines any of these. None selects every layer.
+        depth: number of layers.
+
+    Raises:
+        EditError: a layer is not understood or out of range, or no layer is selected.
+
+    Example:
+        >>> layer_indices("0.5-0.75", 12)
+        [6, 7, 8, 9]
+        >>> layer_indices([0, "4-6", -1], 12)
+        [0, 4, 5, 6, 11]
     """
     if layers is None:
         return list(range(depth))
     items = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    found = {index for item in items for index in _expand(item, depth)}
-    if not found:
-        raise EditError(f"ParameterScope: layers={layers!r} names no layer; the model has layers 0 to {depth - 1}")
-    return sorted(found)
-
-
-_NUMBER = r"-?\d+(?:\.\d+)?"
+    indices = {index for item in items for index in _expand(item, depth)}
+    if not indices:
+        raise EditError(f"layers must select a layer between 0 and {depth - 1}, got {layers!r}.")
+    return sorted(indices)
 
 
 def _expand(item: Layer, depth: int) -> Iterator[int]:
     if isinstance(item, bool) or not isinstance(item, int | float | str):
-        raise EditError(f"ParameterScope: layers={item!r} is no layer; write an index, a fraction or a range")
+        raise EditError(f"layers must be indices, fractions or ranges, got {item!r}.")
     if isinstance(item, int | float):
         yield _index(item, item, depth)
         return
@@ -64,34 +79,38 @@ def _expand(item: Layer, depth: int) -> Iterator[int]:
         match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:[-:]\s*({_NUMBER})\s*)?", part)
         if not match:
             raise EditError(
-                f"ParameterScope: layers={item!r} is not understood; write an index (5, -1), a fraction (0.7), "
-                "a range ('4-6', '0.5-0.75') or several ('2,4-6')"
+                "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75') or several "
+                f"('2,4-6'), got {item!r}."
             )
         ends = [float(n) if "." in n else int(n) for n in match.groups() if n is not None]
         first, last = _index(ends[0], item, depth), _index(ends[-1], item, depth)
         if first > last:
-            raise EditError(f"ParameterScope: the range {part.strip()!r} runs backwards; write '{last}-{first}'")
+            raise EditError(f"the range {part.strip()!r} in layers ends before it starts; write '{last}-{first}'")
         yield from range(first, last + 1)
 
 
-def _index(value: int | float, written: Layer, depth: int) -> int:
+def _index(value: int | float, layers: Layer, depth: int) -> int:
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
-            raise EditError(f"ParameterScope: layers={written!r}: a fraction of the depth lies between 0.0 and 1.0")
-        # 0.29 of 100 layers is layer 29, whatever binary rounding makes of the product.
+            raise EditError(f"a fraction in layers must be in [0, 1], got {layers!r}.")
+        # The small number undoes binary rounding: 0.29 of 100 layers is layer 29.
         return min(int(value * depth + 1e-9), depth - 1)
     if not -depth <= value < depth:
-        raise EditError(
-            f"ParameterScope: layers={written!r} is out of range; the model has {depth} layers, 0 to {depth - 1}"
-        )
+        raise EditError(f"layers is out of range: the model has the layers 0 to {depth - 1}, got {layers!r}.")
     return value % depth
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether consecutive dotted parts of ``name`` match the parts of ``pattern`` one to one.
+    """Return whether consecutive dotted parts of a parameter name match the parts of a pattern.
 
-    Parts are compared whole ("layers.2" never means layer 20), ``*`` and ``?`` are wildcards within one part. A
-    pattern that ends at a module takes every parameter of that module, its bias as well.
+    Whole parts are compared, so "layers.2" never matches layer 20. ``*`` and ``?`` are wildcards within a part. A
+    pattern that names a module matches all of its parameters, including the bias.
+
+    Example:
+        >>> matches("model.layers.2.mlp.down_proj.weight", "mlp.*_proj")
+        True
+        >>> matches("model.layers.20.mlp.down_proj.weight", "layers.2")
+        False
     """
     parts, wanted = name.split("."), pattern.split(".")
     starts = range(len(parts) - len(wanted) + 1)
@@ -99,45 +118,51 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = None) -> dict[str, nn.Parameter]:
-    """Find the trainable parameters of ``model`` in these layers and modules.
+    """Return the trainable parameters in the selected layers and modules.
 
-    Tied weights count under every name that they have and are returned once, under the name that
-    ``named_parameters()`` gives them.
+    A tied weight matches under each of its names. It is returned once, under the name in ``named_parameters()``.
+
+    Args:
+        model: any module.
+        layers: which layers, as in :func:`layer_indices`. None also includes parameters outside the layers.
+        modules: one pattern or several, as in :func:`matches`. None selects everything in the layers.
+
+    Returns:
+        name -> parameter.
 
     Raises:
-        EditError: nothing matches, a pattern matches nothing, a layer is out of range, or all that matches is frozen.
+        EditError: a pattern matches nothing or only frozen parameters, or a layer is out of range.
     """
     patterns = ["*"] if modules is None else [modules] if isinstance(modules, str) else list(modules)
     if not any(patterns):
-        raise EditError(f"ParameterScope: modules={modules!r} names no module; leave it out for all of them")
+        raise EditError(f"modules must name a module, or be None for all modules, got {modules!r}.")
     named = list(model.named_parameters(remove_duplicate=False))
     if layers is not None:
         stack, depth = find_layers(model)
-        roots = {f"{stack}.{index}." for index in layer_indices(layers, depth)}
-        named = [(name, p) for name, p in named if any(name.startswith(root) for root in roots)]
-    chosen: set[int] = set()
-    where = "" if layers is None else f" in layers={layers!r}"
+        prefixes = tuple(f"{stack}.{index}." for index in layer_indices(layers, depth))
+        named = [(name, p) for name, p in named if name.startswith(prefixes)]
+    selected: set[int] = set()
+    within = "" if layers is None else f" in layers={layers!r}"
     for pattern in patterns:
-        found = [p for name, p in named if matches(name, pattern)]
-        if not found:
+        matching = [p for name, p in named if matches(name, pattern)]
+        if not matching:
             raise EditError(
-                f"ParameterScope: modules={pattern!r} matches no parameter{where} of {type(model).__name__}; "
-                f"there are, for example, {_examples(named)}"
+                f"modules={pattern!r} matches no parameter{within} of {type(model).__name__}; its parameters are, for "
+                f"example, {_examples(named)}"
             )
-        if not any(p.requires_grad for p in found):
-            packed = next((p.dtype for p in found if not p.dtype.is_floating_point), None)
+        if not any(p.requires_grad for p in matching):
+            packed = next((p.dtype for p in matching if not p.dtype.is_floating_point), None)
             if packed is not None:
                 raise EditError(
-                    f"ParameterScope: modules={pattern!r} matches{where} weights stored as "
-                    f"{str(packed).removeprefix('torch.')} (quantised), which take no gradient; load the model "
-                    "unquantised, or give it an adapter (peft), whose factors the same pattern selects"
+                    f"modules={pattern!r} matches{within} quantized weights ({str(packed).removeprefix('torch.')}), "
+                    "which cannot be trained; load the model unquantized, or add an adapter (peft)"
                 )
             raise EditError(
-                f"ParameterScope: everything that modules={pattern!r} matches{where} is frozen already; unfreeze it or "
-                "choose other modules (of a model with adapters, modules that carry one)"
+                f"all parameters that modules={pattern!r} matches{within} are frozen; unfreeze them or select other "
+                "modules (in a model with adapters, modules that have one)"
             )
-        chosen |= {id(p) for p in found if p.requires_grad}
-    return {name: p for name, p in model.named_parameters() if id(p) in chosen}
+        selected |= {id(p) for p in matching if p.requires_grad}
+    return {name: p for name, p in model.named_parameters() if id(p) in selected}
 
 
 def _examples(named: list[tuple[str, nn.Parameter]]) -> str:

@@ -1,4 +1,4 @@
-"""Scope: which parameters a layer and a pattern mean, and what is said where they mean none."""
+"""The scope: which parameters layers and patterns select, and the errors when they select none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def layers_of(scope: dict) -> set[int]:
 
 
 @pytest.mark.parametrize(
-    ("written", "want"),
+    ("layers", "expected"),
     [
         (2, [2]),
         (0, [0]),
@@ -44,43 +44,43 @@ def layers_of(scope: dict) -> set[int]:
         (None, list(range(24))),
     ],
 )
-def test_layers_as_users_write_them(written, want):
-    assert layer_indices(written, 24) == want
+def test_layers_are_indices_fractions_ranges_or_several(layers, expected):
+    assert layer_indices(layers, 24) == expected
 
 
-def test_a_fraction_means_the_layer_that_it_names_whatever_binary_rounding_says():
+def test_binary_rounding_does_not_change_the_layer_of_a_fraction():
     # 0.29 * 100 is 28.999999999999996 in binary.
     assert [layer_indices(k / 100, 100) for k in range(100)] == [[k] for k in range(100)]
 
 
 @pytest.mark.parametrize(
-    ("written", "message"),
+    ("layers", "message"),
     [
-        (24, "ParameterScope: layers=24 is out of range; the model has 24 layers, 0 to 23"),
-        (-25, "ParameterScope: layers=-25 is out of range; the model has 24 layers, 0 to 23"),
-        ("20-30", "ParameterScope: layers='20-30' is out of range; the model has 24 layers, 0 to 23"),
-        (1.5, "ParameterScope: layers=1.5: a fraction of the depth lies between 0.0 and 1.0"),
-        (-0.1, "ParameterScope: layers=-0.1: a fraction of the depth lies between 0.0 and 1.0"),
-        (float("nan"), "ParameterScope: layers=nan: a fraction of the depth lies between 0.0 and 1.0"),
-        ("6-4", "ParameterScope: the range '6-4' runs backwards; write '4-6'"),
-        ([], "ParameterScope: layers=[] names no layer; the model has layers 0 to 23"),
-        (True, "ParameterScope: layers=True is no layer; write an index, a fraction or a range"),
-        ([None], "ParameterScope: layers=None is no layer; write an index, a fraction or a range"),
-        ([[1, 2]], "ParameterScope: layers=[1, 2] is no layer; write an index, a fraction or a range"),
-        (nn.Identity(), "ParameterScope: layers=Identity() is no layer; write an index, a fraction or a range"),
+        (24, "layers is out of range: the model has the layers 0 to 23, got 24."),
+        (-25, "layers is out of range: the model has the layers 0 to 23, got -25."),
+        ("20-30", "layers is out of range: the model has the layers 0 to 23, got '20-30'."),
+        (1.5, "a fraction in layers must be in [0, 1], got 1.5."),
+        (-0.1, "a fraction in layers must be in [0, 1], got -0.1."),
+        (float("nan"), "a fraction in layers must be in [0, 1], got nan."),
+        ("6-4", "the range '6-4' in layers ends before it starts; write '4-6'"),
+        ([], "layers must select a layer between 0 and 23, got []."),
+        (True, "layers must be indices, fractions or ranges, got True."),
+        ([None], "layers must be indices, fractions or ranges, got None."),
+        ([[1, 2]], "layers must be indices, fractions or ranges, got [1, 2]."),
+        (nn.Identity(), "layers must be indices, fractions or ranges, got Identity()."),
         *(
             (
                 text,
-                f"ParameterScope: layers={text!r} is not understood; write an index (5, -1), a fraction (0.7), a range "
-                "('4-6', '0.5-0.75') or several ('2,4-6')",
+                "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75') or several ('2,4-6'), "
+                f"got {text!r}.",
             )
             for text in ("", "last", "4-", "4,,5", "1e-1")
         ),
     ],
 )
-def test_layers_that_mean_nothing(written, message):
+def test_invalid_layers_are_errors(layers, message):
     with pytest.raises(EditError) as error:
-        layer_indices(written, 24)
+        layer_indices(layers, 24)
     assert str(error.value) == message
 
 
@@ -93,7 +93,7 @@ def test_layer_2_is_never_layer_20(tiny, modules):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "name", "want"),
+    ("pattern", "name", "expected"),
     [
         ("mlp.c_proj", "h.0.mlp.c_proj.bias", True),
         ("c_proj", "h.0.mlp.c_proj_extra.bias", False),
@@ -110,11 +110,11 @@ def test_layer_2_is_never_layer_20(tiny, modules):
         ("", "h.0.mlp.weight", False),
     ],
 )
-def test_patterns_are_compared_part_by_part(pattern, name, want):
-    assert matches(name, pattern) is want
+def test_patterns_are_compared_part_by_part(pattern, name, expected):
+    assert matches(name, pattern) is expected
 
 
-def test_gpt2_takes_biases_with_the_module_and_leaves_them_out_with_weight(tiny):
+def test_a_module_pattern_includes_the_bias_and_a_weight_pattern_does_not(tiny):
     model = tiny("gpt2")
     both = ["transformer.h.1.mlp.c_proj.weight", "transformer.h.1.mlp.c_proj.bias"]
     assert list(resolve_scope(model, 1, "mlp.c_proj")) == both
@@ -128,7 +128,7 @@ def test_several_modules_in_several_layers(tiny):
     assert len(scope) == 3 * (2 + 3)
 
 
-def test_none_is_everything_and_layers_alone_are_whole_layers(tiny):
+def test_none_selects_everything_and_layers_alone_select_whole_layers(tiny):
     model = tiny("llama")
     assert list(resolve_scope(model)) == [name for name, _ in model.named_parameters()]
     whole = [name for name, _ in model.named_parameters() if name.startswith("model.layers.1.")]
@@ -136,7 +136,7 @@ def test_none_is_everything_and_layers_alone_are_whole_layers(tiny):
 
 
 @pytest.mark.parametrize("modules", ["lm_head", "embed_tokens", "lm_head.weight", ["lm_head", "embed_tokens"]])
-def test_tied_weights_count_under_both_names_and_once(tiny, modules):
+def test_a_tied_weight_matches_both_names_and_is_returned_once(tiny, modules):
     model = tiny("llama-tied")
     scope = resolve_scope(model, None, modules)
     assert list(scope) == ["model.embed_tokens.weight"]
@@ -144,7 +144,7 @@ def test_tied_weights_count_under_both_names_and_once(tiny, modules):
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_of_a_model_with_adapters_only_the_adapters(tiny):
+def test_in_a_model_with_adapters_only_adapters_are_selected(tiny):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     model = peft.get_peft_model(tiny("llama"), lora)
@@ -154,33 +154,31 @@ def test_of_a_model_with_adapters_only_the_adapters(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(model, 1, "mlp.up_proj")
     assert str(error.value) == (
-        "ParameterScope: everything that modules='mlp.up_proj' matches in layers=1 is frozen already; unfreeze it or "
-        "choose other modules (of a model with adapters, modules that carry one)"
+        "all parameters that modules='mlp.up_proj' matches in layers=1 are frozen; unfreeze them or select other "
+        "modules (in a model with adapters, modules that have one)"
     )
-    with pytest.raises(EditError, match=r"modules='mlp.up_proj' matches in layers=1 is frozen already"):
+    with pytest.raises(EditError, match=r"modules='mlp.up_proj' matches in layers=1 are frozen"):
         resolve_scope(model, 1, ["mlp.down_proj", "mlp.up_proj"])
 
 
-def test_a_pattern_that_matches_nothing_says_what_there_is(tiny):
+def test_a_pattern_without_a_match_is_an_error_with_examples(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(tiny("llama"), None, ["mlp", "fc_out"])
     assert str(error.value) == (
-        "ParameterScope: modules='fc_out' matches no parameter of LlamaForCausalLM; there are, for example, "
+        "modules='fc_out' matches no parameter of LlamaForCausalLM; its parameters are, for example, "
         "model.embed_tokens.weight, model.layers.*.self_attn.q_proj.weight, model.layers.*.self_attn.k_proj.weight, "
         "model.layers.*.self_attn.v_proj.weight, model.layers.*.self_attn.o_proj.weight, "
         "model.layers.*.mlp.gate_proj.weight, ..."
     )
-    with pytest.raises(
-        EditError, match=r"^ParameterScope: modules='lm_head' matches no parameter in layers=1 of Llama"
-    ):
+    with pytest.raises(EditError, match=r"^modules='lm_head' matches no parameter in layers=1 of Llama"):
         resolve_scope(tiny("llama"), 1, "lm_head")
-    with pytest.raises(EditError, match=r"there are, for example, 0\.weight$|there are, for example, weight$"):
+    with pytest.raises(EditError, match=r"its parameters are, for example, weight$"):
         resolve_scope(nn.Linear(2, 2, bias=False), None, "nothing")
 
 
 @pytest.mark.parametrize("modules", [[], (), ""])
-def test_an_empty_list_of_modules_is_not_all_of_them(tiny, modules):
-    with pytest.raises(EditError, match=r"^ParameterScope: modules=.* names no module; leave it out for all of them$"):
+def test_an_empty_list_of_modules_is_an_error(tiny, modules):
+    with pytest.raises(EditError, match=r"^modules must name a module, or be None for all modules, got .*\.$"):
         resolve_scope(tiny("llama"), None, modules)
 
 
@@ -190,8 +188,8 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(plain, 0)
     assert str(error.value) == (
-        "ParameterScope: Sequential has no stack of layers; leave out layers= and give full parameter patterns, "
-        "such as modules='encoder.2.linear.*'"
+        "Sequential has no stack of layers; leave out layers and select parameters by their full names, for example "
+        'modules="encoder.2.linear.*"'
     )
     import transformers
 
@@ -199,13 +197,13 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(seq2seq, 0)
     assert str(error.value) == (
-        "ParameterScope: T5ForConditionalGeneration has several stacks of layers (encoder.block, decoder.block); leave "
-        "out layers= and give full parameter patterns, such as modules='encoder.block.*'"
+        "T5ForConditionalGeneration has several stacks of layers (encoder.block, decoder.block); leave out layers and "
+        'select parameters by their full names, for example modules="encoder.block.*"'
     )
     assert list(resolve_scope(seq2seq, None, "decoder.block.1.layer.2.DenseReluDense.wo"))
 
 
-def test_the_stack_that_the_configuration_counts_wins(tiny):
+def test_the_stack_with_the_length_in_the_configuration_is_used(tiny):
     model = tiny("mixtral", num_hidden_layers=3)
     assert find_layers(model) == ("model.layers", 3)
     model.towers = nn.ModuleList([nn.Linear(1, 1)])
@@ -215,7 +213,7 @@ def test_the_stack_that_the_configuration_counts_wins(tiny):
         find_layers(model)
 
 
-def test_a_module_of_ones_own_with_a_stack():
+def test_a_custom_module_with_a_stack_of_layers():
     class Forecaster(nn.Module):
         def __init__(self) -> None:
             super().__init__()
