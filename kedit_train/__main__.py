@@ -1,6 +1,6 @@
-"""``python -m kedit_train fit --config RECIPE.yaml`` in Lightning, ``... sft ...`` in TRL's ``SFTTrainer``."""
+"""``python -m kedit_train fit --config RECIPE.yaml`` runs a recipe in Lightning, ``... sft ...`` runs it in TRL."""
 
-from kedit_train.cli.edit import main
+from kedit_train.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, also when the process is killed while it writes."""
+"""Atomic writing of files and folders: complete or not at all, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kedit_train.errors import EditError
+
 _DAY = 86400
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a name in a hidden folder beside ``path``; what lies there in the end is flushed and takes the name.
+    """Write a file or a folder atomically: the block writes to another name, which becomes ``path`` at the end.
 
-    In one step, in place of a file that had it. After an error nothing is left; after a kill, the hidden folder, which
-    the next one to write the same name removes, with the temporary files of the library that was writing (safetensors
-    makes such, under names of its own). Parent folders are made.
-
-    Example:
-        >>> with writing("scores.json") as unfinished:
-        ...     unfinished.write_text("{}")
+    The temporary name lies in a hidden folder beside ``path``. When the block ends, everything in it is flushed to disk
+    and renamed in one step; an existing file is replaced. After an error nothing is left. After a kill the hidden
+    folder is left, with any temporary files that safetensors made in it; the next writer of the same name removes it.
+    Parent folders are made.
 
     Args:
-        path: of a file; or of a folder that is not there yet (make it at the name that is given).
+        path: a file, or a folder that does not exist yet (the block makes it).
+
+    Yields:
+        The path to write to.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> with writing(f"{folder.name}/scores.json") as unfinished:
+        ...     _ = unfinished.write_text("{}")
+        >>> os.listdir(folder.name)
+        ['scores.json']
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,63 +48,77 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     unfinished = hidden / path.name
     try:
         yield unfinished
-        # safetensors makes files that their owner alone may read: give them what any new file has, as the folder tells.
-        usual = hidden.stat().st_mode & 0o666
-        for one in (*unfinished.rglob("*"), unfinished):
-            if one.is_file() and not one.is_symlink():
-                one.chmod(usual)
-            flush(one)
+        # Safetensors makes files that only their owner can read. They get the permissions of any new file, which those
+        # of the new folder tell.
+        permissions = hidden.stat().st_mode & 0o666
+        for entry in (*unfinished.rglob("*"), unfinished):
+            if entry.is_file() and not entry.is_symlink():
+                entry.chmod(permissions)
+            flush(entry)
         os.replace(unfinished, path)
         flush(path.parent)
     finally:
         _remove(hidden)
 
 
-def obstacle(path: str | os.PathLike[str]) -> str | None:
-    """Why no file can be written to ``path``, or None; nothing is made, not even its folders."""
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Check that a file can be written to ``path``, without creating anything.
+
+    Call it before a long computation whose result goes into the file.
+
+    Raises:
+        EditError: ``path`` is a folder, or its folder cannot be made or written to.
+
+    Example:
+        >>> check_writable("/dev/null/report.json")
+        Traceback (most recent call last):
+        ...
+        kedit_train.errors.EditError: /dev/null/report.json cannot be written, because /dev/null is not a folder.
+    """
     if os.path.isdir(path):
-        return f"{path} is a folder"
+        raise EditError(f"{path} cannot be written, because it is a folder.")
     folder = Path(os.path.abspath(path)).parent
-    # A link that leads nowhere is there too, and no folder can be made in its place.
+    # A broken link counts as existing, because no folder can be made in its place.
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        return f"{folder} is no folder"
-    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} may not be written to"
+        raise EditError(f"{path} cannot be written, because {folder} is not a folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise EditError(f"{path} cannot be written, because {folder} has no write permission.")
 
 
 def unfinished_name(path: Path) -> Path:
-    """``.NAME.HOST.PROCESS.unfinished`` beside ``path``."""
+    """Return ``.NAME.HOST.PROCESS.unfinished`` beside ``path``."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what writers that were killed have left beside ``path``.
+    """Remove what killed writers left in the folder of ``path``.
 
-    Of this name where the writer ran on this host and does so no more; of any name after a day without a change, unless
-    a process of this host with the writer's number is running.
+    Leftovers of the same name are removed if their process ran on this host and has ended. Other leftovers are removed
+    after a day without a change, unless a process with their number runs on this host.
     """
     for other in path.parent.glob(".*.unfinished"):
         match = re.fullmatch(r"\.(.+)\.(\d+)\.unfinished", other.name)
         if match is None:
             continue
-        # A file's name and a host's may have dots in them, so they are not told apart but compared.
-        here = match[1].endswith(f".{socket.gethostname()}")
-        if here and _runs(int(match[2])):
+        # Names of files and hosts may contain dots, so they are compared and not split.
+        on_this_host = match[1].endswith(f".{socket.gethostname()}")
+        if on_this_host and _is_running(int(match[2])):
             continue
-        same = match[1] == f"{path.name}.{socket.gethostname()}"
+        same_name = match[1] == f"{path.name}.{socket.gethostname()}"
         try:
-            if same or time.time() - other.stat().st_mtime > _DAY:
+            if same_name or time.time() - other.stat().st_mtime > _DAY:
                 _remove(other)
         except OSError:
-            # Another process was quicker, or the folder may only be read.
+            # Another process has removed it, or the folder is read-only.
             continue
 
 
 def flush(path: Path) -> None:
-    """Have a file's bytes, or a folder's names, on the disk before anything that relies on them."""
+    """Flush the bytes of a file, or the names in a folder, to disk."""
     if os.name != "posix" and path.is_dir():
-        return  # there, folders cannot be opened
+        return  # Windows cannot open folders.
     handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -109,9 +133,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _runs(process: int) -> bool:
+def _is_running(process: int) -> bool:
     if os.name != "posix":
-        # There, signal 0 would end it.
+        # On Windows, signal 0 would end the process.
         return True
     try:
         os.kill(process, 0)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from kedit_train import EditDelta, world
-from kedit_train.atomic_write import obstacle
+from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks import EditCallback, KLLocality, NormBall, ParameterScope, StopWhenEdited, Texts, TokenLoss
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
@@ -82,8 +82,7 @@ def check(given: argparse.Namespace) -> None:
     if not given.plain and given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
     for name in (DELTA, REPORT, PICTURE):
-        if reason := obstacle(Path(given.output_dir) / name):
-            raise EditError(f"--output_dir {given.output_dir}: {reason}")
+        check_writable(Path(given.output_dir) / name)
     if find_spec("matplotlib") is None:
         raise EditError("pictures need matplotlib: pip install 'kedit-train[report]'")
 

@@ -10,7 +10,6 @@ Result: a table in the terminal and report.json in the output folder.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 import torch
@@ -20,10 +19,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from kedit_train import world
 from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, TokenSmoothing
-from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.pretrained import load_model
+from kedit_train.processes import end_process_group
 
 
 def arguments() -> argparse.Namespace:
@@ -61,7 +60,7 @@ def main() -> None:
             max_grad_norm=0.0,
             bf16=False,
             dataloader_pin_memory=torch.accelerator.is_available(),
-            # Without it accelerate lets processes on a CPU train each for itself, whatever the launcher.
+            # On a CPU, accelerate needs this to connect the processes of a launcher.
             use_cpu=not torch.accelerator.is_available(),
             save_strategy="no",
             logging_steps=4,
@@ -75,10 +74,9 @@ def main() -> None:
             EditMetrics(edits, every_n_steps=40, report=f"{given.output_dir}/report.json"),
         ],
     )
-    check_world(trainer.args.world_size, os.environ)
     trainer.train()
     trainer.save_model(f"{given.output_dir}/model")
-    part()
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files and folders are there whole or not at all, and what a killed writer left goes with the next save."""
+"""Files and folders are written completely or not at all, and leftovers of killed writers are removed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kedit_train import EditDataset, EditDelta
-from kedit_train.atomic_write import unfinished_name, writing
+from kedit_train import EditDataset, EditDelta, EditError
+from kedit_train.atomic_write import check_writable, unfinished_name, writing
 from kedit_train.data import Edit
 
 KILLED = """
@@ -28,13 +28,13 @@ with writing(sys.argv[1]) as unfinished:
 """
 
 
-def killed(path: Path, kind: str = "file") -> Path:
-    """What a process leaves that is killed while it writes ``path``."""
+def leftover_of_killed(path: Path, kind: str = "file") -> Path:
+    """Kill a process while it writes ``path``, and return what it leaves."""
     before = set(path.parent.iterdir())
     done = subprocess.run([sys.executable, "-c", KILLED, str(path), kind], check=False)
     assert done.returncode == -signal.SIGKILL
-    (left,) = set(path.parent.iterdir()) - before
-    return left
+    (leftover,) = set(path.parent.iterdir()) - before
+    return leftover
 
 
 def fail(path: Path, folder: bool = False) -> None:
@@ -45,14 +45,14 @@ def fail(path: Path, folder: bool = False) -> None:
         raise KeyError
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_an_error_leaves_the_previous_file(tmp_path):
     path = tmp_path / "new" / "scores.json"
     with writing(path) as unfinished:
         assert not path.exists()
-        unfinished.write_text("whole")
+        unfinished.write_text("complete")
     with pytest.raises(KeyError):
         fail(path)
-    assert path.read_text() == "whole"
+    assert path.read_text() == "complete"
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -63,61 +63,84 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with writing(path) as unfinished:
         (unfinished / "deep").mkdir(parents=True)
-        (unfinished / "deep" / "weights").write_text("whole")
+        (unfinished / "deep" / "weights").write_text("complete")
         assert not path.exists()
-    assert [found.relative_to(tmp_path).as_posix() for found in tmp_path.rglob("*.*")] == []
-    assert (path / "deep" / "weights").read_text() == "whole"
+    assert [file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*.*")] == []
+    assert (path / "deep" / "weights").read_text() == "complete"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is of POSIX")
-def test_the_next_save_of_the_name_removes_what_a_killed_one_left(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL exists on POSIX only")
+def test_the_next_save_of_the_same_name_removes_leftovers(tmp_path):
     path = tmp_path / "edits.v1.jsonl"
     edits = EditDataset([Edit("The capital of Ruritania is", "Strelsau")])
     edits.save(path)
-    left = killed(path)
+    leftover = leftover_of_killed(path)
     assert len(EditDataset.load(path)) == 1
-    other, folder = killed(tmp_path / "other.jsonl"), killed(tmp_path / "model", "folder")
-    # A process that runs, and one of another host, of which nothing is known.
-    here, away = f"{socket.gethostname()}.{os.getppid()}", f"far.away.{os.getppid()}"
-    kept = [tmp_path / f".edits.v1.jsonl.{writer}.unfinished" for writer in (here, away)]
-    for file in kept:
+    other, folder = leftover_of_killed(tmp_path / "other.jsonl"), leftover_of_killed(tmp_path / "model", "folder")
+    # One process is running, and one ran on another host, so both may still be writing.
+    here, remote = f"{socket.gethostname()}.{os.getppid()}", f"far.away.{os.getppid()}"
+    in_progress = [tmp_path / f".edits.v1.jsonl.{writer}.unfinished" for writer in (here, remote)]
+    for file in in_progress:
         file.write_text("half")
     edits.save(path)
-    assert not left.exists()
-    assert sorted(tmp_path.iterdir()) == sorted([path, other, folder, *kept])
+    assert not leftover.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([path, other, folder, *in_progress])
     with writing(tmp_path / "model") as unfinished:
         assert not folder.exists()
         unfinished.mkdir()
-    assert sorted(tmp_path.iterdir()) == sorted([path, other, tmp_path / "model", *kept])
+    assert sorted(tmp_path.iterdir()) == sorted([path, other, tmp_path / "model", *in_progress])
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions are of POSIX")
-def test_what_is_written_may_be_read_by_whom_any_new_file_may(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="file permissions exist on POSIX only")
+def test_written_files_have_the_permissions_of_any_new_file(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    (tmp_path / "usual").write_text("text")
+    (tmp_path / "plain").write_text("text")
     EditDelta.between({"w": torch.zeros(4)}, {"w": torch.ones(4)}).save(tmp_path / "a.safetensors")
     with writing(tmp_path / "model") as unfinished:
         unfinished.mkdir()
         save_file({"w": torch.ones(4)}, unfinished / "model.safetensors")
-    usual = (tmp_path / "usual").stat().st_mode
-    assert (tmp_path / "a.safetensors").stat().st_mode == usual
-    assert (tmp_path / "model" / "model.safetensors").stat().st_mode == usual
+    expected = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "a.safetensors").stat().st_mode == expected
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode == expected
     assert os.access(tmp_path / "model", os.X_OK)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is of POSIX")
-def test_a_delta_and_a_report_clean_up_alike(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL exists on POSIX only")
+def test_saving_a_delta_and_a_text_removes_leftovers(tmp_path):
     import torch
 
     from kedit_train.cli.kedit.output import write_text
 
     delta = EditDelta.between({"w": torch.zeros(4)}, {"w": torch.ones(4)})
     for path, save in [(tmp_path / "a.safetensors", delta.save), (tmp_path / "a.md", lambda p: write_text(p, "text"))]:
-        left = killed(path)
-        assert left.name.startswith(f".{path.name}.")
+        leftover = leftover_of_killed(path)
+        assert leftover.name.startswith(f".{path.name}.")
         save(path)
-        assert not left.exists()
+        assert not leftover.exists()
         assert path.is_file()
     assert unfinished_name(tmp_path / "a.md").parent == tmp_path
+
+
+def test_checking_a_path_creates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_writable("new/folder/x.json")
+    check_writable("x.json")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("folder", "folder cannot be written, because it is a folder"),
+        ("file/x.json", "file is not a folder"),
+        ("link/x.json", "link is not a folder"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(EditError, match=reason):
+        check_writable(tmp_path / name)

@@ -14,7 +14,7 @@ LAYERS = (
     ("core",),
     ("evaluation", "delta"),
     ("callbacks",),
-    ("augmentation", "modes", "modules", "pretrained", "trainers"),
+    ("augmentation", "modes", "modules", "pretrained", "processes", "trainers"),
     ("catalog", "cli", "__main__", "__init__"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

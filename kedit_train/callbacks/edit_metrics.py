@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from kedit_train.atomic_write import obstacle
+from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.processes import is_distributed, world_size
 from kedit_train.core.run import EditRun
@@ -121,11 +121,8 @@ class EditMetrics(EditCallback):
             )
         self._edits = load_edits(edits)
         run.edits, self.best = self._edits, {}
-        hindered = obstacle(self.report_path) if self.report_path is not None and run.host.is_main else None
-        if hindered:
-            raise EditError(
-                f"EditMetrics: report={self.report_path!r} cannot be written: {hindered}; name another file"
-            )
+        if self.report_path is not None and run.host.is_main:
+            check_writable(self.report_path)
 
     def attach(self, run: EditRun) -> None:
         self.report, self._looked_at, self._scores = None, -1, {}

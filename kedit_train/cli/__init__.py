@@ -1,7 +1,7 @@
-"""Commands: the LightningCLI entry that the recipes share, and the ``lightning run`` launcher."""
+"""The commands ``kedit``, ``lightning run`` and ``python -m kedit_train``."""
 
 import os
 
-# Before torch loads OpenMP: its idle threads spin by default, which made a run on two cores that others used as well
-# ten times slower.
+# This must be set before torch loads OpenMP. By default its idle threads spin, which slows a run down when other
+# processes use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

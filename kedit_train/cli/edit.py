@@ -1,62 +1,58 @@
-"""The entry that all recipes share: LightningCLI with an edit's module and data as defaults.
+"""``fit``: LightningCLI with ``EditModule`` and ``EditDataModule`` as defaults.
 
     python -m kedit_train fit --config recipes/quickstart.yaml
     python -m kedit_train fit --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
     python -m kedit_train fit --print_config
-    python -m kedit_train sft --config recipes/overtone.yaml        in TRL: see ``kedit_train.cli.sft``
 
-Any LightningModule and LightningDataModule can take their places by ``class_path``.
+Any other LightningModule and LightningDataModule can be used with ``class_path``.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kedit_train import catalog, world
 from kedit_train.cli.config_errors import shorten
-from kedit_train.cli.console import leave, say_error
-from kedit_train.cli.processes import check_world, follow_launcher, part
+from kedit_train.cli.console import leave, print_error
+from kedit_train.cli.processes import follow_launcher
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
+from kedit_train.processes import check_process_count
 
 CONFIG = ("--config", "-c")
 MODULE, DATA = (f"{cls.__module__}.{cls.__qualname__}" for cls in (EditModule, EditDataModule))
 
 
 class EditParser(LightningArgumentParser):
-    """Says in one line which key is wrong."""
+    """A parser whose errors are one line that names the wrong key."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:
-            # A class's own parser: what it says becomes part of the message that names the class.
+            # The parser of one class; its message becomes part of the message that names the class.
             super().error(message, ex)
-        say_error(shorten(message))
+        print_error(shorten(message))
         leave(2)
 
 
 class EditCLI(LightningCLI):
-    """``fit`` with ``EditModule`` and ``EditDataModule`` unless told otherwise.
+    """The ``fit`` command, with ``EditModule`` and ``EditDataModule`` as defaults.
 
-    The resolved configuration is written beside the run's logs as ``resolved.yaml``.
+    The resolved configuration is saved as ``resolved.yaml`` in the folder of the run.
     """
 
     def __init__(self, parser_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        told = {"description": "Edit a model: fit in Lightning, sft in TRL's SFTTrainer (see sft --help)."}
+        description = "Edit a model: fit runs a recipe in Lightning, sft runs it in TRL (see sft --help)."
         super().__init__(
             parser_class=EditParser,
-            parser_kwargs=told | (parser_kwargs or {}),
+            parser_kwargs={"description": description} | (parser_kwargs or {}),
             seed_everything_default=0,
-            # "config.yaml" might be the file that the user started from.
+            # The default name, config.yaml, might be the file that the user started from.
             save_config_kwargs={"overwrite": True, "config_filename": "resolved.yaml"},
             **kwargs,
         )
@@ -66,7 +62,7 @@ class EditCLI(LightningCLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # In this order they are built: a wrong argument or file is told before a large model is loaded.
+        # They are built in this order, so that wrong arguments and files are reported before a large model is loaded.
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
@@ -81,15 +77,16 @@ class EditCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer = super().instantiate_trainer(**kwargs)
-        check_world(trainer.world_size, os.environ)
+        check_process_count(trainer.world_size)
         return trainer
 
 
 def share_texts(config: Any) -> None:
-    """Let ``data.texts`` take the place of ``texts: world`` in callbacks, and keep the world's to the world.
+    """Replace ``texts: world`` in callbacks by ``data.texts``.
 
     Raises:
-        EditError: the world's texts or prompts beside another model or other edits; ``data.texts`` that nobody reads.
+        EditError: the texts or prompts of the embedded world are used with another model or other edits, or no callback
+            uses ``data.texts``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -102,26 +99,26 @@ def share_texts(config: Any) -> None:
     foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
-            f"data.augmentation.replay is world, prompts of the embedded world, and this run has {foreign}: name a "
-            "file of prompts of other facts (.txt with one a line, or a file of edits): --data.augmentation.replay FILE"
+            f"data.augmentation.replay=world uses prompts of the embedded world, but this run has {foreign}; give "
+            "prompts of other facts (.txt with one per line, or a file of edits): --data.augmentation.replay FILE"
         )
     if own is not None and own.texts is not None:
         if not readers:
-            raise EditError(f"data.texts={own.texts!r} is read by nobody: no callback of this run has texts: world")
+            raise EditError(f"data.texts={own.texts!r} is not used, because no callback of this run has texts: world.")
         for reader in readers:
             if isinstance(reader.init_args.texts, Namespace):
                 reader.init_args.texts.source = own.texts
             else:
                 reader.init_args.texts = own.texts
-        # The configuration that is kept beside the run says it once, and runs again.
+        # The saved configuration then names the texts once and can be run again.
         if not world.is_world(own.texts):
             own.texts = None
         return
     if readers and foreign:
         name = readers[0].class_path.rpartition(".")[2]
         raise EditError(
-            f"{name} has texts: world, facts of the embedded world, and this run has {foreign}: name a file of texts "
-            "that your model should answer as before (.txt with one a line, .jsonl, .json): --data.texts FILE"
+            f"{name} has texts: world, which are texts of the embedded world, but this run has {foreign}; give texts "
+            "on which your model should not change (.txt with one per line, .jsonl or .json): --data.texts FILE"
         )
 
 
@@ -131,51 +128,19 @@ def _source(texts: Any) -> Any:
 
 
 def with_catalog(arguments: Sequence[str]) -> list[str]:
-    """Let ``--config callbacks/kl_locality.yaml`` name a packaged fragment where no such file lies in this folder."""
-    found, takes_path = [], False
+    """Replace ``--config callbacks/kl_locality.yaml`` by the packaged fragment if there is no such file here."""
+    resolved, takes_path = [], False
     for word in arguments:
         option, equals, value = word.partition("=")
         path = value if equals and option in CONFIG else word if takes_path else ""
         packaged = catalog.packaged(path) if path else None
-        found.append(word if packaged is None else word[: len(word) - len(path)] + str(packaged))
+        resolved.append(word if packaged is None else word[: len(word) - len(path)] + str(packaged))
         takes_path = word in CONFIG
-    return found
+    return resolved
 
 
 def edit_error(error: BaseException | None) -> EditError | None:
-    """The ``EditError`` behind an error: jsonargparse wraps what a constructor raises."""
+    """Return the ``EditError`` that caused an error, because jsonargparse wraps what a constructor raises."""
     while error is not None and not isinstance(error, EditError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def quiet() -> None:
-    """Leave out what libraries tell each other, Lightning of other products, and of choices that recipes make."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda row: "Tip:" not in row.getMessage())
-    for noise in ("does not have many workers", "smaller than the logging interval", "isinstance.treespec, LeafSpec"):
-        warnings.filterwarnings("ignore", f".*{noise}.*")
-    # trl 1.16 and peft 0.21 use a name that transformers 5.23 changes.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-
-
-def main() -> None:
-    """Run ``sys.argv``. Exit code 1 with one line for what cannot be done, 2 for arguments that are not understood.
-
-    ``KEDIT_TRACEBACK=1`` shows where an error came from.
-    """
-    quiet()
-    try:
-        if sys.argv[1:2] == ["sft"]:
-            from kedit_train.cli import sft
-
-            sft.main(sys.argv[2:])
-            return
-        sys.argv = [sys.argv[0], *with_catalog(sys.argv[1:])]
-        EditCLI()
-    except (ValueError, MisconfigurationException) as error:
-        ours = error if isinstance(error, MisconfigurationException) else edit_error(error)
-        if ours is None or os.environ.get("KEDIT_TRACEBACK") == "1":
-            raise
-        say_error(str(ours))
-        leave(1)
-    part()

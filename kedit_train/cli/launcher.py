@@ -1,7 +1,7 @@
-"""``lightning run``: start a recipe or a script on one or several processes, through Fabric's launcher.
+"""The command ``lightning run``: start a recipe or a script on one or several processes.
 
-Lightning 2.5.1 and later come without a ``lightning`` command; its launcher is ``lightning.fabric.cli``, used here
-unchanged. Everything but ``run`` belongs to the cloud client ``lightning-sdk`` and is handed to it where installed.
+It uses the launcher of Lightning Fabric (``lightning.fabric.cli``), because Lightning 2.5.1 and later have no
+``lightning`` command of their own. All other verbs are passed to ``lightning-sdk`` if it is installed.
 """
 
 from __future__ import annotations
@@ -16,30 +16,33 @@ from pathlib import Path
 from typing import Any, cast
 
 from kedit_train import catalog
-from kedit_train.cli.console import say_error
+from kedit_train.cli.console import print_error
 from kedit_train.errors import EditError
 
 HELP = """\
-lightning run [OPTIONS] RECIPE.yaml|SCRIPT.py [ARGUMENTS ...]
+usage: lightning run [OPTIONS] RECIPE.yaml|SCRIPT.py [ARGUMENTS ...]
 
-Starts a recipe (a LightningCLI configuration) or a script on one or several processes.
+Start a recipe (a LightningCLI configuration) or a script on one or several processes.
 
+examples:
   lightning run recipes/quickstart.yaml
-  lightning run quickstart --devices 2                      the same by its name, on two processes
+  lightning run quickstart --devices 2                      a packaged recipe by name, on two processes
   lightning run overtone --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl --trainer.max_epochs 10
   lightning run recipes/locft_bf.yaml --devices 8 --strategy ddp --precision bf16-mixed --data.path edits.jsonl
-  lightning run my_recipe.yaml --config callbacks/kl_locality.yaml      a fragment on top
-  lightning run recipes/trl_sft.py --devices 2 --output_dir runs/mine   a script, as `fabric run` starts it
+  lightning run my_recipe.yaml --config callbacks/kl_locality.yaml      with a callback fragment added
+  lightning run recipes/trl_sft.py --devices 2 --output_dir runs/mine   a script
 
-Options, before or after the recipe:
+options, before or after the recipe:
   --devices N|0,1|auto   processes on this machine, one for each device (1)
   --strategy NAME        ddp, fsdp, deepspeed, ... (chosen by the trainer)
   --precision NAME       32-true, bf16-mixed, bf16-true, 16-mixed, ...
   --accelerator NAME     cpu, gpu, cuda, mps, auto
-  --num-nodes N  --node-rank I  --main-address HOST  --main-port PORT      several machines
+  --num-nodes N  --node-rank I  --main-address HOST  --main-port PORT      for several machines
 
-Everything else goes to the recipe's run (`python -m kedit_train fit --help` lists the keys) or to the script;
-what follows `--` goes there whatever it is. Recipes by name: {recipes}
+All other arguments go to the recipe (python -m kedit_train fit --help lists its keys) or to the script. Arguments
+after -- always go there.
+
+packaged recipes: {recipes}
 """
 OPTIONS = (
     "--accelerator", "--strategy", "--devices", "--num-nodes", "--num_nodes", "--node-rank", "--node_rank",
@@ -48,7 +51,7 @@ OPTIONS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script ``lightning``."""
+    """Run the console script ``lightning``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if given[:1] == ["run"]:
@@ -58,15 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(0 if given else 2)
         hand_over(given[0])
     except EditError as error:
-        say_error(str(error))
+        print_error(str(error))
         raise SystemExit(2) from None
 
 
 def run(arguments: Sequence[str]) -> int:
-    """``lightning run ...``; gives the exit code.
+    """Run ``lightning run ...`` and return the exit code.
 
     Raises:
-        EditError: no such recipe or script, or an option without its value.
+        EditError: there is no such recipe or script, or an option has no value.
     """
     options, target, rest = split(arguments)
     if target is None:
@@ -78,26 +81,30 @@ def run(arguments: Sequence[str]) -> int:
     recipe = script_arguments != rest
     if recipe and processes * parsed.num_nodes == 1:
         return in_this_process(launch, parsed, script, script_arguments)
-    # Fabric gives every process all cores; two on one machine then take several times as long as one.
+    # By default every process uses all cores, which makes two processes on one machine slower than one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, processes))))
     named_port = "--main-port" in options or "--main_port" in options
     return in_new_processes(launch, parsed, script_arguments, named_port=named_port)
 
 
 def usage() -> str:
+    """Return the help text with the names of the packaged recipes."""
     return HELP.format(recipes=", ".join(catalog.names("recipes")))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """Tell the launcher's options, the recipe or script, and what goes to it apart.
+    """Split arguments into options of the launcher, the recipe or script, and the arguments for it.
 
-    Without a recipe or script, what is left tells whether help was asked for.
+    If there is no recipe or script, the last part is ``["--help"]`` or empty.
+
+    Raises:
+        EditError: an unknown option, or an option without a value.
     """
     options: list[str] = []
     rest: list[str] = []
     target: str | None = None
     queue = list(arguments)
-    if queue[:1] == ["model"]:  # Lightning 2.5.0 and earlier: lightning run model SCRIPT
+    if queue[:1] == ["model"]:  # The syntax of Lightning 2.5.0 and earlier is: lightning run model SCRIPT
         queue.pop(0)
     while queue:
         word = queue.pop(0)
@@ -112,7 +119,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
         elif target is None and word in ("-h", "--help"):
             return options, None, [word]
         elif target is None and word.startswith("-"):
-            raise EditError(f"{word} is no option of lightning run, and arguments come after the recipe; see --help")
+            raise EditError(f"unknown option {word}; arguments of the recipe come after it, see lightning run --help")
         elif target is None:
             target = word
         else:
@@ -121,31 +128,31 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
 
 
 def command(target: str, rest: list[str]) -> tuple[Path, list[str]]:
-    """The script to start and its arguments: a recipe starts the entry that all recipes share."""
+    """Return the script to start and its arguments. A recipe starts the script that runs all recipes."""
     path = catalog.find("recipes", target)
     if path.suffix == ".py":
         return path, rest
     if path.suffix not in (".yaml", ".yml"):
-        raise EditError(f"{target!r} is neither a recipe (.yaml) nor a script (.py)")
+        raise EditError(f"{target!r} must be a recipe (.yaml) or a script (.py).")
     return catalog.folder("recipes") / "edit.py", ["fit", "--config", str(path), *rest]
 
 
 def read_options(words: list[str]) -> tuple[Any, Namespace]:
-    """Let Fabric's own command read its options."""
+    """Parse the options with the command of Lightning Fabric."""
     import click
     from lightning.fabric import cli as launch
 
     fabric_run = cast(Any, launch)._main.commands["run"]
     try:
-        found = fabric_run.make_context("lightning run", words).params
+        options = fabric_run.make_context("lightning run", words).params
     except click.UsageError as error:
         raise EditError(f"{error.format_message()} See lightning run --help") from None
-    found.pop("script_args")
-    return launch, Namespace(**found)
+    options.pop("script_args")
+    return launch, Namespace(**options)
 
 
 def count_processes(launch: Any, parsed: Namespace) -> int:
-    """How many processes these devices make."""
+    """Return how many processes these devices need."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -155,17 +162,17 @@ def count_processes(launch: Any, parsed: Namespace) -> int:
 
 
 def in_this_process(launch: Any, parsed: Namespace, script: Path, arguments: list[str]) -> int:
-    """One process needs no second one to watch it, which would import everything twice."""
-    from kedit_train.cli import edit
+    """Run a recipe in this process, which saves the start of a second one."""
+    from kedit_train.cli.main import main as run_recipe
 
     launch._set_env_variables(parsed)
     sys.argv = [str(script), *arguments]
-    edit.main()
+    run_recipe()
     return 0
 
 
 def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str], *, named_port: bool) -> int:
-    """Fabric's launcher, which is torchrun; a process that fails has said why, so its exit code is enough."""
+    """Start processes with Fabric's launcher (torchrun). A process that fails has printed its error already."""
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -173,30 +180,30 @@ def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str], *, na
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if parsed.num_nodes == 1 and not named_port:
-        # Fabric's fixed port would let a second run on the same machine fail, or join the first.
+        # With Fabric's fixed port, a second run on the same machine would fail or join the first.
         parsed.main_port = free_port()
     try:
         launch.main(parsed, arguments)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code  # a signal, as shells count them
+        return code if code > 0 else 128 - code  # Shells report a signal in this way.
     except SignalException as error:
         return 128 + error.sigval
     return 0
 
 
 def free_port() -> int:
-    """A port that nobody listens on at this moment."""
+    """Return a port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def hand_over(verb: str) -> None:
-    """Everything but ``run`` is lightning-sdk's."""
+    """Pass a verb other than ``run`` to lightning-sdk."""
     if find_spec("lightning_sdk") is None:
         raise EditError(
-            f"lightning {verb}: this command has one verb, run (see lightning --help); install lightning-sdk for others"
+            f"lightning {verb}: the only verb is run, see lightning --help; other verbs need lightning-sdk."
         )
     from lightning_sdk.cli.entrypoint import main_cli  # pyright: ignore[reportMissingImports]
 

@@ -1,4 +1,4 @@
-"""A recipe as data: what ``python -m kedit_train fit`` would run, for whoever runs it otherwise."""
+"""Parsing a recipe without running it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from kedit_train.errors import EditError
 
 
 def parser() -> EditParser:
-    """The parser of ``python -m kedit_train fit``: trainer, data and model, with ``--config``."""
+    """Return the parser of ``python -m kedit_train fit``, with the keys of trainer, data and model."""
     cli: Any = EditCLI.__new__(EditCLI)
     cli.parser_class, cli.seed_everything_default, cli.trainer_class, cli.trainer_defaults = EditParser, 0, None, {}
     cli.auto_configure_optimizers = True
-    made = cli.init_parser()
-    cli._add_arguments(made)
-    return made
+    parser = cli.init_parser()
+    cli._add_arguments(parser)
+    return parser
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    """The configuration that ``fit`` would run with these arguments; nothing is built.
+    """Return the configuration that ``fit`` would run with these arguments, without building anything.
 
     Raises:
-        EditError: the texts of the world beside another model.
-        SystemExit: a key that nobody reads (with one line).
+        EditError: texts of the embedded world are used with another model.
+        SystemExit: a key is not valid; one line has been printed.
     """
     config = parser().parse_args(with_catalog(arguments))
     share_texts(config)
@@ -38,30 +38,30 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def load(name: str | Path, *arguments: str) -> Namespace:
-    """The same for a recipe by its name or path."""
+    """Return the configuration of a recipe, given by name or path, with further arguments."""
     return parse(["--config", str(catalog.find("recipes", str(name))), *arguments])
 
 
 def callbacks(config: Namespace) -> list[EditCallback]:
-    """The callbacks of this package that a configuration lists, made anew.
+    """Build the callbacks that a configuration lists.
 
     Raises:
-        EditError: there is another one among them, which only its own trainer can run.
+        EditError: one of them is not a callback of this package.
     """
-    made = []
+    result = []
     for entry in config.trainer.callbacks or []:
         if not issubclass(kind_of(entry), EditCallback):
-            raise EditError(f"{entry.class_path} is Lightning's own and runs in its trainer only: leave it out")
-        made.append(built(entry))
-    return made
+            raise EditError(f"{entry.class_path} runs in Lightning only; remove it from the recipe.")
+        result.append(built(entry))
+    return result
 
 
 def kind_of(entry: Namespace) -> type:
-    """The class that an entry of a configuration names."""
+    """Return the class that an entry of a configuration names."""
     module, _, name = entry.class_path.rpartition(".")
     return getattr(import_module(module), name)
 
 
 def built(entry: Namespace) -> Any:
-    """The object that an entry of a configuration describes."""
+    """Build the object that an entry of a configuration describes."""
     return kind_of(entry)(**(entry.init_args.as_dict() if entry.get("init_args") else {}))

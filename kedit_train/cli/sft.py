@@ -12,7 +12,6 @@ are a launcher's to start:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,11 +23,11 @@ from kedit_train.augmentation import augmentation
 from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import DATA, MODULE
-from kedit_train.cli.processes import check_world, part
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule
 from kedit_train.pretrained import load_model, lora_config
+from kedit_train.processes import check_process_count, end_process_group
 from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
 # Keys of Lightning's trainer that are read here, and the summary that TRL's never prints.
@@ -53,13 +52,13 @@ def main(arguments: Sequence[str]) -> Any:
     if not config.get("config"):
         raise EditError("sft: no recipe is named: give --config RECIPE.yaml; kedit ls lists them")
     trainer = build(config)
-    check_world(trainer.args.world_size, os.environ)
+    check_process_count(trainer.args.world_size)
     trainer.train()
     path = config.model.init_args.save_path
     if path is not None:
         trainer.save_model(path)
         print(f"edited model: {path}")
-    part()
+    end_process_group()
     return trainer
 
 

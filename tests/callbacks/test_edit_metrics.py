@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import EarlyStoppingCallback
 
 from kedit_train import Report, world
-from kedit_train.atomic_write import obstacle
 from kedit_train.callbacks import EditMetrics, NormBall, ParameterScope, SaveDelta, editing
 from kedit_train.callbacks import edit_metrics as module
 from kedit_train.data import EditDataset
@@ -265,7 +264,8 @@ def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], mes
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("file/x.json", "file is no folder"), ("folder", "is a folder"), ("link/x.json", "no folder")]
+    ("name", "reason"),
+    [("file/x.json", "file is not a folder"), ("folder", "is a folder"), ("link/x.json", "link is not a folder")],
 )
 def test_a_report_that_cannot_be_written_is_refused_before_the_first_step(
     edits: EditDataset, tmp_path: Path, name: str, reason: str
@@ -275,10 +275,3 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_first_step(
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(EditError, match=reason):
         train(edits, [EditMetrics(edits, report=str(tmp_path / name))], steps=0)
-
-
-def test_looking_for_obstacles_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert obstacle("new/folder/x.json") is None
-    assert obstacle("x.json") is None
-    assert not list(tmp_path.iterdir())

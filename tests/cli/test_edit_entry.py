@@ -1,4 +1,4 @@
-"""The LightningCLI entry: what it complains about, in one line."""
+"""The command `python -m kedit_train`: each error is one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kedit_train.cli import edit
+from kedit_train.cli import main as entry
 from kedit_train.cli.config_errors import shorten
 from kedit_train.errors import EditError
 
@@ -28,16 +28,16 @@ trainer:
 
 
 @pytest.fixture
-def complain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """Run the entry; gives the exit code and what it says on standard error."""
+def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run the command and return the exit code and the error line."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets it; here it is taken back afterwards
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning sets it, and monkeypatch restores it
     Path("base.yaml").write_text(BASE)
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["edit.py", *arguments])
         with pytest.raises(SystemExit) as ended:
-            edit.main()
+            entry.main()
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         return ended.value.code, lines[0]  # type: ignore[return-value]
@@ -63,9 +63,9 @@ def complain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ("trainer: [", ["parsing"]),
     ],
 )
-def test_keys_that_are_wrong(complain, yaml: str, said: list[str]) -> None:
+def test_a_wrong_key_is_named(failing_run, yaml: str, said: list[str]) -> None:
     Path("bad.yaml").write_text(yaml)
-    code, message = complain("fit", "--config", "bad.yaml")
+    code, message = failing_run("fit", "--config", "bad.yaml")
     assert code == 2
     assert all(part in message for part in said), message
     assert "NoneType" not in message
@@ -73,36 +73,36 @@ def test_keys_that_are_wrong(complain, yaml: str, said: list[str]) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["foo"], []])
-def test_both_trainers_are_named(complain, arguments: list[str]) -> None:
-    code, message = complain(*arguments)
+def test_an_unknown_command_names_both_trainers(failing_run, arguments: list[str]) -> None:
+    code, message = failing_run(*arguments)
     assert code == 2
     assert "fit, sft" in message
 
 
-def test_a_key_that_the_last_callback_does_not_have(complain) -> None:
-    code, message = complain("fit", "--config", "base.yaml", "--trainer.callbacks.layers", "2.5")
+def test_an_unknown_key_of_the_last_callback(failing_run) -> None:
+    code, message = failing_run("fit", "--config", "base.yaml", "--trainer.callbacks.layers", "2.5")
     assert code == 2
     assert "EditMetrics: Option 'layers' is not accepted; it takes edits, every_n_steps" in message
-    assert "the last callback's of the list" in message
+    assert "Only the last callback in the list can be set from the command line" in message
     assert "kedit cp" in message
     assert "lightning.Callback" not in message
 
 
-def test_a_value_that_the_last_callback_does_not_take(complain) -> None:
-    _, message = complain("fit", "--config", "base.yaml", "--trainer.callbacks.every_n_steps", "x")
+def test_a_wrong_value_for_the_last_callback(failing_run) -> None:
+    _, message = failing_run("fit", "--config", "base.yaml", "--trainer.callbacks.every_n_steps", "x")
     assert "EditMetrics: every_n_steps: expected int" in message
     assert "lightning.Callback" not in message
 
 
-def test_a_key_of_callbacks_where_there_are_none(complain) -> None:
-    _, message = complain("fit", "--trainer.callbacks.layers", "2.5")
-    assert "lists no callback" in message
+def test_a_callback_key_without_callbacks(failing_run) -> None:
+    _, message = failing_run("fit", "--trainer.callbacks.layers", "2.5")
+    assert "lists no callbacks" in message
 
 
-def test_only_the_deprecation_that_is_not_ours_is_left_out() -> None:
+def test_only_deprecations_in_other_libraries_are_hidden() -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        edit.quiet()
+        entry.quiet()
         warnings.warn("`gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
         warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
         warnings.warn("`learning_rate` is deprecated and will be removed", FutureWarning, stacklevel=1)
@@ -117,34 +117,32 @@ def test_only_the_deprecation_that_is_not_ours_is_left_out() -> None:
         (["--data.path", "edits.jsonl", "--data.texts", "world"], "edits.jsonl"),
         (
             ["--data.augmentation.replay", "world", "--model.name", "gpt2"],
-            "data.augmentation.replay is world.*model.name='gpt2'.*--data.augmentation.replay FILE",
+            "data.augmentation.replay=world.*model.name='gpt2'.*--data.augmentation.replay FILE",
         ),
         (["--data.batch_size", "0"], "batch_size must be .*, got 0"),
         (["--data.texts", "none.txt", "--model.name", "no/such/folder"], "no/such/folder.*save_pretrained"),
         (["--trainer.callbacks.every_n_steps", "-1"], "every_n_steps=-1"),
     ],
 )
-def test_what_cannot_be_done(complain, arguments: list[str], said: str) -> None:
-    code, message = complain("fit", "--config", "base.yaml", *arguments)
+def test_runs_that_cannot_be_carried_out(failing_run, arguments: list[str], said: str) -> None:
+    code, message = failing_run("fit", "--config", "base.yaml", *arguments)
     assert code == 1
     assert re.search(said, message), message
 
 
-def test_texts_that_nobody_reads(complain) -> None:
-    code, message = complain("fit", "--data.texts", "mine.txt")
+def test_texts_that_no_callback_uses(failing_run) -> None:
+    code, message = failing_run("fit", "--data.texts", "mine.txt")
     assert code == 1
-    assert "read by nobody" in message
+    assert "is not used" in message
 
 
-def test_the_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEDIT_TRACEBACK", "1")
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr(sys, "argv", ["edit.py", "fit", "--data.texts", "mine.txt"])
-    with pytest.raises(EditError, match="read by nobody"):
-        edit.main()
+    with pytest.raises(EditError, match="is not used"):
+        entry.main()
 
 
-def test_an_unknown_complaint_is_kept_whole() -> None:
-    assert (
-        shorten("something new\n  - with details") == "something new; with details; every key is listed by fit --help"
-    )
+def test_an_unknown_config_error_is_kept_whole() -> None:
+    assert shorten("something new\n  - with details") == "something new; with details; fit --help lists every key"

@@ -31,7 +31,7 @@ BAD = {
         "every_n_steps=-1",
     ),
     "class.yaml": ("trainer: {callbacks+: [{class_path: kedit_train.callbacks.Smooth}]}", "no attribute 'Smooth'"),
-    "empty.yaml": ("", "no keys"),
+    "empty.yaml": ("", "contains no keys"),
     "foreign.yaml": (
         "model: {name: gpt2}\n"
         "trainer: {callbacks: [{class_path: kedit_train.callbacks.KLLocality, init_args: {texts: world}}]}",
@@ -39,7 +39,7 @@ BAD = {
     ),
     "key.yaml": ("trainer: {max_epoch: 3}", "'trainer.max_epoch'"),
     "type.yaml": ("trainer: {max_epochs: many}", "expected int"),
-    "yaml.yaml": ("trainer: [", "cannot be read as YAML"),
+    "yaml.yaml": ("trainer: [", "is not valid YAML"),
 }
 
 
@@ -75,7 +75,7 @@ def test_help_has_real_examples_and_every_example_parses(kedit: Kedit) -> None:
         (["bogus"], "bogus.*kedit --help"),
         (["show"], "DELTA.*kedit show --help"),
         (["ls", "models"], "models"),
-        (["merge", "a.safetensors", "--weights", "nan", "-o", "b"], "no finite number"),
+        (["merge", "a.safetensors", "--weights", "nan", "-o", "b"], "expected a finite number"),
         (["eval", "--json", "world", "edits.jsonl"], "EDITS"),
     ],
 )
@@ -87,7 +87,7 @@ def test_words_that_are_not_understood(kedit: Kedit, words: list[str], said: str
 
 def test_the_traceback_on_demand(kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEDIT_TRACEBACK", "1")
-    with pytest.raises(EditError, match="no 'nothing'"):
+    with pytest.raises(EditError, match="no recipe or fragment 'nothing'"):
         kedit("cp", "nothing")
 
 
@@ -112,7 +112,7 @@ def test_cp_gives_a_file_of_ones_own(kedit: Kedit, tmp_path: Path, monkeypatch: 
     assert Path("new/kl_locality.yaml").read_bytes() == catalog.find("callbacks", "kl_locality").read_bytes()
     Path("quickstart.yaml").write_text("mine")
     for words, reason in (
-        (["quickstart"], "is there already.*--force"),
+        (["quickstart"], "already exists.*--force"),
         (["kl_locality"], "recipes/kl_locality or callbacks/kl_locality"),
         (["trl_sft", "mine.yaml"], r"\.py"),
         (["missing"], "recipes/quickstart"),

@@ -53,7 +53,7 @@ def test_every_file_that_it_writes(kedit: Kedit, edited_world: Path, tmp_path: P
     assert text.startswith(b"---\nlicense: mit\n---\r\n# Mine\n\n" + BEGIN.encode())
     for part in ("optimizer steps: 20", "2502.00602", "2509.22072", "bit for bit"):
         assert part.encode() in text
-    assert all(f"written: {tmp_path / name}" in said for name in ("e.json", "e.md", "README.md"))
+    assert all(f"saved: {tmp_path / name}" in said for name in ("e.json", "e.md", "README.md"))
     # Again: the section is replaced, and the report of before stands in for the model.
     code, _, _ = kedit("eval", "world", edited_world / "edits.jsonl", "--against", tmp_path / "e.json", "--card", card)
     assert code == 0
@@ -67,7 +67,7 @@ def test_edits_without_probes_have_no_score(kedit: Kedit, tmp_path: Path) -> Non
     card = tmp_path / "card.md"
     code, said, _ = kedit("eval", "world", bare, "--plots", tmp_path / "plots", "--card", card)
     assert code == 0
-    assert "no probes: generality, portability, locality" in said
+    assert "not measured: generality, portability, locality" in said
     assert "no reliability_locality.png: world has no probes of locality" in said
     assert "| portability | no probes | – | 0 |" in card.read_text()
     code, said, _ = kedit("eval", "world", bare, "--json")
@@ -101,10 +101,10 @@ def test_weights_that_have_diverged(kedit: Kedit, edited_world: Path, tmp_path: 
         (["world", "none.jsonl"], "the file does not exist"),
         (["edit.safetensors", "edits.jsonl"], "--against BASE"),
         (["edits.jsonl", "edits.jsonl", "--against", "world"], "not a safetensors file"),
-        (["model", "edits.jsonl", "--delta", "edit.safetensors"], "applied already"),
-        (["world", "edits.jsonl", "--delta", "edit.safetensors", "--against", "model"], "leave --against out"),
+        (["model", "edits.jsonl", "--delta", "edit.safetensors"], "is the edited model; give its base"),
+        (["world", "edits.jsonl", "--delta", "edit.safetensors", "--against", "model"], "--against must be left out"),
         (["world", "edits.jsonl", "--against", "none.json", "--full"], "none.json"),
-        (["world", "edits.jsonl", "--json", "report.txt"], "end the file's name in .json"),
+        (["world", "edits.jsonl", "--json", "report.txt"], "must end with .json"),
         (["world", "edits.jsonl", "--limit", "0"], "limit is 0"),
         (["world", "edits.jsonl", "--batch-size", "0"], "batch_size is 0"),
         (["world", "edits.jsonl", "--device", "nowhere"], "--device nowhere"),
@@ -124,7 +124,7 @@ def test_what_cannot_be_asked(
 def test_a_base_of_another_architecture(kedit: Kedit, edited_world: Path, stories: Path) -> None:
     code, _, err = kedit("eval", edited_world / "model", edited_world / "edits.jsonl", "--against", stories)
     assert code == 1
-    assert "is no base of" in err
+    assert "is not the base of" in err
     assert "hidden_size" in err
 
 
@@ -189,7 +189,7 @@ def test_an_adapter_without_its_base_and_with_another(
     kedit: Kedit, adapter: Path, edited_world: Path, stories: Path
 ) -> None:
     code, _, err = kedit("eval", adapter, edited_world / "edits.jsonl", "--against", stories)
-    assert (code, "is no base of" in err) == (1, True)
+    assert (code, "is not the base of" in err) == (1, True)
     config = json.loads((adapter / "adapter_config.json").read_text())
     for base, said in (("/nowhere/base", "/nowhere/base"), (None, "names no base")):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))

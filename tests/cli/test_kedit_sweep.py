@@ -60,7 +60,7 @@ def test_points_pick_table_picture_and_delta(kedit: Kedit, edited_world: Path, t
     assert ["coefficient", "reliability", "locality"] in lines
     assert [line[0] for line in lines if line and line[0] in ("0", "0.4", "1")] == ["0", "0.4", "1"]
     assert "picked " in said
-    assert f"written: {out} (" in said
+    assert f"saved: {out} (" in said
 
 
 def test_forgetting_counts_what_is_no_longer_answered(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
@@ -82,15 +82,15 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["edit.safetensors", "model", "edits.jsonl"], "applied already: give its base"),
+        (["edit.safetensors", "model", "edits.jsonl"], "is the edited model; give its base"),
         (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
         (["edit.safetensors", "world", "none.jsonl"], "the file does not exist"),
-        (["edit.safetensors", "world", "bare.jsonl"], "has no probes of locality, which the rule needs"),
-        ([*EDITS, "--coefficients", "0"], "0 alone is the base"),
+        (["edit.safetensors", "world", "bare.jsonl"], "contains no locality probes, which the rule needs"),
+        ([*EDITS, "--coefficients", "0"], "must contain a number besides 0"),
         ([*EDITS, "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),
-        ([*EDITS, "--plot", "sweep.jpg"], "end the name in .png"),
-        ([*EDITS, "--out", "new.bin"], "end the name in .safetensors"),
-        ([*EDITS, "--out", "edit.safetensors", "--force"], "is swept"),
+        ([*EDITS, "--plot", "sweep.jpg"], "must end with .png"),
+        ([*EDITS, "--out", "new.bin"], "must end with .safetensors"),
+        ([*EDITS, "--out", "edit.safetensors", "--force"], "is the delta that you sweep"),
         ([*EDITS, "--device", "nowhere"], "--device nowhere"),
         (
             [*EDITS, "--coefficients=60", "--keep-locality=1", "--limit=2"],
@@ -113,4 +113,4 @@ def test_what_cannot_be_swept(
 
 def test_a_coefficient_that_is_no_number(kedit: Kedit, edited_world: Path) -> None:
     code, _, err = kedit("sweep", edited_world / "edit.safetensors", "world", "world", "--coefficients", "nan")
-    assert (code, "nan is no finite number" in err) == (2, True)
+    assert (code, "expected a finite number, got nan" in err) == (2, True)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from kedit_train import catalog
-from kedit_train.cli import edit, launcher
+from kedit_train.cli import launcher
+from kedit_train.cli.edit import with_catalog
 from kedit_train.errors import EditError
 
 ENTRY = str(catalog.folder("recipes") / "edit.py")
@@ -86,12 +87,12 @@ def test_the_users_own_files_come_first(started: list, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["run", "nothing"], ["no file 'nothing'", "quickstart", "locft_bf"]),
-        (["run", "edits/quickstart.yaml"], ["no file 'edits/quickstart.yaml'"]),
+        (["run", "nothing"], ["file 'nothing' does not exist", "quickstart", "locft_bf"]),
+        (["run", "edits/quickstart.yaml"], ["file 'edits/quickstart.yaml' does not exist"]),
         (["run", "quickstart", "--strategy", "magic"], ["magic", "ddp", "lightning run --help"]),
         (["run", "quickstart", "--num-nodes", "two"], ["two", "lightning run --help"]),
         (["run", "quickstart", "--devices", "0"], ["--devices 0", "> 0"]),
-        (["run", "README.txt"], ["no file 'README.txt'"]),
+        (["run", "README.txt"], ["file 'README.txt' does not exist"]),
         (["login"], ["lightning login", "lightning-sdk"]),
     ],
 )
@@ -111,7 +112,7 @@ def test_errors_are_one_line(given: list[str], said: list[str], capsys, monkeypa
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "edits.jsonl"
     other.write_text("{}")
-    with pytest.raises(EditError, match="neither a recipe"):
+    with pytest.raises(EditError, match="must be a recipe"):
         launcher.command(str(other), [])
 
 
@@ -154,10 +155,10 @@ def test_a_fragment_of_the_catalogue_is_found_where_no_file_of_that_name_lies(mo
     monkeypatch.chdir(tmp_path)
     fragment = catalog.folder("callbacks") / "kl_locality.yaml"
     given = ["fit", "--config", "mine.yaml", "--config", "callbacks/kl_locality.yaml", "-c=callbacks/kl_locality.yaml"]
-    assert edit.with_catalog(given) == [*given[:4], str(fragment), f"-c={fragment}"]
+    assert with_catalog(given) == [*given[:4], str(fragment), f"-c={fragment}"]
     # A value of another option is not touched, nor a name that the catalogue has not, nor a file of one's own.
     for kept in (["--data.path", "callbacks/kl_locality.yaml"], ["--config", "callbacks/none.yaml"]):
-        assert edit.with_catalog(kept) == kept
+        assert with_catalog(kept) == kept
     (tmp_path / "callbacks").mkdir()
     (tmp_path / "callbacks" / "kl_locality.yaml").write_text("")
-    assert edit.with_catalog(given) == given
+    assert with_catalog(given) == given

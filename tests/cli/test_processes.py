@@ -1,19 +1,20 @@
-"""The trainer follows the launcher or the run does not start (HOSTS trap 13)."""
+"""The trainer follows the launcher, or the run does not start."""
 
 from __future__ import annotations
 
 import pytest
 
-from kedit_train.cli.processes import check_world, follow_launcher, world_size
+from kedit_train.cli.processes import follow_launcher
 from kedit_train.errors import EditError
+from kedit_train.processes import check_process_count, end_process_group, launched_processes
 
-SILENT = {"accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": None}
+DEFAULTS = {"accelerator": "auto", "strategy": "auto", "devices": "auto", "num_nodes": 1, "precision": None}
 FABRIC = {"LT_CLI_USED": "1", "LT_NUM_NODES": "1"}
 TWO = {**FABRIC, "LT_DEVICES": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    ("said", "environment", "expected"),
+    ("settings", "environment", "expected"),
     [
         ({}, {}, {}),
         ({"devices": 3}, {}, {"devices": 3}),
@@ -30,35 +31,44 @@ TWO = {**FABRIC, "LT_DEVICES": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             {"devices": 2, "strategy": "fsdp", "accelerator": "cpu"},
         ),
         ({"precision": "bf16-mixed"}, {**TWO, "LT_PRECISION": "bf16-mixed"}, {"devices": 2, "precision": "bf16-mixed"}),
-        # Processes that Lightning itself starts know the size only, and the configuration as it was given.
+        # Processes that Lightning itself starts know only the world size.
         ({"devices": 2}, {"WORLD_SIZE": "2"}, {"devices": 2}),
     ],
 )
-def test_what_is_silent_follows(said: dict, environment: dict, expected: dict) -> None:
-    trainer = {**SILENT, **said}
+def test_defaults_follow_the_launcher(settings: dict, environment: dict, expected: dict) -> None:
+    trainer = {**DEFAULTS, **settings}
     follow_launcher(trainer, environment)
-    assert trainer == {**SILENT, **expected}
+    assert trainer == {**DEFAULTS, **expected}
 
 
 @pytest.mark.parametrize(
-    ("said", "environment", "message"),
+    ("settings", "environment", "message"),
     [
-        ({"devices": 1}, TWO, r"set to 1 process.*started 2"),
-        ({"devices": "0,"}, TWO, r"set to 1 process.*started 2"),
-        ({"devices": 2}, {**FABRIC, "LT_DEVICES": "1"}, r"set to 2 process.*started 1.*--devices 2"),
-        ({"num_nodes": 2}, TWO, r"set to 4 process.*started 2"),
+        ({"devices": 1}, TWO, r"uses 1 process.*started 2"),
+        ({"devices": "0,"}, TWO, r"uses 1 process.*started 2"),
+        ({"devices": 2}, {**FABRIC, "LT_DEVICES": "1"}, r"uses 2 process.*started 1.*--devices 2"),
+        ({"num_nodes": 2}, TWO, r"uses 4 process.*started 2"),
         ({"strategy": "ddp"}, {**TWO, "LT_STRATEGY": "fsdp"}, r"trainer.strategy is 'ddp'.*--strategy fsdp"),
         ({"precision": "16-mixed"}, {**TWO, "LT_PRECISION": "bf16-mixed"}, r"trainer.precision is '16-mixed'"),
     ],
 )
-def test_what_contradicts_is_refused(said: dict, environment: dict, message: str) -> None:
+def test_contradictions_are_refused(settings: dict, environment: dict, message: str) -> None:
     with pytest.raises(EditError, match=message):
-        follow_launcher({**SILENT, **said}, environment)
+        follow_launcher({**DEFAULTS, **settings}, environment)
 
 
-def test_the_trainers_own_count_has_the_last_word() -> None:
-    check_world(1, {})
-    check_world(1, {"LT_CLI_USED": "1"})
+def test_the_process_count_must_be_that_of_the_launcher() -> None:
+    check_process_count(1, {})
+    check_process_count(1, {"LT_CLI_USED": "1"})
     with pytest.raises(EditError, match="started 2"):
-        check_world(1, TWO)
-    assert world_size({}) is None
+        check_process_count(1, TWO)
+
+
+def test_launched_processes_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched_processes({}) is None
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert launched_processes() == 3
+
+
+def test_ending_the_process_group_does_nothing_without_one() -> None:
+    end_process_group()

@@ -1,8 +1,7 @@
-"""The wheel that users install: it is built, and holds the package with its world, the recipes and the fragments."""
+"""The wheel contains the package with its embedded model, the recipes and the callback fragments."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import zipfile
@@ -11,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Hatchling's command line; the builder that pip and `python -m build` call is the same.
+# The builder that pip and `python -m build` use.
 COMMAND = [sys.executable, "-m", "hatchling", "build", "-t", "wheel"]
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    if importlib.util.find_spec("hatchling") is None:
-        pytest.skip("hatchling is not installed")
+    """The names of all files in the wheel. Hatchling is in the dev extra of pyproject.toml."""
+    pytest.importorskip("hatchling")
     folder = tmp_path_factory.mktemp("wheel")
     built = subprocess.run([*COMMAND, "-d", str(folder)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
@@ -27,19 +26,19 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return set(packed.namelist())
 
 
-def test_every_module_travels(names: set[str]) -> None:
+def test_every_module_is_in_the_wheel(names: set[str]) -> None:
     for file in (ROOT / "kedit_train").rglob("*.py"):
         assert str(file.relative_to(ROOT)) in names
 
 
 @pytest.mark.parametrize("kind", ["recipes", "callbacks"])
-def test_the_catalogue_travels(names: set[str], kind: str) -> None:
+def test_recipes_and_fragments_are_in_the_wheel(names: set[str], kind: str) -> None:
     files = list((ROOT / kind).glob("*.yaml"))
     assert files
     for file in files:
         assert f"kedit_train/_catalog/{kind}/{file.name}" in names
 
 
-def test_the_world_travels_and_the_tests_do_not(names: set[str]) -> None:
+def test_the_embedded_model_is_in_the_wheel_and_tests_are_not(names: set[str]) -> None:
     assert "kedit_train/world/checkpoint/model.safetensors" in names
     assert not any(name.startswith(("tests/", "runs/")) for name in names)

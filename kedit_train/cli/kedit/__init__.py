@@ -1,7 +1,7 @@
-"""``kedit``: what there is to run, is it valid, what did an edit change, did it take.
+"""The ``kedit`` command: list recipes, check them, and look at, apply, merge and evaluate edits.
 
-One verb a file, each with ``HELP``, ``EPILOG``, ``arguments(parser)`` and ``run(args)``; a verb imports torch when it
-runs, so that ``kedit ls`` and a wrong word are answered at once.
+Each verb is one file with ``HELP``, ``EPILOG``, ``arguments(parser)`` and ``run(args)``. A verb imports torch only when
+it runs, so that ``kedit ls`` and a typing error are answered at once.
 """
 
 from __future__ import annotations
@@ -19,68 +19,69 @@ from kedit_train.errors import EditError
 VERBS: tuple[ModuleType, ...] = (ls, cp, validate, show, apply, revert, merge, sweep, eval)
 EPILOG = """\
 examples:
-  kedit ls recipes                                    what can be run
-  kedit cp quickstart mine.yaml                       a copy of one's own to change
-  kedit validate mine.yaml                            are its keys right? no GPU, no download
-  kedit show runs/mine/edit.safetensors --png         what did the run change?
-  kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B      did it take, and what did it cost?
+  kedit ls recipes                                    list the recipes
+  kedit cp quickstart mine.yaml                       copy one, to change it
+  kedit validate mine.yaml                            check its keys, without a GPU or a download
+  kedit show runs/mine/edit.safetensors --png         show what a run changed
+  kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B      did it work, and what did it cost?
 
-exit codes: 0 done; 1 cannot be done, in one line; 2 not understood. KEDIT_TRACEBACK=1 shows where an error came from.
+Exit codes: 0 done, 1 the command failed (one line says why), 2 the arguments are not valid.
+Set KEDIT_TRACEBACK=1 to see the traceback of an error. kedit VERB --help shows examples of each verb.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what it does not understand, and where to read on."""
+    """A parser whose errors are one line that ends with the command that shows help."""
 
     def error(self, message: str) -> NoReturn:
-        from kedit_train.cli.console import say_error
+        from kedit_train.cli.console import print_error
 
-        say_error(f"{message}; see {self.prog} --help")
+        print_error(f"{message}; see {self.prog} --help")
         raise SystemExit(2)
 
 
 def parser() -> Parser:
-    """The command line with all its verbs."""
-    made = Parser(
+    """Return the parser of the command with all its verbs."""
+    main_parser = Parser(
         prog="kedit",
-        description="Look at, move and measure knowledge edits.",
+        description="List recipes, and look at, apply, merge and evaluate knowledge edits.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = made.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
+    verbs = main_parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
     for verb in VERBS:
-        own = verbs.add_parser(
+        verb_parser = verbs.add_parser(
             verb.__name__.rpartition(".")[2],
             help=verb.HELP,
             description=verb.HELP[0].upper() + verb.HELP[1:] + ".",
             epilog=verb.EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        verb.arguments(own)
-        own.set_defaults(run=verb.run)
-    return made
+        verb.arguments(verb_parser)
+        verb_parser.set_defaults(run=verb.run)
+    return main_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script ``kedit``; gives the exit code.
+    """Run the console script ``kedit`` and return the exit code.
 
     Args:
-        arguments: words after the command; ``sys.argv`` by default.
+        arguments: words after ``kedit``; ``sys.argv`` by default.
     """
-    from kedit_train.cli.console import say_error
+    from kedit_train.cli.console import print_error
 
     args: Any = parser().parse_args(sys.argv[1:] if arguments is None else list(arguments))
     try:
         return args.run(args)
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough; what Python still wants to flush has nowhere to go.
+        # The reader of the pipe (`| head`) has closed it. Python must not fail when it flushes what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (EditError, OSError) as error:
         if os.environ.get("KEDIT_TRACEBACK") == "1":
             raise
-        say_error(str(error))
+        print_error(str(error))
         return 1
     except KeyboardInterrupt:
-        say_error("stopped")
+        print_error("stopped")
         return 130

@@ -1,4 +1,4 @@
-"""``python -m kedit_train.cli.kedit VERB ...``"""
+"""``python -m kedit_train.cli.kedit VERB ...`` is the same as ``kedit VERB ...``."""
 
 import sys
 

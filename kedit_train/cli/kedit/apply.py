@@ -1,4 +1,4 @@
-"""``kedit apply``: a delta and its base become the edited checkpoint."""
+"""``kedit apply``: write the edited checkpoint from a delta and its base."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from kedit_train.atomic_write import writing
-from kedit_train.cli.kedit.output import json_option, print_json, size
+from kedit_train.cli.kedit.output import check_new_folder, json_option, print_json, size
 from kedit_train.errors import EditError
 
-HELP = "write the edited checkpoint from a delta and the base that it belongs to"
+HELP = "write the edited checkpoint from a delta and its base model"
 EPILOG = """\
 examples:
   kedit apply runs/mine/edit.safetensors Qwen/Qwen3-0.6B runs/mine/model
   kedit apply runs/mine/edit.safetensors world runs/mine/model
   kedit apply runs/mine/edit.safetensors Qwen/Qwen3-0.6B runs/mine/model --dtype float32
 
-Shard by shard, one tensor in memory; every tensor is compared with the base's SHA-256 before anything is written.
---dtype is for runs that loaded a half-precision checkpoint in fp32: it loads the whole model as that run did.
+The checkpoint is written shard by shard, with one tensor in memory at a time. Every changed tensor is compared with
+the SHA-256 of the base before anything is written.
+
+Use --dtype if the run loaded a half-precision checkpoint in float32: the whole model is then loaded as in that run.
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("delta", metavar="DELTA", help="what SaveDelta or kedit merge wrote")
-    parser.add_argument("model", metavar="MODEL", help="the base: a checkpoint's folder, a hub name, or world")
-    parser.add_argument("out", metavar="OUT", help="a folder that is not there yet")
+    parser.add_argument("delta", metavar="DELTA", help="a file that SaveDelta or kedit merge wrote")
+    parser.add_argument("model", metavar="MODEL", help="the base: a checkpoint folder, a hub name, or world")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="load the base in this dtype, as the run did"
     )
@@ -33,8 +35,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    if Path(args.out).exists():
-        raise EditError(f"{args.out} is there already; give the name of a folder that is not")
+    check_new_folder(args.out)
     from kedit_train.cli.kedit.checkpoints import folder_of
     from kedit_train.delta import EditDelta
 
@@ -43,31 +44,31 @@ def run(args: Namespace) -> int:
         _check_dtypes(delta, folder)
         out = delta.apply_to_checkpoint(folder, args.out)
     else:
-        out = _through_transformers(delta, folder, Path(args.out), args.dtype)
+        out = _apply_in_memory(delta, folder, Path(args.out), args.dtype)
     if args.json:
         print_json({"out": str(out), "state": "edited", "tensors": len(delta), "bytes": delta.nbytes})
         return 0
-    print(f"edited model: {out} ({len(delta)} tensors changed, {size(delta.nbytes)} of delta)")
-    print(f"ask it: kedit eval {out} EDITS --against {args.model}")
+    print(f"edited model: {out} ({len(delta)} tensors changed, delta of {size(delta.nbytes)})")
+    print(f"evaluate it with: kedit eval {out} EDITS --against {args.model}")
     return 0
 
 
 def _check_dtypes(delta: Any, folder: Path) -> None:
     from kedit_train.delta.weight_source import shards_of
 
-    held = {name: span.dtype for spans in shards_of(folder).values() for name, span in spans.items()}
+    stored = {name: span.dtype for spans in shards_of(folder).values() for name, span in spans.items()}
     for name, change in delta.changes.items():
-        found = next((held[one] for one in (name, *change.tied) if one in held), change.dtype)
-        if found != change.dtype:
-            run, stored = (str(dtype).removeprefix("torch.") for dtype in (change.dtype, found))
+        dtype = next((stored[alias] for alias in (name, *change.tied) if alias in stored), change.dtype)
+        if dtype != change.dtype:
+            run_dtype, checkpoint_dtype = (str(one).removeprefix("torch.") for one in (change.dtype, dtype))
             raise EditError(
-                f"the run edited {name} in {run} and the checkpoint holds it in {stored}: add --dtype {run} to load "
-                "it as the run did"
+                f"the run edited {name} in {run_dtype}, but the checkpoint stores it in {checkpoint_dtype}; add "
+                f"--dtype {run_dtype} to load the model as the run did."
             )
 
 
-def _through_transformers(delta: Any, folder: Path, out: Path, dtype: str) -> Path:
-    """Load, apply, save; ``out`` appears when it is complete."""
+def _apply_in_memory(delta: Any, folder: Path, out: Path, dtype: str) -> Path:
+    """Load the model, apply the delta and save it; ``out`` appears when it is complete."""
     from kedit_train.cli.kedit.checkpoints import load
 
     model, tokenizer = load(str(folder), dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints as a user names them: a folder, a hub name, or "world"."""
+"""Finding and loading models by the names that users give: a folder, a hub name, or "world"."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from kedit_train import world
 from kedit_train.errors import EditError
 from kedit_train.optional import require
 
-# What belongs to a model of transformers; no weights that would have to be unpickled.
+# The files of a transformers model, without weights that would have to be unpickled.
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py"]
 _MERGE = "or merge it with merge_and_unload() and give the folder of the merged model"
 
 
 def world_or(name: str) -> str:
-    """The folder of the packaged checkpoint for "world"; any other name as it is."""
+    """Return the folder of the embedded model for "world", and any other name unchanged."""
     return str(world.path()) if world.is_world(name) else name
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a checkpoint; a hub name is downloaded, or found where it was before.
+    """Return the folder of a checkpoint; a hub name is downloaded, or read from the cache.
 
     Raises:
-        EditError: no such folder, and no such model on the hub.
+        EditError: there is no such folder, and no such model on the hub.
     """
-    given = Path(world_or(name))
-    if given.is_dir():
-        return given
-    if given.is_file():
-        raise EditError(f"{name} is a file; give the folder of a checkpoint, a hub name, or 'world'")
+    folder = Path(world_or(name))
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise EditError(f"{name} is a file; give the folder of a checkpoint, a hub name, or 'world'.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -41,15 +41,15 @@ def folder_of(name: str) -> Path:
     except (OSError, HFValidationError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EditError(
-            f"there is no folder {name!r}, and the hub gives no such model ({reason.partition('. ')[0][:200]}); give "
-            "the folder of a checkpoint, a hub name, or 'world'"
+            f"{name!r} is neither a folder nor a model on the hub ({reason.partition('. ')[0][:200]}); give the folder "
+            "of a checkpoint, a hub name, or 'world'."
         ) from error
 
 
 def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """The model and its tokenizer, with a progress bar where somebody watches it; an adapter of PEFT on its base.
+    """Load a model and its tokenizer; a PEFT adapter is loaded on its base model.
 
-    An adapter stays beside the weights, as it was trained: merging rounds it away where the weights are in bf16.
+    An adapter is not merged, because merging would round its effect if the weights are in bf16.
     """
     from transformers.utils import logging
 
@@ -67,7 +67,7 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
     try:
         model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     except EditError as error:
-        raise EditError(f"{name} is an adapter of {base!r}, and {error}; {_MERGE}") from error
+        raise EditError(f"{name} is an adapter of {base!r}, and {error}; {_MERGE}.") from error
     with loading_errors(name, f"is an adapter that does not fit its base {base!r}"):
         adapted = PeftModel.from_pretrained(model, name)
     if (Path(name) / "tokenizer_config.json").is_file():
@@ -77,23 +77,25 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
 
 
 def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
-    """:func:`load`, on ``args.device``, or on the accelerator where there is one."""
+    """Load a model on ``args.device``; by default on the accelerator, if there is one."""
     import torch
 
     model, tokenizer = load(name, dtype, trust_remote_code=args.trust_remote_code)
-    here = torch.accelerator.current_accelerator()
-    device = args.device or (here.type if here is not None else "cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    device = args.device or (accelerator.type if accelerator is not None else "cpu")
     try:
         return model.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
-        raise EditError(f"--device {device}: {str(error).splitlines()[0][:200]}; leave it out, or give cpu") from error
+        raise EditError(
+            f"--device {device}: {str(error).splitlines()[0][:200]}; remove the option, or use --device cpu."
+        ) from error
 
 
 def adapted_base(name: str) -> str | None:
-    """The base that a folder with an adapter of PEFT names; None for everything else.
+    """Return the base model that a PEFT adapter folder names; None for any other name.
 
     Raises:
-        EditError: the adapter's configuration cannot be read, or names no base.
+        EditError: the configuration of the adapter cannot be read, or names no base.
     """
     config = Path(name) / "adapter_config.json"
     if not config.is_file():
@@ -101,14 +103,14 @@ def adapted_base(name: str) -> str | None:
     try:
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise EditError(f"{config} is no configuration of PEFT ({error}): save the adapter again") from error
+        raise EditError(f"{config} is not a valid PEFT configuration ({error}); save the adapter again.") from error
     if not base:
-        raise EditError(f"{config} names no base: fill in base_model_name_or_path, {_MERGE}")
+        raise EditError(f"{config} names no base; set base_model_name_or_path, {_MERGE}.")
     return str(base)
 
 
 def merged(model: Any) -> Any:
-    """The model with its adapter in its weights, in place; any other model as it is.
+    """Merge the adapter of a model into its weights, in place; return any other model unchanged.
 
     Raises:
         EditError: PEFT cannot merge this kind of adapter.
@@ -116,10 +118,10 @@ def merged(model: Any) -> Any:
     if not hasattr(model, "get_base_model"):
         return model
     if not hasattr(model.base_model, "merge_and_unload"):
-        return model.get_base_model()  # learned prompts leave the weights alone
+        return model.get_base_model()  # prompt tuning changes no weight
     try:
         return model.merge_and_unload()
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise EditError(
-            f"PEFT cannot merge this adapter ({error}), so its weights have no drift: leave --full out"
+            f"PEFT cannot merge this adapter ({error}), so its weight drift cannot be measured; remove --full."
         ) from error

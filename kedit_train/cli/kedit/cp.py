@@ -1,4 +1,4 @@
-"""``kedit cp``: a recipe or fragment of one's own to change."""
+"""``kedit cp``: copy a recipe or a callback fragment."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from kedit_train import catalog
 from kedit_train.cli.kedit.output import json_option, new_path, print_json
 from kedit_train.errors import EditError
 
-HELP = "copy a recipe or a fragment, to change it"
+HELP = "copy a recipe or a callback fragment, to change it"
 EPILOG = """\
 examples:
-  kedit cp quickstart                            ./quickstart.yaml
+  kedit cp quickstart                            writes ./quickstart.yaml
   kedit cp locft_bf mine.yaml
-  kedit cp callbacks/kl_locality configs/        where a recipe has the same name, say which
+  kedit cp callbacks/kl_locality configs/        the fragment; a recipe has the same name
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="as kedit ls lists it: quickstart, callbacks/kl_locality")
-    parser.add_argument("dest", metavar="DEST", nargs="?", default=".", help="a file or a folder; this folder")
-    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("dest", metavar="DEST", nargs="?", default=".", help="a file or a folder (the current folder)")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
     json_option(parser)
 
 
@@ -33,33 +33,33 @@ def run(args: Namespace) -> int:
     if into.is_dir() or args.dest.endswith("/"):
         into = into / source.name
     if into.suffix != source.suffix:
-        raise EditError(f"{source.name} is to become {into.name}, of another kind; end the name in {source.suffix}")
-    into = new_path(str(into), args.force)
+        raise EditError(f"{into.name} must end with {source.suffix}, as {source.name} does.")
+    into = new_path(str(into), force=args.force)
     into.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, into)
     if args.json:
         print_json({"from": str(source), "to": str(into)})
     elif source.parent.name == "callbacks":
-        print(f"{into}\njoin it to your run: python train.py fit --config my_run.yaml --config {into}")
+        print(f"{into}\nadd it to your run with: python train.py fit --config my_run.yaml --config {into}")
     else:
-        print(f"{into}\nrun it: lightning run {into}")
+        print(f"{into}\nrun it with: lightning run {into}")
     return 0
 
 
 def packaged(name: str) -> Path:
-    """The file of the catalogue that ``name`` means: ``quickstart``, ``callbacks/kl_locality``, with ending or not.
+    """Return the packaged file with this name, such as ``quickstart`` or ``callbacks/kl_locality.yaml``.
 
     Raises:
-        EditError: none, or a recipe and a fragment.
+        EditError: there is no such file, or both a recipe and a fragment have this name.
     """
-    given, found = Path(name), []
+    given, matches = Path(name), []
     for kind in get_args(catalog.Kind):
         if str(given.parent) in (".", kind) and given.stem in catalog.names(kind):
             path = catalog.find(kind, f"{kind}/{given.stem}")
-            found += [(f"{kind}/{given.stem}", path)] if given.suffix in ("", path.suffix) else []
-    if len(found) > 1:
-        raise EditError(f"{name!r} may be {' or '.join(full for full, _ in found)}: say which")
-    if not found:
+            matches += [(f"{kind}/{given.stem}", path)] if given.suffix in ("", path.suffix) else []
+    if len(matches) > 1:
+        raise EditError(f"{name!r} is ambiguous; write {' or '.join(full for full, _ in matches)}.")
+    if not matches:
         known = [f"{kind}/{one}" for kind in get_args(catalog.Kind) for one in catalog.names(kind)]
-        raise EditError(f"the catalogue has no {name!r}; it has {', '.join(known)}")
-    return found[0][1]
+        raise EditError(f"there is no recipe or fragment {name!r}; choose from {', '.join(known)}.")
+    return matches[0][1]

@@ -1,4 +1,4 @@
-"""``kedit eval``: did it take, and what else changed? For any checkpoint, hub name or delta, whoever edited it."""
+"""``kedit eval``: evaluate an edited model: reliability, generality, locality and more."""
 
 from __future__ import annotations
 
@@ -10,142 +10,162 @@ from typing import Any
 from kedit_train.cli.kedit.output import print_json, write_text
 from kedit_train.errors import EditError
 
-HELP = "ask a model what it was edited to answer, and what it was to leave alone"
+HELP = "evaluate any model on edits: what it should have learned, and what it should not have changed"
 EPILOG = """\
 examples:
   kedit eval world world --limit 50
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B
   kedit eval Qwen/Qwen3-0.6B counterfact.json --delta runs/mine/edit.safetensors --full
-  kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         the same, by the delta's name
-  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter, on its own base
+  kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         the same, without --delta
+  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter, loaded on its base
   kedit eval runs/mine/model edits.jsonl --against before.json --json after.json
   kedit eval runs/mine/model world --against world --markdown eval.md --plots plots --card runs/mine/model/README.md
 
-Without --against, locality is scored against the truth; with it, as "the same answer as before".
+With --against, locality is the share of answers that are the same as the base model's. Without it, locality is the
+share of correct answers.
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a checkpoint, a PEFT adapter, a hub name, world, or a delta (with --against)")
-    add("edits", metavar="EDITS", help=".json, .jsonl or .csv in any format of EditDataset, or world")
-    add("--against", metavar="BASE", help="the unedited model, or the JSON report of its evaluation")
-    add("--delta", metavar="FILE", help="apply this delta to MODEL, and compare with MODEL before")
-    add("--full", action="store_true", help="every measure: prefixes, format, KL, old answers, fluency, weight drift")
-    add("--limit", type=int, metavar="N", help="a seeded sample of N edits")
-    add("--batch-size", type=int, default=64, metavar="N", help="rows at a time (64); no score depends on it")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="where an endless answer is cut (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain")
-    add("--texts", metavar="FILE", help="unrelated texts, for the perplexity")
-    add("--seed", type=int, default=0, help="of the sample and the intervals (0)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="the checkpoint's own")
-    add("--device", help="cpu, cuda, ...; the accelerator where there is one")
-    add("--trust-remote-code", action="store_true", help="let the checkpoint bring its own code")
-    add("--json", nargs="?", const="-", metavar="F", help="the report with every answer, as JSON; printed without F")
+    add(
+        "model",
+        metavar="MODEL",
+        help="checkpoint folder, PEFT adapter, hub name, world, or delta (with --against)",
+    )
+    add("edits", metavar="EDITS", help=".json, .jsonl or .csv in any format that EditDataset reads, or world")
+    add("--against", metavar="BASE", help="the base model, or a JSON report of its evaluation")
+    add("--delta", metavar="FILE", help="apply this delta to MODEL, and compare with MODEL without it")
+    add("--full", action="store_true", help="also measure prefixes, format, KL, old answers, fluency and weight drift")
+    add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
+    add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time (64); scores do not depend on it")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="longest generated answer (32)")
+    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="(plain)")
+    add("--texts", metavar="FILE", help="unrelated texts, to measure perplexity")
+    add("--seed", type=int, default=0, help="seed of the sample and of the intervals (0)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="(auto)",
+    )
+    add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
+    add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
+    add(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="F",
+        help="write the report as JSON; without F, print it",
+    )
     add("--markdown", metavar="F", help="write the report as Markdown")
     add("--plots", metavar="DIR", help="write PNG plots into this folder")
-    add("--card", metavar="F", help="put a section into this model card")
+    add("--card", metavar="F", help="add a section to this model card")
 
 
 def run(args: Namespace) -> int:
     model, delta_file = args.model, args.delta
     if Path(model).is_file():
         if delta_file is not None or args.against is None or _is_report(args.against):
-            raise EditError(f"{model} is a file: a delta is asked with its base, kedit eval DELTA EDITS --against BASE")
+            raise EditError(f"{model} is a file; to evaluate a delta, use kedit eval DELTA EDITS --against BASE")
         model, delta_file, args.against = args.against, model, None
     if delta_file is not None and args.against not in (None, model):
-        raise EditError("--delta compares MODEL before it with MODEL after it: leave --against out")
+        raise EditError("--delta compares MODEL with and without the delta, so --against must be left out.")
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
-        raise EditError(f"--json {args.json}: end the file's name in .json")
+        raise EditError(f"--json {args.json} must end with .json.")
     for option, place in (("json", args.json), ("markdown", args.markdown), ("plots", args.plots), ("card", args.card)):
         if place not in (None, "-"):
-            _writable(f"--{option} {place}", Path(place) if option == "plots" else Path(place).parent)
+            _make_folder(f"--{option} {place}", Path(place) if option == "plots" else Path(place).parent)
     from kedit_train.data import EditDataset
     from kedit_train.delta import EditDelta
     from kedit_train.evaluation.reporting import plots
 
     if args.plots:
-        # A missing matplotlib is told before the answers are generated.
+        # If matplotlib is missing, it is reported before answers are generated.
         plots.figure(1, 1)
     edits = EditDataset.load(args.edits)
     delta = None if delta_file is None else EditDelta.load(delta_file)
-    report = _evaluated(args, model, edits, delta)
+    report = _evaluate(args, model, edits, delta)
     report = replace(report, meta={**report.meta, "model": model, "delta": delta_file, "against": args.against})
-    _written(args, report, delta, Path(delta_file).stem if delta_file else Path(model).name)
+    _write(args, report, delta, Path(delta_file).stem if delta_file else Path(model).name)
     return 0
 
 
-def _writable(given: str, folder: Path) -> None:
-    """Make the folder now: after the answers are generated is late to say that there is none."""
+def _make_folder(option: str, folder: Path) -> None:
+    """Make the folder before answers are generated, because a failure after that would lose them."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EditError(f"{given}: the folder {folder} cannot be made ({error.strerror})") from error
+        raise EditError(f"{option}: folder {folder} cannot be made ({error.strerror}).") from error
 
 
 def _is_report(name: str) -> bool:
     return name.endswith(".json")
 
 
-def _evaluated(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
+def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for, merged
     from kedit_train.evaluation import Report, evaluate
     from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
-    how: dict[str, Any] = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
-    how |= {"prompt_format": args.prompt_format, "seed": args.seed, "texts": args.texts, "full": args.full}
+    options: dict[str, Any] = {
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "limit": args.limit,
+    }
+    options |= {"prompt_format": args.prompt_format, "seed": args.seed, "texts": args.texts, "full": args.full}
     before, reference = None, None
     if args.against is not None and _is_report(args.against):
         before = Report.load(args.against)
         if args.full:
-            raise EditError("--full compares with what the unedited model expects, which no file holds: --against BASE")
+            raise EditError("--full needs the base model itself, a report is not enough: --against BASE")
     elif args.against is not None and delta is None:
         _same_architecture(args.against, name, args.trust_remote_code)
         base, tokenizer = load_for(args, args.against, args.dtype)
-        before = evaluate(base, tokenizer, edits, **how)
-        # A second model in memory for the drift only.
+        before = evaluate(base, tokenizer, edits, **options)
+        # The base stays in memory only if weight drift is measured.
         reference = merged(base).cpu() if args.full else None
         del base
     dtype = args.dtype
     if delta is not None and dtype == "auto":
-        # Weights have to be those that the run began with, to the last bit.
+        # The weights must be bit for bit those that the run started from.
         dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), dtype)
     model, tokenizer = load_for(args, name, dtype)
     if delta is not None:
         if delta.verify(model) == "edited":
-            raise EditError(f"{name} has the delta applied already: give its base, or leave the delta out")
-        before = evaluate(model, tokenizer, edits, **how)
+            raise EditError(f"{name} is the edited model; give its base, or remove the delta.")
+        before = evaluate(model, tokenizer, edits, **options)
         named = dict(model.named_parameters())
         reference = {one: named[one].detach().clone() for one in delta.changes if one in named} if args.full else None
         delta.apply(model)
-    report = evaluate(model, tokenizer, edits, before=before, **how)
+    report = evaluate(model, tokenizer, edits, before=before, **options)
     if reference is None:
         return report
-    # Only now, when all is asked: an adapter has to go into the weights for this.
+    # After all answers are generated, because this merges an adapter into the weights.
     return replace(report, metrics={**report.metrics, "weight_drift": weight_drift(merged(model), reference)})
 
 
 def _same_architecture(base: str, model: str, trust: bool) -> None:
-    """Refuse a base of another architecture before anything is generated."""
+    """Check that the base has the same architecture, before anything is generated."""
     from transformers import AutoConfig
 
     from kedit_train.cli.kedit.checkpoints import adapted_base, world_or
 
     names = [world_or(adapted_base(name) or name) for name in (base, model)]
     try:
-        found = [AutoConfig.from_pretrained(name, trust_remote_code=trust) for name in names]
+        configs = [AutoConfig.from_pretrained(name, trust_remote_code=trust) for name in names]
     except (OSError, ValueError, KeyError):
-        return  # loading says what is wrong with it
+        return  # Loading the model will report the error.
     for key in ("model_type", "hidden_size", "num_hidden_layers"):
-        was, now = (getattr(config.get_text_config(), key, None) for config in found)
-        if was != now:
+        old, new = (getattr(config.get_text_config(), key, None) for config in configs)
+        if old != new:
             raise EditError(
-                f"{base} is no base of {model}: {key} is {was} in the one and {now} in the other; give the model "
-                "before its edit"
+                f"{base} is not the base of {model}: {key} is {old} in the former and {new} in the latter; give the "
+                "model before the edit."
             )
 
 
-def _written(args: Namespace, report: Any, delta: Any, label: str) -> None:
+def _write(args: Namespace, report: Any, delta: Any, label: str) -> None:
     from kedit_train.evaluation.reporting import model_card as card
     from kedit_train.evaluation.reporting import plots
 
@@ -154,8 +174,8 @@ def _written(args: Namespace, report: Any, delta: Any, label: str) -> None:
     else:
         report.print()
         if missing := card.without_probes(report):
-            print(f"no probes: {', '.join(missing)} (these edits bring none, so there is no score)")
-    files, left = [], []
+            print(f"not measured: {', '.join(missing)} (these edits contain no such probes)")
+    files, skipped = [], []
     if args.json not in (None, "-"):
         files.append(report.save(args.json))
     if args.markdown:
@@ -165,10 +185,10 @@ def _written(args: Namespace, report: Any, delta: Any, label: str) -> None:
             try:
                 files.append(getattr(plots, name)({label: report}, Path(args.plots) / f"{name}.png"))
             except EditError as error:
-                left.append(f"no {name}.png: {error}")
+                skipped.append(f"no {name}.png: {error}")
     if args.card:
         base = args.against if args.against and not _is_report(args.against) else None
         files.append(card.put(args.card, card.section(report, delta=delta, base=base)))
     if args.json != "-":
-        for line in (*left, *(f"written: {path}" for path in files)):
+        for line in (*skipped, *(f"saved: {path}" for path in files)):
             print(line)

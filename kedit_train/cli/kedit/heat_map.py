@@ -1,4 +1,4 @@
-"""A delta as a picture: how much each tensor moved, and where in the most moved ones."""
+"""A picture of a delta: how much each tensor changed, and where in the most changed matrices."""
 
 from __future__ import annotations
 
@@ -12,70 +12,73 @@ from torch import Tensor
 from kedit_train.errors import EditError
 from kedit_train.evaluation.reporting.plots import figure, saved
 
-# Panels below the overview, and blocks along each side of one.
+# The number of panels, and of blocks along each side of a panel.
 PANELS, BLOCKS = 6, 128
 
 
 def heat_map(delta: Any, path: Path) -> Path:
-    """Write a PNG of the most changed matrices; where more tensors changed, above them all norms by layer and module.
+    """Write a PNG of the most changed matrices.
+
+    If more tensors changed, an overview above them shows the norm of every change by layer and module.
 
     Args:
         delta: an :class:`~kedit_train.delta.EditDelta`.
+        path: of the PNG file.
 
     Raises:
-        EditError: nothing in it can be drawn, or matplotlib is missing.
+        EditError: the delta changes no floating-point tensor, or matplotlib is not installed.
     """
     differences = {name: delta.difference(name) for name, c in delta.changes.items() if c.dtype.is_floating_point}
     norms = {name: float(value.double().norm()) for name, value in differences.items()}
     matrices = sorted((n for n, v in differences.items() if v.ndim == 2 and v.numel()), key=lambda n: -norms[n])
     if not norms:
-        raise EditError("the delta changes no tensor of floating-point numbers, so there is nothing to draw")
+        raise EditError("the delta changes no floating-point tensor, so there is nothing to draw.")
     shown = matrices[:PANELS]
     columns = max(1, min(3, len(shown)))
     below = -(-len(shown) // columns)
     overview = len(norms) > len(shown)
     grid, names, layers = _by_layer(norms)
     tall = max(1.6, 0.25 * len(layers)) + 1.6 if overview else 0.0
-    drawing = figure(max(6.4, 4.2 * columns), tall + 3.6 * below)
+    picture = figure(max(6.4, 4.2 * columns), tall + 3.6 * below)
     heights = ([tall] if overview else []) + [3.6] * below
-    cells = drawing.add_gridspec(len(heights), columns, height_ratios=heights)
+    cells = picture.add_gridspec(len(heights), columns, height_ratios=heights)
     if overview:
-        axes = drawing.add_subplot(cells[0, :])
+        axes = picture.add_subplot(cells[0, :])
         image = axes.imshow(grid, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_yticks(range(len(layers)), layers)
         axes.set_title(f"norm of the change, all {len(norms)} tensors (white: unchanged)", fontsize=10)
         axes.set_ylabel("layer")
-        drawing.colorbar(image, ax=axes)
+        picture.colorbar(image, ax=axes)
     blocks = {name: _blocks(differences[name]).numpy() for name in shown}
-    # One scale for all panels, so that they compare.
-    most = max((float(values.max()) for values in blocks.values()), default=0.0)
-    for at, name in enumerate(shown):
-        axes = drawing.add_subplot(cells[at // columns + overview, at % columns])
-        rows, wide = differences[name].shape
+    # One scale for all panels makes them comparable.
+    largest = max((float(values.max()) for values in blocks.values()), default=0.0)
+    for place, name in enumerate(shown):
+        axes = picture.add_subplot(cells[place // columns + overview, place % columns])
+        rows, width = differences[name].shape
         image = axes.imshow(
             blocks[name],
             aspect="auto",
             cmap="magma",
             interpolation="nearest",
-            extent=(0, wide, rows, 0),
+            extent=(0, width, rows, 0),
             vmin=0.0,
-            vmax=most or 1.0,
+            vmax=largest or 1.0,
         )
         axes.set_title(f"{_short(name)}\nnorm {norms[name]:.3g}", fontsize=9)
         axes.set_xlabel("input")
         axes.set_ylabel("output")
-        drawing.colorbar(image, ax=axes)
+        picture.colorbar(image, ax=axes)
     which = (
         f"the {len(shown)} most changed of {len(matrices)} matrices" if len(shown) < len(matrices) else "every matrix"
     )
     if shown:
-        drawing.supxlabel(f"panels: root mean square of the change, {which}", fontsize=10)
-    return saved(drawing, path)
+        picture.supxlabel(f"panels: root mean square of the change, {which}", fontsize=10)
+    return saved(picture, path)
 
 
 def _blocks(difference: Tensor) -> Tensor:
-    """Root mean square of blocks, so that a matrix of any size is at most 128 x 128 and no change is lost between."""
+    """Return the root mean square of blocks, at most 128 x 128, so that no change is lost by sampling."""
     rows, columns = difference.shape
     shape = (min(rows, BLOCKS), min(columns, BLOCKS))
     squares = difference.float().square()[None, None]
@@ -83,7 +86,7 @@ def _blocks(difference: Tensor) -> Tensor:
 
 
 def _by_layer(norms: dict[str, float]) -> tuple[Any, list[str], list[str]]:
-    """Norms as [layers, modules], NaN where nothing changed; the number in a name is its layer."""
+    """Return norms as [layers, modules] (NaN if unchanged) and both labels. The number in a name is its layer."""
     places = {}
     for name, norm in norms.items():
         number = re.search(r"\.(\d+)\.", name)

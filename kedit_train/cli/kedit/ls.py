@@ -1,4 +1,4 @@
-"""``kedit ls``: recipes and fragments by name, with what each is for."""
+"""``kedit ls``: list the recipes and the callback fragments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import get_args
 from kedit_train import catalog
 from kedit_train.cli.kedit.output import json_option, print_json, print_table
 
-HELP = "list the recipes (complete runs) and the callback fragments (an edit joins your own run)"
+HELP = "list the recipes (complete runs) and the callback fragments (to add to your own run)"
 EPILOG = """\
 examples:
   kedit ls
@@ -21,7 +21,7 @@ examples:
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("kind", nargs="?", choices=get_args(catalog.Kind), help="one of both; all by default")
+    parser.add_argument("kind", nargs="?", choices=get_args(catalog.Kind), help="list only these")
     json_option(parser)
 
 
@@ -37,7 +37,7 @@ def run(args: Namespace) -> int:
 
 
 def about(path: Path) -> str:
-    """The first sentence of a file's own header: the comment of a YAML file up to a blank or indented line."""
+    """Return the first sentence of a file: of its docstring, or of the comment at the top of a YAML file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].replace("``", "")

@@ -1,9 +1,11 @@
-"""What verbs print: a table for the eye, or JSON for a program; and files that are there whole or not at all."""
+"""What the verbs share: printing tables and JSON, and checking the files to write."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,23 @@ from kedit_train.errors import EditError
 
 
 def json_option(parser: Any) -> None:
-    """``--json`` in place of text."""
+    """Add ``--json``, which prints JSON instead of text."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def print_json(value: Any) -> None:
-    """``value`` on standard output, for a program to read."""
+    """Print ``value`` as JSON on standard output."""
     print(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
 def print_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Rows in columns of (name, whether numbers); as wide as the terminal, and in a pipe as wide as needed."""
+    """Print a table as wide as the terminal, or as wide as needed in a pipe.
+
+    Args:
+        columns: (header, whether the column holds numbers).
+        rows: one list of cells for each row.
+        title: printed above the table.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -38,36 +46,61 @@ def print_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str
         table.add_row(*(Text(plain(value)) for value in row))
     console = Console(highlight=False)
     if not console.is_terminal:
-        # A pipe has no width: whatever reads it gets each row on one line.
-        wanted = Console(width=10_000).measure(table).maximum
-        console = Console(highlight=False, width=max(console.width, wanted))
+        # A program that reads the pipe gets each row on one line.
+        width = Console(width=10_000).measure(table).maximum
+        console = Console(highlight=False, width=max(console.width, width))
     console.print(table)
 
 
-def new_path(path: str, force: bool = False) -> Path:
-    """A file that is to be written, unless something is there already.
+def new_path(path: str, *, force: bool = False, ending: str | None = None) -> Path:
+    """Return the path of a file to write.
+
+    Args:
+        path: as the user gave it.
+        force: allow an existing file, which is then replaced.
+        ending: the file name must end with it.
 
     Raises:
-        EditError: it is, and ``force`` was not given; or it is a folder.
+        EditError: the path is a folder, exists already, or has another ending.
     """
-    found = Path(path)
-    if found.is_dir():
-        raise EditError(f"{path} is a folder; give the name of a file in it")
-    if found.exists() and not force:
-        raise EditError(f"{path} is there already; give another name, or --force")
-    return found
+    file = Path(path)
+    if ending is not None and file.suffix != ending:
+        raise EditError(f"{path} must end with {ending}.")
+    if file.is_dir():
+        raise EditError(f"{path} is a folder; give the name of a file in it.")
+    if file.exists() and not force:
+        raise EditError(f"{path} already exists; choose another name, or add --force.")
+    return file
+
+
+def check_new_folder(path: str) -> None:
+    """Check that a folder to write does not exist yet.
+
+    Raises:
+        EditError: it exists.
+    """
+    if Path(path).exists():
+        raise EditError(f"{path} already exists; choose the name of a new folder.")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a file whole or not at all; parent folders are made."""
+    """Write a text file atomically; parent folders are made."""
     path = Path(path)
     with writing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
     return path
 
 
+def finite(text: str) -> float:
+    """Parse a finite number from the command line."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"expected a finite number, got {text}")
+    return value
+
+
 def size(nbytes: int) -> str:
-    """``1.5 MB``."""
+    """Return a readable size, for example ``1.5 MB``."""
     value = float(nbytes)
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 1000:

@@ -1,4 +1,4 @@
-"""``kedit show``: what a delta changed, tensor by tensor, and what it belongs to."""
+"""``kedit show``: print what a delta changed, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -9,38 +9,44 @@ from typing import Any
 
 from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size
 
-HELP = "show what a delta changed: tensors, norms, ranks, scores; as a picture too"
+HELP = "show what a delta changed: tensors, norms, ranks and scores, also as a picture"
 EPILOG = """\
 examples:
   kedit show runs/mine/edit.safetensors
   kedit show runs/mine/edit.safetensors --png                  writes runs/mine/edit.png
-  kedit show runs/mine/edit.safetensors --json --no-ranks      quicker for large matrices
+  kedit show runs/mine/edit.safetensors --json --no-ranks      faster for large matrices
 
-|change| is the Frobenius norm of edited - base; of base: over that of the whole tensor, where the delta holds it.
-rank counts singular values above rounding; stable rank is |change|^2 over the largest one's square.
+columns:
+  stored as     what the file contains: the whole tensor (dense), rows, columns or single entries
+  moved         share of entries that changed
+  |change|      Frobenius norm of edited - base
+  of base       that norm over the norm of the base tensor, if the delta contains the whole tensor
+  largest       largest absolute change
+  rank          number of singular values above rounding
+  stable rank   squared norm over the square of the largest singular value
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("delta", metavar="DELTA", help="what SaveDelta or kedit merge wrote")
-    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="a heat map; beside the delta by default")
-    parser.add_argument("--no-ranks", action="store_true", help="leave out the singular values")
-    parser.add_argument("--force", action="store_true", help="replace a picture that is there")
+    parser.add_argument("delta", metavar="DELTA", help="a file that SaveDelta or kedit merge wrote")
+    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="write a heat map (beside the delta)")
+    parser.add_argument("--no-ranks", action="store_true", help="do not compute singular values")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture")
     json_option(parser)
 
 
 def run(args: Namespace) -> int:
     picture = None
     if args.png is not None:
-        picture = new_path(args.png or str(Path(args.delta).with_suffix(".png")), args.force)
+        picture = new_path(args.png or str(Path(args.delta).with_suffix(".png")), force=args.force)
     from tqdm import tqdm
 
     from kedit_train.cli.console import plain
     from kedit_train.delta import EditDelta
 
     delta = EditDelta.load(args.delta)
-    bar = tqdm(delta.changes.items(), desc="looking", unit="tensor", leave=False, disable=None)
-    rows = [described(name, change, ranks=not args.no_ranks) for name, change in bar]
+    bar = tqdm(delta.changes.items(), desc="reading", unit="tensor", leave=False, disable=None)
+    rows = [describe(name, change, ranks=not args.no_ranks) for name, change in bar]
     if picture is not None:
         from kedit_train.cli.kedit.heat_map import heat_map
 
@@ -49,30 +55,30 @@ def run(args: Namespace) -> int:
         meta = {"file": args.delta, "bytes": delta.nbytes, **delta.meta, "tensors": rows}
         print_json(meta | ({"png": str(picture)} if picture else {}))
         return 0
-    for line in _about(delta.meta):
+    for line in _metadata_lines(delta.meta):
         print(plain(line))
     print()
-    columns = [("tensor", False), ("kept as", False), ("shape", True), ("dtype", True), ("moved", True)]
-    columns += [("|change|", True), ("of base", True), ("largest", True), ("rank", True), ("stable", True)]
+    columns = [("tensor", False), ("stored as", False), ("shape", True), ("dtype", True), ("moved", True)]
+    columns += [("|change|", True), ("of base", True), ("largest", True), ("rank", True), ("stable rank", True)]
     print_table(columns, [_cells(row) for row in rows], f"{len(rows)} tensors, {size(delta.nbytes)}")
     if picture is not None:
         print(f"\npicture: {picture}")
     return 0
 
 
-def described(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
-    """Figures of one changed tensor; None where there is none (integers, values that the delta does not hold)."""
+def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
+    """Return the figures of one changed tensor. A figure is None for integers and for values that the delta lacks."""
     import torch
 
     row: dict[str, Any] = {"name": name, "layout": change.layout, "shape": list(change.shape)}
     row |= {"dtype": str(change.dtype).removeprefix("torch."), "tied": list(change.tied), "bytes": change.nbytes}
-    differ = int((change.before != change.after).sum())
+    moved_entries = int((change.before != change.after).sum())
     entries = max(1, torch.Size(change.shape).numel())
-    row |= {"moved": differ, "share_moved": differ / entries, "norm": None, "relative": None, "largest": None}
-    row |= {"rank": None, "stable_rank": None}
+    row |= {"moved": moved_entries, "share_moved": moved_entries / entries}
+    row |= dict.fromkeys(("norm", "relative", "largest", "rank", "stable_rank"))
     if not change.dtype.is_floating_point:
         return row
-    # Values that stay add nothing to a norm or a rank, so the places that are kept are enough.
+    # Entries that did not change add nothing to a norm or a rank, so the stored entries are enough.
     moved = change.after.double() - change.before.double()
     norm = float(moved.norm())
     row |= {"norm": norm, "largest": float(moved.abs().max()) if moved.numel() else 0.0}
@@ -98,7 +104,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [*cells, figure(row["rank"], "d"), figure(row["stable_rank"], ".1f")]
 
 
-def _about(meta: Mapping[str, Any]) -> Iterator[str]:
+def _metadata_lines(meta: Mapping[str, Any]) -> Iterator[str]:
     base, edits = meta["base"], meta.get("edits") or {}
     license = f", license {base['license']}" if base.get("license") else ""
     yield f"base      {base.get('name') or 'unnamed'} ({base['fingerprint'][:12]}{license})"

@@ -1,17 +1,16 @@
-"""``kedit sweep``: how much of an edit? Reliability against locality over coefficients, and one picked by a rule."""
+"""``kedit sweep``: evaluate multiples of a delta, and pick one by a stated rule."""
 
 from __future__ import annotations
 
-import math
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size
+from kedit_train.cli.kedit.output import finite, json_option, new_path, print_json, print_table, size
 from kedit_train.errors import EditError
 
-HELP = "apply multiples of a delta, measure each, and pick one by a stated rule"
+HELP = "evaluate multiples of a delta, and pick one by a stated rule"
 EPILOG = """\
 examples:
   kedit sweep runs/mine/edit.safetensors Qwen/Qwen3-0.6B held_out.jsonl
@@ -32,68 +31,69 @@ COEFFICIENTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
 def arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("delta", metavar="DELTA", help="what SaveDelta or kedit merge wrote")
-    add("model", metavar="MODEL", help="the base: a checkpoint's folder, a hub name, or world")
-    add("edits", metavar="EDITS", help="held-out questions: .json, .jsonl or .csv of EditDataset, or world")
-    add("--coefficients", type=_number, nargs="+", metavar="C", default=COEFFICIENTS, help="0.1, 0.2, ... 1; 0 is free")
+    add("delta", metavar="DELTA", help="a file that SaveDelta or kedit merge wrote")
+    add("model", metavar="MODEL", help="the base: a checkpoint folder, a hub name, or world")
+    add("edits", metavar="EDITS", help="edits to evaluate on: .json, .jsonl, .csv, or world")
+    add("--coefficients", type=finite, nargs="+", metavar="C", default=COEFFICIENTS, help="(0.1, 0.2, ... 1)")
     add(
         "--keep-locality",
-        type=_number,
+        type=finite,
         default=0.95,
         metavar="S",
         help="share of the base's locality that must remain (0.95)",
     )
-    add("--forget", action="store_true", help="reliability counts what is no longer answered")
-    add("--limit", type=int, metavar="N", help="a seeded sample of N edits")
-    add("--batch-size", type=int, default=64, metavar="N", help="rows at a time (64); no score depends on it")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="where an endless answer is cut (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain")
-    add("--seed", type=int, default=0, help="of the sample (0)")
-    add("--device", help="cpu, cuda, ...; the accelerator where there is one")
-    add("--trust-remote-code", action="store_true", help="let the checkpoint bring its own code")
-    add("--plot", metavar="FILE", help="draw reliability and locality over the coefficients, .png")
-    add("--out", metavar="FILE", help="write the delta times the picked coefficient, .safetensors")
-    add("--force", action="store_true", help="replace files that are there")
+    add("--forget", action="store_true", help="count edits that are no longer answered")
+    add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
+    add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time (64); scores do not depend on it")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="longest generated answer (32)")
+    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="(plain)")
+    add("--seed", type=int, default=0, help="seed of the sample (0)")
+    add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
+    add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
+    add("--plot", metavar="FILE", help="write a plot of reliability and locality, .png")
+    add("--out", metavar="FILE", help="write the picked multiple of the delta, .safetensors")
+    add("--force", action="store_true", help="replace existing files")
     json_option(parser)
 
 
 def run(args: Namespace) -> int:
-    picture = _new(args.plot, ".png", args.force) if args.plot else None
-    out = _new(args.out, ".safetensors", args.force) if args.out else None
+    picture = new_path(args.plot, force=args.force, ending=".png") if args.plot else None
+    out = new_path(args.out, force=args.force, ending=".safetensors") if args.out else None
     if out is not None and Path(args.delta).exists() and out.exists() and out.samefile(args.delta):
-        raise EditError(f"{out} is the delta that is swept; give --out another name")
+        raise EditError(f"--out {out} is the delta that you sweep; choose another name.")
     if not set(args.coefficients) - {0.0}:
-        raise EditError("--coefficients: 0 alone is the base; give others")
+        raise EditError("--coefficients must contain a number besides 0, which is the base model.")
     if picture is not None:
         from kedit_train.evaluation.reporting.plots import figure
 
-        # A missing matplotlib is told before the answers are generated.
+        # If matplotlib is missing, it is reported before answers are generated.
         figure(1, 1)
-    found = _swept(args)
+    result = _sweep(args)
     if out is not None:
-        found.delta.save(out)
+        result.delta.save(out)
     if picture is not None:
         from kedit_train.cli.kedit.sweep_plot import sweep_plot
 
-        sweep_plot(found, picture, forget=args.forget)
+        sweep_plot(result, picture, forget=args.forget)
     files = [str(path) for path in (picture, out) if path is not None]
     if args.json:
-        points = [asdict(point) for point in found.points]
-        print_json({"delta": args.delta, "points": points, "picked": found.best.coefficient, "rule": found.rule,
+        points = [asdict(point) for point in result.points]
+        print_json({"delta": args.delta, "points": points, "picked": result.best.coefficient, "rule": result.rule,
                     "forget": args.forget, "written": files})  # fmt: skip
         return 0
     rows = [
-        [f"{p.coefficient:g}", f"{p.reliability:.3f}", f"{p.locality:.3f}", _mark(p, found.best)] for p in found.points
+        [f"{p.coefficient:g}", f"{p.reliability:.3f}", f"{p.locality:.3f}", _mark(p, result.best)]
+        for p in result.points
     ]
     name = "forgotten" if args.forget else "reliability"
     print_table((("coefficient", True), (name, True), ("locality", True), ("", False)), rows)
-    print(f"\npicked {found.best.coefficient:g}: {found.rule}")
+    print(f"\npicked {result.best.coefficient:g}: {result.rule}")
     for path in files:
-        print(f"written: {path}" + (f" ({size(found.delta.nbytes)})" if path == str(out) else ""))
+        print(f"saved: {path}" + (f" ({size(result.delta.nbytes)})" if path == str(out) else ""))
     return 0
 
 
-def _swept(args: Namespace) -> Any:
+def _sweep(args: Namespace) -> Any:
     from tqdm import tqdm
 
     from kedit_train.cli.kedit.checkpoints import load_for
@@ -102,23 +102,27 @@ def _swept(args: Namespace) -> Any:
     from kedit_train.evaluation import evaluate
 
     edits, delta = EditDataset.load(args.edits), EditDelta.load(args.delta)
-    # Weights have to be those that the run began with, to the last bit.
+    # The weights must be bit for bit those that the run started from.
     dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), "auto")
     model, tokenizer = load_for(args, args.model, dtype)
     if delta.verify(model) == "edited":
-        raise EditError(f"{args.model} has the delta applied already: give its base")
-    how: dict[str, Any] = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens, "limit": args.limit}
-    how |= {"prompt_format": args.prompt_format, "seed": args.seed, "progress": False}
-    before = evaluate(model, tokenizer, edits, **how)
+        raise EditError(f"{args.model} is the edited model; give its base.")
+    options: dict[str, Any] = {
+        "batch_size": args.batch_size,
+        "max_new_tokens": args.max_new_tokens,
+        "limit": args.limit,
+    }
+    options |= {"prompt_format": args.prompt_format, "seed": args.seed, "progress": False}
+    before = evaluate(model, tokenizer, edits, **options)
     count = len(set(args.coefficients) - {0.0})
-    with tqdm(total=count + 1, desc="measuring", unit="coefficient", leave=False, disable=None) as bar:
+    with tqdm(total=count + 1, desc="evaluating", unit="coefficient", leave=False, disable=None) as bar:
 
         def score(current: Any) -> dict[str, float]:
-            flat = evaluate(current, tokenizer, edits, before=before, **how).flat()
+            flat = evaluate(current, tokenizer, edits, before=before, **options).flat()
             bar.update()
             missing = next((q for q in ("reliability", "locality") if f"edit/{q}" not in flat), None)
             if missing is not None:
-                raise EditError(f"{args.edits} has no probes of {missing}, which the rule needs; give edits that have")
+                raise EditError(f"{args.edits} contains no {missing} probes, which the rule needs; use other edits.")
             reliability = flat["edit/reliability"]
             return {"reliability": 1 - reliability if args.forget else reliability, "locality": flat["edit/locality"]}
 
@@ -126,18 +130,4 @@ def _swept(args: Namespace) -> Any:
 
 
 def _mark(point: Any, best: Any) -> str:
-    return "picked" if point == best else "the base" if point.coefficient == 0 else ""
-
-
-def _new(name: str, ending: str, force: bool) -> Path:
-    path = new_path(name, force)
-    if path.suffix != ending:
-        raise EditError(f"{name}: end the name in {ending}")
-    return path
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ArgumentTypeError(f"{text} is no finite number")
-    return value
+    return "picked" if point == best else "base model" if point.coefficient == 0 else ""

@@ -1,4 +1,4 @@
-"""A sweep as a picture: what each multiple of a delta brings, and what it costs."""
+"""The plot of a sweep: reliability and locality for each multiple of a delta."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from kedit_train.delta import Sweep
 from kedit_train.evaluation.reporting.plots import figure, saved
 
 
-def sweep_plot(found: Sweep, path: str | os.PathLike[str], *, forget: bool = False) -> Path:
-    """Draw reliability and locality over the coefficient, with the picked one marked and the rule below.
+def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = False) -> Path:
+    """Plot reliability and locality over the coefficient, and mark the picked coefficient.
 
     Args:
-        path: a ``.png``.
-        forget: reliability stands for what is no longer answered.
+        sweep: the result of :func:`~kedit_train.delta.sweep`.
+        path: of the PNG file.
+        forget: reliability counts edits that are no longer answered; it is then labeled "forgotten".
 
     Raises:
-        EditError: matplotlib is missing, or another ending.
+        EditError: matplotlib is not installed, or the path does not end with ``.png``.
     """
     drawing = figure(6.0, 3.8)
     axes = drawing.subplots()
-    at = [point.coefficient for point in found.points]
+    coefficients = [point.coefficient for point in sweep.points]
     name = "forgotten" if forget else "reliability"
-    for values, label, colour, marker in (
-        ([p.reliability for p in found.points], name, "#0072B2", "o"),
-        ([p.locality for p in found.points], "locality", "#D55E00", "s"),
+    for values, label, color, marker in (
+        ([p.reliability for p in sweep.points], name, "#0072B2", "o"),
+        ([p.locality for p in sweep.points], "locality", "#D55E00", "s"),
     ):
-        axes.plot(at, values, marker=marker, color=colour, label=label, clip_on=False, zorder=3)
+        axes.plot(coefficients, values, marker=marker, color=color, label=label, clip_on=False, zorder=3)
     axes.axvline(
-        found.best.coefficient, color="black", linestyle="--", linewidth=1, label=f"picked: {found.best.coefficient:g}"
+        sweep.best.coefficient, color="black", linestyle="--", linewidth=1, label=f"picked: {sweep.best.coefficient:g}"
     )
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel(f"coefficient of the delta (0: the base)\n{found.rule}", fontsize=9)
-    axes.set_ylabel("share of the questions")
+    axes.set_xlabel(f"coefficient of the delta (0: the base)\n{sweep.rule}", fontsize=9)
+    axes.set_ylabel("share of questions")
     axes.grid(alpha=0.3)
-    # Above the axes, where no curve runs.
+    # The legend is above the axes, where it covers no curve.
     axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return saved(drawing, path)

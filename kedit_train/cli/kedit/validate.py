@@ -1,4 +1,4 @@
-"""``kedit validate``: are the keys of a recipe or a fragment right? Nothing is loaded, downloaded or trained."""
+"""``kedit validate``: check the keys of recipes and fragments without loading, downloading or training anything."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from kedit_train.cli.kedit.cp import packaged
 from kedit_train.cli.kedit.output import json_option, print_json
 from kedit_train.errors import EditError
 
-HELP = "check recipes and fragments without a GPU or a download: classes exist, arguments are valid"
+HELP = "check the classes, keys and arguments of recipes and fragments, without a GPU or a download"
 EPILOG = """\
 examples:
   kedit validate mine.yaml
-  kedit validate quickstart callbacks/kl_locality        of the catalogue
+  kedit validate quickstart callbacks/kl_locality        packaged files, by name
   kedit validate configs/*.yaml --json
 
-A configuration of another LightningCLI project (your train.py) is checked by that project; here, its fragments are.
+Check the full configuration of another LightningCLI project with that project (python train.py fit --print_config).
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("files", metavar="FILE", nargs="+", help="YAML files, or names of the catalogue")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="YAML files, or names that kedit ls lists")
     json_option(parser)
 
 
 def run(args: Namespace) -> int:
-    from kedit_train.cli.console import say_error
+    from kedit_train.cli.console import print_error
 
-    found = [_checked(name) for name in args.files]
-    wrong = [one for one in found if one["error"] is not None]
+    results = [_checked(name) for name in args.files]
+    failed = any(result["error"] is not None for result in results)
     if args.json:
-        print_json(found)
-        return 1 if wrong else 0
-    for one in found:
-        if one["error"] is None:
-            print(f"{one['file']}: valid {one['kind']} ({', '.join(one['callbacks']) or 'no callbacks'})")
+        print_json(results)
+        return 1 if failed else 0
+    for result in results:
+        if result["error"] is None:
+            print(f"{result['file']}: valid {result['kind']} ({', '.join(result['callbacks']) or 'no callbacks'})")
         else:
-            say_error(f"{one['file']}: {one['error']}")
-    return 1 if wrong else 0
+            print_error(f"{result['file']}: {result['error']}")
+    return 1 if failed else 0
 
 
 def _checked(name: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def _checked(name: str) -> dict[str, Any]:
     try:
         path = Path(name) if Path(name).exists() or Path(name).is_absolute() else packaged(name)
         if not path.is_file():
-            raise EditError("it is no file; give a YAML file, or a name of the catalogue (kedit ls)")
+            raise EditError("it is not a file; give a YAML file, or a name that kedit ls lists.")
         row["kind"] = _kind(path)
         row["callbacks"] = check(path)
     except (EditError, OSError) as error:
@@ -56,17 +56,17 @@ def _checked(name: str) -> dict[str, Any]:
 
 
 def _kind(path: Path) -> str:
-    """A fragment adds callbacks and says nothing else."""
+    """Return "fragment" for a file that only adds callbacks, and "recipe" for any other configuration."""
     import yaml
 
     if path.suffix not in (".yaml", ".yml"):
-        raise EditError("it is no YAML; a script is checked by running it")
+        raise EditError("it is not a YAML file; a script can only be checked by running it.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EditError(f"it cannot be read as YAML: {error}; mend it there") from error
+        raise EditError(f"it is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise EditError("it holds no keys; kedit ls lists files to start from")
+        raise EditError("it contains no keys; kedit ls lists recipes to start from.")
     trainer = content.get("trainer")
     if content.keys() != {"trainer"} or not isinstance(trainer, dict):
         return "recipe"
@@ -74,24 +74,25 @@ def _kind(path: Path) -> str:
 
 
 def check(path: Path) -> list[str]:
-    """Parse ``path`` as ``fit --config`` does, and have our callbacks look at their arguments.
+    """Parse a file as ``fit --config`` does, and build its callbacks so that they check their arguments.
 
     Returns:
-        The callbacks' names.
+        The names of the callbacks.
 
     Raises:
-        EditError: which key is wrong and what it may be.
+        EditError: a key or an argument is not valid.
     """
     import logging
 
-    # Lightning tells of accelerators that it sees, which is no part of the answer.
+    # Lightning prints the accelerators that it finds, which does not matter here.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     from kedit_train.cli.config_errors import shorten
-    from kedit_train.cli.edit import EditCLI, edit_error, quiet, share_texts
+    from kedit_train.cli.edit import EditCLI, edit_error, share_texts
+    from kedit_train.cli.main import quiet
     from kedit_train.cli.recipe import built
 
     class Checking(EditCLI):
-        """Parses; builds no model, data or trainer."""
+        """Parses the configuration, and builds no model, data or trainer."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             self.config = parser.parse_args(args)
@@ -105,9 +106,9 @@ def check(path: Path) -> list[str]:
         def _run_subcommand(self, subcommand: str) -> None: ...
 
     quiet()
-    loud = {"exit_on_error": False}
+    raising = {"exit_on_error": False}
     try:
-        cli = Checking(args=["fit", "--config", str(path)], parser_kwargs={**loud, "fit": loud})
+        cli = Checking(args=["fit", "--config", str(path)], parser_kwargs={**raising, "fit": raising})
     except ArgumentError as error:
         raise EditError(shorten(error.message)) from error
     config: Any = cli.config.fit
@@ -118,7 +119,7 @@ def check(path: Path) -> list[str]:
         if not callback.class_path.startswith("kedit_train."):
             continue
         try:
-            # Their constructors compare arguments and touch no file.
+            # Constructors of callbacks check arguments and read no file.
             built(callback)
         except ValueError as error:
             raise (edit_error(error) or EditError(f"{callback.class_path}: {error}")) from error

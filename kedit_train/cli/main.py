@@ -1,0 +1,50 @@
+"""The command ``python -m kedit_train``, which ``lightning run`` starts too: ``fit`` in Lightning, ``sft`` in TRL."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from kedit_train.cli.console import leave, print_error
+from kedit_train.cli.edit import EditCLI, edit_error, with_catalog
+from kedit_train.processes import end_process_group
+
+
+def main() -> None:
+    """Run ``sys.argv``.
+
+    The exit code is 1 if the run cannot be carried out and 2 if the arguments are not valid, each with one line that
+    says why. The environment variable ``KEDIT_TRACEBACK=1`` shows the traceback instead.
+    """
+    quiet()
+    try:
+        if sys.argv[1:2] == ["sft"]:
+            # TRL is optional, so this module is imported only when it is needed.
+            from kedit_train.cli import sft
+
+            sft.main(sys.argv[2:])
+            return
+        sys.argv = [sys.argv[0], *with_catalog(sys.argv[1:])]
+        EditCLI()
+    except (ValueError, MisconfigurationException) as error:
+        known = error if isinstance(error, MisconfigurationException) else edit_error(error)
+        if known is None or os.environ.get("KEDIT_TRACEBACK") == "1":
+            raise
+        print_error(str(known))
+        leave(1)
+    end_process_group()
+
+
+def quiet() -> None:
+    """Hide library messages that a user of a recipe cannot act on."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    for text in ("does not have many workers", "smaller than the logging interval", "isinstance.treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{text}.*")
+    # trl 1.16 and peft 0.21 use a name that transformers 5.23 renames.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)

@@ -1,0 +1,67 @@
+"""Runs on several processes: how many a launcher started, and how to end them together."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping
+
+import torch.distributed as dist
+
+from kedit_train.core.processes import has_process_group
+from kedit_train.errors import EditError
+
+
+def launched_processes(environment: Mapping[str, str] | None = None) -> int | None:
+    """Return how many processes the launcher (``torchrun``, ``fabric run``, ``lightning run``) started.
+
+    Args:
+        environment: environment variables; ``os.environ`` by default.
+
+    Returns:
+        The number of processes; None without a launcher.
+
+    Example:
+        >>> launched_processes({"WORLD_SIZE": "2"})
+        2
+    """
+    variables = os.environ if environment is None else environment
+    if variables.get("WORLD_SIZE"):
+        return int(variables["WORLD_SIZE"])
+    return 1 if variables.get("LT_CLI_USED") else None
+
+
+def check_process_count(count: int, environment: Mapping[str, str] | None = None) -> None:
+    """Check that a trainer uses all processes that the launcher started.
+
+    A trainer that ignores the launcher trains the whole run in every process, without any message.
+
+    Args:
+        count: the number of processes that the trainer uses, for example ``trainer.world_size``.
+        environment: environment variables; ``os.environ`` by default.
+
+    Raises:
+        EditError: the numbers differ.
+
+    Example:
+        >>> check_process_count(2, {"WORLD_SIZE": "2"})
+    """
+    launched = launched_processes(environment)
+    if launched is not None and count != launched:
+        raise EditError(
+            f"the trainer uses {count} process(es) but the launcher started {launched}; remove trainer.devices and "
+            f"trainer.num_nodes, or start the launcher with --devices {count}."
+        )
+
+
+def end_process_group() -> None:
+    """Wait for all processes and close the process group, at the end of a script.
+
+    Without it, gloo (the CPU backend) sometimes aborts a process that exits while others still communicate. Does
+    nothing if there is no process group.
+    """
+    if has_process_group():
+        # Objects that hold the process group are freed first.
+        gc.collect()
+        dist.barrier()
+        dist.destroy_process_group()
