@@ -37,11 +37,11 @@ def shorten(message: str) -> str:
     if refused and ON_THE_LAST.search(message):
         if refused[1] == "lightning.Callback":
             return (
-                "trainer.callbacks: the run lists no callbacks, so the key belongs to none; give --config RECIPE.yaml"
+                "trainer.callbacks: the run lists no callbacks that could use the key; give --config RECIPE.yaml"
             )
         accepted += (
-            ". Only the last callback in the list can be set from the command line; for another one, copy the recipe with "
-            "kedit cp and change it"
+            ". Only the last callback in the list can be set from the command line; for another one, copy the recipe "
+            "with kedit cp and change it"
         )
     return text.rstrip(".") + accepted
 
