@@ -1,4 +1,7 @@
-"""Turn the fine-tuning run you already have into a knowledge edit."""
+"""Turn a fine-tuning run into a knowledge edit.
+
+The names below are the public interface. Everything else in this package is internal and may change in any release.
+"""
 
 from __future__ import annotations
 
@@ -6,53 +9,156 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kedit_train.callbacks.hosts.loop import editing
-    from kedit_train.data import Edit, EditCollator, EditDataset, Probe
-    from kedit_train.delta import EditDelta
+    from kedit_train.callbacks import (
+        ActiveSet,
+        BatchAnchor,
+        EditCallback,
+        EditMetrics,
+        ForgetFirst,
+        GradientMask,
+        KLLocality,
+        LowCurvature,
+        NormBall,
+        NullSpace,
+        ParameterScope,
+        PrefixCache,
+        SaveDelta,
+        StopWhenEdited,
+        Texts,
+        TokenLoss,
+        TokenSmoothing,
+        WeightAnchor,
+        editing,
+    )
+    from kedit_train.data import EditCollator, EditDataset
+    from kedit_train.delta import EditDelta, TaskVector, merge, sparsify, sweep
+    from kedit_train.edit import Edit, Probe
     from kedit_train.errors import EditError
-    from kedit_train.evaluation import Report, evaluate
-    from kedit_train.modes import run_edits, survey
+    from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate, exact_match, generate_answers
+    from kedit_train.evaluation.scoring.capability import CapabilityProbe
+    from kedit_train.modes import ModeResult, SurveyMetrics, TrainLoop, run_edits, survey
+    from kedit_train.modules import EditDataModule, EditModule
     from kedit_train.pretrained import load_model
     from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+# Public name -> the module that defines it or re-exports it. docs/api.md is written from this list.
+PUBLIC_NAMES = {
+    # Edits and models
+    "Edit": "kedit_train.edit",
+    "Probe": "kedit_train.edit",
+    "EditDataset": "kedit_train.data",
+    "EditCollator": "kedit_train.data",
+    "EditError": "kedit_train.errors",
+    "load_model": "kedit_train.pretrained",
+    "world": "kedit_train",
+    # Callbacks
+    "EditCallback": "kedit_train.callbacks",
+    "ParameterScope": "kedit_train.callbacks",
+    "GradientMask": "kedit_train.callbacks",
+    "TokenLoss": "kedit_train.callbacks",
+    "TokenSmoothing": "kedit_train.callbacks",
+    "ForgetFirst": "kedit_train.callbacks",
+    "KLLocality": "kedit_train.callbacks",
+    "BatchAnchor": "kedit_train.callbacks",
+    "Texts": "kedit_train.callbacks",
+    "NormBall": "kedit_train.callbacks",
+    "WeightAnchor": "kedit_train.callbacks",
+    "NullSpace": "kedit_train.callbacks",
+    "LowCurvature": "kedit_train.callbacks",
+    "EditMetrics": "kedit_train.callbacks",
+    "StopWhenEdited": "kedit_train.callbacks",
+    "SaveDelta": "kedit_train.callbacks",
+    "PrefixCache": "kedit_train.callbacks",
+    "ActiveSet": "kedit_train.callbacks",
+    "editing": "kedit_train.callbacks",
+    # Trainers and modules
+    "EditSFTTrainer": "kedit_train.trainers",
+    "EditSFTConfig": "kedit_train.trainers",
+    "EditModule": "kedit_train.modules",
+    "EditDataModule": "kedit_train.modules",
+    # Evaluation
+    "evaluate": "kedit_train.evaluation",
+    "EvaluationOptions": "kedit_train.evaluation",
+    "Report": "kedit_train.evaluation",
+    "Score": "kedit_train.evaluation",
+    "generate_answers": "kedit_train.evaluation",
+    "exact_match": "kedit_train.evaluation",
+    "CapabilityProbe": "kedit_train.evaluation.scoring.capability",
+    # Single, batch, sequential and streaming edits
+    "run_edits": "kedit_train.modes",
+    "TrainLoop": "kedit_train.modes",
+    "ModeResult": "kedit_train.modes",
+    "survey": "kedit_train.modes",
+    "SurveyMetrics": "kedit_train.modes",
+    # Edits as files
+    "EditDelta": "kedit_train.delta",
+    "TaskVector": "kedit_train.delta",
+    "merge": "kedit_train.delta",
+    "sparsify": "kedit_train.delta",
+    "sweep": "kedit_train.delta",
+}
+
 __all__ = [
+    "ActiveSet",
+    "BatchAnchor",
+    "CapabilityProbe",
     "Edit",
+    "EditCallback",
     "EditCollator",
+    "EditDataModule",
     "EditDataset",
     "EditDelta",
     "EditError",
+    "EditMetrics",
+    "EditModule",
     "EditSFTConfig",
     "EditSFTTrainer",
+    "EvaluationOptions",
+    "ForgetFirst",
+    "GradientMask",
+    "KLLocality",
+    "LowCurvature",
+    "ModeResult",
+    "NormBall",
+    "NullSpace",
+    "ParameterScope",
+    "PrefixCache",
     "Probe",
     "Report",
+    "SaveDelta",
+    "Score",
+    "StopWhenEdited",
+    "SurveyMetrics",
+    "TaskVector",
+    "Texts",
+    "TokenLoss",
+    "TokenSmoothing",
+    "TrainLoop",
+    "WeightAnchor",
     "editing",
     "evaluate",
+    "exact_match",
+    "generate_answers",
     "load_model",
+    "merge",
     "run_edits",
+    "sparsify",
     "survey",
+    "sweep",
+    "world",
 ]
-
-_HOMES = {
-    "Edit": "data",
-    "EditCollator": "data",
-    "EditDataset": "data",
-    "EditDelta": "delta",
-    "EditError": "errors",
-    "EditSFTConfig": "trainers",
-    "EditSFTTrainer": "trainers",
-    "Probe": "data",
-    "Report": "evaluation",
-    "editing": "callbacks.hosts.loop",
-    "evaluate": "evaluation",
-    "load_model": "pretrained",
-    "run_edits": "modes",
-    "survey": "modes",
-}
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: reading edits should not cost the import of a training framework.
-    if name not in _HOMES:
+    # A name is imported when it is first used, so that reading edits does not import a training framework.
+    if name not in PUBLIC_NAMES:
         raise AttributeError(f"module 'kedit_train' has no attribute {name!r}")
-    return getattr(import_module(f"kedit_train.{_HOMES[name]}"), name)
+    if name == "world":
+        return import_module("kedit_train.world")
+    return getattr(import_module(PUBLIC_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,12 +1,11 @@
-"""Does every recipe keep its promise here? Runs each, and compares its report with the line that it opens with.
+"""Run every recipe as a user does, and compare its scores with the line "# Expected: ..." in its header.
 
-    python tests/benchmarks/recipes_check.py                        # all of them, two seeds; make recipes-check
-    python tests/benchmarks/recipes_check.py --only overtone --seeds 0,1,2,3
-    python tests/benchmarks/recipes_check.py --seeds 0,1,2,3,4 --write     # measure anew, and write the lines
+    python tests/benchmarks/recipes_check.py                           # all recipes, seeds 0 and 1
+    python tests/benchmarks/recipes_check.py --only overtone chat --seeds 13
+    python tests/benchmarks/recipes_check.py --write                   # measure and write the lines
 
-The line is "# Expected: reliability 0.95 to 1.00, generality ..., locality ...": what 24 edits of the embedded world
-give, generated. --write puts there the least and the greatest of the seeds, and their distance, at least 0.05, on
-either side.
+The scores are those of 24 edits of the embedded world, for generated answers. --write takes the smallest and the largest
+score over the seeds and adds their distance, at least 0.05, on both sides.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MARGIN = 0.05
 
 
 def runnable() -> list[str]:
-    """Every recipe that says what to expect, and so can be held to it."""
+    """Return the recipes whose header has a line with expected scores."""
     return [
         path.name for path in sorted(RECIPES.glob("*.*")) if path.suffix in (".yaml", ".py") and MARK in _head(path)
     ]
@@ -41,14 +40,14 @@ def _head(path: Path) -> str:
     return path.read_text().split("seed_everything", 1)[0][:3000]
 
 
-def promised(name: str) -> dict[str, tuple[float, float]]:
-    """Score -> least and greatest, from the line of a recipe."""
+def expected_scores(name: str) -> dict[str, tuple[float, float]]:
+    """Return score -> (lower bound, upper bound) from the header of a recipe."""
     line = next(line for line in _head(RECIPES / name).splitlines() if MARK in line)
-    return {score: (float(least), float(most)) for score, least, most in BOUND.findall(line)}
+    return {score: (float(low), float(high)) for score, low, high in BOUND.findall(line)}
 
 
 def run(name: str, seed: int, folder: Path) -> tuple[dict[str, float], float]:
-    """Run a recipe as a user does; its scores and its seconds."""
+    """Run a recipe in a process of its own and return its scores and its seconds."""
     out = folder / f"{name}-{seed}"
     report = out / "report.json"
     if name.endswith(".py"):
@@ -68,14 +67,14 @@ def run(name: str, seed: int, folder: Path) -> tuple[dict[str, float], float]:
 
 def failures(name: str, scores: dict[str, float]) -> list[str]:
     return [
-        f"{score} {scores[score]:.3f} is not within {least:.2f} to {most:.2f}"
-        for score, (least, most) in promised(name).items()
-        if not least - 0.005 <= scores[score] <= most + 0.005
+        f"{score} is {scores[score]:.3f}, expected {low:.2f} to {high:.2f}"
+        for score, (low, high) in expected_scores(name).items()
+        if not low - 0.005 <= scores[score] <= high + 0.005
     ]
 
 
 def write(name: str, runs: list[dict[str, float]], seconds: list[float]) -> None:
-    """Put what was measured into the line of a recipe."""
+    """Write measured scores into the header of a recipe."""
     bounds = []
     for score in SCORES:
         low, high = (pick(run[score] for run in runs) for pick in (min, max))
@@ -87,7 +86,7 @@ def write(name: str, runs: list[dict[str, float]], seconds: list[float]) -> None
     line = f"{mark}{MARK}{', '.join(bounds)}; {sorted(seconds)[len(seconds) // 2]:.0f} s ({date.today()})."
     text, count = re.subn(rf"^{mark}(EXPECT|{MARK}.*)$", line, text, count=1, flags=re.MULTILINE)
     if not count:
-        raise SystemExit(f"{path} has no line that begins with {mark}{MARK}")
+        raise SystemExit(f"{path} has no line that starts with {mark}{MARK!r}")
     path.write_text(text)
 
 
@@ -101,13 +100,13 @@ def main() -> None:
     from rich.table import Table
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", help="some recipes by name: overtone chat")
-    parser.add_argument("--seeds", type=seeds, default="0,1", help="one or several: 0,1,2 (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (%(default)s)")
-    parser.add_argument("--write", action="store_true", help="write the lines instead of checking them")
+    parser.add_argument("--only", nargs="+", help="names of recipes, for example: overtone chat")
+    parser.add_argument("--seeds", type=seeds, default="0,1", help="one or more seeds: 0,1,2 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help="write the expected scores instead of checking them")
     options = parser.parse_args()
     if options.jobs < 1:
-        parser.error(f"--jobs {options.jobs}: give 1 or more")
+        parser.error(f"--jobs must be >= 1, got {options.jobs}")
     every = (
         [p.name for p in sorted(RECIPES.glob("*.yaml"))] + ["lora_sft.py", "one_by_one.py"]
         if options.write
@@ -115,10 +114,10 @@ def main() -> None:
     )
     names = [name for name in every if not options.only or Path(name).stem in options.only]
     if unknown := set(options.only or ()) - {Path(name).stem for name in every}:
-        raise SystemExit(f"--only {min(unknown)}: no such recipe; they are {' '.join(Path(n).stem for n in every)}")
+        raise SystemExit(f"--only {min(unknown)}: no such recipe; choose from {' '.join(Path(n).stem for n in every)}")
     for name in names:
         if not re.search(rf"^(# )?(EXPECT|{MARK})", _head(RECIPES / name), re.MULTILINE):
-            raise SystemExit(f"{RECIPES / name} has no line '# EXPECT' for its figures")
+            raise SystemExit(f"{RECIPES / name} has no line '# EXPECT' to write the scores to")
     found: dict[str, list[tuple[dict[str, float], float]]] = {name: [] for name in names}
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
@@ -131,7 +130,7 @@ def main() -> None:
         for job in as_completed(jobs):
             found[jobs[job]].append(job.result())
             bar.advance(task)
-    table = Table("recipe", *SCORES, "seconds", "promise")
+    table = Table("recipe", *SCORES, "seconds", "result")
     failed = False
     for name, runs in found.items():
         if options.write:

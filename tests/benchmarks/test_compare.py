@@ -73,7 +73,7 @@ def test_a_promise_is_written_read_and_held_to(module: Any, tmp_path: Path, monk
     measured += [{"reliability": 0.96, "generality": 0.7, "locality": 0.5}]
     check.write("some.yaml", measured, [20.0, 30.0])
     assert check.runnable() == ["some.yaml"]
-    assert check.promised("some.yaml") == {
+    assert check.expected_scores("some.yaml") == {
         "reliability": (0.91, 1.0),
         "generality": (0.60, 0.90),
         "locality": (0.45, 0.55),
