@@ -102,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of recipes, for example: overtone chat")
     parser.add_argument("--seeds", type=seeds, default="0,1", help="one or more seeds: 0,1,2 (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time (default: %(default)s)"
+    )
     parser.add_argument("--write", action="store_true", help="write the expected scores instead of checking them")
     options = parser.parse_args()
     if options.jobs < 1:

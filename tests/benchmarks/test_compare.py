@@ -63,7 +63,9 @@ def test_a_table_omits_constant_columns_and_counts_draws_that_differ(module: Any
     assert "| **one** | 0.50 | 0.90 |" in report.table(rows)
 
 
-def test_a_promise_is_written_read_and_held_to(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expected_scores_are_written_read_and_checked(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check = module("recipes_check")
     monkeypatch.setattr(check, "RECIPES", tmp_path)
     recipe = tmp_path / "some.yaml"
@@ -79,7 +81,7 @@ def test_a_promise_is_written_read_and_held_to(module: Any, tmp_path: Path, monk
         "locality": (0.45, 0.55),
     }
     assert all(check.failures("some.yaml", scores) == [] for scores in measured)
-    assert check.failures("some.yaml", measured[0] | {"locality": 0.4}) == ["locality 0.400 is not within 0.45 to 0.55"]
+    assert check.failures("some.yaml", measured[0] | {"locality": 0.4}) == ["locality is 0.400, expected 0.45 to 0.55"]
     before = recipe.read_text()
     check.write("some.yaml", measured[:1], [20.0])
     assert recipe.read_text() != before
@@ -87,7 +89,7 @@ def test_a_promise_is_written_read_and_held_to(module: Any, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("mode", ["batch", "single", "sequential"])
-def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
+def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> None:
     methods = module("methods")
     setting = methods.embedded()
     model, tokenizer = methods.load(setting.path)
@@ -128,7 +130,7 @@ def test_a_method_is_its_recipe(module: Any, mode: str) -> None:
             assert made["GradientMask"].edits == own
 
 
-def test_the_texts_of_factlm_ask_for_nothing_that_is_scored(module: Any, shared: Path) -> None:
+def test_the_texts_of_factlm_contain_no_evaluation_prompt(module: Any, shared: Path) -> None:
     methods = module("methods")
     setting = methods.factlm()
     edits = setting.edits(100, 1)
