@@ -1,13 +1,13 @@
-"""Every recipe on the same edits: single, a batch of 100, a sequence; three draws; the world and factlm.
+"""Compare all recipes on the same edits: single, in one batch of 100, in sequence; three draws; world and factlm.
 
-    python tests/benchmarks/compare.py                                     # everything, into recipes/README.md
+    python tests/benchmarks/compare.py                                     # everything, into docs/results.md
     python tests/benchmarks/compare.py --model world --recipes ft_m,overtone --modes batch --draws 0
     python tests/benchmarks/compare.py tune --model factlm --recipes ft_m  # learning rates, on held-out edits
-    python tests/benchmarks/compare.py report                              # the table and plots from what was measured
+    python tests/benchmarks/compare.py report                              # write tables and plot from compare.jsonl
 
-A recipe runs in a process of its own, whose peak memory is read after the batches; --jobs processes side by side.
-Results go to compare.jsonl beside this file as they come, and what is there is not measured again: delete the lines of
-a recipe that has changed, or begin anew with --results FILE (recipes/README.md is then written from that file).
+Each recipe runs in a process of its own, so that its peak memory can be read; --jobs processes run at the same time.
+Results are appended to compare.jsonl as they arrive, and what the file holds is not measured again. Delete the lines of
+a recipe that has changed, or start anew with --results FILE; docs/results.md is then written from that file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from kedit_train.data import Edit
 from kedit_train.errors import EditError
 from kedit_train.modes import run_edits
 
-# mode -> number of edits by model; the embedded world has subjects for no more than 200.
+# Mode -> number of edits per model. The embedded world has no more than 200 subjects.
 EDITS: dict[str, dict[str, int]] = {
     "batch": {"world": 100, "factlm": 100},
     "single": {"world": 30, "factlm": 30},
@@ -47,7 +47,7 @@ RESULTS = Path(__file__).with_name("compare.jsonl")
 
 
 def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given: Sequence[str] = ()) -> dict[str, Any]:
-    """One run: its scores, and what it cost."""
+    """Run one recipe in one mode and return its scores and its cost."""
     model, tokenizer = load(setting.path)
     edits = setting.edits(count, draw)
     own = recipe.load(name, *usual(name, mode), *given)
@@ -67,7 +67,7 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
     result = run_edits(model, tokenizer, edits, how, train=timed, checkpoints=(), **options)
     report = result.checkpoints[-1].report
     found: dict[str, Any] = {name: report.metrics[name]["generated"].value for name in SCORES}
-    # How often a rephrasing still finds the old answer likelier than the new one.
+    # Share of rephrased prompts where the old answer is more likely than the new one.
     found["resurgence"] = report.metrics["resurgence"]["prefers_old"]["rephrase"].value
     found["drift"] = None if mode == "single" else drift(model, load(setting.path)[0])
     found["perplexity"] = report.metrics["perplexity"].value
@@ -77,7 +77,7 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
 
 
 def drift(model: nn.Module, base: nn.Module) -> float:
-    """Norm of the change over the norm of the matrices that changed."""
+    """Return the norm of the change divided by the norm of the matrices that changed."""
     pairs = [(a.detach(), b.detach()) for a, b in zip(model.parameters(), base.parameters(), strict=True)]
     moved = [(a - b, b) for a, b in pairs if not torch.equal(a, b)]
     changed, before = (sum(float(x.square().sum()) for x in each) ** 0.5 for each in zip(*moved, strict=True))
@@ -85,7 +85,7 @@ def drift(model: nn.Module, base: nn.Module) -> float:
 
 
 def cell(options: argparse.Namespace) -> None:
-    """A recipe's runs on one model; a line of JSON for each."""
+    """Run one recipe on one model and print one line of JSON per run."""
     torch.set_num_threads(1)
     setting = SETTINGS[options.model]()
     load(setting.path)
@@ -108,7 +108,7 @@ def done(results: Path) -> list[dict[str, Any]]:
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str], list[int]]]:
-    """What is still to be measured: model, recipe, modes and draws."""
+    """Yield what is not measured yet: model, recipe, modes and draws."""
     have = {(r["model"], r["recipe"], r["mode"], r["draw"]) for r in done(options.results)}
     for model in options.models:
         for name in options.recipes:
