@@ -1,0 +1,49 @@
+"""Write docs/api.md from the list of public names and the first lines of their docstrings.
+
+python docs/write_api_page.py
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import kedit_train
+
+PAGE = Path(__file__).resolve().parent / "api.md"
+SECTIONS = {
+    "Edits and models": ["Edit", "Probe", "EditDataset", "EditCollator", "EditError", "load_model", "world"],
+    "Callbacks": [
+        "EditCallback", "ParameterScope", "GradientMask", "TokenLoss", "TokenSmoothing", "ForgetFirst", "KLLocality",
+        "BatchAnchor", "Texts", "NormBall", "WeightAnchor", "NullSpace", "LowCurvature", "EditMetrics", "StopWhenEdited",
+        "SaveDelta", "PrefixCache", "ActiveSet", "editing",
+    ],
+    "Trainers and modules": ["EditSFTTrainer", "EditSFTConfig", "EditModule", "EditDataModule"],
+    "Evaluation": [
+        "evaluate", "EvaluationOptions", "Report", "Score", "generate_answers", "exact_match", "CapabilityProbe",
+    ],
+    "Single, batch, sequential and streaming edits": [
+        "run_edits", "TrainLoop", "ModeResult", "survey", "SurveyMetrics",
+    ],
+    "Edits as files": ["EditDelta", "TaskVector", "merge", "sparsify", "sweep"],
+}  # fmt: skip
+INTRODUCTION = """# Public names
+
+Every name on this page can be imported from `kedit_train`. `help(name)` shows its arguments, errors, references and an
+example. Everything else in the package is internal and may change in any release.
+"""
+
+
+def render() -> str:
+    """Return the page as Markdown."""
+    parts = [INTRODUCTION]
+    for title, names in SECTIONS.items():
+        rows = [
+            f"| `{name}` | {(inspect.getdoc(getattr(kedit_train, name)) or '').splitlines()[0]} |" for name in names
+        ]
+        parts.append("\n".join([f"## {title}\n", "| name | what it is |", "|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
