@@ -15,8 +15,8 @@ SECTIONS = {
     "Edits and models": ["Edit", "Probe", "EditDataset", "EditCollator", "EditError", "load_model", "world"],
     "Callbacks": [
         "EditCallback", "ParameterScope", "GradientMask", "TokenLoss", "TokenSmoothing", "ForgetFirst", "KLLocality",
-        "BatchAnchor", "Texts", "NormBall", "WeightAnchor", "NullSpace", "LowCurvature", "EditMetrics", "StopWhenEdited",
-        "SaveDelta", "PrefixCache", "ActiveSet", "editing",
+        "BatchAnchor", "Texts", "NormBall", "WeightAnchor", "NullSpace", "LowCurvature", "EditMetrics",
+        "StopWhenEdited", "SaveDelta", "PrefixCache", "ActiveSet", "editing",
     ],
     "Trainers and modules": ["EditSFTTrainer", "EditSFTConfig", "EditModule", "EditDataModule"],
     "Evaluation": [
