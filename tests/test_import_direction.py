@@ -77,3 +77,19 @@ def test_an_added_circle_and_an_added_upward_import_are_found():
     graph["kedit_train.errors"].add("kedit_train.core.run")
     assert any("kedit_train.errors imports kedit_train.core.run" in line for line in upward(graph))
     assert any({"kedit_train.errors", "kedit_train.core.run"} <= set(group) for group in circles(graph))
+
+
+def test_no_callback_reads_a_private_attribute_of_the_run_or_imports_another_callback():
+    wrong = []
+    for path in (PACKAGE / "callbacks").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                private = node.attr.startswith("_") and not node.attr.startswith("__")
+                if private and node.value.id in ("run", "head", "host"):
+                    wrong.append(f"{path.name}: {node.value.id}.{node.attr}")
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kedit_train.callbacks."):
+                base_or_host = node.module in ("kedit_train.callbacks.base", "kedit_train.callbacks.hosts.loop")
+                subclass = path.name == "token_smoothing.py" and node.module == "kedit_train.callbacks.token_loss"
+                if path.name not in ("__init__.py", "base.py") and not (base_or_host or subclass):
+                    wrong.append(f"{path.name} imports {node.module}")
+    assert wrong == []
