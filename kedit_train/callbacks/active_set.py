@@ -56,7 +56,7 @@ class ActiveSet(EditCallback):
 
     # After the token loss, which creates the loss head.
     order = 25
-    single = "ActiveSet works on all edits; remove one of the two"
+    duplicate_hint = "ActiveSet works on all edits; remove one of the two"
 
     def __init__(self, recheck: int = 4, *, probability: float | None = None) -> None:
         check_arguments(self, recheck=(recheck, integer_from(1)), probability=(probability, optional(within("(0, 1)"))))
@@ -74,7 +74,7 @@ class ActiveSet(EditCallback):
         return (Requirement(("batch_anchor",), message),)
 
     def prepare(self, run: EditRun) -> None:
-        run.causal()
+        run.causal_model()
 
     def attach(self, run: EditRun) -> None:
         self._examples = run.loss_head().filter = ActiveExamples(self.recheck, self.probability)

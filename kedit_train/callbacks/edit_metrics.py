@@ -66,7 +66,7 @@ class EditMetrics(EditCallback):
 
     order = 60
 
-    single = "give one of them all the edits"
+    duplicate_hint = "give one of them all the edits"
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class EditMetrics(EditCallback):
         return {f"edit/{name}" for name in (*names, *(("locality_kl",) if "kl" in self.extras else ()))}
 
     def prepare(self, run: EditRun) -> None:
-        run.causal()
+        run.causal_model()
         edits = run.host.edits() if self.edits is None else self.edits
         if edits is None:
             raise EditError(
@@ -132,7 +132,7 @@ class EditMetrics(EditCallback):
         edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
         longest = context_length(run.model.config)
         edits.encode(self._tokenizer, max_length=longest, prompt_format=self.prompt_format)
-        with run.unedited():
+        with run.reference_model():
             self.unedited = self._whole(self._evaluate(run, limit=None, before=None))
         self._positions = list(logged.positions("unedited", self.unedited))
         self._began = time.perf_counter()
@@ -154,7 +154,7 @@ class EditMetrics(EditCallback):
             return
         self._look(run)
 
-    def evaluated(self, run: EditRun) -> dict[str, float]:
+    def evaluation_metrics(self, run: EditRun) -> dict[str, float]:
         if self._looked_at != run.step:
             self._look(run)
         return self._scores

@@ -73,7 +73,7 @@ class ForgetFirst(EditCallback):
 
     # Last: whatever the others take from the unedited model when they start, they have taken by then.
     order = 99
-    single = "give one of them all the edits"
+    duplicate_hint = "give one of them all the edits"
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class ForgetFirst(EditCallback):
         self.taken = 0
 
     def prepare(self, run: EditRun) -> None:
-        run.causal()
+        run.causal_model()
         if hasattr(run.model, "peft_config"):
             raise EditError(
                 "ForgetFirst subtracts from weights, and an adapter's factors multiply: forget without adapters first "
@@ -257,7 +257,7 @@ def _subtract(run: EditRun, base: Mapping[str, Tensor], difference: Mapping[str,
     write(run.scope, {name: value - factor * difference[name] for name, value in base.items()})
     # Nothing has been stepped: what is done once a step (an anchor's pull) is left out.
     run.steps.learning_rates = {}
-    run.steps.constrain()
+    run.steps.apply_constraints()
 
 
 def _norm(values: Mapping[str, Tensor]) -> float:

@@ -90,7 +90,7 @@ class LowCurvature(EditCallback):
 
     order = 40
     constrains = True
-    single = "a second projection undoes part of the first: give one LowCurvature all texts."
+    duplicate_hint = "a second projection undoes part of the first: give one LowCurvature all texts."
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class LowCurvature(EditCallback):
         self._model: weakref.ref[nn.Module] | None = None
 
     def prepare(self, run: EditRun) -> None:
-        run.causal()
+        run.causal_model()
         self.texts.check()
 
     def attach(self, run: EditRun) -> None:
@@ -183,7 +183,7 @@ class LowCurvature(EditCallback):
         sequences = self.texts.tokenize(run, limit=self.limit)
         if self.factors_path is None:
             return self._compute_factors(run, layers, sequences, unedited=True)
-        with run.unedited():
+        with run.reference_model():
             model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
         weights = {name: run.scope[name] for name in layers}
         stored = load_factors(self.factors_path, weights, model, sequences, self.texts.seed)

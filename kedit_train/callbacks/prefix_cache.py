@@ -71,7 +71,7 @@ class PrefixCache(EditCallback):
 
     # Its penalty runs before those of other callbacks, because it serves their forward passes.
     order = 10
-    single = "one cache serves every batch: keep one"
+    duplicate_hint = "one cache serves every batch: keep one"
 
     def __init__(
         self, memory_limit: int | str = "1GB", *, cache_dir: str | Path | None = None, recheck: int = 100

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.fsdp import placed_like, reshard, whole
+from kedit_train.core.fsdp import full_tensor, reshard, shard_like
 from kedit_train.core.output_head import evaluation_mode
-from kedit_train.core.reference_weights import holding, snapshot
+from kedit_train.core.reference_weights import snapshot, temporary_values
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
@@ -84,7 +84,7 @@ class SaveDelta(EditCallback):
         weights_of(run.model)
         self._reference: dict[str, Tensor] = {}
         if not run.reference:
-            with run.unedited():
+            with run.reference_model():
                 self._reference = snapshot(run.scope)
 
     def state(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class SaveDelta(EditCallback):
         if self._best is None or found > self._best:
             self._best, self._step = found, run.step
             reshard(run.root)
-            self._values = {name: whole(p.detach()).cpu().clone() for name, p in run.scope.items()}
+            self._values = {name: full_tensor(p.detach()).cpu().clone() for name, p in run.scope.items()}
 
     @torch.no_grad()
     def finish(self, run: EditRun) -> None:
@@ -114,10 +114,10 @@ class SaveDelta(EditCallback):
             self._save(run, run.step)
             return
         wider = any(value.dtype != run.scope[name].dtype for name, value in self._values.items())
-        with holding(run.scope, _placed(self._values, run.scope)):
+        with temporary_values(run.scope, _placed(self._values, run.scope)):
             if wider:
                 # Kept in fp32, rounded only now: the constraints have to hold in the model's own dtype as well.
-                run.steps.constrain()
+                run.steps.apply_constraints()
             self._save(run, self._step)
             reshard(run.root)
         self._values = {}
@@ -129,7 +129,7 @@ class SaveDelta(EditCallback):
         touched = [name for name in weights if weights.made_of[name] & scoped]
         after = {name: weights[name].clone() for name in touched}
         edits = self._edits or run.edits or None
-        with holding(run.scope, before):
+        with temporary_values(run.scope, before):
             delta = EditDelta.between(
                 weights,
                 after,
@@ -165,7 +165,7 @@ class SaveDelta(EditCallback):
         after: Mapping[str, Tensor],
         edits: Sequence[Any] | None,
     ) -> str:
-        with holding(run.scope, before):
+        with temporary_values(run.scope, before):
             applied = {name: weights[name].clone() for name in after}
         delta.apply(applied)
         wrong = [name for name, value in after.items() if not same_bits(applied[name], value)]
@@ -176,7 +176,7 @@ class SaveDelta(EditCallback):
             return "its weights equal the trained ones bit for bit"
         live = _logits(run, rows)
         reshard(run.root)
-        with holding(run.scope, before):
+        with temporary_values(run.scope, before):
             delta.apply(run.model)
             reproduced = _logits(run, rows)
             reshard(run.root)
@@ -201,7 +201,7 @@ class SaveDelta(EditCallback):
 
 
 def _placed(values: Mapping[str, Tensor], scope: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {n: placed_like(value.to(scope[n].device, scope[n].dtype), scope[n]) for n, value in values.items()}
+    return {n: shard_like(value.to(scope[n].device, scope[n].dtype), scope[n]) for n, value in values.items()}
 
 
 def _logits(run: EditRun, rows: Sequence[Tensor]) -> list[Tensor]:

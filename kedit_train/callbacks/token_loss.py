@@ -140,7 +140,7 @@ class TokenLoss(EditCallback):
     def prepare(self, run: EditRun) -> None:
         if run.language_model is None:
             run.head()
-        reason = run.host.objective_refused()
+        reason = run.host.loss_unsupported_reason()
         if reason:
             raise EditError(f"the loss of this {run.host.name} run cannot be replaced: {reason}")
 

@@ -13,7 +13,7 @@ from kedit_train.arguments import at_least, check_arguments, integer_from, one_o
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.anchor_weights import Anchor, AnchorWeights
 from kedit_train.core.drift.fisher import diagonal_fisher, next_token_examples
-from kedit_train.core.fsdp import whole
+from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -117,7 +117,7 @@ class WeightAnchor(EditCallback):
         self.decoupled = kind == "l2sp" if decoupled is None else decoupled
         self.anchor: Anchor = anchor
         self.limit = limit
-        self.penalises = not self.decoupled
+        self.penalizes = not self.decoupled
         self._run: EditRun | None = None
         self._anchors = AnchorWeights(anchor)
         self._fisher: dict[str, Tensor] = {}
@@ -194,7 +194,7 @@ class WeightAnchor(EditCallback):
             square = (wide(parameter) - wide(self._anchors[name])).square()
             if self.kind == "ewc":
                 square = self._fisher[name].to(square.device) * square
-            terms.append(whole(square.sum()))
+            terms.append(full_tensor(square.sum()))
         # The layers of a model may be on several devices.
         return 0.5 * self.strength * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 

@@ -1,4 +1,4 @@
-"""Models that DistributedDataParallel (DDP) replicates: whether it waits for gradients that will never come."""
+"""A check for DistributedDataParallel (DDP): whether it waits for gradients of parameters that were frozen later."""
 
 from __future__ import annotations
 
@@ -11,43 +11,41 @@ from kedit_train.core.processes import is_distributed
 from kedit_train.errors import EditError
 
 
-def watch_replicas(model: nn.Module) -> list[Any]:
-    """Refuse, at the first forward pass, parameters that were frozen after DDP had wrapped the model.
+def check_ddp_at_first_forward(model: nn.Module) -> list[Any]:
+    """Raise an error at the first forward pass if parameters were frozen after DDP had wrapped the model.
 
-    DDP waits for a gradient of every parameter that was trainable then, so its second forward pass would fail with an
-    error about unused outputs. Where it looks for unused parameters, freezing late does no harm.
+    DDP waits for a gradient of every parameter that was trainable when it wrapped the model, so its second forward
+    pass would fail with an error about unused parameters. With ``find_unused_parameters=True`` it does not wait.
 
     Args:
-        model: what DDP calls, directly or in a module around it; or the wrapper itself.
+        model: the module that DDP calls, directly or inside another module, or the DDP wrapper itself.
 
     Returns:
-        Handles of the hooks, each with ``remove()``; none for a single process.
+        The handles of the hooks, each with ``remove()``; an empty list for a single process.
     """
-    if not is_distributed():
-        return []
-    return [model.register_forward_pre_hook(_Check())]
+    return [model.register_forward_pre_hook(_FirstForwardCheck())] if is_distributed() else []
 
 
-class _Check:
-    """Looks until it has seen the wrapper, which a model knows only while that calls it."""
+class _FirstForwardCheck:
+    """Check once. A wrapped model can find its DDP wrapper only while the wrapper calls it."""
 
-    seen = False
+    done = False
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self.seen:
+        if self.done:
             return
         active: Any = DistributedDataParallel._active_ddp_module
         wrapper: Any = module if isinstance(module, DistributedDataParallel) else active
         if wrapper is None:
             return
-        self.seen = True
+        self.done = True
         if wrapper.find_unused_parameters or wrapper.static_graph:
             return
-        # Its own list of parameters holds frozen ones as well; what it waits for is known by number only.
+        # DDP's own list of parameters contains frozen ones as well; of the awaited ones only the number is known.
         awaited = wrapper._get_ddp_logging_data()["num_parameter_tensors"]
         if awaited > sum(p.requires_grad for p in wrapper._module_parameters):
             raise EditError(
-                "DistributedDataParallel had wrapped the model before the edit froze what is out of scope, and waits "
-                "for its gradients; begin the edit first (callbacks= of the trainer, editing() before fabric.setup or "
-                "DDP), or set find_unused_parameters=True"
+                "DistributedDataParallel wrapped the model before the edit froze the parameters outside of the scope, "
+                "and waits for their gradients; start the edit first (callbacks= of the trainer, or editing() before "
+                "fabric.setup or DDP), or set find_unused_parameters=True."
             )

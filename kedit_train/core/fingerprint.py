@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.core.fsdp import whole
+from kedit_train.core.fsdp import full_tensor
 
 # Of a configuration, what says where a model came from or how it generates, not what its forward pass computes.
 _BESIDE = ("_name_or_path", "base_model_name_or_path", "transformers_version", "dtype", "use_cache", "inference_mode")
@@ -31,7 +31,9 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
     digest.update(f"{type(model).__name__} {_configuration(model)}".encode())
     tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name in sorted(tensors):
-        value = whole(tensors[name].detach()).to("cpu", (dtypes or {}).get(name, tensors[name].dtype)).contiguous()
+        value = (
+            full_tensor(tensors[name].detach()).to("cpu", (dtypes or {}).get(name, tensors[name].dtype)).contiguous()
+        )
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The model before the edit, at the price of the scoped tensors alone."""
+"""The reference values of the scoped parameters: copy them, write them back, and use them for a while."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copy parameters as they are, on their devices and in their dtypes."""
+    """Copy the parameters, on their devices and in their dtypes."""
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
 @torch.no_grad()
 def write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Write values back in place, bit for bit."""
+    """Write values into the parameters in place, bit for bit."""
     for name, value in values.items():
         parameters[name].copy_(value)
 
 
 @contextmanager
-def holding(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the parameters have these values within, and their own, bit for bit, afterwards."""
+def temporary_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give the parameters other values inside the block, and restore their own afterwards, bit for bit."""
     own = snapshot({name: parameters[name] for name in values})
     write(parameters, values)
     try:

@@ -1,23 +1,20 @@
-"""What a checkpoint holds of an edit, and how a resumed run takes it up."""
+"""What a checkpoint stores about an edit, and how a resumed run restores it."""
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kedit_train.core.fsdp import placed_like, whole
-from kedit_train.errors import EditError
-
-if TYPE_CHECKING:
-    from kedit_train.core.run import EditRun
+from kedit_train.core.fsdp import full_tensor, shard_like
+from kedit_train.core.state import RunState
+from kedit_train.errors import EditError, warn
 
 
-def state_of(run: EditRun) -> dict[str, Any]:
-    """What a checkpoint has to hold for the edit to go on as if it had not been interrupted."""
-    callbacks = {name: callback.state() for name, callback in _named(run).items()}
-    reference = {name: whole(value) for name, value in run.reference.items()}
-    settings = {name: repr(callback) for name, callback in _named(run).items()}
-    binding = [name for name, callback in _named(run).items() if binds(callback)]
+def checkpoint_state(run: RunState) -> dict[str, Any]:
+    """Return what a checkpoint must contain so that a resumed run continues as if it had not been interrupted."""
+    callbacks = {name: callback.state() for name, callback in _named_callbacks(run).items()}
+    reference = {name: full_tensor(value) for name, value in run.reference.items()}
+    settings = {name: repr(callback) for name, callback in _named_callbacks(run).items()}
+    binding = [name for name, callback in _named_callbacks(run).items() if changes_training(callback)]
     return {
         "step": run.step,
         "reference": reference,
@@ -27,48 +24,60 @@ def state_of(run: EditRun) -> dict[str, Any]:
     }
 
 
-def binds(callback: Any) -> bool:
-    """Whether the edit would be another one without this callback."""
-    return callback.constrains or callback.penalises or callback.skips
+def changes_training(callback: Any) -> bool:
+    """Return whether the trained weights depend on this callback."""
+    return callback.constrains or callback.penalizes or callback.skips
 
 
-def restore(run: EditRun, state: dict[str, Any] | None) -> dict[Any, dict[str, Any]]:
-    """Take up the step and the reference of a checkpoint, and return what its callbacks had saved.
+def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, Any]]:
+    """Restore the step and the reference values from a checkpoint.
+
+    Args:
+        run: the run that starts.
+        state: what :func:`checkpoint_state` returned for the checkpoint; None if there was nothing.
+
+    Returns:
+        callback -> what its ``state()`` had returned, for those that had saved something.
 
     Raises:
-        EditError: no state, or that of another scope or without one of the callbacks.
+        EditError: there is no state, or it is that of another scope or of other callbacks.
     """
     if state is None:
         raise EditError(
-            "the checkpoint holds no state of this edit, so the weights before it are unknown; resume from one "
-            "written with these callbacks (with transformers in output_dir), or begin anew from the unedited model"
+            "the checkpoint contains no state of this edit, so the weights before the edit are unknown; resume from a "
+            "checkpoint that was written with these callbacks (with transformers in output_dir), or start again from "
+            "the unedited model."
         )
-    # Without ParameterScope nothing has been kept yet: the weights of now are those of the checkpoint.
-    wanted = set(run.reference) or set(run.scope if run.needs_reference else ())
-    if set(state["reference"]) != wanted:
+    # Without ParameterScope no copy exists yet; the current weights are those of the checkpoint.
+    expected = set(run.reference) or set(run.scope if run.needs_reference else ())
+    if set(state["reference"]) != expected:
         raise EditError(
-            f"the checkpoint was written with another scope ({len(state['reference'])} tensors, now "
-            f"{len(wanted)}); resume with the same ParameterScope"
+            f"the checkpoint was written with another scope ({len(state['reference'])} tensors, now {len(expected)}); "
+            "resume with the same ParameterScope."
         )
-    named = _named(run)
-    missing = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
-    if missing:
-        raise EditError(f"the checkpoint was written without {', '.join(missing)}; resume with the same callbacks")
-    gone = [state["settings"][name] for name in state["binding"] if name not in named]
-    if gone:
-        raise EditError(f"the checkpoint was written with {', '.join(gone)} as well; resume with the same callbacks")
+    named = _named_callbacks(run)
+    added = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
+    if added:
+        raise EditError(f"the checkpoint was written without {', '.join(added)}; resume with the same callbacks.")
+    removed = [state["settings"][name] for name in state["binding"] if name not in named]
+    if removed:
+        raise EditError(
+            f"the checkpoint was written with {', '.join(removed)}, which is missing now; resume with the same "
+            "callbacks."
+        )
     for name in state["binding"]:
-        then, now = state["settings"][name], repr(named[name])
-        if then != now:
-            warnings.warn(f"resumed with {now} where the checkpoint was written with {then}", stacklevel=2)
-    # Never what the model held when the run was set up: it may have been loaded from the checkpoint itself.
+        saved, current = state["settings"][name], repr(named[name])
+        if saved != current:
+            warn(f"resumed with {current}, but the checkpoint was written with {saved}.")
+    # Not the values from the set-up of this run: the model may have been loaded from the checkpoint itself.
     for name, value in state["reference"].items():
         parameter = run.scope[name]
-        run.reference[name] = placed_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)
-    run.steps.count = state["step"]
+        run.reference[name] = shard_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)
+    run.step = state["step"]
     return {callback: state["callbacks"][name] for name, callback in named.items() if name in state["callbacks"]}
 
 
-def _named(run: EditRun) -> dict[str, Any]:
+def _named_callbacks(run: RunState) -> dict[str, Any]:
+    """Return the callbacks by class name and number, for example ``"NormBall.0"`` and ``"NormBall.1"``."""
     names = [type(callback).__name__ for callback in run.callbacks]
     return {f"{name}.{names[:i].count(name)}": c for i, (name, c) in enumerate(zip(names, run.callbacks, strict=True))}

@@ -1,179 +1,192 @@
-"""What an edit does around every optimizer step: announced before it, penalised once, constrained after it."""
+"""What a run does around every optimizer step: add penalties before it, restore constraints after it."""
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from kedit_train.core.fsdp import check_gradients, whole
-from kedit_train.errors import EditError, reported_by
-
-if TYPE_CHECKING:
-    from kedit_train.core.run import EditRun
+from kedit_train.core.fsdp import check_gradients, full_tensor
+from kedit_train.core.state import RunState
+from kedit_train.errors import EditError, reported_by, warn
 
 
 class OptimizerSteps:
-    """Follows the optimizers that step a run's scope, through torch's own hooks, whatever wraps them.
+    """Follow the optimizers that update the scope, through torch's global optimizer hooks.
+
+    The hooks work under any wrapper (accelerate, Fabric, DDP) and for any optimizer that calls them.
+
+    Args:
+        run: the run whose scope is followed.
+        release: closes the run; called if another loop trains the model without announcing its steps.
 
     Attributes:
-        count: optimizer steps taken.
-        learning_rates: name -> the learning rate (None where the optimizer has none of its own) with which a scoped
-            parameter has just been stepped; without those that were passed over for want of a gradient.
+        learning_rates: name -> learning rate of the last step, for the scoped parameters that had a gradient. None for
+            an optimizer without a learning rate.
     """
 
-    def __init__(self, run: EditRun) -> None:
-        self.run = run
-        self.count = 0
+    def __init__(self, run: RunState, release: Callable[[], None]) -> None:
+        self.run, self._release = run, release
         self.learning_rates: dict[str, float | None] = {}
-        self._penalised: bool | None = None
+        # None until the step is announced; then whether any callback returned a penalty.
+        self._penalized: bool | None = None
+        # The version counter of each scoped parameter after the last step.
         self._versions: list[int] = []
-        self._steppers: set[int] = set()
-        # From the beginning, so that a loop that never reaches the run is noticed; weakly, so that they keep no model.
+        # The ids of the optimizers that have stepped since the last announcement.
+        self._stepped_optimizers: set[int] = set()
+        # Registered from the start, so that a loop that never announces a step is noticed. The references are weak, so
+        # that the global hooks do not keep the model in memory.
         self._handles: list[Any] = [
-            register_optimizer_step_pre_hook(_weakly(self._before)),
-            register_optimizer_step_post_hook(_weakly(self._after)),
+            register_optimizer_step_pre_hook(_weak_hook(self._pre_hook)),
+            register_optimizer_step_post_hook(_weak_hook(self._post_hook)),
         ]
 
     def remove(self) -> None:
-        """Let the optimizers go."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
     def begin(self) -> None:
-        """A new optimizer step begins, whatever became of the last one (a gradient scaler may have left it out)."""
-        self._penalised = None
+        """Begin a new optimizer step, even if the last one was not taken (a gradient scaler may skip it)."""
+        self._penalized = None
 
     def penalty(self) -> Tensor | None:
-        """The sum of the callbacks' penalties, on the first call for an optimizer step; None afterwards."""
-        if self._penalised is not None:
+        """Announce an optimizer step and return the sum of the callbacks' penalties.
+
+        Returns:
+            A scalar, or None if there is no penalty or the step has been announced before.
+        """
+        if self._penalized is not None:
             return None
-        self._steppers.clear()
+        self._stepped_optimizers.clear()
         run = self.run
-        if any(not run.has_attached(callback) for callback in run.callbacks):
-            late = next(callback for callback in run.callbacks if not run.has_attached(callback))
-            raise EditError(f"{late!r} joined when training had begun; name it before training begins")
+        late = next((callback for callback in run.callbacks if not run.has_attached(callback)), None)
+        if late is not None:
+            raise EditError(
+                "it was added after training had begun; add it before training begins.", component=type(late).__name__
+            )
         terms: list[Tensor] = []
         for callback in run.callbacks:
             with reported_by(type(callback).__name__):
                 term = callback.penalty(run)
             if term is not None:
                 terms.append(term)
-        self._penalised = bool(terms)
+        self._penalized = bool(terms)
         return torch.stack(terms).sum() if terms else None
 
-    def before(self, optimizer: Any) -> None:
-        """Gradients are complete: where a callback wants no step and no penalty pulls, take them away.
+    def before_optimizer_step(self, optimizer: Any) -> None:
+        """Check the complete gradients, and delete them if a callback skips this step and no penalty acts on it.
 
-        A parameter without gradient is passed over by every optimizer, its state included; one with a zero gradient is
-        not: momentum and weight decay move it.
+        An optimizer ignores a parameter without gradient and leaves its state alone. With a zero gradient it would
+        still move the parameter, through momentum and weight decay.
         """
         run = self.run
         self._check_announced(optimizer)
         check_gradients(run.scope.values())
-        wrong = run.host.check_gradients() if self._penalised else None
-        if wrong is not None:
-            raise EditError(wrong)
+        error = run.host.gradient_error() if self._penalized else None
+        if error is not None:
+            raise EditError(error)
         skip: list[bool] = []
         for callback in run.callbacks:
             with reported_by(type(callback).__name__):
                 skip.append(callback.skip_step(run))
-        pulls = self._penalised or any(callback.anchors for callback in run.callbacks)
-        if any(skip) and not pulls:
-            for parameter in run.trainable:
+        has_other_terms = self._penalized or any(callback.anchors for callback in run.callbacks)
+        if any(skip) and not has_other_terms:
+            for parameter in run.requires_grad_before:
                 parameter.grad = None
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        """Write back what the callbacks make of the weights, in their order; what did not change is not written."""
+    def apply_constraints(self) -> None:
+        """Let each constraining callback, in order, correct the scoped weights, and write back what changed."""
         run = self.run
         constraining = [c for c in run.callbacks if c.constrains]
         if not constraining:
             return
-        stepped: dict[str, Tensor] = {name: p.detach() for name, p in run.scope.items()}
-        weights = dict(stepped)
+        current: dict[str, Tensor] = {name: p.detach() for name, p in run.scope.items()}
+        weights = dict(current)
         for callback in constraining:
             with reported_by(type(callback).__name__):
                 weights = callback.constrain(weights, run.reference)
         for name, parameter in run.scope.items():
-            # Not by address, which is 0 for every sharded tensor (FSDP2).
-            if weights[name] is not stepped[name]:
+            # Compare objects, not addresses: data_ptr() is 0 for every sharded tensor (FSDP2).
+            if weights[name] is not current[name]:
                 parameter.copy_(weights[name])
 
-    def _check_announced(self, optimizer: Any) -> None:
-        run = self.run
-        penalises = any(callback.penalises for callback in run.callbacks)
-        if run.attached and (self._penalised is not None or not (run.host.announces_steps or penalises)):
-            return
-        if self._steppers and id(optimizer) not in self._steppers:
-            # Another optimizer's part of the step that was announced.
-            return
-        if run.host.releases:
-            run.close()
-        raise EditError(run.host.unannounced())
+    def restore_constraints(self) -> None:
+        """Apply the constraints once more if something other than an optimizer step has written to the scope.
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._ours(optimizer):
-            return
-        # torch hands the optimizer itself over as the first argument.
-        closure = next((a for a in args if a is not optimizer), kwargs.get("closure"))
-        if closure is None:
-            self.before(optimizer)
-        elif not self.run.host.steps_with_closures:
-            # The gradients of now are those of the step before; the closure makes new ones, without the penalties.
-            self._check_announced(optimizer)
-            for callback in self.run.callbacks:
-                if callback.penalises or callback.skips:
-                    raise EditError(
-                        f"{type(callback).__name__} cannot join optimizer.step(closure): the gradients that it needs "
-                        "are made within the step; call backward() first and optimizer.step() without a closure"
-                    )
-
-    @torch.no_grad()
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._ours(optimizer) or _left_out(optimizer):
-            return
-        self.count += 1
-        self._penalised = None
-        self._steppers.add(id(optimizer))
-        self.learning_rates = self._rates(optimizer)
-        self.constrain()
-        self._versions = self._written()
-        self.run.host.stepped(self.run)
-
-    def check_untouched(self) -> None:
-        """Let the constraints hold at the end of training whoever wrote the weights since the last step, and say so.
-
-        Averages of weights, a loaded best checkpoint and optimizers that do not call torch's hooks come to the scope
-        outside of an optimizer's step.
+        Weight averaging, loading the best checkpoint, and optimizers that do not call torch's hooks do so. A warning
+        says if a constraint was broken.
         """
-        if self._versions == self._written():
+        if self._versions == self._current_versions():
             return
         run = self.run
         before = {name: p.detach().clone() for name, p in run.scope.items()}
         self.learning_rates = {}
-        self.constrain()
+        self.apply_constraints()
         moved = [
             name
             for name, p in run.scope.items()
-            if not torch.allclose(whole(p.detach()), whole(before[name]), rtol=1e-5, atol=0.0)
+            if not torch.allclose(full_tensor(p.detach()), full_tensor(before[name]), rtol=1e-5, atol=0.0)
         ]
         if moved:
-            warnings.warn(
-                f"{moved[0]} (and {len(moved) - 1} more) was changed outside of an optimizer step that torch's hooks "
-                "see, and broke the edit's constraints; it has been brought back within them",
-                stacklevel=2,
+            warn(
+                f"{moved[0]} (and {len(moved) - 1} more) was changed outside of the optimizer steps and broke the "
+                "constraints of this edit; the constraints have been applied again."
             )
 
-    def _written(self) -> list[int]:
+    def _check_announced(self, optimizer: Any) -> None:
+        """Raise an error if this optimizer step was not announced and had to be."""
+        run = self.run
+        penalizes = any(callback.penalizes for callback in run.callbacks)
+        if run.has_started and (self._penalized is not None or not (run.host.announces_every_step or penalizes)):
+            return
+        if self._stepped_optimizers and id(optimizer) not in self._stepped_optimizers:
+            # Several optimizers share the step that was announced.
+            return
+        if run.host.releases_model:
+            self._release()
+        raise EditError(run.host.unannounced_step_error())
+
+    def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._updates_scope(optimizer):
+            return
+        # torch passes the optimizer itself as the first argument.
+        closure = next((a for a in args if a is not optimizer), kwargs.get("closure"))
+        if closure is None:
+            self.before_optimizer_step(optimizer)
+        elif not self.run.host.uses_closures:
+            # The gradients that exist now are those of the previous step. The closure will compute new ones.
+            self._check_announced(optimizer)
+            for callback in self.run.callbacks:
+                if callback.penalizes or callback.skips:
+                    raise EditError(
+                        "optimizer.step(closure) computes gradients inside the step, where this callback cannot add "
+                        "to them; call backward() first and optimizer.step() without a closure.",
+                        component=type(callback).__name__,
+                    )
+
+    @torch.no_grad()
+    def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._updates_scope(optimizer) or _skipped_by_scaler(optimizer):
+            return
+        self.run.step += 1
+        self._penalized = None
+        self._stepped_optimizers.add(id(optimizer))
+        self.learning_rates = self._current_learning_rates(optimizer)
+        self.apply_constraints()
+        self._versions = self._current_versions()
+        self.run.host.after_optimizer_step(self.run)
+
+    def _current_versions(self) -> list[int]:
         return [p._version for p in self.run.scope.values()]
 
-    def _rates(self, optimizer: Optimizer) -> dict[str, float | None]:
+    def _current_learning_rates(self, optimizer: Optimizer) -> dict[str, float | None]:
         names = {id(p): name for name, p in self.run.scope.items()}
         return {
             names[id(p)]: None if (rate := group.get("lr")) is None else float(rate)
@@ -182,22 +195,22 @@ class OptimizerSteps:
             if id(p) in names and p.grad is not None
         }
 
-    def _ours(self, optimizer: Optimizer) -> bool:
-        ours = {id(p) for p in self.run.scope.values()}
-        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+    def _updates_scope(self, optimizer: Optimizer) -> bool:
+        in_scope = {id(p) for p in self.run.scope.values()}
+        return any(id(p) in in_scope for group in optimizer.param_groups for p in group["params"])
 
 
-def _left_out(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer has left the step out by itself: a gradient scaler found infinite gradients."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
+def _skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Return whether a fused optimizer has skipped this step because a gradient scaler found infinite gradients."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
-def _weakly(method: Any) -> Any:
-    held = weakref.WeakMethod(method)
+def _weak_hook(method: Any) -> Any:
+    reference = weakref.WeakMethod(method)
 
     def hook(*args: Any) -> None:
-        alive = held()
+        alive = reference()
         if alive is not None:
             alive(*args)
 

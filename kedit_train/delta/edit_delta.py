@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kedit_train.core.fsdp import placed_like, reshard, whole
+from kedit_train.core.fsdp import full_tensor, reshard, shard_like
 from kedit_train.delta import delta_file
 from kedit_train.delta.bitwise import fingerprint_of, tensor_hash
 from kedit_train.delta.checkpoint import patch_checkpoint
@@ -296,9 +296,9 @@ class EditDelta:
         for name, tensor in targets:
             change = self.changes[name]
             value = change.replaced(_on_cpu(tensor), change.after if to == "edited" else change.before)
-            tensor.copy_(placed_like(value.to(tensor.device), tensor))
+            tensor.copy_(shard_like(value.to(tensor.device), tensor))
         return model
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).cpu()
+    return full_tensor(tensor.detach()).cpu()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from kedit_train.core.fsdp import whole
+from kedit_train.core.fsdp import full_tensor
 from kedit_train.errors import EditError
 from kedit_train.safetensors_header import Span, read_header, read_tensor
 
@@ -42,7 +42,7 @@ class Weights(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
-        return whole(self._readers[name]().detach()).cpu()
+        return full_tensor(self._readers[name]().detach()).cpu()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)

@@ -100,7 +100,7 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
         assert equal_bits({n: v for n, v in base.items() if n != NAME}, {
             n: v for n, v in state_of(model).items() if n != NAME
         })  # fmt: skip
-        with run.unedited():
+        with run.reference_model():
             assert equal_bits(state_of(model), base)
         model.eval()
         by_hand = [probability(model, tokenizer, edit) for edit in old()]

@@ -240,7 +240,7 @@ def test_invalid_arguments_are_errors() -> None:
         PrefixCache("much")
     with pytest.raises(EditError, match=r"^PrefixCache: recheck must be an integer >= 0, got -1"):
         PrefixCache(recheck=-1)
-    with pytest.raises(EditError, match="two PrefixCache callbacks on one model"):
+    with pytest.raises(EditError, match="PrefixCache: there are two on this model"):
         train(build(), [scope(), PrefixCache(), PrefixCache()], [batch()])
     with pytest.raises(EditError, match=r"^PrefixCache: cache_dir must be a directory, got the file"):
         train(build(), [scope(), PrefixCache(cache_dir=__file__)], [batch()])

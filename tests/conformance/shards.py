@@ -32,7 +32,7 @@ from kedit_train.callbacks import (
     WeightAnchor,
     editing,
 )
-from kedit_train.core.fsdp import whole
+from kedit_train.core.fsdp import full_tensor
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 
@@ -79,7 +79,7 @@ class Rows(EditCallback):
         ids = torch.arange(3, 11).unsqueeze(0)
         run.model.eval()
         now = run.model(input_ids=ids).logits
-        with run.unedited():
+        with run.reference_model():
             before = run.model(input_ids=ids).logits
         self.answers = {"now": now, "before": before, "again": run.model(input_ids=ids).logits}
 
@@ -137,7 +137,7 @@ def train(
                 loss_of(model, put(batch), own, size).backward()
             optimizer.step()
             optimizer.zero_grad()
-    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    return {name: full_tensor(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def refusal(case: list[Any], style: str, rank: int, size: int, **options: Any) -> str:

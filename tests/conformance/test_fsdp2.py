@@ -104,8 +104,8 @@ def test_the_model_before_the_edit_is_reached_and_left(case: str, style: str, fo
         ("WeightAnchor", "gradients of single texts cannot be taken where parameters are sharded"),
         ("head again", "the output head is sharded again after every forward pass"),
         ("head alone", "the output head is in scope and sharded by itself"),
-        ("half precision, False", "the half-precision scope would be trained in fp32"),
-        ("half precision, True", "the half-precision scope would be trained in fp32"),
+        ("half precision, False", "full_precision=True cannot train a half-precision scope in fp32"),
+        ("half precision, True", "full_precision=True cannot train a half-precision scope in fp32"),
         ("gradients", "no gradient has reached the sharded parameters in scope"),
     ],
 )

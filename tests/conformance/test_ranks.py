@@ -86,10 +86,10 @@ def test_scope_mask_and_ball_are_exact_under_adam(host: str, folder: Path) -> No
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ("fsdp1", "this strategy would void the edit's constraints"),
-        ("the model of DDP", "DistributedDataParallel had wrapped the model before the edit froze"),
-        ("DDP itself", "DistributedDataParallel had wrapped the model before the edit froze"),
-        ("a trainer", "DistributedDataParallel had wrapped the model before the edit froze"),
+        ("fsdp1", "constraints would not hold under this training strategy"),
+        ("the model of DDP", "DistributedDataParallel wrapped the model before the edit froze"),
+        ("DDP itself", "DistributedDataParallel wrapped the model before the edit froze"),
+        ("a trainer", "DistributedDataParallel wrapped the model before the edit froze"),
     ],
 )
 def test_a_strategy_that_would_void_the_edit_is_refused_before_the_first_step(

@@ -37,7 +37,7 @@ def test_sigkill_and_resume_end_where_the_uninterrupted_run_ends(host: str, tmp_
 def test_a_checkpoint_without_the_edits_state_is_refused(tmp_path: Path) -> None:
     resuming.train("Trainer", tmp_path, steps=2)
     (tmp_path / "checkpoint-2" / FILE).unlink()
-    with pytest.raises(EditError, match="the checkpoint holds no state of this edit"):
+    with pytest.raises(EditError, match="the checkpoint contains no state of this edit"):
         resuming.train("Trainer", tmp_path, resume=True)
 
 

@@ -256,10 +256,10 @@ def test_a_trainer_that_knows_of_other_processes_than_there_are_is_refused(
     alone = trainer(model, edits, tokenizer, [scope()])
     # As on a machine of CPUs where use_cpu was left out: each process takes itself for the only one.
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EditError, match=r"2 processes were started and the trainer knows of 1") as refusal:
+    with pytest.raises(EditError, match=r"2 processes were started but the trainer uses 1") as refusal:
         alone.train()
     assert "\n" not in str(refusal.value)
-    with pytest.raises(EditError, match=r"2 processes were started and the trainer has devices=1"):
+    with pytest.raises(EditError, match=r"2 processes were started but the trainer uses 1"):
         HOSTS["Lightning"](world.load()[0], tokenizer, edits, [scope()], 2, devices=1)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

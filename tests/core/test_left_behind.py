@@ -46,7 +46,7 @@ def test_a_plain_trainer_after_an_unfinished_edit_is_told_and_the_model_released
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
             first.train()
-    with pytest.raises(EditError, match="part of an edit that another trainer set up and did not finish"):
+    with pytest.raises(EditError, match="belongs to an edit that another trainer set up and did not finish"):
         trainer(model, []).train()
     assert all(p.requires_grad for p in model.parameters())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -75,7 +75,7 @@ def test_a_loop_that_announces_no_step_is_told() -> None:
     with editing(model, [ParameterScope(layers=2), TokenSmoothing()], tokenizer=tokenizer) as edit:
         optimizer = torch.optim.AdamW(edit.parameters())
         model(**batch).loss.backward()
-        with pytest.raises(EditError, match=r"call edit.before_step\(\) before the forward pass"):
+        with pytest.raises(EditError, match=r"an optimizer stepped without edit.before_step\(\)"):
             optimizer.step()
     assert all(p.requires_grad for p in model.parameters())
 

@@ -15,7 +15,7 @@ X = torch.ones(1, 4)
 class Pull(EditCallback):
     """A penalty whose gradient is 1 everywhere."""
 
-    penalises = True
+    penalizes = True
 
     def penalty(self, run):
         return sum(p.sum() for p in run.scope.values())
@@ -42,7 +42,7 @@ def test_a_callback_that_another_edit_has_taken_ends_the_first():
     ball = NormBall(1e-3)
     with editing(nn.Linear(4, 4), [ball]) as first, editing(nn.Linear(4, 4), [ball]) as second:
         second.before_step()
-        with pytest.raises(EditError, match="one of its callbacks"):
+        with pytest.raises(EditError, match="taken over the model or one of the callbacks"):
             first.before_step()
 
 
@@ -95,7 +95,7 @@ def test_weights_written_past_the_optimizer_are_brought_back_at_the_end():
             with torch.no_grad():
                 model.weight -= 0.1
 
-    with pytest.warns(UserWarning, match="changed outside of an optimizer step"):
+    with pytest.warns(UserWarning, match="changed outside of the optimizer steps"):
         train()
     moved = model.weight.detach().view(torch.int32) != before.view(torch.int32)
     assert int(moved.sum()) == 4
@@ -115,10 +115,10 @@ def test_weights_that_came_back_within_their_constraints_are_left_as_they_are():
 
 
 def test_classes_and_names_in_place_of_objects_are_told():
-    with pytest.raises(EditError, match=r"ParameterScope is a class; give an instance"):  # noqa: SIM117
+    with pytest.raises(EditError, match=r"ParameterScope is a class, but callbacks must be instances"):  # noqa: SIM117
         with editing(nn.Linear(2, 2), [ParameterScope]):
             pass
-    with pytest.raises(EditError, match="takes a loaded model, not 'gpt2'"):  # noqa: SIM117
+    with pytest.raises(EditError, match="model must be a loaded model, got 'gpt2'"):  # noqa: SIM117
         with editing("gpt2", [NormBall(1e-3)]):
             pass
 
@@ -162,5 +162,5 @@ def _saved(model):
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="train for itself"):
+    with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="would train alone"):
         edit.before_step()

@@ -13,7 +13,7 @@ from torch import nn
 
 from kedit_train.callbacks import EditCallback, KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
 from kedit_train.core import EditRun, Host
-from kedit_train.core.reference_weights import holding, snapshot
+from kedit_train.core.reference_weights import snapshot, temporary_values
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
@@ -79,7 +79,7 @@ def test_nothing_is_left_where_a_callback_cannot_be_prepared(tiny, callbacks):
 def test_an_empty_list_of_callbacks_is_refused(tiny):
     with pytest.raises(EditError) as error, editing(tiny("llama"), []):
         pass
-    assert str(error.value) == "editing(): the list of callbacks is empty; nothing would be constrained"
+    assert str(error.value) == "editing: callbacks must not be empty, or nothing would be constrained."
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -193,7 +193,7 @@ def test_unedited_is_the_model_before_and_the_edited_one_comes_back_bitwise(tiny
         step(edit, model, optimizer)
         with torch.no_grad():
             after = model(input_ids=IDS).logits
-            with edit.run.unedited():
+            with edit.run.reference_model():
                 assert torch.equal(model(input_ids=IDS).logits, before)
             assert torch.equal(model(input_ids=IDS).logits, after)
             assert not torch.equal(after, before)
@@ -204,16 +204,16 @@ def test_without_a_scope_the_unedited_model_is_gone_after_a_step(tiny):
     with editing(model, [TokenSmoothing()]) as edit:
         step(edit, model, torch.optim.SGD(edit.parameters(), lr=1.0))
         with pytest.raises(
-            EditError, match=r"^the model before the edit is needed .*; add ParameterScope, which keeps"
+            EditError, match=r"^the reference model is needed, .*; add ParameterScope, which keeps a copy"
         ):
-            edit.run.unedited().__enter__()
+            edit.run.reference_model().__enter__()
 
 
 def test_holding_restores_after_a_failure():
     linear = nn.Linear(3, 3)
     named = dict(linear.named_parameters())
     own = snapshot(named)
-    context = holding(named, {"weight": torch.full((3, 3), 1 / 3)})
+    context = temporary_values(named, {"weight": torch.full((3, 3), 1 / 3)})
     context.__enter__()
     assert (linear.weight == 1 / 3).all()
     assert not context.__exit__(RuntimeError, RuntimeError(), None)
@@ -223,8 +223,8 @@ def test_holding_restores_after_a_failure():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, "X: no tokenizer found; pass tokenizer= (an object, a name or a path)"),
-        ("/no/such/folder", "X: no tokenizer at '/no/such/folder' ("),
+        (None, "no tokenizer found; pass tokenizer= (a tokenizer, a name or a path)."),
+        ("/no/such/folder", "no tokenizer found at '/no/such/folder' ("),
     ],
 )
 def test_no_tokenizer(tiny, name, message):

@@ -20,7 +20,7 @@ from kedit_train.errors import EditError
 
 
 class Pull(EditCallback):
-    penalises = True
+    penalizes = True
 
     def penalty(self, run):
         return next(iter(run.scope.values())).square().sum()
@@ -84,7 +84,10 @@ def test_a_second_one_of_a_kind_that_can_be_there_once_is_refused(kind):
     first.prepare = second_prepare = lambda run: None
     second = kind()
     second.prepare = second_prepare
-    with pytest.raises(EditError, match=f"two {type(first).__name__} callbacks"), editing(model, [first, second]):
+    with (
+        pytest.raises(EditError, match=f"{type(first).__name__}: there are two on this model"),
+        editing(model, [first, second]),
+    ):
         pass
     assert not hasattr(model, "_kedit_run")
 

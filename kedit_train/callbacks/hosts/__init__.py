@@ -1,1 +1,1 @@
-"""When things happen: one translation per training loop, from its events to the lifecycle of an edit."""
+"""One file per kind of training loop: translate its events to the lifecycle of an edit."""

@@ -1,4 +1,4 @@
-"""``lightning.pytorch.Trainer``: which of its events is which moment of an edit."""
+"""The host for ``lightning.pytorch.Trainer``: translate its events to the lifecycle of an edit."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import WandbLogger
@@ -19,32 +20,45 @@ from kedit_train.errors import EditError
 
 
 class LightningHost(Host):
-    """A Lightning trainer and the module that it fits."""
+    """A Lightning trainer and the module that it fits.
+
+    Args:
+        trainer: the ``lightning.pytorch.Trainer``.
+        module: its LightningModule.
+
+    Attributes:
+        last_step: the optimizer step after which the callbacks were last called.
+        checkpoint_state: what the checkpoint that the trainer resumed from contains about the edit; None if the
+            trainer did not resume.
+    """
 
     name = "lightning"
-    # Through the loss of a backward pass, so not where a module steps without one.
-    announces_steps = False
-    releases = False
-    # Automatic optimization; on_before_optimizer_step comes from within.
-    steps_with_closures = True
-
-    def unannounced(self) -> str:
-        return "an optimizer step without self.manual_backward(loss): the edit's penalties join the loss there; call it"
+    # A step is announced by its backward pass. A module that optimizes manually may step without one.
+    announces_every_step = False
+    releases_model = False
+    # Automatic optimization passes a closure, inside which it calls on_before_optimizer_step.
+    uses_closures = True
 
     def __init__(self, trainer: Any, module: Any) -> None:
         super().__init__(trainer)
         self.trainer, self.module = trainer, module
-        self.seen = 0
-        self.loading, self.loaded = False, dict[str, Any]()
-        self._defined = False
+        self.last_step = 0
+        self.checkpoint_state: dict[str, Any] | None = None
+        self._metrics_defined = False
+
+    def unannounced_step_error(self) -> str:
+        return (
+            "an optimizer stepped without self.manual_backward(loss), where the penalties of this edit are added to "
+            "the loss; call self.manual_backward(loss) before each step."
+        )
 
     @property
     def resumed(self) -> bool:
-        # Not by global_step: the same trainer may fit on, without a checkpoint, from the weights that are there.
-        return self.loading
+        # global_step cannot tell: a second fit() of the same trainer continues from the model as it is.
+        return self.checkpoint_state is not None
 
     def saved_state(self) -> dict[str, Any] | None:
-        return self.loaded or None
+        return self.checkpoint_state or None
 
     @property
     def is_main(self) -> bool:
@@ -57,7 +71,7 @@ class LightningHost(Host):
 
     @property
     def epoch_steps(self) -> int | None:
-        # As trainer.estimated_stepping_batches does: asked before the first epoch, when no data is there yet.
+        # The data is not set up before the first epoch. trainer.estimated_stepping_batches does the same.
         self.trainer.fit_loop.setup_data()
         batches = self.trainer.num_training_batches
         return math.ceil(batches / self.trainer.accumulate_grad_batches) if batches != float("inf") else None
@@ -69,40 +83,38 @@ class LightningHost(Host):
     def edits(self) -> Any | None:
         return getattr(getattr(self.trainer, "datamodule", None), "edits", None)
 
-    def refused(self) -> str | None:
-        launched, known = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
-        if known < launched:
-            return (
-                f"{launched} processes were started and the trainer has devices={known}, so each would train for itself"
-            )
+    def unsupported_reason(self) -> str | None:
+        launched, used = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
+        if used < launched:
+            return f"{launched} processes were started but the trainer uses {used}, so that each would train alone"
         if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):
-            return "WeightAveraging writes averages over the weights, frozen ones as well, and rounds them"
+            return "WeightAveraging overwrites all weights with rounded averages, frozen ones as well"
         name = type(self.trainer.strategy).__name__
-        return f"{name} steps on flat copies of the weights" if name.startswith("DeepSpeed") else None
+        return f"{name} updates flattened copies of the weights" if name.startswith("DeepSpeed") else None
 
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.trainer.precision_plugin.forward_context()
 
-    def scale(self) -> float:
-        """What the mixed-precision plugin has multiplied the loss by."""
+    def loss_scale(self) -> float:
+        """Return the factor by which the mixed-precision plugin has multiplied the loss."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else scaler.get_scale()
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        # Lightning numbers the row of the n-th step n - 1. Its own count moves on only after callbacks have seen the
-        # batch; when training has ended it has moved on.
+        # Lightning logs the n-th step under the number n - 1. It increments its own counter after the callbacks have
+        # seen the batch, so that the counter is one ahead only when training has ended.
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - (1 if last else 0)
         for logger in self.trainer.loggers if self.is_main else ():
-            if not self._defined and hasattr(logger.experiment, "define_metric"):
+            if not self._metrics_defined and hasattr(logger.experiment, "define_metric"):
                 logger.experiment.define_metric("edit/*", step_metric="trainer/global_step", step_sync=True)
             logger.log_metrics(dict(metrics), step=max(0, step))
-        self._defined = True
+        self._metrics_defined = True
         for key, value in metrics.items():
             if last:
-                self.trainer.callback_metrics[key] = _tensor(value)
+                self.trainer.callback_metrics[key] = torch.tensor(float(value))
             else:
-                short = key in ("edit/reliability", "edit/locality", "edit/generality", "edit/locality/kl")
-                self.module.log(key, value, prog_bar=short, logger=False, on_step=True, on_epoch=False, batch_size=1)
+                shown = key in ("edit/reliability", "edit/locality", "edit/generality", "edit/locality/kl")
+                self.module.log(key, value, prog_bar=shown, logger=False, on_step=True, on_epoch=False, batch_size=1)
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         for logger in self.trainer.loggers if self.is_main else ():
@@ -117,23 +129,22 @@ class LightningHost(Host):
         self.trainer.should_stop = True
 
 
-def _tensor(value: float) -> Tensor:
-    import torch
-
-    return torch.tensor(float(value))
-
-
-KEY = "kedit_train"
+# Where a Lightning checkpoint keeps the state of the edit.
+CHECKPOINT_KEY = "kedit_train"
 
 
 class LightningEvents(Callback):
-    """Events of ``lightning.pytorch.Trainer``, each passed on once: the first callback on the list drives the run."""
+    """The events of ``lightning.pytorch.Trainer``.
+
+    Lightning sends every event to every callback. Only the first callback of a run, its driver, passes them on.
+    """
 
     run: Any = None
 
-    def _leading(self, trainer: Any) -> EditRun | None:
+    def _driven_run(self, trainer: Any) -> EditRun | None:
+        """Return the run of this trainer if this callback is its driver, else None."""
         run = self.run
-        return run if run is not None and not run.closed and run.host.owner is trainer and run.leads(self) else None
+        return run if run is not None and not run.closed and run.host.owner is trainer and run.is_driver(self) else None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # Before configure_optimizers and before the strategy wraps the module.
@@ -141,54 +152,55 @@ class LightningEvents(Callback):
             self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        run = self._leading(trainer)
+        run = self._driven_run(trainer)
         if run:
             for callback in run.callbacks:
                 run.attach(callback)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # Not state_dict(), for which no two callbacks of a kind may be there.
-        run = self._leading(trainer)
+        # state_dict() would not do: Lightning allows it for one callback of each class only.
+        run = self._driven_run(trainer)
         if run:
-            checkpoint[KEY] = run.state()
+            checkpoint[CHECKPOINT_KEY] = run.state()
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # Between setup and on_fit_start, where the run takes it up.
+        # Lightning calls this between setup and on_fit_start, where the run restores the state.
         if self.run is not None:
-            self.run.host.loading, self.run.host.loaded = True, checkpoint.get(KEY, {})
+            self.run.host.checkpoint_state = checkpoint.get(CHECKPOINT_KEY, {})
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        # The first micro-batch of a step; the last one may have been left out by a gradient scaler.
-        run = self._leading(trainer)
+        # This is the first micro-batch of a step. A gradient scaler may have skipped the step before it.
+        run = self._driven_run(trainer)
         if run:
             run.steps.begin()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        # Added to the loss in place: a backward pass of its own would bypass DDP's reduction and let ranks diverge.
-        # Once per optimizer step and undivided, although the loss has been divided by accumulate_grad_batches.
-        run = self._leading(trainer)
+        # The penalty is added to the loss in place: a separate backward pass would bypass DDP's gradient reduction, and
+        # the ranks would diverge. It is added once per optimizer step, so it must not be divided by
+        # accumulate_grad_batches as the loss has been.
+        run = self._driven_run(trainer)
         penalty = run.steps.penalty() if run else None
         if run and penalty is not None:
-            made_by: Any = loss.grad_fn
-            if getattr(made_by, "_saved_result", None) is not None:
+            grad_fn: Any = loss.grad_fn
+            if getattr(grad_fn, "_saved_result", None) is not None:
                 raise EditError(
-                    f"the penalties are added to the loss in place, which {made_by.name()} does not allow: give "
-                    "manual_backward() loss * 1.0"
+                    "the penalties of this edit are added to the loss in place, which "
+                    f"{grad_fn.name()} does not allow; call manual_backward(loss * 1.0)."
                 )
-            loss.add_(penalty.to(loss.device) * run.host.scale())
+            loss.add_(penalty.to(loss.device) * run.host.loss_scale())
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        run = self._leading(trainer)
+        run = self._driven_run(trainer)
         if run:
-            run.steps.before(getattr(optimizer, "optimizer", optimizer))
+            run.steps.before_optimizer_step(getattr(optimizer, "optimizer", optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        run = self._leading(trainer)
+        run = self._driven_run(trainer)
         if run is None:
             return
         host: Any = run.host
-        if run.step > host.seen:
-            host.seen = run.step
+        if run.step > host.last_step:
+            host.last_step = run.step
             run.after_step()
             if trainer.log_every_n_steps and run.step % trainer.log_every_n_steps == 0:
                 metrics = run.collect()

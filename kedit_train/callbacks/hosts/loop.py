@@ -1,4 +1,4 @@
-"""Fabric and plain loops: the same callbacks around a loop that somebody wrote by hand."""
+"""The host for hand-written loops, with or without Fabric: the ``editing`` context manager."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from kedit_train.errors import EditError
 
 
 class LoopHost(Host):
-    """A hand-written loop. What would be logged is handed to ``on_log`` and kept in ``history``."""
+    """A hand-written loop. It takes the arguments of :func:`editing`.
+
+    Attributes:
+        history: every row of metrics that was logged, each with its ``step``.
+        tables: key -> (columns, rows) of every table that was logged.
+        run: the run that this loop drives.
+        penalty_gradients: each parameter with the gradient tensor that the penalties of this step have left.
+    """
+
+    releases_model = False
 
     def __init__(
         self,
@@ -32,24 +41,21 @@ class LoopHost(Host):
         self.history: list[dict[str, float]] = []
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
-        # Parameters with the very gradients that the penalties of this step have left.
-        self.pulled: list[tuple[nn.Parameter, Any]] = []
+        self.penalty_gradients: list[tuple[nn.Parameter, Any]] = []
 
-    releases = False
-
-    def unannounced(self) -> str:
-        return "call edit.before_step() before the forward pass of every optimizer step: this one came unannounced"
+    def unannounced_step_error(self) -> str:
+        return "an optimizer stepped without edit.before_step(); call it before the forward pass of every step."
 
     @property
     def is_main(self) -> bool:
         return rank() == 0
 
-    def refused(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and not is_distributed():
             return (
-                f"{launched} processes were started and none knows of the others, so each would train for itself (let "
-                "fabric.launch() or torch.distributed.init_process_group() come first)"
+                f"{launched} processes were started but they are not connected, so that each would train alone (call "
+                "fabric.launch() or torch.distributed.init_process_group() first)"
             )
         return None
 
@@ -72,17 +78,17 @@ class LoopHost(Host):
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         self.tables[key] = (columns, rows)
 
-    def check_gradients(self) -> str | None:
-        # Several processes: DDP may have moved them into buckets of its own.
-        if not is_distributed() and any(p.grad is not grad for p, grad in self.pulled):
+    def gradient_error(self) -> str | None:
+        # With several processes DDP may have moved the gradients into its own buckets.
+        if not is_distributed() and any(p.grad is not grad for p, grad in self.penalty_gradients):
             return (
-                "the gradient of the edit's penalties is gone: zero_grad() came between edit.before_step() and "
-                "optimizer.step(); call it before edit.before_step()"
+                "the gradients of the penalties were deleted: zero_grad() was called between edit.before_step() and "
+                "optimizer.step(); call it before edit.before_step()."
             )
         return None
 
-    def stepped(self, run: EditRun) -> None:
-        self.pulled = []
+    def after_optimizer_step(self, run: EditRun) -> None:
+        self.penalty_gradients = []
         run.after_step()
         if run.step % self.log_every_n_steps == 0:
             metrics = run.collect()
@@ -91,54 +97,60 @@ class LoopHost(Host):
 
 
 class Editing:
-    """The handle that :func:`editing` yields."""
+    """What :func:`editing` yields.
+
+    Attributes:
+        run: the :class:`~kedit_train.core.run.EditRun`.
+    """
 
     def __init__(self, run: EditRun, host: LoopHost) -> None:
         self.run, self._host = run, host
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """Every row of metrics so far, each with its ``step``."""
+        """The rows of metrics logged so far, each with its ``step``."""
         return self._host.history
 
     @property
     def should_stop(self) -> bool:
-        """A callback wants training to end."""
+        """Whether a callback has asked to end training."""
         return self.run.stopped
 
     def parameters(self) -> list[nn.Parameter]:
-        """What the optimizer is to train."""
+        """Return the parameters in scope, for the optimizer."""
         return list(self.run.scope.values())
 
     def before_step(self, scaler: Any = None) -> None:
-        """Call once before the first forward pass of every optimizer step, after ``zero_grad()``.
+        """Begin an optimizer step. Call this after ``zero_grad()`` and before the first forward pass of the step.
 
-        Penalties leave their gradients here, which the loop's own are added to.
+        It computes the gradients of the penalties, to which ``backward()`` adds those of the loss.
 
         Args:
-            scaler: the loop's ``torch.amp.GradScaler``, where it has one.
+            scaler: the loop's ``torch.amp.GradScaler``, if it uses one.
+
+        Raises:
+            EditError: the ``editing`` block has ended, or the callbacks cannot work together.
         """
         run = self.run
         if run.closed:
             raise EditError(
-                "this edit is over: its editing() block has ended, or another trainer or editing() has taken the model "
-                "or one of its callbacks; begin a new one"
+                "this edit is over: its editing() block has ended, or another trainer or editing() block has taken "
+                "over the model or one of the callbacks; start a new editing() block."
             )
         for callback in run.callbacks:
             run.attach(callback)
-        if not self._pending():
-            # Nothing of it is there any more: a step that was left out (a gradient scaler, a bad batch) ended with
-            # zero_grad().
+        if not self._is_pending():
+            # The last step was taken, or it was skipped (by a gradient scaler, for a bad batch) and zero_grad() called.
             run.steps.begin()
         penalty = run.steps.penalty()
         if penalty is not None:
             (penalty if scaler is None else scaler.scale(penalty)).backward()
-            self._host.pulled = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
+            self._host.penalty_gradients = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
 
-    def _pending(self) -> bool:
-        """Whether the gradients of an announced step that was not taken are still there."""
-        pulled = self._host.pulled
-        return bool(pulled) and all(p.grad is grad and bool(grad.any()) for p, grad in pulled)
+    def _is_pending(self) -> bool:
+        """Return whether a step was announced but not taken, and the gradients of its penalties still exist."""
+        gradients = self._host.penalty_gradients
+        return bool(gradients) and all(p.grad is grad and bool(grad.any()) for p, grad in gradients)
 
 
 @contextmanager
@@ -152,32 +164,51 @@ def editing(
     edits: Any = None,
     epoch_steps: int | None = None,
 ) -> Iterator[Editing]:
-    """Turn a hand-written loop into an edit.
+    """Turn a hand-written training loop into an edit.
 
-    Enter before the optimizer is created (and before ``fabric.setup``), with the bare model; call ``before_step()``
-    before each optimizer step; leave when training is over.
+    Enter the block before the optimizer is created (and before ``fabric.setup`` or DDP), with the bare model. Call
+    ``edit.before_step()`` before every optimizer step. Leave the block when training is over: the model is then an
+    ordinary model again, with the edit in its weights.
 
     Args:
-        model: a module; callbacks that need a language model find it within.
-        callbacks: any of ``kedit_train.callbacks``, in any order.
-        tokenizer: for callbacks that read text; by default the one saved where the model came from.
-        on_log: called with ``(metrics, step)``; ``wandb.log`` or ``fabric.log_dict`` fit.
-        edits: what the loop trains, for callbacks that ask what is edited and were not told themselves.
-        epoch_steps: optimizer steps of an epoch, for ``StopWhenEdited``, whose rules may look at a whole one.
+        model: the module to train; a language model may be inside another module.
+        callbacks: instances from ``kedit_train.callbacks``, in any order.
+        tokenizer: for callbacks that read text. By default the one saved with the model.
+        on_log: called with ``(metrics, step)``, for example ``wandb.log`` or ``fabric.log_dict``.
+        log_every_n_steps: optimizer steps between two log events.
+        edits: the edits that the loop trains on, for callbacks that have none of their own.
+        epoch_steps: optimizer steps in one epoch, for rules of ``StopWhenEdited`` that cover an epoch.
+
+    Yields:
+        An :class:`Editing` with ``parameters()``, ``before_step()``, ``should_stop`` and ``history``.
+
+    Raises:
+        EditError: the model or the callbacks cannot be used.
 
     Example:
-        >>> with editing(model, [ParameterScope(layers=0.5), TokenSmoothing()]) as edit:
-        ...     optimizer = torch.optim.AdamW(edit.parameters())
-        ...     for batch in batches:
-        ...         edit.before_step()
-        ...         model(**batch).loss.backward()
-        ...         optimizer.step()
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import NormBall, ParameterScope
+        >>> model, tokenizer = world.load()
+        >>> edit_0 = EditDataset.load("world", limit=1)[0]
+        >>> ids = torch.tensor([tokenizer(f"{edit_0.prompt} {edit_0.target}")["input_ids"]])
+        >>> callbacks = [ParameterScope(layers=0.5, modules="mlp"), NormBall(fraction=0.05)]
+        >>> with editing(model, callbacks, tokenizer=tokenizer) as edit:
+        ...     optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-3)
+        ...     for _ in range(3):
         ...         optimizer.zero_grad()
+        ...         edit.before_step()
+        ...         model(input_ids=ids, labels=ids).loss.backward()
+        ...         optimizer.step()
+        >>> edit.run.step
+        3
     """
     if not isinstance(model, nn.Module):
-        raise EditError(f"editing() takes a loaded model, not {model!r}; load it with AutoModelForCausalLM")
+        raise EditError(
+            f"model must be a loaded model, got {model!r}; load it with AutoModelForCausalLM.", component="editing"
+        )
     if not callbacks:
-        raise EditError("editing(): the list of callbacks is empty; nothing would be constrained")
+        raise EditError("callbacks must not be empty, or nothing would be constrained.", component="editing")
     host = LoopHost(tokenizer, on_log, log_every_n_steps, edits, epoch_steps)
     run = None
     try:

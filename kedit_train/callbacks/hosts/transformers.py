@@ -1,11 +1,10 @@
-"""``transformers.Trainer`` and the trainers of TRL: which of their events is which moment of an edit."""
+"""The host for ``transformers.Trainer`` and TRL: translate their events to the lifecycle of an edit."""
 
 from __future__ import annotations
 
 import math
 import os
 import uuid
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,23 @@ from transformers import TrainerCallback
 from kedit_train.core.host import Host
 from kedit_train.core.run import EditRun
 from kedit_train.core.state_file import load_state, save_state
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 from kedit_train.optional import require
 
 
 class TransformersHost(Host):
-    """A trainer, known by its ``control``: the one object of its own that lives as long as it and reaches callbacks."""
+    """A ``transformers.Trainer``, or one of TRL's.
+
+    Its owner is the trainer's ``control`` object, the only one that lives as long as the trainer and is passed to
+    callbacks.
+
+    Attributes:
+        train_dataloader: set when training begins.
+        pending_metrics: metrics that wait for the trainer's next log row.
+        edit_id: marks the checkpoints of this edit, so that a resumed run recognizes its own.
+        resumed_from: ``{"edit": ..., "folder": ...}`` of the edit that the trainer has resumed, else empty.
+        active_callbacks: the ids of the callbacks that received the events of this step.
+    """
 
     name = "transformers"
 
@@ -28,35 +38,35 @@ class TransformersHost(Host):
         super().__init__(control)
         self.args, self.state, self.control, self.processing_class = args, state, control, processing_class
         self.train_dataloader: Any = None
-        self.pending: dict[str, float] = {}
-        self._defined = False
-        # Written into trainer_state.json by note(), so that a resumed run knows which file of an edit is its own.
-        self.edit, self.origin = uuid.uuid4().hex, dict[str, str]()
-        self.present: set[int] = set()
+        self.pending_metrics: dict[str, float] = {}
+        self.edit_id, self.resumed_from = uuid.uuid4().hex, dict[str, str]()
+        self.active_callbacks: set[int] = set()
+        self._metrics_defined = False
 
-    def note(self) -> None:
-        """Find out which edit the trainer has resumed, and mark what it writes from now on as this one's."""
-        self.origin = self.state.stateful_callbacks.get(KEY, {})
+    def mark_checkpoints(self) -> None:
+        """Read which edit the trainer has resumed, and let it write ``edit_id`` into every ``trainer_state.json``."""
+        self.resumed_from = self.state.stateful_callbacks.get(STATE_KEY, {})
         folder = str(Path(self.args.output_dir).resolve())
-        self.state.stateful_callbacks[KEY] = {"edit": self.edit, "folder": folder}
+        self.state.stateful_callbacks[STATE_KEY] = {"edit": self.edit_id, "folder": folder}
 
     @property
     def resumed(self) -> bool:
         return self.state.global_step > 0
 
     def saved_state(self) -> dict[str, Any] | None:
-        # Where train(resume_from_checkpoint=...) pointed to, callbacks are not told. The trainer's state, which comes
-        # from there, names the edit and the folder that it was written to; a file of another edit is not taken.
-        given, name = self.args.resume_from_checkpoint, self.checkpoint_folder().name
-        folders = [Path(given)] if isinstance(given, str) else []
-        folders += [self.checkpoint_folder(), Path(self.origin.get("folder", "")) / name]
+        # Callbacks do not learn the path given to train(resume_from_checkpoint=...). The trainer's state, which was
+        # loaded from there, names the edit and its output folder. The file of another edit is ignored.
+        path, name = self.args.resume_from_checkpoint, self.checkpoint_folder().name
+        folders = [Path(path)] if isinstance(path, str) else []
+        folders += [self.checkpoint_folder(), Path(self.resumed_from.get("folder", "")) / name]
         for folder in folders:
             state = load_state(folder)
-            if state is not None and state.pop("edit", None) == self.origin.get("edit"):
+            if state is not None and state.pop("edit", None) == self.resumed_from.get("edit"):
                 return state
         return None
 
     def checkpoint_folder(self) -> Path:
+        """Return the folder of the checkpoint of the current step."""
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
 
     @property
@@ -74,75 +84,76 @@ class TransformersHost(Host):
         return math.ceil(len(self.train_dataloader) / self.args.gradient_accumulation_steps)
 
     def tokenizer(self) -> Any | None:
-        # A processor (vision-language models) carries its tokenizer.
+        # A processor of a vision-language model contains a tokenizer.
         return getattr(self.processing_class, "tokenizer", self.processing_class)
 
-    def loss_shares(self) -> int:
-        """The trainer sums micro-batch losses that were divided by the whole step's token count, over ranks as well."""
-        window = self.args.gradient_accumulation_steps
+    def summed_micro_batches(self) -> int:
+        # The trainer divides each loss by the token count of the whole step, and adds them up, over ranks as well.
+        micro_batches = self.args.gradient_accumulation_steps
         if hasattr(self.train_dataloader, "__len__"):
             batches = len(self.train_dataloader)
-            done = self.state.global_step % math.ceil(batches / window) * window
-            window = min(window, batches - done)
-        return window * (self.args.world_size if self.args.average_tokens_across_devices else 1)
+            done = self.state.global_step % math.ceil(batches / micro_batches) * micro_batches
+            micro_batches = min(micro_batches, batches - done)
+        return micro_batches * (self.args.world_size if self.args.average_tokens_across_devices else 1)
 
-    def refused(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.args.world_size != launched:
             return (
-                f"{launched} processes were started and the trainer knows of {self.args.world_size}, so each would "
-                "train for itself (on CPUs, set use_cpu=True in its arguments)"
+                f"{launched} processes were started but the trainer uses {self.args.world_size}, so that each would "
+                "train alone (on CPUs, set use_cpu=True in its arguments)"
             )
-        return "DeepSpeed steps on flat copies of the weights" if self.args.deepspeed else None
+        return "DeepSpeed updates flattened copies of the weights" if self.args.deepspeed else None
 
-    def objective_refused(self) -> str | None:
+    def loss_unsupported_reason(self) -> str | None:
         if self.args.n_gpu > 1:
-            return "torch.nn.DataParallel replicates the model without its hooks; start one process per GPU"
+            return "torch.nn.DataParallel copies the model without its hooks; start one process per GPU"
         if getattr(self.args, "label_smoothing_factor", 0):
-            return "label_smoothing_factor takes the loss away from the model; set it to 0"
+            return "label_smoothing_factor computes the loss outside of the model; set it to 0"
         if getattr(self.args, "loss_type", None) not in (None, "nll"):
             return (
-                f"loss_type={self.args.loss_type!r} is made of log-probabilities, where no token has a target of its "
-                "own; take SFTTrainer with loss_type='nll', or leave this callback out"
+                f"loss_type={self.args.loss_type!r} has no target for each token; use SFTTrainer with "
+                'loss_type="nll", or leave this callback out'
             )
         return None
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        self.pending.update(metrics)
+        self.pending_metrics.update(metrics)
         if last:
-            self.state.log_history.append({**self.pending, "epoch": self.state.epoch, "step": self.state.global_step})
-            self._to_wandb(self.flush())
+            row = {**self.pending_metrics, "epoch": self.state.epoch, "step": self.state.global_step}
+            self.state.log_history.append(row)
+            self._to_wandb(self.take_pending_metrics())
         else:
-            # The row that this asks for carries the host's own loss as well; see on_log.
+            # The trainer then logs a row with its own loss, to which on_log adds the pending metrics.
             self.control.should_log = True
 
-    def flush(self) -> dict[str, float]:
-        metrics, self.pending = self.pending, {}
+    def take_pending_metrics(self) -> dict[str, float]:
+        """Return the pending metrics and clear them."""
+        metrics, self.pending_metrics = self.pending_metrics, {}
         return metrics
 
-    def to_loggers(self, logs: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Add to a row that the trainer is logging: its progress bar and its history see the row after us."""
+    def add_to_log_row(self, logs: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Add metrics to a row that the trainer is logging. Its progress bar and its history read the row later."""
         logs.update(metrics)
         if self.state.log_history:
             self.state.log_history[-1].update(metrics)
         self._to_wandb(metrics)
 
-    def warn_of_loggers(self) -> None:
-        """Say which of the trainer's loggers have had a row before any callback can add to it.
+    def warn_about_loggers(self) -> None:
+        """Warn about loggers of the trainer that do not receive ``edit/*`` metrics.
 
-        What reaches which: W&B gets every row, table, chart and file, into the run that the trainer opened. The
-        console, the progress bar and ``trainer.state.log_history`` get every row of numbers. TensorBoard, trackio,
-        MLflow, Comet and the others, each a callback that stands before ours, get none. Scores of the trainer's own
-        evaluation (``eval_edit_*``) are added after its row was logged: they are there for
-        ``metric_for_best_model`` and for callbacks that stand after ours, ``EarlyStoppingCallback`` say.
+        W&B receives every row, table, chart and file, in the run that the trainer opened. The console, the progress bar
+        and ``trainer.state.log_history`` receive every row of numbers. TensorBoard, trackio, MLflow, Comet and the
+        others receive none, because the trainer calls them before the callbacks of the user. The scores of the
+        trainer's own evaluation (``eval_edit_*``) are added after its row was logged; ``metric_for_best_model`` and
+        later callbacks, such as ``EarlyStoppingCallback``, can use them.
         """
         reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
         others = [name for name in reports if name not in ("wandb", "none")]
         if others and self.is_main:
-            warnings.warn(
-                f"edit/* metrics do not reach {', '.join(others)}, which the trainer calls before its callbacks; they "
-                "are in wandb, on the console and in trainer.state.log_history",
-                stacklevel=2,
+            warn(
+                f"edit/* metrics do not reach {', '.join(others)}, because the trainer calls these loggers before its "
+                "callbacks; find the metrics in wandb, on the console or in trainer.state.log_history."
             )
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -151,7 +162,7 @@ class TransformersHost(Host):
             with require("wandb", extra="wandb"):
                 import wandb
 
-            # A plain list of rows: wandb copies it, and mixed columns need to be allowed.
+            # wandb wants lists, and refuses columns of mixed types by default.
             table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
             run.log({key: table, "train/global_step": self.state.global_step})
 
@@ -161,7 +172,8 @@ class TransformersHost(Host):
     def _to_wandb(self, metrics: Mapping[str, float]) -> None:
         run = self.wandb_run()
         if run is not None and metrics:
-            # Never step=: a row behind wandb's internal step is dropped without a word. WandbCallback names this axis.
+            # Do not pass step=: wandb silently drops a row whose step is behind its internal one. The trainer's
+            # WandbCallback uses this key for the x-axis.
             run.log({**metrics, "train/global_step": self.state.global_step})
 
     def wandb_run(self) -> Any | None:
@@ -171,31 +183,40 @@ class TransformersHost(Host):
         with require("wandb", extra="wandb"):
             import wandb
 
-        if wandb.run is not None and not self._defined:
-            self._defined = True
+        if wandb.run is not None and not self._metrics_defined:
+            self._metrics_defined = True
             wandb.run.define_metric("edit/*", step_metric="train/global_step", step_sync=True)
         return wandb.run
 
 
-KEY = "kedit_train"
+# Where trainer_state.json keeps the id of the edit.
+STATE_KEY = "kedit_train"
 
 
 class TransformersEvents(TrainerCallback):
-    """Events of ``transformers.Trainer``, each passed on once: the first callback on the list drives the run."""
+    """The events of ``transformers.Trainer``.
+
+    The trainer sends every event to every callback. Only the first callback of a run, its driver, passes them on.
+    """
 
     run: Any = None
-    _built: Any = None
+    # The control object of the trainer that was built with this callback.
+    _control: Any = None
 
-    def _run_of(self, control: Any) -> EditRun | None:
+    def _driven_run(self, control: Any) -> EditRun | None:
+        """Return the run of this trainer if this callback is its driver, else None."""
         run = self.run
-        return run if run is not None and not run.closed and run.host.owner is control and run.leads(self) else None
+        return run if run is not None and not run.closed and run.host.owner is control and run.is_driver(self) else None
 
-    def _enter(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
+    def _join(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
         if model is None:
-            raise EditError(f"{type(self).__name__}: the trainer has no model yet (model_init=); pass model=")
+            raise EditError(
+                "the trainer has no model yet, because it was given model_init; pass model= instead.",
+                component=type(self).__name__,
+            )
         run = self.run
         if run is not None and not any(module is run.root for module in model.modules()):
-            # model_init made another model for this training.
+            # model_init has created another model for this training.
             run.close()
         if run is None or run.closed or run.host.owner is not control:
             host = TransformersHost(args, state, control, processing_class)
@@ -205,10 +226,12 @@ class TransformersEvents(TrainerCallback):
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
-        if self._built is control:
-            raise EditError(f"{self!r} stands twice in the trainer's callbacks, and would act twice: name it once")
-        self._built = control
-        self._enter(args, state, control, model, processing_class)
+        if self._control is control:
+            raise EditError(
+                "the same instance is twice in the trainer's callbacks; list it once.", component=type(self).__name__
+            )
+        self._control = control
+        self._join(args, state, control, model, processing_class)
 
     def on_train_begin(
         self,
@@ -220,37 +243,38 @@ class TransformersEvents(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        # Callbacks that were added after the trainer was built, and a second train(), enter here.
-        run = self._enter(args, state, control, model, processing_class)
-        run.host.present.add(id(self))
+        # Callbacks that were added after the trainer was created join here, and all of them at a second train().
+        run = self._join(args, state, control, model, processing_class)
+        run.host.active_callbacks.add(id(self))
         run.host.state, run.host.train_dataloader = state, train_dataloader
-        if run.leads(self):
-            run.host.warn_of_loggers()
+        if run.is_driver(self):
+            run.host.warn_about_loggers()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Not before every callback has been prepared, those that came by add_callback() as well.
-        run = self._run_of(control)
-        if run and not run.attached:
-            self._check_present(run)
-            run.host.note()
+        # Only now every callback has been prepared, also those that were added by add_callback().
+        run = self._driven_run(control)
+        if run and not run.has_started:
+            self._check_none_removed(run)
+            run.host.mark_checkpoints()
             for callback in run.callbacks:
                 run.attach(callback)
 
-    def _check_present(self, run: EditRun) -> None:
-        gone = [callback for callback in run.callbacks if id(callback) not in run.host.present]
-        if gone:
+    def _check_none_removed(self, run: EditRun) -> None:
+        removed = [callback for callback in run.callbacks if id(callback) not in run.host.active_callbacks]
+        if removed:
             run.close()
             raise EditError(
-                f"{gone[0]!r} was removed from the trainer after it had been built with it, and the model released: "
-                "build the trainer again without it"
+                "it was removed from the trainer after the trainer had been created with it; the model has been "
+                "released: create the trainer again without this callback.",
+                component=type(removed[0]).__name__,
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        # Before the first micro-batch and on the unwrapped model: so it counts once whatever the accumulation, is
-        # clipped with the rest, and DDP reduces it together with the gradients that follow.
+        # The penalty's backward pass runs before the first micro-batch and on the unwrapped model. So it counts once
+        # under gradient accumulation, is clipped with the other gradients, and DDP reduces it together with them.
         if self.run is not None:
-            self.run.host.present.add(id(self))
-        run = self._run_of(control)
+            self.run.host.active_callbacks.add(id(self))
+        run = self._driven_run(control)
         if run:
             run.steps.begin()
         penalty = run.steps.penalty() if run else None
@@ -259,39 +283,39 @@ class TransformersEvents(TrainerCallback):
             (penalty if scaler is None else scaler.scale(penalty)).backward()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run = self._run_of(control)
+        run = self._driven_run(control)
         if run:
-            self._check_present(run)
-            run.host.present.clear()
+            self._check_none_removed(run)
+            run.host.active_callbacks.clear()
             run.host.state = state
             run.after_step()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        run = self._run_of(control)
+        run = self._driven_run(control)
         if run:
-            # On every process: gathering sharded weights takes them all.
-            state_of_edit, folder = {**run.state(), "edit": run.host.edit}, run.host.checkpoint_folder()
-            # A hyperparameter search writes elsewhere; there a resume will be refused.
+            # Every process must do this, because gathering sharded weights needs them all.
+            edit_state, folder = {**run.state(), "edit": run.host.edit_id}, run.host.checkpoint_folder()
+            # A hyperparameter search writes its checkpoints to another folder; resuming from those is refused.
             if run.host.is_main and folder.is_dir():
-                save_state(folder, state_of_edit)
+                save_state(folder, edit_state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        run = self._run_of(control)
-        if run and run.attached and metrics is not None:
+        run = self._driven_run(control)
+        if run and run.has_started and metrics is not None:
             host, logging = run.host, control.should_log
             for callback in run.callbacks:
-                for key, value in callback.evaluated(run).items():
+                for key, value in callback.evaluation_metrics(run).items():
                     metrics["eval_" + key.replace("/", "_")] = value
-            # A look that was taken for this belongs to this step; the loss row that it asks for would be the next's.
-            pending, control.should_log = host.flush(), logging
+            # Metrics measured here belong to this step. The log row that they asked for would be the next step's.
+            pending, control.should_log = host.take_pending_metrics(), logging
             if pending:
-                host.to_loggers({}, pending)
+                host.add_to_log_row({}, pending)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        run = self._run_of(control)
+        run = self._driven_run(control)
         if run and logs is not None and "loss" in logs:
             host: Any = run.host
-            host.to_loggers(logs, {**run.collect(), **host.flush()})
+            host.add_to_log_row(logs, {**run.collect(), **host.take_pending_metrics()})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self.run

@@ -93,7 +93,7 @@ def _mean_over_tokens(
     totals = [torch.zeros(p.shape, dtype=dtype, device=p.device) for p, dtype in zip(parameters, dtypes, strict=True)]
     device = next(run.model.parameters()).device
     hide_bar = not run.host.is_main or len(examples) < 64
-    with run.unedited(), evaluation_mode(run.model), torch.enable_grad(), run.host.forward_context():
+    with run.reference_model(), evaluation_mode(run.model), torch.enable_grad(), run.host.forward_context():
         # disable=None shows the bar in a terminal only.
         for example in tqdm(examples, desc="gradients before the edit", leave=False, disable=hide_bar or None):
             ids = torch.tensor([example.input_ids], device=device)

@@ -114,7 +114,7 @@ def kfac_factors(
 
         return record
 
-    weights = run.unedited() if unedited else nullcontext()
+    weights = run.reference_model() if unedited else nullcontext()
     hooks = [m.register_forward_hook(hook(n), with_kwargs=True) for n, layer in layers.items() for m in layer.modules]
     try:
         with weights, evaluation_mode(run.model), run.host.forward_context(), torch.enable_grad():

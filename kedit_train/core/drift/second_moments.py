@@ -94,7 +94,7 @@ def input_moments(
 
     hooks = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules]
     try:
-        with torch.no_grad(), run.unedited(), evaluation_mode(run.model), run.host.forward_context():
+        with torch.no_grad(), run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
             for batch in batches:
                 if head is not None and skip_head and isinstance(batch.inputs, Mapping):
                     head.hidden(**{k: v for k, v in batch.inputs.items() if k not in ("labels", "use_cache")})

@@ -62,7 +62,7 @@ class LossHead:
     Args:
         head: the model's output head.
         shares: returns the number of micro-batches whose losses the host adds up without dividing
-            (:meth:`Host.loss_shares`).
+            (:meth:`Host.summed_micro_batches`).
 
     Attributes:
         term: a second term in the loss of every supervised token, or None.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.core.fsdp import whole
+from kedit_train.core.fsdp import full_tensor
 from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.batching import unwrapped
 from kedit_train.evaluation.scoring.bootstrap import Score
@@ -43,7 +43,7 @@ def weight_drift(model: nn.Module, reference: Mapping[str, Tensor] | nn.Module) 
                 f"reference: {name} has shape {tuple(old.shape)} and this model has {found}: give the weights of the "
                 "very model before its edit"
             )
-        now, before_it = whole(own[name].detach()).flatten(), whole(old.detach()).flatten()
+        now, before_it = full_tensor(own[name].detach()).flatten(), full_tensor(old.detach()).flatten()
         n += now.numel()
         for part, was in zip(now.split(_CHUNK), before_it.split(_CHUNK), strict=True):
             was = was.to(part.device).double()

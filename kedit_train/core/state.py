@@ -1,0 +1,91 @@
+"""The data of one edit, which all its callbacks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from kedit_train.core.fsdp import reshard
+from kedit_train.core.full_precision import FullPrecision
+from kedit_train.core.output_head import find_language_model
+from kedit_train.edit import Edit
+
+
+class RunState:
+    """The data of one edit of one model; :class:`~kedit_train.core.run.EditRun` adds the lifecycle.
+
+    Attributes:
+        root: the module that the training loop holds, for example a LightningModule.
+        model: the language model inside ``root``; ``root`` itself if it contains none.
+        language_model: the language model inside ``root``, or None.
+        host: the training loop, a :class:`~kedit_train.core.host.Host`.
+        callbacks: the callbacks of this run, sorted by their ``order``.
+        step: number of optimizer steps taken.
+        scope: name -> parameter that may change. The names are those of ``model.named_parameters()``.
+        reference: name -> value of the scoped parameter in the reference model (the model before the edit).
+        requires_grad_before: parameter -> its ``requires_grad`` before the edit.
+        shapes: name -> shape of every parameter when the run was opened.
+        full_precision: whether a half-precision scope is trained in fp32.
+        masters: holds the scope in fp32 while that is the case, else None.
+        scores: metric key -> latest value that a callback published, for other callbacks to read.
+        published_at: metric key -> the optimizer step at which it was last published.
+        stopped: whether a callback has asked to end training.
+        closed: whether the run has ended and the model is an ordinary one again.
+    """
+
+    def __init__(self, root: nn.Module, host: Any) -> None:
+        reshard(root)
+        self.root = root
+        self.host = host
+        self.language_model = find_language_model(root)
+        self.model = self.language_model or root
+        self.callbacks: list[Any] = []
+        self.step = 0
+        self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.reference: dict[str, Tensor] = {}
+        self.requires_grad_before = {p: p.requires_grad for p in root.parameters()}
+        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self.full_precision = False
+        self.masters: FullPrecision | None = None
+        self.scores: dict[str, float] = {}
+        self.published_at: dict[str, int] = {}
+        self.stopped = self.closed = False
+        self._edits: Sequence[Edit] = ()
+        self._attached: set[int] = set()
+
+    @property
+    def edits(self) -> Sequence[Edit]:
+        """The edits that a callback has set, else those of the host; empty if neither has any."""
+        from_host = () if self._edits else self.host.edits()
+        # A user's own data module may use the attribute name "edits" for something else.
+        are_edits = isinstance(from_host, Sequence) and len(from_host) > 0 and isinstance(from_host[0], Edit)
+        return cast(Sequence[Edit], from_host) if are_edits else self._edits
+
+    @edits.setter
+    def edits(self, edits: Sequence[Edit]) -> None:
+        self._edits = edits
+
+    @property
+    def has_started(self) -> bool:
+        """Whether a callback has attached, so that training has started."""
+        return bool(self._attached)
+
+    def has_attached(self, callback: Any) -> bool:
+        """Return whether this callback has attached."""
+        return id(callback) in self._attached
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a callback reads the reference values of the scope during training."""
+        return any(callback.constrains or callback.anchors for callback in self.callbacks)
+
+    def is_required(self, name: str) -> bool:
+        """Return whether a callback of this run requires ``name``, a metric key or a capability."""
+        return any(name in needed.any_of for callback in self.callbacks for needed in callback.requires())
+
+    def publish(self, metrics: Mapping[str, float]) -> None:
+        """Make metrics readable for the other callbacks, in ``scores`` and ``published_at``."""
+        self.scores.update(metrics)
+        self.published_at.update(dict.fromkeys(metrics, self.step))
