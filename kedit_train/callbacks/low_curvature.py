@@ -90,7 +90,7 @@ class LowCurvature(EditCallback):
 
     order = 40
     constrains = True
-    duplicate_hint = "a second projection undoes part of the first: give one LowCurvature all texts."
+    duplicate_hint = "a second projection undoes part of the first: give one LowCurvature all texts"
 
     def __init__(
         self,

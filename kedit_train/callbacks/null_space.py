@@ -99,7 +99,7 @@ class NullSpace(EditCallback):
     # After LowCurvature: the last projection is the one that holds exactly.
     order = 41
     constrains = True
-    duplicate_hint = "a second projection undoes part of the first: give one NullSpace all texts."
+    duplicate_hint = "a second projection undoes part of the first: give one NullSpace all texts"
 
     def __init__(
         self,
