@@ -55,7 +55,7 @@ class BatchAnchor(EditCallback):
 
     order = 30
     anchors = True
-    single = "keep one, with the sum of both weights"
+    duplicate_hint = "keep one, with the sum of both weights"
 
     def __init__(
         self,
@@ -78,8 +78,8 @@ class BatchAnchor(EditCallback):
         return {"batch_anchor"}
 
     def prepare(self, run: EditRun) -> None:
-        run.causal()
-        reason = run.host.objective_refused()
+        run.causal_model()
+        reason = run.host.loss_unsupported_reason()
         if reason:
             raise EditError(f"the loss of this {run.host.name} run cannot be extended: {reason}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kedit_train.arguments import check_arguments, one_of, within
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.fsdp import placed_like, whole
+from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.processes import is_distributed
 from kedit_train.core.run import EditRun
@@ -150,7 +150,7 @@ class GradientMask(EditCallback):
         if not trained:
             raise EditError(f"the mask freezes all {total} entries of the scope; raise density or use another mask")
         self._density = trained / total
-        self._frozen = {name: placed_like(~mask, run.scope[name]) for name, mask in masks.items()}
+        self._frozen = {name: shard_like(~mask, run.scope[name]) for name, mask in masks.items()}
         self._save(run)
         for name, parameter in run.scope.items():
             self._handles.append(parameter.register_post_accumulate_grad_hook(_zero_where(self._frozen[name])))
@@ -163,7 +163,7 @@ class GradientMask(EditCallback):
         return {"edit/scope/mask_density": self._density} if self._frozen else {}
 
     def state(self) -> dict[str, Any]:
-        return {"frozen": {name: whole(frozen) for name, frozen in self._frozen.items()}}
+        return {"frozen": {name: full_tensor(frozen) for name, frozen in self._frozen.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         # The mask of the checkpoint counts, even if new scores would give another one.
@@ -176,7 +176,7 @@ class GradientMask(EditCallback):
         self._density = 1.0 - sum(int(f.sum()) for f in saved.values()) / sum(f.numel() for f in saved.values())
         for name, frozen in self._frozen.items():
             # In place, because the gradient hooks refer to these tensors.
-            frozen.copy_(placed_like(saved[name].to(frozen.device), frozen))
+            frozen.copy_(shard_like(saved[name].to(frozen.device), frozen))
 
     def finish(self, run: EditRun) -> None:
         self._save(run)
@@ -204,7 +204,7 @@ class GradientMask(EditCallback):
 
     def _save(self, run: EditRun) -> None:
         if self.save_path is not None:
-            masks = {name: ~whole(frozen) for name, frozen in self._frozen.items()}
+            masks = {name: ~full_tensor(frozen) for name, frozen in self._frozen.items()}
             if run.host.is_main:
                 save_masks(self.save_path, masks)
 

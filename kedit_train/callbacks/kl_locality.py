@@ -81,7 +81,7 @@ class KLLocality(EditCallback):
     """
 
     order = 30
-    penalises = True
+    penalizes = True
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class KLLocality(EditCallback):
         return {"edit/locality/kl"}
 
     def prepare(self, run: EditRun) -> None:
-        run.causal()
+        run.causal_model()
         self.texts.check()
 
     def attach(self, run: EditRun) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.ddp import watch_replicas
-from kedit_train.core.fsdp import whole
+from kedit_train.core.ddp import check_ddp_at_first_forward
+from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.adapters import keep_frozen
 from kedit_train.core.scope.scope import resolve_scope
@@ -50,7 +50,7 @@ class ParameterScope(EditCallback):
     """
 
     order = 0
-    single = "use one with all layers and modules"
+    duplicate_hint = "use one with all layers and modules"
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class ParameterScope(EditCallback):
         self._handles = keep_frozen(run.model, [p for p in trainable if not p.requires_grad])
 
     def attach(self, run: EditRun) -> None:
-        self._handles += watch_replicas(run.model)
+        self._handles += check_ddp_at_first_forward(run.model)
 
     def detach(self, run: EditRun) -> None:
         for handle in self._handles:
@@ -85,8 +85,8 @@ class ParameterScope(EditCallback):
         with torch.no_grad():
             for name, parameter in run.scope.items():
                 reference = run.reference[name].float()
-                squared_change += whole((parameter.float() - reference).square().sum()).cpu()
-                squared_norm += whole(reference.square().sum()).cpu()
+                squared_change += full_tensor((parameter.float() - reference).square().sum()).cpu()
+                squared_norm += full_tensor(reference.square().sum()).cpu()
         return {
             "edit/scope/parameters": float(sum(p.numel() for p in run.scope.values())),
             "edit/drift/relative": float((squared_change / squared_norm.clamp(min=1e-30)).sqrt()),

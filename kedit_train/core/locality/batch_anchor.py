@@ -126,7 +126,7 @@ class AnchorTerm:
         """Return [supervised tokens, hidden] per example, from one forward pass with the padding of the batch."""
         if len(examples) < len(labels):
             inputs = {k: v[examples] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-        with self.run.unedited(), evaluation_mode(self.run.model):
+        with self.run.reference_model(), evaluation_mode(self.run.model):
             hidden = self.head.hidden(**inputs)
         dtype = self.dtype or self.head.compute_dtype(hidden)
         supervised = labels[examples, 1:].to(hidden.device) != IGNORE_INDEX

@@ -84,7 +84,7 @@ class ReferenceBatches:
                 "scored on, or is no longer among the texts; give other texts."
             )
         if self.replay_buffer.pending:
-            with run.unedited(), evaluation_mode(run.model), run.host.forward_context():
+            with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
                 self.replay_buffer.add_pending(tokenize, hidden_states)
         self.replay_buffer.start_run(run.edits)
         self._start_draws(self._finished_runs)

@@ -61,7 +61,7 @@ def reference_hidden_states(
 
     masters = {} if run.masters is None else run.masters.dtypes
     device = next(run.model.parameters()).device
-    with run.unedited(), evaluation_mode(run.model):
+    with run.reference_model(), evaluation_mode(run.model):
         return compute_or_read(
             compute,
             sequences,

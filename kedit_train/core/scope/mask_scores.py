@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kedit_train.arguments import check_arguments, integer_from, one_of, optional
 from kedit_train.core.drift.fisher import diagonal_fisher, mean_gradient, next_token_examples
-from kedit_train.core.fsdp import whole
+from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.neurons import Granularity, matrix_of, unit_of
@@ -104,7 +104,7 @@ def score_entries(
         else None.
     """
     if score.name == "magnitude":
-        return {name: whole(run.reference[name]).float().abs() for name in run.scope}, None
+        return {name: full_tensor(run.reference[name]).float().abs() for name in run.scope}, None
     if score.name == "random":
         generator = torch.Generator().manual_seed(score.seed)
         return {name: torch.rand(p.shape, generator=generator) for name, p in run.scope.items()}, None
