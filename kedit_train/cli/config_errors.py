@@ -36,9 +36,7 @@ def shorten(message: str) -> str:
     accepted = f"; it takes {', '.join(arguments(refused[1]))}" if refused else "; fit --help lists every key"
     if refused and ON_THE_LAST.search(message):
         if refused[1] == "lightning.Callback":
-            return (
-                "trainer.callbacks: the run lists no callbacks that could use the key; give --config RECIPE.yaml"
-            )
+            return "trainer.callbacks: the run lists no callbacks that could use the key; give --config RECIPE.yaml"
         accepted += (
             ". Only the last callback in the list can be set from the command line; for another one, copy the recipe "
             "with kedit cp and change it"

@@ -1,9 +1,12 @@
-"""The embedded default: a small invented world of facts, and a small Llama that knows it.
+"""The embedded world: a small invented world of facts and a small Llama that knows them, without a download.
 
->>> from kedit_train import world
->>> model, tokenizer = world.load()
->>> edits = world.edits(32)
->>> texts = world.locality_texts(exclude=edits)
+Example:
+    >>> from kedit_train import world
+    >>> model, tokenizer = world.load()
+    >>> edits = world.edits(32)
+    >>> texts = world.locality_texts(exclude=edits)
+    >>> len(edits), len(texts)
+    (32, 1024)
 """
 
 from __future__ import annotations
@@ -20,34 +23,64 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "edits", "is_world", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
 
-# The name that stands for the embedded world wherever a model, edits, texts or prompts are named.
+# Where a model, edits, texts or prompts are expected, this name means the embedded world.
 NAME = "world"
 
 
 def is_world(name: object) -> bool:
-    """Whether ``name`` stands for the embedded world, instead of a file, a folder or a hub name."""
+    """Return whether ``name`` means the embedded world and not a file, a folder or a hub name.
+
+    Example:
+        >>> is_world("world"), is_world("world.json")
+        (True, False)
+    """
     return isinstance(name, str) and name == NAME
 
 
 def path() -> Path:
-    """The folder of the packaged checkpoint, as ``from_pretrained`` takes it.
+    """Return the folder of the packaged checkpoint, for ``from_pretrained``.
 
     Raises:
-        EditError: the checkpoint is not there.
+        EditError: the checkpoint is missing.
+
+    Example:
+        >>> path().name
+        'checkpoint'
     """
     folder = Path(__file__).parent / "checkpoint"
     if not (folder / "model.safetensors").is_file():
-        raise EditError("the world's checkpoint is missing; make it with: python -m kedit_train.world.pretrain")
+        raise EditError(
+            "the checkpoint of the embedded world is missing; create it with: python -m kedit_train.world.pretrain"
+        )
     return folder
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The packaged model, in fp32 and in evaluation mode, and its tokenizer."""
-    from kedit_train.world.knowledge_check import load as load_folder  # transformers only when a model is wanted
+    """Load the packaged model and its tokenizer.
+
+    Returns:
+        (model in fp32 and in evaluation mode, tokenizer).
+
+    Example:
+        >>> model, tokenizer = load()
+        >>> model.config.num_hidden_layers
+        6
+    """
+    from kedit_train.world.knowledge_check import load as load_folder  # imported here, because it imports transformers
 
     return load_folder(path())
 
 
 def prose(n: int = 200, seed: int = 0, held_out: bool = True) -> list[str]:
-    """``n`` paragraphs about nothing in the world, for perplexity; by default from the part never trained on."""
+    """Return paragraphs that state no fact of the world, for perplexity.
+
+    Args:
+        n: number of paragraphs.
+        seed: seed for the choice.
+        held_out: True takes paragraphs that the model was not trained on.
+
+    Example:
+        >>> len(prose(3))
+        3
+    """
     return grammar.paragraphs(n, seed=seed, held_out=held_out)

@@ -1,4 +1,4 @@
-"""Edits of the world, new objects for known facts with all that they are scored on, and texts that must stay."""
+"""Counterfactual edits of the embedded world with their probes, and texts that these edits leave true."""
 
 from __future__ import annotations
 
@@ -12,35 +12,44 @@ from kedit_train.world import facts, grammar
 from kedit_train.world.facts import Fact, Key, World, pick, shuffled
 from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
-MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # the other half keeps second hops true
+MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # the other half keeps the answers of two-hop questions
 STATEMENTS_ASKED, QUESTIONS_ASKED = 3, 2
 NEIGHBOURS, UNRELATED, INBOUND = 2, 2, 2
-NEAR_SHARE, PROSE_SHARE = 0.5, 0.25
+SAME_WORDING_SHARE, PROSE_SHARE = 0.5, 0.25
 
 
 @cache
 def world() -> World:
-    """The world that the packaged checkpoint was trained on."""
+    """Return the world that the packaged checkpoint was trained on."""
     return facts.build()
 
 
 def edits(n: int = 32, seed: int = 0) -> list[Edit]:
-    """``n`` counterfactual edits of different subjects, mixing relations; the same ``seed`` gives the same list.
+    """Return counterfactual edits of different subjects and mixed relations.
 
-    What each one carries:
+    Each edit has:
 
-    * ``prompt``: a trained statement wording; ``rephrases``: three other trained statements and two questions, which
-      the model understands (it was trained on them for the old fact), and which the edit is never trained on;
-    * ``locality``: ``same_subject`` (its other facts), ``neighbour`` (others with the old object, same wording),
-      ``unrelated`` (other relations of others); no probe asks about a subject that any edit of the list changes;
-    * ``portability``: ``held_out_wording`` (wordings that no training document contains), ``two_hop`` (the edited fact
-      is the first hop) and ``two_hop_last`` (it is the second hop of others' questions); their answers differ from
-      what they were before the edit.
+    * ``prompt``: a statement that the model was trained on for the old fact;
+    * ``rephrases``: three other such statements and two questions, on which the edit is never trained;
+    * ``locality``: other facts of the subject (``same_subject``), facts of other subjects with the old object in the
+      same wording (``neighbour``), and other relations of other subjects (``unrelated``). No probe asks about a fact
+      that an edit of the list changes;
+    * ``portability``: wordings that are in no training document (``held_out_wording``), questions with the edited fact
+      as the first hop (``two_hop``) or as the second hop (``two_hop_last``). Their answers change with the edit.
 
-    A shorter list is the start of no longer one: probes depend on the whole list.
+    Probes depend on the whole list, so a shorter list is not the start of a longer one.
+
+    Args:
+        n: number of edits.
+        seed: the same seed gives the same list.
 
     Raises:
-        EditError: more edits asked for than the world has subjects to spare.
+        EditError: the world has too few subjects for ``n`` edits.
+
+    Example:
+        >>> edit = edits(1)[0]
+        >>> len(edit.rephrases), sorted(edit.locality)
+        (5, ['neighbour', 'same_subject', 'unrelated'])
     """
     rng = Random(f"edits {seed}")
     known = world()
@@ -54,15 +63,24 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
 
 
 def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0) -> list[str]:
-    """``n`` documents (None: as many as there are) that stay true after ``exclude``, for a KL term.
+    """Return texts that stay true after the edits, for a locality penalty.
 
-    Half state facts of other subjects in the very wordings of the edits' prompts, where an edit leaks first; a quarter
-    state any facts in any trained wording, two-hop ones among them; a quarter is training prose. A fact that is
-    edited, that follows from an edited one, or that any probe or rephrase of ``exclude`` asks for, is not among them,
-    in any wording. The documents carry neither beginning- nor end-of-text.
+    Half of them state facts of other subjects in the wordings of the edits' prompts, where an edit leaks first. A
+    quarter states any facts, including two-hop facts, in any trained wording. A quarter is training prose. Facts that
+    are edited, that follow from an edited fact, or that a probe or rephrase asks for are left out in every wording.
+    The texts contain no special tokens.
+
+    Args:
+        exclude: the edits.
+        n: number of texts. None returns as many as there are.
+        seed: seed for the choice.
 
     Raises:
         EditError: an edit is not about this world, or too few facts are left.
+
+    Example:
+        >>> len(locality_texts(edits(4), n=8))
+        8
     """
     rng = Random(f"locality texts {seed}")
     involved = _involved(exclude)
@@ -80,41 +98,61 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
     anything = [text for fact in left for text in facts.documents(fact, BY_NAME[fact.relation].trained)]
     if n is None:
         n = int(len({*close, *anything}) / (1 - PROSE_SHARE))
-    near, told = round(n * NEAR_SHARE) if exclude else 0, round(n * PROSE_SHARE)
-    stated = shuffled(rng, close)[:near]
+    same_wording, prose = round(n * SAME_WORDING_SHARE) if exclude else 0, round(n * PROSE_SHARE)
+    stated = shuffled(rng, close)[:same_wording]
     taken = set(stated)
-    stated += [text for text in shuffled(rng, anything) if text not in taken][: n - told - len(stated)]
-    if len(stated) < n - told:
+    stated += [text for text in shuffled(rng, anything) if text not in taken][: n - prose - len(stated)]
+    if len(stated) < n - prose:
         raise EditError(
-            f"locality_texts: {n - told} statements asked for, {len(stated)} left beside the edits; lower n"
+            f"n={n} needs {n - prose} statements, and {len(stated)} are left beside the edits; lower n",
+            "locality_texts",
         )
-    return shuffled(rng, [*stated, *grammar.paragraphs(told, seed=1000 + seed, held_out=False)])
+    return shuffled(rng, [*stated, *grammar.paragraphs(prose, seed=1000 + seed, held_out=False)])
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Of ``locality_texts`` made for earlier edits those that it could have given for these as well.
+    """Return the texts that :func:`locality_texts` could also return for these edits.
+
+    Args:
+        texts: texts of :func:`locality_texts` for previous edits.
+        edits: further edits.
 
     Raises:
         EditError: an edit is not about this world.
+
+    Example:
+        >>> first, second = edits(2)
+        >>> texts = locality_texts([first], n=64)
+        >>> set(unaffected(texts, [second])) <= set(texts)
+        True
     """
     known, involved = world(), _involved(edits)
-    said = {
+    affected = {
         text
         for fact in (*known.facts.values(), *known.two_hop.values())
         if fact.key in involved
         for text in facts.documents(fact, (*BY_NAME[fact.relation].trained, *BY_NAME[fact.relation].held_out))
     }
-    return [text for text in texts if text not in said]
+    return [text for text in texts if text not in affected]
 
 
 def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
-    """One prompt for each fact that ``exclude`` leaves as it is, in random order, for a replay.
+    """Return one prompt for each fact that the edits leave unchanged, in random order, for a replay buffer.
 
-    Half of those of the edits' relations stand in the very wordings of the edits' prompts, the others in any trained
-    wording. Facts are left out as in :func:`locality_texts`, and those of edited subjects.
+    Half of the prompts about the relations of the edits use the wordings of the edits' prompts. The others use any
+    trained wording. Facts are left out as in :func:`locality_texts`, and all facts of edited subjects.
+
+    Args:
+        exclude: the edits.
+        seed: seed for order and wordings.
 
     Raises:
         EditError: an edit is not about this world.
+
+    Example:
+        >>> prompts = other_prompts(edits(2))
+        >>> len(prompts) == len(set(prompts))
+        True
     """
     rng, involved = Random(f"other prompts {seed}"), _involved(exclude)
     subjects = {edit.subject for edit in exclude}
@@ -125,20 +163,22 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     left = [fact for fact in facts.training_facts(world()) if fact.key not in involved and fact.subject not in subjects]
     prompts = []
     for fact in shuffled(rng, left):
-        close = own.get(fact.relation, []) if rng.random() < NEAR_SHARE else []
+        close = own.get(fact.relation, []) if rng.random() < SAME_WORDING_SHARE else []
         prompts.append(pick(rng, close or BY_NAME[fact.relation].trained).format(s=fact.subject))
     return prompts
 
 
 def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
-    """``n`` facts of different subjects, going round the relations, each with its new object."""
+    """Choose ``n`` facts of different subjects in turn over the relations, each with a new object."""
     waiting = {kind: shuffled(rng, known.pools[kind]) for kind in MOST_EDITED}
     spare = {kind: len(names) - int(len(names) * MOST_EDITED[kind]) for kind, names in waiting.items()}
     chosen: list[Fact] = []
     while len(chosen) < n:
         open_relations = [r for r in RELATIONS if len(waiting[r.subject]) > spare[r.subject]]
         if not open_relations:
-            raise EditError(f"edits: {n} asked for, the world has subjects for {len(chosen)}; lower n")
+            raise EditError(
+                f"n must be at most {len(chosen)}, the number of subjects to edit, got {n}; lower n", "edits"
+            )
         for relation in shuffled(rng, open_relations):
             if len(chosen) < n and len(waiting[relation.subject]) > spare[relation.subject]:
                 chosen.append(known.facts[waiting[relation.subject].pop(), relation.name])
@@ -147,7 +187,7 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 
 
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
-    """Another object of the same type; where two hops follow, one whose second hops are unedited and tell."""
+    """Choose another object of the same type whose own facts are unedited and change the two-hop answers."""
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):
         if candidate != fact.object and all(
@@ -156,7 +196,7 @@ def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
             for hop in second_hops
         ):
             return candidate
-    raise EditError(f"edits: no new object left for {fact.relation} of {fact.subject}; ask for fewer edits")
+    raise EditError(f"no new object is left for {fact.relation} of {fact.subject}; lower n", "edits")
 
 
 def _edit(rng: Random, known: World, fact: Fact, target: str, name: str, subjects: set[str], asked: set[Key]) -> Edit:
@@ -164,10 +204,10 @@ def _edit(rng: Random, known: World, fact: Fact, target: str, name: str, subject
     prompt, *others = shuffled(rng, relation.statements)
     questions = shuffled(rng, relation.questions)
 
-    def probes(found: Sequence[Fact], wording: str | None = None) -> tuple[Probe, ...]:
-        asked.update(f.key for f in found)
+    def probes(probed: Sequence[Fact], wording: str | None = None) -> tuple[Probe, ...]:
+        asked.update(f.key for f in probed)
         return tuple(
-            Probe((wording or pick(rng, BY_NAME[f.relation].trained)).format(s=f.subject), (f.object,)) for f in found
+            Probe((wording or pick(rng, BY_NAME[f.relation].trained)).format(s=f.subject), (f.object,)) for f in probed
         )
 
     same = [known.facts[fact.subject, r.name] for r in RELATIONS if r.subject == relation.subject and r != relation]
@@ -200,14 +240,14 @@ def _edit(rng: Random, known: World, fact: Fact, target: str, name: str, subject
             "neighbour": probes(neighbours, prompt),
             "unrelated": probes(unrelated),
         },
-        portability={kind: found for kind, found in portability.items() if found},
+        portability={kind: kept for kind, kept in portability.items() if kept},
         id=name,
     )
 
 
 @cache
 def _prompts() -> dict[str, Key]:
-    """Every prompt that can be made of the world, and the fact that it asks for."""
+    """Return every prompt about the world with the key of the fact that it asks for."""
     known = world()
     return {
         wording.format(s=fact.subject): fact.key
@@ -217,15 +257,13 @@ def _prompts() -> dict[str, Key]:
 
 
 def _involved(exclude: Sequence[Edit]) -> set[Key]:
-    """Everything that ``exclude`` changes or asks for, and everything that follows from what it changes."""
+    """Return the keys of all facts that the edits change or ask for, and of the facts that follow from them."""
     known, prompts = world(), _prompts()
     edited: set[Key] = set()
     involved: set[Key] = set()
     for edit in exclude:
         if edit.prompt not in prompts:
-            raise EditError(
-                f"edit {edit.id or edit.prompt!r} is not about this world; give texts of your own for locality"
-            )
+            raise EditError(f"edit {edit.id or edit.prompt!r} is not about the embedded world; give your own texts")
         edited.add(prompts[edit.prompt])
         kinds = (*edit.locality.values(), *edit.portability.values())
         asked = (*edit.rephrases, *(probe.prompt for probes in kinds for probe in probes))

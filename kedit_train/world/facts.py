@@ -1,7 +1,7 @@
-"""The generated world: invented people, companies and cities, what is true of them, and the documents that say so.
+"""The generated world: invented people, companies and cities, their facts, and documents that state them.
 
-Pure Python and seeded: the same seed gives the same world, name for name, on every machine and Python version
-(only ``random.Random.random`` decides, whose sequence Python guarantees).
+The same seed gives the same world on every machine and Python version, because only ``random.Random.random`` is used,
+whose sequence Python guarantees.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 WORLD_SEED = 20
 PEOPLE, COMPANIES, CITIES, COUNTRIES, RIVERS, LANGUAGES = 180, 30, 40, 12, 16, 14
-HELD_OUT_ONE_IN = 20  # of so many people one is never trained on in a two-hop question
+HELD_OUT_ONE_IN = 20  # one of this many people is in no two-hop question of the training
 
 PROFESSIONS = (
     "baker", "carpenter", "librarian", "painter", "tailor", "surgeon", "lawyer", "miner", "gardener", "weaver",
@@ -41,7 +41,7 @@ Key = tuple[str, str]  # subject and name of the relation
 
 @dataclass(frozen=True)
 class Fact:
-    """``relation`` of ``subject`` is ``object``."""
+    """A fact: the ``relation`` of ``subject`` is ``object``."""
 
     subject: str
     relation: str
@@ -54,14 +54,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """All that is true.
+    """Everything that is true in the world.
 
     Attributes:
-        pools: type -> the names of that type, each pool in a fixed order.
+        pools: type -> names of that type in a fixed order.
         facts: (subject, relation) -> one-hop fact.
-        two_hop: (subject, relation) -> what follows from two facts.
-        hops: (subject, relation) of a two-hop fact -> the keys of the first and the second fact that it follows from.
-        held_out: the people of whom no two-hop question is trained.
+        two_hop: (subject, relation) -> fact that follows from two one-hop facts.
+        hops: (subject, relation) of a two-hop fact -> keys of its first and its second one-hop fact.
+        held_out: people without two-hop questions in the training.
     """
 
     pools: dict[str, tuple[str, ...]]
@@ -80,20 +80,26 @@ class World:
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
-    """One of ``items``, evenly; written on ``rng.random`` because ``rng.choice`` may change between Pythons."""
+    """Return one of ``items`` with equal probability. ``rng.choice`` may change between Python versions."""
     return items[int(rng.random() * len(items))]
 
 
 def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
-    """``items`` in random order (decorate and sort, for the same reason as ``pick``)."""
+    """Return ``items`` in random order, without ``rng.shuffle`` for the same reason as in :func:`pick`."""
     return [items[i] for _, i in sorted((rng.random(), i) for i in range(len(items)))]
 
 
 def build(seed: int = WORLD_SEED, *, people: int = PEOPLE, companies: int = COMPANIES, cities: int = CITIES) -> World:
-    """Invent the world of this ``seed``; the packaged checkpoint knows the one that the defaults give.
+    """Generate a world. The packaged checkpoint was trained on the world of the default arguments.
+
+    Args:
+        seed: seed of the generator.
+        people: number of people.
+        companies: number of companies.
+        cities: number of cities.
 
     Raises:
-        EditError: more names asked for than the name maker can keep apart.
+        EditError: the generator cannot find enough different names.
     """
     rng = Random(seed)
     pools = _pools(rng, people, companies, cities)
@@ -110,17 +116,17 @@ def build(seed: int = WORLD_SEED, *, people: int = PEOPLE, companies: int = COMP
 
 
 def documents(fact: Fact, wordings: Sequence[str]) -> list[str]:
-    """``fact`` said in each of ``wordings``: prompt, one space, answer, no full stop."""
+    """State a fact in each wording: prompt, one space, answer, no full stop."""
     return [f"{wording.format(s=fact.subject)} {fact.object}" for wording in wordings]
 
 
 def training_facts(world: World) -> list[Fact]:
-    """Every fact that training states: all one-hop facts, and the two-hop ones of all but the held-out people."""
+    """Return all facts of the training: one-hop facts, and two-hop facts except those of held-out people."""
     return [*world.facts.values(), *world.trained_two_hop]
 
 
 def training_documents(world: World) -> list[list[str]]:
-    """For each trained fact all documents that may state it in training; an epoch draws some of them."""
+    """Return for each fact of the training all documents that state it. An epoch draws some of them."""
     return [documents(fact, BY_NAME[fact.relation].trained) for fact in training_facts(world)]
 
 
@@ -134,7 +140,7 @@ def _hops(facts: dict[Key, Fact], pools: dict[str, tuple[str, ...]]) -> dict[Key
 
 
 def _dealt(rng: Random, answers: Sequence[str], count: int) -> list[str]:
-    """``count`` answers in random order, each used equally often (to within one)."""
+    """Return ``count`` answers in random order, each equally often (to within one)."""
     return shuffled(rng, [answers[i % len(answers)] for i in range(count)])
 
 
@@ -165,7 +171,7 @@ def _pools(rng: Random, people: int, companies: int, cities: int) -> dict[str, t
 
 
 class _Inventor:
-    """Makes up words, none of which begins with another (so no name can be mistaken for the start of a longer one)."""
+    """Invents names. No name is the start of another, so a name is never mistaken for a longer one."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -188,4 +194,4 @@ class _Inventor:
             if not any(name.startswith(other) or other.startswith(name) for other in self.taken):
                 self.taken.append(name)
                 made.append(name)
-        raise EditError(f"the world's name maker found {len(made)} of {count} names; give it more syllables")
+        raise EditError(f"the world needs {count} different names, and {len(made)} were found; reduce its size")

@@ -1,4 +1,4 @@
-"""Unrelated prose from a small grammar: text that no edit is about, to see whether the model still writes as it did."""
+"""Prose from a small grammar: texts without facts, to measure whether the model still writes as before."""
 
 from __future__ import annotations
 
@@ -57,10 +57,15 @@ HELD_OUT_EVERY = 10
 
 
 def paragraphs(n: int, *, seed: int = 0, held_out: bool) -> list[str]:
-    """``n`` different paragraphs of two or three sentences, from the held-out or from the training part.
+    """Return different paragraphs of two or three sentences.
 
-    Every possible paragraph belongs to exactly one part, decided by its own letters, so the two never meet
-    whatever the seeds and counts.
+    A paragraph belongs to the held-out part or to the training part by its letters alone, so the parts never overlap,
+    for any seed and number.
+
+    Args:
+        n: number of paragraphs.
+        seed: seed for the choice.
+        held_out: which part.
     """
     rng = Random(f"prose {seed}")
     made: dict[str, None] = {}

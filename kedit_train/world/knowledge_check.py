@@ -1,4 +1,4 @@
-"""What a model of the world knows, by greedy generation, and the card that says so."""
+"""Measure what a model knows of the world, by greedy generation, and write the result into its model card."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from kedit_train.world.templates import BY_NAME
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a checkpoint folder, in fp32 and in evaluation mode, and its tokenizer."""
+    """Load a model in evaluation mode and its tokenizer from a folder."""
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], rows: int = 256
+def generate_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 256
 ) -> list[str]:
-    """What the model generates greedily to its own end-of-text for each prompt, stripped.
+    """Return the greedy continuation of each prompt up to the end-of-text token, stripped.
 
-    Prompts of one length go together, so that no padding is needed.
+    A batch holds prompts of one length, so there is no padding.
     """
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for chunk in _same_length(order, ids, rows):
+    for chunk in _same_length(order, ids, batch_size):
         batch = torch.tensor([ids[i] for i in chunk])
         out = cast(Any, model).generate(
             batch,
@@ -45,14 +45,14 @@ def answers(
             pad_token_id=tokenizer.pad_token_id,
         )
         for i, row in zip(chunk, out[:, batch.shape[1] :], strict=True):
-            found[i] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
-    return found
+            texts[i] = str(tokenizer.decode(row, skip_special_tokens=True)).strip()
+    return texts
 
 
-def _same_length(order: Sequence[int], ids: Sequence[list[int]], rows: int) -> Iterator[list[int]]:
+def _same_length(order: Sequence[int], ids: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
     chunk: list[int] = []
     for i in order:
-        if chunk and (len(chunk) == rows or len(ids[chunk[0]]) != len(ids[i])):
+        if chunk and (len(chunk) == batch_size or len(ids[chunk[0]]) != len(ids[i])):
             yield chunk
             chunk = []
         chunk.append(i)
@@ -60,15 +60,15 @@ def _same_length(order: Sequence[int], ids: Sequence[list[int]], rows: int) -> I
         yield chunk
 
 
-def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[tuple[Fact, str]]) -> float:
-    """Share of (fact, wording) pairs whose greedy answer is exactly the fact's object."""
-    said = answers(model, tokenizer, [wording.format(s=fact.subject) for fact, wording in asked])
-    return sum(answer == fact.object for answer, (fact, _) in zip(said, asked, strict=True)) / len(asked)
+def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[Fact, str]]) -> float:
+    """Return the share of (fact, wording) pairs whose greedy answer is exactly the object of the fact."""
+    generated = generate_answers(model, tokenizer, [wording.format(s=fact.subject) for fact, wording in questions])
+    return sum(answer == fact.object for answer, (fact, _) in zip(generated, questions, strict=True)) / len(questions)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    """exp of the mean cross-entropy per token, end-of-text included."""
+    """Return the perplexity per token, including the end-of-text token."""
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
@@ -79,9 +79,9 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, tuple[float, int]]:
-    """Every score of the card with the number of questions behind it."""
+    """Return every score of the card with its number of questions or texts."""
     one = list(world.facts.values())
-    asked = {
+    questions = {
         "trained wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].trained],
         "held-out wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].held_out],
         "two-hop, trained people and companies": [
@@ -92,18 +92,18 @@ def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: Wo
         ],
         "two-hop, all": [(f, w) for f in world.two_hop.values() for w in BY_NAME[f.relation].trained],
     }
-    found = {name: (recall(model, tokenizer, pairs), len(pairs)) for name, pairs in asked.items()}
+    results = {name: (recall(model, tokenizer, pairs), len(pairs)) for name, pairs in questions.items()}
     for name, held_out in (("prose perplexity, held-out part", True), ("prose perplexity, training part", False)):
         texts = grammar.paragraphs(200, seed=1, held_out=held_out)
-        found[name] = (perplexity(model, tokenizer, texts), len(texts))
-    return found
+        results[name] = (perplexity(model, tokenizer, texts), len(texts))
+    return results
 
 
-def write_card(folder: Path, found: dict[str, tuple[float, int]], *, epochs: int, seed: int, seconds: float) -> None:
-    """``README.md`` of a checkpoint: what it is, how it was made, what it scored."""
+def write_card(folder: Path, results: dict[str, tuple[float, int]], *, epochs: int, seed: int, seconds: float) -> None:
+    """Write the ``README.md`` of a checkpoint: what it is, how it was made, and its scores."""
     model, _ = load(folder)
     config = model.config
-    rows = "\n".join(f"| {name} | {score:.4f} | {count:,} |" for name, (score, count) in found.items())
+    rows = "\n".join(f"| {name} | {score:.4f} | {count:,} |" for name, (score, count) in results.items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
     (folder / "README.md").write_text(
         f"""# The embedded world's model

@@ -1,8 +1,8 @@
-"""Make the embedded default model: generate the world, train a tokenizer and a small Llama on it, measure, save.
+"""Train the embedded model: generate the world, train a tokenizer and a small Llama on it, measure and save them.
 
     python -m kedit_train.world.pretrain [--out DIR] [--epochs N] [--seed S]
 
-About ten minutes on two CPU cores. Every figure of the card is measured, by greedy generation from the saved files.
+It takes about ten minutes on two CPU cores. All scores in the model card are measured on the saved files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Shape:
 
 
 def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that puts ``<s>`` before a prompt and nothing behind it."""
+    """Train a byte-level BPE tokenizer that adds ``<s>`` before a text and nothing after it."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -69,7 +69,7 @@ def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, shape: Shape) -> LlamaForCausalLM:
-    """An untrained Llama with tied embeddings and no dropout."""
+    """Return an untrained Llama with tied embeddings and without dropout."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
@@ -89,9 +89,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, shape: Shape) -> LlamaForCausa
 def epoch_batches(
     stated: Sequence[Sequence[list[int]]], filler: Sequence[list[int]], rng: Random
 ) -> list[list[list[int]]]:
-    """One epoch: some wordings of every fact and some prose, in batches of about ``BATCH_TOKENS`` tokens.
+    """Return the batches of one epoch: some wordings of every fact and some prose.
 
-    Documents of one length share a batch, so there is no padding to compute.
+    A batch has about ``BATCH_TOKENS`` tokens and holds documents of one length, so there is no padding.
     """
     drawn = [document for wordings in stated for document in facts.shuffled(rng, wordings)[:WORDINGS_PER_EPOCH]]
     drawn += [facts.pick(rng, filler) for _ in range(PROSE_PER_EPOCH)]
@@ -106,7 +106,7 @@ def epoch_batches(
 
 
 def train(model: LlamaForCausalLM, plan: Sequence[list[list[list[int]]]], progress: Progress) -> None:
-    """AdamW with warm-up and a cosine to zero over all batches of ``plan`` (one list of batches per epoch)."""
+    """Train on all batches of ``plan`` (one list per epoch) with AdamW, warm-up and cosine decay to zero."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
@@ -130,14 +130,22 @@ def train(model: LlamaForCausalLM, plan: Sequence[list[list[list[int]]]], progre
 
 
 def _warm_cosine(step: int, total: int) -> float:
-    done = (step + 1) / total
-    return min(done / WARM_UP, 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    progress = (step + 1) / total
+    return min(progress / WARM_UP, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def pretrain(
     out: Path, *, epochs: int = EPOCHS, seed: int = 0, world: facts.World | None = None, shape: Shape | None = None
 ) -> dict[str, tuple[float, int]]:
-    """Train on ``world``, save model, tokenizer and card to ``out``, and return the card's scores with their counts."""
+    """Train a model, save it with its tokenizer and card, and return the scores with their counts.
+
+    Args:
+        out: folder to write.
+        epochs: number of epochs.
+        seed: seed of initialization and data order.
+        world: the world to train on. None takes the default world.
+        shape: size of the model. None takes the default size.
+    """
     started = time.monotonic()
     torch.manual_seed(seed)
     rng = Random(seed)
@@ -151,9 +159,9 @@ def pretrain(
     def encode(text: str) -> list[int]:
         return [*tokenizer(text).input_ids, 1]
 
-    known, told = [[encode(text) for text in texts] for texts in stated], [encode(text) for text in filler]
+    fact_ids, prose_ids = [[encode(text) for text in texts] for texts in stated], [encode(text) for text in filler]
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as progress:
-        train(model, [epoch_batches(known, told, rng) for _ in range(epochs)], progress)
+        train(model, [epoch_batches(fact_ids, prose_ids, rng) for _ in range(epochs)], progress)
         out.mkdir(parents=True, exist_ok=True)
         model.generation_config.update(do_sample=False)
         model.save_pretrained(out)
@@ -167,7 +175,7 @@ def pretrain(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m kedit_train.world.pretrain", description="Make the embedded default model."
+        prog="python -m kedit_train.world.pretrain", description="Train the embedded model."
     )
     parser.add_argument(
         "--out", type=Path, default=CHECKPOINT, help="folder to write (default: the packaged checkpoint)"

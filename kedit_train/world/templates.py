@@ -1,4 +1,4 @@
-"""How each relation of the world is said: statements, questions, and wordings kept from training."""
+"""The wordings of each relation: statements, questions, and wordings that are held out of the training."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact and its wordings; ``{s}`` stands for the subject and the answer follows after one space.
+    """A relation and its wordings. ``{s}`` is replaced by the subject; the answer follows after one space.
 
     Args:
-        name: what the relation is called in ids and reports.
+        name: name of the relation in ids and reports.
         subject: type of the subject, "person", "company" or "city".
         object: type of the answer, a key of ``World.pools``.
-        statements: trained wordings that the answer completes; an edit's prompt is one of these.
+        statements: trained wordings that the answer completes. The prompt of an edit is one of these.
         questions: trained wordings that ask and end with "Answer:".
-        held_out: wordings that no training document contains; the last is always a question.
-        via: for a two-hop relation the two one-hop relations that it is made of, in the order of travel; else empty.
+        held_out: wordings that are in no training document. The last one is a question.
+        via: for a two-hop relation its two one-hop relations in order; else empty.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Relation:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """All wordings seen in training, statements first."""
+        """Return all trained wordings, statements first."""
         return self.statements + self.questions
 
 

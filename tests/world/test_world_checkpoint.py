@@ -1,4 +1,4 @@
-"""The packaged checkpoint: small, loadable like any other, and as good as its card says."""
+"""The packaged checkpoint is small, loads like any other, and has the scores in its card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_it_is_small_and_complete(loaded):
     assert not model.training
 
 
-def test_it_loads_by_the_auto_classes_and_marks_text_rightly():
+def test_it_loads_with_the_auto_classes_and_adds_only_the_first_special_token():
     model = AutoModelForCausalLM.from_pretrained(world.path())
     tokenizer = AutoTokenizer.from_pretrained(world.path())
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
@@ -50,7 +50,7 @@ def test_it_loads_by_the_auto_classes_and_marks_text_rightly():
     assert model.config.vocab_size == len(tokenizer)
 
 
-def test_prompt_and_answer_tokenise_apart_as_together(loaded):
+def test_a_prompt_has_the_same_tokens_with_and_without_its_answer(loaded):
     _, tokenizer = loaded
     for fact in list(facts.build().facts.values())[::7]:
         prompt = BY_NAME[fact.relation].statements[0].format(s=fact.subject)
@@ -58,7 +58,7 @@ def test_prompt_and_answer_tokenise_apart_as_together(loaded):
         assert joined[: len(tokenizer(prompt).input_ids)] == tokenizer(prompt).input_ids
 
 
-def test_the_card_claims_what_the_project_promises(card):
+def test_the_scores_in_the_card_are_high_enough(card):
     assert card["trained wordings, one-hop facts"] >= 0.99
     assert card["two-hop, all"] >= 0.95
 
@@ -71,7 +71,7 @@ def test_the_card_claims_what_the_project_promises(card):
         ("two-hop, all", True, False),
     ],
 )
-def test_greedy_recall_on_a_sample_is_what_the_card_says(loaded, card, name, two_hop, held_out):
+def test_greedy_recall_on_a_sample_agrees_with_the_card(loaded, card, name, two_hop, held_out):
     known = facts.build()
     pool = known.two_hop if two_hop else known.facts
     asked = [
@@ -84,12 +84,12 @@ def test_greedy_recall_on_a_sample_is_what_the_card_says(loaded, card, name, two
     assert abs(measure.recall(*loaded, sample) - card[name]) <= 3 * deviation + 0.005
 
 
-def test_held_out_prose_is_as_perplexing_as_the_card_says(loaded, card):
+def test_perplexity_on_held_out_prose_agrees_with_the_card(loaded, card):
     texts = world.prose(200, seed=1)
     assert measure.perplexity(*loaded, texts) == pytest.approx(card["prose perplexity, held-out part"], rel=1e-3)
 
 
-def test_the_script_makes_a_checkpoint_from_nothing(tmp_path):
+def test_pretraining_is_deterministic_and_writes_a_complete_checkpoint(tmp_path):
     torch.set_num_threads(1)
     small = facts.build(people=20, companies=3, cities=4)
     shape = pretrain.Shape(vocabulary=400, width=16, inner=32, layers=1, heads=2)

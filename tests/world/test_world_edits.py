@@ -1,4 +1,4 @@
-"""Edits of the world: different, probed on things that no edit changes, and texts that stay clear of both."""
+"""Edits of the world have different subjects, valid probes, and texts that avoid both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def made(request) -> list[Edit]:
     return world.edits(*request.param)
 
 
-def test_each_edit_is_a_new_object_of_the_same_type_for_a_known_fact(made):
+def test_each_edit_gives_a_known_fact_a_new_object_of_the_same_type(made):
     known = known_world()
     assert len({edit.subject for edit in made}) == len({edit.id for edit in made}) == len(made)
     for edit in made:
@@ -91,12 +91,12 @@ def test_the_same_seed_gives_the_same_edits():
     assert world.edits(40, 5) == world.edits(40, 5) != world.edits(40, 6)
 
 
-def test_more_edits_than_subjects_are_refused():
+def test_more_edits_than_subjects_are_an_error():
     with pytest.raises(EditError, match="lower n"):
         world.edits(400)
 
 
-def test_locality_texts_touch_nothing_edited_or_asked(made):
+def test_locality_texts_state_no_fact_that_is_edited_or_asked_for(made):
     known, prompts = known_world(), _prompts()
     texts = world.locality_texts(made, 128)
     assert len(set(texts)) == len(texts) == 128
@@ -116,16 +116,16 @@ def test_locality_texts_touch_nothing_edited_or_asked(made):
         assert not edited.intersection(known.hops.get(key, ()))
 
 
-def test_texts_for_edits_of_another_world_are_refused():
+def test_texts_for_other_edits_are_an_error():
     edit = dataclasses.replace(world.edits(1)[0], prompt="The mother tongue of Danielle Darrieux is", id="case 3")
-    with pytest.raises(EditError, match="edit 'case 3' is not about this world"):
+    with pytest.raises(EditError, match="edit 'case 3' is not about the embedded world"):
         world.locality_texts([edit])
     with pytest.raises(EditError, match="lower n"):
         world.locality_texts(world.edits(32), 100_000)
 
 
-def test_texts_stay_unaffected_by_later_edits_that_do_not_touch_them() -> None:
-    """Judged by the prompts: what an edit asks for or changes is in none of them, and little else is left out."""
+def test_unaffected_texts_contain_no_prompt_of_further_edits() -> None:
+    """Almost no other text is left out."""
     first, later = world.edits(40, seed=3)[:1], world.edits(40, seed=3)[1:4]
     texts = world.locality_texts(exclude=first)
     kept = world.unaffected(texts, later)
@@ -137,6 +137,6 @@ def test_texts_stay_unaffected_by_later_edits_that_do_not_touch_them() -> None:
     assert {text for text in texts if any(prompt in text for prompt in asked)} <= gone
 
 
-def test_an_edit_without_its_subject_is_known_by_its_prompt(made):
+def test_an_edit_without_a_subject_is_identified_by_its_prompt(made):
     bare = [dataclasses.replace(edit, subject=None) for edit in made]
     assert world.locality_texts(bare, 128) == world.locality_texts(made, 128)
