@@ -254,5 +254,5 @@ def test_a_score_is_a_name_a_mask_score_or_a_mapping() -> None:
     assert MaskScore.of(MaskScore("fisher", seed=2)).seed == 2
     with pytest.raises(EditError, match=r"^MaskScore: limit must be an integer >= 1, or None, got 0\.$"):
         MaskScore("gradient", limit=0)
-    with pytest.raises(EditError, match=r"^MaskScore: unknown argument 'samples'; use name, limit, seed\.$"):
+    with pytest.raises(EditError, match=r"^MaskScore: unknown argument 'samples'; known are name, limit, seed\.$"):
         MaskScore.of({"samples": 4})

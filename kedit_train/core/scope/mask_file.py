@@ -40,11 +40,13 @@ def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None)
         EditError: the file is missing, damaged or was changed after it was written; a tensor is not bool, is not in
             ``shapes`` or has another shape; or a name of ``shapes`` has no tensor.
     """
-    masks = load_tensors(path, kind=_KIND, memory_map=False, allow_unsigned=True).tensors
-    for name, mask in masks.items():
+    mapped = load_tensors(path, kind=_KIND, allow_unsigned=True).tensors
+    for name, mask in mapped.items():
         if mask.dtype != torch.bool or bool((mask.view(torch.uint8) > 1).any()):
             values = "bytes other than 0 and 1" if mask.dtype == torch.bool else str(mask.dtype)
             raise EditError(f"{path}: {name} must contain bools, True where the entry may change, got {values}.")
+    # The checks above need the bytes of the file, because a copy turns every other byte into 1.
+    masks = {name: mask.clone() for name, mask in mapped.items()}
     if shapes is None:
         return masks
     unknown, missing = sorted(masks.keys() - shapes.keys()), sorted(shapes.keys() - masks.keys())
