@@ -1,13 +1,11 @@
-"""A recipe in TRL: the same file, in an ``EditSFTTrainer``.
+"""``sft``: run a recipe in TRL, with ``EditSFTTrainer``.
 
     python -m kedit_train sft --config recipes/overtone.yaml
     python -m kedit_train sft --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
-
-The keys are those of ``fit``. What they ask of the Lightning trainer becomes the ``SFTConfig`` argument that means the
-same; a key that has none is refused. The optimizer is Adam at a constant rate, as in ``EditModule``. Several processes
-are a launcher's to start:
-
     torchrun --nproc-per-node 2 -m kedit_train sft --config recipes/overtone.yaml
+
+The keys are those of ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with the same meaning,
+and a key without a counterpart is an error. The optimizer is Adam with a constant learning rate, as in ``EditModule``.
 """
 
 from __future__ import annotations
@@ -30,14 +28,14 @@ from kedit_train.pretrained import load_model, lora_config
 from kedit_train.processes import check_process_count, end_process_group
 from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
-# Keys of Lightning's trainer that are read here, and the summary that TRL's never prints.
+# The keys of Lightning's trainer that are used here, and the model summary, which TRL never prints.
 READ = frozenset((
     "callbacks", "default_root_dir", "enable_model_summary", "accumulate_grad_batches", "gradient_clip_val",
     "log_every_n_steps", "max_epochs", "max_steps", "enable_progress_bar", "enable_checkpointing", "logger",
     "precision", "accelerator",
 ))  # fmt: skip
 PRECISION = {None: {}, "32-true": {}, "32": {}, "bf16-mixed": {"bf16": True}, "16-mixed": {"fp16": True}}
-# How many processes: what started them has decided that before any key is read.
+# The number of processes is decided by the launcher before any key is read.
 COUNTS = ("devices", "num_nodes")
 LOGGERS = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
 
@@ -46,11 +44,11 @@ def main(arguments: Sequence[str]) -> Any:
     """Run a recipe in ``EditSFTTrainer`` and return the trainer.
 
     Raises:
-        EditError: no recipe is named: the keys' own defaults train the whole model for up to 1000 epochs.
+        EditError: no recipe is given. The defaults of the keys would train the whole model for up to 1000 epochs.
     """
     config = recipe.parse(arguments)
     if not config.get("config"):
-        raise EditError("sft: no recipe is named: give --config RECIPE.yaml; kedit ls lists them")
+        raise EditError("sft: no recipe is given; add --config RECIPE.yaml (kedit ls lists the recipes).")
     trainer = build(config)
     check_process_count(trainer.args.world_size)
     trainer.train()
@@ -101,7 +99,7 @@ def build(config: Namespace) -> EditSFTTrainer:
 
 
 def arguments_of(config: Namespace) -> EditSFTConfig:
-    """Return the ``EditSFTConfig`` that means what the recipe says."""
+    """Return the ``EditSFTConfig`` with the settings of the recipe."""
     trainer, module, data = config.trainer, config.model.init_args, config.data.init_args
     usual = recipe.parser().get_defaults().trainer
     given: dict[str, Any] = {
@@ -117,7 +115,7 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
         "disable_tqdm": trainer.enable_progress_bar is False,
         "save_strategy": "epoch" if trainer.enable_checkpointing else "no",
         "report_to": _logger(trainer.logger),
-        # TRL's own default is to recompute.
+        # The default of TRL is True.
         "gradient_checkpointing": module.gradient_checkpointing,
         **{"bf16": False, **_precision(trainer.precision)},
     }
@@ -125,14 +123,14 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
     counts = [f"trainer.{key}" for key in changed if key in COUNTS]
     if counts:
         raise EditError(
-            f"sft: {' and '.join(counts)} cannot start processes here: leave it out and let a launcher start them: "
+            f"sft: {' and '.join(counts)} cannot start processes; remove the key and use a launcher: "
             "torchrun --nproc-per-node N -m kedit_train sft --config RECIPE.yaml"
         )
     unread = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
     unread += [f"trainer.{key}" for key in changed]
     unread += ["data.append_eos=false"] if not data.append_eos else []
     if unread:
-        raise EditError(f"sft: SFTTrainer has nothing that does what {', '.join(unread)} asks for: leave it out")
+        raise EditError(f"sft: SFTTrainer has no counterpart for {', '.join(unread)}; remove it from the recipe.")
     use_cpu = trainer.accelerator == "cpu" or not torch.accelerator.is_available()
     return EditSFTConfig(
         prompt_format=data.prompt_format,
@@ -140,7 +138,7 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
         lr_scheduler_type="constant",
         weight_decay=0.0,
         dataloader_pin_memory=not use_cpu,
-        # Without it accelerate lets processes on a CPU train each for itself, whatever the launcher.
+        # On a CPU, accelerate needs this to connect the processes of a launcher.
         use_cpu=use_cpu,
         **given,
     )
@@ -148,7 +146,7 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
 
 def _precision(name: Any) -> dict[str, bool]:
     if name not in PRECISION:
-        raise EditError(f"sft: trainer.precision={name!r} is Lightning's own; use bf16-mixed or 16-mixed, or none")
+        raise EditError(f"sft: trainer.precision must be 32-true, bf16-mixed or 16-mixed, got {name!r}.")
     return PRECISION[name]
 
 
@@ -157,5 +155,5 @@ def _logger(logger: Any) -> str:
         return "none"
     name = logger.class_path.rpartition(".")[2] if hasattr(logger, "class_path") else str(logger)
     if name not in LOGGERS:
-        raise EditError(f"sft: trainer.logger={name} is Lightning's own; use one of {', '.join(LOGGERS)}")
+        raise EditError(f"sft: trainer.logger must be one of {', '.join(LOGGERS)}, got {name}.")
     return LOGGERS[name]

@@ -1,4 +1,4 @@
-"""The embedded model with three facts written into it by hand, its delta and its edits, made once."""
+"""Fixtures: an edited copy of the embedded model, and the kedit command in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kedit_train.cli.kedit import main
 
 @pytest.fixture(scope="session")
 def edited_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``model`` (a checkpoint), ``edit.safetensors`` and ``edits.jsonl``."""
+    """A folder with ``model`` (a checkpoint trained on three edits), ``edit.safetensors`` and ``edits.jsonl``."""
     from kedit_train import EditDataset, EditDelta, world
     from kedit_train.data.tokenization import collate, pad_token_id
 
@@ -43,7 +43,7 @@ def edited_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kedit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``kedit("ls", ...) -> (exit code, standard output, standard error)``, in this process."""
+    """``kedit("ls", ...)`` returns (exit code, standard output, standard error)."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

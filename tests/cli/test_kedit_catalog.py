@@ -1,4 +1,4 @@
-"""kedit: the command itself, and the verbs that need no model (ls, cp, validate)."""
+"""The command kedit, and its verbs that need no model: ls, cp and validate."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BAD = {
 }
 
 
-def test_the_console_script_is_declared_and_answers_without_torch() -> None:
+def test_the_console_script_runs_without_torch() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["kedit"].partition(":")
     assert callable(getattr(import_module(module), function))
@@ -56,7 +56,7 @@ def test_the_console_script_is_declared_and_answers_without_torch() -> None:
     assert "quickstart" in ended.stdout
 
 
-def test_help_has_real_examples_and_every_example_parses(kedit: Kedit) -> None:
+def test_every_example_in_the_help_parses(kedit: Kedit) -> None:
     for verb in VERBS:
         name = verb.__name__.rpartition(".")[2]
         code, said, _ = kedit(name, "--help")
@@ -79,19 +79,19 @@ def test_help_has_real_examples_and_every_example_parses(kedit: Kedit) -> None:
         (["eval", "--json", "world", "edits.jsonl"], "EDITS"),
     ],
 )
-def test_words_that_are_not_understood(kedit: Kedit, words: list[str], said: str) -> None:
+def test_wrong_arguments_are_one_line(kedit: Kedit, words: list[str], said: str) -> None:
     code, out, err = kedit(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.search(said, err), err
 
 
-def test_the_traceback_on_demand(kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_shows_the_traceback(kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEDIT_TRACEBACK", "1")
     with pytest.raises(EditError, match="no recipe or fragment 'nothing'"):
         kedit("cp", "nothing")
 
 
-def test_ls_names_the_whole_catalogue_with_what_each_is_for(kedit: Kedit) -> None:
+def test_ls_lists_every_recipe_and_fragment_with_a_sentence(kedit: Kedit) -> None:
     code, said, _ = kedit("ls", "--json")
     rows = json.loads(said)
     assert code == 0
@@ -103,7 +103,7 @@ def test_ls_names_the_whole_catalogue_with_what_each_is_for(kedit: Kedit) -> Non
     assert "quickstart" not in said
 
 
-def test_cp_gives_a_file_of_ones_own(kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cp_copies_a_packaged_file(kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert kedit("cp", "quickstart")[0] == 0
     assert Path("quickstart.yaml").read_bytes() == catalog.find("recipes", "quickstart").read_bytes()
@@ -125,7 +125,7 @@ def test_cp_gives_a_file_of_ones_own(kedit: Kedit, tmp_path: Path, monkeypatch: 
     assert Path("quickstart.yaml").read_text() != "mine"
 
 
-def test_validate_takes_the_whole_catalogue(kedit: Kedit) -> None:
+def test_all_packaged_files_are_valid(kedit: Kedit) -> None:
     kinds: tuple[catalog.Kind, ...] = ("recipes", "callbacks")
     files = {f"{kind}/{name}": catalog.find(kind, f"{kind}/{name}") for kind in kinds for name in catalog.names(kind)}
     names = [name for name, file in files.items() if file.suffix == ".yaml"]
@@ -138,7 +138,7 @@ def test_validate_takes_the_whole_catalogue(kedit: Kedit) -> None:
     assert rows["callbacks/kl_locality"]["callbacks"] == ["KLLocality"]
 
 
-def test_validate_names_what_is_wrong_in_each_file(kedit: Kedit, tmp_path: Path) -> None:
+def test_validate_names_the_error_in_each_file(kedit: Kedit, tmp_path: Path) -> None:
     for name, (text, _) in BAD.items():
         (tmp_path / name).write_text(text)
     code, out, err = kedit("validate", *(tmp_path / name for name in BAD))
@@ -150,7 +150,7 @@ def test_validate_names_what_is_wrong_in_each_file(kedit: Kedit, tmp_path: Path)
 
 
 def test_validate_needs_no_gpu_no_model_and_no_data(kedit: Kedit, tmp_path: Path) -> None:
-    """Nor does it seed, build or download anything: none of these is there."""
+    """The model and the data of this recipe do not exist, and there is no GPU."""
     path = tmp_path / "mine.yaml"
     path.write_text(
         "model: {name: no/such-model}\ndata: {path: nowhere.jsonl}\n"

@@ -1,4 +1,4 @@
-"""kedit on files: show, apply, revert, merge; bitwise where bitwise is claimed."""
+"""The verbs show, apply, revert and merge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_apply_and_revert_give_the_trained_and_the_base_files(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+def test_apply_and_revert_give_the_same_files(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     delta, out, back = edited_world / "edit.safetensors", tmp_path / "out", tmp_path / "back"
     code, said, _ = kedit("apply", delta, "world", out)
     assert (code, f"kedit eval {out}" in said) == (0, True)
@@ -35,7 +35,7 @@ def test_apply_and_revert_give_the_trained_and_the_base_files(kedit: Kedit, edit
     assert weights(back) == weights(world.path())
 
 
-def test_a_run_in_fp32_on_a_bf16_checkpoint(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+def test_dtype_applies_an_fp32_delta_to_a_bf16_checkpoint(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     model, tokenizer = world.load()
     model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     tokenizer.save_pretrained(tmp_path / "bf16")
@@ -53,8 +53,8 @@ def test_a_run_in_fp32_on_a_bf16_checkpoint(kedit: Kedit, edited_world: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bf16", "edit.safetensors", "out"]
 
 
-def test_show_counts_as_numpy_does(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
-    """Rank, norms and shares of a change of rank 2 in three rows, and of the trained one."""
+def test_show_computes_what_numpy_does(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    """Rank, norms and shares, for a change of rank 2 in three rows and for the trained change."""
     base = {WEIGHT: torch.randn(8, 12), "n": torch.zeros(4, dtype=torch.int64)}
     edited = {name: value.clone() for name, value in base.items()}
     change = torch.zeros(8, 12)
@@ -96,7 +96,7 @@ def test_show_prints_a_table_and_writes_a_picture(kedit: Kedit, edited_world: Pa
     assert (code, "already exists" in err) == (1, True)
 
 
-def test_what_a_file_says_does_not_command_the_terminal(kedit: Kedit, tmp_path: Path) -> None:
+def test_control_characters_in_a_file_are_escaped(kedit: Kedit, tmp_path: Path) -> None:
     name = "w\x1b[2J\x07"
     delta = EditDelta.between({name: torch.zeros(3, 2)}, {name: torch.ones(3, 2)}, license="\x1b]0;owned\x07")
     file = delta.save(tmp_path / "edit.safetensors")
@@ -108,7 +108,7 @@ def test_what_a_file_says_does_not_command_the_terminal(kedit: Kedit, tmp_path: 
     assert r"the checkpoint has no tensor 'w\x1b[2J\x07'" in err
 
 
-def test_the_heat_map_shows_every_change_in_its_place(tmp_path: Path) -> None:
+def test_the_heat_map_shows_every_change_at_its_place(tmp_path: Path) -> None:
     difference = torch.zeros(300, 1000)
     difference[299, 0] = 4.0
     blocks = _blocks(difference)
@@ -158,7 +158,7 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
         (["merge", "edit.safetensors", "-o", "new.bin"], ".safetensors"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
+def test_an_error_is_one_line_and_leaves_no_file(
     kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(edited_world)

@@ -1,4 +1,4 @@
-"""kedit eval: checkpoints, deltas, and what is no model."""
+"""The verb eval, on checkpoints, deltas and adapters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kedit_train.evaluation.reporting.model_card import BEGIN, END
 Kedit = Callable[..., tuple[int, str, str]]
 
 
-def test_a_checkpoint_and_its_delta_are_scored_alike_and_as_in_python(kedit: Kedit, edited_world: Path) -> None:
+def test_a_checkpoint_and_its_delta_get_the_scores_of_evaluate(kedit: Kedit, edited_world: Path) -> None:
     edits = edited_world / "two.jsonl"
     EditDataset.load(edited_world / "edits.jsonl", limit=2).save(edits)
     code, said, _ = kedit("eval", edited_world / "model", edits, "--against", "world", "--json")
@@ -37,7 +37,7 @@ def test_a_checkpoint_and_its_delta_are_scored_alike_and_as_in_python(kedit: Ked
     assert by_folder["metrics"]["locality"]["compared_with"] == "unedited model"
 
 
-def test_every_file_that_it_writes(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+def test_all_output_files_are_written(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     card = tmp_path / "README.md"
     card.write_bytes(b"---\nlicense: mit\n---\r\n# Mine")
     words = ["eval", "world", edited_world / "edits.jsonl", "--delta", edited_world / "edit.safetensors", "--full"]
@@ -76,12 +76,12 @@ def test_edits_without_probes_have_no_score(kedit: Kedit, tmp_path: Path) -> Non
         assert scores[question]["generated"] == {"value": None, "n": 0, "low": None, "high": None}
 
 
-def test_a_sample(kedit: Kedit) -> None:
+def test_limit_evaluates_a_sample(kedit: Kedit) -> None:
     code, said, _ = kedit("eval", "world", "world", "--limit", "2", "--seed", "5", "--json")
     assert (code, json.loads(said)["meta"]["n_edits"], json.loads(said)["meta"]["seed"]) == (0, 2, 5)
 
 
-def test_weights_that_have_diverged(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+def test_nan_weights_are_reported(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     model, tokenizer = world.load()
     with torch.no_grad():
         model.get_parameter("model.layers.5.mlp.up_proj.weight")[0] = float("nan")
@@ -110,7 +110,7 @@ def test_weights_that_have_diverged(kedit: Kedit, edited_world: Path, tmp_path: 
         (["world", "edits.jsonl", "--device", "nowhere"], "--device nowhere"),
     ],
 )
-def test_what_cannot_be_asked(
+def test_errors_are_one_line(
     kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(edited_world)
@@ -121,7 +121,7 @@ def test_what_cannot_be_asked(
     assert said in lines[0]
 
 
-def test_a_base_of_another_architecture(kedit: Kedit, edited_world: Path, stories: Path) -> None:
+def test_a_base_of_another_architecture_is_refused(kedit: Kedit, edited_world: Path, stories: Path) -> None:
     code, _, err = kedit("eval", edited_world / "model", edited_world / "edits.jsonl", "--against", stories)
     assert code == 1
     assert "is not the base of" in err
@@ -130,7 +130,7 @@ def test_a_base_of_another_architecture(kedit: Kedit, edited_world: Path, storie
 
 @pytest.fixture
 def adapter(edited_world: Path, tmp_path: Path) -> Path:
-    """A LoRA of the embedded model as PEFT saves it: without a tokenizer, the base by its path."""
+    """A LoRA adapter of the embedded model as PEFT saves it, without a tokenizer."""
     from peft import LoraConfig, get_peft_model
 
     model, _ = world.load()
@@ -141,7 +141,7 @@ def adapter(edited_world: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_an_adapter_is_asked_on_its_base(kedit: Kedit, adapter: Path, edited_world: Path) -> None:
+def test_an_adapter_is_loaded_on_its_base(kedit: Kedit, adapter: Path, edited_world: Path) -> None:
     from peft import PeftModel
 
     edits = edited_world / "edits.jsonl"
@@ -170,7 +170,7 @@ def test_an_adapter_is_asked_on_its_base(kedit: Kedit, adapter: Path, edited_wor
     assert json.loads(said)["metrics"]["weight_drift"]["relative"]["value"] > 0.0
 
 
-def test_learned_prompts_move_no_weight(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+def test_prompt_tuning_has_no_weight_drift(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     from peft import PromptTuningConfig, TaskType, get_peft_model
 
     model, tokenizer = world.load()
@@ -185,7 +185,7 @@ def test_learned_prompts_move_no_weight(kedit: Kedit, edited_world: Path, tmp_pa
     assert drift["moved"]["value"] == drift["relative"]["value"] == 0.0
 
 
-def test_an_adapter_without_its_base_and_with_another(
+def test_an_adapter_with_a_missing_or_wrong_base_is_refused(
     kedit: Kedit, adapter: Path, edited_world: Path, stories: Path
 ) -> None:
     code, _, err = kedit("eval", adapter, edited_world / "edits.jsonl", "--against", stories)
@@ -203,7 +203,7 @@ def test_an_adapter_without_its_base_and_with_another(
     assert (code, "adapter_config.json" in err) == (1, True)
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_asked(kedit: Kedit, edited_world: Path) -> None:
+def test_an_output_path_that_cannot_be_written_is_refused_first(kedit: Kedit, edited_world: Path) -> None:
     file = edited_world / "edits.jsonl"
     for option, place in (("--json", file / "a.json"), ("--markdown", file / "b.md"), ("--plots", file / "plots"),
                           ("--card", file / "README.md")):  # fmt: skip

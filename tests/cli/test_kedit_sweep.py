@@ -1,4 +1,4 @@
-"""kedit sweep: what it measures is what evaluating each multiple by hand gives, and what it writes applies."""
+"""The verb sweep: its scores equal those of each multiple evaluated by hand, and its delta applies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHT = "model.layers.4.mlp.down_proj.weight"
 
 
 def byhand(edited_world: Path, coefficient: float) -> tuple[float, float]:
-    """Reliability and locality of the world with a multiple of the step added."""
+    """Return reliability and locality of the embedded model plus a multiple of the edit."""
     edits = EditDataset.load(edited_world / "edits.jsonl")
     model, tokenizer = world.load()
     before = evaluate(model, tokenizer, edits, progress=False)
@@ -29,7 +29,7 @@ def byhand(edited_world: Path, coefficient: float) -> tuple[float, float]:
     return after["reliability"]["generated"].value, after["locality"]["generated"].value
 
 
-def test_points_pick_table_picture_and_delta(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+def test_scores_pick_plot_and_delta(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     picture, out = tmp_path / "new" / "sweep.png", tmp_path / "picked.safetensors"
     words = ("sweep", edited_world / "edit.safetensors", "world", edited_world / "edits.jsonl", "--keep-locality", 0.5)
     words = (*words, "--coefficients", 1, 0.4, "--plot", picture, "--out", out)
@@ -63,8 +63,8 @@ def test_points_pick_table_picture_and_delta(kedit: Kedit, edited_world: Path, t
     assert f"saved: {out} (" in said
 
 
-def test_forgetting_counts_what_is_no_longer_answered(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
-    """The delta that goes from the edited model back to the base, on the edited model: minus the edit."""
+def test_forget_counts_edits_that_are_no_longer_answered(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    """A delta from the edited model back to the base, swept on the edited model."""
     back = EditDelta.between(edited_world / "model", world.path())
     back.save(tmp_path / "back.safetensors")
     words = ("sweep", tmp_path / "back.safetensors", edited_world / "model", edited_world / "edits.jsonl", "--forget")
@@ -98,7 +98,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_swept(
+def test_errors_are_one_line(
     kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.chdir(edited_world)
@@ -111,6 +111,6 @@ def test_what_cannot_be_swept(
     assert sorted(path.name for path in edited_world.iterdir()) == before
 
 
-def test_a_coefficient_that_is_no_number(kedit: Kedit, edited_world: Path) -> None:
+def test_a_coefficient_must_be_a_finite_number(kedit: Kedit, edited_world: Path) -> None:
     code, _, err = kedit("sweep", edited_world / "edit.safetensors", "world", "world", "--coefficients", "nan")
     assert (code, "expected a finite number, got nan" in err) == (2, True)

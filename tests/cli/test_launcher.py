@@ -1,4 +1,4 @@
-"""`lightning run`: what goes where, without starting anything."""
+"""`lightning run`: how arguments are split and what is started, without starting it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY = str(catalog.folder("recipes") / "edit.py")
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Runs that were started: ("here" or "launcher", processes asked for, script, its arguments)."""
+    """Started runs: ("here" or "launcher", requested processes, script, its arguments)."""
     calls: list[tuple] = []
 
     def here(launch, parsed, script, arguments):
@@ -54,18 +54,18 @@ def recipe(name: str) -> str:
         ([], ([], None, [])),
     ],
 )
-def test_arguments_are_told_apart(given: list[str], expected: tuple) -> None:
+def test_arguments_are_split(given: list[str], expected: tuple) -> None:
     assert launcher.split(given) == expected
 
 
 @pytest.mark.parametrize("given", [["--devices"], ["--devcies", "2", "a.yaml"], ["a.yaml", "--precision"]])
-def test_an_option_that_is_wrong_is_refused(given: list[str]) -> None:
+def test_a_wrong_option_is_refused(given: list[str]) -> None:
     with pytest.raises(EditError, match="--help"):
         launcher.split(given)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml"])
-def test_a_recipe_starts_the_shared_entry(started: list, name: str, monkeypatch, tmp_path: Path) -> None:
+def test_a_recipe_starts_the_shared_script(started: list, name: str, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert launcher.run([name, "--data.path", "x.jsonl"]) == 0
     assert launcher.run(["--devices", "2", name]) == 0
@@ -73,7 +73,7 @@ def test_a_recipe_starts_the_shared_entry(started: list, name: str, monkeypatch,
     assert started == [("here", "1", ENTRY, [*expected, "--data.path", "x.jsonl"]), ("launcher", "2", ENTRY, expected)]
 
 
-def test_the_users_own_files_come_first(started: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_files_of_the_user_come_first(started: list, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path("quickstart.yaml").write_text("trainer: {}\n")
     Path("train.py").write_text("")
@@ -130,7 +130,7 @@ def test_other_verbs_go_to_the_cloud_client(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("given", [["--help"], ["run", "--help"]])
-def test_help_shows_commands_that_exist(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_names_recipes_that_exist(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         launcher.main(given)
     shown = capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_help_shows_commands_that_exist(given: list[str], capsys: pytest.Capture
             assert catalog.find("recipes", words[2]).is_file()
 
 
-def test_the_catalogue_in_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_packaged_files_are_found_in_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     packaged = tmp_path / "kedit_train" / "_catalog" / "recipes"
     packaged.mkdir(parents=True)
     (packaged / "mine.yaml").write_text("")
@@ -151,12 +151,12 @@ def test_the_catalogue_in_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert catalog.find("recipes", "mine") == packaged / "mine.yaml"
 
 
-def test_a_fragment_of_the_catalogue_is_found_where_no_file_of_that_name_lies(monkeypatch, tmp_path: Path) -> None:
+def test_a_packaged_fragment_is_found_unless_the_user_has_a_file_of_that_name(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     fragment = catalog.folder("callbacks") / "kl_locality.yaml"
     given = ["fit", "--config", "mine.yaml", "--config", "callbacks/kl_locality.yaml", "-c=callbacks/kl_locality.yaml"]
     assert with_catalog(given) == [*given[:4], str(fragment), f"-c={fragment}"]
-    # A value of another option is not touched, nor a name that the catalogue has not, nor a file of one's own.
+    # Values of other options, unknown names and files of the user are not replaced.
     for kept in (["--data.path", "callbacks/kl_locality.yaml"], ["--config", "callbacks/none.yaml"]):
         assert with_catalog(kept) == kept
     (tmp_path / "callbacks").mkdir()

@@ -1,4 +1,4 @@
-"""A recipe in TRL: the same run as the one written by hand, and what TRL cannot do is refused."""
+"""Recipes in TRL equal a trainer set up by hand, and keys without a counterpart are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def configured(name: str, *arguments: str) -> Any:
     return recipe.load(name, *SHORT, *arguments)
 
 
-def test_equals_the_trainer_written_by_hand(tmp_path: Path) -> None:
+def test_a_recipe_equals_a_trainer_set_up_by_hand(tmp_path: Path) -> None:
     config = configured("overtone", f"--trainer.default_root_dir={tmp_path}")
     config.trainer.callbacks[-1].init_args.report = None
     ours = sft.build(config)
@@ -68,7 +68,7 @@ def test_equals_the_trainer_written_by_hand(tmp_path: Path) -> None:
     assert moved
 
 
-def test_texts_of_ones_own_stand_once_in_the_configuration_that_runs_again(tmp_path: Path) -> None:
+def test_the_resolved_configuration_names_texts_once(tmp_path: Path) -> None:
     config = recipe.load("kedit_default", "--model.name=mine", "--data.path=edits.jsonl", "--data.texts=mine.txt")
     resolved = tmp_path / "resolved.yaml"
     recipe.parser().save(config, str(resolved), skip_check=True)
@@ -78,15 +78,15 @@ def test_texts_of_ones_own_stand_once_in_the_configuration_that_runs_again(tmp_p
         assert one.data.init_args.texts is None
 
 
-def test_nothing_is_run_without_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft, "build", lambda config: pytest.fail("a trainer was built"))
-    with pytest.raises(EditError, match=r"give --config RECIPE.yaml; kedit ls lists them"):
+    with pytest.raises(EditError, match=r"add --config RECIPE.yaml"):
         sft.main(["--data.limit=2"])
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning", "ignore:.is_gradient_check:FutureWarning")
 @pytest.mark.parametrize("wanted", [False, True])
-def test_activations_are_recomputed_where_the_recipe_says_so_and_nowhere_else(wanted: bool, tmp_path: Path) -> None:
+def test_gradient_checkpointing_follows_the_recipe(wanted: bool, tmp_path: Path) -> None:
     config = configured("ft_m", f"--trainer.default_root_dir={tmp_path}", f"--model.gradient_checkpointing={wanted}")
     config.trainer.callbacks[-1].init_args.report = None
     trainer = sft.build(config)
@@ -95,7 +95,7 @@ def test_activations_are_recomputed_where_the_recipe_says_so_and_nowhere_else(wa
 
 
 @pytest.mark.parametrize("name", ["replay", "overtone_lora", "chat"])
-def test_what_a_recipe_asks_of_module_and_data_is_done(name: str, tmp_path: Path) -> None:
+def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
     options += ["--data.augmentation.replay_limit=5", "--data.augmentation.prefixes=2"] if name == "replay" else []
     config = configured(name, *options)
@@ -115,21 +115,24 @@ def test_what_a_recipe_asks_of_module_and_data_is_done(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--optimizer=torch.optim.SGD", "--optimizer.lr=1e-9"), "what optimizer asks for"),
-        (("--lr_scheduler=torch.optim.lr_scheduler.ConstantLR",), "what lr_scheduler asks for"),
+        (("--optimizer=torch.optim.SGD", "--optimizer.lr=1e-9"), "no counterpart for optimizer"),
+        (("--lr_scheduler=torch.optim.lr_scheduler.ConstantLR",), "no counterpart for lr_scheduler"),
         (("--model.learning_rate=-1",), "model: learning_rate must be >= 0, got -1.0"),
-        (("--trainer.devices=2",), "leave it out.*: torchrun --nproc-per-node N -m kedit_train sft"),
+        (("--trainer.devices=2",), "use a launcher: torchrun --nproc-per-node N -m kedit_train sft"),
         (
             ("--trainer.gradient_clip_algorithm=norm",),
-            "nothing that does what trainer.gradient_clip_algorithm",
+            "no counterpart for trainer.gradient_clip_algorithm",
         ),
-        (("--data.append_eos=false",), "what data.append_eos=false asks for"),
-        (("--trainer.precision=16-true",), "trainer.precision='16-true' is Lightning's own"),
-        (("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"), "trainer.logger=CSVLogger is Lightning's own"),
-        (("--trainer.callbacks+=lightning.pytorch.callbacks.Timer",), "Timer is Lightning's own"),
+        (("--data.append_eos=false",), "no counterpart for data.append_eos=false"),
+        (("--trainer.precision=16-true",), "trainer.precision must be .* got '16-true'"),
+        (
+            ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"),
+            "must be one of .* got CSVLogger",
+        ),
+        (("--trainer.callbacks+=lightning.pytorch.callbacks.Timer",), "Timer runs in Lightning only"),
     ],
 )
-def test_what_trl_has_no_counterpart_for_is_refused(arguments: tuple[str, ...], told: str) -> None:
+def test_keys_without_a_counterpart_in_trl_are_refused(arguments: tuple[str, ...], told: str) -> None:
     with pytest.raises(EditError) as error:
         sft.build(configured("overtone", *arguments))
     assert re.search(told, str(error.value)), error.value

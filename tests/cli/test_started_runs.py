@@ -1,4 +1,4 @@
-"""Runs as users start them, each in processes of its own."""
+"""Complete runs, started as users start them."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def tool(name: str) -> str:
 
 
 def written(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The one report of a run and its resolved configuration."""
+    """Return the report of a run and its resolved configuration."""
     assert [path.name for path in folder.rglob("report.json")] == ["report.json"]
     report = json.loads((folder / "out" / "report.json").read_text())
     return report, yaml.safe_load((folder / "out" / "resolved.yaml").read_text())
 
 
-def test_from_a_configuration_file_alone(there: Path) -> None:
+def test_a_recipe_runs_from_its_file(there: Path) -> None:
     ended = start(
         there, sys.executable, "-m", "kedit_train", "fit", "--config", "recipe.yaml", "--model.save_path", "m"
     )
@@ -73,7 +73,7 @@ def test_from_a_configuration_file_alone(there: Path) -> None:
     assert report["metrics"]["reliability"]["generated"]["value"] >= 0.5
     assert resolved["model"]["class_path"] == "kedit_train.modules.EditModule"
 
-    # What was saved answers as the report says.
+    # The saved model gives the answers of the report.
     import torch
 
     from kedit_train.pretrained import load_model
@@ -93,19 +93,19 @@ def test_from_a_configuration_file_alone(there: Path) -> None:
     ],
     ids=["lightning run", "fabric run"],
 )
-def test_on_two_processes(there: Path, command: tuple[str, ...]) -> None:
+def test_a_recipe_runs_on_two_processes(there: Path, command: tuple[str, ...]) -> None:
     port = () if command[1:3] == ("run", "recipe.yaml") else ("--main-port", str(free_port()))
     ended = start(there, *command[:2], *port, *command[2:])
     assert ended.returncode == 0, ended.stderr
     report, resolved = written(there)
-    # Each process takes half of the batches: 2 steps an epoch, where two trainings of their own would take 4.
+    # Each process trains on half of the batches: 2 steps per epoch; two separate runs would take 4.
     assert report["meta"]["steps"] == 6
     assert resolved["trainer"]["devices"] == 2
     assert ended.stdout.count("report: ") == 1
     assert "terminate called" not in ended.stderr
 
 
-def test_a_count_that_contradicts_the_launcher_starts_nothing(there: Path) -> None:
+def test_a_contradicting_process_count_stops_the_run(there: Path) -> None:
     ended = start(there, tool("lightning"), "run", "recipe.yaml", "--devices", "2", "--trainer.devices", "1")
     assert ended.returncode == 1
     said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
@@ -115,7 +115,7 @@ def test_a_count_that_contradicts_the_launcher_starts_nothing(there: Path) -> No
     assert not (there / "out").exists()
 
 
-def test_the_trl_script_on_two_processes(there: Path) -> None:
+def test_the_trl_script_runs_on_two_processes(there: Path) -> None:
     ended = start(there, tool("lightning"), "run", "trl_sft", "--devices", "2", "--epochs", "2", "--output_dir", "out")
     assert ended.returncode == 0, ended.stderr
     report = json.loads((there / "out" / "report.json").read_text())
@@ -125,7 +125,7 @@ def test_the_trl_script_on_two_processes(there: Path) -> None:
     assert (there / "out" / "model" / "model.safetensors").is_file()
 
 
-def test_a_recipe_in_trl_on_two_processes(there: Path) -> None:
+def test_a_recipe_runs_in_trl_on_two_processes(there: Path) -> None:
     several = ("--nproc-per-node", "2", "--master-port", str(free_port()))
     ended = start(there, tool("torchrun"), *several, "-m", "kedit_train", "sft", "--config", "recipe.yaml")
     assert ended.returncode == 0, ended.stderr

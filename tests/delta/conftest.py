@@ -1,4 +1,4 @@
-"""Tiny random models, and edits of them by hand."""
+"""Tiny random models and edited copies of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 @pytest.fixture
 def make() -> Callable[..., Any]:
-    """``make(dtype, **config)``: always the same tiny Llama."""
+    """``make(dtype, **config)`` returns the same tiny Llama every time."""
 
     def build(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
         torch.manual_seed(7)
@@ -26,7 +26,7 @@ def make() -> Callable[..., Any]:
 
 @pytest.fixture
 def edited(make: Callable[..., Any]) -> Callable[..., Any]:
-    """The same Llama, with some weights of two matrices moved: all of one, three columns of the other."""
+    """The same Llama with changed weights: all of one matrix and three columns of another."""
 
     def build(dtype: torch.dtype = torch.float32, seed: int = 1, size: float = 0.05, **config: Any) -> Any:
         model = make(dtype, **config)

@@ -1,4 +1,4 @@
-"""Started as a script: children that save in a loop are killed at random moments, and what they leave is loaded."""
+"""A script that kills child processes while they save deltas, and loads what they leave."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def make(value: float) -> EditDelta:
 
 
 def is_right(path: Path) -> bool | None:
-    """Whether a file loads as one of the two deltas; None where it is refused."""
+    """Return whether a file loads as one of the two deltas; None if it is refused."""
     try:
         change = EditDelta.load(path).changes["w"]
     except EditError:
@@ -48,12 +48,12 @@ def main(folder: Path, kills: int) -> None:
             state = is_right(file)
             found["wrong"] += state is False
             if file != path:
-                # Left where it is: the next save is to remove it, whichever library gave it its name.
+                # The file stays, because the next save must remove it.
                 seen.add(file)
                 found["unfinished"] += 1
                 found["refused"] += state is None
             else:
-                # The name that users give has a whole file at every moment.
+                # The path itself must hold a complete file at every moment.
                 found["wrong"] += state is None
                 found["loaded"] += state is True
     deltas[0].save(path)

@@ -1,4 +1,4 @@
-"""Runs on adapters give the merged weights; FSDP2's shards are read and written as whole tensors."""
+"""Deltas of PEFT adapters contain merged weights, and FSDP2 shards are read and written as whole tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adapted(model, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_an_adapter_is_the_delta_of_its_merged_weights(dtype, options, make, tmp_path):
+def test_the_delta_of_an_adapter_contains_its_merged_weights(dtype, options, make, tmp_path):
     base = make(dtype)
     model = adapted(base, **options)
     before = state_of(model)
@@ -41,7 +41,7 @@ def test_an_adapter_is_the_delta_of_its_merged_weights(dtype, options, make, tmp
     assert equal_bits(state_of(delta.revert(applied)), state_of(base))
 
 
-def test_an_adapter_that_does_nothing_changes_nothing(make):
+def test_an_adapter_that_adds_zero_gives_an_empty_delta(make):
     from peft import LoraConfig, get_peft_model
 
     base = make()
@@ -51,7 +51,7 @@ def test_an_adapter_that_does_nothing_changes_nothing(make):
     assert len(EditDelta.between(base, model)) == 0
 
 
-def test_factors_under_their_own_names_are_tensors_like_others(make):
+def test_adapter_factors_in_a_state_dict_are_ordinary_tensors(make):
     base = adapted(make())
     trained = copy.deepcopy(base)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_factors_under_their_own_names_are_tensors_like_others(make):
     assert equal_bits(state_of(delta.revert(base)), old)
 
 
-def test_adapters_that_no_delta_can_hold_are_refused(make):
+def test_adapters_that_cannot_be_merged_are_refused(make):
     from peft import PromptTuningConfig, get_peft_model
 
     base = make()

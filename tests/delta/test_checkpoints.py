@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: sharded, tied, untrusted; edited tensor by tensor within the memory of one."""
+"""Deltas on checkpoints: sharded, tied and untrusted ones, with the memory of one tensor."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_checkpoint_with_a_tied_weight_stored_twice(make, tmp_path):
     assert equal_bits(load_file(out / "model.safetensors"), state_of(trained))
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(make, edited, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(make, edited, tmp_path):
     base, trained = make(), edited()
     delta = EditDelta.between(base, trained)
     trained.save_pretrained(tmp_path / "edited")
@@ -87,7 +87,7 @@ def test_shards_outside_of_the_folder_are_refused(name, make, edited, tmp_path):
         EditDelta.between(make(), edited()).apply_to_checkpoint(tmp_path / "base", tmp_path / "out")
 
 
-def test_an_index_or_shards_that_are_not_whole_are_refused(make, edited, tmp_path):
+def test_a_damaged_index_or_shard_is_refused(make, edited, tmp_path):
     delta = EditDelta.between(make(), edited())
     folder = tmp_path / "base"
     make().save_pretrained(folder, max_shard_size="4KB")
@@ -111,11 +111,11 @@ def test_an_index_or_shards_that_are_not_whole_are_refused(make, edited, tmp_pat
         delta.apply_to_checkpoint(folder, tmp_path / "out")
 
 
-def test_memory_stays_that_of_a_tensor(tmp_path):
-    """200 MB in shards of 50 MB, tensors of 12.5 MB; the benchmark itself takes any size."""
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """A checkpoint of 200 MB in shards of 50 MB with tensors of 12.5 MB."""
     script = [sys.executable, str(ROOT / "tests" / "benchmarks" / "delta_memory.py"), str(tmp_path)]
     script += ["--gigabytes", "0.2", "--shard-gigabytes", "0.05", "--tensor-megabytes", "12.5"]
-    # Not into the results of the repository.
+    # The test must not write into the results of the repository.
     results = tmp_path / "results.md"
     script += ["--results", str(results)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -124,5 +124,5 @@ def test_memory_stays_that_of_a_tensor(tmp_path):
     rows = [line.strip("| ").split(" | ") for line in results.read_text().splitlines() if line.startswith("| ")]
     found = dict(zip(*rows, strict=True))
     assert (found["shards"], found["applied exact"], found["reverted"]) == ("4", "yes", "yes")
-    # A few copies of one tensor; the checkpoint itself would be 200 MB, a shard 50.
+    # A few copies of one tensor; a whole shard would take 50 MB.
     assert int(found["peak"].removesuffix(" MB")) < 50

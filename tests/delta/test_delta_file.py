@@ -1,4 +1,4 @@
-"""A file of a delta is whole and as it was written, or it is refused: cut, killed, tampered with, foreign."""
+"""A delta file is complete and unchanged, or it is refused: cut short, killed, changed, or of another kind."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ def same(one: EditDelta, other: EditDelta) -> bool:
     return equal_bits(parts(one), parts(other)) and all(a == b for a, b in (places, numbers, metas))
 
 
-def test_what_was_saved_is_loaded_and_saved_again(tmp_path):
+def test_a_saved_delta_can_be_loaded_and_saved_again(tmp_path):
     delta, _ = small()
     assert {change.layout for change in delta.changes.values()} == {"dense", "rows", "columns", "entries"}
     again = EditDelta.load(delta.save(tmp_path / "one.safetensors"))
     assert same(delta, again)
     again.save(tmp_path / "two.safetensors")
-    # Over the very file that it is mapped from, too.
+    # Also over the file that its tensors are mapped from.
     again.save(tmp_path / "one.safetensors")
     for name in ("one", "two"):
         assert same(delta, EditDelta.load(tmp_path / f"{name}.safetensors"))
-    # An ordinary safetensors file, for whoever wants to look.
+    # Any safetensors reader can open the file.
     assert set(load_file(tmp_path / "one.safetensors")) > {"before/b", "after/b", "index/c"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
 
@@ -81,7 +81,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     elif kind == 5:
         data[:8] = draw.choice([0, 2**63, header, len(data), 99_999_999, draw.randrange(2**40)]).to_bytes(8, "little")
     else:
-        # Numbers and names of the header, exchanged within valid JSON.
+        # Replace numbers and names of the header by other valid JSON.
         parsed = json.loads(content[8:header])
         name = draw.choice([key for key in parsed if key != "__metadata__"])
         entry = parsed[name]
@@ -117,14 +117,14 @@ def test_ten_thousand_mutated_files_are_refused_or_equal(tmp_path):
         else:
             assert same(loaded, delta)
             equal += 1
-    # A space more in the header, a zero made a zero: such files are equal.
+    # Some mutations change nothing, for example a zero replaced by a zero.
     assert len(messages) > 9_000
     assert [message for message in messages if "\n" in message] == []
     assert equal < 1_000
 
 
 def resealed(tmp_path: Path, change: Any) -> Path:
-    """A file by somebody who computes the checksum as well."""
+    """A changed file whose checksum was computed again."""
     delta, _ = small()
     path = delta.save(tmp_path / "edit.safetensors")
     tensors = load_file(path)
@@ -165,7 +165,7 @@ def resealed(tmp_path: Path, change: Any) -> Path:
             "'c': a tensor cannot have its shape",
         ),
         (lambda text, tensors: text["tensors"]["c"].update(shape=[1] * 65), "'c': a tensor cannot have its shape"),
-        (lambda text, tensors: nothing_left(tensors, "d"), "'d': it changes no entry"),
+        (lambda text, tensors: without_entries(tensors, "d"), "'d': it changes no entry"),
         (lambda text, tensors: text.update(edits=[1]), "not a valid delta: AttributeError"),
         (lambda text, tensors: text.update(edits={"count": "many"}), "edits must hold a hash"),
         (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), "edits must hold a hash"),
@@ -184,7 +184,7 @@ def resealed(tmp_path: Path, change: Any) -> Path:
 def test_a_file_with_a_right_checksum_and_wrong_content_is_refused(change, message, tmp_path):
     path = resealed(tmp_path, change)
     if message is None:
-        # Nothing is wrong with one entry of a huge tensor, and nothing is made of its size.
+        # A delta of one entry of a huge tensor is valid, and no memory is allocated for the whole tensor.
         delta, edited = small()
         base = delta.revert(edited)
         with pytest.raises(
@@ -203,13 +203,13 @@ def test_files_with_the_older_key_for_the_license_are_read(tmp_path):
     assert "licence" not in delta.meta["base"]
 
 
-def nothing_left(tensors: dict[str, torch.Tensor], name: str) -> None:
+def without_entries(tensors: dict[str, torch.Tensor], name: str) -> None:
     for part, dim in (("index", 0), ("before", 0), ("after", 0)):
         tensors[f"{part}/{name}"] = tensors[f"{part}/{name}"].narrow(dim, 0, 0).contiguous()
 
 
 def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
-    """Of tensors without a byte too, whose size says nothing against any shape."""
+    """Also for tensors without any bytes, whose shape cannot be checked against the size of the file."""
     path = tmp_path / "edit.safetensors"
     for shape in ([0, 10**20], [0, 2**40, 2**40], [0] * 65, [10**18] * 1_000_000):
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
@@ -220,13 +220,13 @@ def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
             EditDelta.load(path)
 
 
-def test_one_entry_of_a_tensor_that_fits_nowhere_is_not_calculated_with(tmp_path):
+def test_arithmetic_on_a_tensor_that_does_not_fit_into_memory_is_refused(tmp_path):
     path = resealed(tmp_path, lambda text, tensors: text["tensors"]["c"].update(shape=[2**60]))
     with pytest.raises(EditError, match=r"a tensor of \[1152921504606846976\] in torch.* does not fit into memory"):
         EditDelta.load(path).vector()
 
 
-def test_metadata_that_load_would_refuse_are_not_saved(tmp_path):
+def test_metadata_that_load_would_refuse_is_not_saved(tmp_path):
     delta, _ = small()
     for wrong in ({"scores": {"a": True}}, {"edits": None}, {"base": {}}):
         with pytest.raises(EditError, match=r"metadata of the delta is not valid|every score must be a finite number"):
@@ -234,7 +234,7 @@ def test_metadata_that_load_would_refuse_are_not_saved(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_edits_that_nobody_described_are_none(tmp_path):
+def test_missing_edits_count_as_none(tmp_path):
     delta, _ = small()
     del delta.meta["edits"]
     loaded = EditDelta.load(delta.save(tmp_path / "edit.safetensors"))
@@ -258,7 +258,7 @@ def test_foreign_files_are_refused(tmp_path, factlm):
             EditDelta.load(path)
 
 
-def test_metadata_that_is_no_json_is_refused_and_leaves_nothing(tmp_path):
+def test_metadata_that_does_not_fit_json_is_refused_and_leaves_nothing(tmp_path):
     delta, _ = small()
     delta.meta["configuration"] = {"model": object()}
     with pytest.raises(EditError, match="metadata of the delta is not valid"):
@@ -270,7 +270,7 @@ def test_metadata_that_is_no_json_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_loading_takes_no_memory_for_tensors(tmp_path):
-    """A file of 160 MB is hashed through its map; anonymous memory does not grow with it."""
+    """A file of 160 MB is hashed through its memory map, so anonymous memory does not grow with it."""
     base = torch.zeros(20_000_000)
     EditDelta.between({"w": base}, {"w": base + 1}).save(tmp_path / "edit.safetensors")
     code = (
@@ -301,7 +301,7 @@ def test_two_hundred_kills_during_a_save_leave_no_wrong_file(tmp_path):
     found = json.loads(done.stdout)
     assert found["killed"] == 200
     assert found["wrong"] == 0
-    # The kills did fall into saves, and what had been begun is recognised as unfinished.
+    # Some kills interrupted a save, and unfinished files are recognized.
     assert found["unfinished"] >= 10
     assert found["refused"] >= 1
     assert found["loaded"] == 200

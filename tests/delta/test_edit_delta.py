@@ -1,4 +1,4 @@
-"""Apply gives the edited model and revert the base, to the last bit, whatever holds the weights."""
+"""Apply gives the edited model and revert the base, bit for bit, for modules, state dicts and checkpoints."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def through_a_file(delta: EditDelta, folder: Path) -> EditDelta:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 @pytest.mark.parametrize("name", [DOWN, "model.embed_tokens.weight"], ids=["matrix", "embedding"])
-def test_apply_and_revert_to_the_bit(dtype, tied, name, make, tmp_path):
+def test_apply_and_revert_are_exact(dtype, tied, name, make, tmp_path):
     base, trained = make(dtype, tie_word_embeddings=tied), make(dtype, tie_word_embeddings=tied)
     with torch.no_grad():
         weight = trained.get_parameter(name)
         weight += torch.randn_like(weight) * 0.1
-        # Bit patterns that arithmetic does not give back: the sign of zero, a NaN with a payload, infinities.
+        # Bit patterns that arithmetic does not preserve: signed zeros, a NaN with a payload, infinities.
         weight.view(-1)[:3] = torch.tensor([-0.0, torch.inf, 0.0], dtype=dtype)
         base.get_parameter(name).view(-1)[:3] = torch.tensor([0.0, 1.0, -0.0], dtype=dtype)
         weight.view(torch.int32 if dtype == torch.float32 else torch.int16).view(-1)[5] = (
@@ -50,7 +50,7 @@ def test_apply_and_revert_to_the_bit(dtype, tied, name, make, tmp_path):
         assert delta.changes[name].tied == ("lm_head.weight",)
 
 
-def test_modules_state_dicts_and_folders_say_the_same(make, edited, tmp_path):
+def test_modules_state_dicts_and_folders_give_the_same_delta(make, edited, tmp_path):
     base, trained = make(torch.bfloat16, tie_word_embeddings=True), edited(torch.bfloat16, tie_word_embeddings=True)
     base.save_pretrained(tmp_path / "base")
     trained.save_pretrained(tmp_path / "edited", max_shard_size="4KB")
@@ -118,7 +118,7 @@ def test_other_dtypes_are_kept(dtype, tmp_path):
             delta.difference("w")
 
 
-def test_two_deltas_of_different_tensors_stack_and_come_off_in_any_order(make):
+def test_deltas_of_different_tensors_can_be_reverted_in_any_order(make):
     base = make()
     old = state_of(base)
     deltas = []
@@ -136,7 +136,7 @@ def test_two_deltas_of_different_tensors_stack_and_come_off_in_any_order(make):
     assert equal_bits(state_of(base), old)
 
 
-def test_what_it_belongs_to_is_recorded(make, edited, tmp_path):
+def test_metadata_of_base_edits_and_run_is_recorded(make, edited, tmp_path):
     edits = EditDataset([Edit("a", "b"), Edit("c", "d")])
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "README.md").write_text("---\nlicense: mit\n---\n# model\n")
@@ -157,14 +157,14 @@ def test_what_it_belongs_to_is_recorded(make, edited, tmp_path):
     assert through_a_file(EditDelta.between(base, trained, license="own"), tmp_path).meta["base"]["license"] == "own"
 
 
-def test_a_model_that_is_neither_is_refused_and_left_alone(make, edited):
+def test_a_model_in_neither_state_is_refused_and_unchanged(make, edited):
     base, trained = make(), edited()
     delta = EditDelta.between(base, trained)
     with pytest.raises(EditError, match=r"q_proj.weight: the delta is not applied to this model"):
         delta.revert(base)
     with pytest.raises(EditError, match=r"the delta is already applied to this model"):
         delta.apply(trained)
-    # In a place that the sparse layout does not store: only the hash of the whole tensor can tell.
+    # The sparse layout does not store this entry, so only the hash of the whole tensor detects it.
     other = make()
     with torch.no_grad():
         other.get_parameter("model.layers.0.self_attn.q_proj.weight")[0, 9] += 1e-3
@@ -194,7 +194,7 @@ def test_another_model_is_refused(change, message, make, edited):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_ties_what_the_base_has_apart_is_refused(make):
+def test_a_model_with_more_tied_weights_than_the_base_is_refused(make):
     config = {"tie_word_embeddings": False}
     base, trained, tied = make(**config), make(**config), make(tie_word_embeddings=True)
     with torch.no_grad():
@@ -234,14 +234,14 @@ def test_models_that_cannot_be_compared_are_refused(make, tmp_path):
             EditDelta.between(make(), edited)
 
 
-def test_nothing_changed_is_an_empty_delta(make, tmp_path):
+def test_equal_models_give_an_empty_delta(make, tmp_path):
     delta = through_a_file(EditDelta.between(make(), make()), tmp_path)
     assert len(delta) == 0
     assert delta.verify(make(), full=True) == "base"
 
 
-def test_factlm(factlm, tmp_path):
-    """A real checkpoint: gradient steps on one matrix, compared in memory and on the disk."""
+def test_a_real_checkpoint(factlm, tmp_path):
+    """Gradient steps on one matrix, compared in memory and on disk."""
     base = AutoModelForCausalLM.from_pretrained(factlm)
     trained = copy.deepcopy(base)
     name = next(n for n, _ in trained.named_parameters() if "layers.2.mlp.down_proj" in n)

@@ -1,4 +1,4 @@
-"""Sums, merges and scales of deltas against formulas written out; what they come to is exact to apply and to revert."""
+"""Sums, scales and merges of deltas equal the written-out formulas, and apply and revert exactly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scattered(shape: tuple[int, ...], share: float, seed: int) -> Tensor:
 
 @pytest.fixture
 def three(base) -> list[EditDelta]:
-    """Over different tensors, some entry by entry (so that the file does not know the rest), some whole."""
+    """Deltas of different tensors: some store single entries, so that the rest of the base is unknown, some all."""
     return [
         delta_of(base, {"a": scattered((12, 10), 0.3, 1), "b": scattered((40,), 0.2, 2)}),
         delta_of(base, {"a": scattered((12, 10), 0.35, 3), "c": scattered((6, 8), 1.0, 4)}),
@@ -49,7 +49,7 @@ def difference(delta: EditDelta, name: str, base: dict[str, Tensor]) -> Tensor:
     return delta.difference(name) if name in delta.changes else torch.zeros(base[name].shape)
 
 
-def test_sums_and_scales_are_what_the_formulas_say(base, three, tmp_path):
+def test_sums_and_scales_equal_the_formulas(base, three, tmp_path):
     a, b, c = three
 
     def of(delta: EditDelta):
@@ -66,7 +66,7 @@ def test_sums_and_scales_are_what_the_formulas_say(base, three, tmp_path):
     }
     for case, (vector, combine) in cases.items():
         assert isinstance(vector, TaskVector)
-        # Through a file: nothing but the deltas brings the base along.
+        # Through a file, so that the base is known from the deltas alone.
         delta = EditDelta.load(vector.delta().save(tmp_path / "made.safetensors"))
         state = {name: value.clone() for name, value in base.items()}
         delta.apply(state)
@@ -75,8 +75,8 @@ def test_sums_and_scales_are_what_the_formulas_say(base, three, tmp_path):
         assert equal_bits(delta.revert(state), base)
 
 
-def test_what_the_deltas_do_not_know_of_the_base_is_never_recorded(base):
-    """Two sparse deltas fill three quarters of a tensor: a dense record would be smaller, and wrong in the rest."""
+def test_unknown_values_of_the_base_are_never_stored(base):
+    """Two sparse deltas cover three quarters of a tensor. A dense layout would be smaller, but wrong in the rest."""
     a, b = (delta_of(base, {"a": scattered((12, 10), 0.5, seed)}) for seed in (11, 12))
     assert {a.changes["a"].layout, b.changes["a"].layout} == {"entries"}
     made = (a + b).delta()
@@ -86,20 +86,20 @@ def test_what_the_deltas_do_not_know_of_the_base_is_never_recorded(base):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_one_times_a_delta_is_the_delta_within_rounding_and_exactly_in_half_precision(dtype, make, edited):
+def test_one_times_a_delta_is_exact_in_half_precision_and_rounded_in_fp32(dtype, make, edited):
     model, trained = make(dtype), edited(dtype)
     again = (1.0 * EditDelta.between(model, trained)).apply(model)
     for name, value in trained.state_dict().items():
         if dtype == torch.float32:
             torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-6, atol=1e-8)
         else:
-            # The difference of two half-precision numbers of like size is exact in fp32.
+            # The difference of two half-precision numbers of similar size is exact in fp32.
             assert torch.equal(model.state_dict()[name], value), name
     assert equal_bits(state_of(again.revert(model)), state_of(make(dtype)))
 
 
 def test_many_small_steps_are_rounded_once():
-    """In bf16 a hundredth of an update is lost each time; a hundred hundredths are the update."""
+    """In bf16 a hundredth of an update rounds to nothing, but the sum of a hundred of them is the update."""
     base = {"w": torch.ones(8).bfloat16()}
     delta = delta_of(base, {"w": torch.full((8,), 0.0078125)})
     small = 0.01 * delta
@@ -110,14 +110,14 @@ def test_many_small_steps_are_rounded_once():
     assert torch.equal(total.delta().changes["w"].after, delta.changes["w"].after)
 
 
-def test_float8_is_calculated_with():
+def test_arithmetic_works_in_float8():
     base = torch.tensor([0.5, 1.0, 448.0]).to(torch.float8_e4m3fn)
     edited = torch.tensor([0.5, 2.0, 384.0]).to(torch.float8_e4m3fn)
     delta = EditDelta.between({"w": base}, {"w": edited})
     assert (0.5 * delta).apply({"w": base.clone()}).changes["w"].after.float().tolist() == [0.5, 1.5, 416.0]
 
 
-def test_signs_of_zero_survive():
+def test_signed_zeros_are_preserved():
     base = {"w": torch.tensor([-0.0, 0.0, 1.0])}
     made = (0.5 * delta_of(base, {"w": torch.tensor([0.0, 0.0, 1.0])})).delta()
     state = {"w": base["w"].clone()}
@@ -125,7 +125,7 @@ def test_signs_of_zero_survive():
     assert state["w"].signbit().tolist() == [True, False, False]
 
 
-def test_linear_ties_and_dare_against_the_papers(base, three):
+def test_linear_ties_and_dare_equal_the_formulas_of_the_papers(base, three):
     a, b, c = (delta.difference("a") for delta in three)
     weights = [1.0, 0.5, 2.0]
     linear = merge(three, weights=weights)
@@ -154,12 +154,12 @@ def test_linear_ties_and_dare_against_the_papers(base, three):
     torch.testing.assert_close(merge(three[:1], method="ties", density=1.0).differences["a"], a)
 
 
-def test_a_weighted_sum_needs_no_peft_and_the_others_say_that_they_do(three, monkeypatch):
+def test_only_ties_and_dare_need_peft(three, monkeypatch):
     from peft.utils.merge_utils import task_arithmetic
 
     parts = [delta.difference("a") for delta in three]
     theirs = task_arithmetic(parts, torch.tensor([1.0, -0.5, 2.0]))
-    # A module that is None in here is one that is not installed.
+    # Python treats None in sys.modules as a module that is not installed.
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "peft.utils", None)
     torch.testing.assert_close(merge(three, weights=[1.0, -0.5, 2.0]).differences["a"], theirs)
@@ -168,7 +168,7 @@ def test_a_weighted_sum_needs_no_peft_and_the_others_say_that_they_do(three, mon
             merge(three, method=method)
 
 
-def test_dare_leaves_the_random_state_alone(three):
+def test_dare_does_not_change_the_random_state(three):
     torch.manual_seed(5)
     want = torch.rand(3)
     torch.manual_seed(5)
@@ -176,7 +176,7 @@ def test_dare_leaves_the_random_state_alone(three):
     assert torch.equal(torch.rand(3), want)
 
 
-def test_rect_keeps_the_largest_relative_changes(base):
+def test_sparsify_keeps_the_largest_relative_changes(base):
     base["a"][0, 0] = 0.0
     delta = delta_of(base, {"a": scattered((12, 10), 1.0, 6)})
     change = delta.difference("a")
@@ -222,7 +222,7 @@ def test_different_bases_are_refused(base, three):
             act()
 
 
-def test_arguments_that_make_no_sense(base, three):
+def test_wrong_arguments_are_refused(base, three):
     for act, message in [
         (lambda: three[0] + 1, "expected an EditDelta or a TaskVector, got int"),
         (lambda: three[0] * math.nan, "multiplied by a finite number, got nan"),
@@ -238,7 +238,7 @@ def test_arguments_that_make_no_sense(base, three):
             act()
 
 
-def test_a_sweep_measures_the_base_picks_by_its_rule_and_gives_the_model_back(make, edited):
+def test_a_sweep_scores_the_base_picks_by_its_rule_and_restores_the_model(make, edited):
     model = make()
     delta = EditDelta.between(model, edited())
     full = float(delta.difference(DOWN).norm())
@@ -252,7 +252,7 @@ def test_a_sweep_measures_the_base_picks_by_its_rule_and_gives_the_model_back(ma
     assert equal_bits(state_of(model), state_of(make()))
     assert [point.coefficient for point in found.points] == [0.0, 0.25, 0.4, 0.5, 1.0]
     assert [point.reliability for point in found.points] == pytest.approx([0.0, 0.5, 0.8, 1.0, 1.0])
-    # Of the two that are fully reliable, 1.0 keeps 0.9 of the locality and 0.5 keeps 0.95.
+    # Both 0.5 and 1.0 are fully reliable; 0.5 keeps 0.95 of the locality and 1.0 only 0.9.
     assert found.best.coefficient == 0.5
     found.delta.apply(model)
     assert score(model)["edit/reliability"] == pytest.approx(1.0)

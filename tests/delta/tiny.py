@@ -1,4 +1,4 @@
-"""States of models compared as bytes, without the package's own comparison."""
+"""Comparison of model states as bytes, independent of the package."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def integers(tensor: Tensor) -> Tensor:
-    """The bits, found another way than the package does."""
+    """Return the bytes of a tensor, in another way than the package does."""
     return torch.frombuffer(
         bytearray(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()), dtype=torch.uint8
     )
 
 
 def equal_bits(one: Any, other: Any) -> bool:
-    """Two state dicts with the same names, dtypes, shapes and bytes."""
+    """Return whether two state dicts have the same names, dtypes, shapes and bytes."""
     return one.keys() == other.keys() and all(
         one[n].dtype == other[n].dtype
         and one[n].shape == other[n].shape

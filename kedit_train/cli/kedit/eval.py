@@ -40,14 +40,14 @@ def arguments(parser: ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time (64); scores do not depend on it")
     add("--max-new-tokens", type=int, default=32, metavar="N", help="longest generated answer (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="(plain)")
+    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="form of the prompts (plain)")
     add("--texts", metavar="FILE", help="unrelated texts, to measure perplexity")
     add("--seed", type=int, default=0, help="seed of the sample and of the intervals (0)")
     add(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="(auto)",
+        help="dtype of the model (auto)",
     )
     add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
     add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")

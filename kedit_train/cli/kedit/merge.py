@@ -25,9 +25,9 @@ For each pair of deltas the cosine of their differences is printed. It suggests 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("deltas", metavar="DELTA", nargs="+", help="deltas of the same base model")
     parser.add_argument("--weights", type=finite, nargs="+", metavar="W", help="one for each delta (1)")
-    parser.add_argument("--method", choices=("linear", "ties", "dare"), default="linear", help="(linear)")
-    parser.add_argument("--density", type=finite, default=0.5, help="share of entries that ties and dare keep (0.5)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the entries that dare drops (0)")
+    parser.add_argument("--method", choices=("linear", "ties", "dare"), default="linear", help="how to merge (linear)")
+    parser.add_argument("--density", type=finite, default=0.5, metavar="D", help="share that ties and dare keep (0.5)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the entries that dare drops (0)")
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the merged delta, .safetensors")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     json_option(parser)

@@ -34,7 +34,14 @@ def arguments(parser: ArgumentParser) -> None:
     add("delta", metavar="DELTA", help="a file that SaveDelta or kedit merge wrote")
     add("model", metavar="MODEL", help="the base: a checkpoint folder, a hub name, or world")
     add("edits", metavar="EDITS", help="edits to evaluate on: .json, .jsonl, .csv, or world")
-    add("--coefficients", type=finite, nargs="+", metavar="C", default=COEFFICIENTS, help="(0.1, 0.2, ... 1)")
+    add(
+        "--coefficients",
+        type=finite,
+        nargs="+",
+        metavar="C",
+        default=COEFFICIENTS,
+        help="multiples (0.1, 0.2, ... 1)",
+    )
     add(
         "--keep-locality",
         type=finite,
@@ -46,7 +53,7 @@ def arguments(parser: ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time (64); scores do not depend on it")
     add("--max-new-tokens", type=int, default=32, metavar="N", help="longest generated answer (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="(plain)")
+    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="form of the prompts (plain)")
     add("--seed", type=int, default=0, help="seed of the sample (0)")
     add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
     add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
