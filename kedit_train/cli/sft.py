@@ -4,8 +4,9 @@
     python -m kedit_train sft --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
     torchrun --nproc-per-node 2 -m kedit_train sft --config recipes/overtone.yaml
 
-The keys are those of ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with the same meaning,
-and a key without a counterpart is an error. The optimizer is Adam with a constant learning rate, as in ``EditModule``.
+The keys are those of ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with the same
+meaning, and a key without a counterpart is an error. The optimizer is Adam with a constant learning rate, as in
+``EditModule``.
 """
 
 from __future__ import annotations
