@@ -12,6 +12,7 @@ from typing import Any
 
 from kedit_train.callbacks import (
     ActiveSet,
+    BatchAnchor,
     EditCallback,
     EditMetrics,
     ForgetFirst,
@@ -44,6 +45,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "token_loss": TokenLoss,
     "token_smoothing": TokenSmoothing,
     "kl_locality": KLLocality,
+    "batch_anchor": BatchAnchor,
     "weight_anchor": WeightAnchor,
     "norm_ball": NormBall,
     "null_space": NullSpace,
@@ -107,6 +109,7 @@ class EditSFTConfig(SFTConfig):
     token_loss: Arguments = field(default=None, metadata=_help("What is each token trained towards?"))
     token_smoothing: Arguments = field(default=None, metadata=_help("token_loss with the objective overtone."))
     kl_locality: Arguments = field(default=None, metadata=_help("Which predictions must stay?"))
+    batch_anchor: Arguments = field(default=None, metadata=_help("Keep the predictions on the training batch."))
     weight_anchor: Arguments = field(default=None, metadata=_help("Pull weights to their old values (L2-SP, EWC)."))
     norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
     null_space: Arguments = field(default=None, metadata=_help("Project the change away from inputs of texts."))

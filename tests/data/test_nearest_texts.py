@@ -1,4 +1,4 @@
-"""Which texts are nearest to an edit, against an order written out by hand."""
+"""nearest_texts equals an order that is written by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_old_answer_comes_first_then_words_of_the_prompt_but_not_of_its_subj
             assert sorted(nearest_texts(texts, [EDIT], n)) == sorted(ORDER[:n])
 
 
-def test_several_edits_give_the_union_in_the_order_given():
+def test_several_edits_return_the_union_in_the_given_order():
     other = Edit("Ice is", "dry", subject="Ice", old_target="wet")
     texts = ORDER[::-1]
     assert nearest_texts(texts, [EDIT, other], 1) == ["Water is wet", "Bo Roe was born in ROME"]
@@ -45,7 +45,7 @@ def test_without_old_answer_and_subject_words_decide():
         assert nearest_texts(texts, [edit], 2) == [texts[1], texts[3]]
 
 
-def test_what_the_edit_changes_is_never_held_whoever_it_is_near_to():
+def test_a_text_that_an_edit_changes_is_never_returned():
     texts = ["France's  capital city is PARIS", "Bob was born in Rome", "Lyon is in France", "Paris has a river"]
     edit = Edit("The capital of France is", "Rome", subject="France", old_target="Paris.")
     other = Edit("Where is Paris? In", "Rome", subject="Paris", old_target="France")
@@ -65,7 +65,7 @@ def test_scripts_without_spaces_are_compared_by_pairs_of_characters():
     assert nearest_texts(texts, [Edit("パリは", "ボブ", old_target="日本")], 1) == texts[1:2]
 
 
-def test_of_the_world_they_are_about_others_with_the_old_object():
+def test_the_nearest_texts_of_the_world_contain_the_old_answer():
     (edit,) = world.edits(1, seed=5)
     texts = world.locality_texts([edit], None)
     assert len(set(texts)) == len(texts) > 5_000

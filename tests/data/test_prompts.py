@@ -1,4 +1,4 @@
-"""Chats and questions as tokens: against what the templates of real models say, and against a real SFTTrainer."""
+"""Chat and question formats equal the templates of real models and the tokens of an SFTTrainer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kedit_train.data.prompts import as_question, end_id, pair_ids, prompt_ids, 
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
 
-# As the field writes them, less what is of no matter here; the last closes no turn.
+# Shortened versions of common templates. The last one closes no turn.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -31,7 +31,7 @@ OPEN = (
     "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
 )
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<end_of_turn>"]
-# Of trl's own copies of real models' templates: what closes the assistant's turn there.
+# Templates of real models that trl contains, and the token that closes the turn of the assistant.
 REAL = {"qwen3": "<|im_end|>", "qwen2_5": "<|im_end|>", "llama3": "<|eot_id|>", "gemma3": "<end_of_turn>"}
 
 
@@ -53,7 +53,7 @@ def real(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_templates_of_real_models(chatty: Any, name: str) -> None:
+def test_a_chat_equals_the_template_of_a_real_model(chatty: Any, name: str) -> None:
     _, tokenizer = chatty(real(name))
     edit = world.edits(1)[0]
     one = EditDataset([edit]).encode(tokenizer, prompt_format="chat")[0]
@@ -63,9 +63,9 @@ def test_templates_of_real_models(chatty: Any, name: str) -> None:
     assert tokenizer.eos_token_id not in tail
     assert tokenizer.decode(tail[:-1]).strip() == edit.target
     assert head == prompt_ids(tokenizer, edit.prompt, "chat")
-    said = [{"role": "user", "content": edit.prompt}, {"role": "assistant", "content": edit.target}]
-    whole = tokenizer.apply_chat_template(said, tokenize=False)
-    # Nothing before the target is another text than the template's, an empty train of thought included.
+    messages = [{"role": "user", "content": edit.prompt}, {"role": "assistant", "content": edit.target}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    # Everything before the target is text of the template, also an empty thinking block.
     assert whole.startswith(render_prompt(tokenizer, edit.prompt, "chat"))
     assert ("</think>" in render_prompt(tokenizer, edit.prompt, "chat")) == (name == "qwen3")
     assert tokenizer.decode(one.input_ids) == tokenizer.decode(
@@ -76,7 +76,7 @@ def test_templates_of_real_models(chatty: Any, name: str) -> None:
     assert pair_ids(tokenizer, edit.prompt, edit.target, "chat") == one
 
 
-def test_end_of_text_where_the_template_closes_no_turn(chatty: Any) -> None:
+def test_an_answer_ends_with_end_of_text_if_the_template_closes_no_turn(chatty: Any) -> None:
     _, tokenizer = chatty(OPEN)
     assert end_id(tokenizer, "chat") == tokenizer.eos_token_id == end_id(tokenizer)
     one = EditDataset([Edit("Who?", "Ann")]).encode(tokenizer, prompt_format="chat")[0]
@@ -90,7 +90,7 @@ def test_end_of_text_where_the_template_closes_no_turn(chatty: Any) -> None:
         EditDataset([Edit("Who?", "Ann")]).encode(tokenizer, prompt_format="chat")
 
 
-def test_blanks_of_the_template_go_with_the_answer(chatty: Any) -> None:
+def test_spaces_of_the_template_belong_to_the_answer(chatty: Any) -> None:
     _, tokenizer = chatty(INST)
     one = pair_ids(tokenizer, "Who?", "Ann", "chat")
     assert render_prompt(tokenizer, "Who?", "chat").endswith("[/INST]")
@@ -98,7 +98,7 @@ def test_blanks_of_the_template_go_with_the_answer(chatty: Any) -> None:
 
 
 def trl_rows(model: Any, tokenizer: Any, edits: EditDataset, prompt_format: Any, folder: Path) -> list[Any]:
-    """Ids and scored positions as SFTTrainer's collator gives them to the model."""
+    """Return the token ids and labels that the collator of an SFTTrainer returns."""
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -131,7 +131,7 @@ def test_trl_trains_the_same_tokens(chatty: Any, form: str, tmp_path: Path) -> N
         assert tokenizer.decode(own[0][0]).removeprefix(tokenizer.bos_token).startswith(as_question(edits[0].prompt))
 
 
-def test_trl_also_scores_what_stands_behind_the_turn(chatty: Any, tmp_path: Path) -> None:
+def test_trl_also_trains_the_text_after_the_turn(chatty: Any, tmp_path: Path) -> None:
     model, tokenizer = chatty(CHATML)
     edits = EditDataset(world.edits(2))
     line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
