@@ -6,6 +6,7 @@ python docs/write_api_page.py
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import kedit_train
@@ -34,13 +35,17 @@ example. Everything else in the package is internal and may change in any releas
 """
 
 
+def first_line(text: str) -> str:
+    """Return the first line of a docstring with its roles and double backticks as Markdown code."""
+    line = text.partition("\n")[0]
+    return re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", line).replace("``", "`")
+
+
 def render() -> str:
     """Return the page as Markdown."""
     parts = [INTRODUCTION]
     for title, names in SECTIONS.items():
-        rows = [
-            f"| `{name}` | {(inspect.getdoc(getattr(kedit_train, name)) or '').splitlines()[0]} |" for name in names
-        ]
+        rows = [f"| `{name}` | {first_line(inspect.getdoc(getattr(kedit_train, name)) or '')} |" for name in names]
         parts.append("\n".join([f"## {title}\n", "| name | what it is |", "|---|---|", *rows]) + "\n")
     return "\n".join(parts)
 
