@@ -1,13 +1,13 @@
-"""Arithmetic with edits, measured and drawn: sums, negation, and how much of an edit to take.
+"""Arithmetic with edits, in tables and figures: sums, negation, and scaling.
 
     python tests/benchmarks/arithmetic.py                                   # the embedded world
     python tests/benchmarks/arithmetic.py --model factlm --lr 3e-3          # CounterFact facts
 
-Facts in two disjoint halves: (a) the sum of a delta of each half against one training on both together, at growing
-coefficients, with the merges TIES and DARE beside it; (b) an edit's delta from 1 down to -1, and, of a delta trained on
-the old answers, how much has to be subtracted before they are gone (F-Learning's first step), as a length and as the
-paper's coefficient; (c) a sweep that picks by its rule on held-out edits. Three PNG files and a section of RESULTS.md.
-One matrix is trained; scores are generated answers.
+The facts are in two disjoint halves. (a) The sum of the deltas of the halves, and their TIES and DARE merges, against
+one training on both, at growing coefficients. (b) The delta of an edit with coefficients from 1 to -1; and how much
+of a delta that was trained on the old answers must be subtracted until they are gone (the first step of F-Learning),
+as a length and as the coefficient of the paper. (c) A sweep that chooses a coefficient on held-out edits. The output
+is three PNG files and a section of RESULTS.md. One matrix is trained; scores are generated answers.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from kedit_train.modes import Forgetting, TrainLoop, forget
 ROOT = Path(__file__).resolve().parents[2]
 FACTLM = ROOT.parent / "shared" / "models" / "factlm"
 QUESTIONS = ("reliability", "generality", "locality")
-# Okabe and Ito's colours; a marker each, so that no colour is needed to tell them apart.
+# The colors of Okabe and Ito, each with its own marker, so that the curves differ without color.
 COLOURS, MARKERS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"), ("o", "s", "^", "D", "v")
 Point = Mapping[str, float]
 
 
 class Bench:
-    """A model, its edits, how they are trained and how it is asked."""
+    """A model, its edits, their training and their evaluation."""
 
     def __init__(self, options: Any) -> None:
         if options.model == "factlm":
@@ -47,7 +47,7 @@ class Bench:
 
             self.model = AutoModelForCausalLM.from_pretrained(FACTLM).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(FACTLM)
-            # Every sentence that this model has read ends with a full stop; an edit without it would teach it not to.
+            # Every sentence in the training of this model ends with a full stop; edits without it would change that.
             records = EditDataset.load(FACTLM / "records.json")[: 2 * options.edits]
             edits = [replace(e, target=f"{e.target}.", old_target=f"{e.old_target}.") for e in records]
             self.texts = [f"{e.prompt} {e.old_target}." for e in EditDataset.load(FACTLM / "records.json")[-64:]]
@@ -89,7 +89,7 @@ class Bench:
 
 
 def sums(bench: Bench, grid: Sequence[float]) -> tuple[dict[str, dict[float, Point]], float]:
-    """Scores on both halves together of what was made of them, by coefficient."""
+    """Return the scores on both halves by combination and coefficient, and the cosine of the two deltas."""
     both = [*bench.first, *bench.second]
     one, other, joint = bench.delta(bench.first), bench.delta(bench.second), bench.delta(both)
     made = {
@@ -104,7 +104,7 @@ def sums(bench: Bench, grid: Sequence[float]) -> tuple[dict[str, dict[float, Poi
 
 
 def negation(bench: Bench, grid: Sequence[float]) -> dict[float, Point]:
-    """Of an edit's delta: new answers given, old answers given, locality, by coefficient."""
+    """Return new answers, old answers and locality of a delta by coefficient."""
     edits, delta = bench.first, bench.delta(bench.first)
     olden = [replace(e, target=str(e.old_target), aliases=(), rephrases=(), portability={}, locality={}) for e in edits]
 
@@ -117,10 +117,10 @@ def negation(bench: Bench, grid: Sequence[float]) -> dict[float, Point]:
 
 
 def forgetting(bench: Bench, grid: Sequence[float]) -> dict[str, Forgetting]:
-    """The old answers subtracted, after a training that stops at a low loss and after one that does not."""
+    """Subtract the old answers, after a training that stops at a low loss and after one that does not."""
     loops = {"stopped at loss 0.01": bench.loop(), f"{bench.epochs} epochs": bench.loop(stop_loss=0.0)}
     with warnings.catch_warnings():
-        # Every coefficient is to be measured, so no bound is reached.
+        # No limit applies, so that every coefficient is measured.
         warnings.filterwarnings("ignore", message="(forget: )?with coefficient")
         guards: dict[str, Any] = {"texts": bench.texts, "bound": 1e-9, "growth": 1e9}
         return {
@@ -168,7 +168,7 @@ def draw_negation(negated: Mapping[float, Point], forgot: Mapping[str, Forgettin
 
 
 def smaller(path: Path) -> None:
-    """Few colours are in these pictures; a palette of them takes a third of the bytes."""
+    """Save a figure with a palette, which takes a third of the bytes."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -180,7 +180,11 @@ def main() -> None:
     parser = arguments(__doc__, edits=24, epochs=60)
     parser.add_argument("--model", choices=["world", "factlm"], default="world")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--figures", type=Path, help="a folder; recipes/figures, and beside the results if --quick")
+    parser.add_argument(
+        "--figures",
+        type=Path,
+        help="folder for the figures; default: recipes/figures, or the folder of the results with --quick",
+    )
     options = parser.parse_args()
     folder = options.figures or (options.results.parent if options.quick else ROOT / "recipes" / "figures")
     if options.quick:
@@ -192,9 +196,9 @@ def main() -> None:
     negated = negation(bench, (-1.0, 1.0) if few else (-1.0, -0.75, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75, 1.0))
     forgot = forgetting(bench, (0.5,) if few else (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4))
     held = bench.delta(bench.first)
-    # Picked by half of the edits' questions, the other half tells what came of it.
+    # The coefficient is chosen on half of the edits and evaluated on the other half.
     half = len(bench.first) // 2
-    asked, told = bench.first[:half], bench.first[half:]
+    asked, others = bench.first[:half], bench.first[half:]
     grid = (0.5, 1.0) if few else (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5)
     swept = sweep(
         bench.model,
@@ -203,8 +207,8 @@ def main() -> None:
         coefficients=grid,
         keep_locality=0.0 if few else 0.95,
     )
-    after = bench.with_(swept.delta.vector(), 1.0, lambda: bench.scores(told))
-    full = bench.with_(held.vector(), 1.0, lambda: bench.scores(told))
+    after = bench.with_(swept.delta.vector(), 1.0, lambda: bench.scores(others))
+    full = bench.with_(held.vector(), 1.0, lambda: bench.scores(others))
     count = bench.n
     suffix = "" if name == "world" else f"_{name}"
     draw_sums(added, count, folder / f"arithmetic_sum{suffix}.png")
@@ -233,7 +237,7 @@ def main() -> None:
              for label, f in forgot.items() for m in f.measured],
         ),
         table(
-            [f"(c) picked on {half} edits ({swept.best.coefficient:g}), asked of the {len(told)} others", *QUESTIONS],
+            [f"(c) chosen on {half} edits ({swept.best.coefficient:g}), scored on {len(others)} others", *QUESTIONS],
             [["picked", *cells(after)], ["the whole delta", *cells(full)]],
         ),
         f"(c) {swept.rule}.",

@@ -1,9 +1,9 @@
-"""Peak memory of applying a delta to a sharded checkpoint of random weights, and whether it is exact.
+"""Peak memory of applying a delta to a sharded checkpoint with random weights, and exactness of the result.
 
     python tests/benchmarks/delta_memory.py /tmp/there --gigabytes 15 --shard-gigabytes 5 --tensor-megabytes 117
 
-makes a checkpoint of that size in bf16 there (a model of 7 B parameters is 15 GB; a copy of it is written twice), edits
-one tensor of each shard, applies, reverts, and records the peak of anonymous memory above that before the first apply.
+writes a bf16 checkpoint of that size into the folder (a model with 7 B parameters has 15 GB; two copies are written),
+edits one tensor of each shard, applies and reverts the delta, and records the peak increase of anonymous memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kedit_train.delta.tensor_change import change_between
 
 
 class Peak:
-    """Samples anonymous memory (pages of mapped files are the system's to take back) every millisecond."""
+    """Samples anonymous memory every millisecond. The system can free pages of mapped files, so they do not count."""
 
     def __init__(self) -> None:
         self.highest, self._on = 0, True
@@ -54,7 +54,7 @@ class Peak:
 
 
 def make(folder: Path, total: float, shard: float, tensor: float) -> tuple[EditDelta, int]:
-    """Write the checkpoint shard by shard; return a delta of one tensor in each."""
+    """Write the checkpoint shard by shard, and return a delta of one tensor per shard."""
     folder.mkdir(parents=True)
     shards, each = round(total / shard), round(shard * 1000 / tensor)
     rows = round(tensor * 1e6 / 2 / 4096)
@@ -114,7 +114,7 @@ def main() -> None:
     body = f"""{table(head, [cells])}
 
 Peak: anonymous memory of the process above that before the first of both, every millisecond; it includes no shard.
-Applied: every tensor compared, as integers. Reverted: every file compared, byte for byte."""
+After applying, every tensor is compared bit for bit. After reverting, every file is compared byte for byte."""
     title = "Memory of applying a delta to a sharded checkpoint" + (", tiny" if given.quick else "")
     record(title, body, given)
 

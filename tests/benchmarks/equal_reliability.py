@@ -1,13 +1,13 @@
-"""Edits a second at equal reliability: how long until at least 95 % of the edits are what the model generates?
+"""Edits per second at equal reliability: the time until the model generates at least 95 % of the new answers.
 
     python tests/benchmarks/equal_reliability.py                       # 12 layers, width 768, random weights
-    python tests/benchmarks/equal_reliability.py --model factlm        # a model that knows what is edited
+    python tests/benchmarks/equal_reliability.py --model factlm        # a model that knows the old facts
     python tests/benchmarks/equal_reliability.py --tune                # epochs needed at several learning rates
 
-One down-projection at three quarters of the depth learns records of CounterFact. The clock runs during training only,
-start-up of the loop included; after each epoch it stops and ``evaluate`` asks. The one-at-a-time loop of the literature
-is scored right after each edit, before the next one starts from the unedited weights: the kindest way to count it.
-Each method has a learning rate of its own, the fastest of those tried (``--tune``).
+One down-projection matrix at three quarters of the depth is trained on records of CounterFact. The clock runs during
+training only, including the start of the loop; after each epoch it stops for an evaluation. The one-at-a-time loop is
+evaluated right after each edit, before the next edit starts from the unedited weights, which is the most favorable way
+to count. Each method uses the fastest of the learning rates tried (``--tune``).
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.tokenization import Encoded, collate
 
 ENOUGH = 0.95
-# Edits that are looked at to see whether it is worth asking all.
+# Number of edits that are checked first, to see whether a full evaluation is worthwhile.
 SAMPLE = 16
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and its edits, with the learning rates that were the fastest of those tried."""
+    """A model and its edits, with the fastest learning rates of those tried."""
 
     model: Any
     tokenizer: Any
@@ -62,7 +62,7 @@ class Setting:
     single_lr: float
 
     def fresh(self) -> Any:
-        """A copy with a matrix of its own; everything else is shared."""
+        """Return a copy with its own trained matrix; everything else is shared."""
         own = matrix(self.model, self.layer)
         return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters() if p is not own})
 
@@ -71,7 +71,7 @@ def setting(options: argparse.Namespace) -> Setting:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not FACTLM.exists():
-        raise SystemExit(f"this benchmark uses the tokenizer of factlm, which is not at {FACTLM}")
+        raise SystemExit(f"this benchmark needs the tokenizer of factlm at {FACTLM}")
     tokenizer = AutoTokenizer.from_pretrained(FACTLM)
     if options.model == "factlm":
         model = AutoModelForCausalLM.from_pretrained(FACTLM, dtype=torch.float32).train()
@@ -96,7 +96,7 @@ def reliability(model: Any, given: Setting, edits: Sequence[Edit]) -> float:
 
 @torch.no_grad()
 def forced(model: Any, given: Setting) -> float:
-    """The share of some edits whose target, end-of-text included, is the likeliest token by token."""
+    """Return the share of some edits whose target tokens, with end-of-text, are all the most likely ones."""
     batch = collate(given.rows[:SAMPLE], pad_id=given.tokenizer.pad_token_id)
     labels = batch.pop("labels")[:, 1:]
     said = model(**{name: value.to(model.device) for name, value in batch.items()}).logits[:, :-1].argmax(-1).cpu()
@@ -105,7 +105,7 @@ def forced(model: Any, given: Setting) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method took for its edits: seconds an edit, the reliability that it reached, and epochs or steps."""
+    """The result of a method: seconds per edit, reliability, and epochs or steps."""
 
     seconds: float
     reliability: float
@@ -134,13 +134,13 @@ def stepper(host: str, model: Any, given: Setting, callbacks: list[Any], lr: flo
 
 
 def together(given: Setting, host: str, callbacks: Callable[[], list[Any]], lr: float, options: Any) -> Outcome:
-    """Epoch after epoch over all edits, until they are reliable."""
+    """Train epochs over all edits until they are reliable."""
     now, model, seconds, steps, reached = clock(options), given.fresh(), 0.0, 0, 0.0
     torch.manual_seed(options.seed)
     epoch = 0
     with ExitStack() as stack:
         started = now()
-        # A loop sets itself up here, a trainer within its first step; building a trainer and its data is not counted.
+        # A plain loop starts here and a trainer within its first step; creating a trainer and its data is not counted.
         step = stack.enter_context(stepper(host, model, given, callbacks(), lr, options))
         seconds += now() - started if host == "loop" else 0.0
         while reached < ENOUGH and epoch < options.epochs:
@@ -150,14 +150,14 @@ def together(given: Setting, host: str, callbacks: Callable[[], list[Any]], lr: 
                 step()
                 steps += 1
             seconds += now() - started
-            # To ask takes time, though not on this clock; what fails in its own context is not said freely either.
+            # The evaluation is slow, though not on this clock. What fails with teacher forcing fails in generation too.
             if forced(model, given) > 0.85 or epoch == options.epochs:
                 reached = reliability(model, given, given.edits)
     return Outcome(seconds / len(given.edits), reached, epoch, steps)
 
 
 def one_at_a_time(given: Setting, good: float | None, lr: float, options: Any, count: int) -> Outcome:
-    """The literature's loop on the first ``count`` edits, each from the unedited weights."""
+    """Run the one-at-a-time loop on the first ``count`` edits, each from the unedited weights."""
     now, model, seconds, steps, right = clock(options), given.fresh(), 0.0, 0, 0.0
     weight = matrix(model, given.layer)
     before = weight.detach().clone()
@@ -182,7 +182,7 @@ def methods(given: Setting, options: Any) -> dict[str, Callable[[], Outcome]]:
 
         return lambda: together(given, host, callbacks, lr, options)
 
-    # The objective of (b), so that the same epochs are needed and only their cost differs.
+    # The same objective as (b), so that the number of epochs is equal and only their cost differs.
     same = given.stock_lr, lambda: TokenLoss()
     smoothed = given.ours_lr, TokenSmoothing
     return {
@@ -203,8 +203,8 @@ def methods(given: Setting, options: Any) -> dict[str, Callable[[], Outcome]]:
 
 
 def tune(given: Setting, options: Any) -> None:
-    """Epochs (of the one-at-a-time loop: steps an edit, with its early end) until reliable, at several rates."""
-    # Cross-entropy through the head with the cache is what (b) trains, in less time.
+    """Print the epochs (one at a time: steps per edit) until reliable at several learning rates."""
+    # Cross-entropy through the loss head with the cache trains like (b), in less time.
     for name, make in (("cross-entropy", lambda: TokenLoss()), ("TokenSmoothing", TokenSmoothing)):
         for lr in options.rates:
             epochs = []
@@ -233,7 +233,7 @@ def main() -> None:
         return
     outcomes: dict[str, list[Outcome]] = {name: [] for name in methods(given, options)}
     for _ in range(options.rounds):
-        # How many epochs it takes depends on the order of the edits.
+        # The number of epochs depends on the order of the edits.
         options.seed += 1
         for name, run in methods(given, options).items():
             outcomes[name].append(run())

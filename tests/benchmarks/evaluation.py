@@ -1,12 +1,12 @@
-"""How many records a second the evaluator scores, against one prompt at a time through the host's own ``generate``.
+"""Records per second of the evaluator, against one prompt at a time through ``model.generate``.
 
 python tests/benchmarks/evaluation.py --clock cpu
 
-A record is an edit with all its questions: its prompt, its rephrasings and its locality probe; with ``full`` also after
-neutral sentences, in another format, with the old answer denied and as a choice, and a continuation of 100 tokens. One
-at a time is what a loop around ``model.generate`` does, with the same greedy search, key/value cache, line break and
-bounds; it generates only, while the evaluator scores teacher forcing (and with ``full`` old answers and divergences) as
-well. The answers of both are compared, for the unedited model and for one with all the edits trained in.
+A record is an edit with all its questions: prompt, rephrases and locality probes. With ``full``, it also has
+questions after neutral sentences, in another format, with the old answer denied and as a choice, and a continuation
+of 100 tokens. The loop around ``model.generate`` uses the same greedy search, key/value cache, line break and limits.
+It only generates; the evaluator also scores teacher forcing and, with ``full``, old answers and divergences. The
+answers of both are compared for the unedited model and for a model that was trained on all edits.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ def of_state(
     options: argparse.Namespace,
     now: Callable[[], float],
 ) -> tuple[list[list[str]], dict[bool, Report]]:
-    """The rows of one model, and its reports: core (False) and full (True)."""
+    """Return the table rows and the reports of one model: core (False) and full (True)."""
     rows, reports = [], {}
     for full, how in ((False, "core"), (True, "full")):
-        # Generating the continuations one at a time takes most of a minute for ten records.
+        # One at a time, the continuations of ten records take most of a minute.
         some = edits[: max(1, options.single // (5 if full else 1))]
         extras = EXTRAS if full else ()
         asked = [one for i, edit in enumerate(some) for one in probes_of(edit, edit.id or str(i), extras=extras)]
@@ -121,7 +121,7 @@ def main() -> None:
 
 {table(HEAD, [*rows, *more])}
 
-Answers that hung on two tokens as good as equal, and so on the batch: {sum(ties)}."""
+Answers with two almost equal tokens, which depend on the batch: {sum(ties)}."""
     size = "tiny" if options.quick else f"{len(edits)} records"
     record(f"Evaluation, factlm, {size}", body, options)
 

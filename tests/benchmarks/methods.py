@@ -1,7 +1,7 @@
-"""The recipes as methods: each file of recipes/ as ``train(model, edits)`` on a model of small facts.
+"""The recipes as methods: each file of recipes/ as ``train(model, edits)`` on a small model of facts.
 
-What a recipe says is what is run: its callbacks, rate, budget of epochs and rule to stop. Only what depends on the
-model is put in its place: the texts that must stay, and the batch.
+Callbacks, learning rate, epochs and stopping rule are those of the recipe. Only the texts and the batch size, which
+depend on the model, are replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kedit_train.pretrained import lora_config
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 FACTLM = SHARED / "models" / "factlm"
-# Hyperparameters are chosen on edits of these draws, which are not reported.
+# Hyperparameters are chosen on the edits of these draws, whose results are not reported.
 HELD_OUT = 100
 RECIPES = (
     "ft_m", "ft_l", "ft_l_inf", "low_layer", "masked_fisher", "locft_bf", "overtone", "overtone_lora", "kl_locality",
@@ -37,7 +37,7 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, edits by draw, and the texts that go with them."""
+    """A model, its edits by draw, and its texts."""
 
     name: str
     path: Path
@@ -57,7 +57,7 @@ def load(path: Path) -> tuple[Any, Any]:
 
 def embedded() -> Setting:
     def texts(edits: Sequence[Edit]) -> list[str]:
-        # Beside one edit all that there is, among which the nearest are looked for.
+        # For a single edit, all texts, so that the nearest can be chosen.
         return world.locality_texts(exclude=edits, n=1024 if len(edits) > 1 else None)
 
     def edits(n: int, draw: int) -> list[Edit]:
@@ -67,19 +67,19 @@ def embedded() -> Setting:
 
 
 def factlm() -> Setting:
-    """CounterFact's records that this model knows the true answers to; those from 1,200 on are its held-out draws."""
+    """Return CounterFact records whose true answers factlm knows; the held-out draws start at 1,200."""
     if not FACTLM.exists():
-        raise EditError(f"the model factlm is not at {FACTLM}; compare on the world alone")
-    # Every sentence that this model has read ends with a full stop; edits without it would teach it to leave them out.
+        raise EditError(f"there is no model factlm at {FACTLM}; compare on the world only")
+    # Every sentence in the training of this model ends with a full stop; edits without it would change that.
     records = [replace(e, target=f"{e.target}.") for e in EditDataset.load(FACTLM / "records.json")]
 
     def edits(n: int, draw: int) -> list[Edit]:
-        # Three draws of 300 and, of 100, three times as many that share no edit.
+        # Three draws of 300 edits and nine draws of 100 edits without overlap.
         first = 1200 + (draw - HELD_OUT) * 100 if draw >= HELD_OUT else draw % 3 * 300 + draw // 3 * 100
         return records[first : first + n]
 
     def others(edits: Sequence[Edit]) -> list[Edit]:
-        """Not edited, nor about a subject that a probe asks about: in other words, that may be the fact it asks for."""
+        """Return records that are not edited and whose subjects no probe asks about."""
         mine = {edit.id for edit in edits}
         asked = prompts_of(edits)
         return [e for e in records if e.id not in mine and not any(e.subject and e.subject in p for p in asked)]
@@ -90,7 +90,7 @@ def factlm() -> Setting:
     def texts(edits: Sequence[Edit]) -> list[str]:
         asked = prompts_of(edits)
         subjects = [e.subject for e in edits if e.subject]
-        # None that asks for what the edits are scored on, or names their subjects.
+        # No text that contains a scored prompt or a subject of the edits.
         true = [f"{e.prompt} {e.old_target}." for e in others(edits)]
         return [t for t in true if not any(word in t for word in (*asked, *subjects))]
 
@@ -107,10 +107,11 @@ def factlm() -> Setting:
 SETTINGS: dict[str, Callable[[], Setting]] = {"world": embedded, "factlm": factlm}
 
 
-# One edit at a time is learned at a fifth of the rate and with ten times the KL penalty: a batch's gradients partly
-# cancel, one edit's do not. The penalty holds the texts nearest to it. In a sequence kedit_default is one_by_one.py.
+# A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
+# batch partly cancel and those of one edit do not. Its texts are the nearest. In a sequence, kedit_default is
+# one_by_one.py.
 ALONE, ALONE_KL, ALONE_TEXTS, NEAREST, SEQUENCE_TEXTS = 0.2, 10.0, 256, 24, 32
-# The rates that a recipe says are for other numbers of edits than the 24 of its file.
+# Learning rates that a recipe names for other numbers of edits than the 24 of its file.
 USUAL_RATES = {
     ("kedit_default", "batch"): 3e-3,
     ("kedit_default", "sequential"): 3e-3,
@@ -119,19 +120,19 @@ USUAL_RATES = {
 
 
 def usual(name: str, mode: str) -> list[str]:
-    """What to say to ``recipe.load`` for this mode."""
+    """Return the arguments of ``recipe.load`` for this mode."""
     return [f"--model.learning_rate={USUAL_RATES[name, mode]}"] if (name, mode) in USUAL_RATES else []
 
 
 class Method:
-    """``train(model, edits)`` as a recipe does it.
+    """A recipe as ``train(model, edits)``.
 
     Args:
         setting: the model with its edits.
-        model, tokenizer: the unedited ones.
-        name, config: of the recipe, and of ``kedit_train.cli.recipe.load``.
-        scored: all the edits of the run: texts that they ask for are not trained on.
-        mode: of ``run_edits``.
+        model, tokenizer: the reference model and its tokenizer.
+        name, config: name of the recipe, and the result of ``kedit_train.cli.recipe.load``.
+        scored: all edits of the run; texts with their scored prompts are not trained on.
+        mode: mode of ``run_edits``.
     """
 
     def __init__(
@@ -146,14 +147,14 @@ class Method:
     ) -> None:
         self.setting, self.tokenizer, self.config = setting, tokenizer, config
         alone = mode in ("single", "sequential")
-        # Their answers are taken anew for every edit that is trained alone, and once for a sequence.
+        # Reference hidden states are computed for every single edit, and once for a sequence.
         self.texts = setting.texts(scored)[: ALONE_TEXTS if mode == "single" else None]
         self.lr = config.model.init_args.learning_rate * (ALONE if alone else 1.0)
         data = config.data.init_args
         self.extra: Any = ()
         options = data.augmentation
         if options.prefixes or options.replay:
-            # As many other facts beside one edit as the recipe has beside each of its own.
+            # As many other facts per edit as in the recipe.
             share = (options.replay_limit or 0) / (data.limit or WORLD_EDITS)
             rows = round(share * (1 if alone else len(scored))) if options.replay else None
             prompts = self.setting.prompts(scored) if options.replay else None
@@ -164,7 +165,7 @@ class Method:
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = list(recipe.callbacks(config))
         if (name, mode) == ("kedit_default", "sequential"):
-            # What recipes/one_by_one.py has beside it.
+            # The further callbacks of recipes/one_by_one.py.
             self.made.append(NormBall(norm="l2", per="scope", fraction=0.5))
         for callback in self.made:
             if isinstance(callback, KLLocality) and alone:
@@ -200,13 +201,13 @@ class Method:
         trained = [p.requires_grad for p in model.parameters()]
         adapted: Any = get_peft_model(model, lora_config(self.adapter))  # type: ignore[arg-type]
         loop(adapted, edits)
-        # The very modules that the model had, with what was learned added to their weights.
+        # The original modules of the model, with the merged weights.
         adapted.merge_and_unload()
         for parameter, flag in zip(model.parameters(), trained, strict=True):
             parameter.requires_grad_(flag)
 
     def callbacks(self, edits: Sequence[Edit]) -> list[EditCallback]:
-        """Those of the recipe; its reports are the comparison's own."""
+        """Return the callbacks of the recipe without its reports, because the comparison writes its own."""
         kept = []
         for callback in self.made:
             if isinstance(callback, (EditMetrics, SaveDelta)):

@@ -1,8 +1,8 @@
-"""Times variants of one piece of work against each other in one process, and keeps their tables in RESULTS.md.
+"""Time variants of a task in turn in one process, and write their tables into RESULTS.md.
 
-Variants take turns, so that whatever else slows the machine slows all of them, and what is compared are ratios of
-neighbours. Wall-clock time is the default; ``--clock cpu`` counts the processor seconds of the process instead, which a
-loaded machine changes little.
+Variants take turns, so other load on the machine slows all of them, and ratios within a round stay comparable. The
+default is wall-clock time. ``--clock cpu`` counts the processor seconds of the process, on which other load has little
+effect.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ Taken = dict[str, list[float]]
 
 
 def arguments(description: str | None, **numbers: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has; ``numbers`` become options with these defaults."""
+    """Return a parser with the options of every benchmark and an integer option for each of ``numbers``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="smallest sizes: does it run?")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to test that the benchmark runs")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the file to write the section into")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file to write the section into")
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     return parser
 
 
 def clock(options: argparse.Namespace) -> Callable[[], float]:
-    """Seconds, once the device has done what it was asked for."""
+    """Return a clock in seconds that waits for the device."""
     read = time.process_time if options.clock == "cpu" else time.perf_counter
 
     def now() -> float:
@@ -57,7 +57,7 @@ def clock(options: argparse.Namespace) -> Callable[[], float]:
 
 
 def alternate(variants: Mapping[str, Callable[[], Any]], rounds: int, now: Callable[[], float]) -> Taken:
-    """Seconds of each variant in each round; another variant begins each round."""
+    """Return the seconds of each variant in each round. Each round starts with another variant."""
     taken: Taken = {name: [] for name in variants}
     order = list(variants)
     for round_ in range(rounds):
@@ -74,19 +74,19 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median (least to greatest)."""
+    """Return "median (minimum to maximum)"."""
     middle = f"{statistics.median(values):.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left."""
+    """Return a Markdown table with its first column aligned to the left."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---" + "|---:" * (len(head) - 1) + "|", *lines[1:]])
 
 
 def machine(options: argparse.Namespace) -> str:
-    """Where, with what, when, and by which clock."""
+    """Return one line with date, machine, versions and clock."""
     if options.device.startswith("cuda"):
         where = torch.cuda.get_device_name()
     else:
@@ -96,17 +96,17 @@ def machine(options: argparse.Namespace) -> str:
 
 
 def resident_peak() -> int:
-    """Peak of this process so far, in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():
-        # Not ru_maxrss, which a child process inherits from the one that started it.
+        # A child process inherits ru_maxrss from its parent, so it is not used here.
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def record(title: str, body: str, options: argparse.Namespace) -> None:
-    """Print a section, and put it into the results in place of the one of the same title, at once or not at all."""
+    """Print a section and replace the section with this title in the results file, atomically."""
     section = f"## {title}\n\n{machine(options)}\n\n{body.strip()}\n"
     print(f"\n{section}", flush=True)
     old = options.results.read_text() if options.results.exists() else _PREAMBLE
@@ -123,12 +123,12 @@ def record(title: str, body: str, options: argparse.Namespace) -> None:
 
 
 class Stepwise:
-    """A trainer of transformers or TRL whose loop waits, after each optimizer step, until it is asked for the next.
+    """A trainer of transformers or TRL that takes one optimizer step per call.
 
-    Calling it takes one step. The loop runs in a thread of its own, and only while it is asked to.
+    Its loop runs in a thread, which waits after each step for the next call.
 
     Args:
-        trainer: a ``Trainer``; its arguments have to allow for as many steps as are asked for.
+        trainer: a ``Trainer``; its arguments must allow as many steps as there are calls.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -149,7 +149,7 @@ class Stepwise:
                 pause(control)
 
         trainer.remove_callback(PrinterCallback)
-        # Last of all callbacks, so that whatever they do after a step is part of it.
+        # The last of all callbacks, so that the work of the others belongs to the step.
         trainer.add_callback(Pause())
 
     def __call__(self) -> None:
@@ -163,7 +163,7 @@ class Stepwise:
             raise self._failed[0]
 
     def close(self) -> None:
-        """Let the training end."""
+        """End the training."""
         self._ended = True
         if self._thread is not None:
             self._go.release()

@@ -1,10 +1,10 @@
-"""What the prefix cache saves: the stock frozen step, with the loss head, and with the cache behind it.
+"""Time saved by PrefixCache: the stock frozen step, the same with the loss head, and with the cache as well.
 
 python tests/benchmarks/prefix.py [--layer 9] [--rounds 7] [--dtype float32] [--device cpu] [--clock cpu]
 
-A Llama of random weights; one down-projection is trained. In every round each variant takes one step on the same batch,
-one after the other, so that a loaded machine slows all of them; the ratios are medians over rounds. ``--clock cpu``
-counts what the process computed and not what it waited for others.
+The model is a Llama with random weights; one down-projection matrix is trained. In every round, each variant takes one
+step on the same batch, so other load on the machine slows all of them. Ratios are medians over rounds. ``--clock cpu``
+counts the processor seconds of the process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def build(options: argparse.Namespace) -> Any:
 
 
 def batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    """Prompts with targets of a few tokens at the end of each row, which alone are supervised."""
+    """Return batches of prompts with a target of a few tokens at the end, which alone is supervised."""
     made = []
     for _ in range(options.batches):
         ids = torch.randint(options.vocab, (options.batch_size, options.length), device=options.device)
@@ -50,7 +50,7 @@ def batches(options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
 def stepper(
     model: Any, callbacks: list[Any], stack: ExitStack, clock: Callable[[], float]
 ) -> Callable[[dict[str, torch.Tensor]], float]:
-    """A function that takes one step and returns its seconds."""
+    """Return a function that takes one step and returns its seconds."""
     edit = stack.enter_context(editing(model, callbacks, log_every_n_steps=10**9))
     optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-4)
 
@@ -68,7 +68,7 @@ def stepper(
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each round's step, variant by variant."""
+    """Return the seconds of each round for every variant."""
     model, data = build(options), batches(options)
 
     def scope() -> ParameterScope:
@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     with ExitStack() as stack:
         steps = {name: stepper(copy.deepcopy(model), made, stack, clock) for name, made in variants.items()}
         for batch in data:
-            # The first epoch, which fills the cache and warms up the rest.
+            # The first epoch fills the cache and warms everything up.
             for step in steps.values():
                 step(batch)
         taken: dict[str, list[float]] = {name: [] for name in steps}

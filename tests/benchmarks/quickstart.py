@@ -1,4 +1,4 @@
-"""How long the quickstart takes, from the command to its report, each time in a process of its own.
+"""Time of the quickstart from the command to its report, each time in a new process.
 
 python tests/benchmarks/quickstart.py
 """
@@ -23,7 +23,7 @@ def main() -> None:
     if options.quick:
         options.rounds = 1
         command += ["--trainer.max_epochs", "1", "--data.limit", "2"]
-    # Of another process: its processor seconds cannot be told from those of the ones before it.
+    # Wall-clock time, because the processor seconds of single child processes cannot be separated.
     options.clock = "wall"
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -31,7 +31,9 @@ def main() -> None:
             started = time.perf_counter()
             subprocess.run(command, check=True, cwd=folder, capture_output=True)
             seconds.append(time.perf_counter() - started)
-    record("Quickstart", f"{spread(seconds, 1)} s from the command to the end of the report. Bar: below 60 s.", options)
+    record(
+        "Quickstart", f"{spread(seconds, 1)} s from the command to the end of the report. Target: below 60 s.", options
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What an epoch costs as there are more edits, and a step as the edited layer lies deeper.
+"""Time of an epoch for more edits, and of a step for a deeper edited layer.
 
     python tests/benchmarks/scaling.py                 # 100, 1,000 and 10,000 edits; depths of 12 layers
     python tests/benchmarks/scaling.py --only edits
 
-The number of edits is varied on stories260K, where next to everything is overhead; the depth on a Llama of random
-weights of 12 layers, width 768 and 32,000 words.
+The number of edits is varied with stories260K, where almost all time is overhead. The depth is varied with a Llama with
+random weights, 12 layers, width 768 and a vocabulary of 32,000.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH = 32
 def loops(
     model: Any, rows: list[Encoded], pad_id: int, layer: int, batch_size: int, stack: ExitStack, *, buckets: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Name -> a step of a plain loop, each on a model with a matrix of its own."""
+    """Return name -> step of a plain loop, each on a model with its own trained matrix."""
     lengths = [len(row.input_ids) for row in rows]
 
     def bucketed() -> Any:
@@ -60,7 +60,7 @@ def against_edits(options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not STORIES.exists():
-        raise SystemExit(f"this benchmark edits stories260K, which is not at {STORIES}")
+        raise SystemExit(f"this benchmark needs stories260K at {STORIES}")
     model = AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32).to(options.device).train()
     tokenizer, now = AutoTokenizer.from_pretrained(STORIES), clock(options)
     layer = model.config.num_hidden_layers * 3 // 4
@@ -113,7 +113,9 @@ def against_depth(options: argparse.Namespace) -> None:
                 spread(ratios(stock, cache)),
             ]
         )
-    what = f"Llama of {layers} layers, width {width}, vocabulary {vocab:,}; {batch} rows of about 32 tokens; plain loop"
+    what = (
+        f"Llama of {layers} layers, width {width}, vocabulary {vocab:,}; {batch} edits of about 32 tokens; plain loop"
+    )
     heads = ["edited layer", "stock, s a step", "loss head", "and PrefixCache", "stock / head", "stock / PrefixCache"]
     record("Cost against the depth of the scope", f"{what}.\n\n{table(heads, rows)}", options)
 

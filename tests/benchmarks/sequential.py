@@ -1,10 +1,10 @@
-"""Breadth-first against one edit after the other: what is left of all the edits as they become more.
+"""Breadth-first training against one edit at a time: how many edits are retained as their number grows.
 
 python tests/benchmarks/sequential.py --edits 1000 --figure retention.png
 
-CounterFact's facts on a small Llama that knows the true ones; one thread. Breadth-first is a training of its own on the
-unedited model for each number of edits; one at a time is one long sequence, each edit until it is learned. Both train
-the same weights with the same objective and, unless told otherwise, the same learning rate.
+The edits are CounterFact records on a small Llama that knows the true facts; one thread. Breadth-first trains the
+unedited model anew for each number of edits. One at a time is one long sequence, in which each edit is trained until it
+is learned. Both train the same weights with the same objective and, by default, the same learning rate.
 """
 
 from __future__ import annotations
@@ -50,24 +50,26 @@ def main() -> None:
     parser.add_argument("--edits", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--layer", type=float, default=0.7)
-    parser.add_argument("--lr", type=float, default=3e-3, help="breadth-first")
-    parser.add_argument("--batch-size", type=int, default=25, help="breadth-first")
-    parser.add_argument("--sequential-lr", type=float, default=3e-3, help="one at a time")
-    parser.add_argument("--only", choices=("batch", "sequential"), help="one of the two")
+    parser.add_argument("--lr", type=float, default=3e-3, help="for breadth-first training")
+    parser.add_argument("--batch-size", type=int, default=25, help="for breadth-first training")
+    parser.add_argument("--sequential-lr", type=float, default=3e-3, help="for one edit at a time")
+    parser.add_argument("--only", choices=("batch", "sequential"), help="run only one of the two")
     parser.add_argument("--figure", type=Path, help="where to write the retention curve, .png")
-    parser.add_argument("--json", type=Path, help="a folder for the full results")
+    parser.add_argument("--json", type=Path, help="folder for the full results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     began = time.process_time()
     tokenizer = AutoTokenizer.from_pretrained(FACTLM)
     unedited = AutoModelForCausalLM.from_pretrained(FACTLM).eval()
-    # Every sentence that this model has read ends with a full stop. Edits without it would teach it to leave them out,
-    # everywhere, and the divergence elsewhere would show that and nothing else.
+    # Every sentence in the training of this model ends with a full stop. Edits without it would teach the model to
+    # leave it out everywhere, and the divergence on other texts would measure little else.
     records = EditDataset.load(FACTLM / "records.json")
     records = EditDataset([replace(e, target=f"{e.target}.") for e in records], name=records.name)
     edits, others = records[: arguments.edits], records[-300:]
     if arguments.edits > len(records) - len(others):
-        raise SystemExit(f"{len(records) - len(others)} edits at most: the others are the capability probe's")
+        raise SystemExit(
+            f"{len(records) - len(others)} edits at most; the other records belong to the capability probe"
+        )
     known = [f"{e.prompt}{separator(e.prompt, e.old_target or '')}{e.old_target}." for e in others]
     probe = CapabilityProbe(known, [e.prompt for e in others], max_new_tokens=8)
     common: dict[str, Any] = {"capability": probe, "progress": False}

@@ -1,13 +1,13 @@
-"""What a training step costs: stock fine-tuning, LoRA, one edit at a time, and this package feature by feature.
+"""Time of a training step: stock fine-tuning, LoRA, one edit at a time, and each feature of this package.
 
     python tests/benchmarks/step_time.py                          # 12 layers, width 768, vocabulary 32,000
     python tests/benchmarks/step_time.py --model wide             # vocabulary 151,936
     python tests/benchmarks/step_time.py --model 1b --device cuda --dtype bfloat16
-    python tests/benchmarks/step_time.py --memory                 # peak memory, each variant in a process of its own
+    python tests/benchmarks/step_time.py --memory                 # peak memory, each variant in its own process
 
-A Llama of random weights, 16 rows of about 32 tokens, 4 to 6 of them the target, and one down-projection at three
-quarters of the depth. All variants train side by side and take a step each in turn; all but (e) run in an unmodified
-``SFTTrainer``. The first epoch, which fills caches, is not counted.
+The model is a Llama with random weights. A step trains one down-projection matrix at three quarters of the depth on 16
+sequences of about 32 tokens, 4 to 6 of them targets. All variants take one step each in turn. All but (e) run in an
+unmodified ``SFTTrainer``. The first epoch, which fills caches, is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from workload import SIZES, edited_layer, llama, matrix, one_edit, rows_of, sft,
 from kedit_train.callbacks import ActiveSet, GradientMask, KLLocality, NormBall, ParameterScope, PrefixCache
 from kedit_train.callbacks import TokenSmoothing as Smoothing
 
-# Batches of an epoch; few, so that the first epoch is soon over.
+# Batches per epoch. With few of them, the first epoch ends soon.
 BATCHES = 2
 FULL, STOCK, LORA, SINGLE = (
     "(a) stock, every parameter",
@@ -46,7 +46,7 @@ EVERYTHING = "(d) all of these"
 
 
 class Workload:
-    """One model and its rows, from which every variant is made."""
+    """A model and its examples, shared by all variants."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -54,14 +54,14 @@ class Workload:
         self.model, self.tokenizer = llama(options.model, options), words(vocab)
         self.layer, self.size = edited_layer(self.model), options.batch
         self.rows = rows_of(BATCHES * self.size, vocab)
-        # Texts of tokens that the tokenizer knows, as many and as long as the rows of two batches.
+        # As many texts as examples in two batches, of the same length, in words of the tokenizer.
         self.texts = [self.tokenizer.decode(r.input_ids) for r in rows_of(BATCHES * self.size, vocab, seed=1)]
         self.text_tokens = sum(len(ids) for ids in self.tokenizer(self.texts)["input_ids"]) / BATCHES
         self.edit_tokens = sum(len(row.input_ids) for row in self.rows) / BATCHES
         self.target_tokens = sum(len(row.input_ids) - row.target_start for row in self.rows) / BATCHES
 
     def variants(self) -> dict[str, Callable[[], Callable[[], Any]]]:
-        """Name -> what sets a variant up and returns its step."""
+        """Return name -> function that sets a variant up and returns its step."""
         locality = lambda: KLLocality(self.texts, batch_size=self.size)  # noqa: E731
         mask, ball = (lambda: GradientMask(score="random")), NormBall
         exact = lambda: Smoothing(1.0, 0.0)  # noqa: E731
@@ -119,7 +119,7 @@ def compared(work: Workload, taken: Taken) -> str:
 
 
 def bars(work: Workload, taken: Taken) -> str:
-    """The ratios of DESIGN's table that are about time."""
+    """Return the table of ratios with their targets."""
 
     def locality(name: str, without: str, own: str) -> list[float]:
         added = [a - b for a, b in zip(taken[name], taken[without], strict=True)]
@@ -154,8 +154,8 @@ def measure(options: argparse.Namespace) -> None:
                 step.close()
     layers, width, vocab, *_ = SIZES[options.model]
     what = (
-        f"Llama of {layers} layers, width {width}, vocabulary {vocab:,}; {work.size} rows and {work.edit_tokens:.0f} "
-        f"tokens a step, {work.target_tokens:.0f} of them targets; layer {work.layer}; texts of KLLocality: "
+        f"Llama of {layers} layers, width {width}, vocabulary {vocab:,}; {work.size} sequences and "
+        f"{work.edit_tokens:.0f} tokens a step, {work.target_tokens:.0f} of them targets; layer {work.layer}; texts of KLLocality: "
         f"{work.text_tokens:.0f} tokens a step; {options.rounds} rounds."
     )
     body = f"{what}\n\n{compared(work, taken)}" + (f"\n\n{bars(work, taken)}" if options.only is None else "")
@@ -163,14 +163,14 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def peak(options: argparse.Namespace, name: str) -> None:
-    """Print the peak of this process in MB, and what it was before the first step."""
+    """Print the memory of this process in MB before the first step, and its peak."""
     work = Workload(options)
     step = work.variants()[name]()
     before = _resident(options)
     for _ in range(2 * BATCHES):
         step()
     print(json.dumps([before, _resident(options)]), flush=True)
-    # A trainer's thread waits for its next step.
+    # The thread of the trainer waits for its next step.
     os._exit(0)
 
 
@@ -190,8 +190,8 @@ def memory(options: argparse.Namespace) -> None:
         rows.append([name, f"{most:,.0f}", f"{most - start:,.0f}"])
     record(
         f"Peak memory of a step, {options.model}",
-        f"Of the whole process ({'resident' if options.device == 'cpu' else 'allocated on the GPU'}), and above "
-        f"what it was when the model and the trainer were there; {options.batch} rows of about 32 tokens.\n\n"
+        f"Of the whole process ({'resident' if options.device == 'cpu' else 'allocated on the GPU'}), and the increase "
+        f"after the model and the trainer were created; {options.batch} sequences of about 32 tokens.\n\n"
         + table(["variant", "peak, MB", "above the start, MB"], rows),
         options,
     )
@@ -200,7 +200,7 @@ def memory(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = arguments(__doc__, rounds=7, batch=16)
     parser.add_argument("--model", choices=list(SIZES), default="small")
-    parser.add_argument("--only", nargs="+", help="variants whose names contain one of these")
+    parser.add_argument("--only", nargs="+", help="only variants whose names contain one of these")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the benchmarks run: models of random weights, edits as rows of tokens, and the runs that users would set up."""
+"""Workloads of the benchmarks: models with random weights, tokenized edits, and runs as users set them up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES: dict[str, tuple[int, ...]] = {
 
 
 def llama(size: str, options: Any, seed: int = 0) -> Any:
-    """A Llama of random weights, in training mode."""
+    """Return a Llama with random weights in training mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     layers, width, vocab, heads, groups, inner = SIZES[size]
@@ -55,19 +55,19 @@ def llama(size: str, options: Any, seed: int = 0) -> Any:
 
 
 def edited_layer(model: Any) -> int:
-    """The layer at three quarters of the depth."""
+    """Return the index of the layer at three quarters of the depth."""
     return model.config.num_hidden_layers * 3 // 4
 
 
 def matrix(model: Any, layer: int) -> torch.nn.Parameter:
-    """The one down-projection that is edited."""
+    """Return the down-projection matrix that is edited."""
     return model.model.layers[layer].mlp.down_proj.weight
 
 
 def twin(model: Any, layer: int | None) -> Any:
-    """A model with a ``down_proj`` of its own in ``layer``, alone trainable; None copies all of it, all trainable.
+    """Return a copy of the model with its own ``down_proj`` in ``layer``, which alone is trainable.
 
-    All else is shared, so that many variants fit into memory side by side.
+    All other tensors are shared, so that many variants fit into memory. With None, everything is copied and trainable.
     """
     if layer is None:
         return copy.deepcopy(model).requires_grad_(True)
@@ -78,7 +78,7 @@ def twin(model: Any, layer: int | None) -> Any:
 
 
 def rows_of(count: int, vocab: int, seed: int = 0, length: int = 32) -> list[Encoded]:
-    """Random edits of about ``length`` tokens (a quarter more or less), the last 4 to 6 of them the target."""
+    """Return random edits of about ``length`` tokens (plus or minus a quarter), the last 4 to 6 of them targets."""
     draw = random.Random(seed)
     found = []
     for _ in range(count):
@@ -88,7 +88,7 @@ def rows_of(count: int, vocab: int, seed: int = 0, length: int = 32) -> list[Enc
 
 
 def words(vocab: int) -> Any:
-    """A tokenizer of so many words; what it says does not matter, trainers want to have one."""
+    """Return a tokenizer of ``vocab`` words, because trainers need one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -99,14 +99,14 @@ def words(vocab: int) -> Any:
 
 
 def counterfact(count: int) -> EditDataset:
-    """The first records of CounterFact whose prompts differ."""
+    """Return the first records of CounterFact with different prompts."""
     if not COUNTERFACT.exists():
-        raise SystemExit(f"this benchmark edits records of CounterFact, which are not at {COUNTERFACT}")
+        raise SystemExit(f"this benchmark needs the records of CounterFact at {COUNTERFACT}")
     return distinct(EditDataset.load(COUNTERFACT), count)
 
 
 def distinct(edits: EditDataset, count: int) -> EditDataset:
-    """The first ``count`` edits, without those whose prompt has another target already: no model could say both."""
+    """Return the first ``count`` edits with different prompts."""
     seen = {edit.prompt: edit for edit in reversed(edits)}
     return EditDataset(list(reversed(seen.values()))[:count], name=edits.name)
 
@@ -115,7 +115,7 @@ def sft(
     model: Any, rows: Sequence[Encoded], tokenizer: Any, options: Any, *, callbacks: Sequence[Any] = (),
     lr: float = 1e-4, batch_size: int = 16, lora: Any = None,
 ) -> Any:  # fmt: skip
-    """An ``SFTTrainer`` on tokens that are there already: shuffled, completion only, AdamW at a constant rate."""
+    """Return an ``SFTTrainer`` on tokenized edits: shuffled, completion-only loss, AdamW, constant learning rate."""
     import datasets
     from trl import SFTConfig, SFTTrainer
 
@@ -138,7 +138,7 @@ def plain_trainer(
     model: Any, rows: Sequence[Encoded], tokenizer: Any, options: Any, *, callbacks: Sequence[Any], lr: float,
     batch_size: int,
 ) -> Any:  # fmt: skip
-    """The same in ``transformers.Trainer``."""
+    """Return the same run in ``transformers.Trainer``."""
     from transformers import Trainer, TrainingArguments
 
     return Trainer(
@@ -176,7 +176,7 @@ def plain_loop(
     model: Any, rows: Sequence[Encoded], pad_id: int, callbacks: Sequence[Any], *, lr: float, batch_size: int,
     batches: Callable[[], Iterator[Sequence[int]]] | None = None,
 ) -> Iterator[Callable[[], None]]:  # fmt: skip
-    """A loop written by hand: yields what takes its next step. ``batches`` gives the indices of one epoch."""
+    """Run a plain loop and yield a function that takes the next step. ``batches`` returns the indices of an epoch."""
     device = next(model.parameters()).device
 
     def shuffled() -> Iterator[Sequence[int]]:
@@ -202,13 +202,13 @@ def plain_loop(
 def one_edit(
     model: Any, weight: torch.nn.Parameter, row: Encoded, *, lr: float, steps: int = 25, good: float | None = None
 ) -> Iterator[int]:
-    """The editors' loop of the literature, as ROME's and EasyEdit's FT write it: one edit, batch 1, full logits, Adam.
+    """Train one edit as the FT baselines of ROME and EasyEdit do: batch size 1, full logits, Adam.
 
     Args:
-        good: end where the loss is below it (0.01 in both); None takes all steps.
+        good: stop when the loss is below it (0.01 in both). None takes all steps.
 
     Yields:
-        The number of steps taken, after each.
+        The number of steps so far, after each step.
     """
     device = weight.device
     ids = torch.tensor([row.input_ids], device=device)
