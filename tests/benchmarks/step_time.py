@@ -155,8 +155,8 @@ def measure(options: argparse.Namespace) -> None:
     layers, width, vocab, *_ = SIZES[options.model]
     what = (
         f"Llama of {layers} layers, width {width}, vocabulary {vocab:,}; {work.size} sequences and "
-        f"{work.edit_tokens:.0f} tokens a step, {work.target_tokens:.0f} of them targets; layer {work.layer}; texts of KLLocality: "
-        f"{work.text_tokens:.0f} tokens a step; {options.rounds} rounds."
+        f"{work.edit_tokens:.0f} tokens a step, {work.target_tokens:.0f} of them targets; layer {work.layer}; "
+        f"texts of KLLocality: {work.text_tokens:.0f} tokens a step; {options.rounds} rounds."
     )
     body = f"{what}\n\n{compared(work, taken)}" + (f"\n\n{bars(work, taken)}" if options.only is None else "")
     record(f"Time of a step, {options.model}", body, options)
