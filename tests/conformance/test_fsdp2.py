@@ -100,8 +100,8 @@ def test_the_model_before_the_edit_is_reached_and_left(case: str, style: str, fo
     [
         ("NullSpace", "is sharded over processes"),
         ("LowCurvature", "is sharded over processes"),
-        ("GradientMask", "gradients of single texts cannot be taken where parameters are sharded"),
-        ("WeightAnchor", "gradients of single texts cannot be taken where parameters are sharded"),
+        ("GradientMask", "gradients per example cannot be computed for sharded parameters"),
+        ("WeightAnchor", "gradients per example cannot be computed for sharded parameters"),
         ("head again", "the output head is sharded again after every forward pass"),
         ("head alone", "the output head is in scope and sharded by itself"),
         ("half precision, False", "full_precision=True cannot train a half-precision scope in fp32"),
