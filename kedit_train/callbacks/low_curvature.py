@@ -59,7 +59,7 @@ class LowCurvature(EditCallback):
         limit: read at most this many texts. None (default) reads all.
         batch_size: sequences per forward and backward pass. Default 4.
 
-    Logs ``edit/drift/low_curvature_free`` (mean share of directions that remain), ``edit/drift/low_curvature_barred``
+    Logs ``edit/drift/low_curvature_free`` (mean share of directions that remain), ``edit/drift/low_curvature_removed``
     (mean share of curvature that is removed) and ``edit/drift/low_curvature_leak`` (norm of the change in removed
     directions over the norm of the change).
 
@@ -152,7 +152,7 @@ class LowCurvature(EditCallback):
             return {}
         metrics = {
             "edit/drift/low_curvature_free": sum(c.free for c in curvatures) / len(curvatures),
-            "edit/drift/low_curvature_barred": sum(c.energy for c in curvatures) / len(curvatures),
+            "edit/drift/low_curvature_removed": sum(c.energy for c in curvatures) / len(curvatures),
         }
         leak = self._projection.leak(run.scope, run.reference)
         return metrics if leak is None else {**metrics, "edit/drift/low_curvature_leak": leak}

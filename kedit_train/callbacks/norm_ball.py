@@ -123,10 +123,10 @@ class NormBall(EditCallback):
         used, at_bound, entries = 0.0, 0, 0
         for name, weight in weights.items():
             lower, upper = self._bounds[name]
-            own, center = local_part(weight), local_part(self._anchors[name])
-            distance = (own - center).abs().max() if own.numel() else own.new_zeros(())
+            local, center = local_part(weight), local_part(self._anchors[name])
+            distance = (local - center).abs().max() if local.numel() else local.new_zeros(())
             used = max(used, float(reduce_over_shards(distance.float(), weight, "max")) / self._radii[name])
-            at_bound += int(reduce_over_shards(((own == lower) | (own == upper)).sum(), weight, "sum"))
+            at_bound += int(reduce_over_shards(((local == lower) | (local == upper)).sum(), weight, "sum"))
             entries += weight.numel()
         return {"edit/drift/ball": used, "edit/drift/at_bound": at_bound / entries}
 
@@ -177,10 +177,10 @@ class NormBall(EditCallback):
             )
 
     def _clip(self, name: str, weight: Tensor) -> Tensor:
-        return map_local(lambda own: torch.clamp(own, *self._bounds[name]), weight)
+        return map_local(lambda local: torch.clamp(local, *self._bounds[name]), weight)
 
     def _shrink(self, name: str, weight: Tensor, factor: float) -> Tensor:
-        return map_local(lambda own: shrink(own, local_part(self._anchors[name]).to(own.dtype), factor), weight)
+        return map_local(lambda local: shrink(local, local_part(self._anchors[name]).to(local.dtype), factor), weight)
 
     def _squared_distances(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the squared L2 distance from the anchor for each tensor; with ``per="scope"`` the sum for each."""

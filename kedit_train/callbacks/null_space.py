@@ -1,4 +1,4 @@
-"""How far may the weights move? Not at all along the inputs that given texts send through them."""
+"""How far may the weights move? Only in directions that do not act on the inputs of given texts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from kedit_train.functional.precision import wide
 
 
 class NullSpace(EditCallback):
-    """Remove from the change of each weight what acts on the inputs that given texts send through it.
+    """Project the change of each weight so that it does not act on the inputs of given texts.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
     once. For each scoped weight, the directions U that hold most of the energy of its inputs are computed. Each
@@ -96,7 +96,7 @@ class NullSpace(EditCallback):
         True
     """
 
-    # After LowCurvature: the last projection is the one that holds exactly.
+    # After LowCurvature, because only the last projection holds exactly.
     order = 41
     constrains = True
     duplicate_hint = "a second projection undoes part of the first: give one NullSpace all texts"

@@ -55,7 +55,7 @@ def test_the_change_is_what_the_dense_projector_leaves(make, words, ids, family,
     metrics = edit.history[-1]
     assert metrics["edit/drift/low_curvature_free"] == pytest.approx(1 - number / 48)
     share = float(values[:number].sum() / values.sum())
-    assert metrics["edit/drift/low_curvature_barred"] == pytest.approx(share, rel=1e-3)
+    assert metrics["edit/drift/low_curvature_removed"] == pytest.approx(share, rel=1e-3)
     assert metrics["edit/drift/low_curvature_leak"] < 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Keep the change of linear weights out of given directions, as ``NullSpace`` and ``LowCurvature`` do."""
+"""Projection of the change of linear weights, which ``NullSpace`` and ``LowCurvature`` share."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ class ChangeProjection:
         """
         if state.keys() != self.subspaces.keys():
             raise EditError("the checkpoint was written with another scope; resume with the same ParameterScope.")
-        for name, own in self.subspaces.items():
-            fields = own._asdict()
+        for name, current in self.subspaces.items():
+            fields = current._asdict()
             for key, value in state[name].items():
                 # Tensors that were read from a file can have unaligned addresses, on which the last bits of matrix
                 # products depend, so they are copied.
                 fields[key] = value.to(fields[key], copy=True) if isinstance(value, Tensor) else value
-            self.subspaces[name] = type(own)(**fields)
+            self.subspaces[name] = type(current)(**fields)
 
     def _projected(self, name: str, change: Tensor) -> Tensor:
         return self._project(change, self.subspaces[name])

@@ -21,13 +21,13 @@ def factors_by_hand(model: Any, name: str, labels: dict[tuple[int, ...], list[in
     module = model.get_submodule(name.removesuffix(".weight"))
     inputs, gradients = [], []
     for sequence in SEQUENCES:
-        seen: dict[str, Any] = {}
-        handle = module.register_forward_hook(lambda _, args, out, seen=seen: seen.update(a=args[0][0], y=out))
+        record: dict[str, Any] = {}
+        handle = module.register_forward_hook(lambda _, args, out, record=record: record.update(a=args[0][0], y=out))
         logits = model(input_ids=torch.tensor([sequence])).logits[0]
         handle.remove()
         loss = F.cross_entropy(logits, torch.tensor(labels[tuple(sequence)]), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, seen["y"])
-        inputs.append(seen["a"].detach().double())
+        (gradient,) = torch.autograd.grad(loss, record["y"])
+        inputs.append(record["a"].detach().double())
         gradients.append(gradient[0].double())
     a, g = torch.cat(inputs), torch.cat(gradients)
     return a.T @ a / len(a), g.T @ g / len(g)
@@ -69,8 +69,8 @@ def test_labels_are_sampled_with_the_models_probabilities(tiny):
     # The exact trace: the sum over tokens and labels of p(label) |g_label|^2.
     module, total, count = model.get_submodule(name.removesuffix(".weight")), 0.0, 0
     for sequence in SEQUENCES:
-        seen: dict[str, Any] = {}
-        handle = module.register_forward_hook(lambda _, args, out, seen=seen: seen.update(y=out))
+        record: dict[str, Any] = {}
+        handle = module.register_forward_hook(lambda _, args, out, record=record: record.update(y=out))
         logits = model(input_ids=torch.tensor([sequence])).logits[0]
         handle.remove()
         # Positions do not mix after the last MLP, so only a token's own loss reaches its output.
@@ -78,7 +78,7 @@ def test_labels_are_sampled_with_the_models_probabilities(tiny):
             p = logits[t].softmax(-1).detach()
             for label in range(61):
                 loss = F.cross_entropy(logits[t], torch.tensor(label))
-                (g,) = torch.autograd.grad(loss, seen["y"], retain_graph=True)
+                (g,) = torch.autograd.grad(loss, record["y"], retain_graph=True)
                 total += float(p[label] * g[0, t].square().sum())
             count += 1
     assert sum(sampled) / 2 == pytest.approx(total / count, rel=0.25)
