@@ -86,7 +86,7 @@ class NullSpace(EditCallback):
         >>> model, tokenizer = world.load()
         >>> edit = EditDataset.load("world", limit=1)[0]
         >>> batch = tokenizer(f"{edit.prompt} {edit.target}", return_tensors="pt")
-        >>> callbacks = [ParameterScope(0.7, "mlp.down_proj.weight"), NullSpace("world", limit=64)]
+        >>> callbacks = [ParameterScope(0.7, modules="mlp.down_proj.weight"), NullSpace("world", limit=64)]
         >>> with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as run:
         ...     optimizer = torch.optim.Adam(run.parameters(), lr=1e-3)
         ...     run.before_step()

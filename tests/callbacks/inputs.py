@@ -19,7 +19,7 @@ class ScopeOfEdits(ParameterScope):
     """A scope that also tells the run its edits, as EditMetrics and data modules do."""
 
     def __init__(self, edits: list[Edit]) -> None:
-        super().__init__(1, SCOPE["llama"])
+        super().__init__(1, modules=SCOPE["llama"])
         self.edits = edits
 
     def prepare(self, run: Any) -> None:

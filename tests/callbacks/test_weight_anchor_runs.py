@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from callbacks.test_weight_anchor import DOWN, TEXTS, examples_of, move
+from callbacks.weight_anchor_inputs import DOWN, TEXTS, examples_of, move
 from torch import nn
 
 from kedit_train.callbacks import EditCallback, ParameterScope, WeightAnchor, editing
