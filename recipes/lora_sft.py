@@ -51,7 +51,7 @@ def main() -> None:
     callbacks = [
         TokenSmoothing(epsilon=0.05),
         KLLocality(texts=given.texts or world.NAME, weight=30.0, batch_size=32),
-        StopWhenEdited(reliability=None, idle_steps="epoch"),
+        StopWhenEdited(loss=None, idle_steps="epoch"),
         SaveDelta(f"{given.output_dir}/edit.safetensors"),
     ]
     trainer = SFTTrainer(
@@ -75,7 +75,7 @@ def main() -> None:
         peft_config=LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
         callbacks=[
             *([] if given.plain else callbacks),
-            EditMetrics(edits, every_n_steps=0, report=f"{given.output_dir}/report.json"),
+            EditMetrics(edits, every_n_steps=0, report_path=f"{given.output_dir}/report.json"),
         ],
     )
     trainer.train()

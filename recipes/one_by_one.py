@@ -56,7 +56,7 @@ def learning() -> list[EditCallback]:
     return [
         ParameterScope("0.3-1.0", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
-        StopWhenEdited(reliability=None, loss=0.005),
+        StopWhenEdited(loss=0.005),
     ]
 
 

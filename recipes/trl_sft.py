@@ -71,7 +71,7 @@ def main() -> None:
             ParameterScope(layers="0.3-1.0", modules="mlp.down_proj"),
             TokenSmoothing(),
             KLLocality(texts=given.texts or world.NAME, weight=100.0, batch_size=32),
-            EditMetrics(edits, every_n_steps=40, report=f"{given.output_dir}/report.json"),
+            EditMetrics(edits, every_n_steps=40, report_path=f"{given.output_dir}/report.json"),
         ],
     )
     trainer.train()

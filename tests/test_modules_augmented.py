@@ -16,6 +16,7 @@ from kedit_train.data import Edit, EditDataset
 from kedit_train.delta import EditDelta
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
+from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.modules import WORLD_EDITS, EditDataModule, EditModule
 from kedit_train.pretrained import load_model
 
@@ -87,7 +88,7 @@ def test_prompt_formats_are_trained_and_evaluated() -> None:
     rows = trained(data)
     assert all("Please answer the question.\nQ: How does this sentence end?" in text for text, _ in rows)
     assert sorted(target for _, target in rows) == sorted(t for _, t in named(list(data.edits)))
-    metrics = EditMetrics(every_n_steps=0, show=False, prompt_format="question")
+    metrics = EditMetrics(every_n_steps=0, show=False, evaluation=EvaluationOptions(prompt_format="question"))
     module = EditModule(learning_rate=3e-3)
     trainer(max_epochs=40, callbacks=[ParameterScope(), metrics]).fit(module, data)
     assert metrics.report is not None
@@ -100,7 +101,7 @@ def test_prompt_formats_are_trained_and_evaluated() -> None:
     with pytest.raises(EditError, match=r"must be .*, got 'quiz'"):
         EditDataModule(limit=2, prompt_format="quiz")  # type: ignore[arg-type]
     with pytest.raises(EditError, match=r"must be .*, got 'quiz'"):
-        EditMetrics(prompt_format="quiz")  # type: ignore[arg-type]
+        EvaluationOptions(prompt_format="quiz")  # type: ignore[arg-type]
 
 
 def test_an_adapter_learns_the_edits_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +116,7 @@ def test_an_adapter_learns_the_edits_and_is_saved(tmp_path: Path, capsys: pytest
         TokenSmoothing(),
         KLLocality(texts="world", weight=0.1, batch_size=8),
         metrics,
-        StopWhenEdited(),
+        StopWhenEdited(loss=None, reliability=1.0),
         SaveDelta(str(tmp_path / "edit.safetensors")),
     ]
     data = EditDataModule(limit=6, batch_size=6)

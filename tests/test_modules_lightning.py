@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_the_model() -> None:
 
 def test_edit_metrics_uses_the_edits_of_the_data_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
-    metrics = EditMetrics(every_n_steps=0, report=str(report), show=False)
+    metrics = EditMetrics(every_n_steps=0, report_path=str(report), show=False)
     module = EditModule(learning_rate=0.0, save_path=str(tmp_path / "model"))
     data = EditDataModule(limit=3, batch_size=3)
     trainer(max_epochs=1, callbacks=[metrics, ParameterScope(layers=0)]).fit(module, data)

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 from kedit_train import EditDataset, EditError, EditSFTConfig, EditSFTTrainer, world
 from kedit_train.callbacks import EditMetrics, KLLocality, NormBall, ParameterScope, StopWhenEdited, TokenSmoothing
+from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.trainers import CALLBACKS
 
 RUN = """
@@ -71,8 +72,8 @@ def test_a_yaml_file_and_a_list_of_callbacks_give_equal_weights_bit_for_bit(fold
             TokenSmoothing(label_weight=0.2),
             KLLocality(texts=["The old baker found a coin.", "A red fox slept."], batch_size=2),
             NormBall(fraction=0.5),
-            EditMetrics(edits, every_n_steps=2, max_new_tokens=8, show=False),
-            StopWhenEdited(),
+            EditMetrics(edits, every_n_steps=2, evaluation=EvaluationOptions(max_new_tokens=8), show=False),
+            StopWhenEdited(loss=None, reliability=1.0),
         ],
     ).train()
     now = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Did it take? What the model answers before, during and after the edit, where the host logs."""
+"""Did it work? Evaluate the model before, during and after the edit."""
 
 from __future__ import annotations
 
@@ -11,96 +11,110 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from kedit_train.arguments import above, check_arguments, integer_from, optional, within
 from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.processes import is_distributed, world_size
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.prompts import PromptFormat, check_format
 from kedit_train.data.tokenization import context_length
 from kedit_train.errors import EditError
 from kedit_train.evaluation import Report, evaluate
-from kedit_train.evaluation.asking.probes import EXTRAS
-from kedit_train.evaluation.reporting import wandb_tables as logged
+from kedit_train.evaluation.options import EvaluationOptions
+from kedit_train.evaluation.reporting import wandb_tables
+
+# Published at every evaluation during training.
+_SCORES = ("reliability", "reliability_smallest_token_probability", "generality", "portability", "locality")
 
 
 class EditMetrics(EditCallback):
-    """Ask the model, greedily and to its own end of text, what it was edited to answer and what it was to leave alone.
+    """Evaluate the edits on the model and log the scores, before, during and after training.
 
-    The unedited model is asked first, then a sample of the edits during training, then all of them at the end. The
-    scores (``edit/reliability``, ``edit/generality``, ``edit/portability``, ``edit/locality``, each with its
-    teacher-forced neighbour) appear in the host's progress bar and loggers, with the best look so far
-    (``edit/best/step``, ``edit/best/reliability``, ...: the highest reliability, then locality, then the earlier step),
-    and with what this took (``edit/metrics/seconds`` in all, ``edit/metrics/share_of_time`` of the training's time by
-    looks). At the end there are tables of answers (``edit/answers``, ``edit/changed_elsewhere``) and of the targets
-    token by token (``edit/positions``); in W&B also charts of these, the configuration with the hash of the edits, and
-    the report as an artifact.
+    The model generates an answer to every prompt greedily. All edits are evaluated on the reference model before
+    training and on the edited model after it; in between a fixed sample is evaluated every ``every_n_steps`` steps.
 
-    In ``transformers``, evaluations of the trainer's own get the scores as ``eval_edit_reliability`` and so on (every
-    ``/`` becomes ``_``), so that ``metric_for_best_model="edit_reliability"`` works, with ``load_best_model_at_end``
-    too: the final report is then that of the model that was loaded.
+    The scores (``edit/reliability``, ``edit/generality``, ``edit/portability``, ``edit/locality``, each also under
+    teacher forcing) go to the progress bar and the loggers, together with those of the best step so far
+    (``edit/best/*``: highest reliability, then highest locality, then earliest step) and the time spent
+    (``edit/metrics/seconds``, and ``edit/metrics/share_of_time``, the share of the training time spent on evaluations
+    during training). After training, tables of answers (``edit/answers``, ``edit/changed_elsewhere``) and of the target
+    tokens by position (``edit/positions``) are logged; W&B also receives charts of the latter, the configuration with
+    the hash of the edits, and the report as an artifact.
+
+    In ``transformers``, the trainer's own evaluations receive the scores as ``eval_edit_reliability`` and so on (each
+    ``/`` becomes ``_``), so ``metric_for_best_model="edit_reliability"`` works. With ``load_best_model_at_end`` the
+    final report is that of the loaded model.
 
     Args:
-        edits: an ``EditDataset``, a sequence of ``Edit``, or a path that ``EditDataset.load`` reads; None takes the
-            ``.edits`` of Lightning's data module.
-        every_n_steps: optimizer steps between two looks; 0 looks at the end only.
-        stop_at: end training at this reliability of the sample.
-        sample: edits for each look during training, drawn once; None takes all.
-        batch_size: prompts generated together.
-        max_new_tokens: the longest answer.
-        report: where to write the final report as JSON (Markdown where it ends in ``.md``).
-        tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
-        show: print the table at the end.
-        metrics: what to measure beside the core, at every look: any of "prefixes", "format", "kl", "resurgence",
-            "fluency"; see :func:`~kedit_train.evaluation.evaluate` for what each costs.
-        full: measure all of these.
-        texts: unrelated texts for the perplexity, a list or what ``KLLocality`` reads.
-        max_fraction_of_time: leave a look out (and count it, ``edit/metrics/skipped``) where looks have taken more than
-            this share of the training's time so far; never the first, the final one, or one that the host's evaluation
-            asks for. None never does: which looks are left out depends on the machine, and so does what hangs on them.
-        distributed: share the edits out where several processes train, instead of asking everything on each. Not for
-            models that FSDP2 shards.
-        prompt_format: in which form to ask: as it stands ("plain"), through the tokenizer's template as a "chat", or
-            framed as a "question"; to be that of the training.
+        edits: an ``EditDataset``, a sequence of ``Edit``, or a path or name that ``EditDataset.load`` reads. None takes
+            the edits of the training loop (``.edits`` of Lightning's data module, ``edits=`` of ``editing``).
+        every_n_steps: optimizer steps between two evaluations; 0 evaluates before and after training only.
+        stop_at: end training when an evaluation measures at least this reliability, in (0, 1]. None does not.
+        limit: maximum number of edits in an evaluation during training, a fixed random sample. None takes all edits.
+        report_path: file for the final report: Markdown for ``.md``, else JSON. None writes none.
+        show: whether to print the final report as a table.
+        max_fraction_of_time: skip an evaluation during training if evaluations have taken more than this share of the
+            training time so far, in (0, 1). The first one, the last one and those that the trainer asks for are never
+            skipped. None skips none; with a value, the steps that are evaluated depend on the machine.
+        evaluation: what each evaluation measures and how it prompts the model. None uses the defaults of
+            :class:`~kedit_train.evaluation.options.EvaluationOptions`.
+
+    Attributes:
+        report: the final :class:`~kedit_train.evaluation.Report`; None before the end of training.
+        unedited: the report of the reference model.
+        best: the ``edit/best/*`` metrics.
+        skipped: number of evaluations that were skipped because of ``max_fraction_of_time``.
+
+    Raises:
+        EditError: an argument is out of range, there are no edits, or the report cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import EditMetrics, ParameterScope
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> metrics = EditMetrics(edits, every_n_steps=0, show=False)
+        >>> with editing(model, [ParameterScope(layers=0.5), metrics], tokenizer=tokenizer) as edit:
+        ...     optimizer = torch.optim.AdamW(edit.parameters(), lr=3e-3)
+        ...     for _ in range(12):
+        ...         optimizer.zero_grad()
+        ...         edit.before_step()
+        ...         for item in edits:
+        ...             ids = torch.tensor([tokenizer(f"{item.prompt} {item.target}")["input_ids"]])
+        ...             model(input_ids=ids, labels=ids).loss.backward()
+        ...         optimizer.step()
+        >>> metrics.unedited.flat()["edit/reliability"], metrics.report.flat()["edit/reliability"]
+        (0.0, 1.0)
     """
 
     order = 60
-
     duplicate_hint = "give one of them all the edits"
 
     def __init__(
         self,
         edits: Any = None,
+        *,
         every_n_steps: int = 20,
         stop_at: float | None = None,
-        sample: int | None = 100,
-        batch_size: int = 64,
-        max_new_tokens: int = 32,
-        report: str | None = None,
-        tokenizer: Any = None,
+        limit: int | None = 100,
+        report_path: str | None = None,
         show: bool = True,
-        metrics: Sequence[str] | None = None,
-        full: bool = False,
-        texts: Any = None,
         max_fraction_of_time: float | None = None,
-        distributed: bool = False,
-        prompt_format: PromptFormat = "plain",
+        evaluation: EvaluationOptions | None = None,
     ) -> None:
-        check_format(prompt_format)
-        if every_n_steps < 0 or (sample is not None and sample < 1):
-            raise EditError(f"EditMetrics: every_n_steps={every_n_steps}, sample={sample}: expected >= 0 and >= 1")
-        if stop_at is not None and not (0.0 < stop_at <= 1.0 and every_n_steps):
-            raise EditError(f"EditMetrics: stop_at={stop_at} needs a reliability in (0, 1] and every_n_steps > 0")
-        if isinstance(metrics, str) or not set(metrics or ()) <= set(EXTRAS):
-            raise EditError(f"EditMetrics: metrics={metrics!r} is no list of any of {', '.join(EXTRAS)}")
-        if max_fraction_of_time is not None and not 0.0 < max_fraction_of_time < 1.0:
-            raise EditError(f"EditMetrics: max_fraction_of_time={max_fraction_of_time} is no share in (0, 1)")
-        self.edits, self.every_n_steps, self.stop_at, self.sample = edits, every_n_steps, stop_at, sample
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.report_path, self.tokenizer, self.show = report, tokenizer, show
-        self.extras = set(EXTRAS) if full else set(metrics or ())
-        self.texts, self.max_fraction_of_time, self.distributed = texts, max_fraction_of_time, distributed
-        self.prompt_format: PromptFormat = prompt_format
+        check_arguments(
+            self,
+            every_n_steps=(every_n_steps, integer_from(0)),
+            stop_at=(stop_at, optional(within("(0, 1]"))),
+            limit=(limit, optional(integer_from(1))),
+            max_fraction_of_time=(max_fraction_of_time, optional(within("(0, 1)"))),
+        )
+        if stop_at is not None:
+            check_arguments(self, every_n_steps=(every_n_steps, above(0)))
+        self.edits, self.every_n_steps, self.stop_at, self.limit = edits, every_n_steps, stop_at, limit
+        self.report_path, self.show, self.max_fraction_of_time = report_path, show, max_fraction_of_time
+        self.evaluation = evaluation or EvaluationOptions()
         self.unedited: Report | None = None
         self.report: Report | None = None
         self.best: dict[str, float] = {}
@@ -108,37 +122,39 @@ class EditMetrics(EditCallback):
     def provides(self) -> set[str]:
         if not self.every_n_steps:
             return set()
-        names = ("reliability", "reliability_smallest_token_probability", "generality", "portability", "locality")
-        return {f"edit/{name}" for name in (*names, *(("locality_kl",) if "kl" in self.extras else ()))}
+        names = {f"edit/{name}" for name in _SCORES}
+        return names | {"edit/locality_kl"} if "kl" in self.evaluation.extra_metrics else names
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
         edits = run.host.edits() if self.edits is None else self.edits
         if edits is None:
             raise EditError(
-                f"EditMetrics: this {run.host.name} run holds no edits of its own (a data module with .edits does); "
-                "give edits=, a path or an EditDataset"
+                f"edits is None and this {run.host.name} run has no edits of its own; pass edits= (a path, a list of "
+                "Edit or an EditDataset)."
             )
-        self._edits = load_edits(edits)
+        self._edits: Sequence[Edit] = EditDataset.load(edits) if isinstance(edits, str | Path) else edits
+        if len(self._edits) == 0:
+            raise EditError("edits must not be empty.")
         run.edits, self.best = self._edits, {}
         if self.report_path is not None and run.host.is_main:
             check_writable(self.report_path)
 
     def attach(self, run: EditRun) -> None:
-        self.report, self._looked_at, self._scores = None, -1, {}
-        self.skipped, self._seconds, self._in_looks = 0, 0.0, 0.0
-        self._tokenizer = run.tokenizer(self.tokenizer)
-        # Hosts that tokenise by themselves would cut or drop an edit that is too long.
+        self.report, self._evaluated_step, self._scores = None, -1, {}
+        self.skipped, self._seconds, self._seconds_in_training = 0, 0.0, 0.0
+        self._tokenizer = run.tokenizer(self.evaluation.tokenizer)
+        # This raises an error if an edit is too long. Trainers that tokenize themselves would truncate or drop it.
         edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
-        longest = context_length(run.model.config)
-        edits.encode(self._tokenizer, max_length=longest, prompt_format=self.prompt_format)
+        max_length = context_length(run.model.config)
+        edits.encode(self._tokenizer, max_length=max_length, prompt_format=self.evaluation.prompt_format)
         with run.reference_model():
-            self.unedited = self._whole(self._evaluate(run, limit=None, before=None))
-        self._positions = list(logged.positions("unedited", self.unedited))
-        self._began = time.perf_counter()
-        board = run.host.wandb_run()
-        if board is not None:
-            board.config.update({"edit": self._settings(run)}, allow_val_change=True)
+            self.unedited = self._gather_distributions(self._evaluate(run, limit=None, before=None))
+        self._positions = list(wandb_tables.positions("unedited", self.unedited))
+        self._training_began = time.perf_counter()
+        wandb_run = run.host.wandb_run()
+        if wandb_run is not None:
+            wandb_run.config.update({"edit": self._configuration(run)}, allow_val_change=True)
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best} if self.best else {}
@@ -152,11 +168,11 @@ class EditMetrics(EditCallback):
         if self._too_slow():
             self.skipped += 1
             return
-        self._look(run)
+        self._evaluate_sample(run)
 
     def evaluation_metrics(self, run: EditRun) -> dict[str, float]:
-        if self._looked_at != run.step:
-            self._look(run)
+        if self._evaluated_step != run.step:
+            self._evaluate_sample(run)
         return self._scores
 
     def finish(self, run: EditRun) -> None:
@@ -166,20 +182,12 @@ class EditMetrics(EditCallback):
         scores = report.flat()
         run.publish(scores)
         if not self.best:
-            self._note_best(run, scores)
-        meta |= {"best": self.best, "looks_skipped": self.skipped, "seconds_of_metrics": round(self._seconds, 3)}
+            self._update_best(run, scores)
+        meta |= {"best": self.best, "evaluations_skipped": self.skipped}
+        meta |= {"seconds_of_metrics": round(self._seconds, 3)}
         self.report = report = replace(report, meta={**report.meta, **meta})
-        run.host.log({**scores, **self.best, **self._cost()}, last=True)
-        self._positions += logged.positions("edited", report)
-        tables = {"answers": logged.answers(report), "changed_elsewhere": logged.elsewhere(report)}
-        tables["positions"] = (list(logged.POSITIONS), self._positions)
-        for name, (columns, rows) in tables.items():
-            if rows:
-                run.host.log_table(f"edit/{name}", columns, rows)
-        board = run.host.wandb_run()
-        if board is not None:
-            logged.curves_to_wandb(board, self._positions)
-            logged.keep_report(run.host, report)
+        run.host.log({**scores, **self.best, **self._time_metrics()}, last=True)
+        self._log_tables(run, report)
         if not run.host.is_main:
             return
         if self.show:
@@ -187,24 +195,18 @@ class EditMetrics(EditCallback):
         if self.report_path is not None:
             print(f"report: {report.save(self.report_path)}")
 
-    def _look(self, run: EditRun) -> None:
-        before = self._seconds
-        report = self._evaluate(run, limit=self.sample, before=self.unedited)
-        self._in_looks += self._seconds - before
-        self._scores, self._looked_at = report.flat(), run.step
-        self._positions += logged.positions(f"step {run.step}", report)
-        self._note_best(run, self._scores)
+    def _evaluate_sample(self, run: EditRun) -> None:
+        """Evaluate the sample during training, log the scores and end training if ``stop_at`` is reached."""
+        seconds_before = self._seconds
+        report = self._evaluate(run, limit=self.limit, before=self.unedited)
+        self._seconds_in_training += self._seconds - seconds_before
+        self._scores, self._evaluated_step = report.flat(), run.step
+        self._positions += wandb_tables.positions(f"step {run.step}", report)
+        self._update_best(run, self._scores)
         run.publish(self._scores)
-        run.host.log({**self._scores, **self.best, **self._cost()})
+        run.host.log({**self._scores, **self.best, **self._time_metrics()})
         if self.stop_at is not None and self._scores["edit/reliability"] >= self.stop_at:
             run.stop()
-
-    def _note_best(self, run: EditRun, scores: Mapping[str, float]) -> None:
-        names = ("reliability", "locality")
-        found = {f"edit/best/{name}": scores[f"edit/{name}"] for name in names if f"edit/{name}" in scores}
-        # Reliability first; a tie is the earlier step's.
-        if not self.best or list(found.values()) > [self.best[name] for name in found]:
-            self.best = {"edit/best/step": float(run.step), **found}
 
     def _evaluate(
         self,
@@ -220,57 +222,72 @@ class EditMetrics(EditCallback):
                 run.model,
                 self._tokenizer,
                 self._edits,
+                options=replace(self.evaluation, distributed=self._is_shared()),
                 before=before,
-                metrics=sorted(self.extras),
-                texts=self.texts,
                 reference=reference,
-                batch_size=self.batch_size,
-                max_new_tokens=self.max_new_tokens,
                 limit=limit,
-                prompt_format=self.prompt_format,
-                progress=run.host.is_main and len(self._edits) > self.batch_size,
-                distributed=self.distributed and is_distributed(),
+                progress=run.host.is_main and len(self._edits) > self.evaluation.batch_size,
             )
         self._seconds += time.perf_counter() - began
         return report
 
-    def _whole(self, report: Report) -> Report:
-        """With the distributions of all processes: a look deals its sample out anew."""
-        if not report.distributions or not self.distributed or not is_distributed():
+    def _is_shared(self) -> bool:
+        """Return whether several processes share the edits of an evaluation."""
+        return self.evaluation.distributed and is_distributed()
+
+    def _gather_distributions(self, report: Report) -> Report:
+        """Return the report with the distributions of all processes, since a sample is split in another way."""
+        if not report.distributions or not self._is_shared():
             return report
         parts: list[Any] = [None] * world_size()
         dist.all_gather_object(parts, dict(report.distributions))
-        return replace(report, distributions={prompt: one for part in parts for prompt, one in part.items()})
+        merged = {prompt: distribution for part in parts for prompt, distribution in part.items()}
+        return replace(report, distributions=merged)
 
-    def _share(self) -> float:
-        return self._in_looks / max(time.perf_counter() - self._began, 1e-9)
+    def _update_best(self, run: EditRun, scores: Mapping[str, float]) -> None:
+        names = ("reliability", "locality")
+        current = {f"edit/best/{name}": scores[f"edit/{name}"] for name in names if f"edit/{name}" in scores}
+        # Lists compare by reliability first. A tie keeps the earlier step.
+        if not self.best or list(current.values()) > [self.best[name] for name in current]:
+            self.best = {"edit/best/step": float(run.step), **current}
+
+    def _share_of_time(self) -> float:
+        return self._seconds_in_training / max(time.perf_counter() - self._training_began, 1e-9)
 
     def _too_slow(self) -> bool:
         if self.max_fraction_of_time is None:
             return False
-        decided = [self._share() > self.max_fraction_of_time]
+        decision = [self._share_of_time() > self.max_fraction_of_time]
         if is_distributed():
-            # By one clock: a look that only some of the processes take would not end.
-            dist.broadcast_object_list(decided, src=0)
-        return decided[0]
+            # The first process decides for all: an evaluation in which only some take part would never end.
+            dist.broadcast_object_list(decision, src=0)
+        return decision[0]
 
-    def _cost(self) -> dict[str, float]:
-        cost = {"edit/metrics/seconds": self._seconds, "edit/metrics/share_of_time": self._share()}
-        return cost if self.max_fraction_of_time is None else {**cost, "edit/metrics/skipped": float(self.skipped)}
+    def _time_metrics(self) -> dict[str, float]:
+        metrics = {"edit/metrics/seconds": self._seconds, "edit/metrics/share_of_time": self._share_of_time()}
+        if self.max_fraction_of_time is not None:
+            metrics["edit/metrics/skipped"] = float(self.skipped)
+        return metrics
 
-    def _settings(self, run: EditRun) -> dict[str, Any]:
+    def _log_tables(self, run: EditRun, report: Report) -> None:
+        self._positions += wandb_tables.positions("edited", report)
+        tables = {"answers": wandb_tables.answers(report), "changed_elsewhere": wandb_tables.elsewhere(report)}
+        tables["positions"] = (list(wandb_tables.POSITIONS), self._positions)
+        for name, (columns, rows) in tables.items():
+            if rows:
+                run.host.log_table(f"edit/{name}", columns, rows)
+        wandb_run = run.host.wandb_run()
+        if wandb_run is not None:
+            wandb_tables.curves_to_wandb(wandb_run, self._positions)
+            wandb_tables.keep_report(run.host, report)
+
+    def _configuration(self, run: EditRun) -> dict[str, Any]:
+        """Return what identifies this edit, for the configuration of the W&B run."""
         assert self.unedited is not None
         meta = self.unedited.meta
-        kept = {name: meta[name] for name in ("data_name", "data_hash", "n_edits", "model", "settings", "versions")}
-        return {**kept, "callbacks": [repr(callback) for callback in run.callbacks], "scope": run.describe_scope()}
+        names = ("data_name", "data_hash", "n_edits", "model", "settings", "versions")
+        callbacks = [repr(callback) for callback in run.callbacks]
+        return {**{name: meta[name] for name in names}, "callbacks": callbacks, "scope": run.describe_scope()}
 
     def __repr__(self) -> str:
         return f"EditMetrics(every_n_steps={self.every_n_steps}, stop_at={self.stop_at})"
-
-
-def load_edits(edits: Any) -> Sequence[Edit]:
-    """Take edits as they are, or read them from a path."""
-    found = EditDataset.load(edits) if isinstance(edits, str | Path) else edits
-    if len(found) == 0:
-        raise EditError("EditMetrics: the list of edits is empty; there is nothing to edit")
-    return found

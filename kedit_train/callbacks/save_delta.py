@@ -1,4 +1,4 @@
-"""Where is my edited model? What the run changed, as one file that applies to the base and comes off again."""
+"""Did it work? Save what the run changed as one file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kedit_train.arguments import Rule, check_arguments, one_of
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.fsdp import full_tensor, reshard, shard_like
 from kedit_train.core.output_head import evaluation_mode
@@ -23,44 +24,65 @@ from kedit_train.delta.bitwise import same_bits
 from kedit_train.delta.weight_source import Weights, weights_of
 from kedit_train.errors import EditError
 
+# Prompts whose logits are compared.
 _PROMPTS = 8
+_PATH = Rule("a path that ends in .safetensors", lambda value: Path(value).suffix == ".safetensors")
 
 
 class SaveDelta(EditCallback):
-    """Save what the run changed as an :class:`~kedit_train.delta.EditDelta`, and check the file before saying so.
+    """Save what the run changed as an :class:`~kedit_train.delta.EditDelta`, and verify the file.
 
-    The file is read back, applied to the weights before the edit and compared with the trained ones, bit for bit; where
-    the edits are known, so are the logits for some of their prompts. A run that moved no weight is an error. The model
-    is left as it is: with ``at="best"`` it goes on from the last step, and the file holds the best one.
+    The file is read back, applied to the weights before the edit, and compared with the trained weights bit for bit.
+    If the edits are known, the logits for up to 8 of their prompts are compared as well. It is an error if no weight
+    has changed. The model itself keeps the weights of the last step, also with ``at="best"``.
 
-    Of a run on adapters (PEFT) the file holds the merged weights of the base model, as ``merge_and_unload()`` makes
-    them, and the weights alone are compared; the adapter itself is what PEFT saves. Where processes share the work one
-    of them writes. Without ``ParameterScope`` a copy of everything trainable is kept for the comparison.
+    For a run on adapters (PEFT) the file contains the merged weights of the base model, as ``merge_and_unload()``
+    computes them, and only weights are compared. The adapter itself is saved by PEFT. With several processes one of
+    them writes. Without ``ParameterScope`` a copy of every trainable parameter is kept for the comparison.
+
+    The file also contains the scores that ``EditMetrics`` has published by then, at the end the final ones.
 
     Args:
-        path: the file, ``.safetensors``; folders are made, an earlier file is replaced.
-        at: ``"end"``, or ``"best"``: the highest ``edit/reliability`` (then ``edit/locality``, then the earlier step)
-            of the looks that ``EditMetrics(every_n_steps=...)`` takes.
-        edits: what was edited, an ``EditDataset`` or a path; None takes those of ``EditMetrics`` or of Lightning's data
-            module, where there are any. Their hash and number go into the file.
-        license: of the base, for the file; None takes what the model card in its folder states.
+        path: the file, which must end in ``.safetensors``. Folders are created; an existing file is replaced.
+        at: "end" saves the last step. "best" saves the step with the highest ``edit/reliability`` (then the highest
+            ``edit/locality``, then the earliest step) that ``EditMetrics(every_n_steps=...)`` measured in training.
+        edits: an ``EditDataset`` or a path, for the hash and the number of edits in the file. None takes those of
+            ``EditMetrics`` or of the training loop, if any.
+        license: license of the base model, for the file. None takes the one in the model card in its folder.
 
-    The scores in the file are those that ``EditMetrics`` has published by then, at the end the final ones.
+    Attributes:
+        delta: the saved :class:`~kedit_train.delta.EditDelta`; None before the end of training.
+
+    Raises:
+        EditError: an argument is wrong, no weight has changed, or the file does not reproduce the trained weights.
 
     Example:
-        >>> callbacks = [ParameterScope(layers=0.7), EditMetrics(edits), SaveDelta("runs/mine/edit.safetensors")]
+        >>> import tempfile
+        >>> import torch
+        >>> from kedit_train import EditDelta, editing, world
+        >>> from kedit_train.callbacks import ParameterScope, SaveDelta
+        >>> model, tokenizer = world.load()
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = f"{folder.name}/edit.safetensors"
+        >>> ids = torch.tensor([tokenizer("A red fox slept.")["input_ids"]])
+        >>> callbacks = [ParameterScope(layers=2, modules="mlp.down_proj"), SaveDelta(path)]
+        >>> with editing(model, callbacks, tokenizer=tokenizer) as edit:
+        ...     optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-3)
+        ...     edit.before_step()
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        ...     optimizer.step()
+        delta: ... (1 tensors, ... MB, step 1; its weights equal the trained ones bit for bit)
+        >>> list(EditDelta.load(path).changes)
+        ['model.layers.2.mlp.down_proj.weight']
     """
 
     # After EditMetrics, whose scores it reads, and after every constraint.
     order = 95
 
     def __init__(
-        self, path: str, at: Literal["end", "best"] = "end", edits: Any = None, license: str | None = None
+        self, path: str, *, at: Literal["end", "best"] = "end", edits: Any = None, license: str | None = None
     ) -> None:
-        if at not in ("end", "best"):
-            raise EditError(f"SaveDelta: at={at!r} is no moment to save; give 'end' or 'best'")
-        if Path(path).suffix != ".safetensors":
-            raise EditError(f"SaveDelta: path={str(path)!r}: a delta is a safetensors file; end it in .safetensors")
+        check_arguments(self, path=(path, _PATH), at=(at, one_of(("end", "best"))))
         self.path, self.at, self.edits, self.license = path, at, edits, license
         self.delta: EditDelta | None = None
         self._best: tuple[float, float] | None = None
@@ -70,7 +92,7 @@ class SaveDelta(EditCallback):
     def requires(self) -> Sequence[Requirement]:
         if self.at == "end":
             return ()
-        message = 'at="best" reads the reliability that EditMetrics measures; add EditMetrics(every_n_steps=20)'
+        message = 'at="best" reads the reliability that EditMetrics measures; add EditMetrics(every_n_steps=20).'
         return (Requirement(("edit/reliability",), message),)
 
     def prepare(self, run: EditRun) -> None:
@@ -80,7 +102,7 @@ class SaveDelta(EditCallback):
             run.edits = self._edits
 
     def attach(self, run: EditRun) -> None:
-        # Adapters that no delta can hold are refused now, not after the training.
+        # This raises an error now, not after training, if the model has adapters that cannot be merged.
         weights_of(run.model)
         self._reference: dict[str, Tensor] = {}
         if not run.reference:
@@ -98,9 +120,9 @@ class SaveDelta(EditCallback):
     def after_step(self, run: EditRun) -> None:
         if self.at == "end" or run.published_at.get("edit/reliability") != run.step:
             return
-        found = (run.scores["edit/reliability"], run.scores.get("edit/locality", 0.0))
-        if self._best is None or found > self._best:
-            self._best, self._step = found, run.step
+        scores = (run.scores["edit/reliability"], run.scores.get("edit/locality", 0.0))
+        if self._best is None or scores > self._best:
+            self._best, self._step = scores, run.step
             reshard(run.root)
             self._values = {name: full_tensor(p.detach()).cpu().clone() for name, p in run.scope.items()}
 
@@ -113,19 +135,20 @@ class SaveDelta(EditCallback):
         if not self._values:
             self._save(run, run.step)
             return
-        wider = any(value.dtype != run.scope[name].dtype for name, value in self._values.items())
-        with temporary_values(run.scope, _placed(self._values, run.scope)):
-            if wider:
-                # Kept in fp32, rounded only now: the constraints have to hold in the model's own dtype as well.
+        in_full_precision = any(value.dtype != run.scope[name].dtype for name, value in self._values.items())
+        with temporary_values(run.scope, _on_scope(self._values, run.scope)):
+            if in_full_precision:
+                # The values were kept in fp32 and have just been rounded; the constraints must hold after rounding too.
                 run.steps.apply_constraints()
             self._save(run, self._step)
             reshard(run.root)
         self._values = {}
 
     def _save(self, run: EditRun, step: int) -> None:
+        """Save the weights that the scope has now, which are those of ``step``."""
         weights, before = weights_of(run.model), run.reference or self._reference
         scoped = {id(parameter) for parameter in run.scope.values()}
-        # In the model's order on every process: gathering takes them all.
+        # Every process gathers the weights in the same order, that of the model.
         touched = [name for name in weights if weights.made_of[name] & scoped]
         after = {name: weights[name].clone() for name in touched}
         edits = self._edits or run.edits or None
@@ -141,8 +164,8 @@ class SaveDelta(EditCallback):
             )
         if not len(delta):
             raise EditError(
-                f"SaveDelta: no weight has moved in {run.step} steps, so there is no edit to save; look at the "
-                "learning rate, the scope, and whether the model knew the edits already"
+                f"no weight has changed in {run.step} steps, so there is no edit to save; check the learning rate, the "
+                "scope, and whether the model knew the edits already."
             )
         if run.host.is_main:
             delta.save(self.path)
@@ -150,9 +173,8 @@ class SaveDelta(EditCallback):
         checked = self._check(run, delta, weights, before, after, edits)
         self.delta = delta
         if run.host.is_main:
-            moment = (
-                f"step {step}" if self._values or self.at == "end" else f"step {step}, the last: none was looked at"
-            )
+            evaluated = self._values or self.at == "end"
+            moment = f"step {step}" if evaluated else f"step {step}, the last, because no step was evaluated"
             run.host.log_file(self.path, "delta")
             print(f"delta: {self.path} ({len(delta)} tensors, {delta.nbytes / 1e6:.2f} MB, {moment}; {checked})")
 
@@ -165,32 +187,34 @@ class SaveDelta(EditCallback):
         after: Mapping[str, Tensor],
         edits: Sequence[Any] | None,
     ) -> str:
+        """Compare the file's result with the trained weights and logits, and return what was compared."""
         with temporary_values(run.scope, before):
             applied = {name: weights[name].clone() for name in after}
         delta.apply(applied)
-        wrong = [name for name, value in after.items() if not same_bits(applied[name], value)]
-        if wrong:
-            raise EditError(f"SaveDelta: {self.path} does not give the trained {wrong[0]}; do not use it")
-        rows = [] if hasattr(run.model, "peft_config") else self._rows(run, edits)
-        if not rows:
+        differing = [name for name, value in after.items() if not same_bits(applied[name], value)]
+        if differing:
+            raise EditError(f"{self.path} does not reproduce the trained {differing[0]}; do not use the file.")
+        prompts = [] if hasattr(run.model, "peft_config") else self._prompts(run, edits)
+        if not prompts:
             return "its weights equal the trained ones bit for bit"
-        live = _logits(run, rows)
+        trained = _logits(run, prompts)
         reshard(run.root)
         with temporary_values(run.scope, before):
             delta.apply(run.model)
-            reproduced = _logits(run, rows)
+            reproduced = _logits(run, prompts)
             reshard(run.root)
-        if not all(same_bits(one, other) for one, other in zip(live, reproduced, strict=True)):
-            raise EditError(f"SaveDelta: {self.path} does not give the trained model's logits; do not use it")
-        return f"its weights, and the logits for {len(rows)} of the edits, equal the trained ones bit for bit"
+        if not all(same_bits(a, b) for a, b in zip(trained, reproduced, strict=True)):
+            raise EditError(f"{self.path} does not reproduce the logits of the trained model; do not use the file.")
+        return f"its weights, and the logits for {len(prompts)} of the edits, equal the trained ones bit for bit"
 
-    def _rows(self, run: EditRun, edits: Sequence[Any] | None) -> list[Tensor]:
+    def _prompts(self, run: EditRun, edits: Sequence[Any] | None) -> list[Tensor]:
+        """Return the token ids [1, tokens] of some prompts; none if the edits or the tokenizer are unknown."""
         if run.language_model is None or not edits:
             return []
         try:
             tokenizer = run.tokenizer()
         except EditError:
-            # A loop that tokenised elsewhere: the weights have been compared.
+            # A plain loop may tokenize elsewhere. The weights have been compared anyway.
             return []
         device = next(run.model.parameters()).device
         texts = [edits[i].prompt for i in range(min(_PROMPTS, len(edits)))]
@@ -200,10 +224,10 @@ class SaveDelta(EditCallback):
         return f"SaveDelta(at={self.at!r})"
 
 
-def _placed(values: Mapping[str, Tensor], scope: Mapping[str, Any]) -> dict[str, Tensor]:
+def _on_scope(values: Mapping[str, Tensor], scope: Mapping[str, Any]) -> dict[str, Tensor]:
     return {n: shard_like(value.to(scope[n].device, scope[n].dtype), scope[n]) for n, value in values.items()}
 
 
-def _logits(run: EditRun, rows: Sequence[Tensor]) -> list[Tensor]:
+def _logits(run: EditRun, prompts: Sequence[Tensor]) -> list[Tensor]:
     with evaluation_mode(run.model), run.host.forward_context():
-        return [run.model(input_ids=row, use_cache=False).logits.clone() for row in rows]
+        return [run.model(input_ids=ids, use_cache=False).logits.clone() for ids in prompts]

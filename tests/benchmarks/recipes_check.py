@@ -55,7 +55,7 @@ def run(name: str, seed: int, folder: Path) -> tuple[dict[str, float], float]:
     else:
         command = [sys.executable, "-m", "kedit_train", "fit", "--config", str(RECIPES / name)]
         command += [f"--seed_everything={seed}", f"--trainer.default_root_dir={out}"]
-        command += [f"--trainer.callbacks.report={report}"]
+        command += [f"--trainer.callbacks.report_path={report}"]
     began = time.perf_counter()
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=quiet, cwd=folder)

@@ -14,17 +14,23 @@ from torch.nn.parallel import DistributedDataParallel
 from kedit_train import world
 from kedit_train.callbacks import EditMetrics, ParameterScope, editing
 from kedit_train.data import EditDataset
+from kedit_train.evaluation.options import EvaluationOptions
 
 
 def main(folder: Path, rank: int, size: int) -> None:
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(n=5))
     batch = collator(tokenizer)(edits.encode(tokenizer))
-    # By the first process's clock looks take too much from the second step on, by the other's never.
+    # By the clock of the first process evaluations take too long from the second step on, by the other's never.
     metrics = EditMetrics(
-        edits, 1, sample=3, show=False, max_new_tokens=8, metrics=["kl"], distributed=True, max_fraction_of_time=0.99
+        edits,
+        every_n_steps=1,
+        limit=3,
+        show=False,
+        max_fraction_of_time=0.99,
+        evaluation=EvaluationOptions(max_new_tokens=8, metrics=["kl"], distributed=True),
     )
-    metrics._share = lambda: 1.0 if rank == 0 and metrics._looked_at == 1 else 0.0
+    metrics._share_of_time = lambda: 1.0 if rank == 0 and metrics._evaluated_step == 1 else 0.0
     with editing(model, [ParameterScope(layers=0.5, modules="mlp.down_proj"), metrics], tokenizer=tokenizer) as edit:
         wrapped = DistributedDataParallel(model) if size > 1 else model
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.5)

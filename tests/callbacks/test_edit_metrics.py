@@ -17,9 +17,11 @@ from kedit_train.callbacks import EditMetrics, NormBall, ParameterScope, SaveDel
 from kedit_train.callbacks import edit_metrics as module
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
+from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.reporting import wandb_tables as logged
 
 RATE = 1e-2
+SHORT = EvaluationOptions(max_new_tokens=4)
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_looks_that_take_too_much_of_the_time_are_left_out_and_counted(
     edits: EditDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, step=1.0, look=3.0)
-    metrics = EditMetrics(edits, every_n_steps=1, show=False, max_new_tokens=4, max_fraction_of_time=0.5)
+    metrics = EditMetrics(edits, every_n_steps=1, show=False, evaluation=SHORT, max_fraction_of_time=0.5)
     edit = train(edits, [metrics], 9, clock)
     # By hand. Step 1: nothing spent yet, a look; then 3 of 4 seconds. At step n with one look 3 / (3 + n) is within a
     # half from n = 3 on: a look, and 6 seconds; 6 / (6 + n) is from n = 6 on, 9 / (9 + n) from n = 9 on.
@@ -80,14 +82,19 @@ def test_looks_that_take_too_much_of_the_time_are_left_out_and_counted(
     assert rows[1]["edit/metrics/share_of_time"] == 6 / (6 + 3)
     assert rows[-1]["edit/metrics/share_of_time"] == 12 / (9 + 15)
     assert metrics.report is not None
-    assert metrics.report.meta["looks_skipped"] == 5
+    assert metrics.report.meta["evaluations_skipped"] == 5
     assert metrics.report.meta["seconds_of_metrics"] == 18
     assert clock.looks == 1 + 4 + 1
 
 
 def test_without_a_bound_no_look_is_left_out(edits: EditDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, step=1.0, look=1000.0)
-    edit = train(edits, [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=4)], 4, clock)
+    edit = train(
+        edits,
+        [EditMetrics(edits, every_n_steps=2, show=False, evaluation=SHORT)],
+        4,
+        clock,
+    )
     assert [row["step"] for row in looks(edit)] == [2, 4, 4]
     assert all("edit/metrics/skipped" not in row for row in looks(edit))
 
@@ -112,7 +119,7 @@ def test_the_best_step_has_the_highest_reliability_then_locality_and_is_the_earl
 ) -> None:
     scripted = [(0.0, 1.0), (0.5, 0.9), (0.75, 0.2), (0.75, 0.5), (0.75, 0.5), (0.5, 1.0), (0.25, 0.25)]
     Scripted(monkeypatch, scripted)
-    metrics = EditMetrics(edits, every_n_steps=1, show=False, max_new_tokens=4)
+    metrics = EditMetrics(edits, every_n_steps=1, show=False, evaluation=SHORT)
     delta = SaveDelta(str(tmp_path / "edit.safetensors"), at="best")
     edit = train(edits, [metrics, delta], 5)
     assert [row["edit/best/step"] for row in looks(edit)] == [1, 2, 3, 3, 3, 3]
@@ -125,7 +132,7 @@ def test_the_best_step_has_the_highest_reliability_then_locality_and_is_the_earl
 
 
 def test_a_run_without_looks_has_its_end_as_the_best(edits: EditDataset) -> None:
-    metrics = EditMetrics(edits, every_n_steps=0, show=False, max_new_tokens=4)
+    metrics = EditMetrics(edits, every_n_steps=0, show=False, evaluation=SHORT)
     train(edits, [metrics], 2)
     assert metrics.report is not None
     assert metrics.best["edit/best/step"] == 2
@@ -136,11 +143,9 @@ def test_extras_are_measured_at_every_look(edits: EditDataset) -> None:
     metrics = EditMetrics(
         edits,
         every_n_steps=2,
-        sample=2,
+        limit=2,
         show=False,
-        max_new_tokens=4,
-        metrics=["kl", "resurgence"],
-        texts=["A red fox."],
+        evaluation=EvaluationOptions(max_new_tokens=4, metrics=["kl", "resurgence"], texts=["A red fox."]),
     )
     edit = train(edits, [metrics], 2)
     for row in looks(edit):
@@ -154,7 +159,7 @@ def test_extras_are_measured_at_every_look(edits: EditDataset) -> None:
 
 def test_evaluations_of_the_trainer_get_the_scores_and_pick_the_best_model(edits: EditDataset, tmp_path: Path) -> None:
     model, tokenizer = world.load()
-    metrics = EditMetrics(edits, every_n_steps=3, show=False, max_new_tokens=8)
+    metrics = EditMetrics(edits, every_n_steps=3, show=False, evaluation=EvaluationOptions(max_new_tokens=8))
     seen: list[dict[str, float]] = []
 
     class Stop(EarlyStoppingCallback):
@@ -209,7 +214,7 @@ def test_evaluations_of_the_trainer_get_the_scores_and_pick_the_best_model(edits
 
 def test_an_evaluation_outside_of_training_is_the_trainers_own(edits: EditDataset) -> None:
     model, tokenizer = world.load()
-    metrics = EditMetrics(edits, every_n_steps=0, show=False, max_new_tokens=4)
+    metrics = EditMetrics(edits, every_n_steps=0, show=False, evaluation=SHORT)
     trainer = transformers_trainer(model, tokenizer, edits, [metrics], 1)
     found = trainer.evaluate(Rows(edits.encode(tokenizer)))
     assert "eval_loss" in found
@@ -218,7 +223,7 @@ def test_an_evaluation_outside_of_training_is_the_trainers_own(edits: EditDatase
 
 def test_the_csv_of_lightning_gets_every_number(edits: EditDataset, tmp_path: Path) -> None:
     model, tokenizer = world.load()
-    metrics = EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=4)
+    metrics = EditMetrics(edits, every_n_steps=2, show=False, evaluation=SHORT)
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     lightning_trainer(model, tokenizer, edits, [metrics, ParameterScope(layers=0.5)], 3, logger=logger)
     (file,) = tmp_path.rglob("metrics.csv")
@@ -232,7 +237,7 @@ def test_the_csv_of_lightning_gets_every_number(edits: EditDataset, tmp_path: Pa
 
 
 def test_tables_mark_what_has_changed(edits: EditDataset) -> None:
-    metrics = EditMetrics(edits, every_n_steps=0, show=False, max_new_tokens=8)
+    metrics = EditMetrics(edits, every_n_steps=0, show=False, evaluation=EvaluationOptions(max_new_tokens=8))
     edit = train(edits, [metrics, NormBall(fraction=10.0)], 5)
     assert metrics.report is not None
     columns, rows = edit._host.tables["edit/answers"]
@@ -253,9 +258,9 @@ def test_tables_mark_what_has_changed(edits: EditDataset) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"metrics": ["klm"]}, r"metrics=\['klm'\] is no list of any of prefixes, format, kl"),
-        ({"metrics": "kl"}, r"metrics='kl' is no list"),
-        ({"max_fraction_of_time": 1.5}, r"max_fraction_of_time=1.5 is no share in \(0, 1\)"),
+        ({"max_fraction_of_time": 1.5}, r"EditMetrics: max_fraction_of_time must be in \(0, 1\), or None, got 1.5"),
+        ({"stop_at": 1.0, "every_n_steps": 0}, "EditMetrics: every_n_steps must be > 0, got 0"),
+        ({"limit": 0}, "EditMetrics: limit must be an integer >= 1, or None, got 0"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
@@ -274,4 +279,4 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_first_step(
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(EditError, match=reason):
-        train(edits, [EditMetrics(edits, report=str(tmp_path / name))], steps=0)
+        train(edits, [EditMetrics(edits, report_path=str(tmp_path / name))], steps=0)

@@ -26,6 +26,7 @@ from kedit_train.callbacks import (
 )
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.tokenization import collate, pad_token_id, separator
+from kedit_train.evaluation.options import EvaluationOptions
 
 NAME = "model.layers.4.mlp.down_proj.weight"
 EDITS = EditDataset(world.edits(6))
@@ -175,7 +176,7 @@ def test_scores_and_the_delta_are_those_of_the_whole_edit(loaded, tmp_path: Path
     model, tokenizer = loaded
     base = state_of(model)
     path = str(tmp_path / "edit.safetensors")
-    metrics = EditMetrics(EDITS, every_n_steps=0, show=False, max_new_tokens=8)
+    metrics = EditMetrics(EDITS, every_n_steps=0, show=False, evaluation=EvaluationOptions(max_new_tokens=8))
     callbacks = [ForgetFirst(TEXTS, coefficients=[0.4, 1.2], **{**FAST, "bound": 0.5}), scope(), metrics]
     HOSTS["Lightning"](model, tokenizer, EDITS, [*callbacks, SaveDelta(path)], 1, optimizer=_still)
     assert metrics.unedited is not None

@@ -14,6 +14,7 @@ from kedit_train.callbacks import EditMetrics, GradientMask, MaskScore, Paramete
 from kedit_train.core.scope.mask_file import save_masks
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
+from kedit_train.evaluation.options import EvaluationOptions
 
 EDITS = [
     Edit("w1 w2 w3", "w4", rephrases=("w20 w21",)),
@@ -204,7 +205,7 @@ def test_only_prompts_and_targets_are_used(make, words):
 
 def test_edits_of_another_callback_are_used_in_any_order_of_the_list(make, words):
     model, scope = make(), ParameterScope(1, modules="mlp")
-    metrics = EditMetrics(EDITS, show=False, max_new_tokens=2)
+    metrics = EditMetrics(EDITS, show=False, evaluation=EvaluationOptions(max_new_tokens=2))
     expected = masks(model, words, scope, edits=EDITS)
     for direction in (1, -1):
         chosen = masks(model, words, *[metrics, scope][::direction])

@@ -302,7 +302,7 @@ def test_two_token_losses_are_refused(make, second):
 
 
 def test_a_module_without_a_language_model_is_refused():
-    with pytest.raises(EditError, match=r"^TokenLoss: a causal language model is needed, and Linear has no"):
+    with pytest.raises(EditError, match=r"^TokenLoss: the model must be a causal language model, and Linear has no"):
         editing(torch.nn.Linear(2, 2), [TokenLoss()]).__enter__()
 
 

@@ -49,7 +49,7 @@ def test_a_subclass_works_beside_active_set(make, ids):
 )
 def test_a_subclass_works_beside_stop_when_edited(make, ids, rule, reason):
     model = make()
-    stop = StopWhenEdited(reliability=None, **rule)
+    stop = StopWhenEdited(**{"loss": None, **rule})
     with editing(model, [ParameterScope(), MySmoothing(epsilon=1e6), stop]) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
         for _ in range(2):

@@ -14,6 +14,7 @@ from conformance.hosts import lightning_trainer, sft_trainer
 from kedit_train import world
 from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SaveDelta, TokenSmoothing
 from kedit_train.data import EditDataset
+from kedit_train.evaluation.options import EvaluationOptions
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept."]
 # Answers change within five steps.
@@ -40,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def callbacks(edits: EditDataset) -> list[Any]:
     return [
-        EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8),
+        EditMetrics(edits, every_n_steps=2, show=False, evaluation=EvaluationOptions(max_new_tokens=8)),
         KLLocality(texts=TEXTS, batch_size=2, weight=0.1),
         TokenSmoothing(),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),

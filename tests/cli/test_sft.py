@@ -27,7 +27,7 @@ def configured(name: str, *arguments: str) -> Any:
 
 def test_a_recipe_equals_a_trainer_set_up_by_hand(tmp_path: Path) -> None:
     config = configured("overtone", f"--trainer.default_root_dir={tmp_path}")
-    config.trainer.callbacks[-1].init_args.report = None
+    config.trainer.callbacks[-1].init_args.report_path = None
     ours = sft.build(config)
     ours.train()
     model, tokenizer = world.load()
@@ -56,7 +56,7 @@ def test_a_recipe_equals_a_trainer_set_up_by_hand(tmp_path: Path) -> None:
         callbacks=[
             ParameterScope(0.66, modules="mlp.down_proj"),
             TokenSmoothing(label_weight=0.1, epsilon=0.01, n_sigma=0.5, reduction="sample"),
-            StopWhenEdited(None, idle_steps=2),
+            StopWhenEdited(loss=None, idle_steps=2),
             EditMetrics(edits, every_n_steps=0, show=False),
         ],
     )
@@ -88,7 +88,7 @@ def test_a_recipe_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("wanted", [False, True])
 def test_gradient_checkpointing_follows_the_recipe(wanted: bool, tmp_path: Path) -> None:
     config = configured("ft_m", f"--trainer.default_root_dir={tmp_path}", f"--model.gradient_checkpointing={wanted}")
-    config.trainer.callbacks[-1].init_args.report = None
+    config.trainer.callbacks[-1].init_args.report_path = None
     trainer = sft.build(config)
     trainer.train()
     assert trainer.model.is_gradient_checkpointing == wanted
@@ -99,7 +99,7 @@ def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None
     options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
     options += ["--data.augmentation.replay_limit=5", "--data.augmentation.prefixes=2"] if name == "replay" else []
     config = configured(name, *options)
-    config.trainer.callbacks[-1].init_args.report = None
+    config.trainer.callbacks[-1].init_args.report_path = None
     trainer = sft.build(config)
     rows = trainer.train_dataset
     assert len(rows) == (6 + 12 + 5 if name == "replay" else 6)

@@ -33,7 +33,7 @@ trainer:
   - class_path: kedit_train.callbacks.KLLocality
     init_args: {texts: world, batch_size: 4}
   - class_path: kedit_train.callbacks.EditMetrics
-    init_args: {every_n_steps: 0, report: out/report.json}
+    init_args: {every_n_steps: 0, report_path: out/report.json}
 """
 
 

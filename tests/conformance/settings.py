@@ -26,7 +26,9 @@ from kedit_train.callbacks import (
     TokenSmoothing,
     WeightAnchor,
 )
+from kedit_train.evaluation.options import EvaluationOptions
 
+SHORT = EvaluationOptions(max_new_tokens=8)
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 
 # Name (of the class, and what it is set to) -> a list with the callback (and what it cannot work without), made anew
@@ -55,10 +57,10 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     ],
     "PrefixCache": lambda edits: [PrefixCache(), ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "ActiveSet": lambda edits: [ActiveSet(recheck=1), TokenSmoothing()],
-    "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, max_new_tokens=8)],
+    "EditMetrics": lambda edits: [EditMetrics(edits, every_n_steps=2, show=False, evaluation=SHORT)],
     "SaveDelta": lambda edits: [SaveDelta(f"{tempfile.mkdtemp()}/edit.safetensors", edits=edits)],
     "StopWhenEdited": lambda edits: [
-        StopWhenEdited(reliability=None, idle_steps=50),
+        StopWhenEdited(loss=None, idle_steps=50),
         TokenSmoothing(),
     ],
 }

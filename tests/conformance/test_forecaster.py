@@ -210,13 +210,16 @@ def test_all_five_at_once_keep_what_is_exact() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
-    "TokenSmoothing": (lambda: [TokenSmoothing()], "TokenSmoothing: a causal language model is needed, and Forecaster"),
+    "TokenSmoothing": (
+        lambda: [TokenSmoothing()],
+        "TokenSmoothing: the model must be a causal",
+    ),
     "KLLocality": (lambda: [KLLocality(texts=TEXTS)], "KLLocality needs a causal language model, and Forecaster"),
     "EditMetrics": (
         lambda: [EditMetrics(world.edits(n=2))],
-        "EditMetrics needs a causal language model, and Forecaster",
+        "EditMetrics: the model must be a causal language model, and Forecaster",
     ),
-    "StopWhenEdited": (lambda: [StopWhenEdited()], "reads what EditMetrics measures"),
+    "StopWhenEdited": (lambda: [StopWhenEdited()], "loss reads the training loss of a token loss"),
     "GradientMask": (
         lambda: [GradientMask("gradient", edits=world.edits(n=2))],
         "asks a causal language model for answers, and Forecaster.*use score='magnitude'",

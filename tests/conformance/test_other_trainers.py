@@ -217,9 +217,15 @@ REFUSALS = {
     (
         "Reward",
         "TokenSmoothing",
-    ): "a causal language model is needed, and LlamaForSequenceClassification",
-    ("Reward", "KLLocality"): "KLLocality: a causal language model is needed, and LlamaForSequenceClassification",
-    ("Reward", "EditMetrics"): "EditMetrics: a causal language model is needed, and LlamaForSequenceClassification",
+    ): "the model must be a causal language model, and LlamaForSequenceClassification",
+    (
+        "Reward",
+        "KLLocality",
+    ): "KLLocality: the model must be a causal language model, and LlamaForSequenceClassification",
+    (
+        "Reward",
+        "EditMetrics",
+    ): "EditMetrics: the model must be a causal language model, and LlamaForSequenceClassification",
     ("Reward", "GradientMask"): "asks a causal language model for answers, and LlamaForSequenceClassification",
     ("Reward", "WeightAnchor"): "needs a causal language model, and LlamaForSequenceClassification",
 }

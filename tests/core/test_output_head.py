@@ -101,7 +101,7 @@ def test_an_encoder_decoder_is_refused(tiny):
     with pytest.raises(EditError) as error:
         head_of(tiny("t5", transformers.AutoModelForSeq2SeqLM))
     assert str(error.value) == (
-        "a causal language model is needed, and T5ForConditionalGeneration is an encoder-decoder; load it "
+        "the model must be a causal language model, and T5ForConditionalGeneration is an encoder-decoder; load it "
         "with AutoModelForCausalLM, or leave this callback out"
     )
 
@@ -113,7 +113,7 @@ def test_a_model_without_head_is_refused(tiny, make):
     with pytest.raises(EditError) as error:
         head_of(model)
     assert str(error.value) == (
-        f"a causal language model is needed, and {type(model).__name__} has no language-model head; load it "
+        f"the model must be a causal language model, and {type(model).__name__} has no language-model head; load it "
         "with AutoModelForCausalLM, or leave this callback out"
     )
 
@@ -179,9 +179,7 @@ def test_verify_leaves_modes_gradients_and_hooks(tiny):
 
 def test_a_callback_that_only_asks_refuses_an_encoder_decoder_as_well(tiny):
     model = tiny("t5", transformers.AutoModelForSeq2SeqLM)
-    refused = pytest.raises(
-        EditError, match=r"^EditMetrics: a causal language model is needed, .* is an encoder-decoder"
-    )
+    refused = pytest.raises(EditError, match=r"^EditMetrics: the model must be a causal .* is an encoder-decoder")
     with refused, editing(model, [EditMetrics([Edit("a", "b")])]):
         pass
 

@@ -17,6 +17,7 @@ from kedit_train.callbacks import EditMetrics, GradientMask, NormBall, Parameter
 from kedit_train.core.state_file import load_state, save_state
 from kedit_train.data import EditDataset
 from kedit_train.delta import sweep
+from kedit_train.evaluation.options import EvaluationOptions
 
 SCOPE: dict[str, Any] = {"layers": 2, "modules": "mlp.down_proj"}
 
@@ -91,7 +92,7 @@ def test_the_best_step_is_saved_and_the_model_goes_on_from_the_last(dtype, tmp_p
         model = world.load()[0].to(dtype)
         saver = SaveDelta(str(tmp_path / name), at=at)  # type: ignore[arg-type]
         callbacks = [ParameterScope(**SCOPE), NormBall(5e-3), GradientMask("magnitude", density=0.5), saver]
-        callbacks.append(Scores(edits, every_n_steps=2, show=False, max_new_tokens=4))
+        callbacks.append(Scores(edits, every_n_steps=2, show=False, evaluation=EvaluationOptions(max_new_tokens=4)))
         run(model, callbacks, edits, steps)
         return EditDelta.load(tmp_path / name), model
 

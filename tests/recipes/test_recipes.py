@@ -36,7 +36,7 @@ def test_a_recipe(path: Path, parser: EditParser) -> None:
     metrics = config.trainer.callbacks[-1]
     assert metrics.class_path.endswith(".EditMetrics")
     assert metrics.init_args.edits is None
-    assert metrics.init_args.report == f"runs/{path.stem}/report.json"
+    assert metrics.init_args.report_path == f"runs/{path.stem}/report.json"
     assert config.trainer.default_root_dir == f"runs/{path.stem}"
     scoped = any(callback.class_path.endswith(".ParameterScope") for callback in config.trainer.callbacks)
     assert scoped or config.model.init_args.lora
@@ -78,5 +78,5 @@ def test_quickstart_is_the_same_edit_in_trl() -> None:
     assert constants(calls["SFTConfig"])["per_device_train_batch_size"] == quickstart["data"]["batch_size"]
     for callback in quickstart["trainer"]["callbacks"]:
         name = callback["class_path"].rpartition(".")[2]
-        own = {k: v for k, v in callback.get("init_args", {}).items() if k not in ("texts", "report")}
+        own = {k: v for k, v in callback.get("init_args", {}).items() if k not in ("texts", "report_path")}
         assert constants(calls[name]) == own
