@@ -219,7 +219,7 @@ def test_trainers_stop_at_the_step_of_the_rule(host: str) -> None:
         (lambda: StopWhenEdited(None), "at least one rule must be set, but all of them are None"),
         (
             lambda: StopWhenEdited(smallest_probability=1.0),
-            r"smallest_probability must be in \(0, 1\), or None, got 1.0",
+            r"must be in \(0, 1\), or None, got 1.0",
         ),
         (lambda: StopWhenEdited(kl_budget=0.0), "kl_budget must be > 0, or None, got 0.0"),
         (lambda: StopWhenEdited(idle_steps=0), 'idle_steps must be an integer >= 1 or "epoch", or None, got 0'),
@@ -237,7 +237,7 @@ def test_invalid_arguments_are_errors(make: Any, message: str) -> None:
     [
         (
             StopWhenEdited(None, reliability=1.0),
-            "reliability reads what EditMetrics measures during training; add EditMetrics",
+            "reliability reads what EditMetrics measures",
         ),
         (StopWhenEdited(None, smallest_probability=0.5), "smallest_probability reads what EditMetrics measures"),
         (
@@ -247,9 +247,7 @@ def test_invalid_arguments_are_errors(make: Any, message: str) -> None:
         (StopWhenEdited(None, idle_steps=3), "idle_steps counts active tokens; add TokenLoss"),
     ],
 )
-def test_a_rule_without_the_metric_it_reads_is_an_error_before_the_first_step(
-    stop: StopWhenEdited, message: str
-) -> None:
+def test_a_rule_without_its_metric_is_an_error_before_the_first_step(stop: StopWhenEdited, message: str) -> None:
     with pytest.raises(EditError, match=message):
         stopped_at([stop])
 

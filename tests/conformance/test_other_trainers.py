@@ -221,11 +221,11 @@ REFUSALS = {
     (
         "Reward",
         "KLLocality",
-    ): "KLLocality: the model must be a causal language model, and LlamaForSequenceClassification",
+    ): "KLLocality: the model must be a causal language model",
     (
         "Reward",
         "EditMetrics",
-    ): "EditMetrics: the model must be a causal language model, and LlamaForSequenceClassification",
+    ): "EditMetrics: the model must be a causal language model",
     ("Reward", "GradientMask"): "asks a causal language model for answers, and LlamaForSequenceClassification",
     ("Reward", "WeightAnchor"): "needs a causal language model, and LlamaForSequenceClassification",
 }

@@ -102,7 +102,7 @@ def test_an_encoder_decoder_is_refused(tiny):
         head_of(tiny("t5", transformers.AutoModelForSeq2SeqLM))
     assert str(error.value) == (
         "the model must be a causal language model, and T5ForConditionalGeneration is an encoder-decoder; load it "
-        "with AutoModelForCausalLM, or leave this callback out"
+        "with AutoModelForCausalLM, or leave this callback out."
     )
 
 
@@ -114,7 +114,7 @@ def test_a_model_without_head_is_refused(tiny, make):
         head_of(model)
     assert str(error.value) == (
         f"the model must be a causal language model, and {type(model).__name__} has no language-model head; load it "
-        "with AutoModelForCausalLM, or leave this callback out"
+        "with AutoModelForCausalLM, or leave this callback out."
     )
 
 
