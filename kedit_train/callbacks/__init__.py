@@ -22,6 +22,7 @@ from kedit_train.core.locality.reference_cache import ReferenceCache
 from kedit_train.core.locality.teacher import Teacher
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.scope.mask_scores import MaskScore
+from kedit_train.core.tokens.old_answer_training import ForgetTraining
 
 __all__ = [
     "ActiveSet",
@@ -29,6 +30,7 @@ __all__ = [
     "EditCallback",
     "EditMetrics",
     "ForgetFirst",
+    "ForgetTraining",
     "GradientMask",
     "KLLocality",
     "LowCurvature",

@@ -1,261 +1,244 @@
-"""Towards what is each token pulled? First away from the old answers: they are subtracted before the new ones train."""
+"""ForgetFirst: the old answers are subtracted from the weights before training begins (F-Learning)."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kedit_train.arguments import Rule, at_least, check_arguments, one_of, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.processes import is_distributed
 from kedit_train.core.reference_weights import write
 from kedit_train.core.run import EditRun
+from kedit_train.core.tokens.old_answer_training import ForgetTraining, trained_difference
+from kedit_train.core.tokens.subtraction import Measurement, Scale, Subtraction
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.prompts import PromptFormat, check_format
-from kedit_train.data.tokenization import collate, context_length, pad_token_id
-from kedit_train.errors import EditError
-from kedit_train.evaluation.forgetting import PUBLISHED, Guards, Measured, Scale, measure, old_answers
-from kedit_train.functional.labels import IGNORE_INDEX
+from kedit_train.errors import EditError, warn
+from kedit_train.evaluation.scoring.old_answers import find_old_answers, measure_old_answers
+
+# Of the paper.
+COEFFICIENTS = (0.1, 0.3, 0.5, 0.7)
+
+
+def _all_above_zero(values: Any) -> bool:
+    return len(values) > 0 and all(0 < float(value) < math.inf for value in values)
 
 
 class ForgetFirst(EditCallback):
     """Before the first step, subtract what training on the old answers would change.
 
-    F-Learning ("Forgetting before Learning: Utilizing Parametric Arithmetic for Knowledge Updating in LLMs", arXiv
-    2311.08011): ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the scope, and the run learns the new
-    answers from there. The coefficients are tried in ascending order until the old answers' mean probability is at most
-    ``bound``, and not beyond the last one with which the perplexity on ``texts`` is at most ``growth`` times as large.
-    An edit takes part whose old answer the model gives by itself: its ``old_target``, or, where the data has none,
-    whatever the model answers unless that is the new answer. One line says what was done; ``measured`` holds it.
+    F-Learning computes ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the scope, and the run learns the
+    new answers from there. The coefficients are tried in ascending order. The search ends when the mean probability of
+    the old answers is at most ``max_probability``, and it keeps no coefficient with which the perplexity on ``texts``
+    is more than ``max_perplexity_ratio`` times as large. A warning says so if the old answers are not forgotten.
 
-    Everything else still refers to the model before forgetting: the drift, ``SaveDelta``, the unedited look of
-    ``EditMetrics``, what ``KLLocality`` holds answers to, the centre of ``NormBall``. Constraints hold for the
-    forgetting too, and are part of what is measured: a small ball leaves little of it, and a warning says so.
+    An edit takes part if the model gives its old answer by itself: its ``old_target``, or, if the data has none,
+    whatever the model generates unless that is the new answer.
 
-    With a learning rate of 0 the run only forgets.
+    The reference of everything else stays the model before forgetting: the drift metrics, ``SaveDelta``, the first
+    evaluation of ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints hold for the subtraction as well, so a
+    small ball leaves little of it. With a learning rate of 0 the run only forgets. A resumed run does not forget again.
 
     Args:
-        texts: for the perplexity, as of ``KLLocality``. Texts that state other facts in the edits' wordings notice harm
-            long before prose does. Those that hold a prompt that the edits are scored on are left out.
-        edits: a path or edits; by default those that ``EditMetrics`` or a data module holds.
-        coefficients: shares of ``scale``, above 0; None takes the paper's 0.1, 0.3, 0.5, 0.7.
-        scale: "base", the length of the scoped weights, so that the amount does not depend on the training on the old
-            answers; or "trained", that of the trained difference, as in the paper.
-        bound: a probability.
-        growth: of the perplexity, at least 1.
-        epochs: passes over the old answers; Adam at a constant rate, dropout off.
-        lr: of these. The run's own optimizer has no part in it.
-        batch_size: old answers a step, and rows of the measurements.
-        max_new_tokens: an old answer that is longer is left out.
-        tokenizer: an object, a name or a path; by default the host's, else the one saved with the model.
-        prompt_format: in which form the old answers are asked for, trained and measured; to be that of the run.
-        seed: of the order of the old answers. The random state that the run sees is not touched.
+        texts: texts that must stay, for the perplexity: a source or a :class:`Texts`. Other facts in the wording of the
+            edits show harm long before prose does.
+        edits: a path or edits; None uses those of ``EditMetrics`` or of the data module.
+        coefficients: how much to subtract, each above 0; None uses the 0.1, 0.3, 0.5 and 0.7 of the paper.
+        scale: what a coefficient is a share of. "base" is the length of the scoped weights, so that the amount does not
+            depend on the training on the old answers. "trained" is the trained difference, as in the paper.
+        max_probability: enough is forgotten when the mean probability of the old answers is at most this, in (0, 1).
+        max_perplexity_ratio: the perplexity on the texts may grow to at most this multiple, >= 1.
+        training: how to train on the old answers: a :class:`ForgetTraining`, or a mapping with its arguments.
+        prompt_format: "plain", "chat" or "question"; use that of the run.
 
-    Costs once ``epochs`` passes over the old answers and a measurement for each coefficient. Memory, until the first
-    step: beyond the reference that ``ParameterScope`` keeps, four times the scope (values, gradients, Adam's two
-    moments), never a second model. A resumed run does not forget again.
+    Attributes:
+        measured: one measurement for each coefficient that was tried, the model before forgetting first.
+        chosen: index of the measurement that was kept, 0 if none was.
+        length: norm of the trained difference over the norm of the weights that it changes.
 
     Raises:
-        EditError: no ``ParameterScope``, adapters, or a sharded scope.
+        EditError: an argument is out of range, there is no ``ParameterScope``, the model has adapters, or the scope is
+            sharded.
+
+    References:
+        "Forgetting before Learning: Utilizing Parametric Arithmetic for Knowledge Updating in Large Language Models",
+        arXiv 2311.08011.
 
     Example:
-        >>> callbacks = [ParameterScope(layers=0.7, modules="mlp.down_proj"), ForgetFirst(texts), EditMetrics(edits)]
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import ForgetFirst, ForgetTraining, ParameterScope
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> forget = ForgetFirst(["The river runs past the old mill."], edits=edits, coefficients=[0.5],
+        ...                      max_probability=0.9, max_perplexity_ratio=9.0, training=ForgetTraining(epochs=3))
+        >>> with editing(model, [ParameterScope(layers=0.7), forget], tokenizer=tokenizer) as edit:
+        ...     edit.before_step()  # doctest: +ELLIPSIS
+        ForgetFirst: subtracted coefficient 0.5 ...
+        >>> forget.measured[forget.chosen].probability < forget.measured[0].probability
+        True
     """
 
-    # Last: whatever the others take from the unedited model when they start, they have taken by then.
+    # Last, so that the other callbacks have read the reference model before the weights change.
     order = 99
-    duplicate_hint = "give one of them all the edits"
+    duplicate_hint = "pass all edits to one of them"
 
     def __init__(
         self,
         texts: TextSource | Texts,
+        *,
         edits: Any = None,
         coefficients: list[float] | None = None,
         scale: Scale = "base",
-        bound: float = 0.5,
-        growth: float = 1.1,
-        epochs: int = 20,
-        lr: float = 5e-4,
-        batch_size: int = 32,
-        max_new_tokens: int = 32,
-        tokenizer: Any = None,
+        max_probability: float = 0.5,
+        max_perplexity_ratio: float = 1.1,
+        training: ForgetTraining | dict[str, Any] | None = None,
         prompt_format: PromptFormat = "plain",
-        seed: int = 0,
     ) -> None:
         check_format(prompt_format)
-        if epochs < 1 or batch_size < 1 or max_new_tokens < 1 or not 0 < lr < math.inf:
-            raise EditError(
-                f"ForgetFirst: epochs={epochs}, batch_size={batch_size}, max_new_tokens={max_new_tokens}, lr={lr}: "
-                "expected 1 or more of each, and a learning rate above 0"
-            )
-        self.guards = Guards(PUBLISHED if coefficients is None else coefficients, scale, bound, growth)
+        coefficients = list(COEFFICIENTS) if coefficients is None else coefficients
+        check_arguments(
+            self,
+            coefficients=(coefficients, Rule("a list of numbers > 0", _all_above_zero)),
+            scale=(scale, one_of(get_args(Scale))),
+            max_probability=(max_probability, within("(0, 1)")),
+            max_perplexity_ratio=(max_perplexity_ratio, at_least(1)),
+        )
+        self.subtraction = Subtraction(coefficients, scale, max_probability, max_perplexity_ratio)
+        self.training = ForgetTraining(**training) if isinstance(training, Mapping) else training or ForgetTraining()
         self.texts = Texts.of(texts)
         self.edits = list(edits) if isinstance(edits, Iterator) else edits
-        self.epochs, self.lr, self.batch_size, self.max_new_tokens = epochs, lr, batch_size, max_new_tokens
-        self.tokenizer, self.seed = tokenizer, seed
         self.prompt_format: PromptFormat = prompt_format
-        self.measured: list[Measured] = []
-        self.taken = 0
+        self.measured: list[Measurement] = []
+        self.chosen, self.length = 0, 0.0
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
         if hasattr(run.model, "peft_config"):
             raise EditError(
-                "ForgetFirst subtracts from weights, and an adapter's factors multiply: forget without adapters first "
-                "(recipes/unlearn.yaml), and put them on the model that it saves"
+                "the subtraction needs plain weights, and the model has adapters; forget without adapters first "
+                "(recipes/unlearn.yaml) and train adapters on the result."
             )
         if self.edits is not None:
             EditDataset.of(self.edits)
         self.texts.check()
 
     def attach(self, run: EditRun) -> None:
-        self.measured, self.taken = [], 0
+        self.measured, self.chosen = [], 0
         if run.host.resumed:
-            # The weights of the checkpoint have forgotten; load_state brings what was measured.
+            # The weights of the checkpoint have forgotten already; load_state restores the measurements.
             return
         if not run.reference:
-            raise EditError(
-                "ForgetFirst subtracts from the weights in scope, and there is no scope: add ParameterScope"
-            )
+            raise EditError("there is no scope to subtract from; add ParameterScope.")
         if any(isinstance(p, DTensor) for p in run.scope.values()):
             raise EditError(
-                "ForgetFirst cannot train on the old answers where the scope is sharded: forget in one process first "
-                "(recipes/unlearn.yaml)"
+                "a sharded scope cannot be trained on the old answers; forget in one process first "
+                "(recipes/unlearn.yaml)."
             )
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():
-            line = self._forget(run)
+            summary = self._forget(run)
         if is_distributed():
-            # Sums on a GPU depend on their order; weights of their own would let the processes diverge.
+            # Sums on a GPU depend on their order, so the processes could end with different weights.
             for parameter in run.scope.values():
                 dist.broadcast(parameter.data, src=0)
         if run.host.is_main:
-            print(line)
+            print(f"ForgetFirst: {summary}")
 
     def state(self) -> dict[str, Any]:
-        return {"taken": self.taken, "measured": [asdict(one) for one in self.measured]}
+        return {"chosen": self.chosen, "measured": [asdict(one) for one in self.measured]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.taken, self.measured = state["taken"], [Measured(**one) for one in state["measured"]]
+        self.chosen, self.measured = state["chosen"], [Measurement(**one) for one in state["measured"]]
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """What was subtracted, and what the model was like before and after."""
+        """Return what was subtracted, and the old answers and the perplexity before and after."""
         if not self.measured:
             return {}
-        before, after = self.measured[0], self.measured[self.taken]
+        before, after = self.measured[0], self.measured[self.chosen]
         return {
             "edit/forgetting/coefficient": after.coefficient,
             "edit/forgetting/old_probability_before": before.probability,
             "edit/forgetting/old_probability": after.probability,
-            "edit/forgetting/old_given": after.given,
+            "edit/forgetting/old_accuracy": after.accuracy,
             "edit/forgetting/perplexity_before": before.perplexity,
             "edit/forgetting/perplexity": after.perplexity,
         }
 
     def _forget(self, run: EditRun) -> str:
-        """Change the live weights, and say what was done."""
-        edits = self.edits if self.edits is not None else run.edits or run.host.edits()
-        if edits is None:
-            raise EditError(
-                f"ForgetFirst: this {run.host.name} run holds no edits of its own; give edits=, a path or an "
-                "EditDataset"
-            )
-        edits = EditDataset.of(edits)
-        tokenizer = run.tokenizer(self.tokenizer)
+        """Subtract from the live weights, and return one line that says what was done."""
+        edits = self._edits(run)
+        tokenizer = run.tokenizer()
         texts = self.texts.load(edits)
-        form: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "prompt_format": self.prompt_format,
-        }
-        old, _ = old_answers(run.model, tokenizer, edits, max_new_tokens=self.max_new_tokens, **form)
+        options: dict[str, Any] = {"batch_size": self.training.batch_size, "prompt_format": self.prompt_format}
+        old, _ = find_old_answers(run.model, tokenizer, edits, max_new_tokens=self.training.max_new_tokens, **options)
         if not old:
-            warnings.warn(
-                f"ForgetFirst: the model gives none of {len(edits)} old answers: nothing to forget", stacklevel=2
-            )
-            return f"forgot nothing: the model gives none of {len(edits)} old answers"
-        before = measure(run.model, tokenizer, old, texts, 0.0, 0.0, **form)
-        base = run.reference
+            warn(f"the model gives none of {len(edits)} old answers, so there is nothing to forget.")
+            return f"nothing to forget, the model gives none of {len(edits)} old answers"
+
+        def measure(coefficient: float, factor: float) -> Measurement:
+            return Measurement(coefficient, factor, *measure_old_answers(run.model, tokenizer, old, texts, **options))
+
+        before, base = measure(0.0, 0.0), run.reference
         try:
-            difference = self._trained(run, tokenizer, old, base)
+            difference = trained_difference(
+                run, tokenizer, old, base, training=self.training, prompt_format=self.prompt_format
+            )
             changed = {name: base[name] for name, value in difference.items() if bool(value.any())}
             if not changed:
-                raise EditError("ForgetFirst: training on the old answers changed no weight: raise lr")
-            length = _norm(difference) / max(_norm(changed), 1e-30)
+                raise EditError("training on the old answers changed no weight; raise learning_rate.")
+            self.length = _norm(difference) / max(_norm(changed), 1e-30)
 
-            def subtracted(coefficient: float, factor: float) -> Measured:
+            def subtract(coefficient: float, factor: float) -> Measurement:
                 _subtract(run, base, difference, factor)
-                return measure(run.model, tokenizer, old, texts, coefficient, factor, **form)
+                return measure(coefficient, factor)
 
-            self.measured, self.taken, ended = self.guards.search(before, length, subtracted)
+            self.measured, self.chosen, ended_by = self.subtraction.search(before, self.length, subtract)
         except BaseException:
             write(run.scope, base)
             raise
-        best = self.measured[self.taken]
+        best = self.measured[self.chosen]
         write(run.scope, base)
-        if self.taken:
+        if self.chosen:
             _subtract(run, base, difference, best.factor)
-        if ended != "forgotten":
-            holding = ", ".join(type(callback).__name__ for callback in run.callbacks if callback.constrains)
-            also = f"; {holding} held back a part of it" if holding else ""
-            warnings.warn(self.guards.shortfall(self.measured, self.taken, ended, length) + also, stacklevel=2)
+        if ended_by != "forgotten":
+            constraints = ", ".join(type(callback).__name__ for callback in run.callbacks if callback.constrains)
+            removed = f" {constraints} removed a part of the subtraction." if constraints else ""
+            warn(self.subtraction.shortfall(self.measured, self.chosen, ended_by, self.length) + removed)
         return (
-            f"forgot, of {len(edits)} edits, {len(old)} old answers that the model gave: coefficient "
-            f"{best.coefficient:g} ({best.factor:.3g} times the trained difference), probability "
-            f"{before.probability:.3f} -> {best.probability:.3f}, still given {best.given:.2f}, perplexity "
-            f"{before.perplexity:.3f} -> {best.perplexity:.3f}, ended by {ended}"
+            f"subtracted coefficient {best.coefficient:g} ({best.factor:.3g} times the trained difference) for "
+            f"{len(old)} of {len(edits)} edits whose old answer the model gave: probability {before.probability:.3f} "
+            f"-> {best.probability:.3f}, teacher-forced accuracy {before.accuracy:.2f} -> {best.accuracy:.2f}, "
+            f"perplexity {before.perplexity:.3f} -> {best.perplexity:.3f}, ended by {ended_by}"
         )
 
-    def _trained(
-        self, run: EditRun, tokenizer: Any, old: Sequence[Edit], base: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """What training on the old answers changes; the live weights are those that were trained, afterwards.
-
-        The optimizer has parameters of its own: the run takes every step of an optimizer of its scope for its own.
-        """
-        head = run.head()
-        length = context_length(run.model.config)
-        rows = EditDataset(old).encode(tokenizer, max_length=length, prompt_format=self.prompt_format)
-        pad_id, device = pad_token_id(tokenizer), next(run.model.parameters()).device
-        own = {name: nn.Parameter(value.clone()) for name, value in base.items()}
-        optimizer = torch.optim.Adam(own.values(), lr=self.lr)
-        source = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.epochs):
-            for batch in torch.randperm(len(rows), generator=source).split(self.batch_size):
-                tensors = collate([rows[int(i)] for i in batch], pad_id=pad_id)
-                ids, mask, labels = (tensors[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
-                where = labels[:, 1:] != IGNORE_INDEX
-                with torch.enable_grad():
-                    hidden = head.hidden(input_ids=ids, attention_mask=mask)
-                    logits = head.project(hidden[:, :-1][where])
-                    loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][where].to(logits.device))
-                if not bool(loss.isfinite()):
-                    raise EditError(f"ForgetFirst: the loss on the old answers is {float(loss)}: lower lr={self.lr}")
-                # Not backward(): that would touch .grad and everything that hooks into it (DDP's reduction, masks).
-                found = torch.autograd.grad(loss, list(run.scope.values()), allow_unused=True)
-                for parameter, gradient in zip(own.values(), found, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-                write(run.scope, own)
-        return {name: value.detach() - base[name] for name, value in own.items()}
+    def _edits(self, run: EditRun) -> Sequence[Edit]:
+        edits = self.edits if self.edits is not None else run.edits or run.host.edits()
+        if edits is None:
+            raise EditError(f"this {run.host.name} run has no edits of its own; pass edits=, a path or an EditDataset.")
+        return EditDataset.of(edits)
 
     def __repr__(self) -> str:
-        guards = self.guards
-        told = f"coefficients={list(guards.coefficients)}, scale={guards.scale!r}, bound={guards.bound}"
-        return f"ForgetFirst({told}, growth={guards.growth}, epochs={self.epochs}, lr={self.lr})"
+        rule, training = self.subtraction, self.training
+        return (
+            f"ForgetFirst(coefficients={list(rule.coefficients)}, scale={rule.scale!r}, "
+            f"max_probability={rule.max_probability}, max_perplexity_ratio={rule.max_perplexity_ratio}, "
+            f"training={training})"
+        )
 
 
 def _subtract(run: EditRun, base: Mapping[str, Tensor], difference: Mapping[str, Tensor], factor: float) -> None:
-    """``base - factor * difference`` into the live weights, with every constraint holding."""
+    """Write ``base - factor * difference`` into the live weights, with every constraint applied."""
     write(run.scope, {name: value - factor * difference[name] for name, value in base.items()})
-    # Nothing has been stepped: what is done once a step (an anchor's pull) is left out.
+    # No optimizer step has been taken, so what scales with the learning rate (the pull of an anchor) is left out.
     run.steps.learning_rates = {}
     run.steps.apply_constraints()
 

@@ -1,7 +1,5 @@
 """Single, batch, sequential and streaming edits, compared by the same questions."""
 
-from kedit_train.evaluation.forgetting import Measured
-from kedit_train.modes.forgetting import ForgetThenLearn, Forgetting, forget
 from kedit_train.modes.result import Checkpoint, ModeResult
 from kedit_train.modes.retention_curve import retention_curve
 from kedit_train.modes.runner import run_edits
@@ -11,15 +9,11 @@ from kedit_train.modes.train_loop import TrainLoop
 
 __all__ = [
     "Checkpoint",
-    "ForgetThenLearn",
-    "Forgetting",
-    "Measured",
     "Mode",
     "ModeResult",
     "Round",
     "SurveyMetrics",
     "TrainLoop",
-    "forget",
     "retainability",
     "retention_curve",
     "rounds",

@@ -23,12 +23,12 @@ import torch
 from paired import arguments, record, table
 
 from kedit_train import EditDataset, EditDelta, evaluate, world
-from kedit_train.callbacks import ParameterScope
+from kedit_train.callbacks import ForgetFirst, ForgetTraining, ParameterScope, editing
 from kedit_train.cli.kedit.sweep_plot import sweep_plot
 from kedit_train.data import Edit
 from kedit_train.delta import merge, sweep
 from kedit_train.evaluation.reporting.plots import figure, saved
-from kedit_train.modes import Forgetting, TrainLoop, forget
+from kedit_train.modes import TrainLoop
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTLM = ROOT.parent / "shared" / "models" / "factlm"
@@ -116,17 +116,27 @@ def negation(bench: Bench, grid: Sequence[float]) -> dict[float, Point]:
     return {c: bench.with_(delta.vector(), c, measure) for c in grid}
 
 
-def forgetting(bench: Bench, grid: Sequence[float]) -> dict[str, Forgetting]:
-    """Subtract the old answers, after a training that stops at a low loss and after one that does not."""
-    loops = {"stopped at loss 0.01": bench.loop(), f"{bench.epochs} epochs": bench.loop(stop_loss=0.0)}
-    with warnings.catch_warnings():
-        # No limit applies, so that every coefficient is measured.
-        warnings.filterwarnings("ignore", message="(forget: )?with coefficient")
-        guards: dict[str, Any] = {"texts": bench.texts, "bound": 1e-9, "growth": 1e9}
-        return {
-            name: forget(bench.model, bench.tokenizer, bench.first, train, grid, **guards)
-            for name, train in loops.items()
-        }
+def forgetting(bench: Bench, grid: Sequence[float]) -> dict[str, ForgetFirst]:
+    """Subtract the old answers after a short and after a long training on them, at every coefficient."""
+    results = {}
+    for epochs in (1, bench.epochs):
+        model = copy.deepcopy(bench.model)
+        forget = ForgetFirst(
+            bench.texts,
+            edits=bench.first,
+            coefficients=list(grid),
+            # Limits that are never reached, so that every coefficient is measured.
+            max_probability=1e-9,
+            max_perplexity_ratio=1e9,
+            training=ForgetTraining(epochs=epochs, learning_rate=bench.lr, batch_size=16),
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="ForgetFirst: with coefficient")
+            scope = ParameterScope(0.7, modules="mlp.down_proj")
+            with editing(model, [scope, forget], tokenizer=bench.tokenizer) as edit:
+                edit.before_step()
+        results[f"{epochs} epoch{'s' if epochs > 1 else ''}"] = forget
+    return results
 
 
 def panel(axes: Any, curves: Mapping[str, Mapping[float, float]], title: str, below: str) -> None:
@@ -150,7 +160,7 @@ def draw_sums(found: Mapping[str, Mapping[float, Point]], n: Mapping[str, int], 
     smaller(saved(drawing, path))
 
 
-def draw_negation(negated: Mapping[float, Point], forgot: Mapping[str, Forgetting], edits: int, path: Path) -> None:
+def draw_negation(negated: Mapping[float, Point], forgot: Mapping[str, ForgetFirst], edits: int, path: Path) -> None:
     drawing = figure(8.4, 3.4)
     left, right = drawing.subplots(1, 2, sharey=True)
     names = list(next(iter(negated.values())))
@@ -232,8 +242,8 @@ def main() -> None:
         table(
             ["(b) old answers subtracted", "length", "coefficient of the paper", "probability", "still given",
              "perplexity"],
-            [[f"{label}, {len(f.forgot)} of {len(bench.first)} known", f"{m.coefficient:g}", f"{m.factor:.2f}",
-              f"{m.probability:.3f}", f"{m.given:.2f}", f"{m.perplexity:.2f}"]
+            [[label, f"{m.coefficient:g}", f"{m.factor:.2f}",
+              f"{m.probability:.3f}", f"{m.accuracy:.2f}", f"{m.perplexity:.2f}"]
              for label, f in forgot.items() for m in f.measured],
         ),
         table(

@@ -1,4 +1,4 @@
-"""F-Learning inside of a run: against training, difference and subtraction by hand, and to others it never happened."""
+"""ForgetFirst against training and subtraction by hand, each of its limits, and the callbacks beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from kedit_train import EditDelta, EditError, world
 from kedit_train.callbacks import (
     EditMetrics,
     ForgetFirst,
+    ForgetTraining,
     GradientMask,
     NormBall,
     ParameterScope,
@@ -27,12 +28,17 @@ from kedit_train.callbacks import (
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.tokenization import collate, pad_token_id, separator
 from kedit_train.evaluation.options import EvaluationOptions
+from kedit_train.evaluation.scoring.old_answers import find_old_answers
 
 NAME = "model.layers.4.mlp.down_proj.weight"
 EDITS = EditDataset(world.edits(6))
+FAST_TRAINING = ForgetTraining(epochs=3, learning_rate=2e-3)
 TEXTS = world.locality_texts(exclude=EDITS, n=12)
-# Reached before the last coefficient, so that nothing warns.
-FAST: dict[str, Any] = {"epochs": 3, "lr": 2e-3, "batch_size": 4, "growth": 9.0, "bound": 0.9}
+FAST: dict[str, Any] = {
+    "training": ForgetTraining(epochs=3, learning_rate=2e-3, batch_size=4),
+    "max_perplexity_ratio": 9.0,
+    "max_probability": 0.9,
+}
 
 
 @pytest.fixture
@@ -83,7 +89,8 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
     step = trained_by_hand(model, tokenizer)
     length = float(step.norm() / base[NAME].norm())
     coefficients = [0.2, 0.4] if scale == "base" else [0.2 / length, 0.4 / length]
-    forget = ForgetFirst(TEXTS, EDITS, coefficients, scale, **{**FAST, "bound": 1e-9})  # type: ignore[arg-type]
+    options: dict[str, Any] = {**FAST, "max_probability": 1e-9, "scale": scale}
+    forget = ForgetFirst(TEXTS, edits=EDITS, coefficients=coefficients, **options)
     random = torch.random.get_rng_state()
     with editing(model.train(), [forget, scope()], tokenizer=tokenizer) as edit:
         with pytest.warns(UserWarning, match="ForgetFirst: with coefficient .* still have a mean probability of 0"):
@@ -94,7 +101,7 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
         # Adam turns the rounding of small gradients into steps of full size, in few entries.
         assert float((moved - (wanted - base[NAME])).norm() / moved.norm()) < 1e-3
         assert [one.factor for one in forget.measured] == pytest.approx([0.0, 0.2 / length, 0.4 / length], rel=1e-3)
-        assert (forget.taken, run.step, model.training) == (2, 0, True)
+        assert (forget.chosen, run.step, model.training) == (2, 0, True)
         assert torch.equal(torch.random.get_rng_state(), random)
         assert all(parameter.grad is None for parameter in model.parameters())
         # Nothing else has changed, and the model before the edit is the one before forgetting.
@@ -109,31 +116,40 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
         rows = run.collect()
         assert rows["edit/forgetting/old_probability"] == forget.measured[2].probability
         assert rows["edit/drift/relative"] == pytest.approx(0.4, rel=1e-2)
-    assert "forgot, of 6 edits, 6 old answers that the model gave" in capsys.readouterr().out
+    assert "for 6 of 6 edits whose old answer the model gave" in capsys.readouterr().out
 
 
 def test_it_ends_at_the_bound_and_before_the_texts_suffer(loaded) -> None:
     model, tokenizer = loaded
     base = state_of(model)
     steps = [1.6, 0.05, 0.4, 0.8]
-    forget = ForgetFirst(TEXTS, EDITS, steps, bound=0.5, epochs=3, lr=2e-3, growth=1e6)
+    forget = ForgetFirst(
+        TEXTS, edits=EDITS, coefficients=steps, max_probability=0.5, max_perplexity_ratio=1e6, training=FAST_TRAINING
+    )
     with editing(model, [scope(), forget], tokenizer=tokenizer) as edit:
         edit.before_step()
     tried = [one.coefficient for one in forget.measured]
     assert tried == [0.0, 0.05, 0.4, 0.8, 1.6][: len(tried)]
     assert forget.measured[-1].probability <= 0.5 < forget.measured[-2].probability
-    assert forget.taken == len(tried) - 1
+    assert forget.chosen == len(tried) - 1
 
     model.load_state_dict(base)
     # Texts that state the old facts in words that no probe has suffer from the first step on.
     own = [f"Indeed: {edit.target}." for edit in old()]
-    forget = ForgetFirst(own, EDITS, [1e-4, 2.0], bound=0.01, epochs=3, lr=2e-3, growth=1.0001)
+    forget = ForgetFirst(
+        own,
+        edits=EDITS,
+        coefficients=[1e-4, 2.0],
+        max_probability=0.01,
+        max_perplexity_ratio=1.0001,
+        training=FAST_TRAINING,
+    )
     with editing(model, [scope(), forget], tokenizer=tokenizer) as edit, pytest.warns(UserWarning, match="perplexity"):
         edit.before_step()
     before, last = forget.measured[0], forget.measured[-1]
     assert last.perplexity > 1.0001 * before.perplexity
     moved = float((model.get_parameter(NAME).detach() - base[NAME]).norm() / base[NAME].norm())
-    assert moved == pytest.approx(forget.measured[forget.taken].coefficient, rel=1e-3, abs=1e-9)
+    assert moved == pytest.approx(forget.measured[forget.chosen].coefficient, rel=1e-3, abs=1e-9)
     assert moved < 1e-3
 
 
@@ -142,9 +158,9 @@ def test_what_the_model_does_not_answer_is_not_forgotten(loaded) -> None:
     base = state_of(model)
     # The "new" answer is the one that it gives, and an old one that it does not give.
     known = [Edit(EDITS[0].prompt, str(EDITS[0].old_target)), replace(EDITS[1], old_target="Nowhere")]
-    forget = ForgetFirst(TEXTS, known, **FAST)
+    forget = ForgetFirst(TEXTS, edits=known, **FAST)
     with editing(model, [scope(), forget], tokenizer=tokenizer) as edit:
-        with pytest.warns(UserWarning, match="the model gives none of 2 old answers: nothing to forget"):
+        with pytest.warns(UserWarning, match="ForgetFirst: the model gives none of 2 old answers"):
             edit.before_step()
         assert equal_bits(state_of(model), base)
         assert (forget.measured, forget.metrics(edit.run)) == ([], {})
@@ -154,7 +170,7 @@ def test_constraints_hold_for_the_forgetting(loaded) -> None:
     model, tokenizer = loaded
     base = state_of(model)[NAME]
     mask = GradientMask("random", density=0.25)
-    forget = ForgetFirst(TEXTS, EDITS, [0.5], **{**FAST, "bound": 0.999})
+    forget = ForgetFirst(TEXTS, edits=EDITS, coefficients=[0.5], **{**FAST, "max_probability": 0.999})
     with editing(model, [scope(), forget, mask], tokenizer=tokenizer) as edit:
         edit.before_step()
         moved = model.get_parameter(NAME).detach() != base
@@ -164,9 +180,9 @@ def test_constraints_hold_for_the_forgetting(loaded) -> None:
 
     with torch.no_grad():
         model.get_parameter(NAME).copy_(base)
-    ball, forget = NormBall(radius=1e-4), ForgetFirst(TEXTS, EDITS, [0.5], **FAST)
+    ball, forget = NormBall(radius=1e-4), ForgetFirst(TEXTS, edits=EDITS, coefficients=[0.5], **FAST)
     with editing(model, [scope(), ball, forget], tokenizer=tokenizer) as edit:
-        with pytest.warns(UserWarning, match="a mean probability of 0.99.*; NormBall held back a part of it"):
+        with pytest.warns(UserWarning, match=r"probability of 0\.99.* NormBall removed a part of the subtraction"):
             edit.before_step()
         assert 0 < float((model.get_parameter(NAME).detach() - base).abs().max()) <= 1.001e-4
 
@@ -177,7 +193,7 @@ def test_scores_and_the_delta_are_those_of_the_whole_edit(loaded, tmp_path: Path
     base = state_of(model)
     path = str(tmp_path / "edit.safetensors")
     metrics = EditMetrics(EDITS, every_n_steps=0, show=False, evaluation=EvaluationOptions(max_new_tokens=8))
-    callbacks = [ForgetFirst(TEXTS, coefficients=[0.4, 1.2], **{**FAST, "bound": 0.5}), scope(), metrics]
+    callbacks = [ForgetFirst(TEXTS, coefficients=[0.4, 1.2], **{**FAST, "max_probability": 0.5}), scope(), metrics]
     HOSTS["Lightning"](model, tokenizer, EDITS, [*callbacks, SaveDelta(path)], 1, optimizer=_still)
     assert metrics.unedited is not None
     assert metrics.report is not None
@@ -204,7 +220,7 @@ def test_a_resumed_run_does_not_forget_again_and_ends_on_the_same_bits(host: str
     def train(resume: bool) -> tuple[dict[str, Tensor], ForgetFirst]:
         model, tokenizer = world.load()
         torch.manual_seed(0)
-        forget = ForgetFirst(TEXTS, EDITS, [0.2, 0.4, 0.8], **FAST)
+        forget = ForgetFirst(TEXTS, edits=EDITS, coefficients=[0.2, 0.4, 0.8], **FAST)
         callbacks: list[Any] = [forget, scope(), TokenSmoothing(), NormBall(radius=0.05)]
         options: dict[str, Any]
         if host == "Lightning":
@@ -218,35 +234,112 @@ def test_a_resumed_run_does_not_forget_again_and_ends_on_the_same_bits(host: str
         return state_of(model), forget
 
     whole, first = train(resume=False)
-    assert capsys.readouterr().out.count("forgot, of 6 edits") == 1
+    assert capsys.readouterr().out.count("ForgetFirst: subtracted") == 1
     resumed, second = train(resume=True)
-    assert "forgot" not in capsys.readouterr().out
+    assert "ForgetFirst:" not in capsys.readouterr().out
     assert equal_bits(whole, resumed)
     assert len(first.measured) > 1
-    assert (second.measured, second.taken) == (first.measured, first.taken)
+    assert (second.measured, second.chosen) == (first.measured, first.chosen)
 
 
-def test_what_it_cannot_do_is_refused_in_one_line(loaded) -> None:
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ({"coefficients": [0.0]}, "a list of numbers > 0"),
+        ({"coefficients": []}, "a list of numbers > 0"),
+        ({"scale": "both"}, '"base" or "trained"'),
+        ({"max_probability": 1.0}, "in (0, 1)"),
+        ({"max_perplexity_ratio": 0.9}, ">= 1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(argument, expected) -> None:
+    ((name, value),) = argument.items()
+    with pytest.raises(EditError) as error:
+        ForgetFirst(TEXTS, **argument)
+    assert str(error.value) == f"ForgetFirst: {name} must be {expected}, got {value!r}."
+
+
+def test_the_training_may_be_a_mapping_as_in_yaml() -> None:
+    assert ForgetFirst(TEXTS, training={"epochs": 3}).training == ForgetTraining(epochs=3)
+    with pytest.raises(EditError, match=r"^ForgetTraining: epochs must be an integer >= 1, got 0"):
+        ForgetFirst(TEXTS, training={"epochs": 0})
+
+
+@pytest.mark.parametrize(
+    ("make_callbacks", "message"),
+    [
+        (lambda: [ForgetFirst(TEXTS, edits=EDITS)], "ForgetFirst: there is no scope to subtract from; add Parameter"),
+        (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: this .* run has no edits of its own"),
+        (lambda: [scope(), ForgetFirst("nowhere.txt", edits=EDITS)], "ForgetFirst: .*nowhere.txt"),
+        (lambda: [scope(), *(ForgetFirst(TEXTS, edits=EDITS) for _ in range(2))], "two ForgetFirst callbacks"),
+    ],
+)
+def test_a_list_of_callbacks_that_cannot_work_is_refused(loaded, make_callbacks, message) -> None:
     model, tokenizer = loaded
-    for wrong in ({"coefficients": [0.0]}, {"scale": "both"}, {"bound": 1.0}, {"growth": 0.9}, {"epochs": 0}):
-        with pytest.raises(EditError, match=f"^ForgetFirst: .*{next(iter(wrong))}=.*"):
-            ForgetFirst(TEXTS, **wrong)  # type: ignore[arg-type]
-    cases: list[tuple[list[Any], str]] = [
-        ([ForgetFirst(TEXTS, EDITS)], "there is no scope: add ParameterScope"),
-        ([scope(), ForgetFirst(TEXTS)], "holds no edits of its own"),
-        ([scope(), ForgetFirst("nowhere.txt", EDITS)], "ForgetFirst: no file 'nowhere.txt'"),
-        ([scope(), ForgetFirst(TEXTS, EDITS), ForgetFirst(TEXTS, EDITS)], "two ForgetFirst callbacks"),
-    ]
-    for callbacks, words in cases:
-        with pytest.raises(EditError, match=words) as told, editing(model, callbacks, tokenizer=tokenizer) as edit:
+    callbacks = make_callbacks()
+    with pytest.raises(EditError, match=message) as error, editing(model, callbacks, tokenizer=tokenizer) as edit:
+        edit.before_step()
+    assert "\n" not in str(error.value)
+
+
+def test_a_coefficient_of_the_base_scale_is_a_length_whatever_the_training_was(loaded) -> None:
+    model, tokenizer = loaded
+    base = state_of(model)
+    results = []
+    for epochs, rate in ((2, 1e-3), (10, 2e-3)):
+        forget = ForgetFirst(
+            TEXTS,
+            edits=EDITS,
+            coefficients=[0.3],
+            max_probability=1e-9,
+            max_perplexity_ratio=1e9,
+            training=ForgetTraining(epochs=epochs, learning_rate=rate),
+        )
+        expected = pytest.warns(UserWarning, match="there are no larger coefficients")
+        with editing(model, [scope(), forget], tokenizer=tokenizer) as edit, expected:
             edit.before_step()
-        assert "\n" not in str(told.value)
+        moved = float((model.get_parameter(NAME).detach() - base[NAME]).norm() / base[NAME].norm())
+        assert moved == pytest.approx(0.3, rel=1e-4)
+        assert forget.measured[-1].factor == pytest.approx(0.3 / forget.length)
+        model.load_state_dict(base)
+        results.append(forget)
+    short, long = results
+    assert long.length > 4 * short.length
+    assert abs(short.measured[-1].probability - long.measured[-1].probability) < 0.2
+
+
+def test_only_old_answers_that_the_model_gives_take_part(loaded) -> None:
+    model, tokenizer = loaded
+    kept, unknown_old, learned, wrong = EDITS[0], EDITS[1], EDITS[2], EDITS[3]
+    edits = [
+        replace(kept, id="kept"),
+        replace(unknown_old, old_target=None, id="old answer not in the data"),
+        replace(learned, target=str(learned.old_target), id="learned"),
+        replace(wrong, old_target="Atlantis", id=""),
+    ]
+    options: dict[str, Any] = {"batch_size": 4, "prompt_format": "plain"}
+    found, left_out = find_old_answers(model, tokenizer, edits, **options)
+    assert [(e.id, e.target) for e in found] == [
+        ("kept", kept.old_target),
+        ("old answer not in the data", unknown_old.old_target),
+    ]
+    assert left_out == {
+        "learned": f"the model gives the new answer already ({learned.old_target!r})",
+        "3": f"the model answers {wrong.old_target!r} and not 'Atlantis'",
+    }
+    _, left_out = find_old_answers(model, tokenizer, edits[:1], max_new_tokens=1, **options)
+    assert left_out == {"kept": "the model gives no answer that ends"}
+    with pytest.raises(EditError, match="there are no edits"):
+        find_old_answers(model, tokenizer, [], **options)
 
 
 def test_adapters_are_refused(loaded) -> None:
     peft = pytest.importorskip("peft")
     model, _ = loaded
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    callbacks = [ParameterScope(), ForgetFirst(TEXTS, EDITS)]
-    with pytest.raises(EditError, match="ForgetFirst subtracts from weights"), editing(adapted, callbacks):
+    callbacks = [ParameterScope(), ForgetFirst(TEXTS, edits=EDITS)]
+    with (
+        pytest.raises(EditError, match="ForgetFirst: the subtraction needs plain"),
+        editing(adapted, callbacks),
+    ):
         raise AssertionError("entered")

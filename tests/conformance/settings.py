@@ -12,6 +12,7 @@ from kedit_train.callbacks import (
     BatchAnchor,
     EditMetrics,
     ForgetFirst,
+    ForgetTraining,
     GradientMask,
     KLLocality,
     LowCurvature,
@@ -52,7 +53,9 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "GradientMask": lambda edits: [GradientMask(MaskScore("gradient", limit=4), density=0.2, edits=edits)],
     "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS)],
     "ForgetFirst": lambda edits: [
-        ForgetFirst(TEXTS, edits=edits, bound=0.999, growth=9.0, epochs=3),
+        ForgetFirst(
+            TEXTS, edits=edits, max_probability=0.999, max_perplexity_ratio=9.0, training=ForgetTraining(epochs=3)
+        ),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
     ],
     "PrefixCache": lambda edits: [PrefixCache(), ParameterScope(layers=0.5, modules="mlp.down_proj")],

@@ -1,0 +1,102 @@
+"""Old answers: which of them a model gives, and how probable they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from kedit_train.data import Edit
+from kedit_train.data.prompts import PromptFormat
+from kedit_train.errors import EditError
+from kedit_train.evaluation.asking.generate import generate_answers
+from kedit_train.evaluation.asking.teacher_forced import teacher_forced
+from kedit_train.evaluation.scoring.normalize import exact_match
+from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
+
+
+def find_old_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    batch_size: int,
+    prompt_format: PromptFormat,
+    max_new_tokens: int = 32,
+) -> tuple[list[Edit], dict[str, str]]:
+    """Return edits whose targets are the old answers, in the words of the model.
+
+    An edit takes part if the model gives its old answer by itself: greedily, with an end. The old answer is
+    ``old_target``, or, if the data has none, whatever the model generates unless that is the new answer.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        edits: with the new answers as targets.
+        batch_size: prompts in one forward pass.
+        prompt_format: how the prompts are written.
+        max_new_tokens: a longer answer does not take part.
+
+    Returns:
+        The edits that take part, each with its old answer as the target, and for every other edit (its id, or its
+        number) the reason why it does not.
+
+    Raises:
+        EditError: there are no edits.
+    """
+    if not len(edits):
+        raise EditError("there are no edits; pass at least one.")
+    options: dict[str, Any] = {"batch_size": batch_size, "prompt_format": prompt_format}
+    prompts = [edit.prompt for edit in edits]
+    generated = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options)
+    old, left_out = [], {}
+    for number, (edit, answer) in enumerate(zip(edits, generated, strict=True)):
+        reason = None
+        if not answer.text or not answer.ended:
+            reason = "the model gives no answer that ends"
+        elif exact_match(answer.text, edit.answers):
+            reason = f"the model gives the new answer already ({answer.text!r})"
+        elif edit.old_target is not None and not exact_match(answer.text, (edit.old_target,)):
+            reason = f"the model answers {answer.text!r} and not {edit.old_target!r}"
+        if reason is None:
+            old.append(Edit(edit.prompt, answer.text, subject=edit.subject, id=edit.id))
+        else:
+            left_out[edit.id or str(number)] = reason
+    return old, left_out
+
+
+def measure_old_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    old: Sequence[Edit],
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    prompt_format: PromptFormat,
+) -> tuple[float, float, float]:
+    """Measure how well a model still knows old answers, and its perplexity on texts.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        old: edits whose targets are the old answers; see :func:`find_old_answers`.
+        texts: for the perplexity.
+        batch_size: sequences in one forward pass.
+        prompt_format: how the prompts are written.
+
+    Returns:
+        The mean probability of the old answers (each the product over its tokens), the share of them whose every token
+        is the most probable one, and the perplexity.
+
+    Raises:
+        EditError: the texts hold no token to predict.
+    """
+    pairs = [(edit.prompt, edit.target) for edit in old]
+    scored = teacher_forced(model, tokenizer, pairs, batch_size=batch_size, prompt_format=prompt_format)
+    value = perplexity(text_losses(model, tokenizer, texts, batch_size=batch_size)).value
+    if value is None:
+        raise EditError("the texts hold no token to predict; pass longer ones.")
+    probability = sum(math.exp(sum(one.log_probs)) for one in scored) / len(scored)
+    return probability, sum(one.exact for one in scored) / len(scored), value
