@@ -46,7 +46,7 @@ class ParameterScope(EditCallback):
         >>> model, tokenizer = world.load()
         >>> with editing(model, [ParameterScope(0.7, modules="mlp.down_proj")]) as edit:
         ...     [name for name, p in model.named_parameters() if p.requires_grad]
-        ['model.layers.2.mlp.down_proj.weight']
+        ['model.layers.4.mlp.down_proj.weight']
     """
 
     order = 0

@@ -1,4 +1,4 @@
-"""Tiny random models and a tokenizer of words, for the callbacks in a plain loop."""
+"""Tiny random models and a word tokenizer for the tests of callbacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ["<unk>", "</s>", *(f"w{i}" for i in range(59))]
 
 @pytest.fixture
 def words() -> PreTrainedTokenizerFast:
-    """61 tokens: "w0" to "w58" and two special ones; no pad token."""
+    """A tokenizer of 61 tokens: "w0" to "w58" and two special tokens; no pad token."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
@@ -23,7 +23,7 @@ def words() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def make() -> Callable[..., Any]:
-    """``make("llama", **config)``: a causal language model with random weights large enough to matter."""
+    """A function ``make("llama", **config)`` that returns a causal language model with random weights."""
 
     def build(family: str = "llama", dtype: torch.dtype = torch.float32, **config: Any) -> Any:
         if family == "gpt2":
