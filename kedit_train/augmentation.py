@@ -25,7 +25,7 @@ from kedit_train.data.readers.files import SUFFIXES
 from kedit_train.data.tokenization import context_length, token_ids
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
-from kedit_train.evaluation.asking.batching import device_of, evaluating, unwrapped
+from kedit_train.evaluation.asking.batching import inference_context, model_device, unwrap_model
 from kedit_train.evaluation.asking.probes import PREFIXES
 
 # Prefixes to draw from, for each that an edit gets: edits share them.
@@ -50,9 +50,9 @@ def generate_prefixes(
     Raises:
         EditError: the model says the same again and again, so that there are no ``n`` different ones.
     """
-    inner, generator = unwrapped(model), torch.Generator().manual_seed(seed)
+    inner, generator = unwrap_model(model), torch.Generator().manual_seed(seed)
     found: dict[str, None] = {}
-    with evaluating(inner):
+    with inference_context(inner):
         for _ in range(8):
             for length in lengths:
                 texts = _sampled(inner, tokenizer, -(-n // len(lengths)), length, generator)
@@ -66,7 +66,7 @@ def generate_prefixes(
 def _sampled(model: Any, tokenizer: Any, n: int, length: int, generator: torch.Generator) -> list[str]:
     begin = tokenizer.bos_token_id
     starts = [[begin]] if begin is not None else [token_ids(tokenizer, word, special=False)[:1] for word in OPENINGS]
-    ids = torch.tensor([starts[i % len(starts)] for i in range(n)], device=device_of(model))
+    ids = torch.tensor([starts[i % len(starts)] for i in range(n)], device=model_device(model))
     special = torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long)
     for _ in range(length):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1].float().cpu()
@@ -277,7 +277,7 @@ def augmentation(
 def _fits(model: Any, tokenizer: Any, rows: Sequence[Edit], prompt_format: PromptFormat) -> None:
     """Rows that are too long are refused here, by name, before any training."""
     if rows:
-        longest = context_length(unwrapped(model).config)
+        longest = context_length(unwrap_model(model).config)
         EditDataset(rows, name="replay").encode(tokenizer, max_length=longest, prompt_format=prompt_format)
 
 

@@ -227,8 +227,8 @@ class EditSFTTrainer(SFTTrainer):
             {} if runtime is None else {"training": f"{runtime:.1f} s on {self.args.device.type}, evaluations included"}
         )
         cost["evaluation before, during and after training"] = f"{report.meta['seconds_of_metrics']:.1f} s"
-        text = card.section(report, delta=getattr(saved, "delta", None), cost=cost)
-        card.put(Path(str(self.args.output_dir)) / "README.md", text)
+        text = card.model_card_section(report, delta=getattr(saved, "delta", None), cost=cost)
+        card.insert_section(Path(str(self.args.output_dir)) / "README.md", text)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model with its card."""

@@ -99,10 +99,10 @@ def main() -> None:
         model.to(torch.accelerator.current_accelerator())
     room = 0.5 if given.room is None else given.room
     held = [] if given.plain else constraints(given.texts or world.NAME, room, given.seed)
-    loop = TrainLoop(tokenizer, [*learning(), *held], epochs=40, lr=given.lr, stop_loss=0.0)
+    loop = TrainLoop(tokenizer, callbacks=[*learning(), *held], epochs=40, learning_rate=given.lr, stop_loss=0.0)
     finished = False
     try:
-        result = run_edits(model, tokenizer, edits, "sequential", train=loop, seed=given.seed)
+        result = run_edits(model, tokenizer, edits, mode="sequential", train=loop, seed=given.seed)
         finished = True
     finally:
         delta = EditDelta.between(base, model.cpu(), edits=edits if finished else None)

@@ -150,7 +150,7 @@ class EditMetrics(EditCallback):
         edits.encode(self._tokenizer, max_length=max_length, prompt_format=self.evaluation.prompt_format)
         with run.reference_model():
             self.unedited = self._gather_distributions(self._evaluate(run, limit=None, before=None))
-        self._positions = list(wandb_tables.positions("unedited", self.unedited))
+        self._positions = list(wandb_tables.position_rows("unedited", self.unedited))
         self._training_began = time.perf_counter()
         wandb_run = run.host.wandb_run()
         if wandb_run is not None:
@@ -201,7 +201,7 @@ class EditMetrics(EditCallback):
         report = self._evaluate(run, limit=self.limit, before=self.unedited)
         self._seconds_in_training += self._seconds - seconds_before
         self._scores, self._evaluated_step = report.flat(), run.step
-        self._positions += wandb_tables.positions(f"step {run.step}", report)
+        self._positions += wandb_tables.position_rows(f"step {run.step}", report)
         self._update_best(run, self._scores)
         run.publish(self._scores)
         run.host.log({**self._scores, **self.best, **self._time_metrics()})
@@ -223,8 +223,8 @@ class EditMetrics(EditCallback):
                 self._tokenizer,
                 self._edits,
                 options=replace(self.evaluation, distributed=self._is_shared()),
-                before=before,
-                reference=reference,
+                unedited=before,
+                reference_weights=reference,
                 limit=limit,
                 progress=run.host.is_main and len(self._edits) > self.evaluation.batch_size,
             )
@@ -270,16 +270,19 @@ class EditMetrics(EditCallback):
         return metrics
 
     def _log_tables(self, run: EditRun, report: Report) -> None:
-        self._positions += wandb_tables.positions("edited", report)
-        tables = {"answers": wandb_tables.answers(report), "changed_elsewhere": wandb_tables.elsewhere(report)}
-        tables["positions"] = (list(wandb_tables.POSITIONS), self._positions)
+        self._positions += wandb_tables.position_rows("edited", report)
+        tables = {
+            "answers": wandb_tables.answers_table(report),
+            "changed_elsewhere": wandb_tables.changed_answers_table(report),
+        }
+        tables["positions"] = (list(wandb_tables.POSITION_COLUMNS), self._positions)
         for name, (columns, rows) in tables.items():
             if rows:
                 run.host.log_table(f"edit/{name}", columns, rows)
         wandb_run = run.host.wandb_run()
         if wandb_run is not None:
-            wandb_tables.curves_to_wandb(wandb_run, self._positions)
-            wandb_tables.keep_report(run.host, report)
+            wandb_tables.log_position_curves(wandb_run, self._positions)
+            wandb_tables.log_report(run.host, report)
 
     def _configuration(self, run: EditRun) -> dict[str, Any]:
         """Return what identifies this edit, for the configuration of the W&B run."""

@@ -1,21 +1,26 @@
-"""Did it take, and what did it cost? What the model says before and after, scored and kept."""
+"""Evaluation of edited models: probes, scores with confidence intervals, and reports."""
 
 from kedit_train.evaluation.asking.generate import Answer, generate_answers
 from kedit_train.evaluation.evaluator import evaluate
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.report import Report
-from kedit_train.evaluation.scoring.bootstrap import EditMean, Score
-from kedit_train.evaluation.scoring.normalize import contains, exact_match, normalise
+from kedit_train.evaluation.scoring.bootstrap import MeanOverEdits, Score
+from kedit_train.evaluation.scoring.capability import Capability, CapabilityProbe
+from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks
+from kedit_train.evaluation.scoring.normalize import contains, exact_match, normalize
 
 __all__ = [
     "Answer",
-    "EditMean",
+    "Capability",
+    "CapabilityProbe",
     "EvaluationOptions",
+    "LmEvalTasks",
+    "MeanOverEdits",
     "Report",
     "Score",
     "contains",
     "evaluate",
     "exact_match",
     "generate_answers",
-    "normalise",
+    "normalize",
 ]

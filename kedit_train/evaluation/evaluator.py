@@ -1,11 +1,11 @@
-"""Did it take, and what else changed? One evaluator, for the unedited model and for the edited one."""
+"""``evaluate``: prompt a model with every probe of the edits and score its answers."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,22 +13,25 @@ from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit
-from kedit_train.data.prompts import PromptFormat
 from kedit_train.data.tokenization import shorten
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import DivergedError
-from kedit_train.evaluation.asking.distributed import shared_out
-from kedit_train.evaluation.asking.probes import EXTRAS, PREFIXES, Asked, probes_of
-from kedit_train.evaluation.asking.questions import Judge, Settings, ask
+from kedit_train.evaluation.asking.distributed import split_across_processes
+from kedit_train.evaluation.asking.generate import Answer
+from kedit_train.evaluation.asking.probes import PREFIXES, ProbeRequest, probe_requests
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.report import Report
-from kedit_train.evaluation.reporting.metadata import meta_of
-from kedit_train.evaluation.scoring.bootstrap import Score
-from kedit_train.evaluation.scoring.divergence import Distribution, distributions, divergences
-from kedit_train.evaluation.scoring.metrics import ProbeResult, summarise
-from kedit_train.evaluation.scoring.normalize import exact_match, normalise
+from kedit_train.evaluation.reporting.metadata import report_metadata
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
+from kedit_train.evaluation.scoring.divergence import Distribution, compute_divergences, record_distributions
+from kedit_train.evaluation.scoring.metrics import summarize
+from kedit_train.evaluation.scoring.normalize import exact_match, normalize
 from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
+from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult, answer_requests
 from kedit_train.evaluation.scoring.weight_drift import weight_drift
+
+# Settings that change an answer. The unedited and the edited model must share them.
+_ANSWER_SETTINGS = ("max_new_tokens", "prompt_format")
 
 
 def evaluate(
@@ -37,182 +40,214 @@ def evaluate(
     edits: Sequence[Edit],
     *,
     options: EvaluationOptions | None = None,
-    before: Report | None = None,
-    metrics: Collection[str] = (),
-    full: bool = False,
-    texts: Any = None,
-    reference: Mapping[str, Tensor] | nn.Module | None = None,
-    prompt_format: PromptFormat = "plain",
+    unedited: Report | None = None,
+    reference_weights: Mapping[str, Tensor] | nn.Module | None = None,
     judge: Judge = exact_match,
     prefixes: Sequence[str] = PREFIXES,
-    batch_size: int = 64,
-    max_new_tokens: int = 32,
-    fluency_tokens: int = 100,
     limit: int | None = None,
-    progress: bool = True,
     seed: int = 0,
-    distributed: bool = False,
+    progress: bool = True,
 ) -> Report:
-    """Put every question of ``edits`` to ``model`` and score the answers.
+    """Prompt ``model`` with every probe of ``edits`` and score its answers.
 
-    Reliability is asked with the edit's prompt, generality with each of its rephrasings; portability and locality with
-    the probes that the data brings. Each is scored on what the model generates (greedy, to its own end-of-text,
-    normalised exact match with any accepted spelling) and, beside it, under teacher forcing on the preferred answer.
-    That is the default, and its cost: one forward pass a probe, and generation where the model's answer is not that.
+    Reliability is measured with the edit's prompt and generality with each of its rephrasings. Portability and
+    locality are measured with the probes that the data brings. Each probe gets two scores:
 
-    Run it on the unedited model first and hand that report in as ``before``: then locality means "the same answer as
-    before" instead of "the true answer", and the report shows both models side by side::
+    - generated: the model answers freely (greedy decoding, until it ends by itself), and the answer must equal one of
+      the accepted answers after normalization;
+    - teacher-forced: the share of the preferred answer's tokens that the model ranks first when all earlier tokens
+      are given.
 
-        before = evaluate(model, tokenizer, edits)
-        ...  # train
-        evaluate(model, tokenizer, edits, before=before).print()
+    By default this costs one forward pass per probe, and generation only where the model departs from the preferred
+    answer. Evaluate the unedited model first and pass its report as ``unedited``. Locality then means "the same
+    answer as before the edit" instead of "the true answer", and the report shows both models.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one; left as it was found.
-        tokenizer: its tokenizer.
-        edits: what to ask.
-        before: the unedited model's report on the same edits, with the same settings.
-        metrics: what to measure beside the core: ``prefixes`` (generality after neutral sentences: two more
-            answers an edit), ``format`` (generality as a question, or as a completion: one more), ``kl`` (of locality,
-            to the unedited model: one more forward pass a locality probe, and 12 KiB a token to remember),
-            ``resurgence`` (is the old answer still preferred, after its denial, as a choice: three more answers and
-            the old answer scored), ``fluency`` (a continuation of ``fluency_tokens`` of every edit's prompt: as much
-            as all the rest together).
-        full: all of these.
-        texts: unrelated texts for the perplexity: a list, or what ``KLLocality`` reads (a path, a dataset, "world").
-        reference: the weights before the edit, for the drift: name -> value, or the unedited model.
-        prompt_format: ``"plain"``, through the tokenizer's template as a ``"chat"``, or framed as a ``"question"``.
-        judge: ``judge(answer, accepted) -> bool`` in place of exact match.
-        prefixes: sentences for ``prefixes``, in place of the package's own.
-        batch_size: rows at a time; no score depends on it (but see ``meta["near_ties"]``).
-        max_new_tokens: where an answer that never ends is cut.
-        fluency_tokens: where a continuation is.
-        limit: evaluate a seeded sample of so many edits.
-        progress: bars in a terminal.
-        seed: of that sample, of the prefixes and of the bootstrap.
-        distributed: share the edits out over the processes of the default group, each of which holds the whole model
-            and calls; every one gets the same report. Without it each process evaluates all that it is given.
+        model: a causal language model of transformers, or a PEFT model around one. It is left unchanged.
+        tokenizer: the model's tokenizer.
+        edits: the edits to evaluate.
+        options: what to measure and how to prompt. Default: ``EvaluationOptions()``.
+        unedited: the unedited model's report on the same edits, made with the same options.
+        reference_weights: the weights before the edit, for weight drift: parameter name -> value, or the unedited
+            model. None: no weight drift.
+        judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
+        prefixes: sentences for the metric "prefixes", used instead of the built-in English ones.
+        limit: evaluate a random sample of this many edits. None: all edits.
+        seed: seed of the sample, the prefixes and the bootstrap.
+        progress: show progress bars in a terminal.
 
     Returns:
-        A :class:`Report`. Probes without any accepted answer count in locality against ``before`` only;
-        ``meta["unscored"]`` says how many of each question could not be scored. What the edits have no probes for has
-        the value ``None``.
+        A :class:`~kedit_train.evaluation.Report`. A metric without probes has the value None. Probes without an
+        accepted answer count in locality only if ``unedited`` is given; ``meta["unscored"]`` counts them per question.
 
     Raises:
-        EditError: no edits, a prompt beyond the model's context, NaN logits (the edit is named), a ``before`` that
-            does not fit, an unknown metric.
+        EditError: there are no edits, a prompt is longer than the model's context, the logits are NaN (the message
+            names the edit), or ``unedited`` does not fit these edits and options.
+
+    References:
+        Yang et al., "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
+
+    Example:
+        >>> from kedit_train import EditDataset, evaluate, world
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> unedited = evaluate(model, tokenizer, edits)
+        >>> # ... train the edits into the model here ...
+        >>> report = evaluate(model, tokenizer, edits, unedited=unedited)
+        >>> score = report.metrics["locality"]["generated"]
+        >>> score.value, report.metrics["locality"]["compared_with"]
+        (1.0, 'unedited model')
     """
-    if options is not None:
-        metrics, full, texts = options.extra_metrics, False, options.texts
-        prompt_format, batch_size, distributed = options.prompt_format, options.batch_size, options.distributed
-        max_new_tokens, fluency_tokens = options.max_new_tokens, options.fluency_tokens
-    extras = _extras(metrics, full)
-    settings = Settings(batch_size, max_new_tokens, fluency_tokens, prompt_format, judge, progress)
-    asked_with = {"max_new_tokens": max_new_tokens, "prompt_format": prompt_format}
-    _check(edits, before, asked_with)
-    if distributed and any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise EditError(
-            "distributed=True shares the edits out, and the processes of a sharded model must all run the same "
-            "batches: leave it out, and each evaluates everything"
-        )
-    began = time.perf_counter()
-    chosen = _chosen(edits, limit, seed)
-    kept: dict[str, Distribution] = {}
+    options = options or EvaluationOptions()
+    started = time.perf_counter()
+    with reported_by("evaluate"):
+        _check(model, edits, options, unedited)
+        evaluation = _Evaluation(model, tokenizer, options, unedited, judge, prefixes, seed, progress)
+        sample = _sample(edits, limit, seed)
+        parts = split_across_processes(evaluation.run, sample, options.distributed)
+        results = [result for part in parts for result in part]
+        if unedited is not None:
+            results = _compare(results, unedited, judge)
+        metrics = summarize(results, against_unedited=unedited is not None, seed=seed)
+        metrics["perplexity"] = evaluation.perplexity(edits)
+        metrics["weight_drift"] = {} if reference_weights is None else weight_drift(model, reference_weights)
+    settings = {
+        **{name: getattr(options, name) for name in (*_ANSWER_SETTINGS, "batch_size", "fluency_tokens")},
+        "limit": limit,
+        "decoding": "greedy",
+        "metrics": sorted(options.extra_metrics),
+        "judge": getattr(judge, "__qualname__", type(judge).__name__),
+    }
+    meta = report_metadata(model, edits, len(sample), results, settings, against_unedited=unedited is not None)
+    meta |= {"seed": seed, "seconds": round(time.perf_counter() - started, 3)}
+    return Report(
+        metrics=metrics,
+        unedited=None if unedited is None else unedited.metrics,
+        answers=results,
+        meta=meta,
+        distributions=evaluation.distributions,
+    )
 
-    def results_of(part: Sequence[tuple[str, Edit]]) -> list[list[ProbeResult]]:
-        asked = [
-            list(probes_of(edit, name, extras=extras, prefixes=prefixes, seed=seed, prompt_format=prompt_format))
-            for name, edit in part
+
+@dataclass
+class _Evaluation:
+    """The arguments of one call of :func:`evaluate`, and the distributions that it records."""
+
+    model: nn.Module
+    tokenizer: Any
+    options: EvaluationOptions
+    unedited: Report | None
+    judge: Judge
+    prefixes: Sequence[str]
+    seed: int
+    progress: bool
+    distributions: dict[str, Distribution] = field(default_factory=dict)
+
+    def run(self, edits: Sequence[tuple[str, Edit]]) -> list[list[ProbeResult]]:
+        """Return the results of each (name, edit)."""
+        requests = [
+            list(
+                probe_requests(
+                    edit,
+                    name,
+                    metrics=self.options.extra_metrics,
+                    prefixes=self.prefixes,
+                    seed=self.seed,
+                    prompt_format=self.options.prompt_format,
+                )
+            )
+            for name, edit in edits
         ]
-        rows = [one for own in asked for one in own]
+        flat = [request for own in requests for request in own]
         try:
-            results, answers = ask(model, tokenizer, rows, settings, old="resurgence" in extras)
-            near = list(dict.fromkeys(one.prompt for one in rows if one.question == "locality"))
-            common: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-            if "kl" in extras and before is None:
-                own = {prompt: answers[prompt] for prompt in near}
-                kept.update(distributions(model, tokenizer, own, prompt_format=prompt_format, **common))
-            elif "kl" in extras and before is not None:
-                moved = divergences(model, tokenizer, before.distributions, near, **common)
-                results = [replace(r, kl=moved[r.prompt]) if r.question == "locality" else r for r in results]
+            results, answers = answer_requests(
+                self.model, self.tokenizer, flat, self.options, judge=self.judge, progress=self.progress
+            )
+            results = self._add_divergences(results, answers)
         except DivergedError as error:
-            owner = next((one.edit for one in rows if one.prompt == error.prompt), None)
-            raise DivergedError(error.prompt, owner) from error
-        left = iter(results)
-        return [[next(left) for _ in own] for own in asked]
+            name = next((request.edit for request in flat if request.prompt == error.prompt), None)
+            raise DivergedError(error.prompt, name) from error
+        remaining = iter(results)
+        return [[next(remaining) for _ in own] for own in requests]
 
-    results = [result for own in shared_out(results_of, chosen, distributed) for result in own]
-    if before is not None:
-        results = _compared(results, before, judge)
-    found = summarise(results, against_before=before is not None, seed=seed)
-    found["perplexity"], found["weight_drift"] = Score(None, 0), {}
-    if texts is not None:
-        given = Texts.of(texts).load(edits, keep_leaks=True)
-        losses = shared_out(
-            lambda part: text_losses(model, tokenizer, part, batch_size=batch_size, progress=progress),
-            given,
-            distributed,
+    def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
+        """Record the unedited model's distributions on the locality prompts, or compute the KL divergence from them."""
+        if "kl" not in self.options.extra_metrics:
+            return results
+        settings: dict[str, Any] = {"batch_size": self.options.batch_size, "progress": self.progress}
+        prompts = list(dict.fromkeys(result.prompt for result in results if result.question == "locality"))
+        if self.unedited is None:
+            own_answers = {prompt: answers[prompt] for prompt in prompts}
+            settings["prompt_format"] = self.options.prompt_format
+            self.distributions.update(record_distributions(self.model, self.tokenizer, own_answers, **settings))
+            return results
+        kl = compute_divergences(self.model, self.tokenizer, self.unedited.distributions, prompts, **settings)
+        return [replace(r, kl=kl[r.prompt]) if r.question == "locality" else r for r in results]
+
+    def perplexity(self, edits: Sequence[Edit]) -> Score:
+        """Return the perplexity of the texts; no score if there are none."""
+        options = self.options
+        if options.texts is None:
+            return NO_SCORE
+        losses = split_across_processes(
+            lambda texts: text_losses(
+                self.model, self.tokenizer, texts, batch_size=options.batch_size, progress=self.progress
+            ),
+            Texts.of(options.texts).load(edits, keep_leaks=True),
+            options.distributed,
         )
-        found["perplexity"] = perplexity(losses, seed)
-    if reference is not None:
-        found["weight_drift"] = weight_drift(model, reference)
-    used = asked_with | {"batch_size": batch_size, "limit": limit, "decoding": "greedy", "metrics": sorted(extras)}
-    used |= {"judge": getattr(judge, "__qualname__", type(judge).__name__), "fluency_tokens": fluency_tokens}
-    meta = meta_of(model, edits, len(chosen), results, used, against_before=before is not None)
-    meta |= {"seed": seed, "seconds": round(time.perf_counter() - began, 3)}
-    unedited = before.metrics if before is not None else None
-    return Report(metrics=found, unedited=unedited, answers=results, meta=meta, distributions=kept)
+        return perplexity(losses, self.seed)
 
 
-def _extras(metrics: Collection[str], full: bool) -> set[str]:
-    if isinstance(metrics, str):
-        raise EditError(f"metrics={metrics!r} is one string: give a list of {', '.join(EXTRAS)}")
-    unknown = sorted(set(metrics) - set(EXTRAS))
-    if unknown:
-        raise EditError(f"metrics: {unknown[0]!r} is not known: use any of {', '.join(EXTRAS)}")
-    return set(EXTRAS) if full else set(metrics)
-
-
-def _check(edits: Sequence[Edit], before: Report | None, asked_with: Mapping[str, Any]) -> None:
+def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, unedited: Report | None) -> None:
     if not len(edits):
-        raise EditError("no edits to evaluate: the data is empty")
-    for name, value in asked_with.items() if before is not None else ():
-        was = before.meta.get("settings", {}).get(name)  # pyright: ignore[reportOptionalMemberAccess]
-        if was != value:
+        raise EditError("edits is empty; give at least one edit.")
+    if options.distributed and any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise EditError(
+            "distributed must be False for a model that FSDP2 shards: its processes must all run the same batches."
+        )
+    if unedited is None:
+        return
+    settings: Mapping[str, Any] = unedited.meta.get("settings", {})
+    for name in _ANSWER_SETTINGS:
+        before, now = settings.get(name), getattr(options, name)
+        if before != now:
             raise EditError(
-                f"the report given as before was made with {name}={was} and this call has {value}: "
-                "use the same, or answers would differ by how they were asked for"
+                f"unedited was made with {name}={before!r}, this call has {now!r}; use the same value for both models."
             )
 
 
-def _chosen(edits: Sequence[Edit], limit: int | None, seed: int) -> list[tuple[str, Edit]]:
+def _sample(edits: Sequence[Edit], limit: int | None, seed: int) -> list[tuple[str, Edit]]:
+    """Return the edits to evaluate, each with the name that it has in the results."""
     numbers: Sequence[int] = range(len(edits))
     if limit is not None and limit < 1:
-        raise EditError(f"limit is {limit}: give at least 1, or None for all edits")
+        raise EditError(f"limit must be >= 1 or None, got {limit}.")
     if limit is not None and limit < len(edits):
         numbers = sorted(random.Random(seed).sample(numbers, limit))
     return [(edits[number].id or str(number), edits[number]) for number in numbers]
 
 
-def _compared(results: Sequence[ProbeResult], before: Report, judge: Judge) -> list[ProbeResult]:
-    """Results with what the unedited model said to the same prompts."""
-    said = {(result.question == "fluency", result.prompt): result.answer for result in before.answers}
-    found = []
+def _compare(results: Sequence[ProbeResult], unedited: Report, judge: Judge) -> list[ProbeResult]:
+    """Add the unedited model's answers to the results."""
+    answers = {(result.question == "fluency", result.prompt): result.answer for result in unedited.answers}
+    compared = []
     for result in results:
-        was = said.get((result.question == "fluency", result.prompt))
-        if was is None and not _on_request(result):
+        before = answers.get((result.question == "fluency", result.prompt))
+        if before is None and not _is_extra(result):
             raise EditError(
-                f"the report given as before has no answer to {shorten(result.prompt)!r}: evaluate the unedited model "
-                "on the same edits, with the same limit and seed"
+                f"unedited has no answer to {shorten(result.prompt)!r}; evaluate the unedited model on the same edits, "
+                "with the same limit and seed."
             )
-        if was is not None:
-            right = bool(judge(was, result.accepted)) if result.accepted else None
-            unchanged = normalise(was) == normalise(result.answer)
-            result = replace(result, before=was, right_before=right, unchanged=unchanged)
-        found.append(result)
-    return found
+        if before is not None:
+            right_before = bool(judge(before, result.accepted)) if result.accepted else None
+            unchanged = normalize(before) == normalize(result.answer)
+            result = replace(result, before=before, right_before=right_before, unchanged=unchanged)
+        compared.append(result)
+    return compared
 
 
-def _on_request(one: Asked) -> bool:
-    """Whether a question is asked on request only, so that the unedited model may not have been asked."""
-    return one.question in ("resurgence", "fluency") or (one.question == "generality" and one.kind != "rephrase")
+def _is_extra(request: ProbeRequest) -> bool:
+    """Return True for a probe of an extra metric, which the unedited model's report may lack."""
+    if request.question == "generality":
+        return request.kind != "rephrase"
+    return request.question in ("resurgence", "fluency")

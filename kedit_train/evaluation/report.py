@@ -1,88 +1,80 @@
-"""What an evaluation found: scores, answers, and all that is needed to repeat it."""
+"""``Report``: the result of an evaluation, with ways to print, save and load it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from tqdm import tqdm
 
 from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
+from kedit_train.evaluation.report_data import ReportData
+from kedit_train.evaluation.reporting.markdown import render_markdown
+from kedit_train.evaluation.reporting.terminal_table import render_report
 from kedit_train.evaluation.scoring.bootstrap import Score
-from kedit_train.evaluation.scoring.divergence import Distribution
-from kedit_train.evaluation.scoring.metrics import ProbeResult
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from kedit_train.evaluation.scoring.probe_results import ProbeResult
 
 
-@dataclass(frozen=True)
-class Report:
-    """The outcome of :func:`~kedit_train.evaluation.evaluate`.
+@dataclass(frozen=True, kw_only=True)
+class Report(ReportData):
+    """The result of :func:`~kedit_train.evaluation.evaluate`.
 
     Args:
-        metrics: question -> ``generated``, ``teacher_forced``, ... ; the leaves are :class:`Score`. See
-            :func:`~kedit_train.evaluation.scoring.metrics.summarise` for what each means; ``perplexity`` of the
-            given texts and ``weight_drift`` from the given weights.
-        unedited: the same of the unedited model, where its report was given; its locality is compared with the truth.
-        answers: every probe with what the model said, and what it said before.
-        meta: edits (number, name, hash), model, versions, settings, seed, date, seconds.
-        distributions: prompt -> what this model expects there, where ``kl`` was asked for of an unedited model; lives
-            in memory only.
+        metrics: question -> score name -> :class:`~kedit_train.evaluation.Score`. Each question has "generated",
+            "teacher_forced" and more; :func:`~kedit_train.evaluation.scoring.metrics.summarize` explains all of them.
+            "perplexity" is a score, and "weight_drift" holds three.
+        unedited: the unedited model's metrics, if its report was given. They compare locality with the truth.
+        answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per probe.
+        meta: number, name and hash of the edits; model, versions, settings, seed, date, seconds.
+        distributions: prompt -> next-token distributions, if "kl" was measured on an unedited model; in memory only.
+
+    Example:
+        >>> from kedit_train import EditDataset, Report, evaluate, world
+        >>> model, tokenizer = world.load()
+        >>> report = evaluate(model, tokenizer, EditDataset.load("world", limit=2))
+        >>> report.metrics["reliability"]["generated"]  # the model does not know the new answers yet
+        Score(value=0.0, n=2, low=0.0, high=0.0)
+        >>> report.flat()["edit/locality"]
+        1.0
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = report.save(f"{folder}/report.json")
+        ...     Report.load(path) == report
+        True
     """
 
-    metrics: Mapping[str, Any]
-    unedited: Mapping[str, Any] | None
-    answers: Sequence[ProbeResult]
-    meta: Mapping[str, Any]
-    distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
-
-    def answers_table(self) -> list[dict[str, Any]]:
-        """One row per edit, for a table: prompt, target, old_target, before, after, right."""
-        return [
-            {
-                "prompt": result.prompt,
-                "target": result.accepted[0],
-                "old_target": result.old_target,
-                "before": result.before,
-                "after": result.answer,
-                "right": result.right,
-            }
-            for result in self.answers
-            if result.question == "reliability"
-        ]
-
-    def flat(self, prefix: str = "edit/") -> dict[str, float]:
-        """The scores as loggers want them: one name, one number. Scores without probes are left out.
-
-        ``edit/reliability`` is what was generated, ``edit/reliability_teacher_forced`` stands beside it,
-        ``edit/locality/<kind>`` is one kind, ``edit/locality_kept_right`` of the right answers the share that is left,
-        ``edit/resurgence/prefers_old/<kind>``, ``edit/fluency/entropy``, ``edit/perplexity`` what their names say.
-        """
-        return {prefix + name: score.value for name, score in flatten(self.metrics) if score.value is not None}
-
     def markdown(self, answers: int = 10) -> str:
-        """The report as Markdown: scores with intervals, target positions, answers, and what repeats it."""
-        from kedit_train.evaluation.reporting.markdown import written
+        """Return the report as Markdown.
 
-        return written(self, answers)
+        Args:
+            answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
+        """
+        return render_markdown(self, answers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings; ``["metrics"]["reliability"]["generated"]["value"]`` is a number."""
+        """Return plain dicts, lists, numbers and strings, as they are saved in JSON."""
         return {
-            "metrics": _plain(self.metrics),
-            "unedited": _plain(self.unedited),
-            "meta": _plain(self.meta),
-            "answers": _plain(self.answers),
+            "metrics": _to_plain(self.metrics),
+            "unedited": _to_plain(self.unedited),
+            "meta": _to_plain(self.meta),
+            "answers": _to_plain(self.answers),
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write JSON, or Markdown where ``path`` ends in ``.md``, whole or not at all; parent folders are made."""
+        """Write the report atomically; parent folders are created.
+
+        Args:
+            path: a file. Markdown if it ends in ``.md``, otherwise JSON.
+
+        Returns:
+            The path.
+        """
         path = Path(path)
         if path.suffix == ".md":
             text = self.markdown()
@@ -94,7 +86,7 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """Read what :meth:`save` wrote.
+        """Read a JSON file that :meth:`save` wrote.
 
         Raises:
             EditError: the file is not such a report.
@@ -102,77 +94,57 @@ class Report:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             known = {field.name for field in fields(ProbeResult)}
-            answers = [ProbeResult(**{k: _tupled(v) for k, v in row.items() if k in known}) for row in data["answers"]]
-            return cls(_scored(data["metrics"]), _scored(data["unedited"]), answers, data["meta"])
+            answers = [
+                ProbeResult(**{key: _as_tuple(value) for key, value in row.items() if key in known})
+                for row in data["answers"]
+            ]
+            return cls(
+                metrics=_restore_scores(data["metrics"]),
+                unedited=_restore_scores(data["unedited"]),
+                answers=answers,
+                meta=data["meta"],
+            )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise EditError(
-                f"{path} is not an evaluation report ({type(error).__name__}: {error}): evaluate again"
+                f"{path} is not an evaluation report ({type(error).__name__}: {error}); evaluate again.",
+                component="Report",
             ) from error
 
     def print(self, console: Console | None = None, *, answers: int = 5) -> None:
-        """The scores and some answers as a table, coloured in a terminal and plain in a log.
+        """Print the scores and some answers as tables; colored in a terminal, plain in a log.
 
         Args:
-            console: where to; standard output by default.
-            answers: how many edits' answers to show; as many changed answers elsewhere follow at most.
+            console: where to print. Default: standard output.
+            answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
         """
-        from rich.console import Console
-
-        from kedit_train.evaluation.reporting.terminal_table import drawn
-
         if console is not None:
-            console.print(drawn(self, answers))
+            console.print(render_report(self, answers))
             return
-        # A progress bar may have the current line. Through tqdm's own way of writing it makes room; rich's stands in
-        # for standard output, which a console of one's own would go past.
+        # A progress bar may own the current line. tqdm.write makes room for it; a rich progress bar replaces
+        # sys.stdout, which a console of our own would bypass.
         own = Console()
         with own.capture() as captured:
-            own.print(drawn(self, answers))
+            own.print(render_report(self, answers))
         tqdm.write(captured.get(), end="")
 
 
-def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """The scores of a tree, each under its name in a logger; what has a score for each position is no series."""
-    for question, scores in metrics.items():
-        if question == "positions":
-            continue
-        if isinstance(scores, Score):
-            yield question, scores
-        elif "generated" in scores:
-            yield from _of_question(question, scores)
-            for kind, own in scores.get("by_kind", {}).items():
-                yield from _of_question(f"{question}/{kind}", own)
-        else:
-            for name, own in scores.items():
-                yield from flatten({f"{question}/{name}": own})
-
-
-# Of a question, what is worth a series of its own; the rest is in the report.
-_SERIES = ("teacher_forced", "right", "kept_right", "kl", "smallest_token_probability")
-
-
-def _of_question(name: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    yield name, scores["generated"]
-    yield from ((f"{name}_{series}", scores[series]) for series in _SERIES if series in scores)
-
-
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Score | ProbeResult):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _to_plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_to_plain(inner) for inner in value]
     return value
 
 
-def _scored(value: Any) -> Any:
+def _restore_scores(value: Any) -> Any:
     if isinstance(value, dict):
         if value.keys() == {field.name for field in fields(Score)}:
             return Score(**value)
-        return {key: _scored(inner) for key, inner in value.items()}
+        return {key: _restore_scores(inner) for key, inner in value.items()}
     return value
 
 
-def _tupled(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

@@ -1,22 +1,22 @@
-"""Single, batch, sequential and streaming edits, compared by the same questions."""
+"""Editing modes: single, batch, sequential and streaming edits, evaluated with the same probes."""
 
-from kedit_train.modes.result import Checkpoint, ModeResult
-from kedit_train.modes.retention_curve import retention_curve
+from kedit_train.modes.result import Checkpoint, ModeResult, retention_curve
 from kedit_train.modes.runner import run_edits
-from kedit_train.modes.schedule import Mode, Round, rounds
+from kedit_train.modes.schedule import Mode, ScheduleStep, make_schedule
 from kedit_train.modes.survey_metrics import SurveyMetrics, retainability, scalability, survey
-from kedit_train.modes.train_loop import TrainLoop
+from kedit_train.modes.train_loop import ExampleOptions, TrainLoop
 
 __all__ = [
     "Checkpoint",
+    "ExampleOptions",
     "Mode",
     "ModeResult",
-    "Round",
+    "ScheduleStep",
     "SurveyMetrics",
     "TrainLoop",
+    "make_schedule",
     "retainability",
     "retention_curve",
-    "rounds",
     "run_edits",
     "scalability",
     "survey",

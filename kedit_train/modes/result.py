@@ -1,34 +1,34 @@
-"""What came of edits in one of the modes: a report for each checkpoint, and the curve through them."""
+"""The result of editing in one of the modes: one report per checkpoint, and the curve through them."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from kedit_train.atomic_write import writing
 from kedit_train.evaluation.report import Report
-from kedit_train.evaluation.reporting.report_lines import figure, interval
+from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.evaluation.scoring.capability import Capability
+from kedit_train.evaluation.scoring.metrics import QUESTIONS
+from kedit_train.modes.retention_curve import draw_retention_curve
 from kedit_train.modes.schedule import Mode
 
-QUESTIONS = ("reliability", "generality", "portability", "locality")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The model after so many edits.
+    """The scores of the model after a number of edits.
 
     Args:
-        edits: how many it has had.
-        report: of all of them, with the unedited model beside it.
-        latest: reliability of those of the last round alone.
-        capability: what it can do beside them, where that was asked for.
-        seconds: of training, up to here.
+        edits: number of edits so far.
+        report: the report on all of these edits, with the unedited model's scores.
+        latest: reliability of the newest edits alone (those of the last schedule step).
+        capability: general ability of the model, if it was measured.
+        seconds: training time so far.
     """
 
     edits: int
@@ -38,88 +38,129 @@ class Checkpoint:
     seconds: float
 
     def scores(self) -> dict[str, Score]:
-        """What the curve shows of it, by name; what was not measured is left out."""
-        found = {"reliability": self.report.metrics["reliability"]["generated"], "latest": self.latest}
-        found |= {name: self.report.metrics[name]["generated"] for name in QUESTIONS[1:]}
-        found |= self.capability.scores() if self.capability is not None else {}
-        return {name: score for name, score in found.items() if score.n}
+        """Return the scores of the retention curve by name, without those that were not measured."""
+        scores = {"reliability": self.report.metrics["reliability"]["generated"], "latest": self.latest}
+        scores |= {name: self.report.metrics[name]["generated"] for name in QUESTIONS[1:]}
+        scores |= self.capability.scores() if self.capability is not None else {}
+        return {name: score for name, score in scores.items() if score.n}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModeResult:
-    """The outcome of :func:`~kedit_train.modes.run_edits`.
+    """The result of :func:`~kedit_train.modes.run_edits`.
 
     Args:
-        mode: ``single``, ``batch``, ``sequential`` or ``streaming``.
-        before: the unedited model's report on all the edits.
-        checkpoints: in order; the last one is after all the edits. ``single`` and ``batch`` have no other.
-        capability: the unedited model's, where asked for.
+        mode: "single", "batch", "sequential" or "streaming".
+        unedited: the unedited model's report on all edits.
+        checkpoints: in order; the last one is after all edits. "single" and "batch" have only that one.
+        capability: general ability of the unedited model, if it was measured.
         meta: mode, edits (number, name, hash), training, seed, settings, versions, date.
+
+    Example:
+        >>> from kedit_train import EditDataset, run_edits, world
+        >>> from kedit_train.modes import TrainLoop
+        >>> model, tokenizer = world.load()
+        >>> train = TrainLoop(tokenizer, epochs=2)
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> result = run_edits(model, tokenizer, edits, mode="sequential", train=train, progress=False)
+        >>> [row["edits"] for row in result.curve()]
+        [1, 2]
+        >>> result.report.meta["n_edits"]
+        2
     """
 
     mode: Mode
-    before: Report
+    unedited: Report
     checkpoints: Sequence[Checkpoint]
     capability: Capability | None
     meta: dict[str, Any]
 
     @property
     def report(self) -> Report:
-        """After all the edits."""
+        """The report after all edits."""
         return self.checkpoints[-1].report
 
     def curve(self) -> list[dict[str, Any]]:
-        """A row a checkpoint: ``edits``, ``seconds``, and every score by its name."""
+        """Return one row per checkpoint: ``edits``, ``seconds``, and every score by its name."""
         return [{"edits": c.edits, "seconds": c.seconds, **c.scores()} for c in self.checkpoints]
 
     def markdown(self) -> str:
-        """The curve as a table, with 95 % intervals, and what repeats it."""
+        """Return the curve as a Markdown table with 95 % intervals, followed by the metadata."""
         names = list(dict.fromkeys(name for c in self.checkpoints for name in c.scores()))
         lines = [f"# {self.mode}: {self.meta['n_edits']} edits ({self.meta['data_name']})", ""]
         lines += ["| edits | " + " | ".join(names) + " | seconds |", "|" + "---:|" * (len(names) + 2)]
         if self.capability is not None:
-            was = self.capability.scores()
-            lines.append("| 0 | " + " | ".join(figure(was[n].value) if n in was else "–" for n in names) + " | – |")
+            before = self.capability.scores()
+            cells = [format_number(before[name].value) if name in before else "–" for name in names]
+            lines.append("| 0 | " + " | ".join(cells) + " | – |")
         for checkpoint in self.checkpoints:
-            own = checkpoint.scores()
-            cells = [_cell(own[name]) if name in own else "–" for name in names]
+            scores = checkpoint.scores()
+            cells = [_cell(scores[name]) if name in scores else "–" for name in names]
             lines.append(f"| {checkpoint.edits} | " + " | ".join(cells) + f" | {checkpoint.seconds:.1f} |")
-        lines += ["", "Generated answers, exact match, of all edits so far; latest: of the last round alone.", ""]
+        lines += ["", "Scores are of generated answers (exact match) to all edits so far, with 95 % intervals."]
+        lines += ["latest: reliability of the newest edits alone. seconds: training time.", ""]
         return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings; answers of the last checkpoint only."""
+        """Return plain dicts, lists, numbers and strings; only the last checkpoint has its answers."""
         steps = []
-        for c in self.checkpoints:
-            own = c.report.to_dict()
+        for checkpoint in self.checkpoints:
+            report = checkpoint.report.to_dict()
             steps.append(
                 {
-                    "edits": c.edits,
-                    "seconds": c.seconds,
-                    "latest": asdict(c.latest),
-                    "capability": _plain(c.capability),
-                    "metrics": own["metrics"],
-                    "unedited": own["unedited"],
+                    "edits": checkpoint.edits,
+                    "seconds": checkpoint.seconds,
+                    "latest": asdict(checkpoint.latest),
+                    "capability": _to_plain(checkpoint.capability),
+                    "metrics": report["metrics"],
+                    "unedited": report["unedited"],
                 }
             )
         return {
             "meta": self.meta,
-            "capability": _plain(self.capability),
+            "capability": _to_plain(self.capability),
             "checkpoints": steps,
             "report": self.report.to_dict(),
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write JSON, Markdown (``.md``) or the retention curve (``.png``), whole or not at all."""
+        """Write the result atomically.
+
+        Args:
+            path: a file. The retention curve if it ends in ``.png``, Markdown if it ends in ``.md``, otherwise JSON.
+
+        Returns:
+            The path.
+        """
         if Path(path).suffix == ".png":
-            from kedit_train.modes.retention_curve import retention_curve
-
             return retention_curve({self.mode: self}, path)
-        return written(path, self.markdown, self.to_dict)
+        return write_text(path, self.markdown, self.to_dict)
 
 
-def written(path: str | os.PathLike[str], markdown: Any, to_dict: Any) -> Path:
-    """Write a text file, Markdown where ``path`` ends in ``.md`` and JSON else, whole or not at all."""
+def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[str]) -> Path:
+    """Plot reliability, generality, locality and agreement over the number of edits.
+
+    Bands, or bars for a single checkpoint, are 95 % intervals over edits. Hollow markers in the first panel show the
+    newest edits alone.
+
+    Args:
+        results: label -> result.
+        path: a ``.png`` file.
+
+    Returns:
+        The path.
+
+    Raises:
+        EditError: there are no results, or matplotlib is not installed.
+    """
+    curves = {label: {c.edits: c.scores() for c in result.checkpoints} for label, result in results.items()}
+    return draw_retention_curve(curves, path)
+
+
+def write_text(
+    path: str | os.PathLike[str], markdown: Callable[[], str], to_dict: Callable[[], dict[str, Any]]
+) -> Path:
+    """Write a text file atomically: Markdown if ``path`` ends in ``.md``, otherwise JSON."""
     path = Path(path)
     text = markdown() if path.suffix == ".md" else json.dumps(to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
     with writing(path) as unfinished:
@@ -127,9 +168,9 @@ def written(path: str | os.PathLike[str], markdown: Any, to_dict: Any) -> Path:
     return path
 
 
-def _plain(capability: Capability | None) -> dict[str, Any] | None:
+def _to_plain(capability: Capability | None) -> dict[str, Any] | None:
     return None if capability is None else {name: asdict(score) for name, score in capability.scores().items()}
 
 
 def _cell(score: Score) -> str:
-    return figure(score.value) + (f" ({interval(score)})" if score.low is not None else "")
+    return format_number(score.value) + (f" ({format_interval(score)})" if score.low is not None else "")

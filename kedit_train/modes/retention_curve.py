@@ -1,4 +1,4 @@
-"""The retention curve: what a model still knows of all its edits as they become more."""
+"""The retention curve: scores on all edits so far, as their number grows."""
 
 from __future__ import annotations
 
@@ -7,72 +7,60 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kedit_train.errors import EditError
-from kedit_train.evaluation.reporting.plots import figure, saved
-from kedit_train.modes.result import ModeResult
+from kedit_train.evaluation.reporting.plots import color_and_marker, draw_curve, new_figure, save_figure
+from kedit_train.evaluation.scoring.bootstrap import Score
+
+# Number of edits -> score name -> score.
+RetentionScores = Mapping[int, Mapping[str, Score]]
 
 PANELS = {
-    "reliability": "edits so far, answered as wanted",
-    "generality": "their rephrasings, answered as wanted",
-    "locality": "answers elsewhere, the same as before",
-    "agreement": "unrelated prompts, continued as before",
+    "reliability": "edits so far with the new answer",
+    "generality": "rephrasings with the new answer",
+    "locality": "unchanged answers to other prompts",
+    "agreement": "unchanged answers to unrelated prompts",
 }
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[str]) -> Path:
-    """Draw results over the number of edits: reliability, generality, locality, and agreement where it was measured.
+def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.PathLike[str]) -> Path:
+    """Plot scores over the number of edits, one panel per score, one curve per label.
 
-    Bands, or bars where there is one checkpoint: 95 % over edits. Hollow markers in the first panel: the edits of the
-    last round alone.
+    Bands, or bars for a single checkpoint, are 95 % intervals over edits. Hollow markers in the first panel show the
+    newest edits alone.
 
     Args:
-        results: label -> result; a result with one checkpoint is one marker.
-        path: a ``.png``.
+        curves: label -> number of edits -> score name -> score.
+        path: a ``.png`` file.
+
+    Returns:
+        The path.
 
     Raises:
-        EditError: no results, or matplotlib is missing.
+        EditError: there are no scores, or matplotlib is not installed.
     """
-    return drawn({label: _points(result) for label, result in results.items()}, path)
-
-
-def _points(result: ModeResult) -> dict[int, dict]:
-    return {checkpoint.edits: checkpoint.scores() for checkpoint in result.checkpoints}
-
-
-def drawn(curves: Mapping[str, Mapping[int, Mapping]], path: str | os.PathLike[str]) -> Path:
-    """The picture of label -> number of edits -> name -> :class:`Score`."""
-    panels = [name for name in PANELS if any(name in at for points in curves.values() for at in points.values())]
+    panels = [name for name in PANELS if any(name in scores for curve in curves.values() for scores in curve.values())]
     if not panels:
-        raise EditError("there are no results to draw: give at least one with its scores")
-    drawing = figure(3.4 * len(panels) + 0.4, 3.9)
-    row = drawing.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        raise EditError("results must hold at least one result with scores.")
+    figure = new_figure(3.4 * len(panels) + 0.4, 3.9)
+    row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(row, panels, strict=True):
-        for number, (label, points) in enumerate(curves.items()):
-            colour, marker = f"C{number}", MARKERS[number % len(MARKERS)]
-            at = [count for count in sorted(points) if name in points[count]]
-            if not at:
+        for number, (label, curve) in enumerate(curves.items()):
+            counts = [count for count in sorted(curve) if name in curve[count]]
+            if not counts:
                 # An empty line that is not clipped has no extent, and the layout fails on it.
                 continue
-            scores = [points[count][name] for count in at]
-            axes.plot(at, [s.value for s in scores], marker=marker, color=colour, label=label, clip_on=False, zorder=3)
-            low, high = (
-                [s.value if bound is None else bound for s, bound in zip(scores, bounds, strict=True)]
-                for bounds in ([s.low for s in scores], [s.high for s in scores])
-            )
-            axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-            if len(at) == 1:
-                # A band over one place has no width.
-                axes.vlines(at, low, high, color=colour, alpha=0.4, linewidth=3)
+            color, marker = color_and_marker(number)
+            scores = {count: curve[count][name] for count in counts}
+            draw_curve(axes, scores, color=color, label=label, marker=marker, clip_on=False, zorder=3)
             if name == "reliability":
-                latest = [points[count]["latest"].value for count in at]
-                axes.plot(at, latest, marker, color=colour, fillstyle="none", markersize=9, clip_on=False)
-        counts = sorted({count for points in curves.values() for count in points})
+                latest = [curve[count]["latest"].value for count in counts]
+                axes.plot(counts, latest, marker, color=color, fillstyle="none", markersize=9, clip_on=False)
+        all_counts = sorted({count for curve in curves.values() for count in curve})
         axes.set_xscale("log")
-        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.set_xticks(all_counts, [f"{count:,}" for count in all_counts])
         axes.minorticks_off()
         axes.set_ylim(-0.02, 1.02)
         axes.grid(alpha=0.3)
         axes.set_title(f"{name}\n{PANELS[name]}", fontsize=9)
     row[0].legend(frameon=False, fontsize=8, loc="lower left")
-    drawing.supxlabel("edits; hollow markers: those of the last round alone", fontsize=10)
-    return saved(drawing, path)
+    figure.supxlabel("number of edits (hollow markers: the newest edits alone)", fontsize=10)
+    return save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Which edits are trained together, and after which others: what tells batch, sequential and streaming apart."""
+"""The schedule of a mode: which edits are trained together, and in which order."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from kedit_train.errors import EditError
 
 Mode = Literal["single", "batch", "sequential", "streaming"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-STREAM = 100
+STREAMING_EDITS_PER_STEP = 100
 
 
-@dataclass(frozen=True)
-class Round:
-    """One call of the training.
+@dataclass(frozen=True, kw_only=True)
+class ScheduleStep:
+    """One call of the training function.
 
     Args:
-        trained: numbers of the edits that it gets, in their order.
-        new: those among them that came with this round.
-        seen: how many have come so far, these included.
+        trained: the numbers of the edits that it gets, in their order.
+        new: the numbers of those that were not trained before.
+        seen: how many edits have been trained so far, including these.
     """
 
     trained: tuple[int, ...]
@@ -29,37 +29,48 @@ class Round:
     seen: int
 
 
-def rounds(mode: Mode, n: int, round_size: int | None = None, replay: int | None = None, seed: int = 0) -> list[Round]:
-    """The rounds of ``n`` edits.
+def make_schedule(
+    mode: Mode, n: int, *, edits_per_step: int | None = None, replay: int | None = None, seed: int = 0
+) -> list[ScheduleStep]:
+    """Split ``n`` edits into schedule steps.
 
     Args:
-        mode: ``single``: each edit alone (and, in :func:`~kedit_train.modes.run_edits`, on the unedited model);
-            ``batch``: all in one round; ``sequential``: ``round_size`` new ones at a time (1), never an old one again;
-            ``streaming``: ``round_size`` new ones at a time (100), with earlier ones among them.
-        replay: of ``streaming``, how many earlier edits come again in a round, drawn by ``seed``; None takes all.
+        mode: "single" (each edit alone), "batch" (all edits in one step), "sequential" (new edits only in each step)
+            or "streaming" (new edits and replayed previous edits in each step).
+        n: number of edits.
+        edits_per_step: number of new edits per step, for "sequential" (default 1) and "streaming" (default 100).
+        replay: number of previous edits that "streaming" replays in each step. None: all of them.
+        seed: seed of the replayed edits.
 
     Raises:
-        EditError: an unknown mode, or an argument that the mode has no use for.
+        EditError: the mode is unknown, or an argument does not apply to the mode.
+
+    Example:
+        >>> from kedit_train.modes import make_schedule
+        >>> for step in make_schedule("streaming", 4, edits_per_step=2):
+        ...     print(step.trained, "new:", step.new)
+        (0, 1) new: (0, 1)
+        (0, 1, 2, 3) new: (2, 3)
     """
     if mode not in MODES:
-        raise EditError(f"mode={mode!r} is not known: use one of {', '.join(MODES)}")
-    if round_size is not None and (mode in ("single", "batch") or round_size < 1):
-        raise EditError(f"round_size={round_size}: {mode} takes " + _takes(mode))
-    if replay is not None and (mode != "streaming" or replay < 0):
-        raise EditError(f"replay={replay}: streaming alone replays, 0 or more earlier edits a round, or None for all")
-    size = n if mode == "batch" else round_size or (STREAM if mode == "streaming" else 1)
-    return list(_rounds(n, size, mode == "streaming", replay, seed))
+        raise EditError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if edits_per_step is not None and mode in ("single", "batch"):
+        raise EditError(f"edits_per_step must be None for mode {mode!r}, got {edits_per_step}.")
+    if edits_per_step is not None and edits_per_step < 1:
+        raise EditError(f"edits_per_step must be >= 1, got {edits_per_step}.")
+    if replay is not None and mode != "streaming":
+        raise EditError(f"replay must be None for mode {mode!r}, got {replay}; only streaming replays edits.")
+    if replay is not None and replay < 0:
+        raise EditError(f"replay must be >= 0, or None for all previous edits, got {replay}.")
+    size = n if mode == "batch" else edits_per_step or (STREAMING_EDITS_PER_STEP if mode == "streaming" else 1)
+    return list(_steps(n, size, mode == "streaming", replay, seed))
 
 
-def _takes(mode: Mode) -> str:
-    return {"single": "one edit at a time", "batch": "all edits at once"}.get(mode, "at least 1 edit a round")
-
-
-def _rounds(n: int, size: int, replays: bool, replay: int | None, seed: int) -> Iterator[Round]:
+def _steps(n: int, size: int, with_replay: bool, replay: int | None, seed: int) -> Iterator[ScheduleStep]:
     for start in range(0, n, size):
         new = tuple(range(start, min(start + size, n)))
-        old: list[int] = []
-        if replays:
-            drawn = start if replay is None else min(replay, start)
-            old = sorted(random.Random(f"{seed} {start}").sample(range(start), drawn))
-        yield Round((*old, *new), new, start + len(new))
+        previous: list[int] = []
+        if with_replay:
+            count = start if replay is None else min(replay, start)
+            previous = sorted(random.Random(f"{seed} {start}").sample(range(start), count))
+        yield ScheduleStep(trained=(*previous, *new), new=new, seen=start + len(new))

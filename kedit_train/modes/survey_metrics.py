@@ -1,6 +1,6 @@
-"""The survey's six metrics of knowledge editing, from runs in the modes that they are defined on.
+"""The six metrics of the survey on knowledge editing, from runs in the modes that define them.
 
-"Knowledge Editing for Large Language Models: A Survey" (Wang et al., arXiv 2310.16218).
+Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
 """
 
 from __future__ import annotations
@@ -11,25 +11,40 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.report import Report
-from kedit_train.evaluation.reporting.report_lines import figure, interval
-from kedit_train.evaluation.scoring.bootstrap import EditMean, Score
-from kedit_train.modes.result import ModeResult, written
+from kedit_train.evaluation.reporting.markdown import markdown_table
+from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score
+from kedit_train.modes.result import ModeResult, write_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SurveyMetrics:
-    """Six scores under the survey's names; ``value`` is None where no run or no probe tells.
+    """The survey's six scores; ``value`` is None for a score that no run or no probe measures.
 
     Args:
-        accuracy: share of the edits that are answered as wanted.
-        locality: share of the questions elsewhere whose answer is the unedited model's.
-        generality: share of the rephrasings answered as wanted.
-        portability: share of the right answers where the answer follows from the edit.
-        retainability: change of accuracy with every further edit of a sequence, 0 at best.
-        scalability: accuracy of the edits one by one, less that of all at once, 0 at best.
-        sources: metric -> the mode that it is of.
+        accuracy: share of edits with the new answer (reliability).
+        locality: share of unchanged answers to other prompts.
+        generality: share of rephrasings with the new answer.
+        portability: share of right answers to questions that follow from the edit.
+        retainability: change of accuracy per further edit of a sequence; 0 at best.
+        scalability: accuracy of the edits one by one, minus that of all edits at once; 0 at best.
+        sources: metric -> the mode of the run that it comes from.
+
+    References:
+        Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
+
+    Example:
+        >>> from kedit_train.evaluation import Score
+        >>> from kedit_train.modes import SurveyMetrics
+        >>> score, none = Score(0.5, n=4, low=0.0, high=1.0), Score(None, n=0)
+        >>> names = ("accuracy", "locality", "generality", "portability", "retainability", "scalability")
+        >>> metrics = SurveyMetrics(**dict.fromkeys(names, none) | {"accuracy": score}, sources={"accuracy": "batch"})
+        >>> print(metrics.markdown())
+        | metric | mode | value | 95 % CI | n |
+        |---|---|---:|---:|---:|
+        | accuracy | batch | 0.500 | 0.00–1.00 | 4 |
     """
 
     accuracy: Score
@@ -41,55 +56,64 @@ class SurveyMetrics:
     sources: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, numbers and strings."""
+        """Return plain dicts, numbers and strings."""
         return asdict(self)
 
     def markdown(self) -> str:
-        """A table: value, interval, n, and the mode that each is of."""
-        lines = ["| metric | value | 95 % | n | mode |", "|---|---:|---:|---:|---|"]
-        for name, source in self.sources.items():
+        """Return a Markdown table: metric, mode, value, interval, number of probes."""
+        rows = []
+        for name, mode in self.sources.items():
             score: Score = getattr(self, name)
-            lines.append(f"| {name} | {_signed(score)} | {interval(score)} | {score.n} | {source} |")
-        return "\n".join(lines)
+            rows.append([name, mode, _signed(score), format_interval(score), str(score.n)])
+        return "\n".join(markdown_table(["metric", "mode", "value", "95 % CI", "n"], rows, 2))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write JSON, or Markdown where ``path`` ends in ``.md``."""
-        return written(path, self.markdown, self.to_dict)
+        """Write Markdown if ``path`` ends in ``.md``, otherwise JSON."""
+        return write_text(path, self.markdown, self.to_dict)
 
 
 def survey(*results: ModeResult) -> SurveyMetrics:
-    """The six metrics out of one run or several, at most one of each mode, on the same edits.
+    """Compute the survey's six metrics from one or more runs on the same edits.
 
-    Accuracy, locality, generality and portability are those of the first one, after all its edits. Retainability needs
-    ``sequential`` (or ``streaming``) with at least two checkpoints, scalability ``single`` and ``batch``.
+    Accuracy, locality, generality and portability come from the first result, after all its edits. Retainability
+    needs "sequential" (or "streaming") with at least two checkpoints. Scalability needs "single" and "batch".
+
+    Args:
+        results: what :func:`~kedit_train.modes.run_edits` returned, at most one result per mode.
 
     Raises:
-        EditError: no results, two of one mode, or other edits or another model in one of them.
+        EditError: there are no results, two results of one mode, or results on other edits or another model.
+
+    Example:
+        >>> from kedit_train import EditDataset, run_edits, survey, world
+        >>> from kedit_train.modes import TrainLoop
+        >>> model, tokenizer = world.load()
+        >>> train = TrainLoop(tokenizer, epochs=2)
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> result = run_edits(model, tokenizer, edits, mode="sequential", train=train, progress=False)
+        >>> metrics = survey(result)
+        >>> metrics.sources["retainability"], metrics.scalability.value
+        ('sequential', None)
     """
-    if not results:
-        raise EditError("survey: no results: give what run_edits returned")
-    by_mode = {result.mode: result for result in results}
-    if len(by_mode) < len(results):
-        raise EditError("survey: two results of one mode: give one of each")
-    for name in ("data_hash", "model", "settings"):
-        if any(result.meta[name] != results[0].meta[name] for result in results):
-            raise EditError(f"survey: the results differ in {name}, so they do not compare: run the same again")
-    first = results[0]
-    own = first.report.metrics
-    sequence = by_mode.get("sequential") or by_mode.get("streaming")
-    kept, scaled = Score(None, 0), Score(None, 0)
-    if sequence is not None and len(sequence.checkpoints) > 1:
-        scores = {c.edits: c.report.metrics["reliability"]["generated"] for c in sequence.checkpoints}
-        accuracy = {count: score.value for count, score in scores.items() if score.value is not None}
-        kept = Score(retainability(accuracy), max(accuracy))
-    if "single" in by_mode and "batch" in by_mode:
-        scaled = scalability(by_mode["single"].report, by_mode["batch"].report, seed=first.meta["seed"])
+    with reported_by("survey"):
+        _check_comparable(results)
+        by_mode = {result.mode: result for result in results}
+        first = results[0]
+        metrics = first.report.metrics
+        sequence = by_mode.get("sequential") or by_mode.get("streaming")
+        retained, scaled = NO_SCORE, NO_SCORE
+        if sequence is not None and len(sequence.checkpoints) > 1:
+            scores = {c.edits: c.report.metrics["reliability"]["generated"] for c in sequence.checkpoints}
+            accuracy = {count: score.value for count, score in scores.items() if score.value is not None}
+            retained = Score(retainability(accuracy), n=max(accuracy))
+        if "single" in by_mode and "batch" in by_mode:
+            scaled = scalability(by_mode["single"].report, by_mode["batch"].report, seed=first.meta["seed"])
     return SurveyMetrics(
-        accuracy=own["reliability"]["generated"],
-        locality=own["locality"]["generated"],
-        generality=own["generality"]["generated"],
-        portability=own["portability"]["generated"],
-        retainability=kept,
+        accuracy=metrics["reliability"]["generated"],
+        locality=metrics["locality"]["generated"],
+        generality=metrics["generality"]["generated"],
+        portability=metrics["portability"]["generated"],
+        retainability=retained,
         scalability=scaled,
         sources={
             **dict.fromkeys(("accuracy", "locality", "generality", "portability"), first.mode),
@@ -99,38 +123,64 @@ def survey(*results: ModeResult) -> SurveyMetrics:
     )
 
 
-def retainability(accuracy: Mapping[int, float]) -> float:
-    """Ret = 1/(n - 1) sum over i of Acc(e_1..e_i+1) - Acc(e_1..e_i), from the accuracies at some numbers of edits.
+def _check_comparable(results: tuple[ModeResult, ...]) -> None:
+    if not results:
+        raise EditError("results must hold at least one result of run_edits.")
+    if len({result.mode for result in results}) < len(results):
+        raise EditError("results must hold at most one result per mode.")
+    for name in ("data_hash", "model", "settings"):
+        if any(result.meta[name] != results[0].meta[name] for result in results):
+            raise EditError(f"the results differ in {name}, so they cannot be compared; run all of them alike.")
 
-    The sum telescopes: the first and the last accuracy tell it all, whatever happened between two checkpoints.
+
+def retainability(accuracy: Mapping[int, float]) -> float:
+    """Return the mean change of accuracy per further edit: 1/(n - 1) * sum over i of Acc(e_1..e_i+1) - Acc(e_1..e_i).
+
+    The terms cancel, so only the first and the last accuracy count, whatever happened in between.
 
     Args:
-        accuracy: edits so far -> accuracy on all of them, at two numbers of edits at least.
+        accuracy: number of edits so far -> accuracy on all of them; at least two entries.
 
     Returns:
-        The change of accuracy for each further edit; below 0 where earlier edits are lost.
+        The change per further edit; negative if earlier edits are lost.
+
+    Raises:
+        EditError: there are fewer than two entries.
+
+    Example:
+        >>> from kedit_train.modes import retainability
+        >>> retainability({1: 1.0, 11: 0.5})
+        -0.05
     """
     first, last = min(accuracy), max(accuracy)
     if first == last:
-        raise EditError("retainability: one checkpoint is no sequence: give accuracies after two numbers of edits")
+        raise EditError("accuracy must hold at least two numbers of edits, got one.")
     return (accuracy[last] - accuracy[first]) / (last - first)
 
 
-def scalability(single: Report, batch: Report, seed: int = 0) -> Score:
-    """Sca = E_e[Acc(M(f, e), e)] - Acc(M(f, E), E), its interval over edits, each compared with itself.
+def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
+    """Return the accuracy of single edits minus that of all edits at once, with an interval over edits.
+
+    Each edit is compared with itself.
 
     Args:
-        single: each edit on the unedited model; batch: all at once.
+        single: the report where each edit was made on the unedited model.
+        batch: the report where all edits were made at once.
+        seed: seed of the bootstrap.
+
+    Raises:
+        EditError: the reports are on different edits.
     """
     alone, together = (
         {r.edit: bool(r.right) for r in report.answers if r.question == "reliability"} for report in (single, batch)
     )
     if alone.keys() != together.keys():
-        raise EditError("scalability: the two reports are on different edits: run both modes on the same")
-    mean = EditMean(len(alone), seed=seed, sync_on_compute=False)
+        raise EditError("the two reports are on different edits; run both modes on the same edits.")
+    mean = MeanOverEdits(len(alone), seed=seed, sync_on_compute=False)
     mean.update(range(len(alone)), [float(right) - float(together[edit]) for edit, right in alone.items()])
     return mean.score()
 
 
 def _signed(score: Score) -> str:
-    return figure(score.value) if score.value is None or score.value >= 0 else f"-{figure(-score.value)}"
+    negative = score.value is not None and score.value < 0
+    return f"-{format_number(-score.value)}" if negative else format_number(score.value)  # type: ignore[operator]

@@ -1,127 +1,167 @@
-"""The plain loop that a mode trains with, where the caller brings none."""
+"""``TrainLoop``: the training function that the modes use if the caller brings none."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from kedit_train.arguments import above, at_least, check_arguments, integer_from, one_of
 from kedit_train.callbacks import ParameterScope, editing
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.prompts import PromptFormat, check_format
+from kedit_train.data.prompts import FORMATS, PromptFormat, check_format
 from kedit_train.data.tokenization import collate, context_length, pad_token_id
-from kedit_train.errors import EditError
-from kedit_train.evaluation.asking.batching import bar, device_of
+from kedit_train.errors import EditError, reported_by
+from kedit_train.evaluation.asking.batching import model_device
 
-# Where "Fine-tuning Done Right in Model Editing" (LocFT-BF, arXiv 2509.22072) calls an edit learned.
-LEARNED = 1e-2
+# LocFT-BF ("Fine-tuning Done Right in Model Editing", arXiv 2509.22072) regards an edit as learned below this loss.
+LEARNED_LOSS = 1e-2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleOptions:
+    """How edits become training examples.
+
+    Args:
+        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question".
+        append_eos: append end-of-text to every target.
+        extra_edits: more training examples besides the edits: a list of edits, or a function from the edits of a call
+            to such a list, as ``kedit_train.augmentation.augmentation`` makes it. They count in batches and in the
+            stopping loss like any other example.
+
+    Example:
+        >>> from kedit_train.modes import ExampleOptions
+        >>> ExampleOptions(prompt_format="chat").append_eos
+        True
+    """
+
+    prompt_format: PromptFormat = "plain"
+    append_eos: bool = True
+    extra_edits: Sequence[Edit] | Callable[[Sequence[Edit]], Sequence[Edit]] = ()
+
+    def __post_init__(self) -> None:
+        check_arguments(self, prompt_format=(self.prompt_format, one_of(FORMATS)))
 
 
 class TrainLoop:
-    """``train(model, edits)``: shuffled batches of all the edits, epoch after epoch, inside of ``editing``.
+    """A training function ``train(model, edits)``: shuffled batches for some epochs, inside ``editing``.
 
-    With one edit it is that edit to convergence. An epoch's mean loss below ``stop_loss`` ends it. The model stays in
-    the mode (training or evaluation) that it is in.
+    It stops when the mean loss of an epoch falls below ``stop_loss``. The model keeps its mode (training or
+    evaluation).
 
     Args:
-        tokenizer: of the model.
-        callbacks: of ``kedit_train.callbacks``, in any order; by default one down-projection late in the model. Where
-            the mode trains in rounds they begin anew in each: what they keep of "the unedited model" (the answers of a
-            KL term) is then the model at the beginning of the round. ``KLLocality``, ``NullSpace`` and ``LowCurvature``
-            go on where ``sequential=True``; ``NormBall`` and ``WeightAnchor`` measure from the weights before the first
-            round, unless ``anchor="previous"``.
-        epochs: the most passes over the edits.
-        batch_size: edits a step.
-        lr: the learning rate.
-        optimizer: made anew for every call, as ``optimizer(parameters, lr=lr)``.
-        stop_loss: 0 runs all the epochs.
-        progress: a bar over the epochs in a terminal.
-        prompt_format: in which form the edits are trained: as they stand ("plain"), through the tokenizer's template as
-            a "chat", or framed as a "question".
-        append_eos: end every target with end-of-text.
-        extra: rows that are trained along with each call's edits: edits, or what gives them for a call's edits, as
-            :func:`~kedit_train.augmentation.augmentation` does (made once, before the first call). They count in
-            batches and in ``stop_loss`` like any other.
+        tokenizer: the model's tokenizer.
+        callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
+            down-projection late in the model. If a mode trains in several schedule steps, the callbacks start anew in
+            each step, so their reference model is the model at the start of the step. ``KLLocality``, ``NullSpace``
+            and ``LowCurvature`` continue across steps with ``sequential=True``. ``NormBall`` and ``WeightAnchor``
+            measure from the weights before the first step, unless ``anchor="previous"``.
+        epochs: maximum number of passes over the edits.
+        batch_size: training examples per optimizer step.
+        learning_rate: learning rate of the optimizer.
+        stop_loss: stop when the mean loss of an epoch is below this value. 0: run all epochs.
+        optimizer: creates the optimizer of each call, as ``optimizer(parameters, lr=learning_rate)``.
+        examples: how edits become training examples. None: ``ExampleOptions()``.
 
     Raises:
-        EditError: an argument out of range, an edit that the model cannot read, a loss that is no number.
+        EditError: an argument is out of range, an edit is longer than the model's context, or the loss is not finite.
+
+    References:
+        "Fine-tuning Done Right in Model Editing" (LocFT-BF), arXiv 2509.22072, for the defaults.
+
+    Example:
+        >>> from kedit_train import EditDataset, evaluate, world
+        >>> from kedit_train.modes import TrainLoop
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> train = TrainLoop(tokenizer, learning_rate=3e-3)
+        >>> train(model, edits)
+        >>> evaluate(model, tokenizer, edits).metrics["reliability"]["generated"].value
+        1.0
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        callbacks: Sequence[Any] | None = None,
         *,
+        callbacks: Sequence[Any] | None = None,
         epochs: int = 25,
         batch_size: int = 100,
-        lr: float = 5e-4,
+        learning_rate: float = 5e-4,
+        stop_loss: float = LEARNED_LOSS,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
-        stop_loss: float = LEARNED,
-        progress: bool = False,
-        prompt_format: PromptFormat = "plain",
-        append_eos: bool = True,
-        extra: Sequence[Edit] | Callable[[Sequence[Edit]], Sequence[Edit]] = (),
+        examples: ExampleOptions | None = None,
     ) -> None:
-        check_format(prompt_format, tokenizer)
-        if epochs < 1 or batch_size < 1:
-            raise EditError(f"TrainLoop: epochs={epochs}, batch_size={batch_size}: give at least 1 of each")
-        if not 0.0 < lr < math.inf:
-            raise EditError(f"TrainLoop: lr={lr}: give a learning rate above 0")
+        check_arguments(
+            self,
+            epochs=(epochs, integer_from(1)),
+            batch_size=(batch_size, integer_from(1)),
+            learning_rate=(learning_rate, above(0)),
+            stop_loss=(stop_loss, at_least(0)),
+        )
         self.tokenizer, self.epochs, self.batch_size = tokenizer, epochs, batch_size
-        self.extra = extra
+        self.learning_rate, self.stop_loss, self.optimizer = learning_rate, stop_loss, optimizer
+        self.examples = examples or ExampleOptions()
         self.callbacks = [ParameterScope(0.7, modules="mlp.down_proj")] if callbacks is None else list(callbacks)
-        self.lr, self.optimizer, self.stop_loss = lr, optimizer, stop_loss
-        self.progress, self.prompt_format, self.append_eos = progress, prompt_format, append_eos
+        with reported_by("TrainLoop"):
+            check_format(self.examples.prompt_format, tokenizer)
 
     def __call__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
+        """Train ``edits`` into ``model``, in place."""
+        with reported_by("TrainLoop"):
+            self._train(model, edits)
+
+    def _train(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         config = getattr(model, "config", None)
-        longest = context_length(config) if config else None
-        form: Any = {"prompt_format": self.prompt_format, "append_eos": self.append_eos}
-        extra = self.extra(edits) if callable(self.extra) else self.extra
-        rows = EditDataset([*edits, *extra]).encode(self.tokenizer, max_length=longest, **form)
-        pad_id, device = pad_token_id(self.tokenizer), device_of(model)
-        told: Any = {"tokenizer": self.tokenizer, "edits": edits, "epoch_steps": math.ceil(len(rows) / self.batch_size)}
-        with editing(model, self.callbacks, **told) as edit, self._bar() as shown:
-            optimizer = self.optimizer(edit.parameters(), lr=self.lr)
+        extra = self.examples.extra_edits
+        extra = extra(edits) if callable(extra) else extra
+        encoded = EditDataset([*edits, *extra]).encode(
+            self.tokenizer,
+            max_length=context_length(config) if config else None,
+            prompt_format=self.examples.prompt_format,
+            append_eos=self.examples.append_eos,
+        )
+        pad_id, device = pad_token_id(self.tokenizer), model_device(model)
+        epoch_steps = math.ceil(len(encoded) / self.batch_size)
+        with editing(model, self.callbacks, tokenizer=self.tokenizer, edits=edits, epoch_steps=epoch_steps) as edit:
+            optimizer = self.optimizer(edit.parameters(), lr=self.learning_rate)
             for _ in range(self.epochs):
                 losses = []
-                for batch in torch.randperm(len(rows)).split(self.batch_size):
-                    tensors = collate([rows[int(i)] for i in batch], pad_id=pad_id)
+                for batch in torch.randperm(len(encoded)).split(self.batch_size):
+                    tensors = collate([encoded[int(i)] for i in batch], pad_id=pad_id)
                     losses.append((self._step(model, edit, optimizer, tensors, device), len(batch)))
                     if edit.should_stop:
                         return
-                shown.update()
                 if _mean(losses) < self.stop_loss:
                     return
-
-    def _bar(self) -> Any:
-        return bar(self.epochs, "training", self.progress)
 
     def _step(self, model: Any, edit: Any, optimizer: Any, tensors: dict[str, torch.Tensor], device: Any) -> float:
         edit.before_step()
         loss = model(**{name: value.to(device) for name, value in tensors.items()}).loss
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise EditError(f"TrainLoop: the loss is {value}: lower lr={self.lr} or use a wider dtype")
+            raise EditError(f"the loss is {value}; lower learning_rate={self.learning_rate} or use a wider dtype.")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return value
 
     def __repr__(self) -> str:
-        own = ", ".join(map(repr, self.callbacks))
-        extra = f"{len(self.extra)} rows" if isinstance(self.extra, Sequence) else self.extra
+        callbacks = ", ".join(map(repr, self.callbacks))
+        extra = self.examples.extra_edits
+        extra = f"{len(extra)} edits" if isinstance(extra, Sequence) else extra
         return (
-            f"TrainLoop([{own}], epochs={self.epochs}, batch_size={self.batch_size}, lr={self.lr}, "
-            f"optimizer={getattr(self.optimizer, '__name__', self.optimizer)}, stop_loss={self.stop_loss}"
-            + (f", extra={extra})" if self.extra else ")")
+            f"TrainLoop(callbacks=[{callbacks}], epochs={self.epochs}, batch_size={self.batch_size}, "
+            f"learning_rate={self.learning_rate}, optimizer={getattr(self.optimizer, '__name__', self.optimizer)}, "
+            f"stop_loss={self.stop_loss}" + (f", extra_edits={extra})" if self.examples.extra_edits else ")")
         )
 
 
 def _mean(losses: Iterable[tuple[float, int]]) -> float:
-    """Of the batches' losses, each weighed by its edits."""
+    """Return the mean of the batches' losses, weighted by their number of examples."""
     losses = list(losses)
     return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)

@@ -1,4 +1,4 @@
-"""A model's weights, kept aside and brought back to the last bit."""
+"""A copy of a model's weights that can be restored bit for bit."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch.distributed.tensor import DTensor
 from kedit_train.errors import EditError
 
 
-class KeptWeights:
-    """Every parameter and buffer of a model, on the CPU, with what may be trained and each module's mode.
+class WeightBackup:
+    """Every parameter and buffer of a model, on the CPU, with all ``requires_grad`` and ``training`` flags.
 
-    Everything is kept, and not the scope only: a training that the caller brings may change what it likes.
+    All weights are kept and not only the scope, because the caller's training function may change any of them.
+
+    Args:
+        model: the model to back up.
 
     Raises:
         EditError: the model is sharded.
@@ -22,33 +25,33 @@ class KeptWeights:
 
     def __init__(self, model: nn.Module) -> None:
         if any(isinstance(tensor, DTensor) for tensor in model.parameters()):
-            raise EditError("the weights of a sharded model cannot be put back after each edit: give a whole model")
+            raise EditError("model must not be sharded: its weights could not be restored after each edit.")
         self.model = model
         self.values = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(model).items()}
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self.modes = [(module, module.training) for module in model.modules()]
+        self.training_flags = [(module, module.training) for module in model.modules()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put it all back, bit for bit; gradients that were left go.
+        """Restore all values and flags, and drop all gradients.
 
         Raises:
-            EditError: tensors have come, gone, or changed shape or dtype.
+            EditError: a tensor was added or removed, or has another shape or dtype.
         """
-        now = _tensors(self.model)
-        for name in [*self.values, *now]:
-            was, found = (_shape(tensors.get(name)) for tensors in (self.values, now))
-            if was != found:
+        current = _tensors(self.model)
+        for name in [*self.values, *current]:
+            before, after = (_describe(tensors.get(name)) for tensors in (self.values, current))
+            if before != after:
                 raise EditError(
-                    f"training changed {name} from {was} to {found}, so the model cannot be restored: train in place, "
-                    "and take adapters off again"
+                    f"training changed {name} from {before} to {after}, so the model cannot be restored; "
+                    "train in place, and remove adapters again."
                 )
         for name, value in self.values.items():
-            now[name].copy_(value)
+            current[name].copy_(value)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.trainable[name])
             parameter.grad = None
-        for module, training in self.modes:
+        for module, training in self.training_flags:
             module.training = training
 
 
@@ -56,5 +59,5 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _shape(tensor: Any) -> str:
+def _describe(tensor: Any) -> str:
     return "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

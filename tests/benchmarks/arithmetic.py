@@ -27,7 +27,8 @@ from kedit_train.callbacks import ForgetFirst, ForgetTraining, ParameterScope, e
 from kedit_train.cli.kedit.sweep_plot import sweep_plot
 from kedit_train.data import Edit
 from kedit_train.delta import merge, sweep
-from kedit_train.evaluation.reporting.plots import figure, saved
+from kedit_train.evaluation import EvaluationOptions
+from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 from kedit_train.modes import TrainLoop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,13 +59,15 @@ class Bench:
         n = options.edits
         self.first, self.second = edits[:n], edits[n:]
         self.lr, self.epochs = options.lr, options.epochs
-        self.asked: dict[str, Any] = {"max_new_tokens": 12, "progress": False, "seed": options.seed}
+        self.asked: dict[str, Any] = {"options": EvaluationOptions(max_new_tokens=12), "progress": False}
+        self.asked["seed"] = options.seed
         self.before = evaluate(self.model, self.tokenizer, edits, **self.asked)
         self.n = {q: self.before.metrics[q]["generated"].n for q in QUESTIONS}
 
     def loop(self, **given: Any) -> TrainLoop:
         scope = [ParameterScope(0.7, modules="mlp.down_proj")]
-        return TrainLoop(self.tokenizer, scope, **{"epochs": self.epochs, "batch_size": 16, "lr": self.lr} | given)
+        settings: dict[str, Any] = {"epochs": self.epochs, "batch_size": 16, "learning_rate": self.lr}
+        return TrainLoop(self.tokenizer, callbacks=scope, **settings | given)
 
     def delta(self, edits: Sequence[Edit]) -> EditDelta:
         own = copy.deepcopy(self.model)
@@ -75,7 +78,7 @@ class Bench:
     def scores(self, edits: Sequence[Edit], model: Any = None) -> dict[str, float]:
         names = {edit.id for edit in edits}
         part = replace(self.before, answers=[a for a in self.before.answers if a.edit in names])
-        report = evaluate(self.model if model is None else model, self.tokenizer, edits, before=part, **self.asked)
+        report = evaluate(self.model if model is None else model, self.tokenizer, edits, unedited=part, **self.asked)
         return {q: report.metrics[q]["generated"].value for q in QUESTIONS}
 
     def with_(self, vector: Any, coefficient: float, score: Callable[[], Any]) -> Any:
@@ -151,17 +154,17 @@ def panel(axes: Any, curves: Mapping[str, Mapping[float, float]], title: str, be
 
 
 def draw_sums(found: Mapping[str, Mapping[float, Point]], n: Mapping[str, int], path: Path) -> None:
-    drawing = figure(8.4, 3.2)
+    drawing = new_figure(8.4, 3.2)
     row = drawing.subplots(1, 3, sharey=True)
     for axes, question in zip(row, QUESTIONS, strict=True):
         curves = {label: {c: p[question] for c, p in points.items()} for label, points in found.items()}
         panel(axes, curves, f"{question} (n = {n[question]})", "coefficient")
     row[0].legend(frameon=False, fontsize=8, loc="lower right")
-    smaller(saved(drawing, path))
+    smaller(save_figure(drawing, path))
 
 
 def draw_negation(negated: Mapping[float, Point], forgot: Mapping[str, ForgetFirst], edits: int, path: Path) -> None:
-    drawing = figure(8.4, 3.4)
+    drawing = new_figure(8.4, 3.4)
     left, right = drawing.subplots(1, 2, sharey=True)
     names = list(next(iter(negated.values())))
     panel(left, {name: {c: p[name] for c, p in negated.items()} for name in names},
@@ -174,7 +177,7 @@ def draw_negation(negated: Mapping[float, Point], forgot: Mapping[str, ForgetFir
     }
     panel(right, curves, "old answers subtracted: their probability", "length subtracted, over the weights' own")
     right.legend(frameon=False, fontsize=8, loc="upper right", title="the trained difference", title_fontsize=8)
-    smaller(saved(drawing, path))
+    smaller(save_figure(drawing, path))
 
 
 def smaller(path: Path) -> None:

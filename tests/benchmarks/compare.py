@@ -33,6 +33,7 @@ from torch import nn
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
+from kedit_train.evaluation import EvaluationOptions
 from kedit_train.modes import run_edits
 
 # Mode -> number of edits per model. The embedded world has no more than 200 subjects.
@@ -60,18 +61,19 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
         train(model, edits)
         spent += time.process_time() - began
 
-    options: dict[str, Any] = {"metrics": ["resurgence"], "progress": False, "seed": draw, "max_new_tokens": 16}
-    if mode != "single":
-        options["texts"] = setting.unrelated()
+    texts = setting.unrelated() if mode != "single" else None
+    options = EvaluationOptions(metrics=["resurgence"], max_new_tokens=16, texts=texts)
     how: Any = mode
-    result = run_edits(model, tokenizer, edits, how, train=timed, checkpoints=(), **options)
+    result = run_edits(
+        model, tokenizer, edits, mode=how, train=timed, checkpoints=(), options=options, seed=draw, progress=False
+    )
     report = result.checkpoints[-1].report
     found: dict[str, Any] = {name: report.metrics[name]["generated"].value for name in SCORES}
     # Share of rephrased prompts where the old answer is more likely than the new one.
     found["resurgence"] = report.metrics["resurgence"]["prefers_old"]["rephrase"].value
     found["drift"] = None if mode == "single" else drift(model, load(setting.path)[0])
     found["perplexity"] = report.metrics["perplexity"].value
-    found["perplexity before"] = result.before.metrics["perplexity"].value
+    found["perplexity before"] = result.unedited.metrics["perplexity"].value
     found["seconds"] = spent / len(edits)
     return found
 

@@ -14,7 +14,7 @@ import torch
 from methods import RECIPES as ORDER
 from paired import processor
 
-from kedit_train.evaluation.reporting.plots import figure, saved
+from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "recipes" / "figures" / "compare.png"
@@ -96,7 +96,7 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
     modes = [mode for mode in TITLES if mode in modes]
     names = [*dict.fromkeys(name for rows in groups.values() for name in rows)]
     shown: dict[str, Any] = {}
-    drawing = figure(4.2 * len(modes), 3.6 * len(models) + 0.6)
+    drawing = new_figure(4.2 * len(modes), 3.6 * len(models) + 0.6)
     axes = drawing.subplots(len(models), len(modes), squeeze=False)
     for ax in (ax for row in axes for ax in row):
         ax.set_visible(False)
@@ -119,7 +119,7 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
             shown[name] = ax.plot([], [], shape, color=color, markersize=size)[0]
         ax.grid(color="0.9")
     drawing.legend([shown[name] for name in names], names, loc="outside lower center", ncols=7, fontsize=8)
-    saved(drawing, path)
+    save_figure(drawing, path)
 
 
 def write(results: list[dict[str, Any]]) -> None:

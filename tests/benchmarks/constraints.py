@@ -144,7 +144,7 @@ def main() -> None:
         for name in names:
             progress.update(task, description=f"{arguments.model}: {name}")
             model, tokenizer, metrics = train(setting, ROWS[name](setting))
-            report = evaluate(model, tokenizer, setting.edits, before=before, progress=False)
+            report = evaluate(model, tokenizer, setting.edits, unedited=before, progress=False)
             print(table_row(name, report, metrics), flush=True)
             progress.advance(task)
 

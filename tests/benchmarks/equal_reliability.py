@@ -41,6 +41,7 @@ from kedit_train.callbacks import ActiveSet, ParameterScope, PrefixCache, TokenL
 from kedit_train.data import Edit
 from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.tokenization import Encoded, collate
+from kedit_train.evaluation import EvaluationOptions
 
 ENOUGH = 0.95
 # Number of edits that are checked first, to see whether a full evaluation is worthwhile.
@@ -90,7 +91,7 @@ def setting(options: argparse.Namespace) -> Setting:
 
 
 def reliability(model: Any, given: Setting, edits: Sequence[Edit]) -> float:
-    report = evaluate(model, given.tokenizer, edits, max_new_tokens=16, progress=False)
+    report = evaluate(model, given.tokenizer, edits, options=EvaluationOptions(max_new_tokens=16), progress=False)
     return report.metrics["reliability"]["generated"].value
 
 

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, 
 from kedit_train import EditDataset, Report
 from kedit_train.callbacks import ParameterScope
 from kedit_train.data.tokenization import encode_prompt, pad_token_id
-from kedit_train.evaluation import evaluate
-from kedit_train.evaluation.asking.probes import EXTRAS, Asked, probes_of
+from kedit_train.evaluation import EvaluationOptions, evaluate
+from kedit_train.evaluation.asking.probes import ProbeRequest, probe_requests
+from kedit_train.evaluation.options import EXTRA_METRICS
 from kedit_train.modes import TrainLoop
 
 FACTLM = Path(__file__).resolve().parents[3] / "shared" / "models" / "factlm"
@@ -41,7 +42,7 @@ class _LineBreak(StoppingCriteria):
 
 
 @torch.no_grad()
-def one_at_a_time(model: Any, tokenizer: Any, asked: Sequence[Asked]) -> list[str]:
+def one_at_a_time(model: Any, tokenizer: Any, asked: Sequence[ProbeRequest]) -> list[str]:
     said, stops = [], StoppingCriteriaList([_LineBreak(tokenizer)])
     for one in asked:
         goes_on = one.question == "fluency"
@@ -73,13 +74,14 @@ def of_state(
     for full, how in ((False, "core"), (True, "full")):
         # One at a time, the continuations of ten records take most of a minute.
         some = edits[: max(1, options.single // (5 if full else 1))]
-        extras = EXTRAS if full else ()
-        asked = [one for i, edit in enumerate(some) for one in probes_of(edit, edit.id or str(i), extras=extras)]
+        extras = EXTRA_METRICS if full else ()
+        asked = [one for i, edit in enumerate(some) for one in probe_requests(edit, edit.id or str(i), metrics=extras)]
         began = now()
         single = one_at_a_time(model, tokenizer, asked)
         slow = (now() - began) / len(some)
         began = now()
-        report = evaluate(model, tokenizer, edits, before=before.get(full), full=full, progress=False)
+        measured = EvaluationOptions(metrics=extras)
+        report = evaluate(model, tokenizer, edits, unedited=before.get(full), options=measured, progress=False)
         fast = (now() - began) / len(edits)
         own = {(row.question == "fluency", row.prompt): row.answer for row in report.answers}
         same = sum(own[one.question == "fluency", one.prompt] == s for one, s in zip(asked, single, strict=True))
@@ -107,10 +109,10 @@ def main() -> None:
     rows, before = of_state("unedited", model, tokenizer, edits, {}, options, now)
     train = TrainLoop(
         tokenizer,
-        [ParameterScope(0.9, modules="mlp.down_proj")],
+        callbacks=[ParameterScope(0.9, modules="mlp.down_proj")],
         epochs=options.epochs,
         batch_size=64,
-        lr=3e-3,
+        learning_rate=3e-3,
         stop_loss=0.0,
     )
     train(model, edits)

@@ -21,7 +21,7 @@ from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.data.leaks import scored_prompts
 from kedit_train.errors import EditError
-from kedit_train.modes import TrainLoop
+from kedit_train.modes import ExampleOptions, TrainLoop
 from kedit_train.modules import WORLD_EDITS
 from kedit_train.pretrained import lora_config
 
@@ -185,13 +185,12 @@ class Method:
         batch = self.setting.batch_size * (1 + len(extra) // max(1, len(edits)))
         loop = TrainLoop(
             self.tokenizer,
-            self.callbacks(edits),
+            callbacks=self.callbacks(edits),
             epochs=self.config.trainer.max_epochs,
             batch_size=batch,
-            lr=self.lr,
+            learning_rate=self.lr,
             stop_loss=0.0,
-            append_eos=self.config.data.init_args.append_eos,
-            extra=extra,
+            examples=ExampleOptions(append_eos=self.config.data.init_args.append_eos, extra_edits=extra),
         )
         if self.adapter is None:
             loop(model, edits)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kedit_train import EditDataset
 from kedit_train.callbacks import ParameterScope
 from kedit_train.data.tokenization import separator
-from kedit_train.evaluation.reporting.report_lines import figure, interval
+from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
 from kedit_train.evaluation.scoring.capability import CapabilityProbe
 from kedit_train.modes import ModeResult, TrainLoop, retention_curve, run_edits, survey
 
@@ -32,14 +32,14 @@ COLUMNS = ("reliability", "latest", "generality", "locality", "agreement", "kl",
 
 def loop(tokenizer: Any, arguments: argparse.Namespace, lr: float, batch_size: int) -> TrainLoop:
     scope = ParameterScope(arguments.layer, modules="mlp.down_proj")
-    return TrainLoop(tokenizer, [scope], lr=lr, batch_size=batch_size, epochs=arguments.epochs)
+    return TrainLoop(tokenizer, callbacks=[scope], learning_rate=lr, batch_size=batch_size, epochs=arguments.epochs)
 
 
 def rows(label: str, result: ModeResult) -> None:
     for checkpoint in result.checkpoints:
         own = checkpoint.scores()
         cells = [
-            figure(own[name].value) + (f" ({interval(own[name])})" if own[name].low is not None else "")
+            format_number(own[name].value) + (f" ({format_interval(own[name])})" if own[name].low is not None else "")
             for name in COLUMNS
         ]
         print(f"| {label} | {checkpoint.edits} | " + " | ".join(cells) + f" | {checkpoint.seconds:.0f} |", flush=True)
@@ -71,7 +71,7 @@ def main() -> None:
             f"{len(records) - len(others)} edits at most; the other records belong to the capability probe"
         )
     known = [f"{e.prompt}{separator(e.prompt, e.old_target or '')}{e.old_target}." for e in others]
-    probe = CapabilityProbe(known, [e.prompt for e in others], max_new_tokens=8)
+    probe = CapabilityProbe(known, prompts=[e.prompt for e in others], max_new_tokens=8)
     common: dict[str, Any] = {"capability": probe, "progress": False}
     print(f"{len(edits)} CounterFact edits; probe: {len(others)} other facts; {arguments}\n")
     print("| how | edits | " + " | ".join(COLUMNS) + " | seconds of training |")
@@ -82,13 +82,13 @@ def main() -> None:
         for count in [c for c in (1, 10, 100, 1000) if c < len(edits)] + [len(edits)]:
             model = copy.deepcopy(unedited)
             train = loop(tokenizer, arguments, arguments.lr, arguments.batch_size)
-            whole.append(run_edits(model, tokenizer, edits[:count], "batch", train=train, **common))
+            whole.append(run_edits(model, tokenizer, edits[:count], mode="batch", train=train, **common))
             rows("breadth-first", whole[-1])
         results["breadth-first"] = replace(whole[-1], checkpoints=[r.checkpoints[0] for r in whole])
     if arguments.only != "batch":
         train = loop(tokenizer, arguments, arguments.sequential_lr, 1)
         model = copy.deepcopy(unedited)
-        results["one at a time"] = run_edits(model, tokenizer, edits, "sequential", train=train, **common)
+        results["one at a time"] = run_edits(model, tokenizer, edits, mode="sequential", train=train, **common)
         rows("one at a time", results["one at a time"])
     print(f"\n{time.process_time() - began:.0f} s of CPU time\n")
     print(survey(*results.values()).markdown())

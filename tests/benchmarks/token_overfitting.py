@@ -26,9 +26,9 @@ from kedit_train import EditDataset
 from kedit_train.callbacks import ParameterScope, editing
 from kedit_train.data import Edit
 from kedit_train.data.tokenization import collate, pad_token_id
-from kedit_train.evaluation.reporting.plots import figure, saved
-from kedit_train.evaluation.reporting.report_lines import figure as shown
-from kedit_train.evaluation.reporting.report_lines import interval
+from kedit_train.evaluation import EvaluationOptions
+from kedit_train.evaluation.reporting.plots import new_figure, save_figure
+from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
 from kedit_train.functional import overtone, overtone_target, smoothed_loss
 from kedit_train.modes import run_edits
 
@@ -124,7 +124,7 @@ def draw(trained: dict[tuple[str, str], Train], path: Path) -> None:
     """Loss above, confidence below; a column for each regime and objective, a line for each position."""
     columns = [(mode, name) for mode in ("single", "batch") for name in ("cross-entropy", "OverTone")]
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-    drawing = figure(12, 5.6)
+    drawing = new_figure(12, 5.6)
     axes = drawing.subplots(2, len(columns), sharex="col", sharey="row")
     for column, key in enumerate(columns):
         train = trained[key]
@@ -142,7 +142,7 @@ def draw(trained: dict[tuple[str, str], Train], path: Path) -> None:
     axes[0][0].set_ylabel("loss of the target's token, nats")
     axes[1][0].set_ylabel("its probability (geometric mean)")
     axes[0][0].legend(fontsize=8, loc="upper right")
-    saved(drawing, path)
+    save_figure(drawing, path)
 
 
 def main() -> None:
@@ -165,10 +165,14 @@ def main() -> None:
         for name, objective in OBJECTIVES.items():
             model, tokenizer = load(setting.path)
             train = trained[mode, name] = Train(tokenizer, objective, lr, options.epochs, setting.batch_size)
-            options_: dict[str, Any] = {"checkpoints": (), "progress": False, "max_new_tokens": 16}
-            result = run_edits(model, tokenizer, edits, mode, train=train, **options_)
+            options_: dict[str, Any] = {
+                "checkpoints": (),
+                "progress": False,
+                "options": EvaluationOptions(max_new_tokens=16),
+            }
+            result = run_edits(model, tokenizer, edits, mode=mode, train=train, **options_)
             scores = [result.checkpoints[-1].report.metrics[score]["generated"] for score in SCORES]
-            cells = [shown(s.value) + (f" ({interval(s)})" if s.low is not None else "") for s in scores]
+            cells = [format_number(s.value) + (f" ({format_interval(s)})" if s.low is not None else "") for s in scores]
             places = train.positions()
             ends = " / ".join(f"{train.curve(place)[-1]:.4f}" for place in (places[0], places[-1]))
             regime = "one at a time" if mode == "single" else "breadth-first"

@@ -249,7 +249,7 @@ def test_tables_mark_what_has_changed(edits: EditDataset) -> None:
     assert rows
     assert all(row[2] != row[3] for row in rows)
     columns, rows = edit._host.tables["edit/positions"]
-    assert tuple(columns) == logged.POSITIONS
+    assert tuple(columns) == logged.POSITION_COLUMNS
     assert [row[0] for row in rows if row[1] == 1] == ["unedited", "edited"]
     loss = {row[0]: row[3] for row in rows if row[1] == 1}
     assert loss["edited"] < loss["unedited"]

@@ -109,7 +109,7 @@ def test_another_model_begins_another_sequence(make, words):
 
 def test_train_loop_says_what_each_of_its_rounds_edits(make, words):
     model, kl = make(), KLLocality(TEXTS, sequential=True)
-    train = TrainLoop(words, [kl, ParameterScope(1)], epochs=1)
+    train = TrainLoop(words, callbacks=[kl, ParameterScope(1)], epochs=1)
     for edit in (FIRST, SECOND, Edit("w14", "w16")):
         train(model, [edit])
     assert [entry.edit.prompt for entry in kl._batches.replay_buffer.entries] == ["w40 w41", "w17"]

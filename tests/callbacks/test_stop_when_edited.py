@@ -301,5 +301,5 @@ def test_a_plain_loop_passes_the_steps_of_an_epoch() -> None:
         assert stop._idle_limit == 4
         model.zero_grad()
     stop = StopWhenEdited(None, idle_steps="epoch")
-    TrainLoop(tokenizer, [EpochPublisher(), stop], batch_size=2, epochs=5, stop_loss=0.0)(model, edits)
+    TrainLoop(tokenizer, callbacks=[EpochPublisher(), stop], batch_size=2, epochs=5, stop_loss=0.0)(model, edits)
     assert stop.reason == "no active token in 2 steps"

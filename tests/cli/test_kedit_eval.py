@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kedit_train import EditDataset, Report, evaluate, world
+from kedit_train.evaluation import EvaluationOptions
 from kedit_train.evaluation.reporting.model_card import BEGIN, END
 
 Kedit = Callable[..., tuple[int, str, str]]
@@ -29,7 +30,7 @@ def test_a_checkpoint_and_its_delta_get_the_scores_of_evaluate(kedit: Kedit, edi
     from transformers import AutoModelForCausalLM
 
     edited = AutoModelForCausalLM.from_pretrained(edited_world / "model")
-    wanted = evaluate(edited, tokenizer, dataset, before=before, progress=False).to_dict()
+    wanted = evaluate(edited, tokenizer, dataset, unedited=before, progress=False).to_dict()
     for found in (by_folder, by_file):
         for part in ("metrics", "unedited", "answers"):
             assert found[part] == wanted[part]
@@ -150,9 +151,10 @@ def test_an_adapter_is_loaded_on_its_base(kedit: Kedit, adapter: Path, edited_wo
     found = json.loads(said)
     dataset = EditDataset.load(edits)
     base, tokenizer = world.load()
-    before = evaluate(base, tokenizer, dataset, full=True, progress=False)
+    options = EvaluationOptions(metrics="all")
+    before = evaluate(base, tokenizer, dataset, options=options, progress=False)
     adapted = PeftModel.from_pretrained(world.load()[0], str(adapter))
-    wanted = evaluate(adapted, tokenizer, dataset, before=before, full=True, progress=False).to_dict()
+    wanted = evaluate(adapted, tokenizer, dataset, unedited=before, options=options, progress=False).to_dict()
     assert found["answers"] == wanted["answers"]
     assert found["unedited"] == wanted["unedited"]
     assert any(row["answer"] != row["before"] for row in found["answers"])

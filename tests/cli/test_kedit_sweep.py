@@ -25,7 +25,7 @@ def byhand(edited_world: Path, coefficient: float) -> tuple[float, float]:
         model.get_parameter(WEIGHT).add_(
             coefficient * EditDelta.load(edited_world / "edit.safetensors").difference(WEIGHT)
         )
-    after = evaluate(model, tokenizer, edits, before=before, progress=False).metrics
+    after = evaluate(model, tokenizer, edits, unedited=before, progress=False).metrics
     return after["reliability"]["generated"].value, after["locality"]["generated"].value
 
 

@@ -88,15 +88,15 @@ def rows():
 
 
 def table():
-    from kedit_train.evaluation.reporting.wandb_tables import curves_to_wandb
+    from kedit_train.evaluation.reporting.wandb_tables import log_position_curves
 
-    curves_to_wandb(None, [])
+    log_position_curves(None, [])
 
 
 def picture():
-    from kedit_train.evaluation.reporting.plots import figure
+    from kedit_train.evaluation.reporting.plots import new_figure
 
-    figure(1, 1)
+    new_figure(1, 1)
 
 
 def adapter():

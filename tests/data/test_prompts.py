@@ -141,7 +141,7 @@ def test_trl_also_trains_the_text_after_the_turn(chatty: Any, tmp_path: Path) ->
 
 def test_a_chat_is_learned_and_generation_stops_at_the_end_of_the_turn(chatty: Any) -> None:
     from kedit_train.callbacks import ParameterScope
-    from kedit_train.modes import TrainLoop
+    from kedit_train.modes import ExampleOptions, TrainLoop
 
     model, tokenizer = chatty(CHATML)
     edits = world.edits(4)
@@ -149,7 +149,13 @@ def test_a_chat_is_learned_and_generation_stops_at_the_end_of_the_turn(chatty: A
     assert closing not in {tokenizer.eos_token_id, model.generation_config.eos_token_id}
     before = generate_answers(model, tokenizer, [e.prompt for e in edits], prompt_format="chat")
     assert not any(a.text == e.target for a, e in zip(before, edits, strict=True))
-    train = TrainLoop(tokenizer, [ParameterScope()], lr=2e-3, epochs=40, prompt_format="chat")
+    train = TrainLoop(
+        tokenizer,
+        callbacks=[ParameterScope()],
+        learning_rate=2e-3,
+        epochs=40,
+        examples=ExampleOptions(prompt_format="chat"),
+    )
     train(model, edits)
     said = generate_answers(model, tokenizer, [e.prompt for e in edits], prompt_format="chat")
     assert [(a.text, a.ended) for a in said] == [(e.target, True) for e in edits]

@@ -10,6 +10,7 @@ import torch
 
 from kedit_train import EditDelta, evaluate, world
 from kedit_train.callbacks import ParameterScope
+from kedit_train.evaluation import EvaluationOptions
 from kedit_train.modes import TrainLoop
 
 NAME = "model.layers.4.mlp.down_proj.weight"
@@ -19,8 +20,8 @@ def test_negating_an_edit_unlearns_it() -> None:
     model, tokenizer = world.load()
     edits, base = [replace(e, rephrases=(), portability={}, locality={}) for e in world.edits(3)], copy.deepcopy(model)
     scope = ParameterScope(layers="4", modules="mlp.down_proj")
-    TrainLoop(tokenizer, [scope], epochs=20, lr=5e-3, stop_loss=0.0)(model, edits)
-    options: dict[str, Any] = {"max_new_tokens": 8, "progress": False}
+    TrainLoop(tokenizer, callbacks=[scope], epochs=20, learning_rate=5e-3, stop_loss=0.0)(model, edits)
+    options: dict[str, Any] = {"options": EvaluationOptions(max_new_tokens=8), "progress": False}
 
     def reliability(targets: Any) -> float:
         return evaluate(model, tokenizer, targets, **options).flat()["edit/reliability"]

@@ -170,13 +170,13 @@ def test_negation_forgets_what_it_was_trained_on_before_what_lies_beside_it():
         for edit in world.edits(n=8)
     ]
     edits, (model, _), (base, tokenizer) = EditDataset(known), world.load(), world.load()
-    options: dict[str, Any] = {"max_new_tokens": 6, "progress": False}
+    options: dict[str, Any] = {"options": EvaluationOptions(max_new_tokens=6), "progress": False}
     before = evaluate(base, tokenizer, edits, **options)
     assert before.flat()["edit/reliability"] == 1.0
     run(model, [ParameterScope(layers="1-3", modules="mlp")], edits, steps=48, lr=3e-4)
 
     def forgotten(current: Any) -> dict[str, float]:
-        scores = evaluate(current, tokenizer, edits, before=before, **options).flat()
+        scores = evaluate(current, tokenizer, edits, unedited=before, **options).flat()
         return {"reliability": 1.0 - scores["edit/reliability"], "locality": scores["edit/locality"]}
 
     found = sweep(base, EditDelta.between(base, model), forgotten, coefficients=[-8.0, -12.0], keep_locality=0.5)

@@ -28,8 +28,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class RiggedConfig(PreTrainedConfig):
-    model_type = "rigged"
+class ScriptedConfig(PreTrainedConfig):
+    model_type = "scripted_model"
 
     def __init__(self, max_position_embeddings: int = 200, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -37,13 +37,13 @@ class RiggedConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
 
 
-class Rigged(PreTrainedModel, GenerationMixin):
+class ScriptedModel(PreTrainedModel, GenerationMixin):
     """Says ``answers[prompt]``: at the k-th position after the prompt its first choice is the answer's k-th token,
     whatever was fed in between, and end-of-text after it. ``endless`` answers start again instead of ending."""
 
-    config_class = RiggedConfig
+    config_class = ScriptedConfig
 
-    def __init__(self, config: RiggedConfig) -> None:
+    def __init__(self, config: ScriptedConfig) -> None:
         super().__init__(config)
         self.anchor = torch.nn.Parameter(torch.zeros(()))
         self.script: list[tuple[list[int], list[int], bool]] = []
@@ -77,12 +77,12 @@ class Rigged(PreTrainedModel, GenerationMixin):
 
 
 @pytest.fixture
-def rigged() -> Callable[..., tuple[Rigged, PreTrainedTokenizerFast]]:
-    """``rigged({prompt: answer}, endless={prompt: answer}, context=200) -> (model, tokenizer)``."""
+def scripted_model() -> Callable[..., tuple[ScriptedModel, PreTrainedTokenizerFast]]:
+    """``scripted_model({prompt: answer}, endless={prompt: answer}, context=200) -> (model, tokenizer)``."""
 
     def make(answers: dict[str, str], endless: dict[str, str] | None = None, context: int = 200) -> Any:
         tokenizer = byte_tokenizer()
-        model = Rigged(RiggedConfig(context))
+        model = ScriptedModel(ScriptedConfig(context))
         model.generation_config.eos_token_id = END
 
         def ids(text: str) -> list[int]:

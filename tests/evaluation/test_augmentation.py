@@ -16,7 +16,7 @@ from kedit_train.data.leaks import scored_prompts, with_prefixes
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
 from kedit_train.evaluation.asking.probes import PREFIXES
-from kedit_train.modes import TrainLoop
+from kedit_train.modes import ExampleOptions, TrainLoop
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_prefixes_are_the_models_own_and_hang_on_the_seed_alone(known: Any) -> N
     assert not any(token in text for text in texts for token in tokenizer.all_special_tokens)
 
 
-def test_samples_have_the_models_probabilities(known: Any, rigged: Any) -> None:
+def test_samples_have_the_models_probabilities(known: Any, scripted_model: Any) -> None:
     model, tokenizer = known
     n = 4000
     texts = _sampled(model, tokenizer, n, 1, torch.Generator().manual_seed(0))
@@ -60,7 +60,7 @@ def test_samples_have_the_models_probabilities(known: Any, rigged: Any) -> None:
     top = expected.most_common(3)
     assert all(abs(found[text] / n - share) < 4 * (share / n) ** 0.5 for text, share in top)
     # Without begin-of-text: from common words; this model repeats its first choice.
-    model, tokenizer = rigged({}, endless={opening[0]: "a" for opening in OPENINGS})
+    model, tokenizer = scripted_model({}, endless={opening[0]: "a" for opening in OPENINGS})
     assert tokenizer.bos_token_id is None
     text = generate_prefixes(model, tokenizer, 1, lengths=(6,))[0]
     assert text[0] in {opening[0] for opening in OPENINGS}
@@ -69,7 +69,7 @@ def test_samples_have_the_models_probabilities(known: Any, rigged: Any) -> None:
         generate_prefixes(model, tokenizer, 400, lengths=(1,))
 
 
-def test_replayed_rows_are_the_models_own_answers(rigged: Any) -> None:
+def test_replayed_rows_are_the_models_own_answers(scripted_model: Any) -> None:
     edit = Edit("P:", "new", subject="Ann", rephrases=("R:",), locality={"near": (Probe("L:", ("l",)),)})
     said = {
         "A:": " one",
@@ -81,7 +81,7 @@ def test_replayed_rows_are_the_models_own_answers(rigged: Any) -> None:
         "P:": " old",
         "D": " L: x",
     }
-    model, tokenizer = rigged(said, endless={"E:": " la"})
+    model, tokenizer = scripted_model(said, endless={"E:": " la"})
     prompts = [*said, "E:", "A:", "Hm. L:"]
     found = replayed(model, tokenizer, prompts, [edit], max_new_tokens=12)
     assert {(row.prompt, row.target) for row in found.rows} == {("A:", "one"), ("B:", "two")}
@@ -141,8 +141,8 @@ def test_the_worlds_other_prompts_are_answered_right(known: Any) -> None:
         world.other_prompts(exclude=[Edit("Elsewhere", "x")])
 
 
-def test_files_of_prompts_and_of_edits(rigged: Any, tmp_path: Path) -> None:
-    model, tokenizer = rigged({"A:": " one", "B:": " two", "P:": " old"})
+def test_files_of_prompts_and_of_edits(scripted_model: Any, tmp_path: Path) -> None:
+    model, tokenizer = scripted_model({"A:": " one", "B:": " two", "P:": " old"})
     edits = [Edit("P:", "new")]
     text = tmp_path / "prompts.txt"
     text.write_text("A:\n\nB:\nP:\n")
@@ -187,7 +187,7 @@ def test_a_loop_trains_what_it_is_given_beside_the_edits(known: Any, monkeypatch
         ((), [edits[0]]),
     ):
         seen.clear()
-        loop = TrainLoop(tokenizer, extra=extra, epochs=1, batch_size=2)
+        loop = TrainLoop(tokenizer, examples=ExampleOptions(extra_edits=extra), epochs=1, batch_size=2)
         loop(model, edits[:1])
         assert sorted(seen) == sorted(f"{row.prompt} {row.target}" for row in expected)
         assert ("extra" in repr(loop)) == bool(extra)

@@ -1,4 +1,4 @@
-"""Every number of a report, worked out by hand from what the rigged models say."""
+"""Every number of a report, worked out by hand from what the scripted_model models say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.errors import EditError
-from kedit_train.evaluation import Report, Score, evaluate
+from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE
 
 EDITS = [
     Edit(
@@ -61,26 +62,26 @@ NEW = OLD | {
 ENDLESS = {"Ann's town:": " St"}
 
 
-def asked(score: Score) -> tuple[float | None, int]:
+def value_and_n(score: Score) -> tuple[float | None, int]:
     """A score without its interval, which has tests of its own."""
     return score.value, score.n
 
 
-def test_the_unedited_model(rigged: Any) -> None:
-    report = evaluate(*rigged(OLD), EDITS, progress=False)
+def test_the_unedited_model(scripted_model: Any) -> None:
+    report = evaluate(*scripted_model(OLD), EDITS, progress=False)
     m = report.metrics
-    assert asked(m["reliability"]["generated"]) == (0.0, 2)
+    assert value_and_n(m["reliability"]["generated"]) == (0.0, 2)
     # " Rome" against " St. Louis": the space, and no other place. " 35" against " 3.5": space and 3.
     assert m["reliability"]["teacher_forced"].value == pytest.approx((1 / 10 + 2 / 4) / 2)
-    assert asked(m["reliability"]["teacher_forced_exact"]) == (0.0, 2)
-    assert asked(m["generality"]["generated"]) == (0.0, 3)
-    assert asked(m["portability"]["generated"]) == (0.0, 1)
-    assert asked(m["portability"]["by_kind"]["double"]["generated"]) == (None, 0)
+    assert value_and_n(m["reliability"]["teacher_forced_exact"]) == (0.0, 2)
+    assert value_and_n(m["generality"]["generated"]) == (0.0, 3)
+    assert value_and_n(m["portability"]["generated"]) == (0.0, 1)
+    assert value_and_n(m["portability"]["by_kind"]["double"]["generated"]) == (None, 0)
     assert m["locality"]["compared_with"] == "truth"
-    assert asked(m["locality"]["generated"]) == asked(m["locality"]["right"]) == (pytest.approx(2 / 3), 3)
-    assert asked(m["locality"]["by_kind"]["neighbour"]["generated"]) == (0.5, 2)
-    assert asked(m["locality"]["by_kind"]["other"]["generated"]) == (1.0, 1)
-    assert asked(m["locality"]["kept_right"]) == (None, 0)
+    assert value_and_n(m["locality"]["generated"]) == value_and_n(m["locality"]["right"]) == (pytest.approx(2 / 3), 3)
+    assert value_and_n(m["locality"]["by_kind"]["neighbour"]["generated"]) == (0.5, 2)
+    assert value_and_n(m["locality"]["by_kind"]["other"]["generated"]) == (1.0, 1)
+    assert value_and_n(m["locality"]["kept_right"]) == (None, 0)
     assert report.unedited is None
     assert report.meta["unscored"] == {"portability": 1, "locality": 1}
     assert report.answers_table()[0] == {
@@ -93,29 +94,29 @@ def test_the_unedited_model(rigged: Any) -> None:
     }
 
 
-def test_the_edited_model_beside_the_unedited(rigged: Any) -> None:
-    before = evaluate(*rigged(OLD), EDITS, progress=False)
+def test_the_edited_model_beside_the_unedited(scripted_model: Any) -> None:
+    before = evaluate(*scripted_model(OLD), EDITS, progress=False)
     edited = {prompt: answer for prompt, answer in NEW.items() if prompt not in ENDLESS}
-    report = evaluate(*rigged(edited, ENDLESS), EDITS, before=before, progress=False)
+    report = evaluate(*scripted_model(edited, ENDLESS), EDITS, unedited=before, progress=False)
     m = report.metrics
-    assert asked(m["reliability"]["generated"]) == (1.0, 2)
+    assert value_and_n(m["reliability"]["generated"]) == (1.0, 2)
     # The alias is right as generated; teacher forcing asks for the target: " S" of " St. Louis" (10), then by place
     # " Saint Louis": S,a|i|n|t... agree at " S" only; " 3.5" is whole.
     places = sum(a == b for a, b in zip(" Saint Louis", " St. Louis", strict=False)) / len(" St. Louis")
     assert m["reliability"]["teacher_forced"].value == pytest.approx((places + 1) / 2)
-    assert asked(m["reliability"]["teacher_forced_exact"]) == (0.5, 2)
-    assert asked(m["generality"]["generated"]) == (pytest.approx(1 / 3), 3)
-    assert asked(m["portability"]["generated"]) == (1.0, 1)
-    assert asked(m["portability"]["by_kind"]["country"]["generated"]) == (1.0, 1)
+    assert value_and_n(m["reliability"]["teacher_forced_exact"]) == (0.5, 2)
+    assert value_and_n(m["generality"]["generated"]) == (pytest.approx(1 / 3), 3)
+    assert value_and_n(m["portability"]["generated"]) == (1.0, 1)
+    assert value_and_n(m["portability"]["by_kind"]["country"]["generated"]) == (1.0, 1)
     # Bob's answer went; Cyd's is as wrong as before; 4 stays; "Hello" and "hello!" are the same answer.
     assert m["locality"]["compared_with"] == "unedited model"
-    assert asked(m["locality"]["generated"]) == (0.75, 4)
-    assert asked(m["locality"]["by_kind"]["neighbour"]["generated"]) == (0.5, 2)
-    assert asked(m["locality"]["by_kind"]["other"]["generated"]) == (1.0, 2)
-    assert asked(m["locality"]["kept_right"]) == (0.5, 2)
-    assert asked(m["locality"]["right"]) == (pytest.approx(1 / 3), 3)
+    assert value_and_n(m["locality"]["generated"]) == (0.75, 4)
+    assert value_and_n(m["locality"]["by_kind"]["neighbour"]["generated"]) == (0.5, 2)
+    assert value_and_n(m["locality"]["by_kind"]["other"]["generated"]) == (1.0, 2)
+    assert value_and_n(m["locality"]["kept_right"]) == (0.5, 2)
+    assert value_and_n(m["locality"]["right"]) == (pytest.approx(1 / 3), 3)
     # " Oslo" against nothing (end-of-text at once): 0 of 5; " Quito" against " Lima": the space; " 4." against " 4".
-    assert asked(m["locality"]["teacher_forced"]) == (pytest.approx((0 + 1 / 5 + 1) / 3), 3)
+    assert value_and_n(m["locality"]["teacher_forced"]) == (pytest.approx((0 + 1 / 5 + 1) / 3), 3)
     assert report.unedited == before.metrics
     assert report.meta["unscored"] == {"portability": 1}
     never_ends = next(result for result in report.answers if result.prompt == "Ann's town:")
@@ -124,31 +125,35 @@ def test_the_edited_model_beside_the_unedited(rigged: Any) -> None:
     assert [row["before"] for row in report.answers_table()] == ["Rome", "35"]
 
 
-def test_an_unedited_model_against_itself_changes_nothing(rigged: Any) -> None:
-    before = evaluate(*rigged(OLD), EDITS, progress=False)
-    m = evaluate(*rigged(OLD), EDITS, before=before, batch_size=1, progress=False).metrics
-    assert asked(m["locality"]["generated"]) == (1.0, 4)
-    assert asked(m["locality"]["kept_right"]) == (1.0, 2)
+def test_an_unedited_model_against_itself_changes_nothing(scripted_model: Any) -> None:
+    before = evaluate(*scripted_model(OLD), EDITS, progress=False)
+    m = evaluate(
+        *scripted_model(OLD), EDITS, unedited=before, options=EvaluationOptions(batch_size=1), progress=False
+    ).metrics
+    assert value_and_n(m["locality"]["generated"]) == (1.0, 4)
+    assert value_and_n(m["locality"]["kept_right"]) == (1.0, 2)
     assert m["reliability"] == before.metrics["reliability"]
 
 
-def test_no_probes_is_no_score(rigged: Any) -> None:
-    report = evaluate(*rigged(NEW), [Edit("Half of seven:", "3.5")], progress=False)
+def test_no_probes_is_no_score(scripted_model: Any) -> None:
+    report = evaluate(*scripted_model(NEW), [Edit("Half of seven:", "3.5")], progress=False)
     for question in ("generality", "portability", "locality"):
-        assert report.metrics[question]["generated"] == Score(None, 0)
-        assert report.metrics[question]["teacher_forced"] == Score(None, 0)
+        assert report.metrics[question]["generated"] == NO_SCORE
+        assert report.metrics[question]["teacher_forced"] == NO_SCORE
     flat = report.flat()
     assert flat.pop("edit/reliability_smallest_token_probability") == pytest.approx(1 / (1 + 257 * math.exp(-10)))
     assert flat == {"edit/reliability": 1.0, "edit/reliability_teacher_forced": 1.0, "edit/answers/ended": 1.0}
 
 
-def test_a_seeded_sample(rigged: Any) -> None:
+def test_a_seeded_sample(scripted_model: Any) -> None:
     names = [f"edit {i:03d}:" for i in range(50)]
     edits = EditDataset([Edit(name, "yes", id=str(i)) for i, name in enumerate(names)], name="fifty")
-    model, tokenizer = rigged(dict.fromkeys(names, " yes"))
+    model, tokenizer = scripted_model(dict.fromkeys(names, " yes"))
 
     def sample(seed: int) -> list[str]:
-        report = evaluate(model, tokenizer, edits, limit=10, seed=seed, progress=False, max_new_tokens=5)
+        report = evaluate(
+            model, tokenizer, edits, limit=10, seed=seed, options=EvaluationOptions(max_new_tokens=5), progress=False
+        )
         assert (report.meta["n_edits"], report.meta["n_edits_in_data"], report.meta["seed"]) == (10, 50, seed)
         assert (report.meta["data_name"], report.meta["data_hash"]) == ("fifty", edits.hash)
         return [result.edit for result in report.answers]
@@ -157,16 +162,18 @@ def test_a_seeded_sample(rigged: Any) -> None:
     assert evaluate(model, tokenizer, edits, limit=99, progress=False).meta["n_edits"] == 50
 
 
-def test_refusals(rigged: Any) -> None:
-    model, tokenizer = rigged(OLD)
+def test_refusals(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model(OLD)
     before = evaluate(model, tokenizer, EDITS[1:], progress=False)
     with pytest.raises(EditError, match="no answer to 'Ann lives in'"):
-        evaluate(model, tokenizer, EDITS, before=before, progress=False)
-    with pytest.raises(EditError, match="max_new_tokens=32 and this call has 8"):
-        evaluate(model, tokenizer, EDITS[1:], before=before, max_new_tokens=8, progress=False)
-    with pytest.raises(EditError, match="no edits"):
+        evaluate(model, tokenizer, EDITS, unedited=before, progress=False)
+    with pytest.raises(EditError, match="unedited was made with max_new_tokens=32, this call has 8"):
+        evaluate(
+            model, tokenizer, EDITS[1:], unedited=before, options=EvaluationOptions(max_new_tokens=8), progress=False
+        )
+    with pytest.raises(EditError, match="evaluate: edits is empty"):
         evaluate(model, tokenizer, [], progress=False)
-    with pytest.raises(EditError, match="limit is 0"):
+    with pytest.raises(EditError, match="limit must be >= 1 or None, got 0"):
         evaluate(model, tokenizer, EDITS, limit=0, progress=False)
 
 
@@ -189,15 +196,15 @@ def test_factlm_before_any_edit(factlm: Path) -> None:
     assert report.metrics["portability"]["teacher_forced_exact"].value >= 0.97
     assert report.metrics["locality"]["generated"].value >= 0.95
     tokenizer.padding_side = "right" if tokenizer.padding_side == "left" else "left"
-    again = evaluate(model, tokenizer, edits, before=report, batch_size=13, progress=False)
+    again = evaluate(model, tokenizer, edits, unedited=report, options=EvaluationOptions(batch_size=13), progress=False)
     assert [r.answer for r in again.answers] == [r.answer for r in report.answers]
-    assert asked(again.metrics["locality"]["generated"]) == (1.0, 60)
+    assert value_and_n(again.metrics["locality"]["generated"]) == (1.0, 60)
     for name, score in report.metrics["reliability"].items():
         now = again.metrics["reliability"][name]
         # What counts tokens is the same to the last bit; probabilities are, up to the rounding of other batches.
         exact = name not in ("target_loss", "target_probability", "smallest_token_probability")
-        assert asked(now) == (score.value if exact else pytest.approx(score.value, rel=1e-4), score.n), name
+        assert value_and_n(now) == (score.value if exact else pytest.approx(score.value, rel=1e-4), score.n), name
 
 
-def test_report_type(rigged: Any) -> None:
-    assert isinstance(evaluate(*rigged(OLD), EDITS, progress=False), Report)
+def test_report_type(scripted_model: Any) -> None:
+    assert isinstance(evaluate(*scripted_model(OLD), EDITS, progress=False), Report)

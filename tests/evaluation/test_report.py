@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
-from kedit_train.evaluation import Report, Score, evaluate
-from kedit_train.evaluation.reporting.report_lines import interval
+from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate
+from kedit_train.evaluation.reporting.report_lines import format_interval
 
 EDIT = Edit(
     "Ann lives in",
@@ -33,10 +33,10 @@ OLD = {"Ann lives in": " Rome", "Ann's town:": " Rome", "Bob lives in": " Oslo",
 
 
 @pytest.fixture
-def report(rigged: Any) -> Report:
-    before = evaluate(*rigged(OLD), [EDIT], progress=False)
+def report(scripted_model: Any) -> Report:
+    before = evaluate(*scripted_model(OLD), [EDIT], progress=False)
     new = OLD | {"Ann lives in": " Köln", "Bob lives in": " [bold]Köln[/bold]"}
-    return evaluate(*rigged(new), [EDIT], before=before, progress=False)
+    return evaluate(*scripted_model(new), [EDIT], unedited=before, progress=False)
 
 
 def test_json_there_and_back(report: Report, tmp_path: Path) -> None:
@@ -54,9 +54,9 @@ def test_json_there_and_back(report: Report, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
 
-def test_a_loaded_report_serves_as_before(report: Report, rigged: Any, tmp_path: Path) -> None:
-    path = evaluate(*rigged(OLD), [EDIT], progress=False).save(tmp_path / "before.json")
-    again = evaluate(*rigged(OLD), [EDIT], before=Report.load(path), progress=False)
+def test_a_loaded_report_serves_as_before(report: Report, scripted_model: Any, tmp_path: Path) -> None:
+    path = evaluate(*scripted_model(OLD), [EDIT], progress=False).save(tmp_path / "before.json")
+    again = evaluate(*scripted_model(OLD), [EDIT], unedited=Report.load(path), progress=False)
     assert again.metrics["locality"]["generated"].value == 1.0
     assert again.metrics["locality"]["generated"].n == 3
 
@@ -110,46 +110,49 @@ def test_the_table_is_whole_at_any_width(report: Report, width: int) -> None:
     assert row == ["reliability", "0.000", "1.000", "–", "1", "1.000"]
     row = next(line for line in text.splitlines() if line.strip().startswith("portability")).split()
     assert row == ["portability", "–", "–", "–", "0", "–"]
-    for expected in ("unedited", "edited", "locality: same", "far [bold]", "Köln", "Rome", "[bold]Köln"):
+    for expected in ("unedited", "edited", "locality: unchanged", "far [bold]", "Köln", "Rome", "[bold]Köln"):
         assert expected in text
-    assert "portability: no accepted answer for 1 of the probes" in " ".join(text.split())
+    assert "portability: 1 probes have no accepted answer" in " ".join(text.split())
 
 
-def test_without_the_unedited_model_there_is_one_column(rigged: Any) -> None:
+def test_without_the_unedited_model_there_is_one_column(scripted_model: Any) -> None:
     out = io.StringIO()
-    evaluate(*rigged(OLD), [EDIT], progress=False).print(Console(file=out, width=80), answers=0)
+    evaluate(*scripted_model(OLD), [EDIT], progress=False).print(Console(file=out, width=80), answers=0)
     assert "unedited" not in out.getvalue()
     assert "locality: right" in out.getvalue()
-    assert "wanted" not in out.getvalue()
+    assert "target" not in out.getvalue()
 
 
-def test_markdown_says_the_same(rigged: Any, tmp_path: Path) -> None:
+def test_markdown_says_the_same(scripted_model: Any, tmp_path: Path) -> None:
     edits = [replace(EDIT, id="a"), Edit("Say:", "x | y", id="b")]
-    before = evaluate(*rigged(OLD), edits, full=True, progress=False)
+    before = evaluate(*scripted_model(OLD), edits, options=EvaluationOptions(metrics="all"), progress=False)
     new = OLD | {"Ann lives in": " Köln", "Bob lives in": " [bold]Köln[/bold]", "Say:": " a_b"}
-    found = evaluate(*rigged(new), edits, before=before, full=True, texts=["ab"], progress=False)
+    options = EvaluationOptions(metrics="all", texts=["ab"])
+    found = evaluate(*scripted_model(new), edits, unedited=before, options=options, progress=False)
     text = found.save(tmp_path / "report.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines()]
     (reliability,) = [row for row in rows if row[0] == "| reliability"]
     assert reliability[1:5] == ["0.000", "0.500", "0.00–1.00", "2"]
-    assert ["| old answer: said", "1.000", "0.000", "–", "1", "– |"] in rows
+    assert ["| old answer generated", "1.000", "0.000", "–", "1", "– |"] in rows
     # An entry with a bar in it stays one cell, and nothing in it is markup.
     assert ["| Say:", "hi", "a\\_b", "x \\| y", "no |"] in rows
     assert "\\[bold\\]Köln\\[/bold\\]" in text
-    assert "## The edits' targets, token by token" in text
+    assert "## Targets of the edits, token by token" in text
     assert f"SHA-256 `{found.meta['data_hash']}`" in text
     assert "- seed: 0" in text
-    widths = {line.count(" | ") for line in text.split("\n\n")[2].splitlines() if not line.startswith("|-")}
+    widths = {line.count(" | ") for line in text.split("\n\n")[3].splitlines() if not line.startswith("|-")}
     assert widths == {5}
     assert text.rstrip("\n") == found.markdown()
 
 
-def test_answers_that_did_not_end_have_a_line(rigged: Any) -> None:
+def test_answers_that_did_not_end_have_a_line(scripted_model: Any) -> None:
     out = io.StringIO()
-    found = evaluate(*rigged({"Q:": " a"}, endless={"P:": " la"}), [Edit("Q:", "a"), Edit("P:", "b")], progress=False)
+    found = evaluate(
+        *scripted_model({"Q:": " a"}, endless={"P:": " la"}), [Edit("Q:", "a"), Edit("P:", "b")], progress=False
+    )
     found.print(Console(file=out, width=100))
-    (row,) = [line for line in out.getvalue().splitlines() if line.strip().startswith("answers that did not end")]
-    assert row.split() == ["answers", "that", "did", "not", "end", "0.500", "0.00–1.00", "2", "–"]
+    (row,) = [line for line in out.getvalue().splitlines() if line.strip().startswith("answers cut at the limit")]
+    assert row.split() == ["answers", "cut", "at", "the", "limit", "0.500", "0.00–1.00", "2", "–"]
 
 
 def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
@@ -157,7 +160,7 @@ def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
 ) -> None:
     report.print()
     title = capsys.readouterr().out.splitlines()[0]
-    assert title.startswith("1 edit, ")
+    assert title.startswith("Did it work? 1 edit, ")
     with tqdm(total=2, file=sys.stdout, desc="Epoch 0") as shown:
         shown.update(1)
         report.print()
@@ -187,11 +190,11 @@ def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
     ],
 )
 def test_an_interval_has_the_places_that_its_size_needs(low: float | None, high: float | None, shown: str) -> None:
-    assert interval(Score(0.0, 2, low, high)) == shown
+    assert format_interval(Score(0.0, n=2, low=low, high=high)) == shown
 
 
-def test_a_sample_is_told_from_all_the_edits(rigged: Any) -> None:
+def test_a_sample_is_told_from_all_the_edits(scripted_model: Any) -> None:
     out = io.StringIO()
     edits = [replace(EDIT, id=str(i)) for i in range(3)]
-    evaluate(*rigged(OLD), edits, limit=2, progress=False).print(Console(file=out, width=80), answers=0)
-    assert "2 drawn of 3 edits, " in out.getvalue()
+    evaluate(*scripted_model(OLD), edits, limit=2, progress=False).print(Console(file=out, width=80), answers=0)
+    assert "a sample of 2 of 3 edits, " in out.getvalue()

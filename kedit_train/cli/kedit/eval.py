@@ -82,7 +82,7 @@ def run(args: Namespace) -> int:
 
     if args.plots:
         # If matplotlib is missing, it is reported before answers are generated.
-        plots.figure(1, 1)
+        plots.new_figure(1, 1)
     edits = EditDataset.load(args.edits)
     delta = None if delta_file is None else EditDelta.load(delta_file)
     report = _evaluate(args, model, edits, delta)
@@ -105,15 +105,17 @@ def _is_report(name: str) -> bool:
 
 def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for, merged
-    from kedit_train.evaluation import Report, evaluate
+    from kedit_train.evaluation import EvaluationOptions, Report, evaluate
     from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
-    options: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "max_new_tokens": args.max_new_tokens,
-        "limit": args.limit,
-    }
-    options |= {"prompt_format": args.prompt_format, "seed": args.seed, "texts": args.texts, "full": args.full}
+    options: dict[str, Any] = {"limit": args.limit, "seed": args.seed}
+    options["options"] = EvaluationOptions(
+        metrics="all" if args.full else (),
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        texts=args.texts,
+        prompt_format=args.prompt_format,
+    )
     before, reference = None, None
     if args.against is not None and _is_report(args.against):
         before = Report.load(args.against)
@@ -138,7 +140,7 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         named = dict(model.named_parameters())
         reference = {one: named[one].detach().clone() for one in delta.changes if one in named} if args.full else None
         delta.apply(model)
-    report = evaluate(model, tokenizer, edits, before=before, **options)
+    report = evaluate(model, tokenizer, edits, unedited=before, **options)
     if reference is None:
         return report
     # After all answers are generated, because this merges an adapter into the weights.
@@ -173,7 +175,7 @@ def _write(args: Namespace, report: Any, delta: Any, label: str) -> None:
         print_json(report.to_dict())
     else:
         report.print()
-        if missing := card.without_probes(report):
+        if missing := card.questions_without_probes(report):
             print(f"not measured: {', '.join(missing)} (these edits contain no such probes)")
     files, skipped = [], []
     if args.json not in (None, "-"):
@@ -188,7 +190,7 @@ def _write(args: Namespace, report: Any, delta: Any, label: str) -> None:
                 skipped.append(f"no {name}.png: {error}")
     if args.card:
         base = args.against if args.against and not _is_report(args.against) else None
-        files.append(card.put(args.card, card.section(report, delta=delta, base=base)))
+        files.append(card.insert_section(args.card, card.model_card_section(report, delta=delta, base=base)))
     if args.json != "-":
         for line in (*skipped, *(f"saved: {path}" for path in files)):
             print(line)

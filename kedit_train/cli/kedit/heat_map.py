@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.errors import EditError
-from kedit_train.evaluation.reporting.plots import figure, saved
+from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
 # The number of panels, and of blocks along each side of a panel.
 PANELS, BLOCKS = 6, 128
@@ -39,7 +39,7 @@ def heat_map(delta: Any, path: Path) -> Path:
     overview = len(norms) > len(shown)
     grid, names, layers = _by_layer(norms)
     tall = max(1.6, 0.25 * len(layers)) + 1.6 if overview else 0.0
-    picture = figure(max(6.4, 4.2 * columns), tall + 3.6 * below)
+    picture = new_figure(max(6.4, 4.2 * columns), tall + 3.6 * below)
     heights = ([tall] if overview else []) + [3.6] * below
     cells = picture.add_gridspec(len(heights), columns, height_ratios=heights)
     if overview:
@@ -74,7 +74,7 @@ def heat_map(delta: Any, path: Path) -> Path:
     )
     if shown:
         picture.supxlabel(f"panels: root mean square of the change, {which}", fontsize=10)
-    return saved(picture, path)
+    return save_figure(picture, path)
 
 
 def _blocks(difference: Tensor) -> Tensor:

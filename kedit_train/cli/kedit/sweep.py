@@ -71,10 +71,10 @@ def run(args: Namespace) -> int:
     if not set(args.coefficients) - {0.0}:
         raise EditError("--coefficients must contain a number besides 0, which is the base model.")
     if picture is not None:
-        from kedit_train.evaluation.reporting.plots import figure
+        from kedit_train.evaluation.reporting.plots import new_figure
 
         # If matplotlib is missing, it is reported before answers are generated.
-        figure(1, 1)
+        new_figure(1, 1)
     result = _sweep(args)
     if out is not None:
         result.delta.save(out)
@@ -106,7 +106,7 @@ def _sweep(args: Namespace) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for
     from kedit_train.data import EditDataset
     from kedit_train.delta import EditDelta, sweep
-    from kedit_train.evaluation import evaluate
+    from kedit_train.evaluation import EvaluationOptions, evaluate
 
     edits, delta = EditDataset.load(args.edits), EditDelta.load(args.delta)
     # The weights must be bit for bit those that the run started from.
@@ -114,18 +114,16 @@ def _sweep(args: Namespace) -> Any:
     model, tokenizer = load_for(args, args.model, dtype)
     if delta.verify(model) == "edited":
         raise EditError(f"{args.model} is the edited model; give its base.")
-    options: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "max_new_tokens": args.max_new_tokens,
-        "limit": args.limit,
-    }
-    options |= {"prompt_format": args.prompt_format, "seed": args.seed, "progress": False}
+    options: dict[str, Any] = {"limit": args.limit, "seed": args.seed, "progress": False}
+    options["options"] = EvaluationOptions(
+        batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, prompt_format=args.prompt_format
+    )
     before = evaluate(model, tokenizer, edits, **options)
     count = len(set(args.coefficients) - {0.0})
     with tqdm(total=count + 1, desc="evaluating", unit="coefficient", leave=False, disable=None) as bar:
 
         def score(current: Any) -> dict[str, float]:
-            flat = evaluate(current, tokenizer, edits, before=before, **options).flat()
+            flat = evaluate(current, tokenizer, edits, unedited=before, **options).flat()
             bar.update()
             missing = next((q for q in ("reliability", "locality") if f"edit/{q}" not in flat), None)
             if missing is not None:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kedit_train.delta import Sweep
-from kedit_train.evaluation.reporting.plots import figure, saved
+from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
 
 def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = False) -> Path:
@@ -20,7 +20,7 @@ def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = Fal
     Raises:
         EditError: matplotlib is not installed, or the path does not end with ``.png``.
     """
-    drawing = figure(6.0, 3.8)
+    drawing = new_figure(6.0, 3.8)
     axes = drawing.subplots()
     coefficients = [point.coefficient for point in sweep.points]
     name = "forgotten" if forget else "reliability"
@@ -38,4 +38,4 @@ def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = Fal
     axes.grid(alpha=0.3)
     # The legend is above the axes, where it covers no curve.
     axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return saved(drawing, path)
+    return save_figure(drawing, path)

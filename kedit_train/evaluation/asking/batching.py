@@ -1,4 +1,4 @@
-"""What generation and teacher forcing share: the model held still, rows of like length together, a bar."""
+"""What every forward pass of an evaluation needs: the inner model, inference mode, batches and a progress bar."""
 
 from __future__ import annotations
 
@@ -14,64 +14,71 @@ from kedit_train.core.output_head import evaluation_mode
 from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError
 
-Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 
 class DivergedError(EditError):
-    """The model gives NaN after ``prompt``."""
+    """The model gives NaN logits.
+
+    Args:
+        prompt: the prompt after which it does.
+        edit: the name of the edit that the prompt belongs to, if it is known.
+    """
 
     def __init__(self, prompt: str, edit: str | None = None) -> None:
-        named = "" if edit is None else f"edit {edit}: "
+        owner = "" if edit is None else f"edit {edit}: "
         super().__init__(
-            f"{named}the model gives NaN logits after {shorten(prompt)!r}: its weights have diverged; "
-            "lower the learning rate or use a wider dtype"
+            f"{owner}the model gives NaN logits after {shorten(prompt)!r}, so its weights have diverged; "
+            "lower the learning rate or use a wider dtype."
         )
         self.prompt = prompt
 
 
-def unwrapped(model: nn.Module) -> Any:
-    """The language model inside what a trainer wrapped around it (DistributedDataParallel).
+def unwrap_model(model: nn.Module) -> Any:
+    """Return the language model inside a trainer's wrapper such as DistributedDataParallel.
 
     Raises:
-        EditError: there is none.
+        EditError: there is no model with ``generate`` inside.
     """
     inner: Any = model
     while not hasattr(inner, "generate"):
         if not isinstance(getattr(inner, "module", None), nn.Module):
-            raise EditError(f"{type(model).__name__} cannot generate: give the causal language model inside it")
+            raise EditError(
+                f"model must be a causal language model, got {type(model).__name__}, which cannot generate."
+            )
         inner = inner.module
     return inner
 
 
-def base_of(model: Any) -> Any:
-    """The model inside an adapter of PEFT, or the model itself."""
+def base_model(model: Any) -> Any:
+    """Return the model inside a PEFT adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def learns_prompts(model: Any) -> bool:
-    """Whether an adapter of PEFT puts learned positions in front of the text, which shifts all others."""
+def uses_prompt_learning(model: Any) -> bool:
+    """Return True for a PEFT adapter that puts learned positions in front of the text, which shifts all others."""
     return hasattr(model, "get_base_model") and getattr(model.active_peft_config, "is_prompt_learning", False)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has its own ``training`` flag back."""
+def inference_context(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode without gradients; restore every module's ``training`` flag afterwards."""
     with evaluation_mode(model), torch.no_grad():
         yield
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies (the embedding, in every causal language model)."""
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter, which is the embedding in a causal language model."""
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
-def batches(rows: Sequence[Row], batch_size: int) -> list[Sequence[Row]]:
-    """``rows`` in their order, ``batch_size`` at a time."""
+def split_into_batches(items: Sequence[Item], batch_size: int) -> list[Sequence[Item]]:
+    """Split ``items`` into consecutive batches."""
     if batch_size < 1:
-        raise EditError(f"batch_size is {batch_size}: give at least 1")
-    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        raise EditError(f"batch_size must be >= 1, got {batch_size}.")
+    return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
 
 
-def bar(total: int, what: str, progress: bool) -> tqdm:
-    """A progress bar over ``total`` rows: only in a terminal, gone when done, so that a log stays readable."""
-    return tqdm(total=total, desc=what, unit="row", leave=False, disable=None if progress else True)
+def progress_bar(total: int, description: str, progress: bool) -> tqdm:
+    """Return a progress bar that appears only in a terminal and disappears when it is done, so logs stay readable."""
+    return tqdm(total=total, desc=description, unit="row", leave=False, disable=None if progress else True)

@@ -1,4 +1,4 @@
-"""One evaluation over several processes: each asks for some of the edits, all of them hold all the results."""
+"""Split one evaluation across several processes; afterwards each process holds all results."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from kedit_train.core.processes import has_process_group, rank, world_size
 from kedit_train.errors import EditError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def shared_out(
+def split_across_processes(
     work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], distributed: bool
 ) -> list[Result]:
-    """``work(items)``, one result for each item; with ``distributed`` every process of the group does its share.
+    """Return ``work(items)``, one result per item.
 
-    Every process has to call. An error on one of them is raised on all, so that none waits for it in vain.
+    Args:
+        work: computes one result per item.
+        items: the same items on every process.
+        distributed: let each process of the default group compute its share. Every process must call. An error on one
+            process is raised on all of them, so that none waits forever.
+
+    Raises:
+        EditError: ``distributed`` without a process group, or ``work`` failed on one of the processes.
     """
     if not distributed:
         return work(items)
-    if not has_process_group():
+    if not (dist.is_available() and dist.is_initialized()):
         raise EditError(
-            "distributed=True needs processes to share the edits: call torch.distributed.init_process_group() first, "
-            "or leave it out"
+            "distributed=True needs a process group; call torch.distributed.init_process_group() first, or use False."
         )
-    size = world_size()
-    own: tuple[list[Result], str] = ([], "")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    own: tuple[list[Result], str]
     try:
-        own = (work(items[rank() :: size]), "")
+        own = (work(items[rank::size]), "")
     except EditError as error:
         own = ([], str(error))
     parts: list[Any] = [None] * size

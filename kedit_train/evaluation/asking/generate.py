@@ -1,14 +1,15 @@
-"""What a model answers, in its own words: greedy, to its own end-of-text.
+"""``generate_answers``: what a model answers in its own words.
 
-Success of an edit is judged on what the model says when nobody feeds it the answer (Yang et al., "The Mirage of Model
-Editing", arXiv 2502.11177: teacher forcing and cutting at the truth's length nearly triple the measured success).
-An answer ends at end-of-text or at the first line break, never at a full stop: "St. Louis" is one answer.
+An edit is judged by what the model generates when nobody feeds it the answer. Teacher forcing, and cutting the output
+at the length of the true answer, nearly triple the measured success (Yang et al., "The Mirage of Model Editing",
+arXiv 2502.11177). An answer ends at end-of-text or at the first line break, never at a full stop: "St. Louis" is one
+answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -16,62 +17,74 @@ from torch import nn
 
 from kedit_train.data.prompts import PromptFormat, check_format, encode_prompts, end_id
 from kedit_train.data.tokenization import context_length, pad_token_id
-from kedit_train.errors import EditError
-from kedit_train.evaluation.asking.batching import DivergedError, bar, batches, evaluating, unwrapped
-from kedit_train.evaluation.asking.decoding import Decoded, decode, may_pad
+from kedit_train.errors import EditError, reported_by
+from kedit_train.evaluation.asking.batching import (
+    DivergedError,
+    inference_context,
+    progress_bar,
+    split_into_batches,
+    unwrap_model,
+)
+from kedit_train.evaluation.asking.decoding import Continuation, can_pad, decode_greedily
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said after a prompt.
+    """The answer that a model generated to one prompt.
 
     Args:
-        text: up to end-of-text or the first line break, without surrounding white space.
-        ended: whether the model ended it; ``False`` where ``max_new_tokens`` or the context's end cut it.
-        margin: the smallest distance, in logits, between the first choice and the second on the way.
+        text: the answer up to end-of-text or the first line break, without surrounding white space.
+        ended: True if the model ended it; False if ``max_new_tokens`` or the model's context cut it.
+        margin: the smallest difference between the two largest logits along the way.
         ids: its tokens, without those that ended it.
     """
 
     text: str
+    _: KW_ONLY
     ended: bool
     margin: float = field(default=float("inf"), compare=False, repr=False)
     ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
-class Ending:
-    """Where an answer ends: end-of-text, or a line break in a token. Each id is decoded once, when it first comes up.
+class AnswerEnd:
+    """Decides whether a token ends an answer: end-of-text, or a token with a line break.
 
     Args:
-        lines: whether a line break ends it.
-        prompt_format: in a chat, what closes the assistant's turn ends it, too.
+        model: its generation config names end-of-text tokens.
+        tokenizer: its end-of-text token ends an answer, too.
+        single_line: a line break ends an answer.
+        prompt_format: with "chat", the token that closes the assistant's turn ends an answer, too.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, lines: bool = True, prompt_format: PromptFormat = "plain") -> None:
-        self.ids, self.tokenizer, self.lines = set(end_token_ids(model, tokenizer)), tokenizer, lines
-        closing = end_id(tokenizer, prompt_format)
-        self.ids |= set() if closing is None else {closing}
-        self._breaks: dict[int, bool] = {}
+    def __init__(
+        self, model: Any, tokenizer: Any, single_line: bool = True, prompt_format: PromptFormat = "plain"
+    ) -> None:
+        self.ids, self.tokenizer, self.single_line = set(end_token_ids(model, tokenizer)), tokenizer, single_line
+        turn_end = end_id(tokenizer, prompt_format)
+        self.ids |= set() if turn_end is None else {turn_end}
+        self._line_breaks: dict[int, bool] = {}
 
-    def breaks(self, token: int) -> bool:
-        """Whether the token has a line break in it that ends the answer."""
-        if self.lines and token not in self._breaks:
-            self._breaks[token] = "\n" in self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return self.lines and self._breaks[token]
+    def has_line_break(self, token: int) -> bool:
+        """Return True if the token holds a line break that ends the answer. Each token is decoded once."""
+        if self.single_line and token not in self._line_breaks:
+            self._line_breaks[token] = "\n" in self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return self.single_line and self._line_breaks[token]
 
     def __call__(self, token: int) -> bool:
-        return token in self.ids or self.breaks(token)
+        return token in self.ids or self.has_line_break(token)
 
-    def read(self, row: Decoded) -> Answer:
-        """The answer in a row's new tokens."""
-        kept = row.ids[:-1] if row.ended and row.ids[-1] in self.ids else row.ids
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        said = row.ids[:-1] if row.ended else row.ids
-        text = text.split("\n", 1)[0] if self.lines else text
-        return Answer(text.strip(), row.ended, row.margin, tuple(said))
+    def read(self, continuation: Continuation) -> Answer:
+        """Return the answer in the new tokens."""
+        ids = continuation.ids
+        shown = ids[:-1] if continuation.ended and ids[-1] in self.ids else ids
+        text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = text.split("\n", 1)[0] if self.single_line else text
+        answer_ids = ids[:-1] if continuation.ended else ids
+        return Answer(text.strip(), ended=continuation.ended, margin=continuation.margin, ids=tuple(answer_ids))
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every id that the model or its tokenizer calls the end of a text, sorted."""
+    """Return every id that the model or its tokenizer declares as end-of-text, sorted."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), tokenizer):
         ids = getattr(owner, "eos_token_id", None)
@@ -86,67 +99,105 @@ def generate_answers(
     *,
     batch_size: int = 64,
     max_new_tokens: int = 32,
-    progress: bool = False,
     prompt_format: PromptFormat = "plain",
-    lines: bool = True,
-    begun: Mapping[str, tuple[list[int], float]] | None = None,
+    single_line: bool = True,
+    known_starts: Mapping[str, tuple[list[int], float]] | None = None,
+    progress: bool = False,
 ) -> list[Answer]:
-    """The model's greedy answer to each prompt, in the prompts' order.
+    """Generate the model's greedy answer to each prompt.
 
-    Rows are sorted by length, padded on the left with explicit mask and positions, and each distinct prompt is
-    generated once, so that an answer depends neither on the batch size nor on the tokenizer's padding side, up to ties
-    within rounding of the model's dtype: ``Answer.margin`` says how close the closest choice was. The model's own
-    generation settings (sampling, penalties, forced tokens) do not take part; modes, gradients and the tokenizer are
-    left as they were found.
+    Prompts are sorted by length and padded on the left with an explicit mask and explicit positions, and each
+    distinct prompt runs once. So an answer depends neither on the batch size nor on the tokenizer's padding side,
+    except for ties within the rounding of the model's dtype; ``Answer.margin`` says how close the closest choice was.
+    The model's own generation settings (sampling, penalties, forced tokens) are ignored.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one.
-        tokenizer: its tokenizer.
-        prompts: texts up to where the answer begins.
-        batch_size: rows at a time.
-        max_new_tokens: after so many tokens, or at the context's end, an answer is cut, with ``ended=False``.
-        progress: a bar in a terminal.
-        prompt_format: ``"plain"``, through the tokenizer's template as a ``"chat"``, or framed as a ``"question"``.
-        lines: whether a line break ends an answer.
-        begun: prompt -> how its answer is known to begin, and the smallest margin there
-            (:meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.begins`).
+        model: a causal language model of transformers, or a PEFT model around one. It is left unchanged.
+        tokenizer: the model's tokenizer; left unchanged.
+        prompts: texts up to the place where the answer begins.
+        batch_size: prompts per forward pass.
+        max_new_tokens: maximum length of an answer, in tokens. A longer answer is cut, with ``ended=False``.
+        prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
+        single_line: a line break ends an answer.
+        known_starts: prompt -> first tokens of its answer that are already known, and the smallest margin among them
+            (:meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start`). They are not generated
+            again.
+        progress: show a progress bar in a terminal.
+
+    Returns:
+        One answer per prompt, in the order of ``prompts``.
 
     Raises:
-        EditError: an empty prompt or one that fills the whole context, or the model gives NaN.
+        EditError: a prompt is empty or fills the whole context, or the model gives NaN logits.
+
+    Example:
+        >>> from kedit_train import world
+        >>> from kedit_train.evaluation import generate_answers
+        >>> model, tokenizer = world.load()
+        >>> edit = world.edits(1)[0]
+        >>> [answer] = generate_answers(model, tokenizer, [edit.prompt])
+        >>> answer.text == edit.old_target, answer.ended
+        (True, True)
     """
-    inner: Any = unwrapped(model)
+    with reported_by("generate_answers"):
+        return _generate(
+            model,
+            tokenizer,
+            prompts,
+            batch_size,
+            max_new_tokens,
+            prompt_format,
+            single_line,
+            known_starts or {},
+            progress,
+        )
+
+
+def _generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    batch_size: int,
+    max_new_tokens: int,
+    prompt_format: PromptFormat,
+    single_line: bool,
+    known_starts: Mapping[str, tuple[list[int], float]],
+    progress: bool,
+) -> list[Answer]:
+    inner: Any = unwrap_model(model)
     if max_new_tokens < 1:
-        raise EditError(f"max_new_tokens is {max_new_tokens}: give at least 1")
+        raise EditError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")
+    if batch_size < 1:
+        raise EditError(f"batch_size must be >= 1, got {batch_size}.")
     if isinstance(prompts, str):
-        raise EditError("prompts is one string: give a list of prompts")
+        raise EditError("prompts must be a list of strings, got one string.")
     check_format(prompt_format, tokenizer)
     context = context_length(inner.config)
-    asked = encode_prompts(tokenizer, prompts, context, prompt_format)
-    stops, pad_id = Ending(inner, tokenizer, lines, prompt_format), pad_token_id(tokenizer)
-    names = dict(zip(asked, prompts, strict=True))
-    most = {row: max_new_tokens if context is None else min(max_new_tokens, context - len(row)) for row in names}
-    known = {row: _known((begun or {}).get(prompt), most[row], stops) for row, prompt in names.items()}
-    found = {row: known[row] for row in names if known[row].ended or len(known[row].ids) == most[row]}
-    left = {row: (*row, *known[row].ids) for row in names if row not in found}
+    sequences = encode_prompts(tokenizer, prompts, context, prompt_format)
+    is_end, pad_id = AnswerEnd(inner, tokenizer, single_line, prompt_format), pad_token_id(tokenizer)
+    prompt_of = dict(zip(sequences, prompts, strict=True))
+    limits = {s: max_new_tokens if context is None else min(max_new_tokens, context - len(s)) for s in prompt_of}
+    known = {s: _known_start(known_starts.get(prompt), limits[s], is_end) for s, prompt in prompt_of.items()}
+    finished = {s: known[s] for s in prompt_of if known[s].ended or len(known[s].ids) == limits[s]}
+    inputs = {s: (*s, *known[s].ids) for s in prompt_of if s not in finished}
     # The longest first: a batch that does not fit into memory fails at once rather than at the end.
-    order = sorted(left, key=lambda row: (-len(left[row]), left[row]))
-    padded = may_pad(inner)
-    groups = [list(g) for _, g in groupby(order, key=lambda row: 0 if padded else len(left[row]))]
-    with evaluating(inner), bar(len(order), "generating answers", progress) as shown:
-        for rows in (rows for group in groups for rows in batches(group, batch_size)):
-            rest = [most[row] - len(known[row].ids) for row in rows]
-            for row, new in zip(rows, decode(inner, [left[r] for r in rows], rest, stops, pad_id=pad_id), strict=True):
+    order = sorted(inputs, key=lambda s: (-len(inputs[s]), inputs[s]))
+    padded = can_pad(inner)
+    groups = [list(group) for _, group in groupby(order, key=lambda s: 0 if padded else len(inputs[s]))]
+    with inference_context(inner), progress_bar(len(order), "generating answers", progress) as bar:
+        for batch in (batch for group in groups for batch in split_into_batches(group, batch_size)):
+            rest = [limits[s] - len(known[s].ids) for s in batch]
+            continuations = decode_greedily(inner, [inputs[s] for s in batch], rest, is_end, pad_id=pad_id)
+            for s, new in zip(batch, continuations, strict=True):
                 if new.diverged:
-                    raise DivergedError(names[row])
-                ids, margin = [*known[row].ids, *new.ids], min(known[row].margin, new.margin)
-                found[row] = Decoded(ids, new.ended, margin)
-            shown.update(len(rows))
-    batches((), batch_size)  # refuses a size below 1 where nothing was left to generate, too
-    return [stops.read(found[row]) for row in asked]
+                    raise DivergedError(prompt_of[s])
+                finished[s] = Continuation([*known[s].ids, *new.ids], new.ended, min(known[s].margin, new.margin))
+            bar.update(len(batch))
+    return [is_end.read(finished[s]) for s in sequences]
 
 
-def _known(begun: tuple[list[int], float] | None, most: int, stops: Ending) -> Decoded:
-    if begun is None:
-        return Decoded()
-    ids, margin = begun[0][:most], begun[1]
-    return Decoded(ids, bool(ids) and stops(ids[-1]), margin)
+def _known_start(start: tuple[list[int], float] | None, limit: int, is_end: AnswerEnd) -> Continuation:
+    if start is None:
+        return Continuation()
+    ids, margin = start[0][:limit], start[1]
+    return Continuation(ids, bool(ids) and is_end(ids[-1]), margin)

@@ -1,4 +1,4 @@
-"""Logits at chosen positions of many rows, a batch at a time: what every score under teacher forcing is read from."""
+"""Logits at the positions that predict a target, batch by batch: the basis of every teacher-forced score."""
 
 from __future__ import annotations
 
@@ -9,58 +9,71 @@ from typing import Any
 from torch import Tensor
 
 from kedit_train.data.tokenization import Encoded, collate
-from kedit_train.evaluation.asking.batching import base_of, batches, device_of, learns_prompts
+from kedit_train.evaluation.asking.batching import (
+    base_model,
+    model_device,
+    split_into_batches,
+    uses_prompt_learning,
+)
 from kedit_train.functional.labels import IGNORE_INDEX
 
-# Logits of a batch: at most 1 GiB in fp32.
-_NUMBERS = 2**28
+# The logits of one batch take at most 1 GiB in fp32.
+_MAX_LOGITS = 2**28
 
 
-def takes(model: Any, argument: str) -> bool:
-    """Whether ``forward`` of the language model itself (below adapters) has this argument."""
-    return argument in inspect.signature(base_of(model).forward).parameters
+def accepts_argument(model: Any, argument: str) -> bool:
+    """Return True if ``forward`` of the language model itself (below adapters) has this argument."""
+    return argument in inspect.signature(base_model(model).forward).parameters
 
 
 def target_logits(
-    model: Any, rows: Sequence[Encoded], *, pad_id: int, batch_size: int
+    model: Any, sequences: Sequence[Encoded], *, pad_id: int, batch_size: int
 ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
-    """Run rows and give the logits that predict each row's target.
+    """Run the sequences through the model and yield the logits that predict each target.
 
-    Rows are sorted by length and padded on the right, and only the positions that predict a target are projected to
-    the vocabulary, where the model's ``forward`` allows it (``logits_to_keep``). A batch has fewer rows than
-    ``batch_size`` where its logits would take more than 1 GiB.
+    The sequences are sorted by length and padded on the right. If ``forward`` has ``logits_to_keep``, only the
+    positions that predict a target are projected to the vocabulary. A batch is smaller than ``batch_size`` if its
+    logits would take more than 1 GiB.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        sequences: token ids, each with the index of its first target token.
+        pad_id: the id of the padding token.
+        batch_size: maximum number of sequences per batch.
 
     Yields:
-        For each batch the numbers of its rows, their logits ([targets, V] in fp32 each) and labels ([targets] each).
+        For each batch: the indices of its sequences, their logits ([targets, vocabulary] in fp32 each), and their
+        labels ([targets] each).
     """
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), rows[i].input_ids))
-    chooses = takes(model, "logits_to_keep") and not learns_prompts(model)
-    for chosen in batches(order, batch_size):
-        longest = len(rows[chosen[0]].input_ids)
-        most = max(1, _NUMBERS // (longest * vocabulary(model)))
-        for part in batches(chosen, most):
-            own = [rows[i] for i in part]
-            logits, labels = _of_targets(model, own, pad_id, chooses)
-            lengths = [len(row.input_ids) - row.target_start for row in own]
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), sequences[i].input_ids))
+    can_select = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)
+    for batch in split_into_batches(order, batch_size):
+        longest = len(sequences[batch[0]].input_ids)
+        limit = max(1, _MAX_LOGITS // (longest * vocabulary_size(model)))
+        for part in split_into_batches(batch, limit):
+            chosen = [sequences[i] for i in part]
+            logits, labels = _run_batch(model, chosen, pad_id, can_select)
+            lengths = [len(sequence.input_ids) - sequence.target_start for sequence in chosen]
             yield list(part), list(logits.split(lengths)), list(labels.split(lengths))
 
 
-def vocabulary(model: Any) -> int:
-    """How many tokens the model chooses from."""
-    return int(base_of(model).config.get_text_config().vocab_size)
+def vocabulary_size(model: Any) -> int:
+    """Return the number of tokens that the model chooses from."""
+    return int(base_model(model).config.get_text_config().vocab_size)
 
 
-def _of_targets(model: Any, rows: Sequence[Encoded], pad_id: int, chooses: bool) -> tuple[Tensor, Tensor]:
-    batch = collate(rows, pad_id=pad_id, padding_side="right")
+def _run_batch(model: Any, sequences: Sequence[Encoded], pad_id: int, can_select: bool) -> tuple[Tensor, Tensor]:
+    """Return the logits [targets, vocabulary] and labels [targets] of all sequences, one after the other."""
+    batch = collate(sequences, pad_id=pad_id, padding_side="right")
     next_ids = batch["labels"][:, 1:]
-    at_row, at_position = (next_ids != IGNORE_INDEX).nonzero(as_tuple=True)
-    device = device_of(model)
-    given = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
-    if chooses:
-        positions, column = at_position.unique(return_inverse=True)
-        logits = model(**given, logits_to_keep=positions.to(device)).logits
+    rows, positions = (next_ids != IGNORE_INDEX).nonzero(as_tuple=True)
+    device = model_device(model)
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+    if can_select:
+        selected, columns = positions.unique(return_inverse=True)
+        logits = model(**inputs, logits_to_keep=selected.to(device)).logits
     else:
-        # A learned prompt in front has logits too: the row's own are the last ones.
-        column, logits = at_position, model(**given).logits[:, -next_ids.shape[1] - 1 :]
-    chosen = logits[at_row.to(logits.device), column.to(logits.device)].float()
-    return chosen, next_ids[at_row, at_position].to(logits.device)
+        # A learned prompt in front has logits too; those of the sequence itself are the last ones.
+        columns, logits = positions, model(**inputs).logits[:, -next_ids.shape[1] - 1 :]
+    chosen = logits[rows.to(logits.device), columns.to(logits.device)].float()
+    return chosen, next_ids[rows, positions].to(logits.device)

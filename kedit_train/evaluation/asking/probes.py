@@ -1,4 +1,4 @@
-"""Everything that an edit is asked."""
+"""The probes of an edit: every prompt that an evaluation puts to the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kedit_train.data import Edit
 from kedit_train.data.prompts import PromptFormat, switch_format
 from kedit_train.data.tokenization import separator
 
-# Sentences about nothing, put before a prompt: an edit that took does not depend on how a text begins.
+# Neutral sentences in front of a prompt: the answer to a learned edit does not depend on how a text begins.
 PREFIXES = (
     "It had been raining since the early morning.",
     "Thank you for your letter of last week.",
@@ -21,24 +21,21 @@ PREFIXES = (
     "The train was a few minutes late again.",
     "My neighbour has repainted the fence.",
 )
-PREFIXES_EACH = 2
-
-# Asked on request, beside what the data itself brings.
-EXTRAS = ("prefixes", "format", "kl", "resurgence", "fluency")
+PREFIXES_PER_EDIT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One question for the model.
+class ProbeRequest:
+    """One prompt for the model, and the answers that count as right.
 
     Args:
-        edit: the id of the edit that it belongs to (its number in the data where it has none).
-        question: ``reliability``, ``generality``, ``portability``, ``locality``, ``resurgence`` or ``fluency``.
-        kind: the probe's kind (``prompt``, ``rephrase``, ``prefix``, ``format``, ``negation``, ``choice``, or the
-            data's own).
-        prompt: what the model reads, before any template.
+        edit: the id of the edit that the probe belongs to; its number in the data if it has no id.
+        question: "reliability", "generality", "portability", "locality", "resurgence" or "fluency".
+        kind: the kind of probe within the question: "prompt", "rephrase", "prefix", "format", "negation", "choice",
+            "continuation", or a kind that the data names.
+        prompt: the prompt, before any chat template.
         accepted: every answer that counts as right, the preferred one first; may be empty.
-        old_target: what was right before the edit, where that is known.
+        old_target: the right answer before the edit, if it is known.
     """
 
     edit: str
@@ -49,27 +46,31 @@ class Asked:
     old_target: str | None = None
 
 
-def probes_of(
+def probe_requests(
     edit: Edit,
     name: str,
     *,
-    extras: Collection[str] = (),
+    metrics: Collection[str] = (),
     prefixes: Sequence[str] = PREFIXES,
     seed: int = 0,
     prompt_format: PromptFormat = "plain",
-) -> Iterator[Asked]:
-    """The questions to ``edit``, its own prompt first.
+) -> Iterator[ProbeRequest]:
+    """Yield the probes of ``edit``, its own prompt first.
 
     Args:
-        name: what the edit is called in results.
-        extras: of :data:`EXTRAS`. ``prefixes`` asks after two of ``prefixes``, drawn by ``seed`` and ``name``;
-            ``format`` asks a completion as a question and a question as a completion; ``resurgence`` asks again where
-            the old answer has been denied ("Built on Sand", arXiv 2510.00625), and lets choose between the two, in both
-            orders; ``fluency`` lets the model go on after the prompt.
+        edit: the edit.
+        name: the name of the edit in the results.
+        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds two of
+            ``prefixes``, drawn with ``seed`` and ``name``. "format" turns a completion into a question and a question
+            into a completion. "resurgence" denies the old answer ("Built on Sand", arXiv 2510.00625) and offers the
+            choice between the two answers in both orders. "fluency" lets the model continue the prompt.
+        prefixes: sentences for "prefixes".
+        seed: seed of the prefixes.
+        prompt_format: the format of the prompts, which "format" switches.
     """
 
-    def new(question: str, kind: str, prompt: str) -> Asked:
-        return Asked(
+    def new(question: str, kind: str, prompt: str) -> ProbeRequest:
+        return ProbeRequest(
             edit=name,
             question=question,
             kind=kind,
@@ -81,39 +82,40 @@ def probes_of(
     yield new("reliability", "prompt", edit.prompt)
     for rephrase in edit.rephrases:
         yield new("generality", "rephrase", rephrase)
-    if "prefixes" in extras:
-        for prefix in random.Random(f"{seed} {name}").sample(list(prefixes), min(PREFIXES_EACH, len(prefixes))):
+    if "prefixes" in metrics:
+        count = min(PREFIXES_PER_EDIT, len(prefixes))
+        for prefix in random.Random(f"{seed} {name}").sample(list(prefixes), count):
             yield new("generality", "prefix", f"{prefix} {edit.prompt}")
-    if "format" in extras:
+    if "format" in metrics:
         yield new("generality", "format", switch_format(edit.prompt, prompt_format))
     for question, by_kind in (("portability", edit.portability), ("locality", edit.locality)):
         for kind, probes in by_kind.items():
             for probe in probes:
-                yield Asked(edit=name, question=question, kind=kind, prompt=probe.prompt, accepted=probe.answers)
-    if "resurgence" in extras and edit.old_target is not None:
-        yield new("resurgence", "negation", denied(edit.prompt, edit.old_target))
+                yield ProbeRequest(edit=name, question=question, kind=kind, prompt=probe.prompt, accepted=probe.answers)
+    if "resurgence" in metrics and edit.old_target is not None:
+        yield new("resurgence", "negation", negation_prompt(edit.prompt, edit.old_target))
         for letter, other, options in (
             ("A", "B", (edit.target, edit.old_target)),
             ("B", "A", (edit.old_target, edit.target)),
         ):
-            yield Asked(
+            yield ProbeRequest(
                 edit=name,
                 question="resurgence",
                 kind="choice",
-                prompt=choice(edit.prompt, options),
+                prompt=choice_prompt(edit.prompt, options),
                 accepted=(letter,),
                 old_target=other,
             )
-    if "fluency" in extras:
-        yield Asked(edit=name, question="fluency", kind="continuation", prompt=edit.prompt)
+    if "fluency" in metrics:
+        yield ProbeRequest(edit=name, question="fluency", kind="continuation", prompt=edit.prompt)
 
 
-def denied(prompt: str, old: str) -> str:
-    """The prompt after a sentence that denies the old answer."""
-    return f'It is false that "{prompt}{separator(prompt, old)}{old}". {prompt}'
+def negation_prompt(prompt: str, old_answer: str) -> str:
+    """Return the prompt after a sentence that denies the old answer."""
+    return f'It is false that "{prompt}{separator(prompt, old_answer)}{old_answer}". {prompt}'
 
 
-def choice(prompt: str, options: Sequence[str]) -> str:
-    """The prompt as a choice between two answers, to be answered with a letter."""
+def choice_prompt(prompt: str, options: Sequence[str]) -> str:
+    """Return the prompt as a choice between two answers, to be answered with A or B."""
     lines = [f"{letter}. {prompt}{separator(prompt, o)}{o}" for letter, o in zip("AB", options, strict=True)]
     return "\n".join(["Which one is right?", *lines, "Answer:"])

@@ -1,0 +1,1 @@
+"""Ways to display a report: terminal, Markdown, model card, plots and experiment loggers."""

@@ -1,103 +1,105 @@
-"""A report as Markdown: for a model card, a pull request or a page."""
+"""A report as Markdown, for a pull request or a web page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from kedit_train.data.tokenization import shorten
-from kedit_train.evaluation.reporting.report_lines import NOTE, figure, interval, notes, score_lines
+from kedit_train.evaluation.report_data import ReportData
+from kedit_train.evaluation.reporting.report_lines import (
+    HEADING,
+    NOTE,
+    format_interval,
+    format_number,
+    notes,
+    score_lines,
+)
 
-if TYPE_CHECKING:
-    from kedit_train.evaluation.report import Report
+
+def render_markdown(report: ReportData, answers: int) -> str:
+    """Return the whole report as Markdown.
+
+    Args:
+        report: the report.
+        answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
+    """
+    parts = (_scores(report), _positions(report), _answers(report, answers), _reproduction(report))
+    return "\n".join(line for part in parts for line in part)
 
 
-def written(report: Report, answers: int) -> str:
-    """The whole report; ``answers`` of the edits' answers at most, and as many changed answers elsewhere."""
-    return "\n".join([*_scores(report), *_positions(report), *_answers(report, answers), *_repeating(report)])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: int) -> Iterator[str]:
-    """A table whose columns from ``right`` on hold numbers."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> Iterator[str]:
+    """Yield the lines of a table; all columns after the first ``text_columns`` hold numbers."""
     yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if i < right else "---:" for i in range(len(head))) + "|"
+    yield "|" + "|".join("---" if i < text_columns else "---:" for i in range(len(head))) + "|"
     for row in rows:
         yield "| " + " | ".join(row) + " |"
 
 
-def cell(text: str, width: int = 60) -> str:
-    """``text`` as it reads, in one cell: nothing in it is taken for Markdown."""
+def escape_cell(text: str, width: int = 60) -> str:
+    """Shorten a text to one table cell and escape every character that Markdown would interpret."""
     short = shorten(text, width)
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|" else char for char in short)
 
 
-def _scores(report: Report) -> Iterator[str]:
+def _scores(report: ReportData) -> Iterator[str]:
     meta = report.meta
-    yield f"# Evaluation: {cell(str(meta['model']), 80)}"
+    yield f"# Evaluation of {escape_cell(str(meta['model']), 80)}"
     yield ""
     edits = f"{meta['n_edits']} of {meta['n_edits_in_data']} edits"
-    yield f"{edits} ({cell(meta['data_name'])}), {meta['n_probes']} probes."
-    yield ""
+    yield f"{edits} ({escape_cell(meta['data_name'])}), {meta['n_probes']} probes."
+    yield f"\n## {HEADING}\n"
     compared = report.unedited is not None
-    head = [
-        "",
-        *(["unedited"] if compared else []),
-        "edited" if compared else "generated",
-        "95 %",
-        "n",
-        "teacher-forced",
-    ]
+    head = ["", *(["unedited"] if compared else []), "edited" if compared else "generated"]
+    head += ["95 % CI", "n", "teacher-forced"]
     rows = []
     for line in score_lines(report):
-        label = f"&nbsp;&nbsp;{cell(line.label)}" if line.part else cell(line.label)
-        numbers = [figure(line.unedited.value)] if compared else []
-        numbers += [figure(line.now.value), interval(line.now), str(line.now.n), figure(line.forced.value)]
-        rows.append([label, *numbers])
-    yield from _table(head, rows, 1)
+        label = f"&nbsp;&nbsp;{escape_cell(line.label)}" if line.is_kind else escape_cell(line.label)
+        numbers = [format_number(line.unedited.value)] if compared else []
+        numbers += [format_number(line.edited.value), format_interval(line.edited), str(line.edited.n)]
+        rows.append([label, *numbers, format_number(line.teacher_forced.value)])
+    yield from markdown_table(head, rows, 1)
     yield ""
     yield f"{NOTE}."
     for note in notes(report):
         yield f"\n{note}."
 
 
-def _positions(report: Report) -> Iterator[str]:
-    places = report.metrics.get("positions", {})
-    if not places:
+def _positions(report: ReportData) -> Iterator[str]:
+    positions = report.metrics.get("positions", {})
+    if not positions:
         return
-    yield "\n## The edits' targets, token by token\n"
+    yield "\n## Targets of the edits, token by token\n"
     rows = [
         [
-            place,
-            figure(s["accuracy"].value),
-            figure(s["loss"].value),
-            figure(s["probability"].value),
-            str(s["accuracy"].n),
+            position,
+            *(format_number(scores[name].value) for name in ("accuracy", "loss", "probability")),
+            str(scores["accuracy"].n),
         ]
-        for place, s in places.items()
+        for position, scores in positions.items()
     ]
-    yield from _table(["token", "first choice", "loss", "probability", "n"], rows, 0)
+    yield from markdown_table(["token", "ranked first", "loss", "probability", "n"], rows, 0)
 
 
-def _answers(report: Report, count: int) -> Iterator[str]:
+def _answers(report: ReportData, limit: int) -> Iterator[str]:
     edits = [result for result in report.answers if result.question == "reliability"]
     changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
-    for title, results in (("The edits", edits), ("Changed elsewhere", changed)):
-        if not results or count < 1:
+    for title, results in (("Edits", edits), ("Changed answers to other prompts", changed)):
+        if not results or limit < 1:
             continue
-        yield f"\n## {title} ({min(count, len(results))} of {len(results)})\n"
+        yield f"\n## {title} ({min(limit, len(results))} of {len(results)})\n"
         rows = []
-        for one in results[:count]:
-            mark = {True: "yes", False: "no", None: "–"}[one.right]
-            wanted = cell(one.accepted[0], 40) if one.accepted else "–"
-            before = "–" if one.before is None else cell(one.before, 40) or "(nothing)"
-            said = (cell(one.answer, 40) or "(nothing)") + ("" if one.ended else " …")
-            rows.append([cell(one.prompt, 70), before, said, wanted, mark])
-        yield from _table(["prompt", "before", "after", "wanted", "right"], rows, 5)
+        for result in results[:limit]:
+            right = {True: "yes", False: "no", None: "–"}[result.right]
+            target = escape_cell(result.accepted[0], 40) if result.accepted else "–"
+            before = "–" if result.before is None else escape_cell(result.before, 40) or "(empty)"
+            after = (escape_cell(result.answer, 40) or "(empty)") + ("" if result.ended else " …")
+            rows.append([escape_cell(result.prompt, 70), before, after, target, right])
+        yield from markdown_table(["prompt", "before", "after", "target", "right"], rows, 5)
 
 
-def _repeating(report: Report) -> Iterator[str]:
+def _reproduction(report: ReportData) -> Iterator[str]:
     meta = report.meta
-    yield "\n## To repeat it\n"
+    yield "\n## How to reproduce it\n"
     for name, value in (
         ("data", f"{meta['data_name']}, SHA-256 `{meta['data_hash']}`"),
         ("seed", meta["seed"]),

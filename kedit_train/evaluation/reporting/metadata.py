@@ -1,4 +1,4 @@
-"""What has to be known to repeat an evaluation."""
+"""The metadata of a report: what is needed to repeat an evaluation."""
 
 from __future__ import annotations
 
@@ -15,23 +15,32 @@ import transformers
 from torch import nn
 
 from kedit_train.data import Edit
-from kedit_train.evaluation.scoring.metrics import ProbeResult
+from kedit_train.evaluation.scoring.probe_results import ProbeResult
 
-# Two logits closer than this many units in the last place of the dtype are within its rounding; in fp32 it is the order
-# of long sums that tells, not the last place.
-_ULPS, _FLOOR = 16, 6e-5
+# Two logits are a near tie if they differ by less than this many units in the last place of the dtype. In fp32 the
+# order of long sums matters more than the last place, so there is a minimum.
+_ULPS, _MINIMUM = 16, 6e-5
 
 
-def meta_of(
+def report_metadata(
     model: nn.Module,
     edits: Sequence[Edit],
     n: int,
     results: Sequence[ProbeResult],
     settings: dict[str, Any],
     *,
-    against_before: bool,
+    against_unedited: bool,
 ) -> dict[str, Any]:
-    """Data, model, settings, versions, date; and what cannot be read from a score: ``unscored`` and ``near_ties``."""
+    """Return the data, model, settings, versions and date, and the counts ``unscored`` and ``near_ties``.
+
+    Args:
+        model: the evaluated model.
+        edits: all edits of the data.
+        n: number of edits that were evaluated.
+        results: the results of all probes.
+        settings: the settings of the evaluation.
+        against_unedited: True if locality compares with the unedited model.
+    """
     config = getattr(model, "config", None)
     return {
         "n_edits": n,
@@ -47,22 +56,22 @@ def meta_of(
             "transformers": transformers.__version__,
         },
         "interval": "95 %, bootstrap over edits, 1000 resamples",
-        "unscored": _unscored(results, against_before),
-        "near_ties": near_ties(model, results),
+        "unscored": _count_unscored(results, against_unedited),
+        "near_ties": count_near_ties(model, results),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def near_ties(model: nn.Module, results: Sequence[ProbeResult]) -> int:
-    """Answers in which two tokens were as good as equal: another batch size or device may choose the other one.
+def count_near_ties(model: nn.Module, results: Sequence[ProbeResult]) -> int:
+    """Count the answers where another batch size or device may choose another token.
 
-    As good as equal are logits within 16 units in the last place of the dtype in which the model computes (at 1), or
-    6e-5 where that is more.
+    These are answers with a choice between two logits that differ by less than 16 units in the last place (at 1) of
+    the dtype in which the model computes, or by less than 6e-5 if that is more.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    kind = parameter.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
-    bound = max(_ULPS * torch.finfo(dtype).eps, _FLOOR)
+    device = parameter.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+    bound = max(_ULPS * torch.finfo(dtype).eps, _MINIMUM)
     return sum(result.margin is not None and result.margin < bound for result in results)
 
 
@@ -81,14 +90,14 @@ def _own_version() -> str:
         return "not installed (run from a checkout)"
 
 
-def _unscored(results: Sequence[ProbeResult], against_before: bool) -> dict[str, int]:
-    """Probes without an accepted answer, per question: they have no generated score (locality against before has)."""
-    found: dict[str, int] = {}
+def _count_unscored(results: Sequence[ProbeResult], against_unedited: bool) -> dict[str, int]:
+    """Count, per question, the probes without an accepted answer; they have no generated score.
+
+    Locality probes are scored without one if the unedited model's answers are known.
+    """
+    counts: dict[str, int] = {}
     for result in results:
-        if (
-            result.right is None
-            and result.question != "fluency"
-            and not (against_before and result.question == "locality")
-        ):
-            found[result.question] = found.get(result.question, 0) + 1
-    return found
+        scored = result.question == "fluency" or (against_unedited and result.question == "locality")
+        if result.right is None and not scored:
+            counts[result.question] = counts.get(result.question, 0) + 1
+    return counts

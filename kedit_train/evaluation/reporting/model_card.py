@@ -1,4 +1,4 @@
-"""A section for a model card: what was edited, whether it took, what it cost, and whose ideas it rests on."""
+"""A section for a model card: what was edited, whether it worked, what it cost, and which papers it is based on."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from typing import Any
 
 from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
-from kedit_train.evaluation.report import Report
-from kedit_train.evaluation.reporting.markdown import cell
-from kedit_train.evaluation.reporting.report_lines import figure, interval, notes, score_lines
+from kedit_train.evaluation.report_data import ReportData
+from kedit_train.evaluation.reporting.markdown import escape_cell, markdown_table
+from kedit_train.evaluation.reporting.report_lines import (
+    HEADING,
+    format_interval,
+    format_number,
+    notes,
+    score_lines,
+)
 from kedit_train.evaluation.scoring.metrics import QUESTIONS
 
 BEGIN, END = "<!-- kedit-train: begin -->", "<!-- kedit-train: end -->"
-# Callback -> the papers that its docstring names as the source of what it does by default.
+EXAMPLES = 5
+# Beginning of a callback's repr -> the papers that its docstring names as its source.
 PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ParameterScope": (("Fine-tuning Done Right in Model Editing", "2509.22072"),),
     'TokenLoss("overtone"': (("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", "2502.00602"),),
     'TokenLoss("dft"': (("On the Generalization of SFT", "2508.05629"),),
-    "TokenSmoothing": (("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", "2502.00602"),),
     "KLLocality": (("Fast Model Editing at Scale", "2110.11309"),),
     "NormBall": (("Modifying Memories in Transformer Models", "2012.00363"),),
     "NullSpace": (("AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", "2410.02355"),),
@@ -30,120 +36,135 @@ PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("Overcoming catastrophic forgetting in neural networks", "1612.00796"),
     ),
 }
-# Why success is what the model generates.
-MIRAGE = ("The Mirage of Model Editing: Revisiting Evaluation in the Wild", "2502.11177")
+# The reason to judge an edit by generated answers.
+EVALUATION_PAPER = ("The Mirage of Model Editing: Revisiting Evaluation in the Wild", "2502.11177")
 
 
-def section(
-    report: Report, *, delta: Any = None, cost: Mapping[str, Any] | None = None, base: str | None = None
+def model_card_section(
+    report: ReportData, *, delta: Any = None, cost: Mapping[str, Any] | None = None, base: str | None = None
 ) -> str:
-    """The section as Markdown, from ``## Knowledge edit`` on.
+    """Return the section as Markdown, starting with ``## Knowledge edit``.
 
     Args:
-        report: of the edited model; with the unedited model's scores where it was evaluated ``before``.
-        delta: the :class:`~kedit_train.delta.EditDelta`, for what changed in the weights.
-        cost: what the edit took, by name, as it was measured ("training": "38 s on one GPU"); stands beside what the
-            report knows itself.
-        base: the model before the edit, as a reader can find it.
+        report: the report on the edited model, with the unedited model's scores if they are known.
+        delta: the :class:`~kedit_train.delta.EditDelta`, to describe which weights changed.
+        cost: more measured costs by name, such as ``{"training": "38 s on one GPU"}``.
+        base: name of the model before the edit, as a reader can find it.
     """
-    meta = delta.meta if delta is not None else {}
-    callbacks = report.meta.get("callbacks") or (meta.get("configuration") or {}).get("callbacks") or []
+    delta_meta = delta.meta if delta is not None else {}
+    configuration = delta_meta.get("configuration") or {}
+    callbacks = report.meta.get("callbacks") or configuration.get("callbacks") or []
     parts = [
-        _edited(report, delta, base or (meta.get("base") or {}).get("name"), callbacks),
-        _scores(report),
-        _cost(report, delta, cost or {}),
-        _papers(callbacks),
+        _edit_lines(report, delta, base or (delta_meta.get("base") or {}).get("name"), callbacks),
+        _score_lines(report),
+        _cost_lines(report, delta, cost or {}),
+        _paper_lines(callbacks),
     ]
     return "\n".join(line for part in parts for line in (*part, "")).rstrip() + "\n"
 
 
-def put(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a section into a model card: in place of the one there, else at the end, else as a new file.
+def insert_section(path: str | os.PathLike[str], section: str) -> Path:
+    """Write a section into a model card.
 
-    All else in the card stays, byte for byte. The section lies between two comments, by which it is found again.
+    It replaces the section that is already there, or is appended, or starts a new file. Everything else in the card
+    stays unchanged, byte for byte. Two HTML comments around the section mark where it is.
+
+    Args:
+        path: the model card.
+        section: what :func:`model_card_section` returns.
+
+    Returns:
+        The path.
 
     Raises:
         EditError: one of the two comments is missing in the card.
     """
     path = Path(path)
-    # Bytes: reading as text would change another system's line ends.
+    # Bytes, because reading as text would change the line endings of another system.
     card = path.read_bytes() if path.is_file() else b""
-    framed = f"{BEGIN}\n{text.rstrip()}\n{END}".encode()
+    marked = f"{BEGIN}\n{section.rstrip()}\n{END}".encode()
     begin, end = BEGIN.encode(), END.encode()
     if (card.count(begin), card.count(end)) not in ((0, 0), (1, 1)) or card.find(end) < card.find(begin):
-        raise EditError(f"{path} should hold {BEGIN!r} and {END!r} once each, in this order: mend it, or remove both")
+        raise EditError(
+            f"{path} must contain {BEGIN!r} and {END!r} once each, in this order; repair the file, or remove both."
+        )
     if begin in card:
-        made = card[: card.index(begin)] + framed + card[card.index(end) + len(end) :]
+        updated = card[: card.index(begin)] + marked + card[card.index(end) + len(end) :]
     else:
-        made = card + (b"" if not card or card.endswith(b"\n") else b"\n") + (b"\n" if card else b"") + framed + b"\n"
+        gap = (b"" if not card or card.endswith(b"\n") else b"\n") + (b"\n" if card else b"")
+        updated = card + gap + marked + b"\n"
     with writing(path) as unfinished:
-        unfinished.write_bytes(made)
+        unfinished.write_bytes(updated)
     return path
 
 
-def without_probes(report: Report) -> list[str]:
-    """The questions that the edits bring no probes for: they have no score."""
+def questions_without_probes(report: ReportData) -> list[str]:
+    """Return the questions that have no score because the edits bring no probes for them."""
     unscored = report.meta.get("unscored", {})
     return [q for q in QUESTIONS if not report.metrics[q]["generated"].n and q not in unscored]
 
 
-def _edited(report: Report, delta: Any, base: str | None, callbacks: list[str]) -> Iterator[str]:
+def _edit_lines(report: ReportData, delta: Any, base: str | None, callbacks: list[str]) -> Iterator[str]:
     meta = report.meta
     yield "## Knowledge edit\n"
-    yield "### What was edited\n"
-    of = "" if meta["n_edits"] == meta["n_edits_in_data"] else f" (scored: a sample of {meta['n_edits']})"
-    yield f"- facts: {meta['n_edits_in_data']}{of}, from {cell(meta['data_name'])}, SHA-256 `{meta['data_hash']}`"
+    yield "### What was edited?\n"
+    sample = "" if meta["n_edits"] == meta["n_edits_in_data"] else f" (evaluated on a sample of {meta['n_edits']})"
+    yield f"- edits: {meta['n_edits_in_data']}{sample}, from {escape_cell(meta['data_name'])}"
+    yield f"- SHA-256 of the edits: `{meta['data_hash']}`"
     if base:
-        yield f"- base model: {cell(base, 100)}"
+        yield f"- base model: {escape_cell(base, 100)}"
     if delta is not None:
-        yield f"- base weights: fingerprint `{delta.meta['base']['fingerprint']}`"
+        yield f"- fingerprint of the base model's weights: `{delta.meta['base']['fingerprint']}`"
         names = ", ".join(f"`{name}`" for name in list(delta.changes)[:3])
         more = f" and {len(delta) - 3} more" if len(delta) > 3 else ""
-        yield f"- weights changed: {names}{more}; all others are the base's, bit for bit"
-    yield from (f"- with: {cell(callback, 200)}" for callback in callbacks)
-    rows = [r for r in report.answers if r.question == "reliability"]
-    if rows:
-        yield f"\nThe first {min(5, len(rows))} of {len(rows)}:\n"
-        yield "| prompt | before | now | wanted |"
-        yield "|---|---|---|---|"
-        for one in rows[:5]:
-            before = "–" if one.before is None else cell(one.before, 40) or "(nothing)"
-            wanted = cell(one.accepted[0], 40) if one.accepted else "–"
-            yield f"| {cell(one.prompt, 70)} | {before} | {cell(one.answer, 40) or '(nothing)'} | {wanted} |"
+        yield f"- changed weights: {names}{more}; all others equal the base model's, bit for bit"
+    yield from (f"- callback: {escape_cell(callback, 200)}" for callback in callbacks)
+    results = [r for r in report.answers if r.question == "reliability"]
+    if results:
+        yield f"\nThe first {min(EXAMPLES, len(results))} of {len(results)} edits:\n"
+        yield from markdown_table(["prompt", "before", "after", "target"], [_example(r) for r in results[:EXAMPLES]], 4)
 
 
-def _scores(report: Report) -> Iterator[str]:
+def _example(result: Any) -> list[str]:
+    before = "–" if result.before is None else escape_cell(result.before, 40) or "(empty)"
+    target = escape_cell(result.accepted[0], 40) if result.accepted else "–"
+    return [escape_cell(result.prompt, 70), before, escape_cell(result.answer, 40) or "(empty)", target]
+
+
+def _score_lines(report: ReportData) -> Iterator[str]:
     compared = report.unedited is not None
-    yield "### Did it take, and what else changed?\n"
-    yield "| | unedited | edited | 95 % | n |" if compared else "| | edited | 95 % | n |"
-    yield "|---|---:|---:|---:|---:|" if compared else "|---|---:|---:|---:|"
+    yield f"### {HEADING}\n"
+    rows = []
     for line in score_lines(report):
-        now = figure(line.now.value) if line.now.n else "no probes"
-        label = f"&nbsp;&nbsp;{cell(line.label)}" if line.part else cell(line.label)
-        before = f" {figure(line.unedited.value)} |" if compared else ""
-        yield f"| {label} |{before} {now} | {interval(line.now)} | {line.now.n} |"
-    yield "\nAnswers are generated greedily, to the model's own end, and compared exactly after normalisation."
-    yield "95 %: bootstrap over edits; n: probes."
+        label = f"&nbsp;&nbsp;{escape_cell(line.label)}" if line.is_kind else escape_cell(line.label)
+        edited = format_number(line.edited.value) if line.edited.n else "no probes"
+        before = [format_number(line.unedited.value)] if compared else []
+        rows.append([label, *before, edited, format_interval(line.edited), str(line.edited.n)])
+    yield from markdown_table(["", *(["unedited"] if compared else []), "edited", "95 % CI", "n"], rows, 1)
+    yield "\nAnswers are generated greedily until the model ends them, and compared by exact match after normalization."
+    yield "95 % CI: bootstrap over edits. n: number of probes."
     for note in notes(report):
         yield f"\n{note}."
 
 
-def _cost(report: Report, delta: Any, cost: Mapping[str, Any]) -> Iterator[str]:
-    yield "### What it cost\n"
-    yield from (f"- {cell(str(name))}: {cell(str(value), 200)}" for name, value in cost.items())
+def _cost_lines(report: ReportData, delta: Any, cost: Mapping[str, Any]) -> Iterator[str]:
+    yield "### What did it cost?\n"
+    yield from (f"- {escape_cell(str(name))}: {escape_cell(str(value), 200)}" for name, value in cost.items())
     configuration = (delta.meta.get("configuration") or {}) if delta is not None else {}
     steps = report.meta.get("steps", configuration.get("steps"))
     if steps is not None:
         yield f"- optimizer steps: {steps}"
     if delta is not None:
-        yield f"- weights changed: {len(delta)} tensors, {delta.nbytes / 1e6:.2f} MB as a delta"
+        yield f"- changed weights: {len(delta)} tensors, {delta.nbytes / 1e6:.2f} MB as a delta"
     yield f"- evaluation: {report.meta['seconds']:.1f} s for {report.meta['n_probes']} probes"
     versions = ", ".join(f"{name} {version}" for name, version in report.meta["versions"].items())
-    yield f"- seed {report.meta['seed']}; {cell(versions, 200)}; {report.meta['date']}"
+    yield f"- seed {report.meta['seed']}; {escape_cell(versions, 200)}; {report.meta['date']}"
 
 
-def _papers(callbacks: list[str]) -> Iterator[str]:
-    used = [paper for one in callbacks for name, papers in PAPERS.items() if one.startswith(name) for paper in papers]
-    papers = dict.fromkeys([*used, MIRAGE])
+def _paper_lines(callbacks: list[str]) -> Iterator[str]:
+    cited = [
+        paper for text in callbacks for start, papers in PAPERS.items() if text.startswith(start) for paper in papers
+    ]
+    papers = dict.fromkeys([*cited, EVALUATION_PAPER])
     yield "### Papers\n"
     yield from (f"- {title} ([arXiv {number}](https://arxiv.org/abs/{number}))" for title, number in papers)

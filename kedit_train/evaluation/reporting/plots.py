@@ -1,161 +1,205 @@
-"""Reports as pictures: what an edit bought and what it cost, and where in the target a token did not take.
+"""Plots of reports: reliability against locality, and scores by token position.
 
-matplotlib is the ``report`` extra, imported when something is drawn, and used without its global state.
+matplotlib comes with the ``report`` extra. It is imported when something is drawn, and its global state is not used.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
-from kedit_train.evaluation.report import Report
+from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.optional import require
 
-# Okabe and Ito's colours, which stay apart for the colour-blind, each with a marker of its own.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The colors of Okabe and Ito, which color-blind readers can tell apart, each with its own marker.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches.
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure.
+
+    Args:
+        width: in inches.
+        height: in inches.
 
     Raises:
-        EditError: matplotlib is missing.
+        EditError: matplotlib is not installed.
     """
     with require("matplotlib", extra="report"):
         from matplotlib.figure import Figure
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def saved(drawing: Any, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, whole or not at all; parent folders are made."""
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG, atomically; parent folders are created."""
     path = Path(path)
     if path.suffix != ".png":
-        raise EditError(f"{path}: pictures are written as PNG; end the name in .png")
+        raise EditError(f"path must end in .png, got {str(path)!r}.")
     with writing(path) as unfinished:
-        drawing.savefig(unfinished, format="png")
+        figure.savefig(unfinished, format="png")
     return path
 
 
-def reliability_locality(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Path:
-    """Draw reports as points: reliability to the right, locality upwards, each with its 95 % interval.
+def color_and_marker(number: int) -> tuple[str, str]:
+    """Return the color and the marker of the ``number``-th curve."""
+    return _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
 
-    The best an edit can do is the upper right corner. Where the reports know the unedited model, it is a cross: its
-    locality is 1 by definition where locality means "the same answer as before".
+
+def draw_curve(axes: Any, scores: Mapping[int, Score], *, color: str, label: str, **style: Any) -> None:
+    """Draw scores as a curve with a band for their intervals.
+
+    Args:
+        axes: the matplotlib axes.
+        scores: position on the horizontal axis -> score.
+        color: color of the curve and the band.
+        label: label in the legend.
+        style: more arguments of ``axes.plot``.
+    """
+    positions = list(scores)
+    axes.plot(positions, [s.value for s in scores.values()], color=color, label=label, **style)
+    low = [s.value if s.low is None else s.low for s in scores.values()]
+    high = [s.value if s.high is None else s.high for s in scores.values()]
+    axes.fill_between(positions, low, high, color=color, alpha=0.15, linewidth=0)
+    if len(positions) == 1:
+        # A band over one position has no width.
+        axes.vlines(positions, low, high, color=color, alpha=0.4, linewidth=3)
+
+
+def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -> Path:
+    """Plot each report as a point: reliability to the right, locality upwards, with 95 % intervals.
+
+    The best edit is in the upper right corner. If the reports know the unedited model, it is drawn as a cross. Its
+    locality is 1 by definition, if locality means "the same answer as before".
 
     Args:
         reports: label -> report, all on the same edits.
-        path: a ``.png``.
+        path: a ``.png`` file.
+
+    Returns:
+        The path.
 
     Raises:
-        EditError: other edits or another meaning of locality in one of them, a report without probes of either kind.
+        EditError: the reports differ in their edits or in the meaning of locality, or one of them has no reliability
+            or locality probes.
     """
-    _same_edits(reports)
+    _check_same_edits(reports)
     meanings = {report.metrics["locality"]["compared_with"] for report in reports.values()}
     if len(meanings) > 1:
         raise EditError(
-            "some of these reports compare locality with the unedited model and some with the truth, which are no one "
-            "axis: evaluate all of them against the unedited model"
+            "some reports compare locality with the unedited model and some with the truth; "
+            "evaluate all of them with unedited=."
         )
-    drawing = figure(6.0, 5.0)
-    axes = drawing.subplots()
+    figure = new_figure(6.0, 5.0)
+    axes = figure.subplots()
     lowest = 1.0
-    for at, (label, report) in enumerate(reports.items()):
-        place = [report.metrics[question]["generated"] for question in ("reliability", "locality")]
-        empty = next((q for q, s in zip(("reliability", "locality"), place, strict=True) if s.value is None), None)
+    for number, (label, report) in enumerate(reports.items()):
+        scores = {question: report.metrics[question]["generated"] for question in ("reliability", "locality")}
+        empty = next((question for question, score in scores.items() if score.value is None), None)
         if empty is not None:
-            raise EditError(f"{label} has no probes of {empty}, so it has no place in this picture: use other edits")
-        x, y = place
-        colour, marker = _COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)]
-        axes.errorbar(x.value, y.value, xerr=_whiskers(x), yerr=_whiskers(y), fmt=marker, color=colour, label=label,
-                      capsize=3, markersize=8, zorder=3, clip_on=False)  # fmt: skip
+            raise EditError(f"{label} has no {empty} probes, so it cannot be plotted; use other edits.")
+        x, y = scores.values()
+        color, marker = color_and_marker(number)
+        axes.errorbar(
+            x.value,
+            y.value,
+            xerr=_error_bar(x),
+            yerr=_error_bar(y),
+            fmt=marker,
+            color=color,
+            label=label,
+            capsize=3,
+            markersize=8,
+            zorder=3,
+            clip_on=False,
+        )
         lowest = min(lowest, y.value if y.low is None else y.low)
     first = next((report for report in reports.values() if report.unedited is not None), None)
     if first is not None and first.unedited is not None:
-        was = first.unedited["reliability"]["generated"].value
-        axes.plot(was, 1.0, "x", color="grey", markersize=9, markeredgewidth=2, label="unedited", clip_on=False)
-    what = "same answers as before" if meanings == {"unedited model"} else "right answers"
-    axes.set_xlabel("reliability: edits answered as wanted")
-    axes.set_ylabel(f"locality: {what} elsewhere")
+        unedited = first.unedited["reliability"]["generated"].value
+        axes.plot(unedited, 1.0, "x", color="grey", markersize=9, markeredgewidth=2, label="unedited", clip_on=False)
+    locality = "unchanged answers" if meanings == {"unedited model"} else "right answers"
+    axes.set_xlabel("reliability: share of edits with the new answer")
+    axes.set_ylabel(f"locality: share of {locality} to other prompts")
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(max(0.0, lowest - 0.05) - 0.01, 1.01)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="best")
-    axes.set_title(f"{_edits(first or next(iter(reports.values())))}; bars: 95 % over edits", fontsize=10)
-    return saved(drawing, path)
+    axes.set_title(f"{_edits(first or next(iter(reports.values())))}; bars: 95 % intervals over edits", fontsize=10)
+    return save_figure(figure, path)
 
 
-def positions(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> Path:
-    """Draw, by the token's place in the edits' targets, how often it is first choice, and its probability.
+def positions(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -> Path:
+    """Plot, by token position in the edits' targets, how often the token is ranked first, and its probability.
 
-    Teacher-forced. A curve that falls or rises along the target is heterogeneous token overfitting ("Mitigating
-    Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602). Bands: 95 % over edits. Below
-    each place stands how many targets are that long: few of them reach the last ones.
+    The scores are teacher-forced. A curve that falls or rises along the target shows heterogeneous token overfitting
+    ("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602). Bands are 95 %
+    intervals over edits. Below each position stands the number of targets that are that long.
 
     Args:
         reports: label -> report, all on the same edits.
-        path: a ``.png``.
+        path: a ``.png`` file.
+
+    Returns:
+        The path.
 
     Raises:
-        EditError: other edits in one of them, or no report has positions.
+        EditError: the reports differ in their edits, or none of them has scores by position.
     """
-    _same_edits(reports)
-    drawing = figure(8.5, 4.2)
-    panels = drawing.subplots(1, 2, sharex=True, sharey=True)
+    _check_same_edits(reports)
+    figure = new_figure(8.5, 4.2)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
     curves = {label: report.metrics.get("positions", {}) for label, report in reports.items()}
     longest = max(curves.values(), key=len)
     if not longest:
-        raise EditError("none of these reports has scores by token: the edits have no targets to score; evaluate again")
+        raise EditError("no report has scores by token position; evaluate edits that have targets.")
     unedited = next((r.unedited.get("positions", {}) for r in reports.values() if r.unedited is not None), {})
-    for axes, name, title in zip(
-        panels, ("accuracy", "probability"), ("first choice", "mean probability"), strict=True
-    ):
+    titles = {"accuracy": "share ranked first", "probability": "mean probability"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
         if unedited:
-            _curve(axes, unedited, name, "unedited", "grey", "x", "--")
-        for at, (label, places) in enumerate(curves.items()):
-            _curve(axes, places, name, label, _COLOURS[at % len(_COLOURS)], _MARKERS[at % len(_MARKERS)], "-")
+            scores = _by_position(unedited, name)
+            draw_curve(axes, scores, color="grey", label="unedited", linestyle="--", marker="x", markersize=5)
+        for number, (label, by_position) in enumerate(curves.items()):
+            color, marker = color_and_marker(number)
+            draw_curve(axes, _by_position(by_position, name), color=color, label=label, marker=marker, markersize=5)
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
         axes.set_ylim(-0.03, 1.03)
         axes.tick_params(labelsize=8)
-    ticks = [int(place) for place in longest]
+    ticks = [int(position) for position in longest]
     step = -(-len(ticks) // 10)
-    counts = [f"{place}\nn={longest[str(place)]['accuracy'].n}" for place in ticks[::step]]
+    counts = [f"{position}\nn={longest[str(position)]['accuracy'].n}" for position in ticks[::step]]
     panels[0].set_xticks(ticks[::step], counts)
     panels[0].legend(frameon=False, loc="best")
-    drawing.supxlabel("token of the target", fontsize=10)
-    drawing.suptitle(f"{_edits(next(iter(reports.values())))}; teacher-forced, bands: 95 % over edits", fontsize=10)
-    return saved(drawing, path)
+    figure.supxlabel("token position in the target", fontsize=10)
+    edits = _edits(next(iter(reports.values())))
+    figure.suptitle(f"{edits}; teacher-forced; bands: 95 % intervals over edits", fontsize=10)
+    return save_figure(figure, path)
 
 
-def _curve(axes: Any, places: Mapping[str, Any], name: str, label: str, colour: str, marker: str, line: str) -> None:
-    at = [int(place) for place in places]
-    scores: Sequence[Score] = [place[name] for place in places.values()]
-    axes.plot(at, [s.value for s in scores], line, marker=marker, color=colour, label=label, markersize=5)
-    low, high = ([s.value if bound is None else bound for s, bound in zip(scores, bounds, strict=True)]
-                 for bounds in ([s.low for s in scores], [s.high for s in scores]))  # fmt: skip
-    axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+def _by_position(scores: Mapping[str, Any], name: str) -> dict[int, Score]:
+    return {int(position): own[name] for position, own in scores.items()}
 
 
-def _whiskers(score: Score) -> list[list[float]] | None:
+def _error_bar(score: Score) -> list[list[float]] | None:
     if score.value is None or score.low is None or score.high is None:
         return None
-    # A bootstrap quantile can lie beyond the value by the last bits.
+    # Rounding can put a bootstrap bound on the wrong side of the value.
     return [[max(0.0, score.value - score.low)], [max(0.0, score.high - score.value)]]
 
 
-def _same_edits(reports: Mapping[str, Report]) -> None:
+def _check_same_edits(reports: Mapping[str, ReportData]) -> None:
     if not reports:
-        raise EditError("no reports to draw: give at least one")
+        raise EditError("reports is empty; give at least one report.")
     if len({(report.meta["data_hash"], report.meta["n_edits"]) for report in reports.values()}) > 1:
-        raise EditError("these reports are on different edits, so their scores do not compare: evaluate on one file")
+        raise EditError("the reports are on different edits; evaluate all of them on the same file.")
 
 
-def _edits(report: Report) -> str:
+def _edits(report: ReportData) -> str:
     n = report.meta["n_edits"]
     return f"{n} edit{'s' * (n != 1)} ({report.meta['data_name']})"

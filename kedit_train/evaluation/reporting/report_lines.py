@@ -1,121 +1,139 @@
-"""What a report shows, line by line, whatever it is drawn with."""
+"""The lines of a report's table of scores, and the formatting of numbers, for every kind of display."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.report_data import ReportData
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
 from kedit_train.evaluation.scoring.metrics import QUESTIONS
 
-if TYPE_CHECKING:
-    from kedit_train.evaluation.report import Report
-
-NONE = Score(None, 0)
+HEADING = "Did it work?"
 NOTE = (
-    "generated: greedy, to the model's own end, exact match after normalisation; teacher-forced: share of answer "
-    "tokens ranked first; 95 %: bootstrap over edits"
+    "generated: greedy decoding until the model ends its answer, exact match after normalization. teacher-forced: "
+    "share of the answer's tokens that the model ranks first. 95 % CI: bootstrap over edits. n: number of probes"
 )
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line: a label, the score of each model, and the teacher-forced one beside it; ``part`` is one kind."""
+@dataclass(frozen=True, kw_only=True)
+class ScoreLine:
+    """One line of the table of scores.
+
+    Args:
+        label: the text in the first column.
+        edited: the score of the model that the report is about.
+        unedited: the score of the unedited model.
+        teacher_forced: the same probes under teacher forcing.
+        is_kind: True for one kind of probe, which is shown below its question.
+    """
 
     label: str
-    unedited: Score
-    now: Score
-    forced: Score = NONE
-    part: bool = False
+    edited: Score
+    unedited: Score = NO_SCORE
+    teacher_forced: Score = NO_SCORE
+    is_kind: bool = False
 
 
-def score_lines(report: Report) -> Iterator[Line]:
-    """Questions with their kinds, then what else was measured. What nobody asked for has no line."""
+def score_lines(report: ReportData) -> Iterator[ScoreLine]:
+    """Yield the lines: each question with its kinds, then the extra metrics that were measured."""
     metrics, unedited = report.metrics, report.unedited or {}
     for question in QUESTIONS:
-        yield from _question(question, metrics[question], unedited.get(question, {}))
-    yield from _old_answers(metrics["resurgence"], unedited.get("resurgence", {}))
-    yield Line("answers that did not end", _ending(unedited), _ending(metrics))
-    fluency, was = metrics["fluency"], unedited.get("fluency", {})
+        yield from _question_lines(question, metrics[question], unedited.get(question, {}))
+    yield from _old_answer_lines(metrics["resurgence"], unedited.get("resurgence", {}))
+    yield ScoreLine(label="answers cut at the limit", unedited=_cut_share(unedited), edited=_cut_share(metrics))
+    fluency, unedited_fluency = metrics["fluency"], unedited.get("fluency", {})
     for name, label in (
         ("entropy", "fluency: n-gram entropy"),
         ("repetition", "fluency: repetition"),
-        ("ended", "fluency: ends by itself"),
+        ("ended", "fluency: ended by itself"),
     ):
         if fluency[name].n:
-            yield Line(label, was.get(name, NONE), fluency[name])
+            yield ScoreLine(label=label, unedited=unedited_fluency.get(name, NO_SCORE), edited=fluency[name])
     if metrics["perplexity"].n:
-        yield Line("perplexity", unedited.get("perplexity", NONE), metrics["perplexity"])
+        unedited_perplexity = unedited.get("perplexity", NO_SCORE)
+        yield ScoreLine(label="perplexity", unedited=unedited_perplexity, edited=metrics["perplexity"])
     for name, score in metrics["weight_drift"].items():
-        yield Line(f"weight drift: {name}", NONE, score)
+        yield ScoreLine(label=f"weight drift: {name}", edited=score)
 
 
-def _question(question: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[Line]:
-    compared = now.get("compared_with") == "unedited model"
-    # Before the edit nothing had changed: the share of unchanged answers has no "unedited" figure.
-    label = "locality: same answers" if compared else "locality: right" if question == "locality" else question
-    yield Line(
-        label,
-        NONE if compared else then.get("generated", NONE),
-        now["generated"],
-        NONE if compared else now["teacher_forced"],
+def _question_lines(question: str, edited: Mapping[str, Any], unedited: Mapping[str, Any]) -> Iterator[ScoreLine]:
+    compared = edited.get("compared_with") == "unedited model"
+    label = "locality: unchanged" if compared else "locality: right" if question == "locality" else question
+    # The unedited model has no share of unchanged answers.
+    yield ScoreLine(
+        label=label,
+        unedited=NO_SCORE if compared else unedited.get("generated", NO_SCORE),
+        edited=edited["generated"],
+        teacher_forced=NO_SCORE if compared else edited["teacher_forced"],
     )
-    kinds = now.get("by_kind", {})
-    for kind, own in kinds.items() if len(kinds) > 1 or (kinds and not now["generated"].n) else ():
-        was = NONE if compared else then.get("by_kind", {}).get(kind, {}).get("generated", NONE)
-        yield Line(kind, was, own["generated"], NONE if compared else own["teacher_forced"], part=True)
+    kinds = edited.get("by_kind", {})
+    for kind, own in kinds.items() if len(kinds) > 1 or (kinds and not edited["generated"].n) else ():
+        before = unedited.get("by_kind", {}).get(kind, {}).get("generated", NO_SCORE)
+        yield ScoreLine(
+            label=kind,
+            unedited=NO_SCORE if compared else before,
+            edited=own["generated"],
+            teacher_forced=NO_SCORE if compared else own["teacher_forced"],
+            is_kind=True,
+        )
     if compared:
-        # Teacher forcing asks for the true answer, so its figure stands beside the share that is right.
-        yield Line("locality: right", then.get("right", NONE), now["right"], now["teacher_forced"])
-        yield Line("locality: right ones kept", NONE, now["kept_right"])
-    if question == "locality" and now["kl"].n:
-        yield Line("locality: KL, nats a token", NONE, now["kl"])
+        # Teacher forcing scores the true answer, so its score belongs to the share of right answers.
+        yield ScoreLine(
+            label="locality: right",
+            unedited=unedited.get("right", NO_SCORE),
+            edited=edited["right"],
+            teacher_forced=edited["teacher_forced"],
+        )
+        yield ScoreLine(label="locality: still right", edited=edited["kept_right"])
+    if question == "locality" and edited["kl"].n:
+        yield ScoreLine(label="locality: KL (nats per token)", edited=edited["kl"])
 
 
-def _old_answers(now: Mapping[str, Any], then: Mapping[str, Any]) -> Iterator[Line]:
-    for name, label in (("says_old", "old answer: said"), ("prefers_old", "old answer: preferred")):
-        kinds = {kind: score for kind, score in now[name].items() if score.n}
-        for kind, score in kinds.items():
-            was = then.get(name, {}).get(kind, NONE)
-            yield Line(label if kind == "prompt" else kind, was, score, part=kind != "prompt")
+def _old_answer_lines(edited: Mapping[str, Any], unedited: Mapping[str, Any]) -> Iterator[ScoreLine]:
+    for name, label in (("says_old", "old answer generated"), ("prefers_old", "old answer preferred")):
+        for kind, score in edited[name].items():
+            if score.n:
+                is_kind = kind != "prompt"
+                before = unedited.get(name, {}).get(kind, NO_SCORE)
+                yield ScoreLine(label=kind if is_kind else label, unedited=before, edited=score, is_kind=is_kind)
 
 
-def _ending(metrics: Mapping[str, Any]) -> Score:
-    """The share of answers that were cut, from the share that ended."""
-    ended: Score = metrics.get("answers", {}).get("ended", NONE)
+def _cut_share(metrics: Mapping[str, Any]) -> Score:
+    """Return the share of answers that were cut, computed from the share that ended."""
+    ended: Score = metrics.get("answers", {}).get("ended", NO_SCORE)
     value, low, high = (None if x is None else 1.0 - x for x in (ended.value, ended.high, ended.low))
-    return Score(value, ended.n, low, high)
+    return Score(value, n=ended.n, low=low, high=high)
 
 
-def notes(report: Report) -> list[str]:
-    """What a reader must know beside the scores."""
-    found = [
-        f"{question}: no accepted answer for {n} of the probes, not scored"
+def notes(report: ReportData) -> list[str]:
+    """Return what a reader must know besides the scores."""
+    lines = [
+        f"{question}: {n} probes have no accepted answer and are not scored"
         for question, n in report.meta.get("unscored", {}).items()
     ]
-    near = report.meta.get("near_ties", 0)
-    if near:
-        found.append(
-            f"{near} of the answers hung on two tokens that are as good as equal: another batch size may choose "
-            "the other"
+    ties = report.meta.get("near_ties", 0)
+    if ties:
+        lines.append(
+            f"{ties} answers depend on two tokens with almost equal logits; another batch size may choose the other one"
         )
-    return found
+    return lines
 
 
-def figure(value: float | None) -> str:
-    """A number with three places, or as many as tell it from 0."""
+def format_number(value: float | None) -> str:
+    """Format a number with three decimals, or with as many as needed to differ from 0; a dash for None."""
     if value is None:
         return "–"
     return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def interval(score: Score) -> str:
-    """``0.71–0.93``, or a dash where there is none."""
+def format_interval(score: Score) -> str:
+    """Format the interval of a score as ``0.71–0.93``, or as a dash if there is none."""
     if score.low is None or score.high is None:
         return "–"
-    widest = max(abs(score.low), abs(score.high))
-    # Small bounds get significant places, by which they tell from the value that they enclose.
-    form = ".2f" if widest == 0 or 0.1 <= widest < 100 else ".2g" if widest < 0.1 else ".0f"
+    largest = max(abs(score.low), abs(score.high))
+    # Small bounds get significant digits, so that they differ from the value between them.
+    form = ".2f" if largest == 0 or 0.1 <= largest < 100 else ".2g" if largest < 0.1 else ".0f"
     low, high = (f"{x:{form}}" for x in (score.low, score.high))
     return f"{low}–{high}"

@@ -1,8 +1,8 @@
-"""A report for the eye: scores side by side, then what the model says now."""
+"""A report for the terminal: the table of scores, then some answers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -10,46 +10,44 @@ from rich.table import Table
 from rich.text import Text
 
 from kedit_train.data.tokenization import shorten
-from kedit_train.evaluation.reporting.report_lines import NOTE, figure, interval, notes, score_lines
-from kedit_train.evaluation.scoring.metrics import ProbeResult
+from kedit_train.evaluation.report_data import ReportData
+from kedit_train.evaluation.reporting.report_lines import (
+    HEADING,
+    NOTE,
+    format_interval,
+    format_number,
+    notes,
+    score_lines,
+)
+from kedit_train.evaluation.scoring.probe_results import ProbeResult
 
-if TYPE_CHECKING:
-    from kedit_train.evaluation.report import Report
 
+def render_report(report: ReportData, answers: int) -> Group:
+    """Return the report as a rich renderable, for any width from about 60 columns.
 
-def scores_table(report: Report) -> Table:
-    """Questions down; unedited, edited, its interval, number of probes and teacher-forced accuracy across."""
+    Args:
+        report: the report.
+        answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
+    """
+    parts: list[Any] = [_scores_table(report), Text(), Text(NOTE, style="dim")]
+    positions = report.metrics.get("positions", {})
+    if len(positions) > 1:
+        shares = " ".join(f"{scores['accuracy'].value:.2f}" for scores in list(positions.values())[:8])
+        more = " …" if len(positions) > 8 else ""
+        parts.append(Text(f"target tokens ranked first, by position: {shares}{more}", style="dim"))
     compared = report.unedited is not None
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        collapse_padding=True,
-        title_justify="left",
-        title_style="bold",
-    )
-    edits, probes = report.meta["n_edits"], report.meta["n_probes"]
-    every = report.meta.get("n_edits_in_data", edits)
-    drawn = f"{edits} drawn of {every} edits" if edits < every else f"{edits} edit{'s' * (edits != 1)}"
-    table.title = f"{drawn}, {probes} probes ({report.meta['data_name']})"
-    table.add_column("", overflow="fold", min_width=15)
-    if compared:
-        table.add_column("unedited", justify="right", style="dim", no_wrap=True)
-    table.add_column("edited" if compared else "generated", justify="right", no_wrap=True)
-    table.add_column("95 %", justify="right", style="dim", no_wrap=True)
-    table.add_column("n", justify="right", no_wrap=True)
-    table.add_column("teacher forced", justify="right", style="dim", min_width=7)
-    for line in score_lines(report):
-        cells = [Text(f"  {line.label}" if line.part else line.label, style="dim" if line.part else "")]
-        cells += [Text(figure(line.unedited.value))] if compared else []
-        style = "dim" if line.now.value is None else "" if line.part else "bold"
-        cells += [Text(figure(line.now.value), style=style), Text(interval(line.now)), Text(str(line.now.n))]
-        table.add_row(*cells, Text(figure(line.forced.value)))
-    return table
+    edits = [result for result in report.answers if result.question == "reliability"]
+    changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
+    for title, results, with_target in (("Edits", edits, True), ("Changed answers to other prompts", changed, False)):
+        if results and answers > 0:
+            heading = f"{title} ({min(answers, len(results))} of {len(results)})"
+            parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
+    parts += [Text(note, style="yellow") for note in notes(report)]
+    return Group(*parts)
 
 
-def _answers(title: str, results: list[ProbeResult], compared: bool, wanted: bool) -> Table:
-    table = Table(
+def _new_table(title: str) -> Table:
+    return Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
@@ -58,37 +56,46 @@ def _answers(title: str, results: list[ProbeResult], compared: bool, wanted: boo
         title_justify="left",
         title_style="bold",
     )
+
+
+def _scores_table(report: ReportData) -> Table:
+    """Return one row per score: unedited, edited, its interval, number of probes, teacher-forced."""
+    compared = report.unedited is not None
+    edits, probes = report.meta["n_edits"], report.meta["n_probes"]
+    total = report.meta.get("n_edits_in_data", edits)
+    sample = f"a sample of {edits} of {total} edits" if edits < total else f"{edits} edit{'s' * (edits != 1)}"
+    table = _new_table(f"{HEADING} {sample}, {probes} probes ({report.meta['data_name']})")
+    table.add_column("", overflow="fold", min_width=15)
+    if compared:
+        table.add_column("unedited", justify="right", style="dim", no_wrap=True)
+    table.add_column("edited" if compared else "generated", justify="right", no_wrap=True)
+    table.add_column("95 % CI", justify="right", style="dim", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    table.add_column("teacher forced", justify="right", style="dim", min_width=7)
+    for line in score_lines(report):
+        cells = [Text(f"  {line.label}" if line.is_kind else line.label, style="dim" if line.is_kind else "")]
+        cells += [Text(format_number(line.unedited.value))] if compared else []
+        style = "dim" if line.edited.value is None else "" if line.is_kind else "bold"
+        cells += [Text(format_number(line.edited.value), style=style), Text(format_interval(line.edited))]
+        table.add_row(*cells, Text(str(line.edited.n)), Text(format_number(line.teacher_forced.value)))
+    return table
+
+
+def _answers_table(title: str, results: list[ProbeResult], compared: bool, with_target: bool) -> Table:
+    table = _new_table(title)
     table.add_column("", width=1, no_wrap=True)
     table.add_column("prompt", min_width=24, overflow="fold")
     if compared:
         table.add_column("before", style="dim", overflow="fold")
     table.add_column("after" if compared else "answer", overflow="fold")
-    if wanted:
-        table.add_column("wanted", style="dim", overflow="fold")
+    if with_target:
+        table.add_column("target", style="dim", overflow="fold")
     for result in results:
         mark = {True: Text("✓", style="green"), False: Text("✗", style="red"), None: Text("·")}[result.right]
-        said = shorten(result.answer, 32) + ("" if result.ended else " …") or "(nothing)"
+        answer = shorten(result.answer, 32) + ("" if result.ended else " …") or "(empty)"
         cells = [mark, Text(shorten(result.prompt, 70))]
-        cells += [Text(shorten(result.before or "(nothing)", 32))] if compared else []
-        cells += [Text(said, style="green" if result.right else "red" if result.right is False else "")]
-        cells += [Text(shorten(result.accepted[0], 32))] if wanted else []
+        cells += [Text(shorten(result.before or "(empty)", 32))] if compared else []
+        cells += [Text(answer, style="green" if result.right else "red" if result.right is False else "")]
+        cells += [Text(shorten(result.accepted[0], 32))] if with_target else []
         table.add_row(*cells)
     return table
-
-
-def drawn(report: Report, answers: int) -> Group:
-    """The report as something that rich can print at any width from about 60 columns on."""
-    parts: list[Any] = [scores_table(report), Text(), Text(NOTE, style="dim")]
-    places = report.metrics.get("positions", {})
-    if len(places) > 1:
-        by_place = " ".join(f"{place['accuracy'].value:.2f}" for place in list(places.values())[:8])
-        parts.append(Text(f"targets, first choice by token: {by_place}" + " …" * (len(places) > 8), style="dim"))
-    compared = report.unedited is not None
-    edits = [result for result in report.answers if result.question == "reliability"]
-    changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
-    for title, results, wanted in (("The edits", edits, True), ("Changed elsewhere", changed, False)):
-        if results and answers > 0:
-            shown = min(answers, len(results))
-            parts += [Text(), _answers(f"{title} ({shown} of {len(results)})", results[:answers], compared, wanted)]
-    parts += [Text(note, style="yellow") for note in notes(report)]
-    return Group(*parts)

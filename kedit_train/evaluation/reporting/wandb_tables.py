@@ -1,57 +1,73 @@
-"""A report as tables and charts for the loggers of a run."""
+"""A report as tables and charts for the experiment loggers of a run."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kedit_train.evaluation.report import Report
-from kedit_train.evaluation.scoring.normalize import normalise
+from kedit_train.evaluation.report_data import ReportData
+from kedit_train.evaluation.scoring.normalize import normalize
 from kedit_train.optional import require
 
-# In words and not by a colour: loggers show cells as text, and sort and filter by it.
+# Words and not colors: loggers show cells as text, and sort and filter by it.
 CHANGED, SAME = "changed", ""
-POSITIONS = ("model", "token", "accuracy", "loss", "probability", "n")
+POSITION_COLUMNS = ("model", "token", "accuracy", "loss", "probability", "n")
 
 Table = tuple[list[str], list[list[Any]]]
 
 
-def answers(report: Report) -> Table:
-    """The edits: prompt, target, old_target, before, after, right, and whether the answer has changed."""
+class Saveable(Protocol):
+    """A report that can write itself to a file."""
+
+    def save(self, path: Path) -> Path: ...
+
+
+def answers_table(report: ReportData) -> Table:
+    """Return the edits: prompt, target, old_target, before, after, right, and whether the answer changed."""
     rows = report.answers_table()
     columns = ["prompt", "target", "old_target", "before", "after", "right"]
     return [*columns, "changed"], [[*(row[c] for c in columns), _mark(row["before"], row["after"])] for row in rows]
 
 
-def elsewhere(report: Report) -> Table:
-    """The answers that were to stay and did not: kind, prompt, before, after, and whether it was and is right."""
+def changed_answers_table(report: ReportData) -> Table:
+    """Return the locality probes with a changed answer: kind, prompt, before, after, right_before, right."""
     columns = ["kind", "prompt", "before", "after", "right_before", "right"]
-    found = [r for r in report.answers if r.question == "locality" and r.unchanged is False]
-    return columns, [[r.kind, r.prompt, r.before, r.answer, r.right_before, r.right] for r in found]
+    changed = [r for r in report.answers if r.question == "locality" and r.unchanged is False]
+    return columns, [[r.kind, r.prompt, r.before, r.answer, r.right_before, r.right] for r in changed]
 
 
-def positions(model: str, report: Report) -> Iterator[list[Any]]:
-    """Rows of :data:`POSITIONS`: how the edits' targets stand, token by token."""
+def position_rows(model: str, report: ReportData) -> Iterator[list[Any]]:
+    """Yield rows of :data:`POSITION_COLUMNS`: the scores of the edits' targets, token by token.
+
+    Args:
+        model: the label of the model in the first column.
+        report: the report on this model.
+    """
     for token, scores in report.metrics["positions"].items():
-        figures = [scores[name].value for name in ("accuracy", "loss", "probability")]
-        yield [model, int(token), *figures, scores["accuracy"].n]
+        values = [scores[name].value for name in ("accuracy", "loss", "probability")]
+        yield [model, int(token), *values, scores["accuracy"].n]
 
 
-def curves_to_wandb(run: Any, rows: Sequence[Sequence[Any]]) -> None:
-    """One line a model over the targets' tokens, of probability and of loss, from rows of :data:`POSITIONS`."""
+def log_position_curves(run: Any, rows: Sequence[Sequence[Any]]) -> None:
+    """Log two W&B charts, probability and loss by token position, with one line per model.
+
+    Args:
+        run: the W&B run.
+        rows: rows of :data:`POSITION_COLUMNS`.
+    """
     with require("wandb", extra="wandb"):
         import wandb
 
     for name in ("probability", "loss"):
-        table = wandb.Table(columns=list(POSITIONS), data=[list(row) for row in rows])
+        table = wandb.Table(columns=list(POSITION_COLUMNS), data=[list(row) for row in rows])
         title = f"{name} of the target's tokens"
         run.log({f"edit/positions_{name}": wandb.plot.line(table, "token", name, stroke="model", title=title)})
 
 
-def keep_report(host: Any, report: Report) -> None:
-    """The report, JSON and Markdown, with the run of the host's logger, whether it was saved elsewhere or not."""
+def log_report(host: Any, report: Saveable) -> None:
+    """Store a report as JSON and Markdown artifacts of the host's W&B run, if it has one."""
     if host.wandb_run() is None:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -60,4 +76,4 @@ def keep_report(host: Any, report: Report) -> None:
 
 
 def _mark(before: str | None, after: str) -> str:
-    return CHANGED if before is not None and normalise(before) != normalise(after) else SAME
+    return CHANGED if before is not None and normalize(before) != normalize(after) else SAME

@@ -1,9 +1,9 @@
-"""A score with what is known about its precision: how many probes, and a bootstrap interval over edits."""
+"""Scores with their precision: the number of probes, and a bootstrap confidence interval over edits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -16,31 +16,50 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over ``n`` probes; ``value`` is ``None`` where ``n`` is 0: there was nothing to ask.
+    """A mean over probes, with a 95 % confidence interval.
 
-    ``low`` and ``high`` bound it with 95 % confidence; ``None`` where fewer than two edits stand behind it.
+    Args:
+        value: the mean; None if there was nothing to measure.
+        n: the number of probes.
+        low: lower bound of the interval; None if fewer than two edits have a value.
+        high: upper bound of the interval.
+
+    Example:
+        >>> from kedit_train.evaluation import Score
+        >>> Score(0.8, n=50, low=0.68, high=0.9).value
+        0.8
+        >>> Score(None, n=0)  # no probes: no score, neither 0 nor 1
+        Score(value=None, n=0, low=None, high=None)
     """
 
     value: float | None
+    _: KW_ONLY
     n: int
     low: float | None = None
     high: float | None = None
 
 
-def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:
-    """Percentile intervals of M ratios ``sum(totals) / sum(counts)``, resampling whole edits.
+NO_SCORE = Score(None, n=0)
 
-    The probes of one edit succeed and fail together, so drawing them one by one would make every interval too narrow;
-    an edit is drawn with all its probes (the cluster bootstrap; Efron & Tibshirani, "An Introduction to the
-    Bootstrap", 1993, ch. 8 and 13). Where all edits agree (a score of 0 or 1) nothing varies and the interval has no
-    width, which is no proof of certainty: with n edits, up to 3 / n is then still possible.
+
+def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:
+    """Return percentile intervals of M ratios ``sum(totals) / sum(counts)``, resampling whole edits.
+
+    The probes of one edit succeed and fail together. Resampling single probes would make every interval too narrow,
+    so an edit is drawn with all its probes. If all edits agree (a score of 0 or 1), the interval has no width. This
+    does not prove certainty: with n edits, an error rate of up to 3 / n is still possible.
 
     Args:
-        totals: [edits, M], the sum of each edit's values; counts: [edits, M], how many they are.
-        seed: of the resamples; equal seeds give equal intervals on every machine with the same torch.
+        totals: [edits, M], the sum of each edit's values.
+        counts: [edits, M], the number of each edit's values.
+        seed: seed of the resamples. Equal seeds give equal intervals on every machine with the same torch version.
+        resamples: number of resamples.
 
     Returns:
-        [2, M] in fp64: low and high; NaN where fewer than two edits have a value.
+        [2, M] in fp64: the lower and upper bounds; NaN where fewer than two edits have a value.
+
+    References:
+        Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and 13.
     """
     totals, counts = totals.double().cpu(), counts.double().cpu()
     edits = len(totals)
@@ -48,28 +67,37 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
     means = []
     # At most 64 MiB of draws at a time.
     chunk = max(1, 2**23 // max(1, edits))
-    for begin in range(0, resamples if edits else 0, chunk):
-        draws = torch.randint(edits, (min(chunk, resamples - begin), edits), generator=generator)
-        times = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(
+    for start in range(0, resamples if edits else 0, chunk):
+        draws = torch.randint(edits, (min(chunk, resamples - start), edits), generator=generator)
+        times_drawn = torch.zeros(draws.shape, dtype=torch.float64).scatter_add_(
             1, draws, torch.ones(()).double().expand_as(draws)
         )
-        means.append((times @ totals) / (times @ counts))
+        means.append((times_drawn @ totals) / (times_drawn @ counts))
     if not means:
         return torch.full((2, totals.shape[1]), torch.nan, dtype=torch.float64)
-    at = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    bounds = torch.cat(means).nanquantile(at, dim=0)
+    quantiles = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
+    bounds = torch.cat(means).nanquantile(quantiles, dim=0)
     return bounds.masked_fill((counts > 0).sum(0) < 2, torch.nan)
 
 
-class EditMean(Metric):
-    """Mean of values that belong to edits, with its bootstrap interval over edits.
+class MeanOverEdits(Metric):
+    """Mean of values that belong to edits, with a bootstrap interval over edits.
 
-    The states are sums per edit, so several processes, each with some of the edits, add up exactly; synchronise as with
-    any ``torchmetrics.Metric`` (``compute``, or ``self.log`` of a LightningModule).
+    The states are sums per edit. Several processes, each with some of the edits, therefore add up exactly. They are
+    synchronized as in any ``torchmetrics.Metric``: by ``compute``, or by ``self.log`` of a LightningModule.
 
     Args:
-        n_edits: edits in all, on all processes; values name theirs by its number.
-        seed, resamples: of the bootstrap.
+        n_edits: total number of edits on all processes. A value names its edit by a number below this.
+        seed: seed of the bootstrap.
+        resamples: number of resamples of the bootstrap.
+        kwargs: arguments of ``torchmetrics.Metric``.
+
+    Example:
+        >>> from kedit_train.evaluation import MeanOverEdits
+        >>> mean = MeanOverEdits(3)
+        >>> mean.update(edits=[0, 1, 1, 2], values=[True, False, False, True])
+        >>> mean.score()
+        Score(value=0.5, n=4, low=0.0, high=1.0)
     """
 
     full_state_update = False
@@ -83,33 +111,43 @@ class EditMean(Metric):
         self.add_state("count", default=torch.zeros(n_edits, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, edits: Sequence[int], values: Sequence[float | bool]) -> None:
-        """Add one value per entry of ``edits``; none at all is fine (a process without probes still takes part)."""
-        given = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.total.device)
-        at = torch.tensor(list(edits), dtype=torch.int64, device=self.total.device)
-        self.total.index_add_(0, at, given)
-        self.count.index_add_(0, at, torch.ones_like(at))
+        """Add one value per entry of ``edits``. Both may be empty, so a process without probes can take part."""
+        added = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.total.device)
+        index = torch.tensor(list(edits), dtype=torch.int64, device=self.total.device)
+        self.total.index_add_(0, index, added)
+        self.count.index_add_(0, index, torch.ones_like(index))
 
     def compute(self) -> Tensor:
-        """``[value, n, low, high]`` in fp64; NaN for what there is not."""
+        """Return ``[value, n, low, high]`` in fp64; NaN for what is not known."""
         bounds = cluster_bootstrap(self.total[:, None], self.count[:, None], seed=self.seed, resamples=self.resamples)
         n = self.count.sum()
         return torch.stack([(self.total.sum() / n).cpu(), n.double().cpu(), *bounds[:, 0]])
 
     def score(self) -> Score:
-        """What :meth:`compute` gives, as a :class:`Score`."""
+        """Return the result of :meth:`compute` as a :class:`Score`."""
         value, n, low, high = self.compute().tolist()
-        return Score(_known(value), int(n), _known(low), _known(high))
+        return Score(_none_if_nan(value), n=int(n), low=_none_if_nan(low), high=_none_if_nan(high))
 
 
 def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Score]:
-    """The scores ``sum(totals) / sum(counts)`` of M metrics, [edits, M] each, from one set of resamples."""
-    low, high = cluster_bootstrap(totals, counts, seed=seed, resamples=resamples).tolist()
-    value, n = (totals.sum(0) / counts.sum(0)).tolist(), counts.sum(0).tolist()
-    return [Score(_known(v), int(k), _known(a), _known(b)) for v, k, a, b in zip(value, n, low, high, strict=True)]
+    """Return the scores ``sum(totals) / sum(counts)`` of M metrics from one set of resamples.
+
+    Args:
+        totals: [edits, M], the sum of each edit's values.
+        counts: [edits, M], the number of each edit's values.
+        seed: seed of the bootstrap.
+        resamples: number of resamples.
+    """
+    lows, highs = cluster_bootstrap(totals, counts, seed=seed, resamples=resamples).tolist()
+    values, n = (totals.sum(0) / counts.sum(0)).tolist(), counts.sum(0).tolist()
+    return [
+        Score(_none_if_nan(value), n=int(count), low=_none_if_nan(low), high=_none_if_nan(high))
+        for value, count, low, high in zip(values, n, lows, highs, strict=True)
+    ]
 
 
-def scores_of(means: Iterable[EditMean], seed: int = 0) -> list[Score]:
-    """The scores of many metrics over the same edits, as this process holds them."""
+def scores_of_means(means: Iterable[MeanOverEdits], seed: int = 0) -> list[Score]:
+    """Return the scores of many means over the same edits, as this process holds them."""
     means = list(means)
     if not means:
         return []
@@ -117,5 +155,5 @@ def scores_of(means: Iterable[EditMean], seed: int = 0) -> list[Score]:
     return ratio_scores(totals, counts, seed=seed, resamples=means[0].resamples)
 
 
-def _known(number: float) -> float | None:
+def _none_if_nan(number: float) -> float | None:
     return None if number != number else number

@@ -1,7 +1,7 @@
-"""What a model can still do beside its edits: a cheap probe, and the tasks of lm-eval where they are wanted.
+"""``CapabilityProbe``: general ability of a model apart from its edits.
 
-Methods that change weights in sequence lose it after few edits, whatever their own scores say ("Navigating the Dual
-Facets", arXiv 2402.11122), so it is measured on the same model, at the same moments.
+Methods that change weights in sequence lose general ability after few edits, whatever their edit scores are
+("Navigating the Dual Facets", arXiv 2402.11122). So it is measured on the same model at the same moments.
 """
 
 from __future__ import annotations
@@ -13,121 +13,139 @@ from typing import Any
 import torch
 from torch import nn
 
+from kedit_train.arguments import check_arguments, integer_from
 from kedit_train.core.locality.texts import Texts
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.generate import Answer, generate_answers
-from kedit_train.evaluation.scoring.bootstrap import EditMean, Score, ratio_scores
-from kedit_train.evaluation.scoring.divergence import Distribution, distributions, divergences
-from kedit_train.evaluation.scoring.lm_eval_tasks import harness_scores
-from kedit_train.evaluation.scoring.normalize import normalise
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, ratio_scores
+from kedit_train.evaluation.scoring.divergence import Distribution, compute_divergences, record_distributions
+from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks, lm_eval_scores
+from kedit_train.evaluation.scoring.normalize import normalize
 from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
 
-# Of a text, what is given to be continued: half of its words, and at most so many.
+# Maximum number of words of a text that become a prompt.
 PROMPT_WORDS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Capability:
-    """One model, probed.
+    """The general ability of one model.
 
     Args:
-        perplexity: of the texts; ``n`` counts tokens.
-        kl: KL(unedited || model), nats a token of the unedited model's own answers to the prompts.
-        agreement: share of the prompts with the same greedy answer as the unedited model's.
-        tasks: ``"<task>/<metric>"`` -> score of lm-eval.
-        answers, distributions: by prompt, what the next model is compared with; in memory only.
+        perplexity: perplexity of the texts; ``n`` counts tokens.
+        kl: KL(unedited || model), in nats per token of the unedited model's own answers to the prompts.
+        agreement: the share of prompts with the same greedy answer as the unedited model's.
+        tasks: "<task>/<metric>" -> score of lm-eval.
+        answers: prompt -> answer, for the comparison with the next model; in memory only.
+        distributions: prompt -> next-token distributions, for the same purpose; in memory only.
     """
 
     perplexity: Score
-    kl: Score
-    agreement: Score
+    kl: Score = NO_SCORE
+    agreement: Score = NO_SCORE
     tasks: Mapping[str, Score] = field(default_factory=dict)
     answers: Mapping[str, Answer] = field(default_factory=dict, compare=False, repr=False)
     distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
 
     def scores(self) -> dict[str, Score]:
-        """Every score by its name; what was not measured is left out."""
+        """Return every score by its name, without those that were not measured."""
         own = {"perplexity": self.perplexity, "kl": self.kl, "agreement": self.agreement}
         return {name: score for name, score in (own | dict(self.tasks)).items() if score.n}
 
 
 class CapabilityProbe:
-    """Measures general ability: ``probe(model, tokenizer)`` before, ``probe(model, tokenizer, before=...)`` after.
+    """Measure general ability before and after an edit, on texts and prompts that are unrelated to it.
 
-    The built-in part costs one pass over the texts and one short answer a prompt.
+    The built-in part costs one forward pass per text and one short answer per prompt.
 
     Args:
-        texts: unrelated to the edits; a list, or what ``KLLocality`` reads (a path, a dataset, "world").
-        prompts: unrelated questions; by default the texts' beginnings, to be continued.
-        tasks: names of lm-eval's tasks, or paths of task files (``.yaml``); needs the ``eval`` extra.
-        task_folder: where further task files are, to be named in ``tasks``.
-        task_limit: documents of each task; None takes all.
-        shots: examples before each question; None takes the task's own number.
-        max_new_tokens: of the answers to ``prompts``; batch_size: rows at a time.
-        seed: of the bootstrap, and of what lm-eval draws.
-        progress: bars in a terminal.
+        texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world".
+        prompts: unrelated prompts. None: the beginnings of the texts, to be continued.
+        tasks: tasks of lm-eval in addition: a list of names, or an ``LmEvalTasks``.
+        max_new_tokens: maximum length of the answers to ``prompts``, in tokens.
+        batch_size: prompts per forward pass.
+        seed: seed of the bootstrap and of lm-eval.
+        progress: show progress bars in a terminal.
 
     Raises:
-        EditError: no text, no prompt; when called, what the parts raise.
+        EditError: there is no text, or no text is long enough to make a prompt from it.
+
+    Example:
+        >>> from kedit_train import world
+        >>> from kedit_train.evaluation import CapabilityProbe
+        >>> model, tokenizer = world.load()
+        >>> probe = CapabilityProbe(["The baker found a coin near the river."], max_new_tokens=4)
+        >>> unedited = probe(model, tokenizer)
+        >>> edited = probe(model, tokenizer, unedited=unedited)  # an edit would come first
+        >>> edited.agreement.value, edited.kl.value
+        (1.0, 0.0)
     """
 
     def __init__(
         self,
         texts: Any,
-        prompts: Sequence[str] | None = None,
         *,
-        tasks: Sequence[str] = (),
-        task_folder: str | None = None,
-        task_limit: int | None = None,
-        shots: int | None = None,
+        prompts: Sequence[str] | None = None,
+        tasks: Sequence[str] | LmEvalTasks = (),
         max_new_tokens: int = 16,
         batch_size: int = 64,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        if isinstance(tasks, str) or isinstance(prompts, str):
-            raise EditError("CapabilityProbe: tasks and prompts are lists: put the one into a list")
-        self.texts = Texts.of(texts).load()
-        self.prompts = list(dict.fromkeys(beginnings(self.texts) if prompts is None else prompts))
-        if not self.prompts:
-            raise EditError("CapabilityProbe: no text has two words to make a prompt of: give prompts")
-        self.tasks, self.task_folder, self.task_limit, self.shots = list(tasks), task_folder, task_limit, shots
+        check_arguments(
+            self, max_new_tokens=(max_new_tokens, integer_from(1)), batch_size=(batch_size, integer_from(1))
+        )
+        with reported_by("CapabilityProbe"):
+            if isinstance(tasks, str) or isinstance(prompts, str):
+                raise EditError("tasks and prompts must be lists of strings, got one string.")
+            self.texts = Texts.of(texts).load()
+            self.prompts = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
+            if not self.prompts:
+                raise EditError("texts must hold at least one text of two words, as a prompt; or set prompts.")
+        self.tasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
         self.max_new_tokens, self.batch_size, self.seed, self.progress = max_new_tokens, batch_size, seed, progress
 
-    def __call__(self, model: nn.Module, tokenizer: Any, before: Capability | None = None) -> Capability:
-        """Probe a model as it is; ``before`` is what the unedited one gave, of the same probe."""
-        common: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
-        losses = text_losses(model, tokenizer, self.texts, **common)
-        said = generate_answers(model, tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, **common)
-        answers = dict(zip(self.prompts, said, strict=True))
-        tasks = harness_scores(
-            model,
-            tokenizer,
-            self.tasks,
-            folder=self.task_folder,
-            limit=self.task_limit,
-            shots=self.shots,
-            batch_size=self.batch_size,
-            seed=self.seed,
-        )
-        reading = perplexity(losses, self.seed)
-        if before is None:
-            kept = distributions(model, tokenizer, answers, **common)
-            return Capability(reading, Score(None, 0), Score(None, 0), tasks, answers, kept)
-        if before.answers.keys() != answers.keys():
-            raise EditError("CapabilityProbe: before is of other prompts: probe both models with the same probe")
-        moved = divergences(model, tokenizer, before.distributions, self.prompts, **common)
-        same = EditMean(len(answers), seed=self.seed, sync_on_compute=False)
-        then = [normalise(before.answers[prompt].text) for prompt in self.prompts]
-        now = [normalise(answers[prompt].text) for prompt in self.prompts]
-        same.update(range(len(then)), [a == b for a, b in zip(then, now, strict=True)])
-        totals = torch.tensor([[sum(moved[prompt])] for prompt in self.prompts], dtype=torch.float64)
-        counts = torch.tensor([[len(moved[prompt])] for prompt in self.prompts])
+    def __call__(self, model: nn.Module, tokenizer: Any, unedited: Capability | None = None) -> Capability:
+        """Measure a model as it is now.
+
+        Args:
+            model: the model; left unchanged.
+            tokenizer: its tokenizer.
+            unedited: the result of the same probe on the unedited model.
+
+        Raises:
+            EditError: ``unedited`` was measured with other prompts.
+        """
+        with reported_by("CapabilityProbe"):
+            return self._measure(model, tokenizer, unedited)
+
+    def _measure(self, model: nn.Module, tokenizer: Any, unedited: Capability | None) -> Capability:
+        settings: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
+        losses = text_losses(model, tokenizer, self.texts, **settings)
+        generated = generate_answers(model, tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, **settings)
+        answers = dict(zip(self.prompts, generated, strict=True))
+        own: dict[str, Any] = {
+            "tasks": lm_eval_scores(model, tokenizer, self.tasks, batch_size=self.batch_size, seed=self.seed),
+            "perplexity": perplexity(losses, self.seed),
+            "answers": answers,
+        }
+        if unedited is None:
+            return Capability(**own, distributions=record_distributions(model, tokenizer, answers, **settings))
+        if unedited.answers.keys() != answers.keys():
+            raise EditError("unedited was measured with other prompts; use the same probe for both models.")
+        kl_by_prompt = compute_divergences(model, tokenizer, unedited.distributions, self.prompts, **settings)
+        totals = torch.tensor([[sum(kl_by_prompt[prompt])] for prompt in self.prompts], dtype=torch.float64)
+        counts = torch.tensor([[len(kl_by_prompt[prompt])] for prompt in self.prompts])
         (kl,) = ratio_scores(totals, counts, seed=self.seed)
-        return Capability(reading, kl, same.score(), tasks, answers)
+        agreement = MeanOverEdits(len(answers), seed=self.seed, sync_on_compute=False)
+        agreement.update(
+            range(len(self.prompts)),
+            [normalize(unedited.answers[prompt].text) == normalize(answers[prompt].text) for prompt in self.prompts],
+        )
+        return Capability(**own, kl=kl, agreement=agreement.score())
 
 
-def beginnings(texts: Sequence[str]) -> list[str]:
-    """The first half of each text's words, at most 16, as prompts to be continued; a text of one word has none."""
+def text_beginnings(texts: Sequence[str]) -> list[str]:
+    """Return the first half of each text's words, at most 16, as a prompt; none for a text of one word."""
     halves = [text.split()[: min(PROMPT_WORDS, len(text.split()) // 2)] for text in texts]
     return [" ".join(words) for words in halves if words]

@@ -1,4 +1,4 @@
-"""How far next-token distributions have moved where nothing should have: KL to the unedited model."""
+"""KL divergence from the unedited model at every token of the unedited model's own answers."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from torch import Tensor, nn
 from kedit_train.data.prompts import PromptFormat, end_id, prompt_ids
 from kedit_train.data.tokenization import Encoded, context_length, pad_token_id, shorten
 from kedit_train.errors import EditError
-from kedit_train.evaluation.asking.batching import DivergedError, bar, evaluating, unwrapped
+from kedit_train.evaluation.asking.batching import DivergedError, inference_context, progress_bar, unwrap_model
 from kedit_train.evaluation.asking.generate import Answer
 from kedit_train.evaluation.asking.logits import target_logits
 from kedit_train.functional.top_k_divergence import bucket_divergence, top_log_probs
 
-# Tokens of each distribution that are told apart. The rest is one bucket: the divergence of the buckets is at most the
-# true one, and equal to it for smaller vocabularies. 12 KiB a position.
-KEPT = 1024
+# Tokens of each distribution that are kept; all others share one bucket. The divergence of the buckets is at most the
+# true one, and equals it for a smaller vocabulary. This takes 12 KiB per position.
+KEPT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """What the unedited model expects while it answers one prompt.
+    """The unedited model's next-token distributions along its answer to one prompt.
 
     Args:
-        row: the prompt with the unedited model's own answer.
-        log_probs: [positions, kept + 1], of its most probable tokens and of all others together, on the CPU.
-        tokens: [positions, kept], those tokens.
+        sequence: the prompt with the unedited model's own answer, as token ids.
+        log_probs: [positions, kept + 1]: the largest log-probabilities, then that of all other tokens together; on
+            the CPU.
+        tokens: [positions, kept]: the tokens that the largest log-probabilities belong to.
     """
 
-    row: Encoded
+    sequence: Encoded
     log_probs: Tensor
     tokens: Tensor
 
 
-def distributions(
+def record_distributions(
     model: nn.Module,
     tokenizer: Any,
     answers: Mapping[str, Answer],
@@ -45,38 +46,44 @@ def distributions(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, Distribution]:
-    """Keep what a model expects at every token of its own answers, and where they end.
+    """Record a model's distributions at every token of its own answers, and at their end.
 
     Args:
-        answers: prompt -> what this model says to it.
+        model: the unedited model.
+        tokenizer: its tokenizer.
+        answers: prompt -> the answer that this model gave.
+        prompt_format: "plain", "chat" or "question".
+        batch_size: sequences per forward pass.
+        progress: show a progress bar in a terminal.
     """
-    inner: Any = unwrapped(model)
+    inner: Any = unwrap_model(model)
     prompts = list(answers)
-    rows = [_row(inner, tokenizer, prompt, answers[prompt], prompt_format) for prompt in prompts]
-    found: dict[str, Distribution] = {}
-    with evaluating(inner), bar(len(rows), "keeping distributions", progress) as shown:
-        for numbers, logits, _ in target_logits(inner, rows, pad_id=pad_token_id(tokenizer), batch_size=batch_size):
+    sequences = [_with_answer(inner, tokenizer, prompt, answers[prompt], prompt_format) for prompt in prompts]
+    recorded: dict[str, Distribution] = {}
+    pad_id = pad_token_id(tokenizer)
+    with inference_context(inner), progress_bar(len(sequences), "recording distributions", progress) as bar:
+        for numbers, logits, _ in target_logits(inner, sequences, pad_id=pad_id, batch_size=batch_size):
             for number, own in zip(numbers, logits, strict=True):
                 if bool(own.isnan().any()):
                     raise DivergedError(prompts[number])
-                log_probs, tokens = top_log_probs(own, min(KEPT, own.shape[-1]))
-                found[prompts[number]] = Distribution(rows[number], log_probs.cpu(), tokens.cpu().int())
-            shown.update(len(numbers))
-    return {prompt: found[prompt] for prompt in prompts}
+                log_probs, tokens = top_log_probs(own, min(KEPT_TOKENS, own.shape[-1]))
+                recorded[prompts[number]] = Distribution(sequences[number], log_probs.cpu(), tokens.cpu().int())
+            bar.update(len(numbers))
+    return {prompt: recorded[prompt] for prompt in prompts}
 
 
-def _row(model: Any, tokenizer: Any, prompt: str, answer: Answer, prompt_format: PromptFormat) -> Encoded:
-    head = prompt_ids(tokenizer, prompt, prompt_format)
-    ids = [*head, *answer.ids]
-    # The position after the last token tells whether the answer ends; an answer of no tokens has that one only.
+def _with_answer(model: Any, tokenizer: Any, prompt: str, answer: Answer, prompt_format: PromptFormat) -> Encoded:
+    start = prompt_ids(tokenizer, prompt, prompt_format)
+    ids = [*start, *answer.ids]
+    # The position after the last token shows whether the answer ends. An empty answer has only that position.
     room = context_length(model.config) or len(ids) + 1
     if (answer.ended or not answer.ids) and len(ids) < room:
         end = end_id(tokenizer, prompt_format)
         ids.append(pad_token_id(tokenizer) if end is None else end)
-    return Encoded(ids, len(head))
+    return Encoded(ids, len(start))
 
 
-def divergences(
+def compute_divergences(
     model: nn.Module,
     tokenizer: Any,
     reference: Mapping[str, Distribution],
@@ -85,30 +92,39 @@ def divergences(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, tuple[float, ...]]:
-    """KL(unedited || model), in nats, at each token of the unedited model's answer to each prompt.
+    """Compute KL(unedited || model), in nats, at each token of the unedited model's answer to each prompt.
+
+    Args:
+        model: the edited model.
+        tokenizer: its tokenizer.
+        reference: prompt -> the unedited model's distributions.
+        prompts: the prompts to compare.
+        batch_size: sequences per forward pass.
+        progress: show a progress bar in a terminal.
 
     Raises:
-        EditError: ``reference`` lacks a prompt, or the model gives NaN.
+        EditError: ``reference`` lacks a prompt, or the model gives NaN logits.
     """
-    inner: Any = unwrapped(model)
+    inner: Any = unwrap_model(model)
     prompts = list(dict.fromkeys(prompts))
     for prompt in prompts:
         if prompt not in reference:
             raise EditError(
-                f"the report given as before holds no distribution for {shorten(prompt)!r}: evaluate the unedited "
-                "model on the same edits with metrics=('kl',) in this process (a report read from a file has none)"
+                f"unedited has no distribution for {shorten(prompt)!r}; evaluate the unedited model on the same edits "
+                'with metrics=["kl"] in this process (a report that was read from a file has no distributions).'
             )
-    rows = [reference[prompt].row for prompt in prompts]
-    found: dict[str, tuple[float, ...]] = {}
-    with evaluating(inner), bar(len(rows), "comparing distributions", progress) as shown:
-        for numbers, logits, _ in target_logits(inner, rows, pad_id=pad_token_id(tokenizer), batch_size=batch_size):
+    sequences = [reference[prompt].sequence for prompt in prompts]
+    divergences: dict[str, tuple[float, ...]] = {}
+    pad_id = pad_token_id(tokenizer)
+    with inference_context(inner), progress_bar(len(sequences), "comparing distributions", progress) as bar:
+        for numbers, logits, _ in target_logits(inner, sequences, pad_id=pad_id, batch_size=batch_size):
             for number, own in zip(numbers, logits, strict=True):
                 if bool(own.isnan().any()):
                     raise DivergedError(prompts[number])
                 kept = reference[prompts[number]]
                 tokens, log_probs = kept.tokens.long().to(own.device), kept.log_probs.to(own.device)
-                # Rounding can leave it a little below zero, where no divergence is.
-                moved = bucket_divergence(log_probs, tokens, own).clamp(min=0.0)
-                found[prompts[number]] = tuple(moved.tolist())
-            shown.update(len(numbers))
-    return found
+                # Rounding can give a value slightly below zero, where there is no divergence.
+                divergence = bucket_divergence(log_probs, tokens, own).clamp(min=0.0)
+                divergences[prompts[number]] = tuple(divergence.tolist())
+            bar.update(len(numbers))
+    return divergences

@@ -1,4 +1,4 @@
-"""Whether a model still writes: variety and repetition of what it goes on with."""
+"""Fluency of generated text: variety and repetition of n-grams."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def words_of(text: str) -> list[str]:
-    """Words and marks of punctuation."""
+def split_words(text: str) -> list[str]:
+    """Split a text into words and punctuation marks."""
     return _WORD.findall(text)
 
 
@@ -20,16 +20,19 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def ngram_entropy(text: str) -> float | None:
-    """Mean of the entropies, in bits, of the text's bigrams (weight 2/3) and trigrams (weight 4/3).
+    """Return the weighted mean entropy, in bits, of a text's bigrams (weight 2/3) and trigrams (weight 4/3).
 
-    The fluency of ROME (Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262), with its
-    weights; words by a regular expression where it uses NLTK's, so figures come close without being equal.
+    This is the fluency score of ROME with its weights. Words are split by a regular expression instead of NLTK, so
+    the values come close to the published ones without being equal.
 
     Returns:
-        None where there are fewer than three words: such a text has no trigram, and its entropy of 0 would speak of
-        its length.
+        The entropy, or None for fewer than three words: such a text has no trigram, and an entropy of 0 would only
+        reflect its length.
+
+    References:
+        Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
     """
-    words = words_of(text)
+    words = split_words(text)
     if len(words) < 3:
         return None
     return (2 / 3 * _entropy(_ngrams(words, 2)) + 4 / 3 * _entropy(_ngrams(words, 3))) / 2
@@ -41,7 +44,10 @@ def _entropy(items: Sequence[tuple[str, ...]]) -> float:
 
 
 def repetition(text: str, n: int = 4) -> float | None:
-    """Share of n-grams of words that the text had before (``seq-rep-n`` of Welleck et al., "Neural Text Generation with
-    Unlikelihood Training", arXiv 1908.04319); None where it has none."""
-    grams = _ngrams(words_of(text), n)
+    """Return the share of word n-grams that occurred earlier in the text (``seq-rep-n``); None for too few words.
+
+    References:
+        Welleck et al., "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319.
+    """
+    grams = _ngrams(split_words(text), n)
     return 1 - len(set(grams)) / len(grams) if grams else None

@@ -1,4 +1,4 @@
-"""The tasks of lm-eval (EleutherAI's evaluation harness) on the live model, by name or from a local file."""
+"""Tasks of lm-eval (EleutherAI's evaluation harness) on a model in memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,59 +14,79 @@ import torch
 from torch import nn
 
 from kedit_train.errors import EditError
-from kedit_train.evaluation.asking.batching import evaluating, unwrapped
+from kedit_train.evaluation.asking.batching import inference_context, unwrap_model
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.optional import require
 
 
-def harness_scores(
-    model: nn.Module,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    folder: str | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> dict[str, Score]:
-    """Run tasks on a model in memory.
+@dataclass(frozen=True)
+class LmEvalTasks:
+    """Which tasks of lm-eval to run. They need the ``eval`` extra.
 
     Args:
-        tasks: names that lm-eval knows or finds in ``folder``, or paths of task files (``.yaml``).
-        limit: documents of each task; shots: examples before each question; None takes the task's own number.
-        seed: of what lm-eval draws. Its seeding of Python, numpy and torch is undone, as is what it does to the
-            tokenizer.
+        names: names of tasks, or paths of task files (``.yaml``).
+        folder: a folder with more task files, which ``names`` may name.
+        limit: documents per task. None: all of them.
+        shots: examples before each question. None: the task's own number.
+
+    Example:
+        >>> from kedit_train.evaluation import LmEvalTasks
+        >>> LmEvalTasks(["arc_easy"], limit=100).limit
+        100
+    """
+
+    names: Sequence[str]
+    _: KW_ONLY
+    folder: str | None = None
+    limit: int | None = None
+    shots: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            raise EditError(f"names must be a list of strings, got {self.names!r}.", component="LmEvalTasks")
+
+
+def lm_eval_scores(
+    model: nn.Module, tokenizer: Any, tasks: LmEvalTasks, *, batch_size: int = 64, seed: int = 0
+) -> dict[str, Score]:
+    """Run tasks of lm-eval.
+
+    Args:
+        model: the model; left unchanged.
+        tokenizer: its tokenizer; left unchanged.
+        tasks: the tasks.
+        batch_size: documents per forward pass.
+        seed: seed of lm-eval. The random states of Python, numpy and torch are restored afterwards.
 
     Returns:
-        ``"<task>/<metric>"`` (with ``",<filter>"`` where the task has one of its own) -> score; its interval is the
-        value and 1.96 times the standard error that lm-eval gives, and there is none where it gives none.
+        "<task>/<metric>" -> score. A filter of the task, if it has one, is appended as ",<filter>". The interval is
+        the value plus and minus 1.96 times lm-eval's standard error; there is none if lm-eval gives none.
 
     Raises:
-        EditError: lm-eval is not installed, or knows no such task.
+        EditError: lm-eval is not installed, or it does not know a task.
     """
-    if not tasks:
+    if not tasks.names:
         return {}
     with require("lm-eval", extra="eval"):
         from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
         from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
         from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
-    for task in files:
-        if not Path(task).is_file():
-            raise EditError(f"tasks: there is no file {task!r}; give the path of a task file, or a name")
-    manager = TaskManager(include_path=folder)
-    for task in tasks:
-        if task not in files and not manager.match_tasks([task]):
-            raise EditError(f"tasks: lm-eval knows no {task!r}: see `lm-eval ls tasks`, or give task_folder")
-    inner: Any = unwrapped(model)
-    with evaluating(inner), _random_state():
-        host: Any = HFLM(pretrained=inner, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        found: Any = simple_evaluate(
-            host,
-            tasks=list(tasks),
-            num_fewshot=shots,
-            limit=limit,
+    files = [name for name in tasks.names if name.endswith((".yaml", ".yml"))]
+    for name in files:
+        if not Path(name).is_file():
+            raise EditError(f"tasks: there is no file {name!r}; give the path of a task file, or a name.")
+    manager = TaskManager(include_path=tasks.folder)
+    for name in tasks.names:
+        if name not in files and not manager.match_tasks([name]):
+            raise EditError(f"tasks: lm-eval has no task {name!r}; see `lm-eval ls tasks`, or set LmEvalTasks.folder.")
+    inner: Any = unwrap_model(model)
+    with inference_context(inner), _preserved_random_state():
+        wrapped: Any = HFLM(pretrained=inner, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+        outcome: Any = simple_evaluate(
+            wrapped,
+            tasks=list(tasks.names),
+            num_fewshot=tasks.shots,
+            limit=tasks.limit,
             task_manager=manager,
             log_samples=False,
             random_seed=seed,
@@ -75,32 +96,33 @@ def harness_scores(
         )
     return {
         name: score
-        for task, measured in found["results"].items()
-        for name, score in _scores(task, measured, found["n-samples"].get(task, {}).get("effective", 0))
+        for task, values in outcome["results"].items()
+        for name, score in _scores(task, values, outcome["n-samples"].get(task, {}).get("effective", 0))
     }
 
 
-def _scores(task: str, measured: dict[str, Any], n: int) -> Iterator[tuple[str, Score]]:
-    for key, value in measured.items():
-        metric, _, chosen = key.partition(",")
-        if metric.endswith("_stderr") or not chosen or isinstance(value, str):
+def _scores(task: str, values: dict[str, Any], n: int) -> Iterator[tuple[str, Score]]:
+    for key, value in values.items():
+        metric, _, filter_name = key.partition(",")
+        if metric.endswith("_stderr") or not filter_name or isinstance(value, str):
             continue
-        error = measured.get(f"{metric}_stderr,{chosen}")
-        half = 1.96 * error if isinstance(error, int | float) and error == error else None
-        low, high = (None, None) if half is None else (value - half, value + half)
-        # A group has no documents of its own: its tasks' are in it.
-        count = n or int(measured.get("sample_len", 0))
-        yield f"{task}/{metric}" + (f",{chosen}" if chosen != "none" else ""), Score(float(value), count, low, high)
+        error = values.get(f"{metric}_stderr,{filter_name}")
+        half_width = 1.96 * error if isinstance(error, int | float) and error == error else None
+        low, high = (None, None) if half_width is None else (value - half_width, value + half_width)
+        # A group of tasks has no documents of its own; the documents belong to its tasks.
+        count = n or int(values.get("sample_len", 0))
+        suffix = f",{filter_name}" if filter_name != "none" else ""
+        yield f"{task}/{metric}{suffix}", Score(float(value), n=count, low=low, high=high)
 
 
 @contextmanager
-def _random_state() -> Iterator[None]:
+def _preserved_random_state() -> Iterator[None]:
     import numpy as np
 
-    python, legacy = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

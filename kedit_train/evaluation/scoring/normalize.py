@@ -1,15 +1,15 @@
-"""When two answers are the same answer.
+"""Comparison of answers: normalization, exact match and containment.
 
-SQuAD's normalisation (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", arXiv
-1606.05250: case, punctuation, articles and white space do not count) with three departures, each because the original
+The normalization is that of SQuAD (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text",
+arXiv 1606.05250), which ignores case, punctuation, articles and white space. Three rules differ, because the original
 calls different facts equal:
 
-- a decimal point and a minus sign stay, so that "3.5" is neither "35" nor "3 5", and "-5" is not "5"; a comma goes
-  only where it groups thousands ("1,000" is "1000");
-- "a", "an" and "the" go only where a word follows, so that "Vitamin A" is not "Vitamin", and "The" is still a word;
-- "+" and "#" stay behind a letter: "C", "C++" and "C#" are three languages.
+- A decimal point and a minus sign stay: "3.5" is neither "35" nor "3 5", and "-5" is not "5". A comma is removed only
+  if it groups thousands: "1,000" is "1000".
+- "a", "an" and "the" are removed only before another word: "Vitamin A" is not "Vitamin", and "The" alone stays.
+- "+" and "#" stay after a letter: "C", "C++" and "C#" are three languages.
 
-Nothing that has a visible character is ever normalised to nothing, so no answer matches by being empty.
+A text with a visible character never becomes empty, so no answer matches because it is empty.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _ARTICLE = re.compile(r"\b(?:a|an|the)\s+(?=\S)")
 _MINUS = "-\u2212\u2013"
 
 
-def _kept(text: str, at: int) -> str:
-    """What is left of the character at ``at``: itself, its plain form, or nothing."""
-    char = text[at]
+def _normalize_character(text: str, index: int) -> str:
+    """Return what remains of one character: itself, its plain form, or nothing."""
+    char = text[index]
     if unicodedata.category(char)[0] not in "PS":
         return char
-    before, after = text[at - 1 : at], text[at + 1 : at + 2]
+    before, after = text[index - 1 : index], text[index + 1 : index + 2]
     if char in ".," and after.isdigit() and not before.isalpha():
         return char if char == "." or before.isdigit() else ""
     if char in _MINUS and (after.isdigit() or after == ".") and (not before or before.isspace()):
@@ -38,25 +38,66 @@ def _kept(text: str, at: int) -> str:
     return ""
 
 
-def normalise(text: str) -> str:
-    """``text`` without what does not count when answers are compared; empty only where ``text`` is blank."""
+def normalize(text: str) -> str:
+    """Remove everything that does not count when two answers are compared.
+
+    Args:
+        text: an answer.
+
+    Returns:
+        The normalized text. It is empty only if ``text`` is blank.
+
+    Example:
+        >>> from kedit_train.evaluation import normalize
+        >>> normalize("The United  States."), normalize("1,000 km"), normalize("C++")
+        ('united states', '1000 km', 'c++')
+    """
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     ungrouped = _GROUPING_COMMA.sub("", plain)
-    bare = " ".join("".join(_kept(ungrouped, at) for at in range(len(ungrouped))).split())
+    bare = " ".join("".join(_normalize_character(ungrouped, i) for i in range(len(ungrouped))).split())
     return _ARTICLE.sub("", bare).strip() or bare or plain
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether ``answer`` is, after :func:`normalise`, one of the ``accepted`` spellings. An empty answer never is."""
-    if isinstance(accepted, str):
-        raise TypeError("accepted must be a sequence of answers, not one string: wrap it in a tuple")
-    given = normalise(answer)
-    return bool(given) and any(given == normalise(spelling) for spelling in accepted)
+    """Return True if ``answer`` equals one of the ``accepted`` answers after normalization.
+
+    Args:
+        answer: the generated answer. An empty answer matches nothing.
+        accepted: the answers that count as right.
+
+    Raises:
+        TypeError: ``accepted`` is one string.
+
+    Example:
+        >>> from kedit_train.evaluation import exact_match
+        >>> exact_match("the united states.", ["USA", "United States"]), exact_match("3.5", ["35"])
+        (True, False)
+    """
+    _refuse_string(accepted)
+    normalized = normalize(answer)
+    return bool(normalized) and any(normalized == normalize(other) for other in accepted)
 
 
 def contains(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether, after :func:`normalise`, one of the ``accepted`` spellings stands in ``answer`` as whole words."""
+    """Return True if ``answer`` contains one of the ``accepted`` answers as whole words, after normalization.
+
+    Args:
+        answer: the generated answer.
+        accepted: the answers to look for.
+
+    Raises:
+        TypeError: ``accepted`` is one string.
+
+    Example:
+        >>> from kedit_train.evaluation import contains
+        >>> contains("It is Paris, of course.", ["Paris"]), contains("Parish", ["Paris"])
+        (True, False)
+    """
+    _refuse_string(accepted)
+    padded = f" {normalize(answer)} "
+    return any(other and f" {other} " in padded for other in map(normalize, accepted))
+
+
+def _refuse_string(accepted: Sequence[str]) -> None:
     if isinstance(accepted, str):
-        raise TypeError("accepted must be a sequence of answers, not one string: wrap it in a tuple")
-    given = f" {normalise(answer)} "
-    return any(found and f" {found} " in given for found in map(normalise, accepted))
+        raise TypeError("accepted must be a sequence of answers, got one string; put it into a list")

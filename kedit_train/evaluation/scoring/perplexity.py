@@ -1,4 +1,4 @@
-"""How well a model still predicts text that has nothing to do with the edits."""
+"""Perplexity of texts that have nothing to do with the edits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kedit_train.data.tokenization import Encoded, context_length, pad_token_id, token_ids
-from kedit_train.evaluation.asking.batching import DivergedError, bar, evaluating, unwrapped
+from kedit_train.evaluation.asking.batching import DivergedError, inference_context, progress_bar, unwrap_model
 from kedit_train.evaluation.asking.logits import target_logits
 from kedit_train.evaluation.scoring.bootstrap import Score, ratio_scores
 
@@ -24,43 +24,62 @@ def text_losses(
     max_length: int = 512,
     progress: bool = False,
 ) -> list[tuple[float, int]]:
-    """For each text the sum of its tokens' negative log-probabilities (nats) and their number.
+    """Compute the total loss of each text.
 
-    A text longer than ``max_length`` or the model's context is read in windows, one after the other; the first token
-    of each has nothing before it and does not count.
+    A text longer than ``max_length`` or the model's context is split into consecutive windows. The first token of a
+    window has no context and does not count.
+
+    Args:
+        model: a causal language model; left unchanged.
+        tokenizer: its tokenizer.
+        texts: the texts.
+        batch_size: windows per forward pass.
+        max_length: maximum number of tokens per window.
+        progress: show a progress bar in a terminal.
+
+    Returns:
+        For each text: the sum of its tokens' negative log-probabilities, in nats, and the number of these tokens.
 
     Raises:
-        EditError: NaN logits.
+        EditError: the model gives NaN logits.
     """
-    inner: Any = unwrapped(model)
+    inner: Any = unwrap_model(model)
     width = min(max_length, context_length(inner.config) or max_length)
-    rows: list[Encoded] = []
-    owners: list[int] = []
+    windows: list[Encoded] = []
+    text_numbers: list[int] = []
     for number, text in enumerate(texts):
         ids = token_ids(tokenizer, text, special=True)
-        windows = [ids[i : i + width] for i in range(0, len(ids), width)]
-        kept = [Encoded(window, 1) for window in windows if len(window) > 1]
-        rows += kept
-        owners += [number] * len(kept)
+        parts = [ids[i : i + width] for i in range(0, len(ids), width)]
+        own = [Encoded(part, 1) for part in parts if len(part) > 1]
+        windows += own
+        text_numbers += [number] * len(own)
     sums, counts = [0.0] * len(texts), [0] * len(texts)
-    with evaluating(inner), bar(len(rows), "reading texts", progress) as shown:
-        for numbers, logits, labels in target_logits(
-            inner, rows, pad_id=pad_token_id(tokenizer), batch_size=batch_size
-        ):
-            for number, own, wanted in zip(numbers, logits, labels, strict=True):
-                loss = float(torch.nn.functional.cross_entropy(own, wanted, reduction="sum"))
+    pad_id = pad_token_id(tokenizer)
+    with inference_context(inner), progress_bar(len(windows), "reading texts", progress) as bar:
+        for numbers, logits, labels in target_logits(inner, windows, pad_id=pad_id, batch_size=batch_size):
+            for number, own_logits, own_labels in zip(numbers, logits, labels, strict=True):
+                loss = float(torch.nn.functional.cross_entropy(own_logits, own_labels, reduction="sum"))
+                text_number = text_numbers[number]
                 if math.isnan(loss):
-                    raise DivergedError(texts[owners[number]])
-                sums[owners[number]] += loss
-                counts[owners[number]] += len(wanted)
-            shown.update(len(numbers))
+                    raise DivergedError(texts[text_number])
+                sums[text_number] += loss
+                counts[text_number] += len(own_labels)
+            bar.update(len(numbers))
     return list(zip(sums, counts, strict=True))
 
 
 def perplexity(losses: Sequence[tuple[float, int]], seed: int = 0) -> Score:
-    """exp of the mean loss per token, with an interval over texts; ``n`` counts tokens."""
+    """Return exp(mean loss per token), with a bootstrap interval over texts.
+
+    Args:
+        losses: what :func:`text_losses` returns.
+        seed: seed of the bootstrap.
+
+    Returns:
+        The score; its ``n`` counts tokens.
+    """
     totals = torch.tensor([[total] for total, _ in losses], dtype=torch.float64)
     counts = torch.tensor([[count] for _, count in losses])
-    (found,) = ratio_scores(totals, counts, seed=seed)
-    value, low, high = (None if x is None else math.exp(x) for x in (found.value, found.low, found.high))
-    return Score(value, found.n, low, high)
+    (loss,) = ratio_scores(totals, counts, seed=seed)
+    value, low, high = (None if x is None else math.exp(x) for x in (loss.value, loss.low, loss.high))
+    return Score(value, n=loss.n, low=low, high=high)

@@ -1,4 +1,4 @@
-"""How far the weights are from where they were."""
+"""``weight_drift``: the distance of a model's weights from the weights before the edit."""
 
 from __future__ import annotations
 
@@ -10,49 +10,53 @@ from torch import Tensor, nn
 
 from kedit_train.core.fsdp import full_tensor
 from kedit_train.errors import EditError
-from kedit_train.evaluation.asking.batching import unwrapped
-from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.asking.batching import unwrap_model
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
 
-# Entries in double precision at a time: an embedding as a whole would take more memory than the step that trained it.
+# Entries that are converted to double precision at a time. A whole embedding would take more memory than the training
+# step did.
 _CHUNK = 2**22
 
 
 @torch.no_grad()
-def weight_drift(model: nn.Module, reference: Mapping[str, Tensor] | nn.Module) -> dict[str, Score]:
-    """Distance of a model from its weights before the edit.
+def weight_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.Module) -> dict[str, Score]:
+    """Measure the distance of a model from its weights before the edit.
 
     Args:
-        reference: the unedited model, or name -> value before the edit for the parameters that were in scope
-            (``EditRun.reference``).
+        model: the edited model.
+        reference_weights: the unedited model, or parameter name -> value before the edit (``EditRun.reference``).
 
     Returns:
-        ``relative`` (Frobenius norm of the change over that of the weights), ``largest`` (change of one entry) and
-        ``moved`` (share of entries that differ); ``n`` is the number of entries. Nothing is sampled here, so there is
-        no interval.
+        Three scores: ``relative`` (Frobenius norm of the change, divided by that of the weights), ``largest`` (the
+        largest change of one entry) and ``moved`` (the share of entries that changed). ``n`` is the number of entries.
+        Nothing is sampled, so there is no interval.
 
     Raises:
-        EditError: a name or shape that the model does not have.
+        EditError: the model lacks one of the parameters, or has another shape for it.
     """
-    own: dict[str, Any] = dict(unwrapped(model).named_parameters())
-    before = dict(unwrapped(reference).named_parameters()) if isinstance(reference, nn.Module) else dict(reference)
-    moved, size, largest, differ, n = 0.0, 0.0, 0.0, 0, 0
+    current: dict[str, Any] = dict(unwrap_model(model).named_parameters())
+    if isinstance(reference_weights, nn.Module):
+        before = dict(unwrap_model(reference_weights).named_parameters())
+    else:
+        before = dict(reference_weights)
+    squared_change, squared_norm, largest, changed, n = 0.0, 0.0, 0.0, 0, 0
     for name, old in before.items():
-        if name not in own or own[name].shape != old.shape:
-            found = "no such parameter" if name not in own else f"one of shape {tuple(own[name].shape)}"
+        if name not in current or current[name].shape != old.shape:
+            own = "no such parameter" if name not in current else f"shape {tuple(current[name].shape)}"
             raise EditError(
-                f"reference: {name} has shape {tuple(old.shape)} and this model has {found}: give the weights of the "
-                "very model before its edit"
+                f"reference_weights: {name} has shape {tuple(old.shape)}, but the model has {own}; "
+                "give the weights of the same model before its edit."
             )
-        now, before_it = full_tensor(own[name].detach()).flatten(), full_tensor(old.detach()).flatten()
-        n += now.numel()
-        for part, was in zip(now.split(_CHUNK), before_it.split(_CHUNK), strict=True):
-            was = was.to(part.device).double()
-            change = part.double() - was
-            moved += float(change.square().sum())
-            size += float(was.square().sum())
+        new_entries, old_entries = full_tensor(current[name].detach()).flatten(), full_tensor(old.detach()).flatten()
+        n += new_entries.numel()
+        for new_part, old_part in zip(new_entries.split(_CHUNK), old_entries.split(_CHUNK), strict=True):
+            old_part = old_part.to(new_part.device).double()
+            change = new_part.double() - old_part
+            squared_change += float(change.square().sum())
+            squared_norm += float(old_part.square().sum())
             largest = max(largest, float(change.abs().max())) if change.numel() else largest
-            differ += int((change != 0).sum())
+            changed += int((change != 0).sum())
     if n == 0:
-        return {name: Score(None, 0) for name in ("relative", "largest", "moved")}
-    relative = (moved / size) ** 0.5 if size else None
-    return {"relative": Score(relative, n), "largest": Score(largest, n), "moved": Score(differ / n, n)}
+        return dict.fromkeys(("relative", "largest", "moved"), NO_SCORE)
+    relative = (squared_change / squared_norm) ** 0.5 if squared_norm else None
+    return {"relative": Score(relative, n=n), "largest": Score(largest, n=n), "moved": Score(changed / n, n=n)}

@@ -1,4 +1,4 @@
-"""What ``test_scores_on_processes.py`` runs on each of several processes."""
+"""What ``test_distributed.py`` runs on each of several processes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ import torch
 from ranks import joined
 
 from kedit_train import Edit, EditError, evaluate, world
-from kedit_train.evaluation import EditMean
+from kedit_train.evaluation import EvaluationOptions, MeanOverEdits
 
 
 def main(folder: Path, rank: int, size: int) -> None:
     model, tokenizer = world.load()
     edits = world.edits(7)
-    how = {"full": True, "distributed": size > 1, "progress": False, "fluency_tokens": 8}
     texts = [edit.prompt for edit in edits[:5]]
-    before = evaluate(model, tokenizer, edits, texts=texts, **how)
+    options = EvaluationOptions(metrics="all", fluency_tokens=8, texts=texts, distributed=size > 1)
+    settings = {"options": options, "progress": False}
+    before = evaluate(model, tokenizer, edits, **settings)
     with torch.no_grad():
         dict(model.named_parameters())["model.layers.2.mlp.down_proj.weight"].mul_(0.5)
-    report = evaluate(model, tokenizer, edits, before=before, texts=texts, **how)
+    report = evaluate(model, tokenizer, edits, unedited=before, **settings)
     report.save(folder / f"report-{size}-{rank}.json")
     # The metric by itself, as a LightningModule would use it.
-    mean = EditMean(7, seed=2)
+    mean = MeanOverEdits(7, seed=2)
     own = list(range(7))[rank::size]
     mean.update(own, [edit % 3 / 2 for edit in own])
     (folder / f"mean-{size}-{rank}.json").write_text(json.dumps(mean.compute().tolist()))
     try:
         # Its share is the second process's alone.
-        evaluate(model, tokenizer, [edits[0], Edit("too long " * 600, "x", id="long"), edits[2]], **how)
+        evaluate(model, tokenizer, [edits[0], Edit("too long " * 600, "x", id="long"), edits[2]], **settings)
     except EditError as error:
         (folder / f"error-{size}-{rank}.txt").write_text(str(error))
 

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kedit_train.evaluation.scoring.bootstrap import EditMean, Score, cluster_bootstrap, scores_of
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, cluster_bootstrap, scores_of_means
 
 
 def test_against_drawing_edits_one_by_one() -> None:
@@ -32,7 +32,7 @@ def test_against_drawing_edits_one_by_one() -> None:
 
 def test_probes_of_one_edit_count_as_one() -> None:
     """A hundred copies of each probe tell nothing new: the interval stays what it was."""
-    once, often = EditMean(30, seed=1), EditMean(30, seed=1)
+    once, often = MeanOverEdits(30, seed=1), MeanOverEdits(30, seed=1)
     values = [float(i % 3 == 0) for i in range(30)]
     once.update(range(30), values)
     often.update([i for i in range(30) for _ in range(100)], [v for v in values for _ in range(100)])
@@ -56,28 +56,28 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
 
 
 def test_nothing_to_say_is_said() -> None:
-    none, one = EditMean(4), EditMean(4)
+    none, one = MeanOverEdits(4), MeanOverEdits(4)
     none.update([], [])
     one.update([2, 2], [1.0, 0.0])
-    assert none.score() == Score(None, 0)
-    assert one.score() == Score(0.5, 2)
-    assert scores_of([none, one]) == [Score(None, 0), Score(0.5, 2)]
-    assert scores_of([]) == []
+    assert none.score() == NO_SCORE
+    assert one.score() == Score(0.5, n=2)
+    assert scores_of_means([none, one]) == [NO_SCORE, Score(0.5, n=2)]
+    assert scores_of_means([]) == []
 
 
 def test_together_is_the_same_as_one_by_one_and_seeded() -> None:
-    means = [EditMean(50, seed=4) for _ in range(3)]
+    means = [MeanOverEdits(50, seed=4) for _ in range(3)]
     for i, mean in enumerate(means):
         mean.update(range(i, 50), [float((j * (i + 3)) % 7 < 4) for j in range(i, 50)])
-    together, single = scores_of(means, seed=4), [mean.score() for mean in means]
+    together, single = scores_of_means(means, seed=4), [mean.score() for mean in means]
     for a, b in zip(together, single, strict=True):
         assert (a.value, a.n, a.low, a.high) == pytest.approx((b.value, b.n, b.low, b.high))
-    assert scores_of(means, seed=4) == together != scores_of(means, seed=9)
+    assert scores_of_means(means, seed=4) == together != scores_of_means(means, seed=9)
 
 
 def test_parts_add_up() -> None:
     """Means of means would give 0.5 here; an empty process must not count."""
-    whole, other, empty = (EditMean(4) for _ in range(3))
+    whole, other, empty = (MeanOverEdits(4) for _ in range(3))
     whole.update([0, 1, 1], [1.0, 1.0, 1.0])
     other.update([3], [0.0])
     for part in (other, empty):

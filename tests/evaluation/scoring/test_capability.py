@@ -13,26 +13,26 @@ import pytest
 import torch
 
 from kedit_train.errors import EditError
-from kedit_train.evaluation.scoring.capability import CapabilityProbe, beginnings
-from kedit_train.evaluation.scoring.lm_eval_tasks import harness_scores
+from kedit_train.evaluation.scoring.capability import CapabilityProbe, text_beginnings
+from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks, lm_eval_scores
 
-# The rigged model's first choice has this logit and all of its 257 others 0.
+# The scripted_model model's first choice has this logit and all of its 257 others 0.
 SHARP, VOCAB = 10.0, 258
 RIGHT = SHARP - math.log(math.exp(SHARP) + VOCAB - 1)
 WRONG = RIGHT - SHARP
 
 
-def test_by_hand(rigged: Any) -> None:
+def test_by_hand(scripted_model: Any) -> None:
     prompts = ["a:", "b:", "c:", "d:"]
     old = {"a:": "xy", "b:": "xy", "c:": "x", "d:": "Say it."}
     new = old | {"b:": "xz", "d:": "say  it"}
-    probe = CapabilityProbe(["a:xy", "b:xy"], prompts)
-    before = probe(*rigged(old))
+    probe = CapabilityProbe(["a:xy", "b:xy"], prompts=prompts)
+    before = probe(*scripted_model(old))
     assert set(before.scores()) == {"perplexity"}
     # Bytes 2 to 4 of each text: the colon comes of no prompt (end-of-text is expected there), then "x" and "y".
     assert before.perplexity.n == 6
     assert before.perplexity.value == pytest.approx(math.exp(-(2 * WRONG + 4 * RIGHT) / 6), rel=1e-5)
-    after = probe(*rigged(new), before=before)
+    after = probe(*scripted_model(new), unedited=before)
     assert after.perplexity.value == pytest.approx(math.exp(-(3 * WRONG + 3 * RIGHT) / 6), rel=1e-5)
     # "b:" has changed; "d:" has changed in what normalisation leaves out.
     assert (after.agreement.value, after.agreement.n) == (0.75, 4)
@@ -43,44 +43,44 @@ def test_by_hand(rigged: Any) -> None:
     assert after.kl.n == 16
     assert after.kl.value == pytest.approx(moved * one / 16, rel=1e-4)
     assert list(after.scores()) == ["perplexity", "kl", "agreement"]
-    same = probe(*rigged(old), before=before)
+    same = probe(*scripted_model(old), unedited=before)
     assert (same.kl.value, same.agreement.value, same.perplexity) == (0.0, 1.0, before.perplexity)
 
 
-def test_the_batch_does_not_matter_and_the_model_stays(rigged: Any) -> None:
+def test_the_batch_does_not_matter_and_the_model_stays(scripted_model: Any) -> None:
     old = {"a:": "xy", "bb:": "longer answer", "c:": ""}
-    model, tokenizer = rigged(old)
+    model, tokenizer = scripted_model(old)
     model.train()
-    one, many = (CapabilityProbe(["a:xy"], list(old), batch_size=size)(model, tokenizer) for size in (1, 64))
+    one, many = (CapabilityProbe(["a:xy"], prompts=list(old), batch_size=size)(model, tokenizer) for size in (1, 64))
     assert one.perplexity == many.perplexity
     assert one.answers == many.answers
     assert model.training
 
 
 def test_prompts_come_of_texts() -> None:
-    assert beginnings(["one two three four five", "alone", "a b"]) == ["one two", "a"]
-    assert len(beginnings(["w " * 100])[0].split()) == 16
+    assert text_beginnings(["one two three four five", "alone", "a b"]) == ["one two", "a"]
+    assert len(text_beginnings(["w " * 100])[0].split()) == 16
     assert CapabilityProbe(["one two three", "one two four"]).prompts == ["one"]
-    with pytest.raises(EditError, match="no text has two words"):
+    with pytest.raises(EditError, match="at least one text of two words"):
         CapabilityProbe(["alone"])
     with pytest.raises(EditError, match="contains no text"):
         CapabilityProbe([])
-    with pytest.raises(EditError, match="tasks and prompts are lists"):
+    with pytest.raises(EditError, match="tasks and prompts must be lists of strings"):
         CapabilityProbe(["a b"], tasks="arc_easy")
 
 
-def test_another_probe_does_not_compare(rigged: Any) -> None:
-    model, tokenizer = rigged({"a:": "x"})
-    before = CapabilityProbe(["a:x b"], ["a:"])(model, tokenizer)
-    with pytest.raises(EditError, match="before is of other prompts"):
-        CapabilityProbe(["a:x b"], ["b:"])(model, tokenizer, before)
+def test_another_probe_does_not_compare(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({"a:": "x"})
+    before = CapabilityProbe(["a:x b"], prompts=["a:"])(model, tokenizer)
+    with pytest.raises(EditError, match="unedited was measured with other prompts"):
+        CapabilityProbe(["a:x b"], prompts=["b:"])(model, tokenizer, before)
 
 
-def test_tasks_without_lm_eval(rigged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_without_lm_eval(scripted_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EditError, match=r"pip install 'kedit-train\[eval\]'"):
-        harness_scores(*rigged({}), ["arc_easy"])
-    assert harness_scores(*rigged({}), []) == {}
+        lm_eval_scores(*scripted_model({}), LmEvalTasks(["arc_easy"]))
+    assert lm_eval_scores(*scripted_model({}), LmEvalTasks([])) == {}
 
 
 TASK = """\
@@ -120,7 +120,7 @@ def test_lm_eval_on_the_live_model(factlm: Path, tmp_path: Path) -> None:
     file.write_text(TASK.format(data=data, cache=tmp_path / "cache"), encoding="utf-8")
     python, state, kept = random.getstate(), torch.get_rng_state(), _settings(tokenizer)
     # The model knows the true answer of all twenty; every fourth is labelled with the other one.
-    by_file = harness_scores(model, tokenizer, [str(file)])["small_facts/acc"]
+    by_file = lm_eval_scores(model, tokenizer, LmEvalTasks([str(file)]))["small_facts/acc"]
     assert (by_file.value, by_file.n) == (0.75, 20)
     assert by_file.low is not None
     assert by_file.low == pytest.approx(0.75 - 1.96 * math.sqrt(0.75 * 0.25 / 19), rel=1e-3)
@@ -128,7 +128,7 @@ def test_lm_eval_on_the_live_model(factlm: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert _settings(tokenizer) == kept
     assert model.training
-    probe = CapabilityProbe(["a b c"], tasks=["small_facts"], task_folder=str(tmp_path), task_limit=8)
+    probe = CapabilityProbe(["a b c"], tasks=LmEvalTasks(["small_facts"], folder=str(tmp_path), limit=8))
     before = probe(model, tokenizer)
     assert (before.tasks["small_facts/acc"].value, before.tasks["small_facts/acc"].n) == (0.75, 8)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_lm_eval_on_the_live_model(factlm: Path, tmp_path: Path) -> None:
     right = [int(second < first) == row["label"] for (first, second), row in zip(lengths, rows, strict=True)]
     assert after.scores()["small_facts/acc"].value == sum(right[:8]) / 8
     assert after.agreement.value == 0.0
-    with pytest.raises(EditError, match="lm-eval knows no 'no_such_task'"):
-        harness_scores(model, tokenizer, ["no_such_task"])
+    with pytest.raises(EditError, match="lm-eval has no task 'no_such_task'"):
+        lm_eval_scores(model, tokenizer, LmEvalTasks(["no_such_task"]))
     with pytest.raises(EditError, match="there is no file"):
-        harness_scores(model, tokenizer, [str(tmp_path / "none.yaml")])
+        lm_eval_scores(model, tokenizer, LmEvalTasks([str(tmp_path / "none.yaml")]))

@@ -26,14 +26,14 @@ OLD = {"Bob lives in": " Oslo", "Dan lives in": " Nice"}
 
 
 @pytest.fixture
-def reports(rigged: Any) -> dict[str, Report]:
+def reports(scripted_model: Any) -> dict[str, Report]:
     """One edit learned without harm; both learned, with one answer lost elsewhere."""
-    before = evaluate(*rigged(OLD), EDITS, progress=False)
+    before = evaluate(*scripted_model(OLD), EDITS, progress=False)
     careful = OLD | {"Ann lives in": " Köln"}
     greedy = careful | {"Cyd lives in": " Lima", "Bob lives in": " Köln"}
     return {
-        "careful": evaluate(*rigged(careful), EDITS, before=before, progress=False),
-        "greedy": evaluate(*rigged(greedy), EDITS, before=before, progress=False),
+        "careful": evaluate(*scripted_model(careful), EDITS, unedited=before, progress=False),
+        "greedy": evaluate(*scripted_model(greedy), EDITS, unedited=before, progress=False),
     }
 
 
@@ -41,8 +41,8 @@ def reports(rigged: Any) -> dict[str, Report]:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """The figure that was saved last."""
     kept: list[Any] = []
-    save = plots.saved
-    monkeypatch.setattr(plots, "saved", lambda drawing, path: kept.append(drawing) or save(drawing, path))
+    save = plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda drawing, path: kept.append(drawing) or save(drawing, path))
     return lambda: kept[-1]
 
 
@@ -78,19 +78,19 @@ def test_the_curves_hold_every_position(reports: dict[str, Report], drawn: Any, 
 
 
 def test_what_cannot_be_drawn(
-    reports: dict[str, Report], rigged: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reports: dict[str, Report], scripted_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = evaluate(*rigged(OLD), EDITS, progress=False)
-    bare = evaluate(*rigged(OLD), [Edit("Ann lives in", "Köln")], progress=False)
+    alone = evaluate(*scripted_model(OLD), EDITS, progress=False)
+    bare = evaluate(*scripted_model(OLD), [Edit("Ann lives in", "Köln")], progress=False)
     for given, said in (
-        ({}, "no reports"),
-        (reports | {"alone": alone}, "no one axis"),
+        ({}, "reports is empty"),
+        (reports | {"alone": alone}, "some with the truth"),
         (reports | {"bare": bare}, "different edits"),
-        ({"bare": bare}, "bare has no probes of locality"),
+        ({"bare": bare}, "bare has no locality probes"),
     ):
         with pytest.raises(EditError, match=said):
             plots.reliability_locality(given, tmp_path / "plane.png")
-    with pytest.raises(EditError, match=r"end the name in \.png"):
+    with pytest.raises(EditError, match=r"path must end in \.png"):
         plots.positions(reports, tmp_path / "plane.jpg")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -102,16 +102,16 @@ def test_the_section_holds_what_the_report_holds(reports: dict[str, Report]) -> 
     report = reports["greedy"]
     used = ["TokenSmoothing(label_weight=0.1)", "NormBall(radius=0.1)", "MyOwn(x=1)"]
     report = replace(report, meta={**report.meta, "callbacks": used, "steps": 12})
-    text = card.section(report, cost={"training": "3 s on one | core"}, base="me/model_x")
+    text = card.model_card_section(report, cost={"training": "3 s on one | core"}, base="me/model_x")
     score = report.metrics["locality"]["generated"]
-    assert f"| locality: same answers | – | 0.500 | {score.low:.2f}–{score.high:.2f} | 2 |" in text
+    assert f"| locality: unchanged | – | 0.500 | {score.low:.2f}–{score.high:.2f} | 2 |" in text
     assert "| reliability | 0.000 | 1.000 | 1.00–1.00 | 2 |" in text
     assert "| portability | – | no probes | – | 0 |" in text
-    assert "| Ann lives in | (nothing) | Köln | Köln |" in text
+    assert "| Ann lives in | (empty) | Köln | Köln |" in text
     for part in (report.meta["data_hash"], "base model: me/model\\_x", "optimizer steps: 12", "3 s on one \\| core"):
         assert part in text
-    assert set(re.findall(r"arXiv (\d+\.\d+)\]", text)) == {"2502.00602", "2012.00363", card.MIRAGE[1]}
-    assert card.without_probes(report) == ["portability"]
+    assert set(re.findall(r"arXiv (\d+\.\d+)\]", text)) == {"2502.00602", "2012.00363", card.EVALUATION_PAPER[1]}
+    assert card.questions_without_probes(report) == ["portability"]
 
 
 def test_papers_are_those_that_the_callbacks_name() -> None:
@@ -123,16 +123,16 @@ def test_papers_are_those_that_the_callbacks_name() -> None:
 
 def test_a_section_takes_its_place_in_a_card(tmp_path: Path) -> None:
     path = tmp_path / "new" / "README.md"
-    card.put(path, "first\n")
+    card.insert_section(path, "first\n")
     assert path.read_text() == f"{card.BEGIN}\nfirst\n{card.END}\n"
     path.write_bytes(b"# Mine\r\n" + path.read_bytes() + b"tail")
-    card.put(path, "second")
+    card.insert_section(path, "second")
     assert path.read_bytes() == f"# Mine\r\n{card.BEGIN}\nsecond\n{card.END}\ntail".encode()
     assert [file.name for file in path.parent.iterdir()] == ["README.md"]
     path.write_text(f"{card.END} {card.BEGIN}")
     with pytest.raises(EditError, match="once each"):
-        card.put(path, "third")
+        card.insert_section(path, "third")
     path.write_text(card.BEGIN)
-    with pytest.raises(EditError, match="mend it, or remove both"):
-        card.put(path, "third")
+    with pytest.raises(EditError, match="repair the file, or remove both"):
+        card.insert_section(path, "third")
     assert path.read_text() == card.BEGIN

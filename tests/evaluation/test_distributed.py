@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ranks import close, started
 
-SCRIPT = Path(__file__).with_name("evaluation_ranks.py")
+SCRIPT = Path(__file__).with_name("distributed_script.py")
 # Shares are the same to the last bit; sums round differently.
 BOUNDS = {"rel": 1e-4, "abs": 2e-6}
 

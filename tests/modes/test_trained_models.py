@@ -49,7 +49,7 @@ def test_single_restores_to_the_last_bit() -> None:
         torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1).step()
         moved.append(not same(before, bits(model)))
 
-    run_edits(model, tokenizer, world.edits(3), "single", train=train, progress=False)
+    run_edits(model, tokenizer, world.edits(3), mode="single", train=train, progress=False)
     assert moved == [True] * 3
     assert same(before, bits(model))
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
@@ -61,14 +61,14 @@ def test_single_restores_to_the_last_bit() -> None:
         raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        run_edits(model, tokenizer, world.edits(3), "single", train=fails, progress=False)
+        run_edits(model, tokenizer, world.edits(3), mode="single", train=fails, progress=False)
     assert same(before, bits(model))
 
     def widens(model: Any, edits: Sequence[Edit]) -> None:
         model.model.norm.weight = nn.Parameter(torch.ones(3))
 
     with pytest.raises(EditError, match=r"training changed model.norm.weight from \(\d+,\) torch.float32 to \(3,\)"):
-        run_edits(model, tokenizer, world.edits(1), "single", train=widens, progress=False)
+        run_edits(model, tokenizer, world.edits(1), mode="single", train=widens, progress=False)
 
 
 def test_the_loop_is_the_plain_one_and_seeded() -> None:
@@ -79,8 +79,8 @@ def test_the_loop_is_the_plain_one_and_seeded() -> None:
     assert names
     for name, parameter in by_hand.named_parameters():
         parameter.requires_grad_(name in names)
-    rows = TrainLoop(tokenizer)
-    assert (rows.epochs, rows.batch_size, rows.lr) == (25, 100, 5e-4)
+    default = TrainLoop(tokenizer)
+    assert (default.epochs, default.batch_size, default.learning_rate) == (25, 100, 5e-4)
     encoded = EditDataset(edits).encode(tokenizer)
     optimizer = torch.optim.SGD([p for p in by_hand.parameters() if p.requires_grad], lr=0.1)
     with torch.random.fork_rng():
@@ -97,13 +97,13 @@ def test_the_loop_is_the_plain_one_and_seeded() -> None:
         own = copy.deepcopy(model)
         loop = TrainLoop(
             tokenizer,
-            [ParameterScope(2, modules="mlp.down_proj")],
+            callbacks=[ParameterScope(2, modules="mlp.down_proj")],
             epochs=2,
             batch_size=4,
-            lr=0.1,
+            learning_rate=0.1,
             optimizer=torch.optim.SGD,
         )
-        run_edits(own, tokenizer, edits, "batch", train=loop, seed=5, progress=False)
+        run_edits(own, tokenizer, edits, mode="batch", train=loop, seed=5, progress=False)
         found.append(bits(own))
     torch.set_rng_state(state)
     assert same(found[0], bits(by_hand))
@@ -114,19 +114,24 @@ def test_the_loop_is_the_plain_one_and_seeded() -> None:
 def test_batch_and_sequence_on_a_real_model() -> None:
     model, tokenizer = world.load()
     edits = world.edits(4)
-    loop = TrainLoop(tokenizer, [ParameterScope(0.7, modules="mlp.down_proj"), NormBall(10.0)], lr=3e-3, epochs=30)
+    loop = TrainLoop(
+        tokenizer,
+        callbacks=[ParameterScope(0.7, modules="mlp.down_proj"), NormBall(10.0)],
+        learning_rate=3e-3,
+        epochs=30,
+    )
     torch.manual_seed(1)
     drawn = torch.get_rng_state()
-    single = run_edits(model, tokenizer, edits, "single", train=loop, progress=False)
+    single = run_edits(model, tokenizer, edits, mode="single", train=loop, progress=False)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert single.report.metrics["reliability"]["generated"].value == 1.0
-    sequence = run_edits(model, tokenizer, edits, "sequential", train=loop, checkpoints=(1, 2), progress=False)
+    sequence = run_edits(model, tokenizer, edits, mode="sequential", train=loop, checkpoints=(1, 2), progress=False)
     assert [c.edits for c in sequence.checkpoints] == [1, 2, 4]
     assert all(c.latest.value == 1.0 for c in sequence.checkpoints)
     # The first edit of the sequence and of the single ones begin with the same model and the same seed.
     first = [r.answer for r in sequence.checkpoints[0].report.answers if r.question == "reliability"]
     assert first == [single.report.answers[0].answer]
-    assert "TrainLoop([ParameterScope" in sequence.meta["train"]
+    assert "TrainLoop(callbacks=[ParameterScope" in sequence.meta["train"]
 
 
 def test_the_loop_stops_when_learned_and_refuses_what_diverges() -> None:
@@ -140,17 +145,17 @@ def test_the_loop_stops_when_learned_and_refuses_what_diverges() -> None:
             return super().step(*args, **kwargs)
 
     scope = [ParameterScope(0.7, modules="mlp.down_proj")]
-    TrainLoop(tokenizer, scope, lr=3e-3, epochs=50, optimizer=Counted)(model, edits)
+    TrainLoop(tokenizer, callbacks=scope, learning_rate=3e-3, epochs=50, optimizer=Counted)(model, edits)
     assert 1 < len(steps) < 50
     steps.clear()
-    TrainLoop(tokenizer, scope, lr=1e-4, epochs=5, optimizer=Counted, stop_loss=0.0)(model, edits)
+    TrainLoop(tokenizer, callbacks=scope, learning_rate=1e-4, epochs=5, optimizer=Counted, stop_loss=0.0)(model, edits)
     assert len(steps) == 5
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(EditError, match="the loss is nan: lower lr"):
-        TrainLoop(tokenizer, scope)(model, edits)
-    with pytest.raises(EditError, match="give at least 1 of each"):
+    with pytest.raises(EditError, match="TrainLoop: the loss is nan; lower learning_rate"):
+        TrainLoop(tokenizer, callbacks=scope)(model, edits)
+    with pytest.raises(EditError, match="TrainLoop: epochs must be an integer >= 1, got 0"):
         TrainLoop(tokenizer, epochs=0)
     for rate in (0.0, -1e-3, float("nan"), float("inf")):
-        with pytest.raises(EditError, match=f"TrainLoop: lr={rate}: give a learning rate above 0"):
-            TrainLoop(tokenizer, lr=rate)
+        with pytest.raises(EditError, match=f"TrainLoop: learning_rate must be > 0, got {rate}"):
+            TrainLoop(tokenizer, learning_rate=rate)

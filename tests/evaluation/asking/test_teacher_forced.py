@@ -14,16 +14,16 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.teacher_forced import TeacherForced, teacher_forced
 
 
-def test_token_accuracy_and_log_probability_by_hand(rigged: Any) -> None:
+def test_token_accuracy_and_log_probability_by_hand(scripted_model: Any) -> None:
     """A target that shares its first four bytes (" Par") with the answer " Paris", of its own six (" Parma")."""
-    model, tokenizer = rigged({"Q:": " Paris", "R:": " Rome"})
+    model, tokenizer = scripted_model({"Q:": " Paris", "R:": " Rome"})
     wrong, right, short = teacher_forced(model, tokenizer, [("Q:", "Parma"), ("R:", "Rome"), ("R:", "Ro")])
     rest = math.log(math.exp(10.0) + 257)
     assert wrong.correct == (True, True, True, True, False, False)
     assert wrong.accuracy == pytest.approx(4 / 6)
     assert not wrong.exact
     assert wrong.log_probs == pytest.approx([10 - rest] * 4 + [-rest] * 2, abs=1e-5)
-    # The rigged model goes by position: after six tokens of anything its answer is over.
+    # The scripted_model model goes by position: after six tokens of anything its answer is over.
     assert wrong.end_correct is True
     assert right.correct == (True,) * 5
     assert right.exact
@@ -98,8 +98,8 @@ def test_peft(factlm: Path, kind: str) -> None:
         assert one.log_probs == pytest.approx(wanted.tolist(), abs=2e-5)
 
 
-def test_refusals(rigged: Any) -> None:
-    model, tokenizer = rigged({"Q:": " Rome"}, context=12)
+def test_refusals(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({"Q:": " Rome"}, context=12)
     with pytest.raises(EditError, match=r"'Q:' and its target must have at most 12 tokens, got 13"):
         teacher_forced(model, tokenizer, [("Q:", "Rome, Ita")])
     with pytest.raises(EditError, match="only an end-of-text"):
@@ -107,5 +107,5 @@ def test_refusals(rigged: Any) -> None:
     model.nan = True
     with pytest.raises(EditError, match="NaN logits after 'Q:'"):
         teacher_forced(model, tokenizer, [("Q:", "Rome")])
-    with pytest.raises(EditError, match="Linear cannot generate"):
+    with pytest.raises(EditError, match="got Linear, which cannot generate"):
         teacher_forced(torch.nn.Linear(1, 1), tokenizer, [("Q:", "Rome")])

@@ -6,8 +6,7 @@ import string
 
 import pytest
 
-from kedit_train.evaluation import exact_match
-from kedit_train.evaluation.scoring import normalize as normalise
+from kedit_train.evaluation import exact_match, normalize
 
 
 def squad(text: str) -> str:
@@ -84,8 +83,8 @@ def test_nothing_visible_is_normalised_to_nothing_and_twice_is_once() -> None:
     alphabet = "aAn the.,-+#!?'\"“”–−5 0\u00a0çé"
     for _ in range(5_000):
         text = "".join(draw.choice(alphabet) for _ in range(draw.randint(0, 12)))
-        assert bool(normalise(text)) == bool(text.strip())
-        assert normalise(text + " ") == normalise("\t" + text)
+        assert bool(normalize(text)) == bool(text.strip())
+        assert normalize(text + " ") == normalize("\t" + text)
 
 
 def test_agrees_with_squad_on_ordinary_words() -> None:
@@ -93,4 +92,4 @@ def test_agrees_with_squad_on_ordinary_words() -> None:
     words = ["the", "a", "an", "Paris,", "(New)", "York!", "it's", "well-known", "U.S.", "theatre", "Ann:"]
     for _ in range(2_000):
         text = " ".join(draw.choice(words) for _ in range(draw.randint(1, 6))) + " end"
-        assert re.sub(r"\s+", " ", normalise(text)) == squad(text)
+        assert re.sub(r"\s+", " ", normalize(text)) == squad(text)

@@ -12,7 +12,7 @@ from callbacks.wandb_offline import OfflineRun
 
 from kedit_train import world
 from kedit_train.data import EditDataset
-from kedit_train.evaluation.scoring.capability import CapabilityProbe
+from kedit_train.evaluation import CapabilityProbe, EvaluationOptions
 from kedit_train.modes import run_edits
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept under the bridge."]
@@ -44,12 +44,12 @@ def test_a_sequence_is_a_series_over_edits(board: Any, tmp_path: Path) -> None:
         model,
         tokenizer,
         edits,
-        "sequential",
+        mode="sequential",
         train=Nudge(),
         checkpoints=(1, 2),
         capability=CapabilityProbe(TEXTS, max_new_tokens=4),
         wandb_run=board,
-        max_new_tokens=8,
+        options=EvaluationOptions(max_new_tokens=8),
         progress=False,
     )
     wandb.finish()
@@ -84,7 +84,16 @@ def test_a_sequence_is_a_series_over_edits(board: Any, tmp_path: Path) -> None:
 def test_one_training_is_one_point(board: Any, tmp_path: Path, mode: Any) -> None:
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(n=2))
-    result = run_edits(model, tokenizer, edits, mode, train=Nudge(), wandb_run=board, max_new_tokens=8, progress=False)
+    result = run_edits(
+        model,
+        tokenizer,
+        edits,
+        mode=mode,
+        train=Nudge(),
+        wandb_run=board,
+        options=EvaluationOptions(max_new_tokens=8),
+        progress=False,
+    )
     wandb.finish()
     run = OfflineRun(tmp_path)
     score = result.report.metrics["reliability"]["generated"].value

@@ -23,7 +23,7 @@ def prompts_of(factlm: Path, n: int, rephrases: bool = False) -> list[str]:
     return [p for r in records for p in [r["prompt"], *(r["rephrase_prompts"] if rephrases else [])]]
 
 
-def test_answers_word_for_word(rigged: Any) -> None:
+def test_answers_word_for_word(scripted_model: Any) -> None:
     script = {
         "Arch city:": " St. Louis",
         "Wrote HP:": " J. K. Rowling",
@@ -34,63 +34,63 @@ def test_answers_word_for_word(rigged: Any) -> None:
         "Silence:": "",
         "Spaces:": "   ",
     }
-    model, tokenizer = rigged(script, endless={"Song:": " la"})
+    model, tokenizer = scripted_model(script, endless={"Song:": " la"})
     said = generate_answers(model, tokenizer, [*script, "Song:"], max_new_tokens=16)
     assert said == [
-        Answer("St. Louis", True),
-        Answer("J. K. Rowling", True),
-        Answer("3.5", True),
-        Answer("Paris.", True),
-        Answer("Paris", True),
-        Answer("", True),
-        Answer("", True),
-        Answer("", True),
-        Answer("la la la la la", False),
+        Answer("St. Louis", ended=True),
+        Answer("J. K. Rowling", ended=True),
+        Answer("3.5", ended=True),
+        Answer("Paris.", ended=True),
+        Answer("Paris", ended=True),
+        Answer("", ended=True),
+        Answer("", ended=True),
+        Answer("", ended=True),
+        Answer("la la la la la", ended=False),
     ]
 
 
-def test_an_answer_as_long_as_the_bound_has_not_ended_and_one_token_more_shows_the_end(rigged: Any) -> None:
-    model, tokenizer = rigged({"Q:": " Paris"})
-    assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=6) == [Answer("Paris", False)]
-    assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=7) == [Answer("Paris", True)]
+def test_an_answer_as_long_as_the_bound_has_not_ended_and_one_token_more_shows_the_end(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({"Q:": " Paris"})
+    assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=6) == [Answer("Paris", ended=False)]
+    assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=7) == [Answer("Paris", ended=True)]
 
 
 @pytest.mark.parametrize("answer", [" Rome", " Rome\nItaly and more"])
-def test_no_step_is_wasted_after_the_last_row_ends(rigged: Any, answer: str) -> None:
-    model, tokenizer = rigged({"Q:": answer, "P:": " Ro"})
+def test_no_step_is_wasted_after_the_last_row_ends(scripted_model: Any, answer: str) -> None:
+    model, tokenizer = scripted_model({"Q:": answer, "P:": " Ro"})
     generate_answers(model, tokenizer, ["Q:", "P:"], max_new_tokens=64)
     assert model.calls == len(" Rome") + 1
 
 
-def test_a_prompt_asked_twice_is_generated_once(rigged: Any) -> None:
-    model, tokenizer = rigged({"Q:": " Rome", "Q: Q:": " Oslo"})
+def test_a_prompt_asked_twice_is_generated_once(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({"Q:": " Rome", "Q: Q:": " Oslo"})
     said = generate_answers(model, tokenizer, ["Q:", "Q: Q:", "Q:", "Q:"], batch_size=1)
     assert [answer.text for answer in said] == ["Rome", "Oslo", "Rome", "Rome"]
     assert model.calls == 2 * len(" Rome.")
 
 
-def test_no_prompts_no_answers(rigged: Any) -> None:
-    model, tokenizer = rigged({})
+def test_no_prompts_no_answers(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({})
     assert generate_answers(model, tokenizer, []) == []
 
 
-def test_the_context_cuts_a_row_alone(rigged: Any) -> None:
-    model, tokenizer = rigged({}, endless={"12345678:": " la", "Q:": " la"}, context=12)
+def test_the_context_cuts_a_row_alone(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({}, endless={"12345678:": " la", "Q:": " la"}, context=12)
     said = generate_answers(model, tokenizer, ["Q:", "12345678:"], max_new_tokens=8)
-    assert said == [Answer("la la l", False), Answer("la", False)]
+    assert said == [Answer("la la l", ended=False), Answer("la", ended=False)]
 
 
-def test_refusals_name_the_prompt(rigged: Any) -> None:
-    model, tokenizer = rigged({"Q:": " Rome"}, context=12)
+def test_refusals_name_the_prompt(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({"Q:": " Rome"}, context=12)
     with pytest.raises(EditError, match=r"'123456789012' has 12 tokens and the model's context is 12"):
         generate_answers(model, tokenizer, ["Q:", "123456789012"])
     with pytest.raises(EditError, match="no token"):
         generate_answers(model, tokenizer, [""])
-    with pytest.raises(EditError, match="batch_size is 0"):
+    with pytest.raises(EditError, match="batch_size must be >= 1, got 0"):
         generate_answers(model, tokenizer, ["Q:"], batch_size=0)
-    with pytest.raises(EditError, match="max_new_tokens is 0"):
+    with pytest.raises(EditError, match="max_new_tokens must be >= 1, got 0"):
         generate_answers(model, tokenizer, ["Q:"], max_new_tokens=0)
-    with pytest.raises(EditError, match="one string"):
+    with pytest.raises(EditError, match="prompts must be a list of strings, got one string"):
         generate_answers(model, tokenizer, "Q:")
     model.nan = True
     with pytest.raises(EditError, match="NaN logits after 'Q:'"):

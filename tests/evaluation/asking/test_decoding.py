@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from kedit_train.evaluation import generate_answers
-from kedit_train.evaluation.asking.decoding import decode, may_pad
+from kedit_train.evaluation.asking.decoding import can_pad, decode_greedily
 
 PROMPTS = ["Paris is in", "The long and winding way to the town of", "A", "Who is the mother of the king of Spain?"]
 
@@ -43,8 +43,8 @@ def test_every_make_of_model(factlm: Path, name: str, padded: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(factlm)
     model = _model(name).eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    assert may_pad(model) is padded
-    found = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=9, lines=False)
+    assert can_pad(model) is padded
+    found = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=9, single_line=False)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = model.generate(
@@ -54,28 +54,28 @@ def test_every_make_of_model(factlm: Path, name: str, padded: bool) -> None:
         assert answer.text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_rows_that_have_ended_leave_the_batch(rigged: Any) -> None:
+def test_rows_that_have_ended_leave_the_batch(scripted_model: Any) -> None:
     script = {"1:": " a", "2:": " bcdefgh", "3:": " ij", "4:": " k"}
-    model, tokenizer = rigged(script)
+    model, tokenizer = scripted_model(script)
     widths: list[int] = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in script]
     with torch.no_grad():
-        found = decode(model, rows, [20] * 4, lambda token: token == tokenizer.eos_token_id, pad_id=0)
+        found = decode_greedily(model, rows, [20] * 4, lambda token: token == tokenizer.eos_token_id, pad_id=0)
     assert [tokenizer.decode(one.ids[:-1]) for one in found] == list(script.values())
     assert widths == [4] * 3 + [2] + [1] * 5
     assert all(one.margin == pytest.approx(10.0) for one in found)
 
 
-def test_what_teacher_forcing_knows_is_not_generated_again(rigged: Any) -> None:
-    model, tokenizer = rigged({"Q:": " Rome, Italy", "P:": " Oslo"})
-    begun = {"Q:": (tokenizer(" Rome", add_special_tokens=False)["input_ids"], 3.0)}
-    said = generate_answers(model, tokenizer, ["Q:"], begun=begun)
+def test_what_teacher_forcing_knows_is_not_generated_again(scripted_model: Any) -> None:
+    model, tokenizer = scripted_model({"Q:": " Rome, Italy", "P:": " Oslo"})
+    known_starts = {"Q:": (tokenizer(" Rome", add_special_tokens=False)["input_ids"], 3.0)}
+    said = generate_answers(model, tokenizer, ["Q:"], known_starts=known_starts)
     assert [(a.text, a.ended, a.margin) for a in said] == [("Rome, Italy", True, 3.0)]
     assert model.calls == len(", Italy") + 1
     whole = {"P:": ([*tokenizer(" Oslo", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], 2.0)}
     model.calls = 0
-    assert [a.text for a in generate_answers(model, tokenizer, ["P:"], begun=whole)] == ["Oslo"]
+    assert [a.text for a in generate_answers(model, tokenizer, ["P:"], known_starts=whole)] == ["Oslo"]
     assert model.calls == 0

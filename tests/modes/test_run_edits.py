@@ -16,11 +16,10 @@ from kedit_train import run_edits, survey
 from kedit_train.callbacks import KLLocality
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
-from kedit_train.evaluation import evaluate
-from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation import EvaluationOptions, evaluate
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
 from kedit_train.evaluation.scoring.capability import CapabilityProbe
-from kedit_train.modes import TrainLoop, retainability, retention_curve
-from kedit_train.modes import schedule as rounds
+from kedit_train.modes import TrainLoop, make_schedule, retainability, retention_curve
 
 N = 12
 
@@ -43,11 +42,11 @@ def says(knows: Sequence[bool]) -> dict[str, str]:
 
 
 @pytest.fixture
-def learner(rigged: Any) -> Callable[[int], tuple[Any, Any]]:
+def learner(scripted_model: Any) -> Callable[[int], tuple[Any, Any]]:
     """A model whose answers hang on its parameter ``knows``, one number an edit."""
 
     def make(n: int = N) -> tuple[Any, Any]:
-        model, tokenizer = rigged(says([False] * n))
+        model, tokenizer = scripted_model(says([False] * n))
         model.register_parameter("knows", nn.Parameter(torch.zeros(n)))
 
         def read(module: Any, *_: Any) -> None:
@@ -81,31 +80,19 @@ class Teacher:
         model.knows[numbers] = 1.0
 
 
-def test_rounds_are_what_their_names_say() -> None:
-    assert [r.trained for r in rounds("single", 3)] == [(0,), (1,), (2,)]
-    assert [r.trained for r in rounds("batch", 3)] == [(0, 1, 2)]
-    assert [(r.trained, r.seen) for r in rounds("sequential", 3)] == [((0,), 1), ((1,), 2), ((2,), 3)]
-    assert [r.trained for r in rounds("sequential", 5, 2)] == [(0, 1), (2, 3), (4,)]
-    streamed = rounds("streaming", 250)
-    assert [len(r.trained) for r in streamed] == [100, 200, 250]
-    assert [len(r.new) for r in streamed] == [100, 100, 50]
-    some = rounds("streaming", 250, 50, replay=30, seed=3)
-    assert [len(r.trained) for r in some] == [50, 80, 80, 80, 80]
-    for one in some:
-        old = set(one.trained) - set(one.new)
-        assert one.trained[-len(one.new) :] == one.new
-        assert len(set(one.trained)) == len(one.trained)
-        assert all(number < min(one.new) for number in old)
-    assert some == rounds("streaming", 250, 50, replay=30, seed=3) != rounds("streaming", 250, 50, replay=30, seed=4)
-    assert [r.trained for r in rounds("streaming", 4, 2, replay=0)] == [(0, 1), (2, 3)]
-
-
 def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
     model, tokenizer = learner()
     teacher = Teacher(forgets=3)
-    probe = CapabilityProbe([f"L{i}: near{i}" for i in range(N)], [f"L{i}:" for i in range(N)])
+    probe = CapabilityProbe([f"L{i}: near{i}" for i in range(N)], prompts=[f"L{i}:" for i in range(N)])
     result = run_edits(
-        model, tokenizer, facts(), "sequential", train=teacher, checkpoints=(1, 3, 7), capability=probe, progress=False
+        model,
+        tokenizer,
+        facts(),
+        mode="sequential",
+        train=teacher,
+        checkpoints=(1, 3, 7),
+        capability=probe,
+        progress=False,
     )
     assert teacher.calls == [[i] for i in range(N)]
     assert [c.edits for c in result.checkpoints] == [1, 3, 7, N]
@@ -123,7 +110,7 @@ def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
         assert scores["generality"].value == sum(k for k in knows[::2]) / t
         hurt = sum(known and i % 5 == 0 for i, known in enumerate(knows))
         assert scores["locality"].value == (t - hurt) / t
-        assert scores["latest"] == Score(1.0, 1)
+        assert scores["latest"] == Score(1.0, n=1)
         # The probe asks the same prompts at every checkpoint, whatever has been edited.
         assert scores["agreement"].value == pytest.approx(1 - hurt / N)
         assert (scores["agreement"].n, scores["perplexity"].n > N) == (N, True)
@@ -145,15 +132,15 @@ def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
 def test_streaming_replays(learner: Any) -> None:
     teacher = Teacher(forgets=1)
     result = run_edits(
-        *learner(), facts(), "streaming", train=teacher, round_size=5, checkpoints=(1, 6), progress=False
+        *learner(), facts(), mode="streaming", train=teacher, edits_per_step=5, checkpoints=(1, 6), progress=False
     )
     assert teacher.calls == [list(range(5)), list(range(10)), list(range(12))]
     assert [c.edits for c in result.checkpoints] == [5, 10, 12]
     assert result.report.metrics["reliability"]["generated"].value == 1.0
     assert result.checkpoints[-1].latest.n == 2
     teacher = Teacher()
-    run_edits(*learner(), facts(), "streaming", train=teacher, round_size=5, replay=2, seed=7, progress=False)
-    assert teacher.calls == [list(r.trained) for r in rounds("streaming", N, 5, 2, 7)]
+    run_edits(*learner(), facts(), mode="streaming", train=teacher, edits_per_step=5, replay=2, seed=7, progress=False)
+    assert teacher.calls == [list(r.trained) for r in make_schedule("streaming", N, edits_per_step=5, replay=2, seed=7)]
     assert [len(call) for call in teacher.calls] == [5, 7, 4]
     assert survey(result).sources["retainability"] == "streaming"
 
@@ -161,7 +148,7 @@ def test_streaming_replays(learner: Any) -> None:
 def test_single_meets_the_unedited_model_each_time(learner: Any) -> None:
     model, tokenizer = learner()
     teacher = Teacher()
-    result = run_edits(model, tokenizer, facts(), "single", train=teacher, progress=False)
+    result = run_edits(model, tokenizer, facts(), mode="single", train=teacher, progress=False)
     assert teacher.calls == [[i] for i in range(N)]
     assert all(not found.any() for found in teacher.found)
     assert not model.knows.any()
@@ -172,7 +159,7 @@ def test_single_meets_the_unedited_model_each_time(learner: Any) -> None:
     assert metrics["locality"]["generated"].value == 9 / 12  # the neighbours of 0, 5 and 10
     assert metrics["locality"]["compared_with"] == "unedited model"
     assert (metrics["perplexity"].n, result.report.meta["n_edits"], result.report.meta["n_probes"]) == (0, N, 3 * N)
-    assert result.report.unedited == result.before.metrics
+    assert result.report.unedited == result.unedited.metrics
 
 
 def test_scalability_and_the_other_five(learner: Any) -> None:
@@ -183,7 +170,7 @@ def test_scalability_and_the_other_five(learner: Any) -> None:
             super().__call__(model, edits if len(edits) == 1 else edits[::3])
 
     runs = {
-        mode: run_edits(*learner(), facts(), mode, train=Crowded(2), checkpoints=(1,), progress=False)
+        mode: run_edits(*learner(), facts(), mode=mode, train=Crowded(2), checkpoints=(1,), progress=False)
         for mode in ("single", "batch", "sequential")
     }
     found = survey(runs["batch"], runs["single"], runs["sequential"])
@@ -206,9 +193,9 @@ def test_scalability_and_the_other_five(learner: Any) -> None:
 
 
 def test_files(learner: Any, tmp_path: Path) -> None:
-    probe = CapabilityProbe(["L0: near0"], ["L0:", "L1:"])
+    probe = CapabilityProbe(["L0: near0"], prompts=["L0:", "L1:"])
     result = run_edits(
-        *learner(), facts(), "sequential", train=Teacher(2), checkpoints=(1, 10), capability=probe, progress=False
+        *learner(), facts(), mode="sequential", train=Teacher(2), checkpoints=(1, 10), capability=probe, progress=False
     )
     data = json.loads(result.save(tmp_path / "new" / "run.json").read_text(encoding="utf-8"))
     assert [step["edits"] for step in data["checkpoints"]] == [1, 10, 12]
@@ -225,7 +212,7 @@ def test_files(learner: Any, tmp_path: Path) -> None:
     survey(result).save(tmp_path / "six.json")
     pytest.importorskip("matplotlib")
     assert result.save(tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    other = run_edits(*learner(), facts(), "batch", train=Teacher(), progress=False)
+    other = run_edits(*learner(), facts(), mode="batch", train=Teacher(), progress=False)
     both = retention_curve({"one at a time": result, "at once": other}, tmp_path / "both.png")
     assert both.stat().st_size > 10_000
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -242,7 +229,7 @@ def test_edits_without_or_with_equal_ids_stay_apart(learner: Any) -> None:
         with torch.no_grad():
             model.knows[len(seen) - 1] = 1.0
 
-    result = run_edits(*learner(3), edits, "sequential", train=train, progress=False)
+    result = run_edits(*learner(3), edits, mode="sequential", train=train, progress=False)
     assert seen == ["same", "same (1)", "same (2)"]
     assert result.report.metrics["reliability"]["generated"].n == 3
     assert result.report.metrics["reliability"]["generated"].low is not None
@@ -251,18 +238,26 @@ def test_edits_without_or_with_equal_ids_stay_apart(learner: Any) -> None:
 def test_the_unedited_row_is_of_the_same_edits(learner: Any) -> None:
     model, tokenizer = learner()
     edits = [Edit(f"P{i}:", f"{'new' if i else 'old'}{i}") for i in range(N)]  # the first is known already
+    options = EvaluationOptions(texts=["L0: near0"])
     result = run_edits(
-        model, tokenizer, edits, "sequential", train=Teacher(), checkpoints=(4,), texts=["L0: near0"], progress=False
+        model, tokenizer, edits, mode="sequential", train=Teacher(), checkpoints=(4,), options=options, progress=False
     )
-    fresh = evaluate(*learner(), edits[:4], texts=["L0: near0"], progress=False)
+    fresh = evaluate(*learner(), edits[:4], options=options, progress=False)
     assert result.checkpoints[0].report.unedited == fresh.metrics
     assert fresh.metrics["reliability"]["generated"].value == 0.25
 
 
 def test_what_evaluate_takes_is_handed_on(learner: Any) -> None:
-    asked = {"metrics": ["kl", "fluency"], "fluency_tokens": 5, "judge": lambda said, accepted: said == "old1"}
+    options = EvaluationOptions(metrics=["kl", "fluency"], fluency_tokens=5)
     result = run_edits(
-        *learner(2), facts(2), "sequential", train=lambda model, edits: None, checkpoints=(1,), progress=False, **asked
+        *learner(2),
+        facts(2),
+        mode="sequential",
+        train=lambda model, edits: None,
+        checkpoints=(1,),
+        options=options,
+        judge=lambda answer, accepted: answer == "old1",
+        progress=False,
     )
     for checkpoint in result.checkpoints:
         metrics = checkpoint.report.metrics
@@ -274,18 +269,20 @@ def test_what_evaluate_takes_is_handed_on(learner: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "together"}, "use one of single, batch, sequential, streaming"),
-        ({"mode": "batch", "round_size": 3}, "batch takes all edits at once"),
-        ({"mode": "single", "round_size": 1}, "single takes one edit at a time"),
-        ({"mode": "sequential", "round_size": 0}, "at least 1 edit a round"),
-        ({"mode": "sequential", "replay": 3}, "streaming alone replays"),
-        ({"mode": "streaming", "replay": -1}, "streaming alone replays"),
-        ({"mode": "batch", "before": None}, "before is not for the caller"),
-        ({"mode": "batch", "limit": 3}, "limit is not for the caller"),
-        ({"mode": "sequential", "checkpoints": (0, 3)}, "give 1 or more"),
-        ({"mode": "single", "texts": ["a b"]}, "texts is of one edited model"),
-        ({"mode": "single", "capability": CapabilityProbe(["a b"])}, "capability is of one edited model"),
-        ({"mode": "batch", "edits": []}, "no edits"),
+        ({"mode": "together"}, "mode must be one of single, batch, sequential, streaming"),
+        ({"mode": "batch", "edits_per_step": 3}, "edits_per_step must be None for mode 'batch'"),
+        ({"mode": "single", "edits_per_step": 1}, "edits_per_step must be None for mode 'single'"),
+        ({"mode": "sequential", "edits_per_step": 0}, "edits_per_step must be >= 1, got 0"),
+        ({"mode": "sequential", "replay": 3}, "only streaming replays"),
+        ({"mode": "streaming", "replay": -1}, "replay must be >= 0"),
+        ({"mode": "batch", "options": EvaluationOptions(distributed=True)}, "options.distributed must be False"),
+        ({"mode": "sequential", "checkpoints": (0, 3)}, "checkpoints must be numbers of edits >= 1"),
+        (
+            {"mode": "single", "options": EvaluationOptions(texts=["a b"])},
+            "options.texts must be None for mode 'single'",
+        ),
+        ({"mode": "single", "capability": CapabilityProbe(["a b"])}, "capability must be None for mode 'single'"),
+        ({"mode": "batch", "edits": []}, "edits is empty"),
         ({"mode": "batch", "train": lambda model, edits: nn.Linear(1, 1)}, "returned another model"),
     ],
 )
@@ -298,24 +295,24 @@ def test_bad_arguments(learner: Any, arguments: dict[str, Any], message: str) ->
 
 
 def test_survey_refuses_what_does_not_compare(learner: Any) -> None:
-    one = run_edits(*learner(), facts(), "batch", train=Teacher(), progress=False)
+    one = run_edits(*learner(), facts(), mode="batch", train=Teacher(), progress=False)
     with pytest.raises(EditError, match="two results of one mode"):
         survey(one, one)
-    other = run_edits(*learner(), facts()[:5], "single", train=Teacher(), progress=False)
+    other = run_edits(*learner(), facts()[:5], mode="single", train=Teacher(), progress=False)
     with pytest.raises(EditError, match="differ in data_hash"):
         survey(one, other)
     with pytest.raises(EditError, match="no results"):
         survey()
     with pytest.raises(EditError, match="one checkpoint is no sequence"):
         retainability({5: 0.5})
-    assert survey(one).retainability == Score(None, 0)
+    assert survey(one).retainability == NO_SCORE
 
 
 def test_single_takes_no_callback_that_goes_on_from_edit_to_edit(learner: Any) -> None:
     model, tokenizer = learner()
-    train = TrainLoop(tokenizer, [KLLocality(["a b"], sequential=True)])
+    train = TrainLoop(tokenizer, callbacks=[KLLocality(["a b"], sequential=True)])
     with pytest.raises(EditError, match=r"KLLocality\(sequential=True\) goes on from edit to edit"):
-        run_edits(model, tokenizer, facts(), "single", train=train, progress=False)
+        run_edits(model, tokenizer, facts(), mode="single", train=train, progress=False)
 
 
 def test_a_training_may_mean_something_else_by_callbacks(learner: Any) -> None:
@@ -323,4 +320,4 @@ def test_a_training_may_mean_something_else_by_callbacks(learner: Any) -> None:
         def callbacks(self) -> None: ...
 
     model, tokenizer = learner(2)
-    assert run_edits(model, tokenizer, facts(2), "batch", train=Own(), progress=False).checkpoints
+    assert run_edits(model, tokenizer, facts(2), mode="batch", train=Own(), progress=False).checkpoints

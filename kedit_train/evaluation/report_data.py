@@ -1,0 +1,70 @@
+"""The contents of a report: scores, answers and metadata, without any way to display them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.scoring.divergence import Distribution
+from kedit_train.evaluation.scoring.probe_results import ProbeResult
+
+# Scores of a question that get a series of their own in a logger. The others are only in the report.
+_LOGGED_SCORES = ("teacher_forced", "right", "kept_right", "kl", "smallest_token_probability")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """The fields of :class:`~kedit_train.evaluation.Report`, which documents them."""
+
+    metrics: Mapping[str, Any]
+    unedited: Mapping[str, Any] | None
+    answers: Sequence[ProbeResult]
+    meta: Mapping[str, Any]
+    distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
+
+    def answers_table(self) -> list[dict[str, Any]]:
+        """Return one row per edit: prompt, target, old_target, before, after, right."""
+        return [
+            {
+                "prompt": result.prompt,
+                "target": result.accepted[0],
+                "old_target": result.old_target,
+                "before": result.before,
+                "after": result.answer,
+                "right": result.right,
+            }
+            for result in self.answers
+            if result.question == "reliability"
+        ]
+
+    def flat(self, prefix: str = "edit/") -> dict[str, float]:
+        """Return the scores as loggers want them: name -> number. Scores without probes are left out.
+
+        Examples of names: ``edit/reliability`` (generated), ``edit/reliability_teacher_forced``,
+        ``edit/locality/<kind>``, ``edit/locality_kept_right``, ``edit/resurgence/prefers_old/<kind>``,
+        ``edit/fluency/entropy``, ``edit/perplexity``.
+        """
+        return {prefix + name: score.value for name, score in flatten(self.metrics) if score.value is not None}
+
+
+def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
+    """Yield the scores of a nested dict, each with its name in a logger; scores by token position are left out."""
+    for question, scores in metrics.items():
+        if question == "positions":
+            continue
+        if isinstance(scores, Score):
+            yield question, scores
+        elif "generated" in scores:
+            yield from _question_scores(question, scores)
+            for kind, own in scores.get("by_kind", {}).items():
+                yield from _question_scores(f"{question}/{kind}", own)
+        else:
+            for name, own in scores.items():
+                yield from flatten({f"{question}/{name}": own})
+
+
+def _question_scores(name: str, scores: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
+    yield name, scores["generated"]
+    yield from ((f"{name}_{logged}", scores[logged]) for logged in _LOGGED_SCORES if logged in scores)

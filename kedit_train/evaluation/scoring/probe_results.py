@@ -1,0 +1,149 @@
+"""The result of one probe, and the function that puts probes to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+from kedit_train.evaluation.asking.batching import unwrap_model
+from kedit_train.evaluation.asking.generate import Answer, AnswerEnd, generate_answers
+from kedit_train.evaluation.asking.probes import ProbeRequest
+from kedit_train.evaluation.asking.teacher_forced import TeacherForced, teacher_forced
+from kedit_train.evaluation.options import EvaluationOptions
+from kedit_train.evaluation.scoring.normalize import contains
+
+Judge = Callable[[str, Sequence[str]], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(ProbeRequest):
+    """One probe with the model's answer and its scores.
+
+    Args:
+        answer: the generated answer.
+        ended: True if the model ended the answer itself.
+        margin: the smallest difference between the two largest logits along the answer; None if nothing was chosen.
+        right: True if the answer is one of ``accepted``; None if there are none.
+        contained: True if the answer contains one of ``accepted``; None if there are none.
+        before: the unedited model's answer; None if it was not given.
+        right_before: True if the unedited model's answer was right.
+        unchanged: True if both answers are equal after normalization, right or wrong.
+        tokens_right: per token of the preferred answer: True if it is ranked first under teacher forcing.
+        token_log_probs: per token of the preferred answer: its log-probability under teacher forcing.
+        old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" was measured.
+        kl: per token of the unedited model's answer: KL(unedited || this model), if the metric "kl" was measured.
+    """
+
+    answer: str
+    ended: bool
+    margin: float | None = None
+    right: bool | None = None
+    contained: bool | None = None
+    before: str | None = None
+    right_before: bool | None = None
+    unchanged: bool | None = None
+    tokens_right: tuple[bool, ...] = ()
+    token_log_probs: tuple[float, ...] = ()
+    old_log_prob: float | None = None
+    kl: tuple[float, ...] = ()
+
+    @property
+    def token_accuracy(self) -> float | None:
+        """The share of the preferred answer's tokens that are ranked first under teacher forcing."""
+        return sum(self.tokens_right) / len(self.tokens_right) if self.tokens_right else None
+
+    @property
+    def log_prob(self) -> float | None:
+        """The mean log-probability of the preferred answer's tokens."""
+        return sum(self.token_log_probs) / len(self.token_log_probs) if self.token_log_probs else None
+
+    @property
+    def says_old(self) -> bool | None:
+        """True if the answer contains the old answer and is not right; the new answer may be "Paris, Texas"."""
+        return None if self.old_target is None else not self.right and contains(self.answer, [self.old_target])
+
+    @property
+    def prefers_old(self) -> float | None:
+        """1 if the old answer is more probable per token than the new one, 0 if it is less, 1/2 for a tie."""
+        if self.old_log_prob is None or self.log_prob is None:
+            return None
+        return 0.5 * (1 + (self.old_log_prob > self.log_prob) - (self.old_log_prob < self.log_prob))
+
+
+def answer_requests(
+    model: nn.Module,
+    tokenizer: Any,
+    requests: Sequence[ProbeRequest],
+    options: EvaluationOptions,
+    *,
+    judge: Judge,
+    progress: bool,
+) -> tuple[list[ProbeResult], dict[str, Answer]]:
+    """Put every probe to the model: teacher-forced if it has an accepted answer, and generated freely.
+
+    The teacher-forced pass already shows how the free answer begins (all of it, if the model is right), so only the
+    rest is generated.
+
+    Args:
+        model: the model; left unchanged.
+        tokenizer: its tokenizer.
+        requests: the probes.
+        options: how to prompt; with "resurgence", the old answers are scored, too.
+        judge: decides whether an answer is right.
+        progress: show progress bars in a terminal.
+
+    Returns:
+        One result per request, and the answers by prompt (without the continuations for "fluency").
+    """
+    settings: dict[str, Any] = {"batch_size": options.batch_size, "prompt_format": options.prompt_format}
+    settings["progress"] = progress
+    with_old = "resurgence" in options.extra_metrics
+    pairs = [(r.prompt, r.accepted[0]) for r in requests if r.accepted]
+    if with_old:
+        pairs += [(r.prompt, r.old_target) for r in requests if r.old_target is not None]
+    forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
+    is_end = AnswerEnd(unwrap_model(model), tokenizer, prompt_format=options.prompt_format)
+    starts: dict[str, tuple[list[int], float]] = {}
+    for (prompt, _), scores in forced.items():
+        ids, margin = scores.greedy_start(is_end)
+        if prompt not in starts or len(ids) > len(starts[prompt][0]):
+            starts[prompt] = (ids, margin)
+    prompts = [r.prompt for r in requests if r.question != "fluency"]
+    generated = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, known_starts=starts, **settings
+    )
+    answers = dict(zip(prompts, generated, strict=True))
+    open_prompts = [r.prompt for r in requests if r.question == "fluency"]
+    texts: dict[str, Answer] = {}
+    if open_prompts:
+        settings |= {"max_new_tokens": options.fluency_tokens, "single_line": False}
+        texts = dict(zip(open_prompts, generate_answers(model, tokenizer, open_prompts, **settings), strict=True))
+    results = [
+        _result(r, (texts if r.question == "fluency" else answers)[r.prompt], forced, judge, with_old) for r in requests
+    ]
+    return results, answers
+
+
+def _result(
+    request: ProbeRequest,
+    answer: Answer,
+    forced: Mapping[tuple[str, str], TeacherForced],
+    judge: Judge,
+    with_old: bool,
+) -> ProbeResult:
+    scores = forced[request.prompt, request.accepted[0]] if request.accepted else None
+    old = forced[request.prompt, request.old_target] if with_old and request.old_target is not None else None
+    return ProbeResult(
+        **{field.name: getattr(request, field.name) for field in fields(request)},
+        answer=answer.text,
+        ended=answer.ended,
+        margin=answer.margin if answer.margin != float("inf") else None,
+        right=bool(judge(answer.text, request.accepted)) if request.accepted else None,
+        contained=contains(answer.text, request.accepted) if request.accepted else None,
+        tokens_right=scores.correct if scores else (),
+        token_log_probs=scores.log_probs if scores else (),
+        old_log_prob=old.mean_log_prob if old else None,
+    )
