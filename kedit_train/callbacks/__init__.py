@@ -1,4 +1,4 @@
-"""Callbacks that turn a training run into an edit, each the answer to one question about it."""
+"""Callbacks that turn a training run into an edit. Each answers one question about it."""
 
 from kedit_train.callbacks.active_set import ActiveSet
 from kedit_train.callbacks.base import EditCallback

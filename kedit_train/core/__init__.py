@@ -1,4 +1,4 @@
-"""What an edit needs from a model, whatever loop trains it."""
+"""The run of an edit, and what it needs from a model and a training loop."""
 
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model

@@ -1,75 +1,73 @@
-"""The state of an edit under way, as a file beside the host's checkpoint: safetensors, whole or not at all."""
+"""The state of an edit as a file in the trainer's checkpoint folder."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
+from kedit_train.safetensors_file import load_tensors, save_tensors
 
 FILE = "kedit_state.safetensors"
+_KIND = "kedit_train.state"
+# Marks the place of a tensor in the JSON metadata; the value is the tensor's name in the file.
+_TENSOR = "__tensor__"
 
 
 def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
-    """Write ``state`` (nested dicts of tensors and of what JSON holds, string keys) into a checkpoint's folder."""
+    """Write the state of an edit into a checkpoint folder, atomically.
+
+    Args:
+        folder: the checkpoint folder.
+        state: nested dicts with string keys, of tensors and of values that JSON can hold.
+
+    Returns:
+        The path of the file.
+    """
     tensors: dict[str, Tensor] = {}
-    plain = json.dumps(_split(state, "", tensors))
-    path = Path(folder) / FILE
-    with writing(path) as unfinished:
-        save_file(tensors, unfinished, metadata={"state": plain, "sha256": _digest(plain, tensors)})
-    return path
+    metadata = _take_tensors(state, "", tensors)
+    return save_tensors(Path(folder) / FILE, tensors, metadata, kind=_KIND)
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read what :func:`save_state` wrote; None where the folder holds none.
+    """Read what :func:`save_state` wrote.
+
+    Returns:
+        The state, or None if the folder contains no such file.
 
     Raises:
-        EditError: the file is there and cannot be read.
+        EditError: the file is damaged, or was written by an earlier version.
     """
     path = Path(folder) / FILE
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            metadata = file.metadata() or {}
-            if metadata["sha256"] != _digest(metadata["state"], tensors):
-                raise KeyError("its contents are not those that were written")
-            plain = json.loads(metadata["state"])
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise EditError(f"{path} is no whole state of an edit ({error}); resume from an earlier checkpoint") from error
-    return _join(plain, "", tensors)
+        contents = load_tensors(path, kind=_KIND, memory_map=False)
+    except EditError as error:
+        raise EditError(
+            f"the state of the edit in {path} cannot be used ({error}) Resume from an earlier checkpoint, or start "
+            "again from the unedited model."
+        ) from error
+    return _put_tensors(contents.metadata, contents.tensors)
 
 
-def _digest(plain: str, tensors: dict[str, Tensor]) -> str:
-    found = hashlib.sha256(plain.encode())
-    for key in sorted(tensors):
-        found.update(key.encode())
-        found.update(tensors[key].flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _split(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """Return ``value`` with each tensor replaced by its name, and put the tensors into ``tensors``."""
     if isinstance(value, Tensor):
-        tensors[key] = value.detach().cpu().contiguous()
-        return {"__tensor__": key}
+        tensors[key] = value.detach()
+        return {_TENSOR: key}
     if isinstance(value, dict):
-        return {name: _split(part, f"{key}/{name}", tensors) for name, part in value.items()}
+        return {name: _take_tensors(part, f"{key}/{name}", tensors) for name, part in value.items()}
     return value
 
 
-def _join(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return ``value`` with each name of a tensor replaced by the tensor."""
     if isinstance(value, dict):
-        if set(value) == {"__tensor__"}:
-            return tensors[value["__tensor__"]]
-        return {name: _join(part, f"{key}/{name}", tensors) for name, part in value.items()}
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {name: _put_tensors(part, tensors) for name, part in value.items()}
     return value

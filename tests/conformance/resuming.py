@@ -1,7 +1,7 @@
-"""A run of 7 steps that saves a checkpoint and may be killed after it; started as a script it is killed for good.
+"""A run of 7 steps that saves checkpoints. As a script it kills itself at step 5.
 
-The epoch has three batches. transformers saves and resumes in its middle; Lightning saves at its end, because with a
-plain data loader it begins an interrupted epoch anew.
+An epoch has three batches. ``transformers`` saves and resumes in the middle of an epoch. Lightning saves at its end,
+because with a plain data loader it starts an interrupted epoch again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TEXTS = [f"The {who} kept a {what} in the old mill." for who in ("baker", "fox",
 
 
 class Kill(TrainerCallback, L.Callback):
-    """The power goes at the end of step 5, one or two steps after the last checkpoint."""
+    """Kill the process at the end of step 5, one or two steps after the last checkpoint."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:

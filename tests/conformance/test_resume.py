@@ -1,4 +1,4 @@
-"""Killed in the middle and resumed, an edit ends bit for bit where the uninterrupted one does."""
+"""Resuming: a killed and resumed edit ends with the same weights as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -20,28 +20,30 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "Lightning"])
-def test_sigkill_and_resume_end_where_the_uninterrupted_run_ends(host: str, tmp_path: Path) -> None:
-    whole = resuming.train(host, tmp_path / "whole")
+def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(host: str, tmp_path: Path) -> None:
+    uninterrupted = resuming.train(host, tmp_path / "whole")
     script = [sys.executable, "-m", "conformance.resuming", host, str(tmp_path / "killed")]
-    dead = subprocess.run(
+    killed = subprocess.run(
         script, cwd=TESTS, env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, check=False
     )
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()[-2000:]
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     resumed = resuming.train(host, tmp_path / "killed", resume=True)
     different = [
-        name for name in whole if not torch.equal(whole[name].view(torch.int32), resumed[name].view(torch.int32))
+        name
+        for name in uninterrupted
+        if not torch.equal(uninterrupted[name].view(torch.int32), resumed[name].view(torch.int32))
     ]
     assert different == []
 
 
-def test_a_checkpoint_without_the_edits_state_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_the_state_of_the_edit_is_an_error(tmp_path: Path) -> None:
     resuming.train("Trainer", tmp_path, steps=2)
     (tmp_path / "checkpoint-2" / FILE).unlink()
     with pytest.raises(EditError, match="the checkpoint contains no state of this edit"):
         resuming.train("Trainer", tmp_path, resume=True)
 
 
-def test_state_files_are_whole_or_refused(tmp_path: Path) -> None:
+def test_a_damaged_state_file_is_an_error(tmp_path: Path) -> None:
     state = {"step": 3, "reference": {"a.b": torch.randn(2, 3)}, "callbacks": {"K.0": {"drawn": 4}, "N.0": {}}}
     path = save_state(tmp_path, state)
     loaded = load_state(tmp_path)
@@ -50,5 +52,5 @@ def test_state_files_are_whole_or_refused(tmp_path: Path) -> None:
     assert loaded == state
     assert load_state(tmp_path / "elsewhere") is None
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(EditError, match="is no whole state of an edit"):
+    with pytest.raises(EditError, match="the state of the edit in .* cannot be used"):
         load_state(tmp_path)

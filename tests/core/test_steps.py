@@ -13,7 +13,6 @@ from kedit_train.callbacks import (
     NormBall,
     NullSpace,
     ParameterScope,
-    TokenSmoothing,
     editing,
 )
 from kedit_train.errors import EditError
@@ -74,9 +73,7 @@ def test_constraints_hold_with_an_optimizer_that_lives_on_closures():
         assert float((model.weight.detach() - before).abs().max()) <= 0.01
 
 
-@pytest.mark.parametrize(
-    "kind", [ParameterScope, TokenSmoothing, lambda: NullSpace("world"), lambda: LowCurvature("world")]
-)
+@pytest.mark.parametrize("kind", [ParameterScope, lambda: NullSpace("world"), lambda: LowCurvature("world")])
 def test_a_second_one_of_a_kind_that_can_be_there_once_is_refused(kind):
     model = nn.Linear(4, 4)
     first = kind()
