@@ -1,8 +1,8 @@
 """Train the scope of a half-precision model in fp32, in place.
 
 The distance between two neighboring bf16 numbers near 0.1 is 5e-4. The small updates of an edit would be rounded to
-nothing, and a norm ball of 5e-5 could not be represented. So the scoped parameters themselves become fp32, and with them
-their gradients and the optimizer state, while every module that reads one computes with a copy in the model's dtype.
+nothing, and a norm ball of 5e-5 could not be represented. So the scoped parameters themselves become fp32, and with
+them their gradients and the optimizer state. Every module that reads one computes with a copy in the model's dtype.
 Names and parameter objects stay the same.
 """
 

@@ -52,5 +52,5 @@ def test_a_damaged_state_file_is_an_error(tmp_path: Path) -> None:
     assert loaded == state
     assert load_state(tmp_path / "elsewhere") is None
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(EditError, match="the state of the edit in .* cannot be used"):
+    with pytest.raises(EditError, match=r"the state of the edit in .* cannot be used"):
         load_state(tmp_path)

@@ -41,7 +41,7 @@ SHOWN = {
         "test_fsdp2::test_the_model_before_the_edit_is_reached_and_left",
     ],
     "8 a resumed run takes the checkpoint for the model before the edit": [
-        "test_resume::test_sigkill_and_resume_end_where_the_uninterrupted_run_ends",
+        "test_resume::test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one",
         "test_traps::test_the_reference_of_a_resumed_run_is_the_model_before_the_edit",
     ],
     "9 wrapped optimizers have no hooks": ["test_traps::test_every_step_of_a_wrapped_optimizer_is_seen_once"],
