@@ -13,10 +13,10 @@ demo: $(READY)  ## edit 24 facts in the embedded model and print a report
 	$(BIN)/lightning run recipes/quickstart.yaml
 
 test: lint  ## what continuous integration runs; under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: lint  ## the same with the heavy repetitions
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures that more than one room needs. No test reaches a network."""
+"""Fixtures for all tests. No test uses the network."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def existing(path: Path) -> Path:
+    """Return the path, or skip the test if it does not exist."""
     if not path.exists():
         pytest.skip(f"benchmark data not found: {path.relative_to(ROOT.parent)} beside the project")
     return path
@@ -27,7 +28,7 @@ def existing(path: Path) -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Folders that a test does not remove go with pytest's own, which keeps those of three runs."""
+    """Put temporary folders that a test does not remove into pytest's own, which keeps those of three runs."""
     before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
     yield
     tempfile.tempdir = before
@@ -35,7 +36,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test starts from the same random state, whichever ran before it."""
+    """Start every test from the same random state."""
     torch.manual_seed(0)
 
 
@@ -46,11 +47,11 @@ def shared() -> Path:
 
 @pytest.fixture
 def factlm() -> Path:
-    """A small Llama that knows CounterFact facts, with ``records.json`` beside it."""
+    """Return the folder of a small Llama that knows CounterFact facts, with ``records.json`` in it."""
     return existing(SHARED / "models" / "factlm")
 
 
 @pytest.fixture
 def stories() -> Path:
-    """A small Llama trained by others on stories; its tokenizer has no pad token."""
+    """Return the folder of a small Llama trained on stories; its tokenizer has no pad token."""
     return existing(SHARED / "models" / "stories260K")

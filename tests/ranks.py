@@ -1,4 +1,4 @@
-"""A test that needs several processes: its script is started once a rank, and joins the others over gloo."""
+"""Helpers for tests with several processes: a script is started once per rank and connects over gloo."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TESTS = Path(__file__).resolve().parent
 
 
 def started(script: Path, folder: Path, rank: int, size: int) -> subprocess.Popen[str]:
-    """``script FOLDER RANK SIZE`` in a process of its own, one thread."""
+    """Start ``script FOLDER RANK SIZE`` in its own process, with one thread."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     command = [sys.executable, str(script), str(folder), str(rank), str(size)]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -27,7 +27,7 @@ def started(script: Path, folder: Path, rank: int, size: int) -> subprocess.Pope
 
 @contextmanager
 def joined(folder: Path, rank: int, size: int) -> Iterator[None]:
-    """Of such a script, all that it does; with more than one process it ends the process."""
+    """Connect the processes for the block. With more than one process, end the process after it."""
     if size > 1:
         init = f"file://{folder / 'meeting'}"
         dist.init_process_group("gloo", init, timedelta(seconds=60), rank=rank, world_size=size)
@@ -35,17 +35,17 @@ def joined(folder: Path, rank: int, size: int) -> Iterator[None]:
     yield
     if size > 1:
         dist.barrier()
-        # Gloo can abort in its own teardown after everything is done.
+        # Gloo may abort the process during an ordinary exit, after the work is done.
         os._exit(0)
 
 
-def close(found: Any, wanted: Any, rel: float, abs: float, path: str = "") -> None:
-    """The same values in the same places; numbers within the bounds, since batches made up differently round so."""
-    if isinstance(wanted, dict):
-        assert found.keys() == wanted.keys(), path
-        for name in wanted:
-            close(found[name], wanted[name], rel, abs, f"{path}/{name}")
-    elif isinstance(wanted, float):
-        assert found == pytest.approx(wanted, rel=rel, abs=abs), path
+def close(actual: Any, expected: Any, rel: float, abs: float, path: str = "") -> None:
+    """Assert that two nested dicts are equal, floats within the tolerances, because batches of other sizes round."""
+    if isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), path
+        for name in expected:
+            close(actual[name], expected[name], rel, abs, f"{path}/{name}")
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=rel, abs=abs), path
     else:
-        assert found == wanted, path
+        assert actual == expected, path

@@ -1,4 +1,4 @@
-"""What EditMetrics asks when, what that costs, and where its scores go."""
+"""EditMetrics: when it evaluates, what that costs, and where the scores go."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def edits() -> EditDataset:
 
 
 class Clock:
-    """A clock that moves on by what happens, not by how long it takes: a training step, an evaluation."""
+    """A clock that advances by a fixed time per training step and per evaluation."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float, look: float) -> None:
-        self.now, self.step, self.looks = 0.0, step, 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float, evaluation: float) -> None:
+        self.now, self.step, self.evaluations = 0.0, step, 0
         real = module.evaluate
 
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            self.now += look
-            self.looks += 1
+            self.now += evaluation
+            self.evaluations += 1
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, "evaluate", evaluate)
@@ -46,7 +46,7 @@ class Clock:
 
 
 def train(edits: EditDataset, callbacks: list[Any], steps: int, clock: Clock | None = None) -> Any:
-    """A plain loop; what the callbacks logged."""
+    """Train in a plain loop and return its handle, which has the logged rows."""
     model, tokenizer = world.load()
     batch = collator(tokenizer)(edits.encode(tokenizer))
     with editing(model, [ParameterScope(layers=0.5, modules="mlp"), *callbacks], tokenizer=tokenizer) as edit:
@@ -61,46 +61,46 @@ def train(edits: EditDataset, callbacks: list[Any], steps: int, clock: Clock | N
     return edit
 
 
-def looks(edit: Any) -> list[dict[str, float]]:
+def evaluations(edit: Any) -> list[dict[str, float]]:
     return [row for row in edit.history if "edit/reliability" in row]
 
 
-def test_looks_that_take_too_much_of_the_time_are_left_out_and_counted(
+def test_evaluations_that_take_too_much_time_are_skipped_and_counted(
     edits: EditDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(monkeypatch, step=1.0, look=3.0)
+    clock = Clock(monkeypatch, step=1.0, evaluation=3.0)
     metrics = EditMetrics(edits, every_n_steps=1, show=False, evaluation=SHORT, max_fraction_of_time=0.5)
     edit = train(edits, [metrics], 9, clock)
-    # By hand. Step 1: nothing spent yet, a look; then 3 of 4 seconds. At step n with one look 3 / (3 + n) is within a
-    # half from n = 3 on: a look, and 6 seconds; 6 / (6 + n) is from n = 6 on, 9 / (9 + n) from n = 9 on.
-    rows = looks(edit)
+    # By hand: step 1 is evaluated, which takes 3 of 4 seconds. With one evaluation the share 3 / (3 + n) is at most a
+    # half from step n = 3, with two evaluations 6 / (6 + n) from n = 6, and with three 9 / (9 + n) from n = 9.
+    rows = evaluations(edit)
     assert [row["step"] for row in rows] == [1, 3, 6, 9, 9]
     assert [row["edit/metrics/skipped"] for row in rows] == [0, 1, 3, 5, 5]
     assert metrics.skipped == 5
-    # The unedited model's three seconds count among the seconds and not among the looks.
+    # The three seconds for the reference model count in the seconds but not in the share of time.
     assert [row["edit/metrics/seconds"] for row in rows] == [6, 9, 12, 15, 18]
     assert rows[1]["edit/metrics/share_of_time"] == 6 / (6 + 3)
     assert rows[-1]["edit/metrics/share_of_time"] == 12 / (9 + 15)
     assert metrics.report is not None
     assert metrics.report.meta["evaluations_skipped"] == 5
     assert metrics.report.meta["seconds_of_metrics"] == 18
-    assert clock.looks == 1 + 4 + 1
+    assert clock.evaluations == 1 + 4 + 1
 
 
-def test_without_a_bound_no_look_is_left_out(edits: EditDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, step=1.0, look=1000.0)
+def test_without_a_bound_no_evaluation_is_skipped(edits: EditDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, step=1.0, evaluation=1000.0)
     edit = train(
         edits,
         [EditMetrics(edits, every_n_steps=2, show=False, evaluation=SHORT)],
         4,
         clock,
     )
-    assert [row["step"] for row in looks(edit)] == [2, 4, 4]
-    assert all("edit/metrics/skipped" not in row for row in looks(edit))
+    assert [row["step"] for row in evaluations(edit)] == [2, 4, 4]
+    assert all("edit/metrics/skipped" not in row for row in evaluations(edit))
 
 
 class Scripted:
-    """Reports whose reliability and locality are given, one a call."""
+    """Replaces reliability and locality in the report of each call by prepared values."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, scores: list[tuple[float, float]]) -> None:
         real, self.scores = module.evaluate, list(scores)
@@ -114,7 +114,7 @@ class Scripted:
         monkeypatch.setattr(module, "evaluate", evaluate)
 
 
-def test_the_best_step_has_the_highest_reliability_then_locality_and_is_the_earlier_one(
+def test_the_best_step_has_the_highest_reliability_then_locality_then_is_the_earliest(
     edits: EditDataset, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scripted = [(0.0, 1.0), (0.5, 0.9), (0.75, 0.2), (0.75, 0.5), (0.75, 0.5), (0.5, 1.0), (0.25, 0.25)]
@@ -122,16 +122,16 @@ def test_the_best_step_has_the_highest_reliability_then_locality_and_is_the_earl
     metrics = EditMetrics(edits, every_n_steps=1, show=False, evaluation=SHORT)
     delta = SaveDelta(str(tmp_path / "edit.safetensors"), at="best")
     edit = train(edits, [metrics, delta], 5)
-    assert [row["edit/best/step"] for row in looks(edit)] == [1, 2, 3, 3, 3, 3]
+    assert [row["edit/best/step"] for row in evaluations(edit)] == [1, 2, 3, 3, 3, 3]
     assert metrics.best == {"edit/best/step": 3.0, "edit/best/reliability": 0.75, "edit/best/locality": 0.5}
     assert metrics.report is not None
     assert metrics.report.meta["best"] == metrics.best
-    # The same rule as SaveDelta's.
+    # SaveDelta follows the same rule.
     assert delta.delta is not None
     assert delta.delta.meta["configuration"]["step"] == 3
 
 
-def test_a_run_without_looks_has_its_end_as_the_best(edits: EditDataset) -> None:
+def test_without_evaluations_during_training_the_last_step_is_the_best(edits: EditDataset) -> None:
     metrics = EditMetrics(edits, every_n_steps=0, show=False, evaluation=SHORT)
     train(edits, [metrics], 2)
     assert metrics.report is not None
@@ -139,7 +139,7 @@ def test_a_run_without_looks_has_its_end_as_the_best(edits: EditDataset) -> None
     assert metrics.best["edit/best/reliability"] == metrics.report.flat()["edit/reliability"]
 
 
-def test_extras_are_measured_at_every_look(edits: EditDataset) -> None:
+def test_additional_metrics_are_measured_in_every_evaluation(edits: EditDataset) -> None:
     metrics = EditMetrics(
         edits,
         every_n_steps=2,
@@ -148,16 +148,16 @@ def test_extras_are_measured_at_every_look(edits: EditDataset) -> None:
         evaluation=EvaluationOptions(max_new_tokens=4, metrics=["kl", "resurgence"], texts=["A red fox."]),
     )
     edit = train(edits, [metrics], 2)
-    for row in looks(edit):
+    for row in evaluations(edit):
         assert row["edit/locality_kl"] > 0.0
         assert row["edit/perplexity"] > 1.0
         assert "edit/resurgence/prefers_old/negation" in row
         assert "edit/fluency/entropy" not in row
-    # What moved at the end, against the weights that the scope had before.
-    assert 0.0 < looks(edit)[-1]["edit/weight_drift/relative"] < 1.0
+    # The drift of the weights is measured at the end.
+    assert 0.0 < evaluations(edit)[-1]["edit/weight_drift/relative"] < 1.0
 
 
-def test_evaluations_of_the_trainer_get_the_scores_and_pick_the_best_model(edits: EditDataset, tmp_path: Path) -> None:
+def test_the_trainers_evaluations_get_the_scores_and_select_the_best_model(edits: EditDataset, tmp_path: Path) -> None:
     model, tokenizer = world.load()
     metrics = EditMetrics(edits, every_n_steps=3, show=False, evaluation=EvaluationOptions(max_new_tokens=8))
     seen: list[dict[str, float]] = []
@@ -202,26 +202,26 @@ def test_evaluations_of_the_trainer_get_the_scores_and_pick_the_best_model(edits
     assert reached[best] > 0.0
     assert state.best_metric == reached[best]
     assert state.best_global_step == best
-    # It went two evaluations beyond the best, and came back to it: the report is the best model's.
+    # Training continued for two evaluations after the best one. The report is that of the best model, loaded at the end.
     assert state.global_step == best + 4
     assert metrics.report is not None
     assert metrics.report.flat()["edit/reliability"] == reached[best]
-    # A look was taken for each evaluation, and stands at its own step; those at multiples of 3 stand there as well.
+    # There is a row for each evaluation of the trainer, and for each multiple of 3, at its own step.
     rows = [row["step"] for row in state.log_history if "edit/reliability" in row]
     assert sorted(set(rows)) == sorted({*range(2, state.global_step + 1, 2), *range(3, state.global_step + 1, 3)})
     assert {row["step"] for row in state.log_history if "eval_loss" in row} == set(reached)
 
 
-def test_an_evaluation_outside_of_training_is_the_trainers_own(edits: EditDataset) -> None:
+def test_an_evaluation_outside_of_training_has_no_edit_scores(edits: EditDataset) -> None:
     model, tokenizer = world.load()
     metrics = EditMetrics(edits, every_n_steps=0, show=False, evaluation=SHORT)
     trainer = transformers_trainer(model, tokenizer, edits, [metrics], 1)
-    found = trainer.evaluate(Rows(edits.encode(tokenizer)))
-    assert "eval_loss" in found
-    assert not any("edit" in key for key in found)
+    metrics_of_trainer = trainer.evaluate(Rows(edits.encode(tokenizer)))
+    assert "eval_loss" in metrics_of_trainer
+    assert not any("edit" in key for key in metrics_of_trainer)
 
 
-def test_the_csv_of_lightning_gets_every_number(edits: EditDataset, tmp_path: Path) -> None:
+def test_lightnings_csv_logger_gets_every_score(edits: EditDataset, tmp_path: Path) -> None:
     model, tokenizer = world.load()
     metrics = EditMetrics(edits, every_n_steps=2, show=False, evaluation=SHORT)
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
@@ -236,14 +236,16 @@ def test_the_csv_of_lightning_gets_every_number(edits: EditDataset, tmp_path: Pa
     assert float(last["edit/metrics/seconds"]) > 0.0
 
 
-def test_tables_mark_what_has_changed(edits: EditDataset) -> None:
+def test_tables_mark_changed_answers(edits: EditDataset) -> None:
     metrics = EditMetrics(edits, every_n_steps=0, show=False, evaluation=EvaluationOptions(max_new_tokens=8))
     edit = train(edits, [metrics, NormBall(fraction=10.0)], 5)
     assert metrics.report is not None
     columns, rows = edit._host.tables["edit/answers"]
-    said = [dict(zip(columns, row, strict=True)) for row in rows]
-    assert [row["changed"] for row in said] == ["changed" if row["before"] != row["after"] else "" for row in said]
-    assert "changed" in [row["changed"] for row in said]
+    answers = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [row["changed"] for row in answers] == [
+        "changed" if row["before"] != row["after"] else "" for row in answers
+    ]
+    assert "changed" in [row["changed"] for row in answers]
     columns, rows = edit._host.tables["edit/changed_elsewhere"]
     assert columns[:4] == ["kind", "prompt", "before", "after"]
     assert rows
@@ -263,7 +265,7 @@ def test_tables_mark_what_has_changed(edits: EditDataset) -> None:
         ({"limit": 0}, "EditMetrics: limit must be an integer >= 1, or None, got 0"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(EditError, match=message):
         EditMetrics([], **options)
 
@@ -272,7 +274,7 @@ def test_arguments_that_cannot_be_meant_are_refused(options: dict[str, Any], mes
     ("name", "reason"),
     [("file/x.json", "file is not a folder"), ("folder", "is a folder"), ("link/x.json", "link is not a folder")],
 )
-def test_a_report_that_cannot_be_written_is_refused_before_the_first_step(
+def test_a_report_path_that_cannot_be_written_is_an_error_before_the_first_step(
     edits: EditDataset, tmp_path: Path, name: str, reason: str
 ) -> None:
     (tmp_path / "file").touch()

@@ -1,6 +1,6 @@
-"""Every callback in every host on the processes that torchrun started (or on one): the weights of each, in a folder.
+"""Train with callbacks in hosts on the processes that torchrun started, or on one, and save the weights of each run.
 
-All of it in one pair of processes, one run after another: starting processes costs more than the runs.
+All runs share one pair of processes, because starting processes costs more than a run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 
 STEPS, BATCH = 3, 4
-TOGETHER = "all that AdamW is to be held by"
+TOGETHER = "all constraints under AdamW"
 
 
 def callbacks(name: str, edits: EditDataset) -> list[Any]:
@@ -51,7 +51,7 @@ def callbacks(name: str, edits: EditDataset) -> list[Any]:
 
 
 def even_edits(tokenizer: Any) -> EditDataset:
-    """Edits with equally many supervised tokens: the mean over ranks is then the mean over tokens in every host."""
+    """Return edits with the same number of supervised tokens, so that every host computes the same mean loss."""
     every = EditDataset(world.edits(n=8 * BATCH * STEPS))
     counts = [len(row.input_ids) - row.target_start for row in every.encode(tokenizer)]
     usual = Counter(counts).most_common(1)[0][0]
@@ -65,7 +65,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def options(host: str, name: str, rank: int, size: int) -> dict[str, Any]:
-    """Plain gradient descent, under which rounding stays rounding: Adam's first steps are the signs of gradients."""
+    """Return options for plain gradient descent. The first steps of Adam are signs, which amplify rounding."""
     each, plain = BATCH // size, name != TOGETHER
     if host in ("Trainer", "SFTTrainer"):
         spread = {"ddp_backend": "gloo"} if size > 1 else {}
@@ -73,7 +73,7 @@ def options(host: str, name: str, rank: int, size: int) -> dict[str, Any]:
         return {"per_device_train_batch_size": each} | spread | descent
     optimizer = {"optimizer": sgd} if plain else {}
     if host == "Lightning":
-        # Its own sampler for several processes would shuffle, which its loader for one does not.
+        # The sampler that Lightning adds for several processes shuffles; its loader for one process does not.
         spread = {
             "devices": size,
             "strategy": "ddp" if size > 1 else "auto",
@@ -87,7 +87,7 @@ def options(host: str, name: str, rank: int, size: int) -> dict[str, Any]:
 
 
 def refusal(run: Callable[[], Any]) -> str:
-    """What the strategy is refused with, and after how many optimizer steps."""
+    """Return the error message of ``run``, and the number of optimizer steps before it."""
     stepped: list[Any] = []
     handle = register_optimizer_step_post_hook(lambda *_: stepped.append(1))
     try:
@@ -96,11 +96,11 @@ def refusal(run: Callable[[], Any]) -> str:
         return f"after {len(stepped)} steps: {error}"
     finally:
         handle.remove()
-    return "not refused"
+    return "no error"
 
 
 def fsdp1() -> None:
-    """It flattens and slices parameters."""
+    """FSDP1 flattens and slices parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model, tokenizer = world.load()
@@ -110,7 +110,7 @@ def fsdp1() -> None:
 
 
 def wrapped_first(within: bool) -> None:
-    """A loop that begins the edit of a model when DDP has wrapped it already."""
+    """Start an edit after DDP has wrapped the model."""
     model, tokenizer = world.load()
     wrapped = DistributedDataParallel(model)
     with editing(
@@ -123,7 +123,7 @@ def wrapped_first(within: bool) -> None:
 
 
 def added_late(**extra: Any) -> dict[str, torch.Tensor]:
-    """Callbacks that reach a trainer once it has been built freeze after accelerate has wrapped the model."""
+    """Add callbacks to an existing trainer, so that they freeze parameters after accelerate has wrapped the model."""
     torch.manual_seed(0)
     model, tokenizer = world.load()
     edits = even_edits(tokenizer)
@@ -151,26 +151,26 @@ def traps(folder: Path, rank: int) -> None:
 def main(folder: Path) -> None:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
-        # What one rank alone runs into is then an error on the other soon enough.
+        # If only one rank fails, the other one gets an error after this time.
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for host in HOSTS:
-        for name in (*SETTINGS, TOGETHER):
-            torch.manual_seed(0)
-            model, tokenizer = world.load()
-            edits = even_edits(tokenizer)
-            out = folder / f"{host}-{name}-{size}-{rank}"
-            try:
-                HOSTS[host](model, tokenizer, edits, callbacks(name, edits), STEPS, **options(host, name, rank, size))
-            except Exception:
-                out.with_suffix(".txt").write_text(traceback.format_exc())
-                continue
-            state = {name: p.detach().clone() for name, p in model.named_parameters()}
-            save_file(state, out.with_suffix(".safetensors"))
+    pairs = [tuple(pair) for pair in json.loads((folder / "pairs.json").read_text())]
+    for name, host in (*pairs, *((TOGETHER, host) for host in HOSTS)):
+        torch.manual_seed(0)
+        model, tokenizer = world.load()
+        edits = even_edits(tokenizer)
+        out = folder / f"{host}-{name}-{size}-{rank}"
+        try:
+            HOSTS[host](model, tokenizer, edits, callbacks(name, edits), STEPS, **options(host, name, rank, size))
+        except Exception:
+            out.with_suffix(".txt").write_text(traceback.format_exc())
+            continue
+        state = {name: p.detach().clone() for name, p in model.named_parameters()}
+        save_file(state, out.with_suffix(".safetensors"))
     if size > 1:
         traps(folder, rank)
         gc.collect()
         dist.barrier()
-        # Gloo can abort in its own teardown after everything is done.
+        # Gloo may abort the process during an ordinary exit, after the work is done.
         os._exit(0)
 
 

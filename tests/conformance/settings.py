@@ -1,10 +1,12 @@
-"""The one table that every callback joins; from it each is run through every host."""
+"""The table of callbacks that the conformance tests run in every host."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import pytest
 
 from kedit_train import callbacks
 from kedit_train.callbacks import (
@@ -32,15 +34,14 @@ from kedit_train.evaluation.options import EvaluationOptions
 SHORT = EvaluationOptions(max_new_tokens=8)
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 
-# Name (of the class, and what it is set to) -> a list with the callback (and what it cannot work without), made anew
-# for every run from the edits.
+# Name of the callback -> a function of the edits that returns a new instance, with the callbacks that it requires.
 SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenLoss": lambda edits: [TokenLoss("dft", epsilon=0.05)],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, weight=10.0, batch_size=2)],
     "BatchAnchor": lambda edits: [BatchAnchor(weight=10.0)],
-    # Their scope is the first setting's, so that all can be on one list.
+    # The same scope as in the first setting, so that all callbacks can be on one list.
     "NullSpace": lambda edits: [
         NullSpace(texts=TEXTS, batch_size=2),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
@@ -69,8 +70,23 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
 }
 
 
+def one_host_each(names: Iterable[str], hosts: Iterable[str]) -> list[Any]:
+    """Return test parameters (callback, host) for all pairs, of which the default run takes some.
+
+    It runs each callback in one host, another one for the next callback, and ``KLLocality`` in all hosts. The other
+    pairs are marked as slow.
+    """
+    hosts, parameters = list(hosts), []
+    for i, name in enumerate(names):
+        for host in hosts:
+            in_default_run = name == "KLLocality" or host == hosts[i % len(hosts)]
+            marks = () if in_default_run else pytest.mark.slow
+            parameters.append(pytest.param(name, host, id=f"{name}-{host}", marks=marks))
+    return parameters
+
+
 def public_callbacks() -> set[str]:
-    """Every callback that users can import, the base class aside."""
+    """Return the names of all public callbacks except the base class."""
     return {
         name
         for name in callbacks.__all__

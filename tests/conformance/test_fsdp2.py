@@ -1,4 +1,4 @@
-"""FSDP2 on two gloo processes: every constraint exact on the gathered weights, the single process within rounding."""
+"""FSDP2 on two gloo processes: constraints hold exactly, and the weights are those of one process up to rounding."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from kedit_train import world
 
+pytestmark = pytest.mark.xdist_group("fsdp2")
 TESTS = Path(__file__).resolve().parents[1]
 SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 
@@ -37,7 +38,7 @@ def base() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("style", ["layers", "root"])
 @pytest.mark.parametrize("case", shards.CASES)
-def test_shards_are_the_single_process(case: str, style: str, folder: Path) -> None:
+def test_sharded_training_ends_with_the_weights_of_one_process(case: str, style: str, folder: Path) -> None:
     alone = load_file(folder / f"{case}-one-0.safetensors")
     first, second = (load_file(folder / f"{case}-{style}-{rank}.safetensors") for rank in range(2))
     before, moved = base(), 0
@@ -51,7 +52,7 @@ def test_shards_are_the_single_process(case: str, style: str, folder: Path) -> N
     assert moved
     rows, own = (json.loads((folder / f"{case}-{which}-0.json").read_text()) for which in (style, "one"))
     for row, expected in zip(rows, own, strict=True):
-        # Counts of tokens are of this process's rows, everything else of the whole.
+        # Token counts are those of this process; all other metrics are global.
         assert {k: v for k, v in row.items() if "tokens" not in k} == pytest.approx(
             {k: v for k, v in expected.items() if "tokens" not in k}, rel=2e-2, abs=1e-6
         )
@@ -73,7 +74,7 @@ def test_scope_mask_and_balls_are_exact_on_the_gathered_weights(style: str, fold
 
 @pytest.mark.parametrize("style", ["layers", "root"])
 @pytest.mark.parametrize("case", ["kl", "everything"])
-def test_the_divergence_is_not_silently_zero(case: str, style: str, folder: Path) -> None:
+def test_the_kl_divergence_is_not_silently_zero(case: str, style: str, folder: Path) -> None:
     found = [row["edit/locality/kl"] for row in json.loads((folder / f"{case}-{style}-0.json").read_text())]
     assert abs(found[0]) < 1e-6
     assert min(found[1:]) > 1e-5
@@ -81,7 +82,7 @@ def test_the_divergence_is_not_silently_zero(case: str, style: str, folder: Path
 
 @pytest.mark.parametrize("style", ["layers", "root"])
 @pytest.mark.parametrize("case", ["exact", "everything"])
-def test_the_model_before_the_edit_is_reached_and_left(case: str, style: str, folder: Path) -> None:
+def test_reference_model_gives_the_model_before_the_edit_and_restores_it(case: str, style: str, folder: Path) -> None:
     answers = load_file(folder / f"{case}-{style}-0-answers.safetensors")
     model = world.load()[0]
     with torch.no_grad():
@@ -109,7 +110,7 @@ def test_the_model_before_the_edit_is_reached_and_left(case: str, style: str, fo
         ("gradients", "no gradient has reached the sharded parameters in scope"),
     ],
 )
-def test_what_shards_do_not_allow_is_refused_before_the_first_step(what: str, why: str, folder: Path) -> None:
+def test_unsupported_combinations_are_errors_before_the_first_step(what: str, why: str, folder: Path) -> None:
     for rank in range(2):
         message = json.loads((folder / f"refused-{rank}.json").read_text())[what]
         assert message.startswith("after 0 steps: "), message

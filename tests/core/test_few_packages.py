@@ -15,7 +15,7 @@ BLOCKED = {"trl", "wandb", "datasets", "peft", "rich", "matplotlib", "jsonargpar
 
 
 class Missing:
-    # Finds what is installed but for the blocked packages, whose metadata are gone as well.
+    # Finds every installed package except the blocked ones, and no metadata of those.
 
     def __init__(self, finder):
         self.finder = finder

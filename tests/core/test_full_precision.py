@@ -1,4 +1,4 @@
-"""A half-precision scope trained in fp32: small steps count, names and dtypes stay."""
+"""FullPrecision: small updates of a half-precision scope are kept, names and dtypes stay."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def half_world(dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     return model.to(dtype), tokenizer
 
 
-class Looks(EditCallback):
-    """Remembers the scope as it was during training."""
+class Recorder(EditCallback):
+    """Keeps a copy of the weight during training."""
 
     order = 99
 
@@ -50,17 +50,17 @@ def test_small_updates_are_lost_in_bf16_and_kept_in_fp32(full_precision: bool) -
 
 
 @pytest.mark.parametrize("full_precision", [False, True])
-def test_a_narrow_ball_binds_in_fp32_where_bf16_cannot_move(full_precision: bool) -> None:
+def test_a_narrow_ball_binds_in_fp32_and_bf16_weights_cannot_move(full_precision: bool) -> None:
     model, tokenizer = half_world()
     before = model.get_parameter(NAME).detach().clone()
     scope = ParameterScope(layers=3, modules="mlp.down_proj", full_precision=full_precision)
-    looks = Looks()
-    # The rounding at the end cannot move them either, and it says so.
+    recorder = Recorder()
+    # After the conversion back to bf16 the weights have not moved either, which the warning says.
     with pytest.warns(UserWarning, match="cannot move: bfloat16"):
-        HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=8)), [scope, NormBall(5e-5), looks], 6)
-    # Neighbours in bf16 are at least 1.2e-4 apart here.
+        HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=8)), [scope, NormBall(5e-5), recorder], 6)
+    # The distance between neighboring bf16 numbers is at least 1.2e-4 here.
     large = before.float().abs() > 0.032
-    moved = (looks.weight.double() - before.double()).abs()[large]
+    moved = (recorder.weight.double() - before.double()).abs()[large]
     assert float(moved.max()) == (pytest.approx(5e-5, rel=1e-3) if full_precision else 0.0)
     assert float((model.get_parameter(NAME).detach().double() - before.double()).abs().max()) <= 5e-5
 
@@ -76,7 +76,7 @@ def test_a_ball_that_bf16_can_represent_holds_after_the_rounding() -> None:
 
 @pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "Lightning", "loop"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_names_dtypes_and_hooks_are_those_of_the_model_before(host: str, dtype: torch.dtype) -> None:
+def test_names_dtypes_and_hooks_are_restored(host: str, dtype: torch.dtype) -> None:
     model, tokenizer = half_world(dtype)
     layout = [(name, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.model.layers.modules()]
@@ -89,22 +89,22 @@ def test_names_dtypes_and_hooks_are_those_of_the_model_before(host: str, dtype: 
     assert moved == {name for name in before if ("layers.2.mlp" in name or "layers.3.mlp" in name)}
 
 
-def test_lightning_that_converts_the_model_itself() -> None:
+def test_a_model_that_lightning_converts_is_trained_in_fp32() -> None:
     model, tokenizer = world.load()
-    looks = Looks()
-    trained = [ParameterScope(layers=3, modules="mlp.down_proj"), looks]
+    recorder = Recorder()
+    trained = [ParameterScope(layers=3, modules="mlp.down_proj"), recorder]
     HOSTS["Lightning"](model, tokenizer, EditDataset(world.edits(n=8)), trained, 2, precision="bf16-true")
-    assert looks.weight.dtype == torch.float32
+    assert recorder.weight.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_tied_weights_compute_in_the_dtype_of_the_model_everywhere() -> None:
+def test_tied_weights_compute_in_the_dtype_of_the_model() -> None:
     first, second = nn.Linear(4, 4, bias=False).bfloat16(), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
     both = nn.Sequential(first, second)
     x = torch.randn(2, 4, dtype=torch.bfloat16)
     expected = both(x)
-    held = FullPrecision(both, {"0.weight": first.weight})
+    masters = FullPrecision(both, {"0.weight": first.weight})
     assert first.weight.dtype == torch.float32
     assert first.weight is second.weight
     out = both(x)
@@ -113,7 +113,7 @@ def test_tied_weights_compute_in_the_dtype_of_the_model_everywhere() -> None:
     out.sum().backward()
     assert first.weight.grad is not None
     assert first.weight.grad.dtype == torch.float32
-    held.remove()
+    masters.remove()
     assert first.weight.dtype == torch.bfloat16
     assert torch.equal(both(x), expected)
 

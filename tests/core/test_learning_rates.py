@@ -1,4 +1,4 @@
-"""The run knows with which learning rate each scoped parameter has just been stepped."""
+"""OptimizerSteps.learning_rates: the learning rate of each scoped parameter in the last step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from torch import nn
 from kedit_train.callbacks import EditCallback, editing
 
 
-class Watch(EditCallback):
-    """Keeps what constraints get to see."""
+class Recorder(EditCallback):
+    """Records the learning rates that a constraint can read."""
 
     constrains = True
 
     def attach(self, run):
-        self.edit, self.seen = run, []
+        self.edit, self.recorded = run, []
 
     def constrain(self, weights, reference):
-        self.seen.append(dict(self.edit.steps.learning_rates))
+        self.recorded.append(dict(self.edit.steps.learning_rates))
         return weights
 
 
-def test_rates_are_those_of_the_groups_at_this_step_and_only_of_what_was_stepped():
+def test_learning_rates_are_those_of_the_parameter_groups_of_this_step():
     model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abc"})
-    watch = Watch()
+    watch = Recorder()
     with editing(model, [watch]) as edit:
         a, b, c = (model[name].weight for name in "abc")
         first = torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.25)
@@ -37,7 +37,7 @@ def test_rates_are_those_of_the_groups_at_this_step_and_only_of_what_was_stepped
             second.step()
             first.zero_grad()
             second.zero_grad()
-    assert watch.seen == [
+    assert watch.recorded == [
         {"a.weight": 0.25, "b.weight": 0.5},
         {"c.weight": 0.125},
         {"a.weight": 0.125},

@@ -1,4 +1,4 @@
-"""A run that its loop left behind, or never told of its steps, is noticed at the first optimizer step."""
+"""A run that its loop abandoned, or does not announce steps to, is an error at the next optimizer step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Interrupt(TrainerCallback):
 
 
 @pytest.mark.parametrize("interrupted", [True, False], ids=["interrupted", "never trained"])
-def test_a_plain_trainer_after_an_unfinished_edit_is_told_and_the_model_released(interrupted: bool) -> None:
+def test_a_trainer_after_an_unfinished_edit_gets_an_error_and_the_model_is_released(interrupted: bool) -> None:
     model, _ = world.load()
     first = trainer(model, [ParameterScope(layers=2), TokenSmoothing(), *([Interrupt()] if interrupted else [])])
     if interrupted:
@@ -69,7 +69,7 @@ def test_a_model_made_by_model_init_is_the_one_that_is_edited() -> None:
     assert all(p.requires_grad for model in made for p in model.parameters())
 
 
-def test_a_loop_that_announces_no_step_is_told() -> None:
+def test_a_step_that_was_not_announced_is_an_error() -> None:
     model, tokenizer = world.load()
     batch = collator(tokenizer)(EditDataset(world.edits(n=4)).encode(tokenizer))
     with editing(model, [ParameterScope(layers=2), TokenSmoothing()], tokenizer=tokenizer) as edit:

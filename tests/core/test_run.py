@@ -1,4 +1,4 @@
-"""A run joins a model and leaves it as it was found, whatever happened in between."""
+"""EditRun: callbacks join it, constraints hold, and the model is an ordinary one afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IDS = torch.tensor([[5, 7, 11, 13, 17, 3], [2, 4, 8, 16, 32, 60]])
 
 
 def state(model: nn.Module) -> tuple[Any, ...]:
-    """Everything that an edit might leave on a model beside its values."""
+    """Return everything that an edit might leave on a model, except the weights."""
     hooks = [(n, list(m._forward_hooks), list(m._forward_pre_hooks), m.training) for n, m in model.named_modules()]
     grads = [(n, p.requires_grad) for n, p in model.named_parameters()]
     return hooks, grads, [sorted(m.__dict__) for m in model.modules()]
@@ -68,7 +68,7 @@ def test_nothing_is_left_after_a_failure_in_the_loop(tiny):
         lambda: [ParameterScope(1), KLLocality([" "])],
     ],
 )
-def test_nothing_is_left_where_a_callback_cannot_be_prepared(tiny, callbacks):
+def test_nothing_is_left_if_a_callback_cannot_be_prepared(tiny, callbacks):
     model = tiny("llama")
     before = state(model)
     with pytest.raises(EditError), editing(model, callbacks()):
@@ -76,7 +76,7 @@ def test_nothing_is_left_where_a_callback_cannot_be_prepared(tiny, callbacks):
     assert state(model) == before
 
 
-def test_an_empty_list_of_callbacks_is_refused(tiny):
+def test_an_empty_list_of_callbacks_is_an_error(tiny):
     with pytest.raises(EditError) as error, editing(tiny("llama"), []):
         pass
     assert str(error.value) == "editing: callbacks must not be empty, or nothing would be constrained."
@@ -90,24 +90,24 @@ def saved_and_loaded(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("take", [copy.deepcopy, saved_and_loaded, lambda m: pickle.loads(pickle.dumps(m))])
-def test_a_copy_of_a_model_under_edit_is_an_ordinary_model(tiny, take):
+def test_a_copy_of_a_model_during_an_edit_is_an_ordinary_model(tiny, take):
     model = tiny("llama")
-    want = model(input_ids=IDS, labels=IDS)
+    expected = model(input_ids=IDS, labels=IDS)
     with editing(model, [ParameterScope(1), TokenLoss("uniform", label_weight=0.5, epsilon=0.05)]) as edit:
         edit.before_step()
         ours = model(input_ids=IDS, labels=IDS).loss
         other = take(model)
-        got = other(input_ids=IDS, labels=IDS)
-        assert torch.equal(got.loss, want.loss)
-        assert torch.equal(got.logits, want.logits)
-        assert not torch.equal(ours, want.loss)
+        copied = other(input_ids=IDS, labels=IDS)
+        assert torch.equal(copied.loss, expected.loss)
+        assert torch.equal(copied.logits, expected.logits)
+        assert not torch.equal(ours, expected.loss)
         assert getattr(other, "_kedit_run", None) is None
         with editing(other, [TokenLoss("uniform", label_weight=0.5, epsilon=0.05)]) as second:
             second.before_step()
             torch.testing.assert_close(other(input_ids=IDS, labels=IDS).loss, ours)
         torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, ours)
         ours.backward()
-    assert torch.equal(model(input_ids=IDS, labels=IDS).loss, want.loss)
+    assert torch.equal(model(input_ids=IDS, labels=IDS).loss, expected.loss)
 
 
 def test_another_loop_on_the_same_model_takes_over(tiny):
@@ -123,11 +123,11 @@ def test_another_loop_on_the_same_model_takes_over(tiny):
     two = EditRun.join(model, ParameterScope(0), second)
     assert one.closed
     assert not two.closed
-    # What the first froze is not taken for what was frozen before.
+    # The second run does not inherit the parameters that the first one froze.
     assert {name.split(".")[2] for name in two.scope} == {"0"}
     assert not any(m._forward_hooks for m in model.modules())
     one.finish(scope)
-    assert not two.closed, "the end of the first loop is no event of the second"
+    assert not two.closed, "the end of the first loop must not end the second run"
     two.close()
     assert state(model) == before
 
@@ -142,7 +142,7 @@ def test_the_same_callbacks_serve_a_second_run(tiny):
             assert edit.run.step == 1
 
 
-def test_optimizers_of_other_models_are_none_of_its_business(tiny):
+def test_optimizers_of_other_models_are_ignored(tiny):
     model, other = tiny("llama"), nn.Linear(2, 2)
     foreign = torch.optim.SGD(other.parameters(), lr=0.1)
     with editing(model, [ParameterScope(1), TokenSmoothing()]) as edit:
@@ -157,8 +157,8 @@ def test_optimizers_of_other_models_are_none_of_its_business(tiny):
         assert edit.run.step == 1
 
 
-class Plus(EditCallback):
-    """First in order: back to the reference, plus one. Second: doubled."""
+class SetWeights(EditCallback):
+    """With order 1 it sets the reference plus one, with order 2 it doubles the weights."""
 
     constrains = True
 
@@ -172,10 +172,10 @@ class Plus(EditCallback):
 
 
 @pytest.mark.parametrize("scope", [[], [ParameterScope(1, modules="down_proj")]], ids=["everything", "scope"])
-def test_constraints_hold_after_every_step_in_their_order_whatever_the_list_says(tiny, scope):
+def test_constraints_are_applied_in_their_order_not_in_that_of_the_list(tiny, scope):
     model = tiny("llama")
     start = snapshot(dict(model.named_parameters()))
-    with editing(model, [Plus(2), *scope, Plus(1)]) as edit:
+    with editing(model, [SetWeights(2), *scope, SetWeights(1)]) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1)
         for _ in range(2):
             step(edit, model, optimizer)
@@ -184,7 +184,7 @@ def test_constraints_hold_after_every_step_in_their_order_whatever_the_list_says
                 assert torch.equal(parameter, (start[name] + 1.0) * 2.0 if constrained else start[name])
 
 
-def test_unedited_is_the_model_before_and_the_edited_one_comes_back_bitwise(tiny):
+def test_reference_model_gives_the_model_before_the_edit_and_restores_the_edited_one_bit_for_bit(tiny):
     model = tiny("llama")
     with torch.no_grad():
         before = model(input_ids=IDS).logits
@@ -199,7 +199,7 @@ def test_unedited_is_the_model_before_and_the_edited_one_comes_back_bitwise(tiny
             assert not torch.equal(after, before)
 
 
-def test_without_a_scope_the_unedited_model_is_gone_after_a_step(tiny):
+def test_without_a_scope_there_is_no_reference_model_after_a_step(tiny):
     model = tiny("llama")
     with editing(model, [TokenSmoothing()]) as edit:
         step(edit, model, torch.optim.SGD(edit.parameters(), lr=1.0))
@@ -209,7 +209,7 @@ def test_without_a_scope_the_unedited_model_is_gone_after_a_step(tiny):
             edit.run.reference_model().__enter__()
 
 
-def test_holding_restores_after_a_failure():
+def test_temporary_values_are_restored_after_a_failure():
     linear = nn.Linear(3, 3)
     named = dict(linear.named_parameters())
     own = snapshot(named)
@@ -227,7 +227,7 @@ def test_holding_restores_after_a_failure():
         ("/no/such/folder", "no tokenizer found at '/no/such/folder' ("),
     ],
 )
-def test_no_tokenizer(tiny, name, message):
+def test_a_missing_tokenizer_is_an_error(tiny, name, message):
     run = EditRun(tiny("llama"), Host(object()))
     with pytest.raises(EditError) as error:
         run.tokenizer(name)
@@ -236,15 +236,15 @@ def test_no_tokenizer(tiny, name, message):
     run.close()
 
 
-def test_the_edits_of_a_run_are_those_that_somebody_knows(tiny):
-    """A callback's word comes first; and what another project's data module calls edits is none of ours."""
-    mine, told = [Edit("w1", "w2")], [Edit("w3", "w4")]
+def test_the_edits_of_a_run_come_from_a_callback_or_the_host(tiny):
+    """A callback has precedence; an attribute of the host that does not hold edits is ignored."""
+    from_host, from_callback = [Edit("w1", "w2")], [Edit("w3", "w4")]
     with editing(tiny("llama"), [ParameterScope(1)]) as edit:
         assert list(edit.run.edits) == []
-    with editing(tiny("llama"), [ParameterScope(1)], edits=mine) as edit:
-        assert list(edit.run.edits) == mine
-        edit.run.edits = told
-        assert list(edit.run.edits) == told
+    with editing(tiny("llama"), [ParameterScope(1)], edits=from_host) as edit:
+        assert list(edit.run.edits) == from_host
+        edit.run.edits = from_callback
+        assert list(edit.run.edits) == from_callback
     for other in (object(), ["added an edge"], "edits.jsonl", []):
         with editing(tiny("llama"), [ParameterScope(1)], edits=other) as edit:
             assert list(edit.run.edits) == []

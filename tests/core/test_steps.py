@@ -1,4 +1,4 @@
-"""Optimizer steps with closures, and two callbacks of one kind on one model."""
+"""Optimizer steps with closures, and several callbacks of one class on one model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def closure_of(model, optimizer):
 
 
 @pytest.mark.parametrize("callback", [Pull, Idle])
-def test_a_closure_in_a_plain_loop_is_refused_where_it_would_make_a_callback_void(callback):
+def test_a_closure_is_an_error_if_a_callback_needs_the_gradients_before_the_step(callback):
     model = nn.Linear(4, 4)
     with editing(model, [callback()]) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
@@ -50,7 +50,7 @@ def test_a_closure_in_a_plain_loop_is_refused_where_it_would_make_a_callback_voi
             optimizer.step(closure_of(model, optimizer))
 
 
-def test_a_closure_has_to_be_announced_like_any_step():
+def test_a_step_with_a_closure_must_be_announced():
     model = nn.Linear(4, 4)
     with editing(model, [NormBall()]) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
@@ -58,7 +58,7 @@ def test_a_closure_has_to_be_announced_like_any_step():
             optimizer.step(closure_of(model, optimizer))
 
 
-def test_constraints_hold_with_an_optimizer_that_lives_on_closures():
+def test_constraints_hold_with_lbfgs():
     torch.manual_seed(0)
     model = nn.Linear(4, 4, bias=False)
     before = model.weight.detach().clone()
@@ -74,10 +74,10 @@ def test_constraints_hold_with_an_optimizer_that_lives_on_closures():
 
 
 @pytest.mark.parametrize("kind", [ParameterScope, lambda: NullSpace("world"), lambda: LowCurvature("world")])
-def test_a_second_one_of_a_kind_that_can_be_there_once_is_refused(kind):
+def test_a_second_callback_of_a_class_that_allows_one_is_an_error(kind):
     model = nn.Linear(4, 4)
     first = kind()
-    # The first may refuse this model for reasons of its own; the pair is refused before that matters.
+    # prepare() may raise another error for this model, so it is replaced.
     first.prepare = second_prepare = lambda run: None
     second = kind()
     second.prepare = second_prepare
@@ -89,7 +89,7 @@ def test_a_second_one_of_a_kind_that_can_be_there_once_is_refused(kind):
     assert not hasattr(model, "_kedit_run")
 
 
-def test_metrics_of_two_callbacks_of_one_kind_stand_side_by_side():
+def test_callbacks_of_one_class_log_under_numbered_keys():
     class One(EditCallback):
         def metrics(self, run):
             return {"edit/locality/kl": 1.0}

@@ -1,4 +1,4 @@
-"""The callback: what it saves is what was trained, in its own dtype, behind every constraint; else it says so."""
+"""SaveDelta: the file contains the trained weights, bit for bit, in the dtype of the model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(model: Any, callbacks: list[Any], edits: EditDataset, steps: int = 4, lr
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scoped", [True, False])
-def test_the_file_is_what_was_trained(dtype, scoped, tmp_path, capsys):
+def test_the_file_contains_the_trained_weights(dtype, scoped, tmp_path, capsys):
     model, edits = world.load()[0].to(dtype), EditDataset(world.edits(n=8))
     base, path = copy.deepcopy(model), tmp_path / "runs" / "edit.safetensors"
     saver = SaveDelta(str(path), edits=edits, license="none")
@@ -77,7 +77,7 @@ def test_a_run_on_adapters_saves_the_merged_weights(host, tmp_path):
 
 
 class Scores(EditMetrics):
-    """Reliability by decree: highest at step 4 of 8, where locality is better than at step 2."""
+    """Publishes prepared scores: the best step is 4 of 8, where locality is higher than at step 2."""
 
     def after_step(self, run: Any) -> None:
         if run.step % self.every_n_steps == 0:
@@ -85,7 +85,7 @@ class Scores(EditMetrics):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_best_step_is_saved_and_the_model_goes_on_from_the_last(dtype, tmp_path):
+def test_the_best_step_is_saved_and_the_model_keeps_the_last(dtype, tmp_path):
     edits = EditDataset(world.edits(n=8))
 
     def train(steps: int, at: str, name: str) -> tuple[EditDelta, Any]:
@@ -103,7 +103,7 @@ def test_the_best_step_is_saved_and_the_model_goes_on_from_the_last(dtype, tmp_p
     assert best.meta["configuration"] | {"callbacks": 0} == {"callbacks": 0, "step": 4, "steps": 8}
     assert equal_bits({"w": best.changes[name].after}, {"w": at_four.changes[name].after})
     assert not torch.equal(best.difference(name), at_end.difference(name))
-    # The model itself is left at its last step.
+    # The model itself keeps the weights of its last step.
     assert equal_bits(state_of(model), state_of(last))
     assert equal_bits(state_of(best.apply(world.load()[0].to(dtype))), state_of(stopped))
 
@@ -121,44 +121,44 @@ def test_the_best_so_far_survives_a_resume(tmp_path):
     assert torch.equal(other._values["w.x"], saver._values["w.x"])
 
 
-def test_nothing_moved_and_arguments_that_make_no_sense(tmp_path):
+def test_unchanged_weights_and_invalid_arguments_are_errors(tmp_path):
     edits, path = EditDataset(world.edits(n=4)), str(tmp_path / "edit.safetensors")
-    with pytest.raises(EditError, match="SaveDelta: no weight has moved in 2 steps, so there is no edit to save"):
+    with pytest.raises(EditError, match="SaveDelta: no weight has changed in 2 steps, so there is no edit to save"):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits, steps=2, lr=0.0)
     assert not Path(path).exists()
     with pytest.raises(
         EditError, match=r"reads the reliability that EditMetrics measures; add EditMetrics\(every_n_steps=20\)"
     ):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path, at="best")], edits)
-    with pytest.raises(EditError, match="at='middle' is no moment"):
+    with pytest.raises(EditError, match="""SaveDelta: at must be "end" or "best", got 'middle'"""):
         SaveDelta(path, at="middle")  # type: ignore[arg-type]
-    with pytest.raises(EditError, match=r"end it in .safetensors"):
+    with pytest.raises(EditError, match=r"path must be a path that ends in \.safetensors, got 'edit.pt'"):
         SaveDelta("edit.pt")
 
 
-def test_a_file_that_is_not_what_was_trained_is_an_error(tmp_path, monkeypatch):
-    """A disk that gives other bytes back than it was given."""
+def test_a_file_that_does_not_reproduce_the_trained_weights_is_an_error(tmp_path, monkeypatch):
+    """A disk that returns other bytes than were written."""
     edits, path = EditDataset(world.edits(n=4)), str(tmp_path / "edit.safetensors")
     load = EditDelta.load
 
-    def spoiled(where: Any) -> EditDelta:
+    def load_and_change(where: Any) -> EditDelta:
         delta = load(where)
         (change,) = delta.changes.values()
         change.after.view(-1)[0] += 1.0
         return delta
 
-    monkeypatch.setattr(EditDelta, "load", spoiled)
+    monkeypatch.setattr(EditDelta, "load", load_and_change)
     with pytest.raises(
-        EditError, match=r"does not give the trained model.layers.2.mlp.down_proj.weight; do not use it"
+        EditError, match=r"does not reproduce the trained model.layers.2.mlp.down_proj.weight; do not use the file"
     ):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits)
 
 
-def test_negation_forgets_what_it_was_trained_on_before_what_lies_beside_it():
-    """The world's own facts are trained further; the base minus a multiple of that no longer tells them."""
+def test_a_negative_multiple_of_a_delta_forgets_what_it_was_trained_on():
+    """Train known facts further; the base minus a multiple of that delta no longer answers with them."""
     known = [
-        # The true answers: of what the base does not know, nothing can be forgotten. Beside each, a fact that has the
-        # same answer: the aligned case, in which forgetting without harm is not to be expected (arXiv 2504.10957).
+        # The true answers, because a model cannot forget what it does not know. The neighbor of each fact has the same
+        # answer, a case in which some of the neighbors are expected to be forgotten too (arXiv 2504.10957).
         replace(
             edit,
             target=str(edit.old_target),
@@ -182,7 +182,6 @@ def test_negation_forgets_what_it_was_trained_on_before_what_lies_beside_it():
     found = sweep(base, EditDelta.between(base, model), forgotten, coefficients=[-8.0, -12.0], keep_locality=0.5)
     assert equal_bits(state_of(base), state_of(world.load()[0]))
     assert found.points[-1].coefficient == found.points[-1].reliability == 0.0
-    # Three facts in four are gone, and four in seven of the others still there.
     assert found.best.reliability >= 0.5
     assert found.best.locality >= 0.5
     assert found.best.reliability + found.best.locality > 1.2
