@@ -202,7 +202,7 @@ def test_the_trainers_evaluations_get_the_scores_and_select_the_best_model(edits
     assert reached[best] > 0.0
     assert state.best_metric == reached[best]
     assert state.best_global_step == best
-    # Training continued for two evaluations after the best one. The report is that of the best model, loaded at the end.
+    # Training went on for two evaluations after the best one. The report is that of the best model, loaded at the end.
     assert state.global_step == best + 4
     assert metrics.report is not None
     assert metrics.report.flat()["edit/reliability"] == reached[best]
