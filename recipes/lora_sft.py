@@ -1,13 +1,13 @@
-"""A LoRA run in TRL that becomes an edit by one import and a list: nothing else in it is about editing.
+"""Turn a LoRA run in TRL into an edit with one import and one list of callbacks.
 
     python recipes/lora_sft.py
     python recipes/lora_sft.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt
-    python recipes/lora_sft.py --plain          the same run without the callbacks but the one that reports
+    python recipes/lora_sft.py --plain          # the same run with EditMetrics as its only callback
 
 Expected: reliability 0.95 to 1.00, generality 0.38 to 0.85, locality 0.90 to 1.00; 39 s (2026-11-22).
 
-Result: a table in the terminal, and in the output folder report.json, the adapter and edit.safetensors, which
-`kedit apply` adds to the base model.
+The script prints a table. It writes report.json, the adapter and edit.safetensors to the output folder; `kedit apply`
+adds the latter to the base model.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from kedit_train.pretrained import load_model
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A LoRA run with TRL, as an edit.")
-    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or 'world'")
-    parser.add_argument("--edits", default=world.NAME, help="a file of edits, or 'world'")
-    parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
+    parser = argparse.ArgumentParser(description="Edit a model with LoRA in TRL.")
+    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
+    parser.add_argument("--edits", default=world.NAME, help="a file of edits, or world (default)")
+    parser.add_argument("--texts", help="a file of texts that must stay (default for world: its own texts)")
     parser.add_argument("--output_dir", default="runs/lora_sft")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--epochs", type=float, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="without what makes it an edit")
+    parser.add_argument("--plain", action="store_true", help="train without constraints")
     return parser.parse_args()
 
 
 def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
-        raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
+        raise EditError("--texts is missing: give a file of texts that must stay (.txt, one text per line).")
     edits = EditDataset.load(given.edits, limit=24 if world.is_world(given.edits) else None)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

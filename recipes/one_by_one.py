@@ -1,19 +1,18 @@
-"""Edits that come one after the other, each trained alone by the same process as soon as it is there.
+"""Train edits one after the other, each alone, in one process.
 
     python recipes/one_by_one.py
-    python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt --lr 1e-4
-    python recipes/one_by_one.py --plain          the same runs without what must stay: 0.79 of the other answers
+    python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts keep.txt --learning_rate 1e-4
+    python recipes/one_by_one.py --plain          # the same without constraints: keeps 0.79 of the other answers
 
 Expected: reliability 0.95 to 1.00, generality 0.87 to 0.98, locality 0.89 to 1.00; 75 s (2026-11-22).
 
-What each run holds is the model before the first edit and the edits since (``KLLocality(sequential=True)``), and all
-of them together stay within a ball around the weights before the first (``NormBall``): where edits are many, that keeps
-most of what no text says. Where edits can be trained together, that is better: kedit_default.yaml, and sequential.yaml
-for those of a day.
+Each run keeps the predictions of the model before the first edit and replays the edits since (``KLLocality`` with
+``sequential=True``). All edits together stay within a ball around the weights before the first edit (``NormBall``).
+With many edits, the ball keeps most of what the texts do not contain. If edits can be trained together, use
+kedit_default.yaml or sequential.yaml instead: that works better.
 
-Result: what is known after how many edits, in the terminal and as retention.png, and in the output folder report.json
-and edit.safetensors, which `kedit apply` adds to the base model; stopped in between, it has what was learned until
-then.
+The script prints how many edits are known after each edit. It writes retention.png, report.json and edit.safetensors;
+`kedit apply` adds the latter to the base model. If it is stopped early, edit.safetensors holds what was learned so far.
 """
 
 from __future__ import annotations
@@ -38,21 +37,21 @@ DELTA, REPORT, PICTURE = "edit.safetensors", "report.json", "retention.png"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Edits one after the other, each trained alone.")
-    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or 'world'")
-    parser.add_argument("--edits", default=world.NAME, help="a file of edits, in order, or 'world'")
-    parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
+    parser = argparse.ArgumentParser(description="Train edits one after the other, each alone.")
+    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
+    parser.add_argument("--edits", default=world.NAME, help="a file of edits in their order, or world (default)")
+    parser.add_argument("--texts", help="a file of texts that must stay (default for world: its own texts)")
     parser.add_argument("--output_dir", default="runs/one_by_one")
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--room", type=float, help="how far weights may go, of their norm before the first (0.5)")
-    parser.add_argument("--limit", type=int, help="how many edits; 24 of the world")
+    parser.add_argument("--learning_rate", type=float, default=6e-4)
+    parser.add_argument("--ball", type=float, help="radius of the ball as a fraction of the norm of the weights (0.5)")
+    parser.add_argument("--limit", type=int, help="number of edits (default for world: 24)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="without what must stay")
+    parser.add_argument("--plain", action="store_true", help="train without constraints")
     return parser.parse_args(given)
 
 
 def learning() -> list[EditCallback]:
-    """As kedit_default.yaml learns."""
+    """Return the callbacks that learn an edit, with the settings of kedit_default.yaml."""
     return [
         ParameterScope("0.3-1.0", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
@@ -60,35 +59,35 @@ def learning() -> list[EditCallback]:
     ]
 
 
-def constraints(texts: str, room: float, seed: int = 0) -> list[EditCallback]:
-    """What must stay. The instances live on from edit to edit, and so do their memories."""
-    # Ten times the penalty of a batch: one edit's gradients do not cancel, and half of the rows are earlier edits.
+def constraints(texts: str, ball: float, seed: int = 0) -> list[EditCallback]:
+    """Return the callbacks that keep the rest. The same instances serve all edits and remember the earlier ones."""
+    # The weight is ten times that of a batch, because the gradients of a single edit do not cancel.
     return [
         KLLocality(Texts(texts, seed=seed), weight=200.0, batch_size=32, sequential=True),
-        NormBall(norm="l2", per="scope", fraction=room),
+        NormBall(norm="l2", per="scope", fraction=ball),
     ]
 
 
 def check(given: argparse.Namespace) -> None:
-    """Refuse in this command's words, and before a model is loaded, what would come up later."""
-    for name in ("lr", "room", "limit"):
+    """Check the arguments before the model is loaded."""
+    for name in ("learning_rate", "ball", "limit"):
         value = getattr(given, name)
         if value is not None and not 0 < value < float("inf"):
-            raise EditError(f"--{name} {value:g}: give a number above 0")
+            raise EditError(f"--{name} must be > 0, got {value:g}.")
     if given.texts not in (None, world.NAME) and not Path(given.texts).is_file():
-        raise EditError(f"--texts {given.texts}: there is no such file")
-    if given.plain and (given.texts, given.room) != (None, None):
-        raise EditError("--plain holds nothing: leave out --texts and --room")
+        raise EditError(f"--texts: there is no file {given.texts!r}.")
+    if given.plain and (given.texts, given.ball) != (None, None):
+        raise EditError("--plain trains without constraints; leave out --texts and --ball.")
     if not given.plain and given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
-        raise EditError("--texts FILE: name texts that your model should answer as before (.txt with one a line)")
+        raise EditError("--texts is missing: give a file of texts that must stay (.txt, one text per line).")
     for name in (DELTA, REPORT, PICTURE):
         check_writable(Path(given.output_dir) / name)
     if find_spec("matplotlib") is None:
-        raise EditError("pictures need matplotlib: pip install 'kedit-train[report]'")
+        raise EditError("plots need matplotlib; install it with pip install 'kedit-train[report]'.")
 
 
-def main() -> None:
-    given = arguments()
+def main(command_line: list[str] | None = None) -> None:
+    given = arguments(command_line)
     check(given)
     out = Path(given.output_dir)
     limit = 24 if given.limit is None and world.is_world(given.edits) else given.limit
@@ -97,9 +96,10 @@ def main() -> None:
     base = copy.deepcopy(model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    room = 0.5 if given.room is None else given.room
-    held = [] if given.plain else constraints(given.texts or world.NAME, room, given.seed)
-    loop = TrainLoop(tokenizer, callbacks=[*learning(), *held], epochs=40, learning_rate=given.lr, stop_loss=0.0)
+    ball = 0.5 if given.ball is None else given.ball
+    keep = [] if given.plain else constraints(given.texts or world.NAME, ball, given.seed)
+    options = {"epochs": 40, "learning_rate": given.learning_rate, "stop_loss": 0.0}
+    loop = TrainLoop(tokenizer, callbacks=[*learning(), *keep], **options)
     finished = False
     try:
         result = run_edits(model, tokenizer, edits, mode="sequential", train=loop, seed=given.seed)
@@ -113,7 +113,7 @@ def main() -> None:
     print(result.markdown())
     for answer in result.report.answers:
         if answer.question == "reliability" and not answer.right:
-            print(f"not answered as edited: {answer.prompt!r} (it says {answer.answer!r})")
+            print(f"not learned: {answer.prompt!r} (the model answers {answer.answer!r})")
 
 
 if __name__ == "__main__":

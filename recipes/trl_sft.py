@@ -1,10 +1,10 @@
-"""The quickstart's edit inside an unmodified ``SFTTrainer``.
+"""Run the edit of quickstart.yaml in TRL's unmodified ``SFTTrainer``.
 
     python recipes/trl_sft.py
     python recipes/trl_sft.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt
     lightning run recipes/trl_sft.py --devices 2
 
-Result: a table in the terminal and report.json in the output folder.
+The script prints a table and writes report.json and the model to the output folder.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from kedit_train.processes import end_process_group
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Edit facts of a model inside an unmodified SFTTrainer.")
-    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or 'world'")
-    parser.add_argument("--edits", default=world.NAME, help="a file of edits, or 'world'")
-    parser.add_argument("--texts", help="a file of texts that must stay; the world's own are the default for the world")
+    parser = argparse.ArgumentParser(description="Edit a model in an unmodified SFTTrainer.")
+    parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
+    parser.add_argument("--edits", default=world.NAME, help="a file of edits, or world (default)")
+    parser.add_argument("--texts", help="a file of texts that must stay (default for world: its own texts)")
     parser.add_argument("--output_dir", default="runs/trl_sft")
     parser.add_argument("--epochs", type=float, default=60)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -40,9 +40,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
-        raise EditError(
-            "--texts FILE: name texts that your model should answer as before (.txt with one a line, .jsonl)"
-        )
+        raise EditError("--texts is missing: give a file of texts that must stay (.txt, one text per line).")
     edits = EditDataset.load(given.edits, limit=24 if world.is_world(given.edits) else None)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

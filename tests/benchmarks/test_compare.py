@@ -122,7 +122,7 @@ def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> Non
                 constraints = named.constraints("world", 0.5)
                 own_script = {repr(each) for each in (*named.learning(), *constraints)}
                 assert {repr(each) for each in made.values()} == own_script
-                assert method.lr == pytest.approx(given.lr)
+                assert method.lr == pytest.approx(given.learning_rate)
                 assert made["KLLocality"].batch_size == constraints[0].batch_size
             else:
                 assert "NormBall" not in made

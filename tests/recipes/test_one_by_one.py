@@ -1,17 +1,18 @@
-"""The script for edits that come one after the other, as a user runs it."""
+"""recipes/one_by_one.py, as a user runs it."""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kedit_train import EditDataset, EditDelta, catalog, evaluate, world
+from kedit_train import EditDataset, EditDelta, EditError, catalog, evaluate, world
 
 SCRIPT = catalog.folder("recipes") / "one_by_one.py"
 
@@ -22,7 +23,7 @@ def call(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=quiet, cwd=folder)
 
 
-def test_it_learns_edit_after_edit_and_leaves_what_came_of_it(tmp_path: Path) -> None:
+def test_it_learns_one_edit_after_the_other_and_writes_its_results(tmp_path: Path) -> None:
     done = call(tmp_path, "--limit", "2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("stopped at step") == 2
@@ -39,18 +40,19 @@ def test_it_learns_edit_after_edit_and_leaves_what_came_of_it(tmp_path: Path) ->
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(1, 6)}
 
 
-def test_the_texts_of_the_world_may_be_named(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_texts_of_the_world_can_be_named(tmp_path: Path) -> None:
     assert call(tmp_path, "--texts", "world", "--limit", "1").returncode == 0
 
 
-def test_plain_runs_without_what_must_stay(tmp_path: Path) -> None:
+def test_plain_runs_without_constraints(tmp_path: Path) -> None:
     done = call(tmp_path, "--plain", "--limit", "1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "KLLocality" not in done.stdout
     assert "NormBall" not in done.stdout
 
 
-def test_what_was_learned_before_an_error_is_kept(tmp_path: Path) -> None:
+def test_edits_learned_before_an_error_are_kept(tmp_path: Path) -> None:
     edits = EditDataset.load("world", limit=2)
     (tmp_path / "edits.jsonl").write_text(
         "".join(json.dumps({"prompt": edit.prompt, "target": edit.target}) + "\n" for edit in edits)
@@ -69,20 +71,27 @@ def test_what_was_learned_before_an_error_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--edits", "mine.jsonl"), "error: --texts FILE: name texts that your model should answer as before"),
-        (("--texts", "nowhere.txt"), "error: --texts nowhere.txt: there is no such file"),
-        (("--limit", "0"), "error: --limit 0: give a number above 0"),
-        (("--lr", "nan"), "error: --lr nan: give a number above 0"),
-        (("--plain", "--room", "1"), "error: --plain holds nothing: leave out --texts and --room"),
+        (("--edits", "mine.jsonl"), "--texts is missing: give a file of texts that must stay"),
+        (("--texts", "nowhere.txt"), "--texts: there is no file 'nowhere.txt'."),
+        (("--limit", "0"), "--limit must be > 0, got 0."),
+        (("--learning_rate", "nan"), "--learning_rate must be > 0, got nan."),
+        (("--plain", "--ball", "1"), "--plain trains without constraints; leave out --texts and --ball."),
         (("--output_dir", str(SCRIPT)), f"because {SCRIPT} is not a folder"),
-        (("--room", "0"), "error: --room 0: give a number above 0"),
+        (("--ball", "0"), "--ball must be > 0, got 0."),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(tmp_path: Path, options: tuple[str, ...], message: str) -> None:
-    done = call(tmp_path, *options)
+def test_a_wrong_argument_is_one_line_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], message: str
+) -> None:
+    script = runpy.run_path(str(SCRIPT))
+    monkeypatch.setitem(script["main"].__globals__, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(EditError) as error:
+        script["main"](["--output_dir", str(tmp_path), *options])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_ends_the_script_with_one_line(tmp_path: Path) -> None:
+    done = call(tmp_path, "--limit", "0")
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    # Before a model is loaded: nothing else is said.
-    assert done.stderr.splitlines() == [done.stderr.strip()]
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
+    assert done.stderr == "error: --limit must be > 0, got 0.\n"
