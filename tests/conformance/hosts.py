@@ -1,4 +1,4 @@
-"""The hosts that every callback is run through, each the stock loop with nothing of ours but the callbacks."""
+"""The training loops of the conformance tests. Each is an ordinary loop to which callbacks are added."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def collator(tokenizer: Any) -> Callable[[Any], dict[str, torch.Tensor]]:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Tokenised edits, as a dataset for a collator that takes them as they are."""
+    """Tokenized edits as a dataset. The collator takes the items unchanged."""
 
     def __init__(self, rows: Sequence[Any]) -> None:
         self.rows = rows
@@ -79,7 +79,7 @@ def sft_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], st
 
 
 class PlainModule(L.LightningModule):
-    """Somebody's module: it calls a causal language model with labels and knows nothing of edits."""
+    """A user's module that calls a causal language model with labels."""
 
     def __init__(self, model: Any, tokenizer: Any, optimizer: Any = None) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def lightning_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[An
     return trainer
 
 
-def by_hand(
+def hand_written_loop(
     setup: Callable[[Any, Any], tuple[Any, Any, Callable[[torch.Tensor], Any]]],
     model: Any,
     tokenizer: Any,
@@ -132,7 +132,7 @@ def by_hand(
     rank: int = 0,
     processes: int = 1,
 ) -> Any:
-    """A loop that takes the edits in their order; ``setup`` wraps model and optimizer and gives the backward pass."""
+    """Train on the edits in their order. ``setup`` wraps model and optimizer and returns the backward function."""
     rows, put = edits.encode(tokenizer), collator(tokenizer)
     model.train()
     with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as edit:
@@ -155,7 +155,7 @@ def plain_loop(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], ste
         wrapped = DistributedDataParallel(model) if extra.get("processes", 1) > 1 else model
         return wrapped, optimizer, lambda loss: loss.backward()
 
-    return by_hand(setup, model, tokenizer, edits, callbacks, steps, **extra)
+    return hand_written_loop(setup, model, tokenizer, edits, callbacks, steps, **extra)
 
 
 def fabric_loop(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
@@ -163,7 +163,7 @@ def fabric_loop(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], st
     options |= {name: extra.pop(name) for name in ("precision", "devices", "strategy") if name in extra}
     fabric = L.Fabric(**options)
     fabric.launch()
-    return by_hand(
+    return hand_written_loop(
         lambda model, optimizer: (*fabric.setup(model, optimizer), fabric.backward),
         model,
         tokenizer,

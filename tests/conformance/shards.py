@@ -1,4 +1,4 @@
-"""A plain loop under FSDP2 on the processes that torchrun started (or in one, unsharded); its results in a folder."""
+"""Train in a plain loop under FSDP2 on the processes that torchrun started, or unsharded in one; save the results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "l2": lambda: [scope(), NormBall(2e-2, norm="l2", per="scope"), WeightAnchor(strength=5.0, decoupled=False)],
     "kl": lambda: [scope(), KLLocality(texts=TEXTS, batch_size=2, weight=100.0)],
     "smoothing": lambda: [scope(), smoothing()],
-    # The head, tied to the embedding, lies in what FSDP2 keeps gathered between forward and backward pass.
+    # The head, tied to the embedding, is among the parameters that FSDP2 keeps gathered until the backward pass.
     "everything": lambda: [ParameterScope(), smoothing(), KLLocality(texts=TEXTS, batch_size=2, weight=10.0)],
 }
 REFUSED: dict[str, Callable[[], list[Any]]] = {
@@ -64,7 +64,7 @@ REFUSED: dict[str, Callable[[], list[Any]]] = {
 
 
 class Rows(EditCallback):
-    """Keeps every step's metrics, and what the model answers as it is, before the edit, and as it is again."""
+    """Records the metrics of every step, and logits of the edited, the reference and again the edited model."""
 
     order = 90
 
@@ -94,7 +94,7 @@ def shard(model: Any, style: str) -> None:
 
 
 def loss_of(model: Any, rows: Any, own: Any, size: int) -> Tensor:
-    """Cross-entropy a token of all processes' rows, times what the mean over processes divides by."""
+    """Return the mean cross-entropy over the tokens of all processes, times the number of processes."""
     labels = own["labels"][:, 1:].flatten()
     logits = model(input_ids=own["input_ids"], attention_mask=own["attention_mask"]).logits[:, :-1].flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") * size / (rows["labels"] != -100).sum()
@@ -110,7 +110,7 @@ def train(
     dtype: torch.dtype = torch.float32,
     loss: Any = None,
 ) -> dict[str, Tensor]:
-    """Returns the whole weights; ``before``: shard the model before the edit begins, not within it."""
+    """Train and return the gathered weights. ``before`` shards the model before the edit begins."""
     torch.manual_seed(0)
     loaded, tokenizer = world.load()
     model: Any = loaded
@@ -149,11 +149,11 @@ def refusal(case: list[Any], style: str, rank: int, size: int, **options: Any) -
         return f"after {len(stepped)} steps: {error}"
     finally:
         handle.remove()
-    return "not refused"
+    return "no error"
 
 
 def past_the_outputs(model: Any, own: Any) -> Tensor:
-    """A loss that FSDP2 is not told of: from within the model rather than from what it returns."""
+    """Return a loss that is not computed from the output of the model, so that FSDP2 does not notice it."""
     caught: list[Tensor] = []
     handle = model.model.norm.register_forward_hook(lambda module, args, output: caught.append(output))
     model(**own)
@@ -168,7 +168,7 @@ def main(folder: Path) -> None:
     for name, case in CASES.items():
         for style in ("layers", "root") if size > 1 else ("one",):
             rows = Rows()
-            # Both orders, one with each way to shard.
+            # One style is applied before the edit begins, the other one during it.
             weights = train([*case(), rows], style, rank, size, before=style == "root")
             save_file(weights, folder / f"{name}-{style}-{rank}.safetensors")
             save_file(rows.answers, folder / f"{name}-{style}-{rank}-answers.safetensors")
@@ -184,7 +184,7 @@ def main(folder: Path) -> None:
         (folder / f"refused-{rank}.json").write_text(json.dumps(refused))
         gc.collect()
         dist.barrier()
-        # Gloo can abort in its own teardown after everything is done.
+        # Gloo may abort the process during an ordinary exit, after the work is done.
         os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Every callback, in every host: it trains, it is the same instance twice, and it leaves without a trace."""
+"""Every callback in every host: it trains, can be used twice, and leaves no trace on the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def edits() -> EditDataset:
 
 
 def traces(model: Any) -> dict[str, Any]:
-    """Everything that a callback could leave behind on a model, its weights aside."""
+    """Return everything that a callback could leave behind on a model, except the weights."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {
         "hooks": {(name, kind): len(getattr(m, kind)) for name, m in model.named_modules() for kind in hooks},
@@ -39,19 +39,19 @@ def traces(model: Any) -> dict[str, Any]:
 
 
 def stock_traces(host: str, edits: EditDataset, trainers: int = 1) -> dict[str, Any]:
-    """What the host itself leaves behind: SFTTrainer hooks the embeddings for activation checkpointing."""
+    """Return what the host itself leaves behind. SFTTrainer hooks the embeddings for activation checkpointing."""
     model, tokenizer = world.load()
     for _ in range(trainers if host == "SFTTrainer" else 0):
         HOSTS[host](model, tokenizer, edits, [], 1)
     return traces(model)
 
 
-def test_every_callback_joins_the_table() -> None:
+def test_every_public_callback_has_a_setting() -> None:
     assert {name.split()[0] for name in SETTINGS} == public_callbacks()
 
 
 @pytest.mark.parametrize(("callback", "host"), BOTH)
-def test_trains_and_leaves_no_trace(callback: str, host: str, edits: EditDataset) -> None:
+def test_a_callback_trains_and_leaves_no_trace(callback: str, host: str, edits: EditDataset) -> None:
     model, tokenizer = world.load()
     expected_traces = stock_traces(host, edits)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -65,7 +65,7 @@ def test_trains_and_leaves_no_trace(callback: str, host: str, edits: EditDataset
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_one_instance_serves_two_models_and_any_order(host: str, edits: EditDataset) -> None:
+def test_instances_serve_two_models_in_any_order(host: str, edits: EditDataset) -> None:
     # Two that cannot be with others: one ends training, one would leave out what the anchor on the batch holds.
     alone = {"StopWhenEdited", "ActiveSet"}
     made = [item for make in SETTINGS.values() for item in make(edits) if type(item).__name__ not in alone]
@@ -81,7 +81,7 @@ def test_one_instance_serves_two_models_and_any_order(host: str, edits: EditData
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_a_failing_run_is_taken_over_by_the_next(host: str, edits: EditDataset) -> None:
+def test_a_run_after_a_failed_one_works(host: str, edits: EditDataset) -> None:
     class Breaks(ParameterScope):
         def after_step(self, run: Any) -> None:
             raise KeyError("broken on purpose")

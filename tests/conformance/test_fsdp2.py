@@ -104,7 +104,7 @@ def test_reference_model_gives_the_model_before_the_edit_and_restores_it(case: s
         ("GradientMask", "gradients per example cannot be computed for sharded parameters"),
         ("WeightAnchor", "gradients per example cannot be computed for sharded parameters"),
         ("head again", "the output head is sharded again after every forward pass"),
-        ("head alone", "the output head is in scope and sharded by itself"),
+        ("head alone", "the output head is in scope and fully_shard was applied to it"),
         ("half precision, False", "full_precision=True cannot train a half-precision scope in fp32"),
         ("half precision, True", "full_precision=True cannot train a half-precision scope in fp32"),
         ("gradients", "no gradient has reached the sharded parameters in scope"),

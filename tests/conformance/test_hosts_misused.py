@@ -1,4 +1,4 @@
-"""What users do to a trainer around an edit: another checkpoint, a callback twice, removed, added late."""
+"""Unusual uses of a trainer: another checkpoint, a callback that is listed twice, removed, or added late."""
 
 from __future__ import annotations
 
@@ -62,23 +62,23 @@ def saving(folder: Path, edits: EditDataset, **extra: Any) -> Trainer:
     return made
 
 
-def test_a_resumed_run_takes_the_reference_of_the_checkpoint_that_it_resumes(tmp_path, edits):
+def test_a_resumed_run_takes_the_reference_from_its_own_checkpoint(tmp_path, edits):
     saving(tmp_path / "a", edits)
     saving(tmp_path / "b", edits, shift=0.05)
-    # Its own folder has a checkpoint of the same step, of another edit.
+    # The output folder has a checkpoint of the same step of another edit.
     resumed = trainer(tmp_path / "b", edits, [scope(), NormBall(1e-3)])
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     before = world.load()[0].get_parameter(NAME)
     moved = resumed.model.get_parameter(NAME).detach().double() - before.detach().double()
     assert 0.0 < float(moved.abs().max()) <= 1e-3
-    # Moved to another place, where nothing tells which of the files is its own.
+    # After the folder was moved, the file of this edit cannot be found.
     (tmp_path / "a").rename(tmp_path / "c")
     lost = trainer(tmp_path / "b", edits, [scope(), NormBall(1e-3)])
     with pytest.raises(EditError, match="contains no state of this edit"):
         lost.train(resume_from_checkpoint=str(tmp_path / "c" / "checkpoint-2"))
 
 
-def test_a_constraint_that_is_missing_or_another_at_the_resume_is_told(tmp_path, edits):
+def test_resuming_with_other_constraints_is_an_error_or_a_warning(tmp_path, edits):
     saving(tmp_path, edits)
     without = trainer(tmp_path, edits, [scope()])
     with pytest.raises(EditError, match=r"was written with NormBall\(.* which is missing now"):
@@ -88,13 +88,13 @@ def test_a_constraint_that_is_missing_or_another_at_the_resume_is_told(tmp_path,
         wider.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_one_callback_twice_in_a_list_is_refused(tmp_path, edits):
+def test_the_same_callback_twice_in_a_list_is_an_error(tmp_path, edits):
     twice = scope()
     with pytest.raises(EditError, match="the same instance is twice in the trainer's callbacks"):
         trainer(tmp_path, edits, [twice, NormBall(1e-3), twice])
 
 
-def test_a_callback_that_was_removed_before_training_is_told(tmp_path, edits):
+def test_removing_a_callback_before_training_is_an_error(tmp_path, edits):
     kept = KLLocality(TEXTS)
     made = trainer(tmp_path, edits, [scope(), kept])
     made.remove_callback(kept)
@@ -103,7 +103,7 @@ def test_a_callback_that_was_removed_before_training_is_told(tmp_path, edits):
     assert all(p.requires_grad for p in made.model.parameters())
 
 
-def test_a_callback_that_was_removed_while_training_is_told(tmp_path, edits):
+def test_removing_a_callback_during_training_is_an_error(tmp_path, edits):
     ball = NormBall(1e-3)
 
     class Removes(EditCallback):
@@ -116,7 +116,7 @@ def test_a_callback_that_was_removed_while_training_is_told(tmp_path, edits):
     assert all(p.requires_grad for p in made.model.parameters())
 
 
-def test_callbacks_that_are_added_late_may_come_in_any_order(tmp_path, edits):
+def test_callbacks_may_be_added_later_in_any_order(tmp_path, edits):
     made = trainer(tmp_path, edits, [])
     made.add_callback(NullSpace(TEXTS))
     made.add_callback(scope())
@@ -167,7 +167,7 @@ def test_two_balls_in_lightning():
     assert float((module.net.weight.detach() - before).norm()) <= 1e-3
 
 
-def test_a_lightning_trainer_that_fits_on_begins_a_new_edit():
+def test_a_second_fit_of_a_lightning_trainer_begins_a_new_edit():
     module, ball = Module(), NormBall(1e-3, anchor="previous")
     made = fit(module, [ball])
     before = module.net.weight.detach().clone()
@@ -177,13 +177,13 @@ def test_a_lightning_trainer_that_fits_on_begins_a_new_edit():
     assert 0.0 < moved <= 1e-3
 
 
-def test_a_loss_whose_gradient_needs_its_own_value_is_refused():
+def test_a_loss_that_cannot_be_changed_in_place_is_an_error():
     anchor = WeightAnchor(strength=0.1, decoupled=False)
     with pytest.raises(EditError, match=r"Sqrt.*loss \* 1.0"):
         fit(Module(root=True, manual=True), [anchor])
 
 
-def test_averages_of_weights_are_refused():
+def test_weight_averaging_is_an_error():
     with pytest.raises(EditError, match="WeightAveraging"):
         fit(Module(), [GradientMask("random", density=0.5), EMAWeightAveraging()])
 

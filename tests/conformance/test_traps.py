@@ -1,4 +1,4 @@
-"""Each silent failure that somebody else's training loop holds in store does not happen, or is refused in one line."""
+"""Known traps of training loops, where an edit would fail silently. Each is avoided or is an error."""
 
 from __future__ import annotations
 
@@ -22,54 +22,56 @@ from kedit_train.functional import overtone_target, smoothed_loss, uniform_targe
 from kedit_train.functional.divergence import token_divergence
 
 TESTS = Path(__file__).resolve().parents[1]
-# What goes wrong without a word -> the tests that show that it does not.
-SHOWN = {
-    "1 TRL ignores model.loss_function": ["test_traps::test_the_loss_of_every_host_is_the_formula"],
-    "2 Lightning steps before the backward pass": ["test_traps::test_lightning_decides_on_gradients_of_this_step"],
-    "3 a backward pass of its own past DDP": ["test_ranks::test_two_processes_end_with_the_weights_of_one"],
+# Trap -> the tests which show that it is avoided.
+TRAPS = {
+    "1 TRL ignores model.loss_function": ["test_traps::test_every_host_trains_on_the_loss_of_the_formula"],
+    "2 Lightning steps before the backward pass": [
+        "test_traps::test_lightning_skips_by_the_gradients_of_this_step"
+    ],
+    "3 a separate backward pass bypasses DDP": ["test_ranks::test_two_processes_end_with_the_weights_of_one"],
     "4 freezing after DDP has wrapped the model": [
         "test_ranks::test_an_unsupported_strategy_is_an_error_before_the_first_step",
         "test_ranks::test_late_freezing_works_if_ddp_finds_unused_parameters",
     ],
-    "5 logging at the end of a step swallows the loss": ["test_traps::test_every_row_has_the_loss_and_the_metrics"],
-    "6 PEFT's disable_adapter thaws what was frozen": [
-        "test_traps::test_adapters_out_of_scope_stay_frozen_beside_a_divergence",
+    "5 logging at the end of a step swallows the loss": ["test_traps::test_every_log_row_has_the_loss_and_the_metrics"],
+    "6 PEFT's disable_adapter makes frozen parameters trainable": [
+        "test_traps::test_adapters_out_of_scope_stay_frozen_with_kl_locality",
         "test_other_trainers::test_with_adapters_what_is_out_of_scope_stays_frozen",
     ],
-    "7 FSDP2 ignores an exchange of p.data": [
+    "7 FSDP2 ignores a replaced p.data": [
         "test_fsdp2::test_the_kl_divergence_is_not_silently_zero",
         "test_fsdp2::test_reference_model_gives_the_model_before_the_edit_and_restores_it",
     ],
-    "8 a resumed run takes the checkpoint for the model before the edit": [
+    "8 a resumed run takes the checkpoint for the reference model": [
         "test_resume::test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one",
-        "test_traps::test_the_reference_of_a_resumed_run_is_the_model_before_the_edit",
+        "test_traps::test_a_resumed_run_restores_the_reference_values",
     ],
-    "9 wrapped optimizers have no hooks": ["test_traps::test_every_step_of_a_wrapped_optimizer_is_seen_once"],
+    "9 wrapped optimizers have no hooks": ["test_traps::test_every_step_of_a_wrapped_optimizer_is_counted_once"],
     "10 a loss that ignores num_items_in_batch": [
         "test_conditions::test_accumulated_batches_give_the_weights_of_one_batch"
     ],
-    "11 metrics that loggers before ours never see": ["test_traps::test_who_sees_the_metrics_of_a_row"],
-    "12 fabric.launch() within fabric run": ["test_started_runs::test_on_two_processes"],
-    "13 as many trainings as processes": [
-        "test_traps::test_a_trainer_that_knows_of_other_processes_than_there_are_is_refused",
+    "11 earlier loggers do not see the metrics": ["test_traps::test_later_callbacks_see_the_metrics_of_a_log_row"],
+    "12 fabric.launch() inside fabric run": ["test_started_runs::test_on_two_processes"],
+    "13 every process trains alone": [
+        "test_traps::test_a_trainer_with_another_number_of_processes_is_an_error",
         "test_started_runs::test_on_two_processes",
         "test_processes::test_the_trainers_own_count_has_the_last_word",
     ],
-    "14 bf16-true makes bf16 the default": ["test_traps::test_losses_do_not_depend_on_the_default_dtype"],
+    "14 bf16-true makes bf16 the default dtype": ["test_traps::test_losses_do_not_depend_on_the_default_dtype"],
     "15 a gradient hook that returns something": [
         "test_mask_holds::test_gradients_outside_of_the_mask_are_zero_when_clipping_sees_them_and_the_hooks_go"
     ],
-    "16 DPO cannot copy a model that lies nowhere": [
-        "test_traps::test_a_preference_trainer_that_fails_leaves_the_model_alone",
+    "16 DPO cannot copy a model that was not loaded from a path": [
+        "test_traps::test_a_preference_trainer_that_fails_releases_the_model",
         "test_other_trainers::test_scope_mask_ball_and_anchor_are_exact",
     ],
-    "17 gloo aborts in its own teardown": ["test_traps::test_scripts_of_several_processes_leave_in_step"],
+    "17 gloo aborts a process during its exit": ["test_traps::test_scripts_with_several_processes_end_together"],
 }
 
 
-@pytest.mark.parametrize("trap", SHOWN)
-def test_what_shows_it_exists(trap: str) -> None:
-    for where in SHOWN[trap]:
+@pytest.mark.parametrize("trap", TRAPS)
+def test_the_listed_tests_exist(trap: str) -> None:
+    for where in TRAPS[trap]:
         file, name = where.split("::")
         (path,) = TESTS.rglob(f"{file}.py")
         names = {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
@@ -87,17 +89,17 @@ def edits() -> EditDataset:
 
 class Losses(EditCallback):
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.losses: list[float] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.found += [logs["loss"]] if "loss" in logs else []
+        self.losses += [logs["loss"]] if "loss" in logs else []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any) -> None:
-        self.found.append(float(outputs["loss"]))
+        self.losses.append(float(outputs["loss"]))
 
 
 @pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "Lightning"])
-def test_the_loss_of_every_host_is_the_formula(host: str, edits: EditDataset) -> None:
+def test_every_host_trains_on_the_loss_of_the_formula(host: str, edits: EditDataset) -> None:
     model, tokenizer = world.load()
     batch = collator(tokenizer)(edits.encode(tokenizer))
     with torch.no_grad():
@@ -110,11 +112,11 @@ def test_the_loss_of_every_host_is_the_formula(host: str, edits: EditDataset) ->
     losses = Losses()
     HOSTS[host](model, tokenizer, edits, [scope(), TokenLoss("uniform", label_weight=0.5), losses], 1)
     assert abs(float(expected - stock)) > 0.1
-    assert losses.found[:1] == pytest.approx([float(expected)], rel=1e-4)
+    assert losses.losses[:1] == pytest.approx([float(expected)], rel=1e-4)
 
 
 class Gradients(EditCallback):
-    """What gradients the decision about a step is taken on, and those that the optimizer has stepped with."""
+    """Records the gradients in skip_step, and those that the optimizer used."""
 
     def attach(self, run: Any) -> None:
         self.decided: list[float] = []
@@ -125,12 +127,12 @@ class Gradients(EditCallback):
         return False
 
     def on_before_zero_grad(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        # Lightning clears them before the backward pass, within the closure.
+        # Lightning calls zero_grad() before the backward pass, inside the closure.
         run = self.run
         self.stepped += [float(p.grad.sum()) for p in run.scope.values() if p.grad is not None]
 
 
-def test_lightning_decides_on_gradients_of_this_step(edits: EditDataset) -> None:
+def test_lightning_skips_by_the_gradients_of_this_step(edits: EditDataset) -> None:
     model, tokenizer = world.load()
     gradients = Gradients()
     HOSTS["Lightning"](model, tokenizer, edits, [scope(), gradients], 3)
@@ -140,17 +142,16 @@ def test_lightning_decides_on_gradients_of_this_step(edits: EditDataset) -> None
 
 
 @pytest.mark.parametrize("host", ["Trainer", "SFTTrainer"])
-def test_every_row_has_the_loss_and_the_metrics(host: str, edits: EditDataset) -> None:
+def test_every_log_row_has_the_loss_and_the_metrics(host: str, edits: EditDataset) -> None:
     model, tokenizer = world.load()
     used = [scope(), TokenSmoothing(), KLLocality(texts=TEXTS)]
-    # More often than the trainer itself would log.
     trainer = HOSTS[host](model, tokenizer, edits, used, 3, logging_steps=1)
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all({"edit/locality/kl", "edit/tokens/active", "edit/drift/relative"} <= set(row) for row in rows)
 
 
-def test_adapters_out_of_scope_stay_frozen_beside_a_divergence(edits: EditDataset) -> None:
+def test_adapters_out_of_scope_stay_frozen_with_kl_locality(edits: EditDataset) -> None:
     from peft import LoraConfig
 
     class Trainable(EditCallback):
@@ -171,30 +172,28 @@ def test_adapters_out_of_scope_stay_frozen_beside_a_divergence(edits: EditDatase
     assert all(p.requires_grad for name, p in trainer.model.named_parameters() if "lora_" in name)
 
 
-class Keeps(EditCallback):
+class KeepReference(EditCallback):
     def finish(self, run: Any) -> None:
         self.reference = {name: value.clone() for name, value in run.reference.items()}
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("late", [False, True], ids=["callbacks=", "add_callback"])
-def test_the_reference_of_a_resumed_run_is_the_model_before_the_edit(
-    late: bool, edits: EditDataset, tmp_path: Path
-) -> None:
+def test_a_resumed_run_restores_the_reference_values(late: bool, edits: EditDataset, tmp_path: Path) -> None:
     saving = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
     tokenizer = world.load()[1]
     for steps in (2, 4):
-        model, keeps = world.load()[0], Keeps()
-        used = [scope(), NormBall(1e-2), keeps]
+        model, keep = world.load()[0], KeepReference()
+        used = [scope(), NormBall(1e-2), keep]
         built = trainer(model, edits, tokenizer, [] if late else used, steps=steps, **saving)
         built.args.restore_callback_states_from_checkpoint = True
         for callback in used if late else []:
-            # It then joins when the checkpoint's weights have been loaded.
+            # The callback joins after the weights of the checkpoint have been loaded.
             built.add_callback(callback)
         built.train(resume_from_checkpoint=steps == 4)
     base = world.load()[0]
-    assert keeps.reference
-    for name, value in keeps.reference.items():
+    assert keep.reference
+    for name, value in keep.reference.items():
         assert torch.equal(value.view(torch.int32), base.get_parameter(name).detach().view(torch.int32))
         assert not torch.equal(value, model.get_parameter(name))
 
@@ -209,21 +208,21 @@ def trainer(model: Any, edits: Any, tokenizer: Any, used: list[Any], steps: int 
 
 
 @pytest.mark.parametrize("host", HOSTS)
-def test_every_step_of_a_wrapped_optimizer_is_seen_once(host: str, edits: EditDataset) -> None:
+def test_every_step_of_a_wrapped_optimizer_is_counted_once(host: str, edits: EditDataset) -> None:
     class Steps(EditCallback):
         def attach(self, run: Any) -> None:
-            self.seen: list[int] = []
+            self.steps: list[int] = []
 
         def after_step(self, run: Any) -> None:
-            self.seen.append(run.step)
+            self.steps.append(run.step)
 
     model, tokenizer = world.load()
     steps = Steps()
     HOSTS[host](model, tokenizer, edits, [scope(), steps], 3)
-    assert steps.seen == [1, 2, 3]
+    assert steps.steps == [1, 2, 3]
 
 
-def test_who_sees_the_metrics_of_a_row(edits: EditDataset) -> None:
+def test_later_callbacks_see_the_metrics_of_a_log_row(edits: EditDataset) -> None:
     class Logger(TrainerCallback):
         def __init__(self) -> None:
             self.rows: list[dict[str, Any]] = []
@@ -242,7 +241,7 @@ def test_who_sees_the_metrics_of_a_row(edits: EditDataset) -> None:
     done = HOSTS["Trainer"](model, tokenizer, edits, [earlier, scope(), later], 2)
     assert all("edit/drift/relative" in row for row in later.rows)
     assert all("edit/drift/relative" in row for row in done.state.log_history if "loss" in row)
-    # It had its row before any callback on the list could add to it: said aloud where the trainer itself put it there.
+    # The earlier callback gets the row before the metrics are added. For the trainer's own loggers there is a warning.
     assert len(earlier.rows) == len(later.rows) == 2
     built = trainer(world.load()[0], edits, tokenizer, [scope()])
     built.args.report_to = ["wandb", "tensorboard"]
@@ -250,13 +249,13 @@ def test_who_sees_the_metrics_of_a_row(edits: EditDataset) -> None:
         built.callback_handler.call_event("on_train_begin", built.args, built.state, built.control)
 
 
-def test_a_trainer_that_knows_of_other_processes_than_there_are_is_refused(
+def test_a_trainer_with_another_number_of_processes_is_an_error(
     edits: EditDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer = world.load()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     alone = trainer(model, edits, tokenizer, [scope()])
-    # As on a machine of CPUs where use_cpu was left out: each process takes itself for the only one.
+    # On a machine without GPUs and without use_cpu=True each process believes to be the only one.
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EditError, match=r"2 processes were started but the trainer uses 1") as refusal:
         alone.train()
@@ -295,7 +294,7 @@ def test_the_weights_of_tokens_do_not_depend_on_the_default_dtype(reduction: Any
     with editing(model, [scope(), TokenSmoothing(reduction=reduction)], tokenizer=tokenizer) as edit:
         edit.before_step()
         for default in (torch.float32, torch.bfloat16):
-            # As Fabric and Lightning do around a forward pass with precision="bf16-true".
+            # Fabric and Lightning do this around a forward pass with precision="bf16-true".
             torch.set_default_dtype(default)
             try:
                 losses.append(model(**batch).loss)
@@ -305,7 +304,7 @@ def test_the_weights_of_tokens_do_not_depend_on_the_default_dtype(reduction: Any
     assert torch.equal(losses[0], losses[1])
 
 
-def test_a_preference_trainer_that_fails_leaves_the_model_alone() -> None:
+def test_a_preference_trainer_that_fails_releases_the_model() -> None:
     from datasets import Dataset
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl.trainer.dpo_config import DPOConfig
@@ -319,17 +318,17 @@ def test_a_preference_trainer_that_fails_leaves_the_model_alone() -> None:
     )
     rows = Dataset.from_list([{"prompt": "The fox", "chosen": " slept", "rejected": " ran"}])
     arguments = DPOConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to=[])
-    # It looks for the reference model under the name that this one was loaded by, and this one has none.
+    # DPOTrainer loads the reference model by the path of this model, which has none.
     with pytest.raises(Exception, match=r"(?i)repo|name_or_path|model"):
         DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[scope()])
-    # It fails after its callbacks were told of the model, and tells none of them; the next loop takes the model over.
+    # It fails after its callbacks have joined and does not tell them. The next loop takes the model over.
     assert not all(p.requires_grad for p in model.parameters())
     with editing(model, [scope()]) as edit:
         assert len(edit.parameters()) == 1
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_scripts_of_several_processes_leave_in_step() -> None:
+def test_scripts_with_several_processes_end_together() -> None:
     starting = [path for path in TESTS.rglob("*.py") if re.search(r"world_size=2|torchrun started", path.read_text())]
     assert {path.name for path in starting} >= {"ranks.py", "shards.py", "test_mask_holds.py"}
     for path in starting:
