@@ -1,4 +1,4 @@
-"""Real offline W&B runs of unmodified trainers, read back from their files."""
+"""Logging to W&B: offline runs of ordinary trainers, read back from their files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def edits() -> EditDataset:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "WANDB_CONSOLE": "off"}.items():
         monkeypatch.setenv(name, value)
-    # What another test set up in this process keeps that test's folder.
+    # W&B keeps the folder of an earlier test in this process.
     wandb.teardown()
     return tmp_path
 
@@ -49,7 +49,7 @@ def callbacks(edits: EditDataset) -> list[Any]:
 
 
 def the_rest(run: OfflineRun, edits: EditDataset, metrics: Any, delta: Path) -> None:
-    """What is in the run beside its series: tables, charts, configuration, summary, artifacts."""
+    """Check the tables, charts, configuration, summary and artifacts of a run."""
     content = run.table("edit/answers")
     assert content["columns"] == ["prompt", "target", "old_target", "before", "after", "right", "changed"]
     rows = content["data"]
@@ -87,16 +87,16 @@ def test_an_sft_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDataset
     wandb.finish()
     run = OfflineRun(folder)
     assert run.steps["edit/*"] == "train/global_step"
-    looks = run.series("edit/reliability", "train/global_step")
-    # Steps 2 and 4 during training, 5 at the end.
-    assert [step for step, _ in looks] == [2, 4, 5]
-    assert looks[-1][1] == scores["edit/reliability"]
+    evaluations = run.series("edit/reliability", "train/global_step")
+    # Evaluations take place at steps 2 and 4 and at the end of training.
+    assert [step for step, _ in evaluations] == [2, 4, 5]
+    assert evaluations[-1][1] == scores["edit/reliability"]
     assert [step for step, _ in run.series("edit/tokens/active", "train/global_step")] == [2, 4, 5]
     assert run.series("edit/locality/kl", "train/global_step")[-1][1] > 0
-    # The trainer's own rows are there, at its own steps, in the same run.
+    # The same run has the rows of the trainer, at their own steps.
     assert 5 in [step for step, _ in run.series("train/loss", "train/global_step")]
     assert run.summary["edit/locality"] == scores["edit/locality"]
-    # The trainer's own history has them too.
+    # The history of the trainer has them too.
     history = [row for row in trainer.state.log_history if "edit/reliability" in row]
     assert [row["step"] for row in history] == [2, 4, 5]
     the_rest(run, edits, metrics[0], delta)
@@ -115,11 +115,11 @@ def test_a_lightning_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDa
     wandb.finish()
     run = OfflineRun(folder)
     losses = dict(run.series("train_loss", "trainer/global_step"))
-    looks = run.series("edit/reliability", "trainer/global_step")
-    # Lightning numbers the row of the n-th step n - 1; ours share those rows, so each carries a loss as well.
-    assert [step for step, _ in looks] == [1, 3, 4]
+    evaluations = run.series("edit/reliability", "trainer/global_step")
+    # Lightning logs the n-th step under the number n - 1. The scores share those rows with the loss.
+    assert [step for step, _ in evaluations] == [1, 3, 4]
     assert set(losses) == {0, 1, 2, 3, 4}
-    assert looks[-1][1] == scores["edit/reliability"]
+    assert evaluations[-1][1] == scores["edit/reliability"]
     assert run.series("edit/locality/kl", "trainer/global_step")[-1][0] == 4
     assert run.steps["edit/*"] == "trainer/global_step"
     the_rest(run, edits, metrics[0], delta)
@@ -149,7 +149,7 @@ def test_the_progress_bar_of_transformers_shows_the_scores(
     assert "'edit/reliability'" in capsys.readouterr().out
 
 
-def test_without_wandb_nothing_is_missed(edits: EditDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_works_without_wandb(edits: EditDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     import builtins
 
     real = builtins.__import__

@@ -27,7 +27,7 @@ def records(path: Path) -> Iterator[Any]:
             continue
         length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         if at + 7 + length > len(data):
-            # Still being written.
+            # The file is still being written.
             return
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
@@ -39,7 +39,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 class OfflineRun:
-    """The only run below a folder: history, summary, metric definitions, configuration, artifacts (type -> files)."""
+    """The run in a folder: history, summary, metric definitions, configuration, artifacts (type -> files)."""
 
     def __init__(self, folder: Path) -> None:
         path, written = _complete(folder)
@@ -64,18 +64,17 @@ class OfflineRun:
                 self.artifacts[record.artifact.type] = [entry.path for entry in record.artifact.manifest.contents]
 
     def table(self, key: str) -> dict[str, Any]:
-        """Columns and data of the table that was logged under ``key``."""
+        """Return the columns and the data of the table that was logged under ``key``."""
         (path,) = [row[f"{key}/path"] for row in self.rows if f"{key}/path" in row]
         return json.loads((self.folder / "files" / path).read_text())
 
     def series(self, key: str, step: str) -> list[tuple[int, float]]:
-        """(step, value) of every row with ``key``."""
+        """Return (step, value) of every row with ``key``."""
         return [(row[step], row[key]) for row in self.rows if key in row]
 
 
 def _complete(folder: Path) -> tuple[Path, list[Any]]:
-    # The service process may still be writing, or not even have begun, when wandb.finish() has returned; the exit
-    # record is its last but few.
+    # When wandb.finish() returns, the service process may still be writing. The exit record is among the last.
     for _ in range(600):
         for path in folder.rglob("run-*.wandb"):
             found = list(records(path))

@@ -1,4 +1,4 @@
-"""A LightningModule that is no language model: the constraints that read weights hold, those that read words say so."""
+"""A LightningModule without a language model: constraints on weights hold, callbacks that need text are an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS, WINDOW = 12, 16
 
 
 class Forecaster(L.LightningModule):
-    """The next value of a series from a window of it: a recurrent encoder and a small head."""
+    """Predicts the next value of a series from a window, with a recurrent encoder and a small head."""
 
     def __init__(self, optimizer: str = "AdamW") -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def series(shift: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def fit(callbacks: list[Any], optimizer: str = "AdamW") -> tuple[Forecaster, dict[str, Tensor]]:
-    """The module after fitting, and its weights before."""
+    """Return the module after training, and its weights before."""
     torch.manual_seed(0)
     module = Forecaster(optimizer)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -92,7 +92,7 @@ def fit(callbacks: list[Any], optimizer: str = "AdamW") -> tuple[Forecaster, dic
 
 
 def moved(module: nn.Module, before: dict[str, Tensor]) -> dict[str, int]:
-    """Name -> entries whose bits changed."""
+    """Return name -> number of entries whose bits changed."""
     now = {name: p.detach() for name, p in module.named_parameters()}
     changed = {n: int((now[n].view(torch.int32) != before[n].view(torch.int32)).sum()) for n in before}
     return {name: entries for name, entries in changed.items() if entries}
@@ -114,7 +114,7 @@ def test_the_scope_is_found_by_module_patterns(modules: str, expected: set[str],
     assert all(p.requires_grad for p in module.parameters())
 
 
-def test_layers_of_a_module_without_a_stack_are_refused() -> None:
+def test_layers_need_a_stack_of_layers() -> None:
     with pytest.raises(EditError, match="Forecaster has no stack of layers; leave out layers and"):
         fit([ParameterScope(layers=0.5, modules="head")])
 
@@ -122,7 +122,7 @@ def test_layers_of_a_module_without_a_stack_are_refused() -> None:
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 @pytest.mark.parametrize("score", ["magnitude", "random"])
 @pytest.mark.parametrize("granularity", ["element", "row", "column"])
-def test_a_mask_holds_the_rest_to_the_bit(score: Any, granularity: Any, optimizer: str) -> None:
+def test_a_mask_keeps_the_other_entries_bit_for_bit(score: Any, granularity: Any, optimizer: str) -> None:
     mask = GradientMask(score, density=0.25, granularity=granularity)
     module, before = fit([ParameterScope(modules=["head.0.weight", "encoder.weight_hh_l0"]), mask], optimizer)
     assert set(moved(module, before)) == {"head.0.weight", "encoder.weight_hh_l0"}
@@ -138,7 +138,7 @@ def test_a_mask_holds_the_rest_to_the_bit(score: Any, granularity: Any, optimize
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_balls_hold(optimizer: str) -> None:
+def test_norm_balls_hold(optimizer: str) -> None:
     module, before = fit([ParameterScope(modules="head"), NormBall(5e-3)], optimizer)
     for name in moved(module, before):
         apart = module.get_parameter(name).detach().double() - before[name].double()
@@ -148,8 +148,8 @@ def test_balls_hold(optimizer: str) -> None:
     assert 1.9e-2 < float(torch.stack([a.square().sum() for a in apart]).sum() ** 0.5) <= 2e-2
 
 
-def test_an_anchor_pulls_as_the_formula_says() -> None:
-    # Plain SGD with a decoupled pull, written out: w <- w - lr g - lr strength (w - w0).
+def test_a_weight_anchor_follows_its_formula() -> None:
+    # Plain SGD with the decoupled anchor is w <- w - lr g - lr strength (w - w0).
     def by_hand(strength: float) -> dict[str, Tensor]:
         torch.manual_seed(0)
         module = Forecaster("SGD")
@@ -174,7 +174,7 @@ def test_an_anchor_pulls_as_the_formula_says() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_the_null_space_of_windows_that_shall_be_forecast_as_before(optimizer: str) -> None:
+def test_the_null_space_keeps_the_forecasts_of_given_windows(optimizer: str) -> None:
     kept, rows = series(shift=1.7)[0][:30:10], Rows()
     scope = ParameterScope(modules=["head.0.weight"])
     module, before = fit([scope, NullSpace(texts=[kept], rank=3), rows], optimizer)
@@ -189,7 +189,7 @@ def test_the_null_space_of_windows_that_shall_be_forecast_as_before(optimizer: s
         assert (module(others) - unedited(others)).abs().max() > 100 * apart
 
 
-def test_all_five_at_once_keep_what_is_exact() -> None:
+def test_five_constraints_together_keep_the_exact_ones() -> None:
     rows = Rows()
     module, before = fit(
         [
@@ -205,7 +205,7 @@ def test_all_five_at_once_keep_what_is_exact() -> None:
     assert moved(module, before)["head.0.weight"] <= 120
     apart = module.head.get_parameter("0.weight").detach().double() - before["head.0.weight"].double()
     assert float(apart.abs().max()) <= 4e-3
-    # Mask and ball come after the projection, so what is left of it is measured rather than promised.
+    # Mask and ball are applied after the projection, so it does not hold exactly; the leakage is logged.
     assert rows.rows[-1]["edit/drift/null_space_leak"] > 1e-5
 
 
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_asks_a_language_model_is_refused(name: str) -> None:
+def test_callbacks_that_need_a_language_model_are_an_error(name: str) -> None:
     callbacks, why = REFUSED[name]
     with pytest.raises(EditError, match=why):
         fit(callbacks())

@@ -1,4 +1,4 @@
-"""Trainers of TRL with losses of their own: constraints hold unmodified; what asks for targets says why it cannot."""
+"""TRL trainers with their own losses (DPO, KTO, reward): constraints hold; callbacks that need targets are an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kedit_train.callbacks import (
 )
 from kedit_train.errors import EditError
 
-# TRL still calls it by the name that transformers is about to drop.
+# TRL uses a name that transformers will remove.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*` is deprecated:FutureWarning")
 
 TRAINERS = ["DPO", "KTO", "Reward"]
@@ -37,7 +37,7 @@ SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world's model as files: DPO loads its reference model from where the trained one came from."""
+    """Return a checkpoint folder, because DPO loads its reference model from the path of the trained one."""
     folder = tmp_path_factory.mktemp("world")
     model, tokenizer = world.load()
     model.save_pretrained(folder)
@@ -90,7 +90,7 @@ class Rows(EditCallback):
 
 
 def moved(model: Any, before: dict[str, Tensor]) -> dict[str, int]:
-    """Name -> entries whose bits changed."""
+    """Return name -> number of entries whose bits changed."""
     now = {name: p.detach() for name, p in model.named_parameters()}
     changed = {n: int((now[n].view(torch.int32) != before[n].view(torch.int32)).sum()) for n in before}
     return {name: entries for name, entries in changed.items() if entries}
@@ -126,7 +126,7 @@ def test_the_null_space_holds(kind: str, checkpoint: Path, tmp_path: Path) -> No
     used.train()
     assert set(moved(used.model, rows.before)) == SCOPE
     assert rows.rows[-1]["edit/drift/null_space_leak"] < 1e-5
-    # The first constrained layer reads the very inputs that it read before, and answers as it did.
+    # The inputs of the first constrained layer do not change, so its outputs must not change either.
     tokens = AutoTokenizer.from_pretrained(checkpoint)(TEXTS[0], return_tensors="pt")
     caught: list[tuple[Tensor, Tensor]] = []
     layer = used.model.model.layers[2].mlp.down_proj
@@ -137,18 +137,18 @@ def test_the_null_space_holds(kind: str, checkpoint: Path, tmp_path: Path) -> No
     inputs, outputs = caught[0]
     expected = inputs @ rows.before["model.layers.2.mlp.down_proj.weight"].T
     change = (layer.weight - rows.before["model.layers.2.mlp.down_proj.weight"]).norm() * inputs.norm()
-    # energy=0.99 leaves a tenth of the inputs' size at most.
+    # energy=0.99 leaves at most a tenth of the norm of the inputs.
     assert (outputs - expected).norm() < 0.1 * change
 
 
 @pytest.mark.parametrize(("kind", "rate", "weight"), [("DPO", 0.03, 20.0), ("KTO", 0.3, 3.0)])
-def test_divergence_is_a_penalty_beside_any_loss_of_a_language_model(
+def test_kl_locality_adds_its_penalty_to_any_loss(
     kind: str, rate: float, weight: float, checkpoint: Path, tmp_path: Path
 ) -> None:
     def run(weight: float) -> list[float]:
         rows = Rows()
         locality = KLLocality(texts=TEXTS, weight=weight, batch_size=len(TEXTS))
-        # Plain gradient descent: Adam would take steps of one size, whatever the penalty's gradient.
+        # Plain gradient descent, because the step size of Adam does not depend on the size of the gradient.
         options = {"optim": "sgd", "learning_rate": rate, "max_steps": 6}
         used = trainer(kind, checkpoint, tmp_path, [scope(), locality, rows], **options)
         used.train()
@@ -161,7 +161,7 @@ def test_divergence_is_a_penalty_beside_any_loss_of_a_language_model(
 
 
 class Gradients(EditCallback):
-    """Notes whose gradients are there when the optimizer steps: clipping counts them all."""
+    """Records which parameters have a gradient when the optimizer steps, because clipping includes all of them."""
 
     def attach(self, run: Any) -> None:
         self.names: set[str] = set()
@@ -174,10 +174,10 @@ class Gradients(EditCallback):
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("existing", [True, False], ids=["an adapter that acts", "a fresh adapter"])
 @pytest.mark.parametrize("kind", ["DPO", "KTO"])
-def test_with_adapters_what_is_out_of_scope_stays_frozen(
+def test_adapters_out_of_scope_stay_frozen(
     kind: str, existing: bool, checkpointing: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
-    # Their reference is the model with its adapters off, or with a copy of them: switching makes all trainable again.
+    # The trainers compute their reference with the adapters switched off or replaced, which makes them trainable.
     from peft import LoraConfig, get_peft_model
 
     rows, gradients = Rows(), Gradients()
@@ -198,7 +198,7 @@ def test_with_adapters_what_is_out_of_scope_stays_frozen(
         apart = used.model.get_parameter(name).detach().double() - rows.before[name].double()
         assert float(apart.abs().max()) <= 5e-4
     assert all(p.requires_grad for name, p in used.model.named_parameters() if ".default." in name)
-    # And no longer once training is over.
+    # After training they are trainable again.
     with used.model.disable_adapter():
         used.model(input_ids=torch.arange(4).unsqueeze(0))
     used.model(input_ids=torch.arange(4).unsqueeze(0))
@@ -232,7 +232,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("kind", "callback"), REFUSALS)
-def test_what_makes_no_sense_is_refused_before_the_first_step(
+def test_unsupported_callbacks_are_an_error_before_the_first_step(
     kind: str, callback: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     used = {

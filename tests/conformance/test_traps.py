@@ -25,9 +25,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # Trap -> the tests which show that it is avoided.
 TRAPS = {
     "1 TRL ignores model.loss_function": ["test_traps::test_every_host_trains_on_the_loss_of_the_formula"],
-    "2 Lightning steps before the backward pass": [
-        "test_traps::test_lightning_skips_by_the_gradients_of_this_step"
-    ],
+    "2 Lightning steps before the backward pass": ["test_traps::test_lightning_skips_by_the_gradients_of_this_step"],
     "3 a separate backward pass bypasses DDP": ["test_ranks::test_two_processes_end_with_the_weights_of_one"],
     "4 freezing after DDP has wrapped the model": [
         "test_ranks::test_an_unsupported_strategy_is_an_error_before_the_first_step",
@@ -36,7 +34,7 @@ TRAPS = {
     "5 logging at the end of a step swallows the loss": ["test_traps::test_every_log_row_has_the_loss_and_the_metrics"],
     "6 PEFT's disable_adapter makes frozen parameters trainable": [
         "test_traps::test_adapters_out_of_scope_stay_frozen_with_kl_locality",
-        "test_other_trainers::test_with_adapters_what_is_out_of_scope_stays_frozen",
+        "test_other_trainers::test_adapters_out_of_scope_stay_frozen",
     ],
     "7 FSDP2 ignores a replaced p.data": [
         "test_fsdp2::test_the_kl_divergence_is_not_silently_zero",

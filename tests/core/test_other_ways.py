@@ -1,4 +1,4 @@
-"""Ways around an edit that a loop can take without meaning to: each holds, or is refused in one line."""
+"""Unusual uses of a plain loop: constraints hold, or there is an error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def backward(model):
     (model(X) - 1).square().sum().backward()
 
 
-def test_an_edit_whose_model_was_taken_by_another_is_over():
+def test_a_second_edit_of_the_model_ends_the_first():
     model = nn.Linear(4, 4)
     with editing(model, [NormBall(1e-3)]) as first:
         with editing(model, [NormBall(1e-4)]):
@@ -38,7 +38,7 @@ def test_an_edit_whose_model_was_taken_by_another_is_over():
             first.before_step()
 
 
-def test_a_callback_that_another_edit_has_taken_ends_the_first():
+def test_a_second_edit_with_the_same_callback_ends_the_first():
     ball = NormBall(1e-3)
     with editing(nn.Linear(4, 4), [ball]) as first, editing(nn.Linear(4, 4), [ball]) as second:
         second.before_step()
@@ -47,7 +47,7 @@ def test_a_callback_that_another_edit_has_taken_ends_the_first():
 
 
 @pytest.mark.parametrize("between", ["before the forward pass", "before the backward pass"])
-def test_zero_grad_between_announcement_and_step_is_noticed(between):
+def test_zero_grad_after_before_step_is_an_error(between):
     model = nn.Linear(4, 4)
     with editing(model, [Pull()]) as edit:
         optimizer = sgd(edit)
@@ -62,18 +62,18 @@ def test_zero_grad_between_announcement_and_step_is_noticed(between):
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_step_that_was_left_out_does_not_swallow_the_next_penalty(set_to_none):
+def test_the_penalty_is_computed_again_after_a_skipped_step(set_to_none):
     model = nn.Linear(4, 4)
     with editing(model, [Pull()]) as edit:
         optimizer = sgd(edit)
         for _ in range(3):
             edit.before_step()
             assert all(bool((p.grad == 1).all()) for p in edit.parameters())
-            # A bad batch: no step.
+            # A bad batch is skipped.
             optimizer.zero_grad(set_to_none=set_to_none)
 
 
-def test_a_second_announcement_of_the_same_step_adds_nothing():
+def test_before_step_twice_adds_the_penalty_once():
     model = nn.Linear(4, 4)
     with editing(model, [Pull()]) as edit:
         edit.before_step()
@@ -81,7 +81,7 @@ def test_a_second_announcement_of_the_same_step_adds_nothing():
         assert all(bool((p.grad == 1).all()) for p in edit.parameters())
 
 
-def test_weights_written_past_the_optimizer_are_brought_back_at_the_end():
+def test_constraints_are_restored_after_writing_to_the_weights():
     torch.manual_seed(0)
     model = nn.Linear(4, 4, bias=False)
     before = model.weight.detach().clone()
@@ -102,7 +102,7 @@ def test_weights_written_past_the_optimizer_are_brought_back_at_the_end():
     assert float((model.weight.detach() - before).abs().max()) <= 1e-3
 
 
-def test_weights_that_came_back_within_their_constraints_are_left_as_they_are():
+def test_weights_within_their_constraints_are_not_changed_at_the_end():
     model = nn.Linear(4, 4, bias=False)
     with editing(model, [NormBall(1e-3)]) as edit:
         optimizer = sgd(edit)
@@ -114,7 +114,7 @@ def test_weights_that_came_back_within_their_constraints_are_left_as_they_are():
     assert torch.equal(model.weight, kept)
 
 
-def test_classes_and_names_in_place_of_objects_are_told():
+def test_a_class_or_a_name_instead_of_an_object_is_an_error():
     with pytest.raises(EditError, match=r"ParameterScope is a class, but callbacks must be instances"):  # noqa: SIM117
         with editing(nn.Linear(2, 2), [ParameterScope]):
             pass
@@ -123,8 +123,8 @@ def test_classes_and_names_in_place_of_objects_are_told():
             pass
 
 
-class Reads(nn.Module):
-    """Calls F.linear with a weight whose owner it never calls, as attention does."""
+class ReadsInnerWeight(nn.Module):
+    """Calls F.linear with the weight of an inner module that it never calls, as attention does."""
 
     def __init__(self):
         super().__init__()
@@ -134,8 +134,8 @@ class Reads(nn.Module):
         return nn.functional.linear(x.to(self.inner.weight.dtype), self.inner.weight, self.inner.bias)
 
 
-@pytest.mark.parametrize("make", [Reads, lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)])
-def test_a_half_precision_weight_that_is_read_past_its_owner_trains_in_fp32(make):
+@pytest.mark.parametrize("make", [ReadsInnerWeight, lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)])
+def test_a_half_precision_weight_that_another_module_reads_trains_in_fp32(make):
     torch.manual_seed(0)
     model = nn.Sequential(make()).bfloat16()
     x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
@@ -160,7 +160,7 @@ def _saved(model):
     return file
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+def test_processes_that_are_not_connected_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="would train alone"):
         edit.before_step()
