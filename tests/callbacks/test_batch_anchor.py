@@ -251,7 +251,7 @@ def test_dropout_does_not_count_as_change(make, words):
 
 def test_what_cannot_be_right_is_refused(make, words, ids):
     with (
-        pytest.raises(EditError, match="two BatchAnchor callbacks on one model; keep one"),
+        pytest.raises(EditError, match="BatchAnchor: there are two on this model; keep one"),
         editing(make(), [BatchAnchor(), BatchAnchor()]),
     ):
         pass

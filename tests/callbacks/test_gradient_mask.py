@@ -165,7 +165,7 @@ def test_a_damaged_file_is_an_error_before_training(make, tmp_path):
         ("was changed after it was written", content[:-1] + bytes([1 - content[-1]])),
         ("was changed after it was written", content[:-1] + b"\x07"),
         ("must contain bools, .* got bytes other than 0 and 1", unsigned[:-1] + b"\x07"),
-        *(("safetensors file|is damaged", content[:end]) for end in (0, 7, 90, -5)),
+        *(("safetensors file|damaged", content[:end]) for end in (0, 7, 90, -5)),
     ]
     for message, data in damaged:
         path.write_bytes(data)

@@ -124,7 +124,7 @@ def test_a_pattern_for_one_factor_selects_only_that_factor(host: str) -> None:
     [
         ("mlp.down_proj.weight", "matches no parameter"),
         ("mlp.down_proj.base_layer", "are frozen; unfreeze them"),
-        ("mlp.up_proj", "of a model with adapters, modules that carry one"),
+        ("mlp.up_proj", "in a model with adapters, modules that have one"),
     ],
 )
 def test_a_pattern_that_selects_no_factor_is_an_error(modules: str, why: str) -> None:
@@ -208,7 +208,7 @@ def test_scores_that_are_zero_for_fresh_factors_are_an_error() -> None:
     edits = EditDataset(world.edits(n=4))
     # B is zero, and so is the gradient of A.
     for mask, factor in ((GradientMask("magnitude"), "lora_B"), (GradientMask("gradient", edits=edits), "lora_A")):
-        with pytest.raises(EditError, match=rf"{factor}.*all scores are 0.*take another score"):
+        with pytest.raises(EditError, match=rf"{factor}.*all scores are 0.*choose another score"):
             train("Trainer", [scope(), mask])
         train("Trainer", [scope(f"down_proj.{'lora_A' if factor == 'lora_B' else 'lora_B'}"), mask])
 

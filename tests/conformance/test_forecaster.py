@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
     "StopWhenEdited": (lambda: [StopWhenEdited()], "loss reads the training loss of a token loss"),
     "GradientMask": (
         lambda: [GradientMask("gradient", edits=world.edits(n=2))],
-        "asks a causal language model for answers, and Forecaster.*use score='magnitude'",
+        'needs a causal language model, and Forecaster.*use score="magnitude"',
     ),
     "WeightAnchor": (
         lambda: [WeightAnchor("ewc", texts=TEXTS)],

@@ -226,7 +226,7 @@ REFUSALS = {
         "Reward",
         "EditMetrics",
     ): "EditMetrics: the model must be a causal language model",
-    ("Reward", "GradientMask"): "asks a causal language model for answers, and LlamaForSequenceClassification",
+    ("Reward", "GradientMask"): "needs a causal language model, and LlamaForSequenceClassification",
     ("Reward", "WeightAnchor"): "needs a causal language model, and LlamaForSequenceClassification",
 }
 
