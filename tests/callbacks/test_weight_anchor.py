@@ -153,7 +153,7 @@ def test_a_mask_holds_exactly_after_the_anchor(make, words, ids):
             optimizer.step()
             optimizer.zero_grad()
         same = model.get_parameter(DOWN).view(torch.int32) == before.view(torch.int32)
-        assert bool(same[mask._held[DOWN]].all())
+        assert bool(same[mask.state()["frozen"][DOWN]].all())
         assert not bool(same.all())
 
 
