@@ -42,13 +42,22 @@ def reported_by(component: str) -> Iterator[None]:
     """Name ``component`` in every :class:`EditError` and every :func:`warn` inside the block.
 
     An error that already names a component keeps it.
+
+    Args:
+        component: the name of a class or function.
+
+    Example:
+        >>> with reported_by("evaluate"):
+        ...     raise EditError("edits must not be empty.")
+        Traceback (most recent call last):
+        ...
+        kedit_train.errors.EditError: evaluate: edits must not be empty.
     """
     token = _component.set(component)
     try:
         yield
     except EditError as error:
-        # Transitional: messages that still carry the name themselves keep their wording.
-        if error.component is None and not error.args[0].startswith(component):
+        if error.component is None:
             error.component = component
         raise
     finally:
@@ -56,6 +65,10 @@ def reported_by(component: str) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Issue a ``UserWarning``, prefixed with the component that :func:`reported_by` names."""
+    """Issue a ``UserWarning``, prefixed with the component that :func:`reported_by` names.
+
+    Args:
+        message: one line, as in :class:`EditError`.
+    """
     component = _component.get()
     warnings.warn(message if component is None else f"{component}: {message}", stacklevel=3)
