@@ -171,9 +171,15 @@ class Gradients(EditCallback):
         return False
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("existing", [True, False], ids=["an adapter that acts", "a fresh adapter"])
-@pytest.mark.parametrize("kind", ["DPO", "KTO"])
+@pytest.mark.parametrize(
+    ("kind", "existing", "checkpointing"),
+    [
+        pytest.param(kind, existing, checkpointing, marks=() if existing != (kind == "KTO") else pytest.mark.slow)
+        for kind in ("DPO", "KTO")
+        for existing in (True, False)
+        for checkpointing in (True, False)
+    ],
+)
 def test_adapters_out_of_scope_stay_frozen(
     kind: str, existing: bool, checkpointing: bool, checkpoint: Path, tmp_path: Path
 ) -> None:
