@@ -194,7 +194,7 @@ class MyMetrics(EditMetrics):
 
 def test_a_subclass_of_edit_metrics_provides_what_the_reliability_rule_requires() -> None:
     edits = EditDataset(world.edits(n=3))
-    metrics = MyMetrics(edits, every_n_steps=5, show=False, max_new_tokens=8)
+    metrics = MyMetrics(edits, every_n_steps=5, show=False, evaluation=EvaluationOptions(max_new_tokens=8))
     stop = StopWhenEdited(loss=None, reliability=1.0)
     _, step = batches(edits, [metrics, stop], 60, 3e-3)
     assert step < 60
