@@ -28,7 +28,7 @@ parameter_scope: {layers: 0.5, modules: mlp.down_proj}
 token_smoothing: {label_weight: 0.2}
 kl_locality: {texts: ["The old baker found a coin.", "A red fox slept."], batch_size: 2}
 norm_ball: {fraction: 0.5}
-edit_metrics: {every_n_steps: 2, max_new_tokens: 8, show: false}
+edit_metrics: {every_n_steps: 2, evaluation: {max_new_tokens: 8}, show: false}
 stop_when_edited: true
 """
 # Arguments for a test on a machine without a GPU.

@@ -56,8 +56,9 @@ class EditMetrics(EditCallback):
         max_fraction_of_time: skip an evaluation during training if evaluations have taken more than this share of the
             training time so far, in (0, 1). The first one, the last one and those that the trainer asks for are never
             skipped. None skips none; with a value, the steps that are evaluated depend on the machine.
-        evaluation: what each evaluation measures and how it prompts the model. None uses the defaults of
-            :class:`~kedit_train.evaluation.options.EvaluationOptions`.
+        evaluation: what each evaluation measures and how it prompts the model, as
+            :class:`~kedit_train.evaluation.options.EvaluationOptions` or a mapping of its fields. None uses the
+            defaults.
 
     Attributes:
         report: the final :class:`~kedit_train.evaluation.Report`; None before the end of training.
@@ -114,7 +115,9 @@ class EditMetrics(EditCallback):
             check_arguments(self, every_n_steps=(every_n_steps, above(0)))
         self.edits, self.every_n_steps, self.stop_at, self.limit = edits, every_n_steps, stop_at, limit
         self.report_path, self.show, self.max_fraction_of_time = report_path, show, max_fraction_of_time
-        self.evaluation = evaluation or EvaluationOptions()
+        # Configuration files that are not read by LightningCLI give a mapping.
+        fields = evaluation if isinstance(evaluation, Mapping) else {}
+        self.evaluation = evaluation if isinstance(evaluation, EvaluationOptions) else EvaluationOptions(**fields)
         self.unedited: Report | None = None
         self.report: Report | None = None
         self.best: dict[str, float] = {}
