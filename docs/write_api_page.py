@@ -15,16 +15,17 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 SECTIONS = {
     "Edits and models": ["Edit", "Probe", "EditDataset", "EditCollator", "EditError", "load_model", "world"],
     "Callbacks": [
-        "EditCallback", "ParameterScope", "GradientMask", "TokenLoss", "TokenSmoothing", "ForgetFirst", "KLLocality",
-        "BatchAnchor", "Texts", "NormBall", "WeightAnchor", "NullSpace", "LowCurvature", "EditMetrics",
+        "EditCallback", "ParameterScope", "GradientMask", "MaskScore", "TokenLoss", "TokenSmoothing", "ForgetFirst",
+        "ForgetTraining", "KLLocality",
+        "Texts", "Teacher", "ReferenceCache", "BatchAnchor", "NormBall", "WeightAnchor", "NullSpace", "LowCurvature", "EditMetrics",
         "StopWhenEdited", "SaveDelta", "PrefixCache", "ActiveSet", "editing",
     ],
-    "Trainers and modules": ["EditSFTTrainer", "EditSFTConfig", "EditModule", "EditDataModule"],
+    "Trainers and modules": ["EditSFTTrainer", "EditSFTConfig", "EditModule", "EditDataModule", "AugmentationOptions"],
     "Evaluation": [
-        "evaluate", "EvaluationOptions", "Report", "Score", "generate_answers", "exact_match", "CapabilityProbe",
+        "evaluate", "EvaluationOptions", "Report", "generate_answers", "exact_match", "CapabilityProbe",
     ],
     "Single, batch, sequential and streaming edits": [
-        "run_edits", "TrainLoop", "ModeResult", "survey", "SurveyMetrics",
+        "run_edits", "TrainLoop", "survey",
     ],
     "Edits as files": ["EditDelta", "TaskVector", "merge", "sparsify", "sweep"],
 }  # fmt: skip

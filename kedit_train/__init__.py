@@ -9,21 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kedit_train.augmentation import AugmentationOptions
     from kedit_train.callbacks import (
         ActiveSet,
         BatchAnchor,
         EditCallback,
         EditMetrics,
         ForgetFirst,
+        ForgetTraining,
         GradientMask,
         KLLocality,
         LowCurvature,
+        MaskScore,
         NormBall,
         NullSpace,
         ParameterScope,
         PrefixCache,
+        ReferenceCache,
         SaveDelta,
         StopWhenEdited,
+        Teacher,
         Texts,
         TokenLoss,
         TokenSmoothing,
@@ -34,9 +39,9 @@ if TYPE_CHECKING:
     from kedit_train.delta import EditDelta, TaskVector, merge, sparsify, sweep
     from kedit_train.edit import Edit, Probe
     from kedit_train.errors import EditError
-    from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate, exact_match, generate_answers
+    from kedit_train.evaluation import EvaluationOptions, Report, evaluate, exact_match, generate_answers
     from kedit_train.evaluation.scoring.capability import CapabilityProbe
-    from kedit_train.modes import ModeResult, SurveyMetrics, TrainLoop, run_edits, survey
+    from kedit_train.modes import TrainLoop, run_edits, survey
     from kedit_train.modules import EditDataModule, EditModule
     from kedit_train.pretrained import load_model
     from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
@@ -57,12 +62,16 @@ PUBLIC_NAMES = {
     "EditCallback": "kedit_train.callbacks",
     "ParameterScope": "kedit_train.callbacks",
     "GradientMask": "kedit_train.callbacks",
+    "MaskScore": "kedit_train.callbacks",
     "TokenLoss": "kedit_train.callbacks",
     "TokenSmoothing": "kedit_train.callbacks",
     "ForgetFirst": "kedit_train.callbacks",
+    "ForgetTraining": "kedit_train.callbacks",
     "KLLocality": "kedit_train.callbacks",
     "BatchAnchor": "kedit_train.callbacks",
     "Texts": "kedit_train.callbacks",
+    "Teacher": "kedit_train.callbacks",
+    "ReferenceCache": "kedit_train.callbacks",
     "NormBall": "kedit_train.callbacks",
     "WeightAnchor": "kedit_train.callbacks",
     "NullSpace": "kedit_train.callbacks",
@@ -78,20 +87,18 @@ PUBLIC_NAMES = {
     "EditSFTConfig": "kedit_train.trainers",
     "EditModule": "kedit_train.modules",
     "EditDataModule": "kedit_train.modules",
+    "AugmentationOptions": "kedit_train.augmentation",
     # Evaluation
     "evaluate": "kedit_train.evaluation",
     "EvaluationOptions": "kedit_train.evaluation",
     "Report": "kedit_train.evaluation",
-    "Score": "kedit_train.evaluation",
     "generate_answers": "kedit_train.evaluation",
     "exact_match": "kedit_train.evaluation",
     "CapabilityProbe": "kedit_train.evaluation.scoring.capability",
     # Single, batch, sequential and streaming edits
     "run_edits": "kedit_train.modes",
     "TrainLoop": "kedit_train.modes",
-    "ModeResult": "kedit_train.modes",
     "survey": "kedit_train.modes",
-    "SurveyMetrics": "kedit_train.modes",
     # Edits as files
     "EditDelta": "kedit_train.delta",
     "TaskVector": "kedit_train.delta",
@@ -102,6 +109,7 @@ PUBLIC_NAMES = {
 
 __all__ = [
     "ActiveSet",
+    "AugmentationOptions",
     "BatchAnchor",
     "CapabilityProbe",
     "Edit",
@@ -117,21 +125,22 @@ __all__ = [
     "EditSFTTrainer",
     "EvaluationOptions",
     "ForgetFirst",
+    "ForgetTraining",
     "GradientMask",
     "KLLocality",
     "LowCurvature",
-    "ModeResult",
+    "MaskScore",
     "NormBall",
     "NullSpace",
     "ParameterScope",
     "PrefixCache",
     "Probe",
+    "ReferenceCache",
     "Report",
     "SaveDelta",
-    "Score",
     "StopWhenEdited",
-    "SurveyMetrics",
     "TaskVector",
+    "Teacher",
     "Texts",
     "TokenLoss",
     "TokenSmoothing",
