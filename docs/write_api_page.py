@@ -16,9 +16,8 @@ SECTIONS = {
     "Edits and models": ["Edit", "Probe", "EditDataset", "EditCollator", "EditError", "load_model", "world"],
     "Callbacks": [
         "EditCallback", "ParameterScope", "GradientMask", "MaskScore", "TokenLoss", "TokenSmoothing", "ForgetFirst",
-        "ForgetTraining", "KLLocality",
-        "Texts", "Teacher", "ReferenceCache", "BatchAnchor", "NormBall", "WeightAnchor", "NullSpace", "LowCurvature", "EditMetrics",
-        "StopWhenEdited", "SaveDelta", "PrefixCache", "ActiveSet", "editing",
+        "ForgetTraining", "KLLocality", "Texts", "Teacher", "ReferenceCache", "BatchAnchor", "NormBall", "WeightAnchor",
+        "NullSpace", "LowCurvature", "EditMetrics", "StopWhenEdited", "SaveDelta", "PrefixCache", "ActiveSet", "editing",
     ],
     "Trainers and modules": ["EditSFTTrainer", "EditSFTConfig", "EditModule", "EditDataModule", "AugmentationOptions"],
     "Evaluation": [
