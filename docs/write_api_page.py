@@ -17,7 +17,8 @@ SECTIONS = {
     "Callbacks": [
         "EditCallback", "ParameterScope", "GradientMask", "MaskScore", "TokenLoss", "TokenSmoothing", "ForgetFirst",
         "ForgetTraining", "KLLocality", "Texts", "Teacher", "ReferenceCache", "BatchAnchor", "NormBall", "WeightAnchor",
-        "NullSpace", "LowCurvature", "EditMetrics", "StopWhenEdited", "SaveDelta", "PrefixCache", "ActiveSet", "editing",
+        "NullSpace", "LowCurvature", "EditMetrics", "StopWhenEdited", "SaveDelta", "PrefixCache", "ActiveSet",
+        "editing",
     ],
     "Trainers and modules": ["EditSFTTrainer", "EditSFTConfig", "EditModule", "EditDataModule", "AugmentationOptions"],
     "Evaluation": [
