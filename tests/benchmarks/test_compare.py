@@ -88,7 +88,7 @@ def test_expected_scores_are_written_read_and_checked(
     assert recipe.read_text().endswith("seed_everything: 0\n")
 
 
-@pytest.mark.parametrize("mode", ["batch", "single", "sequential"])
+@pytest.mark.parametrize("mode", ["batch", pytest.param("single", marks=pytest.mark.slow), "sequential"])
 def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> None:
     methods = module("methods")
     setting = methods.embedded()

@@ -235,6 +235,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_all_processes_use_the_mask_of_the_first_and_shards_keep_their_values(tmp_path):
     files = [tmp_path / f"{rank}.pt" for rank in range(2)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}

@@ -85,13 +85,13 @@ def test_a_recipe_runs_from_its_file(there: Path) -> None:
     assert tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True).strip() == right["answer"]
 
 
+LIGHTNING = (tool("lightning"), "run", "recipe.yaml", "--devices", "2", "--strategy", "ddp")
+SCRIPT = str(ROOT / "recipes" / "edit.py")
+FABRIC = (tool("fabric"), "run", "--devices", "2", SCRIPT, "fit", "--config", "recipe.yaml")
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        (tool("lightning"), "run", "recipe.yaml", "--devices", "2", "--strategy", "ddp"),
-        (tool("fabric"), "run", "--devices", "2", str(ROOT / "recipes" / "edit.py"), "fit", "--config", "recipe.yaml"),
-    ],
-    ids=["lightning run", "fabric run"],
+    "command", [LIGHTNING, pytest.param(FABRIC, marks=pytest.mark.slow)], ids=["lightning run", "fabric run"]
 )
 def test_a_recipe_runs_on_two_processes(there: Path, command: tuple[str, ...]) -> None:
     port = () if command[1:3] == ("run", "recipe.yaml") else ("--main-port", str(free_port()))
@@ -105,6 +105,7 @@ def test_a_recipe_runs_on_two_processes(there: Path, command: tuple[str, ...]) -
     assert "terminate called" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_contradicting_process_count_stops_the_run(there: Path) -> None:
     ended = start(there, tool("lightning"), "run", "recipe.yaml", "--devices", "2", "--trainer.devices", "1")
     assert ended.returncode == 1
@@ -115,6 +116,7 @@ def test_a_contradicting_process_count_stops_the_run(there: Path) -> None:
     assert not (there / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_trl_script_runs_on_two_processes(there: Path) -> None:
     ended = start(there, tool("lightning"), "run", "trl_sft", "--devices", "2", "--epochs", "2", "--output_dir", "out")
     assert ended.returncode == 0, ended.stderr
@@ -125,6 +127,7 @@ def test_the_trl_script_runs_on_two_processes(there: Path) -> None:
     assert (there / "out" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_recipe_runs_in_trl_on_two_processes(there: Path) -> None:
     several = ("--nproc-per-node", "2", "--master-port", str(free_port()))
     ended = start(there, tool("torchrun"), *several, "-m", "kedit_train", "sft", "--config", "recipe.yaml")

@@ -286,10 +286,11 @@ def test_loading_takes_no_memory_for_tensors(tmp_path):
     assert grown * 1024 < 20_000_000
 
 
-def test_two_hundred_kills_during_a_save_leave_no_wrong_file(tmp_path):
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_during_a_save_leave_no_wrong_file(tmp_path, kills):
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "delta.killed_saves", str(tmp_path), "200"],
+        [sys.executable, "-m", "delta.killed_saves", str(tmp_path), str(kills)],
         cwd=TESTS,
         env=environment,
         capture_output=True,
@@ -299,10 +300,10 @@ def test_two_hundred_kills_during_a_save_leave_no_wrong_file(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert found["killed"] == 200
+    assert found["killed"] == kills
     assert found["wrong"] == 0
     # Some kills interrupted a save, and unfinished files are recognized.
-    assert found["unfinished"] >= 10
-    assert found["refused"] >= 1
-    assert found["loaded"] == 200
+    assert found["unfinished"] >= kills // 20
+    assert found["refused"] >= kills // 200
+    assert found["loaded"] == kills
     assert found["left"] == 0
