@@ -46,7 +46,7 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("yaml", "said"),
+    ("yaml", "expected"),
     [
         ("trainer: {max_epoch: 3}", ["'trainer.max_epoch'"]),
         ("modle: {name: x}", ["modle"]),
@@ -63,11 +63,11 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ("trainer: [", ["parsing"]),
     ],
 )
-def test_a_wrong_key_is_named(failing_run, yaml: str, said: list[str]) -> None:
+def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> None:
     Path("bad.yaml").write_text(yaml)
     code, message = failing_run("fit", "--config", "bad.yaml")
     assert code == 2
-    assert all(part in message for part in said), message
+    assert all(part in message for part in expected), message
     assert "NoneType" not in message
     assert len(message) < 300
 
@@ -100,17 +100,17 @@ def test_a_callback_key_without_callbacks(failing_run) -> None:
 
 
 def test_only_deprecations_in_other_libraries_are_hidden() -> None:
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         entry.quiet()
         warnings.warn("`gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
         warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
         warnings.warn("`learning_rate` is deprecated and will be removed", FutureWarning, stacklevel=1)
-    assert [str(one.message)[:15] for one in said] == ["`learning_rate`"]
+    assert [str(one.message)[:15] for one in caught] == ["`learning_rate`"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--data.path", "edits.jsonl"], "data.path='edits.jsonl'.*--data.texts"),
         (["--model.name", "gpt2"], "model.name='gpt2'.*--data.texts"),
@@ -124,10 +124,10 @@ def test_only_deprecations_in_other_libraries_are_hidden() -> None:
         (["--trainer.callbacks.every_n_steps", "-1"], "every_n_steps=-1"),
     ],
 )
-def test_runs_that_cannot_be_carried_out(failing_run, arguments: list[str], said: str) -> None:
+def test_runs_that_cannot_be_carried_out(failing_run, arguments: list[str], expected: str) -> None:
     code, message = failing_run("fit", "--config", "base.yaml", *arguments)
     assert code == 1
-    assert re.search(said, message), message
+    assert re.search(expected, message), message
 
 
 def test_texts_that_no_callback_uses(failing_run) -> None:

@@ -59,8 +59,8 @@ def test_the_console_script_runs_without_torch() -> None:
 def test_every_example_in_the_help_parses(kedit: Kedit) -> None:
     for verb in VERBS:
         name = verb.__name__.rpartition(".")[2]
-        code, said, _ = kedit(name, "--help")
-        assert (code, "examples:" in said) == (0, True)
+        code, output, _ = kedit(name, "--help")
+        assert (code, "examples:" in output) == (0, True)
         examples = [line.strip() for line in verb.EPILOG.splitlines() if line.startswith(f"  kedit {name}")]
         assert examples
         for example in examples:
@@ -69,7 +69,7 @@ def test_every_example_in_the_help_parses(kedit: Kedit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([], "VERB"),
         (["bogus"], "bogus.*kedit --help"),
@@ -79,10 +79,10 @@ def test_every_example_in_the_help_parses(kedit: Kedit) -> None:
         (["eval", "--json", "world", "edits.jsonl"], "EDITS"),
     ],
 )
-def test_wrong_arguments_are_one_line(kedit: Kedit, words: list[str], said: str) -> None:
+def test_wrong_arguments_are_one_line(kedit: Kedit, words: list[str], message: str) -> None:
     code, out, err = kedit(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert re.search(said, err), err
+    assert re.search(message, err), err
 
 
 def test_an_environment_variable_shows_the_traceback(kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,23 +92,23 @@ def test_an_environment_variable_shows_the_traceback(kedit: Kedit, monkeypatch: 
 
 
 def test_ls_lists_every_recipe_and_fragment_with_a_sentence(kedit: Kedit) -> None:
-    code, said, _ = kedit("ls", "--json")
-    rows = json.loads(said)
+    code, output, _ = kedit("ls", "--json")
+    rows = json.loads(output)
     assert code == 0
     for kind in ("recipes", "callbacks"):
         assert [row["name"] for row in rows if row["kind"] == kind] == catalog.names(kind)
     assert all(Path(row["path"]).is_file() and len(row["about"]) > 30 for row in rows)
-    code, said, _ = kedit("ls", "callbacks")
-    assert "token_smoothing" in said
-    assert "quickstart" not in said
+    code, output, _ = kedit("ls", "callbacks")
+    assert "token_smoothing" in output
+    assert "quickstart" not in output
 
 
 def test_cp_copies_a_packaged_file(kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert kedit("cp", "quickstart")[0] == 0
     assert Path("quickstart.yaml").read_bytes() == catalog.find("recipes", "quickstart").read_bytes()
-    code, said, _ = kedit("cp", "callbacks/kl_locality.yaml", "new/", "--json")
-    assert (code, json.loads(said)["to"]) == (0, "new/kl_locality.yaml")
+    code, output, _ = kedit("cp", "callbacks/kl_locality.yaml", "new/", "--json")
+    assert (code, json.loads(output)["to"]) == (0, "new/kl_locality.yaml")
     assert Path("new/kl_locality.yaml").read_bytes() == catalog.find("callbacks", "kl_locality").read_bytes()
     Path("quickstart.yaml").write_text("mine")
     for words, reason in (
@@ -129,9 +129,9 @@ def test_all_packaged_files_are_valid(kedit: Kedit) -> None:
     kinds: tuple[catalog.Kind, ...] = ("recipes", "callbacks")
     files = {f"{kind}/{name}": catalog.find(kind, f"{kind}/{name}") for kind in kinds for name in catalog.names(kind)}
     names = [name for name, file in files.items() if file.suffix == ".yaml"]
-    code, said, _ = kedit("validate", "--json", *names)
-    rows = {row["file"]: row for row in json.loads(said)}
-    assert code == 0, said
+    code, output, _ = kedit("validate", "--json", *names)
+    rows = {row["file"]: row for row in json.loads(output)}
+    assert code == 0, output
     assert {name: row["error"] for name, row in rows.items()} == dict.fromkeys(names)
     assert {row["kind"] for name, row in rows.items() if name.startswith("callbacks/")} == {"fragment"}
     assert {row["kind"] for name, row in rows.items() if name.startswith("recipes/")} == {"recipe"}

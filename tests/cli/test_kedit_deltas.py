@@ -26,11 +26,11 @@ def weights(folder: Path) -> bytes:
 
 def test_apply_and_revert_give_the_same_files(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     delta, out, back = edited_world / "edit.safetensors", tmp_path / "out", tmp_path / "back"
-    code, said, _ = kedit("apply", delta, "world", out)
-    assert (code, f"kedit eval {out}" in said) == (0, True)
+    code, output, _ = kedit("apply", delta, "world", out)
+    assert (code, f"kedit eval {out}" in output) == (0, True)
     assert weights(out) == weights(edited_world / "model")
-    code, said, _ = kedit("revert", delta, out, back, "--json")
-    found = json.loads(said)
+    code, output, _ = kedit("revert", delta, out, back, "--json")
+    found = json.loads(output)
     assert (code, found["state"], found["tensors"], found["out"]) == (0, "base", 1, str(back))
     assert weights(back) == weights(world.path())
 
@@ -62,8 +62,8 @@ def test_show_computes_what_numpy_does(kedit: Kedit, edited_world: Path, tmp_pat
     edited[WEIGHT] += change
     edited["n"][2] = 5
     EditDelta.between(base, edited).save(tmp_path / "made.safetensors")
-    code, said, _ = kedit("show", tmp_path / "made.safetensors", "--json")
-    rows = {row["name"]: row for row in json.loads(said)["tensors"]}
+    code, output, _ = kedit("show", tmp_path / "made.safetensors", "--json")
+    rows = {row["name"]: row for row in json.loads(output)["tensors"]}
     exact = (edited[WEIGHT].double() - base[WEIGHT].double()).numpy()
     singular = np.linalg.svd(exact, compute_uv=False)
     assert code == 0
@@ -74,8 +74,8 @@ def test_show_computes_what_numpy_does(kedit: Kedit, edited_world: Path, tmp_pat
     assert rows[WEIGHT]["stable_rank"] == pytest.approx((exact**2).sum() / singular[0] ** 2, rel=1e-4)
     assert rows[WEIGHT]["relative"] is None  # the delta holds three rows of the base
     assert (rows["n"]["norm"], rows["n"]["moved"]) == (None, 1)
-    code, said, _ = kedit("show", edited_world / "edit.safetensors", "--json", "--no-ranks")
-    found = json.loads(said)
+    code, output, _ = kedit("show", edited_world / "edit.safetensors", "--json", "--no-ranks")
+    found = json.loads(output)
     old, new = load_file(world.path() / "model.safetensors"), load_file(edited_world / "model" / "model.safetensors")
     exact = (new[WEIGHT].double() - old[WEIGHT].double()).numpy()
     (row,) = found["tensors"]
@@ -87,10 +87,10 @@ def test_show_computes_what_numpy_does(kedit: Kedit, edited_world: Path, tmp_pat
 
 def test_show_prints_a_table_and_writes_a_picture(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     picture = tmp_path / "new" / "edit.png"
-    code, said, _ = kedit("show", edited_world / "edit.safetensors", "--png", picture)
+    code, output, _ = kedit("show", edited_world / "edit.safetensors", "--png", picture)
     assert code == 0
     for part in (WEIGHT, "128x352", "ParameterScope(layers=0.7)", "edit/reliability 1.000", f"picture: {picture}"):
-        assert part in said
+        assert part in output
     assert picture.read_bytes().startswith(PNG)
     code, _, err = kedit("show", edited_world / "edit.safetensors", "--png", picture)
     assert (code, "already exists" in err) == (1, True)
@@ -100,10 +100,10 @@ def test_control_characters_in_a_file_are_escaped(kedit: Kedit, tmp_path: Path) 
     name = "w\x1b[2J\x07"
     delta = EditDelta.between({name: torch.zeros(3, 2)}, {name: torch.ones(3, 2)}, license="\x1b]0;owned\x07")
     file = delta.save(tmp_path / "edit.safetensors")
-    code, said, _ = kedit("show", file)
-    assert (code, "\x1b" in said, "\x07" in said) == (0, False, False)
-    assert r"license \x1b]0;owned\x07" in said
-    assert r"w\x1b[2J\x07" in said
+    code, output, _ = kedit("show", file)
+    assert (code, "\x1b" in output, "\x07" in output) == (0, False, False)
+    assert r"license \x1b]0;owned\x07" in output
+    assert r"w\x1b[2J\x07" in output
     _, _, err = kedit("apply", file, "world", tmp_path / "out")
     assert r"the checkpoint has no tensor 'w\x1b[2J\x07'" in err
 
@@ -125,12 +125,12 @@ def test_the_heat_map_shows_every_change_at_its_place(tmp_path: Path) -> None:
 def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
     delta, base = edited_world / "edit.safetensors", load_file(world.path() / "model.safetensors")
     step = load_file(edited_world / "model" / "model.safetensors")[WEIGHT] - base[WEIGHT]
-    code, said, _ = kedit("merge", delta, "--weights", "-0.5", "-o", tmp_path / "back.safetensors", "--json")
-    assert (code, json.loads(said)["weights"]) == (0, [-0.5])
+    code, output, _ = kedit("merge", delta, "--weights", "-0.5", "-o", tmp_path / "back.safetensors", "--json")
+    assert (code, json.loads(output)["weights"]) == (0, [-0.5])
     made = EditDelta.load(tmp_path / "back.safetensors")
     assert torch.equal(made.changes[WEIGHT].after, base[WEIGHT] + -0.5 * step)
-    code, said, _ = kedit("merge", delta, tmp_path / "back.safetensors", "-o", tmp_path / "sum.safetensors")
-    assert (code, "cosine -1.000, contradictory" in said) == (0, True)
+    code, output, _ = kedit("merge", delta, tmp_path / "back.safetensors", "-o", tmp_path / "sum.safetensors")
+    assert (code, "cosine -1.000, contradictory" in output) == (0, True)
     summed = EditDelta.load(tmp_path / "sum.safetensors")
     assert torch.allclose(summed.difference(WEIGHT), 0.5 * step, atol=1e-6)
     assert summed.meta["configuration"]["merged"] == ["edit.safetensors", "back.safetensors"]
@@ -143,7 +143,7 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["show", "none.safetensors"], "does not exist"),
         (["show", "foreign.safetensors"], "is not a delta file"),
@@ -159,7 +159,7 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
     ],
 )
 def test_an_error_is_one_line_and_leaves_no_file(
-    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(edited_world)
     save_file({"w": torch.ones(2)}, "foreign.safetensors")
@@ -167,5 +167,5 @@ def test_an_error_is_one_line_and_leaves_no_file(
     code, out, err = kedit(*words)
     assert (code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("error: ")
-    assert said in err
+    assert message in err
     assert sorted(path.name for path in edited_world.iterdir()) == before

@@ -19,11 +19,11 @@ Kedit = Callable[..., tuple[int, str, str]]
 def test_a_checkpoint_and_its_delta_get_the_scores_of_evaluate(kedit: Kedit, edited_world: Path) -> None:
     edits = edited_world / "two.jsonl"
     EditDataset.load(edited_world / "edits.jsonl", limit=2).save(edits)
-    code, said, _ = kedit("eval", edited_world / "model", edits, "--against", "world", "--json")
+    code, output, _ = kedit("eval", edited_world / "model", edits, "--against", "world", "--json")
     assert code == 0
-    by_folder = json.loads(said)
-    _, said, _ = kedit("eval", edited_world / "edit.safetensors", edits, "--against", "world", "--json")
-    by_file = json.loads(said)
+    by_folder = json.loads(output)
+    _, output, _ = kedit("eval", edited_world / "edit.safetensors", edits, "--against", "world", "--json")
+    by_file = json.loads(output)
     dataset = EditDataset.load(edits)
     model, tokenizer = world.load()
     before = evaluate(model, tokenizer, dataset, progress=False)
@@ -43,7 +43,7 @@ def test_all_output_files_are_written(kedit: Kedit, edited_world: Path, tmp_path
     card.write_bytes(b"---\nlicense: mit\n---\r\n# Mine")
     words = ["eval", "world", edited_world / "edits.jsonl", "--delta", edited_world / "edit.safetensors", "--full"]
     words += ["--json", tmp_path / "e.json", "--markdown", tmp_path / "e.md", "--plots", tmp_path / "plots"]
-    code, said, _ = kedit(*words, "--card", card)
+    code, output, _ = kedit(*words, "--card", card)
     assert code == 0
     report = Report.load(tmp_path / "e.json")
     assert report.metrics["weight_drift"]["relative"].value > 0.0
@@ -54,7 +54,7 @@ def test_all_output_files_are_written(kedit: Kedit, edited_world: Path, tmp_path
     assert text.startswith(b"---\nlicense: mit\n---\r\n# Mine\n\n" + BEGIN.encode())
     for part in ("optimizer steps: 20", "2502.00602", "2509.22072", "bit for bit"):
         assert part.encode() in text
-    assert all(f"saved: {tmp_path / name}" in said for name in ("e.json", "e.md", "README.md"))
+    assert all(f"saved: {tmp_path / name}" in output for name in ("e.json", "e.md", "README.md"))
     # Again: the section is replaced, and the report of before stands in for the model.
     code, _, _ = kedit("eval", "world", edited_world / "edits.jsonl", "--against", tmp_path / "e.json", "--card", card)
     assert code == 0
@@ -66,20 +66,20 @@ def test_edits_without_probes_have_no_score(kedit: Kedit, tmp_path: Path) -> Non
     bare = tmp_path / "bare.jsonl"
     bare.write_text(json.dumps({"prompt": "Luvumouth stands on the river", "target": "Tutava"}) + "\n")
     card = tmp_path / "card.md"
-    code, said, _ = kedit("eval", "world", bare, "--plots", tmp_path / "plots", "--card", card)
+    code, output, _ = kedit("eval", "world", bare, "--plots", tmp_path / "plots", "--card", card)
     assert code == 0
-    assert "not measured: generality, portability, locality" in said
-    assert "no reliability_locality.png: world has no probes of locality" in said
+    assert "not measured: generality, portability, locality" in output
+    assert "no reliability_locality.png: world has no probes of locality" in output
     assert "| portability | no probes | – | 0 |" in card.read_text()
-    code, said, _ = kedit("eval", "world", bare, "--json")
-    scores = json.loads(said)["metrics"]
+    code, output, _ = kedit("eval", "world", bare, "--json")
+    scores = json.loads(output)["metrics"]
     for question in ("generality", "portability", "locality"):
         assert scores[question]["generated"] == {"value": None, "n": 0, "low": None, "high": None}
 
 
 def test_limit_evaluates_a_sample(kedit: Kedit) -> None:
-    code, said, _ = kedit("eval", "world", "world", "--limit", "2", "--seed", "5", "--json")
-    assert (code, json.loads(said)["meta"]["n_edits"], json.loads(said)["meta"]["seed"]) == (0, 2, 5)
+    code, output, _ = kedit("eval", "world", "world", "--limit", "2", "--seed", "5", "--json")
+    assert (code, json.loads(output)["meta"]["n_edits"], json.loads(output)["meta"]["seed"]) == (0, 2, 5)
 
 
 def test_nan_weights_are_reported(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_nan_weights_are_reported(kedit: Kedit, edited_world: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ([".", "edits.jsonl"], "cannot be loaded as a causal language model"),
         (["no/such", "edits.jsonl"], "no such folder"),
@@ -112,14 +112,14 @@ def test_nan_weights_are_reported(kedit: Kedit, edited_world: Path, tmp_path: Pa
     ],
 )
 def test_errors_are_one_line(
-    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(edited_world)
     code, out, err = kedit("eval", *words)
     assert (code, out) == (1, "")
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, err
-    assert said in lines[0]
+    assert message in lines[0]
 
 
 def test_a_base_of_another_architecture_is_refused(kedit: Kedit, edited_world: Path, stories: Path) -> None:
@@ -146,9 +146,9 @@ def test_an_adapter_is_loaded_on_its_base(kedit: Kedit, adapter: Path, edited_wo
     from peft import PeftModel
 
     edits = edited_world / "edits.jsonl"
-    code, said, err = kedit("eval", adapter, edits, "--against", "world", "--full", "--json")
+    code, output, err = kedit("eval", adapter, edits, "--against", "world", "--full", "--json")
     assert code == 0, err
-    found = json.loads(said)
+    found = json.loads(output)
     dataset = EditDataset.load(edits)
     base, tokenizer = world.load()
     options = EvaluationOptions(metrics="all")
@@ -167,9 +167,9 @@ def test_an_adapter_is_loaded_on_its_base(kedit: Kedit, adapter: Path, edited_wo
     assert moved > 0.0
     assert found["metrics"]["weight_drift"]["relative"]["value"] == pytest.approx((moved / size) ** 0.5, rel=1e-9)
     # The other way round: an adapter as the base of a checkpoint.
-    code, said, err = kedit("eval", edited_world / "model", edits, "--against", adapter, "--full", "--json")
+    code, output, err = kedit("eval", edited_world / "model", edits, "--against", adapter, "--full", "--json")
     assert code == 0, err
-    assert json.loads(said)["metrics"]["weight_drift"]["relative"]["value"] > 0.0
+    assert json.loads(output)["metrics"]["weight_drift"]["relative"]["value"] > 0.0
 
 
 def test_prompt_tuning_has_no_weight_drift(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
@@ -181,9 +181,9 @@ def test_prompt_tuning_has_no_weight_drift(kedit: Kedit, edited_world: Path, tmp
     get_peft_model(model, config).save_pretrained(tmp_path / "prompts")
     tokenizer.save_pretrained(tmp_path / "prompts")
     words = ["eval", tmp_path / "prompts", edited_world / "edits.jsonl", "--against", "world", "--full", "--json"]
-    code, said, err = kedit(*words)
+    code, output, err = kedit(*words)
     assert code == 0, err
-    drift = json.loads(said)["metrics"]["weight_drift"]
+    drift = json.loads(output)["metrics"]["weight_drift"]
     assert drift["moved"]["value"] == drift["relative"]["value"] == 0.0
 
 
@@ -193,12 +193,12 @@ def test_an_adapter_with_a_missing_or_wrong_base_is_refused(
     code, _, err = kedit("eval", adapter, edited_world / "edits.jsonl", "--against", stories)
     assert (code, "is not the base of" in err) == (1, True)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for base, said in (("/nowhere/base", "/nowhere/base"), (None, "names no base")):
+    for base, message in (("/nowhere/base", "/nowhere/base"), (None, "names no base")):
         (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         code, out, err = kedit("eval", adapter, edited_world / "edits.jsonl")
         assert (code, out) == (1, "")
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert said in line
+        assert message in line
         assert "merge_and_unload" in line
     (adapter / "adapter_config.json").write_text("{")
     code, _, err = kedit("eval", adapter, edited_world / "edits.jsonl")

@@ -33,8 +33,8 @@ def test_scores_pick_plot_and_delta(kedit: Kedit, edited_world: Path, tmp_path: 
     picture, out = tmp_path / "new" / "sweep.png", tmp_path / "picked.safetensors"
     words = ("sweep", edited_world / "edit.safetensors", "world", edited_world / "edits.jsonl", "--keep-locality", 0.5)
     words = (*words, "--coefficients", 1, 0.4, "--plot", picture, "--out", out)
-    code, said, _ = kedit(*words, "--json")
-    found = json.loads(said)
+    code, output, _ = kedit(*words, "--json")
+    found = json.loads(output)
     assert code == 0
     assert [point["coefficient"] for point in found["points"]] == [0.0, 0.4, 1.0]
     for point in found["points"]:
@@ -54,13 +54,13 @@ def test_scores_pick_plot_and_delta(kedit: Kedit, edited_world: Path, tmp_path: 
 
     code, _, err = kedit(*words)
     assert (code, "--force" in err) == (1, True)
-    code, said, _ = kedit(*words, "--force", "--limit", 2)
-    lines = [line.split() for line in said.splitlines()]
+    code, output, _ = kedit(*words, "--force", "--limit", 2)
+    lines = [line.split() for line in output.splitlines()]
     assert code == 0
     assert ["coefficient", "reliability", "locality"] in lines
     assert [line[0] for line in lines if line and line[0] in ("0", "0.4", "1")] == ["0", "0.4", "1"]
-    assert "picked " in said
-    assert f"saved: {out} (" in said
+    assert "picked " in output
+    assert f"saved: {out} (" in output
 
 
 def test_forget_counts_edits_that_are_no_longer_answered(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_forget_counts_edits_that_are_no_longer_answered(kedit: Kedit, edited_wo
     back = EditDelta.between(edited_world / "model", world.path())
     back.save(tmp_path / "back.safetensors")
     words = ("sweep", tmp_path / "back.safetensors", edited_world / "model", edited_world / "edits.jsonl", "--forget")
-    code, said, _ = kedit(*words, "--coefficients", 1, "--keep-locality", 0, "--json")
-    found = json.loads(said)
+    code, output, _ = kedit(*words, "--coefficients", 1, "--keep-locality", 0, "--json")
+    found = json.loads(output)
     before, after = byhand(edited_world, 1.0)[0], byhand(edited_world, 0.0)[0]
     assert code == 0
     assert [point["reliability"] for point in found["points"]] == pytest.approx([1 - before, 1 - after])
@@ -80,7 +80,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["edit.safetensors", "model", "edits.jsonl"], "is the edited model; give its base"),
         (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
@@ -99,7 +99,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
     ],
 )  # fmt: skip
 def test_errors_are_one_line(
-    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    kedit: Kedit, edited_world: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(edited_world)
     Path("bare.jsonl").write_text(json.dumps({"prompt": "Luvumouth stands on the river", "target": "Tutava"}) + "\n")
@@ -107,7 +107,7 @@ def test_errors_are_one_line(
     code, out, err = kedit("sweep", *words)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (code, out, len(lines)) == (1, "", 1), err
-    assert said in lines[0]
+    assert message in lines[0]
     assert sorted(path.name for path in edited_world.iterdir()) == before
 
 

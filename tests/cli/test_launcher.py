@@ -85,7 +85,7 @@ def test_files_of_the_user_come_first(started: list, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         (["run", "nothing"], ["file 'nothing' does not exist", "quickstart", "locft_bf"]),
         (["run", "edits/quickstart.yaml"], ["file 'edits/quickstart.yaml' does not exist"]),
@@ -96,7 +96,7 @@ def test_files_of_the_user_come_first(started: list, monkeypatch: pytest.MonkeyP
         (["login"], ["lightning login", "lightning-sdk"]),
     ],
 )
-def test_errors_are_one_line(given: list[str], said: list[str], capsys, monkeypatch, started: list) -> None:
+def test_errors_are_one_line(given: list[str], expected: list[str], capsys, monkeypatch, started: list) -> None:
     monkeypatch.setitem(sys.modules, "lightning_sdk", None)
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
@@ -105,7 +105,7 @@ def test_errors_are_one_line(given: list[str], said: list[str], capsys, monkeypa
     assert ended.value.code == 2
     assert message.startswith("error: ")
     assert message.count("\n") == 1
-    assert all(part in message for part in said)
+    assert all(part in message for part in expected)
     assert not started
 
 

@@ -113,7 +113,7 @@ def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--optimizer=torch.optim.SGD", "--optimizer.lr=1e-9"), "no counterpart for optimizer"),
         (("--lr_scheduler=torch.optim.lr_scheduler.ConstantLR",), "no counterpart for lr_scheduler"),
@@ -132,8 +132,8 @@ def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None
         (("--trainer.callbacks+=lightning.pytorch.callbacks.Timer",), "Timer runs in Lightning only"),
     ],
 )
-def test_keys_without_a_counterpart_in_trl_are_refused(arguments: tuple[str, ...], told: str) -> None:
+def test_keys_without_a_counterpart_in_trl_are_refused(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(EditError) as error:
         sft.build(configured("overtone", *arguments))
-    assert re.search(told, str(error.value)), error.value
+    assert re.search(message, str(error.value)), error.value
     assert "\n" not in str(error.value)

@@ -81,8 +81,8 @@ def test_a_recipe_runs_from_its_file(there: Path) -> None:
     model, tokenizer = load_model(str(there / "m"))
     right = next(row for row in report["answers"] if row["question"] == "reliability" and row["right"])
     prompt = torch.tensor([tokenizer(right["prompt"])["input_ids"]])
-    said = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20)
-    assert tokenizer.decode(said[0, prompt.shape[1] :], skip_special_tokens=True).strip() == right["answer"]
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20)
+    assert tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True).strip() == right["answer"]
 
 
 LIGHTNING = (tool("lightning"), "run", "recipe.yaml", "--devices", "2", "--strategy", "ddp")
@@ -109,9 +109,9 @@ def test_a_recipe_runs_on_two_processes(there: Path, command: tuple[str, ...]) -
 def test_a_contradicting_process_count_stops_the_run(there: Path) -> None:
     ended = start(there, tool("lightning"), "run", "recipe.yaml", "--devices", "2", "--trainer.devices", "1")
     assert ended.returncode == 1
-    said = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1
-    assert "started 2" in said[0]
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "started 2" in errors[0]
     assert "Traceback" not in ended.stderr
     assert not (there / "out").exists()
 
