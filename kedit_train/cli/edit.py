@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import Namespace
@@ -26,7 +27,6 @@ from kedit_train.modules import EditDataModule, EditModule
 from kedit_train.processes import check_process_count
 
 CONFIG = ("--config", "-c")
-MODULE, DATA = (f"{cls.__module__}.{cls.__qualname__}" for cls in (EditModule, EditDataModule))
 
 
 class EditParser(LightningArgumentParser):
@@ -68,7 +68,9 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"model": {"class_path": MODULE}, "data": {"class_path": DATA}})
+        parser.set_defaults(
+            {"model": {"class_path": _path_of(EditModule)}, "data": {"class_path": _path_of(EditDataModule)}}
+        )
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
@@ -91,11 +93,12 @@ def share_texts(config: Any) -> None:
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     readers = [c for c in callbacks if c.get("init_args") and world.is_world(_source(c.init_args.get("texts")))]
+    model_is_own = class_of(config.model.class_path) is EditModule
+    own = config.data.init_args if class_of(config.data.class_path) is EditDataModule else None
     ours = {
-        "model.name": config.model.init_args.name if config.model.class_path == MODULE else config.model.class_path,
-        "data.path": config.data.init_args.path if config.data.class_path == DATA else config.data.class_path,
+        "model.name": config.model.init_args.name if model_is_own else config.model.class_path,
+        "data.path": config.data.class_path if own is None else own.path,
     }
-    own = config.data.init_args if config.data.class_path == DATA else None
     foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
@@ -120,6 +123,16 @@ def share_texts(config: Any) -> None:
             f"{name} has texts: world, which are texts of the embedded world, but this run has {foreign}; give texts "
             "on which your model should not change (.txt with one per line, .jsonl or .json): --data.texts FILE"
         )
+
+
+def class_of(class_path: str) -> type:
+    """Return the class that a path names. One class may have several paths, so paths must not be compared."""
+    module, _, name = class_path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _path_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _source(texts: Any) -> Any:

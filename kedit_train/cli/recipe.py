@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from jsonargparse import Namespace
 
 from kedit_train import catalog
 from kedit_train.callbacks import EditCallback
-from kedit_train.cli.edit import EditCLI, EditParser, share_texts, with_catalog
+from kedit_train.cli.edit import EditCLI, EditParser, class_of, share_texts, with_catalog
 from kedit_train.errors import EditError
 
 
@@ -50,18 +49,12 @@ def callbacks(config: Namespace) -> list[EditCallback]:
     """
     result = []
     for entry in config.trainer.callbacks or []:
-        if not issubclass(kind_of(entry), EditCallback):
+        if not issubclass(class_of(entry.class_path), EditCallback):
             raise EditError(f"{entry.class_path} runs in Lightning only; remove it from the recipe.")
         result.append(built(entry))
     return result
 
 
-def kind_of(entry: Namespace) -> type:
-    """Return the class that an entry of a configuration names."""
-    module, _, name = entry.class_path.rpartition(".")
-    return getattr(import_module(module), name)
-
-
 def built(entry: Namespace) -> Any:
     """Build the object that an entry of a configuration describes."""
-    return kind_of(entry)(**(entry.init_args.as_dict() if entry.get("init_args") else {}))
+    return class_of(entry.class_path)(**(entry.init_args.as_dict() if entry.get("init_args") else {}))

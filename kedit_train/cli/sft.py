@@ -21,10 +21,10 @@ from kedit_train.arguments import at_least, check_arguments
 from kedit_train.augmentation import augmentation
 from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
-from kedit_train.cli.edit import DATA, MODULE
+from kedit_train.cli.edit import class_of
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
-from kedit_train.modules import EditDataModule
+from kedit_train.modules import EditDataModule, EditModule
 from kedit_train.pretrained import load_model, lora_config
 from kedit_train.processes import check_process_count, end_process_group
 from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
@@ -67,9 +67,9 @@ def build(config: Namespace) -> EditSFTTrainer:
     Raises:
         EditError: a key that TRL has no counterpart for, or a module or data module other than this package's.
     """
-    for key, own in (("model", MODULE), ("data", DATA)):
-        if config[key].class_path != own:
-            raise EditError(f"{key}: {config[key].class_path} runs in Lightning only; use {own.rpartition('.')[2]}")
+    for key, own in (("model", EditModule), ("data", EditDataModule)):
+        if class_of(config[key].class_path) is not own:
+            raise EditError(f"{key}: {config[key].class_path} runs in Lightning only; use {own.__name__}.")
     args, options = arguments_of(config), config.model.init_args
     # All arguments are checked before a large model is loaded.
     check_arguments("model", learning_rate=(options.learning_rate, at_least(0)))

@@ -50,7 +50,7 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     [
         ("trainer: {max_epoch: 3}", ["'trainer.max_epoch'"]),
         ("modle: {name: x}", ["modle"]),
-        ("model: {nam: x}", ["model: kedit_train.modules.EditModule: Option 'nam'", "it takes name, learning_rate"]),
+        ("model: {nam: x}", ["EditModule: Option 'nam'", "it takes name, learning_rate"]),
         ("trainer: {max_epochs: many}", ["trainer.max_epochs", "expected int", "many"]),
         (
             "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",

@@ -71,7 +71,7 @@ def test_a_recipe_runs_from_its_file(there: Path) -> None:
     assert report["unedited"]["reliability"]["generated"]["value"] == 0.0
     assert report["metrics"]["reliability"]["generated"]["n"] == 8
     assert report["metrics"]["reliability"]["generated"]["value"] >= 0.5
-    assert resolved["model"]["class_path"] == "kedit_train.modules.EditModule"
+    assert resolved["model"]["class_path"].endswith(".EditModule")
 
     # The saved model gives the answers of the report.
     import torch
