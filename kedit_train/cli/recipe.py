@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from kedit_train import catalog
 from kedit_train.callbacks import EditCallback
@@ -56,5 +56,10 @@ def callbacks(config: Namespace) -> list[EditCallback]:
 
 
 def built(entry: Namespace) -> Any:
-    """Build the object that an entry of a configuration describes."""
-    return class_of(entry.class_path)(**(entry.init_args.as_dict() if entry.get("init_args") else {}))
+    """Build the object that an entry of a configuration describes, with the dataclasses among its arguments."""
+    arguments = entry.init_args.as_dict() if entry.get("init_args") else {}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(class_of(entry.class_path), "object")
+    # Before jsonargparse 4.53 the method is called instantiate_classes.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parser.parse_object({"object": arguments})).object

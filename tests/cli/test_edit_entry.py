@@ -121,7 +121,7 @@ def test_only_deprecations_in_other_libraries_are_hidden() -> None:
         ),
         (["--data.batch_size", "0"], "batch_size must be .*, got 0"),
         (["--data.texts", "none.txt", "--model.name", "no/such/folder"], "no/such/folder.*save_pretrained"),
-        (["--trainer.callbacks.every_n_steps", "-1"], "every_n_steps=-1"),
+        (["--trainer.callbacks.every_n_steps", "-1"], "every_n_steps must be .*, got -1"),
     ],
 )
 def test_runs_that_cannot_be_carried_out(failing_run, arguments: list[str], expected: str) -> None:

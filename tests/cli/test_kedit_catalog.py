@@ -28,7 +28,7 @@ BAD = {
     ),
     "bound.yaml": (
         "trainer: {callbacks+: [{class_path: kedit_train.callbacks.EditMetrics, init_args: {every_n_steps: -1}}]}",
-        "every_n_steps=-1",
+        "every_n_steps must be an integer >= 0, got -1",
     ),
     "class.yaml": ("trainer: {callbacks+: [{class_path: kedit_train.callbacks.Smooth}]}", "no attribute 'Smooth'"),
     "empty.yaml": ("", "contains no keys"),
