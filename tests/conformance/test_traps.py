@@ -49,15 +49,15 @@ TRAPS = {
         "test_conditions::test_accumulated_batches_give_the_weights_of_one_batch"
     ],
     "11 earlier loggers do not see the metrics": ["test_traps::test_later_callbacks_see_the_metrics_of_a_log_row"],
-    "12 fabric.launch() inside fabric run": ["test_started_runs::test_on_two_processes"],
+    "12 fabric.launch() inside fabric run": ["test_started_runs::test_a_recipe_runs_on_two_processes"],
     "13 every process trains alone": [
         "test_traps::test_a_trainer_with_another_number_of_processes_is_an_error",
-        "test_started_runs::test_on_two_processes",
-        "test_processes::test_the_trainers_own_count_has_the_last_word",
+        "test_started_runs::test_a_recipe_runs_on_two_processes",
+        "test_processes::test_the_process_count_must_be_that_of_the_launcher",
     ],
     "14 bf16-true makes bf16 the default dtype": ["test_traps::test_losses_do_not_depend_on_the_default_dtype"],
     "15 a gradient hook that returns something": [
-        "test_mask_holds::test_gradients_outside_of_the_mask_are_zero_when_clipping_sees_them_and_the_hooks_go"
+        "test_mask_holds::test_gradients_outside_the_mask_are_zero_until_the_run_ends"
     ],
     "16 DPO cannot copy a model that was not loaded from a path": [
         "test_traps::test_a_preference_trainer_that_fails_releases_the_model",
