@@ -80,7 +80,7 @@ def plain_overtone(z: Tensor, y: Tensor, *, epsilon: float, **options: Any) -> t
     ("label_weight", "epsilon", "n_sigma"),
     [(0.1, 0.05, 0.5), (0.1, 0.01, 1.0), (0.4, 0.0, math.inf), (0.0, 0.3, 2.0), (1.0, 0.0, 0.5)],
 )
-def test_overtone(dtype, spread, label_weight, epsilon, n_sigma):
+def test_overtone_equals_its_target(dtype, spread, label_weight, epsilon, n_sigma):
     logits, labels = cases(spread, dtype)
     options = {"label_weight": label_weight, "epsilon": epsilon, "n_sigma": n_sigma, "vocab_size": None}
     compared(
@@ -94,7 +94,7 @@ def test_overtone(dtype, spread, label_weight, epsilon, n_sigma):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epsilon", [0.0, 1.0])
 @pytest.mark.parametrize("label_weight", [0.0, 0.9, 1.0])
-def test_uniform(dtype, epsilon, label_weight):
+def test_uniform_equals_its_target(dtype, epsilon, label_weight):
     logits, labels = cases(3.0, dtype)
     compared(
         lambda z: uniform(z, labels, label_weight=label_weight, epsilon=epsilon),
@@ -124,7 +124,7 @@ def test_dft_is_cross_entropy_times_the_detached_probability(dtype, epsilon):
 
 @pytest.mark.parametrize("fill", [0.0, 40.0, 1e4, -math.inf])
 @pytest.mark.parametrize("loss", ["overtone", "uniform"])
-def test_padded_rows_of_the_head(loss, fill):
+def test_padded_rows_of_the_head_are_left_out(loss, fill):
     logits, labels = cases()
     labels[0] = SIZE + 2
     padded = F.pad(logits, (0, 7), value=fill)
@@ -146,7 +146,7 @@ def test_padded_rows_of_the_head(loss, fill):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distance", [0.0, 1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_divergence(dtype, distance, direction):
+def test_divergence_equals_its_formula(dtype, distance, direction):
     logits, _ = cases(3.0, dtype)
     reference = (logits.double() + distance * torch.randn(logits.shape, dtype=torch.float64)).to(dtype)
 
@@ -161,7 +161,7 @@ def test_divergence(dtype, distance, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_divergence_where_neither_has_mass(direction):
+def test_divergence_is_finite_if_neither_side_has_mass(direction):
     reference, model = torch.randn(2, 5, 9, dtype=torch.float64)
     want = token_divergence(reference, model, direction=direction)
     padded = F.pad(model, (0, 2), value=-math.inf).requires_grad_()
@@ -212,14 +212,14 @@ def test_blocks_change_nothing(numbers, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_entropy():
+def test_entropy_equals_its_formula():
     logits, _ = cases()
     log_p = logits.log_softmax(-1)
     torch.testing.assert_close(entropy(logits), -(log_p.exp() * log_p).sum(-1))
     torch.testing.assert_close(entropy(F.pad(logits, (0, 3), value=-math.inf)), entropy(logits))
 
 
-def test_no_rows():
+def test_no_rows_give_empty_outputs():
     empty, labels = torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.long)
     for loss in (overtone(empty, labels)[0], uniform(empty, labels)[0], dynamic_cross_entropy(empty, labels)[0]):
         assert loss.shape == (0,)
