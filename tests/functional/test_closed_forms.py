@@ -1,4 +1,4 @@
-"""Losses in closed form give the numbers and the gradients of the plain formulas."""
+"""Losses in closed form equal the plain formulas, in values and gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def cases(spread: float = 3.0, dtype: torch.dtype = torch.float64, n: int = 60) -> tuple[Tensor, Tensor]:
-    """Random rows of far other means; half of the labels are the top token, some lead by far."""
+    """Random rows with very different means. Half of the labels are the top token, some by far."""
     logits = (
         torch.randn(n, SIZE, dtype=torch.float64) * spread + torch.linspace(-20, 20, n, dtype=torch.float64)[:, None]
     )
@@ -41,7 +41,7 @@ def cases(spread: float = 3.0, dtype: torch.dtype = torch.float64, n: int = 60) 
 
 
 def compared(got: Callable[..., Any], want: Callable[..., Any], logits: Tensor, tight: float) -> Tensor:
-    """Values and gradients for uneven upstream gradients, each row within ``tight``; returns the gradient.
+    """Compare values and gradients for uneven upstream gradients, each row within ``tight``; return the gradient.
 
     In lower precision than the formula's, rounding decides whether a loss within it of zero is zero.
     """
@@ -186,7 +186,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_gradcheck(name, softcap):
-    """Of the losses whose target does not move with the model; OverTone's and DFT's parts are held constant above."""
+    """Only for losses whose target does not depend on the model."""
     logits, labels = torch.randn(6, 11, dtype=torch.float64) * 3, torch.randint(0, 11, (6,))
 
     def loss(z: Tensor) -> Tensor:

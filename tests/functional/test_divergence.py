@@ -1,4 +1,4 @@
-"""Divergences against their definitions, summed entry by entry."""
+"""Divergences equal their definitions, summed entry by entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Divergence on k + 1 buckets against sums over the whole vocabulary, entry by entry."""
+"""The divergence over k + 1 buckets equals its definition, summed entry by entry."""
 
 from __future__ import annotations
 

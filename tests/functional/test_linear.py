@@ -1,4 +1,4 @@
-"""The half-precision projection: autocast's values, fp32's gradients."""
+"""The projection in half precision has the values of autocast and gradients summed in fp32."""
 
 from __future__ import annotations
 

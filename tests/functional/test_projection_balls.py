@@ -1,4 +1,4 @@
-"""Norm balls on stored values: every bound is compared in fp64, in every dtype, and what is within stays untouched."""
+"""Norm balls hold in fp64 on the stored values of every dtype, and values inside stay unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def apart(a: Tensor, b: Tensor) -> Tensor:
 
 
 def values(dtype: torch.dtype, n: int = 4000) -> Tensor:
-    """Of all magnitudes and both signs, with zeros and the greatest finite one."""
+    """Return values of all magnitudes and both signs, with zeros and the greatest finite one."""
     spread = torch.randn(n) * 10.0 ** torch.randint(-6, 2, (n,))
     limits = torch.finfo(dtype)
     ends = torch.tensor([0.0, -0.0, limits.max, -limits.max, limits.tiny], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Null-space and low-curvature projections against dense ones written from the formulas, in fp64."""
+"""Null-space and low-curvature projections equal dense projections from the formulas, in fp64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kedit_train.functional.null_space import free_space, join_directions, princ
 
 
 def inputs(n: int, d: int, decay: float = 0.5) -> Tensor:
-    """[n, d] with energies that fall by ``decay`` from direction to direction."""
+    """Return inputs [n, d] whose energy falls by ``decay`` from direction to direction."""
     basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
     return torch.randn(n, d, dtype=torch.float64) * decay ** torch.arange(d) @ basis
 

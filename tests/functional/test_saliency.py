@@ -1,4 +1,4 @@
-"""Masks against sorting by hand: exact counts, the first of equals, whole neurons."""
+"""Masks equal sorting by hand, with exact counts and whole neurons."""
 
 from __future__ import annotations
 
