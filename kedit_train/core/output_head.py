@@ -1,4 +1,4 @@
-"""The language-model head of a causal model: from hidden states to logits, exactly as the model itself does it."""
+"""The output head of a causal language model: from hidden states to logits, as the model itself computes them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kedit_train.errors import EditError
 from kedit_train.functional.chunked_linear import linear
 from kedit_train.functional.precision import HALF
 
-# What model configurations call the number that logits are multiplied or divided by.
+# Names in model configurations of the number by which logits are multiplied or divided.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 def find_language_model(root: nn.Module) -> nn.Module | None:
-    """Find the outermost module below ``root`` that has a language-model head (adapters included), or None."""
+    """Return the outermost module in ``root`` that has a language-model head (adapters included), or None."""
     queue = deque([root])
     while queue:
         module = queue.popleft()
@@ -33,7 +33,7 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to evaluation, and each back to what it was."""
+    """Put every module into evaluation mode inside the block, and back into its own mode afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -44,11 +44,18 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class OutputHead:
-    """Reads what enters the head and projects it where asked.
+    """Reads the hidden states that enter the output head, and projects hidden states to logits.
 
-    Works through a pre-hook on the head module, so whatever the model does to its hidden states before (final norm,
-    scaling) is honoured; what it does to the logits after (scale, soft-capping) is read from the configuration and
-    checked against the model's own logits once, by :meth:`verify`.
+    A pre-hook on the head module receives the hidden states, so everything before the head (final norm, scaling) is
+    included. What the model does to the logits afterwards (scale, soft-capping) is read from its configuration and
+    checked once against the model's own logits, by :meth:`verify`.
+
+    Args:
+        model: a causal language model, possibly with adapters.
+
+    Attributes:
+        captured: the hidden states of the last forward pass inside :meth:`capturing`, [batch, length, hidden].
+        scale: factor of the logits, found by :meth:`verify`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,16 +71,16 @@ class OutputHead:
         self._handle = self.module.register_forward_pre_hook(self._enter)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model takes its hooks along; there they do nothing.
+        # The hooks of a copied or unpickled model must do nothing.
         return {"_capturing": False}
 
     def remove(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         self._handle.remove()
 
     @contextmanager
     def capturing(self) -> Iterator[OutputHead]:
-        """Within, keep what the model's own forward hands to its head, and let the head compute one position only."""
+        """Keep the input of the head inside the block, and let the head compute one position only."""
         self.begin()
         try:
             yield self
@@ -86,9 +93,11 @@ class OutputHead:
         return self._capturing
 
     def begin(self) -> None:
+        """Start capturing; :meth:`end` must follow."""
         self.captured, self._capturing = None, True
 
     def end(self) -> None:
+        """Stop capturing."""
         self.captured, self._capturing = None, False
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -96,17 +105,17 @@ class OutputHead:
             return None
         hidden: Tensor = args[0]
         device = hidden.device.type
-        # Hooks on the model run outside of the autocast that accelerate wraps around its forward, so the state in which
-        # the model would have projected is noted here, where it is in force.
+        # Hooks on the model run outside of the autocast that accelerate wraps around its forward call, so the autocast
+        # state of the projection is read here, inside that call.
         enabled = torch.is_autocast_enabled(device)
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
         self.captured = hidden
-        # Of one row: a position of each would be multiplied row by row, a quarter of a step on a CPU.
+        # One position of one row, because one position of each row would be multiplied row by row, which is slow.
         return (hidden[:1, -1:], *args[1:])
 
     def hidden(self, **inputs: Any) -> Tensor:
-        """Run the model and return what its head reads, [B, S, d]."""
-        # Part of what the model returns, for it is from there that FSDP2 learns of the backward pass.
+        """Run the model and return the input of its head, [batch, length, hidden]."""
+        # The hidden states must be part of the output of the model, where FSDP2 finds the start of the backward pass.
         handle = self.model.register_forward_hook(self._add_captured, prepend=True)
         try:
             with self.capturing():
@@ -128,17 +137,21 @@ class OutputHead:
         return (*output, self.captured) if isinstance(output, tuple) else output
 
     def project(self, hidden: Tensor, head: Any | None = None, *, fp32_gradients: bool = False) -> Tensor:
-        """Project [N, d] to logits [N, V], fp32 (fp64 stays), under the autocast of the captured forward.
+        """Project hidden states to logits, under the autocast of the captured forward pass.
 
         Args:
-            head: what to call instead of the head module (its pre-edit weights, for example).
+            hidden: [N, hidden].
+            head: a callable to use in place of the head module, for example with its weights before the edit.
             fp32_gradients: in half precision, accumulate gradients in fp32, as TRL's fused head does.
+
+        Returns:
+            Logits [N, vocabulary] in fp32 (fp64 for fp64 models).
         """
         autocast = self.autocast or {"device_type": hidden.device.type, "enabled": False}
         dtype = self.compute_dtype(hidden)
         module = self.module
         if head is None and type(module) is nn.Linear and "forward" not in vars(module):
-            # The gradient of a trained weight goes into the sum over chunks, not into a second tensor of its size.
+            # linear() adds the gradient of a trained weight to the sum over chunks without a second tensor of its size.
             trained = (
                 torch.is_grad_enabled() and module.weight.requires_grad and not hasattr(module.weight, "device_mesh")
             )
@@ -149,7 +162,7 @@ class OutputHead:
             return self._finish((head or self.module)(hidden))
 
     def compute_dtype(self, hidden: Tensor) -> torch.dtype:
-        """The dtype in which the head multiplies."""
+        """Return the dtype in which the head multiplies."""
         return self.autocast["dtype"] if self.autocast.get("enabled") else hidden.dtype
 
     def _finish(self, logits: Tensor) -> Tensor:
@@ -162,18 +175,18 @@ class OutputHead:
 
     @property
     def trained(self) -> list[Tensor]:
-        """The tensors of the head that take a gradient (weight or tied embedding, bias, an adapter's factors)."""
+        """Return the tensors of the head that need a gradient: weight or tied embedding, bias, adapter factors."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def verify(self, context: Any) -> None:
-        """Check causality, and find the logit scale that reproduces the model's own logits.
+        """Check that the model is causal, and find the scale that reproduces its own logits.
 
         Args:
             context: the host's forward context (autocast).
 
         Raises:
-            EditError: the model looks ahead, or its logits cannot be reproduced from its head.
+            EditError: an earlier position depends on a later token, or the logits cannot be reproduced from the head.
         """
         name = type(self.model).__name__
         device = next(self.model.parameters()).device
@@ -185,21 +198,22 @@ class OutputHead:
             with torch.autocast(**self.autocast):
                 raw = self.module(states)
         if not bool(own.isfinite().all()):
-            raise EditError(
-                f"{name} gives NaN or infinite logits before the edit: its weights are broken; load another"
-            )
+            raise EditError(f"{name} returns NaN or infinite logits before the edit; load intact weights.")
         tolerance = 2e-2 if raw.dtype in HALF else 1e-4
         if not torch.allclose(
             states[0, :-1], states[1, :-1], rtol=tolerance, atol=tolerance * float(states.abs().max())
         ):
-            raise EditError(f"{name} is no causal language model: an earlier position changes with a later token")
+            raise EditError(
+                f"{name} is not a causal language model: an earlier position changes with a later token; use a model "
+                "loaded with AutoModelForCausalLM."
+            )
         given = [float(v) for key in SCALES if (v := getattr(self.config, key, None)) not in (None, 0, 1)]
-        # Configurations disagree on whether the number multiplies or divides; the model's own logits decide.
+        # In some configurations the number multiplies and in others it divides. The model's own logits decide.
         for scale in [1.0, *(s for v in given for s in (v, 1.0 / v))]:
             self.scale = scale
             if torch.allclose(self._finish(raw).float(), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
                 return
         raise EditError(
-            f"the logits of {name} cannot be reproduced from its output head (it changes them in a way that its "
-            "configuration does not name), so a loss on them would be wrong; use the host's own loss with this model"
+            f"the logits of {name} cannot be reproduced from its output head, because it changes them in a way that "
+            "its configuration does not state; use the loss of the host with this model."
         )

@@ -1,7 +1,7 @@
-"""A linear projection whose gradients are summed in fp32, over as many calls as there are chunks of tokens.
+"""A linear projection whose gradients are summed in fp32 over all chunks of tokens.
 
-Rounding the gradient of every vocabulary slice to half precision before summing biases training; TRL's fused head
-therefore sums in fp32, and so does this where asked, so that losses agree with TRL's beyond the first step.
+If the gradient of each chunk were rounded to half precision before it is added, training would be biased. TRL's fused
+head sums in fp32 for this reason, and runs agree with TRL beyond the first step only if this package does the same.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch.nn import functional as F
 
 from kedit_train.functional.precision import HALF
 
-# Rows of the vocabulary at a time, where a product of the whole would need a second matrix of the head's size.
+# Rows of the vocabulary in one product, where the whole product would need a second matrix of the size of the head.
 _BLOCK = 2**14
 
 
 class GradientSums:
-    """Sums of the gradients of some tensors over several backward passes, in fp32 (fp64 for fp64).
+    """The gradients of some tensors, summed over several backward passes in fp32 (fp64 for fp64 tensors).
 
-    A gradient of an output head is as large as the head. Within :meth:`collecting`, :func:`linear` adds its part to the
-    sum in place, so that no second one exists; what other functions return is given to :meth:`add`.
+    The gradient of an output head is as large as the head. Inside :meth:`collecting`, :func:`linear` adds to the sum
+    in place, so that there is only one tensor of that size. Other gradients are passed to :meth:`add`.
+
+    Args:
+        tensors: the trained tensors.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -35,6 +38,7 @@ class GradientSums:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
+        """Let :func:`linear` add the gradients of its weight to these sums inside the block."""
         token = _COLLECTING.set(self)
         try:
             yield
@@ -42,23 +46,24 @@ class GradientSums:
             _COLLECTING.reset(token)
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """The sum that belongs to a tensor, zeros at first; None where the tensor is none of these."""
+        """Return the sum of a tensor, zeros at first; None if the tensor is not one of these."""
         place = self._places.get(id(tensor))
         return None if place is None else self._sum(place)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one gradient for each tensor; None adds nothing."""
+        """Add one gradient per tensor; None adds nothing."""
         for place, gradient in enumerate(gradients):
             if gradient is not None:
                 self._sum(place).add_(gradient)
 
     def scale(self, factor: Tensor) -> None:
+        """Multiply every sum by a scalar."""
         for total in self._sums:
             if total is not None:
                 total.mul_(factor)
 
     def take(self) -> list[Tensor | None]:
-        """Hand the sums over, in the tensors' own dtypes; None for a tensor that nothing was added to."""
+        """Return the sums in the dtypes of their tensors and forget them; None for a tensor without a gradient."""
         sums = self._sums
         self._sums = [None] * len(self.tensors)
         return [None if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]
@@ -78,13 +83,21 @@ _COLLECTING: ContextVar[GradientSums | None] = ContextVar("collecting", default=
 def linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fp32_gradients: bool = True
 ) -> Tensor:
-    """Project [N, d] to [N, V] in ``dtype``, as autocast would, with gradients summed in fp32 (fp64 in fp64).
+    """Project hidden states to logits in ``dtype``, as autocast would, with gradients summed in fp32 (fp64 in fp64).
 
     Args:
-        hidden: [N, d]; weight: [V, d]; bias: [V] or None; any float dtype.
-        dtype: of the product and of what is returned.
-        fp32_gradients: in half precision, leave the products of the backward pass in fp32, as TRL's fused head does.
-            Otherwise each is rounded, as autocast does it; sums over chunks are in fp32 all the same.
+        hidden: [N, d], any float dtype.
+        weight: [V, d], any float dtype.
+        bias: [V], or None.
+        dtype: dtype of the product and of the result.
+        fp32_gradients: in half precision, keep the products of the backward pass in fp32, as TRL's fused head does.
+            Otherwise each product is rounded, as autocast does; sums over chunks are in fp32 in both cases.
+
+    Returns:
+        [N, V] in ``dtype``.
+
+    Raises:
+        ValueError: inside :meth:`GradientSums.collecting`, a trained weight is not one of the collected tensors.
     """
     return _Linear.apply(hidden, weight, bias, dtype, fp32_gradients)  # pyright: ignore[reportReturnType]
 
@@ -96,15 +109,15 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtype, ctx.widen = dtype, fp32_gradients and dtype in HALF
-        # Noted here: on a GPU the backward pass runs in another thread, where no context variable is set.
+        # Read here, because on a GPU the backward pass runs in another thread, which has no context variables.
         sums = _COLLECTING.get()
         ctx.weight_sum = None if sums is None or not ctx.needs_input_grad[1] else sums.of(weight)
         if sums is not None and ctx.needs_input_grad[1] and ctx.weight_sum is None:
             raise ValueError(
-                "a trained weight is projected with and not among chunked(parameters=), so it would not be trained"
+                "a trained weight of the projection is missing in chunked(parameters=...), so it would not be trained"
             )
         with torch.autocast(hidden.device.type, enabled=False):
-            # One call: the bias is added before the sum is rounded, as autocast has it.
+            # One call, so that the bias is added before the sum is rounded, as under autocast.
             return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -128,10 +141,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _to_hidden(grad: Tensor, weight: Tensor, dtype: torch.dtype, widen: bool) -> Tensor:
-    """[n, V] @ [V, d] with the weight rounded to ``dtype``."""
+    """Return the gradient [n, d] of the hidden states, with the weight rounded to ``dtype``."""
     if not widen:
         return grad @ weight.to(dtype)
-    # Only CUDA multiplies half-precision matrices into fp32 without converting them first.
+    # Only CUDA multiplies half-precision matrices into fp32 without a conversion.
     if grad.is_cuda:
         return torch.mm(grad, weight.to(dtype), out_dtype=torch.float32)
     total = torch.zeros(len(grad), weight.shape[1], device=grad.device)
@@ -141,7 +154,7 @@ def _to_hidden(grad: Tensor, weight: Tensor, dtype: torch.dtype, widen: bool) ->
 
 
 def _add_to_weight(total: Tensor, grad: Tensor, hidden: Tensor, widen: bool) -> None:
-    """``total += grad.T @ hidden`` ([V, d]) with nothing else of its size."""
+    """Add ``grad.T @ hidden`` [V, d] to ``total`` without another tensor of that size."""
     if grad.dtype == total.dtype:
         total.addmm_(grad.t(), hidden)
         return

@@ -1,7 +1,7 @@
-"""Score tokens a chunk at a time, so that full ``[tokens, vocabulary]`` logits never exist.
+"""Losses in chunks of tokens, so that logits of ``[tokens, vocabulary]`` never exist.
 
-A token's loss depends on its own hidden state alone, so gradients can be taken while a chunk's logits are still there:
-what is kept for the backward pass is one [N, d] gradient, and one sum for each trained tensor of the head.
+The loss of a token depends on its own hidden state only. Gradients are taken while the logits of a chunk exist, and
+only a gradient [N, d] and one sum per trained tensor of the head are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -20,32 +20,37 @@ Score = Callable[..., tuple[Tensor, ...]]
 
 
 def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
-    """Tokens a chunk such that its logits hold at most ``numbers`` numbers (64 MiB in fp32 by default)."""
+    """Return how many tokens a chunk may have so that its logits hold at most ``numbers`` values.
+
+    Args:
+        vocab_size: number of logits per token.
+        numbers: by default 64 MiB in fp32.
+    """
     return max(1, numbers // max(1, vocab_size))
 
 
 def chunked(
     score: Score, hidden: Tensor, *rest: Tensor, chunk: int, parameters: Sequence[Tensor] = (), defer: bool = False
 ) -> tuple[Tensor, ...]:
-    """Apply ``score`` to slices of ``chunk`` tokens and join what it returns.
+    """Apply ``score`` to chunks of tokens and join the results.
 
-    Gradients are taken in the forward pass, as if each loss were to receive a gradient of one. With respect to
-    ``hidden`` that serves any other; with respect to ``parameters``, whose gradient is one sum over all tokens, it
-    serves any that is the same for all losses (their sum or mean). For the rest every chunk is computed again in the
-    backward pass. A loss that is to be weighted by token is therefore best weighted inside ``score``.
+    Gradients are taken in the forward pass, as if each loss received a gradient of one. The gradient of ``hidden`` can
+    be scaled afterwards for any other. The gradient of ``parameters`` is one sum over all tokens, so it can be scaled
+    only if all losses receive the same gradient, as with a sum or mean. Otherwise every chunk is computed again in the
+    backward pass. Weights per token therefore belong inside ``score``.
 
     Args:
-        score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``, a function of each token by itself;
+        score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``. Each token is scored by itself, and
             only the loss is differentiated.
-        hidden: [N, d], what the output head reads.
-        rest: further tensors with N rows (labels, reference hidden states), not differentiated.
-        chunk: tokens at a time.
-        parameters: the trained tensors that ``score`` closes over. Their gradients are summed in fp32 (fp64 in fp64).
-        defer: take gradients in the backward pass, where the gradient that each loss receives is known. In half
-            precision the gradient of the logits is rounded; so it is rounded at the scale at which the host has it.
+        hidden: [N, d], the input of the output head.
+        rest: further tensors with N entries (labels, reference hidden states), not differentiated.
+        chunk: tokens in one chunk.
+        parameters: the trained tensors that ``score`` uses. Their gradients are summed in fp32 (fp64 in fp64).
+        defer: take the gradients in the backward pass, where the gradient that each loss receives is known. In half
+            precision the gradient of the logits is rounded, and this way it is rounded at the scale of the host.
 
     Returns:
-        The outputs of ``score`` for all N tokens, the loss connected to ``hidden`` and ``parameters``.
+        The outputs of ``score`` for all N tokens. The loss is connected to ``hidden`` and ``parameters``.
     """
     trained = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):
@@ -62,7 +67,7 @@ class _Chunked(torch.autograd.Function):
         ctx.wants_hidden = ctx.needs_input_grad[4]
         ctx.sums, again = None, defer or bool(parameters)
         if again:
-            # A second computation draws what the first one drew (dropout between the factors of an adapter).
+            # The second computation must draw the same random numbers (dropout between the factors of an adapter).
             ctx.random = torch.get_rng_state(), *get_device_states(hidden)
         if defer:
             gradient = None
@@ -84,7 +89,7 @@ class _Chunked(torch.autograd.Function):
         sums, ctx.sums = ctx.sums, None
         if upstream is None:
             return (*[None] * 5, *ctx.unused, *[None] * len(ctx.parameters))
-        # The sums are handed over, so a second backward pass through a retained graph has to take them again.
+        # The sums are returned once, so a second backward pass through a retained graph computes them again.
         if inputs and (sums is None or not _uniform(upstream)):
             hidden, *rest = inputs
             sums = GradientSums(ctx.parameters)
@@ -97,7 +102,7 @@ class _Chunked(torch.autograd.Function):
                 )
         else:
             if gradient is not None:
-                # Not in half precision, where rounding the factor would scale every gradient.
+                # The product is taken before rounding: a factor in half precision would scale every gradient.
                 gradient = (gradient * upstream.unsqueeze(-1)).to(gradient.dtype)
             if sums is not None and len(upstream):
                 sums.scale(upstream[0])
@@ -115,41 +120,44 @@ def _differentiate(
     *,
     wants_hidden: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Score every chunk; return what is returned for all tokens and the gradient [N, d], and fill ``sums``."""
+    """Score every chunk and add to ``sums``; return the joined outputs and the gradient [N, d] of ``hidden``."""
     gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
     outputs = []
     for start, parts in zip(range(0, max(1, len(hidden)), chunk), _slices(chunk, hidden, *rest), strict=True):
         rows = slice(start, start + chunk)
         factor = None if upstream is None else upstream[rows]
-        # In a function of its own, so that nothing of one chunk's graph is alive while the next one is built.
-        found, part_gradient = _one(score, parts, sums, factor, wants_hidden=wants_hidden)
-        outputs.append(found)
+        # In a separate function, so that the graph of one chunk is freed before the next one is built.
+        result, part_gradient = _differentiate_chunk(score, parts, sums, factor, wants_hidden=wants_hidden)
+        outputs.append(result)
         if gradient is not None and part_gradient is not None:
             gradient[rows] = part_gradient
     return _join(outputs), gradient
 
 
-def _one(
+def _differentiate_chunk(
     score: Score, parts: list[Tensor], sums: GradientSums, factor: Tensor | None, *, wants_hidden: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     part, *others = parts
     part = part.detach().requires_grad_(wants_hidden)
     with torch.enable_grad(), sums.collecting():
         loss, *statistics = score(part, *others)
-        found = (loss.detach(), *(s.detach() for s in statistics))
-        # A chunk whose tokens are all clipped may be a constant without any graph.
+        result = (loss.detach(), *(s.detach() for s in statistics))
+        # If all tokens of a chunk are clipped, the loss can be a constant without a graph.
         if not loss.requires_grad:
-            return found, None
+            return result, None
         total = loss.sum() if factor is None else (loss * factor).sum()
         wrt = [part, *sums.tensors] if wants_hidden else sums.tensors
         gradients = list(torch.autograd.grad(total, wrt, allow_unused=True))
     part_gradient = gradients.pop(0) if wants_hidden else None
     sums.add(gradients)
-    return found, part_gradient
+    return result, part_gradient
 
 
 def _uniform(upstream: Tensor) -> bool:
-    """Whether all losses receive the same gradient, up to rounding; that of a sum is known without a look at it."""
+    """Return whether all losses receive the same gradient, up to rounding.
+
+    An expanded tensor, as behind a sum, is recognised without reading its values from the device.
+    """
     if len(upstream) < 2 or upstream.stride(0) == 0:
         return True
     first = upstream[0]
@@ -157,7 +165,7 @@ def _uniform(upstream: Tensor) -> bool:
 
 
 def _slices(chunk: int, *tensors: Tensor) -> list[list[Tensor]]:
-    # At least one slice, empty if need be: a batch without supervised tokens still has outputs of the right kind.
+    # At least one slice, which may be empty: a batch without supervised tokens has outputs of the right dtype, too.
     return [[t[i : i + chunk] for t in tensors] for i in range(0, max(1, len(tensors[0])), chunk)]
 
 

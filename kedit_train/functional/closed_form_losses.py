@@ -1,8 +1,8 @@
-"""Per-token losses whose gradient is known in closed form: few passes over the logits, and one tensor of their size.
+"""Per-token losses with a gradient in closed form: few passes over the logits, and one tensor of their size.
 
-The forward pass keeps a few numbers a token, the backward pass writes the gradient of the logits once. On a CPU both go
-through blocks of rows that stay in the cache: a fresh tensor of the logits' size costs more there (its pages are handed
-out one by one) than the arithmetic on it.
+The forward pass keeps a few values per token, and the backward pass writes the gradient of the logits once. On a CPU
+both work on blocks of rows that fit into the cache, because the allocation of a tensor of the size of the logits costs
+more than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -16,51 +16,61 @@ from torch.autograd.function import once_differentiable
 
 from kedit_train.functional.precision import wide
 
-# Of a block: numbers, 4 MiB in fp32.
+# Values in one block, 4 MiB in fp32.
 _BLOCK = 2**20
 
-# logits [n, V] in fp32 or fp64, rows [n, ...] -> outputs (loss [n], statistics [n] ...), kept (tensors [n, ...])
+# logits [n, V] in fp32 or fp64, rows [n, ...] -> outputs (loss [n], statistics [n], ...), kept (tensors [n, ...])
 Value = Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
-# out [n, V] to be written, logits [n, V], rows [n, ...], kept [n, ...]
+# out [n, V] (written), logits [n, V], rows [n, ...], kept [n, ...]
 Gradient = Callable[..., None]
 
 
 def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Apply ``value`` to blocks of rows; the first of its outputs is differentiated by ``gradient``.
+    """Apply ``value`` to blocks of rows, with ``gradient`` as the derivative of its first output.
 
     Args:
-        value: ``(logits, *rows) -> (outputs, kept)``, each row by itself.
+        value: ``(logits, *rows) -> (outputs, kept)``, a function of each row by itself.
         gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``, for a gradient of one.
-        logits: [N, V], any float dtype; both functions see them in fp32 (fp64 stays fp64).
-        rows: further tensors with N rows (labels, reference logits), constants.
+        logits: [N, V], any float dtype. Both functions receive them in fp32 (fp64 stays fp64).
+        rows: further tensors with N entries (labels, reference logits), constants.
+
+    Returns:
+        The outputs of ``value`` for all rows, [N] each.
     """
     return _Rowwise.apply(value, gradient, logits, *rows)  # pyright: ignore[reportReturnType]
 
 
 def blocks(logits: Tensor, *rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Slices of rows, small ones on a CPU; at least one, empty if need be."""
+    """Split tensors with N entries into blocks, small ones on a CPU; at least one block, which may be empty."""
     size = max(1, _BLOCK // max(1, logits.shape[-1])) if logits.device.type == "cpu" else max(1, len(logits))
     starts = range(0, max(1, len(logits)), size)
     return [tuple(t[i : i + size] for t in (logits, *rows)) for i in starts]
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of each token's distribution in nats, [N]; not differentiated."""
+    """Return the entropy of each token's distribution in nats, without gradient.
+
+    Args:
+        logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+
+    Returns:
+        [N].
+    """
     with torch.no_grad():
-        found = []
+        entropies = []
         for (part,) in blocks(logits):
             log_probs = wide(part).log_softmax(-1)
-            # Minus infinity times no mass is nothing.
-            found.append(-log_probs.exp().mul_(log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)).sum(-1))
-        return torch.cat(found)
+            # The product of a probability of zero and a logarithm of minus infinity must be zero.
+            entropies.append(-log_probs.exp().mul_(log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)).sum(-1))
+        return torch.cat(entropies)
 
 
 class _Rowwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        found = [value(wide(part), *others) for part, *others in blocks(logits, *rows)]
+        results = [value(wide(part), *others) for part, *others in blocks(logits, *rows)]
         outputs, kept = (
-            tuple(torch.cat(column) for column in zip(*side, strict=True)) for side in zip(*found, strict=True)
+            tuple(torch.cat(column) for column in zip(*side, strict=True)) for side in zip(*results, strict=True)
         )
         ctx.gradient, ctx.n_rows = gradient, len(rows)
         ctx.save_for_backward(logits, *rows, *kept)
@@ -73,7 +83,7 @@ class _Rowwise(torch.autograd.Function):
         logits, *others = ctx.saved_tensors
         out = torch.empty_like(logits)
         for to, part, upstream, *rest in blocks(out, logits, grad_outputs[0], *others):
-            # In half precision the gradient is rounded once, when it is whole.
+            # In half precision the gradient is rounded once, after it is complete.
             fresh = to if to.dtype == wide(part).dtype else torch.empty_like(wide(part))
             ctx.gradient(fresh, wide(part), *rest)
             fresh.mul_(upstream.unsqueeze(-1))

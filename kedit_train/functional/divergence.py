@@ -1,4 +1,4 @@
-"""How far one next-token distribution is from another, per token, in nats."""
+"""Divergences between two next-token distributions, per token, in nats."""
 
 from __future__ import annotations
 
@@ -15,43 +15,62 @@ Direction = Literal["forward", "reverse", "jsd"]
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) for each token.
+    """Return KL(p || q) of each token.
 
     Args:
-        p_logits, q_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64). Minus infinity in ``p``
-            contributes nothing.
+        p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64). Minus infinity contributes nothing.
+        q_logits: [N, V], likewise.
 
     Returns:
-        [N], in nats.
+        [N] in nats.
     """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
     p = p_log.exp()
-    # Masked before the product: minus infinity on both sides would leave NaN in the gradient.
+    # Masked before the product, because minus infinity on both sides would give NaN in the gradient.
     return (p * (p_log - q_log).masked_fill(p == 0, 0.0)).sum(-1)
 
 
 def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence (half of each side's KL to the even mixture), [N], at most ln 2."""
+    """Return the Jensen-Shannon divergence of each token: half of the KL of each side to their even mixture.
+
+    Args:
+        p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+        q_logits: [N, V], likewise.
+
+    Returns:
+        [N] in nats, at most ln 2.
+    """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
-    # Finite, so that minus infinity on both sides leaves no NaN, in the gradient neither; the mass stays zero.
+    # Finite, so that minus infinity on both sides gives no NaN, in the gradient either. The mass stays zero.
     p_log, q_log = (x.clamp(min=torch.finfo(x.dtype).min / 2) for x in (p_log, q_log))
     mixture = torch.logaddexp(p_log, q_log) - math.log(2.0)
     return 0.5 * (p_log.exp() * (p_log - mixture) + q_log.exp() * (q_log - mixture)).sum(-1)
 
 
 def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
-    """Divergence of the edited model from the reference, [N].
+    """Return the divergence of the edited model from the reference model, per token.
 
-    The numbers of :func:`kl_divergence` and :func:`jensen_shannon`; where the reference is a constant, as it should be,
-    in blocks of rows and with the gradient in closed form.
+    The values are those of :func:`kl_divergence` and :func:`jensen_shannon`. If the reference is a constant, they are
+    computed in blocks of rows, with the gradient in closed form.
 
     Args:
-        reference_logits, logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
-        direction: "forward" is KL(reference || model), the term of MEND (arXiv 2110.11309); "reverse" is
-            KL(model || reference), the term in ROME's value optimisation (arXiv 2202.05262); "jsd" lies between.
+        reference_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V] of the edited model, likewise.
+        direction: "forward" is KL(reference || model), "reverse" is KL(model || reference), "jsd" is the
+            Jensen-Shannon divergence.
+
+    Returns:
+        [N] in nats.
+
+    Raises:
+        ValueError: the direction is unknown.
+
+    References:
+        - Forward: "Fast Model Editing at Scale" (MEND), arXiv 2110.11309.
+        - Reverse: "Locating and Editing Factual Associations in GPT" (ROME), arXiv 2202.05262.
     """
     if direction not in ("forward", "reverse", "jsd"):
-        raise ValueError(f"direction={direction!r} is none of 'forward', 'reverse', 'jsd'")
+        raise ValueError(f"direction must be 'forward', 'reverse' or 'jsd', got {direction!r}")
     if reference_logits.requires_grad and torch.is_grad_enabled():
         if direction == "jsd":
             return jensen_shannon(reference_logits, logits)
@@ -65,7 +84,7 @@ def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Dir
     return rowwise(value, gradient, logits, reference_logits)[0]
 
 
-# In each, q is the model, in fp32 or fp64, and p the reference, in whatever dtype it is kept.
+# In all of these, q is the model in fp32 or fp64, and p is the reference in the dtype in which it is stored.
 
 
 def _forward_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -102,14 +121,14 @@ def _jsd_gradient(out: Tensor, z: Tensor, reference: Tensor, q_part: Tensor) -> 
 
 
 def _kl(p_log: Tensor, q_log: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities, ``p_log`` not to be used again."""
+    """Return KL(p || q) of log-probabilities. ``p_log`` is overwritten."""
     p = p_log.exp()
-    # Where p has no mass the difference may be anything, minus infinity or, on both sides, not a number.
+    # Where p is zero, the difference may be minus infinity or NaN.
     return p_log.sub_(q_log).nan_to_num_(nan=0.0, neginf=0.0, posinf=math.inf).mul_(p).sum(-1)
 
 
 def _tilt(q: Tensor, p: Tensor) -> Tensor:
-    """(q - p) / (q + p) in [-1, 1]; with the mixture m, q / m = 1 + tilt and p / m = 1 - tilt, in all their digits."""
+    """Return (q - p) / (q + p), in [-1, 1]. With the mixture m, q / m is 1 + tilt and p / m is 1 - tilt, exactly."""
     return (q - p).div_(q + p).nan_to_num_(nan=0.0)
 
 

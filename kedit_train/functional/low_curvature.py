@@ -1,9 +1,12 @@
-"""Directions of a weight along which general behaviour hardly bends, by Kronecker-factored curvature.
+"""Directions of high curvature of a weight, from K-FAC factors, and the projection that removes them.
 
-CrispEdit (arXiv 2602.15823) asks that a change D of a weight [out, in] cost little in ``vec(D)ᵀ G vec(D)`` with the
-Gauss-Newton matrix G, approximated as in K-FAC by A (x) S: A = E[a aᵀ] of the inputs, S = E[g gᵀ] of the gradients at
-the outputs. Its eigenvectors are pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j; those that hold
-the share ``energy`` of the trace are taken out of D.
+The cost of a change D of a weight [out, in] is ``vec(D)ᵀ G vec(D)`` with the Gauss-Newton matrix G. K-FAC approximates
+G by the Kronecker product of A = E[a aᵀ] (inputs) and S = E[g gᵀ] (gradients at the outputs). Its eigenvectors are
+pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j. The pairs that hold the share ``energy`` of the
+trace are removed from D.
+
+References:
+    "CrispEdit", arXiv 2602.15823.
 """
 
 from __future__ import annotations
@@ -17,14 +20,16 @@ from kedit_train.functional.precision import full_precision, widest
 
 
 class Curvature(NamedTuple):
-    """The directions of high curvature: pairs of ``left[:, i]`` and ``right[:, j]`` where ``high[i, j]``.
+    """The directions of high curvature: the pairs of ``left[:, i]`` and ``right[:, j]`` for which ``high[i, j]`` is 1.
 
-    Only eigenvectors that take part in any such pair are kept.
+    Only eigenvectors that belong to such a pair are kept.
 
     Attributes:
-        left: [out, p]; right: [in, q]; high: [p, q], 1 for a pair that is taken out, in the dtype of ``left``.
-        free: the share of all out * in directions that remains.
-        energy: the share of the trace that the directions taken out hold.
+        left: [out, p], eigenvectors of the output factor.
+        right: [in, q], eigenvectors of the input factor.
+        high: [p, q], 1 for a pair that is removed, in the dtype of ``left``.
+        free: share of all out * in directions that remains.
+        energy: share of the trace that the removed directions hold.
     """
 
     left: Tensor
@@ -40,30 +45,34 @@ def high_curvature(
     """Find the directions of high curvature.
 
     Args:
-        output_factor: S, [out, out]; input_factor: A, [in, in]; both symmetric, positive semi-definite.
-        energy: in (0, 1). Pairs sorted by falling s_i a_j, the one at which this share of their sum is reached is the
-            threshold: what is not below it is taken out.
-        dtype: of the result; the decomposition is made in fp64.
+        output_factor: S, [out, out], symmetric and positive semi-definite.
+        input_factor: A, [in, in], likewise.
+        energy: in (0, 1). The pairs are sorted by falling s_i a_j. The pair at which their sum reaches this share is
+            the threshold, and all pairs that are not below it are removed.
+        dtype: dtype of the result. The decomposition is computed in fp64.
+
+    Returns:
+        The directions to remove.
 
     Raises:
-        ValueError: there is no curvature at all.
+        ValueError: the curvature is zero in every direction.
     """
     s, left = _eigen(output_factor)
     a, right = _eigen(input_factor)
     products = torch.outer(s, a)
     ordered = products.flatten().sort(descending=True).values
-    held = ordered.cumsum(0)
-    if not float(held[-1]) > 0.0:
+    cumulative = ordered.cumsum(0)
+    if not float(cumulative[-1]) > 0.0:
         raise ValueError("the curvature is zero in every direction")
-    high = products >= ordered[int((held < energy * held[-1]).sum())]
-    # Eigenvalues fall, so every row and column with a high pair stands before those without.
+    high = products >= ordered[int((cumulative < energy * cumulative[-1]).sum())]
+    # Eigenvalues are sorted, so the rows and columns with a high pair come first.
     p, q = int(high.any(1).sum()), int(high.any(0).sum())
     return Curvature(
         left[:, :p].to(dtype).contiguous(),
         right[:, :q].to(dtype).contiguous(),
         high[:p, :q].to(dtype).contiguous(),
         1.0 - float(high.double().mean()),
-        float(products[high].sum() / held[-1]),
+        float(products[high].sum() / cumulative[-1]),
     )
 
 
@@ -73,13 +82,17 @@ def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project_low_curvature(delta: Tensor, curvature: Curvature) -> Tensor:
-    """Take the directions of high curvature out of a change.
+    """Remove the directions of high curvature from a change.
 
-    Equals U_S ((U_Sᵀ D U_A) * M) U_Aᵀ with all eigenvectors and M = 1 for low curvature; computed from what is taken
-    out, which is the smaller part.
+    The result equals U_S ((U_Sᵀ D U_A) * M) U_Aᵀ with all eigenvectors and M = 1 for low curvature. It is computed from
+    the removed part, which is smaller.
 
     Args:
-        delta: [out, in] (transpose ``Conv1D``), in the dtype of the curvature.
+        delta: [out, in], the change, in the dtype of the curvature. Transpose the weight of a ``Conv1D``.
+        curvature: from :func:`high_curvature`.
+
+    Returns:
+        [out, in].
     """
     with full_precision(delta.device.type):
         inner = (curvature.left.T @ delta @ curvature.right) * curvature.high

@@ -1,9 +1,11 @@
-"""Norm balls that hold in the dtype in which weights are stored: what rounding puts outside goes back inside.
+"""Projections onto norm balls that hold in the dtype in which the weights are stored.
 
-Constrained fine-tuning as in "Modifying Memories in Transformer Models" (Zhu et al., arXiv 2012.00363): after every
-step the weights are projected onto ``|w - reference| <= radius``. There the bound holds in real numbers; in bf16 the
-rounding of ``reference + radius`` alone oversteps a bound of 1e-3 by a tenth. Here every comparison is made in fp64
-on the values as stored.
+After every step the weights are projected onto ``|w - reference| <= radius``. In bf16 the rounding of
+``reference + radius`` alone can exceed a bound of 1e-3 by a tenth. All comparisons here are made in fp64 on the stored
+values, and a value that rounding puts outside is moved back inside.
+
+References:
+    "Modifying Memories in Transformer Models", arXiv 2012.00363.
 """
 
 from __future__ import annotations
@@ -20,13 +22,17 @@ _SLICE = 2**24
 
 
 def step_toward(values: Tensor, target: Tensor) -> Tensor:
-    """The next representable value towards ``target``, as ``torch.nextafter``, for half precision on every device.
+    """Return the next representable value towards ``target``: ``torch.nextafter`` for every dtype and device.
 
     Args:
-        values, target: any shape, fp64, fp32, bf16 or fp16, finite or infinite; equal values stay.
+        values: any shape; fp64, fp32, bf16 or fp16.
+        target: the same shape and dtype. Values that equal their target stay.
+
+    Returns:
+        The same shape and dtype.
     """
     bits = values.view(_INTEGERS[values.element_size()])
-    # As integers, floats of one sign are ordered by magnitude: one more is one step away from zero.
+    # Read as integers, floats of one sign are ordered by magnitude, so adding one is a step away from zero.
     away = (target > values) == (values > 0)
     stepped = torch.where(away, bits + 1, bits - 1).view(values.dtype)
     smallest = torch.ones_like(bits).view(values.dtype)
@@ -35,76 +41,96 @@ def step_toward(values: Tensor, target: Tensor) -> Tensor:
 
 
 def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """The least and the greatest storable value within ``radius`` of each entry.
+    """Return the smallest and the greatest storable value within ``radius`` of each entry.
 
-    Clamping between them is all that a step costs. Where the spacing of the dtype exceeds the radius both are the
-    reference itself.
+    A step then only has to clamp between the two. If the spacing of the dtype is larger than the radius, both are the
+    reference.
 
     Args:
-        reference: any shape, any float dtype; radius: 0 or more.
+        reference: any shape, any float dtype.
+        radius: 0 or more.
 
     Returns:
-        (lower, upper), in the shape and dtype of ``reference``; ``abs(bound - reference) <= radius`` in fp64.
+        Lower and upper bounds in the shape and dtype of ``reference``; ``abs(bound - reference) <= radius`` in fp64.
     """
     lower, upper = torch.empty_like(reference), torch.empty_like(reference)
-    for centre, low, high in _slices(reference, lower, upper):
-        low.copy_(_furthest(centre, -radius))
-        high.copy_(_furthest(centre, radius))
+    for center, low, high in _slices(reference, lower, upper):
+        low.copy_(_furthest(center, -radius))
+        high.copy_(_furthest(center, radius))
     return lower, upper
 
 
 def linf_ball(weight: Tensor, reference: Tensor, radius: float) -> Tensor:
-    """Clip every entry to within ``radius`` of its reference; entries within stay as they are, bit for bit."""
+    """Clip every entry to within ``radius`` of its reference. Entries inside stay as they are, bit for bit.
+
+    Args:
+        weight: any shape and float dtype.
+        reference: the same shape and dtype.
+        radius: 0 or more.
+
+    Returns:
+        The same shape and dtype.
+    """
     return torch.clamp(weight, *linf_bounds(reference, radius))
 
 
-def _furthest(centre: Tensor, distance: float) -> Tensor:
-    exact = widest(centre)
-    found = (exact + distance).to(centre)
-    while bool((outside := ((widest(found) - exact).abs() > abs(distance)).to(centre.device)).any()):
-        found = torch.where(outside, step_toward(found, centre), found)
-    return found
+def _furthest(center: Tensor, distance: float) -> Tensor:
+    exact = widest(center)
+    candidate = (exact + distance).to(center)
+    while bool((outside := ((widest(candidate) - exact).abs() > abs(distance)).to(center.device)).any()):
+        candidate = torch.where(outside, step_toward(candidate, center), candidate)
+    return candidate
 
 
 def norm_squared(weight: Tensor) -> Tensor:
-    """The squared L2 norm of the stored values, a scalar in fp64."""
+    """Return the squared L2 norm of the stored values, a scalar in fp64."""
     return torch.stack([widest(w).square().sum() for (w,) in _slices(weight)]).sum()
 
 
 def distance_squared(weight: Tensor, reference: Tensor) -> Tensor:
-    """The squared L2 distance of the stored values, a scalar in fp64."""
+    """Return the squared L2 distance between the stored values of two tensors, a scalar in fp64."""
     parts = [(widest(w) - widest(r)).square().sum() for w, r in _slices(weight, reference)]
     return torch.stack(parts).sum()
 
 
 def shrink(weight: Tensor, reference: Tensor, factor: float) -> Tensor:
-    """Move every entry towards its reference: ``reference + factor * (weight - reference)``, never further than that.
+    """Return ``reference + factor * (weight - reference)``, rounded towards the reference where necessary.
 
-    Rounded to nearest, and where that lies further out than the exact value, to the neighbour towards the reference.
+    No entry is further from its reference than the exact value.
 
     Args:
-        weight, reference: any shape, the same float dtype; factor: in [0, 1].
+        weight: any shape and float dtype.
+        reference: the same shape and dtype.
+        factor: in [0, 1].
+
+    Returns:
+        The same shape and dtype.
     """
     shrunk = torch.empty_like(reference)
-    for w, r, found in _slices(weight, reference, shrunk):
-        centre = widest(r)
-        delta = (widest(w) - centre) * factor
-        nearest = (centre + delta).to(r)
-        outside = ((widest(nearest) - centre).abs() > delta.abs()).to(r.device)
-        found.copy_(torch.where(outside, step_toward(nearest, r), nearest))
+    for w, r, result in _slices(weight, reference, shrunk):
+        center = widest(r)
+        delta = (widest(w) - center) * factor
+        nearest = (center + delta).to(r)
+        outside = ((widest(nearest) - center).abs() > delta.abs()).to(r.device)
+        result.copy_(torch.where(outside, step_toward(nearest, r), nearest))
     return shrunk
 
 
 def shrink_factor(distance: float, radius: float) -> float:
-    """By what to scale a difference of this norm so that it lies within ``radius``, whichever way it is summed."""
+    """Return the factor that brings a difference of norm ``distance`` within ``radius``, in any order of summation."""
     return 1.0 if distance <= radius else radius / distance * (1.0 - 1e-12)
 
 
 def l2_ball(weights: Sequence[Tensor], references: Sequence[Tensor], radius: float) -> list[Tensor]:
-    """Scale the difference of all tensors together back to a norm of at most ``radius``.
+    """Scale the difference of all tensors together, so that its norm is at most ``radius``.
+
+    Args:
+        weights: tensors of any shape and float dtype.
+        references: one tensor of the same shape and dtype for each weight.
+        radius: 0 or more.
 
     Returns:
-        New tensors; the given ones themselves where they lie within the ball.
+        New tensors, or the given ones if they are inside the ball.
     """
     distance = float(sum(distance_squared(w, r) for w, r in zip(weights, references, strict=True))) ** 0.5
     factor = shrink_factor(distance, radius)
@@ -114,7 +140,7 @@ def l2_ball(weights: Sequence[Tensor], references: Sequence[Tensor], radius: flo
 
 
 def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    # Rows at a time: fp64 copies of a whole embedding matrix would cost more than the model.
+    # In slices of rows, because an fp64 copy of a whole embedding matrix can be larger than the model.
     if tensors[0].ndim == 0:
         yield tensors
         return

@@ -1,10 +1,12 @@
-"""Directions of a module's inputs that a change of its weight must not touch, and the projection that removes them.
+"""Directions of a module's inputs that a change of its weight must preserve, and the projection that removes them.
 
-For ``y = W k`` a change D leaves the answers on inputs K0 alone where ``D K0 = 0``: the null-space constraint of
-AlphaEdit (arXiv 2410.02355), there applied to a closed-form update with an absolute threshold on singular values. Here
-directions are chosen by their share of the inputs' energy, which means the same in every model and layer, and the
-projection is applied to the whole difference from the reference: a projected *gradient* does not stay in the null space
-under Adam, whose step divides entry by entry.
+For ``y = W k``, a change D keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit applies this to a closed-form
+update, with an absolute threshold on singular values. Here the directions are chosen by their share of the energy of
+the inputs, which means the same in every model and layer. The projection is applied to the whole difference from the
+reference, because a projected gradient does not stay in the null space under Adam, whose step divides each entry.
+
+References:
+    "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355.
 """
 
 from __future__ import annotations
@@ -18,29 +20,37 @@ from kedit_train.functional.precision import full_precision, widest
 
 
 def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: int | None = None) -> Tensor:
-    """Orthonormal directions that hold most of a second moment.
+    """Return orthonormal directions that hold most of a second moment.
 
     Args:
         moment: [d, d], E[k kᵀ], symmetric.
-        energy: the least share of the trace to hold, in (0, 1]; 1 takes every direction that can be told from the
-            rounding of the moment (eigenvalues above ``d * eps`` of the greatest).
-        rank: take this many directions instead (fewer where there are no more).
+        energy: smallest share of the trace that the directions must hold, in (0, 1]. 1 takes every direction whose
+            eigenvalue is above the rounding error of the moment (``d * eps`` of the greatest eigenvalue).
+        rank: number of directions, in place of ``energy``. There may be fewer.
 
     Returns:
-        [d, r] fp64, by falling eigenvalue. Costs one eigendecomposition in fp64.
+        [d, r] in fp64, by falling eigenvalue.
     """
     values, vectors = torch.linalg.eigh(widest(moment))
     values, vectors = values.flip(0), vectors.flip(1)
     known = int((values > values[0] * len(values) * torch.finfo(moment.dtype).eps).sum())
     if rank is not None:
         return vectors[:, : min(rank, known)]
-    held = values[:known].cumsum(0)
-    short = held < (energy or 1.0) * held[-1] * (1.0 - 1e-12) if known else held
+    cumulative = values[:known].cumsum(0)
+    short = cumulative < (energy or 1.0) * cumulative[-1] * (1.0 - 1e-12) if known else cumulative
     return vectors[:, : min(int(short.sum()) + 1, known)]
 
 
 def join_directions(first: Tensor, second: Tensor) -> Tensor:
-    """Orthonormal directions that span both, [d, r1] and [d, r2] orthonormal; [d, at most r1 + r2]."""
+    """Return orthonormal directions that span two sets of directions.
+
+    Args:
+        first: [d, r1], orthonormal.
+        second: [d, r2], orthonormal.
+
+    Returns:
+        [d, r] with r at most r1 + r2.
+    """
     residual = second - first @ (first.T @ second)
     residual = residual - first @ (first.T @ residual)
     left, sizes, _ = torch.linalg.svd(residual, full_matrices=False)
@@ -48,11 +58,12 @@ def join_directions(first: Tensor, second: Tensor) -> Tensor:
 
 
 class FreeSpace(NamedTuple):
-    """What a change may still use, as the smaller of two bases.
+    """The directions that a change may use, stored as the smaller of two bases.
 
     Attributes:
         basis: [d, n], orthonormal.
-        preserved: ``basis`` spans what is preserved (removed from a change), else what is free (kept of it).
+        preserved: if True, ``basis`` spans the preserved directions, which are removed from a change. If False, it
+            spans the free directions, onto which a change is projected.
         rank: number of preserved directions.
     """
 
@@ -62,7 +73,15 @@ class FreeSpace(NamedTuple):
 
 
 def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSpace:
-    """Prepare the projection away from ``directions``, [d, r] orthonormal in fp64; never more than d * d/2 numbers."""
+    """Prepare the projection that removes directions.
+
+    Args:
+        directions: [d, r], orthonormal in fp64.
+        dtype: dtype of the basis.
+
+    Returns:
+        The smaller of the two bases, at most d * d / 2 values.
+    """
     size, rank = directions.shape
     if 2 * rank <= size:
         return FreeSpace(directions.to(dtype).contiguous(), True, rank)
@@ -71,13 +90,17 @@ def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSp
 
 
 def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
-    """Take the preserved directions out of each row: ``D - (D U) Uᵀ``, or ``(D N) Nᵀ`` where the rest N is smaller.
+    """Remove the preserved directions from each row of a change.
+
+    This is ``D - (D U) Uᵀ`` with the preserved directions U, or ``(D N) Nᵀ`` if the free basis N is smaller.
 
     Args:
-        delta: [m, d], inputs along the last dimension (``nn.Linear``; transpose ``Conv1D``), in the basis' dtype.
+        delta: [m, d], the change, with inputs along the last dimension (transpose the weight of a ``Conv1D``), in the
+            dtype of the basis.
+        space: from :func:`free_space`.
 
     Returns:
-        [m, d]. ``result @ U`` is zero up to rounding (about 1e-7 of ``delta`` in fp32). 4 m d min(r, d - r) operations.
+        [m, d]. ``result @ U`` is zero up to rounding, about 1e-7 of ``delta`` in fp32.
     """
     with full_precision(delta.device.type):
         within = (delta @ space.basis) @ space.basis.T

@@ -1,4 +1,4 @@
-"""Matrix products at the full precision of their operands, whatever the surrounding loop prefers."""
+"""Full precision, whatever the surrounding training loop has set."""
 
 from __future__ import annotations
 
@@ -12,24 +12,27 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Within, neither autocast nor reduced-precision fp32 products (TF32, bf16) on this kind of device.
+    """Turn off autocast and reduced-precision fp32 products (TF32, bf16) inside the block.
 
-    TF32 keeps 10 bits of mantissa: a projection made with it leaks about 1e-3 of what it is to remove.
+    TF32 has 10 bits of mantissa. A projection computed with it leaves about 1e-3 of what it should remove.
+
+    Args:
+        device_type: "cpu", "cuda", ...
     """
-    own = torch.get_float32_matmul_precision()
+    previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(own)
+        torch.set_float32_matmul_precision(previous)
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in at least fp32: half precision is widened, fp64 stays."""
+    """Return the tensor in fp32, or in fp64 if it is fp64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def widest(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in fp64, on the CPU where its device has none (MPS)."""
+    """Return the tensor in fp64, on the CPU if its device has no fp64 (MPS)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

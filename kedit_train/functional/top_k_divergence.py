@@ -1,4 +1,4 @@
-"""Divergence from a distribution of which only the most probable tokens are known, and the mass of the rest."""
+"""Divergence from a distribution that is stored as its most probable tokens and the mass of the rest."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from kedit_train.functional.divergence import Direction, token_divergence
 
 
 def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Sum up distributions as their ``k`` most probable tokens and the rest: what is kept of another, larger model.
+    """Reduce distributions to their ``k`` most probable tokens and the rest. This is what is stored of a teacher.
 
     Args:
-        logits: [N, V] with ``1 <= k <= V``, computed in fp32 (fp64 stays fp64).
+        logits: [N, V], computed in fp32 (fp64 stays fp64).
+        k: number of tokens, 1 to V.
 
     Returns:
-        log-probabilities [N, k + 1], the last of all other tokens together (minus infinity where ``k == V``), and the
-        tokens [N, k], most probable first.
+        Log-probabilities [N, k + 1], the last one of all other tokens together (minus infinity if ``k == V``), and the
+        token ids [N, k], most probable first.
     """
     log_probs = _log_softmax(logits)
     top, tokens = log_probs.topk(k, dim=-1)
@@ -24,25 +25,30 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
-    """Divergence between two distributions of which only k + 1 buckets are told apart, [N].
+    """Return the divergence between two distributions over k + 1 buckets: k tokens, and all others together.
 
-    All three directions are defined on buckets, and each is at most its value on the whole vocabulary (data processing
-    inequality): how the rest is spread over its tokens is left to the model.
+    Each direction is at most its value on the whole vocabulary (data processing inequality). How the mass of the rest
+    is distributed over its tokens does not count.
 
     Args:
-        reference: log-probabilities [N, k + 1], and tokens: [N, k], both from :func:`top_log_probs`.
+        reference: [N, k + 1] log-probabilities from :func:`top_log_probs`.
+        tokens: [N, k] token ids from the same call.
         logits: [N, V] of the edited model.
+        direction: "forward", "reverse" or "jsd"; see :func:`~kedit_train.functional.divergence.token_divergence`.
+
+    Returns:
+        [N] in nats.
     """
     log_probs = _log_softmax(logits)
     own = log_probs.gather(-1, tokens)
     if tokens.shape[-1] == logits.shape[-1]:
-        # Nothing is left; minus infinity on both sides would leave NaN in the gradient.
+        # There is no rest, and minus infinity on both sides would give NaN in the gradient.
         return token_divergence(reference[:, :-1], own, direction=direction)
     return token_divergence(reference, torch.cat([own, _rest(log_probs, tokens)], dim=-1), direction=direction)
 
 
 def _rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """Log of the mass on all other tokens [N, 1], summed itself: one minus the others would lose what is small."""
+    """Return the log of the mass on all other tokens, [N, 1]. It is summed directly, which keeps small values exact."""
     return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
 
 

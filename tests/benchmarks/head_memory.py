@@ -1,11 +1,10 @@
-"""Peak memory of every loss through the output head, of the whole process, each in a process of its own.
+"""Measure the peak memory of every loss through the output head, each in its own process.
 
     python tests/benchmarks/head_memory.py                     # V = 151,936, d = 1,024, 4,096 supervised tokens
     python tests/benchmarks/head_memory.py --vocab 32000 --losses overtone jsd
 
-A Markdown table: what the peak rises by while 4,096 tokens are scored forward and backward, above the model, the
-hidden states and the gradients that are left behind. With ``--full`` a last row shows what building the logits whole
-takes.
+Writes a Markdown table: how much the peak rises while 4,096 tokens are scored forward and backward, above the model,
+the hidden states and the resulting gradients. With ``--full`` the last row is cross-entropy over full logits.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ LOSSES = (*LABELLED, *DIRECTIONS)
 
 
 def measure(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> float:
-    """Extra peak in MB of one loss, forward and backward; "full logits" in its name leaves the chunks out."""
+    """Return the extra peak in MB of one loss, forward and backward, in chunks unless its name says "full logits"."""
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=width, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
         tie_word_embeddings=False,
@@ -54,7 +53,7 @@ def measure(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> fl
     model = LlamaForCausalLM(config).requires_grad_(False)
     model.lm_head.requires_grad_(trained)
     head = OutputHead(model)
-    hidden, before = torch.randn(tokens, width).requires_grad_(), torch.randn(tokens, width)
+    hidden, reference_states = torch.randn(tokens, width).requires_grad_(), torch.randn(tokens, width)
     labels = torch.randint(0, vocab, (tokens,))
     name, _, whole = loss.partition(", ")
 
@@ -62,21 +61,21 @@ def measure(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> fl
         if name in LABELLED:
             return LABELLED[name](head.project(states), targets)
         with torch.no_grad():
-            known = head.project(reference)
-        return (token_divergence(known, head.project(states), direction=name),)  # pyright: ignore[reportArgumentType]
+            reference_logits = head.project(reference)
+        return (token_divergence(reference_logits, head.project(states), direction=name),)  # pyright: ignore[reportArgumentType]
 
     kept = width * tokens * 4 + (vocab * width * 4 if trained else 0)
     chunk = tokens if whole else chunk_length(vocab)
     start = resident_peak()
-    chunked(score, hidden, labels, before, chunk=chunk, parameters=head.trained)[0].mean().backward()
+    chunked(score, hidden, labels, reference_states, chunk=chunk, parameters=head.trained)[0].mean().backward()
     extra = resident_peak() - start - kept
     if extra <= 0:
-        raise SystemExit("building the model took more memory than its step, so the step cannot be seen")
+        raise SystemExit("building the model took more memory than the step, so the step cannot be measured")
     return extra / 1e6
 
 
 def measured(loss: str, trained: bool, vocab: int, width: int, tokens: int) -> float:
-    """:func:`measure` in a process of its own."""
+    """Run :func:`measure` in its own process."""
     wanted: list[Any] = [loss, trained, vocab, width, tokens]
     command = [sys.executable, __file__, "--one", json.dumps(wanted)]
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
@@ -101,7 +100,7 @@ def main() -> None:
     for loss in [*given.losses, *(["cross-entropy, full logits"] if given.full else [])]:
         frozen, trained = (measured(loss, t, given.vocab, given.width, given.tokens) for t in (False, True))
         rows.append([loss, f"{frozen:.0f}", f"{trained:.0f}"])
-    what = f"V = {given.vocab:,}, d = {given.width:,}, {given.tokens:,} tokens; a CPU. Bar: below 600 MB."
+    what = f"V = {given.vocab:,}, d = {given.width:,}, {given.tokens:,} tokens; a CPU. Limit: 600 MB."
     body = f"{what}\n\n{table(['loss', 'head frozen, MB', 'head trained, MB'], rows)}"
     record("Peak memory of the losses through the output head", body, given)
 

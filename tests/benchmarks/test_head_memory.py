@@ -1,4 +1,4 @@
-"""Scoring tokens does not build full logits: seen from outside of the process."""
+"""The loss head does not build full logits, measured by the peak memory of a process."""
 
 from __future__ import annotations
 

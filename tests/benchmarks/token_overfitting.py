@@ -1,12 +1,11 @@
-"""Heterogeneous token overfitting, shown: each position of the targets over the steps, and OverTone's ablations.
+"""Measure heterogeneous token overfitting: the loss of each target position over the steps, and ablations of OverTone.
 
     python tests/benchmarks/token_overfitting.py --model world --figure recipes/figures/token_overfitting.png
     python tests/benchmarks/token_overfitting.py --model factlm
 
-"Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing" (arXiv 2502.00602) observes one edit at a time,
-scores under teacher forcing, and ablates the clip, the dynamic filter, the check and the filter. Here every objective
-trains the same matrix of the same model for the same number of epochs, without any other rule to stop: one edit at a
-time, and all of them breadth-first. Scores are of generated answers.
+The paper (arXiv 2502.00602) trains one edit at a time, scores it under teacher forcing, and ablates the clip, the
+dynamic filter, the check and the filter. Here every objective trains the same matrix of the same model for the same
+number of epochs, one edit at a time and all edits breadth-first. The scores are of generated answers.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from kedit_train.data.tokenization import collate, pad_token_id
 from kedit_train.evaluation import EvaluationOptions
 from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
-from kedit_train.functional import overtone, overtone_target, smoothed_loss
+from kedit_train.functional import IGNORE_INDEX, overtone, overtone_target, smoothed_loss
 from kedit_train.modes import run_edits
 
-LAM, EPSILON, SIGMA = 0.1, 0.01, 0.5
+LABEL_WEIGHT, EPSILON, SIGMA = 0.1, 0.01, 0.5
 SCORES = ("reliability", "generality", "portability", "locality")
-# logits now, logits of the unedited model (both [N, V]), labels [N] -> loss [N], active [N]
+# logits, logits of the reference model (both [N, V]), labels [N] -> loss [N], active [N]
 Objective = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -42,34 +41,34 @@ def cross_entropy(now: Tensor, _: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return F.cross_entropy(now, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)
 
 
-def static(now: Tensor, unedited: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The filtered distribution of the unedited model in place of the current one's."""
-    target, *_ = overtone_target(unedited, labels, label_weight=LAM, n_sigma=SIGMA)
+def static(now: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """OverTone with the filtered distribution of the reference model."""
+    target, *_ = overtone_target(reference, labels, label_weight=LABEL_WEIGHT, n_sigma=SIGMA)
     return smoothed_loss(now, target, epsilon=EPSILON)
 
 
 def unchecked(now: Tensor, _: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The mixture whether or not the label wins it."""
+    """OverTone with the mixture even if the label is not its most probable token."""
     with torch.no_grad():
         keep = now > now.amax(-1, keepdim=True) - SIGMA * now.std(-1, keepdim=True)
         filtered = now.masked_fill(~keep, -torch.inf).softmax(-1)
-        target = (1 - LAM) * filtered + LAM * F.one_hot(labels, now.shape[-1])
+        target = (1 - LABEL_WEIGHT) * filtered + LABEL_WEIGHT * F.one_hot(labels, now.shape[-1])
     return smoothed_loss(now, target, epsilon=EPSILON)
 
 
 OBJECTIVES: dict[str, Objective] = {
     "cross-entropy": cross_entropy,
-    "OverTone": lambda z, _, y: overtone(z, y, label_weight=LAM, epsilon=EPSILON, n_sigma=SIGMA),
-    "without the clip": lambda z, _, y: overtone(z, y, label_weight=LAM, epsilon=0.0, n_sigma=SIGMA),
+    "OverTone": lambda z, _, y: overtone(z, y, label_weight=LABEL_WEIGHT, epsilon=EPSILON, n_sigma=SIGMA),
+    "without the clip": lambda z, _, y: overtone(z, y, label_weight=LABEL_WEIGHT, epsilon=0.0, n_sigma=SIGMA),
     "static filter": static,
     "without the check": unchecked,
-    "without the filter": lambda z, _, y: overtone(z, y, label_weight=LAM, epsilon=EPSILON, n_sigma=1e9),
+    "without the filter": lambda z, _, y: overtone(z, y, label_weight=LABEL_WEIGHT, epsilon=EPSILON, n_sigma=1e9),
     "clip alone (cross-entropy)": lambda z, _, y: overtone(z, y, label_weight=1.0, epsilon=EPSILON, n_sigma=SIGMA),
 }
 
 
 class Train:
-    """``train(model, edits)`` for a number of epochs; keeps the loss of every target position before every epoch."""
+    """``train(model, edits)`` for a number of epochs. Records the loss of every target position at every epoch."""
 
     def __init__(self, tokenizer: Any, objective: Objective, lr: float, epochs: int, batch_size: int) -> None:
         self.tokenizer, self.objective, self.lr = tokenizer, objective, lr
@@ -82,7 +81,7 @@ class Train:
         batches = [encoded[i : i + self.batch_size] for i in range(0, len(encoded), self.batch_size)]
         inputs = [collate(rows, pad_id=pad_id) for rows in batches]
         with torch.no_grad():
-            unedited = [_scored(model, batch)[0] for batch in inputs]
+            reference = [_scored(model, batch)[0] for batch in inputs]
         with editing(model, [ParameterScope(0.66, modules="mlp.down_proj")], tokenizer=self.tokenizer) as edit:
             optimizer = torch.optim.Adam(edit.parameters(), lr=self.lr)
             for epoch in range(self.epochs):
@@ -90,7 +89,7 @@ class Train:
                     logits, labels, positions = _scored(model, inputs[number])
                     for place, loss in zip(positions.tolist(), _nats(logits, labels), strict=True):
                         self.seen[epoch, place].append(loss)
-                    losses, active = self.objective(logits, unedited[number], labels)
+                    losses, active = self.objective(logits, reference[number], labels)
                     if not bool(active.any()):
                         continue
                     edit.before_step()
@@ -99,18 +98,18 @@ class Train:
                     optimizer.zero_grad()
 
     def curve(self, position: int) -> list[float]:
-        """Mean loss of a position over the epochs."""
+        """Return the mean loss of a position at each epoch."""
         return [sum(self.seen[e, position]) / len(self.seen[e, position]) for e in range(self.epochs)]
 
     def positions(self) -> list[int]:
-        """Those that at least a third of the targets have."""
+        """Return the positions that at least a third of the targets have."""
         return [p for e, p in sorted(self.seen) if e == 0 and 3 * len(self.seen[0, p]) >= len(self.seen[0, 0])]
 
 
 def _scored(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and labels of the target tokens, and each one's position in its target."""
+    """Return the logits and labels of the target tokens, and the position of each in its target."""
     labels = batch["labels"][:, 1:]
-    where = labels != -100
+    where = labels != IGNORE_INDEX
     places = where.cumsum(-1) - 1
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     return logits[:, :-1][where].float(), labels[where], places[where]
@@ -121,7 +120,7 @@ def _nats(logits: Tensor, labels: Tensor) -> list[float]:
 
 
 def draw(trained: dict[tuple[str, str], Train], path: Path) -> None:
-    """Loss above, confidence below; a column for each regime and objective, a line for each position."""
+    """Draw loss (top) and probability (bottom): one column per regime and objective, one line per position."""
     columns = [(mode, name) for mode in ("single", "batch") for name in ("cross-entropy", "OverTone")]
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     drawing = new_figure(12, 5.6)

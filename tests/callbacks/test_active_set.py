@@ -1,4 +1,4 @@
-"""ActiveSet: what is learned is left out, the gradient of the rest is what it was, and it is looked at again."""
+"""ActiveSet leaves learned edits out, keeps the gradient of the others, and checks learned edits again."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kedit_train.callbacks import ActiveSet, BatchAnchor, ParameterScope, TokenL
 from kedit_train.core.tokens.active_examples import ActiveExamples
 from kedit_train.errors import EditError
 
-# Divergences that no token, or only some tokens, of these models are below.
+# Tokens of prompt in each example.
 PROMPT = 3
 
 
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
-    """Four rows of different lengths, right-padded, the targets after three tokens of prompt."""
+    """Four right-padded examples of different lengths, with targets after three tokens of prompt."""
     torch.manual_seed(1)
     ids, mask = torch.randint(1, 61, (4, 9)), torch.zeros(4, 9, dtype=torch.long)
     for row, length in enumerate((9, 5, 7, 6)):
@@ -29,7 +29,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def flipped(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same rows padded on the left."""
+    """The same examples padded on the left."""
     shifts = (9 - batch["attention_mask"].sum(1)).tolist()
     return {k: torch.stack([r.roll(s) for r, s in zip(v, shifts, strict=True)]) for k, v in batch.items()}
 
@@ -39,8 +39,8 @@ def gradients(edit: Any) -> list[Tensor]:
 
 
 def learned(active: Any, batch: dict[str, Tensor], rows: list[int], times: int) -> None:
-    """Tell it by hand that these rows are done."""
-    # What select() would ask for, one row at a time.
+    """Record by hand that these examples are learned."""
+    # One example at a time, twice in its batch, because a batch of one is never reduced.
     for row in rows:
         one = {k: v[[row, row]] for k, v in batch.items()}
         active.select(one)
@@ -53,15 +53,15 @@ def learned(active: Any, batch: dict[str, Tensor], rows: list[int], times: int) 
 @pytest.mark.parametrize("reduction", ["token", "sample"])
 @pytest.mark.parametrize("items", [None, 16])
 @pytest.mark.parametrize("side", [dict, flipped], ids=["right", "left"])
-def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, side):
+def test_the_gradient_of_the_other_examples_does_not_change(make, batch, reduction, items, side):
     model = make().train()
     given = side(batch) | ({} if items is None else {"num_items_in_batch": items})
-    # Only the rows 0 and 3 are asked for anything; the others' tokens are below any clip.
+    # Examples 0 and 3 are active; the others are learned.
     lengths = {row: int((batch["labels"][row, 1:] != -100).sum()) for row in range(4)}
     with editing(model, [ParameterScope(), TokenSmoothing(reduction=reduction), ActiveSet()]) as edit:
         edit.before_step()
         want: dict[str, Tensor] = {}
-        # By hand: the sum over the rows that stay, with the weights of the whole batch.
+        # By hand: the sum over the remaining examples, with their weights in the whole batch.
         head = edit.run.loss_head()
         active = head.filter
         own = 0.0
@@ -78,7 +78,7 @@ def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, 
         head.filter = active
         learned(active, side(batch), [1, 2], 9)
         loss = model(**given).loss
-        # Their last losses, 0.25 a token here, still stand in what is logged.
+        # The logged loss includes the last losses of the others, 0.25 per token here.
         share = (lengths[1] + lengths[2]) / (items or sum(lengths.values())) if reduction == "token" else 2 / 4
         assert float(loss.detach()) == pytest.approx(own + 0.25 * share, rel=1e-5)
         loss.backward()
@@ -86,7 +86,7 @@ def test_the_gradient_of_the_rest_is_what_it_was(make, batch, reduction, items, 
             torch.testing.assert_close(parameter.grad, want[name], rtol=2e-4, atol=1e-7)
 
 
-def test_rows_are_left_out_for_as_many_rounds_as_asked_and_come_back_when_active(batch):
+def test_learned_examples_return_after_the_recheck_interval(batch):
     active = ActiveExamples(recheck=2, probability=None)
     seen = []
     for round_ in range(8):
@@ -94,17 +94,17 @@ def test_rows_are_left_out_for_as_many_rounds_as_asked_and_come_back_when_active
         kept = kwargs["input_ids"].shape[0]
         seen.append((kept, len(left.examples)))
         where = kwargs["labels"][:, 1:] != -100
-        # Row 0 (the longest) is never done, nor anything in the sixth round.
+        # Example 0 is always active, and in the sixth round all are.
         busy = torch.zeros(where.shape, dtype=torch.bool)
         busy[0] = True
         active.record(where, (busy | (round_ == 6))[where], torch.zeros(int(where.sum())))
-    # All, row 0 twice, all again, twice, all are busy, so all.
+    # All four, example 0 twice, all, example 0 twice, all (now active), and so all again.
     assert seen == [(4, 0), (1, 3), (1, 3), (4, 0), (1, 3), (1, 3), (4, 0), (4, 0)]
     assert active.examples == 32
     assert active.examples_left_out == 12
 
 
-def test_padding_that_nobody_needs_any_more_goes(batch):
+def test_columns_that_hold_only_padding_are_removed(batch):
     active = ActiveExamples(recheck=5, probability=None)
     learned(active, batch, [0, 2], 5)
     kwargs, left = active.select(batch)
@@ -114,14 +114,14 @@ def test_padding_that_nobody_needs_any_more_goes(batch):
     assert left.tokens == 6 + 4
 
 
-def test_the_same_edit_in_another_padding_is_the_same_edit(batch):
+def test_an_example_is_recognised_in_another_padding(batch):
     active = ActiveExamples(recheck=5, probability=None)
     learned(active, batch, [0, 1, 2], 5)
     kwargs, _ = active.select(flipped(batch))
     assert len(kwargs["input_ids"]) == 1
 
 
-def test_where_all_is_learned_one_row_stays_and_nothing_moves(make, batch):
+def test_one_example_stays_if_all_are_learned_and_no_weight_moves(make, batch):
     model = make().train()
     with editing(model, [ParameterScope(), TokenSmoothing(epsilon=1e6), ActiveSet(recheck=3)]) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1, weight_decay=0.5)
@@ -139,12 +139,12 @@ def test_where_all_is_learned_one_row_stays_and_nothing_moves(make, batch):
     assert "edit/active/tokens_left_out" in found
 
 
-def test_a_probability_in_place_of_the_clip(make, batch):
+def test_probability_replaces_the_clip(make, batch):
     model = make().train()
     with editing(model, [TokenLoss(), ActiveSet(probability=1e-30)]) as edit:
         edit.before_step()
         model(**batch).loss.backward()
-        # Every token is above that bound, so all four are done.
+        # Every token is more probable than this, so all four are learned.
         assert len(edit.run.loss_head().filter.learned) == 4
     with editing(model, [TokenLoss(), ActiveSet(probability=0.999)]) as edit:
         edit.before_step()
@@ -152,7 +152,7 @@ def test_a_probability_in_place_of_the_clip(make, batch):
         assert not edit.run.loss_head().filter.learned
 
 
-def test_nothing_is_left_out_where_rows_are_not_rows(batch):
+def test_nothing_is_left_out_of_batches_that_are_not_one_entry_per_example(batch):
     active = ActiveExamples(recheck=5, probability=None)
     learned(active, batch, [0, 1, 2, 3], 5)
     for extra in ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, {"features": [1, 2]}):
@@ -162,7 +162,7 @@ def test_nothing_is_left_out_where_rows_are_not_rows(batch):
     assert len(kwargs["labels"]) == 1
 
 
-def test_positional_ids_are_found(make, batch):
+def test_input_ids_may_be_a_positional_argument(make, batch):
     model = make().train()
     with editing(model, [TokenSmoothing(epsilon=1e6), ActiveSet()]) as edit:
         edit.before_step()
@@ -178,18 +178,18 @@ def test_positional_ids_are_found(make, batch):
         ([TokenSmoothing(), BatchAnchor()], "would not be anchored"),
     ],
 )
-def test_what_it_cannot_work_with_is_said(make, words, others, said):
+def test_a_list_of_callbacks_that_cannot_work_is_refused(make, words, others, said):
     with editing(make(), [ActiveSet(), *others], tokenizer=words) as edit, pytest.raises(EditError, match=said):
         edit.before_step()
 
 
 @pytest.mark.parametrize("wrong", [{"recheck": 0}, {"probability": 1.0}, {"probability": 0.0}])
-def test_bounds(wrong):
+def test_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(EditError, match="ActiveSet"):
         ActiveSet(**wrong)
 
 
-def test_in_trl_the_same_is_logged_and_learned(tmp_path):
+def test_logs_and_reliability_in_trl_are_those_without_it(tmp_path):
     pytest.importorskip("trl")
     from trl import SFTConfig, SFTTrainer
 
@@ -227,7 +227,7 @@ def test_in_trl_the_same_is_logged_and_learned(tmp_path):
         reliability[active] = report.metrics["reliability"]["generated"].value
     assert max(row["edit/active/examples_left_out"] for row in rows[True]) > 0.4
     assert reliability[True] >= reliability[False]
-    # Until something is left out the runs are one; after that the log still holds what was left out.
+    # The logs include the edits that were left out, so the two runs log nearly the same.
     for key in ("loss", "mean_token_accuracy", "entropy"):
         assert [r[key] for r in rows[True]] == pytest.approx([r[key] for r in rows[False]], abs=0.15), key
     assert rows[True][-1]["mean_token_accuracy"] > 0.9

@@ -1,4 +1,4 @@
-"""The loss head against the model's own loss, and a batch against its examples one at a time."""
+"""The loss head against the loss of the model, and a batch against its examples one at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kedit_train.functional import (
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gpt2", "gemma2", "gemma3", "cohere", "granite", "mixtral", "phi"]
 PAD = 0
-# Pad is the end-of-text token here: it is supervised where it ends a text and means nothing where it pads.
+# The padding token is also the end-of-text token: at the end of a text it is supervised, as padding it is not.
 TEXTS = [([5, 7, 11], [13, PAD]), ([2, 4], [8, 16, 32, 60, PAD]), ([9, 8, 7, 6, 5, 4], [3, PAD])]
 
 
@@ -86,7 +86,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float) -> 
 
 @pytest.mark.parametrize("items", [None, 7])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_models_own_loss(tiny, family, items):
+def test_cross_entropy_equals_the_loss_of_the_model(tiny, family, items):
     model = tiny(family)
     extra = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
     inputs = batch(TEXTS)
@@ -131,7 +131,7 @@ OBJECTIVES: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("family", ["llama-tied", "gemma2", "gemma3", "cohere", "granite", "phi"])
-def test_every_objective_on_the_models_own_logits(tiny, family, name):
+def test_every_objective_equals_its_formula_on_the_logits_of_the_model(tiny, family, name):
     model, (objective, formula) = tiny(family), OBJECTIVES[name]
     inputs = batch(TEXTS)
     labels = inputs["labels"][:, 1:]
@@ -145,7 +145,7 @@ def test_every_objective_on_the_models_own_logits(tiny, family, name):
         assert_same(gradients(model, got), want_grads, 1e-5)
 
 
-def test_factors_of_an_adapter_on_the_head(tiny):
+def test_adapter_factors_on_the_head_are_trained(tiny):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(
@@ -162,7 +162,7 @@ def test_factors_of_an_adapter_on_the_head(tiny):
 
 
 @pytest.mark.parametrize("scope", ["lm_head", "layers.1"])
-def test_frozen_and_trained_heads_give_the_same(tiny, scope):
+def test_frozen_and_trained_heads_give_the_same_gradients(tiny, scope):
     model = tiny("llama")
     inputs = batch(TEXTS)
     with loss_head(model):
@@ -180,7 +180,7 @@ def test_frozen_and_trained_heads_give_the_same(tiny, scope):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("reduction", ["token", "sample"])
-def test_a_batch_equals_one_at_a_time(tiny, family, side, reduction):
+def test_a_batch_equals_its_examples_one_at_a_time(tiny, family, side, reduction):
     model = tiny(family)
     with loss_head(model, smoothed, reduction):
         got = model(**batch(TEXTS, side)).loss
@@ -193,7 +193,7 @@ def test_a_batch_equals_one_at_a_time(tiny, family, side, reduction):
         assert_same(got_grads, gradients(model, want), 1e-5)
 
 
-def test_packed_sequences_are_weighed_each_alike(tiny):
+def test_packed_sequences_have_equal_weights(tiny):
     model = tiny("llama")
     packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for prompt, target in TEXTS:
@@ -214,7 +214,7 @@ def test_packed_sequences_are_weighed_each_alike(tiny):
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample"])
-def test_accumulation_adds_up(tiny, reduction):
+def test_micro_batches_add_up_to_the_batch(tiny, reduction):
     model = tiny("llama")
     with loss_head(model, reduction=reduction, shares=lambda: 2):
         items = torch.tensor(sum(len(target) for _, target in TEXTS))
@@ -226,7 +226,7 @@ def test_accumulation_adds_up(tiny, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["token", "sample"])
-def test_a_batch_without_supervised_tokens(tiny, reduction):
+def test_a_batch_without_supervised_tokens_has_loss_zero(tiny, reduction):
     model = tiny("llama")
     inputs = batch(TEXTS)
     inputs["labels"][:] = -100
@@ -255,7 +255,7 @@ def test_statistics_reach_the_observer(tiny):
     assert loss.mean().item() == pytest.approx(mean.item(), rel=1e-6)
 
 
-def test_without_gradients_or_labels_the_model_is_its_own(tiny):
+def test_the_model_is_unchanged_without_gradients_or_labels(tiny):
     model = tiny("llama")
     inputs = batch(TEXTS)
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_without_gradients_or_labels_the_model_is_its_own(tiny):
         assert model(input_ids=inputs["input_ids"]).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
-def test_the_loss_comes_first_as_in_the_models_own_output(tiny):
+def test_the_loss_is_the_first_entry_of_the_output(tiny):
     model = tiny("mixtral")
     want = list(model(**batch(TEXTS)).keys())
     with loss_head(model):
@@ -284,14 +284,14 @@ def test_the_loss_comes_first_as_in_the_models_own_output(tiny):
         ({"shift_labels": torch.zeros(1)}, "labels that are shifted already (sequence parallelism) are not supported"),
     ],
 )
-def test_calls_that_cannot_be_served_are_refused(tiny, break_it, message):
+def test_unsupported_calls_are_refused(tiny, break_it, message):
     model = tiny("llama")
     with loss_head(model), pytest.raises(EditError) as error:
         model(**batch(TEXTS), **break_it)
     assert str(error.value).startswith(message)
 
 
-def test_a_failed_forward_leaves_nothing_behind(tiny):
+def test_a_failed_forward_pass_leaves_the_model_unchanged(tiny):
     model = tiny("llama")
     fail: Callable[..., None] = lambda *_: (_ for _ in ()).throw(MemoryError)  # noqa: E731
     with loss_head(model):
@@ -304,7 +304,7 @@ def test_a_failed_forward_leaves_nothing_behind(tiny):
 
 
 def test_small_gradients_survive_fp16_with_a_scaler(tiny):
-    """The scale comes with the backward pass: gradients taken earlier would have been lost to fp16."""
+    """The scaler acts in the backward pass; gradients taken before it would be lost in fp16."""
     model = tiny("llama", vocab_size=32_000)
     # Many tokens, so that each has a small share of the mean.
     ids = torch.randint(5, 32_000, (8, 60))

@@ -1,4 +1,4 @@
-"""The output head: the model's own logits from what its head reads, or a refusal in one line."""
+"""The output head reproduces the logits of many model families, and refuses models where it cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def head_of(model: nn.Module) -> OutputHead:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reproduces_the_models_own_logits(tiny, family):
+def test_projection_equals_the_logits_of_the_model(tiny, family):
     model = tiny(family).eval()
     with torch.no_grad():
         want = model(input_ids=IDS).logits
@@ -36,17 +36,17 @@ def test_reproduces_the_models_own_logits(tiny, family):
         # What a head does after its matrix has an effect here, so that leaving it out would have been seen.
         if family in ("gemma2", "gemma3", "cohere", "granite"):
             assert (head.module(hidden) - want).abs().max() > 0.1
-        assert torch.equal(model(input_ids=IDS).logits, want), "outside of capturing the model is as it was"
+        assert torch.equal(model(input_ids=IDS).logits, want), "the model is unchanged outside of capturing()"
 
 
 @pytest.mark.parametrize(("family", "scale"), [("cohere", 0.0625), ("granite", 1 / 8), ("llama", 1.0)])
-def test_the_models_logits_decide_whether_a_scale_multiplies_or_divides(tiny, family, scale):
+def test_the_logits_of_the_model_decide_whether_a_scale_multiplies_or_divides(tiny, family, scale):
     assert head_of(tiny(family)).scale == scale
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "phi"])
-def test_half_precision_models_and_autocast(tiny, family, dtype):
+def test_half_precision_and_autocast_are_reproduced(tiny, family, dtype):
     own = head_of(tiny(family).to(dtype))
     assert own.project(own.hidden(input_ids=IDS)[0]).dtype == torch.float32
     model = tiny(family)
@@ -79,7 +79,7 @@ def test_only_one_position_is_projected_while_capturing(tiny):
 
 
 @pytest.mark.parametrize("decoder", [False, True])
-def test_a_model_that_looks_ahead_is_refused(tiny, decoder):
+def test_a_model_that_is_not_causal_is_refused(tiny, decoder):
     model = tiny("bert", transformers.BertLMHeadModel, is_decoder=decoder)
     if decoder:
         assert head_of(model).scale == 1.0
@@ -87,13 +87,14 @@ def test_a_model_that_looks_ahead_is_refused(tiny, decoder):
     with pytest.raises(EditError) as error:
         head_of(model)
     assert str(error.value) == (
-        "BertLMHeadModel is no causal language model: an earlier position changes with a later token"
+        "BertLMHeadModel is not a causal language model: an earlier position changes with a later token; use a model "
+        "loaded with AutoModelForCausalLM."
     )
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "nothing is left on it"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "no hook is left"
 
 
 def test_a_masked_language_model_is_refused(tiny):
-    with pytest.raises(EditError, match=r"^BertForMaskedLM is no causal language model: an earlier position changes"):
+    with pytest.raises(EditError, match=r"^BertForMaskedLM is not a causal language model: an earlier"):
         head_of(tiny("bert", transformers.BertForMaskedLM))
 
 
@@ -132,12 +133,12 @@ class Bypassing(transformers.LlamaForCausalLM):
         return CausalLMOutput(logits=logits)
 
 
-def test_logits_changed_in_an_unknown_way_are_refused(tiny):
+def test_a_model_that_changes_its_logits_afterwards_is_refused(tiny):
     with pytest.raises(EditError) as error:
         head_of(tiny("llama", Shifted))
     assert str(error.value) == (
-        "the logits of Shifted cannot be reproduced from its output head (it changes them in a way that its "
-        "configuration does not name), so a loss on them would be wrong; use the host's own loss with this model"
+        "the logits of Shifted cannot be reproduced from its output head, because it changes them in a way that its "
+        "configuration does not state; use the loss of the host with this model."
     )
 
 
@@ -151,7 +152,7 @@ def test_the_language_model_is_found_inside_other_modules(tiny):
     assert find_language_model(nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Sequential(model)})) is model
 
 
-def test_evaluation_mode_gives_every_module_back_as_it_was(tiny):
+def test_evaluation_mode_restores_the_mode_of_every_module(tiny):
     model = tiny("llama").train()
     model.model.layers[0].eval()
     before = [m.training for m in model.modules()]
@@ -166,7 +167,7 @@ def test_evaluation_mode_gives_every_module_back_as_it_was(tiny):
     assert [m.training for m in model.modules()] == before
 
 
-def test_verify_leaves_modes_gradients_and_hooks(tiny):
+def test_verify_leaves_nothing_on_the_model(tiny):
     model = tiny("gpt2", attn_pdrop=0.5).train()
     head = OutputHead(model)
     head.verify(nullcontext())
@@ -177,16 +178,16 @@ def test_verify_leaves_modes_gradients_and_hooks(tiny):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_callback_that_only_asks_refuses_an_encoder_decoder_as_well(tiny):
+def test_edit_metrics_refuses_an_encoder_decoder(tiny):
     model = tiny("t5", transformers.AutoModelForSeq2SeqLM)
     refused = pytest.raises(EditError, match=r"^EditMetrics: the model must be a causal .* is an encoder-decoder")
     with refused, editing(model, [EditMetrics([Edit("a", "b")])]):
         pass
 
 
-def test_a_model_that_gives_nan_is_refused(tiny):
+def test_a_model_with_nan_logits_is_refused(tiny):
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
-    with pytest.raises(EditError, match=r"^LlamaForCausalLM gives NaN or infinite logits before the edit"):
+    with pytest.raises(EditError, match=r"^LlamaForCausalLM returns NaN or infinite logits before the edit"):
         head_of(model)

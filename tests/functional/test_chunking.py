@@ -1,4 +1,4 @@
-"""Chunks give what the whole gives, and never build the whole."""
+"""Losses in chunks equal the loss over all tokens at once, without its logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ N, WIDTH, VOCAB = 23, 8, 31
 
 
 class Score:
-    """A head and OverTone behind it, that remembers how many rows of logits it built at a time."""
+    """A head and OverTone; records how many rows of logits it builds at a time."""
 
     def __init__(self, dtype: torch.dtype, *, trained: bool) -> None:
         self.weight = torch.randn(VOCAB, WIDTH, dtype=dtype, requires_grad=trained)
@@ -41,7 +41,7 @@ def backward(loss: Tensor, upstream: Tensor, *wrt: Tensor) -> tuple[Tensor, ...]
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, N - 1, N, N + 50])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_equals_the_whole(chunk, frozen):
+def test_chunks_equal_the_whole(chunk, frozen):
     hidden, labels = data(torch.float64)
     hidden.requires_grad_()
     score = Score(torch.float64, trained=not frozen)
@@ -62,7 +62,7 @@ def test_equals_the_whole(chunk, frozen):
 
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("reduce", [torch.sum, torch.mean, lambda loss: 3 * (loss * torch.ones(N)).sum()])
-def test_nothing_is_computed_twice_where_all_tokens_weigh_alike(frozen, reduce):
+def test_nothing_is_computed_twice_with_equal_weights(frozen, reduce):
     hidden, labels = data(torch.float64)
     score = Score(torch.float64, trained=not frozen)
     wrt = [hidden.requires_grad_(), *score.trained]
@@ -75,7 +75,7 @@ def test_nothing_is_computed_twice_where_all_tokens_weigh_alike(frozen, reduce):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_deferred_gradients_are_taken_at_the_hosts_scale(frozen):
+def test_deferred_gradients_have_the_scale_of_the_host(frozen):
     hidden, labels = data(torch.float64)
     score, seen = Score(torch.float64, trained=not frozen), []
 
@@ -96,7 +96,7 @@ def test_deferred_gradients_are_taken_at_the_hosts_scale(frozen):
 
 
 @pytest.mark.parametrize("first", ["even", "uneven"])
-def test_a_retained_graph_can_be_gone_through_again(first):
+def test_a_retained_graph_allows_a_second_backward_pass(first):
     hidden, labels = data(torch.float64)
     score = Score(torch.float64, trained=True)
     wrt = [hidden.requires_grad_(), score.weight]
@@ -110,7 +110,7 @@ def test_a_retained_graph_can_be_gone_through_again(first):
 
 
 @pytest.mark.parametrize("needed", ["hidden", "head", "neither"])
-def test_only_what_is_trained_gets_a_gradient(needed):
+def test_only_trained_tensors_get_a_gradient(needed):
     hidden, labels = data(torch.float64)
     score = Score(torch.float64, trained=needed == "head")
     loss, *_ = chunked(
@@ -122,7 +122,7 @@ def test_only_what_is_trained_gets_a_gradient(needed):
         assert (hidden.grad is None, score.weight.grad is None) == (needed != "hidden", needed != "head")
 
 
-def test_a_tensor_that_no_loss_reads_has_no_gradient():
+def test_an_unused_tensor_has_no_gradient():
     hidden, labels = data(torch.float64)
     score, other = Score(torch.float64, trained=True), torch.ones(3, requires_grad=True)
     chunked(score, hidden, labels, chunk=5, parameters=[other, *score.trained])[0].sum().backward()
@@ -132,7 +132,7 @@ def test_a_tensor_that_no_loss_reads_has_no_gradient():
 
 @pytest.mark.parametrize("upstream", [torch.ones(N), torch.linspace(-1, 2, N)])
 @pytest.mark.parametrize("defer", [False, True])
-def test_random_numbers_are_the_same_in_every_pass(upstream, defer):
+def test_both_passes_draw_the_same_random_numbers(upstream, defer):
     hidden, labels = data(torch.float32)
     down, up = torch.randn(3, WIDTH, requires_grad=True), torch.randn(VOCAB, 3, requires_grad=True)
 
@@ -187,14 +187,14 @@ def test_the_weights_of_a_linear_head_are_summed_in_place(dtype, monkeypatch):
     assert max((s.numel() for s in made if s != (vocab, width)), default=0) <= max(4 * vocab, n * width)
 
 
-def test_a_trained_head_that_is_not_named_is_an_error():
+def test_a_trained_head_missing_from_the_parameters_is_an_error():
     hidden, labels = data(torch.float32)
     weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
 
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         return (F.cross_entropy(linear(states, weight, None, torch.float32), targets, reduction="none"),)
 
-    with pytest.raises(ValueError, match=r"^a trained weight is projected with and not among chunked\(parameters=\)"):
+    with pytest.raises(ValueError, match=r"^a trained weight of the projection is missing in chunked"):
         chunked(score, hidden.requires_grad_(), labels, chunk=5)
 
 
@@ -222,7 +222,7 @@ def test_gradcheck_of_a_trained_head(head):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_is_kept_for_backward_is_no_logits(frozen):
+def test_no_logits_are_kept_for_the_backward_pass(frozen):
     hidden, labels = data(torch.float32)
     hidden.requires_grad_()
     score = Score(torch.float32, trained=not frozen)
@@ -252,7 +252,7 @@ def test_statistics_carry_no_graph():
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_no_tokens(frozen):
+def test_no_tokens_give_empty_outputs(frozen):
     hidden, labels = data(torch.float32, n=0)
     hidden.requires_grad_()
     score = Score(torch.float32, trained=not frozen)
@@ -276,7 +276,7 @@ def test_without_gradients(frozen):
     assert max(score.rows) == 4
 
 
-def test_every_token_clipped():
+def test_a_batch_with_every_token_clipped_has_no_gradient():
     hidden, labels = data(torch.float32)
 
     def score(states: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Losses in closed form give the numbers and the gradients of the plain formulas."""
+"""Losses in closed form equal the plain formulas, in values and gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 def cases(spread: float = 3.0, dtype: torch.dtype = torch.float64, n: int = 60) -> tuple[Tensor, Tensor]:
-    """Random rows of far other means; half of the labels are the top token, some lead by far."""
+    """Random rows with very different means. Half of the labels are the top token, some by far."""
     logits = (
         torch.randn(n, SIZE, dtype=torch.float64) * spread + torch.linspace(-20, 20, n, dtype=torch.float64)[:, None]
     )
@@ -41,7 +41,7 @@ def cases(spread: float = 3.0, dtype: torch.dtype = torch.float64, n: int = 60) 
 
 
 def compared(got: Callable[..., Any], want: Callable[..., Any], logits: Tensor, tight: float) -> Tensor:
-    """Values and gradients for uneven upstream gradients, each row within ``tight``; returns the gradient.
+    """Compare values and gradients for uneven upstream gradients, each row within ``tight``; return the gradient.
 
     In lower precision than the formula's, rounding decides whether a loss within it of zero is zero.
     """
@@ -80,7 +80,7 @@ def plain_overtone(z: Tensor, y: Tensor, *, epsilon: float, **options: Any) -> t
     ("label_weight", "epsilon", "n_sigma"),
     [(0.1, 0.05, 0.5), (0.1, 0.01, 1.0), (0.4, 0.0, math.inf), (0.0, 0.3, 2.0), (1.0, 0.0, 0.5)],
 )
-def test_overtone(dtype, spread, label_weight, epsilon, n_sigma):
+def test_overtone_equals_its_target(dtype, spread, label_weight, epsilon, n_sigma):
     logits, labels = cases(spread, dtype)
     options = {"label_weight": label_weight, "epsilon": epsilon, "n_sigma": n_sigma, "vocab_size": None}
     compared(
@@ -94,7 +94,7 @@ def test_overtone(dtype, spread, label_weight, epsilon, n_sigma):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("epsilon", [0.0, 1.0])
 @pytest.mark.parametrize("label_weight", [0.0, 0.9, 1.0])
-def test_uniform(dtype, epsilon, label_weight):
+def test_uniform_equals_its_target(dtype, epsilon, label_weight):
     logits, labels = cases(3.0, dtype)
     compared(
         lambda z: uniform(z, labels, label_weight=label_weight, epsilon=epsilon),
@@ -124,7 +124,7 @@ def test_dft_is_cross_entropy_times_the_detached_probability(dtype, epsilon):
 
 @pytest.mark.parametrize("fill", [0.0, 40.0, 1e4, -math.inf])
 @pytest.mark.parametrize("loss", ["overtone", "uniform"])
-def test_padded_rows_of_the_head(loss, fill):
+def test_padded_rows_of_the_head_are_left_out(loss, fill):
     logits, labels = cases()
     labels[0] = SIZE + 2
     padded = F.pad(logits, (0, 7), value=fill)
@@ -146,7 +146,7 @@ def test_padded_rows_of_the_head(loss, fill):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("distance", [0.0, 1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_divergence(dtype, distance, direction):
+def test_divergence_equals_its_formula(dtype, distance, direction):
     logits, _ = cases(3.0, dtype)
     reference = (logits.double() + distance * torch.randn(logits.shape, dtype=torch.float64)).to(dtype)
 
@@ -161,7 +161,7 @@ def test_divergence(dtype, distance, direction):
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_divergence_where_neither_has_mass(direction):
+def test_divergence_is_finite_if_neither_side_has_mass(direction):
     reference, model = torch.randn(2, 5, 9, dtype=torch.float64)
     want = token_divergence(reference, model, direction=direction)
     padded = F.pad(model, (0, 2), value=-math.inf).requires_grad_()
@@ -186,7 +186,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_gradcheck(name, softcap):
-    """Of the losses whose target does not move with the model; OverTone's and DFT's parts are held constant above."""
+    """Only for losses whose target does not depend on the model."""
     logits, labels = torch.randn(6, 11, dtype=torch.float64) * 3, torch.randint(0, 11, (6,))
 
     def loss(z: Tensor) -> Tensor:
@@ -212,14 +212,14 @@ def test_blocks_change_nothing(numbers, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_entropy():
+def test_entropy_equals_its_formula():
     logits, _ = cases()
     log_p = logits.log_softmax(-1)
     torch.testing.assert_close(entropy(logits), -(log_p.exp() * log_p).sum(-1))
     torch.testing.assert_close(entropy(F.pad(logits, (0, 3), value=-math.inf)), entropy(logits))
 
 
-def test_no_rows():
+def test_no_rows_give_empty_outputs():
     empty, labels = torch.zeros(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.long)
     for loss in (overtone(empty, labels)[0], uniform(empty, labels)[0], dynamic_cross_entropy(empty, labels)[0]):
         assert loss.shape == (0,)

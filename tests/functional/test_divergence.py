@@ -1,4 +1,4 @@
-"""Divergences against their definitions, summed entry by entry."""
+"""Divergences equal their definitions, summed entry by entry."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def by_hand(reference: list[float], model: list[float], direction: str) -> float
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 20.0])
 @pytest.mark.parametrize(("dtype", "tight"), [(torch.float64, 1e-11), (torch.float32, 3e-6), (torch.bfloat16, 3e-6)])
-def test_equals_its_definition(direction, spread, dtype, tight):
+def test_divergence_equals_its_definition(direction, spread, dtype, tight):
     p, q = (torch.randn(30, 57, dtype=torch.float64).mul(spread).to(dtype) for _ in range(2))
     got = token_divergence(p, q, direction=direction)
     want = [by_hand(a, b, direction) for a, b in zip(p.double().tolist(), q.double().tolist(), strict=True)]
@@ -43,7 +43,7 @@ def test_equals_its_definition(direction, spread, dtype, tight):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_of_a_distribution_from_itself_is_zero(direction, dtype):
+def test_divergence_of_a_distribution_from_itself_is_zero(direction, dtype):
     p = torch.randn(200, 97).mul(8).to(dtype)
     assert float(token_divergence(p, p.clone(), direction=direction).abs().max()) < 1e-7
 
@@ -65,7 +65,7 @@ def test_jsd_is_at_most_ln_2_and_reaches_it():
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_entries_of_minus_infinity(direction):
+def test_logits_of_minus_infinity_give_finite_values(direction):
     p = torch.tensor([[1.0, 2.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     q = torch.tensor([[2.0, 1.0, -math.inf]], dtype=torch.float64, requires_grad=True)
     got = token_divergence(p, q, direction=direction)
@@ -77,7 +77,7 @@ def test_entries_of_minus_infinity(direction):
     assert torch.isfinite(q.grad).all()
 
 
-def test_mass_where_the_other_has_none():
+def test_mass_only_on_one_side_gives_infinity():
     p = torch.tensor([[1.0, 2.0, 0.0]], dtype=torch.float64)
     q = torch.tensor([[2.0, 1.0, -math.inf]], dtype=torch.float64)
     assert kl_divergence(p, q).item() == math.inf
@@ -94,6 +94,6 @@ def test_gradcheck(direction):
     assert torch.autograd.gradcheck(lambda a, b: token_divergence(a, b, direction=direction), (p, q))
 
 
-def test_an_unknown_direction_is_named():
-    with pytest.raises(ValueError, match=r"^direction='sideways' is none of 'forward', 'reverse', 'jsd'$"):
+def test_an_unknown_direction_is_refused():
+    with pytest.raises(ValueError, match=r"^direction must be 'forward', 'reverse' or 'jsd', got 'sideways'$"):
         token_divergence(torch.zeros(1, 2), torch.zeros(1, 2), direction="sideways")  # pyright: ignore[reportArgumentType]

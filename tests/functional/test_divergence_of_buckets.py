@@ -1,4 +1,4 @@
-"""Divergence on k + 1 buckets against sums over the whole vocabulary, entry by entry."""
+"""The divergence over k + 1 buckets equals its definition, summed entry by entry."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def by_hand(p: list[float], q: list[float], direction: str) -> float:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("k", [1, 5, 30, 31])
-def test_equals_its_definition(direction, k):
+def test_bucket_divergence_equals_its_definition(direction, k):
     teacher, student = torch.randn(2, 12, 31, dtype=torch.float64) * 3
     reference, tokens = top_log_probs(teacher, k)
     got = bucket_divergence(reference, tokens, student, direction=direction)
@@ -43,7 +43,7 @@ def test_equals_its_definition(direction, k):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_it_grows_with_k_up_to_the_whole_vocabulary(direction):
+def test_bucket_divergence_grows_with_k(direction):
     teacher, student = torch.randn(2, 50, 31, dtype=torch.float64) * 3
     whole = token_divergence(teacher, student, direction=direction)
     last = torch.zeros(50, dtype=torch.float64)
@@ -56,13 +56,13 @@ def test_it_grows_with_k_up_to_the_whole_vocabulary(direction):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("k", [3, 9])
-def test_gradient(direction, k):
+def test_gradcheck(direction, k):
     reference, tokens = top_log_probs(torch.randn(4, 9, dtype=torch.float64), k)
     student = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: bucket_divergence(reference, tokens, x, direction=direction), student)
 
 
-def test_a_rest_far_below_the_last_bit_of_one_is_not_lost():
+def test_a_very_small_rest_is_kept():
     logits = torch.tensor([[0.0, -60.0, -61.0]])
     reference, _ = top_log_probs(logits, 1)
     assert float(reference[0, 1]) == pytest.approx(-60 + math.log(1 + math.exp(-1)), rel=1e-6)

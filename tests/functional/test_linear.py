@@ -1,4 +1,4 @@
-"""The half-precision projection: autocast's values, fp32's gradients."""
+"""The projection in half precision has the values of autocast and gradients summed in fp32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def data(bias: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("bias", [False, True])
-def test_forward_is_autocasts_own(dtype, bias):
+def test_forward_equals_autocast(dtype, bias):
     for seed in range(5):
         hidden, weight, b = data(bias, seed)
         with torch.autocast("cpu", dtype=dtype):
@@ -29,7 +29,7 @@ def test_forward_is_autocasts_own(dtype, bias):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_autocast_around_it_changes_nothing(dtype):
+def test_surrounding_autocast_changes_nothing(dtype):
     hidden, weight, bias = data(True)
     want = linear(hidden, weight, bias, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -54,7 +54,7 @@ def test_gradients_are_summed_in_fp32(dtype, stored):
         assert error < (1e-6 if stored == torch.float32 else torch.finfo(dtype).eps)
 
 
-def test_only_what_is_trained_gets_a_gradient():
+def test_only_trained_tensors_get_a_gradient():
     hidden, weight, bias = data(True)
     linear(hidden.requires_grad_(), weight, bias, torch.bfloat16).float().sum().backward()
     assert hidden.grad is not None

@@ -1,4 +1,4 @@
-"""Norm balls on stored values: every bound is compared in fp64, in every dtype, and what is within stays untouched."""
+"""Norm balls hold in fp64 on the stored values of every dtype, and values inside stay unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def apart(a: Tensor, b: Tensor) -> Tensor:
 
 
 def values(dtype: torch.dtype, n: int = 4000) -> Tensor:
-    """Of all magnitudes and both signs, with zeros and the greatest finite one."""
+    """Return values of all magnitudes and both signs, with zeros and the greatest finite one."""
     spread = torch.randn(n) * 10.0 ** torch.randint(-6, 2, (n,))
     limits = torch.finfo(dtype)
     ends = torch.tensor([0.0, -0.0, limits.max, -limits.max, limits.tiny], dtype=torch.float64)
@@ -47,7 +47,7 @@ def test_linf_bounds_are_the_furthest_storable_values(dtype, radius):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linf_keeps_what_is_within_and_moves_the_rest_to_the_bound(dtype):
+def test_linf_keeps_inner_values_and_moves_the_others_to_the_bound(dtype):
     reference = torch.randn(50, 7).to(dtype)
     weight = (reference.double() + 2e-2 * torch.randn(50, 7)).to(dtype)
     bounded = linf_ball(weight, reference, 1e-2)
@@ -59,7 +59,7 @@ def test_linf_keeps_what_is_within_and_moves_the_rest_to_the_bound(dtype):
     assert torch.equal(bounded[~within], torch.where(weight > reference, upper, lower)[~within])
 
 
-def test_plain_clipping_in_bf16_oversteps_and_ours_does_not():
+def test_plain_clipping_in_bf16_exceeds_the_bound_and_linf_ball_does_not():
     reference = torch.randn(10_000).bfloat16()
     weight = (reference.float() + 1.0).bfloat16()
     plain = torch.minimum(weight, reference + 1e-3)
@@ -84,7 +84,7 @@ def test_l2_holds_over_all_tensors_in_fp64(dtype, size):
     assert bool(((got - wanted).abs() <= spacing + 1e-11).all())
 
 
-def test_l2_leaves_what_is_within():
+def test_l2_keeps_weights_inside_the_ball():
     weights, references = [torch.randn(3, 4)], [torch.zeros(3, 4)]
     assert l2_ball(weights, references, 1e3)[0] is weights[0]
 

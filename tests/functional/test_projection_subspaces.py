@@ -1,4 +1,4 @@
-"""Null-space and low-curvature projections against dense ones written from the formulas, in fp64."""
+"""Null-space and low-curvature projections equal dense projections from the formulas, in fp64."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from kedit_train.functional.null_space import free_space, join_directions, princ
 
 
 def inputs(n: int, d: int, decay: float = 0.5) -> Tensor:
-    """[n, d] with energies that fall by ``decay`` from direction to direction."""
+    """Return inputs [n, d] whose energy falls by ``decay`` from direction to direction."""
     basis = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64))[0]
     return torch.randn(n, d, dtype=torch.float64) * decay ** torch.arange(d) @ basis
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 0.9999])
-def test_directions_are_the_fewest_that_hold_the_energy(energy):
+def test_the_fewest_directions_with_enough_energy_are_taken(energy):
     keys = inputs(200, 12)
     moment = keys.T @ keys / len(keys)
     directions = principal_directions(moment, energy=energy)
@@ -29,7 +29,7 @@ def test_directions_are_the_fewest_that_hold_the_energy(energy):
     assert held(directions) >= energy > held(directions[:, :-1])
 
 
-def test_all_energy_takes_what_the_inputs_span_and_rank_at_most_that():
+def test_full_energy_takes_the_span_of_the_inputs():
     keys = torch.randn(5, 9)
     moment = keys.T @ keys / 5
     directions = principal_directions(moment, energy=1.0)
@@ -66,7 +66,7 @@ def test_the_low_rank_form_equals_the_dense_projector(rank):
     assert float((found.double() @ directions).norm()) < 1e-6 * float(delta.norm())
 
 
-def test_the_projection_is_made_in_fp32_whatever_surrounds_it():
+def test_the_projection_is_computed_in_fp32_under_autocast():
     directions = torch.linalg.qr(torch.randn(64, 20, dtype=torch.float64))[0]
     delta, space = torch.randn(32, 64), free_space(directions)
     alone = project_free(delta, space)
@@ -110,7 +110,7 @@ def test_low_curvature_equals_the_dense_gauss_newton_projector(shape, energy):
     assert found.energy >= energy
 
 
-def test_low_curvature_equals_the_masked_form_of_the_paper_and_knows_its_sides():
+def test_low_curvature_equals_the_masked_form_of_the_paper():
     gradients, activations = spd(6), spd(5)
     s, u = torch.linalg.eigh(gradients)
     a, v = torch.linalg.eigh(activations)
@@ -130,6 +130,6 @@ def test_low_curvature_equals_the_masked_form_of_the_paper_and_knows_its_sides()
     torch.testing.assert_close(project_low_curvature(wanted, found), wanted)
 
 
-def test_no_curvature_is_an_error():
+def test_zero_curvature_is_an_error():
     with pytest.raises(ValueError, match="zero in every direction"):
         high_curvature(torch.zeros(3, 3), spd(4), 0.9)

@@ -1,4 +1,4 @@
-"""Masks against sorting by hand: exact counts, the first of equals, whole neurons."""
+"""Masks equal sorting by hand, with exact counts and whole neurons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def by_hand(scores: Tensor, density: float) -> Tensor:
 @pytest.mark.parametrize("density", [0.0, 0.001, 0.05, 0.29, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("shape", [(1,), (7,), (5, 3), (4, 3, 2), (1000,)])
 @pytest.mark.parametrize("levels", [None, 3], ids=["all different", "many equal"])
-def test_the_highest_scores_and_exactly_so_many(density, shape, levels):
+def test_exactly_the_highest_scores_are_kept(density, shape, levels):
     for seed in range(5):
         torch.manual_seed(seed)
         scores = torch.rand(shape) if levels is None else torch.randint(levels, shape).float()
@@ -32,27 +32,27 @@ def test_the_highest_scores_and_exactly_so_many(density, shape, levels):
         assert torch.equal(mask, by_hand(scores, density))
 
 
-def test_equal_scores_at_the_border_go_to_the_first():
+def test_of_equal_scores_the_first_are_kept():
     assert keep_top(torch.tensor([1.0, 2.0, 1.0, 3.0, 1.0]), 0.6).tolist() == [True, True, False, True, False]
 
 
 @pytest.mark.parametrize(
     ("scores", "density", "message"),
     [
-        ([0.0, 0.0, 0.0], 0.34, "all scores are 0, which tells none of them apart"),
+        ([0.0, 0.0, 0.0], 0.34, "all scores are 0, so they do not rank the weights"),
         ([0.0, float("nan"), 1.0], 0.34, "1 of 3 scores are not finite"),
         ([float("inf"), float("inf"), 1.0], 0.34, "2 of 3 scores are not finite"),
-        ([1.0, 2.0], 1.5, "density=1.5 is no share between 0 and 1"),
-        ([1.0, 2.0], float("nan"), "density=nan is no share between 0 and 1"),
+        ([1.0, 2.0], 1.5, r"density must be in \[0, 1\], got 1.5"),
+        ([1.0, 2.0], float("nan"), r"density must be in \[0, 1\], got nan"),
     ],
 )
-def test_scores_that_decide_nothing_are_refused(scores, density, message):
+def test_scores_without_a_ranking_are_refused(scores, density, message):
     with pytest.raises(ValueError, match=rf"^{message}$"):
         keep_top(torch.tensor(scores), density)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_neurons(dim):
+def test_neuron_scores_and_masks(dim):
     scores = torch.rand(3, 4, 2)
     units = unit_scores(scores, dim)
     for i in range(scores.shape[dim]):
@@ -64,7 +64,7 @@ def test_neurons(dim):
         assert mask.select(dim, i).unique().tolist() == [chosen[i].item()]
 
 
-def test_the_ratio_does_not_depend_on_the_scale_of_either():
+def test_the_ratio_does_not_depend_on_scale():
     edit, general = torch.rand(6, 5, dtype=torch.float64), torch.rand(6, 5, dtype=torch.float64)
     general[0, 0] = 0.0
     got = fisher_ratio(edit, general)

@@ -1,4 +1,4 @@
-"""OverTone against the paper's equations, written out token by token, and against cross-entropy."""
+"""OverTone equals the equations of the paper, written out token by token, and cross-entropy in its limit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LN = math.log
 
 
 def by_hand(row: list[float], label: int, label_weight: float, eps: float, n: float, size: int) -> dict:
-    """Equations 2 and 3 of arXiv 2502.00602 for one token, over the first ``size`` entries for the filter.
+    """Compute equations 2 and 3 of arXiv 2502.00602 for one token, with the filter over the first ``size`` entries.
 
-    ``margin`` says how near the nearest decision (filter, check) was, so that a test in lower precision can leave out
-    the tokens that rounding may decide.
+    ``margin`` is the distance to the nearest decision (filter, check). A test in lower precision leaves out tokens
+    whose decision depends on rounding.
     """
     top = max(row[:size])
     mean = sum(row[:size]) / size
@@ -50,7 +50,7 @@ def by_hand(row: list[float], label: int, label_weight: float, eps: float, n: fl
 
 
 def cases(size: int, spread: float, dtype: torch.dtype, n: int = 40) -> tuple[Tensor, Tensor]:
-    """Random rows; half of the labels are the top token, some tokens lead by far, some barely."""
+    """Return random rows. Half of the labels are the top token, some by far and some barely."""
     generator = torch.Generator().manual_seed(size)
     logits = torch.randn(n, size, generator=generator, dtype=torch.float64) * spread
     labels = torch.randint(0, size, (n,), generator=generator)
@@ -66,7 +66,7 @@ def cases(size: int, spread: float, dtype: torch.dtype, n: int = 40) -> tuple[Te
     ("label_weight", "eps", "n"),
     [(0.1, 0.05, 0.5), (0.1, 0.01, 1.0), (0.5, 0.0, math.inf), (0.0, 0.3, 2.0), (1.0, 0.05, 0.5)],
 )
-def test_equals_the_paper(size, spread, dtype, label_weight, eps, n):
+def test_overtone_equals_the_paper(size, spread, dtype, label_weight, eps, n):
     logits, labels = cases(size, spread, dtype)
     target, accepted, survivors = overtone_target(logits, labels, label_weight=label_weight, n_sigma=n)
     loss, active = overtone(logits, labels, label_weight=label_weight, epsilon=eps, n_sigma=n)
@@ -174,7 +174,7 @@ def test_gradcheck(epsilon):
     assert torch.autograd.gradcheck(lambda z: smoothed_loss(z, target, epsilon=epsilon)[0], (logits,))
 
 
-def test_target_is_a_distribution_and_carries_no_graph():
+def test_the_target_is_a_distribution_without_a_graph():
     logits, labels = cases(97, 3.0, torch.bfloat16)
     target, accepted, survivors = overtone_target(logits.requires_grad_(), labels)
     assert not any(t.requires_grad for t in (target, accepted, survivors))
@@ -183,14 +183,14 @@ def test_target_is_a_distribution_and_carries_no_graph():
     assert torch.equal(target.argmax(-1), labels)
 
 
-def test_a_tie_with_the_label_is_no_win():
+def test_a_tie_of_the_label_is_not_accepted():
     logits = torch.tensor([[2.0, 2.0, -1.0]], dtype=torch.float64)
     _, accepted, survivors = overtone_target(logits, torch.tensor([0]), label_weight=0.0, n_sigma=0.5)
     assert (bool(accepted), int(survivors)) == (False, 2)
 
 
 @pytest.mark.parametrize("vocab_size", [None, 11])
-def test_uniform_target_is_label_smoothing(vocab_size):
+def test_the_uniform_target_is_label_smoothing(vocab_size):
     logits, labels = cases(13, 1.0, torch.float64)
     size = vocab_size or 13
     labels = labels % size
