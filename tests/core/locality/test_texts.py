@@ -185,6 +185,12 @@ def test_without_leaks_there_is_no_warning(edits):
     assert Texts(TEXTS).load(edits) == TEXTS
 
 
+def test_case_and_white_space_do_not_hide_a_leak():
+    texts = ["The sky is blue.", "FRANCE'S  capital: Paris"]
+    with pytest.warns(UserWarning, match="1 of 2 texts contain a prompt"):
+        assert Texts(texts).load([EDIT]) == texts[:1]
+
+
 def test_texts_with_leaks_are_kept_on_request():
     texts = ["The capital of France is Paris."]
     assert Texts(texts).load([EDIT], keep_leaks=True) == texts
