@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kedit_train import world
-from kedit_train.augmentation import OPENINGS, _sample, augmentation, generate_prefixes, replay_facts
+from kedit_train.augmentation import augmentation, generate_prefixes, replay_facts
+from kedit_train.augmentation.prefixes import OPENINGS, _sample
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.data.leaks import scored_prompts, with_prefixes
 from kedit_train.errors import EditError

@@ -1,4 +1,4 @@
-"""Texts whose next-token answers must stay: read from wherever they are, cut into windows of tokens."""
+"""Texts of a ``texts=`` argument: where they come from, what is left out, and how they are split into sequences."""
 
 from __future__ import annotations
 
