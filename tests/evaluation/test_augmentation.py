@@ -138,7 +138,7 @@ def test_other_prompts_of_the_world_are_unaffected_by_the_edits(known: Any) -> N
     wordings = {edit.prompt.replace(edit.subject or "", "{s}") for edit in edits}
     close = sum(prompt.replace(key[0], "{s}") in wordings for prompt, key in zip(prompts, keys, strict=True))
     assert 0.25 < close / len(prompts) < 0.75
-    with pytest.raises(EditError, match="not about this world"):
+    with pytest.raises(EditError, match="not about the embedded world"):
         world.other_prompts(exclude=[Edit("Elsewhere", "x")])
 
 

@@ -21,7 +21,7 @@ SEQUENCES = [[1], [2], [3], [4], [5], [6]]
 def run_of(model: nn.Module, *edits: Edit) -> Any:
     """The parts of an ``EditRun`` that the batches read."""
     host = SimpleNamespace(forward_context=nullcontext)
-    return SimpleNamespace(model=model, edits=edits, host=host, unedited=nullcontext)
+    return SimpleNamespace(model=model, edits=edits, host=host, reference_model=nullcontext)
 
 
 def batches(model: nn.Module, head: nn.Module, sequences: Any = SEQUENCES) -> ReferenceBatches:
