@@ -228,7 +228,7 @@ class EditDataModule(LightningDataModule):
             **vars(self.augmentation),
         )
         if self.trainer is not None and self.trainer.is_global_zero:
-            print(augment.line)
+            print(augment.summary)
         # Rounding may differ between processes, and other examples would give a process another number of steps.
         return strategy.broadcast(augment(self.edits))
 

@@ -73,7 +73,7 @@ def test_augmentation_adds_examples_to_the_edits(capsys: pytest.CaptureFixture[s
     assert len(rows) == 4 + 4 * 2 + 5 + 2
     assert [row for row in data.added if row.id.startswith("earlier")] != []
     line = capsys.readouterr().out
-    assert made.line in line
+    assert made.summary in line
     L.seed_everything(8, verbose=False)
     assert trained(EditDataModule(limit=4, batch_size=8, augmentation=AugmentationOptions(**options))) != rows
     # Only the edits are evaluated, and a second setup, with an edited model, makes no new examples.

@@ -75,7 +75,7 @@ class KLLocality(EditCallback):
         >>> scope = ParameterScope(layers=0.7, modules="mlp.down_proj")
         >>> with editing(model, [scope, locality], tokenizer=tokenizer) as edit:
         ...     edit.before_step()
-        ...     penalty = float(locality.penalty(edit.run))
+        ...     penalty = locality.penalty(edit.run).item()
         >>> round(penalty, 6)
         0.0
     """

@@ -84,7 +84,7 @@ def build(config: Namespace) -> EditSFTTrainer:
         augment = augmentation(
             model, tokenizer, data.edits, seed=seed, prompt_format=prompt_format, **vars(data.augmentation)
         )
-        print(augment.line)
+        print(augment.summary)
         examples = EditDataset([*data.edits, *augment(data.edits)], name=data.edits.name)
     if not any(isinstance(callback, EditMetrics) for callback in callbacks):
         callbacks.append(EditMetrics(data.edits, every_n_steps=0))

@@ -1,4 +1,4 @@
-"""Further rows to train on beside the edits, and the guard that keeps what edits are scored on out of them."""
+"""Leak checks: what edits are scored on must not be in anything that is trained on."""
 
 from __future__ import annotations
 
@@ -12,20 +12,37 @@ from kedit_train.errors import EditError
 
 
 def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int, seed: int = 0) -> list[Edit]:
-    """Pseudo-paraphrases: every edit's own prompt behind ``per_edit`` different prefixes, with the same target.
+    """Return pseudo-paraphrases: the prompt of each edit behind ``per_edit`` different prefixes, with the same target.
 
-    Gangadhar & Stratos, "Model Editing by Standard Fine-Tuning" (arXiv 2402.11078). Which prefixes an edit gets hangs
-    on ``seed`` and its own prompt alone, not on the edits beside it.
+    The prefixes of an edit depend on ``seed`` and on its prompt, not on the other edits.
+
+    Args:
+        edits: the edits.
+        prefixes: texts to draw from.
+        per_edit: number of prefixes for each edit.
+        seed: seed of the draws.
 
     Returns:
-        ``per_edit * len(edits)`` rows without rephrases or probes.
+        ``per_edit * len(edits)`` edits without rephrases and probes.
 
     Raises:
-        EditError: fewer prefixes than an edit shall get.
+        EditError: there are fewer different prefixes than ``per_edit``.
+
+    References:
+        Model Editing by Standard Fine-Tuning, arXiv 2402.11078.
+
+    Example:
+        >>> edit = Edit("The capital of France is", "Lyon")
+        >>> [example.prompt for example in with_prefixes([edit], ["It rains."], 1)]
+        ['It rains. The capital of France is']
     """
-    if not 0 <= per_edit <= len(set(prefixes)):
-        raise EditError(f"with_prefixes: per_edit={per_edit} of {len(set(prefixes))} different prefixes: give more")
     pool = list(dict.fromkeys(prefixes))
+    if not 0 <= per_edit <= len(pool):
+        raise EditError(
+            f"per_edit must be an integer from 0 to {len(pool)}, the number of different prefixes, got {per_edit}; "
+            "give more prefixes.",
+            component="with_prefixes",
+        )
     return [
         Edit(f"{prefix}{separator(prefix, edit.prompt)}{edit.prompt}", edit.target, id=f"{edit.id} behind a prefix")
         for edit in edits
@@ -34,73 +51,97 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 def scored_prompts(edit: Edit) -> list[str]:
-    """What an edit is scored on beside its own prompt: its rephrases, and the prompts of its probes."""
+    """Return what an edit is scored on beside its own prompt: its rephrases, and the prompts of its probes.
+
+    Example:
+        >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))
+        ["France's capital:"]
+    """
     probes = [*edit.locality.values(), *edit.portability.values()]
     return [*edit.rephrases, *(probe.prompt for kind in probes for probe in kind)]
 
 
-class LeakGuard:
-    """Tells what may not be trained on beside ``edits``. Case and the width of white space make no difference.
+class LeakCheck:
+    """Finds what must not be trained on beside some edits.
 
-    Its questions take time in the length of the text, not in the number of edits.
+    Letter case and the amount of white space are ignored. A check takes time in the length of the text, not in the
+    number of edits.
+
+    Args:
+        edits: the edits.
+
+    Example:
+        >>> check = LeakCheck([Edit("The capital of France is", "Lyon", rephrases=("France's capital:",))])
+        >>> check.contains_scored_prompt("FRANCE'S  capital: Paris"), check.contains_scored_prompt("France is big.")
+        (True, False)
     """
 
     def __init__(self, edits: Iterable[Edit]) -> None:
         edits = list(edits)
-        self._scored = _Phrases(prompt for edit in edits for prompt in scored_prompts(edit))
-        self._prompts = _Phrases(edit.prompt for edit in edits)
-        self._subjects = _Phrases((edit.subject for edit in edits if edit.subject), words=True)
+        self._scored = _PhraseIndex(prompt for edit in edits for prompt in scored_prompts(edit))
+        self._prompts = _PhraseIndex(edit.prompt for edit in edits)
+        self._subjects = _PhraseIndex((edit.subject for edit in edits if edit.subject), whole_words=True)
 
-    def scored(self, text: str) -> bool:
-        """Whether a rephrase of an edit, or a probe's prompt, is in ``text``."""
+    def contains_scored_prompt(self, text: str) -> bool:
+        """Return whether the text contains a rephrase of an edit or the prompt of a probe."""
         return self._scored.any_in(text)
 
-    def edited(self, text: str) -> bool:
-        """Whether an edit's prompt is in ``text``, or its subject, as whole words."""
+    def contains_prompt(self, text: str) -> bool:
+        """Return whether the text contains the prompt of an edit, a rephrase, or the prompt of a probe."""
+        return self._prompts.any_in(text) or self._scored.any_in(text)
+
+    def mentions_edit(self, text: str) -> bool:
+        """Return whether the text contains the prompt of an edit, or its subject as whole words."""
         return self._prompts.any_in(text) or self._subjects.any_in(text)
 
-    def refuses(self, row: Edit) -> bool:
-        """Whether a row that belongs to no edit has to be left out: it is scored, or its prompt is about an edit."""
-        return self.edited(row.prompt) or self.scored(f"{row.prompt}{separator(row.prompt, row.target)}{row.target}")
+    def is_leak(self, example: Edit) -> bool:
+        """Return whether a training example is about an edit or contains something that an edit is scored on."""
+        text = f"{example.prompt}{separator(example.prompt, example.target)}{example.target}"
+        return self.mentions_edit(example.prompt) or self.contains_scored_prompt(text)
 
 
-class _Phrases:
-    """Many phrases, sought in a text at once: looked up by their first characters at every position."""
+class _PhraseIndex:
+    """Many phrases that are searched in a text at once: looked up by their first characters at every position."""
 
-    KEY = 12
+    KEY_LENGTH = 12
 
-    def __init__(self, phrases: Iterable[str], words: bool = False) -> None:
-        self.words = words
+    def __init__(self, phrases: Iterable[str], whole_words: bool = False) -> None:
+        self.whole_words = whole_words
         self.by_key: dict[str, set[str]] = defaultdict(set)
-        for phrase in map(plain, phrases):
-            self.by_key[phrase[: self.KEY]].add(phrase)
+        for phrase in map(fold, phrases):
+            self.by_key[phrase[: self.KEY_LENGTH]].add(phrase)
         self.lengths = sorted({len(key) for key in self.by_key})
 
     def any_in(self, text: str) -> bool:
-        text = plain(text)
+        text = fold(text)
         return any(
-            text.startswith(phrase, at) and (not self.words or _whole(text, at, at + len(phrase)))
+            text.startswith(phrase, at) and (not self.whole_words or _ends_at_words(text, at, at + len(phrase)))
             for length in self.lengths
             for at in range(len(text) - length + 1)
             for phrase in self.by_key.get(text[at : at + length], ())
         )
 
 
-def plain(text: str) -> str:
-    """Without regard to case and the width of white space."""
+def fold(text: str) -> str:
+    """Return the text in folded case, with single spaces between words.
+
+    Example:
+        >>> fold("The  Capital\\tof FRANCE ")
+        'the capital of france'
+    """
     return " ".join(text.casefold().split())
 
 
-def says(text: str, phrase: str) -> bool:
-    """Whether ``phrase`` is in ``text`` as whole words; both are ``plain``."""
+def contains_words(text: str, phrase: str) -> bool:
+    """Return whether ``phrase`` is in ``text`` as whole words. Both must be folded with :func:`fold`."""
     at = text.find(phrase)
-    while at >= 0 and not _whole(text, at, at + len(phrase)):
+    while at >= 0 and not _ends_at_words(text, at, at + len(phrase)):
         at = text.find(phrase, at + 1)
     return at >= 0
 
 
-def _whole(text: str, start: int, end: int) -> bool:
-    """Whether no word goes on over either border; scripts without spaces have none."""
+def _ends_at_words(text: str, start: int, end: int) -> bool:
+    """Return whether no word crosses ``start`` or ``end``. Scripts without spaces have no word borders."""
     return not any(
         0 < at < len(text) and all(c.isalnum() and not SPACELESS.match(c) for c in text[at - 1 : at + 1])
         for at in (start, end)

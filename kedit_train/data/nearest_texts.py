@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from heapq import nsmallest
 from typing import Any
 
-from kedit_train.data.leaks import plain, says
+from kedit_train.data.leaks import contains_words, fold
 from kedit_train.data.tokenization import SPACELESS
 from kedit_train.edit import Edit
 
@@ -36,21 +36,24 @@ def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[s
         >>> nearest_texts(["Water is wet", "Bo was born in Rome", "Ann was born in Rome"], [edit], n=1)
         ['Bo was born in Rome']
     """
-    facts = [(plain(edit.subject or ""), plain(edit.old_target or "").rstrip(".")) for edit in edits]
+    facts = [(fold(edit.subject or ""), fold(edit.old_target or "").rstrip(".")) for edit in edits]
     candidates: list[tuple[str, str, frozenset[str]]] = []
     for text in dict.fromkeys(texts):
-        normalized = plain(text)
-        if not any(subject and old and says(normalized, subject) and says(normalized, old) for subject, old in facts):
+        normalized = fold(text)
+        if not any(
+            subject and old and contains_words(normalized, subject) and contains_words(normalized, old)
+            for subject, old in facts
+        ):
             candidates.append((text, normalized, _words(normalized)))
     chosen: set[str] = set()
     for edit, (subject, old) in zip(edits, facts, strict=True):
-        prompt = plain(edit.prompt)
+        prompt = fold(edit.prompt)
         prompt_words = _words(prompt.replace(subject, " ") if subject else prompt)
 
         def rank(
             candidate: tuple[str, str, frozenset[str]], old: str = old, words: frozenset[str] = prompt_words
         ) -> Any:
-            return not (old and says(candidate[1], old)), -len(words & candidate[2])
+            return not (old and contains_words(candidate[1], old)), -len(words & candidate[2])
 
         chosen.update(text for text, *_ in nsmallest(n, candidates, key=rank))
     return [text for text, *_ in candidates if text in chosen]

@@ -1,4 +1,4 @@
-"""The anchor on the training batch: loss and gradient against a second copy of the model, whatever the batches."""
+"""BatchAnchor: loss and gradient against a second copy of the model, for any batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def batch(rows: list[tuple[list[int], list[int]]], side: str = "right", extra: i
 
 
 def by_hand(before: Any, now: Any, inputs: dict[str, Tensor], weight: float, direction: str = "forward") -> Tensor:
-    """Cross-entropy plus weighted divergence, token by token in fp64, mean over the supervised ones."""
+    """Return the mean over supervised tokens of cross-entropy plus weighted divergence, token by token in fp64."""
     labels, unlabelled = inputs["labels"][:, 1:], {k: v for k, v in inputs.items() if k != "labels"}
     with torch.no_grad():
         reference = before(**unlabelled, use_cache=False).logits[:, :-1].double()
@@ -89,7 +89,7 @@ def test_loss_and_gradient(make, words, family, side, smoothed):
         assert by_hand(before, model, batch(ROWS, side), 0.7) - by_hand(before, model, batch(ROWS, side), 0.0) > 1e-3
 
 
-def test_answers_kept_in_bf16(make, words):
+def test_hidden_states_may_be_stored_in_bf16(make, words):
     model = make()
     before = copy.deepcopy(model)
     with editing(
@@ -102,7 +102,7 @@ def test_answers_kept_in_bf16(make, words):
         assert anchor.store.memory_bytes == 7 * 16 * 2
 
 
-def test_reverse(make, words):
+def test_the_reverse_direction(make, words):
     model = make()
     before = copy.deepcopy(model)
     with editing(model, [BatchAnchor(2.0, direction="reverse"), ParameterScope(0)], tokenizer=words) as edit:
@@ -120,7 +120,7 @@ def test_the_head_the_norms_and_tied_embeddings_may_be_in_the_scope(make, words,
     with editing(model, used, tokenizer=words) as edit:
         start(edit)
         shake(model)
-        # First sight after the weights have moved: the answers are those from before nevertheless.
+        # The examples are first seen after the weights have changed; the reference is the model before that.
         assert_same(model, model(**batch(ROWS)).loss, by_hand(before, model, batch(ROWS), 1.0))
 
 
@@ -135,7 +135,7 @@ def test_adapters(make, words):
         assert_same(model, model(**batch(ROWS)).loss, by_hand(before, model, batch(ROWS), 1.0))
 
 
-def test_rows_are_known_again_shuffled_and_padded_otherwise(make, words):
+def test_examples_are_recognized_in_another_order_and_padding(make, words):
     model = make()
     before = copy.deepcopy(model)
     with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
@@ -154,7 +154,7 @@ def test_rows_are_known_again_shuffled_and_padded_otherwise(make, words):
 
 
 @pytest.mark.parametrize("change", ["ids", "labels", "positions", "types"])
-def test_a_row_that_differs_in_anything_is_another(make, words, change):
+def test_an_example_that_differs_in_anything_is_another_example(make, words, change):
     model = make("gpt2")
     before = copy.deepcopy(model)
     with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
@@ -174,7 +174,7 @@ def test_a_row_that_differs_in_anything_is_another(make, words, change):
         assert anchor.hits == (0 if change == "types" else 2)
 
 
-def test_packed_rows_are_rows(make, words):
+def test_a_packed_row_counts_as_one_example(make, words):
     model = make()
     before = copy.deepcopy(model)
     packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
@@ -194,7 +194,7 @@ def test_packed_rows_are_rows(make, words):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_beyond_the_limit_rows_are_computed_again_or_read_from_disk(make, words, tmp_path, folder):
+def test_beyond_the_memory_limit_examples_are_computed_again_or_read_from_disk(make, words, tmp_path, folder):
     model = make()
     before = copy.deepcopy(model)
     kl = BatchAnchor(cache=ReferenceCache(tmp_path if folder else None, memory_limit=16 * 4 * 3))
@@ -212,7 +212,7 @@ def test_beyond_the_limit_rows_are_computed_again_or_read_from_disk(make, words,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_step_of_learned_tokens_is_taken_where_the_anchor_pulls(make, words, ids):
+def test_a_step_without_active_tokens_is_taken_because_the_anchor_has_a_gradient(make, words, ids):
     model = make()
     used = [ParameterScope(1), TokenSmoothing(epsilon=1e9), BatchAnchor(1.0)]
     with editing(model, used, tokenizer=words, log_every_n_steps=1) as edit:
@@ -230,7 +230,7 @@ def test_a_step_of_learned_tokens_is_taken_where_the_anchor_pulls(make, words, i
         assert row["edit/locality/batch_bytes"] == 10 * 16 * 4
 
 
-def test_evaluation_is_the_models_own(make, words):
+def test_an_evaluation_is_unchanged(make, words):
     model = make()
     with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         anchor = start(edit)
@@ -249,7 +249,7 @@ def test_dropout_does_not_count_as_change(make, words):
         assert_same(model, model(**batch(ROWS)).loss, by_hand(before, model, batch(ROWS), 1.0))
 
 
-def test_what_cannot_be_right_is_refused(make, words, ids):
+def test_batches_that_cannot_be_anchored_are_errors(make, words, ids):
     with (
         pytest.raises(EditError, match="BatchAnchor: there are two on this model; keep one"),
         editing(make(), [BatchAnchor(), BatchAnchor()]),

@@ -1,4 +1,4 @@
-"""KLLocality against a second copy of the model, full softmax in fp64, every token of the chosen texts."""
+"""KLLocality against a second copy of the model: full softmax in fp64 at every token of the texts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def divergence(before: Tensor, now: Tensor, direction: str) -> Tensor:
 
 
 def by_hand(before: Any, now: Any, tokenizer: Any, texts: list[str], direction: str = "forward") -> Tensor:
-    """Each text by itself, unpadded, the mean over all of their tokens."""
+    """Return the mean divergence over all tokens; each text is read alone, without padding."""
     terms = []
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -40,7 +40,7 @@ def by_hand(before: Any, now: Any, tokenizer: Any, texts: list[str], direction: 
 
 
 def shake(model: Any, size: float = 0.1) -> None:
-    """Stand in for training: move what may move."""
+    """Change all trainable parameters, in place of training."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -77,7 +77,7 @@ def test_value_and_gradient(make, words, direction, family):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "mlp"], ["embed_tokens"], None])
-def test_with_the_output_head_or_its_tied_embeddings_in_the_scope(make, words, tied, modules):
+def test_the_output_head_and_tied_embeddings_may_be_in_the_scope(make, words, tied, modules):
     assert_equals_by_hand(make(tie_word_embeddings=tied), ParameterScope(None, modules=modules), words)
 
 
@@ -95,7 +95,7 @@ def test_in_fp64_and_in_chunks(make, words, monkeypatch):
     assert_equals_by_hand(make(dtype=torch.float64), ParameterScope(0), words)
 
 
-def test_the_reference_is_the_model_before_the_edit_however_long_training_lasts(make, words, ids):
+def test_the_reference_stays_the_model_before_the_edit(make, words, ids):
     model = make()
     before = copy.deepcopy(model).eval()
     kl = KLLocality(TEXTS, weight=1.0, batch_size=len(TEXTS))
@@ -111,7 +111,7 @@ def test_the_reference_is_the_model_before_the_edit_however_long_training_lasts(
         assert want > 1e-3
 
 
-def test_it_holds_the_model_back(make, words, ids):
+def test_a_larger_weight_keeps_the_model_closer(make, words, ids):
     def drift(weight: float) -> float:
         torch.manual_seed(0)
         model = make()
@@ -130,7 +130,7 @@ def test_it_holds_the_model_back(make, words, ids):
     assert drift(10.0) < 0.2 * drift(0.0)
 
 
-def test_a_penalty_without_weight_pulls_nowhere(make, words):
+def test_a_weight_of_zero_has_no_gradient(make, words):
     model = make()
     with editing(model, [ParameterScope(1), kl := KLLocality(TEXTS, weight=0.0)], tokenizer=words) as edit:
         edit.before_step()
@@ -154,7 +154,7 @@ def test_dropout_does_not_count_as_change(make, words):
         assert model.transformer.h[0].attn.attn_dropout.training
 
 
-def test_texts_are_drawn_in_shuffled_rounds_and_the_same_everywhere(make, words):
+def test_texts_are_drawn_in_an_order_that_depends_on_the_seed_only(make, words):
     def order(seed: int) -> list[int]:
         kl = KLLocality(Texts(TEXTS, seed=seed))
         with editing(make(), [kl], tokenizer=words) as edit:
@@ -169,7 +169,7 @@ def test_texts_are_drawn_in_shuffled_rounds_and_the_same_everywhere(make, words)
 
 
 @pytest.mark.parametrize("limit", [2, 4])
-def test_long_texts_are_cut_into_windows_that_the_model_can_read(make, words, limit):
+def test_long_texts_are_split_at_the_context_length(make, words, limit):
     model = make(max_position_embeddings=limit)
     before = copy.deepcopy(model)
     parts = [TEXTS[2].split()[i : i + limit] for i in range(0, 11, limit)]
@@ -198,7 +198,7 @@ def test_a_generator_of_texts_serves_two_runs(make, words):
 
 
 @pytest.mark.parametrize(("name", "write"), [("a.txt", "\n".join), ("a.json", json.dumps)])
-def test_files(make, words, tmp_path, name, write: Callable[[list[str]], str]):
+def test_texts_from_a_file(make, words, tmp_path, name, write: Callable[[list[str]], str]):
     (tmp_path / name).write_text(write(TEXTS))
     with editing(make(), [kl := KLLocality(tmp_path / name)], tokenizer=words) as edit:
         edit.before_step()
@@ -214,7 +214,7 @@ def test_an_empty_file_is_an_error_before_training(make, words, tmp_path):
     )
 
 
-def test_no_tokenizer_is_an_error(make):
+def test_a_missing_tokenizer_is_an_error(make):
     with (
         editing(make(), [KLLocality(TEXTS)]) as edit,
         pytest.raises(EditError, match=r"^KLLocality: no tokenizer found"),
@@ -223,7 +223,7 @@ def test_no_tokenizer_is_an_error(make):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_without_a_scope_everything_is_trained_and_the_old_head_is_kept(make, words, tied):
+def test_without_a_scope_the_head_before_the_edit_is_kept(make, words, tied):
     model = make(tie_word_embeddings=tied)
     before = copy.deepcopy(model)
     with editing(model, [kl := KLLocality(TEXTS, weight=1.0, batch_size=len(TEXTS))], tokenizer=words) as edit:
@@ -247,7 +247,7 @@ def test_arguments_are_checked(options, message):
     assert str(error.value) == f"KLLocality: {message}"
 
 
-def test_nearest_holds_the_texts_that_the_edits_endanger_and_no_other(make, words):
+def test_nearest_texts_are_those_related_to_the_edits(make, words):
     texts = [*TEXTS, "w8 w40", "w30 w2"]
     kl = KLLocality(Texts(texts, nearest=2), batch_size=8)
     edits = [Edit("w5 w2", "w3", subject="w5", old_target="w30")]
@@ -255,11 +255,11 @@ def test_nearest_holds_the_texts_that_the_edits_endanger_and_no_other(make, word
         edit.run.attach(kl)
         decoded = [words.decode(sequence) for sequence in kl._batches.texts.sequences]
         assert sorted(decoded) == sorted(["w30 w2", TEXTS[2]])
-        # Where a batch asks for more than there are, it takes each text once.
+        # A batch takes each text at most once.
         assert sorted(kl._batches.draw(8)[0]) == [0, 1]
 
 
-def test_nearest_needs_edits_and_is_not_for_a_sequence(make, words):
+def test_nearest_needs_edits_and_a_single_run(make, words):
     with (
         pytest.raises(EditError, match=r"KLLocality: nearest=2 selects texts by the edits, but the run does not know"),
         editing(make(), [KLLocality(Texts(TEXTS, nearest=2))], tokenizer=words) as edit,
@@ -278,7 +278,7 @@ def test_nearest_needs_edits_and_is_not_for_a_sequence(make, words):
     assert "nearest=2" in repr(KLLocality(Texts(TEXTS, nearest=2)))
 
 
-def test_a_checkpoint_of_a_run_that_held_other_texts_is_refused(make, words):
+def test_a_checkpoint_of_a_run_with_other_texts_is_an_error(make, words):
     edits = [Edit("w5 w2", "w3", old_target="w30")]
     states = []
     for nearest in (2, 2, 3):

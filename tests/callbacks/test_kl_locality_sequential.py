@@ -1,4 +1,4 @@
-"""KLLocality over runs that follow one another: held to the model before the first, and to the edits since."""
+"""KLLocality over consecutive runs: the reference is the model before the first run, and previous edits are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIRST, SECOND, THIRD = Edit("w40 w41", "w42"), Edit("w17", "w51 w52"), Edit("w40
 
 
 def run(model: Any, words: Any, kl: KLLocality, edits: list[Edit]) -> float:
-    """One run of a sequence: its penalty once something has moved."""
+    """Return the penalty of one run after the parameters have changed."""
     with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=edits) as edit:
         for callback in edit.run.callbacks:
             edit.run.attach(callback)
@@ -29,7 +29,7 @@ def run(model: Any, words: Any, kl: KLLocality, edits: list[Edit]) -> float:
 
 
 def tokens(before: Any, now: Any, words: Any, texts: list[str]) -> torch.Tensor:
-    """Divergence at every token of the texts."""
+    """Return the divergence at every token of the texts."""
     found = []
     for text in texts:
         ids = torch.tensor([words(text)["input_ids"]])
@@ -38,11 +38,11 @@ def tokens(before: Any, now: Any, words: Any, texts: list[str]) -> torch.Tensor:
     return torch.cat(found)
 
 
-def test_texts_are_held_to_the_model_before_the_first_run_and_edits_to_the_model_after_theirs(make, words):
+def test_the_reference_of_texts_is_the_first_model_and_that_of_edits_the_model_after_their_run(make, words):
     model = make().eval()
     at_first = copy.deepcopy(model)
     kl = KLLocality(TEXTS, weight=1.0, batch_size=5, sequential=True)
-    # Each run draws whole rounds: 5 texts; then 5 texts and 1 edit; then 5 texts and 2 edits.
+    # Each batch holds everything: 5 texts; then 5 texts and 1 edit; then 5 texts and 2 edits.
     got = run(model, words, kl, [FIRST])
     assert got == pytest.approx(by_hand(at_first, model, words, TEXTS).item(), rel=1e-4)
     after_first = copy.deepcopy(model)
@@ -58,7 +58,7 @@ def test_texts_are_held_to_the_model_before_the_first_run_and_edits_to_the_model
     assert got == pytest.approx(torch.cat([texts, first, second]).mean().item(), rel=1e-4)
 
 
-def test_without_it_every_run_is_held_to_the_model_that_it_found(make, words):
+def test_without_sequential_each_run_has_its_own_reference(make, words):
     model, kl = make().eval(), KLLocality(TEXTS, weight=1.0, batch_size=5)
     run(model, words, kl, [FIRST])
     before = copy.deepcopy(model)
@@ -66,7 +66,7 @@ def test_without_it_every_run_is_held_to_the_model_that_it_found(make, words):
     assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)
 
 
-def test_edits_take_half_of_a_batch_at_most(make, words):
+def test_previous_edits_take_half_of_a_batch_at_most(make, words):
     model, kl = make(), KLLocality(TEXTS, batch_size=4, sequential=True)
     for number in range(5):
         run(model, words, kl, [Edit(f"w{31 + number}", "w16")])
@@ -76,7 +76,7 @@ def test_edits_take_half_of_a_batch_at_most(make, words):
     assert (drawn, len(kl._batches.replay_buffer.entries)) == ([2], 5)
 
 
-def test_an_edit_supersedes_an_earlier_one_of_the_same_prompt(make, words):
+def test_an_edit_replaces_a_previous_one_with_the_same_prompt(make, words):
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     for edits in ([FIRST], [SECOND], [THIRD], [Edit("w14", "w16")]):
         run(model, words, kl, edits)
@@ -84,7 +84,7 @@ def test_an_edit_supersedes_an_earlier_one_of_the_same_prompt(make, words):
 
 
 @pytest.mark.filterwarnings("ignore:KLLocality. 1 of 5 texts")
-def test_texts_that_hold_what_a_run_is_scored_on_are_left_out_from_then_on(make, words):
+def test_texts_with_a_scored_prompt_are_left_out_from_that_run_on(make, words):
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     run(model, words, kl, [FIRST])
     assert set(kl._batches.texts.draw(50)) == {0, 1, 2, 3, 4}
@@ -94,7 +94,7 @@ def test_texts_that_hold_what_a_run_is_scored_on_are_left_out_from_then_on(make,
     assert set(kl._batches.texts.draw(50)) == {0, 1, 4}
 
 
-def test_another_model_begins_another_sequence(make, words):
+def test_another_model_starts_over(make, words):
     kl = KLLocality(TEXTS, weight=1.0, batch_size=5, sequential=True)
     run(make(), words, kl, [FIRST])
     model = make().eval()
@@ -107,7 +107,7 @@ def test_another_model_begins_another_sequence(make, words):
     assert kl._batches.replay_buffer.entries == []
 
 
-def test_train_loop_says_what_each_of_its_rounds_edits(make, words):
+def test_train_loop_names_the_edits_of_each_run(make, words):
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     train = TrainLoop(words, callbacks=[kl, ParameterScope(1)], epochs=1)
     for edit in (FIRST, SECOND, Edit("w14", "w16")):
@@ -115,7 +115,7 @@ def test_train_loop_says_what_each_of_its_rounds_edits(make, words):
     assert [entry.edit.prompt for entry in kl._batches.replay_buffer.entries] == ["w40 w41", "w17"]
 
 
-def test_what_cannot_be_kept_is_refused(make, words):
+def test_arguments_that_exclude_sequential_are_errors(make, words):
     with pytest.raises(EditError, match=r"KLLocality: sequential=True keeps .*, so teacher must be None"):
         KLLocality(TEXTS, teacher="some", sequential=True)
     with (
@@ -134,8 +134,8 @@ def test_what_cannot_be_kept_is_refused(make, words):
         edit.before_step()
 
 
-def test_a_head_that_is_not_that_of_the_first_run_is_refused(make, words):
-    """The hidden states that are kept mean what they mean through one head only."""
+def test_a_changed_output_head_is_an_error(make, words):
+    """Stored hidden states have a meaning only together with the head that read them."""
     for scope in (ParameterScope(None), ParameterScope(modules="lm_head")):
         model, kl = make(), KLLocality(TEXTS, sequential=True)
         run(model, words, kl, [FIRST])
@@ -159,8 +159,8 @@ def test_a_head_that_is_not_that_of_the_first_run_is_refused(make, words):
 
 @pytest.mark.parametrize("before", [False, True], ids=["nothing before", "another run before"])
 @pytest.mark.parametrize("later", [SECOND, THIRD], ids=["another", "superseding"])
-def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words, later, before):
-    """Also where no earlier edit is held, because the later one is of the same prompt."""
+def test_a_checkpoint_of_a_later_run_is_an_error_in_a_new_process(make, words, later, before):
+    """Also if there is no previous edit, because the later edit has the same prompt."""
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     run(model, words, kl, [FIRST])
     with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
@@ -177,7 +177,7 @@ def test_a_checkpoint_of_a_later_run_is_refused_in_a_new_process(make, words, la
             fresh.load_state(saved)
 
 
-def test_a_later_run_resumed_in_the_same_process_draws_what_it_would_have_drawn(make, words):
+def test_a_later_run_that_is_resumed_continues_its_draws(make, words):
     def penalties(kl: KLLocality, model: Any, saved: dict[str, Any] | None, n: int) -> tuple[list[float], Any]:
         with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[THIRD]) as edit:
             for callback in edit.run.callbacks:
@@ -188,7 +188,7 @@ def test_a_later_run_resumed_in_the_same_process_draws_what_it_would_have_drawn(
             shake(model)
             found = [kl.penalty(edit.run).item() for _ in range(n)]
             state = kl.state()
-            edit.run.close()  # as a run that was cut off
+            edit.run.close()  # as in a run that was interrupted
         return found, state
 
     runs = []
@@ -208,20 +208,20 @@ def test_a_later_run_resumed_in_the_same_process_draws_what_it_would_have_drawn(
     assert runs[0] == runs[1]
 
 
-def test_a_run_that_failed_has_forgotten_nothing(make, words):
+def test_a_failed_run_loses_no_previous_edit(make, words):
     model, kl = make(), KLLocality(TEXTS, batch_size=6, sequential=True)
     run(model, words, kl, [FIRST])
     run(model, words, kl, [SECOND])
     with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[THIRD]) as edit:
         edit.before_step()
         assert [entry.edit.prompt for entry in kl._batches.replay_buffer.active] == [SECOND.prompt]
-        edit.run.close()  # as an exception does
+        edit.run.close()  # as after an exception
     run(model, words, kl, [Edit("w14", "w16")])
     assert [entry.edit for entry in kl._batches.replay_buffer.active] == [FIRST, SECOND]
 
 
-def test_edits_are_held_to_the_model_before_a_run_also_where_that_run_is_resumed(make, words, tmp_path):
-    """A trainer that resumes puts a checkpoint's weights in place before the callbacks begin."""
+def test_a_resumed_run_has_the_same_reference_for_previous_edits(make, words, tmp_path):
+    """A trainer that resumes loads the weights of the checkpoint before the callbacks attach."""
     from conformance.hosts import HOSTS
 
     edits, states = [EditDataset([FIRST]), EditDataset([SECOND])], []
@@ -236,7 +236,7 @@ def test_edits_are_held_to_the_model_before_a_run_also_where_that_run_is_resumed
     assert torch.equal(*states)
 
 
-def test_the_worlds_texts_stay_but_for_those_about_later_edits():
+def test_texts_of_the_world_that_later_edits_affect_are_left_out():
     from kedit_train import world
 
     edits = world.edits(12, seed=1)

@@ -1,4 +1,4 @@
-"""Answers that are kept: found again by a second run, never used where anything differs; and a larger teacher's."""
+"""The cache of KLLocality: read by a later run, never used if anything differs. And teachers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENS = 24
 def value(
     model: Any, words: Any, scope: Any = 1, texts: Any = TEXTS, **options: Any
 ) -> tuple[float, int, dict[str, Any]]:
-    """(penalty at weights moved always alike, forward passes of the reference, metrics)."""
+    """Return the penalty at fixed changed weights, the forward passes of the reference model, and the metrics."""
     kl = KLLocality(texts, weight=1.0, batch_size=len(texts), **options)
     passes: list[int] = []
     with editing(model, [kl, ParameterScope(scope)], tokenizer=words) as edit:
@@ -47,7 +47,7 @@ def value(
         return penalty.item(), len(passes), kl.metrics(edit.run)
 
 
-def test_a_second_run_does_no_forward_pass_for_its_reference(make, words, tmp_path):
+def test_a_second_run_needs_no_forward_pass_for_its_reference(make, words, tmp_path):
     model = make()
     plain, passes, metrics = value(copy.deepcopy(model), words)
     assert passes == 1
@@ -62,13 +62,13 @@ def test_a_second_run_does_no_forward_pass_for_its_reference(make, words, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_scope_finds_them_too(make, words, tmp_path, dtype):
+def test_a_run_with_another_scope_reads_the_file_too(make, words, tmp_path, dtype):
     model = make(dtype=dtype)
     value(copy.deepcopy(model), words, scope=1, cache=tmp_path)
     assert value(copy.deepcopy(model), words, scope=0, cache=tmp_path)[1] == 0
 
 
-def test_above_the_limit_they_are_mapped_and_the_same(make, words, tmp_path):
+def test_above_the_memory_limit_the_file_is_mapped(make, words, tmp_path):
     model = make()
     want = value(copy.deepcopy(model), words)[0]
     for passes in (1, 0):
@@ -85,7 +85,7 @@ def test_above_the_limit_they_are_mapped_and_the_same(make, words, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["weight", "buffer", "config", "texts", "order", "dtype", "precision"])
-def test_whatever_differs_finds_nothing(make, words, tmp_path, what):
+def test_a_file_is_not_used_if_anything_differs(make, words, tmp_path, what):
     model = make()
     value(copy.deepcopy(model), words, cache=tmp_path)
     texts, options = list(TEXTS), {}
@@ -131,7 +131,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "a bit", "foreign", "scalar", "nothing", "text"])
-def test_what_is_damaged_or_foreign_is_made_anew(make, words, tmp_path, how):
+def test_a_damaged_or_foreign_file_is_replaced(make, words, tmp_path, how):
     model = make()
     want = value(copy.deepcopy(model), words, cache=tmp_path)[0]
     (path,) = tmp_path.iterdir()
@@ -152,7 +152,7 @@ def test_a_failure_leaves_no_file(make, words, tmp_path):
 
 
 @pytest.mark.parametrize("allocates", [True, False])
-def test_every_byte_has_its_place_before_the_first_answer(tmp_path, monkeypatch, allocates):
+def test_the_file_is_allocated_before_anything_is_written(tmp_path, monkeypatch, allocates):
     """A mapped file with holes ends the process (SIGBUS) when the disk is full."""
     if not allocates:
         monkeypatch.delattr(os, "posix_fallocate")
@@ -170,7 +170,7 @@ def test_every_byte_has_its_place_before_the_first_answer(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("when", ["posix_fallocate", "replace"])
-def test_a_full_disk_is_told_and_leaves_no_file(make, words, tmp_path, monkeypatch, when):
+def test_a_full_disk_is_an_error_and_leaves_no_file(make, words, tmp_path, monkeypatch, when):
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -181,7 +181,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(make, words, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_removed(make, words, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(make, words, tmp_path):
     model = make()
     value(copy.deepcopy(model), words, cache=tmp_path)
     (path,) = tmp_path.iterdir()
@@ -209,7 +209,7 @@ def test_what_a_killed_writer_left_is_removed(make, words, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["a file", "below a file", "not creatable", "a folder in its place", "read only"])
-def test_a_store_that_cannot_be_is_refused_before_any_answer(make, words, tmp_path, monkeypatch, where):
+def test_an_unusable_cache_dir_is_an_error_before_any_forward_pass(make, words, tmp_path, monkeypatch, where):
     model, store = make(), tmp_path / "kept"
     message = r"is not a directory and cannot be made \(.*\); name another"
     if where == "a folder in its place":
@@ -219,7 +219,7 @@ def test_a_store_that_cannot_be_is_refused_before_any_answer(make, words, tmp_pa
         path.mkdir()
         message = f"{path} is a directory where a file must be written"
     elif where == "read only":
-        # Whoever runs as root may write everywhere.
+        # Root may write everywhere.
         monkeypatch.setattr(os, "access", lambda *_: False)
         message = "is not writable"
     elif where == "not creatable":
@@ -234,7 +234,7 @@ def test_a_store_that_cannot_be_is_refused_before_any_answer(make, words, tmp_pa
         value(model, words, cache=store)
 
 
-def test_narrower_answers_say_what_they_cost(make, words, tmp_path):
+def test_a_narrower_dtype_reports_its_rounding_error(make, words, tmp_path):
     model = make()
     want = value(copy.deepcopy(model), words)[0]
     with pytest.warns(

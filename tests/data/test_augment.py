@@ -1,4 +1,4 @@
-"""Pseudo-paraphrases and the guard against leaks, each against a brute force."""
+"""Pseudo-paraphrases and leak checks, compared with brute force."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from kedit_train import world
 from kedit_train.augmentation import read_prompts
 from kedit_train.data import Edit, Probe
-from kedit_train.data.leaks import LeakGuard, scored_prompts, with_prefixes
+from kedit_train.data.leaks import LeakCheck, scored_prompts, with_prefixes
 from kedit_train.errors import EditError
 
 ANN = Edit(
@@ -25,7 +25,7 @@ ANN = Edit(
 TOKYO = Edit("日本の首都は", "大阪", subject="日本", rephrases=("日本で首都は",))
 
 
-def test_every_edit_behind_its_prefixes() -> None:
+def test_each_edit_gets_its_own_prefixes() -> None:
     prefixes = [f"Text {i}." for i in range(5)] + ["また。"]
     rows = with_prefixes([ANN, TOKYO], prefixes, 3, seed=1)
     assert [row.target for row in rows] == ["Rome"] * 3 + ["大阪"] * 3
@@ -36,10 +36,10 @@ def test_every_edit_behind_its_prefixes() -> None:
         assert all(row.prompt.endswith(f". {edit.prompt}") or "。" in row.prompt or edit is TOKYO for row in own)
         assert not any(row.rephrases or row.locality or row.portability for row in own)
     assert rows == with_prefixes([ANN, TOKYO], prefixes, 3, seed=1) != with_prefixes([ANN, TOKYO], prefixes, 3, seed=2)
-    # An edit's prefixes do not hang on its neighbours: a sequence gives each edit what the batch gives it.
+    # The prefixes of an edit do not depend on the other edits, so each edit gets the same ones in every mode.
     assert with_prefixes([TOKYO], prefixes, 3, seed=1) == rows[3:]
     assert with_prefixes([ANN], prefixes, 0) == []
-    with pytest.raises(EditError, match="per_edit=3 of 2 different prefixes"):
+    with pytest.raises(EditError, match=r"with_prefixes: per_edit must be an integer from 0 to 2, .* got 3"):
         with_prefixes([ANN], ["a", "b", "b"], 3)
 
 
@@ -62,23 +62,23 @@ def test_every_edit_behind_its_prefixes() -> None:
         ("首都", False, False),
     ],
 )
-def test_what_the_guard_refuses(text: str, scored: bool, edited: bool) -> None:
-    guard = LeakGuard([ANN, TOKYO])
-    assert (guard.scored(text), guard.edited(text)) == (scored, edited)
-    assert guard.refuses(Edit(text, "")) == (scored or edited)
+def test_leaks_are_found(text: str, scored: bool, edited: bool) -> None:
+    check = LeakCheck([ANN, TOKYO])
+    assert (check.contains_scored_prompt(text), check.mentions_edit(text)) == (scored, edited)
+    assert check.is_leak(Edit(text, "")) == (scored or edited)
 
 
-def test_a_probe_over_the_border_of_prompt_and_answer_is_a_leak() -> None:
-    guard = LeakGuard([ANN])
-    assert guard.refuses(Edit("Bob lives", "in Oslo"))
-    assert not guard.refuses(Edit("Bob is", "in Oslo"))
-    # That an answer names an edited subject tells nothing about it.
-    assert not guard.refuses(Edit("Bob loves", "Ann"))
+def test_a_probe_that_spans_prompt_and_answer_is_a_leak() -> None:
+    check = LeakCheck([ANN])
+    assert check.is_leak(Edit("Bob lives", "in Oslo"))
+    assert not check.is_leak(Edit("Bob is", "in Oslo"))
+    # An answer may name an edited subject without stating a fact about it.
+    assert not check.is_leak(Edit("Bob loves", "Ann"))
 
 
-def test_the_guard_against_the_plainest_search() -> None:
+def test_the_check_equals_a_plain_search() -> None:
     edits = world.edits(40)
-    guard, rng = LeakGuard(edits), random.Random(0)
+    check, rng = LeakCheck(edits), random.Random(0)
 
     def plain(text: str) -> str:
         return " ".join(text.lower().split())
@@ -93,19 +93,21 @@ def test_the_guard_against_the_plainest_search() -> None:
         text = text[rng.randrange(3) :].title()
         words = [re.search(rf"(?<![^\W_]){re.escape(s)}(?![^\W_])", plain(text)) for s in subjects]
         scored = any(prompt in plain(text) for prompt in held)
-        assert guard.scored(text) == scored
-        assert guard.edited(text) == (any(prompt in plain(text) for prompt in own) or any(words))
+        assert check.contains_scored_prompt(text) == scored
+        assert check.mentions_edit(text) == (any(prompt in plain(text) for prompt in own) or any(words))
         found[scored] += 1
     assert min(found.values()) > 100
 
 
 @pytest.mark.parametrize("name", ["nofile", "none.txt", "none.jsonl"])
-def test_prompts_that_are_not_there(name: str) -> None:
-    with pytest.raises(EditError, match=rf"replay: there is no file '{name}'.*\.txt with one a line or .*\.jsonl"):
+def test_a_missing_file_of_prompts_is_an_error(name: str) -> None:
+    with pytest.raises(
+        EditError, match=rf"replay: there is no file '{name}'.*\.txt file with one prompt per line, .*\.jsonl"
+    ):
         read_prompts(name, [])
 
 
-def test_prompts_of_an_unknown_kind(tmp_path: Path) -> None:
+def test_a_file_of_an_unknown_kind_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "prompts.md").write_text("The capital of Fenesh is")
-    with pytest.raises(EditError, match=r"prompts\.md is of no known kind.*\.txt"):
+    with pytest.raises(EditError, match=r"prompts\.md must be a \.txt file"):
         read_prompts(tmp_path / "prompts.md", [])

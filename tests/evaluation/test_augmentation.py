@@ -1,4 +1,4 @@
-"""What is trained beside edits, made with a model that knows its world and with one whose answers are written down."""
+"""Examples beside the edits, made with the embedded model and with one that gives scripted answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kedit_train import world
-from kedit_train.augmentation import OPENINGS, _sampled, augmentation, generate_prefixes, replayed
+from kedit_train.augmentation import augmentation, generate_prefixes, replay_facts
+from kedit_train.augmentation.prefixes import OPENINGS, _sample
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.data.leaks import scored_prompts, with_prefixes
 from kedit_train.errors import EditError
@@ -24,7 +25,7 @@ def known() -> tuple[Any, Any]:
     return world.load()
 
 
-def test_prefixes_are_the_models_own_and_hang_on_the_seed_alone(known: Any) -> None:
+def test_prefixes_are_sampled_from_the_model_and_depend_on_the_seed_only(known: Any) -> None:
     model, tokenizer = known
     model.train()
     state = torch.random.get_rng_state()
@@ -36,7 +37,7 @@ def test_prefixes_are_the_models_own_and_hang_on_the_seed_alone(known: Any) -> N
     assert texts == generate_prefixes(model, tokenizer, 30, seed=4) != generate_prefixes(model, tokenizer, 30, seed=5)
     assert len(set(texts)) == 30
     lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    # Five or ten tokens, and a full stop.
+    # Five or ten tokens and a full stop.
     assert all(length <= 11 for length in lengths)
     assert sum(length <= 6 for length in lengths) >= 5
     assert sum(length > 6 for length in lengths) >= 5
@@ -44,10 +45,10 @@ def test_prefixes_are_the_models_own_and_hang_on_the_seed_alone(known: Any) -> N
     assert not any(token in text for text in texts for token in tokenizer.all_special_tokens)
 
 
-def test_samples_have_the_models_probabilities(known: Any, scripted_model: Any) -> None:
+def test_samples_follow_the_probabilities_of_the_model(known: Any, scripted_model: Any) -> None:
     model, tokenizer = known
     n = 4000
-    texts = _sampled(model, tokenizer, n, 1, torch.Generator().manual_seed(0))
+    texts = _sample(model, tokenizer, n, 1, torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id]])).logits[0, -1]
     logits[tokenizer.all_special_ids] = -torch.inf
@@ -59,17 +60,17 @@ def test_samples_have_the_models_probabilities(known: Any, scripted_model: Any) 
     assert sum(abs(found[text] / n - share) for text, share in expected.items()) < 0.2
     top = expected.most_common(3)
     assert all(abs(found[text] / n - share) < 4 * (share / n) ** 0.5 for text, share in top)
-    # Without begin-of-text: from common words; this model repeats its first choice.
+    # Without a begin-of-text token the texts start with common words; this model repeats its first choice.
     model, tokenizer = scripted_model({}, endless={opening[0]: "a" for opening in OPENINGS})
     assert tokenizer.bos_token_id is None
     text = generate_prefixes(model, tokenizer, 1, lengths=(6,))[0]
     assert text[0] in {opening[0] for opening in OPENINGS}
     assert text.count("a") >= 4
-    with pytest.raises(EditError, match="different texts of 400: ask for fewer"):
+    with pytest.raises(EditError, match="generate_prefixes: n=400 different texts are needed"):
         generate_prefixes(model, tokenizer, 400, lengths=(1,))
 
 
-def test_replayed_rows_are_the_models_own_answers(scripted_model: Any) -> None:
+def test_replayed_facts_have_the_answers_of_the_model(scripted_model: Any) -> None:
     edit = Edit("P:", "new", subject="Ann", rephrases=("R:",), locality={"near": (Probe("L:", ("l",)),)})
     said = {
         "A:": " one",
@@ -83,18 +84,18 @@ def test_replayed_rows_are_the_models_own_answers(scripted_model: Any) -> None:
     }
     model, tokenizer = scripted_model(said, endless={"E:": " la"})
     prompts = [*said, "E:", "A:", "Hm. L:"]
-    found = replayed(model, tokenizer, prompts, [edit], max_new_tokens=12)
-    assert {(row.prompt, row.target) for row in found.rows} == {("A:", "one"), ("B:", "two")}
-    assert (found.prompts, found.leaked, found.empty, found.unended) == (10, 6, 1, 1)
-    one = replayed(model, tokenizer, ["A:", "B:"], [edit], n=1, seed=1)
-    assert len(one.rows) == 1
-    assert one == replayed(model, tokenizer, ["A:", "B:"], [edit], n=1, seed=1)
+    facts = replay_facts(model, tokenizer, prompts, [edit], max_new_tokens=12)
+    assert {(row.prompt, row.target) for row in facts.examples} == {("A:", "one"), ("B:", "two")}
+    assert (facts.prompts, facts.leaked, facts.empty, facts.cut_off) == (10, 6, 1, 1)
+    one = replay_facts(model, tokenizer, ["A:", "B:"], [edit], limit=1, seed=1)
+    assert len(one.examples) == 1
+    assert one == replay_facts(model, tokenizer, ["A:", "B:"], [edit], limit=1, seed=1)
     with pytest.raises(EditError, match=r"of 2 prompts 2 left out as leaks \(fraction 1.000\)"):
-        replayed(model, tokenizer, ["P:", "L:"], [edit])
+        replay_facts(model, tokenizer, ["P:", "L:"], [edit])
 
 
 @pytest.mark.parametrize("form", ["plain", "question"])
-def test_a_replay_of_the_world_leaves_out_what_is_asked(known: Any, form: Any) -> None:
+def test_a_replay_of_the_world_leaves_out_scored_prompts(known: Any, form: Any) -> None:
     model, tokenizer = known
     edits = world.edits(24)
     made = augmentation(
@@ -110,8 +111,8 @@ def test_a_replay_of_the_world_leaves_out_what_is_asked(known: Any, form: Any) -
     answers = generate_answers(model, tokenizer, [row.prompt for row in others], prompt_format=form)
     assert [row.target for row in others] == [answer.text for answer in answers]
     assert not set(made.prefixes) & set(PREFIXES)
-    assert "48 pseudo-paraphrases" in made.line
-    assert "60 replayed facts" in made.line
+    assert "48 pseudo-paraphrases" in made.summary
+    assert "60 replayed facts" in made.summary
     again = augmentation(
         model, tokenizer, edits, prefixes=2, replay="world", replay_limit=60, seed=3, prompt_format=form
     )
@@ -120,11 +121,11 @@ def test_a_replay_of_the_world_leaves_out_what_is_asked(known: Any, form: Any) -
         model, tokenizer, edits, prefixes=2, replay="world", replay_limit=60, seed=4, prompt_format=form
     )
     assert other(edits) != rows
-    # In a sequence an edit gets what it gets in the batch, and no other edit's rows.
+    # A single edit gets the same examples as in the batch, and none of another edit.
     assert made(edits[5:6]) == [*rows[10:12], *others]
 
 
-def test_the_worlds_other_prompts_are_answered_right(known: Any) -> None:
+def test_other_prompts_of_the_world_are_unaffected_by_the_edits(known: Any) -> None:
     edits = world.edits(32)
     prompts = world.other_prompts(exclude=edits)
     assert prompts == world.other_prompts(exclude=edits)
@@ -137,7 +138,7 @@ def test_the_worlds_other_prompts_are_answered_right(known: Any) -> None:
     wordings = {edit.prompt.replace(edit.subject or "", "{s}") for edit in edits}
     close = sum(prompt.replace(key[0], "{s}") in wordings for prompt, key in zip(prompts, keys, strict=True))
     assert 0.25 < close / len(prompts) < 0.75
-    with pytest.raises(EditError, match="not about this world"):
+    with pytest.raises(EditError, match="not about the embedded world"):
         world.other_prompts(exclude=[Edit("Elsewhere", "x")])
 
 
@@ -154,21 +155,21 @@ def test_files_of_prompts_and_of_edits(scripted_model: Any, tmp_path: Path) -> N
     assert rows(replay=str(text), replay_limit=9) == {("A:", "one"), ("B:", "two")}
     assert len(rows(replay=str(text))) == 1
     assert rows(replay=["B:"]) == {("B:", "two")}
-    # Of a file of edits the prompts alone; edits that were learned before keep their own targets.
+    # Only the prompts of a file of edits are used; previous edits keep their own targets.
     assert rows(replay=file) == {("A:", "one")}
     assert rows(previous_edits=file) == {("A:", "false")}
     assert rows() == set()
     for wrong, message in (
-        ({"prefixes": -1}, "prefixes=-1"),
-        ({"replay_limit": 3}, "name the prompts with replay="),
-        ({"replay": ["P:"]}, "no prompt is left to be replayed"),
+        ({"prefixes": -1}, "augmentation: prefixes must be an integer >= 0, got -1"),
+        ({"replay_limit": 3}, "augmentation: replay_limit=3 needs prompts; set replay"),
+        ({"replay": ["P:"]}, "no prompt is left to replay"),
         ({"previous_edits": [Edit("x " * 200, "y")]}, "at most 200 tokens"),
     ):
         with pytest.raises(EditError, match=message):
             rows(**wrong)
 
 
-def test_a_loop_trains_what_it_is_given_beside_the_edits(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_trains_the_extra_examples(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = known
     edits = world.edits(3)
     seen: list[str] = []

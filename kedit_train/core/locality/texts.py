@@ -1,4 +1,4 @@
-"""Texts whose next-token answers must stay: read from wherever they are, cut into windows of tokens."""
+"""Texts of a ``texts=`` argument: where they come from, what is left out, and how they are split into sequences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kedit_train import world
 from kedit_train.arguments import check_arguments, from_mapping, integer_from, optional
 from kedit_train.core.locality.token_sequences import sequence_limit, split_sequences
 from kedit_train.core.run import EditRun
-from kedit_train.data.leaks import scored_prompts
+from kedit_train.data.leaks import LeakCheck
 from kedit_train.data.nearest_texts import nearest_texts
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError, warn
@@ -95,6 +95,8 @@ class Texts:
 
     def load(self, edits: Sequence[Edit] = (), *, limit: int | None = None, keep_leaks: bool = False) -> list[str]:
         """Return the texts without those that contain a prompt that ``edits`` are scored on.
+
+        Letter case and the amount of white space are ignored.
 
         Args:
             edits: the edits of the run. With "world", facts that depend on them are left out as well.
@@ -197,8 +199,8 @@ def _parse_json(content: str, where: str) -> Any:
 
 
 def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
-    prompts = {prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))}
-    kept = [text for text in texts if not any(prompt in text for prompt in prompts)]
+    check = LeakCheck(edits)
+    kept = [text for text in texts if not check.contains_prompt(text)]
     if len(kept) < len(texts):
         warn(
             f"{len(texts) - len(kept)} of {len(texts)} texts contain a prompt that the edits are scored on. They are "

@@ -1,4 +1,4 @@
-"""Texts to keep: from wherever they are, none lost, none that the edit is scored on."""
+"""Texts: read from any source, split without loss, and without those that an edit is scored on."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def written(path: Path, content: str) -> Path:
     ],
 )
 @pytest.mark.parametrize("kind", [str, Path])
-def test_files(tmp_path, name, content, kind):
+def test_files_of_each_kind(tmp_path, name, content, kind):
     assert Texts(kind(written(tmp_path / name, content))).load() == TEXTS
 
 
-def test_one_record_in_a_json_file(tmp_path):
+def test_a_json_file_with_a_single_record(tmp_path):
     assert Texts(written(tmp_path / "a.json", '{"text": "One."}')).load() == ["One."]
 
 
 @pytest.mark.parametrize("source", [TEXTS, tuple(TEXTS), [{"text": text} for text in TEXTS], [*TEXTS, "", " \n"]])
-def test_sequences(source):
+def test_lists_of_texts(source):
     assert Texts(source).load() == TEXTS
 
 
-def test_datasets():
+def test_a_dataset_needs_a_column_text():
     datasets = pytest.importorskip("datasets")
     assert Texts(datasets.Dataset.from_dict({"text": TEXTS, "id": [1, 2, 3]})).load() == TEXTS
     with pytest.raises(EditError) as error:
@@ -88,13 +88,13 @@ def test_the_embedded_world():
         ),
     ],
 )
-def test_what_is_no_texts(source, message):
+def test_an_invalid_source_is_an_error(source, message):
     with pytest.raises(EditError) as error:
         Texts(source).check()
     assert str(error.value) == message
 
 
-def test_a_long_text_in_place_of_a_path():
+def test_a_long_text_is_not_taken_for_a_path():
     with pytest.raises(EditError, match=r"^there is no file 'word word .*; give a path to \.txt"):
         Texts("word " * 2000).check()
 
@@ -109,7 +109,7 @@ def test_a_long_text_in_place_of_a_path():
         ("a.jsonl", b'{"text": "a"}\n{"tekst": "b"}\n', '{path}, record 2: expected a string or a record with "text"'),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path, name, content, message):
+def test_unreadable_files_are_errors(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(EditError) as error:
@@ -131,13 +131,13 @@ def run_with(tokenizer: Any, edits: Sequence[Edit] = ()) -> Any:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 10, 11])
-def test_windows_lose_nothing(length):
+def test_long_texts_are_split_without_loss(length):
     texts = ["a b c d e f g h i j", "a", "b c d"]
     whole = tokenizer()(texts)["input_ids"]
     cut = Texts(texts, max_length=length).tokenize(run_with(tokenizer()))
     assert all(0 < len(row) <= length for row in cut)
     assert [i for row in cut for i in row] == [i for row in whole for i in row]
-    assert len(cut) == sum(-(-len(row) // length) for row in whole), "no window spans two texts"
+    assert len(cut) == sum(-(-len(row) // length) for row in whole), "no sequence spans two texts"
 
 
 def test_texts_without_tokens_are_an_error():
@@ -146,7 +146,7 @@ def test_texts_without_tokens_are_an_error():
     assert str(error.value) == "the tokenizer returns no token for any of the 2 texts; give other texts"
 
 
-def test_padding():
+def test_padding_is_on_the_right():
     ids, mask = pad_sequences([[0, 5], [7], [1, 2, 3]], pad_id=0)
     assert ids.tolist() == [[0, 5, 0], [7, 0, 0], [1, 2, 3]]
     assert mask.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
@@ -161,7 +161,7 @@ EDIT = Edit(
 )
 
 
-def test_what_the_edit_is_scored_on_is_left_out_with_the_count():
+def test_texts_with_a_scored_prompt_are_left_out_with_a_warning():
     kept = ["The sky is blue.", "Spain is sunny."]
     held = [
         "The capital of France is Paris.",
@@ -174,7 +174,7 @@ def test_what_the_edit_is_scored_on_is_left_out_with_the_count():
 
 
 @pytest.mark.filterwarnings("ignore:1 of 1:UserWarning")
-def test_nothing_left():
+def test_texts_that_are_all_leaks_are_an_error():
     with pytest.raises(EditError) as error:
         Texts(["The capital of France is Paris."]).load([EDIT])
     assert str(error.value) == "every text contains a prompt that the edits are scored on; give other texts."
@@ -183,6 +183,12 @@ def test_nothing_left():
 @pytest.mark.parametrize("edits", [[], [EDIT]])
 def test_without_leaks_there_is_no_warning(edits):
     assert Texts(TEXTS).load(edits) == TEXTS
+
+
+def test_case_and_white_space_do_not_hide_a_leak():
+    texts = ["The sky is blue.", "FRANCE'S  capital: Paris"]
+    with pytest.warns(UserWarning, match="1 of 2 texts contain a prompt"):
+        assert Texts(texts).load([EDIT]) == texts[:1]
 
 
 def test_texts_with_leaks_are_kept_on_request():

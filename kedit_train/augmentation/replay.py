@@ -1,0 +1,148 @@
+"""Facts that are not edited, with the answers of the model before the edit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kedit_train import world
+from kedit_train.core.locality.texts import Texts
+from kedit_train.data import Edit, EditDataset
+from kedit_train.data.leaks import LeakCheck
+from kedit_train.data.prompts import PromptFormat
+from kedit_train.data.readers.files import SUFFIXES
+from kedit_train.errors import EditError
+from kedit_train.evaluation import generate_answers
+
+
+@dataclass(frozen=True)
+class ReplayedFacts:
+    """Facts that are not edited, as training examples.
+
+    Args:
+        examples: prompts with the answers of the model before the edit.
+        prompts: number of different prompts that were considered.
+        leaked: prompts left out because an edit is scored on them or is about the same subject.
+        empty: prompts left out because the model generated nothing.
+        cut_off: prompts left out because the model did not end its answer within ``max_new_tokens``.
+    """
+
+    examples: tuple[Edit, ...]
+    prompts: int
+    leaked: int
+    empty: int = 0
+    cut_off: int = 0
+
+    def describe(self) -> str:
+        """Return the counts as one phrase."""
+        fraction = self.leaked / max(1, self.prompts)
+        return (
+            f"of {self.prompts} prompts {self.leaked} left out as leaks (fraction {fraction:.3f}), {self.empty} "
+            f"without an answer, {self.cut_off} with an answer that did not end"
+        )
+
+
+def replay_facts(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    edits: Sequence[Edit],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    prompt_format: PromptFormat = "plain",
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
+) -> ReplayedFacts:
+    """Return prompts with the model's own greedy answers, as training examples beside ``edits``.
+
+    Prompts that the edits are scored on or that are about an edit are left out
+    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`), as are prompts that the model does not answer.
+
+    Args:
+        model: the model before the edit.
+        tokenizer: its tokenizer.
+        prompts: prompts of other facts. Duplicates count once.
+        edits: the edits of the run.
+        limit: at most this many examples, in an order drawn with ``seed``. None takes all.
+        seed: seed of the order.
+        prompt_format: the format of the training.
+        batch_size: prompts per forward pass.
+        max_new_tokens: longest answer.
+
+    Raises:
+        EditError: no example is left.
+
+    Example:
+        >>> from kedit_train import world
+        >>> model, tokenizer = world.load()
+        >>> edits = world.edits(2)
+        >>> facts = replay_facts(model, tokenizer, world.other_prompts(exclude=edits)[:20], edits, limit=3)
+        >>> len(facts.examples)
+        3
+    """
+    check, order = LeakCheck(edits), list(dict.fromkeys(prompts))
+    random.Random(seed).shuffle(order)
+    allowed = [prompt for prompt in order if not check.is_leak(Edit(prompt, ""))]
+    leaked, empty, cut_off = len(order) - len(allowed), 0, 0
+    examples: list[Edit] = []
+    wanted = len(allowed) if limit is None else limit
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_format": prompt_format}
+    for start in range(0, len(allowed), batch_size):
+        if len(examples) >= wanted:
+            break
+        batch = allowed[start : start + batch_size]
+        answers = generate_answers(model, tokenizer, batch, batch_size=batch_size, **options)
+        for prompt, answer in zip(batch, answers, strict=True):
+            example = Edit(prompt, answer.text, id=f"replayed {prompt!r}")
+            if not answer.text:
+                empty += 1
+            elif not answer.ended:
+                cut_off += 1
+            elif check.is_leak(example):
+                leaked += 1
+            else:
+                examples.append(example)
+    facts = ReplayedFacts(tuple(examples[:wanted]), len(order), leaked, empty, cut_off)
+    if not examples:
+        raise EditError(f"no prompt is left to replay: {facts.describe()}; give prompts of other facts.")
+    return facts
+
+
+def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> list[str]:
+    """Read the prompts of ``augmentation(replay=)``.
+
+    Args:
+        source: a list, a ``.txt`` file, a file of edits, or "world".
+        edits: the edits of the run. With "world", facts that depend on them are left out.
+
+    Raises:
+        EditError: there is no such file, or its kind is unknown.
+
+    Example:
+        >>> read_prompts(["The capital of France is"], [])
+        ['The capital of France is']
+    """
+    if world.is_world(source):
+        return world.other_prompts(exclude=edits)
+    if not isinstance(source, str | Path):
+        return list(source)
+    path, kinds = Path(source), ", ".join(SUFFIXES)
+    if not path.is_file():
+        raise EditError(
+            f"replay: there is no file {str(path)!r} in {Path.cwd()}; give a .txt file with one prompt per line, or a "
+            f"file of edits ({kinds})."
+        )
+    if path.suffix.lower() not in (".txt", *SUFFIXES):
+        raise EditError(
+            f"replay: {path} must be a .txt file with one prompt per line, or a file of edits ({kinds}); rename or "
+            "convert it."
+        )
+    if path.suffix.lower() == ".txt":
+        return [line.strip() for line in Texts(source).load()]
+    return [edit.prompt for edit in EditDataset.load(source)]
