@@ -1,4 +1,4 @@
-"""The package's error and warning: one line that names the component, the argument and what to do."""
+"""The error and the warning of this package: one line that names the component and says what to do."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class Host:
     def unannounced_step_error(self) -> str:
         """Return the error message for an optimizer step that was not announced."""
         return (
-            "this model belongs to an edit that another trainer set up and did not finish, or whose first callback was "
+            "this model belongs to an edit that another trainer set up and did not finish, or the first callback was "
             "removed from this trainer; the model has now been released and its requires_grad flags restored: create "
             "the trainer again."
         )

@@ -1,4 +1,4 @@
-"""What a callback offers to other callbacks and what it needs from them, as names instead of classes."""
+"""Requirements between callbacks, expressed as names of metrics and capabilities instead of classes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_requirements(callbacks: Sequence[Any]) -> None:
     """Raise an error for the first requirement or conflict that the list of callbacks does not satisfy.
 
     Raises:
-        EditError: with the name of the callback whose requirement is not met.
+        EditError: names the callback and says what to add or remove.
     """
     provided = {name for callback in callbacks for name in callback.provides()}
     for callback in callbacks:

@@ -71,7 +71,7 @@ class EditRun(RunState):
             host: the training loop.
 
         Raises:
-            EditError: the callback is a class, stands twice on the model where one is allowed, or cannot be prepared.
+            EditError: the callback is a class, a second one of a class that allows one, or cannot be prepared.
         """
         if isinstance(callback, type):
             name = callback.__name__
@@ -140,7 +140,7 @@ class EditRun(RunState):
                 callback.after_step(self)
 
     def finish(self, callback: Any) -> None:
-        """Note that training is over for one callback; after the last one, finish all of them and close the run."""
+        """Record that training is over for this callback. After the last callback, finish all and close the run."""
         if self.closed or not self.has_attached(callback):
             return
         self._finished.add(id(callback))
@@ -232,7 +232,7 @@ class EditRun(RunState):
 
     @property
     def reads_hidden_states(self) -> bool:
-        """Whether the current forward pass is one of which a callback keeps the hidden states only."""
+        """Whether a callback needs only the hidden states of the current forward pass, not the logits."""
         return self._head is not None and self._head.is_capturing
 
     def reference_head(self) -> Callable[[Tensor], Tensor] | None:

@@ -22,7 +22,7 @@ class OptimizerSteps:
     The hooks work under any wrapper (accelerate, Fabric, DDP) and for any optimizer that calls them.
 
     Args:
-        run: the run whose scope is followed.
+        run: the run, with the scope to follow.
         release: closes the run; called if another loop trains the model without announcing its steps.
 
     Attributes:
