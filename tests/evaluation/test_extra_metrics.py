@@ -227,7 +227,7 @@ def test_refusals(scripted_model: Any) -> None:
     for options, message in (
         (EvaluationOptions(prompt_format="chat"), "needs a chat template"),
         (EvaluationOptions(distributed=True), "init_process_group"),
-        (EvaluationOptions(texts=[]), "holds no text"),
+        (EvaluationOptions(texts=[]), "texts contains no text"),
     ):
         with pytest.raises(EditError, match=message):
             evaluate(model, tokenizer, EDITS, options=options, progress=False)

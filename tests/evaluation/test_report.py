@@ -120,7 +120,7 @@ def test_without_the_unedited_model_there_is_one_column(scripted_model: Any) -> 
     evaluate(*scripted_model(OLD), [EDIT], progress=False).print(Console(file=out, width=80), answers=0)
     assert "unedited" not in out.getvalue()
     assert "locality: right" in out.getvalue()
-    assert "target" not in out.getvalue()
+    assert "Edits (" not in out.getvalue()
 
 
 def test_markdown_says_the_same(scripted_model: Any, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def _scores_table(report: ReportData) -> Table:
     if compared:
         table.add_column("unedited", justify="right", style="dim", no_wrap=True)
     table.add_column("edited" if compared else "generated", justify="right", no_wrap=True)
-    table.add_column("95 % CI", justify="right", style="dim", no_wrap=True)
+    table.add_column("95 %", justify="right", style="dim", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("teacher forced", justify="right", style="dim", min_width=7)
     for line in score_lines(report):

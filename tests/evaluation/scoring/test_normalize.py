@@ -74,7 +74,7 @@ def test_an_empty_answer_is_wrong_even_where_an_empty_one_is_accepted(empty: str
 
 
 def test_one_string_is_not_a_list_of_accepted_answers() -> None:
-    with pytest.raises(TypeError, match="not one string"):
+    with pytest.raises(TypeError, match="got one string"):
         exact_match("a", "abc")
 
 
