@@ -82,7 +82,8 @@ def test_the_context_cuts_a_row_alone(scripted_model: Any) -> None:
 
 def test_refusals_name_the_prompt(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"Q:": " Rome"}, context=12)
-    with pytest.raises(EditError, match=r"'123456789012' must have fewer tokens than the context of the model \(12\), got 12"):
+    message = r"'123456789012' must have fewer tokens than the context of the model \(12\), got 12"
+    with pytest.raises(EditError, match=message):
         generate_answers(model, tokenizer, ["Q:", "123456789012"])
     with pytest.raises(EditError, match="no token"):
         generate_answers(model, tokenizer, [""])
