@@ -13,8 +13,8 @@ from kedit_train.evaluation.scoring.metrics import QUESTIONS
 HEADING = "Did it work?"
 NOTE = (
     "generated: greedy decoding until the model ends its answer, exact match after normalization. teacher-forced: "
-    "share of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap over edits. n: number "
-    "of probes"
+    "share of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap over edits. n: "
+    "number of probes"
 )
 
 
