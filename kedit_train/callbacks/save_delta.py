@@ -74,6 +74,7 @@ class SaveDelta(EditCallback):
         delta: ... (1 tensors, ... MB, step 1; its weights equal the trained ones bit for bit)
         >>> list(EditDelta.load(path).changes)
         ['model.layers.2.mlp.down_proj.weight']
+        >>> folder.cleanup()
     """
 
     # After EditMetrics, whose scores it reads, and after every constraint.

@@ -214,7 +214,10 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
         lambda: [TokenSmoothing()],
         "TokenSmoothing: the model must be a causal",
     ),
-    "KLLocality": (lambda: [KLLocality(texts=TEXTS)], "KLLocality needs a causal language model, and Forecaster"),
+    "KLLocality": (
+        lambda: [KLLocality(texts=TEXTS)],
+        "KLLocality: the model must be a causal language model, and Forecaster",
+    ),
     "EditMetrics": (
         lambda: [EditMetrics(world.edits(n=2))],
         "EditMetrics: the model must be a causal language model, and Forecaster",
