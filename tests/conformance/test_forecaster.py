@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
     ),
     "KLLocality": (
         lambda: [KLLocality(texts=TEXTS)],
-        "KLLocality: the model must be a causal language model, and Forecaster",
+        "KLLocality: the model must be a causal",
     ),
     "EditMetrics": (
         lambda: [EditMetrics(world.edits(n=2))],

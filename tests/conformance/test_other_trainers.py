@@ -215,11 +215,11 @@ REFUSALS = {
     (
         "DPO",
         "TokenSmoothing",
-    ): r"TokenSmoothing: the loss of this transformers run cannot be replaced: loss_type=.* has no target for each token",
+    ): "TokenSmoothing: the loss .* cannot be replaced: loss_type=.* has no target for each token",
     (
         "KTO",
         "TokenSmoothing",
-    ): r"TokenSmoothing: the loss of this transformers run cannot be replaced: loss_type=.* has no target for each token",
+    ): "TokenSmoothing: the loss .* cannot be replaced: loss_type=.* has no target for each token",
     (
         "Reward",
         "TokenSmoothing",

@@ -69,7 +69,8 @@ def test_cross_entropy_through_the_loss_head_is_the_stock_loss(host: str, option
         assert own_norm == pytest.approx(norm, rel=2e-2 if half else 2e-5)
     # The first step starts from the same weights.
     assert ours[0][0] == pytest.approx(stock[0][0], rel=1e-6)
-    assert ours[0][1] == pytest.approx(stock[0][1], rel=1e-4)
+    # Gradients in bf16 are rounded to a relative precision of 4e-3, in an order that depends on the CPU.
+    assert ours[0][1] == pytest.approx(stock[0][1], rel=1e-3 if "bf16" in option else 1e-4)
 
 
 @pytest.mark.parametrize("host", ["Trainer", "Lightning"])
