@@ -1,4 +1,4 @@
-"""A model whose every answer is written down in the test, byte by byte."""
+"""A model whose answers are written in the test, byte by byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB = 258
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: ids 0 to 255 are the bytes, then </s> and <pad>."""
+    """Return a tokenizer with one token per byte: ids 0 to 255 are the bytes, then </s> and <pad>."""
     alphabet = {symbol: at for at, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,8 +38,11 @@ class ScriptedConfig(PreTrainedConfig):
 
 
 class ScriptedModel(PreTrainedModel, GenerationMixin):
-    """Says ``answers[prompt]``: at the k-th position after the prompt its first choice is the answer's k-th token,
-    whatever was fed in between, and end-of-text after it. ``endless`` answers start again instead of ending."""
+    """Generates ``answers[prompt]``.
+
+    At the k-th position after the prompt it ranks the answer's k-th token first, whatever the input between is, and
+    end-of-text after the answer. Answers in ``endless`` start again instead of ending.
+    """
 
     config_class = ScriptedConfig
 
@@ -89,7 +92,7 @@ def scripted_model() -> Callable[..., tuple[ScriptedModel, PreTrainedTokenizerFa
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         lines = [(p, a, False) for p, a in answers.items()] + [(p, a, True) for p, a in (endless or {}).items()]
-        # The longest prompt first, so that a prompt may begin with another one.
+        # The longest prompt comes first, because a prompt may begin with another one.
         model.script = [(ids(p), ids(a), e) for p, a, e in sorted(lines, key=lambda line: -len(line[0]))]
         return model, tokenizer
 

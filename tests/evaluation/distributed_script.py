@@ -1,4 +1,4 @@
-"""What ``test_distributed.py`` runs on each of several processes."""
+"""The program that ``test_distributed.py`` runs on each process."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def main(folder: Path, rank: int, size: int) -> None:
         dict(model.named_parameters())["model.layers.2.mlp.down_proj.weight"].mul_(0.5)
     report = evaluate(model, tokenizer, edits, unedited=before, **settings)
     report.save(folder / f"report-{size}-{rank}.json")
-    # The metric by itself, as a LightningModule would use it.
+    # The metric alone, as a LightningModule would use it.
     mean = MeanOverEdits(7, seed=2)
     own = list(range(7))[rank::size]
     mean.update(own, [edit % 3 / 2 for edit in own])
     (folder / f"mean-{size}-{rank}.json").write_text(json.dumps(mean.compute().tolist()))
     try:
-        # Its share is the second process's alone.
+        # Only the second process evaluates the edit that is too long.
         evaluate(model, tokenizer, [edits[0], Edit("too long " * 600, "x", id="long"), edits[2]], **settings)
     except EditError as error:
         (folder / f"error-{size}-{rank}.txt").write_text(str(error))

@@ -1,4 +1,4 @@
-"""Two processes share the edits out and hold, each of them, what one process finds alone."""
+"""Two processes split the edits, and each gets the report that one process gets alone."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from ranks import close, started
 
 SCRIPT = Path(__file__).with_name("distributed_script.py")
-# Shares are the same to the last bit; sums round differently.
+# Shares are equal bit for bit; sums round differently.
 BOUNDS = {"rel": 1e-4, "abs": 2e-6}
 
 
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_get_the_same_report_as_one(tmp_path: Path) -> None:
     runs = [started(SCRIPT, tmp_path, rank, size) for rank, size in ((0, 1), (0, 2), (1, 2))]
     for run in runs:
-        said, _ = run.communicate(timeout=120)
-        assert run.returncode == 0, said
+        output, _ = run.communicate(timeout=120)
+        assert run.returncode == 0, output
     alone, first, second = (
         json.loads((tmp_path / f"report-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
     )

@@ -1,4 +1,4 @@
-"""Every number of a report, worked out by hand from what the scripted_model models say."""
+"""Every number of a report, computed by hand from the answers of scripted models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.errors import EditError
-from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate
+from kedit_train.evaluation import EvaluationOptions, Score, evaluate
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE
 
 EDITS = [
@@ -63,15 +63,15 @@ ENDLESS = {"Ann's town:": " St"}
 
 
 def value_and_n(score: Score) -> tuple[float | None, int]:
-    """A score without its interval, which has tests of its own."""
+    """Return a score without its interval, which has its own tests."""
     return score.value, score.n
 
 
-def test_the_unedited_model(scripted_model: Any) -> None:
+def test_scores_of_the_unedited_model(scripted_model: Any) -> None:
     report = evaluate(*scripted_model(OLD), EDITS, progress=False)
     m = report.metrics
     assert value_and_n(m["reliability"]["generated"]) == (0.0, 2)
-    # " Rome" against " St. Louis": the space, and no other place. " 35" against " 3.5": space and 3.
+    # " Rome" and " St. Louis" share only the space. " 35" and " 3.5" share the space and the 3.
     assert m["reliability"]["teacher_forced"].value == pytest.approx((1 / 10 + 2 / 4) / 2)
     assert value_and_n(m["reliability"]["teacher_forced_exact"]) == (0.0, 2)
     assert value_and_n(m["generality"]["generated"]) == (0.0, 3)
@@ -94,28 +94,27 @@ def test_the_unedited_model(scripted_model: Any) -> None:
     }
 
 
-def test_the_edited_model_beside_the_unedited(scripted_model: Any) -> None:
+def test_scores_of_the_edited_model_against_the_unedited(scripted_model: Any) -> None:
     before = evaluate(*scripted_model(OLD), EDITS, progress=False)
     edited = {prompt: answer for prompt, answer in NEW.items() if prompt not in ENDLESS}
     report = evaluate(*scripted_model(edited, ENDLESS), EDITS, unedited=before, progress=False)
     m = report.metrics
     assert value_and_n(m["reliability"]["generated"]) == (1.0, 2)
-    # The alias is right as generated; teacher forcing asks for the target: " S" of " St. Louis" (10), then by place
-    # " Saint Louis": S,a|i|n|t... agree at " S" only; " 3.5" is whole.
+    # The generated alias counts as right. Teacher forcing compares with the target " St. Louis", position by position.
     places = sum(a == b for a, b in zip(" Saint Louis", " St. Louis", strict=False)) / len(" St. Louis")
     assert m["reliability"]["teacher_forced"].value == pytest.approx((places + 1) / 2)
     assert value_and_n(m["reliability"]["teacher_forced_exact"]) == (0.5, 2)
     assert value_and_n(m["generality"]["generated"]) == (pytest.approx(1 / 3), 3)
     assert value_and_n(m["portability"]["generated"]) == (1.0, 1)
     assert value_and_n(m["portability"]["by_kind"]["country"]["generated"]) == (1.0, 1)
-    # Bob's answer went; Cyd's is as wrong as before; 4 stays; "Hello" and "hello!" are the same answer.
+    # Bob's answer changed. Cyd's is as wrong as before, 4 is unchanged, and "Hello" equals "hello!".
     assert m["locality"]["compared_with"] == "unedited model"
     assert value_and_n(m["locality"]["generated"]) == (0.75, 4)
     assert value_and_n(m["locality"]["by_kind"]["neighbour"]["generated"]) == (0.5, 2)
     assert value_and_n(m["locality"]["by_kind"]["other"]["generated"]) == (1.0, 2)
     assert value_and_n(m["locality"]["kept_right"]) == (0.5, 2)
     assert value_and_n(m["locality"]["right"]) == (pytest.approx(1 / 3), 3)
-    # " Oslo" against nothing (end-of-text at once): 0 of 5; " Quito" against " Lima": the space; " 4." against " 4".
+    # " Oslo" and an empty answer share 0 of 5 bytes, " Quito" and " Lima" share the space, and " 4." starts with " 4".
     assert value_and_n(m["locality"]["teacher_forced"]) == (pytest.approx((0 + 1 / 5 + 1) / 3), 3)
     assert report.unedited == before.metrics
     assert report.meta["unscored"] == {"portability": 1}
@@ -125,7 +124,7 @@ def test_the_edited_model_beside_the_unedited(scripted_model: Any) -> None:
     assert [row["before"] for row in report.answers_table()] == ["Rome", "35"]
 
 
-def test_an_unedited_model_against_itself_changes_nothing(scripted_model: Any) -> None:
+def test_the_unedited_model_has_full_locality_against_itself(scripted_model: Any) -> None:
     before = evaluate(*scripted_model(OLD), EDITS, progress=False)
     m = evaluate(
         *scripted_model(OLD), EDITS, unedited=before, options=EvaluationOptions(batch_size=1), progress=False
@@ -135,7 +134,7 @@ def test_an_unedited_model_against_itself_changes_nothing(scripted_model: Any) -
     assert m["reliability"] == before.metrics["reliability"]
 
 
-def test_no_probes_is_no_score(scripted_model: Any) -> None:
+def test_a_question_without_probes_has_no_score(scripted_model: Any) -> None:
     report = evaluate(*scripted_model(NEW), [Edit("Half of seven:", "3.5")], progress=False)
     for question in ("generality", "portability", "locality"):
         assert report.metrics[question]["generated"] == NO_SCORE
@@ -145,7 +144,7 @@ def test_no_probes_is_no_score(scripted_model: Any) -> None:
     assert flat == {"edit/reliability": 1.0, "edit/reliability_teacher_forced": 1.0, "edit/answers/ended": 1.0}
 
 
-def test_a_seeded_sample(scripted_model: Any) -> None:
+def test_limit_draws_a_sample_with_the_seed(scripted_model: Any) -> None:
     names = [f"edit {i:03d}:" for i in range(50)]
     edits = EditDataset([Edit(name, "yes", id=str(i)) for i, name in enumerate(names)], name="fifty")
     model, tokenizer = scripted_model(dict.fromkeys(names, " yes"))
@@ -177,7 +176,7 @@ def test_refusals(scripted_model: Any) -> None:
         evaluate(model, tokenizer, EDITS, limit=0, progress=False)
 
 
-def test_factlm_before_any_edit(factlm: Path) -> None:
+def test_a_trained_model_knows_the_old_facts_and_not_the_new_ones(factlm: Path) -> None:
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
     edits = [
@@ -201,10 +200,6 @@ def test_factlm_before_any_edit(factlm: Path) -> None:
     assert value_and_n(again.metrics["locality"]["generated"]) == (1.0, 60)
     for name, score in report.metrics["reliability"].items():
         now = again.metrics["reliability"][name]
-        # What counts tokens is the same to the last bit; probabilities are, up to the rounding of other batches.
+        # Scores that count tokens are equal bit for bit. Probabilities differ by the rounding in other batches.
         exact = name not in ("target_loss", "target_probability", "smallest_token_probability")
         assert value_and_n(now) == (score.value if exact else pytest.approx(score.value, rel=1e-4), score.n), name
-
-
-def test_report_type(scripted_model: Any) -> None:
-    assert isinstance(evaluate(*scripted_model(OLD), EDITS, progress=False), Report)

@@ -69,9 +69,9 @@ def full(scripted_model: Any, answers: dict[str, str], **kwargs: Any) -> Report:
     return evaluate(model, tokenizer, EDITS, prefixes=("Hm.",), **(settings | kwargs))
 
 
-def test_kinds_of_generality_stand_apart(scripted_model: Any) -> None:
+def test_only_rephrasings_count_in_the_total_of_generality(scripted_model: Any) -> None:
     g = full(scripted_model, SAYS).metrics["generality"]
-    # The total is the rephrasings' alone, whatever else was asked.
+    # Only rephrasings count in the total, whatever else was measured.
     assert value_and_n(g["generated"]) == value_and_n(g["by_kind"]["rephrase"]["generated"]) == (0.0, 2)
     assert value_and_n(g["by_kind"]["prefix"]["generated"]) == (pytest.approx(2 / 3), 3)
     assert value_and_n(g["by_kind"]["format"]["generated"]) == (pytest.approx(2 / 3), 3)
@@ -80,38 +80,38 @@ def test_kinds_of_generality_stand_apart(scripted_model: Any) -> None:
     }
 
 
-def test_the_old_answer(scripted_model: Any) -> None:
+def test_resurgence_of_the_old_answer(scripted_model: Any) -> None:
     m = full(scripted_model, SAYS).metrics["resurgence"]
     assert value_and_n(m["says_old"]["prompt"]) == (0.5, 2)
     assert value_and_n(m["says_old"]["rephrase"]) == (0.5, 2)
     assert value_and_n(m["says_old"]["negation"]) == (0.5, 2)
-    # Ann's new answer has every token first; of Poe, in Jo's place, all four are, of J. K. Rowling one.
+    # All tokens of Ann's new answer are ranked first. For Jo, all tokens of the old answer are.
     assert value_and_n(m["prefers_old"]["prompt"]) == (0.5, 2)
-    # " Rome" is said whole. After "Its author:" both begin with a space and go wrong: a quarter against a fourteenth.
+    # " Rome" is generated. After "Its author:" only the space is right: 1/4 of the old and 1/14 of the new answer.
     assert value_and_n(m["prefers_old"]["rephrase"]) == (1.0, 2)
     assert value_and_n(m["prefers_old"]["negation"]) == (0.5, 2)
-    # Ann: always A, so once each way. Jo: always the old one.
+    # For Ann the model always chooses A, once the new and once the old answer. For Jo it always chooses the old one.
     assert value_and_n(m["prefers_old"]["choice"]) == (0.75, 4)
     core = full(scripted_model, SAYS, options=EvaluationOptions()).metrics["resurgence"]
     assert value_and_n(core["says_old"]["prompt"]) == (0.5, 2)
     assert value_and_n(core["prefers_old"]["prompt"]) == value_and_n(core["says_old"]["negation"]) == (None, 0)
 
 
-def test_an_old_answer_within_the_new_one_is_not_the_old_answer(scripted_model: Any) -> None:
+def test_an_old_answer_inside_the_new_answer_does_not_count(scripted_model: Any) -> None:
     edit = Edit("Capital of Texas:", "Paris, Texas", old_target="Paris")
-    for said, old in ((" Paris, Texas", 0.0), (" Paris", 1.0), (" Parish", 0.0), ("", 0.0)):
-        model, tokenizer = scripted_model({edit.prompt: said})
+    for generated, old in ((" Paris, Texas", 0.0), (" Paris", 1.0), (" Parish", 0.0), ("", 0.0)):
+        model, tokenizer = scripted_model({edit.prompt: generated})
         m = evaluate(model, tokenizer, [edit], progress=False).metrics
         assert value_and_n(m["resurgence"]["says_old"]["prompt"]) == (old, 1)
 
 
-def test_divergence_from_the_unedited_model(scripted_model: Any) -> None:
+def test_kl_divergence_from_the_unedited_model(scripted_model: Any) -> None:
     before = full(scripted_model, WAS)
     assert before.metrics["locality"]["kl"] == NO_SCORE
     same = full(scripted_model, WAS, unedited=before).metrics["locality"]
     assert value_and_n(same["kl"]) == (0.0, 6 + 3)
     m = full(scripted_model, SAYS, unedited=before).metrics["locality"]
-    # Lima for Oslo: four of the six positions (end-of-text is one) choose another token; 4 for 4: three that do not.
+    # Lima instead of Oslo: another token is ranked first at four of six positions. 4 instead of 4: at none of three.
     moved = 4 * 10 * (FIRST - OTHER)
     assert value_and_n(m["by_kind"]["near"]["kl"]) == (pytest.approx(moved / 6, rel=1e-5), 6)
     assert value_and_n(m["by_kind"]["far"]["kl"]) == (0.0, 3)
@@ -119,10 +119,10 @@ def test_divergence_from_the_unedited_model(scripted_model: Any) -> None:
     assert value_and_n(m["generated"]) == value_and_n(m["kept_right"]) == (0.5, 2)
 
 
-def test_positions_of_the_target(scripted_model: Any) -> None:
+def test_scores_by_token_position(scripted_model: Any) -> None:
     m = full(scripted_model, SAYS).metrics
     first, second = m["positions"]["1"], m["positions"]["2"]
-    # The space: Ann's and Jo's; the third edit is answered with nothing.
+    # The first token is the space: right for Ann and Jo, and wrong for the third edit with its empty answer.
     assert value_and_n(first["accuracy"]) == (pytest.approx(2 / 3), 3)
     assert value_and_n(first["probability"]) == (pytest.approx((2 * FIRST + OTHER) / 3), 3)
     assert value_and_n(first["loss"]) == (pytest.approx(-(2 * math.log(FIRST) + math.log(OTHER)) / 3, rel=1e-5), 3)
@@ -137,13 +137,13 @@ def test_positions_of_the_target(scripted_model: Any) -> None:
     assert value_and_n(r["smallest_token_probability"]) == (pytest.approx(OTHER, rel=1e-4), 28)
 
 
-def test_fluency_and_answers_that_never_end(scripted_model: Any) -> None:
+def test_fluency_of_continuations_that_are_cut(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"A:": " one two three four five"}, endless={"B:": " la"}, context=400)
     edits = [Edit("A:", "one"), Edit("B:", "la")]
     options = EvaluationOptions(metrics=["fluency"], max_new_tokens=30, fluency_tokens=18)
     m = evaluate(model, tokenizer, edits, options=options, progress=False)
     assert value_and_n(m.metrics["answers"]["ended"]) == (0.5, 2)
-    # 18 bytes: "la" six times; the other one is cut within its fourth word: "one two three four" has 19 with its space.
+    # 18 bytes hold "la" six times, and cut the other continuation inside its fourth word.
     written = {r.prompt: r.answer for r in m.answers if r.question == "fluency"}
     assert written == {"A:": "one two three fou", "B:": "la la la la la la"}
     f = m.metrics["fluency"]
@@ -153,13 +153,13 @@ def test_fluency_and_answers_that_never_end(scripted_model: Any) -> None:
     assert value_and_n(f["ended"]) == (0.0, 2)
 
 
-def test_texts_too_short_for_a_measure_are_no_probes(scripted_model: Any) -> None:
+def test_texts_that_are_too_short_do_not_count_in_fluency(scripted_model: Any) -> None:
     m = full(scripted_model, {"Ann lives in": " a b"} | {p: "" for p in SAYS if p != "Ann lives in"}).metrics["fluency"]
     assert value_and_n(m["entropy"]) == value_and_n(m["repetition"]) == (None, 0)
     assert value_and_n(m["ended"]) == (1.0, 3)
 
 
-def test_perplexity_and_drift(scripted_model: Any) -> None:
+def test_perplexity_and_weight_drift(scripted_model: Any) -> None:
     model, tokenizer = scripted_model(SAYS)
     with torch.no_grad():
         model.anchor.fill_(3.0)
@@ -171,7 +171,7 @@ def test_perplexity_and_drift(scripted_model: Any) -> None:
         reference_weights={"anchor": torch.tensor(2.0)},
         progress=False,
     )
-    # Nothing is expected there but the end: every token has the probability of any other.
+    # The model expects end-of-text there, so all other tokens are equally probable.
     assert value_and_n(report.metrics["perplexity"]) == (pytest.approx(1 / OTHER, rel=1e-4), 2 + 1)
     assert report.metrics["perplexity"].low == pytest.approx(1 / OTHER, rel=1e-4)
     drift = report.metrics["weight_drift"]
@@ -205,7 +205,7 @@ def test_prompt_formats(scripted_model: Any, form: Any, prompt: str) -> None:
         evaluate(model, tokenizer, [edit], options=options, unedited=report, progress=False)
 
 
-def test_a_judge_decides_what_is_right_now_and_before(scripted_model: Any) -> None:
+def test_a_judge_replaces_exact_match_for_both_models(scripted_model: Any) -> None:
     calls: list[tuple[str, tuple[str, ...]]] = []
 
     def near_enough(answer: str, accepted: Sequence[str]) -> bool:
@@ -235,7 +235,7 @@ def test_refusals(scripted_model: Any) -> None:
     with pytest.raises(EditError, match=r"no distribution for 'Bob lives in'.*metrics=\[.kl.\]"):
         evaluate(model, tokenizer, EDITS, unedited=before, options=EvaluationOptions(metrics=["kl"]), progress=False)
     sharded, _ = scripted_model(SAYS)
-    # Sharding needs processes; what tells a sharded model is its class.
+    # Real sharding needs processes; a sharded model is recognized by its class.
     sharded.__class__ = type("Sharded", (FSDPModule, type(sharded)), {})
     with pytest.raises(EditError, match="must all run the same batches"):
         evaluate(sharded, tokenizer, EDITS, options=EvaluationOptions(distributed=True), progress=False)
@@ -244,7 +244,7 @@ def test_refusals(scripted_model: Any) -> None:
         evaluate(model, tokenizer, [JO], progress=False)
 
 
-def test_close_choices_are_counted(factlm: Path) -> None:
+def test_near_ties_are_counted_by_dtype(factlm: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(factlm)
     report = evaluate(model, AutoTokenizer.from_pretrained(factlm), [Edit("Paris is in", "France")], progress=False)
     (row,) = report.answers
@@ -267,7 +267,7 @@ def _scores(tree: Any, path: str = "") -> dict[str, Score]:
     }
 
 
-def test_no_score_depends_on_batch_size_or_padding_side(factlm: Path) -> None:
+def test_scores_do_not_depend_on_batch_size_or_padding_side(factlm: Path) -> None:
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
     edits = EditDataset.load(factlm / "records.json", limit=4)

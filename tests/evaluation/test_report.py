@@ -1,3 +1,5 @@
+"""Reports: saving, loading, and the terminal and Markdown tables."""
+
 from __future__ import annotations
 
 import io
@@ -39,7 +41,7 @@ def report(scripted_model: Any) -> Report:
     return evaluate(*scripted_model(new), [EDIT], unedited=before, progress=False)
 
 
-def test_json_there_and_back(report: Report, tmp_path: Path) -> None:
+def test_a_saved_report_can_be_loaded(report: Report, tmp_path: Path) -> None:
     path = report.save(tmp_path / "new" / "report.json")
     data = json.loads(path.read_text(encoding="utf-8"))
     assert data["metrics"]["reliability"]["generated"] == {"value": 1.0, "n": 1, "low": None, "high": None}
@@ -54,7 +56,7 @@ def test_json_there_and_back(report: Report, tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
 
-def test_a_loaded_report_serves_as_before(report: Report, scripted_model: Any, tmp_path: Path) -> None:
+def test_a_loaded_report_can_be_used_as_the_unedited_one(report: Report, scripted_model: Any, tmp_path: Path) -> None:
     path = evaluate(*scripted_model(OLD), [EDIT], progress=False).save(tmp_path / "before.json")
     again = evaluate(*scripted_model(OLD), [EDIT], unedited=Report.load(path), progress=False)
     assert again.metrics["locality"]["generated"].value == 1.0
@@ -78,14 +80,14 @@ def test_a_failed_save_leaves_the_old_file(report: Report, tmp_path: Path, monke
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"metrics": {}}', "null", '{"metrics":{},"unedited":null,"answers":[1]}']
 )
-def test_another_file_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_report_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(EditError, match=r"other\.json is not an evaluation report"):
         Report.load(path)
 
 
-def test_flat_names(report: Report) -> None:
+def test_names_of_the_flat_scores(report: Report) -> None:
     flat = report.flat()
     assert flat["edit/reliability"] == 1.0
     assert flat["edit/generality"] == 0.0
@@ -100,7 +102,7 @@ def test_flat_names(report: Report) -> None:
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
-def test_the_table_is_whole_at_any_width(report: Report, width: int) -> None:
+def test_the_terminal_table_fits_any_width(report: Report, width: int) -> None:
     out = io.StringIO()
     report.print(Console(file=out, width=width))
     text = out.getvalue()
@@ -115,7 +117,7 @@ def test_the_table_is_whole_at_any_width(report: Report, width: int) -> None:
     assert "portability: 1 probes have no accepted answer" in " ".join(text.split())
 
 
-def test_without_the_unedited_model_there_is_one_column(scripted_model: Any) -> None:
+def test_the_table_of_one_model_has_one_column(scripted_model: Any) -> None:
     out = io.StringIO()
     evaluate(*scripted_model(OLD), [EDIT], progress=False).print(Console(file=out, width=80), answers=0)
     assert "unedited" not in out.getvalue()
@@ -123,7 +125,7 @@ def test_without_the_unedited_model_there_is_one_column(scripted_model: Any) -> 
     assert "Edits (" not in out.getvalue()
 
 
-def test_markdown_says_the_same(scripted_model: Any, tmp_path: Path) -> None:
+def test_markdown_shows_the_same_scores_and_escapes_cells(scripted_model: Any, tmp_path: Path) -> None:
     edits = [replace(EDIT, id="a"), Edit("Say:", "x | y", id="b")]
     before = evaluate(*scripted_model(OLD), edits, options=EvaluationOptions(metrics="all"), progress=False)
     new = OLD | {"Ann lives in": " Köln", "Bob lives in": " [bold]Köln[/bold]", "Say:": " a_b"}
@@ -134,7 +136,7 @@ def test_markdown_says_the_same(scripted_model: Any, tmp_path: Path) -> None:
     (reliability,) = [row for row in rows if row[0] == "| reliability"]
     assert reliability[1:5] == ["0.000", "0.500", "0.00–1.00", "2"]
     assert ["| old answer generated", "1.000", "0.000", "–", "1", "– |"] in rows
-    # An entry with a bar in it stays one cell, and nothing in it is markup.
+    # A text with a vertical bar stays in one cell, and Markdown characters are escaped.
     assert ["| Say:", "hi", "a\\_b", "x \\| y", "no |"] in rows
     assert "\\[bold\\]Köln\\[/bold\\]" in text
     assert "## Targets of the edits, token by token" in text
@@ -145,7 +147,7 @@ def test_markdown_says_the_same(scripted_model: Any, tmp_path: Path) -> None:
     assert text.rstrip("\n") == found.markdown()
 
 
-def test_answers_that_did_not_end_have_a_line(scripted_model: Any) -> None:
+def test_answers_cut_at_the_limit_have_a_line(scripted_model: Any) -> None:
     out = io.StringIO()
     found = evaluate(
         *scripted_model({"Q:": " a"}, endless={"P:": " la"}), [Edit("Q:", "a"), Edit("P:", "b")], progress=False
@@ -155,7 +157,7 @@ def test_answers_that_did_not_end_have_a_line(scripted_model: Any) -> None:
     assert row.split() == ["answers", "cut", "at", "the", "limit", "0.500", "0.00–1.00", "2", "–"]
 
 
-def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
+def test_the_table_starts_on_a_new_line_while_a_progress_bar_is_shown(
     report: Report, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report.print()
@@ -170,7 +172,7 @@ def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
     with Progress(console=Console(force_terminal=True, width=100)) as progress:
         progress.add_task("Epoch 0", total=2)
         report.print()
-    # The bar's line is cleared first, and drawn again below the table.
+    # The progress bar is cleared first, and drawn again below the table.
     out = capsys.readouterr().out
     assert re.search(r"\r\x1b\[2K" + re.escape(title) + r" *\n", out)
     assert out.rindex("Epoch 0") > out.rindex("generated:")
@@ -189,11 +191,11 @@ def test_the_title_begins_a_line_of_its_own_where_a_bar_is_live(
         (None, None, "–"),
     ],
 )
-def test_an_interval_has_the_places_that_its_size_needs(low: float | None, high: float | None, shown: str) -> None:
+def test_an_interval_has_as_many_digits_as_its_size_needs(low: float | None, high: float | None, shown: str) -> None:
     assert format_interval(Score(0.0, n=2, low=low, high=high)) == shown
 
 
-def test_a_sample_is_told_from_all_the_edits(scripted_model: Any) -> None:
+def test_the_title_says_that_only_a_sample_was_evaluated(scripted_model: Any) -> None:
     out = io.StringIO()
     edits = [replace(EDIT, id=str(i)) for i in range(3)]
     evaluate(*scripted_model(OLD), edits, limit=2, progress=False).print(Console(file=out, width=80), answers=0)

@@ -1,4 +1,4 @@
-"""The modes on a model that learns and forgets by a rule written down here, and on the world's small Llama."""
+"""The modes on a model that learns and forgets by a rule that is written here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def facts(n: int = N) -> list[Edit]:
 
 
 def says(knows: Sequence[bool]) -> dict[str, str]:
-    """What a model says that knows these edits: of rephrasings the even ones; every fifth edit hurts its neighbour."""
+    """Return the answers of a model that knows these edits, the rephrasings of every second one, and every fifth
+    edit changes the answer of its neighbour.
+    """
     answers = {}
     for i, known in enumerate(knows):
         answers[f"P{i}:"] = f" new{i}" if known else f" old{i}"
@@ -43,7 +45,7 @@ def says(knows: Sequence[bool]) -> dict[str, str]:
 
 @pytest.fixture
 def learner(scripted_model: Any) -> Callable[[int], tuple[Any, Any]]:
-    """A model whose answers hang on its parameter ``knows``, one number an edit."""
+    """A model whose answers depend on its parameter ``knows``, with one number per edit."""
 
     def make(n: int = N) -> tuple[Any, Any]:
         model, tokenizer = scripted_model(says([False] * n))
@@ -64,7 +66,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 class Teacher:
-    """Learns what it is given, and forgets the edit ``forgets`` places before the first of them."""
+    """Learns the edits, and forgets the edit that is ``forgets`` places before the first of them."""
 
     def __init__(self, forgets: int = 0) -> None:
         self.forgets, self.calls, self.found = forgets, [], []
@@ -80,7 +82,7 @@ class Teacher:
         model.knows[numbers] = 1.0
 
 
-def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
+def test_sequential_evaluates_all_previous_edits(learner: Any) -> None:
     model, tokenizer = learner()
     teacher = Teacher(forgets=3)
     probe = CapabilityProbe([f"L{i}: near{i}" for i in range(N)], prompts=[f"L{i}:" for i in range(N)])
@@ -99,11 +101,11 @@ def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
     for checkpoint in result.checkpoints:
         t = checkpoint.edits
         knows = [max(0, t - 3) <= i < t for i in range(N)]
-        said = says(knows)
+        generated = says(knows)
         report = checkpoint.report
         assert {r.edit for r in report.answers} == {str(i) for i in range(t)}
         assert {r.prompt: r.answer for r in report.answers} == {
-            p: said[p].strip() for i in range(t) for p in (f"P{i}:", f"R{i}:", f"L{i}:")
+            p: generated[p].strip() for i in range(t) for p in (f"P{i}:", f"R{i}:", f"L{i}:")
         }
         scores = checkpoint.scores()
         assert scores["reliability"].value == sum(knows) / t
@@ -111,7 +113,7 @@ def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
         hurt = sum(known and i % 5 == 0 for i, known in enumerate(knows))
         assert scores["locality"].value == (t - hurt) / t
         assert scores["latest"] == Score(1.0, n=1)
-        # The probe asks the same prompts at every checkpoint, whatever has been edited.
+        # The capability probe uses the same prompts at every checkpoint.
         assert scores["agreement"].value == pytest.approx(1 - hurt / N)
         assert (scores["agreement"].n, scores["perplexity"].n > N) == (N, True)
         assert report.unedited is not None
@@ -119,7 +121,7 @@ def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
     curve = result.curve()
     assert [row["edits"] for row in curve] == [1, 3, 7, N]
     assert curve[-1]["reliability"].value == 0.25
-    # The formula, term by term, against two of its accuracies.
+    # The sum over all terms equals the difference of the first and the last accuracy.
     accuracy = [min(t, 3) / t for t in range(1, N + 1)]
     steps = [after - before for before, after in pairwise(accuracy)]
     by_hand = sum(steps) / (N - 1)
@@ -129,7 +131,7 @@ def test_sequential_asks_for_all_earlier_edits(learner: Any) -> None:
     assert (found.sources["retainability"], found.sources["scalability"]) == ("sequential", "–")
 
 
-def test_streaming_replays(learner: Any) -> None:
+def test_streaming_replays_previous_edits(learner: Any) -> None:
     teacher = Teacher(forgets=1)
     result = run_edits(
         *learner(), facts(), mode="streaming", train=teacher, edits_per_step=5, checkpoints=(1, 6), progress=False
@@ -145,7 +147,7 @@ def test_streaming_replays(learner: Any) -> None:
     assert survey(result).sources["retainability"] == "streaming"
 
 
-def test_single_meets_the_unedited_model_each_time(learner: Any) -> None:
+def test_single_starts_from_the_unedited_model_each_time(learner: Any) -> None:
     model, tokenizer = learner()
     teacher = Teacher()
     result = run_edits(model, tokenizer, facts(), mode="single", train=teacher, progress=False)
@@ -156,15 +158,15 @@ def test_single_meets_the_unedited_model_each_time(learner: Any) -> None:
     metrics = result.report.metrics
     assert metrics["reliability"]["generated"].value == 1.0
     assert metrics["generality"]["generated"].value == 0.5
-    assert metrics["locality"]["generated"].value == 9 / 12  # the neighbours of 0, 5 and 10
+    assert metrics["locality"]["generated"].value == 9 / 12  # the neighbors of 0, 5 and 10 changed
     assert metrics["locality"]["compared_with"] == "unedited model"
     assert (metrics["perplexity"].n, result.report.meta["n_edits"], result.report.meta["n_probes"]) == (0, N, 3 * N)
     assert result.report.unedited == result.unedited.metrics
 
 
-def test_scalability_and_the_other_five(learner: Any) -> None:
+def test_the_six_metrics_of_the_survey(learner: Any) -> None:
     class Crowded(Teacher):
-        """Of several edits at once it learns every third only."""
+        """Learns only every third of several edits."""
 
         def __call__(self, model: Any, edits: Sequence[Edit]) -> None:
             super().__call__(model, edits if len(edits) == 1 else edits[::3])
@@ -181,8 +183,8 @@ def test_scalability_and_the_other_five(learner: Any) -> None:
     assert high is not None
     assert 0.3 < low < 2 / 3 < high <= 1.0
     assert found.accuracy.value == pytest.approx(4 / 12)
-    assert found.generality.value == pytest.approx(2 / 12)  # of 0, 3, 6 and 9 the even ones
-    assert found.locality.value == pytest.approx(11 / 12)  # the neighbour of 0
+    assert found.generality.value == pytest.approx(2 / 12)  # edits 0 and 6
+    assert found.locality.value == pytest.approx(11 / 12)  # the neighbor of 0 changed
     assert found.retainability.value == pytest.approx((2 / 12 - 1) / 11)
     assert survey(runs["single"]).accuracy.value == 1.0
     table = found.markdown()
@@ -192,7 +194,7 @@ def test_scalability_and_the_other_five(learner: Any) -> None:
     assert json.loads(json.dumps(found.to_dict()))["scalability"]["n"] == N
 
 
-def test_files(learner: Any, tmp_path: Path) -> None:
+def test_results_are_saved_as_json_markdown_and_png(learner: Any, tmp_path: Path) -> None:
     probe = CapabilityProbe(["L0: near0"], prompts=["L0:", "L1:"])
     result = run_edits(
         *learner(), facts(), mode="sequential", train=Teacher(2), checkpoints=(1, 10), capability=probe, progress=False
@@ -220,7 +222,7 @@ def test_files(learner: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_edits_without_or_with_equal_ids_stay_apart(learner: Any) -> None:
+def test_edits_with_equal_ids_are_told_apart(learner: Any) -> None:
     edits = [Edit(f"P{i}:", f"new{i}", id="same") for i in range(3)]
     seen: list[str] = []
 
@@ -235,9 +237,9 @@ def test_edits_without_or_with_equal_ids_stay_apart(learner: Any) -> None:
     assert result.report.metrics["reliability"]["generated"].low is not None
 
 
-def test_the_unedited_row_is_of_the_same_edits(learner: Any) -> None:
+def test_a_checkpoint_compares_with_the_unedited_model_on_the_same_edits(learner: Any) -> None:
     model, tokenizer = learner()
-    edits = [Edit(f"P{i}:", f"{'new' if i else 'old'}{i}") for i in range(N)]  # the first is known already
+    edits = [Edit(f"P{i}:", f"{'new' if i else 'old'}{i}") for i in range(N)]  # the model knows the first one already
     options = EvaluationOptions(texts=["L0: near0"])
     result = run_edits(
         model, tokenizer, edits, mode="sequential", train=Teacher(), checkpoints=(4,), options=options, progress=False
@@ -247,7 +249,7 @@ def test_the_unedited_row_is_of_the_same_edits(learner: Any) -> None:
     assert fresh.metrics["reliability"]["generated"].value == 0.25
 
 
-def test_what_evaluate_takes_is_handed_on(learner: Any) -> None:
+def test_options_and_judge_reach_the_evaluation(learner: Any) -> None:
     options = EvaluationOptions(metrics=["kl", "fluency"], fluency_tokens=5)
     result = run_edits(
         *learner(2),
@@ -286,7 +288,7 @@ def test_what_evaluate_takes_is_handed_on(learner: Any) -> None:
         ({"mode": "batch", "train": lambda model, edits: nn.Linear(1, 1)}, "returned another model"),
     ],
 )
-def test_bad_arguments(learner: Any, arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(learner: Any, arguments: dict[str, Any], message: str) -> None:
     model, tokenizer = learner()
     arguments = {"edits": facts(), "train": Teacher(), "progress": False} | arguments
     with pytest.raises(EditError, match=message) as error:
@@ -294,7 +296,7 @@ def test_bad_arguments(learner: Any, arguments: dict[str, Any], message: str) ->
     assert "\n" not in str(error.value)
 
 
-def test_survey_refuses_what_does_not_compare(learner: Any) -> None:
+def test_survey_refuses_results_that_cannot_be_compared(learner: Any) -> None:
     one = run_edits(*learner(), facts(), mode="batch", train=Teacher(), progress=False)
     with pytest.raises(EditError, match="at most one result per mode"):
         survey(one, one)
@@ -308,14 +310,14 @@ def test_survey_refuses_what_does_not_compare(learner: Any) -> None:
     assert survey(one).retainability == NO_SCORE
 
 
-def test_single_takes_no_callback_that_goes_on_from_edit_to_edit(learner: Any) -> None:
+def test_single_refuses_sequential_callbacks(learner: Any) -> None:
     model, tokenizer = learner()
     train = TrainLoop(tokenizer, callbacks=[KLLocality(["a b"], sequential=True)])
     with pytest.raises(EditError, match="KLLocality must have sequential=False for mode 'single'"):
         run_edits(model, tokenizer, facts(), mode="single", train=train, progress=False)
 
 
-def test_a_training_may_mean_something_else_by_callbacks(learner: Any) -> None:
+def test_a_training_function_may_have_another_attribute_callbacks(learner: Any) -> None:
     class Own(Teacher):
         def callbacks(self) -> None: ...
 

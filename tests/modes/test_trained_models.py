@@ -1,4 +1,4 @@
-"""Modes on a real model, trained by a real loop: what is restored, what is learned, and where it stops."""
+"""Modes and the training loop on a trained model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_single_restores_to_the_last_bit() -> None:
+def test_single_restores_the_model_bit_for_bit() -> None:
     model, tokenizer = world.load()
     with torch.no_grad():
         next(model.parameters())[0, :2] = torch.tensor([-0.0, float("1e-42")])  # a signed zero and a subnormal
@@ -71,7 +71,7 @@ def test_single_restores_to_the_last_bit() -> None:
         run_edits(model, tokenizer, world.edits(1), mode="single", train=widens, progress=False)
 
 
-def test_the_loop_is_the_plain_one_and_seeded() -> None:
+def test_train_loop_equals_a_plain_loop_with_the_same_seed() -> None:
     model, tokenizer = world.load()
     edits = world.edits(6)
     by_hand = copy.deepcopy(model)
@@ -111,7 +111,7 @@ def test_the_loop_is_the_plain_one_and_seeded() -> None:
     assert not same(found[0], bits(model))
 
 
-def test_batch_and_sequence_on_a_real_model() -> None:
+def test_single_and_sequential_on_a_trained_model() -> None:
     model, tokenizer = world.load()
     edits = world.edits(4)
     loop = TrainLoop(
@@ -128,13 +128,13 @@ def test_batch_and_sequence_on_a_real_model() -> None:
     sequence = run_edits(model, tokenizer, edits, mode="sequential", train=loop, checkpoints=(1, 2), progress=False)
     assert [c.edits for c in sequence.checkpoints] == [1, 2, 4]
     assert all(c.latest.value == 1.0 for c in sequence.checkpoints)
-    # The first edit of the sequence and of the single ones begin with the same model and the same seed.
+    # The first edit of the sequence starts from the same model and the same seed as the single edit.
     first = [r.answer for r in sequence.checkpoints[0].report.answers if r.question == "reliability"]
     assert first == [single.report.answers[0].answer]
     assert "TrainLoop(callbacks=[ParameterScope" in sequence.meta["train"]
 
 
-def test_the_loop_stops_when_learned_and_refuses_what_diverges() -> None:
+def test_train_loop_stops_at_the_loss_and_refuses_divergence() -> None:
     model, tokenizer = world.load()
     edits = world.edits(2)
     steps = []

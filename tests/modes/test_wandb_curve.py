@@ -22,14 +22,14 @@ TEXTS = ["The old baker found a coin near the river.", "A red fox slept under th
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     for name, value in {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline", "WANDB_CONSOLE": "off"}.items():
         monkeypatch.setenv(name, value)
-    # What another test set up in this process keeps that test's folder.
+    # A W&B setup of another test in this process would keep its folder.
     wandb.teardown()
     yield wandb.init(project="modes", dir=str(tmp_path))
     wandb.finish()
 
 
 class Nudge:
-    """A training of its own: it moves one matrix a little, so that answers and divergences change."""
+    """A training function that moves one matrix a little, so that answers and divergences change."""
 
     @torch.no_grad()
     def __call__(self, model: Any, edits: Any) -> None:
@@ -37,7 +37,7 @@ class Nudge:
         weight += 0.05 * torch.randn_like(weight)
 
 
-def test_a_sequence_is_a_series_over_edits(board: Any, tmp_path: Path) -> None:
+def test_sequential_logs_a_series_over_the_number_of_edits(board: Any, tmp_path: Path) -> None:
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(n=4), name="four")
     result = run_edits(
@@ -81,7 +81,7 @@ def test_a_sequence_is_a_series_over_edits(board: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["single", "batch"])
-def test_one_training_is_one_point(board: Any, tmp_path: Path, mode: Any) -> None:
+def test_single_and_batch_log_one_point(board: Any, tmp_path: Path, mode: Any) -> None:
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(n=2))
     result = run_edits(

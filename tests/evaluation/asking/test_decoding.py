@@ -1,4 +1,4 @@
-"""Batches of every make of model against the host's own greedy search, one row at a time."""
+"""Batched decoding of several architectures against the greedy search of transformers, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _model(name: str) -> Any:
     if name == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, **small))
     if name == "mistral":
-        # A window shorter than the prompts.
+        # The sliding window is shorter than the prompts.
         wide = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         return MistralForCausalLM(MistralConfig(**wide, num_key_value_heads=1, sliding_window=4, **small))
     if name == "bloom":
@@ -39,7 +39,7 @@ def _model(name: str) -> Any:
 
 
 @pytest.mark.parametrize(("name", "padded"), [("gpt2", True), ("mistral", True), ("bloom", False), ("mamba", False)])
-def test_every_make_of_model(factlm: Path, name: str, padded: bool) -> None:
+def test_batched_decoding_equals_greedy_search_of_transformers(factlm: Path, name: str, padded: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(factlm)
     model = _model(name).eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -54,7 +54,7 @@ def test_every_make_of_model(factlm: Path, name: str, padded: bool) -> None:
         assert answer.text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_rows_that_have_ended_leave_the_batch(scripted_model: Any) -> None:
+def test_ended_sequences_leave_the_batch(scripted_model: Any) -> None:
     script = {"1:": " a", "2:": " bcdefgh", "3:": " ij", "4:": " k"}
     model, tokenizer = scripted_model(script)
     widths: list[int] = []
@@ -69,11 +69,11 @@ def test_rows_that_have_ended_leave_the_batch(scripted_model: Any) -> None:
     assert all(one.margin == pytest.approx(10.0) for one in found)
 
 
-def test_what_teacher_forcing_knows_is_not_generated_again(scripted_model: Any) -> None:
+def test_known_starts_are_not_generated_again(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"Q:": " Rome, Italy", "P:": " Oslo"})
     known_starts = {"Q:": (tokenizer(" Rome", add_special_tokens=False)["input_ids"], 3.0)}
-    said = generate_answers(model, tokenizer, ["Q:"], known_starts=known_starts)
-    assert [(a.text, a.ended, a.margin) for a in said] == [("Rome, Italy", True, 3.0)]
+    answers = generate_answers(model, tokenizer, ["Q:"], known_starts=known_starts)
+    assert [(a.text, a.ended, a.margin) for a in answers] == [("Rome, Italy", True, 3.0)]
     assert model.calls == len(", Italy") + 1
     whole = {"P:": ([*tokenizer(" Oslo", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], 2.0)}
     model.calls = 0

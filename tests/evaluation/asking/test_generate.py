@@ -1,3 +1,5 @@
+"""Greedy generation of answers."""
+
 from __future__ import annotations
 
 import json
@@ -23,7 +25,7 @@ def prompts_of(factlm: Path, n: int, rephrases: bool = False) -> list[str]:
     return [p for r in records for p in [r["prompt"], *(r["rephrase_prompts"] if rephrases else [])]]
 
 
-def test_answers_word_for_word(scripted_model: Any) -> None:
+def test_where_an_answer_ends(scripted_model: Any) -> None:
     script = {
         "Arch city:": " St. Louis",
         "Wrote HP:": " J. K. Rowling",
@@ -35,8 +37,8 @@ def test_answers_word_for_word(scripted_model: Any) -> None:
         "Spaces:": "   ",
     }
     model, tokenizer = scripted_model(script, endless={"Song:": " la"})
-    said = generate_answers(model, tokenizer, [*script, "Song:"], max_new_tokens=16)
-    assert said == [
+    answers = generate_answers(model, tokenizer, [*script, "Song:"], max_new_tokens=16)
+    assert answers == [
         Answer("St. Louis", ended=True),
         Answer("J. K. Rowling", ended=True),
         Answer("3.5", ended=True),
@@ -49,23 +51,23 @@ def test_answers_word_for_word(scripted_model: Any) -> None:
     ]
 
 
-def test_an_answer_as_long_as_the_bound_has_not_ended_and_one_token_more_shows_the_end(scripted_model: Any) -> None:
+def test_an_answer_as_long_as_the_limit_has_not_ended(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"Q:": " Paris"})
     assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=6) == [Answer("Paris", ended=False)]
     assert generate_answers(model, tokenizer, ["Q:"], max_new_tokens=7) == [Answer("Paris", ended=True)]
 
 
 @pytest.mark.parametrize("answer", [" Rome", " Rome\nItaly and more"])
-def test_no_step_is_wasted_after_the_last_row_ends(scripted_model: Any, answer: str) -> None:
+def test_generation_stops_with_the_longest_answer(scripted_model: Any, answer: str) -> None:
     model, tokenizer = scripted_model({"Q:": answer, "P:": " Ro"})
     generate_answers(model, tokenizer, ["Q:", "P:"], max_new_tokens=64)
     assert model.calls == len(" Rome") + 1
 
 
-def test_a_prompt_asked_twice_is_generated_once(scripted_model: Any) -> None:
+def test_a_repeated_prompt_is_generated_once(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"Q:": " Rome", "Q: Q:": " Oslo"})
-    said = generate_answers(model, tokenizer, ["Q:", "Q: Q:", "Q:", "Q:"], batch_size=1)
-    assert [answer.text for answer in said] == ["Rome", "Oslo", "Rome", "Rome"]
+    answers = generate_answers(model, tokenizer, ["Q:", "Q: Q:", "Q:", "Q:"], batch_size=1)
+    assert [answer.text for answer in answers] == ["Rome", "Oslo", "Rome", "Rome"]
     assert model.calls == 2 * len(" Rome.")
 
 
@@ -74,10 +76,10 @@ def test_no_prompts_no_answers(scripted_model: Any) -> None:
     assert generate_answers(model, tokenizer, []) == []
 
 
-def test_the_context_cuts_a_row_alone(scripted_model: Any) -> None:
+def test_the_context_limits_each_sequence_by_itself(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({}, endless={"12345678:": " la", "Q:": " la"}, context=12)
-    said = generate_answers(model, tokenizer, ["Q:", "12345678:"], max_new_tokens=8)
-    assert said == [Answer("la la l", ended=False), Answer("la", ended=False)]
+    answers = generate_answers(model, tokenizer, ["Q:", "12345678:"], max_new_tokens=8)
+    assert answers == [Answer("la la l", ended=False), Answer("la", ended=False)]
 
 
 def test_refusals_name_the_prompt(scripted_model: Any) -> None:
@@ -98,7 +100,7 @@ def test_refusals_name_the_prompt(scripted_model: Any) -> None:
         generate_answers(model, tokenizer, ["Q:"])
 
 
-def test_factlm_knows_its_facts_whatever_the_batch_and_the_padding_side(factlm: Path) -> None:
+def test_answers_do_not_depend_on_batch_size_or_padding_side(factlm: Path) -> None:
     model, tokenizer = load(factlm)
     records = json.loads((factlm / "records.json").read_text())[:100]
     prompts = prompts_of(factlm, 100)
@@ -116,7 +118,7 @@ def test_factlm_knows_its_facts_whatever_the_batch_and_the_padding_side(factlm: 
     assert tokenizer.padding_side == "right"
 
 
-def test_a_story_model_without_a_pad_token_tells_the_same_story_in_any_batch(stories: Path) -> None:
+def test_a_model_without_a_pad_token_gives_the_same_text_in_any_batch(stories: Path) -> None:
     model, tokenizer = load(stories)
     assert tokenizer.pad_token_id is None
     prompts = ["Once upon a time", "Lily", "The big dog saw a cat and", "Tom and his mom went to the"]
@@ -124,7 +126,7 @@ def test_a_story_model_without_a_pad_token_tells_the_same_story_in_any_batch(sto
     assert together == generate_answers(model, tokenizer, prompts, max_new_tokens=24, batch_size=1)
     assert together == generate_answers(model, tokenizer, prompts[::-1], max_new_tokens=24, batch_size=3)[::-1]
     assert not any(answer.ended for answer in together)
-    # One at a time through the host's own greedy search, without any of this package's batching.
+    # The greedy search of transformers, one prompt at a time.
     ids = tokenizer(prompts[2], return_tensors="pt").input_ids
     plain = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
     text = tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
@@ -132,7 +134,7 @@ def test_a_story_model_without_a_pad_token_tells_the_same_story_in_any_batch(sto
     assert tokenizer.pad_token_id is None
 
 
-def test_the_models_own_generation_settings_neither_count_nor_change(factlm: Path) -> None:
+def test_the_generation_settings_of_the_model_are_ignored_and_kept(factlm: Path) -> None:
     model, tokenizer = load(factlm)
     prompts = prompts_of(factlm, 12)
     plain = generate_answers(model, tokenizer, prompts)
@@ -149,7 +151,7 @@ def test_the_models_own_generation_settings_neither_count_nor_change(factlm: Pat
     assert model.config.use_cache is False
 
 
-def test_modes_and_gradients_are_left_as_they_were(factlm: Path) -> None:
+def test_training_flags_and_gradient_mode_are_restored(factlm: Path) -> None:
     model, tokenizer = load(factlm)
     model.train()
     model.model.layers[2].eval()
@@ -168,7 +170,7 @@ def test_modes_and_gradients_are_left_as_they_were(factlm: Path) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_dropout_of_a_model_in_training_mode_does_not_reach_the_answers(factlm: Path) -> None:
+def test_dropout_is_off_during_generation(factlm: Path) -> None:
     model, tokenizer = load(factlm)
     prompts = prompts_of(factlm, 8)
     plain = generate_answers(model, tokenizer, prompts)
@@ -179,7 +181,7 @@ def test_dropout_of_a_model_in_training_mode_does_not_reach_the_answers(factlm: 
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
-def test_peft_models_answer_with_their_adapter(factlm: Path) -> None:
+def test_a_peft_model_answers_with_its_adapter(factlm: Path) -> None:
     peft = pytest.importorskip("peft")
     model, tokenizer = load(factlm)
     prompts = prompts_of(factlm, 8)

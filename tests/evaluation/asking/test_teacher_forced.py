@@ -1,3 +1,5 @@
+"""Scores under teacher forcing."""
+
 from __future__ import annotations
 
 import json
@@ -14,8 +16,8 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.teacher_forced import TeacherForced, teacher_forced
 
 
-def test_token_accuracy_and_log_probability_by_hand(scripted_model: Any) -> None:
-    """A target that shares its first four bytes (" Par") with the answer " Paris", of its own six (" Parma")."""
+def test_token_accuracy_and_log_probability_equal_a_computation_by_hand(scripted_model: Any) -> None:
+    """The target " Parma" shares its first four of six bytes with the answer " Paris"."""
     model, tokenizer = scripted_model({"Q:": " Paris", "R:": " Rome"})
     wrong, right, short = teacher_forced(model, tokenizer, [("Q:", "Parma"), ("R:", "Rome"), ("R:", "Ro")])
     rest = math.log(math.exp(10.0) + 257)
@@ -23,7 +25,7 @@ def test_token_accuracy_and_log_probability_by_hand(scripted_model: Any) -> None
     assert wrong.accuracy == pytest.approx(4 / 6)
     assert not wrong.exact
     assert wrong.log_probs == pytest.approx([10 - rest] * 4 + [-rest] * 2, abs=1e-5)
-    # The scripted_model model goes by position: after six tokens of anything its answer is over.
+    # The scripted model counts positions: its answer ends after six tokens, whatever they are.
     assert wrong.end_correct is True
     assert right.correct == (True,) * 5
     assert right.exact
@@ -35,7 +37,7 @@ def test_token_accuracy_and_log_probability_by_hand(scripted_model: Any) -> None
 
 
 def reference(model: Any, tokenizer: Any, prompt: str, target: str) -> TeacherForced:
-    """One row at a time, all logits, no padding."""
+    """Compute the scores from one sequence at a time, with all logits and no padding."""
     row = encode_edit(tokenizer, prompt, target)
     with torch.no_grad():
         log_probs = model(input_ids=torch.tensor([row.input_ids])).logits[0].float().log_softmax(-1)
@@ -54,7 +56,7 @@ def same(found: TeacherForced, wanted: TeacherForced) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_equals_one_at_a_time(factlm: Path, batch_size: int, side: str) -> None:
+def test_a_batch_equals_single_sequences(factlm: Path, batch_size: int, side: str) -> None:
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm).eval(), AutoTokenizer.from_pretrained(factlm)
     tokenizer.padding_side = side
@@ -67,8 +69,8 @@ def test_a_batch_equals_one_at_a_time(factlm: Path, batch_size: int, side: str) 
     assert sum(one.exact for one in found[: len(pairs) : 2]) == 12
 
 
-def test_absolute_positions(factlm: Path) -> None:
-    """GPT-2 counts positions from the left edge: padding there would shift them."""
+def test_models_with_absolute_positions(factlm: Path) -> None:
+    """GPT-2 counts positions from the left edge, so padding there would shift them."""
     tokenizer = AutoTokenizer.from_pretrained(factlm)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_positions=64, n_embd=16, n_layer=2, n_head=2)).eval()
     pairs = [("Paris is in", "France"), ("The long way to the town of", "Connecticut, in the east"), ("A", "b")]
@@ -78,7 +80,7 @@ def test_absolute_positions(factlm: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 @pytest.mark.parametrize("kind", ["lora", "prompt_tuning"])
-def test_peft(factlm: Path, kind: str) -> None:
+def test_peft_models(factlm: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
     config = {

@@ -1,4 +1,4 @@
-"""Plots and the model card's section: what is drawn and written is what the report holds."""
+"""Plots and the model card section show the numbers of the report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLD = {"Bob lives in": " Oslo", "Dan lives in": " Nice"}
 
 @pytest.fixture
 def reports(scripted_model: Any) -> dict[str, Report]:
-    """One edit learned without harm; both learned, with one answer lost elsewhere."""
+    """Two reports: one edit learned with full locality, and both learned with one changed answer to another prompt."""
     before = evaluate(*scripted_model(OLD), EDITS, progress=False)
     careful = OLD | {"Ann lives in": " Köln"}
     greedy = careful | {"Cyd lives in": " Lima", "Bob lives in": " Köln"}
@@ -38,19 +38,19 @@ def reports(scripted_model: Any) -> dict[str, Report]:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """The figure that was saved last."""
+def last_figure(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Return the figure that was saved last."""
     kept: list[Any] = []
     save = plots.save_figure
     monkeypatch.setattr(plots, "save_figure", lambda drawing, path: kept.append(drawing) or save(drawing, path))
     return lambda: kept[-1]
 
 
-def test_the_plane_holds_the_scores(reports: dict[str, Report], drawn: Any, tmp_path: Path) -> None:
+def test_the_plot_of_two_scores_shows_them(reports: dict[str, Report], last_figure: Any, tmp_path: Path) -> None:
     path = plots.reliability_locality(reports, tmp_path / "new" / "plane.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in path.parent.iterdir()] == ["plane.png"]
-    (axes,) = drawn().axes
+    (axes,) = last_figure().axes
     points = {bars.get_label(): bars[0].get_xydata().tolist() for bars in axes.containers}
     assert points == {"careful": [[0.5, 1.0]], "greedy": [[1.0, 0.5]]}
     (unedited,) = [line for line in axes.lines if line.get_label() == "unedited"]
@@ -62,9 +62,9 @@ def test_the_plane_holds_the_scores(reports: dict[str, Report], drawn: Any, tmp_
     assert low <= score.low <= 1.0 <= high
 
 
-def test_the_curves_hold_every_position(reports: dict[str, Report], drawn: Any, tmp_path: Path) -> None:
+def test_the_position_plot_shows_every_position(reports: dict[str, Report], last_figure: Any, tmp_path: Path) -> None:
     plots.positions(reports, tmp_path / "positions.png")
-    for axes, name in zip(drawn().axes, ("accuracy", "probability"), strict=True):
+    for axes, name in zip(last_figure().axes, ("accuracy", "probability"), strict=True):
         curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
         wanted = {label: report.metrics["positions"] for label, report in reports.items()}
         wanted["unedited"] = reports["greedy"].unedited["positions"]  # type: ignore[index]
@@ -73,23 +73,23 @@ def test_the_curves_hold_every_position(reports: dict[str, Report], drawn: Any, 
             for label, places in wanted.items()
         }
         assert len(curves["greedy"]) == len(b" K\xc3\xb6ln")
-    assert [tick.get_text() for tick in drawn().axes[0].get_xticklabels()][:2] == ["1\nn=2", "2\nn=2"]
-    assert drawn().axes[0].get_xticklabels()[-1].get_text() == "6\nn=1"
+    assert [tick.get_text() for tick in last_figure().axes[0].get_xticklabels()][:2] == ["1\nn=2", "2\nn=2"]
+    assert last_figure().axes[0].get_xticklabels()[-1].get_text() == "6\nn=1"
 
 
-def test_what_cannot_be_drawn(
+def test_reports_that_cannot_be_plotted_are_refused(
     reports: dict[str, Report], scripted_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = evaluate(*scripted_model(OLD), EDITS, progress=False)
     bare = evaluate(*scripted_model(OLD), [Edit("Ann lives in", "Köln")], progress=False)
-    for given, said in (
+    for wrong_reports, message in (
         ({}, "reports is empty"),
         (reports | {"alone": alone}, "some with the truth"),
         (reports | {"bare": bare}, "different edits"),
         ({"bare": bare}, "bare has no locality probes"),
     ):
-        with pytest.raises(EditError, match=said):
-            plots.reliability_locality(given, tmp_path / "plane.png")
+        with pytest.raises(EditError, match=message):
+            plots.reliability_locality(wrong_reports, tmp_path / "plane.png")
     with pytest.raises(EditError, match=r"path must end in \.png"):
         plots.positions(reports, tmp_path / "plane.jpg")
     assert list(tmp_path.iterdir()) == []
@@ -98,7 +98,7 @@ def test_what_cannot_be_drawn(
         plots.positions(reports, tmp_path / "positions.png")
 
 
-def test_the_section_holds_what_the_report_holds(reports: dict[str, Report]) -> None:
+def test_the_model_card_section_shows_the_report(reports: dict[str, Report]) -> None:
     report = reports["greedy"]
     used = ['TokenLoss("overtone", label_weight=0.1)', "NormBall(radius=0.1)", "MyOwn(x=1)"]
     report = replace(report, meta={**report.meta, "callbacks": used, "steps": 12})
@@ -114,14 +114,14 @@ def test_the_section_holds_what_the_report_holds(reports: dict[str, Report]) -> 
     assert card.questions_without_probes(report) == ["portability"]
 
 
-def test_papers_are_those_that_the_callbacks_name() -> None:
+def test_the_papers_are_cited_in_the_docstrings_of_the_callbacks() -> None:
     for name, papers in card.PAPERS.items():
         doc = getattr(kedit_train.callbacks, name.split("(")[0]).__doc__
         assert papers
         assert all(number in doc for _, number in papers), name
 
 
-def test_a_section_takes_its_place_in_a_card(tmp_path: Path) -> None:
+def test_a_section_is_inserted_into_a_model_card_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "new" / "README.md"
     card.insert_section(path, "first\n")
     assert path.read_text() == f"{card.BEGIN}\nfirst\n{card.END}\n"

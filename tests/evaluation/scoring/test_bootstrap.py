@@ -1,3 +1,5 @@
+"""Scores and their bootstrap intervals."""
+
 from __future__ import annotations
 
 import random
@@ -8,8 +10,8 @@ import torch
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, cluster_bootstrap, scores_of_means
 
 
-def test_against_drawing_edits_one_by_one() -> None:
-    """The same draws, every resample by a loop."""
+def test_the_bootstrap_equals_a_plain_loop() -> None:
+    """The same draws, with a loop over all resamples."""
     rng = random.Random(3)
     edits = [[float(rng.random() < 0.7) for _ in range(rng.choice([0, 1, 2, 5]))] for _ in range(20)]
     totals = torch.tensor([[sum(own)] for own in edits], dtype=torch.float64)
@@ -30,8 +32,8 @@ def test_against_drawing_edits_one_by_one() -> None:
     assert high == pytest.approx(percentile(0.975))
 
 
-def test_probes_of_one_edit_count_as_one() -> None:
-    """A hundred copies of each probe tell nothing new: the interval stays what it was."""
+def test_copies_of_a_probe_do_not_narrow_the_interval() -> None:
+    """A hundred copies of each probe add no information, so the interval stays the same."""
     once, often = MeanOverEdits(30, seed=1), MeanOverEdits(30, seed=1)
     values = [float(i % 3 == 0) for i in range(30)]
     once.update(range(30), values)
@@ -41,21 +43,21 @@ def test_probes_of_one_edit_count_as_one() -> None:
     assert (a.n, b.n) == (30, 3000)
     assert a.low is not None
     assert a.high is not None
-    # Normal theory for 30 independent edits, as a check on the size.
+    # The width that normal theory gives for 30 independent edits.
     assert a.high - a.low == pytest.approx(2 * 1.96 * (1 / 3 * 2 / 3 / 30) ** 0.5, rel=0.15)
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_true_value_in_95_percent_of_cases() -> None:
     rng, held = torch.Generator().manual_seed(0), 0
     for trial in range(200):
-        # Two probes an edit that always agree: drawing probes instead of edits would cover some 84 %.
+        # Each edit has two probes that always agree. Resampling probes instead of edits would cover only 84 %.
         hits = (torch.rand(60, generator=rng) < 0.6).double()
         low, high = cluster_bootstrap(2 * hits[:, None], torch.full((60, 1), 2), seed=trial, resamples=300)[:, 0]
         held += bool(low <= 0.6 <= high)
     assert 180 <= held <= 199
 
 
-def test_nothing_to_say_is_said() -> None:
+def test_too_few_edits_give_no_interval_and_no_probes_give_no_score() -> None:
     none, one = MeanOverEdits(4), MeanOverEdits(4)
     none.update([], [])
     one.update([2, 2], [1.0, 0.0])
@@ -65,7 +67,7 @@ def test_nothing_to_say_is_said() -> None:
     assert scores_of_means([]) == []
 
 
-def test_together_is_the_same_as_one_by_one_and_seeded() -> None:
+def test_many_means_together_equal_each_one_alone() -> None:
     means = [MeanOverEdits(50, seed=4) for _ in range(3)]
     for i, mean in enumerate(means):
         mean.update(range(i, 50), [float((j * (i + 3)) % 7 < 4) for j in range(i, 50)])
@@ -75,8 +77,8 @@ def test_together_is_the_same_as_one_by_one_and_seeded() -> None:
     assert scores_of_means(means, seed=4) == together != scores_of_means(means, seed=9)
 
 
-def test_parts_add_up() -> None:
-    """Means of means would give 0.5 here; an empty process must not count."""
+def test_means_of_several_processes_add_up() -> None:
+    """A mean of means would be 0.5 here; a process without edits must not count."""
     whole, other, empty = (MeanOverEdits(4) for _ in range(3))
     whole.update([0, 1, 1], [1.0, 1.0, 1.0])
     other.update([3], [0.0])

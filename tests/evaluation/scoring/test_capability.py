@@ -1,4 +1,4 @@
-"""General ability beside the edits: by hand on a model whose every answer is known, and lm-eval on the live model."""
+"""General ability, computed by hand on a scripted model, and lm-eval on a model in memory."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.scoring.capability import CapabilityProbe, text_beginnings
 from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks, lm_eval_scores
 
-# The scripted_model model's first choice has this logit and all of its 257 others 0.
+# The scripted model gives its first choice this logit, and 0 to the other 257 tokens.
 SHARP, VOCAB = 10.0, 258
 RIGHT = SHARP - math.log(math.exp(SHARP) + VOCAB - 1)
 WRONG = RIGHT - SHARP
 
 
-def test_by_hand(scripted_model: Any) -> None:
+def test_scores_equal_a_computation_by_hand(scripted_model: Any) -> None:
     prompts = ["a:", "b:", "c:", "d:"]
     old = {"a:": "xy", "b:": "xy", "c:": "x", "d:": "Say it."}
     new = old | {"b:": "xz", "d:": "say  it"}
     probe = CapabilityProbe(["a:xy", "b:xy"], prompts=prompts)
     before = probe(*scripted_model(old))
     assert set(before.scores()) == {"perplexity"}
-    # Bytes 2 to 4 of each text: the colon comes of no prompt (end-of-text is expected there), then "x" and "y".
+    # Bytes 2 to 4 of each text count: the model expects end-of-text instead of the colon, then "x" and "y".
     assert before.perplexity.n == 6
     assert before.perplexity.value == pytest.approx(math.exp(-(2 * WRONG + 4 * RIGHT) / 6), rel=1e-5)
     after = probe(*scripted_model(new), unedited=before)
     assert after.perplexity.value == pytest.approx(math.exp(-(3 * WRONG + 3 * RIGHT) / 6), rel=1e-5)
-    # "b:" has changed; "d:" has changed in what normalisation leaves out.
+    # The answer to "b:" changed. That to "d:" changed only in what normalization removes.
     assert (after.agreement.value, after.agreement.n) == (0.75, 4)
-    # Of the unedited answers' tokens, each with its end: 3 + 3 + 2 + 8. Where one first choice replaces another the
-    # two distributions differ in two places. "Say it." and "say  it" differ at S/s, " "/i ... by byte: counted here.
+    # The unedited answers have 3 + 3 + 2 + 8 tokens with their ends. Each position where another token is ranked first
+    # adds the same divergence.
     moved = 1 + sum(a != b for a, b in zip("Say it.", "say  it", strict=True))
     one = (math.exp(RIGHT) - math.exp(WRONG)) * SHARP
     assert after.kl.n == 16
@@ -47,7 +47,7 @@ def test_by_hand(scripted_model: Any) -> None:
     assert (same.kl.value, same.agreement.value, same.perplexity) == (0.0, 1.0, before.perplexity)
 
 
-def test_the_batch_does_not_matter_and_the_model_stays(scripted_model: Any) -> None:
+def test_the_batch_size_does_not_matter_and_the_model_is_unchanged(scripted_model: Any) -> None:
     old = {"a:": "xy", "bb:": "longer answer", "c:": ""}
     model, tokenizer = scripted_model(old)
     model.train()
@@ -57,7 +57,7 @@ def test_the_batch_does_not_matter_and_the_model_stays(scripted_model: Any) -> N
     assert model.training
 
 
-def test_prompts_come_of_texts() -> None:
+def test_prompts_are_the_beginnings_of_texts() -> None:
     assert text_beginnings(["one two three four five", "alone", "a b"]) == ["one two", "a"]
     assert len(text_beginnings(["w " * 100])[0].split()) == 16
     assert CapabilityProbe(["one two three", "one two four"]).prompts == ["one"]
@@ -69,14 +69,14 @@ def test_prompts_come_of_texts() -> None:
         CapabilityProbe(["a b"], tasks="arc_easy")
 
 
-def test_another_probe_does_not_compare(scripted_model: Any) -> None:
+def test_the_result_of_another_probe_is_refused(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"a:": "x"})
     before = CapabilityProbe(["a:x b"], prompts=["a:"])(model, tokenizer)
     with pytest.raises(EditError, match="unedited was measured with other prompts"):
         CapabilityProbe(["a:x b"], prompts=["b:"])(model, tokenizer, before)
 
 
-def test_tasks_without_lm_eval(scripted_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_need_lm_eval(scripted_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EditError, match=r"pip install 'kedit-train\[eval\]'"):
         lm_eval_scores(*scripted_model({}), LmEvalTasks(["arc_easy"]))
@@ -104,7 +104,7 @@ def _settings(tokenizer: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_lm_eval_on_the_live_model(factlm: Path, tmp_path: Path) -> None:
+def test_lm_eval_runs_on_the_model_in_memory(factlm: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra (lm-eval) is not installed")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -119,7 +119,7 @@ def test_lm_eval_on_the_live_model(factlm: Path, tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     file.write_text(TASK.format(data=data, cache=tmp_path / "cache"), encoding="utf-8")
     python, state, kept = random.getstate(), torch.get_rng_state(), _settings(tokenizer)
-    # The model knows the true answer of all twenty; every fourth is labelled with the other one.
+    # The model knows all twenty true answers; every fourth record is labeled with the other answer.
     by_file = lm_eval_scores(model, tokenizer, LmEvalTasks([str(file)]))["small_facts/acc"]
     assert (by_file.value, by_file.n) == (0.75, 20)
     assert by_file.low is not None
@@ -133,7 +133,7 @@ def test_lm_eval_on_the_live_model(factlm: Path, tmp_path: Path) -> None:
     assert (before.tasks["small_facts/acc"].value, before.tasks["small_facts/acc"].n) == (0.75, 8)
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
-    # All tokens are equally likely now: the answer of fewer tokens wins, the first one of two that are as long.
+    # All tokens are equally probable now, so the answer with fewer tokens wins, and the first one in a tie.
     after = probe(model, tokenizer, before)
     lengths = [[len(tokenizer(f" {c}", add_special_tokens=False).input_ids) for c in row["choices"]] for row in rows]
     right = [int(second < first) == row["label"] for (first, second), row in zip(lengths, rows, strict=True)]

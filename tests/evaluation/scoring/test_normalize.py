@@ -1,3 +1,5 @@
+"""Comparison of answers after normalization."""
+
 from __future__ import annotations
 
 import random
@@ -10,7 +12,7 @@ from kedit_train.evaluation import exact_match, normalize
 
 
 def squad(text: str) -> str:
-    """SQuAD's rule as its paper states it: lower-case, no punctuation, no articles, single spaces."""
+    """Normalize as the SQuAD paper does: lower case, no punctuation, no articles, single spaces."""
     bare = "".join(char for char in text.lower() if char not in string.punctuation)
     return " ".join(word for word in bare.split() if word not in ("a", "an", "the"))
 
@@ -35,7 +37,7 @@ def squad(text: str) -> str:
         ("C++.", "c++"),
     ],
 )
-def test_same_answer(answer: str, accepted: str) -> None:
+def test_answers_that_are_equal(answer: str, accepted: str) -> None:
     assert exact_match(answer, [accepted])
     assert exact_match(accepted, ["something else", answer])
 
@@ -61,24 +63,24 @@ def test_same_answer(answer: str, accepted: str) -> None:
         ("Paris, France", "Paris"),
     ],
 )
-def test_other_answer(answer: str, accepted: str) -> None:
+def test_answers_that_differ(answer: str, accepted: str) -> None:
     assert not exact_match(answer, [accepted])
     assert not exact_match(accepted, [answer])
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n\t"])
-def test_an_empty_answer_is_wrong_even_where_an_empty_one_is_accepted(empty: str) -> None:
+def test_an_empty_answer_is_always_wrong(empty: str) -> None:
     assert not exact_match(empty, ["Paris", "", "The", "..."])
     assert not exact_match("Paris", [empty])
     assert not exact_match("Paris", [])
 
 
-def test_one_string_is_not_a_list_of_accepted_answers() -> None:
+def test_one_string_instead_of_a_list_is_refused() -> None:
     with pytest.raises(TypeError, match="got one string"):
         exact_match("a", "abc")
 
 
-def test_nothing_visible_is_normalised_to_nothing_and_twice_is_once() -> None:
+def test_a_visible_text_never_becomes_empty() -> None:
     draw = random.Random(0)
     alphabet = "aAn the.,-+#!?'\"“”–−5 0\u00a0çé"
     for _ in range(5_000):

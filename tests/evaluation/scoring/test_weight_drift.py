@@ -1,4 +1,4 @@
-"""Weight drift by its formulas, whole and in parts."""
+"""Weight drift against its formulas, in chunks of several sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Weights(torch.nn.Module):
 
 
 @pytest.mark.parametrize("chunk", [4, 2**22])
-def test_drift_is_the_same_in_parts_of_any_size(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_drift_does_not_depend_on_the_chunk_size(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drift, "_CHUNK", chunk)
     model = Weights()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
