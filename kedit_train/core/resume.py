@@ -8,6 +8,9 @@ from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError, warn
 
+# Version 0.1 wrote states without this number and with other names in them.
+FORMAT = 2
+
 
 def checkpoint_state(run: RunState) -> dict[str, Any]:
     """Return what a checkpoint must contain so that a resumed run continues as if it had not been interrupted."""
@@ -16,6 +19,7 @@ def checkpoint_state(run: RunState) -> dict[str, Any]:
     settings = {name: repr(callback) for name, callback in _named_callbacks(run).items()}
     binding = [name for name, callback in _named_callbacks(run).items() if changes_training(callback)]
     return {
+        "format": FORMAT,
         "step": run.step,
         "reference": reference,
         "callbacks": callbacks,
@@ -40,13 +44,18 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
         callback -> what its ``state()`` had returned, for those that had saved something.
 
     Raises:
-        EditError: there is no state, or it is that of another scope or of other callbacks.
+        EditError: there is no state, or it is that of another version, of another scope or of other callbacks.
     """
     if state is None:
         raise EditError(
             "the checkpoint contains no state of this edit, so the weights before the edit are unknown; resume from a "
             "checkpoint that was written with these callbacks (with transformers in output_dir), or start again from "
             "the unedited model."
+        )
+    if state.get("format") != FORMAT:
+        raise EditError(
+            "the checkpoint was written by another version of kedit-train and cannot be resumed by this one; resume it "
+            "with the version that wrote it, or start again from the unedited model."
         )
     # Without ParameterScope no copy exists yet; the current weights are those of the checkpoint.
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
