@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class AugmentationOptions:
     """
 
     prefixes: int = 0
+    _: KW_ONLY
     replay: str | None = None
     replay_limit: int | None = None
     previous_edits: str | None = None
