@@ -15,6 +15,7 @@ def run():
     with editing(torch.nn.Linear(3, 2), [NormBall(0.1)]) as edit:
         edit.before_step()
         yield edit.run
+        edit.run.close()
 
 
 def test_a_state_restores_the_step_and_the_reference_weights(run):
