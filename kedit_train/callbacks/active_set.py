@@ -56,7 +56,7 @@ class ActiveSet(EditCallback):
 
     # After the token loss, which creates the loss head.
     order = 25
-    duplicate_hint = "ActiveSet works on all edits; remove one of the two"
+    duplicate_hint = "one of them handles all edits; remove the other"
 
     def __init__(self, recheck: int = 4, *, probability: float | None = None) -> None:
         check_arguments(self, recheck=(recheck, integer_from(1)), probability=(probability, optional(within("(0, 1)"))))

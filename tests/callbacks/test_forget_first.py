@@ -271,7 +271,10 @@ def test_the_training_may_be_a_mapping_as_in_yaml() -> None:
         (lambda: [ForgetFirst(TEXTS, edits=EDITS)], "ForgetFirst: there is no scope to subtract from; add Parameter"),
         (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: this .* run has no edits of its own"),
         (lambda: [scope(), ForgetFirst("nowhere.txt", edits=EDITS)], "ForgetFirst: .*nowhere.txt"),
-        (lambda: [scope(), *(ForgetFirst(TEXTS, edits=EDITS) for _ in range(2))], "two ForgetFirst callbacks"),
+        (
+            lambda: [scope(), *(ForgetFirst(TEXTS, edits=EDITS) for _ in range(2))],
+            "ForgetFirst: there are two on this model; pass all edits to one of them",
+        ),
     ],
 )
 def test_a_list_of_callbacks_that_cannot_work_is_refused(loaded, make_callbacks, message) -> None:
