@@ -55,7 +55,7 @@ def evaluate(
 
     - generated: the model answers freely (greedy decoding, until it ends by itself), and the answer must equal one of
       the accepted answers after normalization;
-    - teacher-forced: the share of the preferred answer's tokens that the model ranks first when all earlier tokens
+    - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when all earlier tokens
       are given.
 
     By default this costs one forward pass per probe, and generation only where the model departs from the preferred
@@ -204,7 +204,7 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
         raise EditError("edits is empty; give at least one edit.")
     if options.distributed and any(isinstance(module, FSDPModule) for module in model.modules()):
         raise EditError(
-            "distributed must be False for a model that FSDP2 shards: its processes must all run the same batches."
+            "distributed must be False for a model that FSDP2 shards, because all processes must run the same batches."
         )
     if unedited is None:
         return

@@ -1,4 +1,4 @@
-"""Masks from scores: the weights that matter most, an exact share of them."""
+"""Masks from scores: the weights that matter most, an exact fraction of them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def fisher_ratio(edit: Tensor, general: Tensor, *, damping: float = 0.1) -> Tens
     Args:
         edit: Fisher information on the edits, any shape.
         general: Fisher information on general texts, the same shape.
-        damping: share of the general mean that is added to the denominator.
+        damping: fraction of the general mean that is added to the denominator.
 
     Returns:
         The ratio, in the same shape.

@@ -28,8 +28,8 @@ class Curvature(NamedTuple):
         left: [out, p], eigenvectors of the output factor.
         right: [in, q], eigenvectors of the input factor.
         high: [p, q], 1 for a pair that is removed, in the dtype of ``left``.
-        free: share of all out * in directions that remains.
-        energy: share of the trace that the removed directions hold.
+        free: fraction of all out * in directions that remains.
+        energy: fraction of the trace that the removed directions hold.
     """
 
     left: Tensor

@@ -1,7 +1,7 @@
 """Directions of a module's inputs that a change of its weight must preserve, and the projection that removes them.
 
 For ``y = W k``, a change D keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit applies this to a closed-form
-update, with an absolute threshold on singular values. Here the directions are chosen by their share of the energy of
+update, with an absolute threshold on singular values. Here the directions are chosen by their fraction of the energy of
 the inputs, which means the same in every model and layer. The projection is applied to the whole difference from the
 reference, because a projected gradient does not stay in the null space under Adam, whose step divides each entry.
 
@@ -24,7 +24,7 @@ def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: i
 
     Args:
         moment: [d, d], E[k kᵀ], symmetric.
-        energy: smallest share of the trace that the directions must hold, in (0, 1]. 1 takes every direction whose
+        energy: smallest fraction of the trace that the directions must hold, in (0, 1]. 1 takes every direction whose
             eigenvalue is above the rounding error of the moment (``d * eps`` of the greatest eigenvalue).
         rank: number of directions, in place of ``energy``. There may be fewer.
 

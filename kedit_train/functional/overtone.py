@@ -119,7 +119,7 @@ def overtone_statistics(
 
     Returns:
         The loss [N] in nats, whether it is above ``epsilon`` [N] bool, whether the mixture is used [N] bool, the number
-        of tokens that the filter kept [N], and the share of the label in its target [N].
+        of tokens that the filter kept [N], and the fraction of the label in its target [N].
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
 
@@ -137,7 +137,7 @@ def overtone_statistics(
         ties = (shifted == 0).sum(-1) if label_weight == 0.0 else 0
         log_z = log_normalizer(shifted.exp_(), z, top)
         kept_mass = keep.mul_(shifted).sum(-1)
-        # The label's share of the filtered distribution; the label may be one of the padded rows.
+        # The label's fraction of the filtered distribution; the label may be one of the padded rows.
         inside = (label > bound.squeeze(-1)) & (y < size)
         filtered = torch.where(inside, label.exp(), 0.0) / kept_mass
         mass = label_weight + (1.0 - label_weight) * filtered

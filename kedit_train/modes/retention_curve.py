@@ -39,7 +39,7 @@ def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.P
     """
     panels = [name for name in PANELS if any(name in scores for curve in curves.values() for scores in curve.values())]
     if not panels:
-        raise EditError("results must hold at least one result with scores.")
+        raise EditError("results must contain at least one result with scores.")
     figure = new_figure(3.4 * len(panels) + 0.4, 3.9)
     row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(row, panels, strict=True):

@@ -24,10 +24,10 @@ class SurveyMetrics:
     """The survey's six scores; ``value`` is None for a score that no run or no probe measures.
 
     Args:
-        accuracy: share of edits with the new answer (reliability).
-        locality: share of unchanged answers to other prompts.
-        generality: share of rephrasings with the new answer.
-        portability: share of right answers to questions that follow from the edit.
+        accuracy: fraction of edits with the new answer (reliability).
+        locality: fraction of unchanged answers to other prompts.
+        generality: fraction of rephrasings with the new answer.
+        portability: fraction of right answers to questions that follow from the edit.
         retainability: change of accuracy per further edit of a sequence; 0 at best.
         scalability: accuracy of the edits one by one, minus that of all edits at once; 0 at best.
         sources: metric -> the mode of the run that it comes from.
@@ -125,12 +125,14 @@ def survey(*results: ModeResult) -> SurveyMetrics:
 
 def _check_comparable(results: tuple[ModeResult, ...]) -> None:
     if not results:
-        raise EditError("results must hold at least one result of run_edits.")
+        raise EditError("results must contain at least one result of run_edits.")
     if len({result.mode for result in results}) < len(results):
-        raise EditError("results must hold at most one result per mode.")
+        raise EditError("results must contain at most one result per mode.")
     for name in ("data_hash", "model", "settings"):
         if any(result.meta[name] != results[0].meta[name] for result in results):
-            raise EditError(f"the results differ in {name}, so they cannot be compared; run all of them alike.")
+            raise EditError(
+                f"the results differ in {name}, so they cannot be compared; use the same settings for all of them."
+            )
 
 
 def retainability(accuracy: Mapping[int, float]) -> float:
@@ -154,7 +156,7 @@ def retainability(accuracy: Mapping[int, float]) -> float:
     """
     first, last = min(accuracy), max(accuracy)
     if first == last:
-        raise EditError("accuracy must hold at least two numbers of edits, got one.")
+        raise EditError("accuracy must contain at least two numbers of edits, got one.")
     return (accuracy[last] - accuracy[first]) / (last - first)
 
 

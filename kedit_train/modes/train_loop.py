@@ -144,7 +144,7 @@ class TrainLoop:
         loss = model(**{name: value.to(device) for name, value in tensors.items()}).loss
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise EditError(f"the loss is {value}; lower learning_rate={self.learning_rate} or use a wider dtype.")
+            raise EditError(f"the loss is {value}; lower learning_rate={self.learning_rate}, or train in fp32.")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

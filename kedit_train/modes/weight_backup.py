@@ -44,7 +44,7 @@ class WeightBackup:
             if before != after:
                 raise EditError(
                     f"training changed {name} from {before} to {after}, so the model cannot be restored; "
-                    "train in place, and remove adapters again."
+                    "train the given model in place, and remove adapters after training."
                 )
         for name, value in self.values.items():
             current[name].copy_(value)

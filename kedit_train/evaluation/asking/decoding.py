@@ -15,7 +15,7 @@ from kedit_train.data.tokenization import Encoded, collate, position_ids
 from kedit_train.evaluation.asking.batching import base_model, model_device, uses_prompt_learning
 from kedit_train.evaluation.asking.logits import accepts_argument
 
-# Ended sequences leave the batch once they are this share of it: copying the cache for each one would cost more.
+# Ended sequences leave the batch once they are this fraction of it: copying the cache for each one would cost more.
 _ENDED_SHARE = 0.25
 
 

@@ -31,7 +31,8 @@ def split_across_processes(
         return work(items)
     if not (dist.is_available() and dist.is_initialized()):
         raise EditError(
-            "distributed=True needs a process group; call torch.distributed.init_process_group() first, or use False."
+            "distributed=True needs a process group; call torch.distributed.init_process_group() first, or set "
+            "distributed=False."
         )
     rank, size = dist.get_rank(), dist.get_world_size()
     own: tuple[list[Result], str]

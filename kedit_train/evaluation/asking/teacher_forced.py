@@ -43,7 +43,7 @@ class TeacherForced:
 
     @property
     def accuracy(self) -> float:
-        """The share of the target's tokens that the model ranks first."""
+        """The fraction of the target's tokens that the model ranks first."""
         return sum(self.correct) / len(self.correct)
 
     @property

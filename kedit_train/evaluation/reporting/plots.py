@@ -124,8 +124,8 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
         unedited = first.unedited["reliability"]["generated"].value
         axes.plot(unedited, 1.0, "x", color="grey", markersize=9, markeredgewidth=2, label="unedited", clip_on=False)
     locality = "unchanged answers" if meanings == {"unedited model"} else "right answers"
-    axes.set_xlabel("reliability: share of edits with the new answer")
-    axes.set_ylabel(f"locality: share of {locality} to other prompts")
+    axes.set_xlabel("reliability: fraction of edits with the new answer")
+    axes.set_ylabel(f"locality: fraction of {locality} to other prompts")
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(max(0.0, lowest - 0.05) - 0.01, 1.01)
     axes.grid(alpha=0.3)

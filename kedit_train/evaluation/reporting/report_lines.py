@@ -13,7 +13,7 @@ from kedit_train.evaluation.scoring.metrics import QUESTIONS
 HEADING = "Did it work?"
 NOTE = (
     "generated: greedy decoding until the model ends its answer, exact match after normalization. teacher-forced: "
-    "share of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap over edits. n: "
+    "fraction of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap over edits. n: "
     "number of probes"
 )
 
@@ -62,7 +62,7 @@ def score_lines(report: ReportData) -> Iterator[ScoreLine]:
 def _question_lines(question: str, edited: Mapping[str, Any], unedited: Mapping[str, Any]) -> Iterator[ScoreLine]:
     compared = edited.get("compared_with") == "unedited model"
     label = "locality: unchanged" if compared else "locality: right" if question == "locality" else question
-    # The unedited model has no share of unchanged answers.
+    # The unedited model has no fraction of unchanged answers.
     yield ScoreLine(
         label=label,
         unedited=NO_SCORE if compared else unedited.get("generated", NO_SCORE),
@@ -80,7 +80,7 @@ def _question_lines(question: str, edited: Mapping[str, Any], unedited: Mapping[
             is_kind=True,
         )
     if compared:
-        # Teacher forcing scores the true answer, so its score belongs to the share of right answers.
+        # Teacher forcing scores the true answer, so its score belongs to the fraction of right answers.
         yield ScoreLine(
             label="locality: right",
             unedited=unedited.get("right", NO_SCORE),
@@ -102,7 +102,7 @@ def _old_answer_lines(edited: Mapping[str, Any], unedited: Mapping[str, Any]) ->
 
 
 def _cut_share(metrics: Mapping[str, Any]) -> Score:
-    """Return the share of answers that were cut, computed from the share that ended."""
+    """Return the fraction of answers that were cut, computed from the fraction that ended."""
     ended: Score = metrics.get("answers", {}).get("ended", NO_SCORE)
     value, low, high = (None if x is None else 1.0 - x for x in (ended.value, ended.high, ended.low))
     return Score(value, n=ended.n, low=low, high=high)

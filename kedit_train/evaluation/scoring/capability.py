@@ -34,7 +34,7 @@ class Capability:
     Args:
         perplexity: perplexity of the texts; ``n`` counts tokens.
         kl: KL(unedited || model), in nats per token of the unedited model's own answers to the prompts.
-        agreement: the share of prompts with the same greedy answer as the unedited model's.
+        agreement: the fraction of prompts with the same greedy answer as the unedited model's.
         tasks: "<task>/<metric>" -> score of lm-eval.
         answers: prompt -> answer, for the comparison with the next model; in memory only.
         distributions: prompt -> next-token distributions, for the same purpose; in memory only.
@@ -101,7 +101,9 @@ class CapabilityProbe:
             self.texts = Texts.of(texts).load()
             self.prompts = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
             if not self.prompts:
-                raise EditError("texts must hold at least one text of two words, as a prompt; or set prompts.")
+                raise EditError(
+                    "texts must contain at least one text with two or more words; add one, or pass prompts="
+                )
         self.tasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
         self.max_new_tokens, self.batch_size, self.seed, self.progress = max_new_tokens, batch_size, seed, progress
 

@@ -44,7 +44,7 @@ def _entropy(items: Sequence[tuple[str, ...]]) -> float:
 
 
 def repetition(text: str, n: int = 4) -> float | None:
-    """Return the share of word n-grams that occurred earlier in the text (``seq-rep-n``); None for too few words.
+    """Return the fraction of word n-grams that occurred earlier in the text (``seq-rep-n``); None for too few words.
 
     References:
         Welleck et al., "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319.

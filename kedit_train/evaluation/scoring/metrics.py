@@ -62,17 +62,17 @@ def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: i
 
     Each of reliability, generality, portability and locality has
 
-    - ``generated``: the share of probes with a right generated answer. In locality, if the unedited model's answers
-      are known, it is the share of answers that equal the unedited model's after normalization, right or wrong;
-    - ``contains``: the share of answers that contain an accepted answer;
-    - ``teacher_forced``: the mean share of the preferred answer's tokens that are ranked first;
-    - ``teacher_forced_exact``: the share of probes where all of them are;
+    - ``generated``: the fraction of probes with a right generated answer. In locality, if the unedited model's answers
+      are known, it is the fraction of answers that equal the unedited model's after normalization, right or wrong;
+    - ``contains``: the fraction of answers that contain an accepted answer;
+    - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
+    - ``teacher_forced_exact``: the fraction of probes where all of them are;
     - ``target_loss`` and ``target_probability``: the mean over probes of their tokens' mean loss and probability;
-    - ``ended``: the share of answers that the model ended itself;
+    - ``ended``: the fraction of answers that the model ended itself;
     - ``by_kind``: the same for each kind of probe. Only rephrasings count in the total of generality, so the total
       does not depend on which extra metrics were measured.
 
-    In addition: ``locality.right`` is the share of true answers, whatever they were before; ``locality.kept_right``
+    In addition: ``locality.right`` is the fraction of true answers, whatever they were before; ``locality.kept_right``
     is the share that is still right among the probes that the unedited model answered rightly; ``locality.kl`` is the
     mean KL divergence per token from the unedited model. ``positions`` holds accuracy, loss and probability of the
     edits' targets by token position, starting at "1". ``resurgence`` holds, per kind, how often the old answer is

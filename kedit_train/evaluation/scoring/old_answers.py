@@ -87,16 +87,16 @@ def measure_old_answers(
         prompt_format: how the prompts are written.
 
     Returns:
-        The mean probability of the old answers (each the product over its tokens), the share of them whose every token
-        is the most probable one, and the perplexity.
+        Three numbers: the mean probability of the old answers (the probability of an answer is the product over its
+        tokens), the fraction of old answers whose tokens are all ranked first, and the perplexity of the texts.
 
     Raises:
-        EditError: the texts hold no token to predict.
+        EditError: the texts contain no token to predict.
     """
     pairs = [(edit.prompt, edit.target) for edit in old]
     scored = teacher_forced(model, tokenizer, pairs, batch_size=batch_size, prompt_format=prompt_format)
     value = perplexity(text_losses(model, tokenizer, texts, batch_size=batch_size)).value
     if value is None:
-        raise EditError("the texts hold no token to predict; pass longer ones.")
+        raise EditError("the texts contain no token to predict; pass longer texts.")
     probability = sum(math.exp(sum(one.log_probs)) for one in scored) / len(scored)
     return probability, sum(one.exact for one in scored) / len(scored), value

@@ -52,7 +52,7 @@ class ProbeResult(ProbeRequest):
 
     @property
     def token_accuracy(self) -> float | None:
-        """The share of the preferred answer's tokens that are ranked first under teacher forcing."""
+        """The fraction of the preferred answer's tokens that are ranked first under teacher forcing."""
         return sum(self.tokens_right) / len(self.tokens_right) if self.tokens_right else None
 
     @property

@@ -28,7 +28,7 @@ def weight_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.
 
     Returns:
         Three scores: ``relative`` (Frobenius norm of the change, divided by that of the weights), ``largest`` (the
-        largest change of one entry) and ``moved`` (the share of entries that changed). ``n`` is the number of entries.
+        largest change of one entry) and ``moved`` (fraction of entries that changed). ``n`` is the number of entries.
         Nothing is sampled, so there is no interval.
 
     Raises:

@@ -61,7 +61,7 @@ def test_prompts_are_the_beginnings_of_texts() -> None:
     assert text_beginnings(["one two three four five", "alone", "a b"]) == ["one two", "a"]
     assert len(text_beginnings(["w " * 100])[0].split()) == 16
     assert CapabilityProbe(["one two three", "one two four"]).prompts == ["one"]
-    with pytest.raises(EditError, match="at least one text of two words"):
+    with pytest.raises(EditError, match="at least one text with two or more words"):
         CapabilityProbe(["alone"])
     with pytest.raises(EditError, match="contains no text"):
         CapabilityProbe([])
