@@ -22,10 +22,12 @@ from kedit_train.evaluation.scoring.metrics import QUESTIONS
 
 BEGIN, END = "<!-- kedit-train: begin -->", "<!-- kedit-train: end -->"
 EXAMPLES = 5
+OVERTONE = ("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", "2502.00602")
 # Beginning of a callback's repr -> the papers that its docstring names as its source.
 PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ParameterScope": (("Fine-tuning Done Right in Model Editing", "2509.22072"),),
-    'TokenLoss("overtone"': (("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", "2502.00602"),),
+    'TokenLoss("overtone"': (OVERTONE,),
+    "TokenSmoothing": (OVERTONE,),
     'TokenLoss("dft"': (("On the Generalization of SFT", "2508.05629"),),
     "KLLocality": (("Fast Model Editing at Scale", "2110.11309"),),
     "NormBall": (("Modifying Memories in Transformer Models", "2012.00363"),),
