@@ -104,7 +104,7 @@ def test_a_saved_model_has_a_card_about_the_edit(folder: Path) -> None:
         assert card.count("## Knowledge edit") == 1
         assert metrics.report.meta["data_hash"] in card
         for name in ("ParameterScope", "TokenSmoothing", "KLLocality", "NormBall"):
-            assert f"with: {name}(" in card
+            assert f"callback: {name}(" in card
         assert f"{len(metrics.report.answers)} probes" in card
         assert "- optimizer steps: 4" in card
         assert "- training: " in card

@@ -7,18 +7,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from tqdm import tqdm
 
 from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.markdown import render_markdown
-from kedit_train.evaluation.reporting.terminal_table import render_report
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,11 @@ class Report(ReportData):
             console: where to print. Default: standard output.
             answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
         """
+        # Imported here, because training without printing must not need rich.
+        from rich.console import Console
+
+        from kedit_train.evaluation.reporting.terminal_table import render_report
+
         if console is not None:
             console.print(render_report(self, answers))
             return

@@ -69,7 +69,7 @@ def test_edits_without_probes_have_no_score(kedit: Kedit, tmp_path: Path) -> Non
     code, output, _ = kedit("eval", "world", bare, "--plots", tmp_path / "plots", "--card", card)
     assert code == 0
     assert "not measured: generality, portability, locality" in output
-    assert "no reliability_locality.png: world has no probes of locality" in output
+    assert "no reliability_locality.png: world has no locality probes" in output
     assert "| portability | no probes | – | 0 |" in card.read_text()
     code, output, _ = kedit("eval", "world", bare, "--json")
     scores = json.loads(output)["metrics"]
@@ -106,8 +106,8 @@ def test_nan_weights_are_reported(kedit: Kedit, edited_world: Path, tmp_path: Pa
         (["world", "edits.jsonl", "--delta", "edit.safetensors", "--against", "model"], "--against must be left out"),
         (["world", "edits.jsonl", "--against", "none.json", "--full"], "none.json"),
         (["world", "edits.jsonl", "--json", "report.txt"], "must end with .json"),
-        (["world", "edits.jsonl", "--limit", "0"], "limit is 0"),
-        (["world", "edits.jsonl", "--batch-size", "0"], "batch_size is 0"),
+        (["world", "edits.jsonl", "--limit", "0"], "limit must be >= 1 or None, got 0"),
+        (["world", "edits.jsonl", "--batch-size", "0"], "batch_size must be an integer >= 1, got 0"),
         (["world", "edits.jsonl", "--device", "nowhere"], "--device nowhere"),
     ],
 )
