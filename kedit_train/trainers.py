@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,9 @@ class EditSFTConfig(SFTConfig):
             if arguments is None:
                 continue
             known = inspect.signature(callback_class).parameters
+            evaluation = arguments.get("evaluation") or {}
+            if "evaluation" in known and isinstance(evaluation, Mapping):
+                arguments = {**arguments, "evaluation": {"prompt_format": self.prompt_format, **evaluation}}
             defaults = {key: value for key, value in shared.items() if key in known and value is not None}
             callbacks.append(callback_class(**defaults | arguments))
         return callbacks

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = """
 import sys
 
-BLOCKED = {"trl", "wandb", "datasets", "peft", "rich", "matplotlib", "jsonargparse", "typer"}
+BLOCKED = {"trl", "wandb", "datasets", "peft", "matplotlib", "jsonargparse", "typer"}
 
 
 class Missing:
