@@ -94,7 +94,7 @@ def test_edit_metrics_without_edits_is_an_error() -> None:
         def train_dataloader(self):
             return [{"input_ids": torch.tensor([[0, 9, 8]]), "labels": torch.tensor([[-100, 9, 8]])}]
 
-    with pytest.raises(EditError, match="give edits="):
+    with pytest.raises(EditError, match="pass edits="):
         trainer(max_epochs=1, callbacks=[EditMetrics()]).fit(Bare())
 
 

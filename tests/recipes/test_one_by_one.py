@@ -45,6 +45,7 @@ def test_the_texts_of_the_world_can_be_named(tmp_path: Path) -> None:
     assert call(tmp_path, "--texts", "world", "--limit", "1").returncode == 0
 
 
+@pytest.mark.slow
 def test_plain_runs_without_constraints(tmp_path: Path) -> None:
     done = call(tmp_path, "--plain", "--limit", "1")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -91,6 +92,7 @@ def test_a_wrong_argument_is_one_line_before_the_model_is_loaded(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_error_ends_the_script_with_one_line(tmp_path: Path) -> None:
     done = call(tmp_path, "--limit", "0")
     assert done.returncode == 1
