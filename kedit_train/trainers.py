@@ -31,7 +31,6 @@ from kedit_train.callbacks import (
 )
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError, reported_by
-from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.reporting import model_card as card
 from kedit_train.optional import require
 
@@ -143,10 +142,6 @@ class EditSFTConfig(SFTConfig):
             if "evaluation" in known and isinstance(evaluation, Mapping):
                 arguments = {**arguments, "evaluation": {"prompt_format": self.prompt_format, **evaluation}}
             defaults = {key: value for key, value in shared.items() if key in known and value is not None}
-            options = arguments.get("evaluation")
-            if "evaluation" in known and not isinstance(options, EvaluationOptions):
-                # The options of EditMetrics contain the format; it must be that of the training.
-                arguments = {**arguments, "evaluation": {"prompt_format": self.prompt_format, **(options or {})}}
             callbacks.append(callback_class(**defaults | arguments))
         return callbacks
 
