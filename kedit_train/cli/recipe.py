@@ -61,5 +61,5 @@ def built(entry: Namespace) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(class_of(entry.class_path), "object")
     # Before jsonargparse 4.53 the method is called instantiate_classes.
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes
     return instantiate(parser.parse_object({"object": arguments})).object
