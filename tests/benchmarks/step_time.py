@@ -26,7 +26,7 @@ import torch
 from paired import Stepwise, Taken, alternate, arguments, clock, ratios, record, resident_peak, spread, table
 from workload import SIZES, edited_layer, llama, matrix, one_edit, rows_of, sft, twin, words
 
-from kedit_train.callbacks import ActiveSet, GradientMask, KLLocality, NormBall, ParameterScope, PrefixCache
+from kedit_train.callbacks import ActiveSet, GradientMask, KLLocality, NormBall, ParameterScope, PrefixCache, TokenLoss
 from kedit_train.callbacks import TokenSmoothing as Smoothing
 
 # Batches per epoch. With few of them, the first epoch ends soon.
@@ -64,7 +64,7 @@ class Workload:
         """Return name -> function that sets a variant up and returns its step."""
         locality = lambda: KLLocality(self.texts, batch_size=self.size)  # noqa: E731
         mask, ball = (lambda: GradientMask(score="random")), NormBall
-        exact = lambda: Smoothing(1.0, 0.0)  # noqa: E731
+        exact = TokenLoss
         return {
             FULL: lambda: self._stock(None),
             STOCK: lambda: self._stock(self.layer),
