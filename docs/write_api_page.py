@@ -12,23 +12,6 @@ from pathlib import Path
 import kedit_train
 
 PAGE = Path(__file__).resolve().parent / "api.md"
-SECTIONS = {
-    "Edits and models": ["Edit", "Probe", "EditDataset", "EditCollator", "EditError", "load_model", "world"],
-    "Callbacks": [
-        "EditCallback", "ParameterScope", "GradientMask", "MaskScore", "TokenLoss", "TokenSmoothing", "ForgetFirst",
-        "ForgetTraining", "KLLocality", "Texts", "Teacher", "ReferenceCache", "BatchAnchor", "NormBall", "WeightAnchor",
-        "NullSpace", "LowCurvature", "EditMetrics", "StopWhenEdited", "SaveDelta", "PrefixCache", "ActiveSet",
-        "editing",
-    ],
-    "Trainers and modules": ["EditSFTTrainer", "EditSFTConfig", "EditModule", "EditDataModule", "AugmentationOptions"],
-    "Evaluation": [
-        "evaluate", "EvaluationOptions", "Report", "generate_answers", "exact_match", "CapabilityProbe",
-    ],
-    "Single, batch, sequential and streaming edits": [
-        "run_edits", "TrainLoop", "survey",
-    ],
-    "Edits as files": ["EditDelta", "TaskVector", "merge", "sparsify", "sweep"],
-}  # fmt: skip
 INTRODUCTION = """# Public names
 
 Every name on this page can be imported from `kedit_train`. `help(name)` shows its arguments, errors, references and an
@@ -45,7 +28,7 @@ def first_line(text: str) -> str:
 def render() -> str:
     """Return the page as Markdown."""
     parts = [INTRODUCTION]
-    for title, names in SECTIONS.items():
+    for title, names in kedit_train.PUBLIC_SECTIONS.items():
         rows = [f"| `{name}` | {first_line(inspect.getdoc(getattr(kedit_train, name)) or '')} |" for name in names]
         parts.append("\n".join([f"## {title}\n", "| name | what it is |", "|---|---|", *rows]) + "\n")
     return "\n".join(parts)

@@ -68,9 +68,9 @@ def test_the_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_page_of_public_names_is_up_to_date():
-    page = runpy.run_path(str(DOCS / "write_api_page.py"))
-    assert sorted(name for names in page["SECTIONS"].values() for name in names) == sorted(PUBLIC_NAMES)
-    assert (DOCS / "api.md").read_text(encoding="utf-8") == page["render"](), "run docs/write_api_page.py"
+    rendered = runpy.run_path(str(DOCS / "write_api_page.py"))["render"]()
+    assert all(rendered.count(f"| `{name}` |") == 1 for name in PUBLIC_NAMES)
+    assert (DOCS / "api.md").read_text(encoding="utf-8") == rendered, "run docs/write_api_page.py"
 
 
 @pytest.mark.parametrize("options", ["EvaluationOptions", "Texts"])

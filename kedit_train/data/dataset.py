@@ -188,9 +188,10 @@ class EditDataset(Sequence[Edit]):
         return path
 
     def to_old_targets(self) -> EditDataset:
-        """Return the same prompts with the old answers as targets, to train what is to be forgotten.
+        """Return the same prompts with the old answers as targets.
 
-        F-Learning subtracts that change before it learns the new facts (``-EditDelta.load(path)``).
+        F-Learning trains on them, saves the change of the weights as a delta, and subtracts the delta
+        (``-EditDelta.load(path)``) before it learns the new facts.
 
         Raises:
             EditError: an edit has no ``old_target``.

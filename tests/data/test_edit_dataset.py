@@ -55,6 +55,15 @@ def test_sample_is_seeded_without_repeats_and_in_order() -> None:
             edits.sample(n)
 
 
+def test_old_targets_become_the_targets_of_the_same_prompts() -> None:
+    edits = EditDataset([Edit("p", "new", old_target="old", aliases=("n",), rephrases=("r",))], name="one")
+    (edit,) = edits.to_old_targets()
+    assert (edit.prompt, edit.target, edit.old_target, edit.aliases) == ("p", "old", None, ())
+    assert edit.rephrases == ("r",)
+    with pytest.raises(EditError, match="the edit has no old_target"):
+        EditDataset([Edit("p", "t")]).to_old_targets()
+
+
 def test_saved_edits_are_loaded_unchanged(tmp_path: Path) -> None:
     edits = EditDataset(RICH, name="rich")
     path = edits.save(tmp_path / "new" / "rich.jsonl")

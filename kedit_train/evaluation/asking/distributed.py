@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from kedit_train.core.processes import has_process_group, rank, world_size
 from kedit_train.errors import EditError
 
 Item = TypeVar("Item")
@@ -29,15 +30,15 @@ def split_across_processes(
     """
     if not distributed:
         return work(items)
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_process_group():
         raise EditError(
             "distributed=True needs a process group; call torch.distributed.init_process_group() first, or set "
             "distributed=False."
         )
-    rank, size = dist.get_rank(), dist.get_world_size()
+    size = world_size()
     own: tuple[list[Result], str]
     try:
-        own = (work(items[rank::size]), "")
+        own = (work(items[rank() :: size]), "")
     except EditError as error:
         own = ([], str(error))
     parts: list[Any] = [None] * size
