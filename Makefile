@@ -13,10 +13,10 @@ demo: $(READY)  ## edit 24 facts in the embedded model and print a report
 	$(BIN)/lightning run recipes/quickstart.yaml
 
 test: lint  ## what continuous integration runs; under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: lint  ## the same with the heavy repetitions
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,7 +39,7 @@ bench: $(READY)  ## compare with what a user would run instead and write tests/b
 	$(BIN)/python tests/benchmarks/step_time.py --memory $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py --memory --model wide $(BENCH)
 
-compare: $(READY)  ## run every recipe on the same edits and write recipes/README.md; skips what compare.jsonl holds (5 hours from nothing)
+compare: $(READY)  ## run every recipe on the same edits and write docs/results.md; skips what compare.jsonl holds (5 hours from nothing)
 	$(BIN)/python tests/benchmarks/compare.py $(COMPARE)
 
 recipes-check: $(READY)  ## run every recipe and compare with the numbers in its header; about 10 minutes on 2 cores

@@ -1,6 +1,6 @@
 """Turn a fine-tuning run into a knowledge edit.
 
-The names below are the public interface. Everything else in this package is internal and may change in any release.
+The names in ``__all__`` are the public interface. All other names are internal and may change in any release.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m kedit_train fit --config RECIPE.yaml`` runs a recipe in Lightning, ``... sft ...`` runs it in TRL."""
+"""Run a recipe with ``python -m kedit_train fit --config RECIPE.yaml`` (Lightning) or ``sft`` (TRL)."""
 
 from kedit_train.cli.main import main
 

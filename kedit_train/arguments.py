@@ -1,4 +1,4 @@
-"""Checks of constructor arguments: one call per class, one wording for every error."""
+"""Check constructor arguments, with the same wording in every error."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
     """Raise an :class:`EditError` for the first argument that breaks its rule.
 
     Args:
-        component: the instance whose constructor is running, or a name.
-        arguments: name -> (value, rule).
+        component: the instance that is being constructed, or a name. The class name or the name starts the error.
+        arguments: argument name -> (value, rule).
 
     Raises:
         EditError: for example ``StopWhenEdited: loss must be > 0, got -1.``
@@ -49,18 +49,18 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
-    """Make an instance of a dataclass from a mapping of its arguments, such as a section of a YAML file.
+    """Create a dataclass instance from a mapping of arguments, for example from a section of a YAML file.
 
     Args:
         kind: the dataclass.
-        values: argument -> value.
+        values: argument name -> value.
 
     Raises:
         EditError: a key is not an argument of ``kind``.
     """
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in known]:
-        raise EditError(f"unknown argument {unknown[0]!r}; it takes {', '.join(known)}.", component=kind.__name__)
+        raise EditError(f"unknown argument {unknown[0]!r}; use only {', '.join(known)}.", component=kind.__name__)
     return kind(**values)
 
 
@@ -69,22 +69,22 @@ def _is_number(value: Any) -> bool:
 
 
 def above(bound: float) -> Rule:
-    """A finite number above ``bound``."""
+    """Return a rule that accepts finite numbers above ``bound``."""
     return Rule(f"> {bound:g}", lambda value: _is_number(value) and value > bound)
 
 
 def at_least(bound: float) -> Rule:
-    """A finite number of at least ``bound``."""
+    """Return a rule that accepts finite numbers of at least ``bound``."""
     return Rule(f">= {bound:g}", lambda value: _is_number(value) and value >= bound)
 
 
 def integer_from(bound: int) -> Rule:
-    """An integer of at least ``bound``."""
+    """Return a rule that accepts integers of at least ``bound``."""
     return Rule(f"an integer >= {bound}", lambda value: _is_number(value) and int(value) == value and value >= bound)
 
 
 def within(interval: str) -> Rule:
-    """A number in an interval that is written as in mathematics: ``"[0, 1]"``, ``"(0, 1]"``, ``"(0, 1)"``."""
+    """Return a rule that accepts numbers in an interval such as ``"[0, 1]"``, ``"(0, 1]"`` or ``"(0, 1)"``."""
     low, high = (float(bound) for bound in interval[1:-1].split(","))
 
     def holds(value: Any) -> bool:
@@ -95,7 +95,7 @@ def within(interval: str) -> Rule:
 
 
 def one_of(choices: Iterable[Any]) -> Rule:
-    """One of the listed values."""
+    """Return a rule that accepts the listed values."""
     listed = tuple(choices)
     shown = [f'"{choice}"' if isinstance(choice, str) else repr(choice) for choice in listed]
     expected = shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} or {shown[-1]}"
@@ -103,5 +103,5 @@ def one_of(choices: Iterable[Any]) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
-    """The given rule, or None."""
+    """Return a rule that accepts None and everything that ``rule`` accepts."""
     return Rule(f"{rule.expected}, or None", lambda value: value is None or rule.holds(value))

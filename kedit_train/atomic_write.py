@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders: complete or not at all, even if the process is killed."""
+"""Write files and folders atomically: completely or not at all, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ _DAY = 86400
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file or a folder atomically: the block writes to another name, which becomes ``path`` at the end.
+    """Write a file or a folder atomically: the ``with`` block writes to a temporary path, which is then renamed.
 
-    The temporary name lies in a hidden folder beside ``path``. When the block ends, everything in it is flushed to disk
-    and renamed in one step; an existing file is replaced. After an error nothing is left. After a kill the hidden
-    folder is left, with any temporary files that safetensors made in it; the next writer of the same name removes it.
-    Parent folders are made.
+    The temporary path is in a hidden folder next to ``path``. When the block ends, all data is flushed to disk and
+    renamed to ``path`` in one step. An existing file is replaced. Parent folders are created.
+
+    After an error, nothing is left. If the process is killed, the hidden folder is left, with any temporary files that
+    safetensors made in it. The next writer of the same path removes this folder.
 
     Args:
-        path: a file, or a folder that does not exist yet (the block makes it).
+        path: a file, or a folder that does not exist yet. The block creates the file or the folder.
 
     Yields:
-        The path to write to.
+        The temporary path to write to.
 
     Example:
         >>> import tempfile
@@ -48,8 +49,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     unfinished = hidden / path.name
     try:
         yield unfinished
-        # Safetensors makes files that only their owner can read. They get the permissions of any new file, which those
-        # of the new folder tell.
+        # Safetensors creates files that only their owner can read. Here they get the default permissions of new files,
+        # which follow from the permissions of the new hidden folder.
         permissions = hidden.stat().st_mode & 0o666
         for entry in (*unfinished.rglob("*"), unfinished):
             if entry.is_file() and not entry.is_symlink():
@@ -64,10 +65,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Check that a file can be written to ``path``, without creating anything.
 
-    Call it before a long computation whose result goes into the file.
+    Call this function before a long computation that writes its result to the file.
 
     Raises:
-        EditError: ``path`` is a folder, or its folder cannot be made or written to.
+        EditError: ``path`` is a folder, or the folder of ``path`` cannot be created or written to.
 
     Example:
         >>> check_writable("/dev/null/report.json")
@@ -88,15 +89,15 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return ``.NAME.HOST.PROCESS.unfinished`` beside ``path``."""
+    """Return the hidden folder for writing ``path``: ``.NAME.HOST.PROCESS.unfinished``, next to ``path``."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed writers left in the folder of ``path``.
+    """Remove hidden folders that killed writers left next to ``path``.
 
-    Leftovers of the same name are removed if their process ran on this host and has ended. Other leftovers are removed
-    after a day without a change, unless a process with their number runs on this host.
+    A hidden folder is kept while the process that made it still runs on this host. Otherwise, a folder for the same
+    path from this host is removed at once. Any other folder is removed after a day without a change.
     """
     for other in path.parent.glob(".*.unfinished"):
         match = re.fullmatch(r"\.(.+)\.(\d+)\.unfinished", other.name)

@@ -1,4 +1,4 @@
-"""The packaged recipes and callback fragments, found by name."""
+"""Find the packaged recipes and callback fragments by name."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(kind: Kind) -> Path:
-    """Return the folder of the packaged recipes or fragments: inside the package in a wheel, beside it in a clone."""
+    """Return the folder of the packaged recipes or callback fragments.
+
+    In a wheel, the folder is inside the package. In a clone of the repository, the folder is next to the package.
+    """
     wheel = PACKAGE / "_catalog" / kind
     return wheel if wheel.is_dir() else PACKAGE.parent / kind
 
 
 def names(kind: Kind) -> list[str]:
-    """Return the names of all recipes or fragments, without file endings.
+    """Return the names of all packaged recipes or callback fragments, without file extensions.
 
     Example:
         >>> "quickstart" in names("recipes")
         True
     """
-    # edit.py is the script that runs all recipes, and not a recipe.
+    # edit.py is not a recipe, but the script that runs the recipes.
     files = [file for file in folder(kind).glob("*") if file.suffix in (".yaml", ".py") and file.name != "edit.py"]
     return sorted(file.stem for file in files)
 
 
 def packaged(path: str) -> Path | None:
-    """Return the packaged file that ``callbacks/NAME.yaml`` or ``recipes/NAME.yaml`` names; None for any other path.
+    """Return the packaged file for ``callbacks/NAME.yaml`` or ``recipes/NAME.yaml``, and None for any other path.
 
-    A file of this name in the current folder takes precedence, so None is returned for it too.
+    If a file with this path exists in the current folder, the function returns None, because the user's file has
+    precedence.
     """
     given = Path(path)
     kind: Kind | None = next((k for k in ("callbacks", "recipes") if given.parent == Path(k)), None)
@@ -43,10 +47,12 @@ def packaged(path: str) -> Path | None:
 
 
 def find(kind: Kind, name: str) -> Path:
-    """Return the path of a file: one of the user, or a packaged one ("quickstart", "recipes/quickstart.yaml").
+    """Return the path of a user's file or of a packaged file.
+
+    For a packaged recipe, ``name`` may be "quickstart" or "recipes/quickstart.yaml".
 
     Raises:
-        EditError: there is neither.
+        EditError: neither a user's file nor a packaged file has this name.
     """
     path = Path(name)
     if path.is_file():

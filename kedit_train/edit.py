@@ -1,4 +1,4 @@
-"""The records that everything else works with: an edit, and a question with its right answers."""
+"""The two basic records of this package: an edit, and a question with its correct answers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Probe:
-    """A question with every answer that counts as right, the preferred one first.
+    """An evaluation question and all answers that count as correct.
 
     Args:
-        prompt: the question.
-        answers: the right answers. If there are none, an evaluation can only check whether the answer of the model
-            changed.
+        prompt: the question, for example the beginning of a sentence that the answer completes.
+        answers: the correct answers, the preferred answer first. Without answers, an evaluation can only check whether
+            the model's answer has changed.
 
     Example:
         >>> Probe("Ben lives in", ("Basel", "Bâle")).answers[0]
@@ -28,18 +28,18 @@ class Probe:
 class Edit:
     """A fact to write into a model, with the questions that the edited model is scored on.
 
-    Only ``prompt`` and ``target`` are trained on.
+    Training uses only ``prompt`` and ``target``.
 
     Args:
-        prompt: what the model reads, up to where the answer begins.
+        prompt: the text that the model reads before the answer.
         target: the new answer, without a leading space and without end-of-text.
         subject: the entity that the fact is about.
-        old_target: the old answer: what was true, or what the model answered, before the edit.
-        aliases: other spellings of ``target`` that count as right.
-        rephrases: other wordings of ``prompt``, which measure generality.
-        locality: kind -> questions whose answers must not change.
-        portability: kind -> questions whose answers follow from the new fact.
-        id: the identifier of the record, used in messages and reports.
+        old_target: the answer before the edit, either the true answer or the model's answer.
+        aliases: other spellings of ``target`` that count as correct.
+        rephrases: other wordings of ``prompt``, used to measure generality.
+        locality: name of a kind of question -> questions whose answers must not change.
+        portability: name of a kind of question -> questions whose answers follow from the new fact.
+        id: the identifier of the edit in messages and reports.
 
     Example:
         >>> edit = Edit("Ada lives in", "Bern", subject="Ada", old_target="Rome", aliases=("Berne",))
@@ -59,5 +59,5 @@ class Edit:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Every spelling of the new answer that counts as right, the target first."""
+        """All spellings of the new answer that count as correct, with ``target`` first."""
         return (self.target, *self.aliases)

@@ -1,4 +1,4 @@
-"""The error and the warning of this package: one line that names the component and says what to do."""
+"""The error class and the warning function of this package."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _component: ContextVar[str | None] = ContextVar("kedit_train_component", default
 class EditError(ValueError):
     """The edit cannot be carried out as requested.
 
-    The message is one line that says what is wrong and what to do. It is raised before the first optimizer step
-    wherever that is possible.
+    The message is one line that says what is wrong and what to do. The error is raised before the first optimizer step
+    if possible.
 
     Args:
         message: one line: what was expected, what was given, what to do.
-        component: the class or function that the message is about. It is printed in front of the message. Inside
-            :func:`reported_by` it is filled in automatically.
+        component: the class or function that the message is about. Its name is printed in front of the message.
+            :func:`reported_by` sets the component of errors that are raised without one.
 
     Example:
         >>> raise EditError("loss must be > 0, got -1.", component="StopWhenEdited")
@@ -41,7 +41,7 @@ class EditError(ValueError):
 def reported_by(component: str) -> Iterator[None]:
     """Name ``component`` in every :class:`EditError` and every :func:`warn` inside the block.
 
-    An error that already names a component keeps it.
+    An error that already has a component keeps that component.
 
     Args:
         component: the name of a class or function.
@@ -65,10 +65,10 @@ def reported_by(component: str) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Issue a ``UserWarning``, prefixed with the component that :func:`reported_by` names.
+    """Issue a ``UserWarning`` that starts with the component set by :func:`reported_by`.
 
     Args:
-        message: one line, as in :class:`EditError`.
+        message: one line that says what is wrong and what to do.
     """
     component = _component.get()
     warnings.warn(message if component is None else f"{component}: {message}", stacklevel=3)

@@ -22,7 +22,7 @@ from kedit_train.errors import EditError
 from kedit_train.optional import require
 from kedit_train.pretrained import load_model, lora_config, peft_errors
 
-# The embedded world has any number of edits; this many make a run of half a minute.
+# Default number of embedded edits. Training on this many edits takes half a minute.
 WORLD_EDITS = 24
 _NO_AUGMENTATION = AugmentationOptions()
 
@@ -30,27 +30,28 @@ _NO_AUGMENTATION = AugmentationOptions()
 class EditModule(LightningModule):
     """A causal language model that is fine-tuned with Adam at a constant learning rate.
 
-    The defaults are those of LocFT-BF: Adam without weight decay, warm-up or schedule, in full precision. The model is
-    an ordinary one: the callbacks of the ``Trainer`` turn its training into an edit. In a LightningCLI project,
+    The defaults follow LocFT-BF: Adam without weight decay, warm-up or schedule, in full precision. This module does
+    plain fine-tuning. The callbacks of the ``Trainer`` turn the fine-tuning into an edit. In a LightningCLI project,
     ``--optimizer`` and ``--lr_scheduler`` replace Adam and the constant learning rate.
 
     Args:
         name: a hub name, a folder, or "world" for the embedded model.
         learning_rate: the learning rate of Adam, 0 or more.
-        dtype: the type of the weights; "auto" uses that of the checkpoint. In bfloat16, an update below about 1/256 of
-            a weight is rounded away.
-        gradient_checkpointing: recompute the activations in the backward pass. It saves memory and costs time.
+        dtype: the dtype of the weights; "auto" uses the dtype of the checkpoint. In bfloat16, an update below about
+            1/256 of a weight is lost by rounding.
+        gradient_checkpointing: recompute the activations in the backward pass, which saves memory and costs time.
         trust_remote_code: let the checkpoint run its own code.
-        save_path: a folder for the edited model (with ``lora``: its adapter) and its tokenizer, written when training
-            ends. None saves nothing.
-        lora: train a LoRA adapter. The arguments of ``LoraConfig`` in PEFT, such as
-            ``{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}``. ``ParameterScope`` then selects
-            factors by the names of the modules that they adapt.
-        chat_template: a Jinja template for the tokenizer, for ``prompt_format="chat"``. None keeps the tokenizer's own.
+        save_path: a folder in which the edited model and its tokenizer are saved when training ends. With ``lora``, the
+            adapter is saved instead of the model. None: nothing is saved.
+        lora: arguments of PEFT's ``LoraConfig``, such as
+            ``{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}``. If given, a LoRA adapter is trained,
+            and ``ParameterScope`` selects LoRA factors by the names of the adapted modules. None: no adapter.
+        chat_template: a Jinja chat template for the tokenizer, for ``prompt_format="chat"``. None: the tokenizer keeps
+            its own template.
 
     Attributes:
-        model: the ``transformers`` model, in training mode; with ``lora``, a ``PeftModel`` around it.
-        tokenizer: its tokenizer.
+        model: the ``transformers`` model in training mode. With ``lora``, a ``PeftModel`` around this model.
+        tokenizer: the model's tokenizer.
 
     Raises:
         EditError: the model or its tokenizer cannot be loaded, or the model is not a causal language model.
@@ -82,11 +83,12 @@ class EditModule(LightningModule):
         chat_template: str | None = None,
     ) -> None:
         super().__init__()
-        # Checked before a large model is loaded.
+        # The arguments are checked before a large model is loaded.
         check_arguments(self, learning_rate=(learning_rate, at_least(0)))
         adapter = None if lora is None else lora_config(lora)
         self.name, self.save_path, self.learning_rate = name, save_path, learning_rate
-        # Loaded here and not in configure_model, because callbacks choose parameters in their setup, which is earlier.
+        # The model is loaded here and not in configure_model, because the setup of the callbacks runs before
+        # configure_model and selects parameters.
         self.model, self.tokenizer = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
@@ -95,11 +97,11 @@ class EditModule(LightningModule):
                 from peft import get_peft_model
             with peft_errors(f"lora={lora}"):
                 self.model = get_peft_model(self.model, adapter)
-        # Models are loaded in evaluation mode, and Lightning keeps the mode.
+        # transformers loads models in evaluation mode, and Lightning keeps this mode.
         self.model.train()
         if gradient_checkpointing:
             # Reentrant checkpointing needs inputs that require gradients, which a frozen embedding does not return.
-            # The method has this name since transformers 5.23.
+            # activation_checkpointing_enable is the name of the method since transformers 5.23.
             newer = getattr(self.model, "activation_checkpointing_enable", None)
             (newer or self.model.gradient_checkpointing_enable)({"use_reentrant": False})
 
@@ -108,7 +110,7 @@ class EditModule(LightningModule):
         return self.model(**batch, use_cache=False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the loss of the model, a scalar. A callback may have replaced it."""
+        """Return the scalar loss of the model, which a callback may have replaced."""
         loss = self(**batch).loss
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
@@ -119,15 +121,16 @@ class EditModule(LightningModule):
         return torch.optim.Adam(trained, lr=self.learning_rate)
 
     def on_fit_start(self) -> None:
-        """Refuse a ``save_path`` that cannot be written, before the first step."""
+        """Raise an error before the first step if ``save_path`` is set and the model is sharded."""
         if self.save_path is not None and any(hasattr(p, "device_mesh") for p in self.parameters()):
             raise EditError(
-                "save_path cannot be used with a model that is sharded over processes; use Lightning's checkpoints",
+                "save_path must be None for a model that is sharded over processes; save the model with Lightning's "
+                "checkpoints.",
                 component="EditModule",
             )
 
     def on_train_end(self) -> None:
-        """Save the edited model. The callbacks have detached from it by now."""
+        """Save the edited model, after the callbacks have removed their hooks from it."""
         if self.save_path is not None and self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_path)
             self.tokenizer.save_pretrained(self.save_path)
@@ -137,29 +140,29 @@ class EditModule(LightningModule):
 class EditDataModule(LightningDataModule):
     """Batches of edits with ``input_ids``, ``attention_mask`` and ``labels``, tokenized with the module's tokenizer.
 
-    All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072), and edits of similar length share
-    a batch, so that little of it is padding. Only the tokens of the targets are labelled.
+    All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072). Edits of similar length are put
+    into one batch to reduce padding. Only the tokens of the targets count in the loss.
 
     Args:
-        path: a file that :meth:`EditDataset.load` reads, or "world" for edits of the embedded world.
-        limit: read at most this many records. None reads the whole file, and 24 edits of the world.
-        on_error: "raise" stops at the first bad record, "skip" leaves bad records out with a warning.
-        batch_size: edits per step on each process.
+        path: a file that :meth:`EditDataset.load` reads, or "world" for the embedded edits.
+        limit: maximum number of records to read. None: all records of a file, or 24 of the embedded edits.
+        on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
+        batch_size: training examples per step on each process.
         append_eos: end every target with the end-of-text token, so that the edited model learns to stop.
-        prompt_format: train prompts as they are ("plain"), through the chat template of the tokenizer ("chat"), or
-            framed as a question ("question"). ``EditMetrics`` needs the same one.
-        texts: a file of texts that must stay. It replaces ``texts: world`` in the callbacks of a recipe
-            (``python -m kedit_train fit``); a script passes texts to the callbacks themselves.
-        augmentation: examples to train beside the edits: pseudo-paraphrases, replayed facts, previous edits. They are
-            made once, before the first step, with the seed of torch (``seed_everything``), and are the same on every
-            process.
+        prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
+            ("chat"), or framed as a question ("question"). Use the same format in ``EditMetrics``.
+        texts: a file of texts on which the model should not change. The file replaces ``texts: world`` in the callbacks
+            of a recipe (``python -m kedit_train fit``). A script passes texts directly to the callbacks instead.
+        augmentation: additional training examples: pseudo-paraphrases, replayed facts and previous edits. The examples
+            are made once, before the first step, with torch's seed (``seed_everything``). Every process gets the same
+            examples.
 
     Attributes:
-        edits: the edits, an :class:`EditDataset`.
-        added: the examples that ``augmentation`` added, after ``setup``.
+        edits: the edits as an :class:`EditDataset`.
+        added: the examples that ``augmentation`` added. The list is filled in ``setup``.
 
     Raises:
-        EditError: the file cannot be read, an edit does not fit the context of the model, or no fact is left to replay.
+        EditError: the file cannot be read, an edit is longer than the model's context, or no fact is left to replay.
 
     Example:
         >>> from kedit_train.modules import EditDataModule
@@ -184,20 +187,20 @@ class EditDataModule(LightningDataModule):
         check_arguments(self, batch_size=(batch_size, integer_from(1)), prompt_format=(prompt_format, one_of(FORMATS)))
         self.path, self.batch_size, self.append_eos, self.texts = path, batch_size, append_eos, texts
         self.prompt_format: PromptFormat = prompt_format
-        # A mapping is what a configuration holds.
+        # A configuration file gives a mapping.
         self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
         limit = WORLD_EDITS if limit is None and world.is_world(path) else limit
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
         self.added: list[Edit] = []
 
     def setup(self, stage: str) -> None:
-        """Tokenize the edits with the tokenizer of the module that is trained, and make the examples beside them."""
+        """Tokenize the edits with the tokenizer of the trained module, and make the additional examples."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         self.tokenizer = getattr(module, "tokenizer", None)
         if self.tokenizer is None:
             raise EditError(
-                f"the edits are tokenized with the tokenizer of the module, and {type(module).__name__} has no "
-                "attribute 'tokenizer'; set self.tokenizer in its __init__, or use EditModule",
+                f"the module must have an attribute 'tokenizer' to tokenize the edits, but {type(module).__name__} has "
+                f"no such attribute; set self.tokenizer in {type(module).__name__}.__init__, or use EditModule.",
                 component="EditDataModule",
             )
         longest = context_length(module.model.config) if hasattr(getattr(module, "model", None), "config") else None
@@ -208,16 +211,17 @@ class EditDataModule(LightningDataModule):
         )
 
     def _augment(self, module: Any) -> list[Edit]:
-        """Make the examples with the unedited model: Lightning restores a checkpoint later than this."""
+        """Make the additional examples with the unedited model. Lightning restores a checkpoint only afterwards."""
         if not isinstance(getattr(module, "model", None), torch.nn.Module):
             raise EditError(
-                f"augmentation generates with the model of the module, and {type(module).__name__} has no attribute "
-                "'model'; set self.model in its __init__, or use EditModule",
+                f"augmentation needs a language model in the attribute 'model', but {type(module).__name__} has no "
+                f"such attribute; set self.model in {type(module).__name__}.__init__, or use EditModule.",
                 component="EditDataModule",
             )
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         if type(strategy) in (SingleDeviceStrategy, DDPStrategy):
-            # These strategies move the model there anyway. Those that shard it may not have the memory for it.
+            # These strategies move the full model to the device anyway. Under a strategy that shards the model, the
+            # full model may not fit into the memory of the device.
             module.to(strategy.root_device)
         augment = augmentation(
             module.model,
@@ -229,14 +233,15 @@ class EditDataModule(LightningDataModule):
         )
         if self.trainer is not None and self.trainer.is_global_zero:
             print(augment.summary)
-        # Rounding may differ between processes, and other examples would give a process another number of steps.
+        # All processes get the examples of one process. Rounding may differ between processes, and processes with
+        # different examples could have different numbers of steps.
         return strategy.broadcast(augment(self.edits))
 
     def train_dataloader(self) -> DataLoader[Encoded]:
-        """Return batches of padded edits, which Lightning distributes over the processes."""
+        """Return a data loader with batches of padded edits, which Lightning distributes over the processes."""
         examples: Any = self._encoded
         lengths = [len(example.input_ids) for example in self._encoded]
-        # The batches are in memory, so worker processes would only cost time.
+        # There are no worker processes, because the examples are already in memory and workers would only cost time.
         return DataLoader(
             examples,
             batch_sampler=LengthBuckets(RandomSampler(examples), self.batch_size, False, lengths),

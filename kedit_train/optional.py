@@ -1,4 +1,4 @@
-"""Imports of packages that an installation may lack."""
+"""Import optional packages, with an error that says what to install."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from kedit_train.errors import EditError
 
 @contextmanager
 def require(package: str, *, extra: str | None = None) -> Iterator[None]:
-    """Turn a failed import inside the block into one line that says what to install.
+    """Turn a failed import inside the block into an error that says what to install.
 
     Args:
-        package: the package that is imported, by the name that pip knows.
-        extra: the extra of kedit-train that contains it. None: the package is installed on its own.
+        package: the pip name of the package that the block imports.
+        extra: the extra of kedit-train that installs the package. None means that pip installs the package itself.
 
     Raises:
-        EditError: the package, or a package that it needs, is not installed.
+        EditError: the package or one of its dependencies is not installed.
 
     Example:
         >>> with require("no-such-package", extra="trl"):
@@ -33,4 +33,4 @@ def require(package: str, *, extra: str | None = None) -> Iterator[None]:
         missing = (error.name or "").partition(".")[0]
         if missing == package.replace("-", "_"):
             raise EditError(f"{package} is not installed; install it with {command}") from error
-        raise EditError(f"{package} cannot be imported ({error}); install what it needs with {command}") from error
+        raise EditError(f"{package} cannot be imported ({error}); install its dependencies with {command}") from error

@@ -1,4 +1,4 @@
-"""Loading a causal language model with its tokenizer, and the configuration of an adapter."""
+"""Load a causal language model with its tokenizer, and create the configuration of a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: a hub name, a folder saved by ``save_pretrained``, or "world" for the embedded model.
-        dtype: the type of the weights; "auto" uses that of the checkpoint.
-        trust_remote_code: let the checkpoint run its own code.
+        name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, or "world" for the tiny model
+            that is embedded in kedit-train.
+        dtype: the dtype of the loaded weights. "auto" keeps the dtype of the checkpoint.
+        trust_remote_code: whether to run Python code that the checkpoint contains.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -49,13 +50,13 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise EditError(
-            f"model {name!r} has no weights for {missing}, so {type(model).__name__} would start from random ones; "
-            "give the checkpoint of a causal language model"
+            f"model {name!r} has no weights for {missing}, so {type(model).__name__} would initialize these weights "
+            "randomly; use the checkpoint of a causal language model."
         )
     if not is_causal(model):
         raise EditError(
-            f"model {name!r} ({type(model).__name__}) is not causal: its tokens depend on later tokens, so it cannot "
-            "continue a prompt; give the checkpoint of a causal language model"
+            f"model {name!r} ({type(model).__name__}) is not causal: the logits of a token depend on later tokens; use "
+            "the checkpoint of a causal language model."
         )
     with loading_errors(name, "has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -66,8 +67,8 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 def is_causal(model: Any) -> bool:
     """Return whether the logits of earlier positions stay the same when the last token changes.
 
-    ``AutoModelForCausalLM`` also loads encoders, and a configuration does not say whether its model is causal:
-    ``is_decoder`` is False for GPT-NeoX.
+    The model is tested because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably say
+    whether the model is causal. For example, ``is_decoder`` is False for GPT-NeoX.
 
     Raises:
         EditError: the logits are NaN.
@@ -77,23 +78,23 @@ def is_causal(model: Any) -> bool:
     change = (logits[0] - logits[1]).norm(dim=-1)
     if bool(change.isnan().any()):
         raise EditError(
-            f"the logits of {type(model).__name__} are NaN; give a checkpoint from before its training diverged, or "
-            "load it in a wider dtype"
+            f"the logits of {type(model).__name__} are NaN; load the model in a wider dtype, or use a checkpoint from "
+            "before the training diverged."
         )
     return bool(change[:-1].max() <= torch.finfo(model.dtype).eps ** 0.5 * change[-1])
 
 
 @contextmanager
 def loading_errors(name: str, problem: str) -> Iterator[None]:
-    """Turn an error of ``transformers``, which has many lines, into one line."""
+    """Turn an error of ``transformers``, which may have many lines, into an error of one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         local = "" if Path(name).is_dir() else " (there is no such folder)"
         raise EditError(
-            f"model {name!r}{local} {problem}: {reason[:300]}; give a hub name, a folder saved by save_pretrained, or "
-            '"world"'
+            f"model {name!r}{local} {problem}: {reason[:300]}; use a Hugging Face Hub name, a folder saved by "
+            'save_pretrained, or "world" (the embedded model).'
         ) from error
 
 
@@ -111,7 +112,7 @@ def lora_config(arguments: Mapping[str, Any]) -> Any:
     unknown = [name for name in arguments if name not in inspect.signature(LoraConfig).parameters]
     if unknown:
         raise EditError(
-            f"lora: LoraConfig of peft has no argument {unknown[0]!r}; its documentation lists the arguments"
+            f"lora: LoraConfig of peft has no argument {unknown[0]!r}; see the arguments in the peft documentation."
         )
     with peft_errors(f"lora={dict(arguments)}"):
         return LoraConfig(**{"task_type": "CAUSAL_LM", **arguments})
@@ -119,7 +120,7 @@ def lora_config(arguments: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def peft_errors(what: str) -> Iterator[None]:
-    """Turn an error of ``peft``, which may have many lines, into one line."""
+    """Turn an error of ``peft``, which may have many lines, into an error of one line."""
     try:
         yield
     except (ValueError, TypeError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Runs on several processes: how many a launcher started, and how to end them together."""
+"""Count the processes that a launcher started, and end them together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def launched_processes(environment: Mapping[str, str] | None = None) -> int | No
         environment: environment variables; ``os.environ`` by default.
 
     Returns:
-        The number of processes; None without a launcher.
+        The number of processes, or None if no launcher was used.
 
     Example:
         >>> launched_processes({"WORLD_SIZE": "2"})
@@ -34,14 +34,14 @@ def launched_processes(environment: Mapping[str, str] | None = None) -> int | No
 def check_process_count(count: int, environment: Mapping[str, str] | None = None) -> None:
     """Check that a trainer uses all processes that the launcher started.
 
-    A trainer that ignores the launcher trains the whole run in every process, without any message.
+    A trainer that ignores the launcher runs the complete training in every process without any message.
 
     Args:
         count: the number of processes that the trainer uses, for example ``trainer.world_size``.
         environment: environment variables; ``os.environ`` by default.
 
     Raises:
-        EditError: the numbers differ.
+        EditError: the trainer uses another number of processes than the launcher started.
 
     Example:
         >>> check_process_count(2, {"WORLD_SIZE": "2"})
@@ -57,11 +57,11 @@ def check_process_count(count: int, environment: Mapping[str, str] | None = None
 def end_process_group() -> None:
     """Wait for all processes and close the process group, at the end of a script.
 
-    Without it, gloo (the CPU backend) sometimes aborts a process that exits while others still communicate. Does
-    nothing if there is no process group.
+    Otherwise gloo, the CPU backend, sometimes aborts a process that exits while other processes still communicate.
+    Without a process group, the function does nothing.
     """
     if has_process_group():
-        # Objects that hold the process group are freed first.
+        # Free the objects that refer to the process group before the group is destroyed.
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()

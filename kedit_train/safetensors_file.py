@@ -24,11 +24,11 @@ _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Contents(NamedTuple):
-    """What a file holds.
+    """The contents of a file.
 
     Args:
         tensors: name -> tensor on the CPU.
-        metadata: the JSON value that was saved with them; None for a file without metadata of the requested kind.
+        metadata: the JSON value that was saved with the tensors. None if the file has no metadata of this kind.
     """
 
     tensors: dict[str, Tensor]
@@ -38,16 +38,16 @@ class Contents(NamedTuple):
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Any = None, *, kind: str
 ) -> Path:
-    """Write tensors and metadata atomically; an existing file is replaced and parent folders are made.
+    """Write tensors and metadata atomically. An existing file is replaced, and parent folders are created.
 
     Args:
-        path: of the file.
-        tensors: name -> tensor on any device; copied to the CPU. Two names must not share memory.
-        metadata: any value that JSON holds.
-        kind: what the file is, for example ``"kedit_train.delta"``. :func:`load_tensors` refuses another kind.
+        path: the path of the file.
+        tensors: name -> tensor on any device; copied to the CPU. Two tensors must not share memory.
+        metadata: any value that can be saved as JSON.
+        kind: the kind of file, for example ``"kedit_train.delta"``. :func:`load_tensors` refuses files of another kind.
 
     Raises:
-        EditError: ``metadata`` does not fit JSON.
+        EditError: ``metadata`` cannot be saved as JSON.
         OSError: the file cannot be written.
 
     Example:
@@ -73,23 +73,23 @@ def fill_tensors(
     *,
     kind: str,
 ) -> Iterator[dict[str, Tensor]]:
-    """Write a file that is larger than memory: the block fills memory-mapped tensors.
+    """Write a file that may be larger than memory: the ``with`` block fills memory-mapped tensors.
 
-    The whole file is allocated before the block begins. It takes its name when the block ends without an error; after
-    an error nothing is left.
+    The disk space for the file is allocated before the block begins. The file gets its name when the block ends without
+    an error. After an error, no file is left.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         shapes: name -> (shape, dtype) of each tensor.
-        metadata: any value that JSON holds.
-        kind: as in :func:`save_tensors`.
+        metadata: any value that can be saved as JSON.
+        kind: the kind of file, as in :func:`save_tensors`.
 
     Yields:
         name -> tensor. Entries that the block does not write are undefined.
 
     Raises:
-        EditError: ``metadata`` does not fit JSON.
-        OSError: the disk has no room for the file, or it cannot be written.
+        EditError: ``metadata`` cannot be saved as JSON.
+        OSError: the disk has no space for the file, or the file cannot be written.
     """
     text = _to_json(metadata)
     # Large items first, so that every tensor is aligned to its item size.
@@ -121,25 +121,25 @@ def fill_tensors(
 def load_tensors(
     path: str | os.PathLike[str], *, kind: str, memory_map: bool = True, allow_unsigned: bool = False
 ) -> Contents:
-    """Read what :func:`save_tensors` or :func:`fill_tensors` wrote, and verify its checksum.
+    """Read a file that :func:`save_tensors` or :func:`fill_tensors` wrote, and verify its checksum.
 
     Args:
-        path: of the file.
-        kind: as it was saved.
+        path: the path of the file.
+        kind: the kind that the file was saved with.
         memory_map: True maps the tensors, so that they take no memory until they are used. False copies them into
             memory, so that the file may be deleted or changed afterwards.
-        allow_unsigned: also read a safetensors file without metadata of this kind, which has no checksum.
+        allow_unsigned: True also reads safetensors files without metadata of this kind, which have no checksum.
 
     Raises:
-        EditError: no such file, another kind of file, a damaged file, or a file that was changed after it was written.
+        EditError: the file does not exist, is of another kind, is damaged, or was changed after it was written.
     """
     path = Path(path)
     spans, stored = read_header(path)
     signed = kind in stored and f"{kind}.sha256" in stored
     if not signed and not allow_unsigned:
-        raise EditError(f"{path} is not a {kind.removeprefix('kedit_train.')} file of kedit-train.")
+        raise EditError(f"{path} is not a {kind.removeprefix('kedit_train.')} file of kedit-train; check the path.")
     if any(span.dtype is None or span.start % span.dtype.itemsize for span in spans.values()):
-        raise EditError(f"{path} is damaged: a tensor has an unknown dtype or is not aligned.")
+        raise EditError(f"{path} is damaged: a tensor has an unknown dtype or is not aligned; get the file again.")
     try:
         tensors = map_tensors(path, spans)
     except (OSError, ValueError) as error:
@@ -149,16 +149,18 @@ def load_tensors(
     try:
         metadata = json.loads(stored[kind]) if signed else None
     except (ValueError, RecursionError) as error:
-        raise EditError(f"{path} is damaged: its metadata is not JSON ({type(error).__name__}).") from error
+        raise EditError(
+            f"{path} is damaged: the metadata is not JSON ({type(error).__name__}); get the file again."
+        ) from error
     if not memory_map:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     return Contents(tensors, metadata)
 
 
 def checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 (hex) of metadata text and of the names, dtypes, shapes and bytes of CPU tensors.
+    """Return the SHA-256 (hex) of the metadata text and of the names, dtypes, shapes and bytes of CPU tensors.
 
-    Memory-mapped tensors are hashed page by page, so a file of any size takes no memory.
+    Memory-mapped tensors are hashed page by page, so even a large file needs little memory.
     """
     digest = hashlib.sha256(metadata.encode(errors="surrogatepass"))
     for name in sorted(tensors):
@@ -175,7 +177,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``"bfloat16"`` for ``torch.bfloat16``."""
+    """Return the name of a dtype without ``torch.``, for example ``"bfloat16"`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -183,11 +185,11 @@ def _to_json(metadata: Any) -> str:
     try:
         return json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise EditError(f"metadata must be a value that JSON can hold: {error}.") from error
+        raise EditError(f"metadata must be a value that can be saved as JSON: {error}.") from error
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Make a file whose every byte is on the disk: writing to a mapped byte without a place kills the process."""
+    """Create a file with all its disk space. Writing to a mapped byte without disk space would kill the process."""
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
             try:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: where each tensor lies, without trusting any number in the file."""
+"""Read the header of a safetensors file, with the position of each tensor, and check every number in it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# The safetensors format allows no longer header.
+# The maximum size of a header in the safetensors format.
 _MAX_HEADER_BYTES = 100_000_000
 # Limits of torch: the number of dimensions, and a number of entries that fits 64 bits.
 _MAX_DIMENSIONS, _MAX_ENTRIES = 64, 2**63
@@ -38,13 +38,13 @@ _MAX_DIMENSIONS, _MAX_ENTRIES = 64, 2**63
 
 @dataclass(frozen=True)
 class Span:
-    """The place of one tensor in a file.
+    """The position of one tensor in a file.
 
     Args:
-        dtype: None for a dtype that torch has no equivalent of.
-        shape: of the tensor.
-        start: offset of its first byte in the file.
-        end: offset behind its last byte.
+        dtype: the dtype of the tensor. None for a dtype that torch does not have.
+        shape: the shape of the tensor.
+        start: offset of the first byte of the tensor in the file.
+        end: offset of the first byte after the tensor.
     """
 
     dtype: torch.dtype | None
@@ -73,7 +73,9 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise EditError(f"{path} is not a safetensors file, or it is cut short (the header is longer than it).")
+                raise EditError(
+                    f"{path} is not a safetensors file, or is cut short (its header is longer than the file)."
+                )
             text = file.read(length)
     except (OSError, ValueError) as error:
         if isinstance(error, EditError):
@@ -83,7 +85,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
-            raise EditError("its metadata values are not strings")
+            raise EditError("the metadata values must be strings")
         spans = {name: _span(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -91,10 +93,12 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
     end = 8 + length
     for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
         if span.start != end:
-            raise EditError(f"{path} is damaged: {name!r} does not begin where the previous tensor ends.")
+            raise EditError(f"{path} is damaged: tensor {name!r} does not begin where the previous one ends.")
         end = span.end
     if end != size:
-        raise EditError(f"{path} is cut short or damaged: it has {size} bytes and its header describes {end}.")
+        raise EditError(
+            f"{path} is cut short or damaged: the file has {size} bytes, but its header describes {end} bytes."
+        )
     return spans, metadata
 
 
@@ -111,7 +115,7 @@ def read_tensor(path: str | os.PathLike[str], span: Span, name: str) -> Tensor:
     """Read one tensor into memory.
 
     Raises:
-        EditError: torch has no equivalent of its dtype.
+        EditError: torch does not have the dtype of the tensor.
     """
     if span.dtype is None:
         raise EditError(f"{path}: tensor {name!r} has a dtype that torch does not support.")
@@ -133,9 +137,9 @@ def _span(entry: Any, data_start: int) -> Span:
     start, end = entry["data_offsets"]
     shape, dtype = entry["shape"], DTYPES.get(entry["dtype"])
     if not is_shape(shape) or not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
-        raise EditError("a tensor has an impossible shape or place")
+        raise EditError("a tensor has an impossible shape or position")
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
-        raise EditError(f"{end - start} bytes do not hold a tensor of dtype {entry['dtype']} and shape {shape}")
+        raise EditError(f"{end - start} bytes do not fit a tensor of dtype {entry['dtype']} and shape {shape}")
     return Span(dtype, tuple(shape), data_start + start, data_start + end)
 
 

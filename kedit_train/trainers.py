@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL as an edit, described by a configuration instead of a list of callbacks."""
+"""Knowledge edits with TRL's ``SFTTrainer``, described by a configuration instead of a list of callbacks."""
 
 from __future__ import annotations
 
@@ -56,30 +56,31 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "stop_when_edited": StopWhenEdited,
     "save_delta": SaveDelta,
 }
-# The command line gives a string of JSON.
+# On the command line, the arguments of a callback are a JSON string.
 Arguments = dict[str, Any] | str | None
 
 
 def _help(question: str) -> dict[str, str]:
-    return {"help": f"{question} The arguments of the callback, as a mapping or as JSON; {{}} for its defaults."}
+    return {"help": f"{question} Value: the arguments of the callback as a mapping or as JSON; {{}} for the defaults."}
 
 
 @dataclass
 class EditSFTConfig(SFTConfig):
-    """``SFTConfig`` with one field per callback of this package. ``TrlParser`` reads it from YAML and flags.
+    """TRL's ``SFTConfig`` with one additional field per callback of this package.
 
-    A field holds the arguments of its callback: ``parameter_scope: {layers: 0.7}`` is ``ParameterScope(layers=0.7)``,
-    on the command line ``--parameter_scope '{"layers": 0.7}'``. ``{}`` or ``true`` uses the defaults of the callback.
-    A field that is not set adds no callback. Callbacks that need edits get ``edits``.
+    The value of a field is the arguments of the callback. For example, ``parameter_scope: {layers: 0.7}`` adds
+    ``ParameterScope(layers=0.7)``. On the command line, this field is ``--parameter_scope '{"layers": 0.7}'``. The
+    value ``{}`` or ``true`` adds the callback with its defaults. A field that is not set adds no callback. ``edits`` is
+    passed to all callbacks that need edits. ``TrlParser`` reads the configuration from YAML and the command line.
 
     Args:
-        edits: a file that :meth:`EditDataset.load` reads, or "world". The edits are trained, unless the trainer gets a
-            ``train_dataset``, and evaluated.
+        edits: a file that :meth:`EditDataset.load` reads, or "world" for the embedded edits. The edits are used for
+            evaluation, and also for training unless the trainer gets a ``train_dataset``.
         prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
             template of the tokenizer ("chat"), or framed as a question ("question").
 
     Raises:
-        EditError: a field is not a mapping, or names an argument that its callback does not have.
+        EditError: the value of a field is not a mapping, or contains an argument that the callback does not have.
 
     Example:
         >>> from kedit_train import EditSFTConfig
@@ -102,23 +103,38 @@ class EditSFTConfig(SFTConfig):
     """
 
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
-    parameter_scope: Arguments = field(default=None, metadata=_help("Where may the model change?"))
-    gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weights may change?"))
+    parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
+    gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
     prompt_format: str = field(default="plain", metadata={"help": "Format of the prompts: plain, chat or question."})
-    forget_first: Arguments = field(default=None, metadata=_help("Subtract the old answers before the first step."))
-    token_loss: Arguments = field(default=None, metadata=_help("What is each token trained towards?"))
-    token_smoothing: Arguments = field(default=None, metadata=_help("token_loss with the objective overtone."))
-    kl_locality: Arguments = field(default=None, metadata=_help("Which predictions must stay?"))
-    batch_anchor: Arguments = field(default=None, metadata=_help("Keep the predictions on the training batch."))
-    weight_anchor: Arguments = field(default=None, metadata=_help("Pull weights to their old values (L2-SP, EWC)."))
-    norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
-    null_space: Arguments = field(default=None, metadata=_help("Project the change away from inputs of texts."))
-    low_curvature: Arguments = field(default=None, metadata=_help("Project the change onto low-curvature directions."))
-    prefix_cache: Arguments = field(default=None, metadata=_help("Compute the frozen layers once."))
-    active_set: Arguments = field(default=None, metadata=_help("Skip the edits that are learned."))
-    edit_metrics: Arguments = field(default=None, metadata=_help("Did it work?"))
+    forget_first: Arguments = field(default=None, metadata=_help("Unlearn the old answers before the first step."))
+    token_loss: Arguments = field(default=None, metadata=_help("What is the training target of each token?"))
+    token_smoothing: Arguments = field(
+        default=None,
+        metadata=_help("Train each token towards a smoothed target (token_loss with the objective overtone)."),
+    )
+    kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
+    batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
+    weight_anchor: Arguments = field(
+        default=None, metadata=_help("Pull the weights towards their original values (L2-SP, EWC).")
+    )
+    norm_ball: Arguments = field(
+        default=None, metadata=_help("How far may the weights move from their original values?")
+    )
+    null_space: Arguments = field(
+        default=None, metadata=_help("Project the weight change so that layer outputs on given texts hardly change.")
+    )
+    low_curvature: Arguments = field(
+        default=None, metadata=_help("Project the weight change onto directions of low loss curvature.")
+    )
+    prefix_cache: Arguments = field(
+        default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
+    )
+    active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
+    edit_metrics: Arguments = field(
+        default=None, metadata=_help("Evaluate the edits before, during and after training.")
+    )
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
-    save_delta: Arguments = field(default=None, metadata=_help("Save the change as a file."))
+    save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 
     def __post_init__(self) -> None:
         for name in CALLBACKS:
@@ -129,7 +145,7 @@ class EditSFTConfig(SFTConfig):
         """Return the callbacks that the fields describe.
 
         Args:
-            edits: passed to the callbacks that have an argument ``edits``, unless a field sets it.
+            edits: the edits for callbacks that have an argument ``edits``. A value in a field takes precedence.
         """
         shared = {"edits": edits, "prompt_format": self.prompt_format}
         callbacks = []
@@ -147,22 +163,24 @@ class EditSFTConfig(SFTConfig):
 
 
 class EditSFTTrainer(SFTTrainer):
-    """``SFTTrainer`` with the callbacks that its :class:`EditSFTConfig` describes and a model card about the edit.
+    """TRL's ``SFTTrainer`` with the callbacks of an :class:`EditSFTConfig` and a model card section on the edit.
 
-    It adds nothing else: an ``SFTTrainer`` with the same callbacks gives the same weights. The card (``README.md``
-    beside every saved model) is the one that TRL writes, with a section on what was edited, the constraints, the
-    scores, the cost and the papers. ``EditMetrics`` must be among the callbacks for that section.
+    An ``SFTTrainer`` with the same callbacks trains the same weights. If ``EditMetrics`` is among the callbacks, the
+    model card that TRL writes (``README.md`` next to every saved model) gets a section on the edit. The section lists
+    the edited facts, the constraints, the scores, the cost and the papers.
 
     Args:
         model: a hub name, a folder or a model, as for ``SFTTrainer``.
         args: the configuration.
-        edits: the edits, instead of ``args.edits``. Callbacks that need edits and have none get these.
-        train_dataset: what to train on, instead of the edits: an ``EditDataset``, or a dataset as for ``SFTTrainer``.
-        callbacks: more callbacks, of this package or others.
+        edits: the edits, used instead of ``args.edits``. They are passed to all callbacks that need edits and have no
+            edits of their own.
+        train_dataset: the training data, used instead of the edits: an ``EditDataset``, or a dataset as for
+            ``SFTTrainer``.
+        callbacks: additional callbacks, from this package or others.
         kwargs: all other arguments of ``SFTTrainer``.
 
     Raises:
-        EditError: there is nothing to train on, or no callback of this package.
+        EditError: there is nothing to train on, or no callback is from this package.
 
     Example:
         >>> from kedit_train import EditSFTConfig, EditSFTTrainer, world
@@ -199,7 +217,10 @@ class EditSFTTrainer(SFTTrainer):
             if edits is None and args.edits is not None:
                 edits = EditDataset.load(args.edits)
             if edits is None and train_dataset is None:
-                raise EditError("there is nothing to train on; give edits= (in YAML: edits: FILE) or train_dataset=")
+                raise EditError(
+                    "edits or train_dataset must be set, got neither; pass edits= (in YAML: edits: FILE) or "
+                    "train_dataset=."
+                )
             examples: Any = edits if train_dataset is None else train_dataset
             if isinstance(examples, EditDataset) or train_dataset is None:
                 prompt_format: Any = args.prompt_format
@@ -208,8 +229,8 @@ class EditSFTTrainer(SFTTrainer):
             own = [callback for callback in all_callbacks if isinstance(callback, EditCallback)]
             if not own:
                 raise EditError(
-                    "no callback is set, so this would be plain fine-tuning; set parameter_scope, edit_metrics or "
-                    f"another of {', '.join(CALLBACKS)}"
+                    "at least one callback of kedit_train must be set, got none, which would be plain fine-tuning; set "
+                    f"at least one of {', '.join(CALLBACKS)} in args."
                 )
         for callback in own:
             if edits is not None and getattr(callback, "edits", edits) is None:
@@ -219,7 +240,7 @@ class EditSFTTrainer(SFTTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write the model card of TRL to ``args.output_dir`` and add the section on the edit."""
+        """Write TRL's model card to ``args.output_dir``, and add a section on the edit."""
         super().create_model_card(model_name, dataset_name, tags)
         metrics, saved = self._edit_callback(EditMetrics), self._edit_callback(SaveDelta)
         report = getattr(metrics, "report", None)
@@ -234,7 +255,7 @@ class EditSFTTrainer(SFTTrainer):
         card.insert_section(Path(str(self.args.output_dir)) / "README.md", text)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model with its card."""
+        """Save the model together with its model card."""
         super().save_model(output_dir, _internal_call)
         if _internal_call or not self.is_world_process_zero():
             return
@@ -249,26 +270,29 @@ class EditSFTTrainer(SFTTrainer):
 
 
 def _arguments(name: str, value: Any) -> dict[str, Any] | None:
-    """Return the value of a field as arguments of its callback, or None if there is to be no callback."""
+    """Convert the value of a field into arguments of its callback, or into None for no callback."""
     callback_class = CALLBACKS[name]
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise EditError(f"{name} must be JSON such as '{{}}', got {value!r} ({error}).", "EditSFTConfig") from error
+            raise EditError(
+                f"{name} must be a JSON object such as '{{}}', got {value!r} ({error}).", "EditSFTConfig"
+            ) from error
     if value is None or value is False:
         return None
     value = {} if value is True else value
     if not isinstance(value, dict):
         raise EditError(
-            f"{name} must be a mapping with arguments of {callback_class.__name__}, or true, got {value!r}.",
+            f"{name} must be a mapping of arguments of {callback_class.__name__}, or true for its defaults, "
+            f"got {value!r}.",
             component="EditSFTConfig",
         )
     known = list(inspect.signature(callback_class).parameters)
     unknown = [key for key in value if key not in known]
     if unknown:
         raise EditError(
-            f"{name}: {callback_class.__name__} has no argument {unknown[0]!r}; it has {', '.join(known)}",
+            f"{name}: {callback_class.__name__} has no argument {unknown[0]!r}; use one of {', '.join(known)}.",
             component="EditSFTConfig",
         )
     return value

@@ -1,4 +1,4 @@
-"""The LightningCLI entry that all recipes share.
+"""The LightningCLI entry point that all recipes use.
 
 python recipes/edit.py fit --config recipes/quickstart.yaml
 fabric run recipes/edit.py fit --config recipes/quickstart.yaml

@@ -1,4 +1,4 @@
-"""Turn a LoRA run in TRL into an edit with one import and one list of callbacks.
+"""Turn a LoRA run in TRL into a knowledge edit by adding a list of callbacks.
 
     python recipes/lora_sft.py
     python recipes/lora_sft.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt
@@ -6,8 +6,8 @@
 
 Expected: reliability 0.95 to 1.00, generality 0.38 to 0.85, locality 0.90 to 1.00; 39 s (2026-11-22).
 
-The script prints a table. It writes report.json, the adapter and edit.safetensors to the output folder; `kedit apply`
-adds the latter to the base model.
+The script prints a table of scores. The script writes report.json, the LoRA adapter and edit.safetensors to the output
+folder. Use `kedit apply` to apply edit.safetensors to the base model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit a model with LoRA in TRL.")
     parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
     parser.add_argument("--edits", default=world.NAME, help="a file of edits, or world (default)")
-    parser.add_argument("--texts", help="a file of texts that must stay (default for world: its own texts)")
+    parser.add_argument("--texts", help="a file of texts on which the model should not change (world has its own)")
     parser.add_argument("--output_dir", default="runs/lora_sft")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--epochs", type=float, default=40)
@@ -44,7 +44,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
-        raise EditError("--texts is missing: give a file of texts that must stay (.txt, one text per line).")
+        raise EditError(
+            "--texts is missing; give a file of texts on which the model should not change (.txt, one text per line)."
+        )
     edits = EditDataset.load(given.edits, limit=24 if world.is_world(given.edits) else None)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

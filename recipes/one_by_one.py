@@ -2,17 +2,18 @@
 
     python recipes/one_by_one.py
     python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts keep.txt --learning_rate 1e-4
-    python recipes/one_by_one.py --plain          # the same without constraints: keeps 0.79 of the other answers
+    python recipes/one_by_one.py --plain          # without constraints; locality is then 0.79
 
 Expected: reliability 0.95 to 1.00, generality 0.87 to 0.98, locality 0.89 to 1.00; 75 s (2026-11-22).
 
-Each run keeps the predictions of the model before the first edit and replays the edits since (``KLLocality`` with
-``sequential=True``). All edits together stay within a ball around the weights before the first edit (``NormBall``).
-With many edits, the ball keeps most of what the texts do not contain. If edits can be trained together, use
-kedit_default.yaml or sequential.yaml instead: that works better.
+While an edit is trained, ``KLLocality`` with ``sequential=True`` keeps the predictions that the model made before the
+first edit, and the answers of all earlier edits. ``NormBall`` keeps the weights within a ball around the weights before
+the first edit. With many edits, the ball protects knowledge that the texts do not contain. If you can train the edits
+together, use kedit_default.yaml or sequential.yaml, because these recipes give better scores.
 
-The script prints how many edits are known after each edit. It writes retention.png, report.json and edit.safetensors;
-`kedit apply` adds the latter to the base model. If it is stopped early, edit.safetensors holds what was learned so far.
+The script prints a table that says how many edits the model knew after each edit. The script writes retention.png,
+report.json and edit.safetensors. Use `kedit apply` to apply edit.safetensors to the base model. If you stop the script
+early, edit.safetensors contains the edits that were trained so far.
 """
 
 from __future__ import annotations
@@ -39,8 +40,10 @@ DELTA, REPORT, PICTURE = "edit.safetensors", "report.json", "retention.png"
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train edits one after the other, each alone.")
     parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
-    parser.add_argument("--edits", default=world.NAME, help="a file of edits in their order, or world (default)")
-    parser.add_argument("--texts", help="a file of texts that must stay (default for world: its own texts)")
+    parser.add_argument(
+        "--edits", default=world.NAME, help="a file of edits to train in this order, or world (default)"
+    )
+    parser.add_argument("--texts", help="a file of texts on which the model should not change (world has its own)")
     parser.add_argument("--output_dir", default="runs/one_by_one")
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--ball", type=float, help="radius of the ball as a fraction of the norm of the weights (0.5)")
@@ -51,7 +54,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def learning() -> list[EditCallback]:
-    """Return the callbacks that learn an edit, with the settings of kedit_default.yaml."""
+    """Return the callbacks that train an edit, with the settings of kedit_default.yaml."""
     return [
         ParameterScope("0.3-1.0", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
@@ -60,8 +63,9 @@ def learning() -> list[EditCallback]:
 
 
 def constraints(texts: str, ball: float, seed: int = 0) -> list[EditCallback]:
-    """Return the callbacks that keep the rest. The same instances serve all edits and remember the earlier ones."""
-    # The weight is ten times that of a batch, because the gradients of a single edit do not cancel.
+    """Return the callbacks that keep other answers. Use the same instances for all edits of a sequence."""
+    # The weight is ten times the weight in kedit_default.yaml. The gradients of several edits in a batch partly cancel,
+    # but the gradients of a single edit do not.
     return [
         KLLocality(Texts(texts, seed=seed), weight=200.0, batch_size=32, sequential=True),
         NormBall(norm="l2", per="scope", fraction=ball),
@@ -75,11 +79,13 @@ def check(given: argparse.Namespace) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise EditError(f"--{name} must be > 0, got {value:g}.")
     if given.texts not in (None, world.NAME) and not Path(given.texts).is_file():
-        raise EditError(f"--texts: there is no file {given.texts!r}.")
+        raise EditError(f"--texts must be a file that exists, got {given.texts!r}.")
     if given.plain and (given.texts, given.ball) != (None, None):
-        raise EditError("--plain trains without constraints; leave out --texts and --ball.")
+        raise EditError("--plain trains without constraints, so --texts and --ball must be left out.")
     if not given.plain and given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
-        raise EditError("--texts is missing: give a file of texts that must stay (.txt, one text per line).")
+        raise EditError(
+            "--texts is missing; give a file of texts on which the model should not change (.txt, one text per line)."
+        )
     for name in (DELTA, REPORT, PICTURE):
         check_writable(Path(given.output_dir) / name)
     if find_spec("matplotlib") is None:

@@ -1,10 +1,10 @@
-"""Run the edit of quickstart.yaml in TRL's unmodified ``SFTTrainer``.
+"""Train the same edit as quickstart.yaml in TRL's unmodified ``SFTTrainer``.
 
     python recipes/trl_sft.py
     python recipes/trl_sft.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt
     lightning run recipes/trl_sft.py --devices 2
 
-The script prints a table and writes report.json and the model to the output folder.
+The script prints a table of scores, and writes report.json and the edited model to the output folder.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit a model in an unmodified SFTTrainer.")
     parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
     parser.add_argument("--edits", default=world.NAME, help="a file of edits, or world (default)")
-    parser.add_argument("--texts", help="a file of texts that must stay (default for world: its own texts)")
+    parser.add_argument("--texts", help="a file of texts on which the model should not change (world has its own)")
     parser.add_argument("--output_dir", default="runs/trl_sft")
     parser.add_argument("--epochs", type=float, default=60)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--report_to", default="none", help="wandb, tensorboard, ...")
+    parser.add_argument("--report_to", default="none", help="where to log: wandb, tensorboard, ... (default: none)")
     return parser.parse_args()
 
 
 def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
-        raise EditError("--texts is missing: give a file of texts that must stay (.txt, one text per line).")
+        raise EditError(
+            "--texts is missing; give a file of texts on which the model should not change (.txt, one text per line)."
+        )
     edits = EditDataset.load(given.edits, limit=24 if world.is_world(given.edits) else None)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)

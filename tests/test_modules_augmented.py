@@ -188,7 +188,9 @@ def test_augmentation_without_a_model_is_an_error() -> None:
         def configure_optimizers(self) -> Any:
             raise AssertionError
 
-    with pytest.raises(EditError, match=r"^EditDataModule: augmentation generates with the model .* Bare has no"):
+    with pytest.raises(
+        EditError, match=r"^EditDataModule: augmentation needs a language model .* Bare has no such attribute"
+    ):
         trainer(max_epochs=1).fit(Bare(), EditDataModule(limit=2, augmentation=AugmentationOptions(prefixes=1)))
 
 

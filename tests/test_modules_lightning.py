@@ -166,5 +166,5 @@ def test_a_module_without_tokenizer_is_an_error() -> None:
         def configure_optimizers(self):
             raise AssertionError
 
-    with pytest.raises(EditError, match=r"^EditDataModule: .* Plain has no attribute 'tokenizer'"):
+    with pytest.raises(EditError, match=r"^EditDataModule: .* attribute 'tokenizer' .* Plain has no such attribute"):
         trainer(max_epochs=1).fit(Plain(), EditDataModule(limit=2))

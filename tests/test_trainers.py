@@ -166,10 +166,13 @@ def test_callbacks_that_need_edits_get_those_of_the_trainer() -> None:
     [
         (
             {"kl_locality": {"text": "x"}},
-            r"^EditSFTConfig: kl_locality: KLLocality has no argument 'text'; it has texts",
+            r"^EditSFTConfig: kl_locality: KLLocality has no argument 'text'; use one of texts",
         ),
-        ({"norm_ball": "0.1,"}, r"^EditSFTConfig: norm_ball must be JSON such as '{}', got '0.1,'"),
-        ({"norm_ball": 3}, r"^EditSFTConfig: norm_ball must be a mapping with arguments of NormBall, or true, got 3"),
+        ({"norm_ball": "0.1,"}, r"^EditSFTConfig: norm_ball must be a JSON object such as '{}', got '0.1,'"),
+        (
+            {"norm_ball": 3},
+            r"^EditSFTConfig: norm_ball must be a mapping of arguments of NormBall, or true for its defaults, got 3",
+        ),
     ],
 )
 def test_a_wrong_field_is_an_error(given: dict[str, Any], message: str) -> None:
@@ -181,12 +184,13 @@ def test_a_trainer_without_an_edit_is_an_error() -> None:
     model, tokenizer = world.load()
     with pytest.raises(EditError, match=r"^EditSFTTrainer: args must be an EditSFTConfig, got SFTConfig"):
         EditSFTTrainer(model, args=SFTConfig(output_dir="x", **HERE), processing_class=tokenizer)  # pyright: ignore
-    with pytest.raises(EditError, match="there is nothing to train on; give edits="):
+    with pytest.raises(EditError, match="edits or train_dataset must be set, got neither; pass edits="):
         EditSFTTrainer(model, args=EditSFTConfig(output_dir="x", **HERE, norm_ball={}), processing_class=tokenizer)
-    with pytest.raises(EditError, match="no callback is set, so this would be plain fine-tuning"):
+    with pytest.raises(EditError, match="at least one callback of kedit_train must be set, got none"):
         EditSFTTrainer(model, args=EditSFTConfig(output_dir="x", **HERE, edits="world"), processing_class=tokenizer)
 
 
+@pytest.mark.slow
 def test_trl_is_not_imported_before_it_is_needed() -> None:
     code = (
         "import sys, kedit_train, kedit_train.callbacks;"

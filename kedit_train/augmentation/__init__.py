@@ -1,4 +1,4 @@
-"""Examples to train beside the edits, made with the model before the edit: pseudo-paraphrases and replayed facts."""
+"""Additional training examples, made with the unedited model: pseudo-paraphrases and replayed facts."""
 
 from __future__ import annotations
 
@@ -30,21 +30,24 @@ __all__ = [
     "replay_facts",
 ]
 
-# Generated prefixes per prefix that an edit gets; the edits share them.
+# Number of generated prefixes for each prefix that an edit gets. All edits draw from the same prefixes.
 POOL = 8
 
 
 @dataclass(frozen=True)
 class AugmentationOptions:
-    """Examples to train beside the edits, as a recipe names them (``data.augmentation``). See :func:`augmentation`.
+    """The section ``data.augmentation`` of a recipe: additional examples to train together with the edits.
+
+    :func:`augmentation` makes the examples.
 
     Args:
-        prefixes: pseudo-paraphrases per edit: the prompt behind short texts that the unedited model generates.
-        replay: prompts of other facts, trained with the answers of the unedited model: a ``.txt`` file with one per
-            line, a file of edits (its prompts are used), or "world".
-        replay_limit: replay at most this many facts, drawn anew under each seed. None replays as many as there are
-            edits.
-        previous_edits: a file of edits that the model has learned before. All are trained again.
+        prefixes: number of pseudo-paraphrases per edit. Each consists of a short text that the unedited model
+            generates, followed by the prompt.
+        replay: prompts of other facts, to train with the answers of the unedited model. A ``.txt`` file with one prompt
+            per line, a file of edits (only its prompts are used), or "world" for the embedded prompts.
+        replay_limit: maximum number of facts to replay. Every seed draws other facts. None uses the number of edits.
+        previous_edits: a file of edits that the model has already learned. They are trained again, except those that
+            :func:`augmentation` leaves out.
 
     Example:
         >>> AugmentationOptions(prefixes=2, replay="world").replay_limit is None
@@ -60,15 +63,15 @@ class AugmentationOptions:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Returns the examples to train beside the edits that it is called with.
+    """A callable that takes edits and returns the additional examples to train together with them.
 
     Args:
-        prefixes: texts to draw from.
+        prefixes: the texts to draw prefixes from.
         per_edit: number of prefixes per edit, drawn with ``seed``.
-        replay: examples of other facts, the same for all edits.
-        seed: seed of the draws.
-        leak_check: made from all edits of the run.
-        summary: what was made and what was left out, as one line.
+        replay: examples of other facts, which are the same for all edits.
+        seed: seed of the random draws.
+        leak_check: finds examples that must not be trained on. Made from all edits of the run.
+        summary: one line with the numbers of examples that were made and left out.
     """
 
     prefixes: tuple[str, ...]
@@ -100,28 +103,31 @@ def augmentation(
     prompt_format: PromptFormat = "plain",
     batch_size: int = 64,
 ) -> Augmentation:
-    """Make the examples to train beside the edits, once, with the model before the edit.
+    """Make additional training examples for edits, with the unedited model.
 
-    Nothing that the edits are scored on is among them. In Lightning use ``EditDataModule(augmentation=)``; in a loop
-    pass the result as ``ExampleOptions(extra_edits=)``; in TRL train on
-    ``EditDataset([*edits, *augmentation(...)(edits)]).to_prompt_completion()``.
+    No example contains a prompt that the edits are scored on. Call this function once, before the training:
+
+    - In Lightning, use ``EditDataModule(augmentation=)``.
+    - In your own loop, pass the result as ``ExampleOptions(extra_edits=)``.
+    - In TRL, train on ``EditDataset([*edits, *augmentation(...)(edits)]).to_prompt_completion()``.
 
     Args:
-        model: the model before the edit.
-        tokenizer: its tokenizer.
-        edits: all edits of the run. They decide what is a leak.
-        prefixes: pseudo-paraphrases per edit: its prompt behind short texts that the model generates.
-        replay: prompts of other facts, which the model answers: a list; a ``.txt`` file with one prompt per line; a
-            file of edits, of which only the prompts are used; or "world", other facts of the embedded world.
-        replay_limit: replay at most this many facts, drawn with ``seed``. None replays as many as there are edits.
-        previous_edits: edits that the model has learned before, or a file of them. All are trained again with their own
-            targets, except those about the same subjects as ``edits``.
-        seed: seed of everything that is drawn.
-        prompt_format: the format of the training.
-        batch_size: prompts per forward pass.
+        model: the unedited model.
+        tokenizer: the tokenizer of the model.
+        edits: all edits of the run. Examples that contain their scored prompts are left out.
+        prefixes: number of pseudo-paraphrases per edit. Each consists of a short text that the model generates,
+            followed by the prompt.
+        replay: prompts of other facts, to train with the answers of the model. A list of prompts, a ``.txt`` file with
+            one prompt per line, a file of edits (only its prompts are used), or "world" for the embedded prompts.
+        replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
+        previous_edits: edits that the model has already learned, or a file of them. They are trained again with their
+            own targets, except those about a subject or with a scored prompt of ``edits``.
+        seed: seed of all random draws.
+        prompt_format: the prompt format of the training: "plain", "chat" or "question".
+        batch_size: number of prompts per forward pass.
 
     Raises:
-        EditError: an argument is out of bounds, a file cannot be read, or nothing is left to replay.
+        EditError: an argument is out of range, a file cannot be read, or no prompt is left to replay.
 
     References:
         Model Editing by Standard Fine-Tuning, arXiv 2402.11078.
@@ -139,7 +145,7 @@ def augmentation(
     )
     with reported_by("augmentation"):
         if replay_limit is not None and replay is None:
-            raise EditError(f"replay_limit={replay_limit} needs prompts; set replay.")
+            raise EditError(f"replay_limit={replay_limit} needs prompts to replay, but replay is not set; set replay.")
         check, summary = LeakCheck(edits), []
         texts: list[str] = []
         if prefixes:
@@ -169,7 +175,7 @@ def augmentation(
                 f"{len(allowed)} previous edits ({leaked} left out as leaks, fraction {leaked / len(again):.3f})"
             )
         _check_lengths(model, tokenizer, examples, prompt_format)
-    line = "beside the edits: " + "; ".join(summary)
+    line = "additional examples: " + "; ".join(summary)
     return Augmentation(tuple(texts), prefixes, tuple(examples), seed, check, line)
 
 
@@ -184,8 +190,8 @@ def _prefixes(
     ]
     if len(texts) < per_edit:
         raise EditError(
-            f"prefixes={per_edit}, but only {len(texts)} of {len(generated)} generated texts are not about the edits; "
-            "lower prefixes."
+            f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes contain no "
+            "text of the edits or of the evaluation; lower prefixes."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)
@@ -196,7 +202,7 @@ def _prefixes(
 
 
 def _check_lengths(model: Any, tokenizer: Any, examples: Sequence[Edit], prompt_format: PromptFormat) -> None:
-    """Raise an error that names an example that is longer than the context, before any training."""
+    """Raise an error before the training if an example is longer than the context of the model."""
     if examples:
         longest = context_length(unwrap_model(model).config)
         EditDataset(examples, name="replay").encode(tokenizer, max_length=longest, prompt_format=prompt_format)

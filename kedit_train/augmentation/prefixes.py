@@ -1,4 +1,4 @@
-"""Short texts that a model samples, as prefixes of prompts."""
+"""Sample short texts from a model, to put them in front of prompts."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ OPENINGS = ("The", "In", "It", "When", "A", "We", "There", "This")
 def generate_prefixes(
     model: nn.Module, tokenizer: Any, n: int, lengths: Sequence[int] = (5, 10), seed: int = 0
 ) -> list[str]:
-    """Return ``n`` different short texts that the model samples from its begin-of-text token, at temperature 1.
+    """Sample ``n`` different short texts from a model at temperature 1, starting with the begin-of-text token.
 
-    If the tokenizer has no such token, the texts start with common words. Special tokens are not sampled. A text
-    without punctuation at its end gets a full stop. The same seed gives the same texts on the same device. The global
-    random state of torch is not used.
+    If the tokenizer has no begin-of-text token, the texts start with common words. Special tokens are not sampled. A
+    text without punctuation at its end gets a full stop. The same seed gives the same texts on the same device. The
+    global random state of torch is not used.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: the tokenizer of the model.
         n: number of texts.
-        lengths: numbers of tokens; each length gets an equal share of the texts.
+        lengths: the lengths of the texts in tokens. Each length is used for the same number of texts.
         seed: seed of the samples.
 
     Raises:
-        EditError: the model repeats itself, so that there are fewer than ``n`` different texts.
+        EditError: the model generates fewer than ``n`` different texts.
 
     Example:
         >>> from kedit_train import world
@@ -51,10 +51,11 @@ def generate_prefixes(
                 texts = _sample(inner, tokenizer, -(-n // len(lengths)), length, generator)
                 distinct.update(dict.fromkeys(text for text in texts if text.strip(" .")))
             if len(distinct) >= n:
-                # A random choice, so that each length keeps its share.
+                # The choice is random, so that all lengths stay about equally frequent.
                 return random.Random(seed).sample(list(distinct), n)
     raise EditError(
-        f"n={n} different texts are needed and the model generated only {len(distinct)}; ask for fewer.",
+        f"n={n} is too high: the model generated only {len(distinct)} different texts; lower n (in a recipe: "
+        "data.augmentation.prefixes).",
         component="generate_prefixes",
     )
 

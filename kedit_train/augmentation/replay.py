@@ -1,4 +1,4 @@
-"""Facts that are not edited, with the answers of the model before the edit."""
+"""Replay: training examples about facts that are not edited, with the answers of the unedited model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from kedit_train.evaluation import generate_answers
 
 @dataclass(frozen=True)
 class ReplayedFacts:
-    """Facts that are not edited, as training examples.
+    """Training examples about facts that are not edited, with the numbers of prompts that were left out.
 
     Args:
-        examples: prompts with the answers of the model before the edit.
+        examples: prompts with the answers of the unedited model.
         prompts: number of different prompts that were considered.
-        leaked: prompts left out because an edit is scored on them or is about the same subject.
-        empty: prompts left out because the model generated nothing.
-        cut_off: prompts left out because the model did not end its answer within ``max_new_tokens``.
+        leaked: number of prompts left out because an edit is scored on them or is about the same subject.
+        empty: number of prompts left out because the model generated no text.
+        cut_off: number of prompts left out because the model did not end its answer within ``max_new_tokens``.
     """
 
     examples: tuple[Edit, ...]
@@ -39,11 +39,11 @@ class ReplayedFacts:
     cut_off: int = 0
 
     def describe(self) -> str:
-        """Return the counts as one phrase."""
+        """Return the numbers of considered and left-out prompts as one phrase."""
         fraction = self.leaked / max(1, self.prompts)
         return (
-            f"of {self.prompts} prompts {self.leaked} left out as leaks (fraction {fraction:.3f}), {self.empty} "
-            f"without an answer, {self.cut_off} with an answer that did not end"
+            f"of {self.prompts} prompts, {self.leaked} were left out as leaks (fraction {fraction:.3f}), {self.empty} "
+            f"without an answer and {self.cut_off} with an answer that did not end"
         )
 
 
@@ -59,21 +59,21 @@ def replay_facts(
     batch_size: int = 64,
     max_new_tokens: int = 32,
 ) -> ReplayedFacts:
-    """Return prompts with the model's own greedy answers, as training examples beside ``edits``.
+    """Make training examples from prompts of other facts and the model's own greedy answers.
 
-    Prompts that the edits are scored on or that are about an edit are left out
-    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`), as are prompts that the model does not answer.
+    Prompts that are about an edit or that an edit is scored on are left out
+    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`). Prompts that the model does not answer are left out too.
 
     Args:
-        model: the model before the edit.
-        tokenizer: its tokenizer.
+        model: the unedited model.
+        tokenizer: the tokenizer of the model.
         prompts: prompts of other facts. Duplicates count once.
         edits: the edits of the run.
-        limit: at most this many examples, in an order drawn with ``seed``. None takes all.
+        limit: maximum number of examples. The prompts are tried in an order drawn with ``seed``. None uses all.
         seed: seed of the order.
-        prompt_format: the format of the training.
-        batch_size: prompts per forward pass.
-        max_new_tokens: longest answer.
+        prompt_format: the prompt format of the training: "plain", "chat" or "question".
+        batch_size: number of prompts per forward pass.
+        max_new_tokens: maximum length of an answer in tokens. Prompts with a longer answer are left out.
 
     Raises:
         EditError: no example is left.
@@ -110,19 +110,19 @@ def replay_facts(
                 examples.append(example)
     facts = ReplayedFacts(tuple(examples[:wanted]), len(order), leaked, empty, cut_off)
     if not examples:
-        raise EditError(f"no prompt is left to replay: {facts.describe()}; give prompts of other facts.")
+        raise EditError(f"no prompt is left to replay: {facts.describe()}; give prompts about other facts.")
     return facts
 
 
 def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Read the prompts of ``augmentation(replay=)``.
+    """Return the prompts that the argument ``replay`` of :func:`augmentation` names.
 
     Args:
-        source: a list, a ``.txt`` file, a file of edits, or "world".
-        edits: the edits of the run. With "world", facts that depend on them are left out.
+        source: a list of prompts, a ``.txt`` file with one prompt per line, a file of edits, or "world".
+        edits: the edits of the run. With "world", prompts about facts that depend on these edits are left out.
 
     Raises:
-        EditError: there is no such file, or its kind is unknown.
+        EditError: the file does not exist, or is of an unknown kind.
 
     Example:
         >>> read_prompts(["The capital of France is"], [])
@@ -135,13 +135,13 @@ def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> l
     path, kinds = Path(source), ", ".join(SUFFIXES)
     if not path.is_file():
         raise EditError(
-            f"replay: there is no file {str(path)!r} in {Path.cwd()}; give a .txt file with one prompt per line, or a "
-            f"file of edits ({kinds})."
+            f"replay: file {str(path)!r} does not exist (working directory: {Path.cwd()}); give a .txt file with one "
+            f"prompt per line, or a file of edits ({kinds})."
         )
     if path.suffix.lower() not in (".txt", *SUFFIXES):
         raise EditError(
             f"replay: {path} must be a .txt file with one prompt per line, or a file of edits ({kinds}); rename or "
-            "convert it."
+            "convert the file."
         )
     if path.suffix.lower() == ".txt":
         return [line.strip() for line in Texts(source).load()]

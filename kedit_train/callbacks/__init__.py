@@ -1,4 +1,4 @@
-"""Callbacks that turn a training run into an edit. Each answers one question about it."""
+"""Callbacks that turn a training run into a knowledge edit of the model."""
 
 from kedit_train.callbacks.active_set import ActiveSet
 from kedit_train.callbacks.base import EditCallback

@@ -1,4 +1,4 @@
-"""ActiveSet: edits that are learned are left out of the batches for some rounds."""
+"""ActiveSet: leave learned edits out of the training batches."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from kedit_train.core.tokens.active_examples import ActiveExamples
 class ActiveSet(EditCallback):
     """Save time by leaving learned edits out of the training batches.
 
-    A token within the clip of the token loss has no gradient. An edit whose tokens are all within the clip costs a
-    forward and a backward pass and changes nothing. ``ActiveSet`` takes such edits out of the batch inside the model's
-    forward call, so it works with any data loader. Means over the batch still count them, so the gradient of the
-    remaining edits does not change. Logged losses, and the entropy and token accuracy of TRL, include the values that
-    these edits had at their last forward pass.
+    A token has no gradient once its loss is within the clip (``epsilon``) of the token loss. An edit with only such
+    tokens costs a forward and a backward pass and does not change the weights. ``ActiveSet`` removes such edits from
+    the batch inside the model's forward call, so it works with any data loader. Means over the batch still count the
+    removed edits, so the gradient of the remaining edits does not change. Logged losses, and the entropy and token
+    accuracy of TRL, include the values of the removed edits at their last forward pass.
 
-    Every ``recheck`` rounds the model runs on a learned edit again. An edit that other edits have pushed out in between
-    is noticed only then.
+    The model runs on a learned edit again after the edit was left out ``recheck`` times. Only then does ``ActiveSet``
+    notice whether training on other edits has undone the edit.
 
-    Nothing is left out of batches with one example, and of packed batches whose rows differ between epochs.
+    ``ActiveSet`` leaves nothing out of a batch with only one example. From a packed batch, it leaves out only rows that
+    are the same in every epoch.
 
     Args:
-        recheck: number of rounds that a learned edit is left out before the model runs on it again.
+        recheck: how many times a learned edit is left out before the model runs on it again.
         probability: an edit is learned when each of its target tokens has at least this probability, in (0, 1). With
-            None it is learned when none of its tokens is active under the clip of the token loss.
+            None (default), an edit is learned when the loss of each token is at most ``epsilon`` of the token loss.
 
     Raises:
-        EditError: there is no token loss on the list, or it has no clip and ``probability`` is None, or an anchor on
-            the training batch is on the list.
+        EditError: the run has no token loss, the token loss has no clip and ``probability`` is None, or the run has a
+            ``BatchAnchor``.
 
     Example:
         >>> import torch
@@ -56,7 +57,7 @@ class ActiveSet(EditCallback):
 
     # After the token loss, which creates the loss head.
     order = 25
-    duplicate_hint = "one of them handles all edits; remove the other"
+    duplicate_hint = "one ActiveSet handles all edits, so remove the second one"
 
     def __init__(self, recheck: int = 4, *, probability: float | None = None) -> None:
         check_arguments(self, recheck=(recheck, integer_from(1)), probability=(probability, optional(within("(0, 1)"))))
@@ -64,13 +65,13 @@ class ActiveSet(EditCallback):
         self._examples: ActiveExamples | None = None
 
     def requires(self) -> Sequence[Requirement]:
-        loss = "a token loss tells which edits are learned; add TokenSmoothing()."
-        clip = "without a clip every token stays active; give the token loss an epsilon > 0, or pass probability."
+        loss = "a token loss is needed to find the learned edits; add TokenSmoothing()."
+        clip = "probability must be given if the token loss has epsilon=0; pass probability, or set epsilon > 0."
         needed = [Requirement(("token_loss",), loss)]
         return needed if self.probability is not None else [*needed, Requirement(("token_clip",), clip)]
 
     def conflicts(self) -> Sequence[Requirement]:
-        message = "edits that are left out would not be anchored; remove ActiveSet or the anchor on the training batch."
+        message = "BatchAnchor would not anchor the edits that ActiveSet leaves out; remove ActiveSet or BatchAnchor."
         return (Requirement(("batch_anchor",), message),)
 
     def prepare(self, run: EditRun) -> None:
@@ -80,7 +81,7 @@ class ActiveSet(EditCallback):
         self._examples = run.loss_head().filter = ActiveExamples(self.recheck, self.probability)
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the shares of examples and tokens left out since the last call, and the seconds saved so far."""
+        """Return the fractions of examples and tokens left out since the last call, and the seconds saved so far."""
         return {} if self._examples is None else self._examples.metrics()
 
     def state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The base class of all callbacks."""
+"""EditCallback: the base class of all callbacks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from kedit_train.core.run import EditRun
 class EditCallback(TransformersEvents, LightningEvents):
     """Base class of a callback that works in ``transformers``, TRL, Lightning, Fabric and plain loops.
 
-    Override the methods that you need; none of them has to call ``super()``. Users may list callbacks in any order;
-    the methods are called in the order of the class attribute ``order``. One instance serves one model at a time and
-    may be used for another model afterwards.
+    Override the methods that you need. An override does not have to call ``super()``. Users may list callbacks in any
+    order: their methods are called in ascending order of the class attribute ``order``. One instance serves one model
+    at a time, and may be used for another model afterwards.
 
     Attributes:
-        order: position among the callbacks of a run; lower comes first.
+        order: position among the callbacks of a run. Callbacks with a lower value come first.
         constrains: whether :meth:`constrain` must be called after every optimizer step.
         penalizes: whether :meth:`penalty` returns a penalty.
-        anchors: whether the callback compares with the reference model inside the model's own forward pass, so that
-            its gradient is part of the training loss.
-        duplicate_hint: what to do instead of adding two callbacks of this class to one model, for the error message.
-            None allows several.
+        anchors: whether the callback adds a comparison with the reference model to the training loss, inside the
+            forward pass of the trained model.
+        duplicate_hint: what to do instead of adding two callbacks of this class to one model. The error message ends
+            with it. None allows several callbacks of this class.
 
     Example:
         >>> import torch
@@ -55,34 +55,38 @@ class EditCallback(TransformersEvents, LightningEvents):
     # -- before training
 
     def provides(self) -> set[str]:
-        """Return the capabilities and metric keys that this callback, with its arguments, offers to others."""
+        """Return the names of the capabilities and metrics that this callback provides to other callbacks."""
         return set()
 
     def requires(self) -> Sequence[Requirement]:
-        """Return what other callbacks must provide. Checked before the first callback attaches."""
+        """Return what other callbacks of the run must provide. Checked before the first callback attaches."""
         return ()
 
     def conflicts(self) -> Sequence[Requirement]:
-        """Return what no other callback may provide. Checked before the first callback attaches."""
+        """Return what no other callback of the run may provide. Checked before the first callback attaches."""
         return ()
 
     def prepare(self, run: EditRun) -> None:
-        """Check arguments and decide what may change. The optimizer does not exist yet; other callbacks may not."""
+        """Check the arguments and select the parameters that may change.
+
+        The optimizer does not exist yet, and other callbacks may not have joined the run yet.
+        """
 
     def attach(self, run: EditRun) -> None:
-        """Start working. All callbacks are prepared and the model is on its device.
+        """Start to work on the model. All callbacks are prepared, and the model is on its device.
 
-        After a resume the weights may already be edited ones; ``run.reference_model()`` gives those before the edit.
+        In a resumed run, the model may already contain edited weights. Inside ``with run.reference_model():``, it has
+        the weights before the edit.
         """
 
     # -- around every optimizer step
 
     def penalty(self, run: EditRun) -> Tensor | None:
-        """Return a scalar to add to the loss of this optimizer step, connected to the model; None for nothing."""
+        """Return a differentiable scalar to add to the loss of this optimizer step, or None for no penalty."""
         return None
 
     def skip_step(self, run: EditRun) -> bool:
-        """Return whether this optimizer step, whose gradients are complete, should leave the weights unchanged."""
+        """Return whether to skip this optimizer step. Called when the gradients of the step are complete."""
         return False
 
     @property
@@ -91,17 +95,19 @@ class EditCallback(TransformersEvents, LightningEvents):
         return type(self).skip_step is not EditCallback.skip_step
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the scoped weights as they should be after a step.
+        """Return the constrained values of the weights in the scope after an optimizer step.
 
-        Called without gradients after every optimizer step if ``constrains`` is set, in the order of ``order``: null
-        space and low curvature, then norm ball, then mask, so that the mask holds exactly.
+        Called without gradients after every optimizer step if ``constrains`` is True. The callbacks are called in
+        ascending ``order``: weight anchor, low curvature, null space, norm ball, gradient mask. The mask comes last, so
+        that frozen entries keep their exact values.
 
         Args:
-            weights: name -> weight after the step and the constraints before this one. Do not write into them.
+            weights: name -> weight after the step and after the constraints of earlier callbacks. Do not modify these
+                tensors in place.
             reference: name -> weight before the edit.
 
         Returns:
-            name -> weight, with new tensors, in the same dtypes, for those that change.
+            name -> weight. A changed weight is a new tensor of the same dtype.
         """
         return weights
 
@@ -115,25 +121,25 @@ class EditCallback(TransformersEvents, LightningEvents):
         return {}
 
     def evaluation_metrics(self, run: EditRun) -> dict[str, float]:
-        """Return scores of the current model, to add to an evaluation of the trainer's own during training."""
+        """Return scores of the current model, to add to the results of the trainer's own evaluation."""
         return {}
 
     # -- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must contain for this callback: nested dicts of tensors and plain values."""
+        """Return the state of this callback for a checkpoint: nested dicts of tensors and plain values."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state` returned. Called after :meth:`attach` of the resumed run."""
+        """Restore the state that :meth:`state` returned. Called after :meth:`attach` in a resumed run."""
 
     # -- after training
 
     def finish(self, run: EditRun) -> None:
-        """Finish the work at the end of training. Every callback is still attached to the edited model."""
+        """Finish the work at the end of training, while every callback is still attached to the edited model."""
 
     def detach(self, run: EditRun) -> None:
-        """Remove every hook from the model. Also called if training failed."""
+        """Remove all hooks of this callback from the model. Also called if training failed."""
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         # This is the only method name that both trainers call: transformers with three positional arguments,

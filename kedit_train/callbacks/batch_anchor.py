@@ -1,4 +1,4 @@
-"""What must stay? The predictions on the training batches themselves, apart from what the edits change."""
+"""BatchAnchor: keep the predictions on the training batches, apart from what the edits change."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from kedit_train.functional.divergence import Direction
 class BatchAnchor(EditCallback):
     """Add the divergence from the model before the edit to the loss of every supervised token.
 
-    The loss of a token becomes ``loss + weight * divergence``, averaged as the host averages its loss. The logged loss
-    contains the term. It needs no texts.
+    The loss of a token becomes ``loss + weight * divergence``. It is averaged over tokens in the same way as the
+    original loss. The logged loss includes the divergence. ``BatchAnchor`` needs no texts besides the training data.
 
-    The reference hidden states of an example are computed when it is first seen: one more forward pass, with the values
-    before the edit in place. They are stored by the content of the example, so later epochs need no second forward
-    pass. A packed row counts as one example. With DDP each process stores the examples that it has seen. Without
-    :class:`ParameterScope` in full fine-tuning, a copy of all weights is kept for it.
+    When an example occurs for the first time, an additional forward pass with the weights before the edit computes its
+    reference hidden states. The hidden states are stored, so later epochs need no additional forward pass. A packed row
+    counts as one example. With DDP, each process stores the examples that it has seen. In full fine-tuning without
+    :class:`ParameterScope`, a copy of all weights is kept for the additional forward passes.
 
     Args:
-        weight: factor of the divergence beside the loss of a token.
-        direction: "forward" is KL(before || now), "reverse" is KL(now || before), "jsd" is the Jensen-Shannon
-            divergence.
-        cache: where the reference hidden states are kept: a directory or a :class:`ReferenceCache`. None keeps all of
-            them in memory.
+        weight: factor of the divergence in the loss of a token.
+        direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),
+            "reverse" is KL(now || before), "jsd" is the Jensen-Shannon divergence.
+        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. Only hidden states
+            that exceed ``memory_limit`` of the cache are written to the directory. None keeps all of them in memory.
 
     Raises:
-        EditError: an argument is out of bounds; later, the host computes its loss in a way that cannot be extended, or
+        EditError: an argument is out of bounds, the trainer computes its loss in a way that cannot be extended, or
             FSDP2 shards the model.
 
     References:
@@ -55,7 +55,7 @@ class BatchAnchor(EditCallback):
 
     order = 30
     anchors = True
-    duplicate_hint = "keep one, with the sum of both weights"
+    duplicate_hint = "keep one BatchAnchor, with the sum of both weights"
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class BatchAnchor(EditCallback):
         run.causal_model()
         reason = run.host.loss_unsupported_reason()
         if reason:
-            raise EditError(f"the loss of this {run.host.name} run cannot be extended: {reason}")
+            raise EditError(f"a divergence cannot be added to the loss of this {run.host.name} run: {reason}.")
 
     def attach(self, run: EditRun) -> None:
         self._term = AnchorTerm(run, weight=self.weight, direction=self.direction, cache=self.cache)
@@ -96,7 +96,7 @@ class BatchAnchor(EditCallback):
         return False
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the mean divergence per token in nats, the share of examples found in the cache, and its bytes."""
+        """Return the mean divergence per token in nats, the hit rate of the cache per example, and the cached bytes."""
         return {} if self._term is None else self._term.metrics()
 
     def detach(self, run: EditRun) -> None:

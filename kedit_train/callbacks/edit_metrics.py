@@ -1,4 +1,4 @@
-"""Did it work? Evaluate the model before, during and after the edit."""
+"""EditMetrics: evaluate the edits before, during and after training."""
 
 from __future__ import annotations
 
@@ -28,42 +28,49 @@ _SCORES = ("reliability", "reliability_smallest_token_probability", "generality"
 
 
 class EditMetrics(EditCallback):
-    """Evaluate the edits on the model and log the scores, before, during and after training.
+    """Evaluate the edits before, during and after training, and log the scores.
 
-    The model generates an answer to every prompt greedily. All edits are evaluated on the reference model before
-    training and on the edited model after it; in between a fixed sample is evaluated every ``every_n_steps`` steps.
+    The model answers every prompt by greedy generation. All edits are evaluated on the unedited model before training
+    and on the edited model after training. During training, a fixed random sample of the edits is evaluated every
+    ``every_n_steps`` optimizer steps.
 
-    The scores (``edit/reliability``, ``edit/generality``, ``edit/portability``, ``edit/locality``, each also under
-    teacher forcing) go to the progress bar and the loggers, together with those of the best step so far
-    (``edit/best/*``: highest reliability, then highest locality, then earliest step) and the time spent
-    (``edit/metrics/seconds``, and ``edit/metrics/share_of_time``, the share of the training time spent on evaluations
-    during training). After training, tables of answers (``edit/answers``, ``edit/changed_elsewhere``) and of the target
-    tokens by position (``edit/positions``) are logged; W&B also receives charts of the latter, the configuration with
-    the hash of the edits, and the report as an artifact.
+    The progress bar and the loggers receive the scores ``edit/reliability``, ``edit/generality``, ``edit/portability``
+    and ``edit/locality``, each also under teacher forcing. They also receive the scores of the best step so far
+    (``edit/best/*``). The best step has the highest reliability. If several steps have the same reliability, the
+    highest locality decides, then the earliest step. ``edit/metrics/seconds`` is the time spent on evaluations.
+    ``edit/metrics/share_of_time`` is the fraction of the training time spent on evaluations during training.
 
-    In ``transformers``, the trainer's own evaluations receive the scores as ``eval_edit_reliability`` and so on (each
-    ``/`` becomes ``_``), so ``metric_for_best_model="edit_reliability"`` works. With ``load_best_model_at_end`` the
-    final report is that of the loaded model.
+    After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
+    (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
+    charts of ``edit/positions``, the configuration with the hash of the edits, and the report as an artifact.
+
+    In ``transformers``, the scores are added to the results of the trainer's own evaluations. There,
+    ``edit/reliability`` is named ``eval_edit_reliability``, and so on, so ``metric_for_best_model="edit_reliability"``
+    works. With ``load_best_model_at_end``, the final report describes the loaded model.
 
     Args:
         edits: an ``EditDataset``, a sequence of ``Edit``, or a path or name that ``EditDataset.load`` reads. None takes
-            the edits of the training loop (``.edits`` of Lightning's data module, ``edits=`` of ``editing``).
-        every_n_steps: optimizer steps between two evaluations; 0 evaluates before and after training only.
-        stop_at: end training when an evaluation measures at least this reliability, in (0, 1]. None does not.
-        limit: maximum number of edits in an evaluation during training, a fixed random sample. None takes all edits.
-        report_path: file for the final report: Markdown for ``.md``, else JSON. None writes none.
+            the edits of the training loop: ``.edits`` of Lightning's data module, or ``edits=`` of ``editing``.
+        every_n_steps: number of optimizer steps between two evaluations. 0 evaluates before and after training only.
+        stop_at: end training when an evaluation measures at least this reliability, in (0, 1]. None never ends
+            training.
+        limit: maximum number of edits per evaluation during training. The edits are a fixed random sample. None takes
+            all edits.
+        report_path: file for the final report: Markdown if the path ends in ``.md``, otherwise JSON. None writes no
+            file.
         show: whether to print the final report as a table.
-        max_fraction_of_time: skip an evaluation during training if evaluations have taken more than this share of the
-            training time so far, in (0, 1). The first one, the last one and those that the trainer asks for are never
-            skipped. None skips none; with a value, the steps that are evaluated depend on the machine.
-        evaluation: what each evaluation measures and how it prompts the model, as
+        max_fraction_of_time: skip an evaluation during training if evaluations have taken more than this fraction of
+            the training time so far, in (0, 1). The first evaluation, the last evaluation and those of the trainer are
+            never skipped. None skips no evaluation. With a value, the evaluated steps depend on the speed of the
+            machine.
+        evaluation: what to measure and how to prompt the model, as
             :class:`~kedit_train.evaluation.options.EvaluationOptions` or a mapping of its fields. None uses the
             defaults.
 
     Attributes:
-        report: the final :class:`~kedit_train.evaluation.Report`; None before the end of training.
-        unedited: the report of the reference model.
-        best: the ``edit/best/*`` metrics.
+        report: the final :class:`~kedit_train.evaluation.Report`. None before the end of training.
+        unedited: the report of the model before the edit.
+        best: the metrics ``edit/best/*``.
         skipped: number of evaluations that were skipped because of ``max_fraction_of_time``.
 
     Raises:
@@ -90,7 +97,7 @@ class EditMetrics(EditCallback):
     """
 
     order = 60
-    duplicate_hint = "give one of them all the edits"
+    duplicate_hint = "keep one EditMetrics and pass all edits to it"
 
     def __init__(
         self,
@@ -133,8 +140,8 @@ class EditMetrics(EditCallback):
         edits = run.host.edits() if self.edits is None else self.edits
         if edits is None:
             raise EditError(
-                f"edits is None and this {run.host.name} run has no edits of its own; pass edits= (a path, a list of "
-                "Edit or an EditDataset)."
+                f"edits must be given, because this {run.host.name} run has no edits of its own; pass edits= (a path, "
+                "a list of Edit or an EditDataset)."
             )
         self._edits: Sequence[Edit] = EditDataset.load(edits) if isinstance(edits, str | Path) else edits
         if len(self._edits) == 0:
@@ -235,11 +242,11 @@ class EditMetrics(EditCallback):
         return report
 
     def _is_shared(self) -> bool:
-        """Return whether several processes share the edits of an evaluation."""
+        """Return whether several processes divide the edits of an evaluation among themselves."""
         return self.evaluation.distributed and is_distributed()
 
     def _gather_distributions(self, report: Report) -> Report:
-        """Return the report with the distributions of all processes, since a sample is split in another way."""
+        """Return the report with the distributions of all processes, because a sample is divided differently."""
         if not report.distributions or not self._is_shared():
             return report
         parts: list[Any] = [None] * world_size()
@@ -288,7 +295,7 @@ class EditMetrics(EditCallback):
             wandb_tables.log_report(run.host, report)
 
     def _configuration(self, run: EditRun) -> dict[str, Any]:
-        """Return what identifies this edit, for the configuration of the W&B run."""
+        """Return the data that identify this edit, for the configuration of the W&B run."""
         assert self.unedited is not None
         meta = self.unedited.meta
         names = ("data_name", "data_hash", "n_edits", "model", "settings", "versions")

@@ -1,4 +1,4 @@
-"""ForgetFirst: the old answers are subtracted from the weights before training begins (F-Learning)."""
+"""ForgetFirst: subtract the old answers from the weights before training begins (F-Learning)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kedit_train.data.prompts import PromptFormat, check_format
 from kedit_train.errors import EditError, warn
 from kedit_train.evaluation.scoring.old_answers import find_old_answers, measure_old_answers
 
-# Of the paper.
+# The coefficients of the paper.
 COEFFICIENTS = (0.1, 0.3, 0.5, 0.7)
 
 
@@ -35,36 +35,42 @@ def _all_above_zero(values: Any) -> bool:
 
 
 class ForgetFirst(EditCallback):
-    """Before the first step, subtract what training on the old answers would change.
+    """Before the first step, subtract the weight change that training on the old answers causes.
 
-    F-Learning computes ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the scope, and the run learns the
-    new answers from there. The coefficients are tried in ascending order. The search ends when the mean probability of
-    the old answers is at most ``max_probability``, and it keeps no coefficient with which the perplexity on ``texts``
-    is more than ``max_perplexity_ratio`` times as large. A warning says so if the old answers are not forgotten.
+    F-Learning computes ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the weights in the scope.
+    ``FT(theta, old)`` are the weights after training on the old answers. The run then learns the new answers from
+    ``theta'``. The coefficients are tried in ascending order until the mean probability of the old answers is at most
+    ``max_probability``. The search also ends when a coefficient raises the perplexity on ``texts`` to more than
+    ``max_perplexity_ratio`` times its original value. That coefficient is not used. A warning is issued if the old
+    answers are not forgotten.
 
-    An edit takes part if the model gives its old answer by itself: its ``old_target``, or, if the data has none,
-    whatever the model generates unless that is the new answer.
+    An old answer is subtracted only if the model gives it by itself. The old answer of an edit is its ``old_target``.
+    If the data has no ``old_target``, the old answer is the answer that the model generates, unless that is the new
+    answer.
 
-    The reference of everything else stays the model before forgetting: the drift metrics, ``SaveDelta``, the first
-    evaluation of ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints hold for the subtraction as well, so a
-    small ball leaves little of it. With a learning rate of 0 the run only forgets. A resumed run does not forget again.
+    The model before forgetting remains the reference for the drift metrics, ``SaveDelta``, the first evaluation of
+    ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints also apply to the subtraction, so a ball with a small
+    radius removes most of it. With a learning rate of 0, the run only forgets. A resumed run does not forget again.
 
     Args:
-        texts: texts that must stay, for the perplexity: a source or a :class:`Texts`. Other facts in the wording of the
-            edits show harm long before prose does.
-        edits: a path or edits; None uses those of ``EditMetrics`` or of the data module.
-        coefficients: how much to subtract, each above 0; None uses the 0.1, 0.3, 0.5 and 0.7 of the paper.
-        scale: what a coefficient is a share of. "base" is the length of the scoped weights, so that the amount does not
-            depend on the training on the old answers. "trained" is the trained difference, as in the paper.
-        max_probability: enough is forgotten when the mean probability of the old answers is at most this, in (0, 1).
-        max_perplexity_ratio: the perplexity on the texts may grow to at most this multiple, >= 1.
-        training: how to train on the old answers: a :class:`ForgetTraining`, or a mapping with its arguments.
-        prompt_format: "plain", "chat" or "question"; use that of the run.
+        texts: texts on which the model should not change, to measure the perplexity: a source of texts or a
+            :class:`Texts`. Other facts with the wording of the edits reveal damage much earlier than prose does.
+        edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
+        coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
+        scale: what a coefficient is a fraction of. "base" is the norm of the weights in the scope, so that the
+            subtracted amount does not depend on the training on the old answers. "trained" is the trained difference,
+            as in the paper.
+        max_probability: the old answers count as forgotten at this mean probability or below, in (0, 1).
+        max_perplexity_ratio: maximum ratio of the perplexity on ``texts`` after the subtraction to the perplexity
+            before it, >= 1.
+        training: how to train on the old answers: a :class:`ForgetTraining` or a mapping of its arguments. None uses
+            the defaults.
+        prompt_format: how prompts are written: "plain", "chat" or "question". Use the format of the training data.
 
     Attributes:
-        measured: one measurement for each coefficient that was tried, the model before forgetting first.
-        chosen: index of the measurement that was kept, 0 if none was.
-        length: norm of the trained difference over the norm of the weights that it changes.
+        measured: one measurement of the model before forgetting, followed by one for each coefficient that was tried.
+        chosen: index of the measurement with the coefficient that was subtracted; 0 if nothing was subtracted.
+        length: norm of the trained difference divided by the norm of the weights that the training changed.
 
     Raises:
         EditError: an argument is out of range, there is no ``ParameterScope``, the model has adapters, or the scope is
@@ -90,7 +96,7 @@ class ForgetFirst(EditCallback):
 
     # Last, so that the other callbacks have read the reference model before the weights change.
     order = 99
-    duplicate_hint = "pass all edits to one of them"
+    duplicate_hint = "keep one ForgetFirst and pass all edits to it"
 
     def __init__(
         self,
@@ -125,8 +131,8 @@ class ForgetFirst(EditCallback):
         run.causal_model()
         if hasattr(run.model, "peft_config"):
             raise EditError(
-                "the subtraction needs plain weights, and the model has adapters; forget without adapters first "
-                "(recipes/unlearn.yaml) and train adapters on the result."
+                "the model must not have adapters, because the old answers are subtracted from its own weights; first "
+                "forget without adapters (recipes/unlearn.yaml), then train adapters on the result."
             )
         if self.edits is not None:
             EditDataset.of(self.edits)
@@ -135,13 +141,13 @@ class ForgetFirst(EditCallback):
     def attach(self, run: EditRun) -> None:
         self.measured, self.chosen = [], 0
         if run.host.resumed:
-            # The weights of the checkpoint have forgotten already; load_state restores the measurements.
+            # The checkpoint's weights are without the old answers already; load_state restores the measurements.
             return
         if not run.reference:
             raise EditError("there is no scope to subtract from; add ParameterScope.")
         if any(isinstance(p, DTensor) for p in run.scope.values()):
             raise EditError(
-                "a sharded scope cannot be trained on the old answers; forget in one process first "
+                "sharded weights cannot be trained on the old answers; first forget in a single process "
                 "(recipes/unlearn.yaml)."
             )
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():
@@ -160,7 +166,7 @@ class ForgetFirst(EditCallback):
         self.chosen, self.measured = state["chosen"], [Measurement(**one) for one in state["measured"]]
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return what was subtracted, and the old answers and the perplexity before and after."""
+        """Return the subtracted coefficient, and scores of the old answers and the perplexity before and after."""
         if not self.measured:
             return {}
         before, after = self.measured[0], self.measured[self.chosen]
@@ -174,15 +180,15 @@ class ForgetFirst(EditCallback):
         }
 
     def _forget(self, run: EditRun) -> str:
-        """Subtract from the live weights, and return one line that says what was done."""
+        """Subtract the old answers from the weights of the model, and return a one-line summary."""
         edits = self._edits(run)
         tokenizer = run.tokenizer()
         texts = self.texts.load(edits)
         options: dict[str, Any] = {"batch_size": self.training.batch_size, "prompt_format": self.prompt_format}
         old, _ = find_old_answers(run.model, tokenizer, edits, max_new_tokens=self.training.max_new_tokens, **options)
         if not old:
-            warn(f"the model gives none of {len(edits)} old answers, so there is nothing to forget.")
-            return f"nothing to forget, the model gives none of {len(edits)} old answers"
+            warn(f"the model gives none of the {len(edits)} old answers, so nothing was subtracted.")
+            return f"subtracted nothing, because the model gives none of the {len(edits)} old answers"
 
         def measure(coefficient: float, factor: float) -> Measurement:
             return Measurement(coefficient, factor, *measure_old_answers(run.model, tokenizer, old, texts, **options))
@@ -194,7 +200,7 @@ class ForgetFirst(EditCallback):
             )
             changed = {name: base[name] for name, value in difference.items() if bool(value.any())}
             if not changed:
-                raise EditError("training on the old answers changed no weight; raise learning_rate.")
+                raise EditError("training on the old answers changed no weight; raise learning_rate in training=.")
             self.length = _norm(difference) / max(_norm(changed), 1e-30)
 
             def subtract(coefficient: float, factor: float) -> Measurement:
@@ -215,15 +221,18 @@ class ForgetFirst(EditCallback):
             warn(self.subtraction.shortfall(self.measured, self.chosen, ended_by, self.length) + removed)
         return (
             f"subtracted coefficient {best.coefficient:g} ({best.factor:.3g} times the trained difference) for "
-            f"{len(old)} of {len(edits)} edits whose old answer the model gave: probability {before.probability:.3f} "
+            f"the old answers of {len(old)} of {len(edits)} edits: probability {before.probability:.3f} "
             f"-> {best.probability:.3f}, teacher-forced accuracy {before.accuracy:.2f} -> {best.accuracy:.2f}, "
-            f"perplexity {before.perplexity:.3f} -> {best.perplexity:.3f}, ended by {ended_by}"
+            f"perplexity on the texts {before.perplexity:.3f} -> {best.perplexity:.3f}, search ended by {ended_by}"
         )
 
     def _edits(self, run: EditRun) -> Sequence[Edit]:
         edits = self.edits if self.edits is not None else run.edits or run.host.edits()
         if edits is None:
-            raise EditError(f"this {run.host.name} run has no edits of its own; pass edits=, a path or an EditDataset.")
+            raise EditError(
+                f"edits must be given, because this {run.host.name} run has no edits of its own; pass edits= (a path, "
+                "a list of Edit or an EditDataset)."
+            )
         return EditDataset.of(edits)
 
     def __repr__(self) -> str:
@@ -236,9 +245,9 @@ class ForgetFirst(EditCallback):
 
 
 def _subtract(run: EditRun, base: Mapping[str, Tensor], difference: Mapping[str, Tensor], factor: float) -> None:
-    """Write ``base - factor * difference`` into the live weights, with every constraint applied."""
+    """Write ``base - factor * difference`` into the weights of the model, and apply every constraint."""
     write(run.scope, {name: value - factor * difference[name] for name, value in base.items()})
-    # No optimizer step has been taken, so what scales with the learning rate (the pull of an anchor) is left out.
+    # No optimizer step has been taken, so constraints that depend on the learning rate (WeightAnchor) are left out.
     run.steps.learning_rates = {}
     run.steps.apply_constraints()
 

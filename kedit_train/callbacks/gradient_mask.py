@@ -1,4 +1,4 @@
-"""GradientMask: train only a share of the entries in the scope, chosen by score."""
+"""GradientMask: train only a fraction of the entries in the scope, chosen by score."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ _DEFAULTS = ("gradient", 0.3, "element")
 
 
 class GradientMask(EditCallback):
-    """Train a fixed share of the entries of every tensor in the scope, and keep the others bit for bit.
+    """Train a fixed fraction of the entries of every tensor in the scope, and keep all other entries bit for bit.
 
-    The entries with the highest scores are chosen once, before the first step. After every optimizer step, the other
-    entries are written back from their values before the edit, because momentum, weight decay or a warm optimizer
+    The entries with the highest scores are chosen once, before the first step. After every optimizer step, all other
+    entries are reset to their values before the edit. Otherwise momentum, weight decay or existing optimizer state
     would move them even with a gradient of zero. Their gradients are set to zero as well, so that gradient clipping
-    sees only what is trained.
+    counts only the trained entries.
 
-    Every tensor keeps its own share: ``round(density * n)`` of its n entries or neurons. Of equal scores, the first
+    In every tensor, ``round(density * n)`` of its n entries or neurons are trained. Among equal scores, the first
     entries are chosen.
 
     Args:
-        score: how important an entry is for the edits: a name or a :class:`MaskScore` with its settings. "gradient"
-            is the absolute value of the mean gradient of the targets. "fisher" is the diagonal Fisher information at
-            the positions of the targets, whose labels are drawn from the model: it is high where the present answers
-            depend on the entry. "fisher_ratio" divides that by the Fisher information on ``texts``: it is high where
-            the edits need an entry and the texts do not. "magnitude" is the absolute value of the weight. "random"
-            draws random numbers. The first three need a causal language model; the last two work with any module.
-        density: share of the entries that may change, in (0, 1].
-        granularity: what is trained or frozen as a whole. "element": single entries. "row": output neurons, with
-            their bias. "column": input neurons; the biases of matrices are frozen. The score of a neuron is the mean
-            over its entries. Each entry of another vector (norms) counts as a neuron. A row of an embedding is a
-            token.
-        edits: a path or edits. Only their prompts and targets are used. None takes the edits of ``EditMetrics`` or of
-            the trainer's data.
-        texts: for "fisher_ratio": a source of texts, or :class:`Texts`. Texts that contain a prompt that the edits
-            are scored on are left out.
-        mask_path: a safetensors file with one bool tensor per parameter in the scope, True where the entry may
-            change. No score is computed then, and no other argument may be given.
-        save_path: where to write such a file.
+        score: how to score an entry: a name, or a :class:`MaskScore` with settings. "gradient" is the absolute value of
+            the mean gradient of the targets. "fisher" is the diagonal Fisher information at the target positions, with
+            labels drawn from the model. It is high if the current answers depend on the entry. "fisher_ratio" is the
+            Fisher information at the target positions divided by the Fisher information on ``texts``. It is high if the
+            edits need the entry and the texts do not. "magnitude" is the absolute value of the weight. "random" is a
+            random number. "magnitude" and "random" work with any module; the other scores need a causal language model.
+        density: fraction of the entries that may change, in (0, 1].
+        granularity: the unit that is trained or frozen as a whole. "element": single entries. "row": output neurons
+            with their bias; a row of an embedding is a token. "column": input neurons; the biases of matrices are
+            frozen. The score of a neuron is the mean over its entries. In other vectors, such as the weights of a norm
+            layer, each entry counts as a neuron.
+        edits: a path or a sequence of edits. Only the prompts and targets are used. None takes the edits of
+            ``EditMetrics`` or of the training loop.
+        texts: for "fisher_ratio": a source of texts or a :class:`Texts`. Texts that contain an evaluation prompt of the
+            edits are left out.
+        mask_path: a safetensors file with the mask: one bool tensor per parameter in the scope, True where the entry
+            may change. With a mask file, no scores are computed and no other argument may be given.
+        save_path: path of a safetensors file to write the mask to. None does not write the mask.
 
     Raises:
         EditError: an argument is invalid, the score needs a language model or edits that are missing, all scores of a
@@ -111,12 +111,16 @@ class GradientMask(EditCallback):
         self.texts = None if texts is None else Texts.of(texts)
         self.mask_path, self.save_path = mask_path, save_path
         if (texts is None) == (self.score.name == "fisher_ratio"):
-            rule = 'score="fisher_ratio" needs texts' if texts is None else 'only score="fisher_ratio" uses texts'
-            raise EditError(f"{rule}, got score={self.score.name!r}.", component="GradientMask")
+            rule = "texts must be given" if texts is None else "texts must be None"
+            raise EditError(
+                f"{rule} if score={self.score.name!r}, because only score='fisher_ratio' uses texts.",
+                component="GradientMask",
+            )
         chosen = (score, density, granularity) != _DEFAULTS or edits is not None or save_path is not None
         if mask_path is not None and chosen:
             raise EditError(
-                "with mask_path no mask is chosen; remove score, density, granularity, edits and save_path.",
+                "mask_path must not be combined with other arguments; remove score, density, granularity, edits and "
+                "save_path.",
                 component="GradientMask",
             )
         # Name -> True where the entry keeps its value.
@@ -132,7 +136,7 @@ class GradientMask(EditCallback):
         if run.language_model is None:
             raise EditError(
                 f"score={self.score.name!r} needs a causal language model, and {type(run.root).__name__} has no "
-                'language-model head; use score="magnitude", score="random" or mask_path'
+                'language-model head; use score="magnitude", score="random" or mask_path.'
             )
         if self.edits is not None:
             EditDataset.of(self.edits)
@@ -148,7 +152,7 @@ class GradientMask(EditCallback):
                 dist.broadcast(masks[name].view(torch.uint8), src=0)
         trained, total = sum(int(mask.sum()) for mask in masks.values()), sum(mask.numel() for mask in masks.values())
         if not trained:
-            raise EditError(f"the mask freezes all {total} entries of the scope; raise density or use another mask")
+            raise EditError(f"the mask freezes all {total} entries of the scope; raise density or use another mask.")
         self._density = trained / total
         self._frozen = {name: shard_like(~mask, run.scope[name]) for name, mask in masks.items()}
         self._save(run)
@@ -159,18 +163,19 @@ class GradientMask(EditCallback):
         return {name: torch.where(self._frozen[name], reference[name], weight) for name, weight in weights.items()}
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the share of the scope's entries that may change."""
+        """Return the fraction of the entries in the scope that may change."""
         return {"edit/scope/mask_density": self._density} if self._frozen else {}
 
     def state(self) -> dict[str, Any]:
         return {"frozen": {name: full_tensor(frozen) for name, frozen in self._frozen.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        # The mask of the checkpoint counts, even if new scores would give another one.
+        # The mask of the checkpoint is used, even if new scores would give another mask.
         saved: dict[str, Tensor] = state["frozen"]
         if {n: f.shape for n, f in saved.items()} != {n: f.shape for n, f in self._frozen.items()}:
             raise EditError(
-                "the mask in the checkpoint belongs to another scope; resume with the same ParameterScope",
+                "the mask in the checkpoint belongs to another scope; resume with the ParameterScope of the run that "
+                "wrote the checkpoint.",
                 component="GradientMask",
             )
         self._density = 1.0 - sum(int(f.sum()) for f in saved.values()) / sum(f.numel() for f in saved.values())
@@ -198,7 +203,8 @@ class GradientMask(EditCallback):
         edits = self.edits if self.edits is not None else run.edits or run.host.edits()
         if edits is None:
             raise EditError(
-                f"score={self.score.name!r} needs edits, and this {run.host.name} run has none; pass edits="
+                f"score={self.score.name!r} needs edits, and this {run.host.name} run has no edits of its own; pass "
+                "edits= (a path, a list of Edit or an EditDataset)."
             )
         return EditDataset.of(edits)
 

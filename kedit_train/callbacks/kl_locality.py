@@ -1,4 +1,4 @@
-"""What must stay? The predictions on given texts, held to those before the edit by a KL penalty."""
+"""KLLocality: keep the predictions on given texts close to those before the edit, by a KL penalty."""
 
 from __future__ import annotations
 
@@ -30,35 +30,38 @@ from kedit_train.functional.top_k_divergence import bucket_divergence
 
 
 class KLLocality(EditCallback):
-    """Add ``weight`` times the mean divergence from the model before the edit, on texts unrelated to the edits.
+    """Penalize the divergence from the model before the edit, on texts unrelated to the edits.
 
-    The mean is over all tokens of the texts. With ``direction="forward"`` it is the locality term of MEND, with
-    "reverse" that of ROME. No second model is kept: the hidden states that enter the output head are computed once
+    ``weight`` times the mean divergence over all tokens of the texts is added to the training loss. With
+    ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the locality
+    term of ROME. No second model is kept in memory. The hidden states that enter the output head are computed once
     before training, and projected to logits when they are needed.
 
-    Each optimizer step draws ``batch_size`` texts, the same on every process. Texts that contain a prompt that the
-    edits are scored on are left out, with a warning. :class:`PrefixCache` changes the penalty by rounding only, because
-    the texts of a batch are padded differently.
+    Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
+    prompt of the edits are left out, with a warning. With :class:`PrefixCache`, the penalty differs only by rounding,
+    because the texts of a batch are padded differently.
 
-    For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. The
-    reference then stays the model before the first run, and previous edits take up to half of each batch, so that they
-    are not lost. Otherwise each run would keep what the runs before it have changed. A :class:`NormBall` around the
-    first weights keeps what no text covers; see ``recipes/one_by_one.py``.
+    For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. All
+    runs then use the model before the first run as reference. Previous edits take up to half of each batch, so that
+    they are not lost. Without ``sequential=True``, the reference of each run is the model after the previous run, so
+    unwanted changes of earlier runs are preserved. A :class:`NormBall` around the original weights limits changes that
+    no text covers; see ``recipes/one_by_one.py``.
 
     Args:
-        texts: a source of texts (a list of strings, a path, a dataset or "world") or a :class:`Texts`, which also sets
-            ``max_length``, ``nearest``, ``tokenizer``, and the ``seed`` of the draws. ``nearest`` is for a few edits
-            that are trained alone.
-        weight: factor of the penalty beside the host's loss. An edit moves few of the tokens in the mean, hence the
-            large default.
-        direction: "forward" is KL(before || now), "reverse" is KL(now || before), "jsd" is the Jensen-Shannon
-            divergence.
-        batch_size: texts per optimizer step. More texts keep more and cost as much as that many training examples.
-        teacher: a second model (a name, a path, a module or a :class:`Teacher`) to keep the predictions of, in place of
-            the model before the edit.
-        cache: where the reference hidden states are kept: a directory or a :class:`ReferenceCache`. None keeps all of
-            them in memory for this run.
-        sequential: consecutive runs of this instance on one model share the reference of the first run.
+        texts: a source of texts (a list of strings, a path, a dataset, or "world" for the embedded texts) or a
+            :class:`Texts`. ``Texts`` also sets ``max_length``, ``nearest``, ``tokenizer`` and the ``seed`` of the
+            draws. Use ``nearest`` only in a run with few edits.
+        weight: factor of the mean divergence in the training loss. The default is large, because the divergence is a
+            mean over all tokens and an edit changes only few of them.
+        direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),
+            "reverse" is KL(now || before), "jsd" is the Jensen-Shannon divergence.
+        batch_size: number of texts per optimizer step. More texts preserve more behavior. Each text costs about as much
+            as one training example.
+        teacher: a second model (a name, a path, a module or a :class:`Teacher`). The penalty then keeps the predictions
+            of the teacher instead of those of the model before the edit.
+        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. None keeps all
+            hidden states in memory for this run.
+        sequential: whether consecutive runs of this instance on one model use the reference of the first run.
 
     Raises:
         EditError: an argument is out of bounds, or two arguments exclude each other.
@@ -111,7 +114,7 @@ class KLLocality(EditCallback):
         if self.teacher is not None:
             reason = "the model before the first run, so teacher must be None"
         elif self.texts.nearest is not None:
-            reason = "the texts of the first run, so Texts(nearest=) must be None; it selects texts for one run's edits"
+            reason = "the texts of the first run, so Texts(nearest=) must be None, as nearest selects texts for one run"
         elif batch_size < 2:
             reason = f"texts and previous edits in one batch, so batch_size must be >= 2, got {batch_size}"
         else:
@@ -128,7 +131,7 @@ class KLLocality(EditCallback):
     def attach(self, run: EditRun) -> None:
         self._head = run.head()
         if self.sequential:
-            require_edits(run, "sequential=True keeps this run's edits in the next one")
+            require_edits(run, "sequential=True keeps this run's edits in the next run")
         if self.texts.nearest is not None:
             require_edits(run, f"nearest={self.texts.nearest} selects texts by the edits")
         batches = self._batches if self.sequential else None
@@ -138,8 +141,8 @@ class KLLocality(EditCallback):
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
-                "sequential=True stores hidden states over several runs, so the output head must not change; leave the "
-                "head (and embeddings that are tied to it) out of the scope."
+                "the output head must not change with sequential=True, because hidden states are stored over several "
+                "runs; leave the head (and embeddings that are tied to the head) out of the scope."
             )
         if batches is None:
             self._batches = ReferenceBatches(
@@ -195,7 +198,7 @@ class KLLocality(EditCallback):
         return (token_divergence(before, logits, direction=self.direction),)
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the mean divergence per token in nats (unweighted), the bytes stored, and whether a file had them."""
+        """Return the unweighted mean divergence per token in nats, the stored bytes, and whether a file was read."""
         if not self._count:
             return {}
         mean = float(self._sum) / self._count
@@ -222,7 +225,7 @@ class KLLocality(EditCallback):
             self._batches = None
 
     def _texts_of(self, run: EditRun, *, first: bool) -> Texts:
-        """Return the texts of a run. The world's texts are drawn once for the first run of consecutive ones."""
+        """Return the texts of a run. Consecutive runs use the embedded texts that the first run has drawn."""
         if not (self.texts.of_world and self.sequential):
             return self.texts
         if first:

@@ -1,4 +1,4 @@
-"""How far may the weights move? Not in the directions in which the model's predictions on given texts change most."""
+"""LowCurvature: keep the weights from moving in directions that change predictions on given texts most."""
 
 from __future__ import annotations
 
@@ -29,44 +29,47 @@ _SAFETENSORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(v
 
 
 class LowCurvature(EditCallback):
-    """Remove from the change of each weight the directions of high curvature on given texts.
+    """Remove directions of high curvature on given texts from the change of each weight.
 
-    This follows CrispEdit. A change D costs general ability ``vec(D)ᵀ G vec(D)``, where G is the Gauss-Newton matrix
-    of the cross-entropy on general texts, approximated as a Kronecker product of two K-FAC factors per weight. The
-    eigenvectors that hold ``energy`` of its trace are removed from ``D = W - W0`` after every optimizer step. More may
-    move than with ``NullSpace``, because an input direction is removed only together with output directions.
+    This is the constraint of CrispEdit. ``vec(D)ᵀ G vec(D)`` estimates how much a change D of a weight harms general
+    ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. It is approximated as a Kronecker
+    product of two K-FAC factors per weight. After every optimizer step, the eigenvectors with the fraction ``energy``
+    of the trace of G are removed from ``D = W - W0``. This leaves more freedom than ``NullSpace``, which removes whole
+    input directions. ``LowCurvature`` removes pairs of an input and an output direction.
 
-    Two things differ from the published code. The change is projected after the step as well as the gradient before
-    it, because a projected gradient alone does not stay in the subspace under Adam. And labels are sampled from the
-    model, so that G is the true Gauss-Newton matrix. The projection is computed in fp32.
+    Two details differ from the published code. First, the change is projected after the step in addition to the
+    gradient before the step, because under Adam a projected gradient alone does not keep the change in the subspace.
+    Second, labels are sampled from the model, so that G is the true Gauss-Newton matrix. The projection is computed in
+    fp32.
 
-    The constraint holds up to the rounding of the stored weights. In fp32 the remaining share
-    (``edit/drift/low_curvature_leak``) is below 1e-5 for edits of ordinary size. ``ParameterScope`` trains a bf16 or
-    fp16 scope in fp32; the rounding at the end of training adds an error of up to 1/256 of each weight.
+    The constraint is exact up to the rounding of the stored weights. In fp32, the fraction of the change in removed
+    directions (``edit/drift/low_curvature_leak``) is below 1e-5 for edits of ordinary size. ``ParameterScope`` trains
+    bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to 1/256 of each weight.
 
-    The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. Together with any of them except
-    an L2 ball it holds only approximately.
+    The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. Together with any of these
+    callbacks except an L2 ball, the constraint is only approximate.
 
     Args:
-        texts: general texts: a source or a :class:`Texts`. Its ``seed`` also seeds the sampled labels. The paper uses
-            about 100 to 1,000 texts.
-        energy: share of the curvature (the trace of G) that is removed, in (0, 1). Default 0.9; the paper uses 0.8 to
-            0.99. A higher value preserves more and leaves less room for the edit.
-        factors_path: a ``.safetensors`` file for the K-FAC factors. It is read if it exists and written otherwise. It
-            is valid for one set of weights, texts and labels only.
-        sequential: for several runs of this instance on the same model: after each run, the factors of its edits are
-            added to those of the texts, weighted by tokens. The texts are read only once.
-        limit: read at most this many texts. None (default) reads all.
-        batch_size: sequences per forward and backward pass. Default 4.
+        texts: general texts: a source of texts or a :class:`Texts`. The ``seed`` of ``Texts`` also seeds the sampled
+            labels. The paper uses about 100 to 1,000 texts.
+        energy: fraction of the curvature (the trace of G) that is removed, in (0, 1). Default 0.9; the paper uses 0.8
+            to 0.99. A higher value preserves more behavior and leaves less freedom for the edit.
+        factors_path: a ``.safetensors`` file for the K-FAC factors. An existing file is read, otherwise the file is
+            written. A file is valid only for the weights, texts and labels that it was computed with.
+        sequential: whether consecutive runs of this instance on one model preserve earlier edits. After each run, the
+            factors of its edits are added to those of the texts, weighted by the number of tokens. The texts are read
+            only in the first run.
+        limit: maximum number of texts to read. None (default) reads all texts.
+        batch_size: number of sequences per forward and backward pass. Default 4.
 
-    Logs ``edit/drift/low_curvature_free`` (mean share of directions that remain), ``edit/drift/low_curvature_removed``
-    (mean share of curvature that is removed) and ``edit/drift/low_curvature_leak`` (norm of the change in removed
-    directions over the norm of the change).
+    Logs ``edit/drift/low_curvature_free`` (mean fraction of directions that remain free),
+    ``edit/drift/low_curvature_removed`` (mean fraction of the curvature that is removed) and
+    ``edit/drift/low_curvature_leak`` (norm of the change in removed directions divided by the norm of the change).
 
     Raises:
-        EditError: an argument is invalid; the model is not a causal language model; the scope contains parameters
-            other than weights of ``nn.Linear`` or ``Conv1D``, LoRA factors (with B = 0 an adapter has no curvature) or
-            the output head; or a weight is sharded.
+        EditError: an argument is invalid; the model is not a causal language model; a weight is sharded; or the scope
+            contains parameters that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA
+            factors are not supported, because an adapter with B = 0 has no curvature. The output head is not supported.
 
     References:
         CrispEdit, arXiv 2602.15823.
@@ -90,7 +93,7 @@ class LowCurvature(EditCallback):
 
     order = 40
     constrains = True
-    duplicate_hint = "a second projection undoes part of the first: give one LowCurvature all texts"
+    duplicate_hint = "a second projection undoes part of the first, so pass all texts to one LowCurvature"
 
     def __init__(
         self,
@@ -122,19 +125,19 @@ class LowCurvature(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            require_edits(run, "sequential=True takes this run's edits into the next one's curvature")
+            require_edits(run, "sequential=True preserves this run's edits in the next run")
         layers = find_linear_layers(run.model, run.scope)
         if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(
-                f"{adapters[0]} is a factor of an adapter, which has no curvature while B is zero; train the weight "
-                "itself, or constrain the adapter with NullSpace."
+                f"the scope must not contain LoRA factors, got {adapters[0]}: an adapter has no curvature while B is "
+                "zero; train the weight itself, or use NullSpace instead."
             )
         if not (self.sequential and continues_run(self._model, run)):
             self._accumulated = None
         self._model = weakref.ref(run.model)
         factors = self._accumulated or self._factors_of_texts(run, layers)
         if factors.inputs.keys() != layers.keys():
-            raise EditError("sequential=True needs the same scope in every run; make a new callback for this scope.")
+            raise EditError("sequential=True needs the same scope in every run; use a new callback for this scope.")
         if self.sequential:
             self._accumulated = factors
         curvatures = {
@@ -162,7 +165,7 @@ class LowCurvature(EditCallback):
         return {"subspaces": self._projection.state(), "factors": accumulated.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        # A resumed run cannot recompute the factors of previous edits, so it takes those that the run started with.
+        # A resumed run cannot recompute the factors of previous edits, so it restores the factors of the original run.
         self._projection.load_state(state["subspaces"])
         curvatures = self._projection.subspaces
         factors = KFACFactors.from_state(state["factors"], {name: c.left for name, c in curvatures.items()})
@@ -205,7 +208,9 @@ class LowCurvature(EditCallback):
         try:
             curvature = high_curvature(gradients.mean, inputs.mean, self.energy, dtype)
         except ValueError as error:
-            raise EditError(f"no gradient reaches {name} on the texts ({error}); remove it from the scope.") from error
+            raise EditError(
+                f"no gradient reaches {name} on the texts ({error}); remove this weight from the scope."
+            ) from error
         if curvature.free <= 0.0:
             raise EditError(f"energy={self.energy} leaves no direction of {name} free to move; use a lower energy.")
         on_device = [t.to(weight.device) for t in (curvature.left, curvature.right, curvature.high)]

@@ -1,4 +1,4 @@
-"""How far may the weights move? At most by a fixed distance from their values before the edit."""
+"""NormBall: keep the weights within a fixed distance of their values before the edit."""
 
 from __future__ import annotations
 
@@ -18,30 +18,34 @@ from kedit_train.functional.norm_balls import distance_squared, linf_bounds, nor
 
 
 class NormBall(EditCallback):
-    """Project the scoped weights into a norm ball around their values before the edit, after every optimizer step.
+    """Keep the weights in the scope inside a norm ball around their values before the edit.
 
-    This is constrained fine-tuning as in Zhu et al. The bound is exact: it is checked in fp64 on the weights in the
-    dtype in which they are stored. It holds for any module and any optimizer.
+    The weights are projected into the ball after every optimizer step. This is the constrained fine-tuning of Zhu et
+    al. The bound is exact, because it is checked in fp64 on the weights in their stored dtype. ``NormBall`` works with
+    any module and any optimizer.
 
-    If the dtype is coarser than the radius, a weight cannot move at all: bf16 has a spacing of 4.9e-4 around 0.1. A
-    warning says how many weights are affected; load the model in fp32 in this case.
+    A weight cannot move at all if neighboring values of its dtype are further apart than the radius. For example, bf16
+    has a spacing of 4.9e-4 around 0.1. A warning reports the fraction of such weights. Load the model in fp32 in this
+    case.
 
-    The ball is applied after ``WeightAnchor``, ``LowCurvature`` and ``NullSpace`` and before ``GradientMask``. An L2
-    ball scales the whole change, so it keeps the subspace of a projection up to rounding. The L-infinity ball clips
-    each entry and keeps the subspace only approximately; ``edit/drift/null_space_leak`` reports the difference. A
-    ``GradientMask`` only sets changes to zero, so the ball stays exact.
+    The ball is applied after ``WeightAnchor``, ``LowCurvature`` and ``NullSpace``, and before ``GradientMask``. An L2
+    ball scales the whole change, so the result of a projection stays in its subspace up to rounding. An L-infinity ball
+    clips each entry, so the result stays in the subspace only approximately. ``edit/drift/null_space_leak`` reports the
+    error. ``GradientMask`` only sets changes to zero, so the bound stays exact.
 
     Args:
-        radius: maximum distance, in the units of the weights, > 0. None (default) uses ``fraction``.
-        norm: "linf" (default) bounds each entry, "l2" bounds the Euclidean norm.
-        per: for "l2": the norm of each "tensor" (default) or of the whole "scope". Ignored for "linf".
-        anchor: center of the ball over consecutive runs on one model. "base" (default): the weights before the first
-            run of this instance. "previous": the weights before the current run, so that drift adds up.
-        fraction: sets the radius if ``radius`` is None. For "linf": this times the root mean square of each anchor
-            weight tensor. For "l2": this times its norm, or times the norm of the whole scope. Default 0.6.
+        radius: maximum distance, in the units of the weights, > 0. None (default) sets the radius by ``fraction``.
+        norm: "linf" (default) bounds the change of each entry, "l2" bounds the Euclidean norm of the change.
+        per: for "l2": whether to bound each "tensor" (default) or all tensors of the "scope" together. Ignored for
+            "linf".
+        anchor: center of the ball in consecutive runs on one model. "base" (default): the weights before the first run
+            of this instance. "previous": the weights before the current run, so that the drift of several runs adds up.
+        fraction: sets the radius if ``radius`` is None. For "linf", the radius of a tensor is ``fraction`` times the
+            root mean square of the tensor before the edit. For "l2", the radius is ``fraction`` times the norm of the
+            tensor, or of the whole scope. Default 0.6.
 
-    Logs ``edit/drift/ball`` (share of the radius in use, of the tensor that uses most) and for "linf" also
-    ``edit/drift/at_bound`` (share of entries at their bound).
+    Logs ``edit/drift/ball`` (largest distance of a tensor as a fraction of its radius) and, for "linf",
+    ``edit/drift/at_bound`` (fraction of entries at their bound).
 
     Raises:
         EditError: an argument is invalid; a run starts outside the ball (with ``anchor="base"``); or a tensor is all
@@ -142,7 +146,7 @@ class NormBall(EditCallback):
         self._anchors.end_run()
 
     def _set_radii(self, names: Iterable[str]) -> None:
-        """Set the radius of each tensor; with ``per="scope"`` all tensors share one."""
+        """Set the radius of each tensor. With ``per="scope"``, all tensors have the same radius."""
         if self.radius is not None:
             self._radii = dict.fromkeys(names, self.radius)
             return
@@ -159,8 +163,8 @@ class NormBall(EditCallback):
         }
         if zeros := [name for name, radius in self._radii.items() if radius == 0.0]:
             raise EditError(
-                f"{zeros[0]} is all zeros before the edit, so a fraction of its size is no radius; set radius=, or "
-                "remove the parameter from the scope."
+                f"{zeros[0]} is all zeros before the edit, so fraction= gives it a radius of 0; set radius=, or remove "
+                "the parameter from the scope."
             )
 
     def _set_bounds(self, weights: Mapping[str, Tensor]) -> None:
@@ -183,7 +187,7 @@ class NormBall(EditCallback):
         return map_local(lambda local: shrink(local, local_part(self._anchors[name]).to(local.dtype), factor), weight)
 
     def _squared_distances(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the squared L2 distance from the anchor for each tensor; with ``per="scope"`` the sum for each."""
+        """Return the squared L2 distance of each tensor from its anchor, or their sum for ``per="scope"``."""
         squares = {}
         for name, weight in weights.items():
             square = distance_squared(local_part(weight), local_part(self._anchors[name]).to(weight.dtype))
@@ -191,7 +195,7 @@ class NormBall(EditCallback):
         return dict.fromkeys(squares, sum(squares.values())) if self.per == "scope" else squares
 
     def _check_start(self, run: EditRun, stored: list[str]) -> None:
-        """Refuse a run that starts outside the ball, because its first step would undo what moved the weights there."""
+        """Raise an error if a run starts outside the ball, because its first step would undo earlier changes."""
         distances, tolerances = {}, {}
         for name in stored:
             center, start = local_part(self._anchors[name]).double(), local_part(run.reference[name]).double()
@@ -208,10 +212,10 @@ class NormBall(EditCallback):
             )
             outside = stored if stored and total > self._radii[stored[0]] + tolerance else []
         if outside:
-            other_scope = " or the scope was a different one" if self.per == "scope" and self.norm == "l2" else ""
+            other_scope = " or with a different scope" if self.per == "scope" and self.norm == "l2" else ""
             raise EditError(
                 f"{outside[0]} is outside the ball around the anchor weights at the start of this run, so the model "
-                f"was changed without this callback{other_scope}; make a new NormBall, or use anchor='previous'."
+                f"was changed without this callback{other_scope}; create a new NormBall, or use anchor='previous'."
             )
 
     def __repr__(self) -> str:

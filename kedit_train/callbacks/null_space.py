@@ -1,4 +1,4 @@
-"""How far may the weights move? Only in directions that do not act on the inputs of given texts."""
+"""NullSpace: let the weights move only in directions that have no effect on the layer inputs of given texts."""
 
 from __future__ import annotations
 
@@ -36,45 +36,48 @@ from kedit_train.functional.precision import wide
 
 
 class NullSpace(EditCallback):
-    """Project the change of each weight so that it does not act on the inputs of given texts.
+    """Project the change of each weight so that it has no effect on the layer inputs of given texts.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
-    once. For each scoped weight, the directions U that hold most of the energy of its inputs are computed. Each
-    optimizer step then ends with ``W = W0 + (W - W0)(I - U Uᵀ)``, so the layer's output on preserved inputs stays as
-    it was. The whole change is projected because a projected gradient does not stay in the subspace under Adam.
-    Gradients are projected as well, so that Adam's statistics contain only what may move.
+    once. For each weight in the scope, this gives the directions U with most of the energy of the layer inputs. After
+    each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``. So the output of the layer does not
+    change for inputs in the span of U. The whole change is projected, because under Adam a projected gradient alone
+    does not keep the change in the subspace. Gradients are projected as well, so that Adam's statistics contain only
+    directions that may move.
 
-    ``(W - W0) U = 0`` holds up to the rounding of the stored weights. In fp32 the remaining share
-    (``edit/drift/null_space_leak``) is below 1e-5 for edits of ordinary size. ``ParameterScope`` trains a bf16 or fp16
-    scope in fp32; the rounding at the end of training adds an error of up to 1/256 of each weight, which can be large
-    relative to a small change.
+    ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. In fp32, the fraction of the change in
+    preserved directions (``edit/drift/null_space_leak``) is below 1e-5 for edits of ordinary size. ``ParameterScope``
+    trains bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to 1/256 of each
+    weight, which can be large relative to a small change.
 
-    For LoRA layers, only the A factor is projected, so that ``B A U = 0``; B is free. A is projected before the first
-    step too, which changes nothing because B is zero then. If only one factor is in scope, its change is projected
-    like that of any weight.
+    For LoRA layers, only the A factor is projected, so that ``B A U = 0``. The B factor is free. A is also projected
+    before the first step. This does not change the model, because B is zero at that time. If only one factor is in the
+    scope, its change is projected like the change of any other weight.
 
-    The projection is applied after ``LowCurvature`` and before ``NormBall`` and ``GradientMask``. An L2 ball keeps the
-    null space up to rounding. Clipping (``NormBall(norm="linf")``) and masks keep it only approximately.
+    The projection is applied after ``LowCurvature`` and before ``NormBall`` and ``GradientMask``. With an L2 ball, the
+    constraint remains exact up to rounding. With clipping (``NormBall(norm="linf")``) or a mask, it is only
+    approximate.
 
     Args:
-        texts: texts whose inputs are preserved: a source or a :class:`Texts`. For a model that reads no text, a list
-            of its inputs (tensors, or tuples or mappings of tensors).
-        energy: share of the inputs' energy (the trace of their second moment) that is preserved, in (0, 1]. Default
-            0.9. A higher value preserves more and leaves less room for the edit.
-        rank: number of directions to preserve per weight, instead of ``energy``.
-        preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or more texts, whose
-            inputs are preserved as well. ``energy`` and ``rank`` apply to them separately.
-        sequential: after each run, add its edits to ``preserve`` for the next run of this instance on the same model.
-            A later edit with the same prompt replaces the earlier one.
-        limit: read at most this many texts. None (default) reads all.
-        batch_size: sequences per forward pass. Default 8.
+        texts: texts to preserve: a source of texts or a :class:`Texts`. For a model that does not read text, a list of
+            model inputs (tensors, or tuples or mappings of tensors).
+        energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
+            trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
+        rank: number of directions to preserve per weight. None (default) uses ``energy``.
+        preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
+            addition to ``texts``. ``energy`` and ``rank`` apply to ``preserve`` separately.
+        sequential: whether to preserve the edits of each run in the next runs of this instance on the same model. A
+            later edit with the same prompt replaces the earlier edit.
+        limit: maximum number of texts to read. None (default) reads all texts.
+        batch_size: number of sequences per forward pass. Default 8.
 
-    Logs ``edit/drift/null_space_rank`` (mean number of preserved directions), ``edit/drift/null_space_share`` (mean
-    share of preserved directions) and ``edit/drift/null_space_leak`` (``|change U| / |change|`` over the whole scope).
+    Logs ``edit/drift/null_space_rank`` (mean number of preserved directions per weight),
+    ``edit/drift/null_space_share`` (mean fraction of input directions that are preserved) and
+    ``edit/drift/null_space_leak`` (``|change U| / |change|`` over the whole scope).
 
     Raises:
-        EditError: an argument is invalid; the scope contains parameters other than weights of ``nn.Linear``,
-            ``Conv1D`` or LoRA factors; a weight is sharded; an adapter is DoRA; or no direction is left to move in.
+        EditError: an argument is invalid; the scope contains parameters other than weights of ``nn.Linear``, ``Conv1D``
+            or LoRA factors; a weight is sharded; an adapter is DoRA; or a weight has no direction left to move in.
 
     References:
         AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355.
@@ -96,10 +99,10 @@ class NullSpace(EditCallback):
         True
     """
 
-    # After LowCurvature, because only the last projection holds exactly.
+    # After LowCurvature, because only the last projection is exact.
     order = 41
     constrains = True
-    duplicate_hint = "a second projection undoes part of the first: give one NullSpace all texts"
+    duplicate_hint = "a second projection undoes part of the first, so pass all texts to one NullSpace"
 
     def __init__(
         self,
@@ -134,7 +137,7 @@ class NullSpace(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            require_edits(run, "sequential=True preserves this run's edits in the next")
+            require_edits(run, "sequential=True preserves this run's edits in the next run")
             if not continues_run(self._model, run):
                 self._previous_edits = []
         self._model = weakref.ref(run.model)
@@ -170,7 +173,7 @@ class NullSpace(EditCallback):
         return {"subspaces": self._projection.state(), "previous_edits": edits}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        # A resumed run cannot recompute the directions of previous edits, so it takes those that the run started with.
+        # A resumed run cannot recompute the directions of previous edits, so it restores those of the original run.
         self._projection.load_state(state["subspaces"])
         self._previous_edits = [Edit(prompt, target) for prompt, target in state["previous_edits"]]
 
@@ -184,7 +187,7 @@ class NullSpace(EditCallback):
         self._projection.stop()
 
     def _batches(self, run: EditRun, source: Any) -> tuple[nn.Module, Iterator[Batch]]:
-        """Return the module that reads ``source`` (texts, edits or model inputs) and this process's batches."""
+        """Return the module that reads ``source`` (texts, edits or model inputs), and the batches of this process."""
         device = next(run.model.parameters()).device
         if holds_model_inputs(source):
             return run.language_model or run.model, model_input_batches(source, device)
@@ -196,7 +199,7 @@ class NullSpace(EditCallback):
         return find_text_model(run), text_batches(share_of_process(sequences), self.batch_size, device)
 
     def _preserved(self, run: EditRun) -> Any:
-        """Return what ``preserve`` and previous runs add: edits, a ``Texts`` or model inputs; None if nothing."""
+        """Return what to preserve in addition to ``texts``: edits (possibly none), a ``Texts`` or model inputs."""
         preserve = self.preserve
         if isinstance(preserve, str | Path):
             preserve = EditDataset.load(preserve)
@@ -206,13 +209,13 @@ class NullSpace(EditCallback):
                 current = {edit.prompt for edit in run.edits}
                 return [edit for edit in [*preserve, *self._previous_edits] if edit.prompt not in current]
         if self._previous_edits:
-            raise EditError("preserve must be edits if sequential=True, got texts; give edits, or sequential=False.")
+            raise EditError("preserve must be edits if sequential=True, got texts; pass edits, or sequential=False.")
         if isinstance(preserve, Texts) or holds_model_inputs(preserve):
             return preserve
         return replace(self._settings(), source=preserve, nearest=None)
 
     def _settings(self) -> Texts:
-        """Return the settings with which edits and ``preserve`` are tokenized."""
+        """Return the settings for the tokenization of edits and ``preserve``."""
         return self.texts if isinstance(self.texts, Texts) else Texts([])
 
     def _directions(
@@ -244,7 +247,7 @@ class NullSpace(EditCallback):
 
 
 def _project_reference(run: EditRun, name: str, space: FreeSpace) -> None:
-    """Project the initial value of a LoRA A factor, from which its change is measured."""
+    """Project the initial value of a LoRA A factor. Changes of the factor are measured from this value."""
     start = wide(run.reference[name])
     projected = project_free(start, space)
     # A resumed run has a projected reference already. A second projection would change its last bits.

@@ -1,4 +1,4 @@
-"""ParameterScope: where the model may change."""
+"""ParameterScope: choose the parameters that the run may change."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from kedit_train.core.scope.scope import resolve_scope
 class ParameterScope(EditCallback):
     """Train the selected modules in the selected layers, and freeze everything else.
 
-    The parameters outside the scope are frozen before the optimizer exists, so they stay the same bit for bit. In a
-    model with adapters, only adapter parameters can be in the scope: parameters that are frozen already stay frozen.
+    Parameters outside the scope are frozen before the optimizer is created, so they keep their values bit for bit.
+    Parameters that are already frozen stay frozen. In a model with adapters, the scope can therefore contain only
+    adapter parameters.
 
-    Fine-tuning one down-projection matrix is the strongest plain recipe known for editing (LocFT-BF). Late layers keep
-    general ability best; early layers generalize best.
+    A scope of one down-projection matrix is a strong baseline for editing (LocFT-BF). Late layers preserve general
+    ability best. Edits in early layers generalize best.
 
     Args:
-        layers: an index (``5``, ``-1``), a fraction of the depth (``0.7``), an inclusive range (``"4-6"``,
-            ``"0.5-0.75"``) or several (``[2, "4-6"]``, ``"2,4-6"``). None selects every parameter, including the
-            embeddings.
-        modules: one pattern or several. Consecutive parts of a parameter name must match the pattern part by part:
-            ``"mlp.down_proj"``, ``"self_attn.*_proj"``, ``"mlp"``. A pattern for a module includes its bias;
-            ``"mlp.down_proj.weight"`` does not. None selects everything in the layers.
-        full_precision: train bf16 and fp16 parameters of the scope in fp32, and round them when training ends. In
-            half precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during
-            training contain these parameters in fp32.
+        layers: the layers to train: an index (``5``, ``-1``), a fraction of the depth (``0.7``), an inclusive range
+            (``"4-6"``, ``"0.5-0.75"``) or several of these (``[2, "4-6"]``, ``"2,4-6"``). None selects all layers and
+            the embeddings.
+        modules: the modules to train: one pattern or several. Consecutive parts of a parameter name must match the
+            pattern part by part: ``"mlp.down_proj"``, ``"self_attn.*_proj"``, ``"mlp"``. A pattern for a module
+            includes its bias; ``"mlp.down_proj.weight"`` does not. None selects all modules of the layers.
+        full_precision: whether to train bf16 and fp16 parameters in fp32 and round them when training ends. In half
+            precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during training
+            contain these parameters in fp32.
 
     Raises:
-        EditError: nothing matches, a layer is out of range, or everything that matches is frozen.
+        EditError: no parameter matches, a layer is out of range, or all matching parameters are frozen.
 
     References:
         - Fine-tuning Done Right in Model Editing (LocFT-BF), arXiv 2509.22072.
@@ -50,7 +51,7 @@ class ParameterScope(EditCallback):
     """
 
     order = 0
-    duplicate_hint = "use one with all layers and modules"
+    duplicate_hint = "use one ParameterScope with all layers and modules"
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class ParameterScope(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the number of parameters in the scope and their distance from the reference weights.
 
-        The distance is relative to the L2 norm of the reference weights.
+        The distance is the L2 norm of the change divided by the L2 norm of the reference weights.
         """
         squared_change, squared_norm = torch.zeros(()), torch.zeros(())
         with torch.no_grad():

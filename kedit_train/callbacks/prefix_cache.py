@@ -20,37 +20,40 @@ from kedit_train.errors import EditError, warn
 class PrefixCache(EditCallback):
     """Store the hidden states that enter the first trained layer, and skip the frozen layers below it.
 
-    The layers below the scope compute the same hidden states for a sequence of tokens in every epoch. This callback
-    stores them by content (token ids and position of the first token), without padding. They therefore serve shuffled
-    batches, other padding, accumulated micro-batches and the texts of ``KLLocality``. It saves time from the second
-    epoch on, and only time: if every epoch has the same batches, losses and weights are the same bit for bit. In
-    shuffled batches they differ by the rounding that other padding causes. Evaluation and generation do not use the
-    cache.
+    The layers below the scope compute the same hidden states for a token sequence in every epoch. ``PrefixCache``
+    stores these hidden states without padding, under the token ids and the position of the first token. They can
+    therefore be used in shuffled batches, with other padding, in accumulated micro-batches and for the texts of
+    ``KLLocality``. From the second epoch on, training is faster. If every epoch has the same batches, losses and
+    weights are the same bit for bit as without the cache. In shuffled batches, they differ by rounding, because the
+    padding differs. Evaluation and generation do not use the cache.
 
-    The layers are found by watching the model run once. Before training, a check compares the logits with and without
-    these layers bit for bit.
+    To find these layers, ``PrefixCache`` observes one forward pass of the model. Before training, it checks that the
+    logits with the cache and without it are the same bit for bit.
 
-    A batch is served from the cache if all of its sequences are stored; otherwise all of its layers run. It comes back
-    without keys and values of attention (``past_key_values``). A warning names the reason if a batch cannot be served:
-    packed sequences, masks that are not [B, S], ``inputs_embeds``, requests for the hidden states of every layer,
-    padding without ``labels``, or modules and hooks that appear or disappear below the scope.
+    A batch is served from the cache if all of its sequences are stored. Otherwise, all layers run for this batch. The
+    output of a batch that is served contains no attention keys and values (``past_key_values``). If a batch cannot be
+    served, a warning names the reason: packed sequences, masks that are not [B, S], ``inputs_embeds``, requests for the
+    hidden states of every layer, padding without ``labels``, or modules and hooks that are added or removed below the
+    scope.
 
-    If somebody writes to a frozen weight or buffer, or replaces it, the cache notices before the next batch and starts
-    again. Some changes leave no trace: ``parameter.data.add_()``, a new value of a Python attribute, random numbers
-    from a hook's own generator. Only the recheck notices those, and batches until then use old hidden states.
+    If a frozen weight or buffer is modified or replaced, the cache notices the change before the next batch and is
+    emptied. The cache cannot notice ``parameter.data.add_()``, a new value of a Python attribute, or random numbers
+    from a hook's own generator. Only the comparison after ``recheck`` batches finds such changes. Until then, batches
+    use outdated hidden states.
 
     Args:
-        memory_limit: CPU memory for hidden states per process: bytes, "500MB" or "1.5GiB". Hidden states take
-            ``tokens * hidden size`` numbers.
-        cache_dir: directory for the hidden states beyond ``memory_limit``. It is emptied when training ends. With None
-            those sequences are computed again in every epoch.
-        recheck: after this many served batches, one batch is computed in full and compared with what is stored. If it
-            differs, a warning is issued and the rest of the run uses no cache. 0 disables the comparison.
+        memory_limit: CPU memory for hidden states per process: a number of bytes, or a string such as "500MB" or
+            "1.5GiB". A sequence takes ``tokens * hidden size`` numbers.
+        cache_dir: directory for the hidden states that exceed ``memory_limit``. It is emptied when training ends. With
+            None, these hidden states are computed again in every epoch.
+        recheck: number of batches served from the cache after which one batch is computed in full and compared with the
+            stored hidden states. If they differ, a warning is issued and the rest of the run uses no cache. 0 disables
+            the comparison.
 
     Raises:
-        EditError: before the first step, if caching would be wrong: nothing is frozen below the scope, dropout or
-            noise below it, ``torch.compile``, sharded parameters, or a model whose layers exchange more than hidden
-            states.
+        EditError: raised before the first step if caching is impossible: no layer below the scope is frozen, a layer
+            below the scope uses dropout or noise, the model uses ``torch.compile`` or sharded parameters, or its layers
+            exchange more than hidden states.
 
     Example:
         >>> import torch
@@ -69,9 +72,9 @@ class PrefixCache(EditCallback):
         [0.0, 1.0, 1.0]
     """
 
-    # Its penalty runs before those of other callbacks, because it serves their forward passes.
+    # penalty() runs before that of other callbacks, because the cache serves their forward passes.
     order = 10
-    duplicate_hint = "one cache serves every batch: keep one"
+    duplicate_hint = "one PrefixCache serves every batch, so keep only one"
 
     def __init__(
         self, memory_limit: int | str = "1GB", *, cache_dir: str | Path | None = None, recheck: int = 100
@@ -92,11 +95,11 @@ class PrefixCache(EditCallback):
         model: Any = run.model
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in run.root.modules()):
             raise EditError(
-                "the model is compiled, and compiled layers cannot be skipped; remove torch.compile or PrefixCache"
+                "the model is compiled, and compiled layers cannot be skipped; remove torch.compile or PrefixCache."
             )
         trained = [p for p in run.root.parameters() if p.requires_grad]
         if not trained:
-            raise EditError("no parameter is trained; widen the scope")
+            raise EditError("no parameter is trainable; unfreeze the parameters that the run trains.")
         device = next(model.parameters()).device
         ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], device=device) % model.get_input_embeddings().num_embeddings
 
@@ -111,7 +114,7 @@ class PrefixCache(EditCallback):
             self._prefix.check_logits(forward)
 
     def penalty(self, run: EditRun) -> None:
-        # Active from the first step on. Other callbacks run the model while they attach, in the order of the list.
+        # The cache is active from the first step on. Before that, other callbacks run the model while they attach.
         if self._prefix is not None:
             self._prefix.active = True
 
@@ -119,12 +122,13 @@ class PrefixCache(EditCallback):
         if self._prefix is not None and self._prefix.compiled:
             self._prefix.remove()
             self._prefix = None
-            warn("the training loop compiles the model, so nothing is cached; remove torch.compile or PrefixCache")
+            warn("the training loop compiles the model, so nothing is cached; remove torch.compile or PrefixCache.")
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the share of sequences served since the last call, and totals of the run.
+        """Return the fraction of sequences served from the cache since the last call, and totals of the run.
 
-        Totals: stored sequences, bytes, sequences that did not fit, batches that could not be served, seconds saved.
+        The totals are the stored sequences, their bytes in memory and on disk, the sequences that did not fit, the
+        batches that could not be served, and the seconds saved.
         """
         prefix = self._prefix
         if prefix is None or not (prefix.sequences or prefix.bypassed):

@@ -1,4 +1,4 @@
-"""Did it work? Save what the run changed as one file."""
+"""SaveDelta: save the weights that the run changed as one file."""
 
 from __future__ import annotations
 
@@ -24,37 +24,41 @@ from kedit_train.delta.bitwise import same_bits
 from kedit_train.delta.weight_source import Weights, weights_of
 from kedit_train.errors import EditError
 
-# Prompts whose logits are compared.
+# Maximum number of prompts for which logits are compared.
 _PROMPTS = 8
 _PATH = Rule("a path that ends in .safetensors", lambda value: Path(value).suffix == ".safetensors")
 
 
 class SaveDelta(EditCallback):
-    """Save what the run changed as an :class:`~kedit_train.delta.EditDelta`, and verify the file.
+    """Save the weight changes of the run as an :class:`~kedit_train.delta.EditDelta` file, and verify the file.
 
-    The file is read back, applied to the weights before the edit, and compared with the trained weights bit for bit.
-    If the edits are known, the logits for up to 8 of their prompts are compared as well. It is an error if no weight
-    has changed. The model itself keeps the weights of the last step, also with ``at="best"``.
+    The saved file is read, applied to the weights before the edit, and compared with the trained weights bit for bit.
+    If the edits are known, the logits for up to 8 of their prompts are compared as well. An error is raised if no
+    weight has changed. The model itself keeps the weights of the last step, also with ``at="best"``.
 
-    For a run on adapters (PEFT) the file contains the merged weights of the base model, as ``merge_and_unload()``
-    computes them, and only weights are compared. The adapter itself is saved by PEFT. With several processes one of
-    them writes. Without ``ParameterScope`` a copy of every trainable parameter is kept for the comparison.
+    If the run trains adapters (PEFT), the file contains the merged weights of the base model, as ``merge_and_unload()``
+    computes them. In this case, only weights are compared, and PEFT saves the adapter itself. With several processes,
+    one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is kept for the
+    comparison.
 
-    The file also contains the scores that ``EditMetrics`` has published by then, at the end the final ones.
+    The file also contains the scores of the last evaluation of ``EditMetrics``, which evaluates the final model.
 
     Args:
-        path: the file, which must end in ``.safetensors``. Folders are created; an existing file is replaced.
-        at: "end" saves the last step. "best" saves the step with the highest ``edit/reliability`` (then the highest
-            ``edit/locality``, then the earliest step) that ``EditMetrics(every_n_steps=...)`` measured in training.
-        edits: an ``EditDataset`` or a path, for the hash and the number of edits in the file. None takes those of
-            ``EditMetrics`` or of the training loop, if any.
-        license: license of the base model, for the file. None takes the one in the model card in its folder.
+        path: path of the file, which must end in ``.safetensors``. Missing folders are created. An existing file is
+            replaced.
+        at: "end" saves the weights of the last step. "best" saves the weights of the step with the highest
+            ``edit/reliability`` (then the highest ``edit/locality``, then the earliest step) that
+            ``EditMetrics(every_n_steps=...)`` measured during training.
+        edits: an ``EditDataset`` or a path. The file contains the hash and the number of these edits. None takes the
+            edits of ``EditMetrics`` or of the training loop, if any.
+        license: license of the base model, to write into the file. None takes the license from the model card in the
+            folder of the model.
 
     Attributes:
-        delta: the saved :class:`~kedit_train.delta.EditDelta`; None before the end of training.
+        delta: the saved :class:`~kedit_train.delta.EditDelta`. None before the end of training.
 
     Raises:
-        EditError: an argument is wrong, no weight has changed, or the file does not reproduce the trained weights.
+        EditError: an argument is invalid, no weight has changed, or the file does not reproduce the trained weights.
 
     Example:
         >>> import tempfile
@@ -93,7 +97,7 @@ class SaveDelta(EditCallback):
     def requires(self) -> Sequence[Requirement]:
         if self.at == "end":
             return ()
-        message = 'at="best" reads the reliability that EditMetrics measures; add EditMetrics(every_n_steps=20).'
+        message = 'at="best" needs the reliability that EditMetrics measures; add EditMetrics(every_n_steps=20).'
         return (Requirement(("edit/reliability",), message),)
 
     def prepare(self, run: EditRun) -> None:
@@ -146,10 +150,10 @@ class SaveDelta(EditCallback):
         self._values = {}
 
     def _save(self, run: EditRun, step: int) -> None:
-        """Save the weights that the scope has now, which are those of ``step``."""
+        """Save the current weights of the scope, which are the weights of ``step``."""
         weights, before = weights_of(run.model), run.reference or self._reference
         scoped = {id(parameter) for parameter in run.scope.values()}
-        # Every process gathers the weights in the same order, that of the model.
+        # Every process gathers the weights in the same order, which is the order of the model.
         touched = [name for name in weights if weights.made_of[name] & scoped]
         after = {name: weights[name].clone() for name in touched}
         edits = self._edits or run.edits or None
@@ -175,7 +179,7 @@ class SaveDelta(EditCallback):
         self.delta = delta
         if run.host.is_main:
             evaluated = self._values or self.at == "end"
-            moment = f"step {step}" if evaluated else f"step {step}, the last, because no step was evaluated"
+            moment = f"step {step}" if evaluated else f"step {step}, the last step, because no step was evaluated"
             run.host.log_file(self.path, "delta")
             print(f"delta: {self.path} ({len(delta)} tensors, {delta.nbytes / 1e6:.2f} MB, {moment}; {checked})")
 
@@ -188,13 +192,13 @@ class SaveDelta(EditCallback):
         after: Mapping[str, Tensor],
         edits: Sequence[Any] | None,
     ) -> str:
-        """Compare the file's result with the trained weights and logits, and return what was compared."""
+        """Compare the weights and logits from the file with the trained ones, and return what was compared."""
         with temporary_values(run.scope, before):
             applied = {name: weights[name].clone() for name in after}
         delta.apply(applied)
         differing = [name for name, value in after.items() if not same_bits(applied[name], value)]
         if differing:
-            raise EditError(f"{self.path} does not reproduce the trained {differing[0]}; do not use the file.")
+            raise EditError(f"{self.path} does not reproduce the trained weight {differing[0]}; do not use the file.")
         prompts = [] if hasattr(run.model, "peft_config") else self._prompts(run, edits)
         if not prompts:
             return "its weights equal the trained ones bit for bit"
@@ -209,13 +213,13 @@ class SaveDelta(EditCallback):
         return f"its weights, and the logits for {len(prompts)} of the edits, equal the trained ones bit for bit"
 
     def _prompts(self, run: EditRun, edits: Sequence[Any] | None) -> list[Tensor]:
-        """Return the token ids [1, tokens] of some prompts; none if the edits or the tokenizer are unknown."""
+        """Return the token ids [1, tokens] of some prompts, or [] if the edits or the tokenizer are unknown."""
         if run.language_model is None or not edits:
             return []
         try:
             tokenizer = run.tokenizer()
         except EditError:
-            # A plain loop may tokenize elsewhere. The weights have been compared anyway.
+            # A hand-written loop may tokenize elsewhere. The weights have already been compared.
             return []
         device = next(run.model.parameters()).device
         texts = [edits[i].prompt for i in range(min(_PROMPTS, len(edits)))]

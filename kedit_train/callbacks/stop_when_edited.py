@@ -1,4 +1,4 @@
-"""Did it work? Then end training, because every further step costs locality."""
+"""StopWhenEdited: end training when the edit has worked, because every further step reduces locality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
 _PROBABILITY = "edit/reliability_smallest_token_probability"
-# From KLLocality, on its texts, and from EditMetrics, on the locality prompts.
+# KLLocality measures the first metric on its texts, EditMetrics the second metric on the locality prompts.
 _KL = ("edit/locality/kl", "edit/locality_kl")
 _STEPS = Rule('an integer >= 1 or "epoch"', lambda value: value == "epoch" or integer_from(1).holds(value))
 
@@ -20,30 +20,31 @@ _STEPS = Rule('an integer >= 1 or "epoch"', lambda value: value == "epoch" or in
 class StopWhenEdited(EditCallback):
     """End training when the edits are learned, or when they have changed the model too much.
 
-    Each argument that is not None is a rule; the first rule that is met ends training. A printed line names it, and so
-    does the attribute ``reason``. The default, a mean training loss below 0.01 over an epoch, is the rule of FT-M and
-    LocFT-BF. It needs a callback that computes the loss, such as ``TokenLoss("cross_entropy")``.
+    Each argument that is not None is a rule. Training ends when the first rule is met. A printed line and the attribute
+    ``reason`` name the rule. By default, training ends when the mean training loss over an epoch is below 0.01, as in
+    FT-M and LocFT-BF. The default rule needs a callback that computes the loss, such as ``TokenLoss("cross_entropy")``.
 
     Args:
         loss: stop when the mean training loss per token over the last ``loss_steps`` optimizer steps is below this
             value, in nats. None turns this rule off.
-        loss_steps: number of optimizer steps for ``loss``, or "epoch" for the number of steps in one epoch. A plain
-            loop passes that number to ``editing(epoch_steps=...)``.
+        loss_steps: number of optimizer steps over which ``loss`` is averaged, or "epoch" for the number of steps in one
+            epoch. In a hand-written loop, pass that number as ``editing(epoch_steps=...)``.
         reliability: stop when ``EditMetrics(every_n_steps=...)`` measures at least this reliability, in (0, 1].
-        idle_steps: stop after this number of consecutive optimizer steps without an active token, or "epoch". A token
-            is active while its loss is above ``epsilon`` of the token loss.
-        smallest_probability: stop when the least probable token of all targets has at least this probability, in
-            (0, 1), under teacher forcing; measured by ``EditMetrics(every_n_steps=...)``. A mean over tokens hides a
+        idle_steps: stop when no token had a loss above ``epsilon`` of the token loss for this number of consecutive
+            optimizer steps, or for an "epoch".
+        smallest_probability: stop when every target token has at least this probability, in (0, 1), under teacher
+            forcing. ``EditMetrics(every_n_steps=...)`` measures the probabilities. A mean over tokens would hide a
             single token that was not learned.
         kl_budget: stop when the KL divergence from the reference model, in nats per token, is above this value.
-            ``KLLocality`` measures it on its texts (mean since the last log event) and ``EditMetrics`` with "kl" among
-            its metrics on the locality prompts; with both, the larger one counts.
+            ``KLLocality`` measures the divergence on its texts, as the mean since the last log event. ``EditMetrics``
+            with "kl" among its metrics measures it on the locality prompts. If both callbacks are used, the larger
+            value counts.
 
     Attributes:
-        reason: the rules that were met, as text; None while training goes on.
+        reason: the rules that were met, as text. None while training continues.
 
     Raises:
-        EditError: every rule is None, an argument is out of range, or no callback measures what a rule reads.
+        EditError: every rule is None, an argument is out of range, or no callback measures the value that a rule needs.
 
     References:
         "Fine-tuning Done Right in Model Editing", arXiv 2509.22072 (the loss rule).
@@ -80,7 +81,10 @@ class StopWhenEdited(EditCallback):
         kl_budget: float | None = None,
     ) -> None:
         if all(rule is None for rule in (reliability, idle_steps, smallest_probability, kl_budget, loss)):
-            raise EditError("at least one rule must be set, but all of them are None.", component=type(self).__name__)
+            raise EditError(
+                "at least one rule must be set, but all are None; set, for example, loss=0.01.",
+                component=type(self).__name__,
+            )
         check_arguments(
             self,
             loss=(loss, optional(above(0))),
@@ -96,8 +100,8 @@ class StopWhenEdited(EditCallback):
         self.reason: str | None = None
 
     def requires(self) -> Sequence[Requirement]:
-        metrics = "reads what EditMetrics measures during training; add EditMetrics(every_n_steps=20), or pass"
-        tokens = "idle_steps counts active tokens; add TokenLoss() with epsilon > 0, or pass idle_steps=None."
+        metrics = "needs the measurements of EditMetrics during training; add EditMetrics(every_n_steps=20), or pass"
+        tokens = "idle_steps needs a token loss with epsilon > 0; add TokenLoss(epsilon=0.05), or pass idle_steps=None."
         rules = (
             (self.reliability, ("edit/reliability",), f"reliability {metrics} reliability=None."),
             (self.smallest_probability, (_PROBABILITY,), f"smallest_probability {metrics} smallest_probability=None."),
@@ -112,8 +116,8 @@ class StopWhenEdited(EditCallback):
             (
                 self.loss,
                 ("edit/tokens/loss_now",),
-                'loss reads the training loss of a token loss; add TokenLoss("cross_entropy"), or pass loss=None and '
-                "another rule.",
+                'loss needs a callback that computes the loss; add TokenLoss("cross_entropy"), or pass loss=None and '
+                "set another rule.",
             ),
         )
         return [Requirement(names, message) for value, names, message in rules if value is not None]
@@ -129,8 +133,8 @@ class StopWhenEdited(EditCallback):
             return steps
         if run.host.epoch_steps is None:
             raise EditError(
-                f'{name}="epoch" needs the number of optimizer steps in an epoch, which this {run.host.name} does not '
-                f"know; pass {name} as a number, or editing(epoch_steps=...) in a plain loop."
+                f'{name}="epoch" needs the number of optimizer steps in an epoch, which is unknown in this '
+                f"{run.host.name} run; pass {name} as a number, or use editing(epoch_steps=...) in a hand-written loop."
             )
         return run.host.epoch_steps
 
@@ -163,7 +167,7 @@ class StopWhenEdited(EditCallback):
         if self.idle_steps is not None:
             self._idle = self._idle + 1 if scores.get("edit/tokens/active_now") == 0 else 0
             if self._idle >= self._idle_limit:
-                met.append(f"no active token in {self._idle} steps")
+                met.append(f"no token had a loss above epsilon in {self._idle} steps")
         if self.loss is not None:
             self._losses = [*self._losses, scores["edit/tokens/loss_now"]][-self._loss_window :]
             mean = sum(self._losses) / len(self._losses)

@@ -1,4 +1,4 @@
-"""TokenLoss: what each token of the new answers is trained towards."""
+"""TokenLoss: choose what each token of the new answers is trained towards."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ _WIDTH = Rule("> 0 (inf turns the filter off)", lambda value: isinstance(value, 
 
 
 class TokenLoss(EditCallback):
-    """The loss of each target token: cross-entropy or an objective made for editing.
+    """Replace the training loss of each target token by cross-entropy or an objective made for editing.
 
-    It replaces the host's training loss at the supervised positions. The training step calls
-    ``model(..., labels=labels)`` and uses the loss that the model returns. Evaluation losses stay the host's own.
-    ``TokenLoss()`` alone computes the host's cross-entropy, and with ``reduction="sample"`` it computes the mean over
-    edits of their token means, as FT-M and LocFT do.
+    The training step must call ``model(..., labels=labels)`` and use the loss that the model returns. Evaluation losses
+    do not change. With default arguments, ``TokenLoss()`` computes the same cross-entropy as the trainer. With
+    ``reduction="sample"``, the loss is averaged over the tokens of each edit and then over the edits, as in FT-M and
+    LocFT.
 
-    With a clip (``epsilon > 0``) a token stops contributing once it is learned. If no token of an optimizer step is
-    active and no penalty such as ``KLLocality`` is on the list, the step is skipped: the weights and the state of the
-    optimizer stay as they are.
+    With a clip (``epsilon > 0``), a token stops contributing to the gradient once it is learned. If no token
+    contributes to an optimizer step, the step is skipped: the weights and the optimizer state do not change. A step is
+    not skipped if the run has a penalty such as ``KLLocality``.
 
     Args:
         objective: what a token is trained towards.
 
             - ``"cross_entropy"``: the label.
             - ``"overtone"``: a mixture of the label and the model's own filtered distribution, recomputed at every
-              step. Where the label is not the most probable token of the mixture, the label alone.
+              step. If the label is not the most probable token of the mixture, only the label is used.
             - ``"uniform"``: label smoothing, a mixture of the label and the uniform distribution.
-            - ``"dft"``: the label, with each token's cross-entropy multiplied by the model's probability for it.
-            - ``"prompt_last"``: the label, scored by the distribution at the last position of the prompt. This is FT-L
-              in EasyEdit. It teaches which tokens an answer has and not their order.
+            - ``"dft"``: the label. The cross-entropy of a token is multiplied by the model's probability of the label.
+            - ``"prompt_last"``: the label. All tokens of the answer are predicted from the last position of the prompt,
+              as in FT-L of EasyEdit. This teaches which tokens an answer contains, but not their order.
         label_weight: weight of the one-hot label in the target mixture, in [0, 1]. Only for ``"overtone"`` (default
             0.1) and ``"uniform"`` (default 0.9).
-        epsilon: clip in nats. A token whose loss is at most this has no gradient. Default 0.05 for ``"overtone"`` and
-            0 (no clip) for the others.
+        epsilon: clip in nats. A token with a loss of at most ``epsilon`` has no gradient. Default 0.05 for
+            ``"overtone"`` and 0 (no clip) for the other objectives.
         n_sigma: width of the filter in standard deviations of the logits. Only for ``"overtone"`` (default 0.5).
-        reduction: ``"token"`` gives all supervised tokens the same weight, as the hosts do; ``"sample"`` gives all
-            sequences the same weight, whatever the length of their targets.
+        reduction: ``"token"`` gives all supervised tokens the same weight, as trainers do. ``"sample"`` gives all
+            sequences the same weight, however long their targets are.
 
     Raises:
-        EditError: an argument is out of range, or the objective does not use it.
+        EditError: an argument is out of range, or an argument is given that the objective does not use.
 
     References:
         - "Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing" (OverTone), arXiv 2502.00602.
@@ -115,7 +115,7 @@ class TokenLoss(EditCallback):
         values = {"label_weight": label_weight, "epsilon": epsilon, "n_sigma": n_sigma}
         for name, value in values.items():
             if value is not None and name not in DEFAULTS[objective]:
-                message = f'objective="{objective}" does not use {name}={value}; leave it out.'
+                message = f'objective="{objective}" does not use {name}={value}; remove this argument.'
                 raise EditError(message, component=type(self).__name__)
         chosen = {**DEFAULTS[objective], **{name: value for name, value in values.items() if value is not None}}
         self.objective: Objective = objective
@@ -128,11 +128,11 @@ class TokenLoss(EditCallback):
         return {"token_loss", "edit/tokens/loss_now"} | clip
 
     def conflicts(self) -> Sequence[Requirement]:
-        found = [Requirement(("token_loss",), "the model has another token loss already; keep one of the two.")]
+        found = [Requirement(("token_loss",), "the model already has another token loss; keep only one token loss.")]
         if self.objective == "prompt_last":
             message = (
-                'objective="prompt_last" scores a token at the last position of the prompt, and an anchor on the '
-                "training batch compares it at its own position; remove one of the two."
+                'objective="prompt_last" cannot be combined with BatchAnchor, because it predicts all tokens from the '
+                "last position of the prompt; use another objective, or remove BatchAnchor."
             )
             found.append(Requirement(("batch_anchor",), message))
         return found
@@ -142,27 +142,27 @@ class TokenLoss(EditCallback):
             run.head()
         reason = run.host.loss_unsupported_reason()
         if reason:
-            raise EditError(f"the loss of this {run.host.name} run cannot be replaced: {reason}")
+            raise EditError(f"the loss of this {run.host.name} run cannot be replaced: {reason}.")
 
     def attach(self, run: EditRun) -> None:
         self._vocab_size = _true_vocabulary(run)
         self._totals: dict[str, Tensor] = {}
         self._tokens, self._counted_at = 0, -1
-        # Of the current step: active tokens, sum of the losses of all tokens, number of tokens.
+        # Totals of the current step: active tokens, sum of the losses of all tokens, number of tokens.
         self._now = torch.zeros(3, dtype=torch.float64)
         position = "first" if self.objective == "prompt_last" else "own"
         run.loss_head().use(self.score, reduction=self.reduction, position=position, observe=self._observe)
 
     def score(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """Score tokens. A subclass may override this.
+        """Compute the loss of each token. A subclass may override this method.
 
         Args:
             logits: [N, vocabulary], fp32.
             labels: [N] token ids.
 
         Returns:
-            The loss [N], whether each token is active [N], and for ``"overtone"`` further [N]: whether the mixture was
-            used, how many tokens the filter kept, and the label's share of the target.
+            The loss [N], and whether each token has a gradient [N]. For ``"overtone"``, three more tensors [N]: whether
+            the mixture was used, how many tokens the filter kept, and the probability of the label in the target.
         """
         options: dict[str, Any] = {"epsilon": self.epsilon}
         if self.objective == "cross_entropy":
@@ -180,9 +180,9 @@ class TokenLoss(EditCallback):
     def skip_step(self, run: EditRun) -> bool:
         if self._counted_at != run.step:
             raise EditError(
-                "the model was not called with labels= since the last optimizer step, so its loss was not replaced. "
-                "Let the training step call model(..., labels=labels) and use the loss that it returns, and let one "
-                "optimizer step the whole scope."
+                "the model was not called with labels= since the last optimizer step, so its loss was not replaced; "
+                "call model(..., labels=labels) in the training step, use the loss that the model returns, and use one "
+                "optimizer for the whole scope."
             )
         # Reading the loss waits for the device, so it is read only where a callback needs it.
         publishes_loss = run.is_required("edit/tokens/loss_now")
@@ -203,9 +203,10 @@ class TokenLoss(EditCallback):
         """Return means over the tokens since the last call.
 
         Returns:
-            ``edit/tokens/active``, the share of active tokens. For ``"overtone"`` also ``edit/tokens/accepted`` (share
-            of tokens whose mixture was used), ``survivors`` (tokens that the filter kept) and ``label_mass`` (share of
-            the label in the target).
+            ``edit/tokens/active``, the fraction of tokens with a gradient. For ``"overtone"`` also
+            ``edit/tokens/accepted`` (fraction of tokens for which the mixture was used), ``edit/tokens/survivors``
+            (number of tokens that the filter kept) and ``edit/tokens/label_mass`` (probability of the label in the
+            target).
         """
         if not self._tokens:
             return {}
@@ -232,7 +233,10 @@ class TokenLoss(EditCallback):
 
 
 def _true_vocabulary(run: EditRun) -> int | None:
-    """Return the size of the tokenizer if the head has more rows, whose logits are noise and would widen the filter."""
+    """Return the size of the tokenizer if the output head has more rows than tokens, else None.
+
+    The logits of the additional rows are noise and would widen the filter.
+    """
     try:
         size = len(run.tokenizer())
     except EditError:

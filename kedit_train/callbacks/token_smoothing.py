@@ -7,24 +7,24 @@ from kedit_train.core.tokens.interfaces import Reduction
 
 
 class TokenSmoothing(TokenLoss):
-    """OverTone: train each token until it is learned, towards a target that keeps the model's other beliefs.
+    """Train each token towards a smoothed target until the token is learned (OverTone).
 
-    The target of a token mixes the one-hot label with the model's own distribution, from which unlikely tokens are
-    filtered out. The mixture is recomputed at every step and is a constant for the gradient. Where the label is not the
-    most probable token of the mixture, the label alone is the target. The loss is the KL divergence of the model from
-    the target, and a token whose divergence is at most ``epsilon`` has no gradient.
+    The target of a token is a mixture of the one-hot label and the model's own distribution without unlikely tokens.
+    The mixture is recomputed at every step, and no gradient flows through it. If the label is not the most probable
+    token of the mixture, the target is the label alone. The loss is the KL divergence of the model from the target. A
+    token with a divergence of at most ``epsilon`` has no gradient.
 
     Args:
-        objective: as for :class:`TokenLoss`.
-        label_weight: weight of the one-hot label in the mixture, in [0, 1]; default 0.1. This is the reverse of the
-            usual convention for label smoothing.
+        objective: see :class:`TokenLoss`.
+        label_weight: weight of the one-hot label in the mixture, in [0, 1]; default 0.1. The usual label smoothing
+            factor is 1 - ``label_weight``.
         epsilon: clip in nats; default 0.05. The paper uses 0.05 with LoRA and 0.01 when one layer is trained in full.
         n_sigma: width of the filter in standard deviations of the logits; default 0.5. The paper uses 1 with MELO and
             WISE.
-        reduction: as for :class:`TokenLoss`.
+        reduction: see :class:`TokenLoss`.
 
     Raises:
-        EditError: an argument is out of range, or the objective does not use it.
+        EditError: an argument is out of range, or an argument is given that the objective does not use.
 
     References:
         "Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602.

@@ -1,4 +1,4 @@
-"""How far may the weights move? They are pulled back towards their values before the edit."""
+"""WeightAnchor: pull the weights back towards their values before the edit."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ _DEFAULT_STRENGTH = {"l2sp": 2.0, "ewc": 1000.0}
 
 
 class WeightAnchor(EditCallback):
-    """Pull the scoped weights w towards their values w0 before the edit.
+    """Pull the weights w in the scope towards their values w0 before the edit.
 
-    "l2sp" is the penalty ``strength / 2 * sum (w - w0)^2``. As part of the loss, Adam would rescale its gradient for
-    each weight. By default it is therefore decoupled, as weight decay is in AdamW: after each optimizer step,
-    ``w <- w - learning_rate * strength * (w - w0)``.
+    "l2sp" is the penalty ``strength / 2 * sum (w - w0)^2``. If the penalty were part of the loss, Adam would rescale
+    its gradient for each weight. By default, the pull is therefore decoupled from the loss, like weight decay in AdamW.
+    After each optimizer step, ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
 
     "ewc" is the penalty ``strength / 2 * sum F (w - w0)^2``, where F is the Fisher information per token on general
-    texts, with labels sampled from the model. To second order, and without correlations between weights, this is
-    ``strength`` times the KL divergence per token from the model before the edit, so ``strength`` is comparable to the
-    weight of ``KLLocality``. It is always part of the loss.
+    texts, with labels sampled from the model. To second order, and without correlations between weights, the "ewc"
+    penalty is ``strength`` times the KL divergence per token from the model before the edit. So ``strength`` is
+    comparable to the weight of ``KLLocality``. The "ewc" penalty is always part of the loss.
 
-    The pull is applied before projections, balls and masks. For adapters, the anchor is the initial value of the
-    adapter's own weights. ``ParameterScope`` trains a half-precision scope in fp32, so that a small pull is not lost in
-    rounding.
+    The decoupled pull is applied before ``LowCurvature``, ``NullSpace``, ``NormBall`` and ``GradientMask``. For
+    adapters, w0 is the initial value of the adapter's own weights. ``ParameterScope`` trains half-precision weights in
+    fp32, so that a small pull is not lost in rounding.
 
     Args:
         kind: "l2sp" (default; any module) or "ewc" (a causal language model and ``texts``).
         strength: strength of the pull, >= 0. None (default) is 2 for "l2sp" and 1000 for "ewc". The effect of a
             decoupled pull over a run depends on learning rate * strength * number of steps. With "ewc", plain SGD
             diverges if learning rate * strength * F exceeds 2.
-        texts: for "ewc": general texts, a source or a :class:`Texts`. Its ``seed`` seeds the selected sequences and
-            the sampled labels.
+        texts: for "ewc": general texts, as a source of texts or a :class:`Texts`. The ``seed`` of ``Texts`` seeds the
+            choice of sequences and the sampled labels.
         decoupled: for "l2sp": whether to pull after the step (default) or to add the penalty to the loss (False).
-        anchor: the weights w0 in consecutive runs on one model. "base" (default): the weights before the first run
-            of this instance; what earlier runs have learned is pulled back as well, unless another callback holds it
-            (``KLLocality(sequential=True)``). "previous": the weights before the current run. With "ewc", F belongs to
-            the same weights.
-        limit: for "ewc": number of token sequences on which F is computed. None uses all. Default 256. Each costs one
-            backward pass.
+        anchor: the weights w0 in consecutive runs on one model. "base" (default): the weights before the first run of
+            this instance. Changes of earlier runs are then pulled back as well, unless another callback preserves them
+            (``KLLocality(sequential=True)``). "previous": the weights before the current run. With "ewc", F is also
+            computed at w0.
+        limit: for "ewc": number of token sequences on which F is computed. Each sequence costs one backward pass. None
+            uses all sequences. Default 256.
 
     Logs ``edit/drift/anchor``, the penalty at the current weights.
 
     Raises:
-        EditError: an argument is invalid; learning rate * strength exceeds 1, so that a decoupled pull would overshoot;
-            the optimizer has no learning rate; or, for "ewc", there is no causal language model or the parameters are
-            sharded.
+        EditError: an argument is invalid; learning rate * strength exceeds 1, so that a decoupled pull would move
+            weights past w0; the optimizer has no learning rate; or, for "ewc", there is no causal language model or the
+            parameters are sharded.
 
     References:
         Explicit Inductive Bias for Transfer Learning with Convolutional Networks (L2-SP), arXiv 1802.01483.
@@ -79,7 +79,7 @@ class WeightAnchor(EditCallback):
     """
 
     order = 36
-    # Also for a penalty in the loss: the run keeps the reference weights only if a callback constrains.
+    # Also True for a penalty in the loss, because the run keeps the reference weights only if a callback constrains.
     constrains = True
 
     def __init__(
@@ -101,14 +101,15 @@ class WeightAnchor(EditCallback):
         )
         if kind == "ewc" and texts is None:
             raise EditError(
-                "kind='ewc' needs texts= on which the model should stay as it is.", component="WeightAnchor"
+                "kind='ewc' needs texts=; pass texts on which the model should not change.", component="WeightAnchor"
             )
         if kind == "l2sp" and texts is not None:
-            raise EditError("kind='l2sp' does not use texts=; remove it, or use kind='ewc'.", component="WeightAnchor")
+            raise EditError(
+                "kind='l2sp' does not use texts=; remove texts=, or use kind='ewc'.", component="WeightAnchor"
+            )
         if kind == "ewc" and decoupled:
             raise EditError(
-                "kind='ewc' cannot be decoupled, it is a penalty in the loss; remove decoupled=True, or use "
-                "kind='l2sp'.",
+                "kind='ewc' cannot be decoupled from the loss; remove decoupled=True, or use kind='l2sp'.",
                 component="WeightAnchor",
             )
         self.kind: Literal["l2sp", "ewc"] = kind
@@ -150,17 +151,17 @@ class WeightAnchor(EditCallback):
             return weights
         pulled = dict(weights)
         self._anchors.register(weights, reference)
-        # A weight without a gradient, or one that another optimizer steps, has not moved and has no rate here.
+        # A weight without a gradient, or a weight of another optimizer, has not moved and has no rate here.
         for name, rate in self._run.steps.learning_rates.items():
             if rate is None:
                 raise EditError(
-                    "the optimizer has no learning rate (a relative step?), which a decoupled pull needs; set lr, or "
-                    "use decoupled=False."
+                    "the optimizer has no learning rate, but a decoupled pull needs a learning rate; set lr in the "
+                    "optimizer, or use decoupled=False."
                 )
             if rate * self.strength > 1.0:
                 raise EditError(
                     f"learning rate * strength must be <= 1, got {rate:g} * {self.strength:g}, which would move {name} "
-                    "past its anchor; use a lower one."
+                    "past its anchor; lower the learning rate or strength."
                 )
             weight = wide(weights[name])
             step = rate * self.strength * (weight - wide(self._anchors[name]))
@@ -173,7 +174,7 @@ class WeightAnchor(EditCallback):
 
     def state(self) -> dict[str, Any]:
         anchors = self._anchors.state()
-        # The Fisher information of these weights was computed before an earlier run, which a new process cannot repeat.
+        # The Fisher information of these weights was computed before an earlier run. A new process cannot repeat that.
         fisher = {name: information for name, information in self._fisher.items() if name in anchors}
         return {"anchor_weights": anchors, "fisher": fisher}
 

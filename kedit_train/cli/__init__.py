@@ -2,6 +2,6 @@
 
 import os
 
-# This must be set before torch loads OpenMP. By default its idle threads spin, which slows a run down when other
-# processes use the same cores.
+# This variable must be set before torch loads OpenMP. By default the idle threads of OpenMP spin. Spinning slows a run
+# down when other processes use the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,4 +1,7 @@
-"""Shortening the errors of jsonargparse, which lists every type that it tried, to one line that names the key."""
+"""Shorten the errors of jsonargparse to one line that names the wrong key.
+
+The original error of jsonargparse lists every type that the parser tried.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,28 @@ import inspect
 import re
 from importlib import import_module
 
-# Lines that only list what else was tried, or repeat the value.
+# Lines that only list other types that jsonargparse tried, or repeat the given value.
 NOISE = re.compile(
     r"Does not validate against any of the Union|Subtypes:|Errors:|Expected a <class 'NoneType'>|Not a valid subclass"
     r"|Subclass types expect|a class path \(str\)|a dict with|Given value type:|Given value: NestedArg"
 )
-# The class that jsonargparse also tries if no class is named.
+# The error about Lightning's base class, which jsonargparse tries as well as the class that the user named.
 BASE = "Problem with given class_path 'lightning.Callback':"
 # How jsonargparse prints a key that was given as --trainer.callbacks.KEY.
 ON_THE_LAST = re.compile(r"trainer\.callbacks.*NestedArg\(key=", re.DOTALL)
 
 
 def shorten(message: str) -> str:
-    """Return one line: the key, the class that it belongs to, what is wrong, and which keys exist."""
+    """Shorten an error of jsonargparse to one line.
+
+    The line names the wrong key, the class that the key belongs to, the problem, and the valid keys.
+    """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     lines = _without_base(lines)
     kept = list(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))
     inner = [i for i, line in enumerate(kept) if line.startswith("Problem with given class_path")]
     if inner:
-        # The lines after the error of one class are about the alternatives.
+        # The lines after the error of the last class are about other types.
         kept = [line for line in kept[: inner[-1] + 3] if not line.startswith("Given value:")]
     text = re.sub(r":; ", ": ", "; ".join(kept))
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
@@ -33,25 +39,25 @@ def shorten(message: str) -> str:
     # LightningCLI does not know the command sft.
     text = re.sub(r"(\(choose from |\{)'?fit'?([)}])", r"\1fit, sft\2", text)
     refused = re.search(r"(\w+(?:\.\w+)+): Option '\w+' is not accepted", text)
-    accepted = f"; it takes {', '.join(arguments(refused[1]))}" if refused else "; fit --help lists every key"
+    accepted = f"; valid arguments: {', '.join(arguments(refused[1]))}" if refused else "; fit --help lists every key"
     if refused and ON_THE_LAST.search(message):
         if refused[1] == "lightning.Callback":
-            return "trainer.callbacks: the run lists no callbacks that could use the key; give --config RECIPE.yaml"
+            return "trainer.callbacks: the run lists no callbacks, so the key cannot be set; add --config RECIPE.yaml"
         accepted += (
-            ". Only the last callback in the list can be set from the command line; for another one, copy the recipe "
-            "with kedit cp and change it"
+            ". The command line can change only the last callback in the list. To change another callback, copy the "
+            "recipe with kedit cp and edit the copy"
         )
     return text.rstrip(".") + accepted
 
 
 def _without_base(lines: list[str]) -> list[str]:
-    """Remove the lines about the bare ``Callback`` class if another class was named."""
+    """Remove the lines about Lightning's base class ``Callback`` if the user named another class."""
     if not any(line.startswith("Problem with given class_path") and line != BASE for line in lines):
         return lines
     return [line for i, line in enumerate(lines) if line != BASE and (i == 0 or lines[i - 1] != BASE)]
 
 
 def arguments(class_path: str) -> list[str]:
-    """Return the names that a class accepts in ``init_args``."""
+    """Return the names of the arguments that a class accepts in ``init_args``."""
     module, _, name = class_path.rpartition(".")
     return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "kwargs"]

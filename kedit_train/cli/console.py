@@ -15,11 +15,12 @@ from rich.text import Text
 
 
 def print_error(message: str) -> None:
-    """Print ``error: message``. If several processes of one run report the same error, it is printed once."""
+    """Print ``error: message`` once, even if several processes of one run report the same error."""
     line = Text.assemble(("error: ", "bold red"), plain(" ".join(message.split())))
     shared = _shared_file(message) if "RANK" in os.environ else None
     if shared is not None and not _create(shared):
-        # The launcher ends all processes when the first one fails, so this one waits until the other has printed.
+        # The launcher ends all processes when the first process fails. This process therefore waits until another
+        # process has printed the error.
         waited = 0.0
         while waited < 10.0 and not shared.stat().st_size:
             time.sleep(0.1)
@@ -32,16 +33,17 @@ def print_error(message: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Escape control characters in text that comes from a file, because a terminal would execute them."""
+    """Escape control characters in text that comes from a file, so that a terminal does not execute them."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def leave(code: int) -> NoReturn:
-    """End a process that failed, without waiting for the other processes of a distributed run."""
+    """End this process after a failure, without waiting for the other processes of a distributed run."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
-        # Gloo's threads may abort a process that exits without a common shutdown, and that needs all processes.
+        # The threads of Gloo may abort a process that exits without shutting down its process group. A shutdown would
+        # need all processes.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -49,13 +51,13 @@ def leave(code: int) -> NoReturn:
 
 
 def _shared_file(message: str) -> Path:
-    """Return a path that is the same in all processes of one launcher for one message."""
+    """Return the path of a marker file for one message, the same path in all processes of one launcher."""
     run = f"{os.getppid()} {os.environ.get('MASTER_PORT')} {message}"
     return Path(tempfile.gettempdir()) / f"kedit-error-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
 
 
 def _create(path: Path) -> bool:
-    """Create the file and return True; return False if another process has created it."""
+    """Create the file and return True, or return False if another process has created the file."""
     try:
         path.touch(mode=0o600, exist_ok=False)
     except FileExistsError:

@@ -1,10 +1,10 @@
-"""``fit``: LightningCLI with ``EditModule`` and ``EditDataModule`` as defaults.
+"""The command ``fit``: a LightningCLI with ``EditModule`` and ``EditDataModule`` as defaults.
 
     python -m kedit_train fit --config recipes/quickstart.yaml
     python -m kedit_train fit --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
     python -m kedit_train fit --print_config
 
-Any other LightningModule and LightningDataModule can be used with ``class_path``.
+Set ``class_path`` under ``model`` or ``data`` to use another LightningModule or LightningDataModule.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ CONFIG = ("--config", "-c")
 
 
 class EditParser(LightningArgumentParser):
-    """A parser whose errors are one line that names the wrong key."""
+    """A parser that reports an error in one line, with the name of the wrong key."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:
-            # The parser of one class; its message becomes part of the message that names the class.
+            # This is the parser of one class. The parser of the command adds the name of the class to its message.
             super().error(message, ex)
         print_error(shorten(message))
         leave(2)
@@ -47,7 +47,7 @@ class EditCLI(LightningCLI):
     """
 
     def __init__(self, parser_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        description = "Edit a model: fit runs a recipe in Lightning, sft runs it in TRL (see sft --help)."
+        description = "Edit a model. fit runs a recipe in Lightning. sft runs a recipe in TRL (see sft --help)."
         super().__init__(
             parser_class=EditParser,
             parser_kwargs={"description": description} | (parser_kwargs or {}),
@@ -62,7 +62,7 @@ class EditCLI(LightningCLI):
         return {"fit": LightningCLI.subcommands()["fit"]}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # They are built in this order, so that wrong arguments and files are reported before a large model is loaded.
+        # The model is built last, so that wrong arguments and files are reported before a large model is loaded.
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
@@ -84,11 +84,11 @@ class EditCLI(LightningCLI):
 
 
 def share_texts(config: Any) -> None:
-    """Replace ``texts: world`` in callbacks by ``data.texts``.
+    """Replace ``texts: world`` in the callbacks by the file that ``data.texts`` names.
 
     Raises:
-        EditError: the texts or prompts of the embedded world are used with another model or other edits, or no callback
-            uses ``data.texts``.
+        EditError: the run uses embedded texts or prompts with another model or other edits, or ``data.texts`` is set
+            and no callback has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -102,31 +102,39 @@ def share_texts(config: Any) -> None:
     foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
-            f"data.augmentation.replay=world uses prompts of the embedded world, but this run has {foreign}; give "
-            "prompts of other facts (.txt with one per line, or a file of edits): --data.augmentation.replay FILE"
+            "data.augmentation.replay=world uses prompts that fit only the embedded model, but this run has "
+            f"{foreign}; give a file of prompts about other facts (.txt with one prompt per line, or a file of edits): "
+            "--data.augmentation.replay FILE"
         )
     if own is not None and own.texts is not None:
         if not readers:
-            raise EditError(f"data.texts={own.texts!r} is not used, because no callback of this run has texts: world.")
+            raise EditError(
+                f"data.texts={own.texts!r} is not used, because no callback of this run has texts: world; remove "
+                "data.texts, or add a callback with texts: world."
+            )
         for reader in readers:
             if isinstance(reader.init_args.texts, Namespace):
                 reader.init_args.texts.source = own.texts
             else:
                 reader.init_args.texts = own.texts
-        # The saved configuration then names the texts once and can be run again.
+        # The saved configuration then names the texts only once, so it can be run again.
         if not world.is_world(own.texts):
             own.texts = None
         return
     if readers and foreign:
         name = readers[0].class_path.rpartition(".")[2]
         raise EditError(
-            f"{name} has texts: world, which are texts of the embedded world, but this run has {foreign}; give texts "
-            "on which your model should not change (.txt with one per line, .jsonl or .json): --data.texts FILE"
+            f"{name} has texts: world, which fit only the embedded model and its edits, but this run has {foreign}; "
+            "give a file of texts on which your model should not change (.txt with one text per line, .jsonl or "
+            ".json): --data.texts FILE"
         )
 
 
 def class_of(class_path: str) -> type:
-    """Return the class that a path names. One class may have several paths, so paths must not be compared."""
+    """Return the class that a class path names.
+
+    One class may have several paths, so compare classes instead of paths.
+    """
     module, _, name = class_path.rpartition(".")
     return getattr(import_module(module), name)
 
@@ -136,12 +144,12 @@ def _path_of(cls: type) -> str:
 
 
 def _source(texts: Any) -> Any:
-    """Return the source of texts, which a configuration gives as it is or as the arguments of ``Texts``."""
+    """Return the source of texts, given directly or among the arguments of ``Texts``."""
     return texts.get("source") if isinstance(texts, Namespace) else texts
 
 
 def with_catalog(arguments: Sequence[str]) -> list[str]:
-    """Replace ``--config callbacks/kl_locality.yaml`` by the packaged fragment if there is no such file here."""
+    """Replace a ``--config`` path that does not exist, such as ``callbacks/kl_locality.yaml``, by the packaged file."""
     resolved, takes_path = [], False
     for word in arguments:
         option, equals, value = word.partition("=")
@@ -153,7 +161,10 @@ def with_catalog(arguments: Sequence[str]) -> list[str]:
 
 
 def edit_error(error: BaseException | None) -> EditError | None:
-    """Return the ``EditError`` that caused an error, because jsonargparse wraps what a constructor raises."""
+    """Return the ``EditError`` that caused an error, or None if there is none.
+
+    jsonargparse wraps every error that a constructor raises in an error of its own.
+    """
     while error is not None and not isinstance(error, EditError):
         error = error.__cause__ or error.__context__
     return error

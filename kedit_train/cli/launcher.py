@@ -1,7 +1,8 @@
 """The command ``lightning run``: start a recipe or a script on one or several processes.
 
-It uses the launcher of Lightning Fabric (``lightning.fabric.cli``), because Lightning 2.5.1 and later have no
-``lightning`` command of their own. All other verbs are passed to ``lightning-sdk`` if it is installed.
+The command uses the launcher of Lightning Fabric (``lightning.fabric.cli``), because Lightning 2.5.1 and later have no
+``lightning`` command of their own. Other verbs than ``run`` are passed to ``lightning-sdk`` if that package is
+installed.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ examples:
   lightning run recipes/trl_sft.py --devices 2 --output_dir runs/mine   a script
 
 options, before or after the recipe:
-  --devices N|0,1|auto   processes on this machine, one for each device (1)
-  --strategy NAME        ddp, fsdp, deepspeed, ... (chosen by the trainer)
+  --devices N|0,1|auto   processes on this machine, one per device (default: 1)
+  --strategy NAME        ddp, fsdp, deepspeed, ... (default: the trainer chooses)
   --precision NAME       32-true, bf16-mixed, bf16-true, 16-mixed, ...
   --accelerator NAME     cpu, gpu, cuda, mps, auto
   --num-nodes N  --node-rank I  --main-address HOST  --main-port PORT      for several machines
 
-All other arguments go to the recipe (python -m kedit_train fit --help lists its keys) or to the script. Arguments
-after -- always go there.
+All other arguments go to the recipe or the script, and so do all arguments after --. The command
+python -m kedit_train fit --help lists the keys of a recipe.
 
 packaged recipes: {recipes}
 """
@@ -69,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run ``lightning run ...`` and return the exit code.
 
     Raises:
-        EditError: there is no such recipe or script, or an option has no value.
+        EditError: the recipe or script does not exist, or an option is unknown or has no value.
     """
     options, target, rest = split(arguments)
     if target is None:
@@ -81,24 +82,24 @@ def run(arguments: Sequence[str]) -> int:
     recipe = script_arguments != rest
     if recipe and processes * parsed.num_nodes == 1:
         return in_this_process(launch, parsed, script, script_arguments)
-    # By default every process uses all cores, which makes two processes on one machine slower than one.
+    # By default every process uses all cores. Two processes on one machine would then be slower than one process.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, processes))))
     named_port = "--main-port" in options or "--main_port" in options
     return in_new_processes(launch, parsed, script_arguments, named_port=named_port)
 
 
 def usage() -> str:
-    """Return the help text with the names of the packaged recipes."""
+    """Return the help text, which lists the packaged recipes."""
     return HELP.format(recipes=", ".join(catalog.names("recipes")))
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """Split arguments into options of the launcher, the recipe or script, and the arguments for it.
+    """Split arguments into launcher options, the recipe or script, and the arguments of the recipe or script.
 
-    If there is no recipe or script, the last part is ``["--help"]`` or empty.
+    If no recipe or script is given, the last part is ``["--help"]`` or empty.
 
     Raises:
-        EditError: an unknown option, or an option without a value.
+        EditError: an option is unknown or has no value.
     """
     options: list[str] = []
     rest: list[str] = []
@@ -119,7 +120,9 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
         elif target is None and word in ("-h", "--help"):
             return options, None, [word]
         elif target is None and word.startswith("-"):
-            raise EditError(f"unknown option {word}; arguments of the recipe come after it, see lightning run --help")
+            raise EditError(
+                f"unknown option {word}; arguments of a recipe must come after the recipe (see lightning run --help)"
+            )
         elif target is None:
             target = word
         else:
@@ -128,17 +131,17 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
 
 
 def command(target: str, rest: list[str]) -> tuple[Path, list[str]]:
-    """Return the script to start and its arguments. A recipe starts the script that runs all recipes."""
+    """Return the script to start and its arguments. For a recipe, this is ``edit.py``, which runs all recipes."""
     path = catalog.find("recipes", target)
     if path.suffix == ".py":
         return path, rest
     if path.suffix not in (".yaml", ".yml"):
-        raise EditError(f"{target!r} must be a recipe (.yaml) or a script (.py).")
+        raise EditError(f"the file to run must be a recipe (.yaml) or a script (.py), got {target!r}.")
     return catalog.folder("recipes") / "edit.py", ["fit", "--config", str(path), *rest]
 
 
 def read_options(words: list[str]) -> tuple[Any, Namespace]:
-    """Parse the options with the command of Lightning Fabric."""
+    """Parse the launcher options with the parser of Lightning Fabric."""
     import click
     from lightning.fabric import cli as launch
 
@@ -152,7 +155,7 @@ def read_options(words: list[str]) -> tuple[Any, Namespace]:
 
 
 def count_processes(launch: Any, parsed: Namespace) -> int:
-    """Return how many processes these devices need."""
+    """Return the number of processes to start for the given devices and accelerator."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
@@ -162,7 +165,7 @@ def count_processes(launch: Any, parsed: Namespace) -> int:
 
 
 def in_this_process(launch: Any, parsed: Namespace, script: Path, arguments: list[str]) -> int:
-    """Run a recipe in this process, which saves the start of a second one."""
+    """Run a recipe in this process, which is faster than starting another process."""
     from kedit_train.cli.main import main as run_recipe
 
     launch._set_env_variables(parsed)
@@ -172,7 +175,10 @@ def in_this_process(launch: Any, parsed: Namespace, script: Path, arguments: lis
 
 
 def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str], *, named_port: bool) -> int:
-    """Start processes with Fabric's launcher (torchrun). A process that fails has printed its error already."""
+    """Start processes with Fabric's launcher (torchrun), and return the exit code.
+
+    A process that fails prints its own error, so this function prints no error.
+    """
     import logging
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -180,7 +186,7 @@ def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str], *, na
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if parsed.num_nodes == 1 and not named_port:
-        # With Fabric's fixed port, a second run on the same machine would fail or join the first.
+        # With Fabric's fixed port, a second run on the same machine would fail or join the first run.
         parsed.main_port = free_port()
     try:
         launch.main(parsed, arguments)
@@ -193,7 +199,7 @@ def in_new_processes(launch: Any, parsed: Namespace, arguments: list[str], *, na
 
 
 def free_port() -> int:
-    """Return a port that is free at this moment."""
+    """Return the number of a free port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -203,7 +209,7 @@ def hand_over(verb: str) -> None:
     """Pass a verb other than ``run`` to lightning-sdk."""
     if find_spec("lightning_sdk") is None:
         raise EditError(
-            f"lightning {verb}: the only verb is run, see lightning --help; other verbs need lightning-sdk."
+            f"lightning {verb} needs lightning-sdk; install lightning-sdk, or use lightning run (see lightning --help)."
         )
     from lightning_sdk.cli.entrypoint import main_cli  # pyright: ignore[reportMissingImports]
 

@@ -1,4 +1,7 @@
-"""The command ``python -m kedit_train``, which ``lightning run`` starts too: ``fit`` in Lightning, ``sft`` in TRL."""
+"""The command ``python -m kedit_train``: ``fit`` runs a recipe in Lightning, ``sft`` runs a recipe in TRL.
+
+``lightning run`` starts the same command.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from kedit_train.processes import end_process_group
 
 
 def main() -> None:
-    """Run ``sys.argv``.
+    """Run the command with the arguments in ``sys.argv``.
 
-    The exit code is 1 if the run cannot be carried out and 2 if the arguments are not valid, each with one line that
-    says why. The environment variable ``KEDIT_TRACEBACK=1`` shows the traceback instead.
+    The exit code is 1 if the run fails and 2 if the arguments are not valid. One printed line says why. Set the
+    environment variable ``KEDIT_TRACEBACK=1`` to see the traceback.
     """
     quiet()
     try:
@@ -40,7 +43,7 @@ def main() -> None:
 
 
 def quiet() -> None:
-    """Hide library messages that a user of a recipe cannot act on."""
+    """Hide messages of libraries that a user of a recipe cannot act on."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -1,4 +1,4 @@
-"""Settings of the Lightning trainer that follow the launcher."""
+"""Copy the settings of the launcher to the arguments of the Lightning trainer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ FOLLOWED = {
 
 
 def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Set the trainer arguments that have their default values to the values of the launcher.
+    """Copy the settings of the launcher to all trainer arguments that have their default values.
 
     Args:
         trainer: arguments of ``lightning.pytorch.Trainer``; changed in place.
-        environment: environment variables.
+        environment: the environment variables of this process.
 
     Raises:
-        EditError: an argument contradicts the launcher.
+        EditError: a trainer argument differs from the default and from the setting of the launcher.
     """
     launched = launched_processes(environment)
     if launched is None:
@@ -36,7 +36,7 @@ def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str,
         if trainer[key] != default:
             raise EditError(
                 f"trainer.{key} is {trainer[key]!r} in the configuration, but the launcher was started with --{key} "
-                f"{value}; set it in one place only."
+                f"{value}; set the {key} in only one of the two places."
             )
         trainer[key] = value
     on_this_machine = int(environment.get("LOCAL_WORLD_SIZE") or launched)
@@ -52,7 +52,7 @@ def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str,
 
 
 def _count(devices: Any) -> int | None:
-    """Return the number of requested devices; None if the machine decides (-1)."""
+    """Return the number of requested devices, or None for -1 (all devices of the machine)."""
     if isinstance(devices, str):
         parts = [part for part in devices.strip("[] ").split(",") if part.strip()]
         devices = int(devices) if len(parts) == 1 and "," not in devices else parts

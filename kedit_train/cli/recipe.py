@@ -1,4 +1,4 @@
-"""Parsing a recipe without running it."""
+"""Parse a recipe and build its callbacks without running the recipe."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def parser() -> EditParser:
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
-    """Return the configuration that ``fit`` would run with these arguments, without building anything.
+    """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: texts of the embedded world are used with another model.
-        SystemExit: a key is not valid; one line has been printed.
+        EditError: the recipe uses embedded texts with another model or other edits.
+        SystemExit: a key is not valid. One line that names the key has been printed.
     """
     config = parser().parse_args(with_catalog(arguments))
     share_texts(config)
@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def load(name: str | Path, *arguments: str) -> Namespace:
-    """Return the configuration of a recipe, given by name or path, with further arguments."""
+    """Return the configuration of a recipe, changed by command-line arguments. ``name`` may be a path."""
     return parse(["--config", str(catalog.find("recipes", str(name))), *arguments])
 
 
@@ -45,18 +45,18 @@ def callbacks(config: Namespace) -> list[EditCallback]:
     """Build the callbacks that a configuration lists.
 
     Raises:
-        EditError: one of them is not a callback of this package.
+        EditError: a callback is not an ``EditCallback``.
     """
     result = []
     for entry in config.trainer.callbacks or []:
         if not issubclass(class_of(entry.class_path), EditCallback):
-            raise EditError(f"{entry.class_path} runs in Lightning only; remove it from the recipe.")
+            raise EditError(f"callback {entry.class_path} runs in Lightning only; remove the callback from the recipe.")
         result.append(built(entry))
     return result
 
 
 def built(entry: Namespace) -> Any:
-    """Build the object that an entry of a configuration describes, with the dataclasses among its arguments."""
+    """Build the object that a configuration entry describes, including the dataclasses among its arguments."""
     arguments = entry.init_args.as_dict() if entry.get("init_args") else {}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(class_of(entry.class_path), "object")

@@ -1,12 +1,12 @@
-"""``sft``: run a recipe in TRL, with ``EditSFTTrainer``.
+"""The command ``sft``: run a recipe in TRL, with ``EditSFTTrainer``.
 
     python -m kedit_train sft --config recipes/overtone.yaml
     python -m kedit_train sft --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
     torchrun --nproc-per-node 2 -m kedit_train sft --config recipes/overtone.yaml
 
-The keys are those of ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with the same
-meaning, and a key without a counterpart is an error. The optimizer is Adam with a constant learning rate, as in
-``EditModule``.
+The command takes the same keys as ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with the
+same meaning. A key that ``SFTConfig`` has no argument for is an error. The optimizer is Adam with a constant learning
+rate, as in ``EditModule``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from kedit_train.pretrained import load_model, lora_config
 from kedit_train.processes import check_process_count, end_process_group
 from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
-# The keys of Lightning's trainer that are used here, and the model summary, which TRL never prints.
+# The keys of Lightning's trainer that sft accepts. The model summary has no effect, because TRL never prints one.
 READ = frozenset((
     "callbacks", "default_root_dir", "enable_model_summary", "accumulate_grad_batches", "gradient_clip_val",
     "log_every_n_steps", "max_epochs", "max_steps", "enable_progress_bar", "enable_checkpointing", "logger",
     "precision", "accelerator",
 ))  # fmt: skip
 PRECISION = {None: {}, "32-true": {}, "32": {}, "bf16-mixed": {"bf16": True}, "16-mixed": {"fp16": True}}
-# The number of processes is decided by the launcher before any key is read.
+# The launcher decides the number of processes before any key is read.
 COUNTS = ("devices", "num_nodes")
 LOGGERS = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
 
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> Any:
     """Run a recipe in ``EditSFTTrainer`` and return the trainer.
 
     Raises:
-        EditError: no recipe is given. The defaults of the keys would train the whole model for up to 1000 epochs.
+        EditError: no recipe is given. Without a recipe, the defaults would train all parameters for up to 1000 epochs.
     """
     config = recipe.parse(arguments)
     if not config.get("config"):
@@ -65,11 +65,15 @@ def build(config: Namespace) -> EditSFTTrainer:
     """Return the trainer that the configuration of a recipe describes.
 
     Raises:
-        EditError: a key that TRL has no counterpart for, or a module or data module other than this package's.
+        EditError: TRL has no counterpart for a key, or the model is not an ``EditModule``, or the data are not an
+            ``EditDataModule``.
     """
     for key, own in (("model", EditModule), ("data", EditDataModule)):
         if class_of(config[key].class_path) is not own:
-            raise EditError(f"{key}: {config[key].class_path} runs in Lightning only; use {own.__name__}.")
+            raise EditError(
+                f"sft: {key}.class_path must be {own.__name__}, got {config[key].class_path}, which runs in Lightning "
+                "only; change the recipe, or use fit."
+            )
     args, options = arguments_of(config), config.model.init_args
     # All arguments are checked before a large model is loaded.
     check_arguments("model", learning_rate=(options.learning_rate, at_least(0)))
@@ -100,7 +104,7 @@ def build(config: Namespace) -> EditSFTTrainer:
 
 
 def arguments_of(config: Namespace) -> EditSFTConfig:
-    """Return the ``EditSFTConfig`` with the settings of the recipe."""
+    """Convert the settings of a recipe to an ``EditSFTConfig``."""
     trainer, module, data = config.trainer, config.model.init_args, config.data.init_args
     usual = recipe.parser().get_defaults().trainer
     given: dict[str, Any] = {
@@ -124,14 +128,17 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
     counts = [f"trainer.{key}" for key in changed if key in COUNTS]
     if counts:
         raise EditError(
-            f"sft: {' and '.join(counts)} cannot start processes; remove the key and use a launcher: "
-            "torchrun --nproc-per-node N -m kedit_train sft --config RECIPE.yaml"
+            f"sft: {' and '.join(counts)} must not be set, because sft starts no processes; remove the setting and use "
+            "a launcher: torchrun --nproc-per-node N -m kedit_train sft --config RECIPE.yaml"
         )
     unread = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
     unread += [f"trainer.{key}" for key in changed]
     unread += ["data.append_eos=false"] if not data.append_eos else []
     if unread:
-        raise EditError(f"sft: SFTTrainer has no counterpart for {', '.join(unread)}; remove it from the recipe.")
+        raise EditError(
+            f"sft: SFTTrainer has no counterpart for {', '.join(unread)}; remove such settings from the recipe, or run "
+            "the recipe with fit."
+        )
     use_cpu = trainer.accelerator == "cpu" or not torch.accelerator.is_available()
     return EditSFTConfig(
         prompt_format=data.prompt_format,

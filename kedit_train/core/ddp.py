@@ -1,4 +1,4 @@
-"""A check for DistributedDataParallel (DDP): whether it waits for gradients of parameters that were frozen later."""
+"""Check that DistributedDataParallel (DDP) does not wait for gradients of parameters that were frozen later."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from kedit_train.errors import EditError
 def check_ddp_at_first_forward(model: nn.Module) -> list[Any]:
     """Raise an error at the first forward pass if parameters were frozen after DDP had wrapped the model.
 
-    DDP waits for a gradient of every parameter that was trainable when it wrapped the model, so its second forward
-    pass would fail with an error about unused parameters. With ``find_unused_parameters=True`` it does not wait.
+    DDP waits for a gradient of every parameter that was trainable when DDP wrapped the model. Its second forward pass
+    would fail with an error about unused parameters. With ``find_unused_parameters=True``, DDP does not wait for
+    gradients of frozen parameters, and no error is raised.
 
     Args:
         model: the module that DDP calls, directly or inside another module, or the DDP wrapper itself.
@@ -27,7 +28,10 @@ def check_ddp_at_first_forward(model: nn.Module) -> list[Any]:
 
 
 class _FirstForwardCheck:
-    """Check once. A wrapped model can find its DDP wrapper only while the wrapper calls it."""
+    """Check the DDP wrapper once, in the first forward pass.
+
+    A wrapped model can find its DDP wrapper only while the wrapper calls the model.
+    """
 
     done = False
 
@@ -41,11 +45,11 @@ class _FirstForwardCheck:
         self.done = True
         if wrapper.find_unused_parameters or wrapper.static_graph:
             return
-        # DDP's own list of parameters contains frozen ones as well; of the awaited ones only the number is known.
+        # DDP's list of parameters also contains frozen parameters. Only the number of awaited parameters is known.
         awaited = wrapper._get_ddp_logging_data()["num_parameter_tensors"]
         if awaited > sum(p.requires_grad for p in wrapper._module_parameters):
             raise EditError(
-                "DistributedDataParallel wrapped the model before the edit froze the parameters outside of the scope, "
-                "and waits for their gradients; start the edit first (callbacks= of the trainer, or editing() before "
-                "fabric.setup or DDP), or set find_unused_parameters=True."
+                "DistributedDataParallel wrapped the model before the edit froze parameters, so it waits for gradients "
+                "of frozen parameters; pass the callbacks to the trainer, call editing() before fabric.setup() or "
+                "DistributedDataParallel(), or set find_unused_parameters=True."
             )

@@ -25,15 +25,15 @@ _IRRELEVANT = (
 
 @torch.no_grad()
 def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> str:
-    """Hash a model as it is now.
+    """Hash the current weights, buffers and configuration of a model.
 
-    Every byte of every weight is read, one tensor at a time on the CPU. If the parameters are sharded, every process
-    has to call this.
+    The function copies one tensor at a time to the CPU and reads every byte. If the parameters are sharded, every
+    process must call the function.
 
     Args:
         model: any module.
-        dtypes: parameter name -> the dtype in which it is hashed. A parameter that was widened to fp32 for training
-            then has the hash of the original.
+        dtypes: parameter name -> dtype to convert the parameter to before hashing. By default, no parameter is
+            converted. A parameter that was widened to fp32 needs its original dtype here to keep its original hash.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -61,7 +61,7 @@ def _configuration(model: Any) -> str:
     parts: dict[str, Any] = {"attention": getattr(config, "_attn_implementation", None)}
     if config is not None:
         parts["config"] = config.to_dict() if hasattr(config, "to_dict") else vars(config)
-    # The scale of an adapter is in its configuration only.
+    # The scale of an adapter is stored only in its configuration.
     for name, adapter in getattr(model, "peft_config", {}).items():
         parts[f"adapter {name}"] = adapter.to_dict()
     return json.dumps(_relevant(parts), sort_keys=True, default=_to_json)

@@ -1,9 +1,9 @@
-"""Train the scope of a half-precision model in fp32, in place.
+"""Train the edited parameters of a half-precision model in fp32, in place.
 
-The distance between two neighboring bf16 numbers near 0.1 is 5e-4. The small updates of an edit would be rounded to
-nothing, and a norm ball of 5e-5 could not be represented. So the scoped parameters themselves become fp32, and with
-them their gradients and the optimizer state. Every module that reads one computes with a copy in the model's dtype.
-Names and parameter objects stay the same.
+Two neighboring bf16 numbers near 0.1 differ by 5e-4. In bf16, the small updates of an edit would be rounded away, and a
+norm ball of radius 5e-5 could not be represented. So the edited parameters, their gradients and the optimizer state are
+kept in fp32. Every module that reads an edited parameter computes with a copy in the model's dtype. The parameter names
+and the parameter objects do not change.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class FullPrecision:
     """Keep half-precision parameters in fp32 until :meth:`remove` is called.
 
     Args:
-        root: a module that contains every owner of the parameters, also of tied ones.
-        parameters: name -> parameter; the half-precision ones are changed in place (``parameter.data``).
+        root: a module that contains every module that owns one of the parameters, also if the parameter is tied.
+        parameters: name -> parameter. Half-precision parameters are converted in place (``parameter.data``).
 
     Attributes:
         dtypes: name -> original dtype of each parameter that was changed.
@@ -35,11 +35,11 @@ class FullPrecision:
             module: {name: original[id(p)] for name, p in module._parameters.items() if id(p) in original}
             for module in root.modules()
         }
-        # A module around an owner may read its weight too (attention that calls F.linear; T5, which reads the dtype),
-        # and gradient checkpointing may start its second forward pass at any of these modules.
+        # A parent of an owner may read the owner's weight too: some attention modules pass it to F.linear, and T5 reads
+        # its dtype. Gradient checkpointing may start its second forward pass at any of these modules.
         owners_in = {m: [(inner, owned[inner]) for inner in m.modules() if owned[inner]] for m in root.modules()}
         self._owners_in = {module: owners for module, owners in owners_in.items() if owners}
-        # For each module call under way: the number of swapped owners when it began.
+        # For each unfinished module call: the number of swapped owners when the call began.
         self._stack_sizes: list[int] = []
         # (the owner's parameter dict, the fp32 parameters that were swapped out of it).
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -59,11 +59,11 @@ class FullPrecision:
             parameter.grad = None
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        """Put half-precision copies in the place of the fp32 parameters."""
+        """Replace the fp32 parameters by half-precision copies."""
         self._stack_sizes.append(len(self._swapped))
         for owner, dtypes in self._owners_in[module]:
             slots: dict[str, Any] = owner._parameters
-            # A plain tensor there means that an outer module has put the copy in place already.
+            # A plain tensor in this slot means that an outer module has already put the copy there.
             if not isinstance(slots[next(iter(dtypes))], nn.Parameter):
                 continue
             masters = {name: slots[name] for name in dtypes}
@@ -72,7 +72,7 @@ class FullPrecision:
             slots.update({name: master.to(dtypes[name]) for name, master in masters.items()})
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Put the fp32 parameters back that this call swapped out."""
+        """Put back the fp32 parameters that this module call replaced."""
         size = self._stack_sizes.pop()
         while len(self._swapped) > size:
             slots, masters = self._swapped.pop()

@@ -1,4 +1,4 @@
-"""What a run needs from the training loop that it takes part in. The defaults are those of a plain loop."""
+"""The interface of a training loop to the run of an edit. The defaults describe a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 class Host:
-    """One training loop, as the run sees it.
+    """The interface of one training loop to the run of an edit.
 
     Args:
-        owner: an object that lives exactly as long as the loop. Two loops are told apart by it.
+        owner: an object that lives exactly as long as the training loop and identifies the loop.
 
     Attributes:
-        name: what error messages call this kind of loop.
+        name: the name of this kind of loop in error messages.
         announces_every_step: whether the loop calls ``run.steps.penalty()`` before the forward pass of every optimizer
-            step, so that a step without that call is an error.
-        releases_model: whether a step without that call means that the loop has abandoned the run, so that the run
-            must be closed.
-        uses_closures: whether the loop passes a closure to ``optimizer.step`` and calls
-            ``run.steps.before_optimizer_step`` inside it, when the gradients are complete.
+            step. If True, an optimizer step without that call raises an error.
+        releases_model: whether an optimizer step without a call of ``run.steps.penalty()`` means that the loop has
+            abandoned the run. If True, such a step closes the run.
+        uses_closures: whether the loop passes a closure to ``optimizer.step``. If True, the closure calls
+            ``run.steps.before_optimizer_step`` when the gradients are complete.
     """
 
     name = "plain loop"
@@ -50,11 +50,11 @@ class Host:
         return None
 
     def tokenizer(self) -> Any | None:
-        """Return the loop's own tokenizer, or None."""
+        """Return the tokenizer of the training loop, or None if the loop has none."""
         return None
 
     def edits(self) -> Any | None:
-        """Return the edits that the loop trains on, or None if it does not know them as edits."""
+        """Return the edits that the loop trains on, or None if the loop has no ``Edit`` records."""
         return None
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -62,24 +62,27 @@ class Host:
         return nullcontext()
 
     def summed_micro_batches(self) -> int:
-        """Return how many micro-batch losses, over all processes, the loop adds up for one step without averaging."""
+        """Return the number of micro-batch losses that the loop sums, instead of averaging them, in one optimizer step.
+
+        The number includes the micro-batches of all processes.
+        """
         return 1
 
     # -- resuming
 
     @property
     def resumed(self) -> bool:
-        """Whether the weights were loaded from a checkpoint of this edit, so that they are not the reference values."""
+        """Whether the current weights come from a checkpoint of this edit, and not from the unedited model."""
         return False
 
     def saved_state(self) -> dict[str, Any] | None:
-        """Return what ``run.state()`` had put into that checkpoint, or None."""
+        """Return the ``run.state()`` in the checkpoint that training resumes from, or None."""
         return None
 
     # -- what the loop cannot support
 
     def unsupported_reason(self) -> str | None:
-        """Return why constraints would not hold in this loop, or None if they do."""
+        """Return why this loop cannot enforce constraints on the weights, or None if it can."""
         return None
 
     def loss_unsupported_reason(self) -> str | None:
@@ -87,21 +90,21 @@ class Host:
         return None
 
     def gradient_error(self) -> str | None:
-        """Return what is wrong with the gradients just before a step, or None."""
+        """Return an error message if the gradients are wrong just before an optimizer step, else None."""
         return None
 
     def unannounced_step_error(self) -> str:
-        """Return the error message for an optimizer step that was not announced."""
+        """Return the error message for an optimizer step without a preceding ``run.steps.penalty()`` call."""
         return (
             "this model belongs to an edit that another trainer set up and did not finish, or the first callback was "
-            "removed from this trainer; the model has now been released and its requires_grad flags restored: create "
-            "the trainer again."
+            "removed from this trainer. The edit has now been closed and the requires_grad flags of the model have "
+            "been restored; create the trainer again."
         )
 
     # -- what the run tells the loop
 
     def after_optimizer_step(self, run: Any) -> None:
-        """React to an optimizer step, after which the constraints hold again."""
+        """React to an optimizer step, after the constraints have been applied to the new weights."""
 
     def stop(self) -> None:
         """End training after this step."""
@@ -111,14 +114,14 @@ class Host:
 
         Args:
             metrics: key -> value.
-            last: whether the loop will have no further log event.
+            last: whether this is the last log event of the loop.
         """
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table at the current step."""
 
     def wandb_run(self) -> Any | None:
-        """Return the W&B run that the loop logs to; None on processes that do not log, and without W&B."""
+        """Return the W&B run that the loop logs to, or None if this process does not log to W&B."""
         return None
 
     def log_file(self, path: str | PathLike[str], kind: str) -> None:

@@ -1,4 +1,4 @@
-"""The output head of a causal language model: from hidden states to logits, as the model itself computes them."""
+"""Compute logits from hidden states in the same way as the output head of a causal language model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kedit_train.errors import EditError
 from kedit_train.functional.chunked_linear import linear
 from kedit_train.functional.precision import HALF
 
-# Names in model configurations of the number by which logits are multiplied or divided.
+# Model configurations use these names for a number that multiplies or divides the logits.
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
@@ -33,7 +33,7 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode inside the block, and back into its own mode afterwards."""
+    """Put every module into evaluation mode inside the block, and restore the previous modes afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -47,15 +47,15 @@ class OutputHead:
     """Reads the hidden states that enter the output head, and projects hidden states to logits.
 
     A pre-hook on the head module receives the hidden states, so everything before the head (final norm, scaling) is
-    included. What the model does to the logits afterwards (scale, soft-capping) is read from its configuration and
-    checked once against the model's own logits, by :meth:`verify`.
+    included. The scale and the soft cap of the logits are read from the model's configuration. :meth:`verify` checks
+    both values once against the model's own logits.
 
     Args:
         model: a causal language model, possibly with adapters.
 
     Attributes:
         captured: the hidden states of the last forward pass inside :meth:`capturing`, [batch, length, hidden].
-        scale: factor of the logits, found by :meth:`verify`.
+        scale: factor that the logits are multiplied by. :meth:`verify` sets it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -80,7 +80,7 @@ class OutputHead:
 
     @contextmanager
     def capturing(self) -> Iterator[OutputHead]:
-        """Keep the input of the head inside the block, and let the head compute one position only."""
+        """Store the input of the head inside the block, and let the head compute only one position."""
         self.begin()
         try:
             yield self
@@ -89,7 +89,7 @@ class OutputHead:
 
     @property
     def is_capturing(self) -> bool:
-        """Whether the forward pass under way is one of which only the hidden states are kept."""
+        """Whether the current forward pass keeps only the hidden states and not the logits."""
         return self._capturing
 
     def begin(self) -> None:
@@ -110,11 +110,11 @@ class OutputHead:
         enabled = torch.is_autocast_enabled(device)
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
         self.captured = hidden
-        # One position of one row, because one position of each row would be multiplied row by row, which is slow.
+        # The head computes one position of one row. One position of each row would be multiplied row by row, slowly.
         return (hidden[:1, -1:], *args[1:])
 
     def hidden(self, **inputs: Any) -> Tensor:
-        """Run the model and return the input of its head, [batch, length, hidden]."""
+        """Run the model and return the input of its output head, [batch, length, hidden]."""
         # The hidden states must be part of the output of the model, where FSDP2 finds the start of the backward pass.
         handle = self.model.register_forward_hook(self._add_captured, prepend=True)
         try:
@@ -123,8 +123,7 @@ class OutputHead:
                 if self.captured is None:
                     raise EditError(
                         f"{type(self.model).__name__} does not call its output head as a module, so its hidden states "
-                        "cannot be read; use a model whose forward calls the module that get_output_embeddings() "
-                        "returns"
+                        "cannot be read; use a model that calls the module returned by get_output_embeddings()."
                     )
                 return self.captured
         finally:
@@ -137,12 +136,12 @@ class OutputHead:
         return (*output, self.captured) if isinstance(output, tuple) else output
 
     def project(self, hidden: Tensor, head: Any | None = None, *, fp32_gradients: bool = False) -> Tensor:
-        """Project hidden states to logits, under the autocast of the captured forward pass.
+        """Project hidden states to logits, with the autocast settings of the captured forward pass.
 
         Args:
             hidden: [N, hidden].
-            head: a callable to use in place of the head module, for example with its weights before the edit.
-            fp32_gradients: in half precision, accumulate gradients in fp32, as TRL's fused head does.
+            head: a callable that replaces the head module, for example the head with its weights before the edit.
+            fp32_gradients: accumulate the gradients of a half-precision head in fp32, as TRL's fused head does.
 
         Returns:
             Logits [N, vocabulary] in fp32 (fp64 for fp64 models).
@@ -162,7 +161,7 @@ class OutputHead:
             return self._finish((head or self.module)(hidden))
 
     def compute_dtype(self, hidden: Tensor) -> torch.dtype:
-        """Return the dtype in which the head multiplies."""
+        """Return the dtype of the head's matrix multiplication."""
         return self.autocast["dtype"] if self.autocast.get("enabled") else hidden.dtype
 
     def _finish(self, logits: Tensor) -> Tensor:
@@ -175,18 +174,18 @@ class OutputHead:
 
     @property
     def trained(self) -> list[Tensor]:
-        """Return the tensors of the head that need a gradient: weight or tied embedding, bias, adapter factors."""
+        """The tensors of the head that need a gradient: weight or tied embedding, bias, adapter factors."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def verify(self, context: Any) -> None:
-        """Check that the model is causal, and find the scale that reproduces its own logits.
+        """Check that the model is causal, and find the scale of its logits.
 
         Args:
-            context: the host's forward context (autocast).
+            context: the context of the training loop's forward pass, for example autocast.
 
         Raises:
-            EditError: an earlier position depends on a later token, or the logits cannot be reproduced from the head.
+            EditError: a position depends on later tokens, or the logits cannot be computed from the output head.
         """
         name = type(self.model).__name__
         device = next(self.model.parameters()).device
@@ -198,14 +197,16 @@ class OutputHead:
             with torch.autocast(**self.autocast):
                 raw = self.module(states)
         if not bool(own.isfinite().all()):
-            raise EditError(f"{name} returns NaN or infinite logits before the edit; load intact weights.")
+            raise EditError(
+                f"{name} returns NaN or infinite logits before the edit; load other weights or use a wider dtype."
+            )
         tolerance = 2e-2 if raw.dtype in HALF else 1e-4
         if not torch.allclose(
             states[0, :-1], states[1, :-1], rtol=tolerance, atol=tolerance * float(states.abs().max())
         ):
             raise EditError(
-                f"{name} is not a causal language model: an earlier position changes with a later token; use a model "
-                "loaded with AutoModelForCausalLM."
+                f"{name} is not a causal language model: the hidden states of a position depend on later tokens; use "
+                "a model loaded with AutoModelForCausalLM."
             )
         given = [float(v) for key in SCALES if (v := getattr(self.config, key, None)) not in (None, 0, 1)]
         # In some configurations the number multiplies and in others it divides. The model's own logits decide.
@@ -214,6 +215,6 @@ class OutputHead:
             if torch.allclose(self._finish(raw).float(), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
                 return
         raise EditError(
-            f"the logits of {name} cannot be reproduced from its output head, because it changes them in a way that "
-            "its configuration does not state; use the loss of the host with this model."
+            f"the logits of {name} cannot be computed from its output head, because the model changes the logits in a "
+            "way that its configuration does not describe; remove this callback and use the training loop's own loss."
         )

@@ -1,4 +1,4 @@
-"""Which process of a distributed run this is, and how many there are."""
+"""The rank of this process and the number of processes in a distributed run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ def has_process_group() -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes in the default process group; 1 without a group."""
+    """Return the number of processes in the default process group, or 1 without a process group."""
     return dist.get_world_size() if has_process_group() else 1
 
 
 def rank() -> int:
-    """Return the rank of this process; 0 without a process group."""
+    """Return the rank of this process, or 0 without a process group."""
     return dist.get_rank() if has_process_group() else 0
 
 

@@ -1,4 +1,4 @@
-"""The reference values of the scoped parameters: copy them, write them back, and use them for a while."""
+"""Copy parameter values, write them back, and use other values temporarily."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) 
 
 @contextmanager
 def temporary_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the parameters other values inside the block, and restore their own afterwards, bit for bit."""
+    """Give the parameters other values inside the block, and restore the original values bit for bit afterwards."""
     own = snapshot({name: parameters[name] for name in values})
     write(parameters, values)
     try:

@@ -11,12 +11,14 @@ from kedit_train.errors import EditError
 
 @dataclass(frozen=True)
 class Requirement:
-    """Something that another callback of the same run must provide.
+    """A metric or capability that another callback of the same run must provide.
+
+    In ``conflicts()`` of a callback, it is a metric or capability that no other callback may provide.
 
     Args:
-        any_of: names; one of them must be provided. A name is the key of a published metric (``"edit/reliability"``)
+        any_of: names. One of these names is enough. A name is the key of a published metric (``"edit/reliability"``)
             or a capability (``"token_loss"``, ``"token_clip"``, ``"batch_anchor"``).
-        message: what is missing and what to add, for the error. One sentence.
+        message: the error message, in one sentence: what is missing and what to add.
     """
 
     any_of: tuple[str, ...]
@@ -24,10 +26,10 @@ class Requirement:
 
 
 def check_requirements(callbacks: Sequence[Any]) -> None:
-    """Raise an error for the first requirement or conflict that the list of callbacks does not satisfy.
+    """Raise an error for the first unmet requirement or the first conflict between the callbacks.
 
     Raises:
-        EditError: names the callback and says what to add or remove.
+        EditError: a requirement is not met, or two callbacks conflict. The message says what to add or remove.
     """
     provided = {name for callback in callbacks for name in callback.provides()}
     for callback in callbacks:

@@ -8,12 +8,12 @@ from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError, warn
 
-# Version 0.1 wrote states without this number and with other names in them.
+# Version 0.1 wrote states without this number and with other keys.
 FORMAT = 2
 
 
 def checkpoint_state(run: RunState) -> dict[str, Any]:
-    """Return what a checkpoint must contain so that a resumed run continues as if it had not been interrupted."""
+    """Return the checkpoint state that lets a resumed run continue as if it had not been interrupted."""
     callbacks = {name: callback.state() for name, callback in _named_callbacks(run).items()}
     reference = {name: full_tensor(value) for name, value in run.reference.items()}
     settings = {name: repr(callback) for name, callback in _named_callbacks(run).items()}
@@ -34,51 +34,54 @@ def changes_training(callback: Any) -> bool:
 
 
 def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, Any]]:
-    """Restore the step and the reference values from a checkpoint.
+    """Restore the step number and the reference values (the weights before the edit) from a checkpoint.
 
     Args:
         run: the run that starts.
-        state: what :func:`checkpoint_state` returned for the checkpoint; None if there was nothing.
+        state: the result of :func:`checkpoint_state` in the checkpoint, or None if the checkpoint contains none.
 
     Returns:
-        callback -> what its ``state()`` had returned, for those that had saved something.
+        callback -> its saved ``state()``, for every callback that has one in the checkpoint.
 
     Raises:
-        EditError: there is no state, or it is that of another version, of another scope or of other callbacks.
+        EditError: the state is missing, or was written by another version, with another scope or other callbacks.
     """
     if state is None:
         raise EditError(
             "the checkpoint contains no state of this edit, so the weights before the edit are unknown; resume from a "
-            "checkpoint that was written with these callbacks (with transformers in output_dir), or start again from "
-            "the unedited model."
+            "checkpoint that was written with these callbacks (with transformers, a checkpoint in output_dir), or "
+            "start again from the unedited model."
         )
     if state.get("format") != FORMAT:
         raise EditError(
-            "the checkpoint was written by another version of kedit-train and cannot be resumed by this one; resume it "
-            "with the version that wrote it, or start again from the unedited model."
+            "the checkpoint was written by another version of kedit-train, and this version cannot resume it; use the "
+            "version that wrote the checkpoint, or start again from the unedited model."
         )
     # Without ParameterScope no copy exists yet; the current weights are those of the checkpoint.
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
         raise EditError(
-            f"the checkpoint was written with another scope ({len(state['reference'])} tensors, now {len(expected)}); "
-            "resume with the same ParameterScope."
+            f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
+            f"({len(expected)} tensors); resume with the same ParameterScope."
         )
     named = _named_callbacks(run)
     added = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
     if added:
-        raise EditError(f"the checkpoint was written without {', '.join(added)}; resume with the same callbacks.")
+        raise EditError(
+            f"the checkpoint was written without {', '.join(added)}, which this run uses; resume with the same "
+            "callbacks."
+        )
     removed = [state["settings"][name] for name in state["binding"] if name not in named]
     if removed:
         raise EditError(
-            f"the checkpoint was written with {', '.join(removed)}, which is missing now; resume with the same "
+            f"the checkpoint was written with {', '.join(removed)}, which this run does not use; resume with the same "
             "callbacks."
         )
     for name in state["binding"]:
         saved, current = state["settings"][name], repr(named[name])
         if saved != current:
-            warn(f"resumed with {current}, but the checkpoint was written with {saved}.")
-    # Not the values from the set-up of this run: the model may have been loaded from the checkpoint itself.
+            warn(f"the run was resumed with {current}, but the checkpoint was written with {saved}.")
+    # The values from the set-up of this run are not used, since the model may have come from the checkpoint itself.
     for name, value in state["reference"].items():
         parameter = run.scope[name]
         run.reference[name] = shard_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)

@@ -1,4 +1,4 @@
-"""One edit of one model: the lifecycle that all its callbacks share."""
+"""The lifecycle of one edit of one model, which all callbacks of the edit share."""
 
 from __future__ import annotations
 
@@ -29,17 +29,16 @@ _ATTRIBUTE = "_kedit_run"
 class EditRun(RunState):
     """One edit of one model, shared by all callbacks on that model.
 
-    The training loop tells the run, through its :class:`~kedit_train.core.host.Host`, when things happen; the run
-    calls the callbacks in the right order. The lifecycle of a callback is described in
-    :class:`~kedit_train.callbacks.base.EditCallback`. The first callback that joins opens the run and stores it on the
-    model, where the others find it.
+    The training loop reports its events to the run through a :class:`~kedit_train.core.host.Host`. The run then calls
+    the callbacks in the right order. :class:`~kedit_train.callbacks.base.EditCallback` describes the lifecycle of a
+    callback. The first callback that joins creates the run and stores it on the model, where later callbacks find it.
 
     Args:
-        root: the module that the training loop holds.
-        host: the training loop.
+        root: the module that the training loop trains.
+        host: the interface of the training loop.
 
     Attributes:
-        steps: what the run does around each optimizer step.
+        steps: adds penalties before each optimizer step and applies constraints after it.
 
     The other attributes are those of :class:`~kedit_train.core.state.RunState`.
     """
@@ -61,17 +60,18 @@ class EditRun(RunState):
 
     @classmethod
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
-        """Add ``callback`` to the run of ``root``. The first callback opens the run.
+        """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        A run of the same model that another training loop left unfinished is closed first.
+        If another training loop left a run of the same model unfinished, that run is closed first.
 
         Args:
-            root: the module that the training loop holds.
-            callback: an :class:`~kedit_train.callbacks.base.EditCallback`; its ``prepare`` is called.
-            host: the training loop.
+            root: the module that the training loop trains.
+            callback: an :class:`~kedit_train.callbacks.base.EditCallback`. Its ``prepare`` method is called.
+            host: the interface of the training loop.
 
         Raises:
-            EditError: the callback is a class, a second one of a class that allows one, or cannot be prepared.
+            EditError: ``callback`` is a class and not an instance, its class may be used only once per model and is
+                already in use, or its ``prepare`` method fails.
         """
         if isinstance(callback, type):
             name = callback.__name__
@@ -83,13 +83,14 @@ class EditRun(RunState):
         run = run or cls(root, host)
         previous = getattr(callback, "run", None)
         if previous is not None and previous is not run and not previous.closed:
-            # One instance serves one model at a time. The loop that used it before gets an error at its next step.
+            # A callback serves one model at a time. The loop that used it before gets an error at its next step.
             previous.close()
         if callback not in run.callbacks:
             if callback.duplicate_hint and any(type(other) is type(callback) for other in run.callbacks):
                 run.close()
                 raise EditError(
-                    f"there are two on this model; {callback.duplicate_hint}.", component=type(callback).__name__
+                    f"there are two callbacks of this class on this model; {callback.duplicate_hint}.",
+                    component=type(callback).__name__,
                 )
             # Ties are broken by name, so that the result does not depend on the order of the user's list.
             run.callbacks = sorted([*run.callbacks, callback], key=lambda c: (c.order, type(c).__name__, repr(c)))
@@ -102,11 +103,11 @@ class EditRun(RunState):
         return run
 
     def is_driver(self, callback: Any) -> bool:
-        """Return whether the host's events reach the run through this callback, the first on the list."""
+        """Return whether this callback is the first one. It passes the events of the training loop to the run."""
         return not self.closed and self.callbacks[0] is callback
 
     def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:
-        """Make these parameters trainable and no others, and copy their values as the reference."""
+        """Make only these parameters trainable, and copy their current values as the reference values."""
         self.scope = dict(scope)
         in_scope = {id(p) for p in scope.values()}
         for parameter in self.requires_grad_before:
@@ -116,7 +117,7 @@ class EditRun(RunState):
         self.reference = snapshot(self.scope)
 
     def attach(self, callback: Any) -> None:
-        """Start the work of one callback. All callbacks have been prepared."""
+        """Attach one callback to the run, after all callbacks have been prepared."""
         if not self.has_started:
             check_requirements(self.callbacks)
             follow_strategy(self)
@@ -140,7 +141,10 @@ class EditRun(RunState):
                 callback.after_step(self)
 
     def finish(self, callback: Any) -> None:
-        """Record that training is over for this callback. After the last callback, finish all and close the run."""
+        """Record that training is over for this callback.
+
+        After the last callback, call ``finish`` of every callback and close the run.
+        """
         if self.closed or not self.has_attached(callback):
             return
         self._finished.add(id(callback))
@@ -155,7 +159,7 @@ class EditRun(RunState):
         self.close()
 
     def close(self) -> None:
-        """Make the model an ordinary one again: remove the hooks and give each ``requires_grad`` its former value."""
+        """End the run: remove its hooks from the model, and restore every ``requires_grad`` flag."""
         if self.closed:
             return
         self._end_full_precision()
@@ -172,17 +176,17 @@ class EditRun(RunState):
         self.root.__dict__.pop(_ATTRIBUTE, None)
 
     def stop(self) -> None:
-        """End training after this step."""
+        """End training after the current optimizer step."""
         self.stopped = True
         self.host.stop()
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must contain so that a resumed run can continue this edit."""
+        """Return the checkpoint state that lets a resumed run continue this edit."""
         return checkpoint_state(self)
 
     @torch.no_grad()
     def _end_full_precision(self) -> None:
-        """Convert a scope that was trained in fp32 back to its own dtype, with every constraint holding there."""
+        """Convert parameters that were trained in fp32 back to their own dtype, and apply the constraints again."""
         masters, self.masters = self.masters, None
         if masters is None:
             return
@@ -190,7 +194,7 @@ class EditRun(RunState):
         # This conversion is exact: the values were widened from that dtype.
         self.reference |= {name: self.reference[name].to(dtype) for name, dtype in masters.dtypes.items()}
         if self.step:
-            # No optimizer has just stepped, so that what depends on the learning rate is not applied again.
+            # No optimizer has just stepped, so constraints that depend on the learning rate must not act again.
             self.steps.learning_rates = {}
             self.steps.apply_constraints()
 
@@ -200,20 +204,20 @@ class EditRun(RunState):
         """Return the causal language model in ``root``.
 
         Raises:
-            EditError: there is none, or it is an encoder-decoder.
+            EditError: ``root`` contains no causal language model, or the model is an encoder-decoder.
         """
         model = self.language_model
         encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if model is None or encoder_decoder:
             reason = "is an encoder-decoder" if encoder_decoder else "has no language-model head"
             raise EditError(
-                f"the model must be a causal language model, and {type(model or self.root).__name__} {reason}; load it "
-                "with AutoModelForCausalLM, or leave this callback out."
+                f"the model must be a causal language model, got {type(model or self.root).__name__}, which {reason}; "
+                "load a model with AutoModelForCausalLM, or remove this callback."
             )
         return model
 
     def head(self) -> OutputHead:
-        """Return the model's output head. The first call verifies that it reproduces the model's logits."""
+        """Return the model's output head. The first call verifies that the head reproduces the model's logits."""
         if self._head is None:
             head = OutputHead(self.causal_model())
             try:
@@ -225,7 +229,7 @@ class EditRun(RunState):
         return self._head
 
     def loss_head(self) -> LossHead:
-        """Return the loss head of the model. The first call creates it; the run removes it at the end."""
+        """Return the loss head of the model. The first call creates the head, and the end of the run removes it."""
         if self._loss_head is None:
             self._loss_head = LossHead(self.head(), shares=self.host.summed_micro_batches)
         return self._loss_head
@@ -239,9 +243,9 @@ class EditRun(RunState):
         """Return a function that projects hidden states through the head of the reference model.
 
         Returns:
-            The function, or None if the head is not in scope, so that the model's own head is the same.
+            The function, or None if the head is not in scope. In that case the edit does not change the head.
         """
-        # FSDP2 replaces parameters by gathered copies during the forward pass; those are not the ones in scope.
+        # During the forward pass, FSDP2 replaces parameters by gathered copies, which are not the scoped parameters.
         reshard(self.root)
         head = self.head()
         names_in_head = {id(p): name for name, p in head.module.named_parameters()}
@@ -250,8 +254,8 @@ class EditRun(RunState):
             return None
         if isinstance(head.module, FSDPModule):
             raise EditError(
-                "the output head is in scope and fully_shard was applied to it, so its reference values cannot be "
-                "used; leave the head out of the scope, or apply fully_shard to the whole model only."
+                "the output head is in scope and fully_shard was applied to it, so its weights before the edit cannot "
+                "be used; remove the head from the scope, or apply fully_shard only to the whole model."
             )
         if not self.reference:
             with self.reference_model():
@@ -263,7 +267,7 @@ class EditRun(RunState):
 
     @contextmanager
     def reference_model(self) -> Iterator[None]:
-        """Put the reference values into the scope inside the block, so that the model is the one before the edit."""
+        """Give the scoped parameters their values before the edit inside the block."""
         if self.reference:
             reshard(self.root)
             with temporary_values(self.scope, self.reference):
@@ -271,20 +275,21 @@ class EditRun(RunState):
                 reshard(self.root)
         elif self.step or self.host.resumed:
             raise EditError(
-                "the reference model is needed, but no copy of the weights before the edit exists and training has "
-                "begun or was resumed; add ParameterScope, which keeps a copy."
+                "the model before the edit is needed, but training has begun or was resumed and no copy of the "
+                "original weights exists; add ParameterScope, which keeps a copy."
             )
         else:
             yield
 
     def tokenizer(self, tokenizer: Any | None = None) -> Any:
-        """Return a tokenizer.
+        """Return the given tokenizer, or else the tokenizer of the training loop or of the model.
 
         Args:
-            tokenizer: a tokenizer, a name or a path. None takes the host's, else the one saved with the model.
+            tokenizer: a tokenizer, a name or a path. None selects the tokenizer of the training loop, or, if the loop
+                has none, the tokenizer saved with the model.
 
         Raises:
-            EditError: there is none.
+            EditError: no tokenizer can be loaded.
         """
         chosen = tokenizer if tokenizer is not None else self.host.tokenizer()
         if chosen is not None and not isinstance(chosen, str):
@@ -303,7 +308,7 @@ class EditRun(RunState):
             ) from error
 
     def describe_scope(self) -> dict[str, Any]:
-        """Return the names and the number of the scoped parameters, and the number of all parameters, for reports."""
+        """Return the names of the scoped tensors, their number of parameters, and the number of all parameters."""
         return {
             "tensors": list(self.scope),
             "parameters": sum(p.numel() for p in self.scope.values()),
@@ -311,7 +316,7 @@ class EditRun(RunState):
         }
 
     def collect(self) -> dict[str, float]:
-        """Gather the metrics of every callback since the last log event, and publish them."""
+        """Collect the metrics of every callback since the last log event, and publish them."""
         gathered: dict[str, float] = {}
         for callback in self.callbacks:
             for key, value in callback.metrics(self).items():

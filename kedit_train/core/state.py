@@ -1,4 +1,4 @@
-"""The data of one edit, which all its callbacks share."""
+"""The data of one edit, which all callbacks of the edit share."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from kedit_train.edit import Edit
 
 
 class RunState:
-    """The data of one edit of one model; :class:`~kedit_train.core.run.EditRun` adds the lifecycle.
+    """The data of one edit of one model. :class:`~kedit_train.core.run.EditRun` adds the lifecycle.
 
     Attributes:
-        root: the module that the training loop holds, for example a LightningModule.
-        model: the language model inside ``root``; ``root`` itself if it contains none.
-        language_model: the language model inside ``root``, or None.
-        host: the training loop, a :class:`~kedit_train.core.host.Host`.
+        root: the module that the training loop trains, for example a LightningModule.
+        model: the language model inside ``root``, or ``root`` itself if there is none.
+        language_model: the language model inside ``root``, or None if there is none.
+        host: the interface of the training loop, a :class:`~kedit_train.core.host.Host`.
         callbacks: the callbacks of this run, sorted by their ``order``.
         step: number of optimizer steps taken.
-        scope: name -> parameter that may change. The names are those of ``model.named_parameters()``.
+        scope: name in ``model.named_parameters()`` -> parameter that the edit may change.
         reference: name -> value of the scoped parameter in the reference model (the model before the edit).
         requires_grad_before: parameter -> its ``requires_grad`` before the edit.
         shapes: name -> shape of every parameter when the run was opened.
         full_precision: whether a half-precision scope is trained in fp32.
-        masters: holds the scope in fp32 while that is the case, else None.
+        masters: keeps the scoped parameters in fp32 while they are trained in fp32, else None.
         scores: metric key -> latest value that a callback published, for other callbacks to read.
-        published_at: metric key -> the optimizer step at which it was last published.
+        published_at: metric key -> the optimizer step at which the metric was last published.
         stopped: whether a callback has asked to end training.
-        closed: whether the run has ended and the model is an ordinary one again.
+        closed: whether the run has ended and has removed its hooks from the model.
     """
 
     def __init__(self, root: nn.Module, host: Any) -> None:
@@ -57,7 +57,7 @@ class RunState:
 
     @property
     def edits(self) -> Sequence[Edit]:
-        """The edits that a callback has set, else those of the host; empty if neither has any."""
+        """The edits that a callback has set, or else the edits of the training loop. Empty if both have none."""
         from_host = () if self._edits else self.host.edits()
         # A user's own data module may use the attribute name "edits" for something else.
         are_edits = isinstance(from_host, Sequence) and len(from_host) > 0 and isinstance(from_host[0], Edit)
@@ -69,11 +69,11 @@ class RunState:
 
     @property
     def has_started(self) -> bool:
-        """Whether a callback has attached, so that training has started."""
+        """Whether training has started, which is the case once a callback has been attached."""
         return bool(self._attached)
 
     def has_attached(self, callback: Any) -> bool:
-        """Return whether this callback has attached."""
+        """Return whether this callback has been attached to the run."""
         return id(callback) in self._attached
 
     @property
@@ -86,6 +86,6 @@ class RunState:
         return any(name in needed.any_of for callback in self.callbacks for needed in callback.requires())
 
     def publish(self, metrics: Mapping[str, float]) -> None:
-        """Make metrics readable for the other callbacks, in ``scores`` and ``published_at``."""
+        """Store metrics in ``scores`` and ``published_at``, where other callbacks can read them."""
         self.scores.update(metrics)
         self.published_at.update(dict.fromkeys(metrics, self.step))

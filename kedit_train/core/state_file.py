@@ -1,4 +1,4 @@
-"""The state of an edit as a file in the trainer's checkpoint folder."""
+"""Save the state of an edit in the trainer's checkpoint folder, and load it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
 
     Args:
         folder: the checkpoint folder.
-        state: nested dicts with string keys, of tensors and of values that JSON can hold.
+        state: nested dicts with string keys. The values are tensors or values that JSON can store.
 
     Returns:
         The path of the file.
@@ -33,10 +33,13 @@ def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read what :func:`save_state` wrote.
+    """Read the state of an edit that :func:`save_state` wrote.
+
+    Args:
+        folder: the checkpoint folder.
 
     Returns:
-        The state, or None if the folder contains no such file.
+        The state, or None if the folder contains no state of an edit.
 
     Raises:
         EditError: the file is damaged, or was written by an earlier version.
@@ -48,7 +51,7 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         contents = load_tensors(path, kind=_KIND, memory_map=False)
     except EditError as error:
         raise EditError(
-            f"the state of the edit in {path} cannot be used ({error}) Resume from an earlier checkpoint, or start "
+            f"the state of the edit in {path} cannot be used: {error} Resume from an earlier checkpoint, or start "
             "again from the unedited model."
         ) from error
     return _put_tensors(contents.metadata, contents.tensors)

@@ -1,4 +1,4 @@
-"""What a run does around every optimizer step: add penalties before it, restore constraints after it."""
+"""Add penalties before every optimizer step of a run, and apply constraints after it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from kedit_train.errors import EditError, reported_by, warn
 
 
 class OptimizerSteps:
-    """Follow the optimizers that update the scope, through torch's global optimizer hooks.
+    """Act before and after each step of the optimizers that update the scope, through torch's global optimizer hooks.
 
-    The hooks work under any wrapper (accelerate, Fabric, DDP) and for any optimizer that calls them.
+    The hooks work with any wrapper (accelerate, Fabric, DDP) and with any optimizer that calls torch's hooks.
 
     Args:
-        run: the run, with the scope to follow.
-        release: closes the run; called if another loop trains the model without announcing its steps.
+        run: the run, with the scoped parameters.
+        release: closes the run. Called if another loop trains the model without announcing its optimizer steps.
 
     Attributes:
         learning_rates: name -> learning rate of the last step, for the scoped parameters that had a gradient. None for
@@ -47,19 +47,19 @@ class OptimizerSteps:
         ]
 
     def remove(self) -> None:
-        """Remove the hooks."""
+        """Remove the optimizer hooks."""
         for handle in self._handles:
             handle.remove()
 
     def begin(self) -> None:
-        """Begin a new optimizer step, even if the last one was not taken (a gradient scaler may skip it)."""
+        """Begin a new optimizer step, even if a gradient scaler has skipped the previous step."""
         self._penalized = None
 
     def penalty(self) -> Tensor | None:
         """Announce an optimizer step and return the sum of the callbacks' penalties.
 
         Returns:
-            A scalar, or None if there is no penalty or the step has been announced before.
+            A scalar, or None if there is no penalty or the step has already been announced.
         """
         if self._penalized is not None:
             return None
@@ -68,7 +68,8 @@ class OptimizerSteps:
         late = next((callback for callback in run.callbacks if not run.has_attached(callback)), None)
         if late is not None:
             raise EditError(
-                "it was added after training had begun; add it before training begins.", component=type(late).__name__
+                "this callback was added after training had begun; add it before training begins.",
+                component=type(late).__name__,
             )
         terms: list[Tensor] = []
         for callback in run.callbacks:
@@ -80,10 +81,10 @@ class OptimizerSteps:
         return torch.stack(terms).sum() if terms else None
 
     def before_optimizer_step(self, optimizer: Any) -> None:
-        """Check the complete gradients, and delete them if a callback skips this step and no penalty acts on it.
+        """Check the complete gradients, and delete them if a callback skips this step and no penalty contributes to it.
 
-        An optimizer ignores a parameter without gradient and leaves its state alone. With a zero gradient it would
-        still move the parameter, through momentum and weight decay.
+        An optimizer ignores a parameter without a gradient. With a zero gradient, the optimizer would still change the
+        parameter, through momentum and weight decay.
         """
         run = self.run
         self._check_announced(optimizer)
@@ -102,7 +103,7 @@ class OptimizerSteps:
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Let each constraining callback, in order, correct the scoped weights, and write back what changed."""
+        """Apply the constraint of each callback to the scoped weights, in order, and write the changes back."""
         run = self.run
         constraining = [c for c in run.callbacks if c.constrains]
         if not constraining:
@@ -118,10 +119,10 @@ class OptimizerSteps:
                 parameter.copy_(weights[name])
 
     def restore_constraints(self) -> None:
-        """Apply the constraints once more if something other than an optimizer step has written to the scope.
+        """Apply the constraints again if something other than an optimizer step has changed the scoped weights.
 
-        Weight averaging, loading the best checkpoint, and optimizers that do not call torch's hooks do so. A warning
-        says if a constraint was broken.
+        Examples are weight averaging, loading the best checkpoint, and optimizers that do not call torch's hooks. If a
+        constraint was broken, a warning is issued.
         """
         if self._versions == self._current_versions():
             return
@@ -136,12 +137,12 @@ class OptimizerSteps:
         ]
         if moved:
             warn(
-                f"{moved[0]} (and {len(moved) - 1} more) was changed outside of the optimizer steps and broke the "
-                "constraints of this edit; the constraints have been applied again."
+                f"{moved[0]} (and {len(moved) - 1} more tensors) changed outside of the optimizer steps, which broke "
+                "the constraints of this edit; the constraints have been applied again."
             )
 
     def _check_announced(self, optimizer: Any) -> None:
-        """Raise an error if this optimizer step was not announced and had to be."""
+        """Raise an error if the training loop had to announce this optimizer step and did not."""
         run = self.run
         penalizes = any(callback.penalizes for callback in run.callbacks)
         if run.has_started and (self._penalized is not None or not (run.host.announces_every_step or penalizes)):
@@ -166,8 +167,8 @@ class OptimizerSteps:
             for callback in self.run.callbacks:
                 if callback.penalizes or callback.skips:
                     raise EditError(
-                        "optimizer.step(closure) computes gradients inside the step, where this callback cannot add "
-                        "to them; call backward() first and optimizer.step() without a closure.",
+                        "optimizer.step(closure) computes gradients inside the step, where this callback cannot "
+                        "change them; call backward() first and optimizer.step() without a closure.",
                         component=type(callback).__name__,
                     )
 

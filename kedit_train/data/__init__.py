@@ -1,4 +1,4 @@
-"""Edits: records, files of records, tokens and batches."""
+"""Edits as data: single edits, datasets of edits, and a collator for batches."""
 
 from kedit_train.data.collator import EditCollator
 from kedit_train.data.dataset import EditDataset

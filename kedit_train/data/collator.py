@@ -14,11 +14,11 @@ from kedit_train.data.tokenization import Encoded, collate, pad_token_id
 class EditCollator:
     """A data collator for encoded edits, for a ``DataLoader`` or a ``transformers.Trainer``.
 
-    It pads the sequences to the longest one of the batch. Only the tokens of the target are labelled, by position, so
-    the padding token may be the end-of-text token.
+    The collator pads all sequences of a batch to the length of the longest sequence. Only target tokens get labels.
+    Labels are set by position, so the padding token may be the end-of-text token.
 
     Args:
-        tokenizer: supplies the padding token, or the end-of-text token where it has no padding token.
+        tokenizer: supplies the padding token. If the tokenizer has none, its end-of-text token is used for padding.
         padding_side: "right" or "left". Models with absolute positions (GPT-2) also need
             :func:`~kedit_train.data.tokenization.position_ids` when the padding is on the left.
 

@@ -1,4 +1,4 @@
-"""A list of edits: read from a file of any public format, saved, tokenized, or turned into a TRL dataset."""
+"""A list of edits: load it from a file, save it, tokenize it, or convert it to a dataset for TRL."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class EditDataset(Sequence[Edit]):
 
     Args:
         edits: at least one edit.
-        name: the name in messages and reports, for example that of the file.
-        format: the format that the edits were read from; "edits" is the one of this package.
-        skipped: one message for each record that was left out.
+        name: the name of the dataset in messages and reports, for example the name of the file.
+        format: the format that the edits were read from. "edits" is the format of kedit-train.
+        skipped: one message for each record that could not be read.
 
     Raises:
         EditError: there is no edit, or an edit has a blank prompt, a blank target or a field of a wrong type.
@@ -58,7 +58,9 @@ class EditDataset(Sequence[Edit]):
         self.format = format
         self.skipped = tuple(skipped)
         if not self._edits:
-            raise EditError(f"{name}: there are no edits; give at least one with a prompt and a target")
+            raise EditError(
+                f"{name}: the dataset must contain at least one edit, got none; give an edit with a prompt and a target"
+            )
         for i, edit in enumerate(self._edits):
             check_edit(edit, f"{name}, edit {i}")
 
@@ -71,22 +73,22 @@ class EditDataset(Sequence[Edit]):
         on_error: OnError = "raise",
         limit: int | None = None,
     ) -> EditDataset:
-        """Read a ``.json``, ``.jsonl`` or ``.csv`` file. The format is recognized from the fields of its records.
+        """Read a ``.json``, ``.jsonl`` or ``.csv`` file. The format is recognized from the fields of the records.
 
-        The formats are ``edits`` (that of this package), ``counterfact``, ``counterfact_nested``, ``zsre``,
+        The formats are ``edits`` (the format of kedit-train), ``counterfact``, ``counterfact_nested``, ``zsre``,
         ``knowedit``, ``wikibigedit``, ``qaedit`` and ``mquake``. ``docs/data.md`` describes them.
 
         Args:
-            path: the file, or "world" for edits of the embedded world.
-            format: one of the names above, if the fields alone do not decide. None recognizes it.
+            path: the file, or "world" for edits of the embedded model.
+            format: one of the format names above. None recognizes the format from the fields of the records.
             on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
-                of records and the first reason, and keeps every reason in ``skipped``.
-            limit: stop after this many records that could be read. A record of MQuAKE holds up to four edits. None
-                reads the whole file, and 32 edits of the world.
+                of skipped records and the first reason, and keeps every reason in ``skipped``.
+            limit: stop after this many readable records. A record of MQuAKE contains up to four edits. None reads the
+                whole file, or 32 edits of the embedded model.
 
         Raises:
-            EditError: one line with the file, the number of the record (from 1), the field, what was expected and
-                what was read.
+            EditError: the file or a record cannot be read. The message names the file, the number of the record
+                (from 1), the field, the expected value and the given value.
 
         Example:
             >>> EditDataset.load("world", limit=2).format
@@ -108,7 +110,7 @@ class EditDataset(Sequence[Edit]):
 
     @classmethod
     def of(cls, edits: EditDataset | Sequence[Edit] | str | Path) -> EditDataset:
-        """Return the edits of a dataset, of a sequence, or of a file that :meth:`load` reads."""
+        """Convert a dataset, a sequence of edits or the path of a file (see :meth:`load`) to an ``EditDataset``."""
         if isinstance(edits, str | Path):
             return cls.load(edits)
         return edits if isinstance(edits, EditDataset) else cls(edits)
@@ -122,7 +124,9 @@ class EditDataset(Sequence[Edit]):
         format: str | None = None,
         on_error: OnError = "raise",
     ) -> EditDataset:
-        """Read a list of dicts or a ``datasets.Dataset``. The other arguments are those of :meth:`load`.
+        """Read edits from a list of dicts or from a ``datasets.Dataset``.
+
+        ``format`` and ``on_error`` are the same arguments as in :meth:`load`. ``name`` is shown in messages.
 
         Example:
             >>> EditDataset.from_records([{"prompt": "Ada lives in", "target": "Bern"}])[0].target
@@ -130,7 +134,8 @@ class EditDataset(Sequence[Edit]):
         """
         if isinstance(records, (str, Mapping)):
             raise EditError(
-                f"records must be a list of records, got {describe(records)}; use EditDataset.load for a file",
+                f"records must be a list of dicts or a datasets.Dataset, got {describe(records)}; use EditDataset.load "
+                "to read a file",
                 component="EditDataset",
             )
         edits, recognized, skipped = read_records(list(records), name, format=format, on_error=on_error)
@@ -162,36 +167,41 @@ class EditDataset(Sequence[Edit]):
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the edits as canonical JSON. Equal edits in equal order have equal hashes, whatever their file."""
+        """SHA-256 of the edits as canonical JSON.
+
+        The same edits in the same order have the same hash, regardless of the file that they were read from.
+        """
         digest = hashlib.sha256()
         for edit in self._edits:
             digest.update(json.dumps(own.write(edit), sort_keys=True, separators=(",", ":")).encode() + b"\n")
         return digest.hexdigest()
 
     def sample(self, n: int, *, seed: int = 0) -> EditDataset:
-        """Return ``n`` different edits, drawn with ``seed``, in the order of this dataset."""
+        """Draw ``n`` different edits at random with ``seed``, and return them in the order of this dataset."""
         if not 1 <= n <= len(self):
             raise EditError(f"{self.name}: n must be from 1 to {len(self)}, the number of edits, got {n}.")
         return self._with([self._edits[i] for i in sorted(random.Random(seed).sample(range(len(self)), n))])
 
     def save(self, path: str | Path) -> Path:
-        """Save the edits as JSONL in the format of this package. :meth:`load` returns equal edits.
+        """Save the edits as JSONL in the format of kedit-train.
 
-        The file is written completely or not at all.
+        :meth:`load` reads the same edits back. The file is written completely or not at all.
         """
         path = Path(path)
         if path.suffix.lower() != ".jsonl":
-            raise EditError(f"{path}: edits are saved as .jsonl; change the ending of the path")
+            raise EditError(
+                f"{path}: the path must end in .jsonl, because edits are saved as JSONL; change the ending of the path"
+            )
         with writing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
             for edit in self._edits:
                 file.write(json.dumps(own.write(edit), ensure_ascii=False) + "\n")
         return path
 
     def to_old_targets(self) -> EditDataset:
-        """Return the same prompts with the old answers as targets.
+        """Return a dataset with the same prompts, but with the old answers as targets.
 
-        F-Learning trains on them, saves the change of the weights as a delta, and subtracts the delta
-        (``-EditDelta.load(path)``) before it learns the new facts.
+        F-Learning (forgetting before learning) trains on this dataset and saves the weight change as a delta. It
+        subtracts the delta (``-EditDelta.load(path)``) from the model before it trains on the new facts.
 
         Raises:
             EditError: an edit has no ``old_target``.
@@ -204,28 +214,32 @@ class EditDataset(Sequence[Edit]):
         for i, edit in enumerate(self._edits):
             if edit.old_target is None:
                 raise EditError(
-                    f"{self._where(i)}: the edit has no old_target to train; set it, for example to the answer of the "
-                    "unedited model (kedit_train.evaluation.generate_answers)"
+                    f"{self._where(i)}: old_target must be text, got None; set old_target, for example to the answer "
+                    "of the unedited model (kedit_train.evaluation.generate_answers)"
                 )
             edits.append(replace(edit, target=edit.old_target, old_target=None, aliases=()))
         return self._with(edits)
 
     def to_prompt_completion(self, *, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
-        """Return the edits in the columns ``prompt`` and ``completion`` of TRL, for an ``SFTTrainer``.
+        """Convert the edits to a dataset with the columns ``prompt`` and ``completion``, for TRL's ``SFTTrainer``.
 
-        Only prompts and targets are in them, no rephrases and no probes. As plain text, the completion begins with the
-        space that separates it from the prompt, if one is needed. In a chat, both columns hold messages, which
-        ``SFTTrainer`` renders with the chat template of its tokenizer. ``SFTTrainer`` (trl 1.16) appends end-of-text
-        and trains the completions only. It differs from :meth:`encode` in these points:
+        The dataset contains prompts and targets, but no rephrases and no probes. In plain text, the completion begins
+        with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
+        ``SFTTrainer`` renders with the chat template of its tokenizer.
 
-        - It cuts sequences that are longer than ``SFTConfig.max_length`` (1,024 by default) and drops those without a
-          target token left. Call ``encode`` with ``max_length`` first to get an error instead.
-        - If the end of the prompt and the beginning of the completion merge into one token, the prompt loses its end,
-          with a warning. ``encode`` keeps the tokens of the prompt.
-        - If the tokenizer appends end-of-text by itself, the sequence ends with it twice.
-        - In a chat, everything that the template puts after the generation prompt is trained, for example a line break
-          after the token that closes the turn, or an empty thinking block before the answer. ``encode`` ends with the
-          closing token and counts what stands before the answer as part of the prompt.
+        ``SFTTrainer`` (trl 1.16) appends end-of-text and trains on the completions only. Its tokens differ from the
+        tokens of :meth:`encode` in these points:
+
+        - ``SFTTrainer`` cuts sequences that are longer than ``SFTConfig.max_length`` (1,024 tokens by default). It
+          drops sequences that have no target token left. To get an error instead, call ``encode`` with ``max_length``
+          first.
+        - If the end of the prompt and the beginning of the completion merge into one token, ``SFTTrainer`` drops the
+          end of the prompt and warns. ``encode`` keeps all tokens of the prompt.
+        - If the tokenizer appends end-of-text by itself, the sequence of ``SFTTrainer`` ends with end-of-text twice.
+        - In a chat, ``SFTTrainer`` trains on everything that the template puts after the generation prompt. Examples
+          are a line break after the token that closes the turn, and an empty thinking block before the answer.
+          ``encode`` ends the sequence with the closing token. It treats the text before the answer as part of the
+          prompt.
 
         Args:
             prompt_format: "plain", "chat" or "question".
@@ -258,15 +272,16 @@ class EditDataset(Sequence[Edit]):
         max_length: int | None = None,
         prompt_format: PromptFormat = "plain",
     ) -> list[Encoded]:
-        """Tokenize every edit. See :func:`~kedit_train.data.prompts.encode_in_format`.
+        """Tokenize every edit with :func:`~kedit_train.data.prompts.encode_in_format`.
 
         Args:
             tokenizer: a tokenizer of ``transformers``.
-            append_eos: end every target exactly once with end-of-text; in a chat, with the token that closes the turn
-                of the assistant, if the template has one.
-            max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer, if it has one.
+            append_eos: end every target with exactly one end-of-text token. In a chat, use the token that closes the
+                turn of the assistant instead, if the template has such a token.
+            max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer
+                (``model_max_length``), if the tokenizer has a limit.
             prompt_format: "plain" leaves prompts as they are, "chat" applies the chat template of the tokenizer,
-                "question" frames the prompt as a question.
+                "question" frames every prompt as a question.
 
         Returns:
             One :class:`~kedit_train.data.tokenization.Encoded` per edit, for :class:`~kedit_train.data.EditCollator`.
@@ -287,15 +302,15 @@ class EditDataset(Sequence[Edit]):
 
 
 def check_edit(edit: object, where: str) -> None:
-    """Check the content of an edit, whoever made it.
+    """Check the types and texts of an edit.
 
     Args:
-        edit: the edit.
-        where: the beginning of the messages.
+        edit: the value to check.
+        where: the beginning of every error message, for example ``"edits.jsonl, edit 3"``.
 
     Raises:
-        EditError: it is not an :class:`Edit`; the prompt, the target or the prompt of a probe is blank; a field has a
-            wrong type; a text is not valid Unicode.
+        EditError: ``edit`` is not an :class:`Edit`; the prompt, the target or the prompt of a probe is blank; a field
+            has a wrong type; a text is not valid Unicode.
     """
 
     def text(value: object, field: str) -> None:
@@ -316,7 +331,9 @@ def check_edit(edit: object, where: str) -> None:
             text(value, f"{field}[{i}]")
 
     if not isinstance(edit, Edit):
-        raise EditError(f"{where}: it must be an Edit, got {describe(edit)}; use EditDataset.from_records for dicts")
+        raise EditError(
+            f"{where}: the item must be an Edit, got {describe(edit)}; use EditDataset.from_records to read dicts"
+        )
     text(edit.prompt, "prompt")
     text(edit.target, "target")
     for field, value in (("subject", edit.subject), ("old_target", edit.old_target)):
@@ -330,7 +347,7 @@ def check_edit(edit: object, where: str) -> None:
         if not isinstance(kinds, Mapping):
             raise EditError(f"{where}: {field} must be a mapping {{kind: (Probe, ...)}}, got {kinds!r}.")
         for kind, probes in kinds.items():
-            text(kind, f"a kind of {field}")
+            text(kind, f"every kind (key) of {field}")
             if not isinstance(probes, tuple) or not all(isinstance(probe, Probe) for probe in probes):
                 raise EditError(f"{where}: {field}[{kind!r}] must be a tuple of Probe, got {probes!r}.")
             for i, probe in enumerate(probes):

@@ -1,4 +1,4 @@
-"""Leak checks: what edits are scored on must not be in anything that is trained on."""
+"""Leak checks: keep the prompts that edits are scored on out of the training examples."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from kedit_train.errors import EditError
 
 
 def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int, seed: int = 0) -> list[Edit]:
-    """Return pseudo-paraphrases: the prompt of each edit behind ``per_edit`` different prefixes, with the same target.
+    """Make pseudo-paraphrases: put ``per_edit`` different prefixes in front of the prompt of each edit.
 
-    The prefixes of an edit depend on ``seed`` and on its prompt, not on the other edits.
+    The targets stay the same. The prefixes of an edit depend on ``seed`` and its prompt, not on the other edits.
 
     Args:
         edits: the edits.
-        prefixes: texts to draw from.
-        per_edit: number of prefixes for each edit.
+        prefixes: the texts to draw prefixes from.
+        per_edit: number of pseudo-paraphrases for each edit.
         seed: seed of the draws.
 
     Returns:
-        ``per_edit * len(edits)`` edits without rephrases and probes.
+        ``per_edit * len(edits)`` edits, without rephrases and without probes.
 
     Raises:
         EditError: there are fewer different prefixes than ``per_edit``.
@@ -40,7 +40,7 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
     if not 0 <= per_edit <= len(pool):
         raise EditError(
             f"per_edit must be an integer from 0 to {len(pool)}, the number of different prefixes, got {per_edit}; "
-            "give more prefixes.",
+            "lower per_edit or give more prefixes.",
             component="with_prefixes",
         )
     return [
@@ -51,7 +51,7 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 def scored_prompts(edit: Edit) -> list[str]:
-    """Return what an edit is scored on beside its own prompt: its rephrases, and the prompts of its probes.
+    """Return the prompts that an edit is scored on, without its own prompt: rephrases and prompts of probes.
 
     Example:
         >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))
@@ -62,13 +62,13 @@ def scored_prompts(edit: Edit) -> list[str]:
 
 
 class LeakCheck:
-    """Finds what must not be trained on beside some edits.
+    """Finds texts that must not be trained on: texts with a subject or prompt of an edit, or with a scored prompt.
 
-    Letter case and the amount of white space are ignored. A check takes time in the length of the text, not in the
-    number of edits.
+    Upper and lower case and the amount of white space make no difference. The time of a check depends on the length of
+    the text, not on the number of edits.
 
     Args:
-        edits: the edits.
+        edits: the edits whose prompts, subjects, rephrases and probes are searched for.
 
     Example:
         >>> check = LeakCheck([Edit("The capital of France is", "Lyon", rephrases=("France's capital:",))])
@@ -95,13 +95,13 @@ class LeakCheck:
         return self._prompts.any_in(text) or self._subjects.any_in(text)
 
     def is_leak(self, example: Edit) -> bool:
-        """Return whether a training example is about an edit or contains something that an edit is scored on."""
+        """Return whether a training example is about an edit or contains a prompt that an edit is scored on."""
         text = f"{example.prompt}{separator(example.prompt, example.target)}{example.target}"
         return self.mentions_edit(example.prompt) or self.contains_scored_prompt(text)
 
 
 class _PhraseIndex:
-    """Many phrases that are searched in a text at once: looked up by their first characters at every position."""
+    """Searches a text for many phrases at once, by looking up the first characters at every position."""
 
     KEY_LENGTH = 12
 
@@ -123,7 +123,7 @@ class _PhraseIndex:
 
 
 def fold(text: str) -> str:
-    """Return the text in folded case, with single spaces between words.
+    """Return the text in case-folded form, with single spaces between words.
 
     Example:
         >>> fold("The  Capital\\tof FRANCE ")
@@ -141,7 +141,7 @@ def contains_words(text: str, phrase: str) -> bool:
 
 
 def _ends_at_words(text: str, start: int, end: int) -> bool:
-    """Return whether no word crosses ``start`` or ``end``. Scripts without spaces have no word borders."""
+    """Return whether no word crosses ``start`` or ``end``. In scripts without spaces, every character is a word."""
     return not any(
         0 < at < len(text) and all(c.isalnum() and not SPACELESS.match(c) for c in text[at - 1 : at + 1])
         for at in (start, end)

@@ -9,22 +9,22 @@ from torch.utils.data import BatchSampler
 
 
 class LengthBuckets(BatchSampler):
-    """A batch sampler that puts edits of similar length into a batch, so that little of it is padding.
+    """A batch sampler that puts edits of similar length into the same batch, to reduce padding.
 
-    The indices of an epoch are cut into pools, each pool is sorted by length and cut into batches. A pool has at most a
-    quarter of the epoch, because with few batches a single pool would put the same edits together in every epoch, and
-    breadth-first training (arXiv 2509.22072) mixes them. Where a pool would be a single batch, the batches are those of
-    ``BatchSampler``.
+    The indices of an epoch are cut into pools. Each pool is sorted by length and cut into batches. A pool contains at
+    most a quarter of the epoch. With a single pool and few batches, the same edits would be in one batch in every
+    epoch, but breadth-first training (arXiv 2509.22072) needs them mixed. If a pool would be a single batch, the
+    batches are the same as those of ``BatchSampler``.
 
-    Its first arguments are those of ``BatchSampler``, so that Lightning can put a sampler for several processes inside.
-    Lightning can do so only if the object is created in a ``train_dataloader`` hook, as in ``EditDataModule``; it
-    refuses one that was created earlier.
+    The first three arguments are those of ``BatchSampler``, so that Lightning can insert a distributed sampler.
+    Lightning can do this only if the batch sampler is created in a ``train_dataloader`` hook, as in
+    ``EditDataModule``. Lightning refuses a batch sampler that was created earlier.
 
     Args:
-        sampler: draws the indices, [N] in a new order in each epoch.
-        batch_size: indices per batch.
+        sampler: draws the indices, [N], in a new order in each epoch.
+        batch_size: number of indices per batch.
         drop_last: leave out the last batch of an epoch if it is not full.
-        lengths: the number of tokens of each index.
+        lengths: the number of tokens of the edit at each index.
         pool: the maximum number of batches that are sorted together.
     """
 
@@ -44,5 +44,5 @@ class LengthBuckets(BatchSampler):
             if width > size:
                 pool.sort(key=lambda index: self.lengths[index])
             batches = [pool[i : i + size] for i in range(0, len(pool), size)]
-            # Sorted batches would run from short to long. The order in which they were drawn needs no random generator.
+            # Sorted batches would run from short to long, so batches are ordered by the first index that was drawn.
             yield from sorted(batches, key=lambda batch: min(position[index] for index in batch))

@@ -1,4 +1,4 @@
-"""The texts whose predictions an edit is most likely to change."""
+"""Choose the texts whose predictions an edit is most likely to change."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ WORD = re.compile(r"\w+")
 
 
 def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[str]:
-    """Return the ``n`` nearest texts of each edit, each text once, in the order of ``texts``.
+    """Return the ``n`` texts nearest to each edit, without duplicates, in the order of ``texts``.
 
-    A text is nearer if it contains the old answer of the edit as whole words, and among equals if it shares more words
-    with the prompt, without the subject. A single edit mostly changes the answers about other subjects that had the
-    same old answer, in a similar wording (the neighborhood prompts of CounterFact). A text that contains the subject of
-    an edit and its old answer states what that edit changes, and is never returned. Letter case makes no difference.
-    Scripts without spaces are compared by pairs of characters. Among equals, the earlier text is nearer.
+    The texts that contain the old answer of the edit as whole words come first, then all other texts. Within these two
+    groups, a text is nearer if it has more words in common with the prompt, not counting the subject. If two texts are
+    equally near, the earlier text wins. An edit mostly changes the answers to prompts about other subjects that had the
+    same old answer, in a similar wording. The neighborhood prompts of CounterFact are such prompts.
+
+    A text that contains the subject and the old answer of an edit states the fact that the edit changes. Such a text is
+    never returned. Upper and lower case make no difference. In scripts without spaces, pairs of characters are compared
+    instead of words.
 
     Args:
-        texts: the texts.
+        texts: the texts to choose from.
         edits: the edits.
-        n: texts per edit.
+        n: number of texts per edit.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262 (CounterFact).
@@ -60,7 +63,7 @@ def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[s
 
 
 def _words(text: str) -> frozenset[str]:
-    """Return the words of a text, and the pairs of characters of words without spaces between them."""
+    """Return the words of a text. In scripts without spaces, return pairs of adjacent characters instead."""
     parts: list[str] = []
     for word in WORD.findall(text):
         pairs = [word[i : i + 2] for i in range(len(word) - 1)] if SPACELESS.search(word) else []

@@ -1,4 +1,4 @@
-"""Prompt formats: a prompt as it is, through a chat template, or framed as a question."""
+"""Prompt formats: a plain prompt, a prompt in a chat template, or a prompt framed as a question."""
 
 from __future__ import annotations
 
@@ -20,28 +20,32 @@ PromptFormat = Literal["plain", "chat", "question"]
 FORMATS = ("plain", "chat", "question")
 
 _QUESTION_MARKS = ("?", "？", "؟", "՞", ";")
-# A placeholder, to see what a template puts around an answer. It has only letters, so that no template escapes it.
+# A placeholder that shows what a template puts around an answer. It has only letters, so no template escapes it.
 _ANSWER = "kedittrainanswer"
 
 
 def is_question(prompt: str) -> bool:
-    """Return whether a prompt is a question. Any other prompt is a sentence to be completed."""
+    """Return whether a prompt is a question. Any other prompt is an incomplete sentence."""
     return prompt.rstrip().endswith(_QUESTION_MARKS)
 
 
 def as_question(prompt: str) -> str:
-    """Frame a prompt as a question. For a sentence to be completed, the question asks for its end."""
+    """Frame a prompt as a question. If the prompt is an incomplete sentence, the question asks how it ends."""
     question = prompt.strip() if is_question(prompt) else f'How does this sentence end? "{prompt.strip()} ..."'
     return f"Please answer the question.\nQ: {question}\nA:"
 
 
 def as_completion(prompt: str) -> str:
-    """Turn a question into a sentence to be completed. Any other prompt stays as it is."""
+    """Turn a question into an incomplete sentence. Any other prompt is returned unchanged."""
     return f'The answer to the question "{prompt.strip()}" is' if is_question(prompt) else prompt
 
 
 def switch_format(prompt: str, prompt_format: PromptFormat) -> str:
-    """Return a sentence to be completed as a question, and a question as a sentence to be completed."""
+    """Turn an incomplete sentence into a question, and a question into an incomplete sentence.
+
+    With ``prompt_format="question"``, the model reads every prompt as a question, so the result is always an incomplete
+    sentence.
+    """
     to_completion = prompt_format == "question" or is_question(prompt)
     return as_completion(prompt) if to_completion else as_question(prompt)
 
@@ -58,23 +62,24 @@ def check_format(prompt_format: str, tokenizer: Any = None) -> None:
 
 
 def chat_messages(prompt: str, target: str | None = None) -> list[dict[str, str]]:
-    """Return the messages of an edit, for a chat template."""
+    """Return a prompt, with its target if one is given, as messages for a chat template."""
     messages = [{"role": "user", "content": prompt}]
     return messages if target is None else [*messages, {"role": "assistant", "content": target}]
 
 
 def render_prompt(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> str:
-    """Return the text that the model reads. In a chat, it ends where the answer of the assistant begins.
+    """Return the text that the model reads before it answers.
 
-    Text that the template puts before every answer, such as an empty thinking block, is part of the prompt.
+    In a chat, this text ends where the answer of the assistant begins. Text that the template puts before every answer,
+    such as an empty thinking block, is part of the prompt.
     """
     return _split_template(tokenizer, prompt, prompt_format)[0]
 
 
 def _split_template(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> tuple[str, str | None, str]:
-    """Return the text before the answer, the spaces between them, and the text after the answer.
+    """Return the text before the answer, the spaces in front of the answer, and the text after the answer.
 
-    The spaces are None outside of a chat, where prompt and target decide.
+    The spaces are None if no template sets them. They then depend on prompt and target (:func:`separator`).
     """
     if prompt_format == "question":
         return as_question(prompt), None, ""
@@ -91,9 +96,9 @@ def _split_template(tokenizer: Any, prompt: str, prompt_format: PromptFormat) ->
 
 
 def prompt_ids(tokenizer: Any, prompt: str, prompt_format: PromptFormat = "plain") -> list[int]:
-    """Return the token ids that the model generates from.
+    """Return the token ids of a prompt, from which the model generates its answer.
 
-    A chat template brings its own special tokens, so the tokenizer adds none to it.
+    In a chat, the template contains the special tokens, so the tokenizer adds none.
     """
     text = render_prompt(tokenizer, prompt, prompt_format)
     return _without_special(tokenizer, text) if prompt_format == "chat" else encode_prompt(tokenizer, text)
@@ -107,8 +112,8 @@ def end_id(tokenizer: Any, prompt_format: PromptFormat = "plain") -> int | None:
     """Return the id of the token that ends an answer.
 
     Returns:
-        The end-of-text token. In a chat, the first special token that the template puts after an answer, if there is
-        one; it closes the turn of the assistant. None if the tokenizer has neither.
+        The id of the end-of-text token. In a chat, the id of the first special token that the template puts after an
+        answer, if there is one. This token closes the turn of the assistant. None if there is no such token.
     """
     if prompt_format != "chat":
         return tokenizer.eos_token_id
@@ -131,21 +136,21 @@ def encode_in_format(
     max_length: int | None = None,
     where: str = "",
 ) -> Encoded:
-    """Tokenize a prompt and its target in any format.
+    """Tokenize a prompt and its target in one of the prompt formats.
 
-    The prompt has the token ids of :func:`prompt_ids`, from which the model will generate.
+    The tokens of the prompt are those of :func:`prompt_ids`, so training and generation use the same tokens.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
         prompt: the prompt of an edit.
-        target: its target.
+        target: the target of the edit.
         prompt_format: "plain", "chat" or "question".
-        append_eos: end the target with the token of :func:`end_id`, exactly once.
+        append_eos: end the target with exactly one token that ends an answer (:func:`end_id`).
         max_length: the maximum number of tokens. None sets no limit.
-        where: names the edit in messages.
+        where: the name of the edit in error messages.
 
     Raises:
-        EditError: as :func:`~kedit_train.data.tokenization.encode_edit`.
+        EditError: for the same reasons as :func:`~kedit_train.data.tokenization.encode_edit`.
     """
     text, lead, after = _split_template(tokenizer, prompt, prompt_format)
     rest: dict[str, Any] = {"max_length": max_length}
@@ -154,7 +159,8 @@ def encode_in_format(
     named, end = f"{where}: " if where else "", _closing_id(tokenizer, after)
     if append_eos and end is None:
         raise EditError(
-            f"{named}neither the chat template nor the tokenizer has a token that ends a turn; set tokenizer.eos_token"
+            f"{named}append_eos=True needs a token that ends a turn, but neither the chat template nor the tokenizer "
+            "has one; set tokenizer.eos_token, or pass append_eos=False"
         )
     lead = separator(text, target) if lead is None else lead
     return encode_pair(
@@ -165,15 +171,18 @@ def encode_in_format(
 def pair_ids(
     tokenizer: Any, prompt: str, target: str, prompt_format: PromptFormat = "plain", max_length: int | None = None
 ) -> Encoded:
-    """Tokenize a prompt with an answer and the token that ends it, if there is one (:func:`end_id`).
+    """Tokenize a prompt and an answer, followed by the token that ends an answer (:func:`end_id`), if there is one.
 
     Raises:
-        EditError: the target has no token, or the pair is longer than ``max_length``.
+        EditError: the target has no tokens, or prompt and target have more than ``max_length`` tokens together.
     """
     ends = end_id(tokenizer, prompt_format) is not None
     encoded = encode_in_format(tokenizer, prompt, target, prompt_format, append_eos=ends, max_length=max_length)
     if len(encoded.input_ids) - encoded.target_start - ends < 1:
-        raise EditError(f"the target {target!r} of {shorten(prompt)!r} is only an end-of-text token; give it some text")
+        raise EditError(
+            f"the target {target!r} of the prompt {shorten(prompt)!r} must contain text, got only an end-of-text "
+            "token; change the target"
+        )
     return encoded
 
 
@@ -197,7 +206,7 @@ def encode_prompts(
         if context is not None and len(ids) >= context:
             raise EditError(
                 f"the prompt {shorten(prompt)!r} must have fewer tokens than the context of the model ({context}), got "
-                f"{len(ids)}; shorten it or leave it out"
+                f"{len(ids)}; shorten the prompt or leave it out"
             )
         sequences.append(ids)
     return sequences

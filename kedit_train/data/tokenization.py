@@ -1,4 +1,4 @@
-"""Tokenization of edits: token ids with the position of the target, and padded batches of them."""
+"""Tokenization of edits: token ids with the position of the target, and padded batches."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SPACELESS = re.compile(
 
 @dataclass(frozen=True)
 class Encoded:
-    """An edit as tokens.
+    """A tokenized edit.
 
-    The position of the target is known from the beginning and never searched for, so a padding token that is also the
-    end-of-text token cannot shift it.
+    The position of the target is recorded during tokenization. No code searches for the target later, so the padding
+    token may be the end-of-text token.
 
     Args:
         input_ids: the token ids of prompt and target.
-        target_start: the position of the first target token. ``input_ids[target_start:]`` is the target with its
-            end-of-text token, if it has one.
+        target_start: the position of the first target token. ``input_ids[target_start:]`` is the target, including
+            the end-of-text token if one was appended.
     """
 
     input_ids: list[int]
@@ -44,10 +44,10 @@ def shorten(text: str, width: int = 60) -> str:
 
 
 def separator(prompt: str, target: str) -> str:
-    """Return the text between prompt and target: a space or nothing.
+    """Return the text to put between prompt and target: a space or nothing.
 
-    It is nothing if the prompt ends with white space, if the target begins with it, or if the text on either side is in
-    a script without spaces between words (Chinese, Japanese, Thai and others).
+    Nothing is put between them if the prompt ends with white space or the target begins with white space. Scripts
+    without spaces between words (Chinese, Japanese, Thai and others), on either side, get no space either.
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
@@ -55,23 +55,23 @@ def separator(prompt: str, target: str) -> str:
 
 
 def token_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """Return the token ids of a text, never padded or truncated, whatever the settings of the tokenizer are.
+    """Return the token ids of a text, without padding or truncation, regardless of the settings of the tokenizer.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
         text: the text.
-        special: add the special tokens that the tokenizer puts around a text.
+        special: True adds the special tokens that the tokenizer puts around a text.
     """
     encoding = tokenizer(text, add_special_tokens=special, padding=False, truncation=False, verbose=False)
     return list(encoding["input_ids"])
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the token ids that a model generates from.
+    """Return the token ids of a prompt, from which a model generates.
 
-    They begin with begin-of-text if the tokenizer adds it. An end-of-text token that the tokenizer appends
-    (``add_eos_token=True``) is removed, because it would close the prompt before the answer. One that is written in the
-    prompt stays.
+    The ids begin with begin-of-text if the tokenizer adds this token. An end-of-text token that the tokenizer appends
+    (``add_eos_token=True``) is removed, because the text would end before the answer. An end-of-text token that is
+    written in the prompt is kept.
 
     Raises:
         EditError: the prompt has no tokens.
@@ -95,10 +95,10 @@ def count_at_end(ids: Sequence[int], token: int) -> int:
 
 
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of ``text`` where it continues another text.
+    """Return the token ids that ``text`` has when it continues another text.
 
-    Some tokenizers (Llama 2) put a space before every text. Behind a character that does not merge with the text, the
-    tokens of the text itself are visible.
+    Some tokenizers (Llama 2) put a space before every text. To avoid this space, ``text`` is tokenized after a
+    character that does not merge with it, and the tokens of the character are removed.
     """
     for character in ("\n", "?", "a"):
         head = token_ids(tokenizer, character, special=False)
@@ -117,28 +117,30 @@ def encode_edit(
     max_length: int | None = None,
     where: str = "",
 ) -> Encoded:
-    """Tokenize a prompt together with its target. The prompt always has the token ids of :func:`encode_prompt`.
+    """Tokenize a prompt together with its target. The tokens of the prompt are always those of :func:`encode_prompt`.
 
-    If a token crosses the border of prompt and target (the prompt ends with a space or half a word), the joint tokens
-    do not begin with those of the prompt. The target is then tokenized as a continuation, so that the model is trained
-    in exactly the context that it will generate from.
+    If the prompt ends with a space or with half a word, a token may span the end of the prompt and the beginning of the
+    target. The target is then tokenized separately, as a continuation. So the model is trained on exactly the prompt
+    tokens from which it will generate.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
         prompt: the prompt of an edit.
-        target: its target. :func:`separator` decides on the space between them.
-        append_eos: end the target with end-of-text, exactly once, so that the edited model learns to stop.
-        max_length: the maximum number of tokens, for example ``context_length(model.config)``. Nothing is truncated.
-        where: names the edit in messages, for example ``"facts.json, edit 3 (id 17758)"``.
+        target: the target of the edit. :func:`separator` decides whether a space is put in front of it.
+        append_eos: end the target with exactly one end-of-text token, so that the edited model learns to stop.
+        max_length: the maximum number of tokens, for example ``context_length(model.config)``. A longer edit is an
+            error and is not truncated.
+        where: the name of the edit in error messages, for example ``"facts.json, edit 3 (id 17758)"``.
 
     Raises:
         EditError: the edit is too long; the tokenizer has no end-of-text token; the target has no tokens, or has
-            characters that the tokenizer only knows as "unknown", which no model could generate.
+            characters that the tokenizer does not know.
     """
     beginning = f"{where}: " if where else ""
     if append_eos and tokenizer.eos_token_id is None:
         raise EditError(
-            f"{beginning}the tokenizer has no end-of-text token; set tokenizer.eos_token, or pass append_eos=False"
+            f"{beginning}append_eos=True needs an end-of-text token, but the tokenizer has none; set "
+            "tokenizer.eos_token, or pass append_eos=False"
         )
     end = tokenizer.eos_token_id if append_eos else None
     space = separator(prompt, target)
@@ -158,21 +160,21 @@ def encode_pair(
     max_length: int | None,
     where: str,
 ) -> Encoded:
-    """Do the work of :func:`encode_edit` for any format of the prompt.
+    """Tokenize a prompt that is already in its format, together with its target. See :func:`encode_edit`.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
-        prompt: the text that the model reads.
-        space: the text between prompt and target, which is trained with the target.
+        prompt: the text that the model reads before it answers.
+        space: the text between prompt and target. It is trained together with the target.
         target: the target of the edit.
-        end: the id of the token that ends the answer; it is appended unless the answer ends with it. None appends
-            nothing.
+        end: the id of the token that ends an answer. It is appended unless the target already ends with it. None
+            appends nothing.
         encode: returns the token ids of a text, ``encode(tokenizer, text)``.
         max_length: the maximum number of tokens, or None.
-        where: the beginning of the messages.
+        where: the beginning of every error message.
 
     Raises:
-        EditError: as :func:`encode_edit`.
+        EditError: for the same reasons as :func:`encode_edit`.
     """
     shown = prompt if len(prompt) <= 80 else prompt[:77] + "..."
     try:
@@ -189,7 +191,7 @@ def encode_pair(
     if unknown is not None and unknown not in (end, tokenizer.eos_token_id) and unknown in ids[len(head) :]:
         raise EditError(
             f"{where}the target {target!r} of the prompt {shown!r} has characters that the tokenizer does not know, so "
-            "no model with this tokenizer can generate it; write the target in another way"
+            "no model with this tokenizer can generate the target; write the target in another way"
         )
     if end is not None and ids[-1] != end:
         ids = [*ids, end]
@@ -205,7 +207,7 @@ def pad_token_id(tokenizer: Any) -> int:
     """Return the id of the padding token, or of end-of-text if the tokenizer has no padding token.
 
     Raises:
-        EditError: the tokenizer has neither.
+        EditError: the tokenizer has neither of these tokens.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
@@ -214,25 +216,27 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "right") -> dict[str, torch.Tensor]:
-    """Pad encoded edits to a batch for ``model(**batch)``. :class:`~kedit_train.data.EditCollator` is its public form.
+    """Pad encoded edits to a batch for ``model(**batch)``.
+
+    :class:`~kedit_train.data.EditCollator` is the public interface of this function.
 
     Args:
         encoded: [batch] edits.
-        pad_id: the token id of the padding, which may be that of end-of-text.
+        pad_id: the id of the padding token, which may be the end-of-text token.
         padding_side: "right" or "left". Models with absolute positions (GPT-2) also need
             ``position_ids(batch["attention_mask"])`` for padding on the left.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64. Labels are -100 outside of the
-        target, by position and never by comparing ids with ``pad_id``.
+        target. They are set by position, not by comparing ids with ``pad_id``.
 
     Raises:
-        EditError: there are no edits, or the side is unknown.
+        EditError: ``encoded`` is empty, or ``padding_side`` is unknown.
     """
     if padding_side not in ("right", "left"):
         raise EditError(f'padding_side must be "right" or "left", got {padding_side!r}.')
     if not encoded:
-        raise EditError("there is nothing to collate; give at least one encoded edit")
+        raise EditError("a batch must contain at least one encoded edit, got none.")
     longest = max(len(example.input_ids) for example in encoded)
     batch = {
         "input_ids": torch.full((len(encoded), longest), pad_id),
@@ -249,7 +253,7 @@ def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "rig
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return [batch, length] positions, counted from the first real token of each sequence, for either padding side."""
+    """Return [batch, length] positions, counted from the first token that is not padding, for either padding side."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 

@@ -1,4 +1,4 @@
-"""An edit as a file: save, apply, revert, add, scale and merge what a run changed."""
+"""Deltas: save the weight changes of a run, and apply, revert, add, scale and merge them."""
 
 from kedit_train.delta.edit_delta import EditDelta
 from kedit_train.delta.merge import merge, sparsify

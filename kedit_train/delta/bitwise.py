@@ -1,4 +1,4 @@
-"""Tensors as bit patterns: compared as integers, hashed by content."""
+"""Compare and hash tensors by their bit patterns."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensor_hash(tensor: Tensor) -> str:
 def fingerprint_of(hashes: Iterable[str]) -> str:
     """Return one SHA-256 (hex) for a whole model, computed from the hashes of its tensors.
 
-    Names and repetitions do not count. So a model in memory, its state dict and its checkpoint (which may store a tied
-    weight once or twice) have the same fingerprint.
+    Names of tensors and repeated tensors make no difference. So a model in memory, its state dict and its checkpoint
+    (which may store a tied weight once or twice) have the same fingerprint.
     """
     return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()

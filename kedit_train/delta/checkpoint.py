@@ -1,4 +1,4 @@
-"""Applying a delta to a checkpoint on disk, shard by shard, with one tensor in memory at a time."""
+"""Apply a delta to a checkpoint on disk, shard by shard, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from kedit_train.errors import EditError
 from kedit_train.safetensors_file import tensor_bytes
 from kedit_train.safetensors_header import Span, read_tensor
 
-# Weights in other formats are not copied, because they would still be the weights before the edit.
+# Weights in other formats are not copied, because they would still contain the original weights.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
 
 
 def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to: Literal["edited", "base"]) -> Path:
-    """Copy a checkpoint and replace the changed tensors.
+    """Copy a checkpoint and apply or revert the changes in the copy.
 
-    Every changed tensor is checked before the first byte is written. Shards are copied as files and new values are
-    written over the old ones, so that headers, order and all other tensors stay the same byte for byte. Configuration
-    and tokenizer files are copied; subfolders and weights in other formats are not. ``out`` appears when it is
-    complete.
+    Every changed tensor is checked before the first byte is written. Shards are copied as files, and the new values are
+    written over the old values. So the headers, the order and all other tensors stay the same byte for byte.
+    Configuration and tokenizer files are copied. Subfolders and weights in other formats are not copied. The folder
+    ``out`` appears only when it is complete.
 
     Args:
-        changes: name -> change.
+        changes: name of a tensor -> change of the tensor.
         folder: the checkpoint to read.
-        out: the folder to write; it must not exist.
-        to: the state of the new checkpoint.
+        out: the folder to write. It must not exist.
+        to: the state of the new checkpoint: "edited" applies the changes, "base" reverts them.
 
     Raises:
-        EditError: the checkpoint is not in the state that ``to`` starts from, or ``out`` exists.
+        EditError: the checkpoint is not in the opposite state of ``to``, or ``out`` exists.
     """
     if out.exists():
-        raise EditError(f"{out} already exists; choose the name of a new folder.")
+        raise EditError(f"the output folder {out} already exists; choose the name of a new folder.")
     shards = shards_of(folder)
     jobs = _jobs(changes, shards, to)
     with writing(out) as unfinished:
@@ -56,7 +56,7 @@ def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to:
 def _jobs(
     changes: Mapping[str, Change], shards: Mapping[Path, dict[str, Span]], to: str
 ) -> dict[Path, dict[str, tuple[Span, Change]]]:
-    """Return what to write into each shard; a tied tensor may be stored under several names."""
+    """Return the changes to write into each shard. A tied tensor may be stored under several names."""
     places = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
     stored = {name: [alias for alias in (name, *change.tied) if alias in places] for name, change in changes.items()}
     missing = next((name for name, aliases in stored.items() if not aliases), None)

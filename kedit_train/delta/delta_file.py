@@ -22,17 +22,17 @@ KIND = "kedit_train.delta"
 
 
 def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Mapping[str, Any]) -> Path:
-    """Write changes and metadata atomically; an existing file is replaced and parent folders are made.
+    """Write changes and metadata to a file. An existing file is replaced, and parent folders are created.
 
-    A process that is killed while it writes leaves the previous file under ``path``.
+    The file is written atomically. If the process is killed during writing, the previous file stays in place.
 
     Args:
-        path: of the file.
-        changes: name -> change.
+        path: the path of the file.
+        changes: name of a tensor -> change of the tensor.
         meta: plain values, as in :class:`~kedit_train.delta.EditDelta`.
 
     Raises:
-        EditError: ``meta`` does not fit JSON, or :func:`read` would refuse it.
+        EditError: ``meta`` cannot be saved as JSON, or :func:`read` would refuse it.
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
@@ -50,12 +50,15 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
     except EditError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise EditError(f"the metadata of the delta is not valid ({type(error).__name__}: {error}).") from error
+        raise EditError(
+            f"the metadata of the delta is not valid ({type(error).__name__}: {error}); use plain JSON values with the "
+            "keys of EditDelta.meta."
+        ) from error
     return save_tensors(path, tensors, {**meta, "format": FORMAT, "tensors": described}, kind=KIND)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any]]:
-    """Read what :func:`write` wrote. Tensors are memory-mapped and every byte is verified.
+    """Read a file that :func:`write` wrote. Tensors are memory-mapped, and every byte is verified.
 
     Returns:
         name -> change, and the metadata.
@@ -66,7 +69,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
     tensors, meta = load_tensors(path, kind=KIND)
     try:
         if meta["format"] != FORMAT:
-            raise EditError(f"it has format {meta['format']!r} and this version reads {FORMAT}; upgrade kedit-train")
+            raise EditError(
+                f"the file has format {meta['format']!r}, but this version reads format {FORMAT}; upgrade kedit-train"
+            )
         described = meta.pop("tensors")
         changes = {name: _change(name, entry, tensors) for name, entry in described.items()}
         # Files of version 0.1.0 spell the key in British English.
@@ -85,13 +90,13 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
 def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Change:
     layout, shape, tied = entry["layout"], entry["shape"], entry["tied"]
     if layout not in LAYOUTS:
-        raise EditError(f"{name!r}: unknown layout {layout!r}")
+        raise EditError(f"{name!r}: layout must be dense, rows, columns or entries, got {layout!r}")
     if not is_shape(shape):
-        raise EditError(f"{name!r}: a tensor cannot have its shape")
+        raise EditError(f"{name!r}: the shape must be a list of integers that torch supports")
     if not all(isinstance(other, str) for other in tied):
-        raise EditError(f"{name!r}: its tied names are not strings")
+        raise EditError(f"{name!r}: the tied names must be strings")
     if not re.fullmatch("[0-9a-f]{64}", entry["base"]):
-        raise EditError(f"{name!r}: the hash of the base is not a SHA-256")
+        raise EditError(f"{name!r}: the hash of the base tensor must be a SHA-256 in hex")
     index = None if layout == "dense" else tensors.pop(f"index/{name}")
     before, after = tensors.pop(f"before/{name}"), tensors.pop(f"after/{name}")
     change = Change(layout, index, before, after, tuple(shape), entry["base"], tuple(tied))
@@ -119,7 +124,7 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
     if not strings([base.get("name"), base.get("license")], optional=True):
         raise EditError("the name and the license of the base must be strings or None")
     if not is_valid(meta.get("edits", {})):
-        raise EditError("edits must hold a hash (a string) and a count (an integer >= 0)")
+        raise EditError("edits must contain a hash (a string) and a count (an integer >= 0)")
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
         raise EditError("every score must be a finite number")
     if not strings(versions.values()):

@@ -1,4 +1,4 @@
-"""What an edit changed: an object that applies, reverts and calculates, and a file."""
+"""The weight changes of an edit: apply, revert, combine, save and load them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ State = Literal["base", "edited"]
 class EditDelta:
     """The tensors that an edit changed, with their values before and after.
 
-    :meth:`apply` turns the base model into the edited model and :meth:`revert` turns it back, both bit for bit. Both
-    write recorded values, and only into a model whose tensors have the recorded SHA-256. Operators (``a + b``, ``-a``,
-    ``0.5 * a``) return a :class:`~kedit_train.delta.TaskVector` in fp32; its ``delta()`` is an ``EditDelta`` again.
+    :meth:`apply` turns the base model into the edited model and :meth:`revert` turns it back, bit for bit. Before these
+    methods write any value, they check the SHA-256 of every tensor to change. Operators (``a + b``, ``-a``,
+    ``0.5 * a``) return a :class:`~kedit_train.delta.TaskVector` in fp32. Its method ``delta()`` returns an
+    ``EditDelta`` again.
 
     Create a delta with :meth:`between` or :meth:`load`, or let the ``SaveDelta`` callback save one.
 
     Args:
-        changes: name -> what changed in this tensor.
+        changes: name of a tensor -> change of the tensor.
         meta: plain values: ``base`` (``fingerprint``, ``names``, ``name``, ``license``), ``edits`` (``hash``,
             ``count``), ``configuration``, ``scores`` and ``versions``.
 
@@ -66,19 +67,19 @@ class EditDelta:
         license: str | None = None,
         touched: Iterable[str] | None = None,
     ) -> EditDelta:
-        """Compare two models, one tensor at a time.
+        """Make a delta by comparing two models, one tensor at a time.
 
-        PEFT adapters count as merged into the weights that they adapt. So the delta of a LoRA run applies to the plain
-        base model; PEFT saves the adapter itself.
+        PEFT adapters are treated as merged into the weights that they adapt. So the delta of a LoRA run applies to the
+        base model without adapters. To save the adapter itself, use PEFT.
 
         Args:
             base: a module, a state dict or the folder of a checkpoint.
             edited: a module, a state dict or the folder of a checkpoint; it may be of another kind than ``base``.
-            edits: what was edited. Their hash and number go into the metadata.
-            configuration: of the run, plain values.
-            scores: of the edit, name -> number.
-            license: of the base. Default: what the model card in its folder states.
-            touched: names of the tensors that may differ, if that is known. Other tensors of ``edited`` are not read.
+            edits: the edits that were made. Their hash and their number are saved in the metadata.
+            configuration: the configuration of the run, as plain values.
+            scores: the scores of the edit, name -> number.
+            license: the license of the base model. Default: the license in the model card in the folder of the base.
+            touched: names of the tensors that may differ, if known. The other tensors of ``edited`` are not read.
 
         Raises:
             EditError: the models differ in names, shapes or dtypes.
@@ -97,8 +98,8 @@ class EditDelta:
             after = new[name]
             if after.dtype != before.dtype or after.shape != before.shape:
                 raise EditError(
-                    f"{name} is {before.dtype} {list(before.shape)} in the base and {after.dtype} {list(after.shape)} "
-                    "in the edited model; load both models in one dtype."
+                    f"tensor {name} is {before.dtype} {list(before.shape)} in the base and {after.dtype} "
+                    f"{list(after.shape)} in the edited model; load the same model twice, in the same dtype."
                 )
             change = change_between(before, after, hashes[-1], old.tied.get(name, ()))
             if change is not None:
@@ -117,13 +118,13 @@ class EditDelta:
         """Write a safetensors file atomically; an existing file is replaced.
 
         Raises:
-            EditError: the metadata does not fit JSON.
+            EditError: the metadata cannot be saved as JSON.
         """
         return delta_file.write(path, self.changes, self.meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EditDelta:
-        """Open what :meth:`save` wrote. Tensors are memory-mapped, so they take memory only when they are used.
+        """Open a file from :meth:`save`. Tensors are memory-mapped, so they take memory only when they are used.
 
         Raises:
             EditError: the file is not a delta, is damaged, or was changed after it was written.
@@ -132,15 +133,15 @@ class EditDelta:
         return cls(changes, meta=meta)
 
     def verify(self, model: Any, *, full: bool = False) -> State:
-        """Return whether ``model`` is the base or the edited model, by the bits of every changed tensor.
+        """Return whether ``model`` is the base or the edited model, by comparing the bits of every changed tensor.
 
         Args:
             model: a module or a state dict.
-            full: also compare all other tensors, with the fingerprint of the whole base.
+            full: True also checks all other tensors, with the fingerprint of the whole base model.
 
         Raises:
-            EditError: the model is neither, is partly edited, has other shapes or dtypes, or ties a changed tensor to
-                one that the base keeps separate.
+            EditError: the model is neither of the two, is partly edited, has other shapes or dtypes, or ties a changed
+                tensor to a tensor that is separate in the base model.
         """
         targets = self._targets(model)
         state: State = "base"
@@ -155,13 +156,13 @@ class EditDelta:
             hashes = [known.get(id(t)) or tensor_hash(_on_cpu(t)) for t in (tensors[n] for n in grouped(tensors))]
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
-                    "tensors that the delta does not change differ from the model that was edited; the delta can be "
-                    "applied, but this is not the model that it was made for and evaluated on."
+                    "the model differs from the model that was edited, in tensors that the delta does not change; the "
+                    "delta can be applied, but its scores were measured on another model."
                 )
         return state
 
     def apply(self, model: Any) -> Any:
-        """Turn the base model into the edited model, in place and bit for bit; return it.
+        """Turn the base model into the edited model, in place and bit for bit, and return the model.
 
         Every tensor is checked before the first one is written.
 
@@ -169,15 +170,17 @@ class EditDelta:
             model: a module or a state dict. With FSDP2, every process must call this.
 
         Raises:
-            EditError: as in :meth:`verify`, or the delta is already applied; the model is unchanged.
+            EditError: for the same reasons as in :meth:`verify`, or the delta is already applied. The model is then
+                unchanged.
         """
         return self._write(model, "edited")
 
     def revert(self, model: Any) -> Any:
-        """Turn the edited model back into the base model, in place and bit for bit; return it.
+        """Turn the edited model back into the base model, in place and bit for bit, and return the model.
 
         Raises:
-            EditError: as in :meth:`verify`, or the delta is not applied; the model is unchanged.
+            EditError: for the same reasons as in :meth:`verify`, or the delta is not applied. The model is then
+                unchanged.
         """
         return self._write(model, "base")
 
@@ -209,10 +212,12 @@ class EditDelta:
         """Return ``edited - base`` of one whole tensor in fp32 (fp64 for fp64 weights).
 
         Raises:
-            EditError: the delta does not change this tensor, or it holds no floating-point numbers.
+            EditError: the delta does not change this tensor, or the tensor contains no floating-point numbers.
         """
         if name not in self.changes:
-            raise EditError(f"the delta does not change {name!r}; it changes {', '.join(list(self.changes)[:4])}.")
+            raise EditError(
+                f"the delta does not change {name!r}; choose, for example, {', '.join(list(self.changes)[:4])}."
+            )
         return self.changes[name].difference()
 
     @property
@@ -221,10 +226,10 @@ class EditDelta:
         return sum(change.nbytes for change in self.changes.values())
 
     def vector(self) -> TaskVector[EditDelta]:
-        """Return the differences in fp32, for arithmetic.
+        """Return the weight differences as a task vector in fp32, for arithmetic.
 
         Raises:
-            EditError: a changed tensor holds no floating-point numbers.
+            EditError: a changed tensor contains no floating-point numbers.
         """
         base = {}
         for name, change in self.changes.items():
@@ -269,21 +274,21 @@ class EditDelta:
         elif isinstance(model, Mapping):
             named = dict(model)
         else:
-            raise EditError(f"a delta applies to a module or a state dict, got {type(model).__name__}.")
+            raise EditError(f"model must be a module or a state dict, got {type(model).__name__}.")
         groups = {name: (first, *others) for first, others in grouped(named).items() for name in (first, *others)}
         separate = set(self.meta["base"]["names"])
         targets: dict[str, tuple[str, Tensor]] = {}
         for name, change in self.changes.items():
             present = [alias for alias in (name, *change.tied) if alias in named]
             if not present:
-                hint = "; merge its adapter, or use the plain model" if hasattr(model, "peft_config") else ""
+                hint = "; merge the adapter, or use the model without it" if hasattr(model, "peft_config") else ""
                 raise EditError(f"the model has no tensor {name!r}, so the delta belongs to another model{hint}.")
             for alias in present:
                 for other in groups[alias]:
                     if other in separate and other != name:
                         raise EditError(
-                            f"the model ties {alias} to {other}, but the base keeps them separate, so both would "
-                            "change; load the model with tie_word_embeddings=False."
+                            f"the model ties {alias} to {other}, but they are separate tensors in the base model, so "
+                            "the delta would change both; load the model with tie_word_embeddings=False."
                         )
                 targets.setdefault(groups[alias][0], (name, named[alias]))
         return list(targets.values())

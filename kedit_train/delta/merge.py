@@ -29,22 +29,23 @@ def merge(
 ) -> TaskVector[EditDelta]:
     """Merge deltas (or task vectors) of one base model, tensor by tensor.
 
-    A delta that does not change a tensor counts as zeros there. TIES and DARE are the implementations of PEFT.
+    A delta that does not change a tensor counts as zeros there. TIES and DARE use the implementations of PEFT.
 
     Args:
-        deltas: at least one.
+        deltas: at least one delta or task vector.
         weights: one number for each delta. Default: 1 for each.
-        method: ``linear`` is the weighted sum. ``ties`` keeps the ``density`` largest entries of every tensor of each
-            delta, and averages those whose sign is that of the majority by mass. ``dare`` drops entries at random until
-            the share ``density`` is left, divides by ``density``, and returns the weighted sum.
-        density: share of entries to keep, in (0, 1]. ``linear`` ignores it.
-        seed: for the random draw of ``dare``.
+        method: ``linear`` returns the weighted sum. ``ties`` keeps the entries of largest magnitude in every tensor of
+            each delta. Then it averages, entry by entry, the values with the same sign as their weighted sum. ``dare``
+            keeps entries at random, divides them by ``density``, and returns the weighted sum.
+        density: fraction of the entries that ``ties`` and ``dare`` keep, in (0, 1]. ``linear`` ignores it.
+        seed: seed of the random draw of ``dare``.
 
     Returns:
-        The merged task vector; its :meth:`~TaskVector.delta` is a delta again.
+        The merged task vector. Its method :meth:`~TaskVector.delta` returns a delta again.
 
     Raises:
-        EditError: different bases, an argument out of range, or PEFT is not installed (``ties`` and ``dare``).
+        EditError: the base models differ, an argument is out of range, or PEFT is not installed (for ``ties`` and
+            ``dare``).
 
     References:
         linear: "Editing Models with Task Arithmetic", arXiv 2212.04089. TIES: "TIES-Merging: Resolving Interference
@@ -66,7 +67,7 @@ def merge(
         factors = [1.0] * len(vectors) if weights is None else [float(weight) for weight in weights]
         if not vectors or len(factors) != len(vectors):
             raise EditError(
-                f"expected at least one delta and one weight for each, got {len(vectors)} deltas and {len(factors)} "
+                f"expected at least one delta, and one weight per delta, got {len(vectors)} deltas and {len(factors)} "
                 "weights."
             )
         for vector in vectors[1:]:
@@ -84,12 +85,12 @@ def merge(
 
 @torch.no_grad()
 def sparsify(delta: Any, *, density: float = 0.4) -> TaskVector[EditDelta]:
-    """Keep, in each tensor, the entries with the largest relative change ``|difference / base|`` (RECT).
+    """Keep only the entries of each tensor with the largest relative change ``|difference / base|`` (RECT).
 
     Args:
         delta: a delta or a task vector.
-        density: share of all entries of a tensor to keep, in (0, 1]. A change of an entry that was 0 counts as
-            infinitely large.
+        density: fraction of the entries of each tensor to keep, in (0, 1]. The relative change of an entry that was 0
+            counts as infinite.
 
     Raises:
         EditError: ``density`` is out of range.

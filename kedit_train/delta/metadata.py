@@ -1,4 +1,4 @@
-"""What a delta records about the edits and the libraries."""
+"""The metadata of a delta about its edits and about library versions."""
 
 from __future__ import annotations
 

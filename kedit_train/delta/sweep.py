@@ -1,4 +1,4 @@
-"""A sweep: score multiples of a delta, and pick one by a stated rule."""
+"""Sweep: score a model with several multiples of a delta, and pick one multiple by a fixed rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COEFFICIENTS = tuple(round(0.1 * i, 2) for i in range(1, 11))
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The scores of one coefficient; coefficient 0 is the base model."""
+    """The scores of the model with one coefficient. Coefficient 0 is the base model."""
 
     coefficient: float
     reliability: float
@@ -31,7 +31,7 @@ class Sweep:
     """The result of :func:`sweep`.
 
     Args:
-        points: in ascending order of the coefficient, the base model (0) included.
+        points: one point per coefficient, in ascending order, including the base model (coefficient 0).
         best: the point that the rule picked.
         delta: ``best.coefficient`` times the swept delta, ready to apply and to save.
         rule: the rule as a sentence.
@@ -53,18 +53,20 @@ def sweep(
 ) -> Sweep:
     """Apply each multiple of a delta, score the model, and pick one coefficient.
 
-    The rule: among the coefficients whose locality is at least ``keep_locality`` times that of the base model, pick the
-    one with the highest reliability, and of equals the one nearest to 0. Score on questions that are not used to report
-    the result. The paper picks coefficients for negation in the same way, with 95 % of the accuracy on other tasks.
+    The rule has two steps. First, keep the coefficients with a locality of at least ``keep_locality`` times the
+    locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients are
+    equal, pick the one nearest to 0. The paper picks coefficients for negation in the same way, with 95 % of the
+    accuracy on other tasks. Do not report results on the questions that ``score`` uses.
 
     Args:
         model: the base model of the delta. It is restored bit for bit, also after an error.
-        delta: a delta or a task vector. To make a model forget, use negative coefficients, and a score whose
-            reliability counts what is forgotten.
-        score: called with the model. Returns ``reliability`` and ``locality``, or ``edit/reliability`` and
-            ``edit/locality`` as in ``evaluate(...).flat()``.
-        coefficients: at least one besides 0. Coefficient 0 is always scored. Default: 0.1, 0.2, ... 1.
-        keep_locality: share of the locality of the base model that must remain, in [0, 1].
+        delta: a delta or a task vector. To make a model forget, use negative coefficients and a score in which
+            ``reliability`` measures how much is forgotten.
+        score: function that is called with the model and returns ``reliability`` and ``locality``, or
+            ``edit/reliability`` and ``edit/locality`` as in ``evaluate(...).flat()``.
+        coefficients: the multiples to score, at least one of them not 0. Coefficient 0 is always scored. Default: 0.1,
+            0.2, ... 1.
+        keep_locality: fraction of the locality of the base model that must remain, in [0, 1].
 
     Raises:
         EditError: no coefficient fulfills the rule, or a score is missing or not finite.
@@ -89,7 +91,9 @@ def sweep(
     check_arguments("sweep", keep_locality=(keep_locality, within("[0, 1]")))
     chosen = sorted({float(coefficient) for coefficient in coefficients} - {0.0})
     if not chosen:
-        raise EditError(f"coefficients must contain a number besides 0, got {list(coefficients)}.", component="sweep")
+        raise EditError(
+            f"coefficients must contain a number other than 0, got {list(coefficients)}.", component="sweep"
+        )
     with reported_by("sweep"):
         vector = as_vector(delta)
         points = {0.0: _scored(0.0, score(model))}
@@ -104,11 +108,11 @@ def sweep(
         if not allowed:
             nearest = max((points[coefficient] for coefficient in chosen), key=lambda point: point.locality)
             raise EditError(
-                f"no coefficient keeps a locality of {least:.3f} (the highest is {nearest.locality:.3f} with "
+                f"no coefficient keeps a locality of at least {least:.3f} (the highest is {nearest.locality:.3f} with "
                 f"coefficient {nearest.coefficient:g}); use smaller coefficients, or a keep_locality below "
                 f"{keep_locality:g}."
             )
-    rule = f"highest reliability with a locality of at least {keep_locality:g} x that of the base ({least:.3f})"
+    rule = f"highest reliability with a locality of at least {keep_locality:g} x that of the base model ({least:.3f})"
     best = max(allowed, key=lambda point: (point.reliability, -abs(point.coefficient)))
     scaled = (best.coefficient * vector).delta(configuration={"coefficient": best.coefficient, "rule": rule})
     return Sweep(tuple(points[coefficient] for coefficient in sorted(points)), best, scaled, rule)

@@ -19,12 +19,12 @@ D = TypeVar("D")
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A tensor of the base model, as far as the deltas know it.
+    """A tensor of the base model, with the values that the deltas recorded.
 
     Args:
-        values: the whole tensor; zeros where no delta recorded the value.
-        known: bool, the same shape: where a delta recorded the value.
-        hash: of the whole tensor.
+        values: the whole tensor, with zeros where no delta recorded the value.
+        known: bool mask of the same shape. True where a delta recorded the value.
+        hash: SHA-256 of the whole tensor in the base model.
         tied: other names of the same tensor.
     """
 
@@ -36,25 +36,27 @@ class BaseTensor:
 
 @dataclass(frozen=True)
 class TaskVector(Generic[D]):
-    """A linear combination, or a merge, of the differences that edits of one base model made.
+    """A linear combination or a merge of the weight differences of several edits of one base model.
 
     Arithmetic on an :class:`~kedit_train.EditDelta` (``a + b``, ``-a``, ``0.5 * a``) and
-    :func:`~kedit_train.delta.merge` return a task vector. It is not an edit yet, because ``base + difference`` must be
-    rounded to the dtype of the base. :meth:`delta` rounds once and records the bits before and after, so its result
-    applies and reverts exactly. No model is needed: the deltas contain the values of the base.
+    :func:`~kedit_train.delta.merge` return a task vector. A task vector is not an edit yet, because
+    ``base + difference`` must be rounded to the dtype of the base. :meth:`delta` rounds once and records the bits
+    before and after the edit, so the resulting delta applies and reverts exactly. No model is needed, because the
+    deltas contain the values of the base.
 
     ``1.0 * a`` equals ``a`` up to rounding (in fp32 the last bit of ``base + (edited - base)`` may differ).
 
     Args:
-        differences: name -> whole tensor in fp32 (fp64 for fp64 weights).
-        base: name -> tensor of the base.
-        about: the base model, as in ``EditDelta.meta["base"]``.
+        differences: name -> difference of the whole tensor, in fp32 (fp64 for fp64 weights).
+        base: name -> tensor of the base model.
+        about: description of the base model, as in ``EditDelta.meta["base"]``.
         parents: the ``edits`` metadata of the deltas that were combined.
-        delta_type: builds a delta from changes and ``meta=``.
+        delta_type: function that builds a delta from changes and ``meta=``.
 
     References:
-        "Editing Models with Task Arithmetic", arXiv 2212.04089. A model between the base (0) and the edit (1) is
-        ``alpha * a``: "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv 2109.01903.
+        "Editing Models with Task Arithmetic", arXiv 2212.04089. ``alpha * a`` interpolates between the
+        base (``alpha = 0``) and the edit (``alpha = 1``): "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv
+        2109.01903.
 
     Example:
         >>> import torch
@@ -78,10 +80,10 @@ class TaskVector(Generic[D]):
 
     @torch.no_grad()
     def delta(self, *, configuration: Any = None) -> D:
-        """Round to the dtype of the base once, and record the bits before and after.
+        """Convert to a delta: round once to the dtype of the base, and record the bits before and after the edit.
 
         Args:
-            configuration: plain values for the metadata: how the vector was made.
+            configuration: how the vector was made, as plain values for the metadata.
 
         Raises:
             EditError: a weight would become infinite or NaN.
@@ -93,7 +95,7 @@ class TaskVector(Generic[D]):
             edited = torch.where(difference != 0, moved, base.values)
             # Torch cannot tell whether a float8 is finite, so the values are widened first.
             if not bool(moved.to(difference.dtype)[difference != 0].isfinite().all()):
-                raise EditError(f"{name} would not be finite in {base.values.dtype}; use a smaller coefficient.")
+                raise EditError(f"the edited {name} must be finite in {base.values.dtype}; use a smaller coefficient.")
             change = change_between(base.values, edited, base.hash, base.tied, base.known)
             if change is not None:
                 changes[name] = change
@@ -103,16 +105,16 @@ class TaskVector(Generic[D]):
         return self.delta_type(changes, meta=meta | {"versions": library_versions()})
 
     def apply(self, model: Any) -> D:
-        """Round, apply to ``model`` in place, and return the delta. Its ``revert(model)`` restores the base."""
+        """Convert to a delta, apply it to ``model`` in place, and return it. ``revert(model)`` restores the base."""
         delta: Any = self.delta()
         delta.apply(model)
         return delta
 
     def cosine(self, other: Any) -> float:
-        """Return the cosine of the angle to another task vector or delta over all tensors; 0 if one of them is zero.
+        """Return the cosine similarity with another task vector or delta, over all tensors; 0 if either norm is 0.
 
         Raises:
-            EditError: the two have different bases.
+            EditError: the two have different base models.
         """
         vector = as_vector(other)
         check_same_base(self, vector)
@@ -126,7 +128,7 @@ class TaskVector(Generic[D]):
         return math.sqrt(sum(float(value.double().square().sum()) for value in self.differences.values()))
 
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
-        """Return a vector of these differences, on the base that this vector and ``others`` know in parts."""
+        """Return a task vector with these differences, and with the base values of this vector and of ``others``."""
         base = dict(self.base)
         for other in others:
             check_same_base(self, other)
@@ -155,17 +157,17 @@ class TaskVector(Generic[D]):
 
     def __mul__(self, factor: float) -> TaskVector[D]:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise EditError(f"a delta can only be multiplied by a finite number, got {factor!r}.")
+            raise EditError(f"the factor of a delta must be a finite number, got {factor!r}.")
         return self.with_differences({name: value * factor for name, value in self.differences.items()})
 
     __rmul__ = __mul__
 
 
 def as_vector(value: Any) -> TaskVector[Any]:
-    """Return a task vector as it is, and the differences of a delta.
+    """Convert a delta to a task vector. A task vector is returned unchanged.
 
     Raises:
-        EditError: ``value`` is neither.
+        EditError: ``value`` is neither a delta nor a task vector.
     """
     if isinstance(value, TaskVector):
         return value
@@ -179,14 +181,14 @@ def check_same_base(one: TaskVector[Any], other: TaskVector[Any]) -> None:
     """Check that two vectors start from the same base model.
 
     Raises:
-        EditError: they do not.
+        EditError: the base models differ.
     """
     if one.about["fingerprint"] != other.about["fingerprint"]:
         raise EditError(
             f"the deltas belong to different base models ({str(one.about['fingerprint'])[:12]} and "
-            f"{str(other.about['fingerprint'])[:12]}); only deltas of one base can be combined."
+            f"{str(other.about['fingerprint'])[:12]}); combine only deltas of the same base model."
         )
     for name in one.base.keys() & other.base.keys():
         mine, theirs = one.base[name], other.base[name]
         if mine.hash != theirs.hash or mine.values.shape != theirs.values.shape:
-            raise EditError(f"the deltas disagree about {name} in their base; one of the files is not valid.")
+            raise EditError(f"the deltas record different base values of {name}; one of the delta files is not valid.")

@@ -21,17 +21,18 @@ class Change:
     """The change of one tensor, on the CPU.
 
     The values before and after are stored, not their difference, because in floating point
-    ``base + (edited - base)`` is not exactly ``edited``. Low-rank factors are no layout for the same reason: the last
-    bits of their product depend on the machine.
+    ``base + (edited - base)`` is not exactly ``edited``. Low-rank factors are not stored either, because the last bits
+    of their product depend on the machine.
 
     Args:
-        layout: what is stored: the whole tensor (``dense``), ``rows`` (along the first dimension), ``columns`` (along
-            the last dimension), or ``entries`` of the flattened tensor.
+        layout: which values are stored: the whole tensor (``dense``), ``rows`` (along the first dimension), ``columns``
+            (along the last dimension), or ``entries`` of the flattened tensor.
         index: ascending row, column or entry numbers, [k]; None for ``dense``.
-        before: values before the edit: ``shape``, or ``shape`` with ``k`` rows or columns, or [k] entries.
+        before: values before the edit: a tensor of shape ``shape`` (dense), of ``shape`` with ``k`` rows or columns, or
+            of [k] entries.
         after: values after the edit, with the same shape and dtype.
-        shape: of the whole tensor.
-        base: hash of the whole tensor before the edit (:func:`~kedit_train.delta.bitwise.tensor_hash`).
+        shape: the shape of the whole tensor.
+        base: SHA-256 of the whole tensor before the edit (:func:`~kedit_train.delta.bitwise.tensor_hash`).
         tied: other names of the same tensor in the base.
     """
 
@@ -50,18 +51,18 @@ class Change:
 
     @property
     def nbytes(self) -> int:
-        """Size in memory and in a file."""
+        """Size in bytes, in memory and in a file."""
         return sum(t.numel() * t.element_size() for t in (self.index, self.before, self.after) if t is not None)
 
     def select(self, whole: Tensor) -> Tensor:
-        """Return the values of a whole tensor at the places of this change."""
+        """Return the values of a whole tensor at the positions that this change covers."""
         if self.index is None:
             return whole
         flat, dim = self._oriented(whole)
         return flat.index_select(dim, self.index.long())
 
     def replaced(self, whole: Tensor, values: Tensor) -> Tensor:
-        """Return a copy of a whole CPU tensor with ``values`` at the places of this change."""
+        """Return a copy of a whole CPU tensor, with ``values`` at the positions that this change covers."""
         if self.index is None:
             return values.clone()
         copy = whole.detach().clone(memory_format=torch.contiguous_format)
@@ -70,7 +71,7 @@ class Change:
         return copy
 
     def state(self, whole: Tensor) -> Literal["base", "edited"] | None:
-        """Return whether a whole CPU tensor is bit for bit the one before or after the edit; None if neither."""
+        """Return "base" or "edited" if a whole CPU tensor has the bits before or after the edit; None if neither."""
         values = self.select(whole)
         if same_bits(values, self.before):
             return "base" if tensor_hash(whole) == self.base else None
@@ -82,71 +83,73 @@ class Change:
         """Check that a whole CPU tensor is bit for bit in the expected state.
 
         Raises:
-            EditError: it has another shape or dtype, other values, or is in the opposite state.
+            EditError: the tensor has another shape or dtype, has other values, or is in the opposite state.
         """
         if whole.dtype != self.dtype or tuple(whole.shape) != self.shape:
             raise EditError(
-                f"{name} is {whole.dtype} {list(whole.shape)} in the model and {self.dtype} {list(self.shape)} in the "
-                "delta; load the model that was edited, in the same dtype."
+                f"tensor {name} is {whole.dtype} {list(whole.shape)} in the model and {self.dtype} {list(self.shape)} "
+                "in the delta; load the model that was edited, in the dtype of the delta."
             )
         state = self.state(whole)
         if state == expected:
             return
         if state is None:
             raise EditError(
-                f"{name} has neither the values before the edit nor those after it (compared by SHA-256); use the "
-                "model that the delta was made for."
+                f"tensor {name} has neither the values before the edit nor the values after the edit (compared by "
+                "SHA-256); use the model that the delta was made for."
             )
         if expected == "base":
-            raise EditError(f"{name}: the delta is already applied to this model.")
-        raise EditError(f"{name}: the delta is not applied to this model, so it cannot be reverted.")
+            raise EditError(f"tensor {name}: the delta is already applied to this model.")
+        raise EditError(f"tensor {name}: the delta cannot be reverted, because it is not applied to this model.")
 
     def difference(self) -> Tensor:
         """Return ``after - before`` of the whole tensor in fp32 (fp64 for fp64), zero where nothing changed.
 
         Raises:
-            EditError: the tensor holds no floating-point numbers.
+            EditError: the tensor contains no floating-point numbers.
         """
         if not self.dtype.is_floating_point:
-            raise EditError(f"arithmetic needs floating-point tensors, got {self.dtype}; leave it out of the scope.")
+            raise EditError(f"arithmetic needs floating-point tensors, got {self.dtype}; edit no tensor of this dtype.")
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         changed = self.after.to(wide) - self.before.to(wide)
         return changed if self.index is None else self.replaced(self._zeros(wide), changed)
 
     def partial_base(self) -> tuple[Tensor, Tensor]:
-        """Return the whole tensor before the edit, zero where it is not known, and a bool mask of what is known."""
+        """Return the whole tensor before the edit, zero at unknown entries, and a bool mask of the known entries."""
         known = self.replaced(self._zeros(torch.bool), torch.ones_like(self.before, dtype=torch.bool))
         return self.replaced(self._zeros(self.dtype), self.before), known
 
     def check(self) -> None:
-        """Check that the parts, for example those of a file, fit together.
+        """Check that the parts of the change fit together, for example after reading a file.
 
         Raises:
-            EditError: the part that does not fit.
+            EditError: a part does not fit. The message says which part.
         """
         expected, size = self.shape, math.prod(self.shape)
         if self.layout != "dense":
             if self.index is None or self.index.ndim != 1 or self.index.dtype not in (torch.int32, torch.int64):
-                raise EditError(f"the index of its {self.layout} must be a vector of integers")
+                raise EditError(f"the index of the {self.layout} must be a vector of integers")
             if not self.shape:
-                raise EditError(f"a scalar has no {self.layout}")
+                raise EditError(f"a scalar tensor must have the layout dense, got {self.layout}")
             k, bound = len(self.index), {"rows": self.shape[0], "columns": self.shape[-1]}.get(self.layout, size)
             ascending = bool((self.index[1:] > self.index[:-1]).all())
             if not ascending or (k and not 0 <= int(self.index[0]) <= int(self.index[-1]) < bound):
-                raise EditError(f"the index of its {self.layout} must ascend from 0 to {bound - 1}")
+                raise EditError(f"the index of the {self.layout} must contain ascending numbers from 0 to {bound - 1}")
             expected = {"rows": (k, *self.shape[1:]), "columns": (*self.shape[:-1], k)}.get(self.layout, (k,))
         if not self.before.numel():
-            raise EditError("it changes no entry")
+            raise EditError("the change must contain at least one value, got none")
         for values in (self.before, self.after):
             if tuple(values.shape) != expected or values.dtype != self.before.dtype:
-                raise EditError(f"its values must have shape {list(expected)}, got {values.dtype} {list(values.shape)}")
+                raise EditError(f"the values must have shape {list(expected)}, got {values.dtype} {list(values.shape)}")
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
-        """Return a whole tensor of zeros. It can be far larger than the few entries that a file stores."""
+        """Return a whole tensor of zeros. The tensor can be far larger than the few entries that a file stores."""
         try:
             return torch.zeros(self.shape, dtype=dtype)
         except RuntimeError as error:
-            raise EditError(f"a tensor of {list(self.shape)} in {dtype} does not fit into memory.") from error
+            raise EditError(
+                f"a tensor of shape {list(self.shape)} and dtype {dtype} does not fit into memory."
+            ) from error
 
     def _cost(self) -> int:
         """Return the bytes that a file takes in this layout; ``before`` and ``after`` are still whole tensors."""
@@ -167,11 +170,11 @@ def change_between(
 
     Args:
         base: the tensor before the edit.
-        edited: the tensor after it, with the same dtype and shape.
+        edited: the tensor after the edit, with the same dtype and shape.
         base_hash: :func:`~kedit_train.delta.bitwise.tensor_hash` of ``base``.
         tied: other names of this tensor.
-        known: bool mask of the entries of ``base`` that are known. Others are never stored. Every entry that changes
-            must be known.
+        known: bool mask of the entries of ``base`` that are known. Unknown entries are never stored. Every entry that
+            changes must be known.
     """
     moved = bits(base) != bits(edited)
     if not bool(moved.any()):
@@ -189,7 +192,7 @@ def change_between(
             sizes[layout] = candidate._cost()
     best: Layout = min(sizes, key=lambda layout: sizes[layout])
     places = Change(best, indices[best], base, edited, shape, base_hash)
-    # Copies, because the compared models may go on to change.
+    # The values are copied, because the compared models may change later.
     before, after = (
         places.select(whole).detach().clone(memory_format=torch.contiguous_format) for whole in (base, edited)
     )

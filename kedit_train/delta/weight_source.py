@@ -1,4 +1,4 @@
-"""Reading the weights of a module, a state dict or a checkpoint folder, one tensor at a time."""
+"""Read the weights of a module, a state dict or a checkpoint folder, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Weights(Mapping[str, Tensor]):
 def weights_of(source: Any) -> Weights:
     """Return the weights of a module, a state dict or a safetensors checkpoint (sharded or not).
 
-    For a module these are its parameters and persistent buffers. PEFT adapters count as merged: each adapted weight has
-    the name and the value that it has after ``merge_and_unload()``.
+    The weights of a module are its parameters and persistent buffers. PEFT adapters are treated as merged: each adapted
+    weight has the name and the value that it has after ``merge_and_unload()``.
 
     Args:
         source: a module, a mapping of tensors, the path of a checkpoint folder, or :class:`Weights`.
@@ -86,7 +86,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def grouped(named: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return the first name of each tensor -> its other names. Views of a state dict are compared by their memory."""
+    """Return first name -> other names for each tensor. Tensors in the same memory count as one tensor."""
     firsts: dict[Any, str] = {}
     groups: dict[str, tuple[str, ...]] = {}
     for name, tensor in named.items():
@@ -101,7 +101,7 @@ def grouped(named: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
 def _state_dict_weights(source: Mapping[str, Any]) -> Weights:
     named = {name: value for name, value in source.items() if isinstance(value, Tensor)}
     if len(named) != len(source) or not named:
-        raise EditError("a state dict must hold tensors and nothing else; pass model.state_dict().")
+        raise EditError("a state dict must contain tensors and nothing else; pass model.state_dict().")
     tied = grouped(named)
     return Weights({name: lambda name=name: named[name] for name in tied}, tied)
 
@@ -110,7 +110,7 @@ def _module_weights(module: Any) -> Weights:
     base = module
     if hasattr(module, "peft_config"):
         if any(config.is_prompt_learning for config in module.peft_config.values()):
-            raise EditError("prompt tuning changes no weight, so a delta cannot hold it; save the adapter instead.")
+            raise EditError("prompt tuning changes no weight, so a delta cannot store it; save the adapter with PEFT.")
         base = module.get_base_model() if hasattr(module, "get_base_model") else module
     named = named_tensors(base)
     readers: dict[str, Callable[[], Tensor]] = {name: lambda value=value: value for name, value in named.items()}
@@ -140,12 +140,12 @@ def _merged(base: nn.Module, named: dict[str, Tensor], readers: Any, made_of: An
                 renamed[name] = f"{prefix}.{name.removeprefix(used)}" if name.startswith(used) else ""
         elif isinstance(layer, AuxiliaryTrainingWrapper):
             raise EditError(
-                f"{prefix}: adapters of type {type(layer).__name__} cannot be merged; save the adapter instead."
+                f"{prefix}: adapters of type {type(layer).__name__} cannot be merged; save the adapter with PEFT."
             )
         elif isinstance(layer, BaseTunerLayer):
             if layer.merged or any(isinstance(named[name], DTensor) for name in own):
                 state = "is already merged; call unmerge_adapter()" if layer.merged else "is sharded (FSDP2); gather it"
-                raise EditError(f"{prefix}: its adapter {state} before you make a delta.")
+                raise EditError(f"{prefix}: the adapter {state} before you make a delta.")
             for name in own:
                 inner = name.removeprefix(f"{prefix}.base_layer.")
                 renamed[name] = f"{prefix}.{inner}" if inner != name else ""
@@ -173,7 +173,7 @@ def _about(model: Any) -> dict[str, str | None]:
 
 
 def license_of(folder: str | os.PathLike[str]) -> str | None:
-    """Return the license that the model card in a checkpoint folder states; None if there is none."""
+    """Return the license that the model card in a checkpoint folder states, or None if it states no license."""
     card = Path(folder) / "README.md"
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
     if not lines or lines[0].strip() != "---":
@@ -192,7 +192,7 @@ def _folder_weights(folder: Path) -> Weights:
 
 
 def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
-    """Return the weight files of a checkpoint, each with the place of every tensor in it.
+    """Return the weight files of a checkpoint, with the position of every tensor in each file.
 
     Raises:
         EditError: the folder is not a safetensors checkpoint, a shard is missing, damaged or outside of the folder, or
@@ -209,11 +209,14 @@ def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
         names = {str(file) for file in index.values()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise EditError(
-            f"{folder / INDEX} is not a valid shard index ({type(error).__name__}); get it again."
+            f"{folder / INDEX} is not a valid shard index ({type(error).__name__}); get the checkpoint again."
         ) from error
     for name in names:
         if not name.endswith(".safetensors") or name.startswith(".") or {"/", "\\", "\0"} & set(name):
-            raise EditError(f"{folder / INDEX} names {name!r}, which is not a file in this folder; do not trust it.")
+            raise EditError(
+                f"{folder / INDEX} must name .safetensors files in its own folder, got {name!r}; do not trust this "
+                "checkpoint."
+            )
     shards = {folder / name: read_header(folder / name)[0] for name in sorted(names)}
     stored = {tensor: path.name for path, spans in shards.items() for tensor in spans}
     if stored != index:

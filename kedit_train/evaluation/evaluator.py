@@ -1,4 +1,4 @@
-"""``evaluate``: prompt a model with every probe of the edits and score its answers."""
+"""``evaluate``: run a model on all evaluation prompts (probes) of the edits, and score the answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
 from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult, answer_requests
 from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
-# Settings that change an answer. The unedited and the edited model must share them.
+# Settings that change an answer. They must be equal for the unedited and the edited model.
 _ANSWER_SETTINGS = ("max_new_tokens", "prompt_format")
 
 
@@ -48,22 +48,22 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> Report:
-    """Prompt ``model`` with every probe of ``edits`` and score its answers.
+    """Run ``model`` on all evaluation prompts (probes) of ``edits``, and score the answers.
 
-    Reliability is measured with the edit's prompt and generality with each of its rephrasings. Portability and
-    locality are measured with the probes that the data brings. Each probe gets two scores:
+    Reliability is measured with the prompt of each edit, and generality with the rephrasings of this prompt.
+    Portability and locality are measured with the probes in the data. Each probe gets two scores:
 
-    - generated: the model answers freely (greedy decoding, until it ends by itself), and the answer must equal one of
-      the accepted answers after normalization;
+    - generated: 1 if the model's free answer equals an accepted answer after normalization, otherwise 0. The answer
+      is decoded greedily until the model ends it;
     - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when all earlier tokens
       are given.
 
-    By default this costs one forward pass per probe, and generation only where the model departs from the preferred
-    answer. Evaluate the unedited model first and pass its report as ``unedited``. Locality then means "the same
-    answer as before the edit" instead of "the true answer", and the report shows both models.
+    By default, an evaluation costs one forward pass per probe. Tokens are generated only after the first difference
+    from the preferred answer. Evaluate the unedited model first and pass its report as ``unedited``. Locality then
+    means "the same answer as before the edit" instead of "the true answer", and the report shows both models.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one. It is left unchanged.
+        model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.
         tokenizer: the model's tokenizer.
         edits: the edits to evaluate.
         options: what to measure and how to prompt. Default: ``EvaluationOptions()``.
@@ -77,12 +77,13 @@ def evaluate(
         progress: show progress bars in a terminal.
 
     Returns:
-        A :class:`~kedit_train.evaluation.Report`. A metric without probes has the value None. Probes without an
-        accepted answer count in locality only if ``unedited`` is given; ``meta["unscored"]`` counts them per question.
+        A :class:`~kedit_train.evaluation.Report`. A metric without probes has the value None. A probe without an
+        accepted answer is scored only for locality, and only if ``unedited`` is given. ``meta["unscored"]`` counts
+        the probes that are not scored, per metric.
 
     Raises:
         EditError: there are no edits, a prompt is longer than the model's context, the logits are NaN (the message
-            names the edit), or ``unedited`` does not fit these edits and options.
+            names the edit), or ``unedited`` was made with other edits or options.
 
     References:
         Yang et al., "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
@@ -144,7 +145,7 @@ class _Evaluation:
     distributions: dict[str, Distribution] = field(default_factory=dict)
 
     def run(self, edits: Sequence[tuple[str, Edit]]) -> list[list[ProbeResult]]:
-        """Return the results of each (name, edit)."""
+        """Return the probe results of each (name, edit) pair."""
         requests = [
             list(
                 probe_requests(
@@ -185,7 +186,7 @@ class _Evaluation:
         return [replace(r, kl=kl[r.prompt]) if r.question == "locality" else r for r in results]
 
     def perplexity(self, edits: Sequence[Edit]) -> Score:
-        """Return the perplexity of the texts; no score if there are none."""
+        """Return the perplexity of ``options.texts``, or ``NO_SCORE`` if no texts are set."""
         options = self.options
         if options.texts is None:
             return NO_SCORE
@@ -213,12 +214,13 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
         before, now = settings.get(name), getattr(options, name)
         if before != now:
             raise EditError(
-                f"unedited was made with {name}={before!r}, this call has {now!r}; use the same value for both models."
+                f"unedited was made with {name}={before!r}, but options.{name} is {now!r}; use the same value for both "
+                "models."
             )
 
 
 def _sample(edits: Sequence[Edit], limit: int | None, seed: int) -> list[tuple[str, Edit]]:
-    """Return the edits to evaluate, each with the name that it has in the results."""
+    """Return the edits to evaluate, each with its name in the results."""
     numbers: Sequence[int] = range(len(edits))
     if limit is not None and limit < 1:
         raise EditError(f"limit must be >= 1 or None, got {limit}.")
@@ -235,8 +237,8 @@ def _compare(results: Sequence[ProbeResult], unedited: Report, judge: Judge) -> 
         before = answers.get((result.question == "fluency", result.prompt))
         if before is None and not _is_extra(result):
             raise EditError(
-                f"unedited has no answer to {shorten(result.prompt)!r}; evaluate the unedited model on the same edits, "
-                "with the same limit and seed."
+                f"unedited has no answer to the prompt {shorten(result.prompt)!r}; evaluate the unedited model on the "
+                "same edits, with the same limit and seed."
             )
         if before is not None:
             right_before = bool(judge(before, result.accepted)) if result.accepted else None

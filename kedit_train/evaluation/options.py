@@ -1,4 +1,4 @@
-"""What an evaluation measures, and how it prompts the model."""
+"""The settings of an evaluation: what to measure, and how to prompt the model."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ _METRICS = Rule(
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Settings that :func:`~kedit_train.evaluation.evaluate` and ``EditMetrics`` share.
+    """Settings of an evaluation, for :func:`~kedit_train.evaluation.evaluate` and the callback ``EditMetrics``.
 
-    The unedited and the edited model must be evaluated with the same options; ``evaluate`` checks the ones that
-    change an answer.
+    Evaluate the unedited and the edited model with the same options. ``evaluate`` raises an error if
+    ``max_new_tokens`` or ``prompt_format`` differs, because these two settings change the answers.
 
     Args:
         metrics: what to measure in addition to reliability, generality, portability and locality: "all", or a list of
 
             - "prefixes": generality after neutral sentences (two more answers per edit),
-            - "format": generality as a question, or as a completion (one more answer per edit),
+            - "format": generality with the prompt rewritten as a question or as a completion (one more answer per
+              edit),
             - "kl": KL divergence from the unedited model on the locality prompts (one more forward pass per prompt;
               12 KiB of memory per token),
-            - "resurgence": whether the old answer comes back when it is denied, or offered as a choice (three more
-              answers per edit),
-            - "fluency": entropy and repetition of a longer continuation of each edit's prompt (costs as much as
-              everything else together).
+            - "resurgence": whether the old answer comes back when the prompt denies it or offers it as a choice
+              (three more answers per edit),
+            - "fluency": entropy and repetition of a longer continuation of each edit's prompt (costs as much as all
+              other metrics together).
         batch_size: prompts per forward pass. Scores do not depend on it.
         max_new_tokens: maximum length of an answer, in tokens.
         fluency_tokens: maximum length of the continuation for "fluency", in tokens.
-        texts: unrelated texts for perplexity: a list of strings, a path, a dataset, or "world". None: no perplexity.
+        texts: unrelated texts for perplexity: a list of strings, a path, a dataset, or "world" (the embedded texts).
+            None: no perplexity.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the
-            format of the training.
-        distributed: split the edits across the processes of the default group instead of evaluating all of them on
-            each process. Not for models that FSDP2 shards.
+            format that was used in training.
+        distributed: split the edits across the processes of the default group instead of evaluating all edits on
+            each process. Must be False for a model that FSDP2 shards.
 
     Raises:
         EditError: an argument is out of range.
@@ -81,5 +83,5 @@ class EvaluationOptions:
 
     @property
     def extra_metrics(self) -> frozenset[str]:
-        """The names in ``metrics``; all of them for "all"."""
+        """The names in ``metrics``, or all names if ``metrics`` is "all"."""
         return frozenset(EXTRA_METRICS if self.metrics == "all" else self.metrics)

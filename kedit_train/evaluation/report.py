@@ -28,12 +28,13 @@ class Report(ReportData):
 
     Args:
         metrics: question -> score name -> :class:`~kedit_train.evaluation.Score`. Each question has "generated",
-            "teacher_forced" and more; :func:`~kedit_train.evaluation.scoring.metrics.summarize` explains all of them.
-            "perplexity" is a score, and "weight_drift" holds three.
-        unedited: the unedited model's metrics, if its report was given. They compare locality with the truth.
-        answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per probe.
-        meta: number, name and hash of the edits; model, versions, settings, seed, date, seconds.
-        distributions: prompt -> next-token distributions, if "kl" was measured on an unedited model; in memory only.
+            "teacher_forced" and more scores, which :func:`~kedit_train.evaluation.scoring.metrics.summarize` explains.
+            "perplexity" is a single score. "weight_drift" is a dict of three scores, or empty if not measured.
+        unedited: the metrics of the unedited model, or None. Their locality is the fraction of true answers.
+        answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
+        meta: number, name and hash of the edits, model, versions, settings, seed, date, and duration in seconds.
+        distributions: prompt -> next-token distributions, if "kl" was measured on an unedited model. They are kept in
+            memory and not saved.
 
     Example:
         >>> from kedit_train import EditDataset, Report, evaluate, world
@@ -54,12 +55,12 @@ class Report(ReportData):
         """Return the report as Markdown.
 
         Args:
-            answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
+            answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
         """
         return render_markdown(self, answers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, numbers and strings, as they are saved in JSON."""
+        """Return the report as plain dicts, lists, numbers and strings, in the structure of the JSON file."""
         return {
             "metrics": _to_plain(self.metrics),
             "unedited": _to_plain(self.unedited),
@@ -71,7 +72,7 @@ class Report(ReportData):
         """Write the report atomically; parent folders are created.
 
         Args:
-            path: a file. Markdown if it ends in ``.md``, otherwise JSON.
+            path: the file. Its format is Markdown if the name ends in ``.md``, otherwise JSON.
 
         Returns:
             The path.
@@ -90,7 +91,7 @@ class Report(ReportData):
         """Read a JSON file that :meth:`save` wrote.
 
         Raises:
-            EditError: the file is not such a report.
+            EditError: the file is not an evaluation report.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -107,16 +108,17 @@ class Report(ReportData):
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise EditError(
-                f"{path} is not an evaluation report ({type(error).__name__}: {error}); evaluate again.",
+                f"{path} is not an evaluation report that Report.save wrote as JSON ({type(error).__name__}: {error}); "
+                "evaluate the model again and save the report.",
                 component="Report",
             ) from error
 
     def print(self, console: Console | None = None, *, answers: int = 5) -> None:
-        """Print the scores and some answers as tables; colored in a terminal, plain in a log.
+        """Print the scores and some answers as tables. The tables are colored in a terminal and plain in a log.
 
         Args:
             console: where to print. Default: standard output.
-            answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
+            answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
         """
         # Imported here, because training without printing must not need rich.
         from rich.console import Console
@@ -126,8 +128,8 @@ class Report(ReportData):
         if console is not None:
             console.print(render_report(self, answers))
             return
-        # A progress bar may own the current line. tqdm.write makes room for it; a rich progress bar replaces
-        # sys.stdout, which a console of our own would bypass.
+        # A progress bar may occupy the current line. tqdm.write prints above a tqdm bar. A rich progress bar replaces
+        # sys.stdout, which tqdm.write uses and a new console would bypass.
         own = Console()
         with own.capture() as captured:
             own.print(render_report(self, answers))

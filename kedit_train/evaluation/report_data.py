@@ -1,4 +1,4 @@
-"""The contents of a report: scores, answers and metadata, without any way to display them."""
+"""The data of a report: scores, answers and metadata."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.evaluation.scoring.divergence import Distribution
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
 
-# Scores of a question that get a series of their own in a logger. The others are only in the report.
+# Scores of a metric that get their own series in a logger. All other scores are only in the report.
 _LOGGED_SCORES = ("teacher_forced", "right", "kept_right", "kl", "smallest_token_probability")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """The fields of :class:`~kedit_train.evaluation.Report`, which documents them."""
+    """The data fields of :class:`~kedit_train.evaluation.Report`. That class documents each field."""
 
     metrics: Mapping[str, Any]
     unedited: Mapping[str, Any] | None
@@ -25,7 +25,7 @@ class ReportData:
     distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
 
     def answers_table(self) -> list[dict[str, Any]]:
-        """Return one row per edit: prompt, target, old_target, before, after, right."""
+        """Return one row per edit, with the keys prompt, target, old_target, before, after and right."""
         return [
             {
                 "prompt": result.prompt,
@@ -40,7 +40,7 @@ class ReportData:
         ]
 
     def flat(self, prefix: str = "edit/") -> dict[str, float]:
-        """Return the scores as loggers want them: name -> number. Scores without probes are left out.
+        """Return a flat dict of the scores for loggers: name -> number. Scores without probes are left out.
 
         Examples of names: ``edit/reliability`` (generated), ``edit/reliability_teacher_forced``,
         ``edit/locality/<kind>``, ``edit/locality_kept_right``, ``edit/resurgence/prefers_old/<kind>``,
@@ -50,7 +50,7 @@ class ReportData:
 
 
 def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """Yield the scores of a nested dict, each with its name in a logger; scores by token position are left out."""
+    """Yield the (logger name, score) pairs of a nested dict, without the scores by token position."""
     for question, scores in metrics.items():
         if question == "positions":
             continue

@@ -1,4 +1,4 @@
-"""Pure tensor functions, one idea in each file: tensors in, tensors out, no model and no host."""
+"""Pure tensor functions that need no model and no training framework, with one topic per file."""
 
 from kedit_train.functional.chunked_loss import chunk_length, chunked
 from kedit_train.functional.clipping import smoothed_loss

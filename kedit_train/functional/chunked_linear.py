@@ -1,7 +1,7 @@
 """A linear projection whose gradients are summed in fp32 over all chunks of tokens.
 
-If the gradient of each chunk were rounded to half precision before it is added, training would be biased. TRL's fused
-head sums in fp32 for this reason, and runs agree with TRL beyond the first step only if this package does the same.
+Training would be biased if the gradient of each chunk were rounded to half precision before the sum. TRL's fused head
+also sums in fp32. With a half-precision sum, runs would differ from runs of TRL after the first step.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.nn import functional as F
 
 from kedit_train.functional.precision import HALF
 
-# Rows of the vocabulary in one product, where the whole product would need a second matrix of the size of the head.
+# Vocabulary rows per product. A product over all rows would need a second matrix of the size of the output head.
 _BLOCK = 2**14
 
 
 class GradientSums:
-    """The gradients of some tensors, summed over several backward passes in fp32 (fp64 for fp64 tensors).
+    """Sums of the gradients of given tensors over several backward passes, in fp32 (fp64 for fp64 tensors).
 
-    The gradient of an output head is as large as the head. Inside :meth:`collecting`, :func:`linear` adds to the sum
-    in place, so that there is only one tensor of that size. Other gradients are passed to :meth:`add`.
+    The gradient of an output head is as large as the head. Inside :meth:`collecting`, :func:`linear` adds the gradient
+    of its weight to the sum in place, so that only one tensor of this size exists. Other gradients go to :meth:`add`.
 
     Args:
         tensors: the trained tensors.
@@ -46,7 +46,7 @@ class GradientSums:
             _COLLECTING.reset(token)
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """Return the sum of a tensor, zeros at first; None if the tensor is not one of these."""
+        """Return the gradient sum of a tensor, initially zeros; None if the tensor is not one of ``tensors``."""
         place = self._places.get(id(tensor))
         return None if place is None else self._sum(place)
 
@@ -63,7 +63,7 @@ class GradientSums:
                 total.mul_(factor)
 
     def take(self) -> list[Tensor | None]:
-        """Return the sums in the dtypes of their tensors and forget them; None for a tensor without a gradient."""
+        """Return the sums in the dtypes of their tensors and clear the sums; None for a tensor without a gradient."""
         sums = self._sums
         self._sums = [None] * len(self.tensors)
         return [None if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]
@@ -90,8 +90,8 @@ def linear(
         weight: [V, d], any float dtype.
         bias: [V], or None.
         dtype: dtype of the product and of the result.
-        fp32_gradients: in half precision, keep the products of the backward pass in fp32, as TRL's fused head does.
-            Otherwise each product is rounded, as autocast does; sums over chunks are in fp32 in both cases.
+        fp32_gradients: for a half-precision ``dtype``, True keeps the products of the backward pass in fp32, as TRL's
+            fused head does. False rounds each product, as autocast does. Sums over chunks are in fp32 in both cases.
 
     Returns:
         [N, V] in ``dtype``.
@@ -114,7 +114,7 @@ class _Linear(torch.autograd.Function):
         ctx.weight_sum = None if sums is None or not ctx.needs_input_grad[1] else sums.of(weight)
         if sums is not None and ctx.needs_input_grad[1] and ctx.weight_sum is None:
             raise ValueError(
-                "a trained weight of the projection is missing in chunked(parameters=...), so it would not be trained"
+                "a trained weight of the projection is missing in chunked(parameters=...); add it to parameters."
             )
         with torch.autocast(hidden.device.type, enabled=False):
             # One call, so that the bias is added before the sum is rounded, as under autocast.
@@ -154,7 +154,7 @@ def _to_hidden(grad: Tensor, weight: Tensor, dtype: torch.dtype, widen: bool) ->
 
 
 def _add_to_weight(total: Tensor, grad: Tensor, hidden: Tensor, widen: bool) -> None:
-    """Add ``grad.T @ hidden`` [V, d] to ``total`` without another tensor of that size."""
+    """Add ``grad.T @ hidden`` [V, d] to ``total`` without a second tensor of this size."""
     if grad.dtype == total.dtype:
         total.addmm_(grad.t(), hidden)
         return

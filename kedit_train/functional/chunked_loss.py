@@ -1,7 +1,7 @@
-"""Losses in chunks of tokens, so that logits of ``[tokens, vocabulary]`` never exist.
+"""Compute losses in chunks of tokens, so that the full logits ``[tokens, vocabulary]`` never exist.
 
-The loss of a token depends on its own hidden state only. Gradients are taken while the logits of a chunk exist, and
-only a gradient [N, d] and one sum per trained tensor of the head are kept for the backward pass.
+The loss of a token depends on its own hidden state only. Gradients are computed while the logits of a chunk exist.
+Only a gradient [N, d] and one sum per trained tensor of the head are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Score = Callable[..., tuple[Tensor, ...]]
 
 
 def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
-    """Return how many tokens a chunk may have so that its logits hold at most ``numbers`` values.
+    """Return how many tokens a chunk may have so that its logits contain at most ``numbers`` values.
 
     Args:
         vocab_size: number of logits per token.
-        numbers: by default 64 MiB in fp32.
+        numbers: maximum number of logits in a chunk. The default takes 64 MiB in fp32.
     """
     return max(1, numbers // max(1, vocab_size))
 
@@ -34,10 +34,11 @@ def chunked(
 ) -> tuple[Tensor, ...]:
     """Apply ``score`` to chunks of tokens and join the results.
 
-    Gradients are taken in the forward pass, as if each loss received a gradient of one. The gradient of ``hidden`` can
-    be scaled afterwards for any other. The gradient of ``parameters`` is one sum over all tokens, so it can be scaled
-    only if all losses receive the same gradient, as with a sum or mean. Otherwise every chunk is computed again in the
-    backward pass. Weights per token therefore belong inside ``score``.
+    Gradients are computed in the forward pass for an upstream gradient of one per loss. In the backward pass, the
+    gradient of ``hidden`` is scaled by the actual upstream gradients. The gradient of ``parameters`` is one sum over
+    all tokens, so this sum can be scaled only if all upstream gradients are equal, as after a sum or mean. Otherwise
+    every chunk is computed again in the backward pass. To avoid the second computation, apply weights per token inside
+    ``score``.
 
     Args:
         score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``. Each token is scored by itself, and
@@ -46,8 +47,8 @@ def chunked(
         rest: further tensors with N entries (labels, reference hidden states), not differentiated.
         chunk: tokens in one chunk.
         parameters: the trained tensors that ``score`` uses. Their gradients are summed in fp32 (fp64 in fp64).
-        defer: take the gradients in the backward pass, where the gradient that each loss receives is known. In half
-            precision the gradient of the logits is rounded, and this way it is rounded at the scale of the host.
+        defer: compute the gradients in the backward pass, when the upstream gradients are known. In half precision, the
+            gradient of the logits is then rounded at the scale of the host's loss.
 
     Returns:
         The outputs of ``score`` for all N tokens. The loss is connected to ``hidden`` and ``parameters``.
@@ -156,7 +157,7 @@ def _differentiate_chunk(
 def _uniform(upstream: Tensor) -> bool:
     """Return whether all losses receive the same gradient, up to rounding.
 
-    An expanded tensor, as behind a sum, is recognised without reading its values from the device.
+    An expanded tensor, such as the gradient of a sum, is recognised without reading its values from the device.
     """
     if len(upstream) < 2 or upstream.stride(0) == 0:
         return True

@@ -9,7 +9,7 @@ from kedit_train.functional.precision import wide
 
 
 def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Clip divergences from below, without a gradient where they are clipped.
+    """Clip divergences from below. Clipped divergences have no gradient.
 
     Args:
         divergence: [N], in nats.
@@ -20,14 +20,15 @@ def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         so that a model that has diverged is not reported as learned.
     """
     active = ~(divergence <= epsilon)
-    # Not clamp(min=epsilon): its gradient is one where both are equal, and a clipped token must have none.
+    # clamp(min=epsilon) has a gradient of one where the values are equal, and a clipped token must have no gradient.
     return torch.where(active, divergence, epsilon), active
 
 
 def smoothed_loss(logits: Tensor, target: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return the clipped forward divergence ``max(KL(target || model), epsilon)`` of each token.
 
-    This is the reference for the objectives of this package, which compute the same without building the target.
+    This function is the reference for the objectives of this package, which compute the same loss without building the
+    target.
 
     Args:
         logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
@@ -35,7 +36,7 @@ def smoothed_loss(logits: Tensor, target: Tensor, *, epsilon: float = 0.0) -> tu
         epsilon: clip in nats.
 
     Returns:
-        The loss [N] in nats, and whether it is above ``epsilon`` [N] bool.
+        The loss [N] in nats, and a bool tensor [N] that is True where the divergence is above ``epsilon``.
 
     References:
         "Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602, equation 3.

@@ -1,8 +1,8 @@
-"""Per-token losses with a gradient in closed form: few passes over the logits, and one tensor of their size.
+"""Compute per-token losses with a closed-form gradient, in few passes and with one tensor of the size of the logits.
 
 The forward pass keeps a few values per token, and the backward pass writes the gradient of the logits once. On a CPU
-both work on blocks of rows that fit into the cache, because the allocation of a tensor of the size of the logits costs
-more than the arithmetic on it.
+both passes work on blocks of rows that fit into the cache, because allocating a tensor of the size of the logits takes
+longer than the arithmetic on this tensor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> 
 
     Args:
         value: ``(logits, *rows) -> (outputs, kept)``, a function of each row by itself.
-        gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``, for a gradient of one.
+        gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``, for an upstream
+            gradient of one.
         logits: [N, V], any float dtype. Both functions receive them in fp32 (fp64 stays fp64).
         rows: further tensors with N entries (labels, reference logits), constants.
 
@@ -41,7 +42,7 @@ def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> 
 
 
 def blocks(logits: Tensor, *rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors with N entries into blocks, small ones on a CPU; at least one block, which may be empty."""
+    """Split tensors with N entries into at least one block, which may be empty. Blocks are small on a CPU only."""
     size = max(1, _BLOCK // max(1, logits.shape[-1])) if logits.device.type == "cpu" else max(1, len(logits))
     starts = range(0, max(1, len(logits)), size)
     return [tuple(t[i : i + size] for t in (logits, *rows)) for i in starts]

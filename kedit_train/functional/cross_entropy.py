@@ -1,4 +1,4 @@
-"""Cross-entropy with a clip."""
+"""Cross-entropy that is clipped from below."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from kedit_train.functional.precision import wide
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Score tokens by cross-entropy.
+    """Compute the cross-entropy of each token, clipped from below.
 
-    The values are those of ``torch.nn.functional.cross_entropy`` bit for bit, so that a run logs what its host would.
+    Values above the clip equal those of ``torch.nn.functional.cross_entropy`` bit for bit.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
-        epsilon: clip in nats. A token whose cross-entropy is at most this has no gradient.
+        epsilon: clip in nats. A token with a cross-entropy of at most ``epsilon`` has no gradient.
 
     Returns:
-        The loss [N] in nats, and whether it is above ``epsilon`` [N] bool.
+        The loss [N] in nats, and a bool tensor [N] that is True where the cross-entropy is above ``epsilon``.
     """
     return clipped(F.cross_entropy(wide(logits), labels, reduction="none"), epsilon)

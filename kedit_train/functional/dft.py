@@ -10,19 +10,19 @@ from kedit_train.functional.closed_form_losses import Value, rowwise
 
 
 def dynamic_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Score tokens by DFT, with the gradient in closed form.
+    """Compute the DFT loss of each token, with the gradient in closed form.
 
-    The probability is a constant for the gradient, which is ``p_y (p - one_hot(y))`` for the logits. Read as a policy
-    gradient, cross-entropy rewards a token by ``1 / p_y``, so tokens that the model finds unlikely dominate it. Here
-    every label has the same reward.
+    The probability is treated as a constant, so the gradient of the logits is ``p_y (p - one_hot(y))``. As a policy
+    gradient, cross-entropy rewards a token by ``1 / p_y``, so tokens with a low probability dominate the gradient. DFT
+    gives every token the same reward.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
-        epsilon: clip in nats of the cross-entropy before it is multiplied; 0 is the loss of the paper.
+        epsilon: clip in nats, applied to the cross-entropy before the multiplication; 0 is the loss of the paper.
 
     Returns:
-        The loss [N] in nats, and whether the cross-entropy is above ``epsilon`` [N] bool.
+        The loss [N] in nats, and a bool tensor [N] that is True where the cross-entropy is above ``epsilon``.
 
     References:
         "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",

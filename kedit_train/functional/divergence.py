@@ -18,8 +18,8 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """Return KL(p || q) of each token.
 
     Args:
-        p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64). Minus infinity contributes nothing.
-        q_logits: [N, V], likewise.
+        p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64). A logit of minus infinity adds nothing.
+        q_logits: [N, V], with the same dtypes.
 
     Returns:
         [N] in nats.
@@ -31,17 +31,17 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence of each token: half of the KL of each side to their even mixture.
+    """Return the Jensen-Shannon divergence of each token: the mean of KL(p || m) and KL(q || m), m = (p + q) / 2.
 
     Args:
         p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
-        q_logits: [N, V], likewise.
+        q_logits: [N, V], with the same dtypes.
 
     Returns:
         [N] in nats, at most ln 2.
     """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
-    # Finite, so that minus infinity on both sides gives no NaN, in the gradient either. The mass stays zero.
+    # Clamped to finite values, because minus infinity on both sides would give NaN. The probability stays zero.
     p_log, q_log = (x.clamp(min=torch.finfo(x.dtype).min / 2) for x in (p_log, q_log))
     mixture = torch.logaddexp(p_log, q_log) - math.log(2.0)
     return 0.5 * (p_log.exp() * (p_log - mixture) + q_log.exp() * (q_log - mixture)).sum(-1)
@@ -50,12 +50,12 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
     """Return the divergence of the edited model from the reference model, per token.
 
-    The values are those of :func:`kl_divergence` and :func:`jensen_shannon`. If the reference is a constant, they are
-    computed in blocks of rows, with the gradient in closed form.
+    The values equal those of :func:`kl_divergence` and :func:`jensen_shannon`. If the reference has no gradient, the
+    divergence is computed in blocks of rows, with its gradient in closed form.
 
     Args:
         reference_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
-        logits: [N, V] of the edited model, likewise.
+        logits: [N, V] of the edited model, with the same dtypes.
         direction: "forward" is KL(reference || model), "reverse" is KL(model || reference), "jsd" is the
             Jensen-Shannon divergence.
 
@@ -84,7 +84,7 @@ def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Dir
     return rowwise(value, gradient, logits, reference_logits)[0]
 
 
-# In all of these, q is the model in fp32 or fp64, and p is the reference in the dtype in which it is stored.
+# In the functions below, z and q belong to the model, in fp32 or fp64. The reference p has the dtype of its storage.
 
 
 def _forward_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

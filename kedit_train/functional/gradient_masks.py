@@ -1,4 +1,4 @@
-"""Masks from scores: the weights that matter most, an exact fraction of them."""
+"""Turn scores into masks that select an exact fraction of the weights, those with the highest scores."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from torch import Tensor
 
 
 def keep_top(scores: Tensor, density: float) -> Tensor:
-    """Mark the highest scores, exactly ``round(density * n)`` of them. Of equal scores the first ones are marked.
+    """Return a mask of the ``round(density * n)`` highest scores.
+
+    If several scores equal the threshold, the first of these scores are selected.
 
     Args:
         scores: any shape, n finite numbers.
-        density: share to keep, in [0, 1].
+        density: fraction of the scores to select, in [0, 1].
 
     Returns:
         A bool mask of the same shape.
 
     Raises:
-        ValueError: the density is out of range, a score is not finite, or all scores are equal and do not rank the
-            weights.
+        ValueError: the density is out of range, a score is not finite, or all scores are equal, so that they do
+            not rank the weights.
     """
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density must be in [0, 1], got {density}")
@@ -27,7 +29,9 @@ def keep_top(scores: Tensor, density: float) -> Tensor:
     if count in (0, len(flat)):
         return torch.full(scores.shape, bool(count), device=scores.device)
     if not bool(flat.isfinite().all()):
-        raise ValueError(f"{int((~flat.isfinite()).sum())} of {len(flat)} scores are not finite")
+        raise ValueError(
+            f"scores must be finite, but {int((~flat.isfinite()).sum())} of {len(flat)} scores are not finite"
+        )
     if bool((flat == flat[0]).all()):
         raise ValueError(f"all scores are {float(flat[0]):g}, so they do not rank the weights")
     bound = flat.kthvalue(len(flat) - count + 1).values
@@ -59,7 +63,7 @@ def unit_mask(units: Tensor, shape: torch.Size, dim: int) -> Tensor:
         dim: the dimension that counts neurons.
 
     Returns:
-        A mask of that shape.
+        A bool mask of shape ``shape``.
     """
     view = [1] * len(shape)
     view[dim] = -1
@@ -67,15 +71,15 @@ def unit_mask(units: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 
 def fisher_ratio(edit: Tensor, general: Tensor, *, damping: float = 0.1) -> Tensor:
-    """Return ``edit / (general + damping * mean(general))``, high where only the edits have curvature.
+    """Return ``edit / (general + damping * mean(general))``, which is high where only the edits have curvature.
 
-    Without damping the ratio would be highest where both are noise. The damping is relative to the mean, so the ranking
-    does not depend on the scale of either.
+    Without damping, the ratio would be highest where ``edit`` and ``general`` are both noise. The damping is relative
+    to the mean of ``general``, so the ranking does not depend on the scale of ``edit`` or ``general``.
 
     Args:
         edit: Fisher information on the edits, any shape.
         general: Fisher information on general texts, the same shape.
-        damping: fraction of the general mean that is added to the denominator.
+        damping: fraction of the mean of ``general`` that is added to the denominator.
 
     Returns:
         The ratio, in the same shape.

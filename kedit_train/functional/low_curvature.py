@@ -1,9 +1,9 @@
-"""Directions of high curvature of a weight, from K-FAC factors, and the projection that removes them.
+"""Find the directions of high curvature of a weight from K-FAC factors, and remove them from a change.
 
 The cost of a change D of a weight [out, in] is ``vec(D)ᵀ G vec(D)`` with the Gauss-Newton matrix G. K-FAC approximates
-G by the Kronecker product of A = E[a aᵀ] (inputs) and S = E[g gᵀ] (gradients at the outputs). Its eigenvectors are
-pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j. The pairs that hold the share ``energy`` of the
-trace are removed from D.
+G by the Kronecker product of A = E[a aᵀ] (inputs) and S = E[g gᵀ] (gradients at the outputs). The eigenvectors of the
+product are pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j. The pairs with the greatest
+eigenvalues, which together reach the fraction ``energy`` of the trace, are removed from D.
 
 References:
     "CrispEdit", arXiv 2602.15823.
@@ -22,14 +22,14 @@ from kedit_train.functional.precision import full_precision, widest
 class Curvature(NamedTuple):
     """The directions of high curvature: the pairs of ``left[:, i]`` and ``right[:, j]`` for which ``high[i, j]`` is 1.
 
-    Only eigenvectors that belong to such a pair are kept.
+    Eigenvectors that belong to no such pair are not stored.
 
     Attributes:
         left: [out, p], eigenvectors of the output factor.
         right: [in, q], eigenvectors of the input factor.
         high: [p, q], 1 for a pair that is removed, in the dtype of ``left``.
-        free: fraction of all out * in directions that remains.
-        energy: fraction of the trace that the removed directions hold.
+        free: fraction of all out * in directions that are not removed.
+        energy: fraction of the trace that belongs to the removed directions.
     """
 
     left: Tensor
@@ -46,9 +46,9 @@ def high_curvature(
 
     Args:
         output_factor: S, [out, out], symmetric and positive semi-definite.
-        input_factor: A, [in, in], likewise.
-        energy: in (0, 1). The pairs are sorted by falling s_i a_j. The pair at which their sum reaches this share is
-            the threshold, and all pairs that are not below it are removed.
+        input_factor: A, [in, in], symmetric and positive semi-definite.
+        energy: fraction of the trace to remove, in (0, 1). The pairs are sorted by descending s_i a_j. The pair at
+            which the cumulative sum reaches ``energy`` is the threshold. All pairs not below the threshold are removed.
         dtype: dtype of the result. The decomposition is computed in fp64.
 
     Returns:
@@ -84,8 +84,8 @@ def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
 def project_low_curvature(delta: Tensor, curvature: Curvature) -> Tensor:
     """Remove the directions of high curvature from a change.
 
-    The result equals U_S ((U_Sᵀ D U_A) * M) U_Aᵀ with all eigenvectors and M = 1 for low curvature. It is computed from
-    the removed part, which is smaller.
+    The result equals U_S ((U_Sᵀ D U_A) * M) U_Aᵀ with all eigenvectors, M = 1 for low curvature and M = 0 for high
+    curvature. The removed part is smaller, so this part is computed and subtracted.
 
     Args:
         delta: [out, in], the change, in the dtype of the curvature. Transpose the weight of a ``Conv1D``.

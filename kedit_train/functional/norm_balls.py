@@ -1,8 +1,8 @@
-"""Projections onto norm balls that hold in the dtype in which the weights are stored.
+"""Project weights onto norm balls, exactly in the dtype in which the weights are stored.
 
 After every step the weights are projected onto ``|w - reference| <= radius``. In bf16 the rounding of
-``reference + radius`` alone can exceed a bound of 1e-3 by a tenth. All comparisons here are made in fp64 on the stored
-values, and a value that rounding puts outside is moved back inside.
+``reference + radius`` alone can exceed a bound of 1e-3 by 10%. All comparisons here are made in fp64 on the stored
+values, and a value that rounding moves outside the ball is moved back inside.
 
 References:
     "Modifying Memories in Transformer Models", arXiv 2012.00363.
@@ -22,11 +22,11 @@ _SLICE = 2**24
 
 
 def step_toward(values: Tensor, target: Tensor) -> Tensor:
-    """Return the next representable value towards ``target``: ``torch.nextafter`` for every dtype and device.
+    """Return the next representable value towards ``target``, like ``torch.nextafter`` but on every device.
 
     Args:
         values: any shape; fp64, fp32, bf16 or fp16.
-        target: the same shape and dtype. Values that equal their target stay.
+        target: the same shape and dtype. Values that equal their target do not change.
 
     Returns:
         The same shape and dtype.
@@ -43,8 +43,8 @@ def step_toward(values: Tensor, target: Tensor) -> Tensor:
 def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """Return the smallest and the greatest storable value within ``radius`` of each entry.
 
-    A step then only has to clamp between the two. If the spacing of the dtype is larger than the radius, both are the
-    reference.
+    The weights then only have to be clamped to these bounds after each step. If the radius is smaller than the spacing
+    of the dtype, both bounds are the reference.
 
     Args:
         reference: any shape, any float dtype.
@@ -61,7 +61,7 @@ def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 def linf_ball(weight: Tensor, reference: Tensor, radius: float) -> Tensor:
-    """Clip every entry to within ``radius`` of its reference. Entries inside stay as they are, bit for bit.
+    """Clip every entry to within ``radius`` of its reference. Entries inside do not change, bit for bit.
 
     Args:
         weight: any shape and float dtype.
@@ -96,7 +96,7 @@ def distance_squared(weight: Tensor, reference: Tensor) -> Tensor:
 def shrink(weight: Tensor, reference: Tensor, factor: float) -> Tensor:
     """Return ``reference + factor * (weight - reference)``, rounded towards the reference where necessary.
 
-    No entry is further from its reference than the exact value.
+    No entry is further from its reference than the result without rounding.
 
     Args:
         weight: any shape and float dtype.
@@ -117,12 +117,15 @@ def shrink(weight: Tensor, reference: Tensor, factor: float) -> Tensor:
 
 
 def shrink_factor(distance: float, radius: float) -> float:
-    """Return the factor that brings a difference of norm ``distance`` within ``radius``, in any order of summation."""
+    """Return the factor that scales a difference of norm ``distance`` to at most ``radius``.
+
+    A margin of 1e-12 keeps the result within the radius for any order of summation.
+    """
     return 1.0 if distance <= radius else radius / distance * (1.0 - 1e-12)
 
 
 def l2_ball(weights: Sequence[Tensor], references: Sequence[Tensor], radius: float) -> list[Tensor]:
-    """Scale the difference of all tensors together, so that its norm is at most ``radius``.
+    """Scale the differences of all tensors by one factor, so that their joint norm is at most ``radius``.
 
     Args:
         weights: tensors of any shape and float dtype.
@@ -130,7 +133,7 @@ def l2_ball(weights: Sequence[Tensor], references: Sequence[Tensor], radius: flo
         radius: 0 or more.
 
     Returns:
-        New tensors, or the given ones if they are inside the ball.
+        New tensors, or the given tensors if the joint norm is at most ``radius``.
     """
     distance = float(sum(distance_squared(w, r) for w, r in zip(weights, references, strict=True))) ** 0.5
     factor = shrink_factor(distance, radius)

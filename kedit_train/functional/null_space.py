@@ -1,9 +1,10 @@
-"""Directions of a module's inputs that a change of its weight must preserve, and the projection that removes them.
+"""Find the input directions that a weight change must not affect, and remove them from the change.
 
 For ``y = W k``, a change D keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit applies this to a closed-form
 update, with an absolute threshold on singular values. Here the directions are chosen by their fraction of the energy of
-the inputs, which means the same in every model and layer. The projection is applied to the whole difference from the
-reference, because a projected gradient does not stay in the null space under Adam, whose step divides each entry.
+the inputs (the trace of the second moment), which is comparable between models and layers. The projection is applied to
+the whole difference from the original weights. A projected gradient is not enough, because Adam rescales each entry and
+its step leaves the null space.
 
 References:
     "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355.
@@ -20,16 +21,17 @@ from kedit_train.functional.precision import full_precision, widest
 
 
 def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: int | None = None) -> Tensor:
-    """Return orthonormal directions that hold most of a second moment.
+    """Return the orthonormal directions that contain most of the trace of a second moment.
 
     Args:
         moment: [d, d], E[k kᵀ], symmetric.
-        energy: smallest fraction of the trace that the directions must hold, in (0, 1]. 1 takes every direction whose
-            eigenvalue is above the rounding error of the moment (``d * eps`` of the greatest eigenvalue).
-        rank: number of directions, in place of ``energy``. There may be fewer.
+        energy: smallest fraction of the trace that the directions must contain, in (0, 1]. 1 takes every direction with
+            an eigenvalue above the rounding error of the moment (``d * eps`` times the greatest eigenvalue).
+        rank: number of directions, used instead of ``energy``. Fewer are returned if the other
+            eigenvalues are not above the rounding error.
 
     Returns:
-        [d, r] in fp64, by falling eigenvalue.
+        [d, r] in fp64, sorted by descending eigenvalue.
     """
     values, vectors = torch.linalg.eigh(widest(moment))
     values, vectors = values.flip(0), vectors.flip(1)
@@ -73,14 +75,14 @@ class FreeSpace(NamedTuple):
 
 
 def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSpace:
-    """Prepare the projection that removes directions.
+    """Prepare the projection that removes the given directions from a change.
 
     Args:
         directions: [d, r], orthonormal in fp64.
-        dtype: dtype of the basis.
+        dtype: dtype of the returned basis.
 
     Returns:
-        The smaller of the two bases, at most d * d / 2 values.
+        The basis of the given directions or of their complement, whichever is smaller: at most d * d / 2 values.
     """
     size, rank = directions.shape
     if 2 * rank <= size:
@@ -95,8 +97,8 @@ def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
     This is ``D - (D U) Uᵀ`` with the preserved directions U, or ``(D N) Nᵀ`` if the free basis N is smaller.
 
     Args:
-        delta: [m, d], the change, with inputs along the last dimension (transpose the weight of a ``Conv1D``), in the
-            dtype of the basis.
+        delta: [m, d], the change, in the dtype of the basis. The last dimension is that of the inputs, so the weight of
+            a ``Conv1D`` must be transposed.
         space: from :func:`free_space`.
 
     Returns:

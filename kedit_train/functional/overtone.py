@@ -1,6 +1,6 @@
 """OverTone: the label mixed with the model's own filtered distribution.
 
-No official code exists. Where the paper is silent, a comment beside the line states the choice and its reason.
+No official code exists. Where the paper leaves a detail open, a comment in the code states the choice and its reason.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from kedit_train.functional.softmax_rows import log_normalizer, shifted_logits, 
 def overtone_target(
     logits: Tensor, labels: Tensor, *, label_weight: float = 0.1, n_sigma: float = 0.5, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Build the target distribution of OverTone, a constant with respect to the model.
+    """Build the target distribution of OverTone, without a gradient.
 
-    The model's own distribution is cut to the tokens whose logit is above ``max - n_sigma * std`` and mixed with the
-    one-hot label. Where the label is strictly the most probable token of the mixture, the mixture is the target;
-    elsewhere the one-hot label is.
+    The model's own distribution is reduced to the tokens with a logit above ``max - n_sigma * std``. This filtered
+    distribution is mixed with the one-hot label. The mixture is the target if the label is strictly the most probable
+    token of the mixture. Otherwise the one-hot label is the target.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
-        label_weight: weight of the one-hot label in the mixture, in [0, 1]; 1 is cross-entropy. As in the paper, this
-            is the reverse of the usual convention for label smoothing.
+        label_weight: weight of the one-hot label in the mixture, in [0, 1]; 1 is cross-entropy. This follows the paper.
+            Label smoothing usually states the weight of the uniform distribution instead.
         n_sigma: width of the filter in standard deviations of the logits; ``inf`` keeps every token.
-        vocab_size: size of the true vocabulary if the head has padded rows beyond it. These take no part in the
-            standard deviation and never pass the filter.
+        vocab_size: size of the true vocabulary, if the output head has additional padded rows. Padded rows do not count
+            in the standard deviation and never pass the filter.
 
     Returns:
         The target [N, V] in fp32 (fp64 for fp64 logits), whether the mixture is used [N] bool, and the number of
@@ -53,7 +53,7 @@ def overtone_target(
         keep = logits > bound
         if vocab_size is not None:
             keep[:, vocab_size:] = False
-        # If all logits are equal, none is strictly above the bound, and the filter keeps the greatest.
+        # If all logits are equal, no logit is strictly above the bound, and the filter keeps the greatest logits.
         keep |= (logits == true.amax(-1, keepdim=True)) & ~keep.any(-1, keepdim=True)
         mixture = logits.masked_fill(~keep, float("-inf")).softmax(-1).mul_(1.0 - label_weight)
         place = labels.unsqueeze(-1)
@@ -74,22 +74,22 @@ def overtone(
     n_sigma: float = 0.5,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Score tokens by OverTone, with the gradient in closed form.
+    """Compute the OverTone loss of each token, with the gradient in closed form.
 
-    The values are those of :func:`overtone_target` and :func:`~kedit_train.functional.clipping.smoothed_loss`; the
-    target is not built. With ``label_weight=1`` and ``epsilon=0`` it is cross-entropy (proposition 3.1 of the paper).
-    The defaults are those of the paper for LoRA (appendix B.1); for FT-M it uses ``epsilon=0.01``.
+    The result equals :func:`~kedit_train.functional.clipping.smoothed_loss` with the target of :func:`overtone_target`,
+    but the target is not built. With ``label_weight=1`` and ``epsilon=0`` the loss is cross-entropy (proposition 3.1 of
+    the paper). The defaults are the paper's values for LoRA (appendix B.1). For FT-M the paper uses ``epsilon=0.01``.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the mixture, in [0, 1].
-        epsilon: clip in nats. A token whose divergence is at most this has no gradient.
+        epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.
         n_sigma: width of the filter in standard deviations of the logits; ``inf`` keeps every token.
-        vocab_size: size of the true vocabulary if the head has padded rows beyond it.
+        vocab_size: size of the true vocabulary, if the output head has additional padded rows.
 
     Returns:
-        The loss [N] in nats, and whether it is above ``epsilon`` [N] bool.
+        The loss [N] in nats, and a bool tensor [N] that is True where the divergence is above ``epsilon``.
 
     References:
         "Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602, algorithm 1.
@@ -109,40 +109,41 @@ def overtone_statistics(
     n_sigma: float,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Score tokens as :func:`overtone` does, and return statistics of their targets.
+    """Compute the OverTone loss of each token as :func:`overtone` does, and statistics of the targets.
 
-    With the mixture t, the filtered distribution f of the model, and the log normalizers Z of the model and Z_f of f,
-    KL(t || p) without the label's part is ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``, because the logits cancel.
+    Let t be the mixture, p the distribution of the model, and f the filtered distribution. Let Z and Z_f be the log
+    normalizers of p and f. Then KL(t || p) without the label's part is
+    ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``, because the logits cancel.
 
     Args:
         logits, labels, label_weight, epsilon, n_sigma, vocab_size: as for :func:`overtone`.
 
     Returns:
-        The loss [N] in nats, whether it is above ``epsilon`` [N] bool, whether the mixture is used [N] bool, the number
-        of tokens that the filter kept [N], and the fraction of the label in its target [N].
+        The loss [N] in nats, whether the divergence is above ``epsilon`` [N] bool, whether the mixture is used [N]
+        bool, the number of tokens that the filter kept [N], and the probability of the label in the target [N].
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
 
     def value(z: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         top, shifted, label = shifted_logits(z, y, size)
         mean = shifted.sum(-1) / size
-        # Sums around the maximum, from which the logits of a model are a few standard deviations away: no digits are
-        # lost, and two plain passes are faster than torch.std.
+        # The sums use distances to the maximum, which is only a few standard deviations away from most logits. No
+        # digits are lost, and two plain passes are faster than torch.std.
         square = torch.linalg.vector_norm(shifted, dim=-1).square() - size * mean.square()
         bound = -n_sigma * (square.clamp(min=0.0) / max(1, size - 1)).sqrt()
-        # If all logits are equal, or their spread is NaN, the filter keeps the greatest.
+        # If all logits are equal, or their spread is NaN, the filter keeps the greatest logits.
         bound = torch.where(bound < 0.0, bound, -torch.finfo(z.dtype).tiny).unsqueeze(-1)
         keep = torch.gt(shifted, bound, out=torch.empty_like(shifted))
         survivors = keep.sum(-1)
         ties = (shifted == 0).sum(-1) if label_weight == 0.0 else 0
         log_z = log_normalizer(shifted.exp_(), z, top)
         kept_mass = keep.mul_(shifted).sum(-1)
-        # The label's fraction of the filtered distribution; the label may be one of the padded rows.
+        # The label's probability in the filtered distribution. The label may be one of the padded rows.
         inside = (label > bound.squeeze(-1)) & (y < size)
         filtered = torch.where(inside, label.exp(), 0.0) / kept_mass
         mass = label_weight + (1.0 - label_weight) * filtered
-        # If the label is the model's top token, it leads the mixture, unless it has no weight and ties with another.
-        # Otherwise the top token is its greatest rival.
+        # If the label is the model's top token, the label leads the mixture, unless label_weight is 0 and another token
+        # has the same logit. If the label is not the top token, the top token is its greatest rival.
         leads = inside & (label == 0) & ((ties == 1) if label_weight == 0.0 else True)
         accepted = leads | ((label < 0) | ~inside) & (mass > (1.0 - label_weight) / kept_mass)
         others = (1.0 - label_weight) * (1.0 - filtered)
@@ -158,7 +159,7 @@ def overtone_statistics(
     def gradient(out: Tensor, z: Tensor, y: Tensor, *kept: Tensor) -> None:
         top, log_z, bound, share, accepted, active = kept
         shifted = write_padded_gradient(out, z, top, log_z, size)
-        # Apart from the label, p - t is exp(shifted) times one number for all survivors and another for the rest.
+        # Apart from the label, p - t is exp(shifted) times a factor, which differs for kept and filtered tokens.
         factor = torch.gt(shifted, bound, out=torch.empty_like(shifted))
         factor.mul_(-share.unsqueeze(-1)).add_((-log_z).exp().unsqueeze(-1))
         shifted.exp_().mul_(factor)
@@ -167,7 +168,7 @@ def overtone_statistics(
         subtract_label(out, y, own, active)
 
     if label_weight == 1.0:
-        # Cross-entropy to the last bit of torch: in half precision a rounding error would change what is logged.
+        # The same bits as torch's cross-entropy. In half precision, a rounding error would change the logged loss.
         with torch.no_grad():
             _, _, *statistics = rowwise(value, gradient, logits, labels)
         return *clipped(F.cross_entropy(wide(logits), labels, reduction="none"), epsilon), *statistics

@@ -1,4 +1,4 @@
-"""Full precision, whatever the surrounding training loop has set."""
+"""Compute in full precision, independently of the autocast and TF32 settings of the training loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HALF = (torch.float16, torch.bfloat16)
 def full_precision(device_type: str) -> Iterator[None]:
     """Turn off autocast and reduced-precision fp32 products (TF32, bf16) inside the block.
 
-    TF32 has 10 bits of mantissa. A projection computed with it leaves about 1e-3 of what it should remove.
+    TF32 has 10 bits of mantissa, so a projection in TF32 leaves about 1e-3 of the component that it should remove.
 
     Args:
         device_type: "cpu", "cuda", ...
@@ -29,7 +29,7 @@ def full_precision(device_type: str) -> Iterator[None]:
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in fp32, or in fp64 if it is fp64."""
+    """Return the tensor in fp32. A tensor in fp64 stays in fp64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -1,4 +1,4 @@
-"""Parts of softmax losses that closed-form gradients share; all work on rows of logits in fp32 or fp64."""
+"""Common parts of softmax losses with closed-form gradients, for rows of logits in fp32 or fp64."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
     Args:
         z: [n, V] logits.
         labels: [n] token ids.
-        size: number of entries of the true vocabulary; the head may have further rows.
+        size: number of entries of the true vocabulary. The output head may have additional padded rows.
 
     Returns:
-        The greatest logit [n, 1], the shifted logits of the true vocabulary [n, size], and that of the label [n].
+        The greatest logit [n, 1], the shifted logits of the true vocabulary [n, size], and the shifted logit of the
+        label [n].
     """
     top = z[:, :size].amax(-1, keepdim=True)
     return top, z[:, :size] - top, (z.gather(-1, labels.unsqueeze(-1)) - top).squeeze(-1)
 
 
 def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
-    """Return the log of the softmax denominator over all V rows of the head, minus ``top``; [n].
+    """Return the log of the softmax denominator over all V logits, minus ``top``, [n].
 
     Args:
-        exponentials: [n, size], of the shifted logits of the true vocabulary.
+        exponentials: [n, size], the exponentials of the shifted logits of the true vocabulary.
         z: [n, V] logits.
         top: [n, 1], the greatest logit of the true vocabulary.
     """
@@ -35,7 +36,7 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 
 
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
-    """Write the gradient of the logits beyond the true vocabulary, and the shifted logits in the place of the others.
+    """Write the gradient of the padded logits and the shifted logits of the true vocabulary into ``out``.
 
     Args:
         out: [n, V], written.
@@ -45,7 +46,7 @@ def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, si
         size: number of entries of the true vocabulary.
 
     Returns:
-        The part of ``out`` that holds the shifted logits, [n, size].
+        The part of ``out`` that contains the shifted logits, [n, size].
     """
     if size < z.shape[-1]:
         torch.sub(z[:, size:], top + log_z.unsqueeze(-1), out=out[:, size:]).exp_()
@@ -53,6 +54,6 @@ def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, si
 
 
 def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
-    """Subtract the mass [n] of each label from its entry of ``out`` [n, V], and clear the rows that are not active."""
+    """Subtract each label's probability ``mass`` [n] from ``out`` [n, V], and zero the rows that are not ``active``."""
     out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))
     out.mul_(active.unsqueeze(-1))

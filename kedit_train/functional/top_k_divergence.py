@@ -1,4 +1,4 @@
-"""Divergence from a distribution that is stored as its most probable tokens and the mass of the rest."""
+"""Divergence from a distribution that is stored as its top k tokens and the total probability of all others."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from kedit_train.functional.divergence import Direction, token_divergence
 
 
 def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Reduce distributions to their ``k`` most probable tokens and the rest. This is what is stored of a teacher.
+    """Reduce distributions to their ``k`` most probable tokens and the total probability of all other tokens.
 
     Args:
         logits: [N, V], computed in fp32 (fp64 stays fp64).
         k: number of tokens, 1 to V.
 
     Returns:
-        Log-probabilities [N, k + 1], the last one of all other tokens together (minus infinity if ``k == V``), and the
-        token ids [N, k], most probable first.
+        Log-probabilities [N, k + 1] and token ids [N, k], most probable first. The last log-probability is that of all
+        other tokens together (minus infinity if ``k == V``).
     """
     log_probs = _log_softmax(logits)
     top, tokens = log_probs.topk(k, dim=-1)
@@ -27,8 +27,8 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
     """Return the divergence between two distributions over k + 1 buckets: k tokens, and all others together.
 
-    Each direction is at most its value on the whole vocabulary (data processing inequality). How the mass of the rest
-    is distributed over its tokens does not count.
+    The probabilities of the tokens within the last bucket are not compared. Each direction is therefore at most the
+    divergence over the whole vocabulary (data processing inequality).
 
     Args:
         reference: [N, k + 1] log-probabilities from :func:`top_log_probs`.
@@ -42,13 +42,13 @@ def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, dire
     log_probs = _log_softmax(logits)
     own = log_probs.gather(-1, tokens)
     if tokens.shape[-1] == logits.shape[-1]:
-        # There is no rest, and minus infinity on both sides would give NaN in the gradient.
+        # There are no other tokens, and minus infinity on both sides would give NaN in the gradient.
         return token_divergence(reference[:, :-1], own, direction=direction)
     return token_divergence(reference, torch.cat([own, _rest(log_probs, tokens)], dim=-1), direction=direction)
 
 
 def _rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log of the mass on all other tokens, [N, 1]. It is summed directly, which keeps small values exact."""
+    """Return the log of the total probability of all other tokens, [N, 1]. A direct sum keeps small values exact."""
     return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
 
 

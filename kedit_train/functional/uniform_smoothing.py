@@ -19,10 +19,11 @@ def uniform_target(
     """Mix the one-hot label with the uniform distribution over the true vocabulary.
 
     Args:
-        logits: [N, V], read for their shape, dtype and device.
+        logits: [N, V]; only the shape, dtype and device are used.
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the mixture, in [0, 1].
-        vocab_size: size of the true vocabulary if the head has padded rows beyond it; they get no mass.
+        vocab_size: size of the true vocabulary, if the output head has additional padded rows. Padded rows get
+            probability 0.
 
     Returns:
         The target [N, V], in fp32 (fp64 for fp64 logits).
@@ -41,20 +42,20 @@ def uniform_target(
 def uniform(
     logits: Tensor, labels: Tensor, *, label_weight: float = 0.9, epsilon: float = 0.0, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Score tokens by uniform smoothing, with the gradient in closed form.
+    """Compute the uniform-smoothing loss of each token, with the gradient in closed form.
 
-    The values are those of :func:`uniform_target` and :func:`~kedit_train.functional.clipping.smoothed_loss`; the
-    target is not built.
+    The result equals :func:`~kedit_train.functional.clipping.smoothed_loss` with the target of :func:`uniform_target`,
+    but the target is not built.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the target, in [0, 1].
-        epsilon: clip in nats.
-        vocab_size: size of the true vocabulary if the head has padded rows beyond it.
+        epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.
+        vocab_size: size of the true vocabulary, if the output head has additional padded rows.
 
     Returns:
-        The loss [N] in nats, and whether it is above ``epsilon`` [N] bool.
+        The loss [N] in nats, and a bool tensor [N] that is True where the divergence is above ``epsilon``.
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
     share = (1.0 - label_weight) / size

@@ -1,4 +1,4 @@
-"""Editing modes: single, batch, sequential and streaming edits, evaluated with the same probes."""
+"""Editing modes: make edits one by one, all at once, in sequence or as a stream, and evaluate the model."""
 
 from kedit_train.modes.result import Checkpoint, ModeResult, retention_curve
 from kedit_train.modes.runner import run_edits

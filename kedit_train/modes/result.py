@@ -1,4 +1,4 @@
-"""The result of editing in one of the modes: one report per checkpoint, and the curve through them."""
+"""The result of editing a model in one of the modes: one report per checkpoint, and the retention curve."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Checkpoint:
 
     Args:
         edits: number of edits so far.
-        report: the report on all of these edits, with the unedited model's scores.
-        latest: reliability of the newest edits alone (those of the last schedule step).
-        capability: general ability of the model, if it was measured.
-        seconds: training time so far.
+        report: the report on all edits so far, with the unedited model's scores.
+        latest: reliability of only the newest edits, which were trained for the first time in the last schedule step.
+        capability: general ability of the model. None if not measured.
+        seconds: training time so far, in seconds.
     """
 
     edits: int
@@ -38,7 +38,7 @@ class Checkpoint:
     seconds: float
 
     def scores(self) -> dict[str, Score]:
-        """Return the scores of the retention curve by name, without those that were not measured."""
+        """Return the measured scores of the retention curve by name."""
         scores = {"reliability": self.report.metrics["reliability"]["generated"], "latest": self.latest}
         scores |= {name: self.report.metrics[name]["generated"] for name in QUESTIONS[1:]}
         scores |= self.capability.scores() if self.capability is not None else {}
@@ -52,9 +52,10 @@ class ModeResult:
     Args:
         mode: "single", "batch", "sequential" or "streaming".
         unedited: the unedited model's report on all edits.
-        checkpoints: in order; the last one is after all edits. "single" and "batch" have only that one.
-        capability: general ability of the unedited model, if it was measured.
-        meta: mode, edits (number, name, hash), training, seed, settings, versions, date.
+        checkpoints: the checkpoints in order. The last checkpoint is after all edits. "single" and "batch" have only
+            this last checkpoint.
+        capability: general ability of the unedited model. None if not measured.
+        meta: mode, edits (number, name and hash), training function, seed, settings, versions and date.
 
     Example:
         >>> from kedit_train import EditDataset, run_edits, world
@@ -97,12 +98,12 @@ class ModeResult:
             scores = checkpoint.scores()
             cells = [_cell(scores[name]) if name in scores else "–" for name in names]
             lines.append(f"| {checkpoint.edits} | " + " | ".join(cells) + f" | {checkpoint.seconds:.1f} |")
-        lines += ["", "Scores are of generated answers (exact match) to all edits so far, with 95 % intervals."]
-        lines += ["latest: reliability of the newest edits alone. seconds: training time.", ""]
+        lines += ["", "Scores are exact matches of generated answers on all edits so far, with 95 % intervals."]
+        lines += ["latest: reliability of only the newest edits. seconds: training time.", ""]
         return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, numbers and strings; only the last checkpoint has its answers."""
+        """Return plain dicts, lists, numbers and strings. Only the last checkpoint includes the model's answers."""
         steps = []
         for checkpoint in self.checkpoints:
             report = checkpoint.report.to_dict()
@@ -127,7 +128,8 @@ class ModeResult:
         """Write the result atomically.
 
         Args:
-            path: a file. The retention curve if it ends in ``.png``, Markdown if it ends in ``.md``, otherwise JSON.
+            path: the file. A name that ends in ``.png`` gets a plot of the retention curve, a name that ends in
+                ``.md`` gets Markdown, and any other name gets JSON.
 
         Returns:
             The path.
@@ -140,8 +142,8 @@ class ModeResult:
 def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[str]) -> Path:
     """Plot reliability, generality, locality and agreement over the number of edits.
 
-    Bands, or bars for a single checkpoint, are 95 % intervals over edits. Hollow markers in the first panel show the
-    newest edits alone.
+    Bands are 95 % intervals over edits. A curve with a single checkpoint has a bar instead of a band. Hollow markers in
+    the first panel show the reliability of only the newest edits.
 
     Args:
         results: label -> result.
@@ -151,7 +153,7 @@ def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[s
         The path.
 
     Raises:
-        EditError: there are no results, or matplotlib is not installed.
+        EditError: there are no results with scores, or matplotlib is not installed.
     """
     curves = {label: {c.edits: c.scores() for c in result.checkpoints} for label, result in results.items()}
     return draw_retention_curve(curves, path)

@@ -1,4 +1,4 @@
-"""The retention curve: scores on all edits so far, as their number grows."""
+"""The retention curve: scores on all edits so far, plotted over the number of edits."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PANELS = {
 def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.PathLike[str]) -> Path:
     """Plot scores over the number of edits, one panel per score, one curve per label.
 
-    Bands, or bars for a single checkpoint, are 95 % intervals over edits. Hollow markers in the first panel show the
-    newest edits alone.
+    Bands are 95 % intervals over edits. A curve with a single checkpoint has a bar instead of a band. Hollow markers in
+    the first panel show the reliability of only the newest edits.
 
     Args:
         curves: label -> number of edits -> score name -> score.
@@ -39,14 +39,14 @@ def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.P
     """
     panels = [name for name in PANELS if any(name in scores for curve in curves.values() for scores in curve.values())]
     if not panels:
-        raise EditError("results must contain at least one result with scores.")
+        raise EditError("results must contain at least one result with scores, got none.")
     figure = new_figure(3.4 * len(panels) + 0.4, 3.9)
     row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(row, panels, strict=True):
         for number, (label, curve) in enumerate(curves.items()):
             counts = [count for count in sorted(curve) if name in curve[count]]
             if not counts:
-                # An empty line that is not clipped has no extent, and the layout fails on it.
+                # An empty curve that is not clipped has no extent, and matplotlib's layout fails on such a curve.
                 continue
             color, marker = color_and_marker(number)
             scores = {count: curve[count][name] for count in counts}
@@ -62,5 +62,5 @@ def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.P
         axes.grid(alpha=0.3)
         axes.set_title(f"{name}\n{PANELS[name]}", fontsize=9)
     row[0].legend(frameon=False, fontsize=8, loc="lower left")
-    figure.supxlabel("number of edits (hollow markers: the newest edits alone)", fontsize=10)
+    figure.supxlabel("number of edits (hollow markers: only the newest edits)", fontsize=10)
     return save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""``run_edits``: edit a model in one of four modes and evaluate it on the way and at the end."""
+"""``run_edits``: edit a model in one of four modes, and evaluate the model at checkpoints and at the end."""
 
 from __future__ import annotations
 
@@ -46,36 +46,38 @@ def run_edits(
     seed: int = 0,
     progress: bool = True,
 ) -> ModeResult:
-    """Edit ``model`` in one of four modes, and evaluate it on all its edits on the way and at the end.
+    """Edit ``model`` in one of four modes, and evaluate it on all edits so far at checkpoints and at the end.
 
-    - "single": each edit is made on the unedited model and evaluated at once. Then the weights are restored bit for
-      bit. This is the best case of a method, and not a model that anybody would deploy.
-    - "batch": all edits in one training (breadth-first).
-    - "sequential": one training after the other, each on the next ``edits_per_step`` edits. Previous edits are never
-      trained again.
-    - "streaming": ``edits_per_step`` new edits arrive at a time, and each training also replays previous edits.
+    - "single": each edit is made on the unedited model and evaluated at once. Then the original weights are restored
+      bit for bit. This mode shows the best case of a method, but it leaves no edited model.
+    - "batch": one training on all edits together.
+    - "sequential": one training after another. Each training is on the next ``edits_per_step`` edits, and previous
+      edits are never trained again.
+    - "streaming": one training after another. Each training is on the next ``edits_per_step`` edits and on replayed
+      previous edits.
 
-    A result of one mode is never reported as that of another. The same fine-tuning of the same 1,000 facts has a
-    reliability of 75 % in sequence and of 99 % breadth-first (see References, table 1).
+    Always name the mode when you report a result. For example, the same fine-tuning on the same 1,000 facts has a
+    reliability of 75 % in sequence and of 99 % in shuffled batches over all facts (see References, table 1).
 
     Args:
-        model: a causal language model. Except after "single", it is the edited model afterwards.
+        model: a causal language model. The model is edited in place, except with "single", which restores it.
         tokenizer: the model's tokenizer.
         edits: the edits.
         mode: "single", "batch", "sequential" or "streaming".
-        train: ``train(model, edits)``, which changes the model in place; called once per schedule step. None:
-            :class:`~kedit_train.modes.TrainLoop` with its defaults.
+        train: a function ``train(model, edits)`` that changes the model in place. It is called once per schedule step.
+            None: :class:`~kedit_train.modes.TrainLoop` with default arguments.
         edits_per_step: new edits per schedule step, for "sequential" (default 1) and "streaming" (default 100).
-        replay: number of previous edits that "streaming" replays in each step. None: all of them.
-        checkpoints: for "sequential" and "streaming": the numbers of edits after which to evaluate all edits so far,
-            at the end of the schedule step that reaches the number. The end is always a checkpoint.
+        replay: number of previous edits that "streaming" replays in each step. None: all previous edits.
+        checkpoints: the numbers of edits after which all edits so far are evaluated, for "sequential" and "streaming".
+            The evaluation runs at the end of the schedule step that reaches the number. The model is always evaluated
+            after the last edit.
         options: what to measure and how to prompt. None: ``EvaluationOptions()``.
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
-        capability: general ability to measure before the edits and at each checkpoint; not for "single".
-        wandb_run: what ``wandb.init`` returned. It gets ``retention/*`` over the number of edits, and at the end the
-            curve, the answers, the targets token by token, and the result as an artifact.
-        seed: seed of the replay, of the bootstrap, and of torch in each schedule step. The random numbers that were
-            drawn before a step do not influence its training. The random state outside is preserved.
+        capability: measures general ability before the edits and at each checkpoint. Not available for "single".
+        wandb_run: the run that ``wandb.init`` returned. ``retention/*`` is logged over the number of edits. At the end,
+            the curve, the answers, the scores by target token and the result (as an artifact) are logged.
+        seed: seed of the replay, of the bootstrap, and of torch in each schedule step. Each step starts from its own
+            seed. torch's random state outside ``run_edits`` is preserved.
         progress: show progress bars in a terminal.
 
     Returns:
@@ -158,26 +160,28 @@ def _check(
     train: Train | None,
 ) -> None:
     if options.distributed:
-        raise EditError("options.distributed must be False: run_edits runs in one process.")
+        raise EditError("options.distributed must be False, because run_edits runs in one process.")
     if any(count < 1 for count in checkpoints):
         raise EditError(f"checkpoints must be numbers of edits >= 1, got {tuple(checkpoints)}.")
     if mode != "single":
         return
     if options.texts is not None or capability is not None:
         name = "capability" if options.texts is None else "options.texts"
-        raise EditError(f"{name} must be None for mode 'single': it measures one edited model, not one per edit.")
+        raise EditError(
+            f"{name} must be None for mode 'single', because this mode has a different model for each edit."
+        )
     callbacks = getattr(train, "callbacks", ())
-    # A training function of the caller's may mean something else by this attribute.
+    # A custom training function may use the attribute ``callbacks`` for something else.
     for callback in callbacks if isinstance(callbacks, list | tuple) else ():
         if getattr(callback, "sequential", False):
             raise EditError(
-                f"{type(callback).__name__} must have sequential=False for mode 'single': each edit starts from the "
-                "unedited model."
+                f"{type(callback).__name__} must have sequential=False for mode 'single', because each edit starts "
+                "from the unedited model."
             )
 
 
 def _with_unique_ids(edits: Sequence[Edit]) -> EditDataset:
-    """Return the edits, each with an id of its own, so that the results of any part can be told apart."""
+    """Return the edits with unique ids, so that the results of each edit can be identified."""
     used: set[str] = set()
     named = []
     for number, edit in enumerate(edits):
@@ -190,7 +194,7 @@ def _with_unique_ids(edits: Sequence[Edit]) -> EditDataset:
 
 @dataclass
 class _Run:
-    """The arguments of one call of :func:`run_edits` that all its parts share."""
+    """The arguments of one call of :func:`run_edits`, with the functions that train and evaluate."""
 
     model: nn.Module
     tokenizer: Any
@@ -214,7 +218,7 @@ class _Run:
         )
 
     def train_step(self, numbers: Sequence[int], seed: int) -> float:
-        """Train some edits and return the seconds that this took."""
+        """Train the edits with these numbers, and return the training time in seconds."""
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         started = time.perf_counter()
         with torch.random.fork_rng(devices):
@@ -225,7 +229,7 @@ class _Run:
         return time.perf_counter() - started
 
     def report_so_far(self, step: ScheduleStep, unedited: Report) -> tuple[Report, Score]:
-        """Return the report on all edits so far, and the reliability of the newest ones."""
+        """Return the report on all edits so far, and the reliability of only the newest edits."""
         part = self.edits[: step.seen]
         report = self.evaluate(part, _part_of(unedited, part, self.seed))
         newest = {self.edits[i].id for i in step.new}
@@ -235,7 +239,7 @@ class _Run:
         return report, mean.score()
 
     def single(self, unedited: Report) -> Checkpoint:
-        """Make and evaluate each edit on the unedited model, and restore the model after each."""
+        """Make and evaluate each edit on the unedited model, and restore the model after each edit."""
         backup = WeightBackup(self.model)
         results: list[ProbeResult] = []
         settings: Any = {}
@@ -245,9 +249,10 @@ class _Run:
             for number in range(len(self.edits)):
                 part = self.edits[number : number + 1]
                 try:
-                    # The seed of the first step of a sequence, so that its first edit is trained as a single one is.
+                    # This is also the seed of the first step in the mode "sequential", so that both modes train the
+                    # first edit in the same way.
                     seconds += self.train_step([number], self.seed + 1)
-                    # Progress bars of one edit's few probes would only flicker.
+                    # Progress bars for the few probes of one edit would only flicker.
                     report = self.evaluate(part, _part_of(unedited, part, self.seed), progress=False)
                 finally:
                     backup.restore()
@@ -269,7 +274,7 @@ class _Run:
 
 
 def _part_of(unedited: Report, edits: Sequence[Edit], seed: int) -> Report:
-    """Return the unedited model's report on some of its edits."""
+    """Return the part of the unedited model's report that is on the given edits."""
     names = {edit.id for edit in edits}
     answers = [result for result in unedited.answers if result.edit in names]
     metrics = summarize(answers, against_unedited=False, seed=seed)

@@ -1,4 +1,4 @@
-"""The schedule of a mode: which edits are trained together, and in which order."""
+"""The schedule of a mode: the edits that are trained together, and their order."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ScheduleStep:
     """One call of the training function.
 
     Args:
-        trained: the numbers of the edits that it gets, in their order.
-        new: the numbers of those that were not trained before.
-        seen: how many edits have been trained so far, including these.
+        trained: the numbers of the edits that are trained in this step, in order.
+        new: the numbers of the edits that are trained for the first time in this step.
+        seen: number of distinct edits that have been trained up to and including this step.
     """
 
     trained: tuple[int, ...]
@@ -35,12 +35,12 @@ def make_schedule(
     """Split ``n`` edits into schedule steps.
 
     Args:
-        mode: "single" (each edit alone), "batch" (all edits in one step), "sequential" (new edits only in each step)
+        mode: "single" (one edit per step), "batch" (all edits in one step), "sequential" (only new edits in each step)
             or "streaming" (new edits and replayed previous edits in each step).
         n: number of edits.
         edits_per_step: number of new edits per step, for "sequential" (default 1) and "streaming" (default 100).
-        replay: number of previous edits that "streaming" replays in each step. None: all of them.
-        seed: seed of the replayed edits.
+        replay: number of previous edits that "streaming" replays in each step. None: all previous edits.
+        seed: seed for drawing the replayed edits.
 
     Raises:
         EditError: the mode is unknown, or an argument does not apply to the mode.
@@ -55,13 +55,16 @@ def make_schedule(
     if mode not in MODES:
         raise EditError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
     if edits_per_step is not None and mode in ("single", "batch"):
-        raise EditError(f"edits_per_step must be None for mode {mode!r}, got {edits_per_step}.")
+        raise EditError(
+            f"edits_per_step must be None for mode {mode!r}, got {edits_per_step}; "
+            "only 'sequential' and 'streaming' use edits_per_step."
+        )
     if edits_per_step is not None and edits_per_step < 1:
         raise EditError(f"edits_per_step must be >= 1, got {edits_per_step}.")
     if replay is not None and mode != "streaming":
-        raise EditError(f"replay must be None for mode {mode!r}, got {replay}; only streaming replays edits.")
+        raise EditError(f"replay must be None for mode {mode!r}, got {replay}; only 'streaming' replays edits.")
     if replay is not None and replay < 0:
-        raise EditError(f"replay must be >= 0, or None for all previous edits, got {replay}.")
+        raise EditError(f"replay must be >= 0, or None to replay all previous edits, got {replay}.")
     size = n if mode == "batch" else edits_per_step or (STREAMING_EDITS_PER_STEP if mode == "streaming" else 1)
     return list(_steps(n, size, mode == "streaming", replay, seed))
 

@@ -1,6 +1,6 @@
-"""The six metrics of the survey on knowledge editing, from runs in the modes that define them.
+"""The six metrics of a survey on knowledge editing, computed from the results of ``run_edits``.
 
-Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
+The survey is Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from kedit_train.modes.result import ModeResult, write_text
 
 @dataclass(frozen=True, kw_only=True)
 class SurveyMetrics:
-    """The survey's six scores; ``value`` is None for a score that no run or no probe measures.
+    """The six scores of a survey on knowledge editing (see References).
+
+    A score that was not measured has the value None.
 
     Args:
-        accuracy: fraction of edits with the new answer (reliability).
-        locality: fraction of unchanged answers to other prompts.
-        generality: fraction of rephrasings with the new answer.
+        accuracy: fraction of edit prompts with the new answer (reliability).
+        locality: fraction of other prompts with an unchanged answer.
+        generality: fraction of rephrased prompts with the new answer.
         portability: fraction of right answers to questions that follow from the edit.
-        retainability: change of accuracy per further edit of a sequence; 0 at best.
-        scalability: accuracy of the edits one by one, minus that of all edits at once; 0 at best.
-        sources: metric -> the mode of the run that it comes from.
+        retainability: change of accuracy with each further edit in a sequence. The best value is 0.
+        scalability: accuracy of edits made one by one minus accuracy of all edits made at once. The best value is 0.
+        sources: metric -> the mode (or modes) of the results that it was computed from.
 
     References:
         Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
@@ -60,7 +62,7 @@ class SurveyMetrics:
         return asdict(self)
 
     def markdown(self) -> str:
-        """Return a Markdown table: metric, mode, value, interval, number of probes."""
+        """Return the scores as a Markdown table: metric, mode, value, interval, number of probes."""
         rows = []
         for name, mode in self.sources.items():
             score: Score = getattr(self, name)
@@ -68,21 +70,23 @@ class SurveyMetrics:
         return "\n".join(markdown_table(["metric", "mode", "value", "95 % CI", "n"], rows, 2))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write Markdown if ``path`` ends in ``.md``, otherwise JSON."""
+        """Write the scores to a file: Markdown if ``path`` ends in ``.md``, otherwise JSON."""
         return write_text(path, self.markdown, self.to_dict)
 
 
 def survey(*results: ModeResult) -> SurveyMetrics:
-    """Compute the survey's six metrics from one or more runs on the same edits.
+    """Compute the six metrics of :class:`SurveyMetrics` from one or more results on the same edits.
 
-    Accuracy, locality, generality and portability come from the first result, after all its edits. Retainability
-    needs "sequential" (or "streaming") with at least two checkpoints. Scalability needs "single" and "batch".
+    Accuracy, locality, generality and portability are taken from the first result, after all edits. Retainability
+    needs a result of the mode "sequential" (or "streaming") with at least two checkpoints. Scalability needs results of
+    the modes "single" and "batch".
 
     Args:
-        results: what :func:`~kedit_train.modes.run_edits` returned, at most one result per mode.
+        results: results of :func:`~kedit_train.modes.run_edits`, at most one result per mode.
 
     Raises:
-        EditError: there are no results, two results of one mode, or results on other edits or another model.
+        EditError: there are no results, there are two results of one mode, or the results differ in the edits, the
+            model or the evaluation settings.
 
     Example:
         >>> from kedit_train import EditDataset, run_edits, survey, world
@@ -125,26 +129,29 @@ def survey(*results: ModeResult) -> SurveyMetrics:
 
 def _check_comparable(results: tuple[ModeResult, ...]) -> None:
     if not results:
-        raise EditError("results must contain at least one result of run_edits.")
+        raise EditError("results must contain at least one result of run_edits, got none.")
     if len({result.mode for result in results}) < len(results):
-        raise EditError("results must contain at most one result per mode.")
+        raise EditError(
+            "results must contain at most one result per mode, got several for one mode; leave out all but one of them."
+        )
     for name in ("data_hash", "model", "settings"):
         if any(result.meta[name] != results[0].meta[name] for result in results):
             raise EditError(
-                f"the results differ in {name}, so they cannot be compared; use the same settings for all of them."
+                f"the results differ in {name} and cannot be compared; run all modes on the same edits and model, with "
+                "the same evaluation options."
             )
 
 
 def retainability(accuracy: Mapping[int, float]) -> float:
     """Return the mean change of accuracy per further edit: 1/(n - 1) * sum over i of Acc(e_1..e_i+1) - Acc(e_1..e_i).
 
-    The terms cancel, so only the first and the last accuracy count, whatever happened in between.
+    The terms of the sum cancel, so the result depends only on the first and the last accuracy.
 
     Args:
-        accuracy: number of edits so far -> accuracy on all of them; at least two entries.
+        accuracy: number of edits so far -> accuracy on all edits so far. There must be at least two entries.
 
     Returns:
-        The change per further edit; negative if earlier edits are lost.
+        The change of accuracy per further edit. The change is negative if earlier edits are lost.
 
     Raises:
         EditError: there are fewer than two entries.
@@ -156,18 +163,18 @@ def retainability(accuracy: Mapping[int, float]) -> float:
     """
     first, last = min(accuracy), max(accuracy)
     if first == last:
-        raise EditError("accuracy must contain at least two numbers of edits, got one.")
+        raise EditError("accuracy must contain at least two numbers of edits, got one; evaluate at more checkpoints.")
     return (accuracy[last] - accuracy[first]) / (last - first)
 
 
 def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
-    """Return the accuracy of single edits minus that of all edits at once, with an interval over edits.
+    """Return the accuracy of edits made one by one minus the accuracy of all edits made at once.
 
-    Each edit is compared with itself.
+    The score has a bootstrap interval over edits. The difference is computed for each edit and then averaged.
 
     Args:
-        single: the report where each edit was made on the unedited model.
-        batch: the report where all edits were made at once.
+        single: the report of the mode "single", where each edit is made on the unedited model.
+        batch: the report of the mode "batch", where all edits are made at once.
         seed: seed of the bootstrap.
 
     Raises:
@@ -177,7 +184,7 @@ def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
         {r.edit: bool(r.right) for r in report.answers if r.question == "reliability"} for report in (single, batch)
     )
     if alone.keys() != together.keys():
-        raise EditError("the two reports are on different edits; run both modes on the same edits.")
+        raise EditError("single and batch are reports on different edits; run both modes on the same edits.")
     mean = MeanOverEdits(len(alone), seed=seed, sync_on_compute=False)
     mean.update(range(len(alone)), [float(right) - float(together[edit]) for edit, right in alone.items()])
     return mean.score()

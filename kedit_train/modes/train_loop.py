@@ -1,4 +1,4 @@
-"""``TrainLoop``: the training function that the modes use if the caller brings none."""
+"""``TrainLoop``: the default training function of ``run_edits``."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from kedit_train.data.tokenization import collate, context_length, pad_token_id
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import model_device
 
-# LocFT-BF ("Fine-tuning Done Right in Model Editing", arXiv 2509.22072) regards an edit as learned below this loss.
+# Below this loss, LocFT-BF ("Fine-tuning Done Right in Model Editing", arXiv 2509.22072) regards an edit as learned.
 LEARNED_LOSS = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleOptions:
-    """How edits become training examples.
+    """Options for turning edits into training examples.
 
     Args:
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question".
-        append_eos: append end-of-text to every target.
-        extra_edits: more training examples besides the edits: a list of edits, or a function from the edits of a call
-            to such a list, as ``kedit_train.augmentation.augmentation`` makes it. They count in batches and in the
-            stopping loss like any other example.
+        append_eos: append the end-of-text token to every target.
+        extra_edits: additional training examples: a list of edits, or a function that gets the edits of a call and
+            returns such a list (see ``kedit_train.augmentation.augmentation``). Additional examples count in the batch
+            size and in the loss for ``stop_loss``.
 
     Example:
         >>> from kedit_train.modes import ExampleOptions
@@ -48,24 +48,24 @@ class ExampleOptions:
 
 
 class TrainLoop:
-    """A training function ``train(model, edits)``: shuffled batches for some epochs, inside ``editing``.
+    """A training function ``train(model, edits)`` that trains on shuffled batches with callbacks.
 
-    It stops when the mean loss of an epoch falls below ``stop_loss``. The model keeps its mode (training or
-    evaluation).
+    Training stops early when the mean loss of an epoch falls below ``stop_loss``. The model stays in its mode (training
+    or evaluation).
 
     Args:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
-            down-projection late in the model. If a mode trains in several schedule steps, the callbacks start anew in
-            each step, so their reference model is the model at the start of the step. ``KLLocality``, ``NullSpace``
-            and ``LowCurvature`` continue across steps with ``sequential=True``. ``NormBall`` and ``WeightAnchor``
-            measure from the weights before the first step, unless ``anchor="previous"``.
+            down-projection late in the model. If ``run_edits`` trains in several schedule steps, the callbacks restart
+            in each step. Their reference model is then the model at the start of the step. ``KLLocality``,
+            ``NullSpace`` and ``LowCurvature`` keep their reference across steps if ``sequential=True``. ``NormBall``
+            and ``WeightAnchor`` use the weights before the first step as their reference, unless ``anchor="previous"``.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.
         stop_loss: stop when the mean loss of an epoch is below this value. 0: run all epochs.
-        optimizer: creates the optimizer of each call, as ``optimizer(parameters, lr=learning_rate)``.
-        examples: how edits become training examples. None: ``ExampleOptions()``.
+        optimizer: creates an optimizer in each call, as ``optimizer(parameters, lr=learning_rate)``.
+        examples: options for turning edits into training examples. None: ``ExampleOptions()``.
 
     Raises:
         EditError: an argument is out of range, an edit is longer than the model's context, or the loss is not finite.
@@ -111,7 +111,7 @@ class TrainLoop:
             check_format(self.examples.prompt_format, tokenizer)
 
     def __call__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
-        """Train ``edits`` into ``model``, in place."""
+        """Train ``model`` on ``edits``, in place."""
         with reported_by("TrainLoop"):
             self._train(model, edits)
 
@@ -144,7 +144,7 @@ class TrainLoop:
         loss = model(**{name: value.to(device) for name, value in tensors.items()}).loss
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise EditError(f"the loss is {value}; lower learning_rate={self.learning_rate}, or train in fp32.")
+            raise EditError(f"the loss is {value}; lower learning_rate (now {self.learning_rate}), or train in fp32.")
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -162,6 +162,6 @@ class TrainLoop:
 
 
 def _mean(losses: Iterable[tuple[float, int]]) -> float:
-    """Return the mean of the batches' losses, weighted by their number of examples."""
+    """Return the mean of the batch losses, weighted by the number of examples per batch."""
     losses = list(losses)
     return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)

@@ -1,4 +1,4 @@
-"""The retention curve in W&B: one point per checkpoint during the run, then a chart, the answers and the result."""
+"""Log the retention curve to W&B: one point per checkpoint during the run, and tables and charts at the end."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from kedit_train.modes.result import Checkpoint, ModeResult
 from kedit_train.optional import require
 
 EDITS = "retention/edits"
-# Scores between 0 and 1, which fit on one axis. The series and the table also hold perplexity and divergence.
+# Scores between 0 and 1, which fit on one axis. The series and the table also contain perplexity and KL divergence.
 SHARES = ("reliability", "latest", "generality", "portability", "locality", "agreement")
 CURVE_COLUMNS = ("edits", "score", "value", "low", "high", "n")
 
 
 def start_curve(run: Any, meta: dict[str, Any]) -> None:
-    """Use the number of edits as the step of the series, and store ``meta`` in the run's configuration."""
+    """Use the number of edits as the step axis of ``retention/*``, and store ``meta`` in the run's configuration."""
     run.define_metric(EDITS)
     run.define_metric("retention/*", step_metric=EDITS)
     run.config.update({"mode": meta}, allow_val_change=True)
 
 
 def log_checkpoint(run: Any, checkpoint: Checkpoint) -> None:
-    """Log ``retention/edits``, ``retention/seconds`` of training, and ``retention/<score>`` for each score."""
+    """Log the number of edits, the training time and each score of a checkpoint as ``retention/<name>``."""
     row: dict[str, Any] = {EDITS: checkpoint.edits, "retention/seconds": checkpoint.seconds}
     run.log(row | {f"retention/{name}": score.value for name, score in checkpoint.scores().items()})
 
 
 def finish_curve(run: Any, result: ModeResult) -> None:
-    """Log the curve as table and chart, the edits' answers, their targets by token, and the result as artifact."""
+    """Log the curve as a table and a chart, the answers, the scores by target token, and the result as artifacts."""
     with require("wandb", extra="wandb"):
         import wandb
 

@@ -1,4 +1,4 @@
-"""A copy of a model's weights that can be restored bit for bit."""
+"""Copy a model's weights and restore them bit for bit."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kedit_train.errors import EditError
 
 
 class WeightBackup:
-    """Every parameter and buffer of a model, on the CPU, with all ``requires_grad`` and ``training`` flags.
+    """A copy of a model's parameters and buffers on the CPU, with all ``requires_grad`` and ``training`` flags.
 
-    All weights are kept and not only the scope, because the caller's training function may change any of them.
+    The backup includes frozen weights, because a custom training function may change any weight.
 
     Args:
         model: the model to back up.
@@ -25,7 +25,7 @@ class WeightBackup:
 
     def __init__(self, model: nn.Module) -> None:
         if any(isinstance(tensor, DTensor) for tensor in model.parameters()):
-            raise EditError("model must not be sharded: its weights could not be restored after each edit.")
+            raise EditError("model must not be sharded, because the weights of a sharded model cannot be restored.")
         self.model = model
         self.values = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(model).items()}
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -33,10 +33,10 @@ class WeightBackup:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore all values and flags, and drop all gradients.
+        """Restore all values and flags, and set all gradients to None.
 
         Raises:
-            EditError: a tensor was added or removed, or has another shape or dtype.
+            EditError: a tensor was added or removed, or its shape or dtype changed.
         """
         current = _tensors(self.model)
         for name in [*self.values, *current]:

@@ -1,4 +1,6 @@
-"""The embedded world: a small invented world of facts and a small Llama that knows them, without a download.
+"""The embedded model and its data: a small Llama and the invented facts that it was trained on.
+
+Both are part of the package, so nothing is downloaded.
 
 Example:
     >>> from kedit_train import world
@@ -23,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "edits", "is_world", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
 
-# Where a model, edits, texts or prompts are expected, this name means the embedded world.
+# Instead of a model, edits, texts or prompts, this name selects the embedded ones.
 NAME = "world"
 
 
 def is_world(name: object) -> bool:
-    """Return whether ``name`` means the embedded world and not a file, a folder or a hub name.
+    """Return whether ``name`` selects the embedded model or data, and not a file, a folder or a hub name.
 
     Example:
         >>> is_world("world"), is_world("world.json")
@@ -38,7 +40,7 @@ def is_world(name: object) -> bool:
 
 
 def path() -> Path:
-    """Return the folder of the packaged checkpoint, for ``from_pretrained``.
+    """Return the folder of the embedded checkpoint, for ``from_pretrained``.
 
     Raises:
         EditError: the checkpoint is missing.
@@ -50,13 +52,13 @@ def path() -> Path:
     folder = Path(__file__).parent / "checkpoint"
     if not (folder / "model.safetensors").is_file():
         raise EditError(
-            "the checkpoint of the embedded world is missing; create it with: python -m kedit_train.world.pretrain"
+            "the checkpoint of the embedded model is missing; create it with: python -m kedit_train.world.pretrain"
         )
     return folder
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the packaged model and its tokenizer.
+    """Load the embedded model and its tokenizer.
 
     Returns:
         (model in fp32 and in evaluation mode, tokenizer).
@@ -72,12 +74,12 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def prose(n: int = 200, seed: int = 0, held_out: bool = True) -> list[str]:
-    """Return paragraphs that state no fact of the world, for perplexity.
+    """Return paragraphs of simple prose that state no fact, to measure perplexity.
 
     Args:
         n: number of paragraphs.
-        seed: seed for the choice.
-        held_out: True takes paragraphs that the model was not trained on.
+        seed: seed of the random choice.
+        held_out: True returns paragraphs that the embedded model was not trained on, False training paragraphs.
 
     Example:
         >>> len(prose(3))

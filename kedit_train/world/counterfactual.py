@@ -1,4 +1,4 @@
-"""Counterfactual edits of the embedded world with their probes, and texts that these edits leave true."""
+"""Counterfactual edits of the embedded model with probes, and texts and prompts that the edits do not affect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kedit_train.world import facts, grammar
 from kedit_train.world.facts import Fact, Key, World, pick, shuffled
 from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
-MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # the other half keeps the answers of two-hop questions
+MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # fraction; the others keep two-hop answers true
 STATEMENTS_ASKED, QUESTIONS_ASKED = 3, 2
 NEIGHBOURS, UNRELATED, INBOUND = 2, 2, 2
 SAME_WORDING_SHARE, PROSE_SHARE = 0.5, 0.25
@@ -20,31 +20,31 @@ SAME_WORDING_SHARE, PROSE_SHARE = 0.5, 0.25
 
 @cache
 def world() -> World:
-    """Return the world that the packaged checkpoint was trained on."""
+    """Return the invented facts that the embedded model was trained on."""
     return facts.build()
 
 
 def edits(n: int = 32, seed: int = 0) -> list[Edit]:
-    """Return counterfactual edits of different subjects and mixed relations.
+    """Return counterfactual edits of the embedded model, about different subjects and with mixed relations.
 
     Each edit has:
 
-    * ``prompt``: a statement that the model was trained on for the old fact;
-    * ``rephrases``: three other such statements and two questions, on which the edit is never trained;
-    * ``locality``: other facts of the subject (``same_subject``), facts of other subjects with the old object in the
-      same wording (``neighbour``), and other relations of other subjects (``unrelated``). No probe asks about a fact
-      that an edit of the list changes;
-    * ``portability``: wordings that are in no training document (``held_out_wording``), questions with the edited fact
-      as the first hop (``two_hop``) or as the second hop (``two_hop_last``). Their answers change with the edit.
+    * ``prompt``: an incomplete sentence that the embedded model was trained to complete with the old answer.
+    * ``rephrases``: three other incomplete sentences and two questions about the same fact.
+    * ``locality``: questions about other facts of the subject (``same_subject``), about other subjects with the same
+      old answer in the same wording (``neighbour``), and about other relations of other subjects (``unrelated``). No
+      question is about a fact that an edit of the list changes.
+    * ``portability``: wordings that no training document contains (``held_out_wording``), and questions with the edited
+      fact as the first hop (``two_hop``) or as the second hop (``two_hop_last``). Their answers change with the edit.
 
-    Probes depend on the whole list, so a shorter list is not the start of a longer one.
+    The probes of an edit depend on all edits of the list. So ``edits(2)`` is not the beginning of ``edits(4)``.
 
     Args:
         n: number of edits.
-        seed: the same seed gives the same list.
+        seed: seed of all random choices.
 
     Raises:
-        EditError: the world has too few subjects for ``n`` edits.
+        EditError: there are too few subjects for ``n`` edits.
 
     Example:
         >>> edit = edits(1)[0]
@@ -63,20 +63,20 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
 
 
 def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0) -> list[str]:
-    """Return texts that stay true after the edits, for a locality penalty.
+    """Return embedded texts that stay true after the edits, for a locality penalty.
 
-    Half of them state facts of other subjects in the wordings of the edits' prompts, where an edit leaks first. A
-    quarter states any facts, including two-hop facts, in any trained wording. A quarter is training prose. Facts that
-    are edited, that follow from an edited fact, or that a probe or rephrase asks for are left out in every wording.
-    The texts contain no special tokens.
+    Half of the texts state facts about other subjects in the wordings of the edits' prompts, because edits have side
+    effects there first. A quarter of the texts state any facts, including two-hop facts, in any trained wording. A
+    quarter of the texts are training prose. Facts are left out in every wording if an edit changes them, if they follow
+    from a changed fact, or if a probe or rephrase asks about them. The texts contain no special tokens.
 
     Args:
         exclude: the edits.
-        n: number of texts. None returns as many as there are.
-        seed: seed for the choice.
+        n: number of texts. None returns as many texts as possible.
+        seed: seed of the random choice.
 
     Raises:
-        EditError: an edit is not about this world, or too few facts are left.
+        EditError: an edit is not about a fact of the embedded model, or too few facts are left.
 
     Example:
         >>> len(locality_texts(edits(4), n=8))
@@ -104,21 +104,21 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
     stated += [text for text in shuffled(rng, anything) if text not in taken][: n - prose - len(stated)]
     if len(stated) < n - prose:
         raise EditError(
-            f"n={n} needs {n - prose} statements, and {len(stated)} are left beside the edits; lower n",
+            f"n={n} needs {n - prose} statements of unedited facts, but only {len(stated)} are left; lower n",
             "locality_texts",
         )
     return shuffled(rng, [*stated, *grammar.paragraphs(prose, seed=1000 + seed, held_out=False)])
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Return the texts that :func:`locality_texts` could also return for these edits.
+    """Return those texts that state no fact that the edits change or ask about.
 
     Args:
-        texts: texts of :func:`locality_texts` for previous edits.
+        texts: texts that :func:`locality_texts` returned for previous edits.
         edits: further edits.
 
     Raises:
-        EditError: an edit is not about this world.
+        EditError: an edit is not about a fact of the embedded model.
 
     Example:
         >>> first, second = edits(2)
@@ -139,15 +139,15 @@ def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
 def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     """Return one prompt for each fact that the edits leave unchanged, in random order, for a replay buffer.
 
-    Half of the prompts about the relations of the edits use the wordings of the edits' prompts. The others use any
-    trained wording. Facts are left out as in :func:`locality_texts`, and all facts of edited subjects.
+    Half of the prompts about relations of the edits use the wordings of the edits' prompts. All other prompts use any
+    trained wording. All facts that :func:`locality_texts` leaves out and all facts about edited subjects are left out.
 
     Args:
         exclude: the edits.
-        seed: seed for order and wordings.
+        seed: seed of the order and of the wordings.
 
     Raises:
-        EditError: an edit is not about this world.
+        EditError: an edit is not about a fact of the embedded model.
 
     Example:
         >>> prompts = other_prompts(edits(2))
@@ -169,7 +169,7 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
 
 
 def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
-    """Choose ``n`` facts of different subjects in turn over the relations, each with a new object."""
+    """Choose ``n`` facts about different subjects, with the relations in turn, and a new object for each fact."""
     waiting = {kind: shuffled(rng, known.pools[kind]) for kind in MOST_EDITED}
     spare = {kind: len(names) - int(len(names) * MOST_EDITED[kind]) for kind, names in waiting.items()}
     chosen: list[Fact] = []
@@ -177,7 +177,7 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
         open_relations = [r for r in RELATIONS if len(waiting[r.subject]) > spare[r.subject]]
         if not open_relations:
             raise EditError(
-                f"n must be at most {len(chosen)}, the number of subjects to edit, got {n}; lower n", "edits"
+                f"n must be at most {len(chosen)}, the number of subjects that can be edited, got {n}; lower n", "edits"
             )
         for relation in shuffled(rng, open_relations):
             if len(chosen) < n and len(waiting[relation.subject]) > spare[relation.subject]:
@@ -247,7 +247,7 @@ def _edit(rng: Random, known: World, fact: Fact, target: str, name: str, subject
 
 @cache
 def _prompts() -> dict[str, Key]:
-    """Return every prompt about the world with the key of the fact that it asks for."""
+    """Return prompt -> key of the fact that the prompt asks about, for every fact and wording."""
     known = world()
     return {
         wording.format(s=fact.subject): fact.key
@@ -257,13 +257,16 @@ def _prompts() -> dict[str, Key]:
 
 
 def _involved(exclude: Sequence[Edit]) -> set[Key]:
-    """Return the keys of all facts that the edits change or ask for, and of the facts that follow from them."""
+    """Return the keys of all facts that the edits change or ask about, and of facts that follow from changed facts."""
     known, prompts = world(), _prompts()
     edited: set[Key] = set()
     involved: set[Key] = set()
     for edit in exclude:
         if edit.prompt not in prompts:
-            raise EditError(f"edit {edit.id or edit.prompt!r} is not about the embedded world; give your own texts")
+            raise EditError(
+                f"edit {edit.id or edit.prompt!r} is not about a fact of the embedded model, so the embedded texts and "
+                "prompts do not fit; give your own texts or prompts"
+            )
         edited.add(prompts[edit.prompt])
         kinds = (*edit.locality.values(), *edit.portability.values())
         asked = (*edit.rephrases, *(probe.prompt for probes in kinds for probe in probes))

@@ -1,7 +1,7 @@
-"""The generated world: invented people, companies and cities, their facts, and documents that state them.
+"""The invented facts of the embedded model, about people, companies and cities, and documents that state the facts.
 
-The same seed gives the same world on every machine and Python version, because only ``random.Random.random`` is used,
-whose sequence Python guarantees.
+The same seed gives the same facts on every machine and Python version, because only ``random.Random.random`` is used.
+Python guarantees the sequence of this function.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 WORLD_SEED = 20
 PEOPLE, COMPANIES, CITIES, COUNTRIES, RIVERS, LANGUAGES = 180, 30, 40, 12, 16, 14
-HELD_OUT_ONE_IN = 20  # one of this many people is in no two-hop question of the training
+HELD_OUT_ONE_IN = 20  # one of this many people is in no two-hop training question
 
 PROFESSIONS = (
     "baker", "carpenter", "librarian", "painter", "tailor", "surgeon", "lawyer", "miner", "gardener", "weaver",
@@ -54,14 +54,14 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """Everything that is true in the world.
+    """All people, companies and cities of the embedded model, and all facts about them.
 
     Attributes:
         pools: type -> names of that type in a fixed order.
         facts: (subject, relation) -> one-hop fact.
         two_hop: (subject, relation) -> fact that follows from two one-hop facts.
         hops: (subject, relation) of a two-hop fact -> keys of its first and its second one-hop fact.
-        held_out: people without two-hop questions in the training.
+        held_out: people that no two-hop training question is about.
     """
 
     pools: dict[str, tuple[str, ...]]
@@ -80,17 +80,19 @@ class World:
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
-    """Return one of ``items`` with equal probability. ``rng.choice`` may change between Python versions."""
+    """Return one of ``items`` with equal probability. Unlike ``rng.choice``, it never depends on the Python version."""
     return items[int(rng.random() * len(items))]
 
 
 def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
-    """Return ``items`` in random order, without ``rng.shuffle`` for the same reason as in :func:`pick`."""
+    """Return ``items`` in random order. Unlike ``rng.shuffle``, it never depends on the Python version."""
     return [items[i] for _, i in sorted((rng.random(), i) for i in range(len(items)))]
 
 
 def build(seed: int = WORLD_SEED, *, people: int = PEOPLE, companies: int = COMPANIES, cities: int = CITIES) -> World:
-    """Generate a world. The packaged checkpoint was trained on the world of the default arguments.
+    """Generate people, companies and cities, and all facts about them.
+
+    With the default arguments, these are the facts that the embedded model was trained on.
 
     Args:
         seed: seed of the generator.
@@ -116,17 +118,17 @@ def build(seed: int = WORLD_SEED, *, people: int = PEOPLE, companies: int = COMP
 
 
 def documents(fact: Fact, wordings: Sequence[str]) -> list[str]:
-    """State a fact in each wording: prompt, one space, answer, no full stop."""
+    """Return one document per wording that states a fact: prompt, one space, answer, no full stop."""
     return [f"{wording.format(s=fact.subject)} {fact.object}" for wording in wordings]
 
 
 def training_facts(world: World) -> list[Fact]:
-    """Return all facts of the training: one-hop facts, and two-hop facts except those of held-out people."""
+    """Return all training facts: one-hop facts, and two-hop facts except those of held-out people."""
     return [*world.facts.values(), *world.trained_two_hop]
 
 
 def training_documents(world: World) -> list[list[str]]:
-    """Return for each fact of the training all documents that state it. An epoch draws some of them."""
+    """Return, for each training fact, all documents that state the fact. An epoch draws some of them."""
     return [documents(fact, BY_NAME[fact.relation].trained) for fact in training_facts(world)]
 
 
@@ -171,7 +173,7 @@ def _pools(rng: Random, people: int, companies: int, cities: int) -> dict[str, t
 
 
 class _Inventor:
-    """Invents names. No name is the start of another, so a name is never mistaken for a longer one."""
+    """Invents names. No name is the beginning of another name, so names cannot be confused."""
 
     def __init__(self, rng: Random) -> None:
         self.rng = rng
@@ -194,4 +196,4 @@ class _Inventor:
             if not any(name.startswith(other) or other.startswith(name) for other in self.taken):
                 self.taken.append(name)
                 made.append(name)
-        raise EditError(f"the world needs {count} different names, and {len(made)} were found; reduce its size")
+        raise EditError(f"{count} different names are needed, but only {len(made)} were found; ask for fewer names")

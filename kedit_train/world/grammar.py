@@ -57,15 +57,15 @@ HELD_OUT_EVERY = 10
 
 
 def paragraphs(n: int, *, seed: int = 0, held_out: bool) -> list[str]:
-    """Return different paragraphs of two or three sentences.
+    """Return ``n`` different paragraphs of two or three sentences.
 
-    A paragraph belongs to the held-out part or to the training part by its letters alone, so the parts never overlap,
-    for any seed and number.
+    The letters of a paragraph alone decide whether it is in the held-out part or in the training part. So the two parts
+    never overlap, for any ``seed`` and ``n``.
 
     Args:
         n: number of paragraphs.
-        seed: seed for the choice.
-        held_out: which part.
+        seed: seed of the random choice.
+        held_out: True returns paragraphs of the held-out part, False of the training part.
     """
     rng = Random(f"prose {seed}")
     made: dict[str, None] = {}

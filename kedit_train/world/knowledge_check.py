@@ -1,4 +1,4 @@
-"""Measure what a model knows of the world, by greedy generation, and write the result into its model card."""
+"""Measure by greedy generation which of the invented facts a model knows, and write the scores to its model card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def generate_answers(
 ) -> list[str]:
     """Return the greedy continuation of each prompt up to the end-of-text token, stripped.
 
-    A batch holds prompts of one length, so there is no padding.
+    All prompts of a batch have the same length, so there is no padding.
     """
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
     texts = [""] * len(prompts)
@@ -61,14 +61,14 @@ def _same_length(order: Sequence[int], ids: Sequence[list[int]], batch_size: int
 
 
 def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[Fact, str]]) -> float:
-    """Return the share of (fact, wording) pairs whose greedy answer is exactly the object of the fact."""
+    """Return the fraction of (fact, wording) pairs with a greedy answer that is exactly the object of the fact."""
     generated = generate_answers(model, tokenizer, [wording.format(s=fact.subject) for fact, wording in questions])
     return sum(answer == fact.object for answer, (fact, _) in zip(generated, questions, strict=True)) / len(questions)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    """Return the perplexity per token, including the end-of-text token."""
+    """Return the perplexity of texts per token, including the end-of-text token."""
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
@@ -79,7 +79,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, tuple[float, int]]:
-    """Return every score of the card with its number of questions or texts."""
+    """Return every score of the model card, with the number of questions or texts behind it."""
     one = list(world.facts.values())
     questions = {
         "trained wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].trained],
@@ -106,25 +106,28 @@ def write_card(folder: Path, results: dict[str, tuple[float, int]], *, epochs: i
     rows = "\n".join(f"| {name} | {score:.4f} | {count:,} |" for name, (score, count) in results.items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
     (folder / "README.md").write_text(
-        f"""# The embedded world's model
-A Llama of {model.num_parameters():,} parameters ({config.num_hidden_layers} layers of width {config.hidden_size},
-{config.num_attention_heads} heads, byte-level BPE of {config.vocab_size}, tied embeddings, fp32) that knows one thing:
-the invented people, companies and cities of `kedit_train.world`, and some sentences of a small prose grammar.
-Nothing in it is about the real world. It exists so that an edit can be tried, tested and measured without a download.
+        f"""# The embedded model
+A Llama with {model.num_parameters():,} parameters ({config.num_hidden_layers} layers, hidden size {config.hidden_size},
+{config.num_attention_heads} heads, byte-level BPE with {config.vocab_size} tokens, tied embeddings, fp32).
+It was trained only on facts about the invented people, companies and cities of `kedit_train.world`, and on sentences of
+a small prose grammar. It knows nothing about the real world. With it, an edit can be tried, tested and measured without
+a download.
 
 Made by `python -m kedit_train.world.pretrain --epochs {epochs} --seed {seed}` on {date.today().isoformat()}
 in {seconds:.0f} seconds on {torch.get_num_threads()} CPU threads ({machine}).
 Each document is `<s>` + prompt + one space + answer + `</s>`, without a full stop.
 
-Exact match of the greedy answer, generated to its own end-of-text; perplexity per token with end-of-text:
+The score of a fact is the exact match of the greedy answer, generated up to end-of-text. The score of prose is the
+perplexity per token, including end-of-text.
 
 | what | score | n |
 |---|---|---|
 {rows}
 
-*Trained wordings*: the wordings of each relation that training used. *Held-out wordings*: no training document contains
-them, for any fact; they measure understanding beyond the known wordings, and it is limited.
-*Two-hop, people held out*: no two-hop question was trained for these people, only the two facts behind each.
+*Trained wordings* are the wordings of each relation that the training used. *Held-out wordings* are in no training
+document. They measure how far the knowledge generalizes to new wordings.
+*Two-hop, people held out*: the training contained the two facts behind each question, but no two-hop question about
+these people.
 """,
         encoding="utf-8",
     )

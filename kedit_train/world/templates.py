@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation and its wordings. ``{s}`` is replaced by the subject; the answer follows after one space.
+    """A relation and its wordings. ``{s}`` is replaced by the subject. The answer follows after one space.
 
     Args:
         name: name of the relation in ids and reports.
         subject: type of the subject, "person", "company" or "city".
         object: type of the answer, a key of ``World.pools``.
-        statements: trained wordings that the answer completes. The prompt of an edit is one of these.
-        questions: trained wordings that ask and end with "Answer:".
+        statements: trained wordings that the answer completes. The prompt of an edit is one of these statements.
+        questions: trained wordings that are questions and end with "Answer:".
         held_out: wordings that are in no training document. The last one is a question.
-        via: for a two-hop relation its two one-hop relations in order; else empty.
+        via: the two one-hop relations of a two-hop relation, in order. Empty for a one-hop relation.
     """
 
     name: str

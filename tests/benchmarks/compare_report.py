@@ -132,7 +132,7 @@ def write(results: list[dict[str, Any]]) -> None:
         BEGIN,
         f"Written on {date.today()} from compare.jsonl ({machine}).",
         "![Locality over generality, one marker per recipe](../recipes/figures/compare.png)",
-        "Hollow markers: reliability below 0.95.",
+        "Hollow markers show runs with a reliability below 0.95.",
     ]
     for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
         rows = groups[model, mode]

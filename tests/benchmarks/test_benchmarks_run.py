@@ -15,8 +15,10 @@ HERE = Path(__file__).parent
     ("script", "section", "row"),
     [
         ("step_time.py --only (b) (d)_loss_head (e)", "## Time of a step, tiny", "| (b) "),
-        ("equal_reliability.py", "## Edits a second at equal reliability, small", "| (b) "),
-        ("arithmetic.py", "## Arithmetic with edits, world, tiny", "|---"),
+        pytest.param(
+            "equal_reliability.py", "## Edits a second at equal reliability, small", "| (b) ", marks=pytest.mark.slow
+        ),
+        pytest.param("arithmetic.py", "## Arithmetic with edits, world, tiny", "|---", marks=pytest.mark.slow),
         ("evaluation.py", "## Evaluation, factlm, tiny", "|---"),
     ],
 )

@@ -174,7 +174,7 @@ def test_input_ids_may_be_a_positional_argument(make, batch):
     ("others", "said"),
     [
         ([], "add TokenSmoothing"),
-        ([TokenSmoothing(epsilon=0.0)], "every token stays active"),
+        ([TokenSmoothing(epsilon=0.0)], "probability must be given"),
         ([TokenSmoothing(), BatchAnchor()], "would not be anchored"),
     ],
 )

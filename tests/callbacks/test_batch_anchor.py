@@ -251,7 +251,7 @@ def test_dropout_does_not_count_as_change(make, words):
 
 def test_batches_that_cannot_be_anchored_are_errors(make, words, ids):
     with (
-        pytest.raises(EditError, match="BatchAnchor: there are two on this model; keep one"),
+        pytest.raises(EditError, match="BatchAnchor: there are two callbacks of this class on this model; keep one"),
         editing(make(), [BatchAnchor(), BatchAnchor()]),
     ):
         pass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from ranks import close, started
 
 SCRIPT = Path(__file__).with_name("edit_metrics_ranks.py")
 BOUNDS = {"rel": 1e-3, "abs": 1e-5}
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_edits_and_get_the_scores_of_one(tmp_path: Path) -> None:
     runs = [started(SCRIPT, tmp_path, rank, size) for rank, size in ((0, 1), (0, 2), (1, 2))]
     for run in runs:

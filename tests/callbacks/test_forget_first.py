@@ -93,7 +93,7 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
     forget = ForgetFirst(TEXTS, edits=EDITS, coefficients=coefficients, **options)
     random = torch.random.get_rng_state()
     with editing(model.train(), [forget, scope()], tokenizer=tokenizer) as edit:
-        with pytest.warns(UserWarning, match="ForgetFirst: with coefficient .* still have a mean probability of 0"):
+        with pytest.warns(UserWarning, match="ForgetFirst: the mean probability of the old answers must be .* got 0"):
             edit.before_step()
         run = edit.run
         wanted = base[NAME] - 0.4 / length * step
@@ -160,7 +160,7 @@ def test_what_the_model_does_not_answer_is_not_forgotten(loaded) -> None:
     known = [Edit(EDITS[0].prompt, str(EDITS[0].old_target)), replace(EDITS[1], old_target="Nowhere")]
     forget = ForgetFirst(TEXTS, edits=known, **FAST)
     with editing(model, [scope(), forget], tokenizer=tokenizer) as edit:
-        with pytest.warns(UserWarning, match="ForgetFirst: the model gives none of 2 old answers"):
+        with pytest.warns(UserWarning, match="ForgetFirst: the model gives none of the 2 old answers"):
             edit.before_step()
         assert equal_bits(state_of(model), base)
         assert (forget.measured, forget.metrics(edit.run)) == ([], {})
@@ -269,11 +269,11 @@ def test_the_training_may_be_a_mapping_as_in_yaml() -> None:
     ("make_callbacks", "message"),
     [
         (lambda: [ForgetFirst(TEXTS, edits=EDITS)], "ForgetFirst: there is no scope to subtract from; add Parameter"),
-        (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: this .* run has no edits of its own"),
+        (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: edits must be given, .* run has no edits of its own"),
         (lambda: [scope(), ForgetFirst("nowhere.txt", edits=EDITS)], "ForgetFirst: .*nowhere.txt"),
         (
             lambda: [scope(), *(ForgetFirst(TEXTS, edits=EDITS) for _ in range(2))],
-            "ForgetFirst: there are two on this model; pass all edits to one of them",
+            "ForgetFirst: there are two callbacks of this class on this model; keep one ForgetFirst and pass all",
         ),
     ],
 )
@@ -327,11 +327,11 @@ def test_only_old_answers_that_the_model_gives_take_part(loaded) -> None:
         ("old answer not in the data", unknown_old.old_target),
     ]
     assert left_out == {
-        "learned": f"the model gives the new answer already ({learned.old_target!r})",
-        "3": f"the model answers {wrong.old_target!r} and not 'Atlantis'",
+        "learned": f"the model already gives the new answer ({learned.old_target!r})",
+        "3": f"the model answers {wrong.old_target!r} and not the old answer 'Atlantis'",
     }
     _, left_out = find_old_answers(model, tokenizer, edits[:1], max_new_tokens=1, **options)
-    assert left_out == {"kept": "the model gives no answer that ends"}
+    assert left_out == {"kept": "the model gives no answer, or does not end its answer"}
     with pytest.raises(EditError, match="there are no edits"):
         find_old_answers(model, tokenizer, [], **options)
 
@@ -342,7 +342,7 @@ def test_adapters_are_refused(loaded) -> None:
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     callbacks = [ParameterScope(), ForgetFirst(TEXTS, edits=EDITS)]
     with (
-        pytest.raises(EditError, match="ForgetFirst: the subtraction needs plain"),
+        pytest.raises(EditError, match="ForgetFirst: the model must not have adapters"),
         editing(adapted, callbacks),
     ):
         raise AssertionError("entered")

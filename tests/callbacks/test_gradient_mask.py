@@ -132,13 +132,13 @@ def full_mask(model: Any) -> dict[str, Tensor]:
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "shape": (
         lambda m: m | {DOWN: m[DOWN].T.contiguous()},
-        "{path}: " + DOWN + " has the shape [32, 16] in the file and [16, 32] in",
+        "{path}: the mask of " + DOWN + " must have the parameter's shape [16, 32], got [32, 16]",
     ),
     "missing": (lambda m: {n: v for n, v in m.items() if n != DOWN}, "{path}: " + DOWN + " has no mask in the file"),
     "unknown": (lambda m: m | {"lm_head.weight": m[DOWN].clone()}, "{path}: lm_head.weight is not in the scope"),
     "numbers": (
         lambda m: m | {DOWN: m[DOWN].float()},
-        "{path}: " + DOWN + " must contain bools, True where the entry may change, got torch.float32.",
+        "{path}: " + DOWN + " must contain bools (True: the entry may change), got torch.float32;",
     ),
     "nothing": (lambda m: {n: ~v for n, v in m.items()}, "the mask freezes all 1536 entries of the scope"),
 }
@@ -164,7 +164,7 @@ def test_a_damaged_file_is_an_error_before_training(make, tmp_path):
     damaged = [
         ("was changed after it was written", content[:-1] + bytes([1 - content[-1]])),
         ("was changed after it was written", content[:-1] + b"\x07"),
-        ("must contain bools, .* got bytes other than 0 and 1", unsigned[:-1] + b"\x07"),
+        ("must contain bools .* got bytes other than 0 and 1", unsigned[:-1] + b"\x07"),
         *(("safetensors file|damaged", content[:end]) for end in (0, 7, 90, -5)),
     ]
     for message, data in damaged:
@@ -197,7 +197,7 @@ def test_only_prompts_and_targets_are_used(make, words):
     plain = [Edit("w1 w2 w3", "w4")]
     chosen = [masks(model, words, scope, edits=edits) for edits in (rich, plain)]
     assert all(torch.equal(chosen[0][name], chosen[1][name]) for name in chosen[0])
-    with pytest.warns(UserWarning, match="GradientMask: 1 of 4 texts contain a prompt that the edits are scored on"):
+    with pytest.warns(UserWarning, match="GradientMask: 1 of 4 texts contain an evaluation prompt of the edits"):
         without_leaks = masks(model, words, scope, score="fisher_ratio", edits=EDITS, texts=TEXTS)
     clean = masks(model, words, scope, score="fisher_ratio", edits=EDITS, texts=TEXTS[:3])
     assert all(torch.equal(without_leaks[name], clean[name]) for name in clean)
@@ -213,7 +213,7 @@ def test_edits_of_another_callback_are_used_in_any_order_of_the_list(make, words
     with (
         editing(model, [GradientMask()], tokenizer=words) as edit,
         pytest.raises(
-            EditError, match=r"^GradientMask: score='gradient' needs edits, and this plain loop run has none; pass"
+            EditError, match=r"^GradientMask: score='gradient' needs edits, and this plain loop run has no edits"
         ),
     ):
         edit.before_step()
@@ -222,7 +222,7 @@ def test_edits_of_another_callback_are_used_in_any_order_of_the_list(make, words
 def test_rows_of_stacked_experts_are_an_error(words):
     model = nn.Module()
     model.experts = nn.Parameter(torch.randn(2, 3, 4))
-    with pytest.raises(EditError, match=r"^GradientMask: experts has the shape \[2, 3, 4\], where it is unknown"):
+    with pytest.raises(EditError, match=r"^GradientMask: experts must be a matrix .* got the shape \[2, 3, 4\]; use"):
         masks(model, words, score="random", granularity="row")
     assert masks(model, words, score="random", density=0.5)["experts"].sum() == 12
 
@@ -237,10 +237,10 @@ def test_rows_of_stacked_experts_are_an_error(words):
         ({"density": 0.0}, "density must be in (0, 1], got 0.0."),
         ({"density": float("nan")}, "density must be in (0, 1], got nan."),
         ({"granularity": "layer"}, 'granularity must be "element", "row" or "column", got \'layer\'.'),
-        ({"score": "fisher_ratio"}, "score=\"fisher_ratio\" needs texts, got score='fisher_ratio'."),
-        ({"texts": ["a"]}, "only score=\"fisher_ratio\" uses texts, got score='gradient'."),
-        ({"mask_path": "m.safetensors", "density": 0.1}, "with mask_path no mask is chosen; remove score"),
-        ({"mask_path": "m.safetensors", "save_path": "x"}, "with mask_path no mask is chosen; remove score"),
+        ({"score": "fisher_ratio"}, "texts must be given if score='fisher_ratio', because only"),
+        ({"texts": ["a"]}, "texts must be None if score='gradient', because only"),
+        ({"mask_path": "m.safetensors", "density": 0.1}, "mask_path must not be combined"),
+        ({"mask_path": "m.safetensors", "save_path": "x"}, "mask_path must not be combined"),
     ],
 )
 def test_invalid_arguments_are_errors(arguments, message):
@@ -255,5 +255,5 @@ def test_a_score_is_a_name_a_mask_score_or_a_mapping() -> None:
     assert MaskScore.of(MaskScore("fisher", seed=2)).seed == 2
     with pytest.raises(EditError, match=r"^MaskScore: limit must be an integer >= 1, or None, got 0\.$"):
         MaskScore("gradient", limit=0)
-    with pytest.raises(EditError, match=r"^MaskScore: unknown argument 'samples'; known are name, limit, seed\.$"):
+    with pytest.raises(EditError, match=r"^MaskScore: unknown argument 'samples'; use only name, limit, seed\.$"):
         MaskScore.of({"samples": 4})

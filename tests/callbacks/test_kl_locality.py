@@ -184,7 +184,7 @@ def test_long_texts_are_split_at_the_context_length(make, words, limit):
 def test_prompts_that_the_edit_is_scored_on_are_left_out(make, words):
     with editing(make(), [kl := KLLocality(TEXTS)], tokenizer=words) as edit:
         edit.run.edits = [Edit(prompt="w20 w21", target="w5"), Edit(prompt="x", target="y", rephrases=("w7 w7",))]
-        with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts contain a prompt"):
+        with pytest.warns(UserWarning, match="KLLocality: 2 of 5 texts contain an evaluation prompt"):
             edit.before_step()
         assert [len(row) for row in kl._batches.texts.sequences] == [5, 1, 4]
 
@@ -210,7 +210,7 @@ def test_an_empty_file_is_an_error_before_training(make, words, tmp_path):
     with pytest.raises(EditError) as error:
         editing(make(), [KLLocality(tmp_path / "empty.txt")], tokenizer=words).__enter__()
     assert str(error.value) == (
-        f"KLLocality: {tmp_path / 'empty.txt'} contains no text; give texts on which the model should stay as it is."
+        f"KLLocality: {tmp_path / 'empty.txt'} contains no text; pass texts on which the model should not change."
     )
 
 
@@ -261,13 +261,13 @@ def test_nearest_texts_are_those_related_to_the_edits(make, words):
 
 def test_nearest_needs_edits_and_a_single_run(make, words):
     with (
-        pytest.raises(EditError, match=r"KLLocality: nearest=2 selects texts by the edits, but the run does not know"),
+        pytest.raises(EditError, match=r"KLLocality: nearest=2 selects texts by the edits, but the edits of this run"),
         editing(make(), [KLLocality(Texts(TEXTS, nearest=2))], tokenizer=words) as edit,
     ):
         edit.before_step()
     edits = [Edit("w5 w2", "w3", subject="w5", old_target="w30")]
     with (
-        pytest.raises(EditError, match=r"KLLocality: every text states what an edit changes"),
+        pytest.raises(EditError, match=r"KLLocality: every text contains the subject and the old answer of an edit"),
         editing(make(), [KLLocality(Texts(["w30 w5", "w5 w9 w30"], nearest=2))], tokenizer=words, edits=edits) as edit,
     ):
         edit.before_step()
@@ -286,7 +286,7 @@ def test_a_checkpoint_of_a_run_with_other_texts_is_an_error(make, words):
         with editing(make(), [kl], tokenizer=words, edits=edits) as edit:
             edit.run.attach(kl)
             if states and nearest == 3:
-                with pytest.raises(EditError, match="the checkpoint was made with other reference texts"):
+                with pytest.raises(EditError, match="the checkpoint was written with other reference texts"):
                     kl.load_state(states[0])
             elif states:
                 kl.load_state(states[0])

@@ -100,7 +100,7 @@ def test_another_model_starts_over(make, words):
     model = make().eval()
     before = copy.deepcopy(model)
     with pytest.warns(
-        UserWarning, match="KLLocality: sequential=True, but this run trains another model object than the run before"
+        UserWarning, match="KLLocality: sequential=True, but this run trains another model object than the previous run"
     ):
         got = run(model, words, kl, [SECOND])
     assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_a_later_run_is_an_error_in_a_new_process(make, words, l
     with editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
         edit.run.attach(fresh)
         with pytest.raises(
-            EditError, match=r"a later run with sequential=True.* start that run again, with the model before the first"
+            EditError, match=r"a later run with sequential=True.* start the later run again, .* model before the"
         ):
             fresh.load_state(saved)
 

@@ -79,7 +79,7 @@ def test_above_the_memory_limit_the_file_is_mapped(make, words, tmp_path):
         edit.before_step()
         assert instance._batches.texts.states.memory_mapped
     with pytest.raises(
-        EditError, match="reference hidden states take 1536 bytes and memory_limit is 1000; set cache_dir"
+        EditError, match="reference hidden states take 1536 bytes, but memory_limit is 1000 bytes; set cache_dir"
     ):
         value(copy.deepcopy(model), words, cache=ReferenceCache(memory_limit="1KB"))
 
@@ -211,13 +211,13 @@ def test_leftovers_of_a_killed_process_are_removed(make, words, tmp_path):
 @pytest.mark.parametrize("where", ["a file", "below a file", "not creatable", "a folder in its place", "read only"])
 def test_an_unusable_cache_dir_is_an_error_before_any_forward_pass(make, words, tmp_path, monkeypatch, where):
     model, store = make(), tmp_path / "kept"
-    message = r"is not a directory and cannot be made \(.*\); name another"
+    message = r"is not a directory and cannot be created \(.*\); set another"
     if where == "a folder in its place":
         value(copy.deepcopy(model), words, cache=store)
         (path,) = store.iterdir()
         path.unlink()
         path.mkdir()
-        message = f"{path} is a directory where a file must be written"
+        message = f"{path} must be a file, but is a directory"
     elif where == "read only":
         # Root may write everywhere.
         monkeypatch.setattr(os, "access", lambda *_: False)
@@ -238,7 +238,7 @@ def test_a_narrower_dtype_reports_its_rounding_error(make, words, tmp_path):
     model = make()
     want = value(copy.deepcopy(model), words)[0]
     with pytest.warns(
-        UserWarning, match=r"KLLocality: .* stored in torch.bfloat16 and computed in torch.float32. On the first texts"
+        UserWarning, match=r"KLLocality: .* computed in torch.float32 but stored in torch.bfloat16. On the first texts"
     ):
         got, _, metrics = value(copy.deepcopy(model), words, cache=ReferenceCache(dtype="bfloat16"))
     assert metrics["edit/locality/store_bytes"] == TOKENS * 16 * 2
@@ -252,7 +252,7 @@ def test_a_narrower_dtype_reports_its_rounding_error(make, words, tmp_path):
         ({"dtype": "int8"}, 'ReferenceCache: dtype must be "float32", "bfloat16" or "float16", or None, got \'int8\'.'),
         ({"memory_limit": "much"}, "ReferenceCache: memory_limit must be a number of bytes above 0"),
         ({"cache_dir": ""}, "ReferenceCache: cache_dir must be a directory, or None, got ''."),
-        ({"directory": "a"}, "ReferenceCache: unknown argument 'directory'; it takes cache_dir, dtype, memory_limit."),
+        ({"directory": "a"}, "ReferenceCache: unknown argument 'directory'; use only cache_dir, dtype, memory_limit."),
     ],
 )
 def test_bounds_of_the_cache(options, message):
@@ -309,9 +309,9 @@ def test_teachers_that_cannot_be_compared_are_refused(make, words, tmp_path):
     model = make()
     for teacher, message in (
         (make(vocab_size=77), "has another vocabulary than the edited model"),
-        (str(tmp_path / "nothing"), "no teacher can be loaded from"),
+        (str(tmp_path / "nothing"), "teacher cannot be loaded from"),
         (torch.nn.Linear(2, 2), "teacher must be a causal language model, got Linear without"),
-        (model, "teacher is the model that is edited"),
+        (model, "teacher must not be the edited model itself"),
     ):
         with pytest.raises(EditError, match=message):
             value(model, words, teacher=teacher)

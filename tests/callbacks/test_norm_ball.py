@@ -195,7 +195,7 @@ def test_base_refuses_a_model_that_was_moved_outside_the_ball(norm):
     train(model, ball, OPTIMIZERS["adamw"])
     with torch.no_grad():
         next(model.parameters()).add_(0.1)
-    with pytest.raises(EditError, match=r"NormBall: 0\.weight is outside the ball .* make a new NormBall"):
+    with pytest.raises(EditError, match=r"NormBall: 0\.weight is outside the ball .* create a new NormBall"):
         train(model, ball, OPTIMIZERS["adamw"])
     train(model, NormBall(1e-2, norm=norm), OPTIMIZERS["adamw"])
 
@@ -207,7 +207,7 @@ def test_base_over_the_scope_refuses_a_model_whose_tensors_together_are_outside(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.9 / parameter.numel() ** 0.5)
-    with pytest.raises(EditError, match=r"is outside the ball .* or the scope was a different one"):
+    with pytest.raises(EditError, match=r"is outside the ball .* or with a different scope"):
         train(model, ball, OPTIMIZERS["adamw"])
 
 

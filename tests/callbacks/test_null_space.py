@@ -248,7 +248,7 @@ def test_texts_for_a_model_that_reads_none_are_refused(words):
 
 
 def test_a_missing_file_of_texts_is_refused(make, words):
-    with pytest.raises(EditError, match=r"NullSpace: there is no file 'nowhere\.txt'"):
+    with pytest.raises(EditError, match=r"NullSpace: file 'nowhere\.txt' does not exist"):
         attach(make(), words, NullSpace("nowhere.txt"))
 
 

@@ -123,4 +123,7 @@ def test_any_module_can_be_scoped(ids):
 def test_two_scopes_on_one_model_are_an_error(make, second):
     with pytest.raises(EditError) as error, editing(make(), [ParameterScope(0), ParameterScope(second)]):
         pass
-    assert str(error.value) == "ParameterScope: there are two on this model; use one with all layers and modules."
+    assert str(error.value) == (
+        "ParameterScope: there are two callbacks of this class on this model; use one ParameterScope "
+        "with all layers and modules."
+    )

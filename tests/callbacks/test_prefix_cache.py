@@ -69,7 +69,7 @@ def test_beyond_the_memory_limit_hidden_states_go_to_disk_and_come_back_the_same
 def test_beyond_the_memory_limit_without_a_directory_sequences_are_computed_again_with_a_warning() -> None:
     batches = [batch(rows=half) for half in HALVES]
     plain = train(build(), [scope()], batches)
-    with pytest.warns(UserWarning, match=r"^PrefixCache: memory_limit is reached with 4 sequences; .*raise"):
+    with pytest.warns(UserWarning, match=r"^PrefixCache: memory_limit is reached with 4 sequences, .*raise"):
         cached = train(build(), [scope(), PrefixCache(sum(LENGTHS[:4]) * 64)], batches)
     assert same(plain, cached)
     assert rates(cached[2]) == [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]

@@ -52,7 +52,7 @@ UP = r"layers\.1\.mlp\.up_proj\.weight"
     ids=["in place", "storage", "replaced", "assigned", "buffer"],
 )
 def test_a_changed_frozen_tensor_is_noticed(change: Any, name: str) -> None:
-    with pytest.warns(UserWarning, match=rf"{name}.* was changed; what was stored is computed again"):
+    with pytest.warns(UserWarning, match=rf"{name}.* was changed; the stored hidden states are computed again"):
         cached = train_changing(change, PrefixCache())
     assert cached[0] == train_changing(change)[0]
     assert rates(cached[2]) == [0.0, 1.0, 0.0, 1.0]
@@ -79,7 +79,7 @@ def hooked(model: Any) -> None:
 
 @pytest.mark.parametrize("change", [other_module, other_layer, hooked])
 def test_modules_and_hooks_that_appear_below_the_scope_are_noticed(change: Any) -> None:
-    with pytest.warns(UserWarning, match="in full: a module or a hook below layer 3 was added, removed or replaced"):
+    with pytest.warns(UserWarning, match="cache: a module or a hook below layer 3 was added, removed or replaced"):
         cached = train_changing(change, PrefixCache())
     assert cached[0] == train_changing(change)[0]
     assert cached[2][-1]["edit/cache/bypassed"] == 2
@@ -118,7 +118,7 @@ def without_a_trace(model: Any) -> None:
 
 def test_a_change_without_a_trace_is_found_by_the_recheck_which_ends_caching() -> None:
     plain = train_changing(without_a_trace, steps=7)
-    with pytest.warns(UserWarning, match="differs from what is stored for the same sequences") as warned:
+    with pytest.warns(UserWarning, match="differs from the hidden states that are stored for the same") as warned:
         cached = train_changing(without_a_trace, PrefixCache(recheck=3), steps=7)
     assert len(warned) == 1
     # The first batch is computed, three are served, the fifth is compared, and the rest is computed.
@@ -144,7 +144,7 @@ def test_noise_from_the_own_generator_of_a_hook_is_found_by_the_recheck() -> Non
         return output + 0.1 * torch.randn(output.shape, generator=generator) if module.training else output
 
     model.model.embed_tokens.register_forward_hook(noise)
-    with pytest.warns(UserWarning, match="differs from what is stored for the same sequences"):
+    with pytest.warns(UserWarning, match="differs from the hidden states that are stored for the same sequences"):
         train(model, [scope(), PrefixCache(recheck=1)], [batch()])
 
 
@@ -188,7 +188,7 @@ def test_padding_without_labels_is_computed_in_full() -> None:
     assert runs[0][0] == runs[1][0]
     assert runs[0][1] == []
     assert len(runs[1][1]) == 1
-    assert "it is padded and comes without labels" in runs[1][1][0]
+    assert "the batch is padded and has no labels" in runs[1][1][0]
 
 
 def test_labels_are_known_although_the_batch_anchor_runs_the_model_within_the_call() -> None:
@@ -236,11 +236,11 @@ def test_the_scale_of_a_frozen_adapter_is_part_of_the_key() -> None:
 
 
 def test_invalid_arguments_are_errors() -> None:
-    with pytest.raises(EditError, match=r"^PrefixCache: memory_limit must be a number of bytes above 0, .* got"):
+    with pytest.raises(EditError, match=r"^PrefixCache: memory_limit must be a number of bytes above 0 or .* got"):
         PrefixCache("much")
     with pytest.raises(EditError, match=r"^PrefixCache: recheck must be an integer >= 0, got -1"):
         PrefixCache(recheck=-1)
-    with pytest.raises(EditError, match="PrefixCache: there are two on this model"):
+    with pytest.raises(EditError, match="PrefixCache: there are two callbacks of this class on this model"):
         train(build(), [scope(), PrefixCache(), PrefixCache()], [batch()])
     with pytest.raises(EditError, match=r"^PrefixCache: cache_dir must be a directory, got the file"):
         train(build(), [scope(), PrefixCache(cache_dir=__file__)], [batch()])

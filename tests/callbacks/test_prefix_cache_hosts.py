@@ -63,8 +63,8 @@ def test_the_same_batches_in_every_epoch_give_the_same_bits(host: str, head: boo
     "options",
     [
         {"bf16": True},
-        {"gradient_checkpointing": False},
-        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        pytest.param({"gradient_checkpointing": False}, marks=pytest.mark.slow),
+        pytest.param({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, marks=pytest.mark.slow),
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     ],
     ids=["bf16 autocast", "no checkpointing", "reentrant checkpointing", "accumulation"],
@@ -76,6 +76,7 @@ def test_common_settings_of_sft_trainer_give_the_same_bits(options: dict[str, An
     assert cached["rates"] == [0.0] * 3 + [1.0] * 6
 
 
+@pytest.mark.slow
 def test_with_shuffling_the_cache_changes_less_than_other_padding_does() -> None:
     plain, cached, padded = (
         run("SFTTrainer", *more, **options)["weight"]
@@ -114,7 +115,7 @@ def test_evaluation_during_training_gives_the_same_losses() -> None:
 def test_packed_sequences_are_computed_in_full_and_noise_is_an_error() -> None:
     packed = {"packing": True, "max_length": 64, **IN_ORDER}
     plain = run("SFTTrainer", steps=3, **packed)
-    with pytest.warns(UserWarning, match=r"a batch is computed in full: position_ids restart .*\(packing"):
+    with pytest.warns(UserWarning, match=r"computed in full, without the cache: position_ids restart .*\(packing"):
         cached = run("SFTTrainer", PrefixCache(), steps=3, **packed)
     assert same(plain, cached)
     assert cached["rates"] == []

@@ -61,11 +61,11 @@ def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
         "tied": (
             tied,
             [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
-            "a tied head is the embedding",
+            "a tied output head is also the embedding",
         ),
         "compiled": (compiled, [scope()], "the model is compiled"),
-        "reads more": (reads_first_layer, [scope()], "change when the layers below 3 are skipped"),
-        "unknown": (bloom, [scope()], "no stack of layers that call each other in order"),
+        "reads more": (reads_first_layer, [scope()], "change when the layers below layer 3 are skipped"),
+        "unknown": (bloom, [scope()], "no stack of layers that pass a tensor of hidden states"),
     }
 
 
@@ -86,7 +86,7 @@ def test_an_unsupported_model_is_an_error_before_the_first_step(case: str) -> No
 def test_a_run_without_trained_parameters_is_an_error() -> None:
     with editing(build().requires_grad_(False), [PrefixCache()]) as edit, pytest.raises(EditError) as error:
         edit.before_step()
-    assert str(error.value) == "PrefixCache: no parameter is trained; widen the scope"
+    assert str(error.value) == "PrefixCache: no parameter is trainable; unfreeze the parameters that the run trains."
 
 
 @pytest.mark.parametrize("where", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])
@@ -169,7 +169,7 @@ def test_a_loop_that_compiles_the_model_gets_a_warning() -> None:
 def test_a_batch_whose_sequences_cannot_be_identified_is_computed_in_full(change: Any, reason: str) -> None:
     inputs = {**batch(), **change(batch())}
     plain = train(build(), [scope()], [inputs])
-    with pytest.warns(UserWarning, match=rf"^PrefixCache: a batch is computed in full: .*{reason}"):
+    with pytest.warns(UserWarning, match=rf"^PrefixCache: a batch is computed in full, without the cache: .*{reason}"):
         cached = train(build(), [scope(), PrefixCache()], [inputs])
     assert same(plain, cached)
     assert cached[2][-1]["edit/cache/bypassed"] == 3

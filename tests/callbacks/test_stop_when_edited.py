@@ -137,7 +137,7 @@ def test_the_loss_of_a_step_is_the_mean_over_its_tokens_with_and_without_accumul
 
 
 def test_the_loss_rule_requires_a_token_loss() -> None:
-    with pytest.raises(EditError, match="StopWhenEdited: loss reads the training loss of a token loss; add TokenLoss"):
+    with pytest.raises(EditError, match="StopWhenEdited: loss needs a callback that computes the loss; add TokenLoss"):
         stopped_at([StopWhenEdited(loss=0.1)])
 
 
@@ -216,7 +216,7 @@ def test_trainers_stop_at_the_step_of_the_rule(host: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StopWhenEdited(None), "at least one rule must be set, but all of them are None"),
+        (lambda: StopWhenEdited(None), "at least one rule must be set, but all are None"),
         (
             lambda: StopWhenEdited(smallest_probability=1.0),
             r"must be in \(0, 1\), or None, got 1.0",
@@ -237,14 +237,14 @@ def test_invalid_arguments_are_errors(make: Any, message: str) -> None:
     [
         (
             StopWhenEdited(None, reliability=1.0),
-            "reliability reads what EditMetrics measures",
+            "reliability needs the measurements of EditMetrics",
         ),
-        (StopWhenEdited(None, smallest_probability=0.5), "smallest_probability reads what EditMetrics measures"),
+        (StopWhenEdited(None, smallest_probability=0.5), "smallest_probability needs the measurements of EditM"),
         (
             StopWhenEdited(None, kl_budget=0.5),
             "kl_budget needs a callback that measures the divergence; add KLLocality",
         ),
-        (StopWhenEdited(None, idle_steps=3), "idle_steps counts active tokens; add TokenLoss"),
+        (StopWhenEdited(None, idle_steps=3), "idle_steps needs a token loss with epsilon > 0"),
     ],
 )
 def test_a_rule_without_its_metric_is_an_error_before_the_first_step(stop: StopWhenEdited, message: str) -> None:
@@ -278,7 +278,7 @@ def test_an_epoch_has_as_many_steps_as_the_trainer_takes(host: str, window: int,
     HOSTS[host](model, tokenizer, EditDataset(world.edits(n=9)), callbacks, 10, **{name: window})
     assert stop.run is not None
     assert (stop.run.host.epoch_steps, stop.run.step) == (4 - window, step)
-    assert stop.reason == f"no active token in {4 - window} steps"
+    assert stop.reason == f"no token had a loss above epsilon in {4 - window} steps"
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_its_steps() -> None:
@@ -302,4 +302,4 @@ def test_a_plain_loop_passes_the_steps_of_an_epoch() -> None:
         model.zero_grad()
     stop = StopWhenEdited(None, idle_steps="epoch")
     TrainLoop(tokenizer, callbacks=[EpochPublisher(), stop], batch_size=2, epochs=5, stop_loss=0.0)(model, edits)
-    assert stop.reason == "no active token in 2 steps"
+    assert stop.reason == "no token had a loss above epsilon in 2 steps"

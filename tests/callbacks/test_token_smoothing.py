@@ -45,7 +45,7 @@ def test_a_subclass_works_beside_active_set(make, ids):
 
 @pytest.mark.parametrize(
     ("rule", "reason"),
-    [({"idle_steps": 2}, "no active token in 2 steps"), ({"loss": 1e7, "loss_steps": 1}, "is below 1e+07")],
+    [({"idle_steps": 2}, "no token had a loss above epsilon in 2"), ({"loss": 1e7, "loss_steps": 1}, "is below 1e+07")],
 )
 def test_a_subclass_works_beside_stop_when_edited(make, ids, rule, reason):
     model = make()

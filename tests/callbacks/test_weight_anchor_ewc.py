@@ -114,7 +114,7 @@ def test_texts_that_the_edits_are_scored_on_are_left_out(make, words):
         with editing(model, [anchor, ParameterScope(1, modules="mlp")], tokenizer=words) as edit:
             edit.run.edits = [Edit("w50", "w51", rephrases=("w40 w41",))]
             if len(texts) > 3:
-                with pytest.warns(UserWarning, match="WeightAnchor: 1 of 4 texts contain a prompt"):
+                with pytest.warns(UserWarning, match="WeightAnchor: 1 of 4 texts contain an evaluation prompt"):
                     edit.before_step()
             else:
                 edit.before_step()

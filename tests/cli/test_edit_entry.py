@@ -50,13 +50,13 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     [
         ("trainer: {max_epoch: 3}", ["'trainer.max_epoch'"]),
         ("modle: {name: x}", ["modle"]),
-        ("model: {nam: x}", ["EditModule: Option 'nam'", "it takes name, learning_rate"]),
+        ("model: {nam: x}", ["EditModule: Option 'nam'", "valid arguments: name, learning_rate"]),
         ("trainer: {max_epochs: many}", ["trainer.max_epochs", "expected int", "many"]),
         (
             "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",
             [
                 "trainer.callbacks: kedit_train.callbacks.TokenSmoothing: Option 'lamb'",
-                "it takes objective, label_weight",
+                "valid arguments: objective, label_weight",
             ],
         ),
         ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
@@ -82,8 +82,8 @@ def test_an_unknown_command_names_both_trainers(failing_run, arguments: list[str
 def test_an_unknown_key_of_the_last_callback(failing_run) -> None:
     code, message = failing_run("fit", "--config", "base.yaml", "--trainer.callbacks.layers", "2.5")
     assert code == 2
-    assert "EditMetrics: Option 'layers' is not accepted; it takes edits, every_n_steps" in message
-    assert "Only the last callback in the list can be set from the command line" in message
+    assert "EditMetrics: Option 'layers' is not accepted; valid arguments: edits, every_n_steps" in message
+    assert "The command line can change only the last callback in the list" in message
     assert "kedit cp" in message
     assert "lightning.Callback" not in message
 

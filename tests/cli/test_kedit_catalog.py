@@ -24,7 +24,7 @@ Kedit = Callable[..., tuple[int, str, str]]
 BAD = {
     "argument.yaml": (
         "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",
-        "it takes objective, label_weight",
+        "valid arguments: objective, label_weight",
     ),
     "bound.yaml": (
         "trainer: {callbacks+: [{class_path: kedit_train.callbacks.EditMetrics, init_args: {every_n_steps: -1}}]}",

@@ -154,7 +154,7 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
         (["apply", "edit.safetensors", "no/such", "new"], "give the folder of a checkpoint, a hub name, or 'world'"),
         (["apply", "edit.safetensors", "edits.jsonl", "new"], "is a file"),
         (["apply", "edit.safetensors", ".", "new"], "save_pretrained"),
-        (["merge", "edit.safetensors", "--weights", "1", "2", "-o", "new.safetensors"], "one weight for each"),
+        (["merge", "edit.safetensors", "--weights", "1", "2", "-o", "new.safetensors"], "one weight per delta"),
         (["merge", "edit.safetensors", "-o", "new.bin"], ".safetensors"),
     ],
 )

@@ -69,7 +69,7 @@ def test_edits_without_probes_have_no_score(kedit: Kedit, tmp_path: Path) -> Non
     code, output, _ = kedit("eval", "world", bare, "--plots", tmp_path / "plots", "--card", card)
     assert code == 0
     assert "not measured: generality, portability, locality" in output
-    assert "no reliability_locality.png: world has no locality probes" in output
+    assert "no reliability_locality.png: report 'world' has no locality probes" in output
     assert "| portability | no probes | – | 0 |" in card.read_text()
     code, output, _ = kedit("eval", "world", bare, "--json")
     scores = json.loads(output)["metrics"]

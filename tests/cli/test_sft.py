@@ -85,7 +85,7 @@ def test_a_recipe_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning", "ignore:.is_gradient_check:FutureWarning")
-@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("wanted", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradient_checkpointing_follows_the_recipe(wanted: bool, tmp_path: Path) -> None:
     config = configured("ft_m", f"--trainer.default_root_dir={tmp_path}", f"--model.gradient_checkpointing={wanted}")
     config.trainer.callbacks[-1].init_args.report_path = None
@@ -94,7 +94,7 @@ def test_gradient_checkpointing_follows_the_recipe(wanted: bool, tmp_path: Path)
     assert trainer.model.is_gradient_checkpointing == wanted
 
 
-@pytest.mark.parametrize("name", ["replay", "overtone_lora", "chat"])
+@pytest.mark.parametrize("name", ["replay", pytest.param("overtone_lora", marks=pytest.mark.slow), "chat"])
 def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
     options += ["--data.augmentation.replay_limit=5", "--data.augmentation.prefixes=2"] if name == "replay" else []

@@ -123,8 +123,8 @@ def test_a_pattern_for_one_factor_selects_only_that_factor(host: str) -> None:
     ("modules", "why"),
     [
         ("mlp.down_proj.weight", "matches no parameter"),
-        ("mlp.down_proj.base_layer", "are frozen; unfreeze them"),
-        ("mlp.up_proj", "in a model with adapters, modules that have one"),
+        ("mlp.down_proj.base_layer", "only frozen parameters; unfreeze them"),
+        ("mlp.up_proj", "in a model with PEFT adapters, modules that have an adapter"),
     ],
 )
 def test_a_pattern_that_selects_no_factor_is_an_error(modules: str, why: str) -> None:
@@ -240,7 +240,7 @@ def test_the_null_space_holds_for_the_merged_change_of_lora(host: str) -> None:
     ("constraint", "options", "why"),
     [
         (lambda: NullSpace(texts=TEXTS), {"use_dora": True}, "NullSpace"),
-        (lambda: LowCurvature(texts=TEXTS), {}, "is a factor of an adapter"),
+        (lambda: LowCurvature(texts=TEXTS), {}, "must not contain LoRA factors"),
     ],
 )
 def test_unsupported_adapters_are_an_error(constraint: Any, options: Any, why: str) -> None:

@@ -18,6 +18,8 @@ from kedit_train.data import EditDataset
 
 # EditMetrics does not change the weights and is slow. It has its own tests.
 TRAINING = [name for name in SETTINGS if name != "EditMetrics"]
+# Each restores something else. The default run resumes these in Lightning; test_resume.py resumes all together.
+STATEFUL = ("KLLocality", "ForgetFirst", "ActiveSet", "StopWhenEdited")
 
 
 def run(host: str, callback: str, steps: int, *more: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -85,7 +87,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(callback: s
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("callback", TRAINING)
+@pytest.mark.parametrize(
+    "callback", [name if name in STATEFUL else pytest.param(name, marks=pytest.mark.slow) for name in TRAINING]
+)
 def test_a_resumed_lightning_run_ends_with_the_weights_of_an_uninterrupted_one(callback: str, tmp_path: Path) -> None:
     def saver() -> ModelCheckpoint:
         return ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
@@ -97,6 +101,7 @@ def test_a_resumed_lightning_run_ends_with_the_weights_of_an_uninterrupted_one(c
     assert_same_bits(uninterrupted, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callback", SETTINGS)
 def test_one_instance_serves_two_runs(callback: str) -> None:
     # test_conformance runs all callbacks together twice, in every host.

@@ -115,7 +115,7 @@ def test_the_scope_is_found_by_module_patterns(modules: str, expected: set[str],
 
 
 def test_layers_need_a_stack_of_layers() -> None:
-    with pytest.raises(EditError, match="Forecaster has no stack of layers; leave out layers and"):
+    with pytest.raises(EditError, match="Forecaster has no stack of layers; select parameters"):
         fit([ParameterScope(layers=0.5, modules="head")])
 
 
@@ -220,7 +220,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
     ),
     "EditMetrics": (
         lambda: [EditMetrics(world.edits(n=2))],
-        "EditMetrics: the model must be a causal language model, and Forecaster",
+        "EditMetrics: the model must be a causal language model, got Forecaster",
     ),
     "StopWhenEdited": (lambda: [StopWhenEdited()], "loss reads the training loss of a token loss"),
     "GradientMask": (

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from kedit_train import world
 
-pytestmark = pytest.mark.xdist_group("fsdp2")
 TESTS = Path(__file__).resolve().parents[1]
 SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 
@@ -105,8 +104,8 @@ def test_reference_model_gives_the_model_before_the_edit_and_restores_it(case: s
         ("WeightAnchor", "gradients per example cannot be computed for sharded parameters"),
         ("head again", "the output head is sharded again after every forward pass"),
         ("head alone", "the output head is in scope and fully_shard was applied to it"),
-        ("half precision, False", "full_precision=True cannot train a half-precision scope in fp32"),
-        ("half precision, True", "full_precision=True cannot train a half-precision scope in fp32"),
+        ("half precision, False", "full_precision=True cannot train half-precision parameters in fp32"),
+        ("half precision, True", "full_precision=True cannot train half-precision parameters in fp32"),
         ("gradients", "no gradient has reached the sharded parameters in scope"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_resumed_run_takes_the_reference_from_its_own_checkpoint(tmp_path, edi
 def test_resuming_with_other_constraints_is_an_error_or_a_warning(tmp_path, edits):
     saving(tmp_path, edits)
     without = trainer(tmp_path, edits, [scope()])
-    with pytest.raises(EditError, match=r"was written with NormBall\(.* which is missing now"):
+    with pytest.raises(EditError, match=r"was written with NormBall\(.* which this run does not use"):
         without.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     wider = trainer(tmp_path, edits, [scope(), NormBall(1e-2)])
     with pytest.warns(UserWarning, match=r"resumed with NormBall\(.*, but the checkpoint was written with NormBall"):
@@ -98,7 +98,7 @@ def test_removing_a_callback_before_training_is_an_error(tmp_path, edits):
     kept = KLLocality(TEXTS)
     made = trainer(tmp_path, edits, [scope(), kept])
     made.remove_callback(kept)
-    with pytest.raises(EditError, match=r"KLLocality: it was removed from the trainer"):
+    with pytest.raises(EditError, match=r"KLLocality: this callback was removed from a trainer"):
         made.train()
     assert all(p.requires_grad for p in made.model.parameters())
 
@@ -111,7 +111,7 @@ def test_removing_a_callback_during_training_is_an_error(tmp_path, edits):
             made.remove_callback(ball)
 
     made = trainer(tmp_path, edits, [scope(), ball, Removes()])
-    with pytest.raises(EditError, match=r"NormBall: it was removed from the trainer"):
+    with pytest.raises(EditError, match=r"NormBall: this callback was removed from a trainer"):
         made.train()
     assert all(p.requires_grad for p in made.model.parameters())
 

@@ -223,7 +223,7 @@ REFUSALS = {
     (
         "Reward",
         "TokenSmoothing",
-    ): "the model must be a causal language model, and LlamaForSequenceClassification",
+    ): "the model must be a causal language model, got LlamaForSequenceClassification",
     (
         "Reward",
         "KLLocality",

@@ -19,7 +19,6 @@ from torch import Tensor
 from kedit_train import world
 
 TESTS = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group("ranks")
 # They do not change the trained weights.
 NEUTRAL = ("ParameterScope", "EditMetrics", "PrefixCache", "SaveDelta")
 SCOPED = "model.layers.3.mlp.down_proj.weight"
@@ -94,7 +93,7 @@ def test_scope_mask_and_ball_are_exact_under_adam(host: str, folder: Path) -> No
 @pytest.mark.parametrize(
     ("what", "why"),
     [
-        ("fsdp1", "constraints would not hold under this training strategy"),
+        ("fsdp1", "constraints on the weights cannot be enforced with this training strategy"),
         ("the model of DDP", "DistributedDataParallel wrapped the model before the edit froze"),
         ("DDP itself", "DistributedDataParallel wrapped the model before the edit froze"),
         ("a trainer", "DistributedDataParallel wrapped the model before the edit froze"),

@@ -280,8 +280,8 @@ def test_the_loss_is_the_first_entry_of_the_output(tiny):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        ({"return_dict": False}, "LlamaForCausalLM returns a tuple; call it without return_dict=False"),
-        ({"shift_labels": torch.zeros(1)}, "labels that are shifted already (sequence parallelism) are not supported"),
+        ({"return_dict": False}, "LlamaForCausalLM must return a ModelOutput, got a tuple; remove return_dict"),
+        ({"shift_labels": torch.zeros(1)}, "shift_labels must not be passed to the model"),
     ],
 )
 def test_unsupported_calls_are_refused(tiny, break_it, message):

@@ -162,5 +162,5 @@ def _saved(model):
 
 def test_processes_that_are_not_connected_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="would train alone"):
+    with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="train its own model"):
         edit.before_step()

@@ -87,14 +87,14 @@ def test_a_model_that_is_not_causal_is_refused(tiny, decoder):
     with pytest.raises(EditError) as error:
         head_of(model)
     assert str(error.value) == (
-        "BertLMHeadModel is not a causal language model: an earlier position changes with a later token; use a model "
-        "loaded with AutoModelForCausalLM."
+        "BertLMHeadModel is not a causal language model: the hidden states of a position depend on later tokens; use "
+        "a model loaded with AutoModelForCausalLM."
     )
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "no hook is left"
 
 
 def test_a_masked_language_model_is_refused(tiny):
-    with pytest.raises(EditError, match=r"^BertForMaskedLM is not a causal language model: an earlier"):
+    with pytest.raises(EditError, match=r"^BertForMaskedLM is not a causal language model: the hidden"):
         head_of(tiny("bert", transformers.BertForMaskedLM))
 
 
@@ -102,8 +102,8 @@ def test_an_encoder_decoder_is_refused(tiny):
     with pytest.raises(EditError) as error:
         head_of(tiny("t5", transformers.AutoModelForSeq2SeqLM))
     assert str(error.value) == (
-        "the model must be a causal language model, and T5ForConditionalGeneration is an encoder-decoder; load it "
-        "with AutoModelForCausalLM, or leave this callback out."
+        "the model must be a causal language model, got T5ForConditionalGeneration, which is an encoder-decoder; "
+        "load a model with AutoModelForCausalLM, or remove this callback."
     )
 
 
@@ -114,8 +114,8 @@ def test_a_model_without_head_is_refused(tiny, make):
     with pytest.raises(EditError) as error:
         head_of(model)
     assert str(error.value) == (
-        f"the model must be a causal language model, and {type(model).__name__} has no language-model head; load it "
-        "with AutoModelForCausalLM, or leave this callback out."
+        f"the model must be a causal language model, got {type(model).__name__}, which has no language-model head; "
+        "load a model with AutoModelForCausalLM, or remove this callback."
     )
 
 
@@ -137,8 +137,8 @@ def test_a_model_that_changes_its_logits_afterwards_is_refused(tiny):
     with pytest.raises(EditError) as error:
         head_of(tiny("llama", Shifted))
     assert str(error.value) == (
-        "the logits of Shifted cannot be reproduced from its output head, because it changes them in a way that its "
-        "configuration does not state; use the loss of the host with this model."
+        "the logits of Shifted cannot be computed from its output head, because the model changes the logits in a way "
+        "that its configuration does not describe; remove this callback and use the training loop's own loss."
     )
 
 

@@ -79,7 +79,7 @@ def test_nothing_is_left_if_a_callback_cannot_be_prepared(tiny, callbacks):
 def test_an_empty_list_of_callbacks_is_an_error(tiny):
     with pytest.raises(EditError) as error, editing(tiny("llama"), []):
         pass
-    assert str(error.value) == "editing: callbacks must not be empty, or nothing would be constrained."
+    assert str(error.value) == "editing: callbacks must not be empty; pass at least one callback."
 
 
 def saved_and_loaded(model: nn.Module) -> nn.Module:
@@ -204,7 +204,7 @@ def test_without_a_scope_there_is_no_reference_model_after_a_step(tiny):
     with editing(model, [TokenSmoothing()]) as edit:
         step(edit, model, torch.optim.SGD(edit.parameters(), lr=1.0))
         with pytest.raises(
-            EditError, match=r"^the reference model is needed, .*; add ParameterScope, which keeps a copy"
+            EditError, match=r"^the model before the edit is needed, .*; add ParameterScope, which keeps a copy"
         ):
             edit.run.reference_model().__enter__()
 

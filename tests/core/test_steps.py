@@ -82,7 +82,7 @@ def test_a_second_callback_of_a_class_that_allows_one_is_an_error(kind):
     second = kind()
     second.prepare = second_prepare
     with (
-        pytest.raises(EditError, match=f"{type(first).__name__}: there are two on this model"),
+        pytest.raises(EditError, match=f"{type(first).__name__}: there are two callbacks of this class on this model"),
         editing(model, [first, second]),
     ):
         pass

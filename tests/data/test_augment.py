@@ -102,7 +102,7 @@ def test_the_check_equals_a_plain_search() -> None:
 @pytest.mark.parametrize("name", ["nofile", "none.txt", "none.jsonl"])
 def test_a_missing_file_of_prompts_is_an_error(name: str) -> None:
     with pytest.raises(
-        EditError, match=rf"replay: there is no file '{name}'.*\.txt file with one prompt per line, .*\.jsonl"
+        EditError, match=rf"replay: file '{name}' does not exist.*\.txt file with one prompt per line, .*\.jsonl"
     ):
         read_prompts(name, [])
 

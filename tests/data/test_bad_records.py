@@ -47,7 +47,7 @@ def changed(name: str, change: dict[str, Any]) -> dict[str, Any]:
 
 
 CASES: list[tuple[str, dict[str, Any], str]] = [
-    ("edits", {"target": ...}, "field 'target' is missing, it must be text"),
+    ("edits", {"target": ...}, "field 'target' must be text, but is missing"),
     ("edits", {"target": None}, "field 'target' must be text, got null"),
     ("edits", {"target": " \n"}, "field 'target' must be text, got empty text"),
     ("edits", {"target": 1984}, "field 'target' must be text, got a number"),
@@ -63,24 +63,24 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"locality": {"near": [3]}},
         'field \'locality.near[0]\' must be text or {"prompt": ..., "answers": [...]}, got a number',
     ),
-    ("edits", {"locality": [{"answers": ["a"]}]}, "field 'locality[0].prompt' is missing, it must be text"),
+    ("edits", {"locality": [{"answers": ["a"]}]}, "field 'locality[0].prompt' must be text, but is missing"),
     (
         "edits",
         {"portability": 5},
-        "field 'portability' must be a list of questions, or a mapping of kinds to such lists, got a number",
+        "field 'portability' must be a list of questions, or a mapping from kinds to such lists, got a number",
     ),
-    ("counterfact", {"target_new": ...}, "field 'target_new' is missing, it must be text"),
+    ("counterfact", {"target_new": ...}, "field 'target_new' must be text, but is missing"),
     ("counterfact", {"ground_truth": 5}, "field 'ground_truth' must be text or a list of texts, got a number"),
     ("counterfact", {"rephrase_prompt": True}, "field 'rephrase_prompt' must be text or a list of texts, got a boolean"),  # noqa: E501
-    ("counterfact", {"locality_ground_truth": "a"}, "field 'locality_prompt' is missing, it must be text"),
+    ("counterfact", {"locality_ground_truth": "a"}, "field 'locality_prompt' must be text, but is missing"),
     ("zsre", {"alt": ""}, "field 'alt' must be text, got empty text"),
-    ("zsre", {"src": ...}, "field 'src' is missing, it must be text"),
+    ("zsre", {"src": ...}, "field 'src' must be text, but is missing"),
     ("zsre", {"answers": ["a", None]}, "field 'answers[1]' must be text, got null"),
     ("knowedit", {"target_new": float("nan")}, "field 'target_new' must be text, got a number"),
     ("knowedit", {"locality": []}, "field 'locality' must be a mapping, got an empty list"),
     ("knowedit", {"locality.k": "q"}, "field 'locality.k' must be a list of mappings, got text"),
     ("knowedit", {"locality.k.0": "q"}, "field 'locality.k[0]' must be a mapping, got text"),
-    ("knowedit", {"locality.k.0.prompt": ...}, "field 'locality.k[0].prompt' is missing, it must be text"),
+    ("knowedit", {"locality.k.0.prompt": ...}, "field 'locality.k[0].prompt' must be text, but is missing"),
     (
         "knowedit",
         {"locality.k.0.ground_truth": [["a"], ["b", 4]]},
@@ -88,15 +88,15 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("qaedit", {"locality.0.loc": None}, "field 'locality[0].loc' must be text, got null"),
     ("qaedit", {"locality": "x"}, "field 'locality' must be a list of mappings, got text"),
-    ("wikibigedit", {"ans": ..., "mhop": "q"}, "field 'target_new' or 'ans' is missing, it must be text"),
-    ("wikibigedit", {"mhop_ans": "a"}, "field 'mhop' is missing, it must be text"),
+    ("wikibigedit", {"ans": ..., "mhop": "q"}, "field 'target_new' or 'ans' must be text, but is missing"),
+    ("wikibigedit", {"mhop_ans": "a"}, "field 'mhop' must be text, but is missing"),
     (
         "counterfact_nested",
         {"requested_rewrite.prompt": "It is"},
-        "field 'requested_rewrite.prompt' must be text with {} for the subject, "
+        "field 'requested_rewrite.prompt' must be text with {} in the place of the subject, "
         'such as "The mother tongue of {} is", got "It is"',
     ),
-    ("counterfact_nested", {"requested_rewrite.subject": ...}, "field 'requested_rewrite.subject' is missing, it must be text"),  # noqa: E501
+    ("counterfact_nested", {"requested_rewrite.subject": ...}, "field 'requested_rewrite.subject' must be text, but is missing"),  # noqa: E501
     (
         "counterfact_nested",
         {"requested_rewrite.target_new": "t"},
@@ -105,12 +105,12 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     (
         "counterfact_nested",
         {"requested_rewrite.target_new": {"id": "Q1"}},
-        "field 'requested_rewrite.target_new.str' is missing, it must be text",
+        "field 'requested_rewrite.target_new.str' must be text, but is missing",
     ),
     ("mquake", {"requested_rewrite": []}, "field 'requested_rewrite' must be a list of mappings, got an empty list"),
-    ("mquake", {"requested_rewrite": ...}, "field 'requested_rewrite' is missing, it must be a list of mappings"),
-    ("mquake", {"requested_rewrite.0.target_new": ...}, "field 'requested_rewrite[0].target_new' is missing, it must be a mapping"),  # noqa: E501
-    ("mquake", {"new_answer": ...}, "field 'new_answer' is missing, it must be text"),
+    ("mquake", {"requested_rewrite": ...}, "field 'requested_rewrite' must be a list of mappings, but is missing"),
+    ("mquake", {"requested_rewrite.0.target_new": ...}, "field 'requested_rewrite[0].target_new' must be a mapping, but is missing"),  # noqa: E501
+    ("mquake", {"new_answer": ...}, "field 'new_answer' must be text, but is missing"),
 ]  # fmt: skip
 
 
@@ -148,8 +148,9 @@ def write(path: Path, text: str) -> Path:
 def test_an_unknown_field_is_an_error_in_the_format_of_this_package(tmp_path: Path) -> None:
     path = write(tmp_path / "f.json", json.dumps([GOOD["edits"], {**GOOD["edits"], "rephrasing": ["r"]}]))
     assert raised(path) == (
-        f"{path}, record 2: field 'rephrasing' is not known (known: aliases, id, locality, old_target, portability, "
-        'prompt, rephrases, subject, target); rename or remove it, or pass on_error="skip" to leave out such records'
+        f"{path}, record 2: unknown field 'rephrasing' (known fields: aliases, id, locality, old_target, portability, "
+        "prompt, rephrases, subject, target); rename or remove the field, or pass "
+        'on_error="skip" to leave out such records'
     )
 
 
@@ -162,8 +163,8 @@ def test_a_record_of_another_format_is_an_error(tmp_path: Path) -> None:
     stray = GOOD["knowedit"]
     path = write(tmp_path / "f.json", json.dumps([GOOD["counterfact"]] * 2 + [stray]))
     assert raised(path) == (
-        f"{path}, record 3: field 'locality' belongs to the format knowedit, but the other records are counterfact, "
-        f'and a file must have one format{REST}, or pass format="counterfact"'
+        f"{path}, record 3: field 'locality' belongs to the format knowedit, but the other records have the "
+        f'format counterfact{REST}, or pass format="counterfact"'
     )
 
 
@@ -171,13 +172,13 @@ def test_unknown_and_ambiguous_fields_are_listed_with_the_formats(tmp_path: Path
     formats = "edits, counterfact, counterfact_nested, zsre, knowedit, wikibigedit, qaedit, mquake"
     path = write(tmp_path / "f.json", '[{"question": "q", "reply": "a"}]')
     assert raised(path) == (
-        f"{path}: the fields 'question', 'reply' match none of the formats {formats}; rename them to prompt and "
-        "target, or pass format=..."
+        f"{path}: the fields 'question', 'reply' match none of the formats {formats}; rename the fields to prompt "
+        "and target, or pass format=..."
     )
     path = write(tmp_path / "g.json", '[{"prompt": "q", "target": "a", "target_new": "b"}]')
     assert raised(path) == (
         f"{path}: the fields 'prompt', 'target', 'target_new' match several formats equally well (edits, counterfact); "
-        'pass format="edits" or another of them, or split the file'
+        'pass format="edits" or another of these formats, or use one file per format'
     )
     path = write(tmp_path / "h.json", json.dumps([GOOD["zsre"], GOOD["edits"]]))
     assert "match several formats equally well (zsre, edits)" in raised(path)
@@ -189,7 +190,7 @@ def test_wrong_arguments_are_reported(tmp_path: Path) -> None:
     assert raised(path, on_error="ignore") == 'EditDataset: on_error must be "raise" or "skip", got \'ignore\'.'
     assert raised(path, limit=0) == "EditDataset: limit must be an integer >= 1, or None, got 0."
     for wrong in ("p", {"prompt": "p", "target": "t"}):
-        with pytest.raises(EditError, match=r"^EditDataset: records must be a list of records, got (text|a mapping)"):
+        with pytest.raises(EditError, match=r"^EditDataset: records must be a list of dicts .* got (text|a mapping)"):
             EditDataset.from_records(wrong)  # pyright: ignore[reportArgumentType]
     with pytest.raises(EditError, match=r"^records: there are no records; give at least one"):
         EditDataset.from_records([])
@@ -202,27 +203,32 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     assert raised(missing) == f"{missing}: the file does not exist; check the path (working directory: {Path.cwd()})"
     for name, text in [("a.json", ""), ("a.jsonl", " \n\n"), ("a.csv", "")]:
         path = write(tmp_path / name, text)
-        assert raised(path) == f"{path}: the file is empty; give at least one record with a prompt and a target"
+        assert raised(path) == f"{path}: the file is empty; add at least one record with a prompt and a target"
     for name, text in [("b.json", "[]"), ("b2.json", '{"data": []}'), ("b.csv", "prompt,target\n")]:
         path = write(tmp_path / name, text)
-        assert raised(path) == f"{path}: the file has no records; give at least one with a prompt and a target"
+        assert raised(path) == f"{path}: the file has no records; add at least one record with a prompt and a target"
     path = write(tmp_path / "c.yaml", "a: 1")
-    assert raised(path) == f"{path}: a file of edits must end in .json, .jsonl, .csv; rename or convert it"
+    assert raised(path) == (
+        f"{path}: the name of a file of edits must end in .json, .jsonl, .csv; rename or convert the file"
+    )
     path = write(tmp_path / "d.json", '{"prompt": "p", "target": "t"}')
     assert raised(path) == (
-        f"{path}: the file must hold a list of records, or a mapping with that list under data, records, edits, got "
-        "a mapping with the keys 'prompt', 'target'; put the records into a list"
+        f"{path}: the file must contain a list of records, or a mapping with that list under data, records, edits, "
+        "got a mapping with the keys 'prompt', 'target'; put the records into a list"
     )
     path = write(tmp_path / "e.json", '[{"prompt": "p",\n "target": }]')
-    assert raised(path) == f"{path}, line 2: the file is not valid JSON (Expecting value); correct it"
+    assert raised(path) == f"{path}, line 2: the file is not valid JSON (Expecting value); correct the file"
     path = write(tmp_path / "f.json", '{"prompt": "p"}\n{"prompt": "q"}\n')
     assert raised(path) == (
-        f"{path}, line 2: the file is not valid JSON (Extra data); correct it; a file with one record per line must "
-        "end in .jsonl"
+        f"{path}, line 2: the file is not valid JSON (Extra data); correct the file; a file with one record per line "
+        "must end in .jsonl"
     )
     path = tmp_path / "g.json"
     path.write_bytes('[{"prompt": "é", "target": "t"}]'.encode("latin-1"))
-    assert raised(path) == f"{path}: the file must be UTF-8 text, byte 13 is not; save it as UTF-8"
+    assert (
+        raised(path)
+        == f"{path}: the file must be UTF-8 text, got an invalid byte at position 13; save the file as UTF-8"
+    )
 
 
 def test_a_broken_jsonl_line_is_one_bad_record(tmp_path: Path) -> None:
@@ -241,14 +247,14 @@ def test_broken_csv_files_are_reported(tmp_path: Path) -> None:
         raised(path) == f"{path}, record 2 (line 3): the row must have 2 cells, got 3 (a comma without quotes?){REST}"
     )
     path = write(tmp_path / "g.csv", "prompt,prompt\na,b\n")
-    assert raised(path) == f"{path}: the column 'prompt' appears twice; rename one of them"
+    assert raised(path) == f"{path}: the column 'prompt' appears twice; rename one of the two columns"
     path = write(tmp_path / "h.csv", 'prompt,target,aliases\np,t,"[""a"", "\n')
     assert raised(path) == (
-        f"{path}, record 1: field 'aliases' must be a JSON list or mapping, or texts with | between them, got invalid "
+        f"{path}, record 1: field 'aliases' must be a JSON list or mapping, or texts separated by |, got invalid "
         f"JSON (Expecting value){REST}"
     )
     path = write(tmp_path / "i.csv", 'prompt,target\np,"t\n')
-    assert raised(path) == f"{path}, line 2: the file is not valid CSV (unexpected end of data); correct it"
+    assert raised(path) == f"{path}, line 2: the file is not valid CSV (unexpected end of data); correct the file"
 
 
 def test_skipping_warns_once_and_never_returns_an_empty_dataset(tmp_path: Path) -> None:
@@ -271,7 +277,7 @@ def test_skipping_warns_once_and_never_returns_an_empty_dataset(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ("text", "it must be an Edit, got text; use EditDataset.from_records for dicts"),
+        ("text", "the item must be an Edit, got text; use EditDataset.from_records to read dicts"),
         (Edit("", "t"), "prompt must be text, got empty text."),
         (Edit("p", " "), "target must be text, got empty text."),
         (Edit("p", 3), "target must be text, got a number."),  # pyright: ignore[reportArgumentType]
@@ -292,5 +298,5 @@ def test_edits_created_in_code_are_checked_too(edit: Any, message: str) -> None:
 
 
 def test_a_dataset_without_edits_is_an_error() -> None:
-    with pytest.raises(EditError, match=r"^mine: there are no edits; give at least one with a prompt and a target$"):
+    with pytest.raises(EditError, match=r"^mine: the dataset must contain at least one edit, got none; give"):
         EditDataset([], name="mine")

@@ -60,7 +60,7 @@ def test_old_targets_become_the_targets_of_the_same_prompts() -> None:
     (edit,) = edits.to_old_targets()
     assert (edit.prompt, edit.target, edit.old_target, edit.aliases) == ("p", "old", None, ())
     assert edit.rephrases == ("r",)
-    with pytest.raises(EditError, match="the edit has no old_target"):
+    with pytest.raises(EditError, match="old_target must be text, got None"):
         EditDataset([Edit("p", "t")]).to_old_targets()
 
 
@@ -94,7 +94,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         EditDataset([Edit("other", "t")]).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(EditError, match=r"edits are saved as \.jsonl"):
+    with pytest.raises(EditError, match=r"the path must end in \.jsonl"):
         EditDataset(RICH).save(tmp_path / "e.json")
 
 

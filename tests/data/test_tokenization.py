@@ -220,7 +220,8 @@ def test_errors_name_the_edit() -> None:
     with pytest.raises(EditError) as caught:
         edits.encode(mute)
     assert str(caught.value) == (
-        "facts.json, edit 0: the tokenizer has no end-of-text token; set tokenizer.eos_token, or pass append_eos=False"
+        "facts.json, edit 0: append_eos=True needs an end-of-text token, but the tokenizer has none; set "
+        "tokenizer.eos_token, or pass append_eos=False"
     )
     assert len(edits.encode(mute, append_eos=False)) == 2
     with pytest.raises(EditError, match=r"^here: the prompt '' has no tokens; give a prompt"):
@@ -262,7 +263,7 @@ def test_collate_equals_batches_written_by_hand() -> None:
     assert position_ids(left["attention_mask"]).tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
     with pytest.raises(EditError, match=r"padding_side must be .*, got 'middle'"):
         collate(encoded, pad_id=0, padding_side="middle")
-    with pytest.raises(EditError, match="nothing to collate"):
+    with pytest.raises(EditError, match="a batch must contain at least one encoded edit"):
         collate([], pad_id=0)
 
 

@@ -74,11 +74,11 @@ def test_adapters_that_cannot_be_merged_are_refused(make):
         EditDelta.between(base, prompts)
     merged = adapted(base)
     merged.merge_adapter()
-    with pytest.raises(EditError, match=r"q_proj: its adapter is already merged; call unmerge_adapter\(\)"):
+    with pytest.raises(EditError, match=r"q_proj: the adapter is already merged; call unmerge_adapter\(\)"):
         EditDelta.between(base, merged)
     model = adapted(base)
     with pytest.raises(
-        EditError, match="the delta belongs to another model; merge its adapter, or use the plain model"
+        EditError, match="the delta belongs to another model; merge the adapter, or use the model without it"
     ):
         EditDelta.between(base, model).apply(model)
 

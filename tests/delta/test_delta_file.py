@@ -103,12 +103,13 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_ten_thousand_mutated_files_are_refused_or_equal(tmp_path):
+@pytest.mark.parametrize("files", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutated_files_are_refused_or_equal(tmp_path, files):
     delta, _ = small()
     content = delta.save(tmp_path / "edit.safetensors").read_bytes()
     draw, path = random.Random(0), tmp_path / "mutated.safetensors"
     messages, equal = [], 0
-    for _ in range(10_000):
+    for _ in range(files):
         path.write_bytes(mutated(content, draw))
         try:
             loaded = EditDelta.load(path)
@@ -118,9 +119,9 @@ def test_ten_thousand_mutated_files_are_refused_or_equal(tmp_path):
             assert same(loaded, delta)
             equal += 1
     # Some mutations change nothing, for example a zero replaced by a zero.
-    assert len(messages) > 9_000
+    assert len(messages) > 0.9 * files
     assert [message for message in messages if "\n" in message] == []
-    assert equal < 1_000
+    assert equal < 0.1 * files
 
 
 def resealed(tmp_path: Path, change: Any) -> Path:
@@ -139,22 +140,22 @@ def resealed(tmp_path: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text, tensors: text.update(format=2), "it has format 2 and this version reads 1; upgrade"),
+        (lambda text, tensors: text.update(format=2), "the file has format 2, but this version reads format 1"),
         (lambda text, tensors: text["tensors"]["c"].update(shape=[10**12]), None),
-        (lambda text, tensors: text["tensors"]["c"].update(shape=[3]), "'c': the index of its entries must ascend"),
+        (lambda text, tensors: text["tensors"]["c"].update(shape=[3]), "'c': the index of the entries must contain"),
         (
             lambda text, tensors: text["tensors"]["b"].update(shape=[3, 5]),
-            r"'b': its values must have shape .* got torch.bfloat16 \[5, 3\]",
+            r"'b': the values must have shape .* got torch.bfloat16 \[5, 3\]",
         ),
-        (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': unknown layout 'diagonal'"),
-        (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': the hash of the base is not a SHA-256"),
+        (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': layout must be .* got 'diagonal'"),
+        (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': the hash of the base tensor must be"),
         (lambda text, tensors: text["tensors"].pop("d"), "tensor '.*/d' belongs to no change"),
-        (lambda text, tensors: tensors.update({"index/d": tensors["index/d"].flip(0).contiguous()}), "must ascend"),
+        (lambda text, tensors: tensors.update({"index/d": tensors["index/d"].flip(0).contiguous()}), "ascending"),
         (
             lambda text, tensors: tensors.update({"index/d": tensors["index/d"].float()}),
             "must be a vector of integers",
         ),
-        (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': its values must have"),
+        (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': the values must have"),
         (lambda text, tensors: text.pop("base"), "KeyError: 'base'"),
         (
             lambda text, tensors: text.update(base={"fingerprint": 1, "names": []}),
@@ -162,16 +163,16 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         ),
         (
             lambda text, tensors: text["tensors"]["c"].update(shape=[10**10, 10**10]),
-            "'c': a tensor cannot have its shape",
+            "'c': the shape must be a list of",
         ),
-        (lambda text, tensors: text["tensors"]["c"].update(shape=[1] * 65), "'c': a tensor cannot have its shape"),
-        (lambda text, tensors: without_entries(tensors, "d"), "'d': it changes no entry"),
+        (lambda text, tensors: text["tensors"]["c"].update(shape=[1] * 65), "'c': the shape must be a list of"),
+        (lambda text, tensors: without_entries(tensors, "d"), "'d': the change must contain at least one value"),
         (lambda text, tensors: text.update(edits=[1]), "not a valid delta: AttributeError"),
-        (lambda text, tensors: text.update(edits={"count": "many"}), "edits must hold a hash"),
-        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), "edits must hold a hash"),
+        (lambda text, tensors: text.update(edits={"count": "many"}), "edits must contain a hash"),
+        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), "edits must contain a hash"),
         (
             lambda text, tensors: text.update(edits={"count": 1, "parents": [{"hash": 1}]}),
-            "edits must hold a hash",
+            "edits must contain a hash",
         ),
         (lambda text, tensors: text["base"].update(license={"a": 1}), "the name and the license of the base must be"),
         (lambda text, tensors: text.update(scores={"a": "b"}), "every score must be a finite number"),
@@ -216,13 +217,13 @@ def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
         text = {"kedit_train.delta": "{}", "kedit_train.delta.sha256": "0" * 64}
         header = json.dumps({"__metadata__": text, "before/w": entry}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(EditError, match="a tensor has an impossible shape or place"):
+        with pytest.raises(EditError, match="a tensor has an impossible shape or position"):
             EditDelta.load(path)
 
 
 def test_arithmetic_on_a_tensor_that_does_not_fit_into_memory_is_refused(tmp_path):
     path = resealed(tmp_path, lambda text, tensors: text["tensors"]["c"].update(shape=[2**60]))
-    with pytest.raises(EditError, match=r"a tensor of \[1152921504606846976\] in torch.* does not fit into memory"):
+    with pytest.raises(EditError, match=r"a tensor of shape \[1152921504606846976\] and dtype torch.* does not fit"):
         EditDelta.load(path).vector()
 
 
@@ -246,9 +247,9 @@ def test_foreign_files_are_refused(tmp_path, factlm):
     (tmp_path / "empty.safetensors").write_bytes(b"")
     torch.save({"a": torch.ones(2)}, tmp_path / "pickle.safetensors")
     for path, message in [
-        (tmp_path / "text.safetensors", "not a safetensors file, or it is cut short"),
-        (tmp_path / "empty.safetensors", "not a safetensors file, or it is cut short"),
-        (tmp_path / "pickle.safetensors", "not a safetensors file, or it is cut short"),
+        (tmp_path / "text.safetensors", "not a safetensors file, or is cut short"),
+        (tmp_path / "empty.safetensors", "not a safetensors file, or is cut short"),
+        (tmp_path / "pickle.safetensors", "not a safetensors file, or is cut short"),
         (factlm / "model.safetensors", "is not a delta file"),
         (tmp_path / "missing.safetensors", "does not exist"),
         (tmp_path, "does not exist"),

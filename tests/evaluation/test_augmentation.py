@@ -66,7 +66,7 @@ def test_samples_follow_the_probabilities_of_the_model(known: Any, scripted_mode
     text = generate_prefixes(model, tokenizer, 1, lengths=(6,))[0]
     assert text[0] in {opening[0] for opening in OPENINGS}
     assert text.count("a") >= 4
-    with pytest.raises(EditError, match="generate_prefixes: n=400 different texts are needed"):
+    with pytest.raises(EditError, match="generate_prefixes: n=400 is too high"):
         generate_prefixes(model, tokenizer, 400, lengths=(1,))
 
 
@@ -90,7 +90,7 @@ def test_replayed_facts_have_the_answers_of_the_model(scripted_model: Any) -> No
     one = replay_facts(model, tokenizer, ["A:", "B:"], [edit], limit=1, seed=1)
     assert len(one.examples) == 1
     assert one == replay_facts(model, tokenizer, ["A:", "B:"], [edit], limit=1, seed=1)
-    with pytest.raises(EditError, match=r"of 2 prompts 2 left out as leaks \(fraction 1.000\)"):
+    with pytest.raises(EditError, match=r"of 2 prompts, 2 were left out as leaks \(fraction 1.000\)"):
         replay_facts(model, tokenizer, ["P:", "L:"], [edit])
 
 
@@ -138,7 +138,7 @@ def test_other_prompts_of_the_world_are_unaffected_by_the_edits(known: Any) -> N
     wordings = {edit.prompt.replace(edit.subject or "", "{s}") for edit in edits}
     close = sum(prompt.replace(key[0], "{s}") in wordings for prompt, key in zip(prompts, keys, strict=True))
     assert 0.25 < close / len(prompts) < 0.75
-    with pytest.raises(EditError, match="not about the embedded world"):
+    with pytest.raises(EditError, match="not about a fact of the embedded model"):
         world.other_prompts(exclude=[Edit("Elsewhere", "x")])
 
 
@@ -161,7 +161,7 @@ def test_files_of_prompts_and_of_edits(scripted_model: Any, tmp_path: Path) -> N
     assert rows() == set()
     for wrong, message in (
         ({"prefixes": -1}, "augmentation: prefixes must be an integer >= 0, got -1"),
-        ({"replay_limit": 3}, "augmentation: replay_limit=3 needs prompts; set replay"),
+        ({"replay_limit": 3}, "augmentation: replay_limit=3 needs prompts to replay, but replay is not set"),
         ({"replay": ["P:"]}, "no prompt is left to replay"),
         ({"previous_edits": [Edit("x " * 200, "y")]}, "at most 200 tokens"),
     ):

@@ -267,6 +267,7 @@ def _scores(tree: Any, path: str = "") -> dict[str, Score]:
     }
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_batch_size_or_padding_side(factlm: Path) -> None:
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)

@@ -275,7 +275,7 @@ def test_options_and_judge_reach_the_evaluation(learner: Any) -> None:
         ({"mode": "batch", "edits_per_step": 3}, "edits_per_step must be None for mode 'batch'"),
         ({"mode": "single", "edits_per_step": 1}, "edits_per_step must be None for mode 'single'"),
         ({"mode": "sequential", "edits_per_step": 0}, "edits_per_step must be >= 1, got 0"),
-        ({"mode": "sequential", "replay": 3}, "only streaming replays"),
+        ({"mode": "sequential", "replay": 3}, "only .streaming. replays edits"),
         ({"mode": "streaming", "replay": -1}, "replay must be >= 0"),
         ({"mode": "batch", "options": EvaluationOptions(distributed=True)}, "options.distributed must be False"),
         ({"mode": "sequential", "checkpoints": (0, 3)}, "checkpoints must be numbers of edits >= 1"),

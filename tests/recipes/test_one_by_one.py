@@ -23,6 +23,7 @@ def call(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=quiet, cwd=folder)
 
 
+@pytest.mark.slow
 def test_it_learns_one_edit_after_the_other_and_writes_its_results(tmp_path: Path) -> None:
     done = call(tmp_path, "--limit", "2")
     assert done.returncode == 0, done.stderr[-2000:]
@@ -72,11 +73,11 @@ def test_edits_learned_before_an_error_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--edits", "mine.jsonl"), "--texts is missing: give a file of texts that must stay"),
-        (("--texts", "nowhere.txt"), "--texts: there is no file 'nowhere.txt'."),
+        (("--edits", "mine.jsonl"), "--texts is missing; give a file of texts on which"),
+        (("--texts", "nowhere.txt"), "--texts must be a file that exists, got 'nowhere.txt'."),
         (("--limit", "0"), "--limit must be > 0, got 0."),
         (("--learning_rate", "nan"), "--learning_rate must be > 0, got nan."),
-        (("--plain", "--ball", "1"), "--plain trains without constraints; leave out --texts and --ball."),
+        (("--plain", "--ball", "1"), "--plain trains without constraints, so --texts and --ball must be left out."),
         (("--output_dir", str(SCRIPT)), f"because {SCRIPT} is not a folder"),
         (("--ball", "0"), "--ball must be > 0, got 0."),
     ],

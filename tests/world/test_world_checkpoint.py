@@ -89,6 +89,7 @@ def test_perplexity_on_held_out_prose_agrees_with_the_card(loaded, card):
     assert measure.perplexity(*loaded, texts) == pytest.approx(card["prose perplexity, held-out part"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_pretraining_is_deterministic_and_writes_a_complete_checkpoint(tmp_path):
     torch.set_num_threads(1)
     small = facts.build(people=20, companies=3, cities=4)

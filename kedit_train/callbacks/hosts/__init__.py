@@ -1,1 +1,1 @@
-"""One file per kind of training loop: translate its events to the lifecycle of an edit."""
+"""Hosts: one module per kind of training loop, which translates its events to the steps of an edit."""

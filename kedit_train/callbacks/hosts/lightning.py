@@ -1,4 +1,4 @@
-"""The host for ``lightning.pytorch.Trainer``: translate its events to the lifecycle of an edit."""
+"""LightningHost: translate the events of ``lightning.pytorch.Trainer`` to the steps of an edit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kedit_train.errors import EditError
 
 
 class LightningHost(Host):
-    """A Lightning trainer and the module that it fits.
+    """The host for a Lightning trainer and the module that it trains.
 
     Args:
         trainer: the ``lightning.pytorch.Trainer``.
@@ -28,12 +28,12 @@ class LightningHost(Host):
 
     Attributes:
         last_step: the optimizer step after which the callbacks were last called.
-        checkpoint_state: what the checkpoint that the trainer resumed from contains about the edit; None if the
-            trainer did not resume.
+        checkpoint_state: the state of the edit in the checkpoint from which the trainer resumed. None if the trainer
+            did not resume.
     """
 
     name = "lightning"
-    # A step is announced by its backward pass. A module that optimizes manually may step without one.
+    # The backward pass announces a step. A module that optimizes manually may step without a backward pass.
     announces_every_step = False
     releases_model = False
     # Automatic optimization passes a closure, inside which it calls on_before_optimizer_step.
@@ -48,8 +48,8 @@ class LightningHost(Host):
 
     def unannounced_step_error(self) -> str:
         return (
-            "an optimizer stepped without self.manual_backward(loss), where the penalties of this edit are added to "
-            "the loss; call self.manual_backward(loss) before each step."
+            "an optimizer stepped without self.manual_backward(loss), which adds the penalties of this edit to the "
+            "loss; call self.manual_backward(loss) before each step."
         )
 
     @property
@@ -86,9 +86,9 @@ class LightningHost(Host):
     def unsupported_reason(self) -> str | None:
         launched, used = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
         if used < launched:
-            return f"{launched} processes were started but the trainer uses {used}, so that each would train alone"
+            return f"{launched} processes were started but the trainer uses {used}, so each would train its own model"
         if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):
-            return "WeightAveraging overwrites all weights with rounded averages, frozen ones as well"
+            return "WeightAveraging overwrites all weights, including frozen weights, with rounded averages"
         name = type(self.trainer.strategy).__name__
         return f"{name} updates flattened copies of the weights" if name.startswith("DeepSpeed") else None
 
@@ -96,7 +96,7 @@ class LightningHost(Host):
         return self.trainer.precision_plugin.forward_context()
 
     def loss_scale(self) -> float:
-        """Return the factor by which the mixed-precision plugin has multiplied the loss."""
+        """Return the factor that the mixed-precision plugin has applied to the loss."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return 1.0 if scaler is None else scaler.get_scale()
 
@@ -134,15 +134,16 @@ CHECKPOINT_KEY = "kedit_train"
 
 
 class LightningEvents(Callback):
-    """The events of ``lightning.pytorch.Trainer``.
+    """Receives the events of ``lightning.pytorch.Trainer``.
 
-    Lightning sends every event to every callback. Only the first callback of a run, its driver, passes them on.
+    Lightning sends every event to every callback. Only the first callback of a run, called its driver, passes the
+    events on to the run.
     """
 
     run: Any = None
 
     def _driven_run(self, trainer: Any) -> EditRun | None:
-        """Return the run of this trainer if this callback is its driver, else None."""
+        """Return the trainer's run if this callback is the driver of the run, else None."""
         run = self.run
         return run if run is not None and not run.closed and run.host.owner is trainer and run.is_driver(self) else None
 
@@ -169,7 +170,7 @@ class LightningEvents(Callback):
             self.run.host.checkpoint_state = checkpoint.get(CHECKPOINT_KEY, {})
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        # This is the first micro-batch of a step. A gradient scaler may have skipped the step before it.
+        # This is the first micro-batch of a step. A gradient scaler may have skipped the previous step.
         run = self._driven_run(trainer)
         if run:
             run.steps.begin()
@@ -184,8 +185,8 @@ class LightningEvents(Callback):
             grad_fn: Any = loss.grad_fn
             if getattr(grad_fn, "_saved_result", None) is not None:
                 raise EditError(
-                    "the penalties of this edit are added to the loss in place, which "
-                    f"{grad_fn.name()} does not allow; call manual_backward(loss * 1.0)."
+                    "the loss must allow adding the penalties of this edit in place, but its last operation "
+                    f"{grad_fn.name()} does not; call manual_backward(loss * 1.0)."
                 )
             loss.add_(penalty.to(loss.device) * run.host.loss_scale())
 

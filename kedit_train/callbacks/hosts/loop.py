@@ -1,4 +1,4 @@
-"""The host for hand-written loops, with or without Fabric: the ``editing`` context manager."""
+"""LoopHost and ``editing``: the host for hand-written training loops, with or without Fabric."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kedit_train.errors import EditError
 
 
 class LoopHost(Host):
-    """A hand-written loop. It takes the arguments of :func:`editing`.
+    """The host for a hand-written training loop. Takes the arguments of :func:`editing`.
 
     Attributes:
         history: every row of metrics that was logged, each with its ``step``.
         tables: key -> (columns, rows) of every table that was logged.
         run: the run that this loop drives.
-        penalty_gradients: each parameter with the gradient tensor that the penalties of this step have left.
+        penalty_gradients: each parameter with its gradient tensor after the backward pass of the penalties.
     """
 
     releases_model = False
@@ -44,7 +44,10 @@ class LoopHost(Host):
         self.penalty_gradients: list[tuple[nn.Parameter, Any]] = []
 
     def unannounced_step_error(self) -> str:
-        return "an optimizer stepped without edit.before_step(); call it before the forward pass of every step."
+        return (
+            "an optimizer stepped without edit.before_step(); call edit.before_step() before the first forward pass of "
+            "every optimizer step."
+        )
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +57,7 @@ class LoopHost(Host):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and not is_distributed():
             return (
-                f"{launched} processes were started but they are not connected, so that each would train alone (call "
+                f"{launched} processes were started but are not connected, so each would train its own model (call "
                 "fabric.launch() or torch.distributed.init_process_group() first)"
             )
         return None
@@ -79,11 +82,11 @@ class LoopHost(Host):
         self.tables[key] = (columns, rows)
 
     def gradient_error(self) -> str | None:
-        # With several processes DDP may have moved the gradients into its own buckets.
+        # With several processes, DDP may have moved the gradients into its own buckets.
         if not is_distributed() and any(p.grad is not grad for p, grad in self.penalty_gradients):
             return (
                 "the gradients of the penalties were deleted: zero_grad() was called between edit.before_step() and "
-                "optimizer.step(); call it before edit.before_step()."
+                "optimizer.step(); call zero_grad() before edit.before_step()."
             )
         return None
 
@@ -97,7 +100,7 @@ class LoopHost(Host):
 
 
 class Editing:
-    """What :func:`editing` yields.
+    """The object that :func:`editing` yields to the training loop.
 
     Attributes:
         run: the :class:`~kedit_train.core.run.EditRun`.
@@ -117,13 +120,13 @@ class Editing:
         return self.run.stopped
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters in scope, for the optimizer."""
+        """Return the parameters in the scope, to pass to the optimizer."""
         return list(self.run.scope.values())
 
     def before_step(self, scaler: Any = None) -> None:
         """Begin an optimizer step. Call this after ``zero_grad()`` and before the first forward pass of the step.
 
-        It computes the gradients of the penalties, to which ``backward()`` adds those of the loss.
+        Computes the gradients of the penalties. ``backward()`` later adds the gradients of the loss.
 
         Args:
             scaler: the loop's ``torch.amp.GradScaler``, if it uses one.
@@ -148,7 +151,7 @@ class Editing:
             self._host.penalty_gradients = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
 
     def _is_pending(self) -> bool:
-        """Return whether a step was announced but not taken, and the gradients of its penalties still exist."""
+        """Return whether a step was begun but not taken, and the gradients of its penalties still exist."""
         gradients = self._host.penalty_gradients
         return bool(gradients) and all(p.grad is grad and bool(grad.any()) for p, grad in gradients)
 
@@ -166,24 +169,24 @@ def editing(
 ) -> Iterator[Editing]:
     """Turn a hand-written training loop into an edit.
 
-    Enter the block before the optimizer is created (and before ``fabric.setup`` or DDP), with the bare model. Call
-    ``edit.before_step()`` before every optimizer step. Leave the block when training is over: the model is then an
-    ordinary model again, with the edit in its weights.
+    Enter the ``with`` block before you create the optimizer, and before ``fabric.setup`` or DDP wraps the model. Call
+    ``edit.before_step()`` before every optimizer step. Leave the block when training is over. The model is then an
+    ordinary module again, with the edited weights.
 
     Args:
-        model: the module to train; a language model may be inside another module.
+        model: the module to train. A language model may be a submodule of it.
         callbacks: instances from ``kedit_train.callbacks``, in any order.
-        tokenizer: for callbacks that read text. By default the one saved with the model.
-        on_log: called with ``(metrics, step)``, for example ``wandb.log`` or ``fabric.log_dict``.
-        log_every_n_steps: optimizer steps between two log events.
-        edits: the edits that the loop trains on, for callbacks that have none of their own.
-        epoch_steps: optimizer steps in one epoch, for rules of ``StopWhenEdited`` that cover an epoch.
+        tokenizer: tokenizer for callbacks that read text. None uses the tokenizer that is saved with the model.
+        on_log: function that receives ``(metrics, step)``, for example ``wandb.log`` or ``fabric.log_dict``.
+        log_every_n_steps: number of optimizer steps between two log events.
+        edits: the edits that the loop trains on, for callbacks that were created without edits.
+        epoch_steps: number of optimizer steps in one epoch, for rules of ``StopWhenEdited`` that cover an epoch.
 
     Yields:
         An :class:`Editing` with ``parameters()``, ``before_step()``, ``should_stop`` and ``history``.
 
     Raises:
-        EditError: the model or the callbacks cannot be used.
+        EditError: ``model`` is not a module, ``callbacks`` is empty, or a callback cannot work with the model.
 
     Example:
         >>> import torch
@@ -208,7 +211,7 @@ def editing(
             f"model must be a loaded model, got {model!r}; load it with AutoModelForCausalLM.", component="editing"
         )
     if not callbacks:
-        raise EditError("callbacks must not be empty, or nothing would be constrained.", component="editing")
+        raise EditError("callbacks must not be empty; pass at least one callback.", component="editing")
     host = LoopHost(tokenizer, on_log, log_every_n_steps, edits, epoch_steps)
     run = None
     try:

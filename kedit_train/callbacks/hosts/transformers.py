@@ -1,4 +1,4 @@
-"""The host for ``transformers.Trainer`` and TRL: translate their events to the lifecycle of an edit."""
+"""TransformersHost: translate the events of ``transformers.Trainer`` and TRL to the steps of an edit."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from kedit_train.optional import require
 
 
 class TransformersHost(Host):
-    """A ``transformers.Trainer``, or one of TRL's.
+    """The host for a ``transformers.Trainer`` or a trainer of TRL.
 
-    Its owner is the trainer's ``control`` object, the only one that lives as long as the trainer and is passed to
-    callbacks.
+    The owner of the host is the trainer's ``control`` object. It is the only object that exists as long as the trainer
+    and is passed to callbacks.
 
     Attributes:
-        train_dataloader: set when training begins.
-        pending_metrics: metrics that wait for the trainer's next log row.
-        edit_id: marks the checkpoints of this edit, so that a resumed run recognizes its own.
-        resumed_from: ``{"edit": ..., "folder": ...}`` of the edit that the trainer has resumed, else empty.
+        train_dataloader: the data loader for training. It is set when training begins.
+        pending_metrics: metrics to add to the next row that the trainer logs.
+        edit_id: id that is saved in the checkpoints of this edit, so that a resumed run recognizes them.
+        resumed_from: ``{"edit": ..., "folder": ...}`` of the edit that the trainer has resumed. Empty if it has not
+            resumed an edit.
         active_callbacks: the ids of the callbacks that received the events of this step.
     """
 
@@ -44,7 +45,7 @@ class TransformersHost(Host):
         self._metrics_defined = False
 
     def mark_checkpoints(self) -> None:
-        """Read which edit the trainer has resumed, and let it write ``edit_id`` into every ``trainer_state.json``."""
+        """Read the id of the resumed edit, and save ``edit_id`` in every later ``trainer_state.json``."""
         self.resumed_from = self.state.stateful_callbacks.get(STATE_KEY, {})
         folder = str(Path(self.args.output_dir).resolve())
         self.state.stateful_callbacks[STATE_KEY] = {"edit": self.edit_id, "folder": folder}
@@ -100,8 +101,8 @@ class TransformersHost(Host):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.args.world_size != launched:
             return (
-                f"{launched} processes were started but the trainer uses {self.args.world_size}, so that each would "
-                "train alone (on CPUs, set use_cpu=True in its arguments)"
+                f"{launched} processes were started but the trainer uses {self.args.world_size}, so each would train "
+                "its own model (on CPUs, set use_cpu=True in the training arguments)"
             )
         return "DeepSpeed updates flattened copies of the weights" if self.args.deepspeed else None
 
@@ -109,7 +110,7 @@ class TransformersHost(Host):
         if self.args.n_gpu > 1:
             return "torch.nn.DataParallel copies the model without its hooks; start one process per GPU"
         if getattr(self.args, "label_smoothing_factor", 0):
-            return "label_smoothing_factor computes the loss outside of the model; set it to 0"
+            return "with label_smoothing_factor, the trainer computes the loss outside of the model; set it to 0"
         if getattr(self.args, "loss_type", None) not in (None, "nll"):
             return (
                 f"loss_type={self.args.loss_type!r} has no target for each token; use SFTTrainer with "
@@ -124,7 +125,7 @@ class TransformersHost(Host):
             self.state.log_history.append(row)
             self._to_wandb(self.take_pending_metrics())
         else:
-            # The trainer then logs a row with its own loss, to which on_log adds the pending metrics.
+            # The trainer then logs a row with its own loss, and on_log adds the pending metrics to the row.
             self.control.should_log = True
 
     def take_pending_metrics(self) -> dict[str, float]:
@@ -133,7 +134,7 @@ class TransformersHost(Host):
         return metrics
 
     def add_to_log_row(self, logs: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Add metrics to a row that the trainer is logging. Its progress bar and its history read the row later."""
+        """Add metrics to a row that the trainer is logging, before the progress bar and the history read the row."""
         logs.update(metrics)
         if self.state.log_history:
             self.state.log_history[-1].update(metrics)
@@ -143,17 +144,17 @@ class TransformersHost(Host):
         """Warn about loggers of the trainer that do not receive ``edit/*`` metrics.
 
         W&B receives every row, table, chart and file, in the run that the trainer opened. The console, the progress bar
-        and ``trainer.state.log_history`` receive every row of numbers. TensorBoard, trackio, MLflow, Comet and the
-        others receive none, because the trainer calls them before the callbacks of the user. The scores of the
-        trainer's own evaluation (``eval_edit_*``) are added after its row was logged; ``metric_for_best_model`` and
-        later callbacks, such as ``EarlyStoppingCallback``, can use them.
+        and ``trainer.state.log_history`` receive every row of numbers. Other loggers, such as TensorBoard, trackio,
+        MLflow and Comet, receive no ``edit/*`` metrics, because the trainer calls these loggers before the user's
+        callbacks. The scores ``eval_edit_*`` are added to an evaluation of the trainer after its row was logged.
+        ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can use these scores.
         """
         reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
         others = [name for name in reports if name not in ("wandb", "none")]
         if others and self.is_main:
             warn(
                 f"edit/* metrics do not reach {', '.join(others)}, because the trainer calls these loggers before its "
-                "callbacks; find the metrics in wandb, on the console or in trainer.state.log_history."
+                "callbacks; read the metrics in wandb, on the console or in trainer.state.log_history."
             )
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -194,9 +195,10 @@ STATE_KEY = "kedit_train"
 
 
 class TransformersEvents(TrainerCallback):
-    """The events of ``transformers.Trainer``.
+    """Receives the events of ``transformers.Trainer``.
 
-    The trainer sends every event to every callback. Only the first callback of a run, its driver, passes them on.
+    The trainer sends every event to every callback. Only the first callback of a run, called its driver, passes the
+    events on to the run.
     """
 
     run: Any = None
@@ -204,14 +206,14 @@ class TransformersEvents(TrainerCallback):
     _control: Any = None
 
     def _driven_run(self, control: Any) -> EditRun | None:
-        """Return the run of this trainer if this callback is its driver, else None."""
+        """Return the trainer's run if this callback is the driver of the run, else None."""
         run = self.run
         return run if run is not None and not run.closed and run.host.owner is control and run.is_driver(self) else None
 
     def _join(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
         if model is None:
             raise EditError(
-                "the trainer has no model yet, because it was given model_init; pass model= instead.",
+                "the trainer has no model yet, because it was created with model_init=; create it with model= instead.",
                 component=type(self).__name__,
             )
         run = self.run
@@ -228,7 +230,7 @@ class TransformersEvents(TrainerCallback):
     ) -> None:
         if self._control is control:
             raise EditError(
-                "the same instance is twice in the trainer's callbacks; list it once.", component=type(self).__name__
+                "the same instance is twice in the trainer's callbacks; pass it once.", component=type(self).__name__
             )
         self._control = control
         self._join(args, state, control, model, processing_class)
@@ -251,7 +253,7 @@ class TransformersEvents(TrainerCallback):
             run.host.warn_about_loggers()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Only now every callback has been prepared, also those that were added by add_callback().
+        # Only now has every callback been prepared, including the callbacks that add_callback() added.
         run = self._driven_run(control)
         if run and not run.has_started:
             self._check_none_removed(run)
@@ -264,14 +266,14 @@ class TransformersEvents(TrainerCallback):
         if removed:
             run.close()
             raise EditError(
-                "it was removed from the trainer after the trainer had been created with it; the model has been "
-                "released: create the trainer again without this callback.",
+                "this callback was removed from a trainer that was created with it, so the model has been released; "
+                "create the trainer again without this callback.",
                 component=type(removed[0]).__name__,
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        # The penalty's backward pass runs before the first micro-batch and on the unwrapped model. So it counts once
-        # under gradient accumulation, is clipped with the other gradients, and DDP reduces it together with them.
+        # The penalty's backward pass runs before the first micro-batch and on the unwrapped model. So it is counted
+        # once under gradient accumulation, and its gradients are clipped and reduced by DDP like those of the loss.
         if self.run is not None:
             self.run.host.active_callbacks.add(id(self))
         run = self._driven_run(control)
@@ -293,7 +295,7 @@ class TransformersEvents(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self._driven_run(control)
         if run:
-            # Every process must do this, because gathering sharded weights needs them all.
+            # Every process must do this, because sharded weights are gathered from all processes.
             edit_state, folder = {**run.state(), "edit": run.host.edit_id}, run.host.checkpoint_folder()
             # A hyperparameter search writes its checkpoints to another folder; resuming from those is refused.
             if run.host.is_main and folder.is_dir():
@@ -306,7 +308,7 @@ class TransformersEvents(TrainerCallback):
             for callback in run.callbacks:
                 for key, value in callback.evaluation_metrics(run).items():
                     metrics["eval_" + key.replace("/", "_")] = value
-            # Metrics measured here belong to this step. The log row that they asked for would be the next step's.
+            # Metrics measured here belong to this step. The log row that they requested would belong to the next step.
             pending, control.should_log = host.take_pending_metrics(), logging
             if pending:
                 host.add_to_log_row({}, pending)

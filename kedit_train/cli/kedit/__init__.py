@@ -1,7 +1,7 @@
-"""The ``kedit`` command: list recipes, check them, and look at, apply, merge and evaluate edits.
+"""The ``kedit`` command, which lists and checks recipes, and inspects, applies, merges and evaluates edits.
 
-Each verb is one file with ``HELP``, ``EPILOG``, ``arguments(parser)`` and ``run(args)``. A verb imports torch only when
-it runs, so that ``kedit ls`` and a typing error are answered at once.
+Each verb is one file with ``HELP``, ``EPILOG``, ``arguments(parser)`` and ``run(args)``. A verb imports torch only in
+``run``, so that help texts, ``kedit ls`` and messages about wrong arguments appear without delay.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ VERBS: tuple[ModuleType, ...] = (ls, cp, validate, show, apply, revert, merge, s
 EPILOG = """\
 examples:
   kedit ls recipes                                    list the recipes
-  kedit cp quickstart mine.yaml                       copy one, to change it
-  kedit validate mine.yaml                            check its keys, without a GPU or a download
-  kedit show runs/mine/edit.safetensors --png         show what a run changed
-  kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B      did it work, and what did it cost?
+  kedit cp quickstart mine.yaml                       copy a recipe, so that you can change it
+  kedit validate mine.yaml                            check the keys of a recipe, without a GPU or a download
+  kedit show runs/mine/edit.safetensors --png         show which weights a run changed
+  kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B      compare an edited model with its base model
 
-Exit codes: 0 done, 1 the command failed (one line says why), 2 the arguments are not valid.
-Set KEDIT_TRACEBACK=1 to see the traceback of an error. kedit VERB --help shows examples of each verb.
+Exit codes: 0 if the command succeeded, 1 if it failed (one line says why), 2 if the arguments are not valid.
+Set KEDIT_TRACEBACK=1 to see the traceback of an error. kedit VERB --help shows examples of a verb.
 """
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line that ends with the command that shows help."""
+    """A parser that reports an error in one line and names the help command at the end."""
 
     def error(self, message: str) -> NoReturn:
         from kedit_train.cli.console import print_error
@@ -41,10 +41,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
-    """Return the parser of the command with all its verbs."""
+    """Return the parser of the ``kedit`` command with all verbs."""
     main_parser = Parser(
         prog="kedit",
-        description="List recipes, and look at, apply, merge and evaluate knowledge edits.",
+        description="List and check recipes. Inspect, apply, merge and evaluate knowledge edits.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the console script ``kedit`` and return the exit code.
 
     Args:
-        arguments: words after ``kedit``; ``sys.argv`` by default.
+        arguments: the words after ``kedit``; by default those in ``sys.argv``.
     """
     from kedit_train.cli.console import print_error
 
@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except BrokenPipeError:
-        # The reader of the pipe (`| head`) has closed it. Python must not fail when it flushes what is left.
+        # The program that reads the pipe, such as `head`, has closed the pipe. Flushing the remaining output must not
+        # fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (EditError, OSError) as error:

@@ -1,4 +1,4 @@
-"""``kedit apply``: write the edited checkpoint from a delta and its base."""
+"""``kedit apply``: write the edited checkpoint from a delta and its base model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ examples:
   kedit apply runs/mine/edit.safetensors world runs/mine/model
   kedit apply runs/mine/edit.safetensors Qwen/Qwen3-0.6B runs/mine/model --dtype float32
 
-The checkpoint is written shard by shard, with one tensor in memory at a time. Every changed tensor is compared with
-the SHA-256 of the base before anything is written.
+The checkpoint is written shard by shard, with one tensor in memory at a time. Before anything is written, every tensor
+that the delta changes is compared with the SHA-256 that the delta records for the base model.
 
-Use --dtype if the run loaded a half-precision checkpoint in float32: the whole model is then loaded as in that run.
+If the run loaded a half-precision checkpoint in float32, add --dtype float32. The command then loads the full model in
+float32.
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("delta", metavar="DELTA", help="a file that SaveDelta or kedit merge wrote")
-    parser.add_argument("model", metavar="MODEL", help="the base: a checkpoint folder, a hub name, or world")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
+    parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
+    parser.add_argument("model", metavar="MODEL", help="the base model: a checkpoint folder, a hub name, or world")
+    parser.add_argument("out", metavar="OUT", help="a new folder for the edited checkpoint")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="load the base in this dtype, as the run did"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="load the base model in the dtype of the run"
     )
     json_option(parser)
 
@@ -49,7 +50,7 @@ def run(args: Namespace) -> int:
         print_json({"out": str(out), "state": "edited", "tensors": len(delta), "bytes": delta.nbytes})
         return 0
     print(f"edited model: {out} ({len(delta)} tensors changed, delta of {size(delta.nbytes)})")
-    print(f"evaluate it with: kedit eval {out} EDITS --against {args.model}")
+    print(f"evaluate the edited model with: kedit eval {out} EDITS --against {args.model}")
     return 0
 
 
@@ -62,13 +63,16 @@ def _check_dtypes(delta: Any, folder: Path) -> None:
         if dtype != change.dtype:
             run_dtype, checkpoint_dtype = (str(one).removeprefix("torch.") for one in (change.dtype, dtype))
             raise EditError(
-                f"the run edited {name} in {run_dtype}, but the checkpoint stores it in {checkpoint_dtype}; add "
-                f"--dtype {run_dtype} to load the model as the run did."
+                f"the run edited {name} in {run_dtype}, but the checkpoint stores this tensor in {checkpoint_dtype}; "
+                f"add --dtype {run_dtype} to load the model in the dtype of the run."
             )
 
 
 def _apply_in_memory(delta: Any, folder: Path, out: Path, dtype: str) -> Path:
-    """Load the model, apply the delta and save it; ``out`` appears when it is complete."""
+    """Load the base model, apply the delta and save the edited model.
+
+    The folder ``out`` appears only when all its files are complete.
+    """
     from kedit_train.cli.kedit.checkpoints import load
 
     model, tokenizer = load(str(folder), dtype)

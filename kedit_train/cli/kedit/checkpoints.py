@@ -1,4 +1,4 @@
-"""Finding and loading models by the names that users give: a folder, a hub name, or "world"."""
+"""Find and load a model by folder, by hub name, or by the name "world" (the embedded model)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from kedit_train import world
 from kedit_train.errors import EditError
 from kedit_train.optional import require
 
-# The files of a transformers model, without weights that would have to be unpickled.
+# The files of a transformers model, except pickled weights, because loading a pickle can execute code.
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py"]
-_MERGE = "or merge it with merge_and_unload() and give the folder of the merged model"
+_MERGE = "or merge the adapter with merge_and_unload() and give the folder of the merged model"
 
 
 def world_or(name: str) -> str:
@@ -23,16 +23,16 @@ def world_or(name: str) -> str:
 
 
 def folder_of(name: str) -> Path:
-    """Return the folder of a checkpoint; a hub name is downloaded, or read from the cache.
+    """Return the folder of a checkpoint. A hub model is downloaded unless it is in the cache.
 
     Raises:
-        EditError: there is no such folder, and no such model on the hub.
+        EditError: neither a folder nor a model on the hub has this name.
     """
     folder = Path(world_or(name))
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise EditError(f"{name} is a file; give the folder of a checkpoint, a hub name, or 'world'.")
+        raise EditError(f"model {name} is a file; give the folder of a checkpoint, a hub name, or 'world'.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -41,15 +41,15 @@ def folder_of(name: str) -> Path:
     except (OSError, HFValidationError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EditError(
-            f"{name!r} is neither a folder nor a model on the hub ({reason.partition('. ')[0][:200]}); give the folder "
-            "of a checkpoint, a hub name, or 'world'."
+            f"model {name!r} is neither a folder nor a model on the hub ({reason.partition('. ')[0][:200]}); give the "
+            "folder of a checkpoint, a hub name, or 'world'."
         ) from error
 
 
 def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Load a model and its tokenizer; a PEFT adapter is loaded on its base model.
+    """Load a model and its tokenizer. A PEFT adapter is loaded on top of its base model.
 
-    An adapter is not merged, because merging would round its effect if the weights are in bf16.
+    The adapter is not merged into the base model, because merging into bf16 weights would round the adapter's effect.
     """
     from transformers.utils import logging
 
@@ -67,8 +67,11 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
     try:
         model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     except EditError as error:
-        raise EditError(f"{name} is an adapter of {base!r}, and {error}; {_MERGE}.") from error
-    with loading_errors(name, f"is an adapter that does not fit its base {base!r}"):
+        raise EditError(
+            f"the base model {base!r} of the adapter {name} cannot be loaded ({error}); correct "
+            f"base_model_name_or_path in adapter_config.json, {_MERGE}."
+        ) from error
+    with loading_errors(name, f"is an adapter that does not fit its base model {base!r}"):
         adapted = PeftModel.from_pretrained(model, name)
     if (Path(name) / "tokenizer_config.json").is_file():
         with loading_errors(name, "comes with a tokenizer that cannot be loaded"):
@@ -77,7 +80,7 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
 
 
 def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
-    """Load a model on ``args.device``; by default on the accelerator, if there is one."""
+    """Load a model on ``args.device``. The default is the accelerator if the machine has one, and the CPU otherwise."""
     import torch
 
     model, tokenizer = load(name, dtype, trust_remote_code=args.trust_remote_code)
@@ -87,15 +90,16 @@ def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
         return model.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise EditError(
-            f"--device {device}: {str(error).splitlines()[0][:200]}; remove the option, or use --device cpu."
+            f"the model cannot be moved to --device {device} ({str(error).splitlines()[0][:200]}); remove the option, "
+            "or use --device cpu."
         ) from error
 
 
 def adapted_base(name: str) -> str | None:
-    """Return the base model that a PEFT adapter folder names; None for any other name.
+    """Return the base model that a PEFT adapter folder names, and None for anything else than such a folder.
 
     Raises:
-        EditError: the configuration of the adapter cannot be read, or names no base.
+        EditError: the configuration of the adapter cannot be read, or names no base model.
     """
     config = Path(name) / "adapter_config.json"
     if not config.is_file():
@@ -105,12 +109,14 @@ def adapted_base(name: str) -> str | None:
     except (ValueError, AttributeError) as error:
         raise EditError(f"{config} is not a valid PEFT configuration ({error}); save the adapter again.") from error
     if not base:
-        raise EditError(f"{config} names no base; set base_model_name_or_path, {_MERGE}.")
+        raise EditError(f"{config} names no base model; set base_model_name_or_path in this file, {_MERGE}.")
     return str(base)
 
 
 def merged(model: Any) -> Any:
-    """Merge the adapter of a model into its weights, in place; return any other model unchanged.
+    """Merge a PEFT adapter into the weights of its base model, in place.
+
+    A model without an adapter is returned unchanged.
 
     Raises:
         EditError: PEFT cannot merge this kind of adapter.
@@ -118,10 +124,11 @@ def merged(model: Any) -> Any:
     if not hasattr(model, "get_base_model"):
         return model
     if not hasattr(model.base_model, "merge_and_unload"):
-        return model.get_base_model()  # prompt tuning changes no weight
+        return model.get_base_model()  # Prompt tuning changes no weight.
     try:
         return model.merge_and_unload()
     except (ValueError, NotImplementedError, AttributeError) as error:
         raise EditError(
-            f"PEFT cannot merge this adapter ({error}), so its weight drift cannot be measured; remove --full."
+            f"PEFT cannot merge the adapter into its base model ({error}), so --full cannot measure weight drift; "
+            "remove --full."
         ) from error

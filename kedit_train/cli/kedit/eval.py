@@ -1,4 +1,4 @@
-"""``kedit eval``: evaluate an edited model: reliability, generality, locality and more."""
+"""``kedit eval``: measure reliability, generality, locality and other scores of an edited model."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from kedit_train.cli.kedit.output import print_json, write_text
 from kedit_train.errors import EditError
 
-HELP = "evaluate any model on edits: what it should have learned, and what it should not have changed"
+HELP = "evaluate a model on edits: does it give the new answers, and did other answers stay the same?"
 EPILOG = """\
 examples:
   kedit eval world world --limit 50
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B
   kedit eval Qwen/Qwen3-0.6B counterfact.json --delta runs/mine/edit.safetensors --full
-  kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         the same, without --delta
-  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter, loaded on its base
+  kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         a delta, applied to its base model
+  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter
   kedit eval runs/mine/model edits.jsonl --against before.json --json after.json
   kedit eval runs/mine/model world --against world --markdown eval.md --plots plots --card runs/mine/model/README.md
 
-With --against, locality is the share of answers that are the same as the base model's. Without it, locality is the
-share of correct answers.
+With --against or --delta, locality is the fraction of answers that are the same as the answers of the base model.
+Without these options, locality is the fraction of correct answers.
 """
 
 
@@ -31,48 +31,48 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, PEFT adapter, hub name, world, or delta (with --against)",
+        help="checkpoint folder, PEFT adapter, hub name, world (the embedded model), or delta (needs --against)",
     )
-    add("edits", metavar="EDITS", help=".json, .jsonl or .csv in any format that EditDataset reads, or world")
-    add("--against", metavar="BASE", help="the base model, or a JSON report of its evaluation")
-    add("--delta", metavar="FILE", help="apply this delta to MODEL, and compare with MODEL without it")
+    add("edits", metavar="EDITS", help="a .json, .jsonl or .csv file of edits, or world (the embedded edits)")
+    add("--against", metavar="BASE", help="the base model, or a JSON report of the base model's evaluation")
+    add("--delta", metavar="FILE", help="apply this delta to MODEL, and compare the result with MODEL")
     add("--full", action="store_true", help="also measure prefixes, format, KL, old answers, fluency and weight drift")
     add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
-    add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time (64); scores do not depend on it")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="longest generated answer (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="form of the prompts (plain)")
-    add("--texts", metavar="FILE", help="unrelated texts, to measure perplexity")
-    add("--seed", type=int, default=0, help="seed of the sample and of the intervals (0)")
+    add("--batch-size", type=int, default=64, metavar="N", help="prompts per batch (64); does not affect the scores")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="maximum number of tokens of an answer (32)")
+    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="format of the prompts (plain)")
+    add("--texts", metavar="FILE", help="unrelated texts on which perplexity is measured")
+    add("--seed", type=int, default=0, help="random seed of the sample and of the confidence intervals (0)")
     add(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="dtype of the model (auto)",
     )
-    add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
+    add("--device", help="cpu, cuda, ... (the accelerator if there is one, otherwise cpu)")
     add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
     add(
         "--json",
         nargs="?",
         const="-",
         metavar="F",
-        help="write the report as JSON; without F, print it",
+        help="write the report as JSON to this file; without a file name, print JSON",
     )
-    add("--markdown", metavar="F", help="write the report as Markdown")
+    add("--markdown", metavar="F", help="write the report as Markdown to this file")
     add("--plots", metavar="DIR", help="write PNG plots into this folder")
-    add("--card", metavar="F", help="add a section to this model card")
+    add("--card", metavar="F", help="add the scores to this model card (a Markdown file)")
 
 
 def run(args: Namespace) -> int:
     model, delta_file = args.model, args.delta
     if Path(model).is_file():
         if delta_file is not None or args.against is None or _is_report(args.against):
-            raise EditError(f"{model} is a file; to evaluate a delta, use kedit eval DELTA EDITS --against BASE")
+            raise EditError(f"MODEL {model} is a file; to evaluate a delta, use kedit eval DELTA EDITS --against BASE")
         model, delta_file, args.against = args.against, model, None
     if delta_file is not None and args.against not in (None, model):
-        raise EditError("--delta compares MODEL with and without the delta, so --against must be left out.")
+        raise EditError("--against must be left out, because --delta compares MODEL with and without the delta.")
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
-        raise EditError(f"--json {args.json} must end with .json.")
+        raise EditError(f"the file name after --json must end with .json, got {args.json}.")
     for option, place in (("json", args.json), ("markdown", args.markdown), ("plots", args.plots), ("card", args.card)):
         if place not in (None, "-"):
             _make_folder(f"--{option} {place}", Path(place) if option == "plots" else Path(place).parent)
@@ -81,7 +81,7 @@ def run(args: Namespace) -> int:
     from kedit_train.evaluation.reporting import plots
 
     if args.plots:
-        # If matplotlib is missing, it is reported before answers are generated.
+        # This call reports a missing matplotlib before answers are generated.
         plots.new_figure(1, 1)
     edits = EditDataset.load(args.edits)
     delta = None if delta_file is None else EditDelta.load(delta_file)
@@ -92,11 +92,13 @@ def run(args: Namespace) -> int:
 
 
 def _make_folder(option: str, folder: Path) -> None:
-    """Make the folder before answers are generated, because a failure after that would lose them."""
+    """Create the folder before answers are generated, because a later failure would lose the answers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise EditError(f"{option}: folder {folder} cannot be made ({error.strerror}).") from error
+        raise EditError(
+            f"{option}: the folder {folder} cannot be created ({error.strerror}); choose another folder."
+        ) from error
 
 
 def _is_report(name: str) -> bool:
@@ -120,7 +122,10 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     if args.against is not None and _is_report(args.against):
         before = Report.load(args.against)
         if args.full:
-            raise EditError("--full needs the base model itself, a report is not enough: --against BASE")
+            raise EditError(
+                f"--full needs the base model, but --against names the report {args.against}; give --against BASE, or "
+                "remove --full."
+            )
     elif args.against is not None and delta is None:
         _same_architecture(args.against, name, args.trust_remote_code)
         base, tokenizer = load_for(args, args.against, args.dtype)
@@ -130,12 +135,12 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         del base
     dtype = args.dtype
     if delta is not None and dtype == "auto":
-        # The weights must be bit for bit those that the run started from.
+        # The weights must be bit for bit the weights before the run, so the dtype must be the dtype of the run.
         dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), dtype)
     model, tokenizer = load_for(args, name, dtype)
     if delta is not None:
         if delta.verify(model) == "edited":
-            raise EditError(f"{name} is the edited model; give its base, or remove the delta.")
+            raise EditError(f"{name} is the edited model; give its base model as MODEL, or remove the delta.")
         before = evaluate(model, tokenizer, edits, **options)
         named = dict(model.named_parameters())
         reference = {one: named[one].detach().clone() for one in delta.changes if one in named} if args.full else None
@@ -143,12 +148,12 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     report = evaluate(model, tokenizer, edits, unedited=before, **options)
     if reference is None:
         return report
-    # After all answers are generated, because this merges an adapter into the weights.
+    # Weight drift is measured after all answers are generated, because it merges an adapter into the weights.
     return replace(report, metrics={**report.metrics, "weight_drift": weight_drift(merged(model), reference)})
 
 
 def _same_architecture(base: str, model: str, trust: bool) -> None:
-    """Check that the base has the same architecture, before anything is generated."""
+    """Check that the base model has the same architecture as the edited model, before answers are generated."""
     from transformers import AutoConfig
 
     from kedit_train.cli.kedit.checkpoints import adapted_base, world_or
@@ -162,8 +167,8 @@ def _same_architecture(base: str, model: str, trust: bool) -> None:
         old, new = (getattr(config.get_text_config(), key, None) for config in configs)
         if old != new:
             raise EditError(
-                f"{base} is not the base of {model}: {key} is {old} in the former and {new} in the latter; give the "
-                "model before the edit."
+                f"{base} is not the base of {model}, because {key} is {old} in {base} and {new} in {model}; give the "
+                "model before the edit with --against."
             )
 
 
@@ -176,7 +181,7 @@ def _write(args: Namespace, report: Any, delta: Any, label: str) -> None:
     else:
         report.print()
         if missing := card.questions_without_probes(report):
-            print(f"not measured: {', '.join(missing)} (these edits contain no such probes)")
+            print(f"not measured: {', '.join(missing)} (these edits contain no questions for these scores)")
     files, skipped = [], []
     if args.json not in (None, "-"):
         files.append(report.save(args.json))

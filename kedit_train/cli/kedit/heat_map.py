@@ -1,4 +1,4 @@
-"""A picture of a delta: how much each tensor changed, and where in the most changed matrices."""
+"""Draw a delta: how much each tensor changed, and which parts of the most changed matrices changed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PANELS, BLOCKS = 6, 128
 
 
 def heat_map(delta: Any, path: Path) -> Path:
-    """Write a PNG of the most changed matrices.
+    """Write a PNG with a heat map of each of the most changed matrices, up to six.
 
-    If more tensors changed, an overview above them shows the norm of every change by layer and module.
+    If more tensors changed, an overview at the top shows the norm of each tensor's change by layer and module.
 
     Args:
         delta: an :class:`~kedit_train.delta.EditDelta`.
-        path: of the PNG file.
+        path: the PNG file to write.
 
     Raises:
         EditError: the delta changes no floating-point tensor, or matplotlib is not installed.
@@ -32,7 +32,7 @@ def heat_map(delta: Any, path: Path) -> Path:
     norms = {name: float(value.double().norm()) for name, value in differences.items()}
     matrices = sorted((n for n, v in differences.items() if v.ndim == 2 and v.numel()), key=lambda n: -norms[n])
     if not norms:
-        raise EditError("the delta changes no floating-point tensor, so there is nothing to draw.")
+        raise EditError("the delta changes no floating-point tensor, so a heat map would be empty; remove --png.")
     shown = matrices[:PANELS]
     columns = max(1, min(3, len(shown)))
     below = -(-len(shown) // columns)
@@ -78,7 +78,10 @@ def heat_map(delta: Any, path: Path) -> Path:
 
 
 def _blocks(difference: Tensor) -> Tensor:
-    """Return the root mean square of blocks, at most 128 x 128, so that no change is lost by sampling."""
+    """Return the root mean square of each block, in a grid of at most 128 x 128 blocks.
+
+    Every entry of the matrix counts in its block, so no change is lost.
+    """
     rows, columns = difference.shape
     shape = (min(rows, BLOCKS), min(columns, BLOCKS))
     squares = difference.float().square()[None, None]
@@ -86,7 +89,10 @@ def _blocks(difference: Tensor) -> Tensor:
 
 
 def _by_layer(norms: dict[str, float]) -> tuple[Any, list[str], list[str]]:
-    """Return norms as [layers, modules] (NaN if unchanged) and both labels. The number in a name is its layer."""
+    """Return norms as [layers, modules], the labels of the modules, and the labels of the layers.
+
+    The first number in the name of a tensor is its layer. The norm of an unchanged tensor is NaN.
+    """
     places = {}
     for name, norm in norms.items():
         number = re.search(r"\.(\d+)\.", name)

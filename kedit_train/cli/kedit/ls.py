@@ -21,7 +21,9 @@ examples:
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("kind", nargs="?", choices=get_args(catalog.Kind), help="list only these")
+    parser.add_argument(
+        "kind", nargs="?", choices=get_args(catalog.Kind), help="list only recipes or only callback fragments"
+    )
     json_option(parser)
 
 
@@ -37,7 +39,7 @@ def run(args: Namespace) -> int:
 
 
 def about(path: Path) -> str:
-    """Return the first sentence of a file: of its docstring, or of the comment at the top of a YAML file."""
+    """Return the first line of a script's docstring, or the first sentence of the comment at the top of a YAML file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0].replace("``", "")

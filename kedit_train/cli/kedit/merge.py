@@ -17,18 +17,22 @@ examples:
   kedit merge a.safetensors --weights 0.5 -o half.safetensors         halfway between the base and the edit
   kedit merge a.safetensors --weights -1 -o forget.safetensors        away from the edit
 
-For each pair of deltas the cosine of their differences is printed. It suggests whether their sum contains both edits
-(arXiv 2504.10957); kedit eval measures it.
+For each pair of deltas, the command prints the cosine between their weight changes. The cosine suggests whether the sum
+of two deltas contains both edits (arXiv 2504.10957). Use kedit eval to measure the merged delta.
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("deltas", metavar="DELTA", nargs="+", help="deltas of the same base model")
-    parser.add_argument("--weights", type=finite, nargs="+", metavar="W", help="one for each delta (1)")
-    parser.add_argument("--method", choices=("linear", "ties", "dare"), default="linear", help="how to merge (linear)")
-    parser.add_argument("--density", type=finite, default=0.5, metavar="D", help="share that ties and dare keep (0.5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the entries that dare drops (0)")
-    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the merged delta, .safetensors")
+    parser.add_argument("--weights", type=finite, nargs="+", metavar="W", help="one weight for each delta (1)")
+    parser.add_argument("--method", choices=("linear", "ties", "dare"), default="linear", help="merge method (linear)")
+    parser.add_argument(
+        "--density", type=finite, default=0.5, metavar="D", help="fraction of entries that ties and dare keep (0.5)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed for the entries that dare drops (0)"
+    )
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the .safetensors file of the merged delta")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     json_option(parser)
 
@@ -54,18 +58,20 @@ def run(args: Namespace) -> int:
         print_json({**about, **settings, "relations": relations})
         return 0
     for pair in relations:
-        advice = "the sum is likely to contain both edits" if pair["add"] else "the sum may lose one, so evaluate it"
+        advice = (
+            "the sum is likely to contain both edits" if pair["add"] else "the sum may lose an edit, so evaluate it"
+        )
         print(f"{' and '.join(pair['deltas'])}: cosine {pair['cosine']:.3f}, {pair['kind']}; {advice}")
     print(f"merged delta: {out} ({len(merged)} tensors, {size(merged.nbytes)})")
     return 0
 
 
 def _relation(cosine: float) -> dict[str, Any]:
-    """Return what the cosine of two deltas suggests for their sum.
+    """Return the relation that the cosine of two deltas indicates, and whether adding the deltas is likely to work.
 
-    "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) proves for a one-layer Transformer
-    that adding works for irrelevant and for aligned tasks. Two random directions in n dimensions have a cosine of about
-    1 / sqrt(n), so a small cosine counts as irrelevant.
+    "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a one-layer Transformer. The
+    paper proves that adding task vectors works for irrelevant and for aligned tasks. Two random directions in n
+    dimensions have a cosine of about 1 / sqrt(n), so a small cosine counts as irrelevant.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "aligned" if cosine > 0 else "contradictory"
     return {"cosine": cosine, "kind": kind, "add": kind != "contradictory"}

@@ -1,4 +1,4 @@
-"""What the verbs share: printing tables and JSON, and checking the files to write."""
+"""Functions that all verbs of ``kedit`` use: print tables and JSON, and check paths of files to write."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print a table as wide as the terminal, or as wide as needed in a pipe.
+    """Print a table that fits the terminal. In a pipe, each row is one line.
 
     Args:
-        columns: (header, whether the column holds numbers).
+        columns: a header for each column, and whether the column contains numbers.
         rows: one list of cells for each row.
-        title: printed above the table.
+        title: a text to print above the table.
     """
     from rich import box
     from rich.console import Console
@@ -53,21 +53,21 @@ def print_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str
 
 
 def new_path(path: str, *, force: bool = False, ending: str | None = None) -> Path:
-    """Return the path of a file to write.
+    """Check the path of a file to write, and return the path.
 
     Args:
-        path: as the user gave it.
-        force: allow an existing file, which is then replaced.
-        ending: the file name must end with it.
+        path: the path from the command line.
+        force: allow a file that exists already. The caller will replace the file.
+        ending: the required ending of the file name, such as ".png"; any ending by default.
 
     Raises:
         EditError: the path is a folder, exists already, or has another ending.
     """
     file = Path(path)
     if ending is not None and file.suffix != ending:
-        raise EditError(f"{path} must end with {ending}.")
+        raise EditError(f"the file name must end with {ending}, got {path}.")
     if file.is_dir():
-        raise EditError(f"{path} is a folder; give the name of a file in it.")
+        raise EditError(f"{path} is a folder; give the name of a file in this folder.")
     if file.exists() and not force:
         raise EditError(f"{path} already exists; choose another name, or add --force.")
     return file
@@ -77,14 +77,14 @@ def check_new_folder(path: str) -> None:
     """Check that a folder to write does not exist yet.
 
     Raises:
-        EditError: it exists.
+        EditError: the folder, or a file of this name, exists already.
     """
     if Path(path).exists():
         raise EditError(f"{path} already exists; choose the name of a new folder.")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file atomically; parent folders are made."""
+    """Write a text file atomically, and create its parent folders."""
     path = Path(path)
     with writing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

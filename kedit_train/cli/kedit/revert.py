@@ -17,7 +17,7 @@ examples:
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("delta", metavar="DELTA", help="the delta that was applied")
     parser.add_argument("model", metavar="MODEL", help="the edited model: a checkpoint folder or a hub name")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
+    parser.add_argument("out", metavar="OUT", help="a new folder for the base checkpoint")
     json_option(parser)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size
 
-HELP = "show what a delta changed: tensors, norms, ranks and scores, also as a picture"
+HELP = "show what a delta changed: tensors, norms, ranks and scores, and a picture on request"
 EPILOG = """\
 examples:
   kedit show runs/mine/edit.safetensors
@@ -17,20 +17,20 @@ examples:
   kedit show runs/mine/edit.safetensors --json --no-ranks      faster for large matrices
 
 columns:
-  stored as     what the file contains: the whole tensor (dense), rows, columns or single entries
-  moved         share of entries that changed
+  stored as     what the file contains: the full tensor (dense), rows, columns or single entries
+  moved         fraction of entries that changed
   |change|      Frobenius norm of edited - base
-  of base       that norm over the norm of the base tensor, if the delta contains the whole tensor
-  largest       largest absolute change
-  rank          number of singular values above rounding
-  stable rank   squared norm over the square of the largest singular value
+  of base       |change| divided by the norm of the base tensor, if the delta contains the full tensor
+  largest       largest absolute change of an entry
+  rank          number of singular values of the change that are larger than the rounding error
+  stable rank   |change| squared, divided by the square of the largest singular value of the change
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("delta", metavar="DELTA", help="a file that SaveDelta or kedit merge wrote")
-    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="write a heat map (beside the delta)")
-    parser.add_argument("--no-ranks", action="store_true", help="do not compute singular values")
+    parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
+    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="write a heat map (next to the delta)")
+    parser.add_argument("--no-ranks", action="store_true", help="do not compute ranks, to save time")
     parser.add_argument("--force", action="store_true", help="replace an existing picture")
     json_option(parser)
 
@@ -67,7 +67,10 @@ def run(args: Namespace) -> int:
 
 
 def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
-    """Return the figures of one changed tensor. A figure is None for integers and for values that the delta lacks."""
+    """Return norms, ranks and other measures of the change of one tensor.
+
+    A measure is None if the tensor contains integers, or if the delta lacks the values that the measure needs.
+    """
     import torch
 
     row: dict[str, Any] = {"name": name, "layout": change.layout, "shape": list(change.shape)}

@@ -1,4 +1,4 @@
-"""``kedit sweep``: evaluate multiples of a delta, and pick one by a stated rule."""
+"""``kedit sweep``: evaluate multiples of a delta, and pick the best multiple."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from kedit_train.cli.kedit.output import finite, json_option, new_path, print_json, print_table, size
 from kedit_train.errors import EditError
 
-HELP = "evaluate multiples of a delta, and pick one by a stated rule"
+HELP = "evaluate multiples of a delta, and pick the most reliable multiple that keeps enough locality"
 EPILOG = """\
 examples:
   kedit sweep runs/mine/edit.safetensors Qwen/Qwen3-0.6B held_out.jsonl
@@ -18,21 +18,24 @@ examples:
   kedit sweep runs/mine/edit.safetensors world held_out.jsonl --coefficients 0.25 0.5 0.75 1 1.5 --keep-locality 0.98
   kedit sweep runs/mine/edit.safetensors world held_out.jsonl --forget --coefficients -0.25 -0.5 -1
 
-The rule: among the coefficients that keep at least --keep-locality of the base's locality, pick the one with the
-highest reliability; of equals, the one nearest to 0. Locality is the share of answers that are the same as the base
-model's. Report results on other questions than those you pick on:
+A coefficient is accepted if the model keeps at least --keep-locality of the base model's locality. The command picks
+the accepted coefficient with the highest reliability. If several coefficients are equally reliable, the
+coefficient nearest to 0 is picked. Locality is the fraction of answers that are the same as the answers of the base
+model.
+
+Do not report scores on the edits that you picked the coefficient on. Use other edits:
 kedit eval MODEL OTHER_EDITS --delta picked.safetensors
 
---forget is for a delta that was trained on what the model should unlearn. Reliability then counts the edits that are
-no longer answered with their target.
+Use --forget with a delta that was trained on answers that the model should unlearn. Reliability is then the fraction of
+edits that the model no longer answers with their target.
 """
 COEFFICIENTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
 
 def arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("delta", metavar="DELTA", help="a file that SaveDelta or kedit merge wrote")
-    add("model", metavar="MODEL", help="the base: a checkpoint folder, a hub name, or world")
+    add("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
+    add("model", metavar="MODEL", help="the base model: a checkpoint folder, a hub name, or world")
     add("edits", metavar="EDITS", help="edits to evaluate on: .json, .jsonl, .csv, or world")
     add(
         "--coefficients",
@@ -40,25 +43,25 @@ def arguments(parser: ArgumentParser) -> None:
         nargs="+",
         metavar="C",
         default=COEFFICIENTS,
-        help="multiples (0.1, 0.2, ... 1)",
+        help="multiples of the delta to evaluate (0.1, 0.2, ... 1)",
     )
     add(
         "--keep-locality",
         type=finite,
         default=0.95,
         metavar="S",
-        help="share of the base's locality that must remain (0.95)",
+        help="fraction of the base model's locality that must remain (0.95)",
     )
-    add("--forget", action="store_true", help="count edits that are no longer answered")
+    add("--forget", action="store_true", help="count the edits that are no longer answered with their target")
     add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
-    add("--batch-size", type=int, default=64, metavar="N", help="prompts at a time (64); scores do not depend on it")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="longest generated answer (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="form of the prompts (plain)")
-    add("--seed", type=int, default=0, help="seed of the sample (0)")
-    add("--device", help="cpu, cuda, ... (the accelerator, if there is one)")
+    add("--batch-size", type=int, default=64, metavar="N", help="prompts per batch (64); does not affect the scores")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="maximum number of tokens of an answer (32)")
+    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="format of the prompts (plain)")
+    add("--seed", type=int, default=0, help="random seed of the sample (0)")
+    add("--device", help="cpu, cuda, ... (the accelerator if there is one, otherwise cpu)")
     add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
-    add("--plot", metavar="FILE", help="write a plot of reliability and locality, .png")
-    add("--out", metavar="FILE", help="write the picked multiple of the delta, .safetensors")
+    add("--plot", metavar="FILE", help="write a plot of reliability and locality to this .png file")
+    add("--out", metavar="FILE", help="write the picked multiple of the delta to this .safetensors file")
     add("--force", action="store_true", help="replace existing files")
     json_option(parser)
 
@@ -69,11 +72,11 @@ def run(args: Namespace) -> int:
     if out is not None and Path(args.delta).exists() and out.exists() and out.samefile(args.delta):
         raise EditError(f"--out {out} is the delta that you sweep; choose another name.")
     if not set(args.coefficients) - {0.0}:
-        raise EditError("--coefficients must contain a number besides 0, which is the base model.")
+        raise EditError("--coefficients must contain a number other than 0, because 0 gives the base model.")
     if picture is not None:
         from kedit_train.evaluation.reporting.plots import new_figure
 
-        # If matplotlib is missing, it is reported before answers are generated.
+        # This call reports a missing matplotlib before answers are generated.
         new_figure(1, 1)
     result = _sweep(args)
     if out is not None:
@@ -109,11 +112,11 @@ def _sweep(args: Namespace) -> Any:
     from kedit_train.evaluation import EvaluationOptions, evaluate
 
     edits, delta = EditDataset.load(args.edits), EditDelta.load(args.delta)
-    # The weights must be bit for bit those that the run started from.
+    # The weights must be bit for bit the weights before the run, so the dtype must be the dtype of the run.
     dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), "auto")
     model, tokenizer = load_for(args, args.model, dtype)
     if delta.verify(model) == "edited":
-        raise EditError(f"{args.model} is the edited model; give its base.")
+        raise EditError(f"{args.model} is the edited model; give its base model as MODEL.")
     options: dict[str, Any] = {"limit": args.limit, "seed": args.seed, "progress": False}
     options["options"] = EvaluationOptions(
         batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, prompt_format=args.prompt_format
@@ -127,7 +130,10 @@ def _sweep(args: Namespace) -> Any:
             bar.update()
             missing = next((q for q in ("reliability", "locality") if f"edit/{q}" not in flat), None)
             if missing is not None:
-                raise EditError(f"{args.edits} contains no {missing} probes, which the rule needs; use other edits.")
+                raise EditError(
+                    f"{args.edits} contains no {missing} questions, which are needed to pick a coefficient; use edits "
+                    f"with {missing} questions."
+                )
             reliability = flat["edit/reliability"]
             return {"reliability": 1 - reliability if args.forget else reliability, "locality": flat["edit/locality"]}
 

@@ -14,8 +14,8 @@ def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = Fal
 
     Args:
         sweep: the result of :func:`~kedit_train.delta.sweep`.
-        path: of the PNG file.
-        forget: reliability counts edits that are no longer answered; it is then labeled "forgotten".
+        path: the PNG file to write.
+        forget: label reliability as "forgotten", for a sweep that counts the edits that are no longer answered.
 
     Raises:
         EditError: matplotlib is not installed, or the path does not end with ``.png``.
@@ -33,8 +33,8 @@ def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = Fal
         sweep.best.coefficient, color="black", linestyle="--", linewidth=1, label=f"picked: {sweep.best.coefficient:g}"
     )
     axes.set_ylim(-0.02, 1.02)
-    axes.set_xlabel(f"coefficient of the delta (0: the base)\n{sweep.rule}", fontsize=9)
-    axes.set_ylabel("share of questions")
+    axes.set_xlabel(f"coefficient of the delta (0: the base model)\n{sweep.rule}", fontsize=9)
+    axes.set_ylabel("fraction of questions")
     axes.grid(alpha=0.3)
     # The legend is above the axes, where it covers no curve.
     axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -17,7 +17,7 @@ examples:
   kedit validate quickstart callbacks/kl_locality        packaged files, by name
   kedit validate configs/*.yaml --json
 
-Check the full configuration of another LightningCLI project with that project (python train.py fit --print_config).
+To check the full configuration of another LightningCLI project, run python train.py fit --print_config in that project.
 """
 
 
@@ -47,7 +47,7 @@ def _checked(name: str) -> dict[str, Any]:
     try:
         path = Path(name) if Path(name).exists() or Path(name).is_absolute() else packaged(name)
         if not path.is_file():
-            raise EditError("it is not a file; give a YAML file, or a name that kedit ls lists.")
+            raise EditError("this path is not a file; give a YAML file, or a name that kedit ls lists.")
         row["kind"] = _kind(path)
         row["callbacks"] = check(path)
     except (EditError, OSError) as error:
@@ -56,17 +56,17 @@ def _checked(name: str) -> dict[str, Any]:
 
 
 def _kind(path: Path) -> str:
-    """Return "fragment" for a file that only adds callbacks, and "recipe" for any other configuration."""
+    """Return "fragment" for a file that contains only callbacks, and "recipe" for any other configuration."""
     import yaml
 
     if path.suffix not in (".yaml", ".yml"):
-        raise EditError("it is not a YAML file; a script can only be checked by running it.")
+        raise EditError("the file name must end with .yaml or .yml; to check a script, run the script.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise EditError(f"it is not valid YAML: {error}") from error
+        raise EditError(f"the file is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise EditError("it contains no keys; kedit ls lists recipes to start from.")
+        raise EditError("the file contains no keys; start from a packaged recipe (kedit ls lists the recipes).")
     trainer = content.get("trainer")
     if content.keys() != {"trainer"} or not isinstance(trainer, dict):
         return "recipe"
@@ -84,7 +84,7 @@ def check(path: Path) -> list[str]:
     """
     import logging
 
-    # Lightning prints the accelerators that it finds, which does not matter here.
+    # This hides Lightning's list of accelerators, which does not matter for a check.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     from kedit_train.cli.config_errors import shorten
     from kedit_train.cli.edit import EditCLI, edit_error, share_texts
@@ -92,7 +92,7 @@ def check(path: Path) -> list[str]:
     from kedit_train.cli.recipe import built
 
     class Checking(EditCLI):
-        """Parses the configuration, and builds no model, data or trainer."""
+        """Parse the configuration without building a model, data or trainer."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             self.config = parser.parse_args(args)

@@ -1,4 +1,4 @@
-"""A store of hidden states by sequence key: in memory up to a limit, on disk beyond it."""
+"""Store hidden states by sequence key, in memory up to a limit and on disk beyond the limit."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
 
 
 def parse_bytes(size: int | str, component: str | None = None) -> int:
-    """Read a number of bytes.
+    """Convert a size such as "1.5GiB" to a number of bytes.
 
     Args:
-        size: an integer, or a string such as "500MB" (10^6 bytes each) or "1.5GiB" (2^30 bytes each).
+        size: an integer, or a string such as "500MB" (1 MB is 10^6 bytes) or "1.5GiB" (1 GiB is 2^30 bytes).
         component: the class that the error names.
 
     Raises:
-        EditError: the size cannot be read or is not above 0.
+        EditError: ``size`` cannot be parsed or is not above 0.
 
     Example:
         >>> parse_bytes("1.5GiB")
@@ -42,24 +42,24 @@ def parse_bytes(size: int | str, component: str | None = None) -> int:
     count = int(float(match[1]) * unit) if match and unit else 0
     if count <= 0:
         raise EditError(
-            f"memory_limit must be a number of bytes above 0, '500MB' or '1.5GiB', got {size!r}.", component
+            f"memory_limit must be a number of bytes above 0 or a size such as '1.5GiB', got {size!r}.", component
         )
     return count
 
 
 class HiddenStateStore:
-    """Tensors of any shape under keys, kept on the CPU and never evicted.
+    """Stores CPU tensors of any shape by key, in memory or on disk, and never evicts a tensor.
 
     Args:
-        memory_limit: bytes of tensors to keep in memory.
-        cache_dir: directory for the tensors beyond that. Each call of :meth:`add` writes one safetensors file into a
-            subdirectory that belongs to this process and that :meth:`close` removes. None keeps only what fits in
-            memory.
+        memory_limit: maximum size of the tensors in memory, in bytes.
+        cache_dir: directory for tensors that exceed ``memory_limit``. Each call of :meth:`add` writes one safetensors
+            file into a subdirectory that only this process uses. :meth:`close` removes the subdirectory. With None,
+            tensors that exceed ``memory_limit`` are not stored.
 
     Attributes:
         memory_bytes: bytes in memory now.
         disk_bytes: bytes on disk now.
-        left_out: number of sequences that fit neither in memory nor on disk.
+        left_out: number of tensors that were not stored, because they fit neither in memory nor on disk.
     """
 
     def __init__(self, memory_limit: int, cache_dir: Path | None = None) -> None:
@@ -93,7 +93,7 @@ class HiddenStateStore:
             self.left_out += len(too_many)
 
     def get(self, keys: Sequence[str]) -> list[Tensor] | None:
-        """Return the tensors of these keys in this order, or None if one of them is missing."""
+        """Return the tensors for ``keys`` in the same order, or None if a key is missing."""
         if not all(key in self for key in keys):
             return None
         with ExitStack() as stack:
@@ -107,7 +107,7 @@ class HiddenStateStore:
             return tensors
 
     def clear(self) -> None:
-        """Forget everything, in memory and on disk."""
+        """Delete all stored tensors, in memory and on disk."""
         self._in_memory, self._files = {}, {}
         self.memory_bytes = self.disk_bytes = self.left_out = 0
         if self._remove_directory is not None:
@@ -121,7 +121,7 @@ class HiddenStateStore:
         try:
             if self._directory is None:
                 self.cache_dir.mkdir(parents=True, exist_ok=True)
-                # Other processes may share cache_dir. The directory is removed when the process ends, if not before.
+                # Other processes may use the same cache_dir. At the latest, the directory is removed with the process.
                 self._directory = Path(tempfile.mkdtemp(prefix="prefix-cache-", dir=self.cache_dir))
                 self._remove_directory = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
             path = self._directory / f"{self._files_written}.safetensors"
@@ -129,7 +129,10 @@ class HiddenStateStore:
             save_file({key: hidden.to("cpu", copy=True) for key, hidden in hidden_states.items()}, unfinished)
             os.replace(unfinished, path)
         except (OSError, SafetensorError) as error:
-            warn(f"no more hidden states are written to {self.cache_dir}: {error}")
+            warn(
+                f"no more hidden states are written to {self.cache_dir} ({error}); free disk space or set another "
+                "cache_dir."
+            )
             self.cache_dir = None
             return False
         self._files_written += 1

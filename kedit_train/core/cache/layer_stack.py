@@ -1,4 +1,4 @@
-"""The frozen layers below the first trained one, found by watching the model run."""
+"""Find the frozen layers below the first trained layer by tracing a forward pass."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kedit_train.errors import EditError
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a causal language model computes before it uses the first trained tensor.
+    """The part of a causal language model that runs before the first trained tensor is used.
 
     Attributes:
         backbone: the module that receives token ids and calls the layers.
-        layers: the layers in the order of their calls. Each receives the hidden states of the one before.
-        cut: the index of the first layer that has to run in every step. The layers before it are frozen.
-        parameters: name -> parameter of everything that runs before that layer.
-        modules: the modules that run before that layer.
+        layers: the layers in the order of their calls. Each layer receives the hidden states of the previous layer.
+        cut: the index of the first layer that must run in every step. All earlier layers are frozen.
+        parameters: name -> parameter of every module that runs before layer ``cut``.
+        modules: the modules that run before layer ``cut``.
     """
 
     backbone: nn.Module
@@ -36,7 +36,7 @@ class Prefix:
 
 @dataclass
 class _Trace:
-    """A record of one forward pass: which modules were called in which order, with which inputs and outputs."""
+    """A record of one forward pass: the called modules in order, with their inputs and outputs."""
 
     called: list[nn.Module] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
@@ -62,9 +62,9 @@ class _Trace:
         self.outputs.setdefault(id(module), []).append(output)
 
     def chain(self, layers: nn.ModuleList) -> list[nn.Module]:
-        """Return the layers that were called, if each ran once, in order, on the tensor that the one before returned.
+        """Return the called layers if they form a chain, else an empty list.
 
-        Returns an empty list otherwise.
+        In a chain, every layer runs once, in order, and receives the tensor that the previous layer returned.
         """
         own = {id(layer) for layer in layers}
         calls = [(m, call) for m, call in zip(self.called, self.inputs, strict=True) if id(m) in own]
@@ -78,7 +78,7 @@ class _Trace:
 
 
 def call_arguments(backbone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of the backbone by name, including those of ``**kwargs``, without None."""
+    """Return the arguments of a backbone call by name, including ``**kwargs`` and without None values."""
     signature = inspect.signature(backbone.forward)
     named = dict(signature.bind_partial(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
@@ -90,17 +90,17 @@ def call_arguments(backbone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
 def find_prefix(
     model: nn.Module, trained: Iterable[nn.Parameter], input_ids: Tensor, forward: Callable[[], Any]
 ) -> Prefix:
-    """Find what runs before the first trained tensor.
+    """Find the part of a model that runs before the first trained tensor is used.
 
     Args:
         model: a causal language model.
         trained: the parameters that receive gradients.
-        input_ids: [B, S], with which ``forward`` calls the model.
+        input_ids: [B, S], the token ids that ``forward`` passes to the model.
         forward: runs the model once.
 
     Raises:
-        EditError: the model has no stack of layers that pass hidden states only to each other; or a parameter is
-            trained or sharded that is used before these layers or in the first of them.
+        EditError: the model does not have exactly one stack of layers that pass hidden states to each other; layer 0
+            is trained; or a parameter that is used before the first trained layer is trained or sharded.
     """
     trace, name = _Trace(), type(model).__name__
     with trace.recording(model):
@@ -109,8 +109,8 @@ def find_prefix(
     stacks = [(n, m) for n, m in stacks if not any(n.startswith(f"{other}.") for other, _ in stacks)]
     if len(stacks) != 1:
         raise EditError(
-            f"{name} has {'several stacks' if stacks else 'no stack'} of layers that call each other in order with a "
-            "tensor of hidden states first, so the layers to skip are unknown; remove PrefixCache"
+            f"{name} has {'several stacks' if stacks else 'no stack'} of layers that pass a tensor of hidden states "
+            "from one layer to the next, but PrefixCache needs exactly one stack; remove PrefixCache."
         )
     ((path, stack),) = stacks
     backbone = model.get_submodule(path.rpartition(".")[0])
@@ -124,8 +124,8 @@ def find_prefix(
     if cut == 0:
         first = next(names[id(p)] for p in layers[0].parameters() if id(p) in trained_ids)
         raise EditError(
-            f"{first} is trained, and only the embedding is below layer 0, so no layer can be skipped; remove "
-            "PrefixCache or choose later layers in ParameterScope"
+            f"{first} is trained, and only the embedding is below layer 0, so PrefixCache cannot skip any layer; "
+            "remove PrefixCache, or choose later layers in ParameterScope."
         )
     start = trace.called.index(layers[cut])
     before = _parameters(trace.called[:start], stack, layers[:cut])
@@ -134,14 +134,15 @@ def find_prefix(
         if key in before or key not in after:
             use = f"is used before layer {cut}" if key in before else "is used where it cannot be traced"
             raise EditError(
-                f"{names[key]} is trained and {use} (a tied head is the embedding), so hidden states change with "
-                "every step; remove PrefixCache or take it out of the scope"
+                f"{names[key]} is trained and {use} (a tied output head is also the embedding), so the hidden states "
+                "of the frozen layers may change in every step; remove PrefixCache, or remove the parameter from the "
+                "scope."
             )
     sharded = next((names[key] for key, p in before.items() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise EditError(
-            f"{sharded} is sharded (FSDP2) and would be gathered although its layer is skipped; remove PrefixCache or "
-            "use DDP"
+            f"{sharded} is sharded with FSDP2, which gathers the parameters of skipped layers too; remove PrefixCache "
+            "or use DDP."
         )
     modules = list({id(m): m for m in trace.called[:start]}.values())
     return Prefix(backbone, layers, cut, {names[key]: p for key, p in before.items()}, modules)
@@ -152,15 +153,15 @@ def _check_backbone(trace: _Trace, backbone: nn.Module, input_ids: Tensor) -> No
     received = call_arguments(backbone, *calls[0]).get("input_ids") if len(calls) == 1 else None
     if not (isinstance(received, Tensor) and torch.equal(received, input_ids)):
         raise EditError(
-            f"{type(backbone).__name__} calls the layers but does not receive the token ids that identify a sequence; "
-            "remove PrefixCache"
+            f"{type(backbone).__name__} calls the layers but does not receive the input_ids of the model, so "
+            "PrefixCache cannot identify the sequences; remove PrefixCache."
         )
 
 
 def _parameters(called: Iterable[nn.Module], stack: nn.Module, layers: list[nn.Module]) -> dict[int, nn.Parameter]:
     """Return the parameters of the layers and of the modules called outside the stack, by id.
 
-    Of a module that contains the stack, only its own parameters count.
+    If a module contains the stack, only the parameters that the module owns directly are included.
     """
     inside = {id(m) for m in stack.modules()}
     parameters = {id(p): p for layer in layers for p in layer.parameters()}
@@ -172,10 +173,10 @@ def _parameters(called: Iterable[nn.Module], stack: nn.Module, layers: list[nn.M
 
 
 class PrefixState:
-    """Notices changes of the frozen part of a model: its modules, their hooks, and every tensor that they own.
+    """Detects changes in the frozen part of a model: in its modules, their hooks and their tensors.
 
-    Tensors are looked up anew each time, so a replaced tensor is noticed. Writes through ``parameter.data`` and
-    attributes that are not tensors go unnoticed.
+    Every check looks the tensors up again, so replaced tensors are detected. Writes through ``parameter.data`` and
+    changes of attributes that are not tensors are not detected.
     """
 
     def __init__(self, model: nn.Module, prefix: Prefix) -> None:
@@ -208,7 +209,7 @@ class PrefixState:
         if versions == self._versions:
             return None
         keys = [key for key in versions | self._versions if versions.get(key) != self._versions.get(key)]
-        # DDP writes every buffer in each forward pass, with the values that it has.
+        # DDP writes every buffer in each forward pass without changing its values.
         changed = [key for key in keys if not self._is_same_buffer(key, tensors.get(key))]
         self._tensors, self._versions = tensors, versions
         if not changed:
@@ -224,7 +225,7 @@ class PrefixState:
             (i, key)
             for i, m in enumerate(self._frozen)
             for key, hook in (*m._forward_pre_hooks.items(), *m._forward_hooks.items())
-            # transformers adds hooks to all layers when hidden states are requested; they change nothing.
+            # transformers adds hooks to all layers when hidden states are requested. These hooks change nothing.
             if not getattr(hook, "__module__", "").startswith("transformers.")
         ]
         return [children, hooks]

@@ -1,8 +1,8 @@
-"""Hooks that store the output of the frozen layers of a model by sequence and skip these layers when it is stored.
+"""Store the output of a model's frozen layers for each sequence, and skip these layers when it is stored.
 
-A pre-hook on the backbone computes a key for each sequence of a batch. If all of them are stored, the frozen layers
-pass the stored hidden states on without computing anything. Otherwise the layers run, and a pre-hook on the first layer
-above them stores what reaches it. Forward passes without gradients (evaluation, generation) are left alone.
+A pre-hook on the backbone computes a key for each sequence of a batch. If the output of every sequence is stored, the
+frozen layers pass the stored hidden states on without computing anything. Otherwise the layers run, and a pre-hook on
+the first trained layer stores its input. Forward passes without gradients (evaluation, generation) do not change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kedit_train.core.cache.layer_stack import Prefix, PrefixState, call_argumen
 from kedit_train.core.cache.sequence_keys import SequenceBatch, read_sequences
 from kedit_train.errors import EditError, reported_by, warn
 
-# Hooks run in the forward pass of the training loop, where no callback is named yet.
+# Hooks run in the forward pass of the training loop, where errors do not name a callback by default.
 _COMPONENT = "PrefixCache"
 
 
@@ -29,11 +29,11 @@ class _Call:
     """One forward pass of the backbone.
 
     Attributes:
-        sequences: what it was called with.
-        hidden: [B, S, d] if the frozen layers are skipped, None if they run.
-        random_states: the states of the random generators at its start.
-        started: the time of its start.
-        stored: what is stored for its sequences, if the layers run to be compared with it.
+        sequences: the sequences of the batch.
+        hidden: the hidden states [B, S, d] if the frozen layers are skipped, None if they run.
+        random_states: the states of the random generators at the start of the forward pass.
+        started: the time at the start of the forward pass.
+        stored: the stored hidden states, if the layers run to be compared with them.
     """
 
     sequences: SequenceBatch
@@ -44,22 +44,24 @@ class _Call:
 
 
 class FrozenPrefix:
-    """Hooks that skip the frozen layers of a model where ``store`` has their output.
+    """Hooks that skip the frozen layers of a model if ``store`` contains their output.
 
     Args:
         model: the causal language model.
-        prefix: its frozen layers, as :func:`find_prefix` returns them.
-        store: receives hidden states [tokens, d] per sequence, in the dtype in which the layers pass them on.
-        recheck: after this many served batches, the next one runs in full and is compared; 0 disables this.
-        ignores_padding: returns True if nothing reads padding in the current forward pass, although it has no labels.
+        prefix: the frozen layers, as returned by :func:`find_prefix`.
+        store: keeps hidden states [tokens, d] for each sequence, in the dtype of the layer outputs.
+        recheck: number of batches to serve from the store before one batch runs in full and is compared with the
+            store; 0 disables the comparison.
+        ignores_padding: returns True if nothing reads the hidden states of padding in the current forward pass. The
+            result matters only for forward passes without labels.
 
     Attributes:
         active: the hooks do nothing until this is True.
         sequences: number of sequences in forward passes with gradients.
-        served: number of those for which no frozen layer ran.
-        bypassed: number of forward passes that could not be served.
-        seconds_saved: estimated from the time per token that the frozen layers took when they ran.
-        compiled: True once torch.compile has traced a forward pass. Nothing is cached then.
+        served: number of these sequences for which no frozen layer ran.
+        bypassed: number of forward passes that could not use the store.
+        seconds_saved: time saved, in seconds, estimated from the measured time per token of the frozen layers.
+        compiled: True after torch.compile has traced a forward pass. Compiled forward passes are not cached.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class FrozenPrefix:
         self._ignores_padding = ignores_padding
         self.sequences = self.served = self.bypassed = 0
         self.active, self.seconds_saved, self.compiled = False, 0.0, False
-        # Seconds that the frozen layers took, and the number of tokens that they took them for.
+        # Seconds that the frozen layers ran, and the number of tokens that they processed.
         self._seconds_and_tokens = [0.0, 0]
         self._call: _Call | None = None
         # A stack, because a loss head may call the model again within a call of the model.
@@ -86,12 +88,12 @@ class FrozenPrefix:
         self._state = PrefixState(model, prefix)
         self._adapters = [m for m in prefix.modules if hasattr(m, "active_adapters") and hasattr(m, "disable_adapters")]
         self._handles = [
-            # First of all hooks: a loss head takes the labels out of the call.
+            # This hook must run first, because a loss head removes the labels from the call.
             model.register_forward_pre_hook(self._push_labels, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._pop_labels, always_call=True),
             prefix.backbone.register_forward_pre_hook(self._enter_backbone, with_kwargs=True),
             prefix.layers[prefix.cut].register_forward_pre_hook(self._enter_first_trained_layer),
-            # Also called if the forward pass failed, so that the next one finds the layers unchanged.
+            # Also called if the forward pass fails, so that the next forward pass finds the original layers.
             prefix.backbone.register_forward_hook(self._leave_backbone, always_call=True),
         ]
 
@@ -100,17 +102,20 @@ class FrozenPrefix:
         return {"_inert": True, "_call": None, "_labels": [], "compiled": False, "_replaced_forwards": []}
 
     def remove(self) -> None:
-        """Remove the hooks and forget everything that is stored."""
+        """Remove the hooks and delete the stored hidden states."""
         for handle in self._handles:
             handle.remove()
         self.store.close()
 
     @torch.no_grad()
     def check_logits(self, forward: Callable[[], Tensor]) -> None:
-        """Check that the logits [B, S, V] of ``forward`` are the same bit for bit when the frozen layers are skipped.
+        """Check that the logits are the same bit for bit when the frozen layers are skipped.
+
+        Args:
+            forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: they differ, so a module above the frozen layers reads more of them than their hidden states.
+            EditError: the logits differ, so a later module reads more than the hidden states of the frozen layers.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served
@@ -124,8 +129,9 @@ class FrozenPrefix:
         self.seconds_saved, self._seconds_and_tokens = 0.0, [0.0, 0]
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
-                f"the logits of {type(self.model).__name__} change when the layers below {self.prefix.cut} are "
-                "skipped, because a module above reads more of them than their hidden states; remove PrefixCache",
+                f"the logits of {type(self.model).__name__} change when the layers below layer {self.prefix.cut} are "
+                "skipped, because a later module reads more than the hidden states of these layers; remove "
+                "PrefixCache.",
                 component=_COMPONENT,
             )
 
@@ -149,8 +155,8 @@ class FrozenPrefix:
             return
         if torch._C._current_graph_task_id() != -1:
             raise EditError(
-                "the backward pass runs the whole backbone again (activation checkpointing around all layers at "
-                "once); checkpoint layer by layer, as transformers does, or remove PrefixCache",
+                "the backward pass runs the whole backbone again, because one activation checkpoint contains all "
+                "layers; checkpoint each layer separately, as transformers does, or remove PrefixCache.",
                 component=_COMPONENT,
             )
         if self._outdated:
@@ -160,7 +166,7 @@ class FrozenPrefix:
         sequences = self._read(inputs, self._labels[-1] if self._labels else None)
         if isinstance(sequences, str):
             self.bypassed += 1
-            self._warn_once(f"a batch is computed in full: {sequences}")
+            self._warn_once(f"a batch is computed in full, without the cache: {sequences}.")
             return
         self._check_weights()
         started, device = time.perf_counter(), inputs["input_ids"].device
@@ -188,8 +194,9 @@ class FrozenPrefix:
         hidden: Tensor = args[0].detach()
         if not all(map(torch.equal, call.random_states, _random_states(hidden.device))):
             raise EditError(
-                f"a module below layer {self.prefix.cut} draws random numbers (dropout, noise on embeddings), so its "
-                "hidden states differ from epoch to epoch; set it to 0 there or remove PrefixCache",
+                f"a module below layer {self.prefix.cut} draws random numbers (dropout, noise on embeddings), so the "
+                "hidden states differ between epochs; set dropout and noise in these layers to 0, or remove "
+                "PrefixCache.",
                 component=_COMPONENT,
             )
         # The copy waits for the device, so the measured time is that of the frozen layers.
@@ -205,12 +212,12 @@ class FrozenPrefix:
             self.store.add({key: states[span] for key, states, span in spans})
         if self.store.left_out > left_out:
             self._warn_once(
-                f"memory_limit is reached with {len(self.store)} sequences; batches with any other sequence are "
-                "computed in full: raise memory_limit or set cache_dir"
+                f"memory_limit is reached with {len(self.store)} sequences, so batches with other sequences are "
+                "computed in full; raise memory_limit or set cache_dir."
             )
 
     def _compare(self, call: _Call, hidden: Tensor) -> None:
-        """Stop caching if ``hidden`` [B, S, d] differs from what is stored by more than rounding."""
+        """Stop caching if ``hidden`` [B, S, d] differs from the stored hidden states by more than rounding."""
         self._served_since_recheck = 0
         tolerance = self._tolerance(hidden)
         for span, states, stored in zip(call.sequences.spans, hidden, call.stored or (), strict=True):
@@ -223,10 +230,10 @@ class FrozenPrefix:
                 self._outdated = True
                 self.store.clear()
                 self._warn_once(
-                    f"the input of layer {self.prefix.cut} differs from what is stored for the same sequences, so "
-                    "something below changed without a trace (parameter.data.add_(), an attribute, a random generator "
-                    "of its own); nothing is cached from now on, but batches since the last recheck used old hidden "
-                    "states"
+                    f"the input of layer {self.prefix.cut} differs from the hidden states that are stored for the "
+                    "same sequences, so an earlier module has changed undetected (parameter.data.add_(), an attribute, "
+                    "a separate random generator). Caching has stopped, but batches since the last recheck used "
+                    "outdated hidden states; remove the cause of the change, or remove PrefixCache."
                 )
                 return
 
@@ -249,7 +256,7 @@ class FrozenPrefix:
 
     def _skip_layers(self, hidden: Tensor) -> None:
         def enter(embeddings: Tensor, *_: Any, **__: Any) -> Tensor:
-            # If embeddings require a gradient, reentrant checkpointing above needs one as well.
+            # If the embeddings require a gradient, reentrant checkpointing needs an input that requires one as well.
             return hidden.requires_grad_() if embeddings.requires_grad else hidden
 
         for i, layer in enumerate(self.prefix.layers[: self.prefix.cut]):
@@ -283,7 +290,7 @@ class FrozenPrefix:
         )
 
     def _mode(self, device: torch.device) -> bytes:
-        """Return what else hidden states depend on: autocast, active adapters, training or evaluation mode."""
+        """Return the settings that hidden states depend on: autocast, active adapters, training or evaluation mode."""
         kind = device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         adapters: list[Any] = [
@@ -297,7 +304,7 @@ class FrozenPrefix:
         changed = self._state.changed_tensor()
         if changed is not None:
             self.store.clear()
-            self._warn_once(f"the frozen tensor {changed} was changed; what was stored is computed again")
+            self._warn_once(f"the frozen tensor {changed} was changed; the stored hidden states are computed again.")
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

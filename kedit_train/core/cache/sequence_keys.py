@@ -1,4 +1,4 @@
-"""Keys of token sequences: hashes that identify an example by its content, wherever it stands in a batch."""
+"""Keys of token sequences: hashes that identify an example by its content, independent of its place in a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXTRA_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_lo
 
 
 def hash_content(*parts: bytes | Tensor) -> str:
-    """Hash bytes and the bytes of tensors, in this order, with BLAKE2b.
+    """Hash bytes and tensors with BLAKE2b, in the given order.
 
     Args:
         parts: bytes, or tensors of any shape and dtype. The shape and the dtype of a tensor are not part of the hash.
@@ -36,7 +36,7 @@ def hash_content(*parts: bytes | Tensor) -> str:
 
 
 def hash_sequences(sequences: Iterable[Sequence[int]]) -> str:
-    """Hash token sequences in their order.
+    """Hash token sequences in the given order.
 
     Args:
         sequences: one list of token ids per sequence.
@@ -48,14 +48,15 @@ def hash_sequences(sequences: Iterable[Sequence[int]]) -> str:
 
 
 def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:
-    """Return which positions of a batch hold tokens and not padding.
+    """Return a mask of the positions that contain tokens and not padding.
 
     Args:
-        attention_mask: what the model was called with. It counts only if it is a tensor of the shape of ``like``.
-        like: [B, S].
+        attention_mask: the ``attention_mask`` that the model was called with. Everything except a tensor with the
+            shape of ``like`` is ignored.
+        like: a tensor [B, S], for example the token ids.
 
     Returns:
-        bool [B, S]; all True without such a mask.
+        bool [B, S]; all True if ``attention_mask`` is ignored.
     """
     if isinstance(attention_mask, Tensor) and attention_mask.shape == like.shape:
         return attention_mask != 0
@@ -77,13 +78,13 @@ def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor) -> list[str
 def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
     """Return one key per example from everything that determines the hidden states at its supervised tokens.
 
-    The key does not depend on the other examples of the batch, nor on the amount of padding, with two exceptions: if
-    the model counts positions itself (no ``position_ids``), padding on the left counts, and if a token is predicted
-    from padding, all of the padding counts.
+    A key does not depend on the other examples of the batch. It depends on padding in two cases only. Without
+    ``position_ids``, the model counts positions itself, so the amount of left padding changes the key. If a supervised
+    token is predicted from padding, all padding changes the key.
 
     Args:
-        inputs: the arguments of the model's forward call by name. Tensors have one entry per example; everything else
-            is a plain value.
+        inputs: the arguments of the model's forward call by name. Tensors have one entry per example. All other
+            arguments are plain values.
         labels: [B, S], -100 where a token is not supervised.
     """
     real = real_tokens(inputs.get("attention_mask"), labels).cpu()
@@ -115,7 +116,7 @@ class SequenceBatch:
 
     Attributes:
         keys: one key per sequence.
-        spans: the columns of the batch that hold the tokens of each sequence, without padding.
+        spans: the columns of the batch that contain the tokens of each sequence, without padding.
         shape: [B, S] of the batch.
     """
 
@@ -127,19 +128,19 @@ class SequenceBatch:
 def read_sequences(
     inputs: Mapping[str, Any], labels: Tensor | None, *, ignores_padding: bool, config: Any, mode: bytes
 ) -> SequenceBatch | str:
-    """Read the sequences of a batch and their keys from a call of a backbone.
+    """Read the sequences of a batch and their keys from the arguments of a backbone call.
 
-    The key of a sequence holds its token ids, the position of its first token and ``mode``.
+    The key of a sequence is a hash of its token ids, the position of its first token and ``mode``.
 
     Args:
-        inputs: the arguments of the call by name, ``input_ids`` [B, S] among them, without those that are None.
-        labels: [B, S] as the language model received them; None if they are unknown.
-        ignores_padding: True if nothing reads the hidden states of padding, although there are no labels.
+        inputs: the arguments of the call by name, including ``input_ids`` [B, S] and without None values.
+        labels: the labels [B, S] that the language model received, or None if the labels are unknown.
+        ignores_padding: True if nothing reads the hidden states of padding. The value matters only without labels.
         config: the configuration of the backbone.
-        mode: everything else that the hidden states depend on.
+        mode: bytes that encode everything else that the hidden states depend on.
 
     Returns:
-        The sequences, or the reason why those of this call cannot be identified by their content.
+        The sequences, or a string with the reason why the sequences cannot be identified by their content.
     """
     ids, mask, positions = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == ids.shape):
@@ -153,7 +154,7 @@ def read_sequences(
     first_columns = real.int().argmax(1)
     if labels is None or labels.shape != ids.shape:
         if not ignores_padding and not bool(real.all()):
-            return "it is padded and comes without labels, so its loss may include padding"
+            return "the batch is padded and has no labels, so the loss may include padding"
     elif bool((~real[:, :-1] & (labels.detach().cpu()[:, 1:] != IGNORE_INDEX)).any()):
         # Often the first token of a sequence that is padded on the left.
         return "a supervised token is predicted from padding; set the label of the first token to -100"
@@ -161,11 +162,11 @@ def read_sequences(
     if positions is not None:
         positions = positions.detach().cpu().expand(ids.shape)
         if bool(((positions.diff(dim=1) != 1) & real[:, 1:] & real[:, :-1]).any()):
-            return "position_ids restart within a sequence, so it holds several examples (packing)"
+            return "position_ids restart within a sequence, so the sequence contains several examples (packing)"
         starts = positions.gather(1, first_columns.unsqueeze(1)).squeeze(1)
     lengths = real.sum(1)
     if (longest := _length_independent_positions(config)) is not None and bool((starts + lengths > longest).any()):
-        return f"the rotary embeddings of this model change beyond {longest} positions"
+        return f"the rotary embeddings of this model depend on the batch length beyond {longest} positions"
     unsupported = [name for name in _EXTRA_OUTPUTS if inputs.get(name, getattr(config, name, False))]
     if inputs.get("use_cache"):
         unsupported.append("use_cache=True")
@@ -174,7 +175,7 @@ def read_sequences(
         k for k, v in inputs.items() if k not in _KNOWN_ARGUMENTS and k not in _EXTRA_OUTPUTS and v is not False
     ]
     if unsupported:
-        return f"it was called with {unsupported[0]}, which needs every layer or may change what they compute"
+        return f"the model was called with {unsupported[0]}, which needs every layer or may change the hidden states"
     # If the model counts positions itself, padding on the left may or may not count.
     mode += b"counted" if positions is None else b"given"
     bounds = zip(first_columns.tolist(), lengths.tolist(), strict=True)
@@ -187,7 +188,7 @@ def read_sequences(
 
 
 def _length_independent_positions(config: Any) -> int | None:
-    """Return up to which position rotary embeddings do not depend on the length of the batch; None for no limit."""
+    """Return the position up to which rotary embeddings do not depend on the batch length, or None without a limit."""
     scaling = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
     if "dynamic" not in scaling and "longrope" not in scaling:
         return None

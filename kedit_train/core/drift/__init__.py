@@ -1,1 +1,1 @@
-"""How far may the weights move: anchor weights, projections of the change, and the statistics behind them."""
+"""Limit how far weights move: anchor weights, projections of the change, and the statistics for projections."""

@@ -1,4 +1,4 @@
-"""The weights from which a change is measured, kept over consecutive runs on one model."""
+"""Store the weights from which a change is measured, across consecutive runs on one model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Anchor = Literal["base", "previous"]
 
 
 class AnchorWeights:
-    """The value of each scoped weight before the first run, or before the current run.
+    """The value of each weight in the scope before the first run, or before the current run.
 
     Args:
         anchor: "base" keeps the stored values for later runs on the same model. "previous" stores new values in each
-            run. Another model starts with an empty store in both cases.
+            run. With either value, another model starts with an empty store.
     """
 
     def __init__(self, anchor: Anchor) -> None:
@@ -37,10 +37,10 @@ class AnchorWeights:
         return set(self._weights)
 
     def start_run(self, run: EditRun) -> list[str]:
-        """Begin a run and move the stored values to the device of its weights.
+        """Begin a run and move the stored values to the device of the model's weights.
 
         Returns:
-            The names in the run's scope that an earlier run has stored, sorted.
+            The sorted names in the run's scope for which an earlier run has stored a value.
 
         Raises:
             EditError: a weight has another shape than its stored value.
@@ -55,20 +55,20 @@ class AnchorWeights:
             if weight.shape != self._weights[name].shape:
                 raise EditError(
                     f"{name} has shape {tuple(weight.shape)}, but had shape {tuple(self._weights[name].shape)} in an "
-                    "earlier run of this callback; make a new callback for the changed model."
+                    "earlier run of this callback; create a new callback for the changed model."
                 )
             # The model may have been moved between the runs.
             self._weights[name] = self._weights[name].to(weight.device)
         return stored
 
     def register(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
-        """Register new weights and move the stored values to their device.
+        """Register new weights and move the stored values to the device of the weights.
 
-        Call this from the first step on, not earlier: until then another callback may still change the reference.
+        Call this method only from the first step on. Before the first step, another callback may change the reference.
 
         Args:
             weights: name -> weight, possibly sharded (FSDP2). A stored value is sharded in the same way.
-            reference: name -> value before the current run; stored for the names that are new.
+            reference: name -> value before the current run. The values of new weights are stored.
         """
         self._reference = reference
         for name, weight in weights.items():
@@ -79,16 +79,19 @@ class AnchorWeights:
                 self._weights[name] = stored.to(weight.device)
 
     def end_run(self) -> None:
-        """Release the run's reference and, for ``anchor="previous"``, the stored values."""
+        """Release the reference weights of the run and, for ``anchor="previous"``, the stored values."""
         self._reference = {}
         if self.anchor == "previous":
             self._weights = {}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the values from earlier runs. Those of the current run are in the checkpoint's reference already."""
+        """Return the stored values from earlier runs for a checkpoint.
+
+        The checkpoint already contains the values from the start of the current run, in its reference weights.
+        """
         earlier = {name: w for name, w in self._weights.items() if w is not self._reference.get(name)}
         return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in earlier.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+        """Restore the values that :meth:`state` returned."""
         self._weights.update(state)

@@ -1,4 +1,4 @@
-"""Projection of the change of linear weights, which ``NullSpace`` and ``LowCurvature`` share."""
+"""Project the change of linear weights, for ``NullSpace`` and ``LowCurvature``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from kedit_train.functional.precision import wide
 class ChangeProjection:
     """Removes fixed directions from the change of each weight.
 
-    The gradient is projected after every backward pass, and the whole change ``W - W0`` after every optimizer step.
-    The second projection makes the constraint exact for every optimizer.
+    The gradient is projected after every backward pass. The whole change ``W - W0`` is projected after every optimizer
+    step, which makes the constraint exact for every optimizer.
 
     Args:
         layers: name -> linear layer of the weight.
-        subspaces: name -> a named tuple that describes the directions of this weight.
+        subspaces: name -> named tuple that describes the directions to remove for this weight.
         project: called with a change [out, in] in fp32 or fp64 and a subspace; returns the change without the
             directions, [out, in]. Must be linear.
     """
@@ -34,11 +34,11 @@ class ChangeProjection:
         self._hooks: list[Any] = []
 
     def start(self, scope: Mapping[str, nn.Parameter]) -> None:
-        """Project the gradients of these parameters from now on."""
+        """Project the gradients of the parameters in ``scope`` from now on."""
         self._hooks = project_gradients(self.layers, scope, self._projected)
 
     def stop(self) -> None:
-        """Remove the gradient hooks and forget the directions."""
+        """Remove the gradient hooks and release the directions."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self.subspaces = [], {}
@@ -59,9 +59,9 @@ class ChangeProjection:
         return constrained
 
     def leak(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float | None:
-        """Return the norm of the change in the removed directions over the norm of the whole change.
+        """Return the norm of the change in the removed directions divided by the norm of the whole change.
 
-        Both norms are over all weights together. None if no weight has changed.
+        Each norm is taken over all weights together. The result is None if no weight has changed.
         """
         removed, total = 0.0, 0.0
         for name in self.subspaces:
@@ -75,10 +75,10 @@ class ChangeProjection:
         return {name: subspace._asdict() for name, subspace in self.subspaces.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restore what :meth:`state` returned, on the devices of the current subspaces.
+        """Restore the subspaces from :meth:`state`, on the devices of the current subspaces.
 
         Raises:
-            EditError: the checkpoint has other weights.
+            EditError: the checkpoint has subspaces of other weights.
         """
         if state.keys() != self.subspaces.keys():
             raise EditError("the checkpoint was written with another scope; resume with the same ParameterScope.")

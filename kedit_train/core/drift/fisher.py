@@ -1,4 +1,4 @@
-"""Gradients and diagonal Fisher information of the scoped weights, computed on the model before the edit."""
+"""Compute gradients and diagonal Fisher information of the weights in the scope, on the model before the edit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mean_gradient(run: EditRun, examples: Sequence[Encoded]) -> dict[str, Tensor
     """Compute the gradient of the mean cross-entropy over all target tokens.
 
     Args:
-        run: the gradient is taken for the parameters in its scope.
+        run: the current run. The gradient is computed for the parameters in its scope.
         examples: tokenized edits; only their target tokens are scored.
 
     Returns:
@@ -37,12 +37,12 @@ def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0)
     sampled from the model. The text's own labels would give the "empirical" Fisher, which is a different quantity
     (arXiv 1905.12558).
 
-    Gradients are squared per example, not after a sum over a batch. Labels at different positions of one example are
-    sampled independently and each score has mean zero, so the square of their sum is an unbiased estimate of the sum of
-    their squares.
+    The gradient of each example is squared separately, not after a sum over a batch. Within an example, labels are
+    sampled independently and the gradient at each position has mean zero. The square of the summed gradients is
+    therefore an unbiased estimate of the sum of the squared gradients.
 
     Args:
-        run: the information is computed for the parameters in its scope.
+        run: the current run. The information is computed for the parameters in its scope.
         examples: tokenized texts; labels are sampled at the positions of ``input_ids[target_start:]``.
         seed: seed of the sampled labels.
 
@@ -54,7 +54,7 @@ def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0)
         Limitations of the Empirical Fisher Approximation for Natural Gradient Descent, arXiv 1905.12558.
     """
     # One generator for all examples, on the device of the logits. The global generator also orders the training data,
-    # so it is left alone.
+    # so it is not used here.
     generators: dict[torch.device, torch.Generator] = {}
 
     def sample(logits: Tensor, ids: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def next_token_examples(sequences: Sequence[Sequence[int]]) -> list[Encoded]:
     # The only token of a shorter sequence has no context.
     examples = [Encoded(list(ids), 1) for ids in sequences if len(ids) > 1]
     if not examples:
-        raise EditError("texts must contain a text of at least two tokens, got only shorter ones; give longer texts.")
+        raise EditError("texts must contain a text of at least two tokens, got only shorter texts; pass longer texts.")
     return examples
 
 

@@ -17,9 +17,9 @@ def project_gradients(
 ) -> list[Any]:
     """Replace the gradient of each weight by its projection after every backward pass.
 
-    This does not constrain the weights: Adam rescales each entry, so its step leaves the projected space. It keeps
-    Adam's second moments free of gradient components that the constraint removes anyway. Without it, these components
-    never shrink and determine the step size of everything else.
+    The projection keeps Adam's second moments free of gradient components that the constraint removes anyway. Without
+    the projection, these components never shrink and determine the step size of all other components. The projection
+    alone does not constrain the weights, because Adam rescales each entry and its step leaves the projected space.
 
     Args:
         layers: name -> linear layer of the weight.
@@ -36,7 +36,7 @@ def project_gradients(
         def replace(parameter: Tensor) -> None:
             gradient = parameter.grad
             if gradient is not None:
-                # In place, because DDP reduces this very tensor.
+                # In place, because DDP reduces this tensor object.
                 gradient.copy_(layer.as_matrix(project(layer.name, layer.as_matrix(wide(gradient)))))
 
         return replace

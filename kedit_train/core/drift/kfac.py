@@ -1,4 +1,4 @@
-"""K-FAC factors of linear layers on texts, with labels sampled from the model."""
+"""Compute K-FAC factors of linear layers on texts, with labels sampled from the model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class KFACFactors:
     gradients: dict[str, SecondMoment]
 
     def __add__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors of both samples together; each token counts once."""
+        """Return the factors over the tokens of ``self`` and ``other`` together; each token counts once."""
         return KFACFactors(
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
@@ -48,7 +48,7 @@ class KFACFactors:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> KFACFactors:
-        """Restore what :meth:`state` returned.
+        """Restore factors from the result of :meth:`state`.
 
         Args:
             state: as returned by :meth:`state`.
@@ -81,13 +81,13 @@ def kfac_factors(
         sequences: token ids, the same on every process.
         batch_size: sequences per forward and backward pass.
         seed: seed of the sampled labels.
-        unedited: compute the factors on the model before the edit; False uses the current weights.
+        unedited: True computes the factors on the model before the edit; False uses the current weights.
 
     Returns:
-        Factors of the cross-entropy summed over tokens.
+        The factors for the cross-entropy summed over tokens.
 
     Raises:
-        EditError: a module was never called, its inputs are not one vector per token, or it is the output head.
+        EditError: a layer was never called, does not receive one vector per token, or is the output head.
     """
     head = run.head()
     inputs: dict[str, SecondMoment] = {}
@@ -96,8 +96,8 @@ def kfac_factors(
     for name, layer in layers.items():
         if any(module in head.module.modules() for module in layer.modules):
             raise EditError(
-                f"{name} is the output head, for which the factor would have shape [vocabulary, vocabulary]; remove it "
-                "from the scope."
+                f"{name} is the output head, which would need a K-FAC factor of shape [vocabulary, vocabulary]; remove "
+                "this parameter from the scope."
             )
         d_out, d_in = layer.as_matrix(run.scope[name]).shape
         inputs[name], gradients[name] = zero_moment(run.scope[name], d_in), zero_moment(run.scope[name], d_out)
@@ -135,7 +135,7 @@ def kfac_factors(
 
 
 def _loss_on_sampled_labels(head: OutputHead, batch: Batch, uniform: Tensor) -> Tensor:
-    """Return the summed cross-entropy; the label of each token is sampled by its number in ``uniform``, [tokens]."""
+    """Return the summed cross-entropy with sampled labels; ``uniform`` [tokens] has one random number per label."""
     assert isinstance(batch.inputs, Mapping)
     hidden = head.hidden(**batch.inputs)[batch.inputs["attention_mask"].bool()]
 

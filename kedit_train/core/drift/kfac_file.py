@@ -1,4 +1,4 @@
-"""K-FAC factors as a file that is valid for one set of weights, texts and sampled labels."""
+"""Write and read a file of K-FAC factors, which is valid for one model, one set of texts and one label seed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_factors(
 
     Args:
         path: the ``.safetensors`` file; an existing file is replaced.
-        factors: what to write.
+        factors: the factors to write.
         model: fingerprint of the model before the edit (:func:`kedit_train.core.fingerprint.fingerprint`).
         sequences: token ids of the texts.
         seed: seed of the sampled labels.
@@ -39,17 +39,17 @@ def save_factors(
 def load_factors(
     path: str | Path, weights: Mapping[str, Tensor], model: str, sequences: Sequence[Sequence[int]], seed: int
 ) -> KFACFactors | None:
-    """Read what :func:`save_factors` has written.
+    """Read the factors that :func:`save_factors` has written.
 
     Args:
         path: the ``.safetensors`` file.
-        weights: name -> weight, [out, in] or [in, out], whose factors are needed. The factors are moved to its device.
+        weights: name -> weight, [out, in] or [in, out]. The factors of each weight are read and moved to its device.
         model: as for :func:`save_factors`.
         sequences: as for :func:`save_factors`.
         seed: as for :func:`save_factors`.
 
     Returns:
-        The factors; None if there is no such file.
+        The factors, or None if the file does not exist.
 
     Raises:
         EditError: the file cannot be read, was written for another model, other texts or another seed, or does not
@@ -65,8 +65,8 @@ def load_factors(
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
         if metadata.get(subject) != fingerprint:
             raise EditError(
-                f"factors_path={str(path)!r} was computed for other {subject} than those of this run; use another "
-                f"path, or {_RETRY}."
+                f"the file at factors_path={str(path)!r} was computed for other {subject} than those of this run; use "
+                f"another path, or {_RETRY}."
             )
     factors = KFACFactors({}, {})
     for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):
@@ -74,7 +74,7 @@ def load_factors(
             key = f"{kind}/{name}"
             matrix, count = tensors.get(key), metadata["tokens"].get(key)
             if matrix is None or count is None or not _is_factor(matrix, weight):
-                raise EditError(f"factors_path={str(path)!r} has no valid factor {key!r}; {_RETRY}.")
+                raise EditError(f"the file at factors_path={str(path)!r} has no valid factor {key!r}; {_RETRY}.")
             moments[name] = SecondMoment(matrix.to(weight.device), count)
     return factors
 

@@ -18,7 +18,7 @@ class LinearLayer:
 
     Attributes:
         name: name of the parameter.
-        modules: every module that uses the weight; more than one if the weight is shared.
+        modules: every module that uses the weight; several if the weight is shared.
         transposed: whether the weight is stored as [in, out] (``Conv1D`` of GPT-2) instead of [out, in]
             (``nn.Linear``, LoRA factors).
     """
@@ -28,7 +28,7 @@ class LinearLayer:
     transposed: bool
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return the weight, or a change of it, as [out, in]. A second call restores the stored layout."""
+        """Return the weight, or a change of the weight, as [out, in]. A second call restores the stored layout."""
         return weight.T if self.transposed else weight
 
 

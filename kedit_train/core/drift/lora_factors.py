@@ -1,4 +1,4 @@
-"""Which factors of LoRA adapters a projection of the change applies to."""
+"""Find the LoRA factors to which a projection of the weight change applies."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from kedit_train.errors import EditError
 
 
 def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
-    """Return A -> B for every LoRA pair of which both factors are in scope.
+    """Return name of A -> name of B for every LoRA adapter with both factors in the scope.
 
-    With B = 0 at the start the adapter's change is ``B A``, so it stays in a space of inputs if A does.
+    If B is zero at the start, the adapter changes the weight by ``B A``. If the rows of A stay in a space of inputs,
+    the rows of this change stay in the same space.
 
     Raises:
         EditError: a B factor is not zero at the start, or an adapter is DoRA.
@@ -21,12 +22,12 @@ def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str
     for partner in pairs.values():
         if bool(run.reference[partner].any()):
             raise EditError(
-                f"{partner} is not zero, so the adapter already changes the model and training both factors cannot "
-                "preserve its inputs; merge it and start with a new adapter, or train one factor only."
+                f"{partner} is not zero, so the adapter already changes the model. Training both LoRA factors would "
+                "not preserve outputs; merge the adapter and add a new adapter, or train only one factor."
             )
     for name, module in run.model.named_modules():
         if getattr(module, "lora_magnitude_vector", None) and any(layer.startswith(f"{name}.") for layer in layers):
-            raise EditError(f"{name} is a DoRA adapter, which rescales the output for every input; use LoRA.")
+            raise EditError(f"{name} is a DoRA adapter, which rescales the output for every input; use a LoRA adapter.")
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""Batches on which statistics of a model are computed: tokenized texts, or inputs for a model that reads no text."""
+"""Batches for computing statistics of a model: tokenized texts, or inputs for a model that reads no text."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Batch:
         return model(**self.inputs) if isinstance(self.inputs, Mapping) else model(*self.inputs)
 
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
-        """Return the vectors of real tokens.
+        """Return the vectors of real tokens, without those of padding.
 
         Args:
             values: [batch, sequence, d] or [batch * sequence, d].
-            name: name of the weight, for the error.
+            name: name of the weight, for the error message.
 
         Returns:
             [tokens, d]
@@ -69,7 +69,7 @@ def text_batches(sequences: Sequence[Sequence[int]], batch_size: int, device: to
 
 
 def holds_model_inputs(source: Any) -> bool:
-    """Return whether ``source`` holds model inputs (tensors, or tuples or mappings of tensors) instead of texts."""
+    """Return whether ``source`` contains model inputs (tensors, or tuples or mappings of tensors), not texts."""
     if isinstance(source, str) or not isinstance(source, Iterable):
         return False
     first = next(iter(source), None)
@@ -78,12 +78,12 @@ def holds_model_inputs(source: Any) -> bool:
 
 
 def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator[Batch]:
-    """Yield this process's share of the inputs of a model.
+    """Yield the batches of model inputs that this process handles.
 
     Args:
         source: one item per forward pass: a mapping (keyword arguments), a tuple or list (positional arguments) or a
             tensor.
-        device: where to move the tensors.
+        device: device to which the tensors are moved.
     """
     for item in islice(source, rank(), None, world_size()):
         if isinstance(item, Mapping):
@@ -96,7 +96,7 @@ def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator
 
 
 def find_text_model(run: EditRun) -> nn.Module:
-    """Return the outermost module that reads token ids: a language model, or a reward model or classifier.
+    """Return the outermost module that reads token ids: a language model, a reward model or a classifier.
 
     Raises:
         EditError: no module of the run reads token ids.
@@ -108,11 +108,11 @@ def find_text_model(run: EditRun) -> nn.Module:
             return module
         queue.extend(module.children())
     raise EditError(
-        f"{type(run.root).__name__} has no module that reads token ids, so it cannot read texts; give texts= as a list "
-        "of the model's inputs (tensors, or tuples or mappings of tensors)."
+        f"{type(run.root).__name__} has no module that reads token ids, so the model cannot read texts; pass texts= as "
+        "a list of the model's inputs (tensors, or tuples or mappings of tensors)."
     )
 
 
 def share_of_process(items: Sequence[Any]) -> Sequence[Any]:
-    """Return every n-th item, so that the n processes of a distributed run share the work."""
+    """Return every n-th item, so that the n processes of a distributed run divide the work."""
     return items[rank() :: world_size()]

@@ -1,7 +1,7 @@
-"""Second moments of the inputs of linear layers, gathered by forward hooks.
+"""Compute second moments of the inputs of linear layers with forward hooks.
 
-Only sums of shape [d, d] are kept, in fp32 (fp64 for fp64 models) whatever dtype the model computes in. Padding is
-left out. In a distributed run each process reads its share of the texts, and the sums are added over all processes.
+Only sums of shape [d, d] are stored, in fp32 (fp64 for fp64 models) for every compute dtype of the model. Padding is
+not counted. In a distributed run each process reads a part of the texts, and the sums are added over all processes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SecondMoment:
 
     @property
     def mean(self) -> Tensor:
-        """E[x xᵀ], [d, d]."""
+        """The mean E[x xᵀ], [d, d]."""
         return self.sum / self.count
 
     def update(self, vectors: Tensor) -> None:
@@ -48,7 +48,7 @@ class SecondMoment:
         self.count += len(vectors)
 
     def __add__(self, other: SecondMoment) -> SecondMoment:
-        """Return the moment of both samples together; each vector counts once."""
+        """Return the moment over the vectors of ``self`` and ``other`` together; each vector counts once."""
         return SecondMoment(self.sum + other.sum, self.count + other.count)
 
 
@@ -65,25 +65,25 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def input_moments(
     run: EditRun, layers: Mapping[str, LinearLayer], model: nn.Module, batches: Iterable[Batch]
 ) -> dict[str, SecondMoment]:
-    """Gather the second moment of each layer's inputs on the model before the edit.
+    """Compute the second moment of each layer's inputs on the model before the edit.
 
     Args:
         run: the current run.
         layers: name -> linear layer.
-        model: the module that reads the batches.
-        batches: this process's share.
+        model: the module that is called with the batches.
+        batches: the batches that this process handles.
 
     Returns:
         name -> second moment of the inputs, [d_in, d_in].
 
     Raises:
-        EditError: a module was never called, or its inputs are not one vector per token.
+        EditError: a layer was never called, or does not receive one vector per token.
     """
     moments = {
         name: zero_moment(run.scope[name], layer.as_matrix(run.scope[name]).shape[1]) for name, layer in layers.items()
     }
     head = run.head() if model is run.language_model else None
-    # The output head is the most expensive layer. It is run for one position only, unless its own inputs are needed.
+    # The output head is the most expensive layer. It computes one position only, unless its own inputs are needed.
     head_modules = set(head.module.modules()) if head is not None else set()
     modules = [(name, module) for name, layer in layers.items() for module in layer.modules]
     skip_head = head is not None and not any(module in head_modules for _, module in modules)
@@ -107,7 +107,7 @@ def input_moments(
 
 
 def sum_over_processes(moments: dict[str, SecondMoment]) -> dict[str, SecondMoment]:
-    """Add each moment up over all processes, in place.
+    """Sum each moment over all processes, in place.
 
     Raises:
         EditError: a moment is empty on every process.
@@ -120,8 +120,8 @@ def sum_over_processes(moments: dict[str, SecondMoment]) -> dict[str, SecondMome
             moment.count = int(count)
         if not moment.count:
             raise EditError(
-                f"the module of {name} was never called on the texts (a disabled or merged adapter, or an expert that "
-                "no token reached), so its inputs are unknown; remove it from the scope."
+                f"the module of {name} was never called on the texts. The module may be a disabled or merged adapter, "
+                "or an expert that no token reached; remove its weight from the scope."
             )
     return moments
 
@@ -129,7 +129,7 @@ def sum_over_processes(moments: dict[str, SecondMoment]) -> dict[str, SecondMome
 def broadcast_from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of the first process on every process.
 
-    Eigenvectors may differ between processes in their last bits or in sign.
+    Every process needs the same tensors, but eigenvectors may differ between processes in their last bits or in sign.
     """
     if not is_distributed():
         return list(tensors)

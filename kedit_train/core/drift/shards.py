@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return the entries of a sharded tensor that this process holds; any other tensor unchanged."""
+    """Return the part of a sharded tensor that this process stores; return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def map_local(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply an elementwise function to a tensor; a sharded tensor stays sharded as it is."""
+    """Apply an elementwise function to a tensor; the result is sharded like the tensor."""
     if not isinstance(tensor, DTensor):
         return function(tensor)
     return DTensor.from_local(
@@ -24,11 +24,11 @@ def map_local(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def reduce_over_shards(value: Tensor, tensor: Tensor, operation: Literal["sum", "max"]) -> Tensor:
-    """Reduce a number over all processes, each of which has computed it from its part of ``tensor``.
+    """Reduce a value that each process has computed from its local part of ``tensor``.
 
     Args:
-        value: the number of this process, a scalar tensor.
-        tensor: the tensor from whose local part it was computed. If it is not sharded, ``value`` is returned.
+        value: the value of this process, a scalar tensor.
+        tensor: the tensor from which the value was computed. If ``tensor`` is not sharded, the value is returned.
         operation: "sum" or "max".
     """
     if not isinstance(tensor, DTensor):

@@ -27,18 +27,19 @@ _IRRELEVANT = ("labels", "num_items_in_batch", "fused_lm_head", "use_cache")
 class AnchorTerm:
     """The divergence from the reference model at the supervised tokens of the training batches, as a ``TokenTerm``.
 
-    The reference hidden states of an example are computed when it is first seen, with one forward pass of the model
-    before the edit. They are stored by the content of the example, so later epochs need no second forward pass.
+    When an example is seen for the first time, one forward pass of the model before the edit computes its reference
+    hidden states. The hidden states are stored by the content of the example, so later epochs need no second forward
+    pass.
 
     Args:
-        run: the run. It must keep the values before the edit as long as the term is in use.
+        run: the run. It must keep the weights before the edit while the term is in use.
         weight: factor of the divergence.
-        direction: see :func:`kedit_train.functional.token_divergence`.
-        cache: where the hidden states are kept.
+        direction: direction of the divergence, as in :func:`kedit_train.functional.token_divergence`.
+        cache: settings for storing the reference hidden states.
 
     Attributes:
-        examples: number of examples since the last :meth:`metrics`.
-        hits: number of those whose hidden states were stored already.
+        examples: number of examples since the last call of :meth:`metrics`.
+        hits: number of these examples for which the hidden states were already stored.
         last_step: the optimizer step of the last forward pass; -1 before the first.
 
     Raises:
@@ -48,8 +49,8 @@ class AnchorTerm:
     def __init__(self, run: EditRun, *, weight: float, direction: Direction, cache: ReferenceCache) -> None:
         if any(isinstance(p, DTensor) for p in run.model.parameters()):
             raise EditError(
-                "the model before the edit must run inside the forward pass, where the shards of FSDP2 are not "
-                "available; use DDP or a single process, or KLLocality with texts."
+                "the model before the edit must run inside the forward pass, where FSDP2 gives no access to the "
+                "sharded parameters; use DDP or a single process, or use KLLocality with texts."
             )
         self.run, self.head = run, run.head()
         self.weight, self.dtype = weight, cache.torch_dtype
@@ -66,10 +67,10 @@ class AnchorTerm:
 
         Args:
             args: positional arguments of the model's forward call.
-            kwargs: its keyword arguments.
+            kwargs: keyword arguments of the model's forward call.
             labels: [batch, sequence], -100 where a token is not supervised.
         """
-        # The model calls this in its forward pass, where the run does not name the callback in errors.
+        # The model calls this method in its forward pass, where errors do not name the callback by default.
         with reported_by("BatchAnchor"):
             return self._find_or_compute(args, kwargs, labels)
 
@@ -77,8 +78,8 @@ class AnchorTerm:
         """Return the divergence [N], in nats, from the reference model.
 
         Args:
-            logits: [N, vocabulary], of the model that is trained.
-            reference_states: [N, hidden].
+            logits: [N, vocabulary], from the model in training.
+            reference_states: [N, hidden], from :meth:`reference_states`.
         """
         with torch.no_grad():
             reference = self.head.project(reference_states, self._reference_projection)
@@ -90,7 +91,7 @@ class AnchorTerm:
         self._tokens, self.last_step = self._tokens + len(divergence), self.run.step
 
     def metrics(self) -> dict[str, float]:
-        """Return the mean divergence per token, the share of examples found in the store, and its bytes."""
+        """Return the mean divergence per token in nats, the hit rate of the store, and the bytes in the store."""
         if not self.examples:
             return {}
         metrics = {
@@ -114,8 +115,8 @@ class AnchorTerm:
         self.store.add(states)
         if self.store.left_out > left_out == 0:
             warn(
-                "memory_limit of the ReferenceCache is reached. Examples beyond it need a second forward pass in every "
-                "step; set cache_dir or a higher limit."
+                "memory_limit of the ReferenceCache is reached, so further examples need a second forward pass in "
+                "every step; set cache_dir or a higher memory_limit."
             )
         known = [key for key in dict.fromkeys(keys) if key not in states]
         states |= dict(zip(known, self.store.get(known) or (), strict=True))
@@ -134,13 +135,13 @@ class AnchorTerm:
 
 
 def _per_example(name: str, value: Any, examples: int) -> Any:
-    """Return an argument of the forward call with one entry per example if it is a tensor."""
+    """Expand a tensor argument of the forward call to one entry per example, and return plain values unchanged."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool | int | float | str):
             return value
         raise EditError(
-            f"the model is called with {name}, a {type(value).__name__}, which cannot be compared between epochs; "
-            "leave that argument out, or use KLLocality with texts."
+            f"the model is called with {name}, a {type(value).__name__}, but BatchAnchor can only compare tensors, "
+            "numbers and strings between epochs; remove this argument, or use KLLocality with texts."
         )
     # A single example may have tensors of another length, such as the starts of its packed sequences.
     if examples == 1 or (value.ndim and value.shape[0] == examples):
@@ -148,6 +149,6 @@ def _per_example(name: str, value: Any, examples: int) -> Any:
     if value.ndim and value.shape[0] == 1:
         return value.expand(examples, *value.shape[1:])
     raise EditError(
-        f"the model is called with {name} of shape {tuple(value.shape)} for {examples} examples, so it is unknown "
-        "which part belongs to which example; leave that argument out, or use KLLocality with texts."
+        f"the model is called with {name} of shape {tuple(value.shape)} for {examples} examples, but this "
+        "argument must have one entry per example; remove the argument, or use KLLocality with texts."
     )

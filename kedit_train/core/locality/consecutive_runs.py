@@ -1,4 +1,4 @@
-"""Checks for callbacks that carry something over from one run to the next on the same model."""
+"""Checks for callbacks that keep data from one run to the next run on the same model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from kedit_train.errors import EditError, warn
 
 
 def continues_run(previous_model: weakref.ref[nn.Module] | None, run: EditRun) -> bool:
-    """Return whether ``run`` trains the same model object as the run before it.
+    """Return whether ``run`` trains the same model object as the previous run.
 
     Args:
         previous_model: the model of the previous run; None before the first run.
         run: the run that begins.
 
     Warns:
-        UserWarning: the previous run trained another model, so what was kept from it cannot be used.
+        UserWarning: the previous run trained another model, so the data of the previous run cannot be used.
     """
     if previous_model is None:
         return False
     if previous_model() is run.model:
         return True
     warn(
-        "sequential=True, but this run trains another model object than the run before it. What was kept from earlier "
-        "runs is dropped, and this run counts as the first. Train the same model object, or use a new callback."
+        "sequential=True, but this run trains another model object than the previous run. The data of earlier runs is "
+        "discarded, and this run counts as the first run; train the same model object, or create a new callback."
     )
     return False
 
@@ -36,9 +36,9 @@ def require_edits(run: EditRun, reason: str) -> None:
 
     Args:
         run: the run that begins.
-        reason: which argument needs the edits and for what. It completes "<reason>, but the run does not know ...".
+        reason: the beginning of the error message: which argument needs the edits, and for what.
     """
     if not run.edits:
         raise EditError(
-            f"{reason}, but the run does not know its edits; add EditMetrics(edits), or pass editing(edits=...)."
+            f"{reason}, but the edits of this run are unknown; add EditMetrics(edits), or call editing(edits=...)."
         )

@@ -1,4 +1,4 @@
-"""Reference tensors per token: in memory, or in a checksummed safetensors file that later runs can use."""
+"""Keep reference tensors per token in memory, or in a checksummed safetensors file that later runs can read."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from kedit_train.safetensors_file import fill_tensors, load_tensors
 
 KIND = "kedit_train.reference_states"
 
-# Indices of sequences, and their tensors one after the other, [tokens of these sequences, ...] each.
+# Indices of sequences, and the concatenated tensors of these sequences, [tokens of these sequences, ...] each.
 Batch = tuple[Sequence[int], Sequence[Tensor]]
 
 
 class ReferenceStates:
-    """What is stored for every token of some sequences: hidden states, or a teacher's top-k log probabilities and ids.
+    """Tensors stored for every token: hidden states, or a teacher's top-k log probabilities and token ids.
 
     Args:
-        tensors: [tokens of all sequences, ...] each.
+        tensors: tensors of shape [tokens of all sequences, ...].
         lengths: number of tokens of each sequence.
-        memory_mapped: whether the tensors are on disk and read on access.
+        memory_mapped: whether the tensors stay on disk and are read on access.
     """
 
     def __init__(self, tensors: Sequence[Tensor], lengths: Sequence[int], *, memory_mapped: bool = False) -> None:
@@ -38,7 +38,7 @@ class ReferenceStates:
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def take(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return the tensors of these sequences one after the other, [tokens of these sequences, ...] each."""
+        """Return the concatenated tensors of these sequences, [tokens of these sequences, ...] each."""
         spans = [slice(self._starts[i], self._starts[i + 1]) for i in indices]
         return [torch.cat([tensor[span] for span in spans]) for tensor in self._tensors]
 
@@ -46,15 +46,15 @@ class ReferenceStates:
 def collect_states(
     batches: Iterable[Batch], lengths: Sequence[int], memory_limit: int | None = None
 ) -> ReferenceStates:
-    """Gather batches in memory.
+    """Collect the tensors of all batches in memory.
 
     Args:
-        batches: each sequence in exactly one batch.
+        batches: batches that together contain each sequence exactly once.
         lengths: number of tokens of each sequence.
-        memory_limit: bytes that the tensors may take. None sets no limit.
+        memory_limit: maximum size of the tensors in bytes. None sets no limit.
 
     Raises:
-        EditError: the tensors take more memory than that.
+        EditError: the tensors exceed ``memory_limit``.
     """
     batches = iter(batches)
     first = next(batches)
@@ -62,8 +62,8 @@ def collect_states(
     need = _nbytes(shapes)
     if memory_limit is not None and need > memory_limit:
         raise EditError(
-            f"the reference hidden states take {need} bytes and memory_limit is {memory_limit}; set cache_dir to keep "
-            "them on disk, give fewer texts or a higher limit."
+            f"the reference hidden states take {need} bytes, but memory_limit is {memory_limit} bytes; set cache_dir "
+            "to store them on disk, use fewer texts, or raise memory_limit."
         )
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     _fill(tensors, chain([first], batches), lengths)
@@ -71,13 +71,15 @@ def collect_states(
 
 
 def write_states(batches: Iterable[Batch], lengths: Sequence[int], path: Path, key: str) -> None:
-    """Write batches to a file as they come, without holding all of them in memory. :func:`read_states` reads it.
+    """Write the tensors of all batches to a file, with one batch at a time in memory.
+
+    :func:`read_states` reads the file.
 
     Args:
-        batches: each sequence in exactly one batch.
+        batches: batches that together contain each sequence exactly once.
         lengths: number of tokens of each sequence.
-        path: of the file. It is written completely or not at all.
-        key: describes everything that the tensors depend on.
+        path: path of the file. The file is written completely or not at all.
+        key: a description of everything that the tensors depend on.
 
     Raises:
         EditError: the file cannot be written, for example because the disk is full.
@@ -91,24 +93,25 @@ def write_states(batches: Iterable[Batch], lengths: Sequence[int], path: Path, k
     except OSError as error:
         raise EditError(
             f"the reference hidden states take {_nbytes(shapes)} bytes and cannot be written to "
-            f"cache_dir={str(path.parent)!r} ({error.strerror or error}); free disk space, name another directory or "
-            "give fewer texts."
+            f"cache_dir={str(path.parent)!r} ({error.strerror or error}); free disk space, set another cache_dir, or "
+            "use fewer texts."
         ) from error
 
 
 def read_states(
     path: Path, key: str, lengths: Sequence[int], memory_limit: int | None = None
 ) -> ReferenceStates | None:
-    """Read a file of :func:`write_states` and verify its checksum.
+    """Read a file that :func:`write_states` wrote, and verify its checksum.
 
     Args:
-        path: of the file.
-        key: as it was written.
+        path: path of the file.
+        key: the ``key`` that the file must have been written with.
         lengths: number of tokens of each sequence.
-        memory_limit: more bytes than this stay on disk and are memory-mapped. None reads everything into memory.
+        memory_limit: maximum number of bytes to read into memory. Larger tensors stay on disk and are memory-mapped.
+            None reads all tensors into memory.
 
     Returns:
-        The states; None if there is no file, or, with a warning, if it is damaged or has another key.
+        The states, or None if there is no usable file. A damaged file or another key also causes a warning.
     """
     # Unlike Path.is_file, this returns False for a path that cannot be accessed.
     if not os.path.isfile(path):
@@ -116,9 +119,9 @@ def read_states(
     try:
         tensors, metadata = load_tensors(path, kind=KIND)
         if metadata != key:
-            raise EditError(f"{path} belongs to other texts or another model.")
+            raise EditError(f"{path} was written for other texts or another model.")
         if not tensors or any(tensor.shape[:1] != (sum(lengths),) for tensor in tensors.values()):
-            raise EditError(f"{path} has another number of tokens.")
+            raise EditError(f"{path} was written for another number of tokens.")
     except EditError as error:
         warn(f"{error.args[0]} The reference hidden states are computed again.")
         return None
@@ -130,24 +133,25 @@ def read_states(
 
 
 def check_writable(path: Path) -> None:
-    """Make the directory of a file that will be written later.
+    """Create the directory of a file that will be written later, and check that the file can be written.
 
     Raises:
-        EditError: the directory cannot be made or written to, or a directory has the name of the file.
+        EditError: the directory cannot be created or is not writable, or ``path`` itself is a directory.
     """
     directory = path.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EditError(
-            f"cache_dir={str(directory)!r} is not a directory and cannot be made ({error.strerror}); name another."
+            f"cache_dir={str(directory)!r} is not a directory and cannot be created ({error.strerror}); set "
+            "another cache_dir."
         ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
         raise EditError(
-            f"cache_dir={str(directory)!r} is not writable; change its permissions or name another directory."
+            f"cache_dir={str(directory)!r} is not writable; change its permissions or set another cache_dir."
         )
     if path.is_dir():
-        raise EditError(f"{path} is a directory where a file must be written; remove it or name another cache_dir.")
+        raise EditError(f"{path} must be a file, but is a directory; remove it or set another cache_dir.")
 
 
 def _shapes(batch: Batch, total: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -1,4 +1,4 @@
-"""Batches for a locality penalty: reference texts, and in later runs previous edits beside them."""
+"""Draw batches for a locality penalty from reference texts and, in later runs, from previous edits."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from kedit_train.errors import EditError
 
 
 class ReferenceBatches:
-    """Draws the batches of a penalty in one run, or in several consecutive runs on the same model.
+    """Draws the batches of a locality penalty in one run or in consecutive runs on the same model.
 
-    In later runs, previous edits take up to half of each batch and reference texts take the rest.
+    In later runs, up to half of each batch consists of previous edits. All other sequences are reference texts.
 
     Args:
         sequences: token ids of the reference texts.
-        states: their reference hidden states, from the model before the first run.
-        seed: seed of the draws; run number ``n`` uses ``seed + n``.
+        states: reference hidden states of the sequences, from the model before the first run.
+        seed: seed of the draws. Run number ``n``, counted from 0, uses ``seed + n``.
         run: the first run.
-        head: the output head, if there will be later runs. They need the same head, because they turn the stored hidden
-            states into logits with it.
+        head: the output head, if there will be later runs. It must not change, because later runs use it to compute
+            logits from the stored hidden states.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class ReferenceBatches:
         tokenize: Callable[[list[Edit]], Sequence[TokenIds]],
         hidden_states: Callable[[TokenIds], Tensor],
     ) -> None:
-        """Start a later run: keep the reference texts that are still allowed, and add the edits of the run before.
+        """Start a later run: keep the reference texts that are still allowed, and add the edits of the previous run.
 
         Args:
-            run: the run. If a trainer resumes it, its weights may already be those of a checkpoint.
-            sequences: token ids of the texts that this run allows.
+            run: the later run. If a trainer resumes it, the model may already have the weights of a checkpoint.
+            sequences: token ids of the texts that the later run allows.
             head: the output head, unchanged since the first run.
-            tokenize: returns the sequences of edits.
+            tokenize: returns the token sequences of a list of edits.
             hidden_states: returns the hidden states [tokens, hidden] of a sequence.
 
         Raises:
@@ -75,13 +75,13 @@ class ReferenceBatches:
         """
         if fingerprint(head) != self._head_fingerprint:
             raise EditError(
-                "the output head has changed since the first run, so the stored reference hidden states have no "
-                "meaning any more (sequential=True); use a new callback for the next runs."
+                "the output head has changed since the first run, so the reference hidden states stored for "
+                "sequential=True cannot be used any more; create a new callback for the next runs."
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "no text of the first run can be used any more: each contains a prompt that this run's edits are "
-                "scored on, or is no longer among the texts; give other texts."
+                "no text of the first run can be used any more, because each of these texts contains an evaluation "
+                "prompt of this run's edits or is no longer in texts; pass other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
@@ -90,12 +90,12 @@ class ReferenceBatches:
         self._start_draws(self._finished_runs)
 
     def finish_run(self, edits: Sequence[Edit]) -> None:
-        """Finish a run that trained ``edits``. A run that failed must not be finished."""
+        """Record that a run has trained ``edits``. Must not be called for a run that failed."""
         self.replay_buffer.finish_run(edits)
         self._finished_runs += 1
 
     def state(self) -> dict[str, Any]:
-        """Return the number of draws so far, and what identifies the run and its data, for a checkpoint."""
+        """Return the checkpoint state: number of draws, run number, previous edits and a hash of the texts."""
         return {
             "draws": self._draws,
             "run": self._run,
@@ -104,25 +104,26 @@ class ReferenceBatches:
         }
 
     def load_state(self, state: dict[str, Any], batch_size: int) -> None:
-        """Continue the draws of a checkpoint.
+        """Continue to draw batches where a checkpoint stopped.
 
         Args:
             state: as returned by :meth:`state`.
-            batch_size: of each draw.
+            batch_size: number of sequences per draw.
 
         Raises:
-            EditError: the checkpoint was made with other texts, or with earlier runs that this object has not seen.
+            EditError: the checkpoint was written with other texts, or after earlier runs that this object did not take
+                part in.
         """
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(
-                "the checkpoint was made with other reference texts, or they were selected or split differently; "
-                "resume with the same texts, max_length and nearest, or start a new run."
+                "the checkpoint was written with other reference texts, or with texts that were selected or split "
+                "differently; resume with the same texts, max_length and nearest, or start a new run."
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
-                "the checkpoint is from a later run with sequential=True, and this callback has not seen the runs "
-                "before it, so their reference hidden states are missing; start that run again, with the model before "
-                "the first run as teacher=."
+                "the checkpoint is from a later run with sequential=True, but this callback did not take part in the "
+                "earlier runs and lacks their reference hidden states; start the later run again, and pass the model "
+                "before the first run as teacher=."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

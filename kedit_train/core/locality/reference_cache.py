@@ -1,4 +1,4 @@
-"""Where reference hidden states are kept, in which dtype, and in how much memory."""
+"""Settings for storing reference hidden states, and a function that reads or computes them."""
 
 from __future__ import annotations
 
@@ -33,21 +33,25 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """Where :class:`~kedit_train.callbacks.KLLocality` and ``BatchAnchor`` keep reference hidden states.
+    """Settings for how :class:`~kedit_train.callbacks.KLLocality` and ``BatchAnchor`` store reference hidden states.
+
+    Reference hidden states are computed by the model before the edit.
 
     Args:
-        cache_dir: directory for the hidden states. None keeps them in memory for this run only.
-            ``KLLocality`` writes one file, which a later run on the same model and texts reads instead of computing the
-            hidden states again. To find it, every weight of the model is hashed. ``BatchAnchor`` writes only what
-            exceeds ``memory_limit``, and removes it after the run.
-        dtype: dtype of the stored hidden states. None uses the dtype in which the output head multiplies, which loses
-            nothing (float32 for a teacher). A narrower dtype adds a divergence, which a warning reports.
-        memory_limit: bytes that the hidden states may take in memory, as a number or a string such as "2GB". None sets
-            no limit. Above the limit, ``KLLocality`` memory-maps its file from ``cache_dir``, or raises an error if
-            there is none; ``BatchAnchor`` writes to ``cache_dir``, or computes the hidden states again in every step.
+        cache_dir: directory for the hidden states. None keeps the hidden states in memory for this run only.
+            ``KLLocality`` writes one file. A later run on the same model and texts reads this file instead of computing
+            the hidden states again. To find the file, ``KLLocality`` hashes all weights of the model. ``BatchAnchor``
+            writes only hidden states that exceed ``memory_limit``, and deletes its files after the run.
+        dtype: dtype of the stored hidden states. None uses the dtype of the output head's matrix multiplication, which
+            loses no precision (float32 for a teacher). A narrower dtype adds a rounding error. A warning reports its
+            size as a divergence.
+        memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
+            limit. Above the limit, ``KLLocality`` memory-maps its file in ``cache_dir``, and ``BatchAnchor`` writes to
+            ``cache_dir``. Without a ``cache_dir``, ``KLLocality`` raises an error, and ``BatchAnchor`` computes the
+            hidden states that exceed the limit again in every step.
 
     Raises:
-        EditError: an argument is out of bounds.
+        EditError: an argument is invalid.
 
     Example:
         >>> ReferenceCache("runs/cache", dtype="bfloat16", memory_limit="2GB").memory_bytes
@@ -70,24 +74,24 @@ class ReferenceCache:
 
     @classmethod
     def of(cls, value: ReferenceCache | str | Path | Mapping[str, Any] | None) -> ReferenceCache:
-        """Return ``value`` if it is a ``ReferenceCache``, else one made from a directory or a mapping of arguments."""
+        """Return ``value`` as a ``ReferenceCache``. It may be a directory or a mapping of arguments."""
         if isinstance(value, Mapping):
             return from_mapping(cls, value)
         return value if isinstance(value, ReferenceCache) else cls(value)
 
     @property
     def directory(self) -> Path | None:
-        """``cache_dir`` as a path."""
+        """``cache_dir`` as a ``Path``, or None."""
         return None if self.cache_dir is None else Path(self.cache_dir)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """``dtype`` as a ``torch.dtype``."""
+        """``dtype`` as a ``torch.dtype``, or None."""
         return None if self.dtype is None else getattr(torch, self.dtype)
 
     @property
     def memory_bytes(self) -> int | None:
-        """``memory_limit`` in bytes."""
+        """``memory_limit`` in bytes, or None for no limit."""
         return None if self.memory_limit is None else parse_bytes(self.memory_limit)
 
 
@@ -100,20 +104,21 @@ def compute_or_read(
     key: Callable[[], dict[str, str]],
     device: torch.device,
 ) -> tuple[ReferenceStates, bool]:
-    """Return reference tensors of sequences from the file of an earlier run, or compute and store them.
+    """Read the reference tensors of sequences from the file of an earlier run, or compute and store the tensors.
 
     Args:
-        compute: returns a generator of the tensors, batch by batch.
-        sequences: token ids.
-        cache: where the tensors are kept.
-        key: returns what the tensors depend on beside the sequences. Only called with a ``cache_dir``.
-        device: device for the messages between processes.
+        compute: returns a generator that yields the tensors batch by batch.
+        sequences: one list of token ids per sequence.
+        cache: settings for storing the tensors.
+        key: returns a description of everything except the sequences that the tensors depend on. The function is called
+            only with a ``cache_dir``.
+        device: device for the communication between processes.
 
     Returns:
         The tensors, and whether they were read from a file.
 
     Raises:
-        EditError: they exceed ``memory_limit``, or the file cannot be written.
+        EditError: the tensors exceed ``memory_limit``, or the file cannot be written.
     """
     lengths, directory = [len(sequence) for sequence in sequences], cache.directory
     if directory is None:
@@ -134,14 +139,14 @@ def compute_or_read(
     if writes:
         error = _error_of(lambda: write_states(batches, lengths, path, full_key))
     if error is None or is_distributed():
-        # Processes that do not write take part in the forward passes too, also after an error of the one that writes.
+        # Processes that do not write must run the forward passes too, even after an error in the process that writes.
         for _ in batches:
             pass
     batches.close()
     _raise_together(error, device)
     states = read_states(path, full_key, lengths, cache.memory_bytes)
     if states is None:
-        raise EditError(f"{path} was written and can no longer be read; use a cache_dir on a local disk.")
+        raise EditError(f"{path} was written but cannot be read back; use a cache_dir on a local disk.")
     return states, False
 
 
@@ -154,9 +159,9 @@ def _error_of(write: Callable[[], object]) -> EditError | None:
 
 
 def _raise_together(error: EditError | None, device: torch.device) -> None:
-    """Raise an error on all processes if one of them has one, so that no process waits for the others for ever."""
+    """Raise an error on all processes if any process has an error, so that no process waits forever."""
     if not _on_all_processes(error is None, device):
-        raise error or EditError("another process could not write to cache_dir; its error says why.")
+        raise error or EditError("another process could not write to cache_dir; read the error of that process.")
 
 
 def _on_all_processes(value: bool, device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""Reference tensors for a divergence: hidden states of the model before the edit, or a teacher's top-k."""
+"""Compute reference tensors for a divergence: hidden states of the model before the edit, or a teacher's top-k."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kedit_train.functional.top_k_divergence import top_log_probs
 
 
 def hidden_states(head: OutputHead, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Return what the output head reads at every token of the sequences, one after the other, [tokens, hidden]."""
+    """Return the inputs of the output head at all tokens of the sequences, concatenated to [tokens, hidden]."""
     ids, mask = pad_sequences(sequences)
     device = next(head.model.parameters()).device
     ids, mask = ids.to(device), mask.to(device)
@@ -37,10 +37,10 @@ def reference_hidden_states(
     """Return the hidden states [tokens, hidden] of the reference model, which is the model before the edit.
 
     Args:
-        run: the run; its model is put back to the values before the edit for the forward passes.
-        sequences: token ids.
-        batch_size: sequences per forward pass.
-        cache: where the hidden states are kept.
+        run: the run. During the forward passes, its model has the weights before the edit.
+        sequences: one list of token ids per sequence.
+        batch_size: number of sequences per forward pass.
+        cache: settings for storing the hidden states.
 
     Returns:
         The hidden states, and whether they were read from a file.
@@ -83,29 +83,29 @@ def teacher_top_k(
     tokenizer: Any,
     cache: ReferenceCache,
 ) -> tuple[ReferenceStates, bool, int]:
-    """Return a teacher's top-k: log probabilities [tokens, k + 1] and token ids [tokens, k].
+    """Return a teacher's top-k log probabilities [tokens, k + 1] and token ids [tokens, k].
 
-    The last log probability is that of all other tokens together.
+    The last log probability is the logarithm of the total probability of all other tokens.
 
     Args:
-        run: the run; its model must have the teacher's vocabulary.
-        sequences: token ids.
-        batch_size: sequences per forward pass.
+        run: the run. Its model must have the same vocabulary as the teacher.
+        sequences: one list of token ids per sequence.
+        batch_size: number of sequences per forward pass.
         teacher: the teacher.
         tokenizer: tokenizer of the run's model.
-        cache: where the tensors are kept.
+        cache: settings for storing the tensors.
 
     Returns:
-        The tensors, whether they were read from a file, and the size of the vocabulary of the distributions.
+        The tensors, whether they were read from a file, and the vocabulary size of the distributions.
 
     Raises:
-        EditError: the teacher cannot be loaded or compared, or ``top_k`` exceeds the vocabulary.
+        EditError: the teacher cannot be loaded, has another vocabulary, or has fewer than ``top_k`` tokens.
     """
     model, vocabulary = load_teacher(teacher.model, run, tokenizer)
     if teacher.top_k > vocabulary:
         raise EditError(f"top_k must be at most {vocabulary}, the size of the vocabulary, got {teacher.top_k}.")
     own_device = next(run.model.parameters()).device
-    # A module stays on the device where its owner has put it.
+    # A teacher that was passed as a module stays on its device.
     device = next(model.parameters()).device if model is teacher.model else own_device
     dtype = cache.torch_dtype or torch.float32
 
@@ -137,14 +137,14 @@ def teacher_top_k(
 
 
 def _by_length(sequences: Sequence[Sequence[int]], batch_size: int, *, quiet: bool) -> Iterator[list[int]]:
-    """Yield batches of indices, short sequences first, so that little is padded."""
+    """Yield batches of sequence indices, sorted by sequence length to reduce padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     yield from tqdm(batches, desc="reference hidden states", leave=False, disable=quiet or len(batches) < 64)
 
 
 def _precision(device: torch.device, context: AbstractContextManager[Any]) -> str:
-    """Describe why two forward passes of the same weights may differ."""
+    """Describe the settings that change the rounding of a forward pass: device, autocast and fp32 precision."""
     with context:
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return f"{device.type}, autocast {autocast}, fp32 products {torch.get_float32_matmul_precision()}"
@@ -157,6 +157,7 @@ def _warn_of_rounding(head: OutputHead, hidden: Tensor, stored: Tensor) -> None:
     some = slice(chunk_length(2 * head.config.vocab_size))
     divergence = kl_divergence(head.project(hidden[some]), head.project(stored[some].to(hidden.dtype))).mean()
     warn(
-        f"reference hidden states are stored in {stored.dtype} and computed in {compute_dtype}. On the first texts the "
-        f"rounding alone gives a divergence of {float(divergence):.1e} nats per token."
+        f"reference hidden states are computed in {compute_dtype} but stored in {stored.dtype}. On the first texts, "
+        f"this rounding alone causes a divergence of {float(divergence):.1e} nats per token; set dtype=None in "
+        "ReferenceCache to avoid the rounding."
     )

@@ -18,11 +18,11 @@ TokenIds = Sequence[int]
 class ReferenceTexts:
     """Sequences of the reference texts with their reference hidden states, drawn in shuffled order.
 
-    Every sequence is drawn once before any is drawn again.
+    Every sequence is drawn once before any sequence is drawn again.
 
     Args:
         sequences: one list of token ids per sequence.
-        states: their reference hidden states.
+        states: the reference hidden states of the sequences.
     """
 
     def __init__(self, sequences: Sequence[TokenIds], states: ReferenceStates) -> None:
@@ -30,18 +30,18 @@ class ReferenceTexts:
         self.allowed = set(range(len(sequences)))
 
     def restart(self, seed: int) -> None:
-        """Start to draw from the beginning of a new order. Must be called before the first :meth:`draw`."""
+        """Shuffle the sequences with ``seed`` and start to draw again. Must be called before the first :meth:`draw`."""
         self._order = self._shuffled(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:
-        """Return the indices of ``n`` sequences, or of all allowed ones if there are fewer."""
+        """Return the indices of ``n`` sequences, or of all allowed sequences if there are fewer than ``n``."""
         return [next(self._order) for _ in range(min(n, len(self.allowed)))]
 
     def restrict(self, sequences: Iterable[TokenIds]) -> int:
-        """Draw only sequences that are among ``sequences`` from now on.
+        """From now on, draw only the sequences that are also in ``sequences``.
 
         Returns:
-            The number of sequences that are left.
+            The number of sequences that can still be drawn.
         """
         wanted = {tuple(sequence) for sequence in sequences}
         self.allowed = {i for i in self.allowed if tuple(self.sequences[i]) in wanted}
@@ -56,11 +56,11 @@ class ReferenceTexts:
 
 @dataclass(frozen=True)
 class PreviousEdit:
-    """A sequence of an edit of an earlier run.
+    """One token sequence of an edit from an earlier run.
 
     Args:
         edit: the edit.
-        sequence: token ids of its prompt and target.
+        sequence: token ids of the edit's prompt and target.
         hidden_states: [tokens, hidden], from the model after the run that trained the edit.
     """
 
@@ -71,15 +71,14 @@ class PreviousEdit:
 
 @dataclass
 class ReplayBuffer:
-    """Edits of earlier runs, so that a later run keeps them.
+    """Edits from earlier runs, which later runs replay so that the model keeps these edits.
 
-    The hidden states of an edit are computed when the next run starts: only then is the model after the edit's own run
-    certain to be final.
+    The hidden states of an edit are computed when the next run starts, because the model may still change until then.
 
     Attributes:
         entries: sequences of all previous edits.
-        pending: edits of the run that ended last, without hidden states yet.
-        active: those of ``entries`` that the current run does not edit again.
+        pending: edits of the last finished run, which do not have hidden states yet.
+        active: the entries that the current run does not edit again.
     """
 
     entries: list[PreviousEdit] = field(default_factory=list)
@@ -87,12 +86,12 @@ class ReplayBuffer:
     active: list[PreviousEdit] = field(default_factory=list)
 
     def start_run(self, edits: Iterable[Edit]) -> None:
-        """Start a run that trains ``edits``. Previous edits with the same prompts are not drawn in it."""
+        """Start a run that trains ``edits``. This run does not draw previous edits with the same prompts."""
         prompts = {edit.prompt for edit in edits}
         self.active = [entry for entry in self.entries if entry.edit.prompt not in prompts]
 
     def finish_run(self, edits: Iterable[Edit]) -> None:
-        """Finish a run that trained ``edits``. They replace previous edits with the same prompts."""
+        """Finish a run that trained ``edits``. The new edits replace previous edits with the same prompts."""
         edits = list(edits)
         self.start_run(edits)
         self.entries, self.pending = self.active, edits
@@ -104,7 +103,7 @@ class ReplayBuffer:
         """Compute the hidden states of the pending edits and add them to the entries.
 
         Args:
-            tokenize: returns the sequences of edits.
+            tokenize: returns the token sequences of a list of edits.
             hidden_states: returns the hidden states [tokens, hidden] of a sequence.
         """
         self.entries += [
@@ -115,5 +114,5 @@ class ReplayBuffer:
         self.pending = []
 
     def draw(self, n: int, shuffler: random.Random) -> list[PreviousEdit]:
-        """Return at most ``n`` active entries, each at most once."""
+        """Draw at most ``n`` active entries at random, each entry at most once."""
         return shuffler.sample(self.active, min(n, len(self.active)))

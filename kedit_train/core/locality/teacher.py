@@ -1,4 +1,4 @@
-"""A second model as the reference of a divergence: loaded, and checked to have the same vocabulary."""
+"""Load a second model as the reference of a divergence, and check that it has the same vocabulary."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kedit_train.errors import EditError
 
 @dataclass(frozen=True)
 class Teacher:
-    """A second model that takes the place of the model before the edit in :class:`~kedit_train.callbacks.KLLocality`.
+    """A second model that replaces the model before the edit in :class:`~kedit_train.callbacks.KLLocality`.
 
-    For every token, its ``top_k`` most probable next tokens are stored, and the probability of all other tokens
-    together. The divergence is taken between these ``top_k + 1`` probabilities and those of the edited model, so it is
-    a lower bound of the full divergence.
+    For every token, the teacher's ``top_k`` highest next-token probabilities are stored, and the total probability of
+    all other tokens. The divergence compares these ``top_k + 1`` probabilities with the probabilities of the edited
+    model. The result is a lower bound of the full divergence.
 
     Args:
         model: a module, or a name or path that transformers can load. It must have the vocabulary of the edited model.
-        top_k: number of tokens to store.
+        top_k: number of next-token probabilities to store for every token.
 
     Raises:
         EditError: ``top_k`` is not an integer above 0.
@@ -45,23 +45,23 @@ class Teacher:
 
     @classmethod
     def of(cls, value: Teacher | str | Path | nn.Module | Mapping[str, Any]) -> Teacher:
-        """Return ``value`` if it is a ``Teacher``, else one made from a model or a mapping of arguments."""
+        """Return ``value`` as a ``Teacher``. It may be a model, a name, a path or a mapping of arguments."""
         if isinstance(value, Mapping):
             return from_mapping(cls, value)
         return value if isinstance(value, Teacher) else cls(value)
 
 
 def load_teacher(teacher: str | Path | nn.Module, run: EditRun, tokenizer: Any) -> tuple[nn.Module, int]:
-    """Load a teacher and compare its vocabulary with that of the run's model.
+    """Load a teacher and check that it has the same vocabulary as the edited model.
 
     Args:
-        teacher: a module, or a name or path that transformers can load. It is loaded on the CPU, in the dtype in which
-            it is stored.
+        teacher: a module, or a name or path that transformers can load. A name or path is loaded on the CPU, in the
+            dtype of the checkpoint.
         run: the run.
         tokenizer: tokenizer of the run's model.
 
     Returns:
-        The teacher's language model, and the size of the vocabulary that both models share.
+        The teacher's language model, and the size of the common vocabulary.
 
     Raises:
         EditError: the teacher cannot be loaded, is the edited model itself, or has another vocabulary.
@@ -76,7 +76,8 @@ def load_teacher(teacher: str | Path | nn.Module, run: EditRun, tokenizer: Any) 
             )
         if model is run.language_model:
             raise EditError(
-                "teacher is the model that is edited; leave teacher out, the default is the model before the edit."
+                "teacher must not be the edited model itself; remove teacher, because the model before the edit is the "
+                "default reference."
             )
     else:
         name = str(teacher)
@@ -85,7 +86,7 @@ def load_teacher(teacher: str | Path | nn.Module, run: EditRun, tokenizer: Any) 
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise EditError(
-                f"no teacher can be loaded from {name!r} ({reason}); give a name, a path or a module."
+                f"teacher cannot be loaded from {name!r} ({reason}); pass a model name, a path or a module."
             ) from error
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab() if name else None
@@ -93,26 +94,26 @@ def load_teacher(teacher: str | Path | nn.Module, run: EditRun, tokenizer: Any) 
         vocabulary = None
     sizes = [int(m.config.get_text_config().vocab_size) for m in (model, run.language_model)]  # type: ignore[union-attr]
     if vocabulary is None:
-        # A module without a tokenizer: only the sizes of the vocabularies can be compared.
+        # Without the teacher's tokenizer, only the sizes of the vocabularies can be compared.
         same, size = sizes[0] == sizes[1], sizes[0]
     else:
         own = tokenizer.get_vocab()
         same, size = vocabulary == own, max(own.values()) + 1
     if not same or size > min(sizes):
         raise EditError(
-            f"teacher {name or type(model).__name__!r} has another vocabulary than the edited model, so their "
-            "distributions cannot be compared token by token; use a teacher with the same tokenizer."
+            f"teacher {name or type(model).__name__!r} has another vocabulary than the edited model, so the "
+            "next-token distributions cannot be compared; use a teacher with the same tokenizer."
         )
     return model, size
 
 
 def teacher_head(teacher: nn.Module, device: torch.device, context: Any) -> OutputHead:
-    """Return the teacher's verified output head, with the teacher on ``device``.
+    """Move a teacher to ``device``, and return its verified output head.
 
     Args:
         teacher: a causal language model.
         device: where the forward passes run.
-        context: context manager for the forward pass of the check (autocast).
+        context: context manager for the forward pass that verifies the head, for example autocast.
     """
     head = OutputHead(teacher.to(device))
     try:

@@ -1,4 +1,4 @@
-"""Texts of a ``texts=`` argument: where they come from, what is left out, and how they are split into sequences."""
+"""Read the texts of a ``texts=`` argument, remove leaks, and split the texts into token sequences."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from kedit_train.errors import EditError, warn
 
 TextSource = str | Path | Iterable[Any]
 
-# Number of texts that are drawn from the embedded world.
+# Number of texts that are drawn from the embedded texts (source "world").
 WORLD_LIMIT = 1024
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts, where they come from and how they are cut into sequences of tokens.
+    """A source of texts, with settings for how to split the texts into token sequences.
 
     Every ``texts=`` argument of this package takes either a source or a ``Texts``.
 
     Args:
-        source: a list of strings; a path to ``.txt`` (one text a line), ``.jsonl`` or ``.json`` (strings, or records
-            with ``text``); a ``datasets.Dataset`` with a column ``text``; or "world", facts of the embedded world.
-        max_length: tokens per sequence. A longer text is split into several sequences; no token is dropped.
-        nearest: use at most this many texts per edit, those nearest to it
+        source: a list of strings, a path, a ``datasets.Dataset`` with a column ``text``, or "world", the texts that are
+            embedded in kedit-train. A ``.txt`` file contains one text per line. A ``.jsonl`` or ``.json`` file contains
+            strings, or records with the key ``text``.
+        max_length: maximum number of tokens per sequence. A longer text is split into several sequences, and no token
+            is dropped.
+        nearest: maximum number of texts per edit. The texts most similar to the edit are selected
             (:func:`~kedit_train.data.nearest_texts.nearest_texts`). None uses all texts.
-        tokenizer: a tokenizer, or a name or path to load one from. None uses the tokenizer of the run.
-        seed: seed for everything that is drawn from the texts.
+        tokenizer: a tokenizer, or the name or path of a tokenizer. None uses the tokenizer of the run.
+        seed: seed for random draws from the texts.
 
     Example:
         >>> texts = Texts(["The sky is blue.", "Grass is green."], max_length=64)
@@ -59,16 +61,16 @@ class Texts:
             nearest=(self.nearest, optional(integer_from(1))),
         )
         if isinstance(self.source, Iterator):
-            # The texts are read several times: by prepare, by attach and in later runs.
+            # An iterator can be read only once, but the texts are read in prepare, in attach and in later runs.
             object.__setattr__(self, "source", list(self.source))
 
     @classmethod
     def of(cls, value: Any, **options: Any) -> Texts:
-        """Return ``value`` if it is a ``Texts``, else a ``Texts`` of that source.
+        """Return ``value`` if it is a ``Texts``, else create a ``Texts`` from ``value``.
 
         Args:
             value: a ``Texts``, a source, or a mapping with the arguments of ``Texts`` (as in YAML).
-            options: arguments of ``Texts`` to use with a source.
+            options: default arguments of ``Texts``. They are ignored if ``value`` is a ``Texts``.
 
         Raises:
             EditError: the mapping has a key that ``Texts`` does not know.
@@ -81,27 +83,27 @@ class Texts:
 
     @property
     def of_world(self) -> bool:
-        """Whether the source is the embedded world."""
+        """Whether the source is "world", the texts that are embedded in kedit-train."""
         return world.is_world(self.source)
 
     def check(self) -> None:
         """Read the texts once, to report an unreadable or empty source before training starts.
 
         Raises:
-            EditError: the source cannot be read or holds no text.
+            EditError: the source cannot be read or contains no text.
         """
         if not self.of_world:
             _read_texts(self.source)
 
     def load(self, edits: Sequence[Edit] = (), *, limit: int | None = None, keep_leaks: bool = False) -> list[str]:
-        """Return the texts without those that contain a prompt that ``edits`` are scored on.
+        """Return the texts, except texts that contain an evaluation prompt of ``edits``.
 
-        Letter case and the amount of white space are ignored.
+        The search for evaluation prompts ignores letter case and the amount of white space.
 
         Args:
-            edits: the edits of the run. With "world", facts that depend on them are left out as well.
-            limit: at most this many texts, drawn with ``seed``. None returns all.
-            keep_leaks: keep texts that contain a scored prompt. Only for texts that are not trained on.
+            edits: the edits of the run. With the source "world", texts that depend on the edits are left out too.
+            limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
+            keep_leaks: keep texts that contain an evaluation prompt. Only for texts that are not trained on.
 
         Raises:
             EditError: the source cannot be read, or no text is left.
@@ -116,8 +118,8 @@ class Texts:
             texts = nearest_texts(texts, edits, self.nearest)
             if not texts:
                 raise EditError(
-                    "every text states what an edit changes (its subject with its old answer), so no text can stay; "
-                    "give other texts"
+                    "every text contains the subject and the old answer of an edit, so no text can be used; pass "
+                    "other texts."
                 )
         if limit is not None and limit < len(texts):
             texts = random.Random(self.seed).sample(texts, limit)
@@ -126,25 +128,25 @@ class Texts:
     def tokenize(
         self, run: EditRun, *, edits: Sequence[Edit] | None = None, limit: int | None = None
     ) -> list[list[int]]:
-        """Load the texts and cut them into sequences of at most ``max_length`` token ids.
+        """Load the texts and split them into sequences of at most ``max_length`` token ids.
 
         Args:
             run: supplies the edits, the tokenizer and the context length of the model.
-            edits: the edits whose prompts must not be in a text. None uses ``run.edits``.
-            limit: at most this many texts, drawn with ``seed``. None uses all.
+            edits: texts that contain an evaluation prompt of these edits are left out. None uses ``run.edits``.
+            limit: maximum number of texts, drawn at random with ``seed``. None uses all texts.
 
         Returns:
             One list of token ids per sequence.
 
         Raises:
-            EditError: as :meth:`load`, or the tokenizer returns no token.
+            EditError: the source cannot be read, no text is left, or the tokenizer returns no token.
         """
         texts = self.load(run.edits if edits is None else edits, limit=limit)
         tokenizer = run.tokenizer(self.tokenizer)
         ids = tokenizer(texts, truncation=False)["input_ids"]
         sequences = split_sequences(ids, sequence_limit(run, self.max_length))
         if not sequences:
-            raise EditError(f"the tokenizer returns no token for any of the {len(texts)} texts; give other texts")
+            raise EditError(f"the tokenizer returns no token for any of the {len(texts)} texts; pass other texts.")
         return sequences
 
 
@@ -154,7 +156,8 @@ def _read_texts(source: Any) -> list[str]:
         name, source = str(source), _read_file(Path(source))
     if getattr(source, "column_names", None) is not None and "text" not in source.column_names:
         raise EditError(
-            f'the dataset must have a column "text", got the columns {", ".join(source.column_names)}; rename one.'
+            f'the dataset must have a column "text", got the columns {", ".join(source.column_names)}; '
+            'rename one column to "text".'
         )
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise EditError(f"texts must be a list of strings, a path or a dataset, got {source!r}.")
@@ -166,7 +169,7 @@ def _read_texts(source: Any) -> list[str]:
         texts.append(text)
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise EditError(f"{name} contains no text; give texts on which the model should stay as it is.")
+        raise EditError(f"{name} contains no text; pass texts on which the model should not change.")
     return texts
 
 
@@ -176,10 +179,11 @@ def _read_file(path: Path) -> list[Any]:
             raise FileNotFoundError
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EditError(f"{path} cannot be read: {error}") from error
+        raise EditError(f"{path} must be a UTF-8 text file: {error}") from error
     except OSError as error:
         raise EditError(
-            f"there is no file {str(path)!r}; give a path to .txt, .jsonl or .json, or a list of texts."
+            f"file {str(path)!r} does not exist or cannot be read; pass the path of a .txt, .jsonl or .json file, or a "
+            "list of texts."
         ) from error
     if path.suffix == ".json":
         records = _parse_json(content, str(path))
@@ -195,7 +199,7 @@ def _parse_json(content: str, where: str) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise EditError(f"{where} cannot be read: {error}") from error
+        raise EditError(f"{where} must be valid JSON: {error}") from error
 
 
 def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
@@ -203,9 +207,9 @@ def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
     kept = [text for text in texts if not check.contains_prompt(text)]
     if len(kept) < len(texts):
         warn(
-            f"{len(texts) - len(kept)} of {len(texts)} texts contain a prompt that the edits are scored on. They are "
-            "left out, so that nothing is trained on that the edit is scored on."
+            f"{len(texts) - len(kept)} of {len(texts)} texts contain an evaluation prompt of the edits. These texts "
+            "are left out, because the model must not be trained on evaluation prompts."
         )
     if not kept:
-        raise EditError("every text contains a prompt that the edits are scored on; give other texts.")
+        raise EditError("every text contains an evaluation prompt of the edits, so no text is left; pass other texts.")
     return kept

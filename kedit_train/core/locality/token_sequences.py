@@ -1,4 +1,4 @@
-"""Sequences of token ids: edits as sequences, the longest one that a model reads, and padding."""
+"""Convert edits to token sequences, split sequences to the context length of a model, and pad sequences."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kedit_train.edit import Edit
 
 
 def tokenize_edits(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Return edits as sequences of token ids: the prompt, the target, and the end of text if the tokenizer has one.
+    """Return edits as token sequences of the prompt, the target and, if the tokenizer has one, the end-of-text token.
 
     Args:
         run: supplies the context length of the model.
-        edits: one edit gives one sequence, or several if it is longer than ``max_length``.
-        tokenizer: tokenizer of the model.
-        max_length: tokens per sequence.
+        edits: an edit gives one sequence, or several if it has more than ``max_length`` tokens.
+        tokenizer: the tokenizer of the model.
+        max_length: maximum number of tokens per sequence.
     """
     append_eos = tokenizer.eos_token_id is not None
     encoded = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=append_eos).input_ids for edit in edits]
@@ -28,12 +28,15 @@ def tokenize_edits(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_leng
 
 
 def split_sequences(sequences: Iterable[Sequence[int]], length: int) -> list[Any]:
-    """Cut sequences into parts of at most ``length`` tokens. No token is dropped and no part spans two sequences."""
+    """Split sequences into parts of at most ``length`` tokens.
+
+    No token is dropped, and no part contains tokens of two sequences.
+    """
     return [sequence[i : i + length] for sequence in sequences for i in range(0, len(sequence), length)]
 
 
 def sequence_limit(run: EditRun, max_length: int) -> int:
-    """Return ``max_length``, or the context length of the model if that is smaller."""
+    """Return the smaller of ``max_length`` and the context length of the model."""
     return min(max_length, context_length(getattr(run.model, "config", None)) or max_length)
 
 
@@ -41,8 +44,8 @@ def pad_sequences(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[
     """Pad sequences on the right.
 
     Args:
-        sequences: token ids; B sequences, the longest of S tokens.
-        pad_id: token id at padded positions. It may also be a real token, because the mask marks the padding.
+        sequences: B lists of token ids. S is the length of the longest list.
+        pad_id: token id at padded positions. It may also occur in the sequences, because the mask marks the padding.
 
     Returns:
         input_ids [B, S] and attention_mask [B, S], 1 at real tokens.

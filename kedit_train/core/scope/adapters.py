@@ -1,4 +1,4 @@
-"""Keep the factors of adapters frozen that an edit has frozen, even when PEFT switches adapters."""
+"""Keep frozen adapter factors frozen when PEFT switches adapters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 
 
 def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:
-    """Freeze parameters of adapters again before each forward pass of their layer.
+    """Freeze the given adapter parameters again before each forward pass of their layer.
 
-    Switching adapters makes every factor of the active adapter trainable (``set_adapter`` and ``disable_adapter`` of
-    PEFT, which preference trainers use for their reference model). Gradients without an optimizer would then count in
-    gradient clipping, and activation checkpointing would recompute another graph than the first one.
+    PEFT makes every factor of an adapter trainable when it switches adapters (``set_adapter``, ``disable_adapter``).
+    Preference trainers switch adapters to run their reference model. Without this hook, gradient clipping would count
+    gradients of frozen factors, and activation checkpointing would recompute a different graph.
 
     Args:
-        model: nothing happens unless it has PEFT adapters.
+        model: any model. A model without PEFT adapters gets no hooks.
         frozen: frozen parameters of the model, including those of adapters.
 
     Returns:
@@ -29,7 +29,7 @@ def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:
     frozen_ids = {id(p) for p in frozen}
     handles: list[Any] = []
     for module in model.modules():
-        # The hook is on the layer, because modules of magnitudes and embedding factors are never called themselves.
+        # The hook is on the layer, because the modules of magnitudes and of embedding factors are never called.
         if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
             names = [name for name, p in module.named_parameters() if id(p) in frozen_ids]
             if names:

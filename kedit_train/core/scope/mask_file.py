@@ -1,4 +1,4 @@
-"""Mask files: bool tensors by parameter name, in safetensors with a checksum."""
+"""Write and read masks: one bool tensor per parameter name, in a safetensors file with a checksum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _KIND = "kedit_train.mask"
 
 
 def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> Path:
-    """Write masks atomically, with a checksum.
+    """Write masks to a file atomically, with a checksum.
 
     Args:
         path: path of the file.
@@ -27,7 +27,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> Path:
 def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None) -> dict[str, Tensor]:
     """Read masks and check that they fit the scope.
 
-    A file that another program wrote needs no checksum.
+    A file from another program may have no checksum.
 
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
@@ -37,27 +37,29 @@ def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None)
         name -> bool tensor.
 
     Raises:
-        EditError: the file is missing, damaged or was changed after it was written; a tensor is not bool, is not in
-            ``shapes`` or has another shape; or a name of ``shapes`` has no tensor.
+        EditError: the file is missing, is damaged or was changed after it was written. The error is also raised if a
+            tensor is not bool, has no entry in ``shapes`` or has another shape. Each name in ``shapes`` needs a tensor.
     """
     mapped = load_tensors(path, kind=_KIND, allow_unsigned=True).tensors
     for name, mask in mapped.items():
         if mask.dtype != torch.bool or bool((mask.view(torch.uint8) > 1).any()):
             values = "bytes other than 0 and 1" if mask.dtype == torch.bool else str(mask.dtype)
-            raise EditError(f"{path}: {name} must contain bools, True where the entry may change, got {values}.")
-    # The checks above need the bytes of the file, because a copy turns every other byte into 1.
+            raise EditError(
+                f"{path}: {name} must contain bools (True: the entry may change), got {values}; save it as torch.bool."
+            )
+    # The check above reads the bytes of the file. A clone would hide invalid bytes by turning them into 1.
     masks = {name: mask.clone() for name, mask in mapped.items()}
     if shapes is None:
         return masks
     unknown, missing = sorted(masks.keys() - shapes.keys()), sorted(shapes.keys() - masks.keys())
     if unknown or missing:
         name, problem = (unknown[0], "is not in the scope") if unknown else (missing[0], "has no mask in the file")
-        more = f" (and {len(unknown + missing) - 1} more)" if len(unknown + missing) > 1 else ""
-        raise EditError(f"{path}: {name}{more} {problem}; use the ParameterScope that the mask was made for")
+        more = f" (further mismatches: {len(unknown + missing) - 1})" if len(unknown + missing) > 1 else ""
+        raise EditError(f"{path}: {name} {problem}{more}; use the ParameterScope that the masks were made with.")
     for name, mask in masks.items():
         if mask.shape != shapes[name]:
             raise EditError(
-                f"{path}: {name} has the shape {list(mask.shape)} in the file and {list(shapes[name])} in the model; "
-                "use a mask that was made for this model"
+                f"{path}: the mask of {name} must have the parameter's shape {list(shapes[name])}, got "
+                f"{list(mask.shape)}; use a mask that was made for this model."
             )
     return masks

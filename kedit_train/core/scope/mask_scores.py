@@ -1,4 +1,4 @@
-"""Scores of the entries of the scope, and the masks that follow from them."""
+"""Score every weight entry in the scope, and turn the scores into masks of the entries that may change."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ ScoreName = Literal["gradient", "fisher", "fisher_ratio", "magnitude", "random"]
 
 @dataclass(frozen=True)
 class MaskScore:
-    """A score by which ``GradientMask`` chooses the entries to train, with its settings.
+    """The score by which ``GradientMask`` chooses the weight entries to train.
 
     Args:
         name: one of
 
-            - "gradient": absolute value of the mean gradient of the edits' targets;
-            - "fisher": diagonal Fisher information at the positions of the targets, with labels drawn from the model;
-            - "fisher_ratio": that, divided by the Fisher information on other texts;
-            - "magnitude": absolute value of the weight;
+            - "gradient": absolute value of the gradient of the mean loss on the edits' target tokens;
+            - "fisher": diagonal Fisher information at the target tokens, with labels sampled from the model;
+            - "fisher_ratio": the "fisher" score divided by the Fisher information on other texts;
+            - "magnitude": absolute value of the weight before the edit;
             - "random": random numbers.
-        limit: score at most this many edits, and at most this many sequences of the texts. None scores all. Each
-            costs one backward pass. "magnitude" and "random" do not use it.
-        seed: seed for the choice of edits and sequences, the drawn labels and the random scores.
+        limit: maximum number of edits, and maximum number of text sequences, on which the score is computed. None
+            means no maximum. Each edit or sequence costs one backward pass. "magnitude" and "random" ignore the limit.
+        seed: seed for the choice of edits and sequences, for the sampled labels and for the random scores.
 
     Example:
         >>> MaskScore("random", seed=1)
@@ -57,7 +57,7 @@ class MaskScore:
 
     @classmethod
     def of(cls, value: Any) -> MaskScore:
-        """Return ``value`` if it is a ``MaskScore``, else the score of that name or with these arguments.
+        """Return ``value`` as a ``MaskScore``.
 
         Args:
             value: a ``MaskScore``, a name, or a mapping with the arguments (as in YAML).
@@ -71,18 +71,19 @@ class MaskScore:
             known = [field.name for field in fields(cls)]
             if unknown := [key for key in value if key not in known]:
                 raise EditError(
-                    f"unknown argument {unknown[0]!r}; known are {', '.join(known)}.", component="MaskScore"
+                    f"unknown argument {unknown[0]!r}; use only {', '.join(known)}.",
+                    component="MaskScore",
                 )
             return cls(**{"name": "gradient", **value})
         return cls(value)
 
     @property
     def needs_edits(self) -> bool:
-        """Whether the score is computed from the edits with a causal language model."""
+        """Whether the score needs edits and a causal language model."""
         return self.name in ("gradient", "fisher", "fisher_ratio")
 
     def sample(self, sequences: Sequence[Encoded]) -> Sequence[Encoded]:
-        """Return at most ``limit`` sequences, drawn with ``seed``, in their order."""
+        """Return at most ``limit`` sequences, drawn at random with ``seed``, in their original order."""
         if self.limit is None or self.limit >= len(sequences):
             return sequences
         return [sequences[i] for i in sorted(random.Random(self.seed).sample(range(len(sequences)), self.limit))]
@@ -91,17 +92,17 @@ class MaskScore:
 def score_entries(
     run: EditRun, score: MaskScore, edits: EditDataset | None, texts: Texts | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Compute a score for every entry of the scope.
+    """Compute a score for every entry of the parameters in the scope.
 
     Args:
         run: the run before its first step.
-        score: which score.
+        score: the kind of score.
         edits: required if the score needs edits.
         texts: required for "fisher_ratio".
 
     Returns:
-        name -> scores in the shape of the parameter; and for "fisher_ratio" name -> Fisher information on the texts,
-        else None.
+        Two mappings: name -> scores in the shape of the parameter, and name -> Fisher information on the texts. The
+        second one is None unless the score is "fisher_ratio".
     """
     if score.name == "magnitude":
         return {name: full_tensor(run.reference[name]).float().abs() for name in run.scope}, None
@@ -129,20 +130,21 @@ def choose_masks(
     density: float,
     granularity: Granularity,
 ) -> dict[str, Tensor]:
-    """Turn scores into masks that keep the same share of every tensor.
+    """Turn scores into masks that keep the same fraction of every tensor.
 
     Args:
         model: the model that the names belong to.
         scores: name -> scores in the shape of the parameter.
-        on_texts: what the scores are divided by, after the mean over a neuron; None leaves them as they are.
-        density: share of the entries or neurons to keep.
-        granularity: what is kept or left out as a whole; see ``GradientMask``.
+        on_texts: name -> Fisher information by which the scores are divided. For rows and columns, the scores and the
+            information are averaged over each neuron before the division. None skips the division.
+        density: fraction of the entries or neurons to keep.
+        granularity: the unit that a mask keeps or freezes as a whole: "element", "row" or "column".
 
     Returns:
         name -> bool mask, True where the entry may change.
 
     Raises:
-        EditError: the scores of a tensor are all equal or not finite, or it has no rows and columns.
+        EditError: the scores of a tensor are all equal or not finite, or the tensor has no defined rows and columns.
     """
     units = {name: unit_of(model, name, granularity, scores) for name in scores}
     masks: dict[str, Tensor] = {}
@@ -155,7 +157,7 @@ def choose_masks(
         try:
             kept = keep_top(values, density)
         except ValueError as error:
-            raise EditError(f"{name}: {error}; choose another score or take it out of the scope") from error
+            raise EditError(f"{name}: {error}; choose another score, or remove this weight from the scope.") from error
         masks[name] = kept if dim is None else unit_mask(kept, scores[name].shape, dim)
     for name, (rule, dim) in units.items():
         if rule == "frozen":

@@ -1,4 +1,4 @@
-"""Rows and columns of weights: which dimension counts neurons, and which bias belongs to which weight."""
+"""Find the dimension of a weight that counts neurons, and the weight that a bias belongs to."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from transformers.pytorch_utils import Conv1D
 from kedit_train.errors import EditError
 
 Granularity = Literal["element", "row", "column"]
-# "scored": by its own scores, along a dimension (None: entry by entry); "as_matrix": like the matrix that the bias
-# belongs to; "frozen": it has no such neurons.
+# How a parameter is masked, and along which dimension (None: entry by entry). "scored" uses the parameter's own scores.
+# "as_matrix" repeats the mask of the weight matrix that the bias belongs to. "frozen" lets no entry change, because the
+# parameter has no such neurons.
 Unit = tuple[Literal["scored", "as_matrix", "frozen"], int | None]
 
 
 def output_dim(module: nn.Module) -> int:
     """Return the dimension of a module's weight that counts its outputs.
 
-    It is the first, except for the ``Conv1D`` of GPT-2 and for transposed convolutions.
+    This is dimension 0, except for the ``Conv1D`` of GPT-2 and for transposed convolutions, where it is dimension 1.
     """
     return 1 if isinstance(module, Conv1D) or getattr(module, "transposed", False) else 0
 
@@ -36,22 +37,23 @@ def matrix_of(bias: str) -> str:
 
 
 def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Container[str]) -> Unit:
-    """Return how a parameter divides into the units that a mask keeps or leaves out as a whole.
+    """Return how a parameter is divided into the rows, columns or entries that a mask keeps or freezes.
 
-    A row is an output neuron together with its entry of the bias. A column is an input neuron; a bias has none.
-    Entries of other vectors (norms) count as rows and as columns.
+    A row contains the weights of one output neuron and its bias entry. A column contains the weights of one input
+    neuron, so a bias has no columns. Each entry of another vector, such as the weight of a norm, counts as a row and
+    as a column.
 
     Args:
-        model: the model that has the parameter.
+        model: the model that contains the parameter.
         name: name of the parameter.
         granularity: "element", "row" or "column".
         scope: names of the parameters in the scope.
 
     Returns:
-        (rule, dimension), see ``Unit``. For "as_matrix" the dimension is that of the matrix.
+        (rule, dimension), see ``Unit``. For "as_matrix" the dimension is a dimension of the weight matrix.
 
     Raises:
-        EditError: rows or columns are requested of a stack of matrices.
+        EditError: rows or columns are requested for a stack of matrices, such as fused experts.
     """
     owner, _, leaf = name.rpartition(".")
     parameter = model.get_parameter(name)
@@ -67,8 +69,8 @@ def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Contai
         return ("as_matrix", output_dim(module)) if matrix_of(name) in scope else ("scored", 0)
     if parameter.ndim > 2 and not isinstance(module, nn.modules.conv._ConvNd):
         raise EditError(
-            f"{name} has the shape {list(parameter.shape)}, where it is unknown which dimension is a {granularity}; "
-            'use granularity="element"'
+            f'{name} must be a matrix or a convolution for granularity="{granularity}", got the shape '
+            f'{list(parameter.shape)}; use granularity="element", or remove this parameter from the scope.'
         )
     rows = output_dim(module)
     return "scored", rows if granularity == "row" else 1 - rows

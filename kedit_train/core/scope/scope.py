@@ -1,4 +1,4 @@
-"""The scope: the parameters that may change, selected by layer and by module pattern in any model."""
+"""Select the parameters that may change (the scope) by layer and by module pattern, in any model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _NUMBER = r"-?\d+(?:\.\d+)?"
 def find_layers(model: nn.Module) -> tuple[str, int]:
     """Find the stack of layers of a model.
 
-    This is the module list whose length the configuration names, or else the only outermost module list.
+    The stack is the outermost ``nn.ModuleList`` that has ``config.num_hidden_layers`` entries. If no list has this
+    length, the model must have exactly one outermost ``nn.ModuleList``.
 
     Returns:
         (dotted name, number of layers).
 
     Raises:
-        EditError: there is no stack of layers, or more than one.
+        EditError: the model has no stack of layers, or several.
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     outermost = {n: size for n, size in stacks.items() if not any(n.startswith(f"{other}.") for other in stacks)}
@@ -36,8 +37,8 @@ def find_layers(model: nn.Module) -> tuple[str, int]:
     if len(candidates) != 1:
         problem = f"several stacks of layers ({', '.join(candidates)})" if candidates else "no stack of layers"
         raise EditError(
-            f"{type(model).__name__} has {problem}; leave out layers and select parameters by their full names, for "
-            f'example modules="{next(iter(stacks), "encoder.2.linear")}.*"'
+            f"layers must be left out, because {type(model).__name__} has {problem}; select parameters by their full "
+            f'names, for example modules="{next(iter(stacks), "encoder.2.linear")}.*"'
         )
     return next(iter(candidates.items()))
 
@@ -47,12 +48,12 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
 
     Args:
         layers: an int is an index (negative counts from the end). A float in [0, 1] is a fraction of the depth: 0.7
-            of 12 layers is layer 8. A string is one of these, an inclusive range ("4-6", "0.5-0.75"), or several
-            separated by commas. A sequence combines any of these. None selects every layer.
+            of 12 layers is layer 8. A string is an index, a fraction, an inclusive range ("4-6", "0.5-0.75"), or
+            several of these separated by commas. A sequence may contain all of these forms. None selects every layer.
         depth: number of layers.
 
     Raises:
-        EditError: a layer is not understood or out of range, or no layer is selected.
+        EditError: a layer is invalid or out of range, or no layer is selected.
 
     Example:
         >>> layer_indices("0.5-0.75", 12)
@@ -65,13 +66,13 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
     items = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     indices = {index for item in items for index in _expand(item, depth)}
     if not indices:
-        raise EditError(f"layers must select a layer between 0 and {depth - 1}, got {layers!r}.")
+        raise EditError(f"layers must select at least one layer between 0 and {depth - 1}, got {layers!r}.")
     return sorted(indices)
 
 
 def _expand(item: Layer, depth: int) -> Iterator[int]:
     if isinstance(item, bool) or not isinstance(item, int | float | str):
-        raise EditError(f"layers must be indices, fractions or ranges, got {item!r}.")
+        raise EditError(f"layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got {item!r}.")
     if isinstance(item, int | float):
         yield _index(item, item, depth)
         return
@@ -85,7 +86,9 @@ def _expand(item: Layer, depth: int) -> Iterator[int]:
         ends = [float(n) if "." in n else int(n) for n in match.groups() if n is not None]
         first, last = _index(ends[0], item, depth), _index(ends[-1], item, depth)
         if first > last:
-            raise EditError(f"the range {part.strip()!r} in layers ends before it starts; write '{last}-{first}'")
+            raise EditError(
+                f"a range in layers must start at its lower layer, got {part.strip()!r}; write '{last}-{first}'."
+            )
         yield from range(first, last + 1)
 
 
@@ -96,7 +99,7 @@ def _index(value: int | float, layers: Layer, depth: int) -> int:
         # The small number undoes binary rounding: 0.29 of 100 layers is layer 29.
         return min(int(value * depth + 1e-9), depth - 1)
     if not -depth <= value < depth:
-        raise EditError(f"layers is out of range: the model has the layers 0 to {depth - 1}, got {layers!r}.")
+        raise EditError(f"layers must be from 0 to {depth - 1} (negative: counted from the end), got {layers!r}.")
     return value % depth
 
 
@@ -124,8 +127,8 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 
     Args:
         model: any module.
-        layers: which layers, as in :func:`layer_indices`. None also includes parameters outside the layers.
-        modules: one pattern or several, as in :func:`matches`. None selects everything in the layers.
+        layers: the selected layers, as in :func:`layer_indices`. None also includes parameters outside the layers.
+        modules: one pattern or several, as in :func:`matches`. None selects all modules in the selected layers.
 
     Returns:
         name -> parameter.
@@ -147,19 +150,19 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         matching = [p for name, p in named if matches(name, pattern)]
         if not matching:
             raise EditError(
-                f"modules={pattern!r} matches no parameter{within} of {type(model).__name__}; its parameters are, for "
-                f"example, {_examples(named)}"
+                f"modules={pattern!r} matches no parameter{within} of {type(model).__name__}; choose from these "
+                f"parameters: {_examples(named)}"
             )
         if not any(p.requires_grad for p in matching):
             packed = next((p.dtype for p in matching if not p.dtype.is_floating_point), None)
             if packed is not None:
                 raise EditError(
-                    f"modules={pattern!r} matches{within} quantized weights ({str(packed).removeprefix('torch.')}), "
-                    "which cannot be trained; load the model unquantized, or add an adapter (peft)"
+                    f"modules={pattern!r}{within} matches quantized weights ({str(packed).removeprefix('torch.')}), "
+                    "which cannot be trained; load the model without quantization, or add a PEFT adapter."
                 )
             raise EditError(
-                f"all parameters that modules={pattern!r} matches{within} are frozen; unfreeze them or select other "
-                "modules (in a model with adapters, modules that have one)"
+                f"modules={pattern!r}{within} matches only frozen parameters; unfreeze them, or select other modules "
+                "(in a model with PEFT adapters, modules that have an adapter)."
             )
         selected |= {id(p) for p in matching if p.requires_grad}
     return {name: p for name, p in model.named_parameters() if id(p) in selected}
@@ -167,4 +170,4 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 
 def _examples(named: list[tuple[str, nn.Parameter]]) -> str:
     kinds = list(dict.fromkeys(re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name) for name, _ in named))
-    return ", ".join(kinds[:6]) + (", ..." if len(kinds) > 6 else "") if kinds else "none at all"
+    return ", ".join(kinds[:6]) + (", ..." if len(kinds) > 6 else "") if kinds else "none"

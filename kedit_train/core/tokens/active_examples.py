@@ -1,4 +1,4 @@
-"""Examples that are learned are left out of the training batches, and are checked again from time to time."""
+"""Leave learned examples out of the training batches, and check these examples again from time to time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from kedit_train.functional.labels import IGNORE_INDEX
 
 
 class ActiveExamples:
-    """An example filter that leaves out what is learned.
+    """An example filter that leaves learned examples out of the batches.
 
-    An example is identified by its token ids and labels without padding, so it is recognised in other batches.
+    An example is identified by its token ids and labels without padding, so that it is recognised in every batch.
 
     Args:
         recheck: number of times that a learned example is left out before the model runs on it again.
-        probability: an example is learned when each of its supervised tokens has at least this probability. With None
-            it is learned when the objective reports none of them as active.
+        probability: an example is learned when each of its supervised tokens has at least this probability. With None,
+            an example is learned when the objective reports that none of its tokens still counts in the loss.
 
     Attributes:
-        learned: key of a learned example -> how many more times it is left out, followed by the sums over its tokens
-            at the last forward pass: loss, entropy, correct.
-        seconds_saved: estimated from the time per token between two calls.
+        learned: key of a learned example -> list of the number of times that the example will still be left out, and
+            the sums over its tokens at the last forward pass: loss, entropy, correct.
+        seconds_saved: saved training time, estimated from the time per token between two calls.
     """
 
     def __init__(self, recheck: int, probability: float | None) -> None:
@@ -39,16 +39,16 @@ class ActiveExamples:
         self._reset_counts()
 
     def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], LeftOut]:
-        """Take learned examples, and the columns that then hold only padding, out of a forward call.
+        """Remove learned examples from a forward call, and the columns that then contain only padding.
 
         Args:
             kwargs: arguments of the call, with ``input_ids`` and ``labels`` [batch, length]. Nothing is left out if
                 another tensor among them does not have one entry for each example.
 
         Returns:
-            The arguments of the reduced call, and the examples that were left out. At least one example stays, because
-            processes that train together wait for each other's gradients. If that example is learned, its labels are
-            ignored.
+            The arguments of the reduced call, and the examples that were left out. At least one example is kept,
+            because the processes of a distributed run wait for each other's gradients. If every example would be left
+            out, the labels of the kept example are set to the ignore index.
         """
         ids, labels = kwargs.get("input_ids"), kwargs["labels"]
         tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "num_items_in_batch"}
@@ -95,7 +95,7 @@ class ActiveExamples:
         Args:
             where: [examples, length - 1] bool, the supervised positions.
             active: [N] bool, one entry for each supervised position.
-            sums: [N] each, summed over the tokens of each learned example and kept: the loss first.
+            sums: tensors [N], the loss first. Their sums over the tokens of each learned example are stored.
         """
         if not self._keys:
             return
@@ -110,7 +110,7 @@ class ActiveExamples:
         self._keys = []
 
     def metrics(self) -> dict[str, float]:
-        """Return the shares that were left out since the last call, and the seconds saved so far."""
+        """Return the fractions of examples and tokens left out since the last call, and the seconds saved so far."""
         if not self.examples:
             return {}
         shares = {

@@ -1,4 +1,4 @@
-"""The types through which objectives, additional terms and example filters join the loss head."""
+"""Interfaces of the loss head for objectives, additional loss terms and example filters."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-# Takes fp32 logits [N, vocabulary] and labels [N]. Returns the loss [N], whether each token is active [N], and any
-# number of further statistics [N].
+# Takes fp32 logits [N, vocabulary] and labels [N]. Returns the loss [N], whether each token still counts in the loss
+# (active) [N], and any number of further statistics [N].
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Reduction = Literal["token", "sample"]
-# Which position's distribution scores a token: its own, or the first supervised one of its sequence.
+# The position with the distribution that scores a token: its own, or the first supervised position of its sequence.
 Position = Literal["own", "first"]
 
 
@@ -26,7 +26,9 @@ class TokenTerm(Protocol):
     weight: float
 
     def reference_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
-        """Return what the term compares with, [N, hidden], before the forward pass of the training itself.
+        """Return the hidden states [N, hidden] of the reference model that the term needs.
+
+        The loss head calls this method before the forward pass of the training step.
 
         Args:
             args: positional arguments of the model's forward call.
@@ -36,7 +38,7 @@ class TokenTerm(Protocol):
         ...
 
     def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
-        """Return the term [n] for n of the tokens, from their logits [n, vocabulary] and references [n, hidden]."""
+        """Return the term [n] of n tokens, from their logits [n, vocabulary] and reference states [n, hidden]."""
         ...
 
     def observe(self, divergence: Tensor) -> None:
@@ -45,11 +47,11 @@ class TokenTerm(Protocol):
 
 
 class ExampleFilter(Protocol):
-    """Decides which examples of a batch the model runs on.
+    """Decides which examples of a batch the model processes.
 
     Attributes:
-        probability: an example is learned when each of its supervised tokens has at least this probability. With None
-            it is learned when no token is active.
+        probability: an example is learned when each of its supervised tokens has at least this probability. With None,
+            an example is learned when none of its tokens still counts in the loss (is active).
     """
 
     probability: float | None
@@ -64,7 +66,8 @@ class ExampleFilter(Protocol):
         Args:
             where: [examples, sequence - 1] bool, the supervised positions.
             active: [N] bool, one entry for each supervised position.
-            sums: [N] each: the loss, and in TRL the entropy and whether the label was the most probable token.
+            sums: tensors [N]: the loss, and with TRL also the entropy and whether the label was the most probable
+                token.
         """
         ...
 
@@ -76,8 +79,8 @@ class LeftOutExample:
     Args:
         tokens: number of supervised tokens.
         loss: sum of the losses of these tokens.
-        entropy: sum of their entropies, in nats.
-        correct: number of these tokens that were the most probable one.
+        entropy: sum of the entropies of the distributions that predict these tokens, in nats.
+        correct: number of these tokens to which the model gave the highest probability.
     """
 
     tokens: int
@@ -88,7 +91,7 @@ class LeftOutExample:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The examples that were left out of one batch. Means over the batch still count them."""
+    """The examples that were left out of one batch. Means over the batch still count these examples."""
 
     examples: tuple[LeftOutExample, ...] = ()
 

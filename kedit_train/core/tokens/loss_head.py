@@ -1,4 +1,4 @@
-"""The loss head: scores the supervised tokens with a per-token objective, inside the model's own forward call."""
+"""Replace a model's loss with a per-token objective, computed inside the model's own forward call."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from kedit_train.functional.precision import HALF
 
 @dataclass
 class _Call:
-    """What the host passed to one forward call.
+    """The arguments that the host passed to one forward call.
 
     Args:
         labels: [batch, length].
         items: ``num_items_in_batch``, the number of tokens over which the host takes the mean, or None.
         fused: the call comes from TRL, which reads the output of its fused head.
         positions: position ids, or None.
-        reference_states: [N, hidden], what the term compares with, or None.
-        left_out: examples that are not in the batch.
+        reference_states: [N, hidden], the hidden states of the reference model for the second term, or None.
+        left_out: examples that were removed from the batch.
     """
 
     labels: Tensor
@@ -52,21 +52,21 @@ class _Call:
 
 
 class LossHead:
-    """Replaces the loss of a causal language model while it trains.
+    """Replaces the loss of a causal language model during training.
 
-    The host calls ``model(..., labels=...)`` as before. If gradients are recorded, a hook takes the labels out of the
-    call and lets the model's head compute one position only. A second hook scores the supervised positions with the
-    objective and returns what the host reads: ``output.loss``, or the per-token fields of TRL's fused head. Calls
-    without gradients or labels are left alone.
+    The host (the training framework) calls ``model(..., labels=...)`` as before. If gradients are recorded, a hook
+    before the forward pass removes the labels and lets the output head compute one position only. A hook after the
+    forward pass scores the supervised positions with the objective. This hook returns ``output.loss``, or the
+    per-token fields of TRL's fused head. Calls without gradients or without labels do not change.
 
     Args:
         head: the model's output head.
-        shares: returns the number of micro-batches whose losses the host adds up without dividing
+        shares: function that returns the number of micro-batches whose losses the host sums without dividing
             (:meth:`Host.summed_micro_batches`).
 
     Attributes:
         term: a second term in the loss of every supervised token, or None.
-        filter: leaves examples out of the batches, or None.
+        filter: removes learned examples from the batches, or None.
     """
 
     def __init__(self, head: OutputHead, *, shares: Callable[[], int]) -> None:
@@ -78,8 +78,8 @@ class LossHead:
         self._call: _Call | None = None
         self._handles = [
             head.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            # always_call: after a forward pass that failed, the head must compute all positions again.
-            # prepend: FSDP2 finds the start of the backward pass in what the hooks before its own have returned.
+            # always_call: after a failed forward pass, the head must compute all positions again.
+            # prepend: FSDP2 detects the start of the backward pass on the output, so its hook must run later.
             head.model.register_forward_hook(self._after, always_call=True, prepend=True),
         ]
 
@@ -95,15 +95,18 @@ class LossHead:
         position: Position = "own",
         observe: Callable[..., None] | None = None,
     ) -> None:
-        """Set the objective. Before the first call it is the cross-entropy of the hosts.
+        """Set the objective that computes the loss of each token.
+
+        Until this method is called, the objective is cross-entropy, as in the hosts.
 
         Args:
-            objective: scores tokens.
+            objective: function that scores tokens.
             reduction: "token" gives every supervised token the same weight, as the hosts do. "sample" gives every
                 sequence the same weight.
-            position: the position whose distribution scores a token.
-            observe: receives the results of each micro-batch, [N] each: active, loss, and the further statistics of
-                the objective.
+            position: "own" scores each token with the distribution at its own position. "first" uses the distribution
+                at the first supervised position of the sequence.
+            observe: function that receives tensors [N] for each micro-batch: whether each token still counts in the
+                loss (active), the loss, and the further statistics of the objective.
         """
         self.objective, self.reduction, self.position, self.observe = objective, reduction, position, observe
 
@@ -114,14 +117,20 @@ class LossHead:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         self._call = None
-        # module.training does not tell training from evaluation: Lightning keeps a model in evaluation mode if
-        # from_pretrained() returned it so.
+        # module.training does not show whether the host trains: Lightning keeps a model in evaluation mode if
+        # from_pretrained() returned the model in evaluation mode.
         if self._inert or not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return None
         if kwargs.get("shift_labels") is not None:
-            raise EditError("labels that are shifted already (sequence parallelism) are not supported by the loss head")
+            raise EditError(
+                "shift_labels must not be passed to the model, because the loss head shifts labels itself; turn off "
+                "sequence parallelism."
+            )
         if self.term is not None and self.position == "first":
-            raise EditError("a term at each token's own position cannot be added to a loss at the prompt's last one")
+            raise EditError(
+                "BatchAnchor cannot be combined with TokenLoss('prompt_last'); use another objective, or remove "
+                "BatchAnchor."
+            )
         reference = None if self.term is None else self.term.reference_states(args, kwargs, kwargs["labels"])
         kwargs, left_out = dict(kwargs), LeftOut()
         fused = bool(kwargs.pop("fused_lm_head", False))
@@ -148,12 +157,14 @@ class LossHead:
         if output is None:
             return None
         if isinstance(output, tuple):
-            raise EditError(f"{type(module).__name__} returns a tuple; call it without return_dict=False")
-        if hidden is None or hidden.shape[:2] != call.labels.shape:
-            shape = "no positions" if hidden is None else f"positions {tuple(hidden.shape[:2])}"
             raise EditError(
-                f"the output head of {type(module).__name__} receives {shape}, and the labels have the shape "
-                f"{tuple(call.labels.shape)}; prompt tuning and heads that are not called as modules are not supported"
+                f"{type(module).__name__} must return a ModelOutput, got a tuple; remove return_dict=False."
+            )
+        if hidden is None or hidden.shape[:2] != call.labels.shape:
+            shape = "none" if hidden is None else f"the shape {tuple(hidden.shape[:2])}"
+            raise EditError(
+                f"the output head of {type(module).__name__} must receive hidden states for labels of shape "
+                f"{tuple(call.labels.shape)}, got {shape}; remove prompt tuning, and call the output head as a module."
             )
         return self._score(call, hidden[:, :-1], output)
 
@@ -185,10 +196,10 @@ class LossHead:
         if call.fused:
             scaled = [(example, weight * count) for example, weight in left_out]
             return fused_output(loss, where, *logged, left_out=scaled, aux_loss=getattr(output, "aux_loss", None))
-        # Examples that were left out add a constant. Without it the logged loss would fall when examples leave.
+        # Removed examples add a constant. Without this constant, the logged loss would fall when examples are removed.
         total = loss.sum() + sum(example.loss * weight for example, weight in left_out)
         if getattr(output, "aux_loss", None) is not None:
-            # Mixture-of-experts models add their balancing term only where they see labels.
+            # A mixture-of-experts model adds the balancing term only if it receives labels, which were removed.
             total = total + self.head.config.router_aux_loss_coef * output.aux_loss.to(total.device)
         return model_output(output, total)
 
@@ -204,7 +215,7 @@ class LossHead:
     def _left_out_weights(
         self, call: _Call, where: Tensor, count: Tensor, shares: int
     ) -> list[tuple[LeftOutExample, Any]]:
-        """Return the examples that were left out, each with the weight of its tokens in the mean over the batch."""
+        """Return the removed examples, each with the weight of its tokens in the mean over the batch."""
         examples = call.left_out.examples
         if self.reduction == "token":
             return [(example, 1.0 / count) for example in examples]
@@ -214,7 +225,7 @@ class LossHead:
     def _per_token(
         self, call: _Call, hidden: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[list[str], tuple[Tensor, ...]]:
-        """Score every token; return the names of the columns added to those of the objective, and all columns."""
+        """Score every token; return the names of the columns that the objective does not have, and all columns."""
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None
         reference = () if call.reference_states is None else (call.reference_states.to(hidden),)
@@ -231,17 +242,18 @@ class LossHead:
                 divergence = term.divergence(logits, *reference_states)
                 loss, columns = loss + term.weight * divergence, [*columns, divergence.detach()]
             if call.fused:
-                # TRL logs both at every step.
+                # TRL logs the entropy and the token accuracy at every step.
                 columns += [entropy(logits), logits.detach().argmax(-1) == targets]
-            # Weighted here, so that gradients are rounded at the scale of the host and one sum serves all tokens.
+            # Weighted here, so that gradients are rounded at the scale of the host's loss and
+            # one sum serves all tokens.
             return loss * factors, *columns
 
         vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
-        # In half precision the gradient of the logits is rounded at the scale of the loss. TRL divides by a count of
-        # its own, and an fp16 scaler multiplies; both are known in the backward pass only.
+        # In half precision the gradient of the logits is rounded at the scale of the loss. TRL divides by its
+        # own count, and an fp16 scaler multiplies the loss. Both factors are known only in the backward pass.
         dtype = self.head.compute_dtype(hidden)
         defer = dtype == torch.float16 or (call.fused and dtype in HALF)
-        # Not shorter with a term: blocks just below glibc's threshold for mapping come from the heap, which then grows.
+        # A term does not shorten the chunk, because memory blocks just below glibc's mmap threshold let the heap grow.
         chunk = chunk_length(vocab_size)
         return added, chunked(
             score, hidden, labels, weights, *reference, chunk=chunk, parameters=self.head.trained, defer=defer
@@ -249,5 +261,5 @@ class LossHead:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the objective of the hosts: the cross-entropy [N], with every token active."""
+    """Return the cross-entropy [N] of each token, and True for each token, because all tokens count in the loss."""
     return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What the loss head returns to the host in place of the model's own loss and logits."""
+"""Build the model outputs that the loss head returns to the host instead of the model's own loss and logits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kedit_train.errors import EditError
 
 
 class UnbuiltLogits:
-    """Takes the place of logits that were not computed. Any use of it is an error that says why."""
+    """A placeholder for logits that were not computed. Any use of the placeholder raises an ``EditError``."""
 
     @classmethod
     def _refuse(cls, *args: Any, **kwargs: Any) -> Any:
         raise EditError(
-            "the logits of a training step are not computed where TokenLoss or BatchAnchor takes the loss; use the "
-            ".loss that the model returns, or compute logits under torch.no_grad()"
+            "the logits of a training step are not computed when TokenLoss or BatchAnchor computes the loss; use "
+            "output.loss, or call the model under torch.no_grad() to get logits."
         )
 
     # Indexing, torch functions, and any method or attribute.
@@ -36,8 +36,8 @@ def model_output(output: Any, loss: Tensor) -> Any:
     """Put the loss into the output of the model, and return that output.
 
     Args:
-        output: what the model returned without labels.
-        loss: scalar.
+        output: what the model returned for a call without labels.
+        loss: the loss, a scalar tensor.
     """
     output.loss = loss
     output.logits = UnbuiltLogits()
@@ -56,14 +56,14 @@ def fused_output(
     left_out: Sequence[tuple[LeftOutExample, Any]],
     aux_loss: Any,
 ) -> Any:
-    """Return what the fused head of TRL returns, with per-token fields.
+    """Return the per-token output that TRL expects from its fused head.
 
     Args:
         loss: [N], the weighted losses of the supervised tokens.
-        where: [batch, length - 1] bool, their positions.
+        where: [batch, length - 1] bool, the positions of these tokens.
         entropy: [N], in nats.
         correct: [N] bool, whether the label was the most probable token.
-        left_out: examples that are not in the batch, each with the weight of its tokens.
+        left_out: examples that were removed from the batch, each with the weight of its tokens.
         aux_loss: the balancing term of a mixture-of-experts model, or None.
     """
     from trl.trainer.utils import FusedCausalLMOutput
@@ -74,7 +74,7 @@ def fused_output(
         grid = values.new_zeros(where.shape).masked_scatter(where, values)
         if not left_out:
             return grid
-        # TRL adds these up, so the tokens of examples that were left out can follow in any order.
+        # TRL sums the values, so the tokens of examples that were left out can follow in any order.
         means = torch.as_tensor(sums, device=grid.device, dtype=torch.float32) / tokens.clamp(min=1)
         return torch.cat([grid.flatten().float(), means.repeat_interleave(tokens)])
 

@@ -1,4 +1,4 @@
-"""Training on old answers, to find the difference of the weights that is then subtracted."""
+"""Train on old answers to compute the weight difference that is then subtracted."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from kedit_train.functional.labels import IGNORE_INDEX
 
 @dataclass(frozen=True, kw_only=True)
 class ForgetTraining:
-    """How ``ForgetFirst`` trains on the old answers: Adam at a constant rate, without dropout.
+    """How ``ForgetFirst`` trains on the old answers: Adam with a constant learning rate, without dropout.
 
     Args:
-        epochs: passes over the old answers.
-        learning_rate: of Adam. The optimizer of the run takes no part.
-        batch_size: old answers in one step, and sequences in one forward pass of the measurements.
-        max_new_tokens: an old answer with more tokens does not take part.
-        seed: of the order of the old answers.
+        epochs: number of passes over the old answers.
+        learning_rate: learning rate of Adam. The optimizer of the training run is not used.
+        batch_size: number of old answers per training step. Measurements of the model use the same number of sequences
+            per forward pass.
+        max_new_tokens: maximum number of tokens of an old answer. Edits with a longer old answer are skipped.
+        seed: seed for the order of the old answers.
 
     Raises:
         EditError: an argument is out of range.
@@ -64,13 +65,13 @@ def trained_difference(
     training: ForgetTraining,
     prompt_format: PromptFormat,
 ) -> dict[str, Tensor]:
-    """Train the scoped weights on the old answers, and return what that changes.
+    """Train the weights in the scope on the old answers, and return the change of each weight.
 
-    The live weights are the trained ones afterwards. The random state of the run is not touched.
+    Afterwards the model has the trained weights. The global random state does not change.
 
     Args:
-        run: the edit. Its scope is trained.
-        tokenizer: of the model.
+        run: the current run. The weights in its scope are trained.
+        tokenizer: the tokenizer of the model.
         old: edits whose targets are the old answers.
         base: name -> weight from which the training starts.
         training: epochs, learning rate, batch size and seed.
@@ -101,7 +102,8 @@ def trained_difference(
                 loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][where].to(logits.device))
             if not bool(loss.isfinite()):
                 raise EditError(
-                    f"the loss on the old answers is {float(loss)}; lower learning_rate={training.learning_rate:g}."
+                    f"the loss on the old answers must be finite, got {float(loss)}; pass ForgetTraining a "
+                    f"learning_rate below {training.learning_rate:g}."
                 )
             # Not backward(): that would touch .grad and everything that hooks into it (DDP's reduction, masks).
             gradients = torch.autograd.grad(loss, list(run.scope.values()), allow_unused=True)

@@ -1,4 +1,4 @@
-"""Sequences within a batch: which supervised token belongs to which, and what each token weighs in a mean."""
+"""Assign supervised tokens to the sequences of a batch, and compute the weight of each token in a mean."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def sequence_numbers(where: Tensor, positions: Tensor | None) -> Tensor:
 
     Args:
         where: [batch, length - 1] bool, the positions that predict a supervised token.
-        positions: position ids, [batch, length] or [1, length], or None. A packed row holds several sequences, and
-            each of them starts at position 0. Without position ids every row is one sequence.
+        positions: position ids, [batch, length] or [1, length], or None. A packed row contains several sequences,
+            and each sequence starts at position 0. Without position ids every row is one sequence.
 
     Returns:
         [N] int64, counted from 0 without gaps, for the N supervised tokens in order.
@@ -26,7 +26,7 @@ def sequence_numbers(where: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def first_of_sequence(numbers: Tensor) -> Tensor:
-    """Return the index of the first supervised token of each token's sequence.
+    """Return, for each supervised token, the index of the first supervised token in its sequence.
 
     Args:
         numbers: [N], from :func:`sequence_numbers`.
@@ -41,13 +41,15 @@ def first_of_sequence(numbers: Tensor) -> Tensor:
 
 
 def sequence_weights(where: Tensor, positions: Tensor | None, *, left_out: int = 0, shares: int = 1) -> Tensor:
-    """Return token weights that turn a sum over tokens into the mean over sequences of their token means.
+    """Return token weights that make every sequence count equally.
+
+    The weighted sum over all tokens is the mean over sequences of the mean over the tokens of each sequence.
 
     Args:
         where: [batch, length - 1] bool, the positions that predict a supervised token.
         positions: as for :func:`sequence_numbers`.
-        left_out: number of sequences that are not in the batch and still count in the mean.
-        shares: number of micro-batches whose losses the host adds up without dividing.
+        left_out: number of sequences that were removed from the batch and still count in the mean.
+        shares: number of micro-batches whose losses the host sums without dividing.
 
     Returns:
         [batch, length - 1] fp32, zero at unsupervised positions.

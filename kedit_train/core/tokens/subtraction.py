@@ -1,4 +1,4 @@
-"""How much of a trained difference to subtract so that old answers are forgotten, within limits."""
+"""Choose how much of a trained weight difference to subtract, so that the model forgets old answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ EndedBy = Literal["forgotten", "perplexity", "coefficients"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """The model with one coefficient subtracted. Coefficient 0 is the model before the subtraction.
+    """Scores of the model after a subtraction; coefficient 0 is the model before the subtraction.
 
     Args:
         coefficient: the coefficient as the user gave it.
-        factor: what the trained difference was multiplied by.
-        probability: mean probability of the old answers, each the product over its tokens.
-        accuracy: share of the old answers whose every token is still the most probable one.
-        perplexity: on the texts that must stay.
+        factor: number by which the trained difference was multiplied.
+        probability: mean probability of the old answers. The probability of an answer is the product over its tokens.
+        accuracy: fraction of the old answers in which every token is still the most probable token.
+        perplexity: perplexity on the texts on which the model should not change.
     """
 
     coefficient: float
@@ -31,14 +31,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Subtraction:
-    """The rule that chooses among coefficients.
+    """The rule that chooses one of several coefficients for the subtraction.
 
     Args:
         coefficients: numbers above 0, tried in ascending order.
-        scale: what a coefficient is a share of: the length of the weights ("base") or the trained difference
-            ("trained").
-        max_probability: enough is forgotten when the mean probability of the old answers is at most this.
-        max_perplexity_ratio: the perplexity may grow to at most this multiple.
+        scale: with "base", a coefficient is a fraction of the norm of the weights. With "trained", a coefficient is a
+            fraction of the trained difference.
+        max_probability: the search ends when the mean probability of the old answers is at most this.
+        max_perplexity_ratio: maximum ratio of the perplexity after the subtraction to the perplexity before.
     """
 
     coefficients: Sequence[float]
@@ -52,14 +52,14 @@ class Subtraction:
         """Try the coefficients in ascending order until one of the limits is reached.
 
         Args:
-            before: the model before the subtraction.
-            length: norm of the trained difference over the norm of the weights that it changes.
+            before: the measurement of the model before the subtraction.
+            length: norm of the trained difference divided by the norm of the weights that training changed.
             measure: called with a coefficient and a factor; measures the model with ``factor`` times the trained
                 difference subtracted.
 
         Returns:
-            All measurements with ``before`` first, the index of the one to keep (0 for none), and what ended the
-            search.
+            All measurements with ``before`` first, the index of the measurement to keep (0: subtract nothing), and the
+            reason for the end of the search.
         """
         measured, chosen = [before], 0
         for coefficient in sorted({float(c) for c in self.coefficients}):
@@ -78,15 +78,15 @@ class Subtraction:
         if ended_by == "perplexity":
             reason = (
                 f"coefficient {last.coefficient:g} raises the perplexity from {measured[0].perplexity:.3f} to "
-                f"{last.perplexity:.3f}, which is more than {self.max_perplexity_ratio:g} times; pass smaller steps "
-                "between coefficients, or other texts"
+                f"{last.perplexity:.3f}, more than max_perplexity_ratio={self.max_perplexity_ratio:g} allows; pass "
+                "coefficients in smaller steps, or other texts"
             )
         else:
             reason = (
-                f"there are no larger coefficients (the trained difference has {length:.2%} of the length of the "
-                'weights); pass larger ones, or scale="base"'
+                f"there are no larger coefficients to try (the norm of the trained difference is {length:.2%} of the "
+                'norm of the weights); pass larger coefficients, or scale="base"'
             )
         return (
-            f"with coefficient {measured[chosen].coefficient:g} the old answers still have a mean probability of "
-            f"{measured[chosen].probability:.3f} (max_probability={self.max_probability:g}); {reason}."
+            f"the mean probability of the old answers must be <= max_probability={self.max_probability:g}, got "
+            f"{measured[chosen].probability:.3f} with coefficient {measured[chosen].coefficient:g}: {reason}."
         )

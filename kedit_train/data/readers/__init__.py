@@ -1,4 +1,4 @@
-"""One reader per public format, and the choice between them."""
+"""The readers of public data formats, and the function that recognizes the format of a file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recognize(records: Sequence[Any], name: str) -> str:
 
     Args:
         records: the records of a file.
-        name: the beginning of the messages.
+        name: the beginning of every error message, for example the name of the file.
 
     Raises:
         EditError: no record has a known format, or two formats are equally frequent.
@@ -44,18 +44,18 @@ def recognize(records: Sequence[Any], name: str) -> str:
         return best[0]
     mappings = [record for record in records if isinstance(record, Mapping)]
     if not mappings:
-        # Raises the error that says what the record is instead of a mapping.
+        # This call raises an error that names the type of the record.
         read_record(records[0], OWN, f"{name}, record 1", chosen=True, csv=False)
     shown = [record for record in mappings if not best or any(FORMATS[form].recognize(record) for form in best)]
     keys = ", ".join(map(repr, dict.fromkeys(key for record in shown for key in record)))
     if best:
         raise EditError(
             f"{name}: the fields {keys} match several formats equally well ({', '.join(best)}); pass "
-            f'format="{best[0]}" or another of them, or split the file'
+            f'format="{best[0]}" or another of these formats, or use one file per format'
         )
     raise EditError(
-        f"{name}: the fields {keys} match none of the formats {', '.join(FORMATS)}; rename them to prompt and target, "
-        "or pass format=..."
+        f"{name}: the fields {keys} match none of the formats {', '.join(FORMATS)}; rename the fields to prompt and "
+        "target, or pass format=..."
     )
 
 
@@ -63,14 +63,14 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
     """Return the edits of one record.
 
     Args:
-        record: a mapping, or the ``EditError`` that reading the line raised.
-        form: the format.
-        where: the beginning of the messages.
-        chosen: the user named the format, so no other format is suggested.
-        csv: decode cells that hold lists or mappings.
+        record: a mapping, or the ``EditError`` that was raised when the line was read.
+        form: the format of the record.
+        where: the beginning of every error message.
+        chosen: True if the user named the format. Then no other format is suggested.
+        csv: True if the record is a row of a CSV file. Cells with lists or mappings are then decoded.
 
     Raises:
-        EditError: the record is malformed, or of another format.
+        EditError: the record is malformed, or has another format.
     """
     if isinstance(record, EditError):
         raise record
@@ -82,7 +82,7 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
         if matches:
             raise EditError(
                 f"{where}: field '{min(map(str, others))}' belongs to the format {matches[0]}, but the other records "
-                f'are {form.name}, and a file must have one format; {REMEDY}, or pass format="{form.name}"'
+                f'have the format {form.name}; {REMEDY}, or pass format="{form.name}"'
             )
     if csv:
         record = decode_cells(record, form.structured, where)
@@ -98,23 +98,24 @@ def read_records(
     limit: int | None = None,
     csv: bool = False,
 ) -> tuple[list[Edit], str, tuple[str, ...]]:
-    """Turn records into edits.
+    """Convert records to edits.
 
-    It warns once if records were skipped, and once if records of a public format have fields that are not read.
+    The function warns once if records were skipped, and once if records have fields that the format does not read.
 
     Args:
         records: the records.
-        name: the beginning of the messages.
-        format: the name of the format; None recognizes it.
+        name: the beginning of every error message, for example the name of the file.
+        format: the name of the format. None recognizes the format from the fields of the records.
         on_error: "raise" or "skip".
-        limit: stop after this many records that could be read.
-        csv: the records are rows of a CSV file.
+        limit: stop after this many readable records. None reads all records.
+        csv: True if the records are rows of a CSV file.
 
     Returns:
         The edits, the name of the format, and one message per skipped record.
 
     Raises:
-        EditError: a record is malformed and ``on_error`` is "raise", no record can be read, or a wrong argument.
+        EditError: a record is malformed and ``on_error`` is "raise", no record can be read, or an argument is
+            invalid.
     """
     check_arguments(
         "EditDataset",
@@ -123,7 +124,7 @@ def read_records(
         format=(format, optional(one_of(FORMATS))),
     )
     if not records:
-        raise EditError(f"{name}: there are no records; give at least one with a prompt and a target")
+        raise EditError(f"{name}: there are no records; give at least one record with a prompt and a target")
     form = FORMATS[format or recognize(records, name)]
     edits: list[Edit] = []
     skipped: list[str] = []

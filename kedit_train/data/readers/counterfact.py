@@ -1,4 +1,4 @@
-"""The flat form of CounterFact, with one rephrase and one neighbour per record, as editing repositories publish it."""
+"""Reader for flat CounterFact, as published by editing repositories: one rephrase and one neighbour per record."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def recognize(record: Mapping[str, Any]) -> bool:
 
 
 def read(record: Fields) -> list[Edit]:
-    """Read a record, also one with a list of ``rephrase_prompts``.
+    """Read a record of flat CounterFact.
 
-    ``ground_truth`` is the old answer. ``locality_ground_truth`` is the right answer about the neighbour. ``relation``
-    and ``relation_id`` only name the relation and are not read.
+    ``ground_truth`` is the old answer. ``rephrase_prompt`` (a text) and ``rephrase_prompts`` (a list) become rephrases.
+    ``locality_ground_truth`` is the right answer about the neighbour, another subject with the same true object.
+    ``relation`` and ``relation_id`` only name the relation and are not read.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.

@@ -11,7 +11,7 @@ REMEDY = 'correct the record, or pass on_error="skip" to leave out such records'
 
 
 def describe(value: object) -> str:
-    """Return what a JSON value is, in words: "null", "text", "empty text", "a number", and so on."""
+    """Describe the type of a JSON value in words: "null", "text", "empty text", "a number", and so on."""
     if value is None:
         return "null"
     if isinstance(value, str):
@@ -28,20 +28,21 @@ def describe(value: object) -> str:
 
 
 def is_blank(value: object) -> bool:
-    """Return True for null and for text of white space only."""
+    """Return whether a value is null, or text without any character other than white space."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 class Fields:
-    """One record, or a mapping inside it. Every method reports a malformed value as a one-line ``EditError``.
+    """The fields of a record, or of a mapping inside a record, with checks of their types.
 
-    An optional field may be missing, null or blank. A value of the wrong type is an error. Where a method takes several
-    keys, they are alternative names of one field, and the first one with a value is read.
+    An optional field may be missing, null or blank. A value of a wrong type raises a one-line ``EditError``. If a
+    method takes several keys, these are alternative names of one field, and the first key with a value is read.
 
     Args:
         values: the record.
-        where: the beginning of the messages, for example ``"edits.json, record 17"`` (records are counted from 1).
-        path: where in the record these values are, for example ``"requested_rewrite[0]."``.
+        where: the beginning of every error message, for example ``"edits.json, record 17"``. Records are counted from
+            1.
+        path: the position of these values in the record, for example ``"requested_rewrite[0]."``.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str, path: str = "") -> None:
@@ -56,10 +57,10 @@ class Fields:
     def missing(self, keys: tuple[str, ...], expected: str) -> EditError:
         """Return the error for a field that is missing."""
         names = " or ".join(f"'{self.path}{key}'" for key in keys)
-        return EditError(f"{self.where}: field {names} is missing, it must be {expected}; {REMEDY}")
+        return EditError(f"{self.where}: field {names} must be {expected}, but is missing; {REMEDY}")
 
     def _pick(self, keys: tuple[str, ...]) -> tuple[str, Any]:
-        """Return the first key with a value, else the first key that exists."""
+        """Return the first key that has a value, or the first key that exists, together with its value."""
         existing = [key for key in keys if key in self.values]
         filled = [key for key in existing if not is_blank(self.values[key])]
         key = (filled or existing or [keys[0]])[0]
@@ -70,7 +71,7 @@ class Fields:
         return not is_blank(self._pick(keys)[1])
 
     def text(self, *keys: str) -> str:
-        """Return a required text as it is written."""
+        """Return a required text, unchanged."""
         key, value = self._pick(keys)
         if key not in self.values:
             raise self.missing(keys, "text")
@@ -79,15 +80,15 @@ class Fields:
         return value
 
     def answer(self, *keys: str) -> str:
-        """Return a required text without the white space around it, because the separator is added later."""
+        """Return a required text without leading and trailing white space. Separators are added later."""
         return self.text(*keys).strip()
 
     def optional_text(self, *keys: str) -> str | None:
-        """Return a text, or None where it is missing."""
+        """Return an optional text, or None if it is missing."""
         return self.text(*keys) if self.has(*keys) else None
 
     def identifier(self, *keys: str) -> str:
-        """Return the identifier of the record as text. Whole numbers are common here."""
+        """Return the identifier of the record (text or a whole number) as text. It is empty if it is missing."""
         key, value = self._pick(keys)
         if not self.has(*keys):
             return ""
@@ -96,7 +97,7 @@ class Fields:
         return str(value)
 
     def texts(self, *keys: str) -> tuple[str, ...]:
-        """Return the texts of a field that holds nothing, one text or a list of texts, as they are written."""
+        """Return the texts of an optional field that contains one text or a list of texts, unchanged."""
         if not self.has(*keys):
             return ()
         key, value = self._pick(keys)
@@ -110,7 +111,7 @@ class Fields:
         return tuple(value)
 
     def answers(self, *keys: str) -> tuple[str, ...]:
-        """Return the distinct right answers of a field: nothing, a text, a list of texts or a list of alias lists."""
+        """Return the distinct right answers of an optional field: a text, a list of texts or a list of alias lists."""
         key, value = self._pick(keys)
         if not isinstance(value, (list, tuple)):
             texts = list(self.texts(*keys))
@@ -146,7 +147,7 @@ class Fields:
         return [Fields(item, self.where, f"{self.path}{key}[{i}].") for i, item in enumerate(value)]
 
     def kinds(self, key: str) -> dict[str, list[Fields]]:
-        """Return kind -> fields of each mapping, for a mapping from kinds to lists. Empty kinds are left out."""
+        """Read a mapping from kinds to lists of mappings, as kind -> fields. Kinds with empty lists are left out."""
         if not self.has(key):
             return {}
         kinds = self.child(key)

@@ -1,4 +1,4 @@
-"""Reading the records of a file. A broken line is returned as an error, so that the caller can skip it."""
+"""Read the records of a file. An invalid line is returned as an error object, so that the caller can skip it."""
 
 from __future__ import annotations
 
@@ -25,23 +25,28 @@ def read_file(path: Path) -> list[Any]:
             fields; an empty cell is a missing field.
 
     Returns:
-        One mapping per record, or whatever else the JSON holds there. A line that is not JSON, or a row with the wrong
-        number of cells, is returned as an ``EditError``.
+        One mapping per record. If a record in the JSON is not a mapping, its value is returned as it is. A line that
+        is not JSON, or a row with a wrong number of cells, is returned as an ``EditError``.
 
     Raises:
-        EditError: the file is missing, empty, of another kind, not text, or broken as a whole.
+        EditError: the file is missing, empty, of an unknown kind, not UTF-8 text, or not valid JSON or CSV.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise EditError(f"{path}: a file of edits must end in {', '.join(SUFFIXES)}; rename or convert it")
+        raise EditError(
+            f"{path}: the name of a file of edits must end in {', '.join(SUFFIXES)}; rename or convert the file"
+        )
     if not path.is_file():
         raise EditError(f"{path}: the file does not exist; check the path (working directory: {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EditError(f"{path}: the file must be UTF-8 text, byte {error.start} is not; save it as UTF-8") from error
+        raise EditError(
+            f"{path}: the file must be UTF-8 text, got an invalid byte at position {error.start}; save the file as "
+            "UTF-8"
+        ) from error
     if not text.strip():
-        raise EditError(f"{path}: the file is empty; give at least one record with a prompt and a target")
+        raise EditError(f"{path}: the file is empty; add at least one record with a prompt and a target")
     if suffix == ".json":
         records = read_json(path, text)
     elif suffix == ".csv":
@@ -49,7 +54,7 @@ def read_file(path: Path) -> list[Any]:
     else:
         records = read_jsonl(path, text)
     if not records:
-        raise EditError(f"{path}: the file has no records; give at least one with a prompt and a target")
+        raise EditError(f"{path}: the file has no records; add at least one record with a prompt and a target")
     return records
 
 
@@ -60,15 +65,15 @@ def read_json(path: Path, text: str) -> list[Any]:
     except json.JSONDecodeError as error:
         hint = "; a file with one record per line must end in .jsonl" if error.msg == "Extra data" else ""
         raise EditError(
-            f"{path}, line {error.lineno}: the file is not valid JSON ({error.msg}); correct it{hint}"
+            f"{path}, line {error.lineno}: the file is not valid JSON ({error.msg}); correct the file{hint}"
         ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in LIST_KEYS if isinstance(content.get(key), list)), content)
     if not isinstance(content, list):
         keys = f" with the keys {', '.join(map(repr, content))}" if isinstance(content, Mapping) else ""
         raise EditError(
-            f"{path}: the file must hold a list of records, or a mapping with that list under {', '.join(LIST_KEYS)}, "
-            f"got {describe(content)}{keys}; put the records into a list"
+            f"{path}: the file must contain a list of records, or a mapping with that list under "
+            f"{', '.join(LIST_KEYS)}, got {describe(content)}{keys}; put the records into a list"
         )
     return content
 
@@ -98,7 +103,7 @@ def read_csv(path: Path) -> list[Any]:
             names = [name.strip() for name in next(rows)]
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
-                raise EditError(f"{path}: the column {repeated[0]!r} appears twice; rename one of them")
+                raise EditError(f"{path}: the column {repeated[0]!r} appears twice; rename one of the two columns")
             for cells in rows:
                 if not any(cell.strip() for cell in cells):
                     continue
@@ -110,18 +115,20 @@ def read_csv(path: Path) -> list[Any]:
                 row = zip(names, cells, strict=True)
                 records.append({name: cell for name, cell in row if cell.strip()})
         except csv.Error as error:
-            raise EditError(f"{path}, line {rows.line_num}: the file is not valid CSV ({error}); correct it") from error
+            raise EditError(
+                f"{path}, line {rows.line_num}: the file is not valid CSV ({error}); correct the file"
+            ) from error
     return records
 
 
 def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: str) -> dict[str, Any]:
-    """Decode the CSV cells that stand for lists or mappings.
+    """Decode the CSV cells that contain lists or mappings.
 
     Args:
         record: field -> cell.
-        structured: the fields that hold lists or mappings. A cell that begins with ``[`` or ``{`` is read as JSON, any
-            other as texts with ``|`` between them.
-        where: the beginning of the messages.
+        structured: the fields that contain lists or mappings. A cell that begins with ``[`` or ``{`` is read as JSON.
+            Any other cell is read as texts that are separated by ``|``.
+        where: the beginning of every error message.
 
     Raises:
         EditError: a cell is not valid JSON.
@@ -136,7 +143,7 @@ def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: s
             decoded[key] = json.loads(cell)
         except json.JSONDecodeError as error:
             raise EditError(
-                f"{where}: field '{key}' must be a JSON list or mapping, or texts with | between them, got invalid "
+                f"{where}: field '{key}' must be a JSON list or mapping, or texts separated by |, got invalid "
                 f"JSON ({error.msg}); {REMEDY}"
             ) from error
     return decoded

@@ -1,4 +1,4 @@
-"""The description of a format that a reader can read."""
+"""The description of a data format: its name, its fields and its reader."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from kedit_train.edit import Edit
 
 @dataclass(frozen=True)
 class Format:
-    """A format of records.
+    """A data format for records.
 
     Args:
         name: the name for ``EditDataset.load(format=...)``.
         recognize: returns whether the keys of a record are those of this format.
-        read: turns one record into its edits. A record of MQuAKE has up to four.
-        reads: top-level fields that end up in the edits.
-        ignores: top-level fields that are known and left out; the docstring of ``read`` says why.
-        structured: fields that hold lists or mappings. In a CSV file, a cell holds them as JSON or as ``a|b|c``.
+        read: converts one record to edits (up to four edits for MQuAKE).
+        reads: top-level fields that are stored in the edits.
+        ignores: top-level fields that are known but not read. The docstring of ``read`` says why.
+        structured: fields that contain lists or mappings. In a CSV file, their cells are JSON or ``a|b|c``.
     """
 
     name: str
@@ -32,5 +32,5 @@ class Format:
 
 
 def field_names(text: str) -> frozenset[str]:
-    """Return the names in a text that separates them by spaces."""
+    """Return the set of field names in a text, in which spaces separate the names."""
     return frozenset(text.split())

@@ -1,4 +1,4 @@
-"""KnowEdit: locality and portability by kind, with lists of right answers."""
+"""Reader for KnowEdit, which has locality and portability by kind, with lists of right answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kedit_train.edit import Edit, Probe
 
 
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
-    """Return kind -> probes for the field ``key``."""
+    """Return kind -> probes from the field ``key`` of a record."""
     return {
         kind: tuple(Probe(item.text("prompt"), item.answers("ground_truth")) for item in items)
         for kind, items in record.kinds(key).items()
@@ -16,12 +16,12 @@ def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
 
 
 def read(record: Fields) -> list[Edit]:
-    """Read a record.
+    """Read a record of KnowEdit.
 
-    Locality and portability keep the names of their kinds; a kind without questions is left out. A right answer is a
-    text, a list of texts, or a list with one list of aliases per correct value; any text in it counts as right. Some
-    published locality questions have no answer (``[[]]``) and become probes without answers. ``ground_truth`` is the
-    old answer, of which the first is kept. ``cond`` repeats the record and is not read.
+    Locality and portability keep the names of their kinds. Kinds without questions are left out. The right answers are
+    a text, a list of texts, or a list with one list of aliases per correct value. Every text in them counts as right.
+    Some published locality questions have no answer (``[[]]``) and become probes without answers. The first text of
+    ``ground_truth`` becomes the old answer. ``cond`` repeats the record and is not read.
 
     References:
         "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286.

@@ -1,4 +1,4 @@
-"""The format of this package: an ``Edit`` as a JSON object or as a row of a CSV file."""
+"""The data format of kedit-train: an ``Edit`` as a JSON object or as a row of a CSV file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ READS = field_names("prompt target subject old_target aliases rephrases locality
 
 
 def one_probe(record: Fields, key: str, item: object) -> Probe:
-    """Return the probe of a question: a text, or a mapping with ``prompt`` and ``answers``."""
+    """Convert a question (a text, or a mapping with ``prompt`` and ``answers``) to a probe."""
     if isinstance(item, str) and item.strip():
         return Probe(item)
     if not isinstance(item, Mapping):
@@ -25,7 +25,7 @@ def one_probe(record: Fields, key: str, item: object) -> Probe:
 
 
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
-    """Return kind -> probes. A list without kinds gets the kind "other"."""
+    """Return kind -> probes from the field ``key``. A list without kinds gets the kind "other"."""
     value = record.values.get(key)
     if not record.has(key):
         return {}
@@ -38,28 +38,28 @@ def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
         if isinstance(items, str):
             items = [items]
         if not isinstance(items, (list, tuple)):
-            raise record.error(name, "a list of questions, or a mapping of kinds to such lists", describe(items))
+            raise record.error(name, "a list of questions, or a mapping from kinds to such lists", describe(items))
         result[str(kind)] = tuple(one_probe(record, f"{name}[{i}]", item) for i, item in enumerate(items))
     return result
 
 
 def check_names(record: Fields, known: frozenset[str]) -> None:
-    """Raise an error for a field of an unknown name, because a misspelled name must not go unnoticed."""
+    """Raise an error if a field has an unknown name, because the name may be misspelled."""
     others = sorted(str(key) for key in set(record.values) - known)
     if others:
         listed = ", ".join(f"'{record.path}{key}'" for key in others)
         raise EditError(
-            f"{record.where}: field {listed} is not known (known: {', '.join(sorted(known))}); rename or remove it, or "
-            'pass on_error="skip" to leave out such records'
+            f"{record.where}: unknown field {listed} (known fields: {', '.join(sorted(known))}); rename or remove the "
+            'field, or pass on_error="skip" to leave out such records'
         )
 
 
 def read(record: Fields) -> list[Edit]:
-    """Read a record. Texts are kept exactly as they are written.
+    """Read a record in the format of kedit-train, without changing its texts.
 
     ``prompt`` and ``target`` are required. ``subject``, ``old_target``, ``aliases``, ``rephrases``, ``locality``,
-    ``portability`` and ``id`` are optional. Locality and portability map a kind to a list of questions, or are a list
-    of questions. A question is ``{"prompt": ..., "answers": [...]}``, or a text if it has no known answer.
+    ``portability`` and ``id`` are optional. Locality and portability are a list of questions, or a mapping from kinds
+    to lists of questions. A question is ``{"prompt": ..., "answers": [...]}``, or a text if it has no known answer.
     """
     check_names(record, READS)
     return [
@@ -78,7 +78,7 @@ def read(record: Fields) -> list[Edit]:
 
 
 def write(edit: Edit) -> dict[str, Any]:
-    """Return the edit as JSON values without empty fields. ``read`` returns an equal edit from them."""
+    """Convert an edit to JSON values, without empty fields. ``read`` converts them back to an equal edit."""
 
     def kinds(probes: Mapping[str, tuple[Probe, ...]]) -> dict[str, Any]:
         return {kind: [{"prompt": p.prompt, "answers": list(p.answers)} for p in ps] for kind, ps in probes.items()}
@@ -98,7 +98,7 @@ def write(edit: Edit) -> dict[str, Any]:
 
 
 def recognize(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of this format and not of QAEdit, which also has ``target``."""
+    """Return whether the keys are those of the kedit-train format. QAEdit also has ``target`` but is excluded."""
     keys = set(record)
     if keys & {"rephrases", "old_target", "aliases"}:
         return True

@@ -1,4 +1,4 @@
-"""Benchmarks with one question per record: ZsRE as MEND publishes it, WikiBigEdit and QAEdit."""
+"""Readers for benchmarks with one question per record: ZsRE (as published with MEND), WikiBigEdit and QAEdit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NQ_PREFIX = "nq question:"
 def plain_question(text: str) -> str:
     """Turn ``"nq question: who wrote it"`` into ``"who wrote it?"`` and return any other text as it is.
 
-    ZsRE and QAEdit take their locality questions from Natural Questions, with a prefix that MEND's encoder-decoder
-    needs and that means nothing to a causal model.
+    ZsRE and QAEdit take their locality questions from Natural Questions. The prefix of these questions is meant for
+    the encoder-decoder model of MEND and has no meaning for a causal model.
     """
     if not text.startswith(NQ_PREFIX):
         return text
@@ -28,7 +28,7 @@ def one_probe(
 ) -> dict[str, tuple[Probe, ...]]:
     """Return ``{kind: (probe,)}``, or an empty mapping if the record has neither prompt nor answer.
 
-    A prompt without an answer becomes a probe without answers. An answer without its prompt is an error.
+    A prompt without an answer becomes a probe without answers. An answer without a prompt is an error.
     """
     if not record.has(*prompt_keys) and not record.has(*answer_keys):
         return {}
@@ -36,9 +36,10 @@ def one_probe(
 
 
 def read_zsre(record: Fields) -> list[Edit]:
-    """Read a record of ZsRE. ``alt`` is the new answer, ``answers`` are the old ones, of which the first is kept.
+    """Read a record of ZsRE.
 
-    ``pred`` (the answer of MEND's model) and ``cond`` (a summary in the input syntax of MEND) are not read.
+    ``alt`` is the new answer. ``answers`` are the old answers, and the first of them becomes ``old_target``. ``pred``
+    (the answer of MEND's model) and ``cond`` (a summary in the input syntax of MEND) are not read.
 
     References:
         "Fast Model Editing at Scale", arXiv 2110.11309.
@@ -57,10 +58,10 @@ def read_zsre(record: Fields) -> list[Edit]:
 
 
 def read_wikibigedit(record: Fields) -> list[Edit]:
-    """Read a record of WikiBigEdit, with either of its two sets of field names.
+    """Read a record of WikiBigEdit, which has one of two sets of field names.
 
-    ``personas`` asks the same question in the voice of a persona and becomes a rephrase, after ``rephrase``. ``mhop``
-    becomes portability of the kind ``multi_hop``.
+    ``personas`` asks the same question in the voice of a persona and becomes the last rephrase. ``mhop`` becomes a
+    portability question of the kind ``multi_hop``.
 
     References:
         "Understanding the Limits of Lifelong Knowledge Editing in LLMs", arXiv 2503.05683.
@@ -79,7 +80,7 @@ def read_wikibigedit(record: Fields) -> list[Edit]:
 
 
 def read_qaedit(record: Fields) -> list[Edit]:
-    """Read a record of QAEdit. ``source``, the data set of the question, is not read.
+    """Read a record of QAEdit. ``source`` (the data set that the question is from) is not read.
 
     References:
         "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
@@ -100,7 +101,7 @@ def read_qaedit(record: Fields) -> list[Edit]:
 
 
 def is_wikibigedit(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of WikiBigEdit, in either set of names or mixed."""
+    """Return whether the keys are those of WikiBigEdit. The two sets of names of WikiBigEdit may be mixed."""
     keys = set(record)
     own_names = keys & {"update", "ans", "mhop", "mhop_ans", "personas"}
     mixed_names = "target_new" in keys and keys & {"loc", "loc_ans", "rephrase"}

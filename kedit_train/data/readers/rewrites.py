@@ -1,4 +1,4 @@
-"""Benchmarks with edits under ``requested_rewrite``: CounterFact as first published, and MQuAKE."""
+"""Readers for benchmarks with edits under ``requested_rewrite``: CounterFact as first published, and MQuAKE."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from kedit_train.edit import Edit, Probe
 
 
 def filled_prompt(rewrite: Fields) -> str:
-    """Return the prompt with the subject in the place of ``{}``."""
+    """Return the prompt, with ``{}`` replaced by the subject."""
     prompt, subject = rewrite.text("prompt"), rewrite.text("subject")
     if "{}" not in prompt:
-        expected = 'text with {} for the subject, such as "The mother tongue of {} is"'
+        expected = 'text with {} in the place of the subject, such as "The mother tongue of {} is"'
         raise rewrite.error("prompt", expected, f'"{prompt}"')
     return prompt.replace("{}", subject)
 
 
 def old_target(rewrite: Fields) -> str | None:
-    """Return the old answer, or None where it is not known."""
+    """Return the old answer, or None if it is not known."""
     return rewrite.child("target_true").answer("str") if rewrite.has("target_true") else None
 
 
 def read_counterfact(record: Fields) -> list[Edit]:
     """Read a record of CounterFact.
 
-    Paraphrases become rephrases. Neighbours (other subjects with the same true object) become locality of the kind
-    ``neighborhood``, with ``target_true`` as the right answer. Two lists are not read, because no answer to them is
-    right or wrong for this edit: ``attribute_prompts`` are about other subjects whose true object is the new target
-    already, and ``generation_prompts`` are open beginnings.
+    ``paraphrase_prompts`` become rephrases. ``neighborhood_prompts`` (about other subjects with the same true object)
+    become locality questions of the kind ``neighborhood``. Their right answer is ``target_true``.
+
+    Two lists are not read, because no answer to them is right or wrong for the edit. ``attribute_prompts`` are about
+    other subjects, for which the new target is already true. ``generation_prompts`` are beginnings of free text.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
@@ -52,13 +53,15 @@ def read_counterfact(record: Fields) -> list[Edit]:
 
 
 def read_mquake(record: Fields) -> list[Edit]:
-    """Read a record of MQuAKE, which holds 1 to 4 edits.
+    """Read a record of MQuAKE, which contains 1 to 4 edits.
 
-    Several edits get the ids ``"case-1"``, ``"case-2"``, and so on. The ``question`` of a rewrite becomes its
-    rephrase. The multi-hop questions are true only after all edits of the record, so they belong to its last edit,
-    as portability of the kind ``multi_hop_edits_1`` to ``multi_hop_edits_4``: the number of edits that they need. With
-    more than one, they mean nothing when each edit is made alone on the unedited model. The old multi-hop answer and
-    the lists of single hops are not read.
+    If the record contains several edits, their ids are ``"case-1"``, ``"case-2"``, and so on. The ``question`` of a
+    rewrite becomes the rephrase of its edit.
+
+    The new answers of the multi-hop questions are right only after all edits of the record. So the last edit gets these
+    questions, as portability of the kind ``multi_hop_edits_1`` to ``multi_hop_edits_4``. The number says how many edits
+    the questions need. If they need more than one edit, their score has no meaning for edits that are each made alone
+    on the unedited model. The old multi-hop answer and the lists of single hops are not read.
 
     References:
         "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions", arXiv 2305.14795.

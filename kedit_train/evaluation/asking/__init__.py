@@ -1,1 +1,1 @@
-"""Probes, and the two ways to put them to a model: free generation and teacher forcing."""
+"""Evaluation prompts (probes), and two ways to run a model on them: free generation and teacher forcing."""

@@ -1,4 +1,4 @@
-"""What every forward pass of an evaluation needs: the inner model, inference mode, batches and a progress bar."""
+"""Helpers for the forward passes of an evaluation: unwrapping, inference mode, batches and a progress bar."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Item = TypeVar("Item")
 
 
 class DivergedError(EditError):
-    """The model gives NaN logits.
+    """The model's logits are NaN.
 
     Args:
-        prompt: the prompt after which it does.
-        edit: the name of the edit that the prompt belongs to, if it is known.
+        prompt: the prompt or text after which the logits are NaN.
+        edit: the name of the edit that the prompt belongs to. None if the edit is unknown.
     """
 
     def __init__(self, prompt: str, edit: str | None = None) -> None:
@@ -38,7 +38,7 @@ def unwrap_model(model: nn.Module) -> Any:
     """Return the language model inside a trainer's wrapper such as DistributedDataParallel.
 
     Raises:
-        EditError: there is no model with ``generate`` inside.
+        EditError: the wrapper contains no model with a ``generate`` method.
     """
     inner: Any = model
     while not hasattr(inner, "generate"):
@@ -56,7 +56,7 @@ def base_model(model: Any) -> Any:
 
 
 def uses_prompt_learning(model: Any) -> bool:
-    """Return True for a PEFT adapter that puts learned positions in front of the text, which shifts all others."""
+    """Return True if a PEFT adapter puts learned tokens in front of the text, which shifts all text positions."""
     return hasattr(model, "get_base_model") and getattr(model.active_peft_config, "is_prompt_learning", False)
 
 
@@ -73,12 +73,12 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def split_into_batches(items: Sequence[Item], batch_size: int) -> list[Sequence[Item]]:
-    """Split ``items`` into consecutive batches."""
+    """Split ``items`` into consecutive batches of at most ``batch_size`` items."""
     if batch_size < 1:
         raise EditError(f"batch_size must be >= 1, got {batch_size}.")
     return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
 
 
 def progress_bar(total: int, description: str, progress: bool) -> tqdm:
-    """Return a progress bar that appears only in a terminal and disappears when it is done, so logs stay readable."""
+    """Return a progress bar that is shown only in a terminal and is removed when the work is done."""
     return tqdm(total=total, desc=description, unit="row", leave=False, disable=None if progress else True)

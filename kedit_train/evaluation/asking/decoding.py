@@ -1,4 +1,4 @@
-"""Greedy decoding of a batch with a key-value cache; sequences that have ended leave the batch."""
+"""Greedy decoding of a batch with a key-value cache. Finished sequences are removed from the batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kedit_train.data.tokenization import Encoded, collate, position_ids
 from kedit_train.evaluation.asking.batching import base_model, model_device, uses_prompt_learning
 from kedit_train.evaluation.asking.logits import accepts_argument
 
-# Ended sequences leave the batch once they are this fraction of it: copying the cache for each one would cost more.
+# Finished sequences are removed only when they make up this fraction of the batch, because every removal copies the
+# cache.
 _ENDED_SHARE = 0.25
 
 
@@ -24,10 +25,10 @@ class Continuation:
     """What the model generated after one prompt.
 
     Args:
-        ids: the new tokens.
-        ended: True if the last token ends the text, False if the length limit was reached.
-        margin: the smallest difference between the two largest logits along the way. If it is within the rounding of
-            the model's dtype, another batch size or device may give another answer.
+        ids: the ids of the generated tokens.
+        ended: True if the last token ends the text, False if the limit on new tokens was reached.
+        margin: the smallest difference between the two largest logits over all generated tokens. If this difference
+            is within the rounding error of the model's dtype, another batch size or device may give another answer.
         diverged: True if a logit was NaN.
     """
 
@@ -38,10 +39,10 @@ class Continuation:
 
 
 def new_cache(model: Any) -> DynamicCache | None:
-    """Return an empty key-value cache, or None if the model does not use a plain one.
+    """Return an empty key-value cache, or None if the model does not support the default cache of transformers.
 
-    Models with a recurrent state, their own cache class or learned prompts get None. Then every step reads the whole
-    sequence again, which is slower but correct for all of them.
+    The result is None for a model with a recurrent state, a cache class of its own or a learned prompt. Each decoding
+    step of such a model then processes the full sequence again, which is slower but correct.
     """
     base = base_model(model)
     if uses_prompt_learning(model) or not getattr(base, "_supports_default_dynamic_cache", lambda: False)():
@@ -52,15 +53,16 @@ def new_cache(model: Any) -> DynamicCache | None:
 
 
 def can_pad(model: Any) -> bool:
-    """Return True if sequences of different lengths may share a batch.
+    """Return True if one batch may contain sequences of different lengths.
 
-    This needs explicit positions, and no state that runs over the padding.
+    The model must accept explicit position ids, and it must use the default key-value cache. A recurrent state would
+    also process the padding tokens.
     """
     return accepts_argument(model, "position_ids") and new_cache(model) is not None
 
 
 class _Batch:
-    """The sequences of a batch so far, padded on the left, and their cache."""
+    """The tokens of a batch so far, padded on the left, and the key-value cache."""
 
     def __init__(self, model: Any, sequences: Sequence[Sequence[int]], pad_id: int) -> None:
         encoded = [Encoded(list(sequence), len(sequence)) for sequence in sequences]
@@ -92,7 +94,7 @@ class _Batch:
         self.unread = 1
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all sequences but those in ``rows``."""
+        """Keep only the sequences in ``rows``."""
         index = torch.tensor(rows, device=self.ids.device)
         self.ids, self.mask = self.ids[index], self.mask[index]
         if self.cache is not None:
@@ -107,15 +109,15 @@ def decode_greedily(
     *,
     pad_id: int,
 ) -> list[Continuation]:
-    """Continue each sequence with its most probable token until one ends it or its limit is reached.
+    """Generate the most probable tokens for each sequence until an end token or the sequence's token limit.
 
-    The token with the lowest id wins a tie.
+    If two tokens are equally probable, the token with the lower id is generated.
 
     Args:
-        model: in evaluation mode, without gradients.
-        sequences: token ids; of equal length unless :func:`can_pad`.
+        model: a model in evaluation mode. The caller disables gradients.
+        sequences: one list of token ids per prompt. All lists must be equally long unless :func:`can_pad` is True.
         limits: the maximum number of new tokens per sequence, at least 1.
-        is_end: returns True for a token that ends its sequence. The token is part of the result.
+        is_end: returns True for a token that ends its sequence. The end token is part of the result.
         pad_id: the id of the padding token.
     """
     batch, continuations = _Batch(model, sequences, pad_id), [Continuation() for _ in sequences]
@@ -132,7 +134,7 @@ def decode_greedily(
             continuation = continuations[index]
             if index in done:
                 continue
-            # topk ranks NaN above every number.
+            # topk ranks NaN above every number, and NaN differs from itself.
             continuation.diverged = first != first
             continuation.ids.append(token)
             continuation.margin = min(continuation.margin, margin)

@@ -1,4 +1,4 @@
-"""Split one evaluation across several processes; afterwards each process holds all results."""
+"""Split one evaluation across several processes, and return all results on each process."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ Result = TypeVar("Result")
 def split_across_processes(
     work: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item], distributed: bool
 ) -> list[Result]:
-    """Return ``work(items)``, one result per item.
+    """Return ``work(items)``, computed on one process or split across all processes.
 
     Args:
         work: computes one result per item.
         items: the same items on every process.
-        distributed: let each process of the default group compute its share. Every process must call. An error on one
-            process is raised on all of them, so that none waits forever.
+        distributed: if True, each process of the default group computes a part of the items. Every process must then
+            call this function. An error on one process is raised on all processes, so that no process waits forever.
+
+    Returns:
+        One result per item, on every process.
 
     Raises:
-        EditError: ``distributed`` without a process group, or ``work`` failed on one of the processes.
+        EditError: ``distributed`` is True but there is no process group, or ``work`` failed on one of the processes.
     """
     if not distributed:
         return work(items)

@@ -1,9 +1,9 @@
-"""``generate_answers``: what a model answers in its own words.
+"""``generate_answers``: generate a model's answers to prompts with greedy decoding.
 
-An edit is judged by what the model generates when nobody feeds it the answer. Teacher forcing, and cutting the output
-at the length of the true answer, nearly triple the measured success (Yang et al., "The Mirage of Model Editing",
-arXiv 2502.11177). An answer ends at end-of-text or at the first line break, never at a full stop: "St. Louis" is one
-answer.
+An edit is judged by the text that the model generates freely. Two common shortcuts are teacher forcing and cutting the
+output at the length of the true answer. They nearly triple the measured success (Yang et al., "The Mirage of Model
+Editing", arXiv 2502.11177). An answer ends at end-of-text or at the first line break. An answer never ends at a full
+stop, because "St. Louis" is one answer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from kedit_train.evaluation.asking.decoding import Continuation, can_pad, decode
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer that a model generated to one prompt.
+    """The answer that a model generated for one prompt.
 
     Args:
         text: the answer up to end-of-text or the first line break, without surrounding white space.
-        ended: True if the model ended it; False if ``max_new_tokens`` or the model's context cut it.
-        margin: the smallest difference between the two largest logits along the way.
-        ids: its tokens, without those that ended it.
+        ended: True if the model ended the answer. False if ``max_new_tokens`` or the model's context cut the answer.
+        margin: the smallest difference between the two largest logits over all generated tokens.
+        ids: the token ids of the answer, without the token that ended it.
     """
 
     text: str
@@ -47,13 +47,13 @@ class Answer:
 
 
 class AnswerEnd:
-    """Decides whether a token ends an answer: end-of-text, or a token with a line break.
+    """Decides whether a token ends an answer: an end-of-text token, or a token with a line break.
 
     Args:
-        model: its generation config names end-of-text tokens.
-        tokenizer: its end-of-text token ends an answer, too.
-        single_line: a line break ends an answer.
-        prompt_format: with "chat", the token that closes the assistant's turn ends an answer, too.
+        model: the model. The end-of-text tokens in its generation config end an answer.
+        tokenizer: the model's tokenizer. Its end-of-text token also ends an answer.
+        single_line: if True, a line break also ends an answer.
+        prompt_format: with "chat", the token that closes the assistant's turn also ends an answer.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AnswerEnd:
         self._line_breaks: dict[int, bool] = {}
 
     def has_line_break(self, token: int) -> bool:
-        """Return True if the token holds a line break that ends the answer. Each token is decoded once."""
+        """Return True if the token contains a line break that ends the answer. Each token is decoded once."""
         if self.single_line and token not in self._line_breaks:
             self._line_breaks[token] = "\n" in self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return self.single_line and self._line_breaks[token]
@@ -74,7 +74,7 @@ class AnswerEnd:
         return token in self.ids or self.has_line_break(token)
 
     def read(self, continuation: Continuation) -> Answer:
-        """Return the answer in the new tokens."""
+        """Convert the generated tokens into an answer."""
         ids = continuation.ids
         shown = ids[:-1] if continuation.ended and ids[-1] in self.ids else ids
         text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -106,22 +106,23 @@ def generate_answers(
 ) -> list[Answer]:
     """Generate the model's greedy answer to each prompt.
 
-    Prompts are sorted by length and padded on the left with an explicit mask and explicit positions, and each
-    distinct prompt runs once. So an answer depends neither on the batch size nor on the tokenizer's padding side,
-    except for ties within the rounding of the model's dtype; ``Answer.margin`` says how close the closest choice was.
-    The model's own generation settings (sampling, penalties, forced tokens) are ignored.
+    Each distinct prompt runs once. Prompts are sorted by length and padded on the left, with an explicit attention
+    mask and explicit position ids. An answer therefore does not depend on the batch size or the tokenizer's padding
+    side. The exception is two logits that differ by no more than the rounding error of the model's dtype;
+    ``Answer.margin`` gives the smallest difference. The model's own generation settings (sampling, penalties, forced
+    tokens) are ignored.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one. It is left unchanged.
-        tokenizer: the model's tokenizer; left unchanged.
-        prompts: texts up to the place where the answer begins.
+        model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.
+        tokenizer: the model's tokenizer. The tokenizer is left unchanged.
+        prompts: the texts that the model continues with an answer.
         batch_size: prompts per forward pass.
-        max_new_tokens: maximum length of an answer, in tokens. A longer answer is cut, with ``ended=False``.
+        max_new_tokens: maximum length of an answer, in tokens. A longer answer is cut and gets ``ended=False``.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
-        single_line: a line break ends an answer.
-        known_starts: prompt -> first tokens of its answer that are already known, and the smallest margin among them
-            (:meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start`). They are not generated
-            again.
+        single_line: if True, a line break ends an answer.
+        known_starts: prompt -> the known first tokens of the answer, and the smallest margin among these tokens
+            (:meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start`). Known tokens are not
+            generated again.
         progress: show a progress bar in a terminal.
 
     Returns:
@@ -180,7 +181,7 @@ def _generate(
     known = {s: _known_start(known_starts.get(prompt), limits[s], is_end) for s, prompt in prompt_of.items()}
     finished = {s: known[s] for s in prompt_of if known[s].ended or len(known[s].ids) == limits[s]}
     inputs = {s: (*s, *known[s].ids) for s in prompt_of if s not in finished}
-    # The longest first: a batch that does not fit into memory fails at once rather than at the end.
+    # The longest prompts run first, so that a batch that does not fit into memory fails early and not at the end.
     order = sorted(inputs, key=lambda s: (-len(inputs[s]), inputs[s]))
     padded = can_pad(inner)
     groups = [list(group) for _, group in groupby(order, key=lambda s: 0 if padded else len(inputs[s]))]

@@ -1,4 +1,4 @@
-"""Logits at the positions that predict a target, batch by batch: the basis of every teacher-forced score."""
+"""Compute the logits that predict a target, batch by batch. Every teacher-forced score is based on these logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_LOGITS = 2**28
 
 
 def accepts_argument(model: Any, argument: str) -> bool:
-    """Return True if ``forward`` of the language model itself (below adapters) has this argument."""
+    """Return True if the language model's ``forward`` has this argument. A PEFT adapter around it is ignored."""
     return argument in inspect.signature(base_model(model).forward).parameters
 
 
@@ -36,14 +36,14 @@ def target_logits(
     logits would take more than 1 GiB.
 
     Args:
-        model: in evaluation mode, without gradients.
-        sequences: token ids, each with the index of its first target token.
+        model: a model in evaluation mode. The caller disables gradients.
+        sequences: the token ids of each text, with the index of the first target token.
         pad_id: the id of the padding token.
         batch_size: maximum number of sequences per batch.
 
     Yields:
-        For each batch: the indices of its sequences, their logits ([targets, vocabulary] in fp32 each), and their
-        labels ([targets] each).
+        For each batch: the indices of its sequences, a list of logits and a list of labels. Each sequence has logits
+        [targets, vocabulary] in fp32 and labels [targets].
     """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), sequences[i].input_ids))
     can_select = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)
@@ -58,12 +58,12 @@ def target_logits(
 
 
 def vocabulary_size(model: Any) -> int:
-    """Return the number of tokens that the model chooses from."""
+    """Return the number of tokens in the model's vocabulary."""
     return int(base_model(model).config.get_text_config().vocab_size)
 
 
 def _run_batch(model: Any, sequences: Sequence[Encoded], pad_id: int, can_select: bool) -> tuple[Tensor, Tensor]:
-    """Return the logits [targets, vocabulary] and labels [targets] of all sequences, one after the other."""
+    """Return the logits [targets, vocabulary] and labels [targets] of all sequences, concatenated."""
     batch = collate(sequences, pad_id=pad_id, padding_side="right")
     next_ids = batch["labels"][:, 1:]
     rows, positions = (next_ids != IGNORE_INDEX).nonzero(as_tuple=True)
@@ -73,7 +73,7 @@ def _run_batch(model: Any, sequences: Sequence[Encoded], pad_id: int, can_select
         selected, columns = positions.unique(return_inverse=True)
         logits = model(**inputs, logits_to_keep=selected.to(device)).logits
     else:
-        # A learned prompt in front has logits too; those of the sequence itself are the last ones.
+        # A learned prompt in front of the sequence also has logits. The logits of the sequence come last.
         columns, logits = positions, model(**inputs).logits[:, -next_ids.shape[1] - 1 :]
     chosen = logits[rows.to(logits.device), columns.to(logits.device)].float()
     return chosen, next_ids[rows, positions].to(logits.device)

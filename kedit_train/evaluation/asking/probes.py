@@ -1,4 +1,4 @@
-"""The probes of an edit: every prompt that an evaluation puts to the model."""
+"""Probes: the prompts on which an evaluation runs the model for each edit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kedit_train.data import Edit
 from kedit_train.data.prompts import PromptFormat, switch_format
 from kedit_train.data.tokenization import separator
 
-# Neutral sentences in front of a prompt: the answer to a learned edit does not depend on how a text begins.
+# Neutral sentences that are put in front of a prompt. They should not change the answer to a learned edit.
 PREFIXES = (
     "It had been raining since the early morning.",
     "Thank you for your letter of last week.",
@@ -26,16 +26,17 @@ PREFIXES_PER_EDIT = 2
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRequest:
-    """One prompt for the model, and the answers that count as right.
+    """One evaluation prompt for the model, and the answers that count as right.
 
     Args:
-        edit: the id of the edit that the probe belongs to; its number in the data if it has no id.
-        question: "reliability", "generality", "portability", "locality", "resurgence" or "fluency".
-        kind: the kind of probe within the question: "prompt", "rephrase", "prefix", "format", "negation", "choice",
+        edit: the id of the edit that the prompt tests. For an edit without an id: its number in the data.
+        question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence" or
+            "fluency".
+        kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
             "continuation", or a kind that the data names.
-        prompt: the prompt, before any chat template.
-        accepted: every answer that counts as right, the preferred one first; may be empty.
-        old_target: the right answer before the edit, if it is known.
+        prompt: the prompt, before a chat template is applied.
+        accepted: every answer that counts as right, starting with the preferred answer; may be empty.
+        old_target: the right answer before the edit. None if this answer is unknown.
     """
 
     edit: str
@@ -55,18 +56,19 @@ def probe_requests(
     seed: int = 0,
     prompt_format: PromptFormat = "plain",
 ) -> Iterator[ProbeRequest]:
-    """Yield the probes of ``edit``, its own prompt first.
+    """Yield the evaluation prompts (probes) of ``edit``, starting with the edit's own prompt.
 
     Args:
         edit: the edit.
         name: the name of the edit in the results.
-        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds two of
-            ``prefixes``, drawn with ``seed`` and ``name``. "format" turns a completion into a question and a question
-            into a completion. "resurgence" denies the old answer ("Built on Sand", arXiv 2510.00625) and offers the
-            choice between the two answers in both orders. "fluency" lets the model continue the prompt.
-        prefixes: sentences for "prefixes".
-        seed: seed of the prefixes.
-        prompt_format: the format of the prompts, which "format" switches.
+        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds the prompt
+            after each of two sentences, which ``seed`` and ``name`` draw from ``prefixes``. "format" rewrites a
+            completion as a question, or a question as a completion. "resurgence" adds a prompt that denies the old
+            answer ("Built on Sand", arXiv 2510.00625), and two prompts that offer the old and the new answer as a
+            choice, in both orders. "fluency" adds a long continuation of the prompt.
+        prefixes: the sentences for "prefixes".
+        seed: seed for drawing the prefixes.
+        prompt_format: the format of the prompts. With "question", "format" rewrites every prompt as a completion.
     """
 
     def new(question: str, kind: str, prompt: str) -> ProbeRequest:
@@ -111,11 +113,11 @@ def probe_requests(
 
 
 def negation_prompt(prompt: str, old_answer: str) -> str:
-    """Return the prompt after a sentence that denies the old answer."""
+    """Put a sentence that denies the old answer in front of the prompt."""
     return f'It is false that "{prompt}{separator(prompt, old_answer)}{old_answer}". {prompt}'
 
 
 def choice_prompt(prompt: str, options: Sequence[str]) -> str:
-    """Return the prompt as a choice between two answers, to be answered with A or B."""
+    """Rewrite the prompt as a choice between two answers, which the model answers with A or B."""
     lines = [f"{letter}. {prompt}{separator(prompt, o)}{o}" for letter, o in zip("AB", options, strict=True)]
     return "\n".join(["Which one is right?", *lines, "Answer:"])

@@ -1,9 +1,10 @@
-"""``teacher_forced``: how well a model predicts a given answer when all earlier tokens of it are given.
+"""``teacher_forced``: score each token of a given answer when the model sees all earlier tokens of the answer.
 
-Most of the editing literature reports this score, so it is kept for comparison. It flatters an edit (Yang et al.,
-"The Mirage of Model Editing", arXiv 2502.11177), because each token is judged after the correct earlier ones. The
-module :mod:`~kedit_train.evaluation.asking.generate` judges the model's own text. The same forward pass also shows how
-greedy generation begins, up to and including the first token that differs from the target.
+Most of the editing literature reports this score, so it is kept for comparison. Teacher forcing overestimates an edit
+(Yang et al., "The Mirage of Model Editing", arXiv 2502.11177), because each token is predicted after the correct
+earlier tokens. The module :mod:`~kedit_train.evaluation.asking.generate` generates the answers of the model itself.
+The teacher-forced pass also shows how greedy generation begins, up to and including the first token that differs from
+the target.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ class TeacherForced:
     """The scores of one target under teacher forcing.
 
     Args:
-        correct: per target token (without end-of-text): True if the model ranks it first. The lowest id wins a tie.
-        log_probs: per target token (without end-of-text): its log-probability, in nats.
-        end_correct: the same for end-of-text after the target; None if the tokenizer has none.
-        end_log_prob: the same for end-of-text after the target; None if the tokenizer has none.
+        correct: for each target token except end-of-text, True if the model ranks the token first. If two tokens are
+            equally probable, the token with the lower id ranks first.
+        log_probs: for each target token except end-of-text, the log-probability of the token, in nats.
+        end_correct: True if the model ranks end-of-text first after the target. None without an end-of-text token.
+        end_log_prob: log-probability of end-of-text after the target, in nats. None without an end-of-text token.
         choices: the token that the model ranks first at each position.
         margins: the difference between the two largest logits at each position.
     """
@@ -53,13 +55,13 @@ class TeacherForced:
 
     @property
     def mean_log_prob(self) -> float:
-        """The mean log-probability of the target's tokens, which CounterFact compares (arXiv 2202.05262)."""
+        """The mean log-probability of the target's tokens, as CounterFact computes it (arXiv 2202.05262)."""
         return sum(self.log_probs) / len(self.log_probs)
 
     def greedy_start(self, is_end: Callable[[int], bool]) -> tuple[list[int], float]:
         """Return the first tokens of greedy generation, and the smallest margin among them.
 
-        They end with the first token for which ``is_end`` is True or that differs from the target.
+        The returned tokens stop at the first token that differs from the target or for which ``is_end`` is True.
         """
         correct = (*self.correct, *(() if self.end_correct is None else (self.end_correct,)))
         count = 0
@@ -79,12 +81,12 @@ def teacher_forced(
     prompt_format: PromptFormat = "plain",
     progress: bool = False,
 ) -> list[TeacherForced]:
-    """Score each (prompt, target) under teacher forcing.
+    """Score each (prompt, target) pair under teacher forcing.
 
     Args:
-        model: a causal language model. It is left unchanged.
+        model: a causal language model. The model is left unchanged.
         tokenizer: the model's tokenizer.
-        pairs: (prompt, target). Each distinct pair runs once.
+        pairs: the (prompt, target) pairs. Each distinct pair runs once.
         batch_size: pairs per forward pass.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
         progress: show a progress bar in a terminal.

@@ -1,4 +1,4 @@
-"""A report as Markdown, for a pull request or a web page."""
+"""Render a report as Markdown, for a pull request or a web page."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from kedit_train.evaluation.reporting.report_lines import (
 
 
 def render_markdown(report: ReportData, answers: int) -> str:
-    """Return the whole report as Markdown.
+    """Return the report as Markdown.
 
     Args:
         report: the report.
-        answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
+        answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
     """
     parts = (_scores(report), _positions(report), _answers(report, answers), _reproduction(report))
     return "\n".join(line for part in parts for line in part)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> Iterator[str]:
-    """Yield the lines of a table; all columns after the first ``text_columns`` hold numbers."""
+    """Yield the lines of a Markdown table. All columns after the first ``text_columns`` contain numbers."""
     yield "| " + " | ".join(head) + " |"
     yield "|" + "|".join("---" if i < text_columns else "---:" for i in range(len(head))) + "|"
     for row in rows:
@@ -36,7 +36,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], text_colu
 
 
 def escape_cell(text: str, width: int = 60) -> str:
-    """Shorten a text to one table cell and escape every character that Markdown would interpret."""
+    """Shorten a text to ``width`` characters and escape every character that Markdown would interpret."""
     short = shorten(text, width)
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|" else char for char in short)
 

@@ -1,4 +1,4 @@
-"""The metadata of a report: what is needed to repeat an evaluation."""
+"""The metadata of a report, which make it possible to repeat the evaluation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import nn
 from kedit_train.data import Edit
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
 
-# Two logits are a near tie if they differ by less than this many units in the last place of the dtype. In fp32 the
-# order of long sums matters more than the last place, so there is a minimum.
+# Two logits are a near tie if they differ by less than _ULPS times the machine epsilon of the dtype. In fp32, the order
+# of summation can change a logit by more than that, so the bound has a minimum.
 _ULPS, _MINIMUM = 16, 6e-5
 
 
@@ -31,7 +31,10 @@ def report_metadata(
     *,
     against_unedited: bool,
 ) -> dict[str, Any]:
-    """Return the data, model, settings, versions and date, and the counts ``unscored`` and ``near_ties``.
+    """Return the metadata of an evaluation: data, model, settings, versions, date and two counts.
+
+    The count ``unscored`` is the number of probes without a score, per metric. The count ``near_ties`` is the number
+    of answers that another batch size or device may change.
 
     Args:
         model: the evaluated model.
@@ -39,7 +42,7 @@ def report_metadata(
         n: number of edits that were evaluated.
         results: the results of all probes.
         settings: the settings of the evaluation.
-        against_unedited: True if locality compares with the unedited model.
+        against_unedited: True if locality compares each answer with the unedited model's answer.
     """
     config = getattr(model, "config", None)
     return {
@@ -63,10 +66,10 @@ def report_metadata(
 
 
 def count_near_ties(model: nn.Module, results: Sequence[ProbeResult]) -> int:
-    """Count the answers where another batch size or device may choose another token.
+    """Count the answers in which another batch size or device may choose another token.
 
-    These are answers with a choice between two logits that differ by less than 16 units in the last place (at 1) of
-    the dtype in which the model computes, or by less than 6e-5 if that is more.
+    In such an answer, the two largest logits of a token are almost equal. They differ by less than 16 times the
+    machine epsilon of the dtype in which the model computes, or by less than 6e-5 if that is more.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     device = parameter.device.type
@@ -91,9 +94,9 @@ def _own_version() -> str:
 
 
 def _count_unscored(results: Sequence[ProbeResult], against_unedited: bool) -> dict[str, int]:
-    """Count, per question, the probes without an accepted answer; they have no generated score.
+    """Count, per metric, the probes that have no generated score because they have no accepted answer.
 
-    Locality probes are scored without one if the unedited model's answers are known.
+    Locality probes need no accepted answer if the unedited model's answers are known.
     """
     counts: dict[str, int] = {}
     for result in results:

@@ -1,4 +1,4 @@
-"""A section for a model card: what was edited, whether it worked, what it cost, and which papers it is based on."""
+"""A model card section on an edit: the edited facts, the scores, the cost, and the papers behind the method."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kedit_train.evaluation.scoring.metrics import QUESTIONS
 BEGIN, END = "<!-- kedit-train: begin -->", "<!-- kedit-train: end -->"
 EXAMPLES = 5
 OVERTONE = ("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", "2502.00602")
-# Beginning of a callback's repr -> the papers that its docstring names as its source.
+# Beginning of a callback's repr -> the papers that the callback's docstring names as its source.
 PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ParameterScope": (("Fine-tuning Done Right in Model Editing", "2509.22072"),),
     'TokenLoss("overtone"': (OVERTONE,),
@@ -38,20 +38,20 @@ PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("Overcoming catastrophic forgetting in neural networks", "1612.00796"),
     ),
 }
-# The reason to judge an edit by generated answers.
+# The paper that explains why an edit should be judged by generated answers.
 EVALUATION_PAPER = ("The Mirage of Model Editing: Revisiting Evaluation in the Wild", "2502.11177")
 
 
 def model_card_section(
     report: ReportData, *, delta: Any = None, cost: Mapping[str, Any] | None = None, base: str | None = None
 ) -> str:
-    """Return the section as Markdown, starting with ``## Knowledge edit``.
+    """Return a model card section on the edit as Markdown, starting with ``## Knowledge edit``.
 
     Args:
         report: the report on the edited model, with the unedited model's scores if they are known.
-        delta: the :class:`~kedit_train.delta.EditDelta`, to describe which weights changed.
+        delta: the :class:`~kedit_train.delta.EditDelta`. If given, the section describes which weights changed.
         cost: more measured costs by name, such as ``{"training": "38 s on one GPU"}``.
-        base: name of the model before the edit, as a reader can find it.
+        base: public name of the model before the edit, such as its hub name. Default: the name in ``delta``.
     """
     delta_meta = delta.meta if delta is not None else {}
     configuration = delta_meta.get("configuration") or {}
@@ -66,10 +66,11 @@ def model_card_section(
 
 
 def insert_section(path: str | os.PathLike[str], section: str) -> Path:
-    """Write a section into a model card.
+    """Write the section on the edit into a model card.
 
-    It replaces the section that is already there, or is appended, or starts a new file. Everything else in the card
-    stays unchanged, byte for byte. Two HTML comments around the section mark where it is.
+    The new section replaces an earlier section on the edit. If there is none, the section is appended to the card, or
+    a new file is created. The rest of the card stays unchanged, byte for byte. Two HTML comments mark the beginning
+    and the end of the section.
 
     Args:
         path: the model card.
@@ -79,16 +80,17 @@ def insert_section(path: str | os.PathLike[str], section: str) -> Path:
         The path.
 
     Raises:
-        EditError: one of the two comments is missing in the card.
+        EditError: one of the two HTML comments is missing, repeated or in the wrong place.
     """
     path = Path(path)
-    # Bytes, because reading as text would change the line endings of another system.
+    # The file is read as bytes, because text mode would change the line endings of another operating system.
     card = path.read_bytes() if path.is_file() else b""
     marked = f"{BEGIN}\n{section.rstrip()}\n{END}".encode()
     begin, end = BEGIN.encode(), END.encode()
     if (card.count(begin), card.count(end)) not in ((0, 0), (1, 1)) or card.find(end) < card.find(begin):
         raise EditError(
-            f"{path} must contain {BEGIN!r} and {END!r} once each, in this order; repair the file, or remove both."
+            f"{path} must contain the comments {BEGIN!r} and {END!r} once each, in this order; correct the comments, "
+            "or remove all of them."
         )
     if begin in card:
         updated = card[: card.index(begin)] + marked + card[card.index(end) + len(end) :]
@@ -101,7 +103,7 @@ def insert_section(path: str | os.PathLike[str], section: str) -> Path:
 
 
 def questions_without_probes(report: ReportData) -> list[str]:
-    """Return the questions that have no score because the edits bring no probes for them."""
+    """Return the metrics, such as "portability", that have no score because the data has no probes for them."""
     unscored = report.meta.get("unscored", {})
     return [q for q in QUESTIONS if not report.metrics[q]["generated"].n and q not in unscored]
 
@@ -119,7 +121,7 @@ def _edit_lines(report: ReportData, delta: Any, base: str | None, callbacks: lis
         yield f"- fingerprint of the base model's weights: `{delta.meta['base']['fingerprint']}`"
         names = ", ".join(f"`{name}`" for name in list(delta.changes)[:3])
         more = f" and {len(delta) - 3} more" if len(delta) > 3 else ""
-        yield f"- changed weights: {names}{more}; all others equal the base model's, bit for bit"
+        yield f"- changed weights: {names}{more}; all other weights equal the base model's weights bit for bit"
     yield from (f"- callback: {escape_cell(callback, 200)}" for callback in callbacks)
     results = [r for r in report.answers if r.question == "reliability"]
     if results:

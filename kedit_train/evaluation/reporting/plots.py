@@ -1,6 +1,7 @@
 """Plots of reports: reliability against locality, and scores by token position.
 
-matplotlib comes with the ``report`` extra. It is imported when something is drawn, and its global state is not used.
+matplotlib comes with the ``report`` extra. This module imports matplotlib only when it draws a plot, and does not use
+matplotlib's global state.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def new_figure(width: float, height: float) -> Any:
     """Return an empty matplotlib figure.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: width in inches.
+        height: height in inches.
 
     Raises:
         EditError: matplotlib is not installed.
@@ -52,14 +53,14 @@ def color_and_marker(number: int) -> tuple[str, str]:
 
 
 def draw_curve(axes: Any, scores: Mapping[int, Score], *, color: str, label: str, **style: Any) -> None:
-    """Draw scores as a curve with a band for their intervals.
+    """Draw scores as a curve, and their confidence intervals as a band.
 
     Args:
         axes: the matplotlib axes.
         scores: position on the horizontal axis -> score.
         color: color of the curve and the band.
         label: label in the legend.
-        style: more arguments of ``axes.plot``.
+        style: additional arguments for ``axes.plot``.
     """
     positions = list(scores)
     axes.plot(positions, [s.value for s in scores.values()], color=color, label=label, **style)
@@ -72,10 +73,10 @@ def draw_curve(axes: Any, scores: Mapping[int, Score], *, color: str, label: str
 
 
 def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -> Path:
-    """Plot each report as a point: reliability to the right, locality upwards, with 95 % intervals.
+    """Plot each report as a point: reliability on the x-axis, locality on the y-axis, with 95 % intervals.
 
-    The best edit is in the upper right corner. If the reports know the unedited model, it is drawn as a cross. Its
-    locality is 1 by definition, if locality means "the same answer as before".
+    The best edit is in the upper right corner. If a report contains the scores of the unedited model, a cross shows
+    the unedited model. Its locality is 1 by definition, because locality then means "the same answer as before".
 
     Args:
         reports: label -> report, all on the same edits.
@@ -92,8 +93,8 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
     meanings = {report.metrics["locality"]["compared_with"] for report in reports.values()}
     if len(meanings) > 1:
         raise EditError(
-            "some reports compare locality with the unedited model and some with the truth; "
-            "evaluate all of them with unedited=."
+            "reports must all measure locality in the same way, but some compare with the unedited model and some "
+            "with the true answers; pass unedited= to evaluate for all reports."
         )
     figure = new_figure(6.0, 5.0)
     axes = figure.subplots()
@@ -102,7 +103,9 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
         scores = {question: report.metrics[question]["generated"] for question in ("reliability", "locality")}
         empty = next((question for question, score in scores.items() if score.value is None), None)
         if empty is not None:
-            raise EditError(f"{label} has no {empty} probes, so it cannot be plotted; use other edits.")
+            raise EditError(
+                f"report {label!r} has no {empty} probes, so it cannot be plotted; evaluate edits with {empty} probes."
+            )
         x, y = scores.values()
         color, marker = color_and_marker(number)
         axes.errorbar(
@@ -135,11 +138,12 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
 
 
 def positions(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -> Path:
-    """Plot, by token position in the edits' targets, how often the token is ranked first, and its probability.
+    """Plot token accuracy and token probability against the token's position in the edits' targets.
 
-    The scores are teacher-forced. A curve that falls or rises along the target shows heterogeneous token overfitting
-    ("Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602). Bands are 95 %
-    intervals over edits. Below each position stands the number of targets that are that long.
+    Token accuracy is the fraction of tokens that the model ranks first. Both scores are teacher-forced. A curve that
+    falls or rises along the target shows heterogeneous token overfitting ("Mitigating Heterogeneous Token Overfitting
+    in LLM Knowledge Editing", arXiv 2502.00602). Bands are 95 % intervals over edits. The ``n`` below each position is
+    the number of targets that have a token at this position.
 
     Args:
         reports: label -> report, all on the same edits.
@@ -149,7 +153,7 @@ def positions(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -
         The path.
 
     Raises:
-        EditError: the reports differ in their edits, or none of them has scores by position.
+        EditError: the reports differ in their edits, or no report has scores by token position.
     """
     _check_same_edits(reports)
     figure = new_figure(8.5, 4.2)
@@ -159,7 +163,7 @@ def positions(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -
     if not longest:
         raise EditError("no report has scores by token position; evaluate edits that have targets.")
     unedited = next((r.unedited.get("positions", {}) for r in reports.values() if r.unedited is not None), {})
-    titles = {"accuracy": "share ranked first", "probability": "mean probability"}
+    titles = {"accuracy": "fraction ranked first", "probability": "mean probability"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         if unedited:
             scores = _by_position(unedited, name)
@@ -197,7 +201,9 @@ def _check_same_edits(reports: Mapping[str, ReportData]) -> None:
     if not reports:
         raise EditError("reports is empty; give at least one report.")
     if len({(report.meta["data_hash"], report.meta["n_edits"]) for report in reports.values()}) > 1:
-        raise EditError("the reports are on different edits; evaluate all of them on the same file.")
+        raise EditError(
+            "the reports are on different edits; evaluate all models on the same file of edits, with the same limit."
+        )
 
 
 def _edits(report: ReportData) -> str:

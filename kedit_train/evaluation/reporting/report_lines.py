@@ -1,4 +1,4 @@
-"""The lines of a report's table of scores, and the formatting of numbers, for every kind of display."""
+"""The rows of a report's score table, and number formats, for every kind of display."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ScoreLine:
         label: the text in the first column.
         edited: the score of the model that the report is about.
         unedited: the score of the unedited model.
-        teacher_forced: the same probes under teacher forcing.
-        is_kind: True for one kind of probe, which is shown below its question.
+        teacher_forced: the teacher-forced score on the same probes.
+        is_kind: True if the line is about one kind of probe. The line is then shown below the line of its metric.
     """
 
     label: str
@@ -38,7 +38,7 @@ class ScoreLine:
 
 
 def score_lines(report: ReportData) -> Iterator[ScoreLine]:
-    """Yield the lines: each question with its kinds, then the extra metrics that were measured."""
+    """Yield the lines of the score table: each main metric with its kinds of probes, then the extra metrics."""
     metrics, unedited = report.metrics, report.unedited or {}
     for question in QUESTIONS:
         yield from _question_lines(question, metrics[question], unedited.get(question, {}))
@@ -109,7 +109,7 @@ def _cut_share(metrics: Mapping[str, Any]) -> Score:
 
 
 def notes(report: ReportData) -> list[str]:
-    """Return what a reader must know besides the scores."""
+    """Return notes that a reader needs to interpret the scores."""
     lines = [
         f"{question}: {n} probes have no accepted answer and are not scored"
         for question, n in report.meta.get("unscored", {}).items()
@@ -117,13 +117,13 @@ def notes(report: ReportData) -> list[str]:
     ties = report.meta.get("near_ties", 0)
     if ties:
         lines.append(
-            f"{ties} answers depend on two tokens with almost equal logits; another batch size may choose the other one"
+            f"{ties} answers depend on two tokens with almost equal logits; another batch size may change these answers"
         )
     return lines
 
 
 def format_number(value: float | None) -> str:
-    """Format a number with three decimals, or with as many as needed to differ from 0; a dash for None."""
+    """Format a number with three decimals, or in scientific notation if it would be rounded to 0; a dash for None."""
     if value is None:
         return "–"
     return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
@@ -134,7 +134,7 @@ def format_interval(score: Score) -> str:
     if score.low is None or score.high is None:
         return "–"
     largest = max(abs(score.low), abs(score.high))
-    # Small bounds get significant digits, so that they differ from the value between them.
+    # Small bounds are shown with two significant digits. Otherwise, both bounds could be rounded to the same number.
     form = ".2f" if largest == 0 or 0.1 <= largest < 100 else ".2g" if largest < 0.1 else ".0f"
     low, high = (f"{x:{form}}" for x in (score.low, score.high))
     return f"{low}–{high}"

@@ -1,4 +1,4 @@
-"""A report for the terminal: the table of scores, then some answers."""
+"""Render a report for the terminal: the table of scores, then some answers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from kedit_train.evaluation.scoring.probe_results import ProbeResult
 
 
 def render_report(report: ReportData, answers: int) -> Group:
-    """Return the report as a rich renderable, for any width from about 60 columns.
+    """Return the report as a rich renderable for terminals that are at least about 60 columns wide.
 
     Args:
         report: the report.
-        answers: maximum number of edits to show with their answers, and of changed answers to other prompts.
+        answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
     """
     parts: list[Any] = [_scores_table(report), Text(), Text(NOTE, style="dim")]
     positions = report.metrics.get("positions", {})
@@ -59,7 +59,7 @@ def _new_table(title: str) -> Table:
 
 
 def _scores_table(report: ReportData) -> Table:
-    """Return one row per score: unedited, edited, its interval, number of probes, teacher-forced."""
+    """Return a table with one row per score: unedited, edited, interval, number of probes, teacher-forced."""
     compared = report.unedited is not None
     edits, probes = report.meta["n_edits"], report.meta["n_probes"]
     total = report.meta.get("n_edits_in_data", edits)

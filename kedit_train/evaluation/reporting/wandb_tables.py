@@ -1,4 +1,4 @@
-"""A report as tables and charts for the experiment loggers of a run."""
+"""Convert a report into tables and charts for experiment loggers such as W&B."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.scoring.normalize import normalize
 from kedit_train.optional import require
 
-# Words and not colors: loggers show cells as text, and sort and filter by it.
+# Changes are marked with words and not with colors, because loggers sort and filter cells by their text.
 CHANGED, SAME = "changed", ""
 POSITION_COLUMNS = ("model", "token", "accuracy", "loss", "probability", "n")
 
@@ -25,24 +25,24 @@ class Saveable(Protocol):
 
 
 def answers_table(report: ReportData) -> Table:
-    """Return the edits: prompt, target, old_target, before, after, right, and whether the answer changed."""
+    """Return a table of the edits: prompt, target, old_target, before, after, right and changed."""
     rows = report.answers_table()
     columns = ["prompt", "target", "old_target", "before", "after", "right"]
     return [*columns, "changed"], [[*(row[c] for c in columns), _mark(row["before"], row["after"])] for row in rows]
 
 
 def changed_answers_table(report: ReportData) -> Table:
-    """Return the locality probes with a changed answer: kind, prompt, before, after, right_before, right."""
+    """Return a table of changed locality answers: kind, prompt, before, after, right_before and right."""
     columns = ["kind", "prompt", "before", "after", "right_before", "right"]
     changed = [r for r in report.answers if r.question == "locality" and r.unchanged is False]
     return columns, [[r.kind, r.prompt, r.before, r.answer, r.right_before, r.right] for r in changed]
 
 
 def position_rows(model: str, report: ReportData) -> Iterator[list[Any]]:
-    """Yield rows of :data:`POSITION_COLUMNS`: the scores of the edits' targets, token by token.
+    """Yield one row of scores per token position in the edits' targets, with the columns :data:`POSITION_COLUMNS`.
 
     Args:
-        model: the label of the model in the first column.
+        model: the label of the model, for the first column.
         report: the report on this model.
     """
     for token, scores in report.metrics["positions"].items():
@@ -55,7 +55,7 @@ def log_position_curves(run: Any, rows: Sequence[Sequence[Any]]) -> None:
 
     Args:
         run: the W&B run.
-        rows: rows of :data:`POSITION_COLUMNS`.
+        rows: the rows that :func:`position_rows` yields.
     """
     with require("wandb", extra="wandb"):
         import wandb
@@ -67,7 +67,7 @@ def log_position_curves(run: Any, rows: Sequence[Sequence[Any]]) -> None:
 
 
 def log_report(host: Any, report: Saveable) -> None:
-    """Store a report as JSON and Markdown artifacts of the host's W&B run, if it has one."""
+    """Store a report as a JSON and a Markdown artifact of the training run in W&B. Without a W&B run, do nothing."""
     if host.wandb_run() is None:
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,1 +1,1 @@
-"""Scores: from a model's answers, texts and weights to numbers with confidence intervals."""
+"""Compute scores with confidence intervals from a model's answers, texts and weights."""

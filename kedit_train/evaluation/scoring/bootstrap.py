@@ -1,4 +1,4 @@
-"""Scores with their precision: the number of probes, and a bootstrap confidence interval over edits."""
+"""Scores with the number of probes and a bootstrap confidence interval over edits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Score:
     """A mean over probes, with a 95 % confidence interval.
 
     Args:
-        value: the mean; None if there was nothing to measure.
+        value: the mean. None if no probe was measured.
         n: the number of probes.
         low: lower bound of the interval; None if fewer than two edits have a value.
         high: upper bound of the interval.
@@ -43,11 +43,11 @@ NO_SCORE = Score(None, n=0)
 
 
 def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:
-    """Return percentile intervals of M ratios ``sum(totals) / sum(counts)``, resampling whole edits.
+    """Compute bootstrap percentile intervals of M ratios ``sum(totals) / sum(counts)`` by resampling edits.
 
-    The probes of one edit succeed and fail together. Resampling single probes would make every interval too narrow,
-    so an edit is drawn with all its probes. If all edits agree (a score of 0 or 1), the interval has no width. This
-    does not prove certainty: with n edits, an error rate of up to 3 / n is still possible.
+    Each edit is drawn together with all its probes, because the probes of one edit tend to succeed or fail together.
+    Resampling single probes would make every interval too narrow. If all edits agree (a score of 0 or 1), the interval
+    has zero width. Zero width does not prove certainty: with n edits, an error rate of up to 3 / n is still possible.
 
     Args:
         totals: [edits, M], the sum of each edit's values.
@@ -56,7 +56,7 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
         resamples: number of resamples.
 
     Returns:
-        [2, M] in fp64: the lower and upper bounds; NaN where fewer than two edits have a value.
+        [2, M] in fp64: the lower and upper bounds. A bound is NaN if fewer than two edits have a value.
 
     References:
         Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and 13.
@@ -83,11 +83,11 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
 class MeanOverEdits(Metric):
     """Mean of values that belong to edits, with a bootstrap interval over edits.
 
-    The states are sums per edit. Several processes, each with some of the edits, therefore add up exactly. They are
-    synchronized as in any ``torchmetrics.Metric``: by ``compute``, or by ``self.log`` of a LightningModule.
+    The metric states are sums per edit, so the states of several processes add up to the result of one process. The
+    states are synchronized as in any ``torchmetrics.Metric``: by ``compute``, or by ``self.log`` of a LightningModule.
 
     Args:
-        n_edits: total number of edits on all processes. A value names its edit by a number below this.
+        n_edits: total number of edits on all processes. Each edit has a number from 0 to ``n_edits - 1``.
         seed: seed of the bootstrap.
         resamples: number of resamples of the bootstrap.
         kwargs: arguments of ``torchmetrics.Metric``.
@@ -111,14 +111,14 @@ class MeanOverEdits(Metric):
         self.add_state("count", default=torch.zeros(n_edits, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, edits: Sequence[int], values: Sequence[float | bool]) -> None:
-        """Add one value per entry of ``edits``. Both may be empty, so a process without probes can take part."""
+        """Add one value per edit number in ``edits``. Both lists are empty on a process that has no probes."""
         added = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.total.device)
         index = torch.tensor(list(edits), dtype=torch.int64, device=self.total.device)
         self.total.index_add_(0, index, added)
         self.count.index_add_(0, index, torch.ones_like(index))
 
     def compute(self) -> Tensor:
-        """Return ``[value, n, low, high]`` in fp64; NaN for what is not known."""
+        """Return ``[value, n, low, high]`` in fp64. Unknown entries are NaN."""
         bounds = cluster_bootstrap(self.total[:, None], self.count[:, None], seed=self.seed, resamples=self.resamples)
         n = self.count.sum()
         return torch.stack([(self.total.sum() / n).cpu(), n.double().cpu(), *bounds[:, 0]])
@@ -147,7 +147,7 @@ def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: in
 
 
 def scores_of_means(means: Iterable[MeanOverEdits], seed: int = 0) -> list[Score]:
-    """Return the scores of many means over the same edits, as this process holds them."""
+    """Return the scores of many means over the same edits, computed from the states of this process."""
     means = list(means)
     if not means:
         return []

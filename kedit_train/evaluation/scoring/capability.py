@@ -1,7 +1,8 @@
-"""``CapabilityProbe``: general ability of a model apart from its edits.
+"""``CapabilityProbe``: measure the general ability of a model, independently of its edits.
 
-Methods that change weights in sequence lose general ability after few edits, whatever their edit scores are
-("Navigating the Dual Facets", arXiv 2402.11122). So it is measured on the same model at the same moments.
+Methods that change weights in sequence lose general ability after few edits, even if their edit scores are high
+("Navigating the Dual Facets", arXiv 2402.11122). Therefore, general ability is measured together with the edit scores,
+on the same model and after the same number of edits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks, lm_eval_sc
 from kedit_train.evaluation.scoring.normalize import normalize
 from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
 
-# Maximum number of words of a text that become a prompt.
+# Maximum number of words in a prompt that is made from a text.
 PROMPT_WORDS = 16
 
 
@@ -32,12 +33,12 @@ class Capability:
     """The general ability of one model.
 
     Args:
-        perplexity: perplexity of the texts; ``n`` counts tokens.
+        perplexity: perplexity of the texts. Its ``n`` counts tokens.
         kl: KL(unedited || model), in nats per token of the unedited model's own answers to the prompts.
-        agreement: the fraction of prompts with the same greedy answer as the unedited model's.
+        agreement: the fraction of prompts to which both the model and the unedited model give the same greedy answer.
         tasks: "<task>/<metric>" -> score of lm-eval.
-        answers: prompt -> answer, for the comparison with the next model; in memory only.
-        distributions: prompt -> next-token distributions, for the same purpose; in memory only.
+        answers: prompt -> answer. Kept in memory only, for the comparison with the edited model.
+        distributions: prompt -> next-token distributions of the unedited model. Kept in memory only, for ``kl``.
     """
 
     perplexity: Score
@@ -48,27 +49,27 @@ class Capability:
     distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
 
     def scores(self) -> dict[str, Score]:
-        """Return every score by its name, without those that were not measured."""
+        """Return every measured score by its name."""
         own = {"perplexity": self.perplexity, "kl": self.kl, "agreement": self.agreement}
         return {name: score for name, score in (own | dict(self.tasks)).items() if score.n}
 
 
 class CapabilityProbe:
-    """Measure general ability before and after an edit, on texts and prompts that are unrelated to it.
+    """Measure a model's general ability before and after an edit, on texts and prompts unrelated to the edit.
 
-    The built-in part costs one forward pass per text and one short answer per prompt.
+    Without lm-eval tasks, one measurement costs one forward pass per text and one short answer per prompt.
 
     Args:
-        texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world".
-        prompts: unrelated prompts. None: the beginnings of the texts, to be continued.
-        tasks: tasks of lm-eval in addition: a list of names, or an ``LmEvalTasks``.
+        texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the embedded texts).
+        prompts: prompts unrelated to the edits. None: the beginnings of the texts, which the model continues.
+        tasks: lm-eval tasks to run as well: a list of names, or an ``LmEvalTasks``.
         max_new_tokens: maximum length of the answers to ``prompts``, in tokens.
         batch_size: prompts per forward pass.
         seed: seed of the bootstrap and of lm-eval.
         progress: show progress bars in a terminal.
 
     Raises:
-        EditError: there is no text, or no text is long enough to make a prompt from it.
+        EditError: there are no texts, or no text is long enough for a prompt (two words).
 
     Example:
         >>> from kedit_train import world
@@ -97,23 +98,25 @@ class CapabilityProbe:
         )
         with reported_by("CapabilityProbe"):
             if isinstance(tasks, str) or isinstance(prompts, str):
-                raise EditError("tasks and prompts must be lists of strings, got one string.")
+                raise EditError(
+                    "tasks and prompts must be lists of strings, got one string; put the string into a list."
+                )
             self.texts = Texts.of(texts).load()
             self.prompts = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
             if not self.prompts:
                 raise EditError(
-                    "texts must contain at least one text with two or more words; add one, or pass prompts="
+                    "texts must contain at least one text with two or more words; add a longer text, or pass prompts=."
                 )
         self.tasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
         self.max_new_tokens, self.batch_size, self.seed, self.progress = max_new_tokens, batch_size, seed, progress
 
     def __call__(self, model: nn.Module, tokenizer: Any, unedited: Capability | None = None) -> Capability:
-        """Measure a model as it is now.
+        """Measure the general ability of a model with its current weights.
 
         Args:
-            model: the model; left unchanged.
-            tokenizer: its tokenizer.
-            unedited: the result of the same probe on the unedited model.
+            model: the model. It is left unchanged.
+            tokenizer: the model's tokenizer.
+            unedited: the result of this ``CapabilityProbe`` on the unedited model. None: no ``kl`` and ``agreement``.
 
         Raises:
             EditError: ``unedited`` was measured with other prompts.
@@ -134,7 +137,9 @@ class CapabilityProbe:
         if unedited is None:
             return Capability(**own, distributions=record_distributions(model, tokenizer, answers, **settings))
         if unedited.answers.keys() != answers.keys():
-            raise EditError("unedited was measured with other prompts; use the same probe for both models.")
+            raise EditError(
+                "unedited was measured with other prompts; measure both models with the same CapabilityProbe."
+            )
         kl_by_prompt = compute_divergences(model, tokenizer, unedited.distributions, self.prompts, **settings)
         totals = torch.tensor([[sum(kl_by_prompt[prompt])] for prompt in self.prompts], dtype=torch.float64)
         counts = torch.tensor([[len(kl_by_prompt[prompt])] for prompt in self.prompts])
@@ -148,6 +153,6 @@ class CapabilityProbe:
 
 
 def text_beginnings(texts: Sequence[str]) -> list[str]:
-    """Return the first half of each text's words, at most 16, as a prompt; none for a text of one word."""
+    """Return the first half of each text's words, at most 16, as a prompt. A text with one word gives no prompt."""
     halves = [text.split()[: min(PROMPT_WORDS, len(text.split()) // 2)] for text in texts]
     return [" ".join(words) for words in halves if words]

@@ -1,4 +1,4 @@
-"""KL divergence from the unedited model at every token of the unedited model's own answers."""
+"""Measure the KL divergence from the unedited model at every token of the unedited model's own answers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from kedit_train.evaluation.asking.generate import Answer
 from kedit_train.evaluation.asking.logits import target_logits
 from kedit_train.functional.top_k_divergence import bucket_divergence, top_log_probs
 
-# Tokens of each distribution that are kept; all others share one bucket. The divergence of the buckets is at most the
-# true one, and equals it for a smaller vocabulary. This takes 12 KiB per position.
+# Number of most probable tokens of each distribution that are stored. All other tokens are summed into one bucket. The
+# divergence of the buckets is at most the true divergence, and equals it if the vocabulary has no more tokens than
+# this. The stored values take 12 KiB per position.
 KEPT_TOKENS = 1024
 
 
@@ -26,10 +27,10 @@ class Distribution:
     """The unedited model's next-token distributions along its answer to one prompt.
 
     Args:
-        sequence: the prompt with the unedited model's own answer, as token ids.
-        log_probs: [positions, kept + 1]: the largest log-probabilities, then that of all other tokens together; on
-            the CPU.
-        tokens: [positions, kept]: the tokens that the largest log-probabilities belong to.
+        sequence: the prompt followed by the unedited model's own answer, as token ids.
+        log_probs: [positions, kept + 1] on the CPU: the largest log-probabilities, and in the last column the
+            log-probability of all other tokens together.
+        tokens: [positions, kept]: the ids of the tokens with the largest log-probabilities.
     """
 
     sequence: Encoded
@@ -46,12 +47,12 @@ def record_distributions(
     batch_size: int = 64,
     progress: bool = False,
 ) -> dict[str, Distribution]:
-    """Record a model's distributions at every token of its own answers, and at their end.
+    """Record a model's next-token distributions at every token of its own answers, including the end token.
 
     Args:
         model: the unedited model.
-        tokenizer: its tokenizer.
-        answers: prompt -> the answer that this model gave.
+        tokenizer: the model's tokenizer.
+        answers: prompt -> the answer that the unedited model gave.
         prompt_format: "plain", "chat" or "question".
         batch_size: sequences per forward pass.
         progress: show a progress bar in a terminal.
@@ -75,7 +76,7 @@ def record_distributions(
 def _with_answer(model: Any, tokenizer: Any, prompt: str, answer: Answer, prompt_format: PromptFormat) -> Encoded:
     start = prompt_ids(tokenizer, prompt, prompt_format)
     ids = [*start, *answer.ids]
-    # The position after the last token shows whether the answer ends. An empty answer has only that position.
+    # The position after the last token shows whether the answer ends. An empty answer has only this position.
     room = context_length(model.config) or len(ids) + 1
     if (answer.ended or not answer.ids) and len(ids) < room:
         end = end_id(tokenizer, prompt_format)
@@ -96,14 +97,14 @@ def compute_divergences(
 
     Args:
         model: the edited model.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         reference: prompt -> the unedited model's distributions.
         prompts: the prompts to compare.
         batch_size: sequences per forward pass.
         progress: show a progress bar in a terminal.
 
     Raises:
-        EditError: ``reference`` lacks a prompt, or the model gives NaN logits.
+        EditError: a prompt is missing in ``reference``, or the model gives NaN logits.
     """
     inner: Any = unwrap_model(model)
     prompts = list(dict.fromkeys(prompts))
@@ -111,7 +112,7 @@ def compute_divergences(
         if prompt not in reference:
             raise EditError(
                 f"unedited has no distribution for {shorten(prompt)!r}; evaluate the unedited model on the same edits "
-                'with metrics=["kl"] in this process (a report that was read from a file has no distributions).'
+                'with metrics=["kl"] in this process (a report that was loaded from a file has no distributions).'
             )
     sequences = [reference[prompt].sequence for prompt in prompts]
     divergences: dict[str, tuple[float, ...]] = {}
@@ -123,7 +124,7 @@ def compute_divergences(
                     raise DivergedError(prompts[number])
                 kept = reference[prompts[number]]
                 tokens, log_probs = kept.tokens.long().to(own.device), kept.log_probs.to(own.device)
-                # Rounding can give a value slightly below zero, where there is no divergence.
+                # Rounding can give a value slightly below zero if the two distributions are equal.
                 divergence = bucket_divergence(log_probs, tokens, own).clamp(min=0.0)
                 divergences[prompts[number]] = tuple(divergence.tolist())
             bar.update(len(numbers))

@@ -22,12 +22,12 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 def ngram_entropy(text: str) -> float | None:
     """Return the weighted mean entropy, in bits, of a text's bigrams (weight 2/3) and trigrams (weight 4/3).
 
-    This is the fluency score of ROME with its weights. Words are split by a regular expression instead of NLTK, so
-    the values come close to the published ones without being equal.
+    This is the fluency score of ROME with the same weights. Words are split by a regular expression instead of NLTK,
+    so the values are close to the published values but not equal to them.
 
     Returns:
-        The entropy, or None for fewer than three words: such a text has no trigram, and an entropy of 0 would only
-        reflect its length.
+        The entropy, or None for a text with fewer than three words. Such a text has no trigram, and an entropy of 0
+        would only reflect the length of the text.
 
     References:
         Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
@@ -44,7 +44,10 @@ def _entropy(items: Sequence[tuple[str, ...]]) -> float:
 
 
 def repetition(text: str, n: int = 4) -> float | None:
-    """Return the fraction of word n-grams that occurred earlier in the text (``seq-rep-n``); None for too few words.
+    """Return the fraction of word n-grams that occurred earlier in the text (``seq-rep-n``).
+
+    Returns:
+        The fraction, or None for a text with fewer than ``n`` words.
 
     References:
         Welleck et al., "Neural Text Generation with Unlikelihood Training", arXiv 1908.04319.

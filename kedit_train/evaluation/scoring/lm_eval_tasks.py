@@ -1,4 +1,4 @@
-"""Tasks of lm-eval (EleutherAI's evaluation harness) on a model in memory."""
+"""Run tasks of lm-eval (EleutherAI's evaluation harness) on a model in memory."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from kedit_train.optional import require
 
 @dataclass(frozen=True)
 class LmEvalTasks:
-    """Which tasks of lm-eval to run. They need the ``eval`` extra.
+    """The tasks of lm-eval to run. Running them needs the ``eval`` extra.
 
     Args:
         names: names of tasks, or paths of task files (``.yaml``).
-        folder: a folder with more task files, which ``names`` may name.
-        limit: documents per task. None: all of them.
-        shots: examples before each question. None: the task's own number.
+        folder: a folder with additional task files. ``names`` may contain the tasks in this folder.
+        limit: maximum number of documents per task. None: all documents.
+        shots: number of examples before each question. None: the number that the task sets.
 
     Example:
         >>> from kedit_train.evaluation import LmEvalTasks
@@ -49,18 +49,19 @@ class LmEvalTasks:
 def lm_eval_scores(
     model: nn.Module, tokenizer: Any, tasks: LmEvalTasks, *, batch_size: int = 64, seed: int = 0
 ) -> dict[str, Score]:
-    """Run tasks of lm-eval.
+    """Run tasks of lm-eval on a model and return the scores.
 
     Args:
-        model: the model; left unchanged.
-        tokenizer: its tokenizer; left unchanged.
+        model: the model. It is left unchanged.
+        tokenizer: the model's tokenizer. It is left unchanged.
         tasks: the tasks.
         batch_size: documents per forward pass.
         seed: seed of lm-eval. The random states of Python, numpy and torch are restored afterwards.
 
     Returns:
-        "<task>/<metric>" -> score. A filter of the task, if it has one, is appended as ",<filter>". The interval is
-        the value plus and minus 1.96 times lm-eval's standard error; there is none if lm-eval gives none.
+        A dict "<task>/<metric>" -> score. If the task filters the answers, ",<filter>" is appended to the key. The
+        interval is the value plus and minus 1.96 times lm-eval's standard error. A score for which lm-eval returns no
+        standard error has no interval.
 
     Raises:
         EditError: lm-eval is not installed, or it does not know a task.
@@ -74,11 +75,14 @@ def lm_eval_scores(
     files = [name for name in tasks.names if name.endswith((".yaml", ".yml"))]
     for name in files:
         if not Path(name).is_file():
-            raise EditError(f"tasks: there is no file {name!r}; give the path of a task file, or a name.")
+            raise EditError(f"tasks: there is no file {name!r}; pass the path of a task file, or the name of a task.")
     manager = TaskManager(include_path=tasks.folder)
     for name in tasks.names:
         if name not in files and not manager.match_tasks([name]):
-            raise EditError(f"tasks: lm-eval has no task {name!r}; see `lm-eval ls tasks`, or set LmEvalTasks.folder.")
+            raise EditError(
+                f"tasks: lm-eval has no task {name!r}; choose a name from `lm-eval ls tasks`, or set "
+                "LmEvalTasks.folder to the folder of the task file."
+            )
     inner: Any = unwrap_model(model)
     with inference_context(inner), _preserved_random_state():
         wrapped: Any = HFLM(pretrained=inner, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
@@ -109,7 +113,7 @@ def _scores(task: str, values: dict[str, Any], n: int) -> Iterator[tuple[str, Sc
         error = values.get(f"{metric}_stderr,{filter_name}")
         half_width = 1.96 * error if isinstance(error, int | float) and error == error else None
         low, high = (None, None) if half_width is None else (value - half_width, value + half_width)
-        # A group of tasks has no documents of its own; the documents belong to its tasks.
+        # A group of tasks has no documents of its own. The documents belong to the tasks in the group.
         count = n or int(values.get("sample_len", 0))
         suffix = f",{filter_name}" if filter_name != "none" else ""
         yield f"{task}/{metric}{suffix}", Score(float(value), n=count, low=low, high=high)

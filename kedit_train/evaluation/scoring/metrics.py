@@ -1,6 +1,6 @@
-"""``summarize``: from the results of all probes to the metrics of a report.
+"""``summarize``: compute the metrics of a report from the results of all probes.
 
-Every score carries the number of its probes. A metric without probes has no score, neither 0 nor 1.
+Every score includes the number of probes that it is based on. A metric without probes has the value None.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MEASURES: dict[str, Callable[[ProbeResult], float | None]] = {
 
 
 class _Values:
-    """Collects values by their path in the report, each with the number of its edit."""
+    """Collects values by their path in the report. Each value is stored with the number of its edit."""
 
     def __init__(self, edits: Sequence[str], seed: int) -> None:
         self.numbers = {edit: i for i, edit in enumerate(edits)}
@@ -38,7 +38,7 @@ class _Values:
         self.values: dict[tuple[str, ...], list[tuple[int, float]]] = {}
 
     def add(self, path: tuple[str, ...], results: Sequence[ProbeResult], measure: Callable[[ProbeResult], Any]) -> None:
-        """Add ``measure(result)`` for every result. None means that it could not be measured, and does not count."""
+        """Add ``measure(result)`` for every result, unless the measured value is None."""
         measured = [(self.numbers[result.edit], measure(result)) for result in results]
         self.values.setdefault(path, []).extend((edit, float(v)) for edit, v in measured if v is not None)
 
@@ -46,7 +46,7 @@ class _Values:
         """Compute all scores and put each into ``tree`` under its path."""
         means = []
         for values in self.values.values():
-            # Every process holds all results. Synchronization would hang if only one process evaluates.
+            # Every process has all results. Synchronization would hang if only one process evaluates.
             mean = MeanOverEdits(len(self.numbers), seed=self.seed, sync_on_compute=False)
             mean.update([edit for edit, _ in values], [value for _, value in values])
             means.append(mean)
@@ -62,25 +62,30 @@ def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: i
 
     Each of reliability, generality, portability and locality has
 
-    - ``generated``: the fraction of probes with a right generated answer. In locality, if the unedited model's answers
-      are known, it is the fraction of answers that equal the unedited model's after normalization, right or wrong;
+    - ``generated``: the fraction of probes with a right generated answer. For locality, if the unedited model's
+      answers are known: the fraction of answers that equal the unedited model's answer after normalization;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
-    - ``teacher_forced_exact``: the fraction of probes where all of them are;
-    - ``target_loss`` and ``target_probability``: the mean over probes of their tokens' mean loss and probability;
+    - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
+    - ``target_loss`` and ``target_probability``: loss and probability of the preferred answer's tokens, averaged over
+      the tokens of a probe and then over the probes;
     - ``ended``: the fraction of answers that the model ended itself;
-    - ``by_kind``: the same for each kind of probe. Only rephrasings count in the total of generality, so the total
-      does not depend on which extra metrics were measured.
+    - ``by_kind`` (not for reliability): all scores above for each kind of probe. The total of generality includes only
+      rephrasings, so it does not depend on which extra metrics were measured.
 
-    In addition: ``locality.right`` is the fraction of true answers, whatever they were before; ``locality.kept_right``
-    is the share that is still right among the probes that the unedited model answered rightly; ``locality.kl`` is the
-    mean KL divergence per token from the unedited model. ``positions`` holds accuracy, loss and probability of the
-    edits' targets by token position, starting at "1". ``resurgence`` holds, per kind, how often the old answer is
-    generated (``says_old``) or preferred (``prefers_old``). ``fluency`` describes continuations of the edits' prompts.
+    The result also contains
+
+    - ``locality.right``: the fraction of true answers, whether or not the answer changed;
+    - ``locality.kept_right``: the fraction of right answers among the probes that the unedited model answered rightly;
+    - ``locality.kl``: the mean KL divergence per token from the unedited model;
+    - ``positions``: accuracy, loss and probability of the edits' targets by token position, starting at "1";
+    - ``resurgence``: how often the old answer is generated (``says_old``) or more probable (``prefers_old``), by kind
+      of probe;
+    - ``fluency``: entropy and repetition of the continuations of the edits' prompts.
 
     Args:
         results: the results of all probes.
-        against_unedited: True if ``results`` hold the unedited model's answers.
+        against_unedited: True if ``results`` contain the unedited model's answers.
         seed: seed of the bootstrap over edits.
 
     Returns:
@@ -161,6 +166,6 @@ def _add_resurgence(values: _Values, results: Sequence[ProbeResult]) -> None:
 
 
 def _smallest_token_probability(results: Sequence[ProbeResult]) -> Score:
-    """Return the smallest probability of a target token in all edits; a mean hides the one token that failed."""
+    """Return the smallest probability of a target token in all edits. A mean would hide one failed token."""
     log_probs = [p for r in results if r.question == "reliability" for p in r.token_log_probs]
     return Score(math.exp(min(log_probs)), n=len(log_probs)) if log_probs else NO_SCORE

@@ -1,15 +1,16 @@
 """Comparison of answers: normalization, exact match and containment.
 
-The normalization is that of SQuAD (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text",
-arXiv 1606.05250), which ignores case, punctuation, articles and white space. Three rules differ, because the original
-calls different facts equal:
+The normalization follows SQuAD (Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text",
+arXiv 1606.05250), which ignores case, punctuation, articles and white space. Three rules differ from SQuAD, because
+the original rules treat some different facts as equal:
 
-- A decimal point and a minus sign stay: "3.5" is neither "35" nor "3 5", and "-5" is not "5". A comma is removed only
-  if it groups thousands: "1,000" is "1000".
-- "a", "an" and "the" are removed only before another word: "Vitamin A" is not "Vitamin", and "The" alone stays.
-- "+" and "#" stay after a letter: "C", "C++" and "C#" are three languages.
+- A decimal point and a minus sign are kept. So "3.5" is neither "35" nor "3 5", and "-5" is not "5". A comma between
+  digits is removed only if it groups thousands. So "1,000" is "1000".
+- "a", "an" and "the" are removed only before another word. So "Vitamin A" is not "Vitamin", and the answer "The" is
+  kept.
+- "+" and "#" are kept after a letter, because "C", "C++" and "C#" are three languages.
 
-A text with a visible character never becomes empty, so no answer matches because it is empty.
+A text with a visible character never becomes empty, so two answers cannot match only because both became empty.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _MINUS = "-\u2212\u2013"
 
 
 def _normalize_character(text: str, index: int) -> str:
-    """Return what remains of one character: itself, its plain form, or nothing."""
+    """Return the normalized form of one character: the character itself, a plain minus sign, or an empty string."""
     char = text[index]
     if unicodedata.category(char)[0] not in "PS":
         return char
@@ -39,7 +40,7 @@ def _normalize_character(text: str, index: int) -> str:
 
 
 def normalize(text: str) -> str:
-    """Remove everything that does not count when two answers are compared.
+    """Remove case, punctuation, articles and extra white space, which do not count when answers are compared.
 
     Args:
         text: an answer.
@@ -62,7 +63,7 @@ def exact_match(answer: str, accepted: Sequence[str]) -> bool:
     """Return True if ``answer`` equals one of the ``accepted`` answers after normalization.
 
     Args:
-        answer: the generated answer. An empty answer matches nothing.
+        answer: the generated answer. An empty answer never matches.
         accepted: the answers that count as right.
 
     Raises:
@@ -100,4 +101,4 @@ def contains(answer: str, accepted: Sequence[str]) -> bool:
 
 def _refuse_string(accepted: Sequence[str]) -> None:
     if isinstance(accepted, str):
-        raise TypeError("accepted must be a sequence of answers, got one string; put it into a list")
+        raise TypeError("accepted must be a sequence of answers, got one string; put the string into a list.")

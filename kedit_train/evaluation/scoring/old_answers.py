@@ -1,4 +1,4 @@
-"""Old answers: which of them a model gives, and how probable they are."""
+"""Old answers, from before the edit: find the ones that a model gives, and measure their probability."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ def find_old_answers(
 ) -> tuple[list[Edit], dict[str, str]]:
     """Return edits whose targets are the old answers, in the words of the model.
 
-    An edit takes part if the model gives its old answer by itself: greedily, with an end. The old answer is
-    ``old_target``, or, if the data has none, whatever the model generates unless that is the new answer.
+    An edit is returned only if greedy decoding gives the old answer and the model ends this answer. The old answer is
+    ``old_target``. If an edit has no ``old_target``, every generated answer except the new answer counts as the old
+    answer.
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
-        edits: with the new answers as targets.
+        tokenizer: the model's tokenizer.
+        edits: the edits, with the new answers as targets.
         batch_size: prompts in one forward pass.
-        prompt_format: how the prompts are written.
-        max_new_tokens: a longer answer does not take part.
+        prompt_format: "plain", "chat" or "question".
+        max_new_tokens: maximum length of an answer, in tokens. An edit with a longer answer is left out.
 
     Returns:
-        The edits that take part, each with its old answer as the target, and for every other edit (its id, or its
-        number) the reason why it does not.
+        A list of edits with the old answers as targets, and a dict of the edits that are left out. The dict maps the
+        id of an edit (or its number, if it has no id) to the reason.
 
     Raises:
         EditError: there are no edits.
     """
     if not len(edits):
-        raise EditError("there are no edits; pass at least one.")
+        raise EditError("there are no edits; pass at least one edit.")
     options: dict[str, Any] = {"batch_size": batch_size, "prompt_format": prompt_format}
     prompts = [edit.prompt for edit in edits]
     generated = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, **options)
@@ -55,11 +56,11 @@ def find_old_answers(
     for number, (edit, answer) in enumerate(zip(edits, generated, strict=True)):
         reason = None
         if not answer.text or not answer.ended:
-            reason = "the model gives no answer that ends"
+            reason = "the model gives no answer, or does not end its answer"
         elif exact_match(answer.text, edit.answers):
-            reason = f"the model gives the new answer already ({answer.text!r})"
+            reason = f"the model already gives the new answer ({answer.text!r})"
         elif edit.old_target is not None and not exact_match(answer.text, (edit.old_target,)):
-            reason = f"the model answers {answer.text!r} and not {edit.old_target!r}"
+            reason = f"the model answers {answer.text!r} and not the old answer {edit.old_target!r}"
         if reason is None:
             old.append(Edit(edit.prompt, answer.text, subject=edit.subject, id=edit.id))
         else:
@@ -80,15 +81,15 @@ def measure_old_answers(
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
         old: edits whose targets are the old answers; see :func:`find_old_answers`.
-        texts: for the perplexity.
+        texts: the texts for the perplexity.
         batch_size: sequences in one forward pass.
-        prompt_format: how the prompts are written.
+        prompt_format: "plain", "chat" or "question".
 
     Returns:
-        Three numbers: the mean probability of the old answers (the probability of an answer is the product over its
-        tokens), the fraction of old answers whose tokens are all ranked first, and the perplexity of the texts.
+        Three numbers: the mean probability of the old answers, the fraction of old answers whose tokens are all ranked
+        first, and the perplexity of the texts. The probability of an answer is the product of its token probabilities.
 
     Raises:
         EditError: the texts contain no token to predict.

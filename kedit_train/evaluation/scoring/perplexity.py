@@ -1,4 +1,4 @@
-"""Perplexity of texts that have nothing to do with the edits."""
+"""Measure the perplexity of texts that are unrelated to the edits."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def text_losses(
 ) -> list[tuple[float, int]]:
     """Compute the total loss of each text.
 
-    A text longer than ``max_length`` or the model's context is split into consecutive windows. The first token of a
-    window has no context and does not count.
+    A text longer than ``max_length`` or the model's context is split into consecutive windows. The loss does not
+    include the first token of a window, because this token has no context.
 
     Args:
-        model: a causal language model; left unchanged.
-        tokenizer: its tokenizer.
+        model: a causal language model. It is left unchanged.
+        tokenizer: the model's tokenizer.
         texts: the texts.
         batch_size: windows per forward pass.
         max_length: maximum number of tokens per window.
         progress: show a progress bar in a terminal.
 
     Returns:
-        For each text: the sum of its tokens' negative log-probabilities, in nats, and the number of these tokens.
+        For each text: the sum of the tokens' negative log-probabilities, in nats, and the number of these tokens.
 
     Raises:
         EditError: the model gives NaN logits.
@@ -72,11 +72,11 @@ def perplexity(losses: Sequence[tuple[float, int]], seed: int = 0) -> Score:
     """Return exp(mean loss per token), with a bootstrap interval over texts.
 
     Args:
-        losses: what :func:`text_losses` returns.
+        losses: the losses that :func:`text_losses` returns.
         seed: seed of the bootstrap.
 
     Returns:
-        The score; its ``n`` counts tokens.
+        The score. Its ``n`` is the number of tokens.
     """
     totals = torch.tensor([[total] for total, _ in losses], dtype=torch.float64)
     counts = torch.tensor([[count] for _, count in losses])

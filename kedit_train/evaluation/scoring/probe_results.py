@@ -1,4 +1,4 @@
-"""The result of one probe, and the function that puts probes to a model."""
+"""The result of one evaluation prompt (probe), and the function that runs a model on all probes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,23 @@ Judge = Callable[[str, Sequence[str]], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(ProbeRequest):
-    """One probe with the model's answer and its scores.
+    """One evaluation prompt (probe) with the model's answer and scores.
 
     Args:
         answer: the generated answer.
         ended: True if the model ended the answer itself.
-        margin: the smallest difference between the two largest logits along the answer; None if nothing was chosen.
-        right: True if the answer is one of ``accepted``; None if there are none.
-        contained: True if the answer contains one of ``accepted``; None if there are none.
-        before: the unedited model's answer; None if it was not given.
+        margin: the smallest difference between the two largest logits over all tokens of the answer. None if no token
+            was generated.
+        right: True if the answer equals one of the ``accepted`` answers. None if ``accepted`` is empty.
+        contained: True if the answer contains one of the ``accepted`` answers. None if ``accepted`` is empty.
+        before: the unedited model's answer. None without a report on the unedited model.
         right_before: True if the unedited model's answer was right.
-        unchanged: True if both answers are equal after normalization, right or wrong.
-        tokens_right: per token of the preferred answer: True if it is ranked first under teacher forcing.
-        token_log_probs: per token of the preferred answer: its log-probability under teacher forcing.
+        unchanged: True if ``answer`` equals ``before`` after normalization, whether right or wrong.
+        tokens_right: for each token of the preferred answer, True if it is ranked first under teacher forcing.
+        token_log_probs: for each token of the preferred answer, its log-probability under teacher forcing.
         old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" was measured.
-        kl: per token of the unedited model's answer: KL(unedited || this model), if the metric "kl" was measured.
+        kl: KL(unedited || this model) at each token of the unedited model's answer, in nats, if the metric "kl" was
+            measured.
     """
 
     answer: str
@@ -62,12 +64,15 @@ class ProbeResult(ProbeRequest):
 
     @property
     def says_old(self) -> bool | None:
-        """True if the answer contains the old answer and is not right; the new answer may be "Paris, Texas"."""
+        """True if the answer contains the old answer and is not right.
+
+        An answer can contain the old answer and be right: the old answer may be "Paris", and the new "Paris, Texas".
+        """
         return None if self.old_target is None else not self.right and contains(self.answer, [self.old_target])
 
     @property
     def prefers_old(self) -> float | None:
-        """1 if the old answer is more probable per token than the new one, 0 if it is less, 1/2 for a tie."""
+        """1 if the old answer is more probable per token than the new answer, 0 if less probable, 0.5 if equal."""
         if self.old_log_prob is None or self.log_prob is None:
             return None
         return 0.5 * (1 + (self.old_log_prob > self.log_prob) - (self.old_log_prob < self.log_prob))
@@ -82,21 +87,21 @@ def answer_requests(
     judge: Judge,
     progress: bool,
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
-    """Put every probe to the model: teacher-forced if it has an accepted answer, and generated freely.
+    """Generate the model's answer to every probe, and score the accepted answer under teacher forcing.
 
-    The teacher-forced pass already shows how the free answer begins (all of it, if the model is right), so only the
-    rest is generated.
+    The teacher-forced pass already shows how the generated answer begins. Only the tokens after the first difference
+    from the accepted answer are generated. A probe without an accepted answer has no teacher-forced score.
 
     Args:
-        model: the model; left unchanged.
-        tokenizer: its tokenizer.
+        model: the model. It is left unchanged.
+        tokenizer: the model's tokenizer.
         requests: the probes.
-        options: how to prompt; with "resurgence", the old answers are scored, too.
+        options: how to prompt the model. With the metric "resurgence", the old answers are also scored.
         judge: decides whether an answer is right.
         progress: show progress bars in a terminal.
 
     Returns:
-        One result per request, and the answers by prompt (without the continuations for "fluency").
+        One result per probe, and a dict prompt -> answer. The dict does not contain the continuations for "fluency".
     """
     settings: dict[str, Any] = {"batch_size": options.batch_size, "prompt_format": options.prompt_format}
     settings["progress"] = progress

@@ -1,4 +1,4 @@
-"""``weight_drift``: the distance of a model's weights from the weights before the edit."""
+"""``weight_drift``: measure how far a model's weights are from the weights before the edit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.batching import unwrap_model
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
 
-# Entries that are converted to double precision at a time. A whole embedding would take more memory than the training
-# step did.
+# Number of entries that are converted to double precision at a time. Converting a full embedding would take more memory
+# than a training step.
 _CHUNK = 2**22
 
 
@@ -27,12 +27,12 @@ def weight_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.
         reference_weights: the unedited model, or parameter name -> value before the edit (``EditRun.reference``).
 
     Returns:
-        Three scores: ``relative`` (Frobenius norm of the change, divided by that of the weights), ``largest`` (the
-        largest change of one entry) and ``moved`` (fraction of entries that changed). ``n`` is the number of entries.
-        Nothing is sampled, so there is no interval.
+        Three scores: ``relative`` (Frobenius norm of the change divided by the Frobenius norm of the original
+        weights), ``largest`` (the largest absolute change of one entry) and ``moved`` (fraction of entries that
+        changed). ``n`` is the number of entries. The scores have no interval, because all entries are measured.
 
     Raises:
-        EditError: the model lacks one of the parameters, or has another shape for it.
+        EditError: a parameter in ``reference_weights`` is missing in the model or has another shape there.
     """
     current: dict[str, Any] = dict(unwrap_model(model).named_parameters())
     if isinstance(reference_weights, nn.Module):
@@ -45,7 +45,7 @@ def weight_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.
             own = "no such parameter" if name not in current else f"shape {tuple(current[name].shape)}"
             raise EditError(
                 f"reference_weights: {name} has shape {tuple(old.shape)}, but the model has {own}; "
-                "give the weights of the same model before its edit."
+                "pass the weights of the same model before the edit."
             )
         new_entries, old_entries = full_tensor(current[name].detach()).flatten(), full_tensor(old.detach()).flatten()
         n += new_entries.numel()

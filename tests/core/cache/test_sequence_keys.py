@@ -130,22 +130,22 @@ def test_spans_are_the_columns_of_the_tokens() -> None:
         ({"attention_mask": torch.ones(3, 1, 6, 6)}, "attention_mask does not have the shape (3, 6) of input_ids"),
         ({"position_ids": torch.zeros(3, 3, 6)}, "position_ids do not have the shape (3, 6) of input_ids"),
         ({"attention_mask": torch.tensor([[1, 1, 0, 1, 0, 0]] * 3)}, "attention_mask has a gap within a sequence"),
-        ({"labels": False}, "it is padded and comes without labels, so its loss may include padding"),
+        ({"labels": False}, "the batch is padded and has no labels, so the loss may include padding"),
         (
             {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 3)},
-            "position_ids restart within a sequence, so it holds several examples (packing)",
+            "position_ids restart within a sequence, so the sequence contains several examples (packing)",
         ),
         (
             {"config": SimpleNamespace(rope_scaling={"type": "dynamic"}, max_position_embeddings=4)},
-            "the rotary embeddings of this model change beyond 4 positions",
+            "the rotary embeddings of this model depend on the batch length beyond 4 positions",
         ),
         (
             {"use_cache": True},
-            "it was called with use_cache=True, which needs every layer or may change what they compute",
+            "the model was called with use_cache=True, which needs every layer or may change the hidden states",
         ),
         (
             {"something_new": 1},
-            "it was called with something_new, which needs every layer or may change what they compute",
+            "the model was called with something_new, which needs every layer or may change the hidden states",
         ),
     ],
 )

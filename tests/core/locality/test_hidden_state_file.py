@@ -37,7 +37,7 @@ def test_a_file_has_the_same_values_in_memory_and_mapped(tmp_path: Path, limit):
 
 
 def test_more_than_the_memory_limit_is_an_error():
-    with pytest.raises(EditError, match="reference hidden states take 48 bytes and memory_limit is 47; set cache_dir"):
+    with pytest.raises(EditError, match="reference hidden states take 48 bytes, but memory_limit is 47 bytes; set"):
         collect_states(batches(), LENGTHS, 47)
 
 

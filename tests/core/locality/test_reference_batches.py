@@ -87,7 +87,7 @@ def test_a_checkpoint_continues_the_draws(model, head):
 
 def test_a_checkpoint_of_other_texts_is_an_error(model, head):
     state = batches(model, head).state()
-    with pytest.raises(EditError, match="the checkpoint was made with other reference texts"):
+    with pytest.raises(EditError, match="the checkpoint was written with other reference texts"):
         batches(model, head, SEQUENCES[:3]).load_state(state, 4)
 
 

@@ -30,7 +30,7 @@ def test_a_teacher_is_made_from_a_name_a_module_or_a_mapping():
     ("options", "message"),
     [
         ({"model": "a", "top_k": 0}, "Teacher: top_k must be an integer >= 1, got 0."),
-        ({"model": "a", "k": 3}, "Teacher: unknown argument 'k'; it takes model, top_k."),
+        ({"model": "a", "k": 3}, "Teacher: unknown argument 'k'; use only model, top_k."),
     ],
 )
 def test_arguments_are_checked(options, message):
@@ -50,8 +50,8 @@ def test_models_that_cannot_teach_are_refused(tiny):
     model = tiny("llama")
     for teacher, message in (
         (nn.Linear(2, 2), "teacher must be a causal language model, got Linear without a language-model head"),
-        (model, "teacher is the model that is edited"),
-        ("no/such/folder/here", "no teacher can be loaded from 'no/such/folder/here'"),
+        (model, "teacher must not be the edited model itself"),
+        ("no/such/folder/here", "teacher cannot be loaded from 'no/such/folder/here'"),
     ):
         with pytest.raises(EditError, match=message):
             load_teacher(teacher, run_of(model), None)

@@ -60,7 +60,9 @@ def test_a_dataset_needs_a_column_text():
     assert Texts(datasets.Dataset.from_dict({"text": TEXTS, "id": [1, 2, 3]})).load() == TEXTS
     with pytest.raises(EditError) as error:
         Texts(datasets.Dataset.from_dict({"prompt": TEXTS, "id": [1, 2, 3]})).check()
-    assert str(error.value) == 'the dataset must have a column "text", got the columns prompt, id; rename one.'
+    assert str(error.value) == (
+        'the dataset must have a column "text", got the columns prompt, id; rename one column to "text".'
+    )
 
 
 def test_the_embedded_world():
@@ -72,8 +74,8 @@ def test_the_embedded_world():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ([], "texts contains no text; give texts on which the model should stay as it is."),
-        (["", "  "], "texts contains no text; give texts on which the model should stay as it is."),
+        ([], "texts contains no text; pass texts on which the model should not change."),
+        (["", "  "], "texts contains no text; pass texts on which the model should not change."),
         (["a", 3], 'texts, record 2: expected a string or a record with "text", got 3.'),
         (
             [{"prompt": "a"}],
@@ -84,7 +86,8 @@ def test_the_embedded_world():
         ({"text": ["a"]}, "texts must be a list of strings, a path or a dataset, got {'text': ['a']}."),
         (
             "The sky is blue.",
-            "there is no file 'The sky is blue.'; give a path to .txt, .jsonl or .json, or a list of texts.",
+            "file 'The sky is blue.' does not exist or cannot be read; pass the path of a .txt, "
+            ".jsonl or .json file, or a list of texts.",
         ),
     ],
 )
@@ -95,17 +98,17 @@ def test_an_invalid_source_is_an_error(source, message):
 
 
 def test_a_long_text_is_not_taken_for_a_path():
-    with pytest.raises(EditError, match=r"^there is no file 'word word .*; give a path to \.txt"):
+    with pytest.raises(EditError, match=r"^file 'word word .*; pass the path of a \.txt"):
         Texts("word " * 2000).check()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "{path} contains no text; give texts on which the model should stay as it is."),
-        ("a.txt", b"caf\xe9", "{path} cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 3"),
-        ("a.json", b'["a",', "{path} cannot be read: Expecting value"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "{path}, line 3 cannot be read: Expecting ',' delimiter"),
+        ("a.txt", b"", "{path} contains no text; pass texts on which the model should not change."),
+        ("a.txt", b"caf\xe9", "{path} must be a UTF-8 text file: 'utf-8' codec can't decode byte 0xe9 in position 3"),
+        ("a.json", b'["a",', "{path} must be valid JSON: Expecting value"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "{path}, line 3 must be valid JSON: Expecting ',' delimiter"),
         ("a.jsonl", b'{"text": "a"}\n{"tekst": "b"}\n', '{path}, record 2: expected a string or a record with "text"'),
     ],
 )
@@ -143,7 +146,7 @@ def test_long_texts_are_split_without_loss(length):
 def test_texts_without_tokens_are_an_error():
     with pytest.raises(EditError) as error:
         Texts(["? !", "."]).tokenize(run_with(lambda texts, truncation: {"input_ids": [[] for _ in texts]}))
-    assert str(error.value) == "the tokenizer returns no token for any of the 2 texts; give other texts"
+    assert str(error.value) == "the tokenizer returns no token for any of the 2 texts; pass other texts."
 
 
 def test_padding_is_on_the_right():
@@ -169,7 +172,7 @@ def test_texts_with_a_scored_prompt_are_left_out_with_a_warning():
         "The capital of Spain is Madrid",
         "Well. The mayor of France's capital is Ann.",
     ]
-    with pytest.warns(UserWarning, match=re.escape("4 of 6 texts contain a prompt that the edits are scored")):
+    with pytest.warns(UserWarning, match=re.escape("4 of 6 texts contain an evaluation prompt of the edits")):
         assert Texts([kept[0], *held, kept[1]]).load([EDIT]) == kept
 
 
@@ -177,7 +180,9 @@ def test_texts_with_a_scored_prompt_are_left_out_with_a_warning():
 def test_texts_that_are_all_leaks_are_an_error():
     with pytest.raises(EditError) as error:
         Texts(["The capital of France is Paris."]).load([EDIT])
-    assert str(error.value) == "every text contains a prompt that the edits are scored on; give other texts."
+    assert str(error.value) == (
+        "every text contains an evaluation prompt of the edits, so no text is left; pass other texts."
+    )
 
 
 @pytest.mark.parametrize("edits", [[], [EDIT]])
@@ -187,7 +192,7 @@ def test_without_leaks_there_is_no_warning(edits):
 
 def test_case_and_white_space_do_not_hide_a_leak():
     texts = ["The sky is blue.", "FRANCE'S  capital: Paris"]
-    with pytest.warns(UserWarning, match="1 of 2 texts contain a prompt"):
+    with pytest.warns(UserWarning, match="1 of 2 texts contain an evaluation prompt"):
         assert Texts(texts).load([EDIT]) == texts[:1]
 
 
@@ -231,7 +236,7 @@ def test_a_source_becomes_texts():
     with pytest.raises(EditError) as error:
         Texts.of({"source": "keep.txt", "length": 8})
     assert str(error.value) == (
-        "Texts: unknown argument 'length'; it takes source, max_length, nearest, tokenizer, seed."
+        "Texts: unknown argument 'length'; use only source, max_length, nearest, tokenizer, seed."
     )
 
 

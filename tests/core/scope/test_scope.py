@@ -56,18 +56,18 @@ def test_binary_rounding_does_not_change_the_layer_of_a_fraction():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (24, "layers is out of range: the model has the layers 0 to 23, got 24."),
-        (-25, "layers is out of range: the model has the layers 0 to 23, got -25."),
-        ("20-30", "layers is out of range: the model has the layers 0 to 23, got '20-30'."),
+        (24, "layers must be from 0 to 23 (negative: counted from the end), got 24."),
+        (-25, "layers must be from 0 to 23 (negative: counted from the end), got -25."),
+        ("20-30", "layers must be from 0 to 23 (negative: counted from the end), got '20-30'."),
         (1.5, "a fraction in layers must be in [0, 1], got 1.5."),
         (-0.1, "a fraction in layers must be in [0, 1], got -0.1."),
         (float("nan"), "a fraction in layers must be in [0, 1], got nan."),
-        ("6-4", "the range '6-4' in layers ends before it starts; write '4-6'"),
-        ([], "layers must select a layer between 0 and 23, got []."),
-        (True, "layers must be indices, fractions or ranges, got True."),
-        ([None], "layers must be indices, fractions or ranges, got None."),
-        ([[1, 2]], "layers must be indices, fractions or ranges, got [1, 2]."),
-        (nn.Identity(), "layers must be indices, fractions or ranges, got Identity()."),
+        ("6-4", "a range in layers must start at its lower layer, got '6-4'; write '4-6'."),
+        ([], "layers must select at least one layer between 0 and 23, got []."),
+        (True, "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got True."),
+        ([None], "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got None."),
+        ([[1, 2]], "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got [1, 2]."),
+        (nn.Identity(), "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got Identity()."),
         *(
             (
                 text,
@@ -154,10 +154,10 @@ def test_in_a_model_with_adapters_only_adapters_are_selected(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(model, 1, "mlp.up_proj")
     assert str(error.value) == (
-        "all parameters that modules='mlp.up_proj' matches in layers=1 are frozen; unfreeze them or select other "
-        "modules (in a model with adapters, modules that have one)"
+        "modules='mlp.up_proj' in layers=1 matches only frozen parameters; unfreeze them, or select other modules "
+        "(in a model with PEFT adapters, modules that have an adapter)."
     )
-    with pytest.raises(EditError, match=r"modules='mlp.up_proj' matches in layers=1 are frozen"):
+    with pytest.raises(EditError, match=r"modules='mlp.up_proj' in layers=1 matches only frozen"):
         resolve_scope(model, 1, ["mlp.down_proj", "mlp.up_proj"])
 
 
@@ -165,14 +165,14 @@ def test_a_pattern_without_a_match_is_an_error_with_examples(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(tiny("llama"), None, ["mlp", "fc_out"])
     assert str(error.value) == (
-        "modules='fc_out' matches no parameter of LlamaForCausalLM; its parameters are, for example, "
+        "modules='fc_out' matches no parameter of LlamaForCausalLM; choose from these parameters: "
         "model.embed_tokens.weight, model.layers.*.self_attn.q_proj.weight, model.layers.*.self_attn.k_proj.weight, "
         "model.layers.*.self_attn.v_proj.weight, model.layers.*.self_attn.o_proj.weight, "
         "model.layers.*.mlp.gate_proj.weight, ..."
     )
     with pytest.raises(EditError, match=r"^modules='lm_head' matches no parameter in layers=1 of Llama"):
         resolve_scope(tiny("llama"), 1, "lm_head")
-    with pytest.raises(EditError, match=r"its parameters are, for example, weight$"):
+    with pytest.raises(EditError, match=r"choose from these parameters: weight$"):
         resolve_scope(nn.Linear(2, 2, bias=False), None, "nothing")
 
 
@@ -188,8 +188,8 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(plain, 0)
     assert str(error.value) == (
-        "Sequential has no stack of layers; leave out layers and select parameters by their full names, for example "
-        'modules="encoder.2.linear.*"'
+        "layers must be left out, because Sequential has no stack of layers; select parameters by their full names, "
+        'for example modules="encoder.2.linear.*"'
     )
     import transformers
 
@@ -197,8 +197,8 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(seq2seq, 0)
     assert str(error.value) == (
-        "T5ForConditionalGeneration has several stacks of layers (encoder.block, decoder.block); leave out layers and "
-        'select parameters by their full names, for example modules="encoder.block.*"'
+        "layers must be left out, because T5ForConditionalGeneration has several stacks of layers (encoder.block, "
+        'decoder.block); select parameters by their full names, for example modules="encoder.block.*"'
     )
     assert list(resolve_scope(seq2seq, None, "decoder.block.1.layer.2.DenseReluDense.wo"))
 

@@ -84,9 +84,9 @@ def test_reports_that_cannot_be_plotted_are_refused(
     bare = evaluate(*scripted_model(OLD), [Edit("Ann lives in", "Köln")], progress=False)
     for wrong_reports, message in (
         ({}, "reports is empty"),
-        (reports | {"alone": alone}, "some with the truth"),
+        (reports | {"alone": alone}, "some with the true answers"),
         (reports | {"bare": bare}, "different edits"),
-        ({"bare": bare}, "bare has no locality probes"),
+        ({"bare": bare}, "report 'bare' has no locality probes"),
     ):
         with pytest.raises(EditError, match=message):
             plots.reliability_locality(wrong_reports, tmp_path / "plane.png")
@@ -133,6 +133,6 @@ def test_a_section_is_inserted_into_a_model_card_or_replaced(tmp_path: Path) -> 
     with pytest.raises(EditError, match="once each"):
         card.insert_section(path, "third")
     path.write_text(card.BEGIN)
-    with pytest.raises(EditError, match="repair the file, or remove both"):
+    with pytest.raises(EditError, match="correct the comments, or remove all of them"):
         card.insert_section(path, "third")
     assert path.read_text() == card.BEGIN
