@@ -7,20 +7,22 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format bench compare recipes-check clean
+.PHONY: demo test test-all style lint format bench compare recipes-check clean
 
 demo: $(READY)  ## edit 24 facts in the embedded model and print a report
 	$(BIN)/lightning run recipes/quickstart.yaml
 
-test: lint  ## what continuous integration runs; under 10 minutes on 2 cores
+test: style  ## what continuous integration runs; under 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: lint  ## the same with the heavy repetitions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: $(READY)
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style  ## style and types; pyright takes more than a minute
 	$(BIN)/pyright
 
 format: $(READY)

@@ -20,7 +20,7 @@ example. Everything else in the package is internal and may change in any releas
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a docstring with its roles and double backticks as Markdown code."""
+    """Return the first line of a docstring, with Sphinx roles and double backticks converted to Markdown code."""
     line = text.partition("\n")[0]
     return re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", line).replace("``", "`")
 

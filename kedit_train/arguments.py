@@ -29,8 +29,9 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
     """Raise an :class:`EditError` for the first argument that breaks its rule.
 
     Args:
-        component: the instance that is being constructed, or a name. The class name or the name starts the error.
-        arguments: argument name -> (value, rule).
+        component: the instance that is being constructed, or a name. The error starts with the name of the instance's
+            class, or with the given name.
+        arguments: one keyword argument per checked argument: a pair of its value and its rule.
 
     Raises:
         EditError: for example ``StopWhenEdited: loss must be > 0, got -1.``
@@ -53,7 +54,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
 
     Args:
         kind: the dataclass.
-        values: argument name -> value.
+        values: a mapping from argument name to value.
 
     Raises:
         EditError: a key is not an argument of ``kind``.
@@ -69,17 +70,17 @@ def _is_number(value: Any) -> bool:
 
 
 def above(bound: float) -> Rule:
-    """Return a rule that accepts finite numbers above ``bound``."""
+    """Return a rule that accepts finite numbers greater than ``bound``."""
     return Rule(f"> {bound:g}", lambda value: _is_number(value) and value > bound)
 
 
 def at_least(bound: float) -> Rule:
-    """Return a rule that accepts finite numbers of at least ``bound``."""
+    """Return a rule that accepts finite numbers greater than or equal to ``bound``."""
     return Rule(f">= {bound:g}", lambda value: _is_number(value) and value >= bound)
 
 
 def integer_from(bound: int) -> Rule:
-    """Return a rule that accepts integers of at least ``bound``."""
+    """Return a rule that accepts integers greater than or equal to ``bound``."""
     return Rule(f"an integer >= {bound}", lambda value: _is_number(value) and int(value) == value and value >= bound)
 
 

@@ -20,11 +20,11 @@ _DAY = 86400
 def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file or a folder atomically: the ``with`` block writes to a temporary path, which is then renamed.
 
-    The temporary path is in a hidden folder next to ``path``. When the block ends, all data is flushed to disk and
-    renamed to ``path`` in one step. An existing file is replaced. Parent folders are created.
+    The temporary path is in a hidden folder next to ``path``. When the block ends, all data is flushed to disk, and the
+    temporary path is renamed to ``path`` in one step. An existing file is replaced. Parent folders are created.
 
-    After an error, nothing is left. If the process is killed, the hidden folder is left, with any temporary files that
-    safetensors made in it. The next writer of the same path removes this folder.
+    If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains,
+    with the temporary files of safetensors if there are any. The next call for the same path removes this folder.
 
     Args:
         path: a file, or a folder that does not exist yet. The block creates the file or the folder.
@@ -77,7 +77,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         kedit_train.errors.EditError: /dev/null/report.json cannot be written, because /dev/null is not a folder.
     """
     if os.path.isdir(path):
-        raise EditError(f"{path} cannot be written, because it is a folder.")
+        raise EditError(f"{path} cannot be written, because it is a folder; give the path of a file.")
     folder = Path(os.path.abspath(path)).parent
     # A broken link counts as existing, because no folder can be made in its place.
     while not os.path.lexists(folder) and folder != folder.parent:
@@ -85,7 +85,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not folder.is_dir():
         raise EditError(f"{path} cannot be written, because {folder} is not a folder.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise EditError(f"{path} cannot be written, because {folder} has no write permission.")
+        raise EditError(f"{path} cannot be written, because you have no permission to write to {folder}.")
 
 
 def unfinished_name(path: Path) -> Path:
@@ -94,10 +94,11 @@ def unfinished_name(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove hidden folders that killed writers left next to ``path``.
+    """Remove the hidden folders next to ``path`` whose process was killed.
 
-    A hidden folder is kept while the process that made it still runs on this host. Otherwise, a folder for the same
-    path from this host is removed at once. Any other folder is removed after a day without a change.
+    A hidden folder is kept while the process that made it still runs on this host. If the process has ended, the
+    hidden folder for ``path`` is removed at once. All other hidden folders, for other paths or from other hosts, are
+    removed when they have not changed for a day.
     """
     for other in path.parent.glob(".*.unfinished"):
         match = re.fullmatch(r"\.(.+)\.(\d+)\.unfinished", other.name)

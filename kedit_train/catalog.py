@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent
 def folder(kind: Kind) -> Path:
     """Return the folder of the packaged recipes or callback fragments.
 
+    A callback fragment is a YAML file that contains only callbacks, to be added to a recipe.
     In a wheel, the folder is inside the package. In a clone of the repository, the folder is next to the package.
     """
     wheel = PACKAGE / "_catalog" / kind

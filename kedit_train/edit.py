@@ -26,7 +26,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Edit:
-    """A fact to write into a model, with the questions that the edited model is scored on.
+    """A fact to write into a model, with the questions that test the edited model.
 
     Training uses only ``prompt`` and ``target``.
 
@@ -37,8 +37,9 @@ class Edit:
         old_target: the answer before the edit, either the true answer or the model's answer.
         aliases: other spellings of ``target`` that count as correct.
         rephrases: other wordings of ``prompt``, used to measure generality.
-        locality: name of a kind of question -> questions whose answers must not change.
-        portability: name of a kind of question -> questions whose answers follow from the new fact.
+        locality: questions whose answers must not change, as a dict from a kind of question to its questions.
+        portability: questions whose answers follow from the new fact, as a dict from a kind of question to its
+            questions.
         id: the identifier of the edit in messages and reports.
 
     Example:

@@ -30,7 +30,7 @@ _NO_AUGMENTATION = AugmentationOptions()
 class EditModule(LightningModule):
     """A causal language model that is fine-tuned with Adam at a constant learning rate.
 
-    The defaults follow LocFT-BF: Adam without weight decay, warm-up or schedule, in full precision. This module does
+    The defaults follow LocFT-BF: Adam in full precision, without weight decay, warm-up or a schedule. This module does
     plain fine-tuning. The callbacks of the ``Trainer`` turn the fine-tuning into an edit. In a LightningCLI project,
     ``--optimizer`` and ``--lr_scheduler`` replace Adam and the constant learning rate.
 
@@ -110,7 +110,7 @@ class EditModule(LightningModule):
         return self.model(**batch, use_cache=False)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Return the scalar loss of the model, which a callback may have replaced."""
+        """Return the scalar loss from the model's output. A callback can replace this loss."""
         loss = self(**batch).loss
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
@@ -151,8 +151,8 @@ class EditDataModule(LightningDataModule):
         append_eos: end every target with the end-of-text token, so that the edited model learns to stop.
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
             ("chat"), or framed as a question ("question"). Use the same format in ``EditMetrics``.
-        texts: a file of texts on which the model should not change. The file replaces ``texts: world`` in the callbacks
-            of a recipe (``python -m kedit_train fit``). A script passes texts directly to the callbacks instead.
+        texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
+            file replaces ``texts: world`` in the callbacks. In a script, pass the texts to the callbacks instead.
         augmentation: additional training examples: pseudo-paraphrases, replayed facts and previous edits. The examples
             are made once, before the first step, with torch's seed (``seed_everything``). Every process gets the same
             examples.
@@ -238,7 +238,7 @@ class EditDataModule(LightningDataModule):
         return strategy.broadcast(augment(self.edits))
 
     def train_dataloader(self) -> DataLoader[Encoded]:
-        """Return a data loader with batches of padded edits, which Lightning distributes over the processes."""
+        """Return a data loader of padded batches. Lightning distributes the batches over the processes."""
         examples: Any = self._encoded
         lengths = [len(example.input_ids) for example in self._encoded]
         # There are no worker processes, because the examples are already in memory and workers would only cost time.

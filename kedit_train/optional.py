@@ -10,11 +10,11 @@ from kedit_train.errors import EditError
 
 @contextmanager
 def require(package: str, *, extra: str | None = None) -> Iterator[None]:
-    """Turn a failed import inside the block into an error that says what to install.
+    """Context manager: turn a failed import in the ``with`` block into an error that says what to install.
 
     Args:
         package: the pip name of the package that the block imports.
-        extra: the extra of kedit-train that installs the package. None means that pip installs the package itself.
+        extra: the extra of kedit-train that the error names. If None, the error names the package itself.
 
     Raises:
         EditError: the package or one of its dependencies is not installed.

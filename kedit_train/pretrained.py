@@ -67,7 +67,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 def is_causal(model: Any) -> bool:
     """Return whether the logits of earlier positions stay the same when the last token changes.
 
-    The model is tested because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably say
+    This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably say
     whether the model is causal. For example, ``is_decoder`` is False for GPT-NeoX.
 
     Raises:

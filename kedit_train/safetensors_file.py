@@ -28,7 +28,8 @@ class Contents(NamedTuple):
 
     Args:
         tensors: name -> tensor on the CPU.
-        metadata: the JSON value that was saved with the tensors. None if the file has no metadata of this kind.
+        metadata: the JSON value that was saved with the tensors. None if the file has no metadata of the
+            requested kind.
     """
 
     tensors: dict[str, Tensor]
@@ -126,9 +127,10 @@ def load_tensors(
     Args:
         path: the path of the file.
         kind: the kind that the file was saved with.
-        memory_map: True maps the tensors, so that they take no memory until they are used. False copies them into
-            memory, so that the file may be deleted or changed afterwards.
-        allow_unsigned: True also reads safetensors files without metadata of this kind, which have no checksum.
+        memory_map: True memory-maps the tensors, so that they take no memory until they are used. False copies them
+            into memory, so that the file may be deleted or changed afterwards.
+        allow_unsigned: True also reads safetensors files without metadata of this kind. Such a file has no checksum to
+            verify.
 
     Raises:
         EditError: the file does not exist, is of another kind, is damaged, or was changed after it was written.

@@ -74,7 +74,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise EditError(
-                    f"{path} is not a safetensors file, or is cut short (its header is longer than the file)."
+                    f"{path} is not a safetensors file, or is cut short (its header is longer than the file); check "
+                    "the path, or get the file again."
                 )
             text = file.read(length)
     except (OSError, ValueError) as error:
@@ -85,19 +86,22 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
-            raise EditError("the metadata values must be strings")
+            raise EditError("a metadata value is not a string")
         spans = {name: _span(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EditError(f"{path} is not a valid safetensors file: {reason}") from error
+        raise EditError(f"{path} is not a valid safetensors file: {reason}; get the file again.") from error
     end = 8 + length
     for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):
         if span.start != end:
-            raise EditError(f"{path} is damaged: tensor {name!r} does not begin where the previous one ends.")
+            raise EditError(
+                f"{path} is damaged: tensor {name!r} does not begin where the previous tensor ends; get the file again."
+            )
         end = span.end
     if end != size:
         raise EditError(
-            f"{path} is cut short or damaged: the file has {size} bytes, but its header describes {end} bytes."
+            f"{path} is cut short or damaged: the file has {size} bytes, but its header describes {end} bytes; get the "
+            "file again."
         )
     return spans, metadata
 
@@ -118,7 +122,9 @@ def read_tensor(path: str | os.PathLike[str], span: Span, name: str) -> Tensor:
         EditError: torch does not have the dtype of the tensor.
     """
     if span.dtype is None:
-        raise EditError(f"{path}: tensor {name!r} has a dtype that torch does not support.")
+        raise EditError(
+            f"{path}: tensor {name!r} has a dtype that torch does not support; save the tensor in another dtype."
+        )
     buffer = bytearray(span.end - span.start)
     with open(path, "rb") as file:
         file.seek(span.start)
@@ -139,7 +145,7 @@ def _span(entry: Any, data_start: int) -> Span:
     if not is_shape(shape) or not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
         raise EditError("a tensor has an impossible shape or position")
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
-        raise EditError(f"{end - start} bytes do not fit a tensor of dtype {entry['dtype']} and shape {shape}")
+        raise EditError(f"{end - start} bytes are not the size of a tensor of dtype {entry['dtype']} and shape {shape}")
     return Span(dtype, tuple(shape), data_start + start, data_start + end)
 
 

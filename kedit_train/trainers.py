@@ -68,7 +68,7 @@ def _help(question: str) -> dict[str, str]:
 class EditSFTConfig(SFTConfig):
     """TRL's ``SFTConfig`` with one additional field per callback of this package.
 
-    The value of a field is the arguments of the callback. For example, ``parameter_scope: {layers: 0.7}`` adds
+    The value of a field contains the arguments of its callback. For example, ``parameter_scope: {layers: 0.7}`` adds
     ``ParameterScope(layers=0.7)``. On the command line, this field is ``--parameter_scope '{"layers": 0.7}'``. The
     value ``{}`` or ``true`` adds the callback with its defaults. A field that is not set adds no callback. ``edits`` is
     passed to all callbacks that need edits. ``TrlParser`` reads the configuration from YAML and the command line.
@@ -142,10 +142,11 @@ class EditSFTConfig(SFTConfig):
         super().__post_init__()
 
     def edit_callbacks(self, edits: Sequence[Edit] | None = None) -> list[EditCallback]:
-        """Return the callbacks that the fields describe.
+        """Create one callback for each callback field that is set.
 
         Args:
-            edits: the edits for callbacks that have an argument ``edits``. A value in a field takes precedence.
+            edits: the edits for callbacks that have an argument ``edits``. If a field contains ``edits``, its callback
+                uses that value instead.
         """
         shared = {"edits": edits, "prompt_format": self.prompt_format}
         callbacks = []
@@ -167,7 +168,7 @@ class EditSFTTrainer(SFTTrainer):
 
     An ``SFTTrainer`` with the same callbacks trains the same weights. If ``EditMetrics`` is among the callbacks, the
     model card that TRL writes (``README.md`` next to every saved model) gets a section on the edit. The section lists
-    the edited facts, the constraints, the scores, the cost and the papers.
+    the edited facts, the constraints, the scores, the run time and the papers.
 
     Args:
         model: a hub name, a folder or a model, as for ``SFTTrainer``.
@@ -229,8 +230,8 @@ class EditSFTTrainer(SFTTrainer):
             own = [callback for callback in all_callbacks if isinstance(callback, EditCallback)]
             if not own:
                 raise EditError(
-                    "at least one callback of kedit_train must be set, got none, which would be plain fine-tuning; set "
-                    f"at least one of {', '.join(CALLBACKS)} in args."
+                    "at least one callback of kedit_train must be set, got none (the run would be plain "
+                    f"fine-tuning); set at least one of {', '.join(CALLBACKS)} in args."
                 )
         for callback in own:
             if edits is not None and getattr(callback, "edits", edits) is None:

@@ -44,8 +44,9 @@ class AugmentationOptions:
         prefixes: number of pseudo-paraphrases per edit. Each consists of a short text that the unedited model
             generates, followed by the prompt.
         replay: prompts of other facts, to train with the answers of the unedited model. A ``.txt`` file with one prompt
-            per line, a file of edits (only its prompts are used), or "world" for the embedded prompts.
-        replay_limit: maximum number of facts to replay. Every seed draws other facts. None uses the number of edits.
+            per line, a file of edits (only its prompts are used), or "world" for the prompts of kedit-train.
+        replay_limit: maximum number of facts to replay. Different seeds draw different facts. None uses the number of
+            edits.
         previous_edits: a file of edits that the model has already learned. They are trained again, except those that
             :func:`augmentation` leaves out.
 
@@ -70,7 +71,8 @@ class Augmentation:
         per_edit: number of prefixes per edit, drawn with ``seed``.
         replay: examples of other facts, which are the same for all edits.
         seed: seed of the random draws.
-        leak_check: finds examples that must not be trained on. Made from all edits of the run.
+        leak_check: finds examples that must not be trained on, because they contain a scored prompt of any edit of the
+            run.
         summary: one line with the numbers of examples that were made and left out.
     """
 
@@ -118,10 +120,11 @@ def augmentation(
         prefixes: number of pseudo-paraphrases per edit. Each consists of a short text that the model generates,
             followed by the prompt.
         replay: prompts of other facts, to train with the answers of the model. A list of prompts, a ``.txt`` file with
-            one prompt per line, a file of edits (only its prompts are used), or "world" for the embedded prompts.
+            one prompt per line, a file of edits (only its prompts are used), or "world" for the prompts of kedit-train.
         replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
         previous_edits: edits that the model has already learned, or a file of them. They are trained again with their
-            own targets, except those about a subject or with a scored prompt of ``edits``.
+            own targets. A previous edit is left out if its prompt contains a subject or a prompt of ``edits``, or if it
+            contains a prompt that ``edits`` are scored on.
         seed: seed of all random draws.
         prompt_format: the prompt format of the training: "plain", "chat" or "question".
         batch_size: number of prompts per forward pass.
@@ -145,7 +148,10 @@ def augmentation(
     )
     with reported_by("augmentation"):
         if replay_limit is not None and replay is None:
-            raise EditError(f"replay_limit={replay_limit} needs prompts to replay, but replay is not set; set replay.")
+            raise EditError(
+                f"replay_limit={replay_limit} has no effect without replay; set replay to prompts of other facts, or "
+                "remove replay_limit."
+            )
         check, summary = LeakCheck(edits), []
         texts: list[str] = []
         if prefixes:
@@ -190,8 +196,8 @@ def _prefixes(
     ]
     if len(texts) < per_edit:
         raise EditError(
-            f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes contain no "
-            "text of the edits or of the evaluation; lower prefixes."
+            f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used, "
+            "because the others contain a text of the edits or of the evaluation; lower prefixes."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

@@ -21,17 +21,17 @@ OPENINGS = ("The", "In", "It", "When", "A", "We", "There", "This")
 def generate_prefixes(
     model: nn.Module, tokenizer: Any, n: int, lengths: Sequence[int] = (5, 10), seed: int = 0
 ) -> list[str]:
-    """Sample ``n`` different short texts from a model at temperature 1, starting with the begin-of-text token.
+    """Sample ``n`` different short texts from a model at temperature 1.
 
-    If the tokenizer has no begin-of-text token, the texts start with common words. Special tokens are not sampled. A
-    text without punctuation at its end gets a full stop. The same seed gives the same texts on the same device. The
-    global random state of torch is not used.
+    Generation starts from the begin-of-text token. If the tokenizer has no such token, the texts start with common
+    words. Special tokens are not sampled. A text without punctuation at its end gets a full stop. The same seed gives
+    the same texts on the same device. The global random state of torch is not used.
 
     Args:
         model: a causal language model.
         tokenizer: the tokenizer of the model.
         n: number of texts.
-        lengths: the lengths of the texts in tokens. Each length is used for the same number of texts.
+        lengths: the lengths of the texts in tokens. Each length is used for about the same number of texts.
         seed: seed of the samples.
 
     Raises:

@@ -59,10 +59,10 @@ def replay_facts(
     batch_size: int = 64,
     max_new_tokens: int = 32,
 ) -> ReplayedFacts:
-    """Make training examples from prompts of other facts and the model's own greedy answers.
+    """Make training examples from prompts about other facts and the model's own greedy answers.
 
-    Prompts that are about an edit or that an edit is scored on are left out
-    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`). Prompts that the model does not answer are left out too.
+    A prompt is left out if it is about an edit, or if it contains a prompt that an edit is scored on
+    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`). A prompt that the model does not answer is left out too.
 
     Args:
         model: the unedited model.
@@ -115,14 +115,14 @@ def replay_facts(
 
 
 def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Return the prompts that the argument ``replay`` of :func:`augmentation` names.
+    """Read the prompts to replay: the value of the argument ``replay`` of :func:`augmentation`.
 
     Args:
         source: a list of prompts, a ``.txt`` file with one prompt per line, a file of edits, or "world".
         edits: the edits of the run. With "world", prompts about facts that depend on these edits are left out.
 
     Raises:
-        EditError: the file does not exist, or is of an unknown kind.
+        EditError: the file does not exist, or its name has an unknown ending.
 
     Example:
         >>> read_prompts(["The capital of France is"], [])

@@ -15,14 +15,14 @@ from kedit_train.core.tokens.active_examples import ActiveExamples
 class ActiveSet(EditCallback):
     """Save time by leaving learned edits out of the training batches.
 
-    A token has no gradient once its loss is within the clip (``epsilon``) of the token loss. An edit with only such
-    tokens costs a forward and a backward pass and does not change the weights. ``ActiveSet`` removes such edits from
-    the batch inside the model's forward call, so it works with any data loader. Means over the batch still count the
-    removed edits, so the gradient of the remaining edits does not change. Logged losses, and the entropy and token
-    accuracy of TRL, include the values of the removed edits at their last forward pass.
+    The token loss has a clip: a token whose loss is at most ``epsilon`` has no gradient. An edit with only such tokens
+    costs a forward and a backward pass and does not change the weights. ``ActiveSet`` removes such edits from the batch
+    inside the model's forward call, so it works with any data loader. Means over the batch still count the removed
+    edits, so the gradient of the remaining edits does not change. Logged losses, and the entropy and token accuracy of
+    TRL, include the removed edits with the values from their last forward pass.
 
-    The model runs on a learned edit again after the edit was left out ``recheck`` times. Only then does ``ActiveSet``
-    notice whether training on other edits has undone the edit.
+    After an edit was left out ``recheck`` times, the model runs on it again. Only then can ``ActiveSet`` notice that
+    training on other edits has undone the edit.
 
     ``ActiveSet`` leaves nothing out of a batch with only one example. From a packed batch, it leaves out only rows that
     are the same in every epoch.

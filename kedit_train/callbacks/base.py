@@ -24,8 +24,8 @@ class EditCallback(TransformersEvents, LightningEvents):
         order: position among the callbacks of a run. Callbacks with a lower value come first.
         constrains: whether :meth:`constrain` must be called after every optimizer step.
         penalizes: whether :meth:`penalty` returns a penalty.
-        anchors: whether the callback adds a comparison with the reference model to the training loss, inside the
-            forward pass of the trained model.
+        anchors: whether the callback compares the trained model with the reference model (the model before the edit)
+            in the training loss, inside the forward pass of the trained model.
         duplicate_hint: what to do instead of adding two callbacks of this class to one model. The error message ends
             with it. None allows several callbacks of this class.
 
@@ -59,24 +59,30 @@ class EditCallback(TransformersEvents, LightningEvents):
         return set()
 
     def requires(self) -> Sequence[Requirement]:
-        """Return what other callbacks of the run must provide. Checked before the first callback attaches."""
+        """Return the metrics and capabilities that other callbacks of the run must provide.
+
+        They are checked before the first callback attaches.
+        """
         return ()
 
     def conflicts(self) -> Sequence[Requirement]:
-        """Return what no other callback of the run may provide. Checked before the first callback attaches."""
+        """Return the metrics and capabilities that no other callback of the run may provide.
+
+        They are checked before the first callback attaches.
+        """
         return ()
 
     def prepare(self, run: EditRun) -> None:
         """Check the arguments and select the parameters that may change.
 
-        The optimizer does not exist yet, and other callbacks may not have joined the run yet.
+        At this time, there is no optimizer yet, and some callbacks may still be missing from the run.
         """
 
     def attach(self, run: EditRun) -> None:
-        """Start to work on the model. All callbacks are prepared, and the model is on its device.
+        """Connect this callback to the model. At this time, all callbacks are prepared.
 
-        In a resumed run, the model may already contain edited weights. Inside ``with run.reference_model():``, it has
-        the weights before the edit.
+        The model is on its device. In a resumed run, it may already contain edited weights. Inside
+        ``with run.reference_model():``, the model has the weights before the edit.
         """
 
     # -- around every optimizer step
@@ -95,19 +101,19 @@ class EditCallback(TransformersEvents, LightningEvents):
         return type(self).skip_step is not EditCallback.skip_step
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the constrained values of the weights in the scope after an optimizer step.
+        """Return the constrained values of the weights in the scope (the parameters that may change).
 
         Called without gradients after every optimizer step if ``constrains`` is True. The callbacks are called in
         ascending ``order``: weight anchor, low curvature, null space, norm ball, gradient mask. The mask comes last, so
         that frozen entries keep their exact values.
 
         Args:
-            weights: name -> weight after the step and after the constraints of earlier callbacks. Do not modify these
-                tensors in place.
-            reference: name -> weight before the edit.
+            weights: a dict from parameter name to the weight after the step and after the constraints of earlier
+                callbacks. Do not modify these tensors in place.
+            reference: a mapping from parameter name to the weight before the edit.
 
         Returns:
-            name -> weight. A changed weight is a new tensor of the same dtype.
+            A dict from parameter name to weight. A changed weight is a new tensor of the same dtype.
         """
         return weights
 

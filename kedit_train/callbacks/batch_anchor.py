@@ -16,10 +16,11 @@ from kedit_train.functional.divergence import Direction
 
 
 class BatchAnchor(EditCallback):
-    """Add the divergence from the model before the edit to the loss of every supervised token.
+    """Penalize changed predictions on the training tokens, compared with the model before the edit.
 
-    The loss of a token becomes ``loss + weight * divergence``. It is averaged over tokens in the same way as the
-    original loss. The logged loss includes the divergence. ``BatchAnchor`` needs no texts besides the training data.
+    The loss of a token with a label becomes ``loss + weight * divergence``. It is averaged over tokens in the same way
+    as the original loss. The logged loss includes the divergence. ``BatchAnchor`` needs only the training data, and no
+    other texts.
 
     When an example occurs for the first time, an additional forward pass with the weights before the edit computes its
     reference hidden states. The hidden states are stored, so later epochs need no additional forward pass. A packed row
@@ -30,8 +31,9 @@ class BatchAnchor(EditCallback):
         weight: factor of the divergence in the loss of a token.
         direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),
             "reverse" is KL(now || before), "jsd" is the Jensen-Shannon divergence.
-        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. Only hidden states
-            that exceed ``memory_limit`` of the cache are written to the directory. None keeps all of them in memory.
+        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. The directory
+            receives only the hidden states that do not fit into ``memory_limit`` of the cache. None keeps all hidden
+            states in memory.
 
     Raises:
         EditError: an argument is out of bounds, the trainer computes its loss in a way that cannot be extended, or
@@ -81,7 +83,7 @@ class BatchAnchor(EditCallback):
         run.causal_model()
         reason = run.host.loss_unsupported_reason()
         if reason:
-            raise EditError(f"a divergence cannot be added to the loss of this {run.host.name} run: {reason}.")
+            raise EditError(f"the loss of this {run.host.name} run cannot be extended by a divergence: {reason}.")
 
     def attach(self, run: EditRun) -> None:
         self._term = AnchorTerm(run, weight=self.weight, direction=self.direction, cache=self.cache)

@@ -35,10 +35,11 @@ class EditMetrics(EditCallback):
     ``every_n_steps`` optimizer steps.
 
     The progress bar and the loggers receive the scores ``edit/reliability``, ``edit/generality``, ``edit/portability``
-    and ``edit/locality``, each also under teacher forcing. They also receive the scores of the best step so far
-    (``edit/best/*``). The best step has the highest reliability. If several steps have the same reliability, the
-    highest locality decides, then the earliest step. ``edit/metrics/seconds`` is the time spent on evaluations.
-    ``edit/metrics/share_of_time`` is the fraction of the training time spent on evaluations during training.
+    and ``edit/locality``. Each score is also logged under teacher forcing. The scores of the best step so far are
+    logged as ``edit/best/*``. The best step has the highest reliability. If several steps have the same reliability,
+    the step with the highest locality is the best, and then the earliest step. ``edit/metrics/seconds`` is the total
+    time of all evaluations. ``edit/metrics/share_of_time`` is the time of the evaluations during training, divided by
+    the training time.
 
     After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
     (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
@@ -52,17 +53,17 @@ class EditMetrics(EditCallback):
         edits: an ``EditDataset``, a sequence of ``Edit``, or a path or name that ``EditDataset.load`` reads. None takes
             the edits of the training loop: ``.edits`` of Lightning's data module, or ``edits=`` of ``editing``.
         every_n_steps: number of optimizer steps between two evaluations. 0 evaluates before and after training only.
-        stop_at: end training when an evaluation measures at least this reliability, in (0, 1]. None never ends
-            training.
+        stop_at: end training when an evaluation measures at least this reliability, in (0, 1]. With None, the
+            evaluations never end training.
         limit: maximum number of edits per evaluation during training. The edits are a fixed random sample. None takes
             all edits.
         report_path: file for the final report: Markdown if the path ends in ``.md``, otherwise JSON. None writes no
             file.
         show: whether to print the final report as a table.
         max_fraction_of_time: skip an evaluation during training if evaluations have taken more than this fraction of
-            the training time so far, in (0, 1). The first evaluation, the last evaluation and those of the trainer are
-            never skipped. None skips no evaluation. With a value, the evaluated steps depend on the speed of the
-            machine.
+            the training time so far, in (0, 1). The evaluations before and after training, and the trainer's own
+            evaluations, are never skipped. None skips no evaluation. With a value, the speed of the machine decides
+            which steps are evaluated.
         evaluation: what to measure and how to prompt the model, as
             :class:`~kedit_train.evaluation.options.EvaluationOptions` or a mapping of its fields. None uses the
             defaults.
@@ -145,7 +146,7 @@ class EditMetrics(EditCallback):
             )
         self._edits: Sequence[Edit] = EditDataset.load(edits) if isinstance(edits, str | Path) else edits
         if len(self._edits) == 0:
-            raise EditError("edits must not be empty.")
+            raise EditError("edits must not be empty; pass at least one edit.")
         run.edits, self.best = self._edits, {}
         if self.report_path is not None and run.host.is_main:
             check_writable(self.report_path)

@@ -35,31 +35,34 @@ def _all_above_zero(values: Any) -> bool:
 
 
 class ForgetFirst(EditCallback):
-    """Before the first step, subtract the weight change that training on the old answers causes.
+    """Make the model forget the old answers first: subtract the weight change of a training on them.
 
-    F-Learning computes ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the weights in the scope.
-    ``FT(theta, old)`` are the weights after training on the old answers. The run then learns the new answers from
-    ``theta'``. The coefficients are tried in ascending order until the mean probability of the old answers is at most
-    ``max_probability``. The search also ends when a coefficient raises the perplexity on ``texts`` to more than
-    ``max_perplexity_ratio`` times its original value. That coefficient is not used. A warning is issued if the old
-    answers are not forgotten.
+    Before the first step, F-Learning computes ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the
+    weights in the scope (the parameters that may change). ``FT(theta, old)`` are the weights after training on the old
+    answers. The run then learns the new answers, starting from ``theta'``. The coefficients are tried in ascending
+    order until the mean probability of the old answers is at most ``max_probability``. The search also ends when a
+    coefficient raises the perplexity on ``texts`` to more than ``max_perplexity_ratio`` times its original value. That
+    coefficient is not used. A warning is issued if the old answers are not forgotten.
 
-    An old answer is subtracted only if the model gives it by itself. The old answer of an edit is its ``old_target``.
-    If the data has no ``old_target``, the old answer is the answer that the model generates, unless that is the new
-    answer.
+    An old answer is subtracted only if the model generates it before the edit. The old answer of an edit is its
+    ``old_target``. If an edit has no ``old_target``, the old answer is the answer that the model generates, unless that
+    is the new answer.
 
     The model before forgetting remains the reference for the drift metrics, ``SaveDelta``, the first evaluation of
-    ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints also apply to the subtraction, so a ball with a small
-    radius removes most of it. With a learning rate of 0, the run only forgets. A resumed run does not forget again.
+    ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints also apply to the subtraction, so a ``NormBall`` with
+    a small radius removes most of it. With a learning rate of 0, the run only forgets. A resumed run does not forget
+    again.
 
     Args:
         texts: texts on which the model should not change, to measure the perplexity: a source of texts or a
-            :class:`Texts`. Other facts with the wording of the edits reveal damage much earlier than prose does.
+            :class:`Texts`. Prefer sentences about other facts, worded like the edits: they show damage much earlier
+            than prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
-        scale: what a coefficient is a fraction of. "base" is the norm of the weights in the scope, so that the
-            subtracted amount does not depend on the training on the old answers. "trained" is the trained difference,
-            as in the paper.
+        scale: what the coefficient multiplies. With "base", the norm of the subtracted change is the coefficient times
+            the norm of the weights that the training on the old answers changed, so it does not depend on the length of
+            that training. With "trained", the subtracted change is the coefficient times the trained difference, as in
+            the paper.
         max_probability: the old answers count as forgotten at this mean probability or below, in (0, 1).
         max_perplexity_ratio: maximum ratio of the perplexity on ``texts`` after the subtraction to the perplexity
             before it, >= 1.
@@ -144,7 +147,7 @@ class ForgetFirst(EditCallback):
             # The checkpoint's weights are without the old answers already; load_state restores the measurements.
             return
         if not run.reference:
-            raise EditError("there is no scope to subtract from; add ParameterScope.")
+            raise EditError("the run has no scope (parameters that may change) to subtract from; add ParameterScope.")
         if any(isinstance(p, DTensor) for p in run.scope.values()):
             raise EditError(
                 "sharded weights cannot be trained on the old answers; first forget in a single process "
@@ -187,7 +190,10 @@ class ForgetFirst(EditCallback):
         options: dict[str, Any] = {"batch_size": self.training.batch_size, "prompt_format": self.prompt_format}
         old, _ = find_old_answers(run.model, tokenizer, edits, max_new_tokens=self.training.max_new_tokens, **options)
         if not old:
-            warn(f"the model gives none of the {len(edits)} old answers, so nothing was subtracted.")
+            warn(
+                f"the model gives none of the {len(edits)} old answers, so nothing was subtracted; if this is "
+                "unexpected, compare old_target with the answers of the model."
+            )
             return f"subtracted nothing, because the model gives none of the {len(edits)} old answers"
 
         def measure(coefficient: float, factor: float) -> Measurement:

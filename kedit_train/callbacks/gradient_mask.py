@@ -28,6 +28,8 @@ _DEFAULTS = ("gradient", 0.3, "element")
 class GradientMask(EditCallback):
     """Train a fixed fraction of the entries of every tensor in the scope, and keep all other entries bit for bit.
 
+    The scope contains the parameters that the run may change (see :class:`ParameterScope`).
+
     The entries with the highest scores are chosen once, before the first step. After every optimizer step, all other
     entries are reset to their values before the edit. Otherwise momentum, weight decay or existing optimizer state
     would move them even with a gradient of zero. Their gradients are set to zero as well, so that gradient clipping
@@ -44,10 +46,10 @@ class GradientMask(EditCallback):
             edits need the entry and the texts do not. "magnitude" is the absolute value of the weight. "random" is a
             random number. "magnitude" and "random" work with any module; the other scores need a causal language model.
         density: fraction of the entries that may change, in (0, 1].
-        granularity: the unit that is trained or frozen as a whole. "element": single entries. "row": output neurons
-            with their bias; a row of an embedding is a token. "column": input neurons; the biases of matrices are
-            frozen. The score of a neuron is the mean over its entries. In other vectors, such as the weights of a norm
-            layer, each entry counts as a neuron.
+        granularity: the unit that is trained or frozen as a whole. "element" selects single entries. "row" selects
+            output neurons with their bias; a row of an embedding is a token. "column" selects input neurons, and the
+            biases of matrices are frozen. The score of a neuron is the mean over its entries. In vectors that are not
+            the bias of a matrix, such as the weights of a norm layer, each entry counts as a neuron.
         edits: a path or a sequence of edits. Only the prompts and targets are used. None takes the edits of
             ``EditMetrics`` or of the training loop.
         texts: for "fisher_ratio": a source of texts or a :class:`Texts`. Texts that contain an evaluation prompt of the
@@ -111,16 +113,16 @@ class GradientMask(EditCallback):
         self.texts = None if texts is None else Texts.of(texts)
         self.mask_path, self.save_path = mask_path, save_path
         if (texts is None) == (self.score.name == "fisher_ratio"):
-            rule = "texts must be given" if texts is None else "texts must be None"
+            rule = "must be given" if texts is None else "must be None"
             raise EditError(
-                f"{rule} if score={self.score.name!r}, because only score='fisher_ratio' uses texts.",
+                f"texts {rule} if score={self.score.name!r}; give both texts and score='fisher_ratio', or neither.",
                 component="GradientMask",
             )
         chosen = (score, density, granularity) != _DEFAULTS or edits is not None or save_path is not None
         if mask_path is not None and chosen:
             raise EditError(
-                "mask_path must not be combined with other arguments; remove score, density, granularity, edits and "
-                "save_path.",
+                "mask_path must not be combined with other arguments, because the file contains the finished mask; "
+                "remove score, density, granularity, edits and save_path.",
                 component="GradientMask",
             )
         # Name -> True where the entry keeps its value.

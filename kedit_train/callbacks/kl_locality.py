@@ -34,8 +34,8 @@ class KLLocality(EditCallback):
 
     ``weight`` times the mean divergence over all tokens of the texts is added to the training loss. With
     ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the locality
-    term of ROME. No second model is kept in memory. The hidden states that enter the output head are computed once
-    before training, and projected to logits when they are needed.
+    term of ROME. No second model is kept in memory. Before training, the model computes the hidden states that enter
+    its output head, and stores them. Each step projects the stored hidden states of its texts to logits.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
     prompt of the edits are left out, with a warning. With :class:`PrefixCache`, the penalty differs only by rounding,
@@ -44,13 +44,14 @@ class KLLocality(EditCallback):
     For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. All
     runs then use the model before the first run as reference. Previous edits take up to half of each batch, so that
     they are not lost. Without ``sequential=True``, the reference of each run is the model after the previous run, so
-    unwanted changes of earlier runs are preserved. A :class:`NormBall` around the original weights limits changes that
-    no text covers; see ``recipes/one_by_one.py``.
+    unwanted changes of earlier runs are preserved. The penalty cannot see changes that none of the texts shows. To
+    limit such changes, add a :class:`NormBall` around the original weights, as ``recipes/one_by_one.py`` does.
 
     Args:
         texts: a source of texts (a list of strings, a path, a dataset, or "world" for the embedded texts) or a
-            :class:`Texts`. ``Texts`` also sets ``max_length``, ``nearest``, ``tokenizer`` and the ``seed`` of the
-            draws. Use ``nearest`` only in a run with few edits.
+            :class:`Texts`. ``Texts`` also sets ``max_length``, ``tokenizer``, the ``seed`` of the draws and
+            ``nearest``, which selects the texts most similar to each edit. Use ``nearest`` only in a run with few
+            edits.
         weight: factor of the mean divergence in the training loss. The default is large, because the divergence is a
             mean over all tokens and an edit changes only few of them.
         direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),
@@ -59,8 +60,8 @@ class KLLocality(EditCallback):
             as one training example.
         teacher: a second model (a name, a path, a module or a :class:`Teacher`). The penalty then keeps the predictions
             of the teacher instead of those of the model before the edit.
-        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. None keeps all
-            hidden states in memory for this run.
+        cache: where to keep the hidden states of the reference model: a directory or a :class:`ReferenceCache`. None
+            keeps all hidden states in memory for this run.
         sequential: whether consecutive runs of this instance on one model use the reference of the first run.
 
     Raises:
@@ -112,14 +113,14 @@ class KLLocality(EditCallback):
         if not sequential:
             return
         if self.teacher is not None:
-            reason = "the model before the first run, so teacher must be None"
+            reason = "teacher=, because the reference of all runs is the model before the first run; remove teacher="
         elif self.texts.nearest is not None:
-            reason = "the texts of the first run, so Texts(nearest=) must be None, as nearest selects texts for one run"
+            reason = "Texts(nearest=), which selects texts for the edits of one run only; remove nearest="
         elif batch_size < 2:
-            reason = f"texts and previous edits in one batch, so batch_size must be >= 2, got {batch_size}"
+            reason = f"batch_size={batch_size}, because a batch contains texts and edits; use batch_size=2 or more"
         else:
             return
-        raise EditError(f"sequential=True keeps {reason}.", component="KLLocality")
+        raise EditError(f"sequential=True cannot be combined with {reason}.", component="KLLocality")
 
     def provides(self) -> set[str]:
         return {"edit/locality/kl"}
@@ -141,8 +142,9 @@ class KLLocality(EditCallback):
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
-                "the output head must not change with sequential=True, because hidden states are stored over several "
-                "runs; leave the head (and embeddings that are tied to the head) out of the scope."
+                "with sequential=True, the output head must not be trained, because it must give the same logits for "
+                "the stored hidden states in every run; leave the head (and embeddings that are tied to the head) out "
+                "of the scope."
             )
         if batches is None:
             self._batches = ReferenceBatches(
@@ -185,8 +187,8 @@ class KLLocality(EditCallback):
 
         Args:
             hidden: hidden states [N, hidden] of the model that is trained.
-            reference: hidden states [N, hidden] of the reference model, or log probabilities [N, k + 1] and ids [N, k]
-                of a teacher.
+            reference: hidden states [N, hidden] of the reference model. With a teacher: log probabilities [N, k + 1]
+                of its k most probable tokens and of all other tokens together, and the ids [N, k] of these k tokens.
         """
         logits = self._head.project(hidden)
         if self.teacher is not None:

@@ -29,25 +29,27 @@ _SAFETENSORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(v
 
 
 class LowCurvature(EditCallback):
-    """Remove directions of high curvature on given texts from the change of each weight.
+    """Project the change of each weight so that it avoids directions of high curvature on given texts.
 
     This is the constraint of CrispEdit. ``vec(D)ᵀ G vec(D)`` estimates how much a change D of a weight harms general
     ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. It is approximated as a Kronecker
-    product of two K-FAC factors per weight. After every optimizer step, the eigenvectors with the fraction ``energy``
-    of the trace of G are removed from ``D = W - W0``. This leaves more freedom than ``NullSpace``, which removes whole
-    input directions. ``LowCurvature`` removes pairs of an input and an output direction.
+    product of two K-FAC factors per weight. After every optimizer step, the top eigenvectors of G are removed from the
+    change ``D = W - W0``. Their eigenvalues add up to at least the fraction ``energy`` of the trace of G.
+    ``LowCurvature`` leaves more freedom than ``NullSpace``. ``NullSpace`` removes whole input directions, and
+    ``LowCurvature`` removes pairs of an input and an output direction.
 
     Two details differ from the published code. First, the change is projected after the step in addition to the
     gradient before the step, because under Adam a projected gradient alone does not keep the change in the subspace.
     Second, labels are sampled from the model, so that G is the true Gauss-Newton matrix. The projection is computed in
     fp32.
 
-    The constraint is exact up to the rounding of the stored weights. In fp32, the fraction of the change in removed
-    directions (``edit/drift/low_curvature_leak``) is below 1e-5 for edits of ordinary size. ``ParameterScope`` trains
-    bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to 1/256 of each weight.
+    The constraint is exact up to the rounding of the stored weights. ``edit/drift/low_curvature_leak`` is the fraction
+    of the change that still lies in removed directions. In fp32, it is below 1e-5 for edits of ordinary size.
+    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to
+    1/256 of each weight.
 
-    The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. Together with any of these
-    callbacks except an L2 ball, the constraint is only approximate.
+    The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. If one of these callbacks is
+    used, the constraint is only approximate. ``NormBall(norm="l2")`` is the exception.
 
     Args:
         texts: general texts: a source of texts or a :class:`Texts`. The ``seed`` of ``Texts`` also seeds the sampled
@@ -137,7 +139,9 @@ class LowCurvature(EditCallback):
         self._model = weakref.ref(run.model)
         factors = self._accumulated or self._factors_of_texts(run, layers)
         if factors.inputs.keys() != layers.keys():
-            raise EditError("sequential=True needs the same scope in every run; use a new callback for this scope.")
+            raise EditError(
+                "sequential=True needs the same scope in every run; create a new LowCurvature for the new scope."
+            )
         if self.sequential:
             self._accumulated = factors
         curvatures = {
@@ -212,7 +216,10 @@ class LowCurvature(EditCallback):
                 f"no gradient reaches {name} on the texts ({error}); remove this weight from the scope."
             ) from error
         if curvature.free <= 0.0:
-            raise EditError(f"energy={self.energy} leaves no direction of {name} free to move; use a lower energy.")
+            raise EditError(
+                f"energy={self.energy} removes every direction of {name}, so the weight could not move; use a lower "
+                "energy."
+            )
         on_device = [t.to(weight.device) for t in (curvature.left, curvature.right, curvature.high)]
         left, right, high = broadcast_from_first(on_device)
         return curvature._replace(left=left, right=right, high=high)

@@ -28,10 +28,11 @@ class NormBall(EditCallback):
     has a spacing of 4.9e-4 around 0.1. A warning reports the fraction of such weights. Load the model in fp32 in this
     case.
 
-    The ball is applied after ``WeightAnchor``, ``LowCurvature`` and ``NullSpace``, and before ``GradientMask``. An L2
-    ball scales the whole change, so the result of a projection stays in its subspace up to rounding. An L-infinity ball
-    clips each entry, so the result stays in the subspace only approximately. ``edit/drift/null_space_leak`` reports the
-    error. ``GradientMask`` only sets changes to zero, so the bound stays exact.
+    The ball is applied after ``WeightAnchor``, ``LowCurvature`` and ``NullSpace``, and before ``GradientMask``.
+    ``LowCurvature`` and ``NullSpace`` project the change of a weight into a subspace. An L2 ball scales the whole
+    change, so the change stays in this subspace up to rounding. An L-infinity ball clips each entry, so the change
+    stays in the subspace only approximately. ``edit/drift/null_space_leak`` reports the error for ``NullSpace``.
+    ``GradientMask`` only sets changes to zero, so the bound of the ball stays exact.
 
     Args:
         radius: maximum distance, in the units of the weights, > 0. None (default) sets the radius by ``fraction``.
@@ -214,8 +215,8 @@ class NormBall(EditCallback):
         if outside:
             other_scope = " or with a different scope" if self.per == "scope" and self.norm == "l2" else ""
             raise EditError(
-                f"{outside[0]} is outside the ball around the anchor weights at the start of this run, so the model "
-                f"was changed without this callback{other_scope}; create a new NormBall, or use anchor='previous'."
+                f"{outside[0]} is outside the ball at the start of this run, because the model was changed without "
+                f"this callback{other_scope}; create a new NormBall, or use anchor='previous'."
             )
 
     def __repr__(self) -> str:

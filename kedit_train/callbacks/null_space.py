@@ -39,16 +39,16 @@ class NullSpace(EditCallback):
     """Project the change of each weight so that it has no effect on the layer inputs of given texts.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
-    once. For each weight in the scope, this gives the directions U with most of the energy of the layer inputs. After
-    each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``. So the output of the layer does not
-    change for inputs in the span of U. The whole change is projected, because under Adam a projected gradient alone
-    does not keep the change in the subspace. Gradients are projected as well, so that Adam's statistics contain only
-    directions that may move.
+    once. For each weight in the scope, the columns of U are the directions that contain most of the energy of the layer
+    inputs. After each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``. So the output of the layer
+    does not change for inputs in the span of U. The whole change is projected, because under Adam a projected gradient
+    alone does not keep the change in the subspace. Gradients are projected as well, so that Adam's statistics contain
+    only directions that may move.
 
-    ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. In fp32, the fraction of the change in
-    preserved directions (``edit/drift/null_space_leak``) is below 1e-5 for edits of ordinary size. ``ParameterScope``
-    trains bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to 1/256 of each
-    weight, which can be large relative to a small change.
+    ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. ``edit/drift/null_space_leak`` is the fraction
+    of the change that still lies in preserved directions. In fp32, it is below 1e-5 for edits of ordinary size.
+    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to
+    1/256 of each weight, which can be large relative to a small change.
 
     For LoRA layers, only the A factor is projected, so that ``B A U = 0``. The B factor is free. A is also projected
     before the first step. This does not change the model, because B is zero at that time. If only one factor is in the
@@ -65,7 +65,7 @@ class NullSpace(EditCallback):
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         rank: number of directions to preserve per weight. None (default) uses ``energy``.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
-            addition to ``texts``. ``energy`` and ``rank`` apply to ``preserve`` separately.
+            addition to ``texts``. ``energy`` and ``rank`` apply to ``texts`` and to ``preserve`` separately.
         sequential: whether to preserve the edits of each run in the next runs of this instance on the same model. A
             later edit with the same prompt replaces the earlier edit.
         limit: maximum number of texts to read. None (default) reads all texts.

@@ -28,9 +28,10 @@ class ParameterScope(EditCallback):
         layers: the layers to train: an index (``5``, ``-1``), a fraction of the depth (``0.7``), an inclusive range
             (``"4-6"``, ``"0.5-0.75"``) or several of these (``[2, "4-6"]``, ``"2,4-6"``). None selects all layers and
             the embeddings.
-        modules: the modules to train: one pattern or several. Consecutive parts of a parameter name must match the
-            pattern part by part: ``"mlp.down_proj"``, ``"self_attn.*_proj"``, ``"mlp"``. A pattern for a module
-            includes its bias; ``"mlp.down_proj.weight"`` does not. None selects all modules of the layers.
+        modules: the modules to train: one pattern or several, for example ``"mlp.down_proj"``,
+            ``"self_attn.*_proj"`` or ``"mlp"``. Dots divide patterns and parameter names into parts. A pattern matches
+            a name that contains its parts in a row. A pattern for a module includes its bias;
+            ``"mlp.down_proj.weight"`` does not. None selects all modules of the layers.
         full_precision: whether to train bf16 and fp16 parameters in fp32 and round them when training ends. In half
             precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during training
             contain these parameters in fp32.

@@ -20,12 +20,12 @@ from kedit_train.errors import EditError, warn
 class PrefixCache(EditCallback):
     """Store the hidden states that enter the first trained layer, and skip the frozen layers below it.
 
-    The layers below the scope compute the same hidden states for a token sequence in every epoch. ``PrefixCache``
-    stores these hidden states without padding, under the token ids and the position of the first token. They can
-    therefore be used in shuffled batches, with other padding, in accumulated micro-batches and for the texts of
-    ``KLLocality``. From the second epoch on, training is faster. If every epoch has the same batches, losses and
-    weights are the same bit for bit as without the cache. In shuffled batches, they differ by rounding, because the
-    padding differs. Evaluation and generation do not use the cache.
+    The frozen layers below the scope (the parameters that the run may change) compute the same hidden states for a
+    token sequence in every epoch. ``PrefixCache`` stores these hidden states without padding, under the token ids and
+    the position of the first token. They can therefore be used in shuffled batches, with other padding, in accumulated
+    micro-batches and for the texts of ``KLLocality``. From the second epoch on, training is faster. If every epoch has
+    the same batches, losses and weights are the same bit for bit as without the cache. If batches are shuffled, losses
+    and weights differ by rounding, because the padding differs. Evaluation and generation do not use the cache.
 
     To find these layers, ``PrefixCache`` observes one forward pass of the model. Before training, it checks that the
     logits with the cache and without it are the same bit for bit.

@@ -41,14 +41,15 @@ class SaveDelta(EditCallback):
     one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is kept for the
     comparison.
 
-    The file also contains the scores of the last evaluation of ``EditMetrics``, which evaluates the final model.
+    The file also contains the scores of the last evaluation of ``EditMetrics``. This evaluation measures the final
+    model, also with ``at="best"``.
 
     Args:
         path: path of the file, which must end in ``.safetensors``. Missing folders are created. An existing file is
             replaced.
         at: "end" saves the weights of the last step. "best" saves the weights of the step with the highest
-            ``edit/reliability`` (then the highest ``edit/locality``, then the earliest step) that
-            ``EditMetrics(every_n_steps=...)`` measured during training.
+            ``edit/reliability`` that ``EditMetrics(every_n_steps=...)`` measured during training. Among equal steps,
+            the highest ``edit/locality`` decides, then the earliest step.
         edits: an ``EditDataset`` or a path. The file contains the hash and the number of these edits. None takes the
             edits of ``EditMetrics`` or of the training loop, if any.
         license: license of the base model, to write into the file. None takes the license from the model card in the

@@ -30,8 +30,8 @@ class StopWhenEdited(EditCallback):
         loss_steps: number of optimizer steps over which ``loss`` is averaged, or "epoch" for the number of steps in one
             epoch. In a hand-written loop, pass that number as ``editing(epoch_steps=...)``.
         reliability: stop when ``EditMetrics(every_n_steps=...)`` measures at least this reliability, in (0, 1].
-        idle_steps: stop when no token had a loss above ``epsilon`` of the token loss for this number of consecutive
-            optimizer steps, or for an "epoch".
+        idle_steps: stop when all tokens are learned for this number of consecutive optimizer steps, or for one "epoch".
+            A token is learned if its loss is at most the ``epsilon`` of ``TokenLoss``.
         smallest_probability: stop when every target token has at least this probability, in (0, 1), under teacher
             forcing. ``EditMetrics(every_n_steps=...)`` measures the probabilities. A mean over tokens would hide a
             single token that was not learned.

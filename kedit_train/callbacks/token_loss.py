@@ -50,17 +50,19 @@ class TokenLoss(EditCallback):
         objective: what a token is trained towards.
 
             - ``"cross_entropy"``: the label.
-            - ``"overtone"``: a mixture of the label and the model's own filtered distribution, recomputed at every
-              step. If the label is not the most probable token of the mixture, only the label is used.
+            - ``"overtone"``: a mixture of the label and the model's own distribution without unlikely tokens. The
+              mixture is recomputed at every step. If the label is not the most probable token of the mixture, only the
+              label is used.
             - ``"uniform"``: label smoothing, a mixture of the label and the uniform distribution.
             - ``"dft"``: the label. The cross-entropy of a token is multiplied by the model's probability of the label.
             - ``"prompt_last"``: the label. All tokens of the answer are predicted from the last position of the prompt,
               as in FT-L of EasyEdit. This teaches which tokens an answer contains, but not their order.
         label_weight: weight of the one-hot label in the target mixture, in [0, 1]. Only for ``"overtone"`` (default
             0.1) and ``"uniform"`` (default 0.9).
-        epsilon: clip in nats. A token with a loss of at most ``epsilon`` has no gradient. Default 0.05 for
+        epsilon: threshold (clip) in nats. A token with a loss of at most ``epsilon`` has no gradient. Default 0.05 for
             ``"overtone"`` and 0 (no clip) for the other objectives.
-        n_sigma: width of the filter in standard deviations of the logits. Only for ``"overtone"`` (default 0.5).
+        n_sigma: width of the filter that removes unlikely tokens, in standard deviations of the logits. Only for
+            ``"overtone"`` (default 0.5).
         reduction: ``"token"`` gives all supervised tokens the same weight, as trainers do. ``"sample"`` gives all
             sequences the same weight, however long their targets are.
 

@@ -102,9 +102,9 @@ def share_texts(config: Any) -> None:
     foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
-            "data.augmentation.replay=world uses prompts that fit only the embedded model, but this run has "
-            f"{foreign}; give a file of prompts about other facts (.txt with one prompt per line, or a file of edits): "
-            "--data.augmentation.replay FILE"
+            "data.augmentation.replay=world uses prompts that fit only the embedded model (named world), but this run "
+            f"has {foreign}; give a file of prompts about other facts (.txt with one prompt per line, or a file of "
+            "edits): --data.augmentation.replay FILE"
         )
     if own is not None and own.texts is not None:
         if not readers:
@@ -124,9 +124,9 @@ def share_texts(config: Any) -> None:
     if readers and foreign:
         name = readers[0].class_path.rpartition(".")[2]
         raise EditError(
-            f"{name} has texts: world, which fit only the embedded model and its edits, but this run has {foreign}; "
-            "give a file of texts on which your model should not change (.txt with one text per line, .jsonl or "
-            ".json): --data.texts FILE"
+            f"{name} has texts: world. These texts fit only the embedded model and its edits (both also named world), "
+            f"but this run has {foreign}; give a file of texts on which your model should not change (.txt with one "
+            "text per line, .jsonl or .json): --data.texts FILE"
         )
 
 

@@ -36,7 +36,7 @@ def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str,
         if trainer[key] != default:
             raise EditError(
                 f"trainer.{key} is {trainer[key]!r} in the configuration, but the launcher was started with --{key} "
-                f"{value}; set the {key} in only one of the two places."
+                f"{value}; set {key} in only one of the two places."
             )
         trainer[key] = value
     on_this_machine = int(environment.get("LOCAL_WORLD_SIZE") or launched)

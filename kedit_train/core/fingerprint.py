@@ -33,7 +33,8 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
     Args:
         model: any module.
         dtypes: parameter name -> dtype to convert the parameter to before hashing. By default, no parameter is
-            converted. A parameter that was widened to fp32 needs its original dtype here to keep its original hash.
+            converted. If a parameter was converted to fp32 without a change of its value, its original dtype gives the
+            original hash.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.

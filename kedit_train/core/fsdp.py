@@ -23,7 +23,7 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Shard ``value`` in the same way as ``parameter``.
 
     If ``parameter`` is not sharded, or ``value`` is already sharded, ``value`` is returned unchanged. Every process
-    must have the complete value, so no data is sent.
+    must pass the complete value, because the processes exchange no data.
     """
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value

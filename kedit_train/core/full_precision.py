@@ -20,7 +20,7 @@ class FullPrecision:
     """Keep half-precision parameters in fp32 until :meth:`remove` is called.
 
     Args:
-        root: a module that contains every module that owns one of the parameters, also if the parameter is tied.
+        root: a module that contains the parameters. For a tied parameter, it must contain all modules that own it.
         parameters: name -> parameter. Half-precision parameters are converted in place (``parameter.data``).
 
     Attributes:

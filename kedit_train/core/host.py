@@ -1,4 +1,4 @@
-"""The interface of a training loop to the run of an edit. The defaults describe a plain PyTorch loop."""
+"""Connect a training loop with the run of an edit. The defaults describe a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Host:
-    """The interface of one training loop to the run of an edit.
+    """Connects one training loop with the run of an edit (:class:`~kedit_train.core.run.EditRun`).
 
     Args:
         owner: an object that lives exactly as long as the training loop and identifies the loop.
@@ -62,7 +62,7 @@ class Host:
         return nullcontext()
 
     def summed_micro_batches(self) -> int:
-        """Return the number of micro-batch losses that the loop sums, instead of averaging them, in one optimizer step.
+        """Return how many micro-batch losses the loop adds up without averaging in one optimizer step.
 
         The number includes the micro-batches of all processes.
         """
@@ -76,7 +76,7 @@ class Host:
         return False
 
     def saved_state(self) -> dict[str, Any] | None:
-        """Return the ``run.state()`` in the checkpoint that training resumes from, or None."""
+        """Return the result of ``run.state()`` from the checkpoint that training resumes from, or None."""
         return None
 
     # -- what the loop cannot support

@@ -33,7 +33,7 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode inside the block, and restore the previous modes afterwards."""
+    """Context manager: put every module into evaluation mode, and restore the previous modes at the end."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -80,7 +80,7 @@ class OutputHead:
 
     @contextmanager
     def capturing(self) -> Iterator[OutputHead]:
-        """Store the input of the head inside the block, and let the head compute only one position."""
+        """Context manager: store the input of the head, and let the head compute the logits of one position only."""
         self.begin()
         try:
             yield self
@@ -185,7 +185,8 @@ class OutputHead:
             context: the context of the training loop's forward pass, for example autocast.
 
         Raises:
-            EditError: a position depends on later tokens, or the logits cannot be computed from the output head.
+            EditError: the logits are not finite, a position depends on later tokens, or the logits cannot be computed
+                from the output head.
         """
         name = type(self.model).__name__
         device = next(self.model.parameters()).device

@@ -11,20 +11,23 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copy the parameters, on their devices and in their dtypes."""
+    """Return a copy of every parameter, with the same device and dtype."""
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 
 @torch.no_grad()
 def write(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Write values into the parameters in place, bit for bit."""
+    """Write ``values`` into the parameters in place, bit for bit."""
     for name, value in values.items():
         parameters[name].copy_(value)
 
 
 @contextmanager
 def temporary_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give the parameters other values inside the block, and restore the original values bit for bit afterwards."""
+    """Context manager: write ``values`` into the parameters, and restore the previous values at the end.
+
+    The previous values are restored bit for bit.
+    """
     own = snapshot({name: parameters[name] for name in values})
     write(parameters, values)
     try:

@@ -13,11 +13,12 @@ from kedit_train.errors import EditError
 class Requirement:
     """A metric or capability that another callback of the same run must provide.
 
-    In ``conflicts()`` of a callback, it is a metric or capability that no other callback may provide.
+    ``EditCallback.conflicts()`` returns objects of this class too. There, the meaning is reversed: no other callback
+    may provide any of these metrics or capabilities.
 
     Args:
-        any_of: names. One of these names is enough. A name is the key of a published metric (``"edit/reliability"``)
-            or a capability (``"token_loss"``, ``"token_clip"``, ``"batch_anchor"``).
+        any_of: alternative names. The requirement is met if one of them is provided. A name is the key of a published
+            metric (``"edit/reliability"``) or a capability (``"token_loss"``, ``"token_clip"``, ``"batch_anchor"``).
         message: the error message, in one sentence: what is missing and what to add.
     """
 

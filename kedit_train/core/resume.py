@@ -38,10 +38,10 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
 
     Args:
         run: the run that starts.
-        state: the result of :func:`checkpoint_state` in the checkpoint, or None if the checkpoint contains none.
+        state: the result of :func:`checkpoint_state` from the checkpoint, or None if the checkpoint has no such state.
 
     Returns:
-        callback -> its saved ``state()``, for every callback that has one in the checkpoint.
+        A dict from callback to its saved ``state()``. It contains every callback that has a state in the checkpoint.
 
     Raises:
         EditError: the state is missing, or was written by another version, with another scope or other callbacks.
@@ -80,7 +80,10 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
     for name in state["binding"]:
         saved, current = state["settings"][name], repr(named[name])
         if saved != current:
-            warn(f"the run was resumed with {current}, but the checkpoint was written with {saved}.")
+            warn(
+                f"the run was resumed with {current}, but the checkpoint was written with {saved}; if this change is "
+                "not intended, resume with the same arguments."
+            )
     # The values from the set-up of this run are not used, since the model may have come from the checkpoint itself.
     for name, value in state["reference"].items():
         parameter = run.scope[name]

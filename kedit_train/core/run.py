@@ -103,7 +103,7 @@ class EditRun(RunState):
         return run
 
     def is_driver(self, callback: Any) -> bool:
-        """Return whether this callback is the first one. It passes the events of the training loop to the run."""
+        """Return whether this callback is the first one, which passes the training loop's events to the run."""
         return not self.closed and self.callbacks[0] is callback
 
     def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:
@@ -135,7 +135,7 @@ class EditRun(RunState):
                     callback.load_state(self._saved_states.pop(callback))
 
     def after_step(self) -> None:
-        """Call ``after_step`` of every callback, outside of the gradient computation."""
+        """Call ``after_step`` of every callback, after an optimizer step."""
         for callback in list(self.callbacks):
             with reported_by(type(callback).__name__):
                 callback.after_step(self)
@@ -143,7 +143,7 @@ class EditRun(RunState):
     def finish(self, callback: Any) -> None:
         """Record that training is over for this callback.
 
-        After the last callback, call ``finish`` of every callback and close the run.
+        When training is over for the last callback, call ``finish`` of every callback and close the run.
         """
         if self.closed or not self.has_attached(callback):
             return
@@ -229,7 +229,10 @@ class EditRun(RunState):
         return self._head
 
     def loss_head(self) -> LossHead:
-        """Return the loss head of the model. The first call creates the head, and the end of the run removes it."""
+        """Return the loss head, which replaces the model's loss during training.
+
+        The first call creates the loss head. The end of the run removes it.
+        """
         if self._loss_head is None:
             self._loss_head = LossHead(self.head(), shares=self.host.summed_micro_batches)
         return self._loss_head
@@ -240,7 +243,7 @@ class EditRun(RunState):
         return self._head is not None and self._head.is_capturing
 
     def reference_head(self) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that projects hidden states through the head of the reference model.
+        """Return a function that computes logits from hidden states with the output head before the edit.
 
         Returns:
             The function, or None if the head is not in scope. In that case the edit does not change the head.
@@ -267,7 +270,7 @@ class EditRun(RunState):
 
     @contextmanager
     def reference_model(self) -> Iterator[None]:
-        """Give the scoped parameters their values before the edit inside the block."""
+        """Context manager: inside the ``with`` block, the scoped parameters have their values from before the edit."""
         if self.reference:
             reshard(self.root)
             with temporary_values(self.scope, self.reference):
@@ -308,7 +311,7 @@ class EditRun(RunState):
             ) from error
 
     def describe_scope(self) -> dict[str, Any]:
-        """Return the names of the scoped tensors, their number of parameters, and the number of all parameters."""
+        """Return the names and the parameter count of the scoped tensors, and the parameter count of the model."""
         return {
             "tensors": list(self.scope),
             "parameters": sum(p.numel() for p in self.scope.values()),

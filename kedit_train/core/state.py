@@ -23,14 +23,14 @@ class RunState:
         host: the interface of the training loop, a :class:`~kedit_train.core.host.Host`.
         callbacks: the callbacks of this run, sorted by their ``order``.
         step: number of optimizer steps taken.
-        scope: name in ``model.named_parameters()`` -> parameter that the edit may change.
-        reference: name -> value of the scoped parameter in the reference model (the model before the edit).
-        requires_grad_before: parameter -> its ``requires_grad`` before the edit.
-        shapes: name -> shape of every parameter when the run was opened.
+        scope: the parameters that the edit may change, by their names in ``model.named_parameters()``.
+        reference: the values of these parameters before the edit, by name.
+        requires_grad_before: the ``requires_grad`` of each parameter before the edit.
+        shapes: the shape of each parameter when the run was opened, by name.
         full_precision: whether a half-precision scope is trained in fp32.
-        masters: keeps the scoped parameters in fp32 while they are trained in fp32, else None.
-        scores: metric key -> latest value that a callback published, for other callbacks to read.
-        published_at: metric key -> the optimizer step at which the metric was last published.
+        masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
+        scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.
+        published_at: the optimizer step at which each metric was last published, by metric key.
         stopped: whether a callback has asked to end training.
         closed: whether the run has ended and has removed its hooks from the model.
     """
@@ -69,7 +69,7 @@ class RunState:
 
     @property
     def has_started(self) -> bool:
-        """Whether training has started, which is the case once a callback has been attached."""
+        """Whether a callback has been attached to this run, which happens when training starts."""
         return bool(self._attached)
 
     def has_attached(self, callback: Any) -> bool:
@@ -78,7 +78,7 @@ class RunState:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a callback reads the reference values of the scope during training."""
+        """Whether a callback reads ``reference``, the values from before the edit, during training."""
         return any(callback.constrains or callback.anchors for callback in self.callbacks)
 
     def is_required(self, name: str) -> bool:

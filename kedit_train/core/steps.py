@@ -23,11 +23,12 @@ class OptimizerSteps:
 
     Args:
         run: the run, with the scoped parameters.
-        release: closes the run. Called if another loop trains the model without announcing its optimizer steps.
+        release: function that closes the run. It is called if another loop trains the model and does not call
+            :meth:`penalty` before its optimizer steps.
 
     Attributes:
-        learning_rates: name -> learning rate of the last step, for the scoped parameters that had a gradient. None for
-            an optimizer without a learning rate.
+        learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The
+            value is None if the optimizer has no learning rate.
     """
 
     def __init__(self, run: RunState, release: Callable[[], None]) -> None:
@@ -81,10 +82,11 @@ class OptimizerSteps:
         return torch.stack(terms).sum() if terms else None
 
     def before_optimizer_step(self, optimizer: Any) -> None:
-        """Check the complete gradients, and delete them if a callback skips this step and no penalty contributes to it.
+        """Check the final gradients, and delete them if a callback skips this step.
 
-        An optimizer ignores a parameter without a gradient. With a zero gradient, the optimizer would still change the
-        parameter, through momentum and weight decay.
+        The gradients are kept if a penalty or an anchor also acts in this step. An optimizer ignores a parameter
+        without a gradient. With a zero gradient, the optimizer would still change the parameter, through momentum and
+        weight decay.
         """
         run = self.run
         self._check_announced(optimizer)
@@ -103,7 +105,7 @@ class OptimizerSteps:
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Apply the constraint of each callback to the scoped weights, in order, and write the changes back."""
+        """Apply the constraints of the callbacks to the scoped weights, in order, and update the model."""
         run = self.run
         constraining = [c for c in run.callbacks if c.constrains]
         if not constraining:

@@ -45,9 +45,9 @@ def follow_dtype(run: RunState) -> None:
         return
     if run.full_precision and is_distributed():
         raise EditError(
-            "full_precision=True needs fp32 parameters when the model is distributed, but the trainer converted the "
-            "parameters to half precision; load the model in half precision and set the trainer's precision to "
-            "32-true, or pass full_precision=False.",
+            "full_precision=True cannot be used when the model is distributed and the trainer converts its parameters "
+            "to half precision; set the trainer's precision to 32-true and load the model in half precision yourself, "
+            "or pass full_precision=False.",
             component="ParameterScope",
         )
     run.reference |= {name: run.reference[name].to(dtype) for name, dtype in converted.items()}

@@ -79,12 +79,12 @@ class EditDataset(Sequence[Edit]):
         ``knowedit``, ``wikibigedit``, ``qaedit`` and ``mquake``. ``docs/data.md`` describes them.
 
         Args:
-            path: the file, or "world" for edits of the embedded model.
+            path: the file, or "world" for edits of the embedded model (the small model that comes with kedit-train).
             format: one of the format names above. None recognizes the format from the fields of the records.
             on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
                 of skipped records and the first reason, and keeps every reason in ``skipped``.
-            limit: stop after this many readable records. A record of MQuAKE contains up to four edits. None reads the
-                whole file, or 32 edits of the embedded model.
+            limit: stop after this many readable records (a record of MQuAKE contains up to four edits). None reads the
+                whole file, or 32 edits if ``path`` is "world".
 
         Raises:
             EditError: the file or a record cannot be read. The message names the file, the number of the record
@@ -179,7 +179,7 @@ class EditDataset(Sequence[Edit]):
     def sample(self, n: int, *, seed: int = 0) -> EditDataset:
         """Draw ``n`` different edits at random with ``seed``, and return them in the order of this dataset."""
         if not 1 <= n <= len(self):
-            raise EditError(f"{self.name}: n must be from 1 to {len(self)}, the number of edits, got {n}.")
+            raise EditError(f"{self.name}: n must be from 1 to {len(self)} (the number of edits), got {n}.")
         return self._with([self._edits[i] for i in sorted(random.Random(seed).sample(range(len(self)), n))])
 
     def save(self, path: str | Path) -> Path:
@@ -200,8 +200,8 @@ class EditDataset(Sequence[Edit]):
     def to_old_targets(self) -> EditDataset:
         """Return a dataset with the same prompts, but with the old answers as targets.
 
-        F-Learning (forgetting before learning) trains on this dataset and saves the weight change as a delta. It
-        subtracts the delta (``-EditDelta.load(path)``) from the model before it trains on the new facts.
+        F-Learning (forgetting before learning) first trains on this dataset and saves the weight change as a delta.
+        Then it subtracts the delta (``-EditDelta.load(path)``) from the model, and trains on the new facts.
 
         Raises:
             EditError: an edit has no ``old_target``.
@@ -345,11 +345,11 @@ def check_edit(edit: object, where: str) -> None:
     texts(edit.rephrases, "rephrases")
     for field, kinds in (("locality", edit.locality), ("portability", edit.portability)):
         if not isinstance(kinds, Mapping):
-            raise EditError(f"{where}: {field} must be a mapping {{kind: (Probe, ...)}}, got {kinds!r}.")
+            raise EditError(f"{where}: {field} must be a dict from kind to a tuple of Probe objects, got {kinds!r}.")
         for kind, probes in kinds.items():
             text(kind, f"every kind (key) of {field}")
             if not isinstance(probes, tuple) or not all(isinstance(probe, Probe) for probe in probes):
-                raise EditError(f"{where}: {field}[{kind!r}] must be a tuple of Probe, got {probes!r}.")
+                raise EditError(f"{where}: {field}[{kind!r}] must be a tuple of Probe objects, got {probes!r}.")
             for i, probe in enumerate(probes):
                 text(probe.prompt, f"{field}[{kind!r}][{i}].prompt")
                 texts(probe.answers, f"{field}[{kind!r}][{i}].answers")

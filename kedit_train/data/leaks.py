@@ -39,7 +39,7 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
     pool = list(dict.fromkeys(prefixes))
     if not 0 <= per_edit <= len(pool):
         raise EditError(
-            f"per_edit must be an integer from 0 to {len(pool)}, the number of different prefixes, got {per_edit}; "
+            f"per_edit must be an integer from 0 to {len(pool)} (the number of different prefixes), got {per_edit}; "
             "lower per_edit or give more prefixes.",
             component="with_prefixes",
         )
@@ -51,7 +51,7 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 def scored_prompts(edit: Edit) -> list[str]:
-    """Return the prompts that an edit is scored on, without its own prompt: rephrases and prompts of probes.
+    """Return the rephrases and the probe prompts of an edit. Its own prompt is scored too, but not returned.
 
     Example:
         >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))
@@ -62,10 +62,11 @@ def scored_prompts(edit: Edit) -> list[str]:
 
 
 class LeakCheck:
-    """Finds texts that must not be trained on: texts with a subject or prompt of an edit, or with a scored prompt.
+    """Finds texts that must not be trained on, because they contain the subject or a prompt of an edit.
 
-    Upper and lower case and the amount of white space make no difference. The time of a check depends on the length of
-    the text, not on the number of edits.
+    The prompts of an edit are its own prompt, its rephrases and the prompts of its probes (evaluation prompts with
+    right answers). Rephrases and prompts of probes are called scored prompts. Case and the amount of white space make
+    no difference. The time of a check depends on the length of the text, not on the number of edits.
 
     Args:
         edits: the edits whose prompts, subjects, rephrases and probes are searched for.

@@ -12,16 +12,16 @@ class LengthBuckets(BatchSampler):
     """A batch sampler that puts edits of similar length into the same batch, to reduce padding.
 
     The indices of an epoch are cut into pools. Each pool is sorted by length and cut into batches. A pool contains at
-    most a quarter of the epoch. With a single pool and few batches, the same edits would be in one batch in every
-    epoch, but breadth-first training (arXiv 2509.22072) needs them mixed. If a pool would be a single batch, the
-    batches are the same as those of ``BatchSampler``.
+    most a quarter of the epoch. Otherwise a short epoch would be a single pool, and its batches would contain the same
+    edits in every epoch. Breadth-first training (arXiv 2509.22072) needs them mixed. If a pool has the size of one
+    batch, nothing is sorted, and the batches are the same as those of ``BatchSampler``.
 
     The first three arguments are those of ``BatchSampler``, so that Lightning can insert a distributed sampler.
     Lightning can do this only if the batch sampler is created in a ``train_dataloader`` hook, as in
     ``EditDataModule``. Lightning refuses a batch sampler that was created earlier.
 
     Args:
-        sampler: draws the indices, [N], in a new order in each epoch.
+        sampler: yields the N indices, in a new order in each epoch.
         batch_size: number of indices per batch.
         drop_last: leave out the last batch of an epoch if it is not full.
         lengths: the number of tokens of the edit at each index.

@@ -19,8 +19,8 @@ def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[s
 
     The texts that contain the old answer of the edit as whole words come first, then all other texts. Within these two
     groups, a text is nearer if it has more words in common with the prompt, not counting the subject. If two texts are
-    equally near, the earlier text wins. An edit mostly changes the answers to prompts about other subjects that had the
-    same old answer, in a similar wording. The neighborhood prompts of CounterFact are such prompts.
+    equally near, the earlier text wins. The reason for this order: an edit mostly affects prompts with a similar
+    wording and the same old answer, but another subject. The neighborhood prompts of CounterFact are such prompts.
 
     A text that contains the subject and the old answer of an edit states the fact that the edit changes. Such a text is
     never returned. Upper and lower case make no difference. In scripts without spaces, pairs of characters are compared

@@ -96,7 +96,7 @@ def _split_template(tokenizer: Any, prompt: str, prompt_format: PromptFormat) ->
 
 
 def prompt_ids(tokenizer: Any, prompt: str, prompt_format: PromptFormat = "plain") -> list[int]:
-    """Return the token ids of a prompt, from which the model generates its answer.
+    """Return the token ids of the text from which the model generates its answer.
 
     In a chat, the template contains the special tokens, so the tokenizer adds none.
     """
@@ -112,8 +112,9 @@ def end_id(tokenizer: Any, prompt_format: PromptFormat = "plain") -> int | None:
     """Return the id of the token that ends an answer.
 
     Returns:
-        The id of the end-of-text token. In a chat, the id of the first special token that the template puts after an
-        answer, if there is one. This token closes the turn of the assistant. None if there is no such token.
+        In a chat, the id of the first special token that the template puts after an answer. This token closes the turn
+        of the assistant. If there is none, or in other formats, the id of the end-of-text token. None if the tokenizer
+        has no end-of-text token either.
     """
     if prompt_format != "chat":
         return tokenizer.eos_token_id

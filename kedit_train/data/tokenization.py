@@ -38,7 +38,7 @@ class Encoded:
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """Return ``text`` on one line of at most ``width`` characters, for a message. An ellipsis marks a cut."""
+    """Return ``text`` on one line of at most ``width`` characters, for a message. Cut text ends with "…"."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -46,8 +46,9 @@ def shorten(text: str, width: int = 60) -> str:
 def separator(prompt: str, target: str) -> str:
     """Return the text to put between prompt and target: a space or nothing.
 
-    Nothing is put between them if the prompt ends with white space or the target begins with white space. Scripts
-    without spaces between words (Chinese, Japanese, Thai and others), on either side, get no space either.
+    Nothing is put between them if the prompt ends with white space or the target begins with white space. Nothing is
+    put between them either if the last character of the prompt or the first character of the target belongs to a script
+    without spaces between words (Chinese, Japanese, Thai and others).
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
@@ -165,11 +166,11 @@ def encode_pair(
     Args:
         tokenizer: a tokenizer of ``transformers``.
         prompt: the text that the model reads before it answers.
-        space: the text between prompt and target. It is trained together with the target.
+        space: the text between prompt and target. The model is trained to generate it together with the target.
         target: the target of the edit.
-        end: the id of the token that ends an answer. It is appended unless the target already ends with it. None
-            appends nothing.
-        encode: returns the token ids of a text, ``encode(tokenizer, text)``.
+        end: the id of the token that ends an answer. It is appended if the target does not end with it already. With
+            None, nothing is appended.
+        encode: function ``encode(tokenizer, text)`` that returns the token ids of a text.
         max_length: the maximum number of tokens, or None.
         where: the beginning of every error message.
 
@@ -253,12 +254,15 @@ def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "rig
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return [batch, length] positions, counted from the first token that is not padding, for either padding side."""
+    """Return positions [batch, length], counted from the first token that is not padding, for either padding side."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def context_length(config: Any) -> int | None:
-    """Return the context length of a model in tokens, or None if its configuration has no limit (recurrent, ALiBi)."""
+    """Return the context length of a model in tokens, or None if its configuration sets no limit.
+
+    Recurrent models and models with ALiBi set no limit.
+    """
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     for name in ("max_position_embeddings", "max_sequence_length", "max_seq_len", "seq_length"):
         length = getattr(text_config, name, None)

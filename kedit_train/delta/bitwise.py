@@ -33,7 +33,7 @@ def tensor_hash(tensor: Tensor) -> str:
 def fingerprint_of(hashes: Iterable[str]) -> str:
     """Return one SHA-256 (hex) for a whole model, computed from the hashes of its tensors.
 
-    Names of tensors and repeated tensors make no difference. So a model in memory, its state dict and its checkpoint
-    (which may store a tied weight once or twice) have the same fingerprint.
+    The names of the tensors do not count, and equal tensors count once. So a model in memory, its state dict and its
+    checkpoint have the same fingerprint, even if the checkpoint stores a tied weight twice.
     """
     return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()

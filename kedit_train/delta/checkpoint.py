@@ -23,19 +23,20 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".
 def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to: Literal["edited", "base"]) -> Path:
     """Copy a checkpoint and apply or revert the changes in the copy.
 
-    Every changed tensor is checked before the first byte is written. Shards are copied as files, and the new values are
-    written over the old values. So the headers, the order and all other tensors stay the same byte for byte.
+    Every changed tensor is checked before the first byte is written. Each shard is copied as a file, and in the copy
+    only the changed values are overwritten. So the header, the order and all other tensors are the same byte for byte.
     Configuration and tokenizer files are copied. Subfolders and weights in other formats are not copied. The folder
     ``out`` appears only when it is complete.
 
     Args:
-        changes: name of a tensor -> change of the tensor.
+        changes: the change of each tensor, by name.
         folder: the checkpoint to read.
         out: the folder to write. It must not exist.
         to: the state of the new checkpoint: "edited" applies the changes, "base" reverts them.
 
     Raises:
-        EditError: the checkpoint is not in the opposite state of ``to``, or ``out`` exists.
+        EditError: the checkpoint is not the base model (``to="edited"``) or not the edited model (``to="base"``), or
+            ``out`` exists.
     """
     if out.exists():
         raise EditError(f"the output folder {out} already exists; choose the name of a new folder.")
@@ -61,7 +62,10 @@ def _jobs(
     stored = {name: [alias for alias in (name, *change.tied) if alias in places] for name, change in changes.items()}
     missing = next((name for name, aliases in stored.items() if not aliases), None)
     if missing is not None:
-        raise EditError(f"the checkpoint has no tensor {missing!r}, so the delta belongs to another model.")
+        raise EditError(
+            f"the checkpoint has no tensor {missing!r}, so the delta belongs to another model; use a checkpoint of the "
+            "model that was edited."
+        )
     jobs: dict[Path, dict[str, tuple[Span, Change]]] = {}
     for name, change in changes.items():
         for alias in stored[name]:

@@ -28,7 +28,7 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
 
     Args:
         path: the path of the file.
-        changes: name of a tensor -> change of the tensor.
+        changes: the change of each tensor, by name.
         meta: plain values, as in :class:`~kedit_train.delta.EditDelta`.
 
     Raises:
@@ -61,7 +61,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
     """Read a file that :func:`write` wrote. Tensors are memory-mapped, and every byte is verified.
 
     Returns:
-        name -> change, and the metadata.
+        Two values: a dict from the name of a tensor to its change, and the metadata.
 
     Raises:
         EditError: the file is not a delta, is damaged, was changed after it was written, or has a later format.
@@ -83,27 +83,38 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise EditError(f"{path} is not a valid delta: {type(error).__name__}: {error}".splitlines()[0]) from error
     if tensors:
-        raise EditError(f"{path} is not a valid delta: tensor {next(iter(tensors))!r} belongs to no change")
+        raise EditError(
+            f"{path} is not a valid delta: tensor {next(iter(tensors))!r} belongs to no change; save the delta again"
+        )
     return changes, meta
 
 
 def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> Change:
     layout, shape, tied = entry["layout"], entry["shape"], entry["tied"]
     if layout not in LAYOUTS:
-        raise EditError(f"{name!r}: layout must be dense, rows, columns or entries, got {layout!r}")
+        raise EditError(
+            f"tensor {name!r}: layout must be dense, rows, columns or entries, got {layout!r}; save the delta again"
+        )
     if not is_shape(shape):
-        raise EditError(f"{name!r}: the shape must be a list of integers that torch supports")
+        raise EditError(
+            f"tensor {name!r}: the shape must be a list of integers that torch supports; save the delta again"
+        )
     if not all(isinstance(other, str) for other in tied):
-        raise EditError(f"{name!r}: the tied names must be strings")
+        raise EditError(
+            f"tensor {name!r}: each name of a tied tensor must be a string, got {tied!r}; save the delta again"
+        )
     if not re.fullmatch("[0-9a-f]{64}", entry["base"]):
-        raise EditError(f"{name!r}: the hash of the base tensor must be a SHA-256 in hex")
+        raise EditError(
+            f"tensor {name!r}: the hash of the base tensor must be a SHA-256 in hex, got {entry['base']!r}; save the "
+            "delta again"
+        )
     index = None if layout == "dense" else tensors.pop(f"index/{name}")
     before, after = tensors.pop(f"before/{name}"), tensors.pop(f"after/{name}")
     change = Change(layout, index, before, after, tuple(shape), entry["base"], tuple(tied))
     try:
         change.check()
     except EditError as error:
-        raise EditError(f"{name!r}: {error}") from error
+        raise EditError(f"tensor {name!r}: {error}") from error
     return change
 
 
@@ -120,13 +131,24 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
 
     base, scores, versions = meta["base"], meta.get("scores", {}), meta.get("versions", {})
     if not isinstance(base["names"], list) or not strings([base["fingerprint"], *base["names"]]):
-        raise EditError("the fingerprint and the tensor names of the base must be strings")
+        raise EditError(
+            'the metadata field "base" must have a fingerprint (a string) and names (a list of strings); save the '
+            "delta again"
+        )
     if not strings([base.get("name"), base.get("license")], optional=True):
-        raise EditError("the name and the license of the base must be strings or None")
+        raise EditError(
+            f"the name and the license of the base model must be strings or None, got {base.get('name')!r} and "
+            f"{base.get('license')!r}; save the delta again"
+        )
     if not is_valid(meta.get("edits", {})):
-        raise EditError("edits must contain a hash (a string) and a count (an integer >= 0)")
+        raise EditError(
+            'the metadata field "edits" must have a hash (a string or None), a count (an integer >= 0) and, if it has '
+            f"parents, a list of such fields, got {meta.get('edits', {})!r}; save the delta again"
+        )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
-        raise EditError("every score must be a finite number")
+        raise EditError(f"every score must be a finite number, got {scores!r}; correct scores and save the delta again")
     if not strings(versions.values()):
-        raise EditError("every version must be a string")
+        raise EditError(
+            f'the metadata field "versions" must contain only strings, got {versions!r}; save the delta again'
+        )
     json.dumps(meta.get("configuration"), allow_nan=False)

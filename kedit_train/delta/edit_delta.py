@@ -34,9 +34,10 @@ class EditDelta:
     Create a delta with :meth:`between` or :meth:`load`, or let the ``SaveDelta`` callback save one.
 
     Args:
-        changes: name of a tensor -> change of the tensor.
-        meta: plain values: ``base`` (``fingerprint``, ``names``, ``name``, ``license``), ``edits`` (``hash``,
-            ``count``), ``configuration``, ``scores`` and ``versions``.
+        changes: the change of each tensor, by name.
+        meta: the metadata, as values that JSON can store. The keys are ``base`` (with ``fingerprint``, ``names``,
+            ``name`` and ``license``), ``edits`` (with ``hash`` and ``count``), ``configuration``, ``scores`` and
+            ``versions``.
 
     Example:
         >>> import tempfile, torch
@@ -74,11 +75,12 @@ class EditDelta:
 
         Args:
             base: a module, a state dict or the folder of a checkpoint.
-            edited: a module, a state dict or the folder of a checkpoint; it may be of another kind than ``base``.
+            edited: a module, a state dict or the folder of a checkpoint. For example, ``base`` can be a folder and
+                ``edited`` a module.
             edits: the edits that were made. Their hash and their number are saved in the metadata.
             configuration: the configuration of the run, as plain values.
             scores: the scores of the edit, name -> number.
-            license: the license of the base model. Default: the license in the model card in the folder of the base.
+            license: the license of the base model. None reads the license in the model card in the folder of the base.
             touched: names of the tensors that may differ, if known. The other tensors of ``edited`` are not read.
 
         Raises:
@@ -133,15 +135,15 @@ class EditDelta:
         return cls(changes, meta=meta)
 
     def verify(self, model: Any, *, full: bool = False) -> State:
-        """Return whether ``model`` is the base or the edited model, by comparing the bits of every changed tensor.
+        """Return "base" or "edited", after comparing the bits of every changed tensor of ``model`` with the delta.
 
         Args:
             model: a module or a state dict.
-            full: True also checks all other tensors, with the fingerprint of the whole base model.
+            full: True also checks all other tensors, by comparing fingerprints of the whole base model.
 
         Raises:
-            EditError: the model is neither of the two, is partly edited, has other shapes or dtypes, or ties a changed
-                tensor to a tensor that is separate in the base model.
+            EditError: the model is neither the base nor the edited model, is partly edited, has other shapes or dtypes,
+                or ties a changed tensor to a tensor that is separate in the base model.
         """
         targets = self._targets(model)
         state: State = "base"
@@ -156,8 +158,8 @@ class EditDelta:
             hashes = [known.get(id(t)) or tensor_hash(_on_cpu(t)) for t in (tensors[n] for n in grouped(tensors))]
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
-                    "the model differs from the model that was edited, in tensors that the delta does not change; the "
-                    "delta can be applied, but its scores were measured on another model."
+                    "tensors that the delta does not change differ from those of the base model; the delta can be "
+                    "applied, but its scores were measured on another model."
                 )
         return state
 
@@ -281,14 +283,16 @@ class EditDelta:
         for name, change in self.changes.items():
             present = [alias for alias in (name, *change.tied) if alias in named]
             if not present:
-                hint = "; merge the adapter, or use the model without it" if hasattr(model, "peft_config") else ""
-                raise EditError(f"the model has no tensor {name!r}, so the delta belongs to another model{hint}.")
+                hint = ", with the adapter merged or removed" if hasattr(model, "peft_config") else ""
+                raise EditError(
+                    f"the model has no tensor {name!r}, which the delta changes; use the model that was edited{hint}."
+                )
             for alias in present:
                 for other in groups[alias]:
                     if other in separate and other != name:
                         raise EditError(
-                            f"the model ties {alias} to {other}, but they are separate tensors in the base model, so "
-                            "the delta would change both; load the model with tie_word_embeddings=False."
+                            f"the model ties {alias} to {other}, but the base model has two separate tensors, so the "
+                            "delta would change both; load the model with tie_word_embeddings=False."
                         )
                 targets.setdefault(groups[alias][0], (name, named[alias]))
         return list(targets.values())

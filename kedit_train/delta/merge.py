@@ -29,19 +29,21 @@ def merge(
 ) -> TaskVector[EditDelta]:
     """Merge deltas (or task vectors) of one base model, tensor by tensor.
 
-    A delta that does not change a tensor counts as zeros there. TIES and DARE use the implementations of PEFT.
+    If a delta does not change a tensor, its difference for this tensor is zero. TIES and DARE use the implementations
+    of PEFT.
 
     Args:
         deltas: at least one delta or task vector.
-        weights: one number for each delta. Default: 1 for each.
+        weights: the factor of each delta. Default: 1 for each.
         method: ``linear`` returns the weighted sum. ``ties`` keeps the entries of largest magnitude in every tensor of
-            each delta. Then it averages, entry by entry, the values with the same sign as their weighted sum. ``dare``
-            keeps entries at random, divides them by ``density``, and returns the weighted sum.
+            each delta. For each entry, it computes the sign of the sum of the kept values, without weights. It then
+            averages the weighted values of the deltas whose value has this sign. ``dare`` keeps entries at random,
+            divides them by ``density``, and returns the weighted sum.
         density: fraction of the entries that ``ties`` and ``dare`` keep, in (0, 1]. ``linear`` ignores it.
         seed: seed of the random draw of ``dare``.
 
     Returns:
-        The merged task vector. Its method :meth:`~TaskVector.delta` returns a delta again.
+        The merged task vector. Its method :meth:`~TaskVector.delta` converts it to a delta.
 
     Raises:
         EditError: the base models differ, an argument is out of range, or PEFT is not installed (for ``ties`` and
@@ -68,7 +70,7 @@ def merge(
         if not vectors or len(factors) != len(vectors):
             raise EditError(
                 f"expected at least one delta, and one weight per delta, got {len(vectors)} deltas and {len(factors)} "
-                "weights."
+                "weights; pass as many weights as deltas."
             )
         for vector in vectors[1:]:
             check_same_base(vectors[0], vector)
@@ -85,12 +87,14 @@ def merge(
 
 @torch.no_grad()
 def sparsify(delta: Any, *, density: float = 0.4) -> TaskVector[EditDelta]:
-    """Keep only the entries of each tensor with the largest relative change ``|difference / base|`` (RECT).
+    """In each tensor, keep the entries with the largest relative change ``|difference / base|`` (RECT).
+
+    All other entries get the value of the base model.
 
     Args:
         delta: a delta or a task vector.
-        density: fraction of the entries of each tensor to keep, in (0, 1]. The relative change of an entry that was 0
-            counts as infinite.
+        density: fraction of the entries of each tensor to keep, in (0, 1]. If an edit changes an entry that was 0, the
+            relative change of this entry is infinite.
 
     Raises:
         EditError: ``density`` is out of range.

@@ -10,7 +10,7 @@ from kedit_train.data import EditDataset
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of this package and of the libraries that computed the weights."""
+    """Return the installed versions of kedit-train, torch, transformers and peft."""
     versions = {}
     for name in ("kedit-train", "torch", "transformers", "peft"):
         try:
@@ -21,6 +21,6 @@ def library_versions() -> dict[str, str]:
 
 
 def describe_edits(edits: Sequence[Any]) -> dict[str, Any]:
-    """Return the hash (as in :class:`~kedit_train.data.EditDataset`) and the number of edits."""
+    """Return a dict with the hash of the edits (see :class:`~kedit_train.data.EditDataset`) and their number."""
     own_hash = getattr(edits, "hash", None)
     return {"hash": own_hash if isinstance(own_hash, str) else EditDataset(edits).hash, "count": len(edits)}

@@ -19,7 +19,7 @@ COEFFICIENTS = tuple(round(0.1 * i, 2) for i in range(1, 11))
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The scores of the model with one coefficient. Coefficient 0 is the base model."""
+    """The scores of the base model plus ``coefficient`` times the delta. Coefficient 0 is the base model."""
 
     coefficient: float
     reliability: float
@@ -32,9 +32,9 @@ class Sweep:
 
     Args:
         points: one point per coefficient, in ascending order, including the base model (coefficient 0).
-        best: the point that the rule picked.
+        best: the point that :func:`sweep` picked.
         delta: ``best.coefficient`` times the swept delta, ready to apply and to save.
-        rule: the rule as a sentence.
+        rule: a short text that says how ``best`` was picked.
     """
 
     points: tuple[SweepPoint, ...]
@@ -51,12 +51,13 @@ def sweep(
     coefficients: Sequence[float] = COEFFICIENTS,
     keep_locality: float = 0.95,
 ) -> Sweep:
-    """Apply each multiple of a delta, score the model, and pick one coefficient.
+    """Score the model with several multiples of a delta, and pick one coefficient.
 
     The rule has two steps. First, keep the coefficients with a locality of at least ``keep_locality`` times the
-    locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients are
-    equal, pick the one nearest to 0. The paper picks coefficients for negation in the same way, with 95 % of the
-    accuracy on other tasks. Do not report results on the questions that ``score`` uses.
+    locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients have
+    the same reliability, pick the one nearest to 0. The paper uses the same rule when it negates task vectors: the
+    model must keep 95 % of its accuracy on other tasks. Do not report results on the questions that ``score`` uses,
+    because the coefficient was picked on them.
 
     Args:
         model: the base model of the delta. It is restored bit for bit, also after an error.
@@ -122,5 +123,8 @@ def _scored(coefficient: float, scores: Mapping[str, float]) -> SweepPoint:
     values = {name: scores.get(name, scores.get(f"edit/{name}", math.nan)) for name in ("reliability", "locality")}
     for name, value in values.items():
         if not math.isfinite(value):
-            raise EditError(f"the score of coefficient {coefficient:g} must contain a finite {name!r}, got {value}.")
+            raise EditError(
+                f"the score of coefficient {coefficient:g} must contain a finite {name!r}, got {value}; check that the "
+                "function score returns this key."
+            )
     return SweepPoint(coefficient, **values)

@@ -39,10 +39,10 @@ class TaskVector(Generic[D]):
     """A linear combination or a merge of the weight differences of several edits of one base model.
 
     Arithmetic on an :class:`~kedit_train.EditDelta` (``a + b``, ``-a``, ``0.5 * a``) and
-    :func:`~kedit_train.delta.merge` return a task vector. A task vector is not an edit yet, because
-    ``base + difference`` must be rounded to the dtype of the base. :meth:`delta` rounds once and records the bits
-    before and after the edit, so the resulting delta applies and reverts exactly. No model is needed, because the
-    deltas contain the values of the base.
+    :func:`~kedit_train.delta.merge` return a task vector. Before a task vector can be applied, ``base + difference``
+    must be rounded to the dtype of the base model. :meth:`delta` rounds once and records the bits before and after the
+    edit, so the resulting delta applies and reverts exactly. This step needs no model, because the deltas contain the
+    values of the base model.
 
     ``1.0 * a`` equals ``a`` up to rounding (in fp32 the last bit of ``base + (edited - base)`` may differ).
 
@@ -51,7 +51,7 @@ class TaskVector(Generic[D]):
         base: name -> tensor of the base model.
         about: description of the base model, as in ``EditDelta.meta["base"]``.
         parents: the ``edits`` metadata of the deltas that were combined.
-        delta_type: function that builds a delta from changes and ``meta=``.
+        delta_type: function that is called with the changes and ``meta=...``, and returns a delta.
 
     References:
         "Editing Models with Task Arithmetic", arXiv 2212.04089. ``alpha * a`` interpolates between the
@@ -83,7 +83,7 @@ class TaskVector(Generic[D]):
         """Convert to a delta: round once to the dtype of the base, and record the bits before and after the edit.
 
         Args:
-            configuration: how the vector was made, as plain values for the metadata.
+            configuration: a description of how the vector was made, for the metadata. JSON values only.
 
         Raises:
             EditError: a weight would become infinite or NaN.
@@ -95,7 +95,10 @@ class TaskVector(Generic[D]):
             edited = torch.where(difference != 0, moved, base.values)
             # Torch cannot tell whether a float8 is finite, so the values are widened first.
             if not bool(moved.to(difference.dtype)[difference != 0].isfinite().all()):
-                raise EditError(f"the edited {name} must be finite in {base.values.dtype}; use a smaller coefficient.")
+                raise EditError(
+                    f"the edited {name} must be finite in {base.values.dtype}, got infinite or NaN values; use a "
+                    "smaller coefficient."
+                )
             change = change_between(base.values, edited, base.hash, base.tied, base.known)
             if change is not None:
                 changes[name] = change
@@ -105,7 +108,10 @@ class TaskVector(Generic[D]):
         return self.delta_type(changes, meta=meta | {"versions": library_versions()})
 
     def apply(self, model: Any) -> D:
-        """Convert to a delta, apply it to ``model`` in place, and return it. ``revert(model)`` restores the base."""
+        """Convert to a delta, apply the delta to ``model`` in place, and return the delta.
+
+        The method ``revert(model)`` of the delta restores the base model.
+        """
         delta: Any = self.delta()
         delta.apply(model)
         return delta
@@ -128,7 +134,7 @@ class TaskVector(Generic[D]):
         return math.sqrt(sum(float(value.double().square().sum()) for value in self.differences.values()))
 
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
-        """Return a task vector with these differences, and with the base values of this vector and of ``others``."""
+        """Return a task vector with ``differences``. Its base values are those of this vector and of ``others``."""
         base = dict(self.base)
         for other in others:
             check_same_base(self, other)
@@ -157,7 +163,7 @@ class TaskVector(Generic[D]):
 
     def __mul__(self, factor: float) -> TaskVector[D]:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise EditError(f"the factor of a delta must be a finite number, got {factor!r}.")
+            raise EditError(f"the factor of a delta must be a finite number, got {factor!r}; for example 0.5 * delta.")
         return self.with_differences({name: value * factor for name, value in self.differences.items()})
 
     __rmul__ = __mul__
@@ -173,7 +179,9 @@ def as_vector(value: Any) -> TaskVector[Any]:
         return value
     vector = getattr(value, "vector", None)
     if not callable(vector):
-        raise EditError(f"expected an EditDelta or a TaskVector, got {type(value).__name__}.")
+        raise EditError(
+            f"expected an EditDelta or a TaskVector, got {type(value).__name__}; open a delta file with EditDelta.load."
+        )
     return vector()  # type: ignore[return-value]
 
 
@@ -191,4 +199,7 @@ def check_same_base(one: TaskVector[Any], other: TaskVector[Any]) -> None:
     for name in one.base.keys() & other.base.keys():
         mine, theirs = one.base[name], other.base[name]
         if mine.hash != theirs.hash or mine.values.shape != theirs.values.shape:
-            raise EditError(f"the deltas record different base values of {name}; one of the delta files is not valid.")
+            raise EditError(
+                f"the deltas name the same base model, but record different values of {name} before the edit; one of "
+                "the delta files is not valid, so save it again."
+            )

@@ -28,12 +28,12 @@ class Change:
         layout: which values are stored: the whole tensor (``dense``), ``rows`` (along the first dimension), ``columns``
             (along the last dimension), or ``entries`` of the flattened tensor.
         index: ascending row, column or entry numbers, [k]; None for ``dense``.
-        before: values before the edit: a tensor of shape ``shape`` (dense), of ``shape`` with ``k`` rows or columns, or
-            of [k] entries.
+        before: values before the edit. Their shape is ``shape`` for ``dense``, ``shape`` with ``k`` rows or columns for
+            ``rows`` and ``columns``, and [k] for ``entries``.
         after: values after the edit, with the same shape and dtype.
         shape: the shape of the whole tensor.
         base: SHA-256 of the whole tensor before the edit (:func:`~kedit_train.delta.bitwise.tensor_hash`).
-        tied: other names of the same tensor in the base.
+        tied: other names of the same tensor in the base model.
     """
 
     layout: Layout
@@ -71,7 +71,7 @@ class Change:
         return copy
 
     def state(self, whole: Tensor) -> Literal["base", "edited"] | None:
-        """Return "base" or "edited" if a whole CPU tensor has the bits before or after the edit; None if neither."""
+        """Return "base" if a whole CPU tensor has the bits before the edit, "edited" if after the edit, else None."""
         values = self.select(whole)
         if same_bits(values, self.before):
             return "base" if tensor_hash(whole) == self.base else None
@@ -82,8 +82,10 @@ class Change:
     def require(self, expected: Literal["base", "edited"], name: str, whole: Tensor) -> None:
         """Check that a whole CPU tensor is bit for bit in the expected state.
 
+        The state "base" means the values before the edit, and "edited" means the values after the edit.
+
         Raises:
-            EditError: the tensor has another shape or dtype, has other values, or is in the opposite state.
+            EditError: the tensor has another shape or dtype, or is not in the expected state.
         """
         if whole.dtype != self.dtype or tuple(whole.shape) != self.shape:
             raise EditError(
@@ -99,8 +101,13 @@ class Change:
                 "SHA-256); use the model that the delta was made for."
             )
         if expected == "base":
-            raise EditError(f"tensor {name}: the delta is already applied to this model.")
-        raise EditError(f"tensor {name}: the delta cannot be reverted, because it is not applied to this model.")
+            raise EditError(
+                f"tensor {name}: the delta is already applied to this model; revert it first, or load the base model."
+            )
+        raise EditError(
+            f"tensor {name}: the delta cannot be reverted, because it is not applied to this model; the tensor already "
+            "has the values before the edit."
+        )
 
     def difference(self) -> Tensor:
         """Return ``after - before`` of the whole tensor in fp32 (fp64 for fp64), zero where nothing changed.
@@ -109,38 +116,48 @@ class Change:
             EditError: the tensor contains no floating-point numbers.
         """
         if not self.dtype.is_floating_point:
-            raise EditError(f"arithmetic needs floating-point tensors, got {self.dtype}; edit no tensor of this dtype.")
+            raise EditError(
+                f"arithmetic needs floating-point tensors, got {self.dtype}; use deltas without tensors of this dtype."
+            )
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         changed = self.after.to(wide) - self.before.to(wide)
         return changed if self.index is None else self.replaced(self._zeros(wide), changed)
 
     def partial_base(self) -> tuple[Tensor, Tensor]:
-        """Return the whole tensor before the edit, zero at unknown entries, and a bool mask of the known entries."""
+        """Return the tensor before the edit (0 where its value is unknown), and a bool mask of the known entries."""
         known = self.replaced(self._zeros(torch.bool), torch.ones_like(self.before, dtype=torch.bool))
         return self.replaced(self._zeros(self.dtype), self.before), known
 
     def check(self) -> None:
-        """Check that the parts of the change fit together, for example after reading a file.
+        """Check that layout, index, values and shape agree, for example after reading a file.
 
         Raises:
-            EditError: a part does not fit. The message says which part.
+            EditError: one of them does not agree with the others. The message says which one.
         """
         expected, size = self.shape, math.prod(self.shape)
         if self.layout != "dense":
             if self.index is None or self.index.ndim != 1 or self.index.dtype not in (torch.int32, torch.int64):
-                raise EditError(f"the index of the {self.layout} must be a vector of integers")
+                raise EditError(
+                    f"the index of the {self.layout} must be a one-dimensional tensor of integers; save the delta again"
+                )
             if not self.shape:
-                raise EditError(f"a scalar tensor must have the layout dense, got {self.layout}")
+                raise EditError(f"a scalar tensor must have the layout dense, got {self.layout}; save the delta again")
             k, bound = len(self.index), {"rows": self.shape[0], "columns": self.shape[-1]}.get(self.layout, size)
             ascending = bool((self.index[1:] > self.index[:-1]).all())
             if not ascending or (k and not 0 <= int(self.index[0]) <= int(self.index[-1]) < bound):
-                raise EditError(f"the index of the {self.layout} must contain ascending numbers from 0 to {bound - 1}")
+                raise EditError(
+                    f"the index of the {self.layout} must contain ascending numbers from 0 to {bound - 1}; save the "
+                    "delta again"
+                )
             expected = {"rows": (k, *self.shape[1:]), "columns": (*self.shape[:-1], k)}.get(self.layout, (k,))
         if not self.before.numel():
-            raise EditError("the change must contain at least one value, got none")
+            raise EditError("the change must contain at least one value, got none; save the delta again")
         for values in (self.before, self.after):
             if tuple(values.shape) != expected or values.dtype != self.before.dtype:
-                raise EditError(f"the values must have shape {list(expected)}, got {values.dtype} {list(values.shape)}")
+                raise EditError(
+                    f"the values must have shape {list(expected)} and one dtype, got {values.dtype} "
+                    f"{list(values.shape)}; save the delta again"
+                )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
         """Return a whole tensor of zeros. The tensor can be far larger than the few entries that a file stores."""
@@ -148,7 +165,8 @@ class Change:
             return torch.zeros(self.shape, dtype=dtype)
         except RuntimeError as error:
             raise EditError(
-                f"a tensor of shape {list(self.shape)} and dtype {dtype} does not fit into memory."
+                f"a tensor of shape {list(self.shape)} and dtype {dtype} does not fit into memory; use a machine with "
+                "more memory."
             ) from error
 
     def _cost(self) -> int:
@@ -166,7 +184,7 @@ class Change:
 def change_between(
     base: Tensor, edited: Tensor, base_hash: str, tied: tuple[str, ...] = (), known: Tensor | None = None
 ) -> Change | None:
-    """Return the smallest exact :class:`Change` between two whole CPU tensors; None if they are equal.
+    """Return the :class:`Change` between two whole CPU tensors, in the smallest layout; None if they are equal.
 
     Args:
         base: the tensor before the edit.

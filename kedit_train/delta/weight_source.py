@@ -21,12 +21,12 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Weights(Mapping[str, Tensor]):
-    """A mapping: name -> whole tensor on the CPU, loaded on access. A tied weight appears once.
+    """A mapping from names to whole CPU tensors, which are loaded on access. A tied weight appears once.
 
     Args:
-        readers: name -> function that returns the tensor.
-        tied: name -> other names of the same tensor.
-        made_of: name -> ``id`` of the parameters that the value is computed from, if known.
+        readers: for each name, a function that returns the tensor.
+        tied: for each name, the other names of the same tensor.
+        made_of: for each name, the ``id`` of every parameter that the value is computed from, if known.
         about: ``name`` and ``license`` of the model, if known.
     """
 
@@ -86,7 +86,10 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def grouped(named: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return first name -> other names for each tensor. Tensors in the same memory count as one tensor."""
+    """Return a dict from the first name of each tensor to its other names.
+
+    Tensors in the same memory count as one tensor.
+    """
     firsts: dict[Any, str] = {}
     groups: dict[str, tuple[str, ...]] = {}
     for name, tensor in named.items():
@@ -209,7 +212,8 @@ def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
         names = {str(file) for file in index.values()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         raise EditError(
-            f"{folder / INDEX} is not a valid shard index ({type(error).__name__}); get the checkpoint again."
+            f"{folder / INDEX} is not a valid shard index ({type(error).__name__}); download or save the "
+            "checkpoint again."
         ) from error
     for name in names:
         if not name.endswith(".safetensors") or name.startswith(".") or {"/", "\\", "\0"} & set(name):
@@ -221,5 +225,8 @@ def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
     stored = {tensor: path.name for path, spans in shards.items() for tensor in spans}
     if stored != index:
         wrong = sorted(stored.items() ^ index.items())[0][0]
-        raise EditError(f"{folder / INDEX} does not match its shards at tensor {wrong!r}; get the checkpoint again.")
+        raise EditError(
+            f"{folder / INDEX} does not match its shards (weight files) at tensor {wrong!r}; download or save the "
+            "checkpoint again."
+        )
     return shards

@@ -58,9 +58,11 @@ def evaluate(
     - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when all earlier tokens
       are given.
 
-    By default, an evaluation costs one forward pass per probe. Tokens are generated only after the first difference
-    from the preferred answer. Evaluate the unedited model first and pass its report as ``unedited``. Locality then
-    means "the same answer as before the edit" instead of "the true answer", and the report shows both models.
+    By default, an evaluation costs one forward pass per probe. More tokens are generated only if the model's answer
+    differs from the preferred answer, or if the probe has no accepted answer.
+
+    Evaluate the unedited model first and pass its report as ``unedited``. Locality then means "the same answer as
+    before the edit" instead of "the true answer", and the report shows both models.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.
@@ -68,8 +70,8 @@ def evaluate(
         edits: the edits to evaluate.
         options: what to measure and how to prompt. Default: ``EvaluationOptions()``.
         unedited: the unedited model's report on the same edits, made with the same options.
-        reference_weights: the weights before the edit, for weight drift: parameter name -> value, or the unedited
-            model. None: no weight drift.
+        reference_weights: the unedited model, or a dict from parameter name to value before the edit. The report then
+            contains the weight drift (the distance from these weights). None: no weight drift.
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
         prefixes: sentences for the metric "prefixes", used instead of the built-in English ones.
         limit: evaluate a random sample of this many edits. None: all edits.

@@ -28,15 +28,15 @@ class EvaluationOptions:
     Args:
         metrics: what to measure in addition to reliability, generality, portability and locality: "all", or a list of
 
-            - "prefixes": generality after neutral sentences (two more answers per edit),
-            - "format": generality with the prompt rewritten as a question or as a completion (one more answer per
-              edit),
-            - "kl": KL divergence from the unedited model on the locality prompts (one more forward pass per prompt;
-              12 KiB of memory per token),
-            - "resurgence": whether the old answer comes back when the prompt denies it or offers it as a choice
-              (three more answers per edit),
-            - "fluency": entropy and repetition of a longer continuation of each edit's prompt (costs as much as all
-              other metrics together).
+            - "prefixes" measures generality after neutral sentences. It needs two more answers per edit.
+            - "format" measures generality with the prompt rewritten as a question or as a completion. It needs one
+              more answer per edit.
+            - "kl" measures the KL divergence from the unedited model on the locality prompts. It needs one more
+              forward pass per prompt, and 12 KiB of memory per token.
+            - "resurgence" measures whether the old answer comes back when the prompt denies it or offers it as a
+              choice. It needs three more answers per edit.
+            - "fluency" measures entropy and repetition of a longer continuation of each edit's prompt. It costs as
+              much as all other metrics together.
         batch_size: prompts per forward pass. Scores do not depend on it.
         max_new_tokens: maximum length of an answer, in tokens.
         fluency_tokens: maximum length of the continuation for "fluency", in tokens.
@@ -45,8 +45,8 @@ class EvaluationOptions:
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the
             format that was used in training.
-        distributed: split the edits across the processes of the default group instead of evaluating all edits on
-            each process. Must be False for a model that FSDP2 shards.
+        distributed: True splits the edits across the processes of the default group. False evaluates all edits on
+            each process. It must be False for a model that FSDP2 shards.
 
     Raises:
         EditError: an argument is out of range.

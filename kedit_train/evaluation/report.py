@@ -27,14 +27,17 @@ class Report(ReportData):
     """The result of :func:`~kedit_train.evaluation.evaluate`.
 
     Args:
-        metrics: question -> score name -> :class:`~kedit_train.evaluation.Score`. Each question has "generated",
-            "teacher_forced" and more scores, which :func:`~kedit_train.evaluation.scoring.metrics.summarize` explains.
-            "perplexity" is a single score. "weight_drift" is a dict of three scores, or empty if not measured.
-        unedited: the metrics of the unedited model, or None. Their locality is the fraction of true answers.
+        metrics: nested dict. For example, ``metrics["reliability"]["generated"]`` is a
+            :class:`~kedit_train.evaluation.Score`. "reliability", "generality", "portability" and "locality" each have
+            "generated", "teacher_forced" and more scores, which
+            :func:`~kedit_train.evaluation.scoring.metrics.summarize` explains. "perplexity" is a single score.
+            "weight_drift" is a dict of three scores, or empty if not measured.
+        unedited: the metrics of the unedited model, or None. In these metrics, locality is the fraction of true
+            answers.
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
         meta: number, name and hash of the edits, model, versions, settings, seed, date, and duration in seconds.
-        distributions: prompt -> next-token distributions, if "kl" was measured on an unedited model. They are kept in
-            memory and not saved.
+        distributions: dict from prompt to next-token distributions, if "kl" was measured on an unedited model. The
+            dict is kept in memory and not saved.
 
     Example:
         >>> from kedit_train import EditDataset, Report, evaluate, world
@@ -55,7 +58,7 @@ class Report(ReportData):
         """Return the report as Markdown.
 
         Args:
-            answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
+            answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
         """
         return render_markdown(self, answers)
 
@@ -69,7 +72,7 @@ class Report(ReportData):
         }
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report atomically; parent folders are created.
+        """Write the report to a file atomically, and create missing parent folders.
 
         Args:
             path: the file. Its format is Markdown if the name ends in ``.md``, otherwise JSON.
@@ -118,7 +121,7 @@ class Report(ReportData):
 
         Args:
             console: where to print. Default: standard output.
-            answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
+            answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
         """
         # Imported here, because training without printing must not need rich.
         from rich.console import Console

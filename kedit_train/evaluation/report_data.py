@@ -40,7 +40,7 @@ class ReportData:
         ]
 
     def flat(self, prefix: str = "edit/") -> dict[str, float]:
-        """Return a flat dict of the scores for loggers: name -> number. Scores without probes are left out.
+        """Return the scores as a flat dict from logger name to number. Scores without probes are left out.
 
         Examples of names: ``edit/reliability`` (generated), ``edit/reliability_teacher_forced``,
         ``edit/locality/<kind>``, ``edit/locality_kept_right``, ``edit/resurgence/prefers_old/<kind>``,

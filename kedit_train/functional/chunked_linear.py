@@ -25,7 +25,8 @@ class GradientSums:
     """Sums of the gradients of given tensors over several backward passes, in fp32 (fp64 for fp64 tensors).
 
     The gradient of an output head is as large as the head. Inside :meth:`collecting`, :func:`linear` adds the gradient
-    of its weight to the sum in place, so that only one tensor of this size exists. Other gradients go to :meth:`add`.
+    of its weight to the sum in place, so that only one tensor of this size exists. All other gradients are added with
+    :meth:`add`.
 
     Args:
         tensors: the trained tensors.
@@ -38,7 +39,7 @@ class GradientSums:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Let :func:`linear` add the gradients of its weight to these sums inside the block."""
+        """Context manager: inside the ``with`` block, :func:`linear` adds the gradient of its weight to these sums."""
         token = _COLLECTING.set(self)
         try:
             yield
@@ -51,7 +52,7 @@ class GradientSums:
         return None if place is None else self._sum(place)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one gradient per tensor; None adds nothing."""
+        """Add one gradient per tensor, in the order of ``tensors``. None adds nothing."""
         for place, gradient in enumerate(gradients):
             if gradient is not None:
                 self._sum(place).add_(gradient)
@@ -63,7 +64,7 @@ class GradientSums:
                 total.mul_(factor)
 
     def take(self) -> list[Tensor | None]:
-        """Return the sums in the dtypes of their tensors and clear the sums; None for a tensor without a gradient."""
+        """Return one sum per tensor in the tensor's dtype (None if it got no gradient), and clear the sums."""
         sums = self._sums
         self._sums = [None] * len(self.tensors)
         return [None if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]
@@ -83,7 +84,9 @@ _COLLECTING: ContextVar[GradientSums | None] = ContextVar("collecting", default=
 def linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, fp32_gradients: bool = True
 ) -> Tensor:
-    """Project hidden states to logits in ``dtype``, as autocast would, with gradients summed in fp32 (fp64 in fp64).
+    """Project hidden states to logits in ``dtype``, as autocast does.
+
+    The gradients of several chunks are summed in fp32 (in fp64 for fp64 tensors).
 
     Args:
         hidden: [N, d], any float dtype.
@@ -91,7 +94,7 @@ def linear(
         bias: [V], or None.
         dtype: dtype of the product and of the result.
         fp32_gradients: for a half-precision ``dtype``, True keeps the products of the backward pass in fp32, as TRL's
-            fused head does. False rounds each product, as autocast does. Sums over chunks are in fp32 in both cases.
+            fused head does. False rounds each product to ``dtype``, as autocast does.
 
     Returns:
         [N, V] in ``dtype``.

@@ -20,7 +20,7 @@ Score = Callable[..., tuple[Tensor, ...]]
 
 
 def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
-    """Return how many tokens a chunk may have so that its logits contain at most ``numbers`` values.
+    """Return the largest number of tokens whose logits have at most ``numbers`` values, but at least 1.
 
     Args:
         vocab_size: number of logits per token.
@@ -34,21 +34,21 @@ def chunked(
 ) -> tuple[Tensor, ...]:
     """Apply ``score`` to chunks of tokens and join the results.
 
-    Gradients are computed in the forward pass for an upstream gradient of one per loss. In the backward pass, the
-    gradient of ``hidden`` is scaled by the actual upstream gradients. The gradient of ``parameters`` is one sum over
-    all tokens, so this sum can be scaled only if all upstream gradients are equal, as after a sum or mean. Otherwise
-    every chunk is computed again in the backward pass. To avoid the second computation, apply weights per token inside
-    ``score``.
+    The forward pass also computes the gradients. It assumes that the upstream gradient of every loss (the gradient that
+    the backward pass will bring) is one. The backward pass then scales the gradient of ``hidden`` by the actual
+    upstream gradients. The gradient of ``parameters`` is one sum over all tokens. This sum can be scaled only if all
+    upstream gradients are equal, as after a sum or mean. Otherwise the backward pass computes every chunk again. To
+    avoid the second computation, apply weights per token inside ``score``.
 
     Args:
-        score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``. Each token is scored by itself, and
-            only the loss is differentiated.
+        score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``. The values of a token must not depend
+            on other tokens. Only the loss is differentiated.
         hidden: [N, d], the input of the output head.
-        rest: further tensors with N entries (labels, reference hidden states), not differentiated.
+        rest: further tensors with N entries (labels, reference hidden states). They get no gradient.
         chunk: tokens in one chunk.
         parameters: the trained tensors that ``score`` uses. Their gradients are summed in fp32 (fp64 in fp64).
-        defer: compute the gradients in the backward pass, when the upstream gradients are known. In half precision, the
-            gradient of the logits is then rounded at the scale of the host's loss.
+        defer: True computes the gradients only in the backward pass, when the upstream gradients are known. In half
+            precision, the gradient of the logits then has the scale of the training loop's loss when it is rounded.
 
     Returns:
         The outputs of ``score`` for all N tokens. The loss is connected to ``hidden`` and ``parameters``.

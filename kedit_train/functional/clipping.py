@@ -13,11 +13,11 @@ def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
     Args:
         divergence: [N], in nats.
-        epsilon: clip in nats, at least 0.
+        epsilon: the clip (smallest value that is returned) in nats, at least 0.
 
     Returns:
-        ``max(divergence, epsilon)`` [N], and whether the divergence is above ``epsilon`` [N] bool. NaN counts as above,
-        so that a model that has diverged is not reported as learned.
+        ``max(divergence, epsilon)`` [N], and whether the divergence is above ``epsilon`` [N] bool. NaN counts as above
+        ``epsilon``, so that a token is not reported as learned after the training has failed.
     """
     active = ~(divergence <= epsilon)
     # clamp(min=epsilon) has a gradient of one where the values are equal, and a clipped token must have no gradient.
@@ -27,8 +27,8 @@ def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 def smoothed_loss(logits: Tensor, target: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return the clipped forward divergence ``max(KL(target || model), epsilon)`` of each token.
 
-    This function is the reference for the objectives of this package, which compute the same loss without building the
-    target.
+    This function is the reference implementation. The objectives of this package compute the same loss, but do not
+    build the target.
 
     Args:
         logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).

@@ -26,14 +26,15 @@ Gradient = Callable[..., None]
 
 
 def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Apply ``value`` to blocks of rows, with ``gradient`` as the derivative of its first output.
+    """Apply ``value`` to blocks of rows. The backward pass uses ``gradient`` for the first output, the loss.
 
     Args:
-        value: ``(logits, *rows) -> (outputs, kept)``, a function of each row by itself.
+        value: ``(logits, *rows) -> (outputs, kept)``. The values of a row must not depend on other rows. The tensors in
+            ``kept`` are passed to ``gradient``.
         gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``, for an upstream
             gradient of one.
         logits: [N, V], any float dtype. Both functions receive them in fp32 (fp64 stays fp64).
-        rows: further tensors with N entries (labels, reference logits), constants.
+        rows: further tensors with N entries (labels, reference logits). They get no gradient.
 
     Returns:
         The outputs of ``value`` for all rows, [N] each.
@@ -42,7 +43,10 @@ def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> 
 
 
 def blocks(logits: Tensor, *rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors with N entries into at least one block, which may be empty. Blocks are small on a CPU only."""
+    """Split tensors with N entries into at least one block, which may be empty.
+
+    On a CPU, a block is small enough for the cache. On every other device, one block contains all entries.
+    """
     size = max(1, _BLOCK // max(1, logits.shape[-1])) if logits.device.type == "cpu" else max(1, len(logits))
     starts = range(0, max(1, len(logits)), size)
     return [tuple(t[i : i + size] for t in (logits, *rows)) for i in starts]

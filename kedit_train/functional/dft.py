@@ -12,9 +12,9 @@ from kedit_train.functional.closed_form_losses import Value, rowwise
 def dynamic_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
     """Compute the DFT loss of each token, with the gradient in closed form.
 
-    The probability is treated as a constant, so the gradient of the logits is ``p_y (p - one_hot(y))``. As a policy
-    gradient, cross-entropy rewards a token by ``1 / p_y``, so tokens with a low probability dominate the gradient. DFT
-    gives every token the same reward.
+    The probability is treated as a constant, so the gradient of the logits is ``p_y (p - one_hot(y))``. Cross-entropy
+    can be read as a policy gradient in which a token has the reward ``1 / p_y``. Tokens with a low probability then
+    dominate the gradient. DFT gives every token the same reward.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).

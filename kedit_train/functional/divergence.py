@@ -19,7 +19,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
     Args:
         p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64). A logit of minus infinity adds nothing.
-        q_logits: [N, V], with the same dtypes.
+        q_logits: [N, V], any float dtype.
 
     Returns:
         [N] in nats.
@@ -35,7 +35,7 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
     Args:
         p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
-        q_logits: [N, V], with the same dtypes.
+        q_logits: [N, V], any float dtype.
 
     Returns:
         [N] in nats, at most ln 2.
@@ -50,12 +50,12 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
     """Return the divergence of the edited model from the reference model, per token.
 
-    The values equal those of :func:`kl_divergence` and :func:`jensen_shannon`. If the reference has no gradient, the
-    divergence is computed in blocks of rows, with its gradient in closed form.
+    The values equal those of :func:`kl_divergence` and :func:`jensen_shannon`. If ``reference_logits`` needs no
+    gradient, the divergence is computed in blocks of rows, with its gradient in closed form.
 
     Args:
         reference_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
-        logits: [N, V] of the edited model, with the same dtypes.
+        logits: [N, V] of the edited model, any float dtype.
         direction: "forward" is KL(reference || model), "reverse" is KL(model || reference), "jsd" is the
             Jensen-Shannon divergence.
 

@@ -19,8 +19,8 @@ def keep_top(scores: Tensor, density: float) -> Tensor:
         A bool mask of the same shape.
 
     Raises:
-        ValueError: the density is out of range, a score is not finite, or all scores are equal, so that they do
-            not rank the weights.
+        ValueError: the density is out of range, a score is not finite, or all scores are equal (equal scores
+            do not rank the weights).
     """
     if not 0.0 <= density <= 1.0:
         raise ValueError(f"density must be in [0, 1], got {density}")
@@ -46,7 +46,7 @@ def unit_scores(scores: Tensor, dim: int) -> Tensor:
 
     Args:
         scores: [..., size(dim), ...].
-        dim: the dimension that counts neurons.
+        dim: the dimension along which the neurons are numbered.
 
     Returns:
         [size(dim)].
@@ -60,7 +60,7 @@ def unit_mask(units: Tensor, shape: torch.Size, dim: int) -> Tensor:
     Args:
         units: [shape[dim]], the mask of the neurons.
         shape: shape of the weight.
-        dim: the dimension that counts neurons.
+        dim: the dimension along which the neurons are numbered.
 
     Returns:
         A bool mask of shape ``shape``.

@@ -20,15 +20,16 @@ from kedit_train.functional.precision import full_precision, widest
 
 
 class Curvature(NamedTuple):
-    """The directions of high curvature: the pairs of ``left[:, i]`` and ``right[:, j]`` for which ``high[i, j]`` is 1.
+    """The directions of high curvature of a weight.
 
-    Eigenvectors that belong to no such pair are not stored.
+    A direction is a pair of the eigenvectors ``left[:, i]`` and ``right[:, j]``. Its curvature is high if
+    ``high[i, j]`` is 1. Eigenvectors that belong to no pair of high curvature are not stored.
 
     Attributes:
         left: [out, p], eigenvectors of the output factor.
         right: [in, q], eigenvectors of the input factor.
         high: [p, q], 1 for a pair that is removed, in the dtype of ``left``.
-        free: fraction of all out * in directions that are not removed.
+        free: number of directions that are not removed, divided by the number of all directions (``out * in``).
         energy: fraction of the trace that belongs to the removed directions.
     """
 
@@ -47,8 +48,9 @@ def high_curvature(
     Args:
         output_factor: S, [out, out], symmetric and positive semi-definite.
         input_factor: A, [in, in], symmetric and positive semi-definite.
-        energy: fraction of the trace to remove, in (0, 1). The pairs are sorted by descending s_i a_j. The pair at
-            which the cumulative sum reaches ``energy`` is the threshold. All pairs not below the threshold are removed.
+        energy: fraction of the trace to remove, in (0, 1). The pairs are sorted by descending s_i a_j. The
+            threshold is the value of the pair at which the cumulative sum reaches ``energy``. All pairs with at least
+            this value are removed.
         dtype: dtype of the result. The decomposition is computed in fp64.
 
     Returns:
@@ -84,8 +86,9 @@ def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
 def project_low_curvature(delta: Tensor, curvature: Curvature) -> Tensor:
     """Remove the directions of high curvature from a change.
 
-    The result equals U_S ((U_Sᵀ D U_A) * M) U_Aᵀ with all eigenvectors, M = 1 for low curvature and M = 0 for high
-    curvature. The removed part is smaller, so this part is computed and subtracted.
+    The result equals ``U_S ((U_Sᵀ D U_A) * M) U_Aᵀ``. D is the change. U_S and U_A contain all eigenvectors of the two
+    factors. M is 1 for pairs of low curvature and 0 for pairs of high curvature. The part that
+    belongs to the pairs of high curvature is smaller, so the function computes this part and subtracts it.
 
     Args:
         delta: [out, in], the change, in the dtype of the curvature. Transpose the weight of a ``Conv1D``.

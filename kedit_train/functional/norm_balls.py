@@ -43,7 +43,7 @@ def step_toward(values: Tensor, target: Tensor) -> Tensor:
 def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """Return the smallest and the greatest storable value within ``radius`` of each entry.
 
-    The weights then only have to be clamped to these bounds after each step. If the radius is smaller than the spacing
+    After each step, it is then enough to clamp the weights to these bounds. If the radius is smaller than the spacing
     of the dtype, both bounds are the reference.
 
     Args:

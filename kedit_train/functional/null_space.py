@@ -27,8 +27,8 @@ def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: i
         moment: [d, d], E[k kᵀ], symmetric.
         energy: smallest fraction of the trace that the directions must contain, in (0, 1]. 1 takes every direction with
             an eigenvalue above the rounding error of the moment (``d * eps`` times the greatest eigenvalue).
-        rank: number of directions, used instead of ``energy``. Fewer are returned if the other
-            eigenvalues are not above the rounding error.
+        rank: number of directions, used instead of ``energy``. Fewer directions are returned if fewer eigenvalues are
+            above the rounding error.
 
     Returns:
         [d, r] in fp64, sorted by descending eigenvalue.
@@ -94,11 +94,12 @@ def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSp
 def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
     """Remove the preserved directions from each row of a change.
 
-    This is ``D - (D U) Uᵀ`` with the preserved directions U, or ``(D N) Nᵀ`` if the free basis N is smaller.
+    With the change D, the result is ``D - (D U) Uᵀ``, where U are the preserved directions. If the basis N of the free
+    directions is smaller, the same result is computed as ``(D N) Nᵀ``.
 
     Args:
-        delta: [m, d], the change, in the dtype of the basis. The last dimension is that of the inputs, so the weight of
-            a ``Conv1D`` must be transposed.
+        delta: [m, d], the change, in the dtype of the basis. The last dimension must belong to the layer's inputs.
+            Transpose the change of a ``Conv1D``.
         space: from :func:`free_space`.
 
     Returns:

@@ -29,8 +29,8 @@ def overtone_target(
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
-        label_weight: weight of the one-hot label in the mixture, in [0, 1]; 1 is cross-entropy. This follows the paper.
-            Label smoothing usually states the weight of the uniform distribution instead.
+        label_weight: weight of the one-hot label in the mixture, in [0, 1]; 1 is cross-entropy. The paper defines it in
+            the same way. For label smoothing, usually the weight of the uniform distribution is stated instead.
         n_sigma: width of the filter in standard deviations of the logits; ``inf`` keeps every token.
         vocab_size: size of the true vocabulary, if the output head has additional padded rows. Padded rows do not count
             in the standard deviation and never pass the filter.
@@ -112,7 +112,7 @@ def overtone_statistics(
     """Compute the OverTone loss of each token as :func:`overtone` does, and statistics of the targets.
 
     Let t be the mixture, p the distribution of the model, and f the filtered distribution. Let Z and Z_f be the log
-    normalizers of p and f. Then KL(t || p) without the label's part is
+    normalizers of p and f. KL(t || p) is a sum over tokens. Without the term of the label y, the sum is
     ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``, because the logits cancel.
 
     Args:

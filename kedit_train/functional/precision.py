@@ -12,7 +12,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Turn off autocast and reduced-precision fp32 products (TF32, bf16) inside the block.
+    """Context manager: turn off autocast and the computation of fp32 matrix products in TF32 or bf16.
 
     TF32 has 10 bits of mantissa, so a projection in TF32 leaves about 1e-3 of the component that it should remove.
 

@@ -23,7 +23,9 @@ def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
-    """Return the log of the softmax denominator over all V logits, minus ``top``, [n].
+    """Return ``logsumexp(z) - top`` [n], the log of the softmax denominator of the shifted logits.
+
+    The sum includes the logits of padded rows of the output head.
 
     Args:
         exponentials: [n, size], the exponentials of the shifted logits of the true vocabulary.
@@ -36,7 +38,7 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 
 
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
-    """Write the gradient of the padded logits and the shifted logits of the true vocabulary into ``out``.
+    """Fill ``out`` with two parts: the gradient for the padded rows, and the shifted logits for the true vocabulary.
 
     Args:
         out: [n, V], written.
@@ -54,6 +56,6 @@ def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, si
 
 
 def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
-    """Subtract each label's probability ``mass`` [n] from ``out`` [n, V], and zero the rows that are not ``active``."""
+    """Subtract ``mass`` [n] from each row's entry of the label in ``out`` [n, V], and zero rows not in ``active``."""
     out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))
     out.mul_(active.unsqueeze(-1))

@@ -27,8 +27,8 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
     """Return the divergence between two distributions over k + 1 buckets: k tokens, and all others together.
 
-    The probabilities of the tokens within the last bucket are not compared. Each direction is therefore at most the
-    divergence over the whole vocabulary (data processing inequality).
+    The probabilities of the tokens within the last bucket are not compared. The result is therefore never larger
+    than the divergence over the whole vocabulary in the same direction (data processing inequality).
 
     Args:
         reference: [N, k + 1] log-probabilities from :func:`top_log_probs`.

@@ -26,7 +26,7 @@ class Checkpoint:
     Args:
         edits: number of edits so far.
         report: the report on all edits so far, with the unedited model's scores.
-        latest: reliability of only the newest edits, which were trained for the first time in the last schedule step.
+        latest: reliability of only the newest edits, which the last call of ``train`` trained for the first time.
         capability: general ability of the model. None if not measured.
         seconds: training time so far, in seconds.
     """
@@ -38,7 +38,7 @@ class Checkpoint:
     seconds: float
 
     def scores(self) -> dict[str, Score]:
-        """Return the measured scores of the retention curve by name."""
+        """Return a dict from name to score, with the measured scores of the retention curve."""
         scores = {"reliability": self.report.metrics["reliability"]["generated"], "latest": self.latest}
         scores |= {name: self.report.metrics[name]["generated"] for name in QUESTIONS[1:]}
         scores |= self.capability.scores() if self.capability is not None else {}
@@ -103,7 +103,7 @@ class ModeResult:
         return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain dicts, lists, numbers and strings. Only the last checkpoint includes the model's answers."""
+        """Return the result as plain dicts and lists. Only the last checkpoint includes the model's answers."""
         steps = []
         for checkpoint in self.checkpoints:
             report = checkpoint.report.to_dict()
@@ -146,7 +146,7 @@ def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[s
     the first panel show the reliability of only the newest edits.
 
     Args:
-        results: label -> result.
+        results: dict from the label of a curve to the result.
         path: a ``.png`` file.
 
     Returns:

@@ -28,7 +28,7 @@ def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.P
     the first panel show the reliability of only the newest edits.
 
     Args:
-        curves: label -> number of edits -> score name -> score.
+        curves: nested dicts. ``curves[label][number of edits][score name]`` is a score.
         path: a ``.png`` file.
 
     Returns:
@@ -39,7 +39,7 @@ def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.P
     """
     panels = [name for name in PANELS if any(name in scores for curve in curves.values() for scores in curve.values())]
     if not panels:
-        raise EditError("results must contain at least one result with scores, got none.")
+        raise EditError("results must contain at least one result with scores, got none; pass a result of run_edits.")
     figure = new_figure(3.4 * len(panels) + 0.4, 3.9)
     row = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axes, name in zip(row, panels, strict=True):

@@ -64,7 +64,8 @@ def run_edits(
         tokenizer: the model's tokenizer.
         edits: the edits.
         mode: "single", "batch", "sequential" or "streaming".
-        train: a function ``train(model, edits)`` that changes the model in place. It is called once per schedule step.
+        train: a function ``train(model, edits)`` that changes the model in place. It is called once per schedule step
+            (one training in the list above).
             None: :class:`~kedit_train.modes.TrainLoop` with default arguments.
         edits_per_step: new edits per schedule step, for "sequential" (default 1) and "streaming" (default 100).
         replay: number of previous edits that "streaming" replays in each step. None: all previous edits.
@@ -73,7 +74,7 @@ def run_edits(
             after the last edit.
         options: what to measure and how to prompt. None: ``EvaluationOptions()``.
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
-        capability: measures general ability before the edits and at each checkpoint. Not available for "single".
+        capability: measures general ability before the edits and at each checkpoint. It must be None for "single".
         wandb_run: the run that ``wandb.init`` returned. ``retention/*`` is logged over the number of edits. At the end,
             the curve, the answers, the scores by target token and the result (as an artifact) are logged.
         seed: seed of the replay, of the bootstrap, and of torch in each schedule step. Each step starts from its own
@@ -160,15 +161,19 @@ def _check(
     train: Train | None,
 ) -> None:
     if options.distributed:
-        raise EditError("options.distributed must be False, because run_edits runs in one process.")
+        raise EditError("options.distributed must be False, because run_edits runs in one process; set it to False.")
     if any(count < 1 for count in checkpoints):
-        raise EditError(f"checkpoints must be numbers of edits >= 1, got {tuple(checkpoints)}.")
+        raise EditError(
+            "each value in checkpoints must be an integer >= 1 (the number of edits after which all edits so far are "
+            f"evaluated), got {tuple(checkpoints)}; for example checkpoints=(1, 10, 100)."
+        )
     if mode != "single":
         return
     if options.texts is not None or capability is not None:
         name = "capability" if options.texts is None else "options.texts"
         raise EditError(
-            f"{name} must be None for mode 'single', because this mode has a different model for each edit."
+            f"{name} must be None for mode 'single', because each edit gives a different model; remove {name}, or use "
+            "another mode."
         )
     callbacks = getattr(train, "callbacks", ())
     # A custom training function may use the attribute ``callbacks`` for something else.
@@ -218,7 +223,7 @@ class _Run:
         )
 
     def train_step(self, numbers: Sequence[int], seed: int) -> float:
-        """Train the edits with these numbers, and return the training time in seconds."""
+        """Train on the edits with the indices ``numbers``, and return the training time in seconds."""
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         started = time.perf_counter()
         with torch.random.fork_rng(devices):

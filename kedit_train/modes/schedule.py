@@ -19,8 +19,8 @@ class ScheduleStep:
     """One call of the training function.
 
     Args:
-        trained: the numbers of the edits that are trained in this step, in order.
-        new: the numbers of the edits that are trained for the first time in this step.
+        trained: the indices of the edits that are trained in this step, in order.
+        new: the indices of the edits that are trained for the first time in this step.
         seen: number of distinct edits that have been trained up to and including this step.
     """
 

@@ -32,7 +32,7 @@ class SurveyMetrics:
         portability: fraction of right answers to questions that follow from the edit.
         retainability: change of accuracy with each further edit in a sequence. The best value is 0.
         scalability: accuracy of edits made one by one minus accuracy of all edits made at once. The best value is 0.
-        sources: metric -> the mode (or modes) of the results that it was computed from.
+        sources: dict from metric to the mode (or modes) of the results from which the metric was computed.
 
     References:
         Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
@@ -143,12 +143,14 @@ def _check_comparable(results: tuple[ModeResult, ...]) -> None:
 
 
 def retainability(accuracy: Mapping[int, float]) -> float:
-    """Return the mean change of accuracy per further edit: 1/(n - 1) * sum over i of Acc(e_1..e_i+1) - Acc(e_1..e_i).
+    """Return the mean change of accuracy per further edit.
 
-    The terms of the sum cancel, so the result depends only on the first and the last accuracy.
+    Let Acc(i) be the accuracy on the first i edits after these edits were made. The definition is
+    ``1 / (n - 1) * sum over i of (Acc(i + 1) - Acc(i))``. Most terms of the sum cancel, so the result depends only on
+    the first and the last accuracy.
 
     Args:
-        accuracy: number of edits so far -> accuracy on all edits so far. There must be at least two entries.
+        accuracy: dict from the number of edits so far to the accuracy on these edits, with at least two entries.
 
     Returns:
         The change of accuracy per further edit. The change is negative if earlier edits are lost.
@@ -163,7 +165,9 @@ def retainability(accuracy: Mapping[int, float]) -> float:
     """
     first, last = min(accuracy), max(accuracy)
     if first == last:
-        raise EditError("accuracy must contain at least two numbers of edits, got one; evaluate at more checkpoints.")
+        raise EditError(
+            "accuracy must have values after at least two numbers of edits, got one; evaluate at more checkpoints."
+        )
     return (accuracy[last] - accuracy[first]) / (last - first)
 
 

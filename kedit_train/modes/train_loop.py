@@ -29,9 +29,9 @@ class ExampleOptions:
     Args:
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question".
         append_eos: append the end-of-text token to every target.
-        extra_edits: additional training examples: a list of edits, or a function that gets the edits of a call and
-            returns such a list (see ``kedit_train.augmentation.augmentation``). Additional examples count in the batch
-            size and in the loss for ``stop_loss``.
+        extra_edits: additional training examples: a list of edits, or a function that returns such a list. The function
+            is called with the edits of each training (see ``kedit_train.augmentation.augmentation``). Additional
+            examples count in the batch size and in the loss for ``stop_loss``.
 
     Example:
         >>> from kedit_train.modes import ExampleOptions
@@ -50,16 +50,17 @@ class ExampleOptions:
 class TrainLoop:
     """A training function ``train(model, edits)`` that trains on shuffled batches with callbacks.
 
-    Training stops early when the mean loss of an epoch falls below ``stop_loss``. The model stays in its mode (training
-    or evaluation).
+    Training stops early when the mean loss of an epoch falls below ``stop_loss``. The model is trained in
+    the mode that it has (training or evaluation).
 
     Args:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
-            down-projection late in the model. If ``run_edits`` trains in several schedule steps, the callbacks restart
-            in each step. Their reference model is then the model at the start of the step. ``KLLocality``,
-            ``NullSpace`` and ``LowCurvature`` keep their reference across steps if ``sequential=True``. ``NormBall``
-            and ``WeightAnchor`` use the weights before the first step as their reference, unless ``anchor="previous"``.
+            down-projection late in the model. If ``run_edits`` trains in several schedule steps, the callbacks start
+            anew in each step. Their reference model is then the model at the start of the step. There are exceptions:
+            ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep their reference across steps if
+            ``sequential=True``. ``NormBall`` and ``WeightAnchor`` use the weights before the first step, unless
+            ``anchor="previous"`` is set.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.

@@ -31,7 +31,7 @@ def log_checkpoint(run: Any, checkpoint: Checkpoint) -> None:
 
 
 def finish_curve(run: Any, result: ModeResult) -> None:
-    """Log the curve as a table and a chart, the answers, the scores by target token, and the result as artifacts."""
+    """Log the curve (a table and a chart), the answers, the scores by target token, and the result (artifacts)."""
     with require("wandb", extra="wandb"):
         import wandb
 

@@ -25,7 +25,10 @@ class WeightBackup:
 
     def __init__(self, model: nn.Module) -> None:
         if any(isinstance(tensor, DTensor) for tensor in model.parameters()):
-            raise EditError("model must not be sharded, because the weights of a sharded model cannot be restored.")
+            raise EditError(
+                "model must not be sharded over processes, because the weights of a sharded model cannot be restored; "
+                "load the complete model in one process."
+            )
         self.model = model
         self.values = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(model).items()}
         self.trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

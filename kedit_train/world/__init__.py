@@ -30,7 +30,7 @@ NAME = "world"
 
 
 def is_world(name: object) -> bool:
-    """Return whether ``name`` selects the embedded model or data, and not a file, a folder or a hub name.
+    """Return whether ``name`` is "world", the name of the embedded model and data.
 
     Example:
         >>> is_world("world"), is_world("world.json")

@@ -65,10 +65,10 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
 def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0) -> list[str]:
     """Return embedded texts that stay true after the edits, for a locality penalty.
 
-    Half of the texts state facts about other subjects in the wordings of the edits' prompts, because edits have side
-    effects there first. A quarter of the texts state any facts, including two-hop facts, in any trained wording. A
-    quarter of the texts are training prose. Facts are left out in every wording if an edit changes them, if they follow
-    from a changed fact, or if a probe or rephrase asks about them. The texts contain no special tokens.
+    Half of the texts have the wordings of the edits' prompts but state other facts. Side effects of edits appear first
+    in such texts. A quarter of the texts state any facts, including two-hop facts, in any trained wording. A quarter of
+    the texts are training prose. No text states a fact that an edit changes, that follows from a changed fact, or that
+    a probe or rephrase asks about. The texts contain no special tokens.
 
     Args:
         exclude: the edits.
@@ -111,11 +111,11 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Return those texts that state no fact that the edits change or ask about.
+    """Return the texts that state no fact that the edits change or ask about.
 
     Args:
         texts: texts that :func:`locality_texts` returned for previous edits.
-        edits: further edits.
+        edits: new edits.
 
     Raises:
         EditError: an edit is not about a fact of the embedded model.
@@ -139,8 +139,9 @@ def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
 def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     """Return one prompt for each fact that the edits leave unchanged, in random order, for a replay buffer.
 
-    Half of the prompts about relations of the edits use the wordings of the edits' prompts. All other prompts use any
-    trained wording. All facts that :func:`locality_texts` leaves out and all facts about edited subjects are left out.
+    If a fact has the same relation as an edit, its prompt has the wording of an edit's prompt in about half of the
+    cases. All other prompts use any trained wording. No prompt asks about an edited subject, or about a fact that
+    :func:`locality_texts` leaves out.
 
     Args:
         exclude: the edits.
@@ -177,7 +178,7 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
         open_relations = [r for r in RELATIONS if len(waiting[r.subject]) > spare[r.subject]]
         if not open_relations:
             raise EditError(
-                f"n must be at most {len(chosen)}, the number of subjects that can be edited, got {n}; lower n", "edits"
+                f"n must be at most {len(chosen)} (so many subjects can be edited), got {n}; lower n", "edits"
             )
         for relation in shuffled(rng, open_relations):
             if len(chosen) < n and len(waiting[relation.subject]) > spare[relation.subject]:
@@ -196,7 +197,9 @@ def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
             for hop in second_hops
         ):
             return candidate
-    raise EditError(f"no new object is left for {fact.relation} of {fact.subject}; lower n", "edits")
+    raise EditError(
+        f"no new answer is left for the relation {fact.relation} of the subject {fact.subject}; lower n", "edits"
+    )
 
 
 def _edit(rng: Random, known: World, fact: Fact, target: str, name: str, subjects: set[str], asked: set[Key]) -> Edit:

@@ -57,11 +57,11 @@ class World:
     """All people, companies and cities of the embedded model, and all facts about them.
 
     Attributes:
-        pools: type -> names of that type in a fixed order.
-        facts: (subject, relation) -> one-hop fact.
-        two_hop: (subject, relation) -> fact that follows from two one-hop facts.
-        hops: (subject, relation) of a two-hop fact -> keys of its first and its second one-hop fact.
-        held_out: people that no two-hop training question is about.
+        pools: dict from type to all names of that type, in a fixed order.
+        facts: dict from (subject, relation) to the one-hop fact.
+        two_hop: dict from (subject, relation) to the two-hop fact, which follows from two one-hop facts.
+        hops: dict from (subject, relation) of a two-hop fact to the keys of its first and second one-hop fact.
+        held_out: people whose two-hop facts are not in the training data.
     """
 
     pools: dict[str, tuple[str, ...]]
@@ -118,7 +118,7 @@ def build(seed: int = WORLD_SEED, *, people: int = PEOPLE, companies: int = COMP
 
 
 def documents(fact: Fact, wordings: Sequence[str]) -> list[str]:
-    """Return one document per wording that states a fact: prompt, one space, answer, no full stop."""
+    """Return one document for each wording: the prompt, one space and the answer, without a full stop."""
     return [f"{wording.format(s=fact.subject)} {fact.object}" for wording in wordings]
 
 
@@ -128,7 +128,7 @@ def training_facts(world: World) -> list[Fact]:
 
 
 def training_documents(world: World) -> list[list[str]]:
-    """Return, for each training fact, all documents that state the fact. An epoch draws some of them."""
+    """Return, for each training fact, all documents that state the fact. An epoch uses only some of them."""
     return [documents(fact, BY_NAME[fact.relation].trained) for fact in training_facts(world)]
 
 
@@ -196,4 +196,6 @@ class _Inventor:
             if not any(name.startswith(other) or other.startswith(name) for other in self.taken):
                 self.taken.append(name)
                 made.append(name)
-        raise EditError(f"{count} different names are needed, but only {len(made)} were found; ask for fewer names")
+        raise EditError(
+            f"{count} different names are needed, but only {len(made)} were found; lower people, companies or cities"
+        )

@@ -59,7 +59,7 @@ HELD_OUT_EVERY = 10
 def paragraphs(n: int, *, seed: int = 0, held_out: bool) -> list[str]:
     """Return ``n`` different paragraphs of two or three sentences.
 
-    The letters of a paragraph alone decide whether it is in the held-out part or in the training part. So the two parts
+    Whether a paragraph is in the held-out part or in the training part depends only on its letters. So the two parts
     never overlap, for any ``seed`` and ``n``.
 
     Args:

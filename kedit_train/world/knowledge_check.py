@@ -61,7 +61,7 @@ def _same_length(order: Sequence[int], ids: Sequence[list[int]], batch_size: int
 
 
 def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[tuple[Fact, str]]) -> float:
-    """Return the fraction of (fact, wording) pairs with a greedy answer that is exactly the object of the fact."""
+    """Return the fraction of (fact, wording) pairs for which the greedy answer equals the object of the fact."""
     generated = generate_answers(model, tokenizer, [wording.format(s=fact.subject) for fact, wording in questions])
     return sum(answer == fact.object for answer, (fact, _) in zip(generated, questions, strict=True)) / len(questions)
 
@@ -79,7 +79,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, tuple[float, int]]:
-    """Return every score of the model card, with the number of questions or texts behind it."""
+    """Return a dict from name to (score, number of questions or texts), with every score of the model card."""
     one = list(world.facts.values())
     questions = {
         "trained wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].trained],

@@ -175,7 +175,7 @@ def test_input_ids_may_be_a_positional_argument(make, batch):
     [
         ([], "add TokenSmoothing"),
         ([TokenSmoothing(epsilon=0.0)], "probability must be given"),
-        ([TokenSmoothing(), BatchAnchor()], "would not be anchored"),
+        ([TokenSmoothing(), BatchAnchor()], "would not anchor the edits that ActiveSet leaves out"),
     ],
 )
 def test_a_list_of_callbacks_that_cannot_work_is_refused(make, words, others, said):

@@ -116,7 +116,7 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
         rows = run.collect()
         assert rows["edit/forgetting/old_probability"] == forget.measured[2].probability
         assert rows["edit/drift/relative"] == pytest.approx(0.4, rel=1e-2)
-    assert "for 6 of 6 edits whose old answer the model gave" in capsys.readouterr().out
+    assert "for the old answers of 6 of 6 edits" in capsys.readouterr().out
 
 
 def test_it_ends_at_the_bound_and_before_the_texts_suffer(loaded) -> None:
@@ -268,7 +268,10 @@ def test_the_training_may_be_a_mapping_as_in_yaml() -> None:
 @pytest.mark.parametrize(
     ("make_callbacks", "message"),
     [
-        (lambda: [ForgetFirst(TEXTS, edits=EDITS)], "ForgetFirst: there is no scope to subtract from; add Parameter"),
+        (
+            lambda: [ForgetFirst(TEXTS, edits=EDITS)],
+            r"ForgetFirst: the run has no scope \(parameters that may change\) to subtract from",
+        ),
         (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: edits must be given, .* run has no edits of its own"),
         (lambda: [scope(), ForgetFirst("nowhere.txt", edits=EDITS)], "ForgetFirst: .*nowhere.txt"),
         (

@@ -110,7 +110,7 @@ def test_scores_from_edits_need_a_language_model(score):
         editing(nn.GRU(2, 4), [GradientMask(score, texts=texts)]).__enter__()
     assert str(error.value) == (
         f"GradientMask: score='{score}' needs a causal language model, and GRU has no language-model head; "
-        'use score="magnitude", score="random" or mask_path'
+        'use score="magnitude", score="random" or mask_path.'
     )
 
 
@@ -237,8 +237,8 @@ def test_rows_of_stacked_experts_are_an_error(words):
         ({"density": 0.0}, "density must be in (0, 1], got 0.0."),
         ({"density": float("nan")}, "density must be in (0, 1], got nan."),
         ({"granularity": "layer"}, 'granularity must be "element", "row" or "column", got \'layer\'.'),
-        ({"score": "fisher_ratio"}, "texts must be given if score='fisher_ratio', because only"),
-        ({"texts": ["a"]}, "texts must be None if score='gradient', because only"),
+        ({"score": "fisher_ratio"}, "texts must be given if score='fisher_ratio'; give both"),
+        ({"texts": ["a"]}, "texts must be None if score='gradient'; give both"),
         ({"mask_path": "m.safetensors", "density": 0.1}, "mask_path must not be combined"),
         ({"mask_path": "m.safetensors", "save_path": "x"}, "mask_path must not be combined"),
     ],

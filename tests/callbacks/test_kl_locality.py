@@ -271,9 +271,7 @@ def test_nearest_needs_edits_and_a_single_run(make, words):
         editing(make(), [KLLocality(Texts(["w30 w5", "w5 w9 w30"], nearest=2))], tokenizer=words, edits=edits) as edit,
     ):
         edit.before_step()
-    with pytest.raises(
-        EditError, match=r"^KLLocality: sequential=True keeps the texts of the first run, so Texts\(nearest"
-    ):
+    with pytest.raises(EditError, match=r"^KLLocality: sequential=True cannot be combined with Texts\(nearest=\)"):
         KLLocality(Texts(TEXTS, nearest=2), sequential=True)
     assert "nearest=2" in repr(KLLocality(Texts(TEXTS, nearest=2)))
 

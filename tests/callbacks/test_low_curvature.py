@@ -204,7 +204,9 @@ def test_sequential_needs_the_same_scope_in_every_run(make, words):
 
 
 def test_a_model_without_language_model_head_is_refused(words):
-    with pytest.raises(EditError, match=r"LowCurvature: .*causal language model.* Linear has no language-model head"):
+    with pytest.raises(
+        EditError, match=r"LowCurvature: .*causal language model, got Linear, which has no language-model head"
+    ):
         attach(torch.nn.Linear(3, 3), words, LowCurvature(TEXTS))
 
 

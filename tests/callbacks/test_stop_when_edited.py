@@ -293,7 +293,7 @@ def test_a_plain_loop_passes_the_steps_of_an_epoch() -> None:
     model, tokenizer = world.load()
     edits = world.edits(n=3)
     with pytest.raises(
-        EditError, match=r'idle_steps="epoch" needs .* plain loop does not know; .*editing\(epoch_steps=...\)'
+        EditError, match=r'idle_steps="epoch" needs .* unknown in this plain loop run; .*editing\(epoch_steps=...\)'
     ):
         stopped_at([EpochPublisher(), StopWhenEdited(None, idle_steps="epoch")])
     with editing(model, [stop := StopWhenEdited(None, idle_steps="epoch"), EpochPublisher()], epoch_steps=4) as edit:

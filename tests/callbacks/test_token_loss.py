@@ -289,8 +289,8 @@ def test_a_step_without_labels_is_an_error(make, ids):
             optimizer.step()
     assert str(error.value) == (
         "TokenSmoothing: the model was not called with labels= since the last optimizer step, so its loss was not "
-        "replaced. Let the training step call model(..., labels=labels) and use the loss that it returns, and let one "
-        "optimizer step the whole scope."
+        "replaced; call model(..., labels=labels) in the training step, use the loss that the model returns, and use "
+        "one optimizer for the whole scope."
     )
 
 

@@ -82,7 +82,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["edit.safetensors", "model", "edits.jsonl"], "is the edited model; give its base"),
+        (["edit.safetensors", "model", "edits.jsonl"], "give the model before the edit as MODEL"),
         (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
         (["edit.safetensors", "world", "none.jsonl"], "the file does not exist"),
         (["edit.safetensors", "world", "bare.jsonl"], "contains no locality questions, which are needed"),
@@ -90,7 +90,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
         ([*EDITS, "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),
         ([*EDITS, "--plot", "sweep.jpg"], "must end with .png"),
         ([*EDITS, "--out", "new.bin"], "must end with .safetensors"),
-        ([*EDITS, "--out", "edit.safetensors", "--force"], "is the delta that you sweep"),
+        ([*EDITS, "--out", "edit.safetensors", "--force"], "would replace the delta of this sweep"),
         ([*EDITS, "--device", "nowhere"], "--device nowhere"),
         (
             [*EDITS, "--coefficients=60", "--keep-locality=1", "--limit=2"],

@@ -90,9 +90,8 @@ SCRIPT = str(ROOT / "recipes" / "edit.py")
 FABRIC = (tool("fabric"), "run", "--devices", "2", SCRIPT, "fit", "--config", "recipe.yaml")
 
 
-@pytest.mark.parametrize(
-    "command", [LIGHTNING, pytest.param(FABRIC, marks=pytest.mark.slow)], ids=["lightning run", "fabric run"]
-)
+@pytest.mark.parametrize("command", [LIGHTNING, FABRIC], ids=["lightning run", "fabric run"])
+@pytest.mark.slow
 def test_a_recipe_runs_on_two_processes(there: Path, command: tuple[str, ...]) -> None:
     port = () if command[1:3] == ("run", "recipe.yaml") else ("--main-port", str(free_port()))
     ended = start(there, *command[:2], *port, *command[2:])

@@ -70,16 +70,16 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
 }
 
 
-def one_host_each(names: Iterable[str], hosts: Iterable[str]) -> list[Any]:
+def one_host_each(names: Iterable[str], hosts: Iterable[str], only: Iterable[str] = SETTINGS) -> list[Any]:
     """Return test parameters (callback, host) for all pairs, of which the default run takes some.
 
-    It runs each callback in one host, another one for the next callback, and ``KLLocality`` in all hosts. The other
-    pairs are marked as slow.
+    The default run takes each callback of ``only`` in one host, and the next callback in the next host. The other pairs
+    are marked as slow.
     """
-    hosts, parameters = list(hosts), []
+    hosts, only, parameters = list(hosts), set(only), []
     for i, name in enumerate(names):
         for host in hosts:
-            in_default_run = name == "KLLocality" or host == hosts[i % len(hosts)]
+            in_default_run = name in only and host == hosts[i % len(hosts)]
             marks = () if in_default_run else pytest.mark.slow
             parameters.append(pytest.param(name, host, id=f"{name}-{host}", marks=marks))
     return parameters

@@ -166,7 +166,7 @@ def main(folder: Path) -> None:
     if size > 1:
         dist.init_process_group("gloo")
     for name, case in CASES.items():
-        for style in ("layers", "root") if size > 1 else ("one",):
+        for style in json.loads((folder / "styles.json").read_text()) if size > 1 else ("one",):
             rows = Rows()
             # One style is applied before the edit begins, the other one during it.
             weights = train([*case(), rows], style, rank, size, before=style == "root")

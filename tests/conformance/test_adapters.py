@@ -124,7 +124,7 @@ def test_a_pattern_for_one_factor_selects_only_that_factor(host: str) -> None:
     [
         ("mlp.down_proj.weight", "matches no parameter"),
         ("mlp.down_proj.base_layer", "only frozen parameters; unfreeze them"),
-        ("mlp.up_proj", "in a model with PEFT adapters, modules that have an adapter"),
+        ("mlp.up_proj", "In a model with PEFT adapters, select modules that have an adapter"),
     ],
 )
 def test_a_pattern_that_selects_no_factor_is_an_error(modules: str, why: str) -> None:

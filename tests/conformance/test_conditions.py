@@ -18,8 +18,8 @@ from kedit_train.data import EditDataset
 
 # EditMetrics does not change the weights and is slow. It has its own tests.
 TRAINING = [name for name in SETTINGS if name != "EditMetrics"]
-# Each restores something else. The default run resumes these in Lightning; test_resume.py resumes all together.
-STATEFUL = ("KLLocality", "ForgetFirst", "ActiveSet", "StopWhenEdited")
+# Each restores something else. The default run resumes these alone; test_resume.py resumes all together.
+STATEFUL = ("KLLocality", "NullSpace", "GradientMask", "ForgetFirst", "ActiveSet", "StopWhenEdited")
 
 
 def run(host: str, callback: str, steps: int, *more: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,7 +76,7 @@ class Stop(TrainerCallback):
             control.should_training_stop = True
 
 
-@pytest.mark.parametrize(("callback", "host"), one_host_each(TRAINING, ["Trainer", "SFTTrainer"]))
+@pytest.mark.parametrize(("callback", "host"), one_host_each(TRAINING, ["Trainer", "SFTTrainer"], only=STATEFUL))
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(callback: str, host: str, tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 2}
     _, uninterrupted = run(host, callback, 4, output_dir=str(tmp_path / "whole"), **options)

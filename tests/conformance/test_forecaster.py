@@ -115,7 +115,7 @@ def test_the_scope_is_found_by_module_patterns(modules: str, expected: set[str],
 
 
 def test_layers_need_a_stack_of_layers() -> None:
-    with pytest.raises(EditError, match="Forecaster has no stack of layers; select parameters"):
+    with pytest.raises(EditError, match="Forecaster has no stack of layers; remove layers= and select parameters"):
         fit([ParameterScope(layers=0.5, modules="head")])
 
 
@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
         lambda: [EditMetrics(world.edits(n=2))],
         "EditMetrics: the model must be a causal language model, got Forecaster",
     ),
-    "StopWhenEdited": (lambda: [StopWhenEdited()], "loss reads the training loss of a token loss"),
+    "StopWhenEdited": (lambda: [StopWhenEdited()], "loss needs a callback that computes the loss"),
     "GradientMask": (
         lambda: [GradientMask("gradient", edits=world.edits(n=2))],
         'needs a causal language model, and Forecaster.*use score="magnitude"',

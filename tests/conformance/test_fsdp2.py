@@ -16,12 +16,16 @@ from safetensors.torch import load_file
 from kedit_train import world
 
 TESTS = Path(__file__).resolve().parents[1]
+# fully_shard on each layer after the edit has begun, and on the whole model only before the edit begins.
+STYLES = ["layers", pytest.param("root", marks=pytest.mark.slow)]
 SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("shards")
+    selected = [i.callspec.params.get("style", "layers") for i in request.session.items if hasattr(i, "callspec")]
+    (folder / "styles.json").write_text(json.dumps([s for s in ("layers", "root") if s in selected]))
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "conformance.shards", str(folder)]
@@ -35,7 +39,7 @@ def base() -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in world.load()[0].named_parameters()}
 
 
-@pytest.mark.parametrize("style", ["layers", "root"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("case", shards.CASES)
 def test_sharded_training_ends_with_the_weights_of_one_process(case: str, style: str, folder: Path) -> None:
     alone = load_file(folder / f"{case}-one-0.safetensors")
@@ -57,7 +61,7 @@ def test_sharded_training_ends_with_the_weights_of_one_process(case: str, style:
         )
 
 
-@pytest.mark.parametrize("style", ["layers", "root"])
+@pytest.mark.parametrize("style", STYLES)
 def test_scope_mask_and_balls_are_exact_on_the_gathered_weights(style: str, folder: Path) -> None:
     after, before = load_file(folder / f"exact-{style}-0.safetensors"), base()
     for name in SCOPE:
@@ -71,7 +75,7 @@ def test_scope_mask_and_balls_are_exact_on_the_gathered_weights(style: str, fold
     assert 0.99 * 2e-2 < total <= 2e-2
 
 
-@pytest.mark.parametrize("style", ["layers", "root"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("case", ["kl", "everything"])
 def test_the_kl_divergence_is_not_silently_zero(case: str, style: str, folder: Path) -> None:
     found = [row["edit/locality/kl"] for row in json.loads((folder / f"{case}-{style}-0.json").read_text())]
@@ -79,7 +83,7 @@ def test_the_kl_divergence_is_not_silently_zero(case: str, style: str, folder: P
     assert min(found[1:]) > 1e-5
 
 
-@pytest.mark.parametrize("style", ["layers", "root"])
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("case", ["exact", "everything"])
 def test_reference_model_gives_the_model_before_the_edit_and_restores_it(case: str, style: str, folder: Path) -> None:
     answers = load_file(folder / f"{case}-{style}-0-answers.safetensors")

@@ -39,7 +39,7 @@ def test_each_edit_gets_its_own_prefixes() -> None:
     # The prefixes of an edit do not depend on the other edits, so each edit gets the same ones in every mode.
     assert with_prefixes([TOKYO], prefixes, 3, seed=1) == rows[3:]
     assert with_prefixes([ANN], prefixes, 0) == []
-    with pytest.raises(EditError, match=r"with_prefixes: per_edit must be an integer from 0 to 2, .* got 3"):
+    with pytest.raises(EditError, match=r"with_prefixes: per_edit must be an integer from 0 to 2 .* got 3"):
         with_prefixes([ANN], ["a", "b", "b"], 3)
 
 

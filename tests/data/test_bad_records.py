@@ -164,7 +164,7 @@ def test_a_record_of_another_format_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "f.json", json.dumps([GOOD["counterfact"]] * 2 + [stray]))
     assert raised(path) == (
         f"{path}, record 3: field 'locality' belongs to the format knowedit, but the other records have the "
-        f'format counterfact{REST}, or pass format="counterfact"'
+        f'format counterfact{REST}, or pass format="counterfact" to read all records as counterfact'
     )
 
 
@@ -244,7 +244,7 @@ def test_a_broken_jsonl_line_is_one_bad_record(tmp_path: Path) -> None:
 def test_broken_csv_files_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", "prompt,target\np,t\nAda, the poet,Bern\n")
     assert (
-        raised(path) == f"{path}, record 2 (line 3): the row must have 2 cells, got 3 (a comma without quotes?){REST}"
+        raised(path) == f"{path}, record 2 (line 3): the row must have 2 cells, got 3 (quote texts with commas){REST}"
     )
     path = write(tmp_path / "g.csv", "prompt,prompt\na,b\n")
     assert raised(path) == f"{path}: the column 'prompt' appears twice; rename one of the two columns"
@@ -284,8 +284,8 @@ def test_skipping_warns_once_and_never_returns_an_empty_dataset(tmp_path: Path) 
         (Edit("p", "t", ""), "subject must be text, got empty text."),
         (Edit("p", "t", aliases=["a"]), "aliases must be a tuple of texts, got a list; use tuple(...)"),  # pyright: ignore[reportArgumentType]
         (Edit("p", "t", rephrases="abc"), "rephrases must be a tuple of texts, got text; use tuple(...)"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", locality=()), "locality must be a mapping {kind: (Probe, ...)}, got ()."),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", locality={"k": ("q",)}), "locality['k'] must be a tuple of Probe, got ('q',)."),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "t", locality=()), "locality must be a dict from kind to a tuple of Probe objects, got ()."),  # pyright: ignore[reportArgumentType]
+        (Edit("p", "t", locality={"k": ("q",)}), "locality['k'] must be a tuple of Probe objects, got ('q',)."),  # pyright: ignore[reportArgumentType]
         (Edit("p", "t", portability={"k": (Probe(""),)}), "portability['k'][0].prompt must be text, got empty text."),
         (Edit("p", "t", id=4), "id must be text, got a number."),  # pyright: ignore[reportArgumentType]
         (Edit("p", "\ud800"), "target must be valid Unicode, got a lone surrogate at character 0; correct the encoding"),  # noqa: E501

@@ -51,7 +51,7 @@ def test_sample_is_seeded_without_repeats_and_in_order() -> None:
     assert drawn != [edit.prompt for edit in edits.sample(20, seed=4)]
     assert list(edits.sample(100)) == list(edits)
     for n in (0, 101):
-        with pytest.raises(EditError, match=f"n must be from 1 to 100, the number of edits, got {n}"):
+        with pytest.raises(EditError, match=rf"n must be from 1 to 100 \(the number of edits\), got {n}"):
             edits.sample(n)
 
 

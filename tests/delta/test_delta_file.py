@@ -153,13 +153,13 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         (lambda text, tensors: tensors.update({"index/d": tensors["index/d"].flip(0).contiguous()}), "ascending"),
         (
             lambda text, tensors: tensors.update({"index/d": tensors["index/d"].float()}),
-            "must be a vector of integers",
+            "must be a one-dimensional tensor of integers",
         ),
         (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': the values must have"),
         (lambda text, tensors: text.pop("base"), "KeyError: 'base'"),
         (
             lambda text, tensors: text.update(base={"fingerprint": 1, "names": []}),
-            "the fingerprint and the tensor names of the base must be",
+            '"base" must have a fingerprint',
         ),
         (
             lambda text, tensors: text["tensors"]["c"].update(shape=[10**10, 10**10]),
@@ -168,17 +168,20 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         (lambda text, tensors: text["tensors"]["c"].update(shape=[1] * 65), "'c': the shape must be a list of"),
         (lambda text, tensors: without_entries(tensors, "d"), "'d': the change must contain at least one value"),
         (lambda text, tensors: text.update(edits=[1]), "not a valid delta: AttributeError"),
-        (lambda text, tensors: text.update(edits={"count": "many"}), "edits must contain a hash"),
-        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), "edits must contain a hash"),
+        (lambda text, tensors: text.update(edits={"count": "many"}), '"edits" must have a hash'),
+        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), '"edits" must have a hash'),
         (
             lambda text, tensors: text.update(edits={"count": 1, "parents": [{"hash": 1}]}),
-            "edits must contain a hash",
+            '"edits" must have a hash',
         ),
-        (lambda text, tensors: text["base"].update(license={"a": 1}), "the name and the license of the base must be"),
+        (
+            lambda text, tensors: text["base"].update(license={"a": 1}),
+            "the name and the license of the base model must be",
+        ),
         (lambda text, tensors: text.update(scores={"a": "b"}), "every score must be a finite number"),
         (lambda text, tensors: text.update(scores={"a": float("nan")}), "every score must be a finite number"),
         (lambda text, tensors: text.update(scores=[1]), "not a valid delta: AttributeError"),
-        (lambda text, tensors: text.update(versions={"torch": 2}), "every version must be a string"),
+        (lambda text, tensors: text.update(versions={"torch": 2}), '"versions" must contain only strings'),
         (lambda text, tensors: text.update(configuration=[float("inf")]), "not a valid delta: ValueError"),
     ],
 )

@@ -278,7 +278,7 @@ def test_options_and_judge_reach_the_evaluation(learner: Any) -> None:
         ({"mode": "sequential", "replay": 3}, "only .streaming. replays edits"),
         ({"mode": "streaming", "replay": -1}, "replay must be >= 0"),
         ({"mode": "batch", "options": EvaluationOptions(distributed=True)}, "options.distributed must be False"),
-        ({"mode": "sequential", "checkpoints": (0, 3)}, "checkpoints must be numbers of edits >= 1"),
+        ({"mode": "sequential", "checkpoints": (0, 3)}, "each value in checkpoints must be an integer >= 1"),
         (
             {"mode": "single", "options": EvaluationOptions(texts=["a b"])},
             "options.texts must be None for mode 'single'",

@@ -27,7 +27,7 @@ class LightningHost(Host):
         module: its LightningModule.
 
     Attributes:
-        last_step: the optimizer step after which the callbacks were last called.
+        last_step: number of the last optimizer step that was reported to the callbacks.
         checkpoint_state: the state of the edit in the checkpoint from which the trainer resumed. None if the trainer
             did not resume.
     """
@@ -185,8 +185,8 @@ class LightningEvents(Callback):
             grad_fn: Any = loss.grad_fn
             if getattr(grad_fn, "_saved_result", None) is not None:
                 raise EditError(
-                    "the loss must allow adding the penalties of this edit in place, but its last operation "
-                    f"{grad_fn.name()} does not; call manual_backward(loss * 1.0)."
+                    "the penalties of this edit are added to the loss in place, but the loss is the direct output of "
+                    f"{grad_fn.name()}, which must not change in place; call manual_backward(loss * 1.0)."
                 )
             loss.add_(penalty.to(loss.device) * run.host.loss_scale())
 

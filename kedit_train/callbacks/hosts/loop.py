@@ -20,9 +20,9 @@ class LoopHost(Host):
 
     Attributes:
         history: every row of metrics that was logged, each with its ``step``.
-        tables: key -> (columns, rows) of every table that was logged.
+        tables: a dict from the key of each logged table to its ``(columns, rows)``.
         run: the run that this loop drives.
-        penalty_gradients: each parameter with its gradient tensor after the backward pass of the penalties.
+        penalty_gradients: pairs of a parameter and its gradient, as the backward pass of the penalties left them.
     """
 
     releases_model = False

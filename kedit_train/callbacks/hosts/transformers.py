@@ -21,15 +21,15 @@ from kedit_train.optional import require
 class TransformersHost(Host):
     """The host for a ``transformers.Trainer`` or a trainer of TRL.
 
-    The owner of the host is the trainer's ``control`` object. It is the only object that exists as long as the trainer
-    and is passed to callbacks.
+    The owner of the host is the trainer's ``control`` object. The trainer passes this object to every callback and
+    keeps it as long as the trainer itself exists. No other object has both properties.
 
     Attributes:
         train_dataloader: the data loader for training. It is set when training begins.
         pending_metrics: metrics to add to the next row that the trainer logs.
         edit_id: id that is saved in the checkpoints of this edit, so that a resumed run recognizes them.
-        resumed_from: ``{"edit": ..., "folder": ...}`` of the edit that the trainer has resumed. Empty if it has not
-            resumed an edit.
+        resumed_from: a dict with the id ("edit") and the output folder ("folder") of the edit that the trainer has
+            resumed. The dict is empty if the trainer has not resumed an edit.
         active_callbacks: the ids of the callbacks that received the events of this step.
     """
 
@@ -146,15 +146,16 @@ class TransformersHost(Host):
         W&B receives every row, table, chart and file, in the run that the trainer opened. The console, the progress bar
         and ``trainer.state.log_history`` receive every row of numbers. Other loggers, such as TensorBoard, trackio,
         MLflow and Comet, receive no ``edit/*`` metrics, because the trainer calls these loggers before the user's
-        callbacks. The scores ``eval_edit_*`` are added to an evaluation of the trainer after its row was logged.
-        ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can use these scores.
+        callbacks. When the trainer evaluates, it logs its own metrics first. Only then are the scores ``eval_edit_*``
+        added to these metrics. ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can
+        use the scores.
         """
         reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
         others = [name for name in reports if name not in ("wandb", "none")]
         if others and self.is_main:
             warn(
-                f"edit/* metrics do not reach {', '.join(others)}, because the trainer calls these loggers before its "
-                "callbacks; read the metrics in wandb, on the console or in trainer.state.log_history."
+                f"edit/* metrics do not reach {', '.join(others)}, because the trainer calls these loggers before "
+                "the user's callbacks; read the metrics in wandb, on the console or in trainer.state.log_history."
             )
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -266,7 +267,7 @@ class TransformersEvents(TrainerCallback):
         if removed:
             run.close()
             raise EditError(
-                "this callback was removed from a trainer that was created with it, so the model has been released; "
+                "this callback was removed from a trainer that was created with it, and this has ended the edit; "
                 "create the trainer again without this callback.",
                 component=type(removed[0]).__name__,
             )

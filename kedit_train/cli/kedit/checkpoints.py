@@ -96,7 +96,7 @@ def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
 
 
 def adapted_base(name: str) -> str | None:
-    """Return the base model that a PEFT adapter folder names, and None for anything else than such a folder.
+    """Return the name of the base model of a PEFT adapter, or None if ``name`` is not an adapter folder.
 
     Raises:
         EditError: the configuration of the adapter cannot be read, or names no base model.

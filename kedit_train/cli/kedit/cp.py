@@ -37,7 +37,7 @@ def run(args: Namespace) -> int:
     if into.is_dir() or args.dest.endswith("/"):
         into = into / source.name
     if into.suffix != source.suffix:
-        raise EditError(f"DEST must end with {source.suffix}, as {source.name} does, got {into.name}.")
+        raise EditError(f"DEST must end with {source.suffix}, like {source.name}, got {into.name}.")
     into = new_path(str(into), force=args.force)
     into.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, into)

@@ -67,10 +67,12 @@ def run(args: Namespace) -> int:
     model, delta_file = args.model, args.delta
     if Path(model).is_file():
         if delta_file is not None or args.against is None or _is_report(args.against):
-            raise EditError(f"MODEL {model} is a file; to evaluate a delta, use kedit eval DELTA EDITS --against BASE")
+            raise EditError(f"{model} is a file; to evaluate a delta file, use kedit eval DELTA EDITS --against BASE")
         model, delta_file, args.against = args.against, model, None
     if delta_file is not None and args.against not in (None, model):
-        raise EditError("--against must be left out, because --delta compares MODEL with and without the delta.")
+        raise EditError(
+            "--delta already compares MODEL with and without the delta; remove --against, or remove --delta."
+        )
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise EditError(f"the file name after --json must end with .json, got {args.json}.")
     for option, place in (("json", args.json), ("markdown", args.markdown), ("plots", args.plots), ("card", args.card)):
@@ -140,7 +142,9 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     model, tokenizer = load_for(args, name, dtype)
     if delta is not None:
         if delta.verify(model) == "edited":
-            raise EditError(f"{name} is the edited model; give its base model as MODEL, or remove the delta.")
+            raise EditError(
+                f"the delta is already applied in {name}; give the model before the edit, or remove the delta."
+            )
         before = evaluate(model, tokenizer, edits, **options)
         named = dict(model.named_parameters())
         reference = {one: named[one].detach().clone() for one in delta.changes if one in named} if args.full else None

@@ -17,7 +17,7 @@ PANELS, BLOCKS = 6, 128
 
 
 def heat_map(delta: Any, path: Path) -> Path:
-    """Write a PNG with a heat map of each of the most changed matrices, up to six.
+    """Write a PNG with one heat map for each of the matrices that changed most, at most six.
 
     If more tensors changed, an overview at the top shows the norm of each tensor's change by layer and module.
 

@@ -28,7 +28,7 @@ def print_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str
     """Print a table that fits the terminal. In a pipe, each row is one line.
 
     Args:
-        columns: a header for each column, and whether the column contains numbers.
+        columns: one pair for each column: its header, and whether it contains numbers.
         rows: one list of cells for each row.
         title: a text to print above the table.
     """
@@ -58,7 +58,7 @@ def new_path(path: str, *, force: bool = False, ending: str | None = None) -> Pa
     Args:
         path: the path from the command line.
         force: allow a file that exists already. The caller will replace the file.
-        ending: the required ending of the file name, such as ".png"; any ending by default.
+        ending: the required ending of the file name, such as ".png". None (default) allows any ending.
 
     Raises:
         EditError: the path is a folder, exists already, or has another ending.

@@ -70,7 +70,7 @@ def run(args: Namespace) -> int:
     picture = new_path(args.plot, force=args.force, ending=".png") if args.plot else None
     out = new_path(args.out, force=args.force, ending=".safetensors") if args.out else None
     if out is not None and Path(args.delta).exists() and out.exists() and out.samefile(args.delta):
-        raise EditError(f"--out {out} is the delta that you sweep; choose another name.")
+        raise EditError(f"--out {out} would replace the delta of this sweep; choose another file name.")
     if not set(args.coefficients) - {0.0}:
         raise EditError("--coefficients must contain a number other than 0, because 0 gives the base model.")
     if picture is not None:
@@ -116,7 +116,7 @@ def _sweep(args: Namespace) -> Any:
     dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), "auto")
     model, tokenizer = load_for(args, args.model, dtype)
     if delta.verify(model) == "edited":
-        raise EditError(f"{args.model} is the edited model; give its base model as MODEL.")
+        raise EditError(f"the delta is already applied in {args.model}; give the model before the edit as MODEL.")
     options: dict[str, Any] = {"limit": args.limit, "seed": args.seed, "progress": False}
     options["options"] = EvaluationOptions(
         batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, prompt_format=args.prompt_format

@@ -15,7 +15,8 @@ def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = Fal
     Args:
         sweep: the result of :func:`~kedit_train.delta.sweep`.
         path: the PNG file to write.
-        forget: label reliability as "forgotten", for a sweep that counts the edits that are no longer answered.
+        forget: whether the sweep counts the edits that are no longer answered with their target. The curve is then
+            named "forgotten" instead of "reliability".
 
     Raises:
         EditError: matplotlib is not installed, or the path does not end with ``.png``.

@@ -99,8 +99,9 @@ def find_prefix(
         forward: runs the model once.
 
     Raises:
-        EditError: the model does not have exactly one stack of layers that pass hidden states to each other; layer 0
-            is trained; or a parameter that is used before the first trained layer is trained or sharded.
+        EditError: the model does not have exactly one stack of layers that pass hidden states to each other. The error
+            is also raised if layer 0 is trained, or if the modules before the first trained layer use a trained or
+            sharded parameter.
     """
     trace, name = _Trace(), type(model).__name__
     with trace.recording(model):
@@ -132,17 +133,17 @@ def find_prefix(
     after = _parameters(trace.called[start:], stack, layers[cut:])
     for key in trained_ids & names.keys():
         if key in before or key not in after:
-            use = f"is used before layer {cut}" if key in before else "is used where it cannot be traced"
+            use = f"is used before layer {cut}" if key in before else "belongs to no module that was called"
             raise EditError(
-                f"{names[key]} is trained and {use} (a tied output head is also the embedding), so the hidden states "
-                "of the frozen layers may change in every step; remove PrefixCache, or remove the parameter from the "
-                "scope."
+                f"{names[key]} is trained and {use}, so the hidden states of the frozen layers may change in every "
+                "step (a tied output head is also the embedding); remove PrefixCache, or remove the parameter from "
+                "the scope."
             )
     sharded = next((names[key] for key, p in before.items() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise EditError(
-            f"{sharded} is sharded with FSDP2, which gathers the parameters of skipped layers too; remove PrefixCache "
-            "or use DDP."
+            f"{sharded} is sharded, but PrefixCache does not support FSDP2, because FSDP2 also gathers the parameters "
+            "of skipped layers; remove PrefixCache or use DDP."
         )
     modules = list({id(m): m for m in trace.called[:start]}.values())
     return Prefix(backbone, layers, cut, {names[key]: p for key, p in before.items()}, modules)
@@ -175,8 +176,8 @@ def _parameters(called: Iterable[nn.Module], stack: nn.Module, layers: list[nn.M
 class PrefixState:
     """Detects changes in the frozen part of a model: in its modules, their hooks and their tensors.
 
-    Every check looks the tensors up again, so replaced tensors are detected. Writes through ``parameter.data`` and
-    changes of attributes that are not tensors are not detected.
+    Every check reads the tensors from the modules again, so replaced tensors are detected. Writes through
+    ``parameter.data`` and changes of attributes that are not tensors are not detected.
     """
 
     def __init__(self, model: nn.Module, prefix: Prefix) -> None:
@@ -195,11 +196,11 @@ class PrefixState:
         self._versions = _versions(self._tensors)
 
     def unchanged_modules(self) -> bool:
-        """Return True if the modules and hooks below the cut are the same as at the start."""
+        """Return True if the modules and hooks of the frozen part are the same as when this object was created."""
         return self._read_structure() == self._structure
 
     def is_trained(self) -> bool:
-        """Return True if a tensor below the cut requires a gradient."""
+        """Return True if a tensor of the frozen part requires a gradient."""
         return any(tensor.requires_grad for tensor in self._read_tensors().values())
 
     def changed_tensor(self) -> str | None:

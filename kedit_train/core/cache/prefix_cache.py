@@ -52,8 +52,8 @@ class FrozenPrefix:
         store: keeps hidden states [tokens, d] for each sequence, in the dtype of the layer outputs.
         recheck: number of batches to serve from the store before one batch runs in full and is compared with the
             store; 0 disables the comparison.
-        ignores_padding: returns True if nothing reads the hidden states of padding in the current forward pass. The
-            result matters only for forward passes without labels.
+        ignores_padding: function that returns True if nothing reads the hidden states of padding in the current
+            forward pass. The result is used only for forward passes without labels.
 
     Attributes:
         active: the hooks do nothing until this is True.
@@ -115,7 +115,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: the logits differ, so a later module reads more than the hidden states of the frozen layers.
+            EditError: the logits differ. The reason is that a later module reads more than the hidden states of the
+                frozen layers.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served

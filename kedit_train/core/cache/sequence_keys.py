@@ -51,8 +51,8 @@ def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:
     """Return a mask of the positions that contain tokens and not padding.
 
     Args:
-        attention_mask: the ``attention_mask`` that the model was called with. Everything except a tensor with the
-            shape of ``like`` is ignored.
+        attention_mask: the ``attention_mask`` that the model was called with. It is ignored if it is not a tensor with
+            the shape of ``like``.
         like: a tensor [B, S], for example the token ids.
 
     Returns:
@@ -78,9 +78,11 @@ def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor) -> list[str
 def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
     """Return one key per example from everything that determines the hidden states at its supervised tokens.
 
-    A key does not depend on the other examples of the batch. It depends on padding in two cases only. Without
-    ``position_ids``, the model counts positions itself, so the amount of left padding changes the key. If a supervised
-    token is predicted from padding, all padding changes the key.
+    A key does not depend on the other examples of the batch. It depends on padding only in two cases:
+
+    - If ``position_ids`` are not given, the model counts positions itself, so the amount of left padding changes the
+      key.
+    - If a supervised token of the example is predicted from padding, all padding of the example changes the key.
 
     Args:
         inputs: the arguments of the model's forward call by name. Tensors have one entry per example. All other
@@ -135,9 +137,10 @@ def read_sequences(
     Args:
         inputs: the arguments of the call by name, including ``input_ids`` [B, S] and without None values.
         labels: the labels [B, S] that the language model received, or None if the labels are unknown.
-        ignores_padding: True if nothing reads the hidden states of padding. The value matters only without labels.
+        ignores_padding: True if nothing reads the hidden states of padding. This value is used only if the labels are
+            unknown.
         config: the configuration of the backbone.
-        mode: bytes that encode everything else that the hidden states depend on.
+        mode: bytes that describe all other settings that change the hidden states.
 
     Returns:
         The sequences, or a string with the reason why the sequences cannot be identified by their content.

@@ -16,11 +16,11 @@ Anchor = Literal["base", "previous"]
 
 
 class AnchorWeights:
-    """The value of each weight in the scope before the first run, or before the current run.
+    """Stores the value that each weight in the scope had before the first run, or before the current run.
 
     Args:
         anchor: "base" keeps the stored values for later runs on the same model. "previous" stores new values in each
-            run. With either value, another model starts with an empty store.
+            run. In both cases, the stored values are deleted when a run trains another model.
     """
 
     def __init__(self, anchor: Anchor) -> None:
@@ -64,7 +64,8 @@ class AnchorWeights:
     def register(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
         """Register new weights and move the stored values to the device of the weights.
 
-        Call this method only from the first step on. Before the first step, another callback may change the reference.
+        Call this method only from the first optimizer step on, because another callback may change the reference values
+        before that step.
 
         Args:
             weights: name -> weight, possibly sharded (FSDP2). A stored value is sharded in the same way.
@@ -85,9 +86,10 @@ class AnchorWeights:
             self._weights = {}
 
     def state(self) -> dict[str, Tensor]:
-        """Return the stored values from earlier runs for a checkpoint.
+        """Return the values that earlier runs have stored, for a checkpoint.
 
-        The checkpoint already contains the values from the start of the current run, in its reference weights.
+        Values that were stored in the current run are left out, because they are the reference values of the run, which
+        the checkpoint already contains.
         """
         earlier = {name: w for name, w in self._weights.items() if w is not self._reference.get(name)}
         return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in earlier.items()}

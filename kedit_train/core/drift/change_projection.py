@@ -14,7 +14,7 @@ from kedit_train.functional.precision import wide
 
 
 class ChangeProjection:
-    """Removes fixed directions from the change of each weight.
+    """Removes a fixed set of directions (a linear subspace) from the change of each weight.
 
     The gradient is projected after every backward pass. The whole change ``W - W0`` is projected after every optimizer
     step, which makes the constraint exact for every optimizer.
@@ -22,8 +22,8 @@ class ChangeProjection:
     Args:
         layers: name -> linear layer of the weight.
         subspaces: name -> named tuple that describes the directions to remove for this weight.
-        project: called with a change [out, in] in fp32 or fp64 and a subspace; returns the change without the
-            directions, [out, in]. Must be linear.
+        project: function that receives a change [out, in] in fp32 or fp64 and a subspace. It returns the change
+            [out, in] without the directions of the subspace. It must be linear.
     """
 
     def __init__(
@@ -75,10 +75,12 @@ class ChangeProjection:
         return {name: subspace._asdict() for name, subspace in self.subspaces.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restore the subspaces from :meth:`state`, on the devices of the current subspaces.
+        """Restore the subspaces from the result of :meth:`state`.
+
+        Each tensor is moved to the device of the tensor that it replaces.
 
         Raises:
-            EditError: the checkpoint has subspaces of other weights.
+            EditError: the checkpoint has subspaces for other weights than this object.
         """
         if state.keys() != self.subspaces.keys():
             raise EditError("the checkpoint was written with another scope; resume with the same ParameterScope.")

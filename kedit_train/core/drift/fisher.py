@@ -37,9 +37,9 @@ def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0)
     sampled from the model. The text's own labels would give the "empirical" Fisher, which is a different quantity
     (arXiv 1905.12558).
 
-    The gradient of each example is squared separately, not after a sum over a batch. Within an example, labels are
-    sampled independently and the gradient at each position has mean zero. The square of the summed gradients is
-    therefore an unbiased estimate of the sum of the squared gradients.
+    The gradient of each example is squared before the sum over examples. Within an example, the gradients of all
+    positions are summed first. The labels are sampled independently and the gradient at each position has mean zero, so
+    the square of this sum is an unbiased estimate of the sum of the squared gradients.
 
     Args:
         run: the current run. The information is computed for the parameters in its scope.
@@ -67,7 +67,7 @@ def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0)
 
 
 def next_token_examples(sequences: Sequence[Sequence[int]]) -> list[Encoded]:
-    """Return sequences as examples for :func:`diagonal_fisher` in which every token but the first is scored.
+    """Convert sequences to examples for :func:`diagonal_fisher`. Every token except the first is scored.
 
     Raises:
         EditError: every sequence has fewer than two tokens.

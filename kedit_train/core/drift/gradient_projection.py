@@ -24,8 +24,8 @@ def project_gradients(
     Args:
         layers: name -> linear layer of the weight.
         scope: name -> parameter.
-        project: called with a name and a gradient [out, in] in fp32 or fp64; returns the projection, [out, in]. Must
-            be linear, because accumulated gradients are projected more than once.
+        project: function that receives a name and a gradient [out, in] in fp32 or fp64, and returns the projection
+            [out, in]. It must be linear, because accumulated gradients are projected more than once.
 
     Returns:
         One handle per weight; ``handle.remove()`` ends the projection.

@@ -28,7 +28,7 @@ class LinearLayer:
     transposed: bool
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return the weight, or a change of the weight, as [out, in]. A second call restores the stored layout."""
+        """Convert the weight or its change from the stored layout to [out, in]. A second call converts it back."""
         return weight.T if self.transposed else weight
 
 

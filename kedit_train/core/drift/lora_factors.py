@@ -10,10 +10,14 @@ from kedit_train.errors import EditError
 
 
 def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
-    """Return name of A -> name of B for every LoRA adapter with both factors in the scope.
+    """Find the LoRA adapters whose two factors A and B are both in the scope.
 
-    If B is zero at the start, the adapter changes the weight by ``B A``. If the rows of A stay in a space of inputs,
-    the rows of this change stay in the same space.
+    If B is zero at the start, the adapter changes the weight by ``B A``. The rows of this change are linear
+    combinations of the rows of A. If a projection keeps the rows of A in a subspace, the rows of the change stay in it
+    too.
+
+    Returns:
+        A dict from the name of each A factor to the name of its B factor.
 
     Raises:
         EditError: a B factor is not zero at the start, or an adapter is DoRA.
@@ -22,12 +26,15 @@ def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str
     for partner in pairs.values():
         if bool(run.reference[partner].any()):
             raise EditError(
-                f"{partner} is not zero, so the adapter already changes the model. Training both LoRA factors would "
-                "not preserve outputs; merge the adapter and add a new adapter, or train only one factor."
+                f"{partner} is not zero, so the adapter already changes the model, and outputs would not be preserved "
+                "if both LoRA factors were trained; merge the adapter and add a new adapter, or train only one factor."
             )
     for name, module in run.model.named_modules():
         if getattr(module, "lora_magnitude_vector", None) and any(layer.startswith(f"{name}.") for layer in layers):
-            raise EditError(f"{name} is a DoRA adapter, which rescales the output for every input; use a LoRA adapter.")
+            raise EditError(
+                f"{name} is a DoRA adapter, which rescales the output for every input, so outputs would not be "
+                "preserved; use a LoRA adapter."
+            )
     return pairs
 
 

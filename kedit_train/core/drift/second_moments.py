@@ -41,7 +41,7 @@ class SecondMoment:
         return self.sum / self.count
 
     def update(self, vectors: Tensor) -> None:
-        """Add vectors, [n, d]."""
+        """Add ``vectors`` [n, d] to the sum and to the count."""
         with full_precision(vectors.device.type):
             vectors = vectors.to(self.sum.dtype)
             self.sum += vectors.T @ vectors

@@ -25,7 +25,9 @@ _IRRELEVANT = ("labels", "num_items_in_batch", "fused_lm_head", "use_cache")
 
 
 class AnchorTerm:
-    """The divergence from the reference model at the supervised tokens of the training batches, as a ``TokenTerm``.
+    """A loss term: the divergence from the reference model at the supervised tokens of the training batches.
+
+    The class implements :class:`~kedit_train.core.tokens.interfaces.TokenTerm`.
 
     When an example is seen for the first time, one forward pass of the model before the edit computes its reference
     hidden states. The hidden states are stored by the content of the example, so later epochs need no second forward
@@ -49,8 +51,8 @@ class AnchorTerm:
     def __init__(self, run: EditRun, *, weight: float, direction: Direction, cache: ReferenceCache) -> None:
         if any(isinstance(p, DTensor) for p in run.model.parameters()):
             raise EditError(
-                "the model before the edit must run inside the forward pass, where FSDP2 gives no access to the "
-                "sharded parameters; use DDP or a single process, or use KLLocality with texts."
+                "FSDP2 is not supported, because the model before the edit must run inside the forward pass, where the "
+                "sharded parameters cannot be accessed; use DDP or a single process, or use KLLocality with texts."
             )
         self.run, self.head = run, run.head()
         self.weight, self.dtype = weight, cache.torch_dtype

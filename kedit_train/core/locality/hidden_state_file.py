@@ -38,7 +38,7 @@ class ReferenceStates:
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def take(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return the concatenated tensors of these sequences, [tokens of these sequences, ...] each."""
+        """Return each tensor for these sequences only, concatenated to [tokens of these sequences, ...]."""
         spans = [slice(self._starts[i], self._starts[i + 1]) for i in indices]
         return [torch.cat([tensor[span] for span in spans]) for tensor in self._tensors]
 
@@ -111,7 +111,7 @@ def read_states(
             None reads all tensors into memory.
 
     Returns:
-        The states, or None if there is no usable file. A damaged file or another key also causes a warning.
+        The states, or None if there is no usable file. If the file exists but cannot be used, a warning is issued.
     """
     # Unlike Path.is_file, this returns False for a path that cannot be accessed.
     if not os.path.isfile(path):

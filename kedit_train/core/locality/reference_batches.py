@@ -29,8 +29,8 @@ class ReferenceBatches:
         states: reference hidden states of the sequences, from the model before the first run.
         seed: seed of the draws. Run number ``n``, counted from 0, uses ``seed + n``.
         run: the first run.
-        head: the output head, if there will be later runs. It must not change, because later runs use it to compute
-            logits from the stored hidden states.
+        head: the output head. It is required if later runs will follow. It must not change, because later runs use it
+            to compute logits from the stored hidden states.
     """
 
     def __init__(
@@ -61,11 +61,11 @@ class ReferenceBatches:
         tokenize: Callable[[list[Edit]], Sequence[TokenIds]],
         hidden_states: Callable[[TokenIds], Tensor],
     ) -> None:
-        """Start a later run: keep the reference texts that are still allowed, and add the edits of the previous run.
+        """Start a later run: keep only the reference texts in ``sequences``, and add the previous run's edits.
 
         Args:
             run: the later run. If a trainer resumes it, the model may already have the weights of a checkpoint.
-            sequences: token ids of the texts that the later run allows.
+            sequences: token ids of the texts that may be used in the later run.
             head: the output head, unchanged since the first run.
             tokenize: returns the token sequences of a list of edits.
             hidden_states: returns the hidden states [tokens, hidden] of a sequence.
@@ -90,7 +90,7 @@ class ReferenceBatches:
         self._start_draws(self._finished_runs)
 
     def finish_run(self, edits: Sequence[Edit]) -> None:
-        """Record that a run has trained ``edits``. Must not be called for a run that failed."""
+        """Record that a run has trained ``edits``. Do not call this method for a run that failed."""
         self.replay_buffer.finish_run(edits)
         self._finished_runs += 1
 
@@ -111,8 +111,8 @@ class ReferenceBatches:
             batch_size: number of sequences per draw.
 
         Raises:
-            EditError: the checkpoint was written with other texts, or after earlier runs that this object did not take
-                part in.
+            EditError: the checkpoint was written with other texts, or this object did not take part in the runs before
+                the checkpoint.
         """
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(
@@ -121,9 +121,9 @@ class ReferenceBatches:
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
-                "the checkpoint is from a later run with sequential=True, but this callback did not take part in the "
-                "earlier runs and lacks their reference hidden states; start the later run again, and pass the model "
-                "before the first run as teacher=."
+                "the checkpoint is from a later run with sequential=True, but this callback was not used in the "
+                "earlier runs, so it does not have their reference hidden states; start the later run again, and pass "
+                "the model before the first run as teacher=."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

@@ -42,9 +42,9 @@ class ReferenceCache:
             ``KLLocality`` writes one file. A later run on the same model and texts reads this file instead of computing
             the hidden states again. To find the file, ``KLLocality`` hashes all weights of the model. ``BatchAnchor``
             writes only hidden states that exceed ``memory_limit``, and deletes its files after the run.
-        dtype: dtype of the stored hidden states. None uses the dtype of the output head's matrix multiplication, which
-            loses no precision (float32 for a teacher). A narrower dtype adds a rounding error. A warning reports its
-            size as a divergence.
+        dtype: dtype of the stored hidden states. None stores them without rounding, in the dtype in which the output
+            head computes (a teacher's probabilities are stored in float32). A narrower dtype adds a rounding error.
+            Without a teacher, ``KLLocality`` then warns and reports the divergence that this error causes.
         memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
             limit. Above the limit, ``KLLocality`` memory-maps its file in ``cache_dir``, and ``BatchAnchor`` writes to
             ``cache_dir``. Without a ``cache_dir``, ``KLLocality`` raises an error, and ``BatchAnchor`` computes the
@@ -110,8 +110,8 @@ def compute_or_read(
         compute: returns a generator that yields the tensors batch by batch.
         sequences: one list of token ids per sequence.
         cache: settings for storing the tensors.
-        key: returns a description of everything except the sequences that the tensors depend on. The function is called
-            only with a ``cache_dir``.
+        key: function that returns a description of everything that the tensors depend on, except the sequences. It is
+            called only if ``cache`` has a ``cache_dir``.
         device: device for the communication between processes.
 
     Returns:

@@ -30,7 +30,7 @@ class ReferenceTexts:
         self.allowed = set(range(len(sequences)))
 
     def restart(self, seed: int) -> None:
-        """Shuffle the sequences with ``seed`` and start to draw again. Must be called before the first :meth:`draw`."""
+        """Shuffle the sequences with ``seed`` and draw from the start. Call it before the first :meth:`draw`."""
         self._order = self._shuffled(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:
@@ -71,14 +71,14 @@ class PreviousEdit:
 
 @dataclass
 class ReplayBuffer:
-    """Edits from earlier runs, which later runs replay so that the model keeps these edits.
+    """Edits from earlier runs. Later runs draw these edits again, so that the model keeps them.
 
     The hidden states of an edit are computed when the next run starts, because the model may still change until then.
 
     Attributes:
         entries: sequences of all previous edits.
         pending: edits of the last finished run, which do not have hidden states yet.
-        active: the entries that the current run does not edit again.
+        active: the entries whose prompts the current run does not edit again.
     """
 
     entries: list[PreviousEdit] = field(default_factory=list)

@@ -20,9 +20,9 @@ from kedit_train.errors import EditError
 class Teacher:
     """A second model that replaces the model before the edit in :class:`~kedit_train.callbacks.KLLocality`.
 
-    For every token, the teacher's ``top_k`` highest next-token probabilities are stored, and the total probability of
-    all other tokens. The divergence compares these ``top_k + 1`` probabilities with the probabilities of the edited
-    model. The result is a lower bound of the full divergence.
+    For every token, ``top_k + 1`` numbers are stored: the teacher's ``top_k`` highest next-token probabilities and the
+    total probability of all other tokens. The divergence of the edited model from the teacher is computed from these
+    numbers. It is a lower bound of the full divergence.
 
     Args:
         model: a module, or a name or path that transformers can load. It must have the vocabulary of the edited model.

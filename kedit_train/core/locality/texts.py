@@ -31,9 +31,9 @@ class Texts:
     Every ``texts=`` argument of this package takes either a source or a ``Texts``.
 
     Args:
-        source: a list of strings, a path, a ``datasets.Dataset`` with a column ``text``, or "world", the texts that are
-            embedded in kedit-train. A ``.txt`` file contains one text per line. A ``.jsonl`` or ``.json`` file contains
-            strings, or records with the key ``text``.
+        source: a list of strings, a path, a ``datasets.Dataset`` with a column ``text``, or "world". "world" selects
+            the texts that kedit-train contains for its embedded model. A ``.txt`` file contains one text per line. A
+            ``.jsonl`` or ``.json`` file contains strings, or records with the key ``text``.
         max_length: maximum number of tokens per sequence. A longer text is split into several sequences, and no token
             is dropped.
         nearest: maximum number of texts per edit. The texts most similar to the edit are selected
@@ -83,7 +83,7 @@ class Texts:
 
     @property
     def of_world(self) -> bool:
-        """Whether the source is "world", the texts that are embedded in kedit-train."""
+        """Whether the source is "world", which selects the texts for kedit-train's embedded model."""
         return world.is_world(self.source)
 
     def check(self) -> None:
@@ -101,9 +101,11 @@ class Texts:
         The search for evaluation prompts ignores letter case and the amount of white space.
 
         Args:
-            edits: the edits of the run. With the source "world", texts that depend on the edits are left out too.
+            edits: the edits of the run. With the source "world", texts about facts that the edits affect or test are
+                left out too.
             limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
-            keep_leaks: keep texts that contain an evaluation prompt. Only for texts that are not trained on.
+            keep_leaks: True keeps texts that contain an evaluation prompt. Use it only if the model is not trained on
+                the texts.
 
         Raises:
             EditError: the source cannot be read, or no text is left.
@@ -179,7 +181,7 @@ def _read_file(path: Path) -> list[Any]:
             raise FileNotFoundError
         content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise EditError(f"{path} must be a UTF-8 text file: {error}") from error
+        raise EditError(f"{path} must be a UTF-8 text file: {error}; save the file as UTF-8.") from error
     except OSError as error:
         raise EditError(
             f"file {str(path)!r} does not exist or cannot be read; pass the path of a .txt, .jsonl or .json file, or a "

@@ -18,9 +18,9 @@ def tokenize_edits(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_leng
 
     Args:
         run: supplies the context length of the model.
-        edits: an edit gives one sequence, or several if it has more than ``max_length`` tokens.
+        edits: the edits. Each edit gives one sequence, or several sequences if it is too long for one.
         tokenizer: the tokenizer of the model.
-        max_length: maximum number of tokens per sequence.
+        max_length: maximum number of tokens per sequence. The context length is used if it is smaller.
     """
     append_eos = tokenizer.eos_token_id is not None
     encoded = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=append_eos).input_ids for edit in edits]

@@ -27,7 +27,7 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> Path:
 def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None) -> dict[str, Tensor]:
     """Read masks and check that they fit the scope.
 
-    A file from another program may have no checksum.
+    A file without a checksum is also accepted, so that other programs can write masks.
 
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
@@ -38,7 +38,7 @@ def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None)
 
     Raises:
         EditError: the file is missing, is damaged or was changed after it was written. The error is also raised if a
-            tensor is not bool, has no entry in ``shapes`` or has another shape. Each name in ``shapes`` needs a tensor.
+            tensor is not bool or has another shape, or if the file and ``shapes`` do not have the same names.
     """
     mapped = load_tensors(path, kind=_KIND, allow_unsigned=True).tensors
     for name, mask in mapped.items():

@@ -36,8 +36,9 @@ class MaskScore:
             - "fisher_ratio": the "fisher" score divided by the Fisher information on other texts;
             - "magnitude": absolute value of the weight before the edit;
             - "random": random numbers.
-        limit: maximum number of edits, and maximum number of text sequences, on which the score is computed. None
-            means no maximum. Each edit or sequence costs one backward pass. "magnitude" and "random" ignore the limit.
+        limit: maximum number of edits on which the score is computed. For "fisher_ratio", it is also the maximum number
+            of sequences of the other texts. None means no maximum. Each edit or sequence costs one backward pass.
+            "magnitude" and "random" ignore the limit.
         seed: seed for the choice of edits and sequences, for the sampled labels and for the random scores.
 
     Example:
@@ -102,7 +103,7 @@ def score_entries(
 
     Returns:
         Two mappings: name -> scores in the shape of the parameter, and name -> Fisher information on the texts. The
-        second one is None unless the score is "fisher_ratio".
+        second mapping is None unless the score is "fisher_ratio".
     """
     if score.name == "magnitude":
         return {name: full_tensor(run.reference[name]).float().abs() for name in run.scope}, None
@@ -135,8 +136,8 @@ def choose_masks(
     Args:
         model: the model that the names belong to.
         scores: name -> scores in the shape of the parameter.
-        on_texts: name -> Fisher information by which the scores are divided. For rows and columns, the scores and the
-            information are averaged over each neuron before the division. None skips the division.
+        on_texts: name -> Fisher information. The scores are divided by this information; None skips the division. If
+            the granularity is "row" or "column", the scores and the information are first averaged over each unit.
         density: fraction of the entries or neurons to keep.
         granularity: the unit that a mask keeps or freezes as a whole: "element", "row" or "column".
 
@@ -144,7 +145,8 @@ def choose_masks(
         name -> bool mask, True where the entry may change.
 
     Raises:
-        EditError: the scores of a tensor are all equal or not finite, or the tensor has no defined rows and columns.
+        EditError: the scores of a tensor are all equal or not finite, or rows or columns are requested for a tensor
+            that has none (for example fused experts).
     """
     units = {name: unit_of(model, name, granularity, scores) for name in scores}
     masks: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ Unit = tuple[Literal["scored", "as_matrix", "frozen"], int | None]
 
 
 def output_dim(module: nn.Module) -> int:
-    """Return the dimension of a module's weight that counts its outputs.
+    """Return the dimension of a module's weight that has one entry per output.
 
     This is dimension 0, except for the ``Conv1D`` of GPT-2 and for transposed convolutions, where it is dimension 1.
     """
@@ -37,11 +37,11 @@ def matrix_of(bias: str) -> str:
 
 
 def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Container[str]) -> Unit:
-    """Return how a parameter is divided into the rows, columns or entries that a mask keeps or freezes.
+    """Return the rule by which a mask selects rows, columns or entries of a parameter.
 
     A row contains the weights of one output neuron and its bias entry. A column contains the weights of one input
-    neuron, so a bias has no columns. Each entry of another vector, such as the weight of a norm, counts as a row and
-    as a column.
+    neuron, so the bias of a matrix has no columns. In any other vector, such as the weight of a norm, each entry
+    counts as a row and also as a column.
 
     Args:
         model: the model that contains the parameter.
@@ -50,7 +50,8 @@ def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Contai
         scope: names of the parameters in the scope.
 
     Returns:
-        (rule, dimension), see ``Unit``. For "as_matrix" the dimension is a dimension of the weight matrix.
+        A pair (rule, dimension), which ``Unit`` explains. For the rule "as_matrix", it is a dimension of the weight
+        matrix that the bias belongs to.
 
     Raises:
         EditError: rows or columns are requested for a stack of matrices, such as fused experts.

@@ -23,7 +23,7 @@ def find_layers(model: nn.Module) -> tuple[str, int]:
     length, the model must have exactly one outermost ``nn.ModuleList``.
 
     Returns:
-        (dotted name, number of layers).
+        The dotted name of the stack and the number of its layers.
 
     Raises:
         EditError: the model has no stack of layers, or several.
@@ -37,8 +37,8 @@ def find_layers(model: nn.Module) -> tuple[str, int]:
     if len(candidates) != 1:
         problem = f"several stacks of layers ({', '.join(candidates)})" if candidates else "no stack of layers"
         raise EditError(
-            f"layers must be left out, because {type(model).__name__} has {problem}; select parameters by their full "
-            f'names, for example modules="{next(iter(stacks), "encoder.2.linear")}.*"'
+            f"the argument layers cannot be used, because {type(model).__name__} has {problem}; remove layers= and "
+            f'select parameters by their full names, for example modules="{next(iter(stacks), "encoder.2.linear")}.*"'
         )
     return next(iter(candidates.items()))
 
@@ -47,8 +47,8 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
     """Return the sorted indices of the selected layers.
 
     Args:
-        layers: an int is an index (negative counts from the end). A float in [0, 1] is a fraction of the depth: 0.7
-            of 12 layers is layer 8. A string is an index, a fraction, an inclusive range ("4-6", "0.5-0.75"), or
+        layers: an int is an index; a negative index counts from the end. A float in [0, 1] is a fraction of the depth:
+            with 12 layers, 0.7 is layer 8. A string is an index, a fraction, an inclusive range ("4-6", "0.5-0.75"), or
             several of these separated by commas. A sequence may contain all of these forms. None selects every layer.
         depth: number of layers.
 
@@ -72,7 +72,9 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
 
 def _expand(item: Layer, depth: int) -> Iterator[int]:
     if isinstance(item, bool) or not isinstance(item, int | float | str):
-        raise EditError(f"layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got {item!r}.")
+        raise EditError(
+            f"each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got {item!r}."
+        )
     if isinstance(item, int | float):
         yield _index(item, item, depth)
         return
@@ -80,8 +82,8 @@ def _expand(item: Layer, depth: int) -> Iterator[int]:
         match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:[-:]\s*({_NUMBER})\s*)?", part)
         if not match:
             raise EditError(
-                "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75') or several "
-                f"('2,4-6'), got {item!r}."
+                "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75'), or several of these "
+                f"separated by commas ('2,4-6'), got {item!r}."
             )
         ends = [float(n) if "." in n else int(n) for n in match.groups() if n is not None]
         first, last = _index(ends[0], item, depth), _index(ends[-1], item, depth)
@@ -95,19 +97,24 @@ def _expand(item: Layer, depth: int) -> Iterator[int]:
 def _index(value: int | float, layers: Layer, depth: int) -> int:
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
-            raise EditError(f"a fraction in layers must be in [0, 1], got {layers!r}.")
+            raise EditError(
+                f"a fraction in layers must be in [0, 1], got {layers!r}; write an index without a decimal point."
+            )
         # The small number undoes binary rounding: 0.29 of 100 layers is layer 29.
         return min(int(value * depth + 1e-9), depth - 1)
     if not -depth <= value < depth:
-        raise EditError(f"layers must be from 0 to {depth - 1} (negative: counted from the end), got {layers!r}.")
+        raise EditError(
+            f"an index in layers must be from 0 to {depth - 1}, or from -{depth} to -1 to count from the end, got "
+            f"{layers!r}."
+        )
     return value % depth
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Return whether consecutive dotted parts of a parameter name match the parts of a pattern.
+    """Return whether a pattern matches a parameter name or consecutive parts of it.
 
-    Whole parts are compared, so "layers.2" never matches layer 20. ``*`` and ``?`` are wildcards within a part. A
-    pattern that names a module matches all of its parameters, including the bias.
+    Name and pattern are split at the dots. Whole parts are compared, so "layers.2" never matches layer 20. ``*`` and
+    ``?`` are wildcards within a part. A pattern that names a module matches all of its parameters, including the bias.
 
     Example:
         >>> matches("model.layers.2.mlp.down_proj.weight", "mlp.*_proj")
@@ -131,7 +138,7 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         modules: one pattern or several, as in :func:`matches`. None selects all modules in the selected layers.
 
     Returns:
-        name -> parameter.
+        A dict from name to parameter.
 
     Raises:
         EditError: a pattern matches nothing or only frozen parameters, or a layer is out of range.
@@ -161,8 +168,8 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
                     "which cannot be trained; load the model without quantization, or add a PEFT adapter."
                 )
             raise EditError(
-                f"modules={pattern!r}{within} matches only frozen parameters; unfreeze them, or select other modules "
-                "(in a model with PEFT adapters, modules that have an adapter)."
+                f"modules={pattern!r}{within} matches only frozen parameters; unfreeze them, or select other modules. "
+                "In a model with PEFT adapters, select modules that have an adapter."
             )
         selected |= {id(p) for p in matching if p.requires_grad}
     return {name: p for name, p in model.named_parameters() if id(p) in selected}

@@ -25,8 +25,9 @@ class ActiveExamples:
             an example is learned when the objective reports that none of its tokens still counts in the loss.
 
     Attributes:
-        learned: key of a learned example -> list of the number of times that the example will still be left out, and
-            the sums over its tokens at the last forward pass: loss, entropy, correct.
+        learned: a dict from the key of a learned example to a list. The first number says how many more times the
+            example will be left out. The other numbers are sums over the tokens of the example in its last forward
+            pass: loss, entropy, correct.
         seconds_saved: saved training time, estimated from the time per token between two calls.
     """
 
@@ -39,11 +40,11 @@ class ActiveExamples:
         self._reset_counts()
 
     def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], LeftOut]:
-        """Remove learned examples from a forward call, and the columns that then contain only padding.
+        """Remove learned examples from the arguments of a forward call, and columns that then contain only padding.
 
         Args:
-            kwargs: arguments of the call, with ``input_ids`` and ``labels`` [batch, length]. Nothing is left out if
-                another tensor among them does not have one entry for each example.
+            kwargs: arguments of the call, with ``input_ids`` and ``labels`` [batch, length]. If any other tensor
+                argument does not have one entry per example, no example is left out.
 
         Returns:
             The arguments of the reduced call, and the examples that were left out. At least one example is kept,
@@ -90,12 +91,13 @@ class ActiveExamples:
         return {**kwargs, **reduced}, left_out
 
     def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
-        """Note which of the remaining examples are learned.
+        """Store which of the remaining examples are learned.
 
         Args:
             where: [examples, length - 1] bool, the supervised positions.
-            active: [N] bool, one entry for each supervised position.
-            sums: tensors [N], the loss first. Their sums over the tokens of each learned example are stored.
+            active: [N] bool, whether the token at each supervised position is not learned yet.
+            sums: tensors [N] with one value per token; the first tensor is the loss. For each learned example, the
+                sums over its tokens are stored.
         """
         if not self._keys:
             return

@@ -33,16 +33,16 @@ class TokenTerm(Protocol):
         Args:
             args: positional arguments of the model's forward call.
             kwargs: keyword arguments of the same call.
-            labels: [batch, sequence]. N of the positions predict a supervised token.
+            labels: [batch, sequence]. N is the number of positions that predict a supervised token.
         """
         ...
 
     def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
-        """Return the term [n] of n tokens, from their logits [n, vocabulary] and reference states [n, hidden]."""
+        """Return the term of each token, [n], from logits [n, vocabulary] and reference states [n, hidden]."""
         ...
 
     def observe(self, divergence: Tensor) -> None:
-        """Receive the unweighted terms [N] of one forward pass, without gradient."""
+        """Receive the term of each token, [N], after a forward pass: not multiplied by ``weight``, without gradient."""
         ...
 
 
@@ -51,7 +51,7 @@ class ExampleFilter(Protocol):
 
     Attributes:
         probability: an example is learned when each of its supervised tokens has at least this probability. With None,
-            an example is learned when none of its tokens still counts in the loss (is active).
+            an example is learned when none of its tokens is active, that is, still counts in the loss.
     """
 
     probability: float | None
@@ -65,9 +65,9 @@ class ExampleFilter(Protocol):
 
         Args:
             where: [examples, sequence - 1] bool, the supervised positions.
-            active: [N] bool, one entry for each supervised position.
-            sums: tensors [N]: the loss, and with TRL also the entropy and whether the label was the most probable
-                token.
+            active: [N] bool, whether the token at each supervised position is not learned yet.
+            sums: tensors [N] with one value per token. The first is the loss. With TRL, the second is the entropy, and
+                the third says whether the label was the most probable token.
         """
         ...
 

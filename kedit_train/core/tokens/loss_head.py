@@ -61,8 +61,8 @@ class LossHead:
 
     Args:
         head: the model's output head.
-        shares: function that returns the number of micro-batches whose losses the host sums without dividing
-            (:meth:`Host.summed_micro_batches`).
+        shares: function that returns how many micro-batch losses the host sums, instead of averaging them, in one
+            optimizer step (:meth:`Host.summed_micro_batches`).
 
     Attributes:
         term: a second term in the loss of every supervised token, or None.
@@ -105,8 +105,9 @@ class LossHead:
                 sequence the same weight.
             position: "own" scores each token with the distribution at its own position. "first" uses the distribution
                 at the first supervised position of the sequence.
-            observe: function that receives tensors [N] for each micro-batch: whether each token still counts in the
-                loss (active), the loss, and the further statistics of the objective.
+            observe: function that is called after each micro-batch with tensors [N]. The first says whether each token
+                still counts in the loss (is active), the second is the loss, and the others are the statistics of the
+                objective.
         """
         self.objective, self.reduction, self.position, self.observe = objective, reduction, position, observe
 
@@ -163,7 +164,7 @@ class LossHead:
         if hidden is None or hidden.shape[:2] != call.labels.shape:
             shape = "none" if hidden is None else f"the shape {tuple(hidden.shape[:2])}"
             raise EditError(
-                f"the output head of {type(module).__name__} must receive hidden states for labels of shape "
+                f"the output head of {type(module).__name__} must receive one hidden state per label, of shape "
                 f"{tuple(call.labels.shape)}, got {shape}; remove prompt tuning, and call the output head as a module."
             )
         return self._score(call, hidden[:, :-1], output)

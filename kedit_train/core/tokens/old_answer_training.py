@@ -73,12 +73,12 @@ def trained_difference(
         run: the current run. The weights in its scope are trained.
         tokenizer: the tokenizer of the model.
         old: edits whose targets are the old answers.
-        base: name -> weight from which the training starts.
+        base: the weights from which the training starts, by name.
         training: epochs, learning rate, batch size and seed.
         prompt_format: how the prompts are written.
 
     Returns:
-        Name -> trained weight minus base.
+        The change of each weight (trained weight minus ``base``), by name.
 
     Raises:
         EditError: the loss is not finite.

@@ -15,7 +15,7 @@ def sequence_numbers(where: Tensor, positions: Tensor | None) -> Tensor:
             and each sequence starts at position 0. Without position ids every row is one sequence.
 
     Returns:
-        [N] int64, counted from 0 without gaps, for the N supervised tokens in order.
+        [N] int64, one number for each of the N supervised tokens in order. The numbers begin at 0 and have no gaps.
     """
     sequence = torch.arange(len(where), device=where.device).unsqueeze(1).expand_as(where)
     if positions is not None:
@@ -43,13 +43,15 @@ def first_of_sequence(numbers: Tensor) -> Tensor:
 def sequence_weights(where: Tensor, positions: Tensor | None, *, left_out: int = 0, shares: int = 1) -> Tensor:
     """Return token weights that make every sequence count equally.
 
-    The weighted sum over all tokens is the mean over sequences of the mean over the tokens of each sequence.
+    With these weights, the sum of the token losses is a mean over sequences. Each sequence contributes the mean over
+    its tokens.
 
     Args:
         where: [batch, length - 1] bool, the positions that predict a supervised token.
         positions: as for :func:`sequence_numbers`.
         left_out: number of sequences that were removed from the batch and still count in the mean.
-        shares: number of micro-batches whose losses the host sums without dividing.
+        shares: number of micro-batch losses that the host sums, instead of averaging them, in one optimizer step. The
+            weights are divided by this number.
 
     Returns:
         [batch, length - 1] fp32, zero at unsupervised positions.

@@ -12,7 +12,9 @@ EndedBy = Literal["forgotten", "perplexity", "coefficients"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores of the model after a subtraction; coefficient 0 is the model before the subtraction.
+    """Scores of the model after the subtraction of a trained weight difference.
+
+    Coefficient 0 means the model before the subtraction.
 
     Args:
         coefficient: the coefficient as the user gave it.
@@ -35,9 +37,9 @@ class Subtraction:
 
     Args:
         coefficients: numbers above 0, tried in ascending order.
-        scale: with "base", a coefficient is a fraction of the norm of the weights. With "trained", a coefficient is a
-            fraction of the trained difference.
-        max_probability: the search ends when the mean probability of the old answers is at most this.
+        scale: with "trained", the trained difference is multiplied by the coefficient. With "base", it is multiplied by
+            a factor that makes its norm equal to the coefficient times the norm of the weights that training changed.
+        max_probability: the search ends when the mean probability of the old answers is at most this value.
         max_perplexity_ratio: maximum ratio of the perplexity after the subtraction to the perplexity before.
     """
 
@@ -54,12 +56,12 @@ class Subtraction:
         Args:
             before: the measurement of the model before the subtraction.
             length: norm of the trained difference divided by the norm of the weights that training changed.
-            measure: called with a coefficient and a factor; measures the model with ``factor`` times the trained
-                difference subtracted.
+            measure: function of a coefficient and a factor. It subtracts ``factor`` times the trained difference and
+                measures the model.
 
         Returns:
-            All measurements with ``before`` first, the index of the measurement to keep (0: subtract nothing), and the
-            reason for the end of the search.
+            Three values: all measurements with ``before`` first; the index of the measurement to keep (0 means that
+            nothing is subtracted); the reason for the end of the search.
         """
         measured, chosen = [before], 0
         for coefficient in sorted({float(c) for c in self.coefficients}):
@@ -73,7 +75,7 @@ class Subtraction:
         return measured, chosen, "coefficients"
 
     def shortfall(self, measured: Sequence[Measurement], chosen: int, ended_by: EndedBy, length: float) -> str:
-        """Return why the old answers are not forgotten and what to change, for a warning."""
+        """Return the text of a warning that says why the old answers are not forgotten and what to change."""
         last = measured[-1]
         if ended_by == "perplexity":
             reason = (

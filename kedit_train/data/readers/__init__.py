@@ -25,7 +25,7 @@ FORMATS: dict[str, Format] = {
 
 
 def recognize(records: Sequence[Any], name: str) -> str:
-    """Return the name of the format that most records have, judged by their keys.
+    """Return the name of the format that most records have. Formats are recognized from the keys of a record.
 
     Args:
         records: the records of a file.
@@ -82,7 +82,8 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
         if matches:
             raise EditError(
                 f"{where}: field '{min(map(str, others))}' belongs to the format {matches[0]}, but the other records "
-                f'have the format {form.name}; {REMEDY}, or pass format="{form.name}"'
+                f'have the format {form.name}; {REMEDY}, or pass format="{form.name}" to read all records as '
+                f"{form.name}"
             )
     if csv:
         record = decode_cells(record, form.structured, where)

@@ -12,7 +12,7 @@ from kedit_train.edit import Edit
 
 
 def recognize(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of flat CounterFact and of no nested or similar format."""
+    """Return whether the keys are those of flat CounterFact, and not those of a nested or similar format."""
     keys = set(record)
     nested = keys & {"locality", "portability", "requested_rewrite"}
     return bool(keys & {"target_new", "locality_prompt"}) and not nested and not WIKIBIGEDIT.recognize(record)
@@ -22,7 +22,8 @@ def read(record: Fields) -> list[Edit]:
     """Read a record of flat CounterFact.
 
     ``ground_truth`` is the old answer. ``rephrase_prompt`` (a text) and ``rephrase_prompts`` (a list) become rephrases.
-    ``locality_ground_truth`` is the right answer about the neighbour, another subject with the same true object.
+    ``locality_prompt`` asks about a neighbour (another subject with the same true object), and
+    ``locality_ground_truth`` is the right answer.
     ``relation`` and ``relation_id`` only name the relation and are not read.
 
     References:

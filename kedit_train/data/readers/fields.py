@@ -80,7 +80,7 @@ class Fields:
         return value
 
     def answer(self, *keys: str) -> str:
-        """Return a required text without leading and trailing white space. Separators are added later."""
+        """Return a required text without leading and trailing white space. A space is added later if needed."""
         return self.text(*keys).strip()
 
     def optional_text(self, *keys: str) -> str | None:
@@ -88,7 +88,7 @@ class Fields:
         return self.text(*keys) if self.has(*keys) else None
 
     def identifier(self, *keys: str) -> str:
-        """Return the identifier of the record (text or a whole number) as text. It is empty if it is missing."""
+        """Return the identifier of the record (text or a whole number) as text, or empty text if there is none."""
         key, value = self._pick(keys)
         if not self.has(*keys):
             return ""
@@ -97,7 +97,7 @@ class Fields:
         return str(value)
 
     def texts(self, *keys: str) -> tuple[str, ...]:
-        """Return the texts of an optional field that contains one text or a list of texts, unchanged."""
+        """Return the unchanged texts of an optional field, which contains one text or a list of texts."""
         if not self.has(*keys):
             return ()
         key, value = self._pick(keys)
@@ -111,7 +111,10 @@ class Fields:
         return tuple(value)
 
     def answers(self, *keys: str) -> tuple[str, ...]:
-        """Return the distinct right answers of an optional field: a text, a list of texts or a list of alias lists."""
+        """Return the distinct right answers in an optional field.
+
+        The field contains a text, a list of texts, or a list of lists with the aliases of one answer each.
+        """
         key, value = self._pick(keys)
         if not isinstance(value, (list, tuple)):
             texts = list(self.texts(*keys))
@@ -147,7 +150,11 @@ class Fields:
         return [Fields(item, self.where, f"{self.path}{key}[{i}].") for i, item in enumerate(value)]
 
     def kinds(self, key: str) -> dict[str, list[Fields]]:
-        """Read a mapping from kinds to lists of mappings, as kind -> fields. Kinds with empty lists are left out."""
+        """Read a mapping from kinds to lists of mappings.
+
+        Returns:
+            A dict from kind to the fields of each mapping in its list. Kinds with empty lists are left out.
+        """
         if not self.has(key):
             return {}
         kinds = self.child(key)

@@ -20,9 +20,9 @@ def read_file(path: Path) -> list[Any]:
     """Read the records of a ``.json``, ``.jsonl`` or ``.csv`` file, in order.
 
     Args:
-        path: a UTF-8 file, with or without byte order mark. JSON: a list, or a mapping with the list under ``data``,
-            ``records`` or ``edits``. JSONL: one record per line; blank lines are skipped. CSV: the first row names the
-            fields; an empty cell is a missing field.
+        path: a UTF-8 file, with or without byte order mark. A JSON file contains a list of records, or a mapping with
+            that list under ``data``, ``records`` or ``edits``. A JSONL file has one record per line; blank lines are
+            skipped. In a CSV file, the first row names the fields, and an empty cell is a missing field.
 
     Returns:
         One mapping per record. If a record in the JSON is not a mapping, its value is returned as it is. A line that
@@ -109,7 +109,7 @@ def read_csv(path: Path) -> list[Any]:
                     continue
                 if len(cells) != len(names):
                     where = f"{path}, record {len(records) + 1} (line {rows.line_num})"
-                    problem = f"the row must have {len(names)} cells, got {len(cells)} (a comma without quotes?)"
+                    problem = f"the row must have {len(names)} cells, got {len(cells)} (quote texts with commas)"
                     records.append(EditError(f"{where}: {problem}; {REMEDY}"))
                     continue
                 row = zip(names, cells, strict=True)

@@ -17,7 +17,7 @@ class Format:
     Args:
         name: the name for ``EditDataset.load(format=...)``.
         recognize: returns whether the keys of a record are those of this format.
-        read: converts one record to edits (up to four edits for MQuAKE).
+        read: converts one record to edits. A record of MQuAKE gives up to four edits, other records give one.
         reads: top-level fields that are stored in the edits.
         ignores: top-level fields that are known but not read. The docstring of ``read`` says why.
         structured: fields that contain lists or mappings. In a CSV file, their cells are JSON or ``a|b|c``.
@@ -32,5 +32,5 @@ class Format:
 
 
 def field_names(text: str) -> frozenset[str]:
-    """Return the set of field names in a text, in which spaces separate the names."""
+    """Split a text of field names at the spaces, and return the set of names."""
     return frozenset(text.split())

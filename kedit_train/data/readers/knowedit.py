@@ -8,7 +8,7 @@ from kedit_train.edit import Edit, Probe
 
 
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
-    """Return kind -> probes from the field ``key`` of a record."""
+    """Read the probes in the field ``key`` of a record, and return a dict from kind to probes."""
     return {
         kind: tuple(Probe(item.text("prompt"), item.answers("ground_truth")) for item in items)
         for kind, items in record.kinds(key).items()

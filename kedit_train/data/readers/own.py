@@ -25,7 +25,10 @@ def one_probe(record: Fields, key: str, item: object) -> Probe:
 
 
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
-    """Return kind -> probes from the field ``key``. A list without kinds gets the kind "other"."""
+    """Read the probes in the field ``key``, and return a dict from kind to probes.
+
+    A list without kinds gets the kind "other".
+    """
     value = record.values.get(key)
     if not record.has(key):
         return {}

@@ -38,7 +38,7 @@ def one_probe(
 def read_zsre(record: Fields) -> list[Edit]:
     """Read a record of ZsRE.
 
-    ``alt`` is the new answer. ``answers`` are the old answers, and the first of them becomes ``old_target``. ``pred``
+    ``alt`` is the new answer. ``answers`` are the old answers. The first old answer becomes ``old_target``. ``pred``
     (the answer of MEND's model) and ``cond`` (a summary in the input syntax of MEND) are not read.
 
     References:
@@ -58,7 +58,7 @@ def read_zsre(record: Fields) -> list[Edit]:
 
 
 def read_wikibigedit(record: Fields) -> list[Edit]:
-    """Read a record of WikiBigEdit, which has one of two sets of field names.
+    """Read a record of WikiBigEdit. The published files use two sets of field names, and both are read.
 
     ``personas`` asks the same question in the voice of a persona and becomes the last rephrase. ``mhop`` becomes a
     portability question of the kind ``multi_hop``.
@@ -101,7 +101,7 @@ def read_qaedit(record: Fields) -> list[Edit]:
 
 
 def is_wikibigedit(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of WikiBigEdit. The two sets of names of WikiBigEdit may be mixed."""
+    """Return whether the keys are those of WikiBigEdit. A record may mix its two sets of field names."""
     keys = set(record)
     own_names = keys & {"update", "ans", "mhop", "mhop_ans", "personas"}
     mixed_names = "target_new" in keys and keys & {"loc", "loc_ans", "rephrase"}

@@ -59,9 +59,9 @@ def read_mquake(record: Fields) -> list[Edit]:
     rewrite becomes the rephrase of its edit.
 
     The new answers of the multi-hop questions are right only after all edits of the record. So the last edit gets these
-    questions, as portability of the kind ``multi_hop_edits_1`` to ``multi_hop_edits_4``. The number says how many edits
-    the questions need. If they need more than one edit, their score has no meaning for edits that are each made alone
-    on the unedited model. The old multi-hop answer and the lists of single hops are not read.
+    questions, as portability probes of the kind ``multi_hop_edits_1`` to ``multi_hop_edits_4``. The number in the name
+    is the number of edits that the questions need. If it is above 1 and each edit is made alone on the unedited model,
+    their score has no meaning. The old multi-hop answer and the lists of single hops are not read.
 
     References:
         "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions", arXiv 2305.14795.

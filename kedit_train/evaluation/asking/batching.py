@@ -44,7 +44,8 @@ def unwrap_model(model: nn.Module) -> Any:
     while not hasattr(inner, "generate"):
         if not isinstance(getattr(inner, "module", None), nn.Module):
             raise EditError(
-                f"model must be a causal language model, got {type(model).__name__}, which cannot generate."
+                f"model must be a causal language model, got {type(model).__name__}, which cannot generate; load it "
+                "with AutoModelForCausalLM."
             )
         inner = inner.module
     return inner
@@ -62,7 +63,7 @@ def uses_prompt_learning(model: Any) -> bool:
 
 @contextmanager
 def inference_context(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode without gradients; restore every module's ``training`` flag afterwards."""
+    """Context manager: evaluation mode without gradients; every module's ``training`` flag is restored afterwards."""
     with evaluation_mode(model), torch.no_grad():
         yield
 

@@ -41,8 +41,8 @@ class Continuation:
 def new_cache(model: Any) -> DynamicCache | None:
     """Return an empty key-value cache, or None if the model does not support the default cache of transformers.
 
-    The result is None for a model with a recurrent state, a cache class of its own or a learned prompt. Each decoding
-    step of such a model then processes the full sequence again, which is slower but correct.
+    The result is None for a model with a recurrent state, a cache class of its own or a learned prompt (PEFT prompt
+    tuning). Each decoding step of such a model processes the full sequence again. This is slower, but correct.
     """
     base = base_model(model)
     if uses_prompt_learning(model) or not getattr(base, "_supports_default_dynamic_cache", lambda: False)():
@@ -55,8 +55,8 @@ def new_cache(model: Any) -> DynamicCache | None:
 def can_pad(model: Any) -> bool:
     """Return True if one batch may contain sequences of different lengths.
 
-    The model must accept explicit position ids, and it must use the default key-value cache. A recurrent state would
-    also process the padding tokens.
+    The model must accept explicit position ids, and it must use the default key-value cache. In a model with a
+    recurrent state, padding tokens would change the state.
     """
     return accepts_argument(model, "position_ids") and new_cache(model) is not None
 
@@ -94,7 +94,7 @@ class _Batch:
         self.unread = 1
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only the sequences in ``rows``."""
+        """Keep only the sequences at the row numbers ``rows``, and remove all others from the batch."""
         index = torch.tensor(rows, device=self.ids.device)
         self.ids, self.mask = self.ids[index], self.mask[index]
         if self.cache is not None:

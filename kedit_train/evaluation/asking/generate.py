@@ -47,7 +47,7 @@ class Answer:
 
 
 class AnswerEnd:
-    """Decides whether a token ends an answer: an end-of-text token, or a token with a line break.
+    """Decides whether a token ends an answer. End-of-text tokens and tokens with a line break end an answer.
 
     Args:
         model: the model. The end-of-text tokens in its generation config end an answer.
@@ -106,11 +106,11 @@ def generate_answers(
 ) -> list[Answer]:
     """Generate the model's greedy answer to each prompt.
 
-    Each distinct prompt runs once. Prompts are sorted by length and padded on the left, with an explicit attention
+    Equal prompts run only once. Prompts are sorted by length and padded on the left, with an explicit attention
     mask and explicit position ids. An answer therefore does not depend on the batch size or the tokenizer's padding
-    side. The exception is two logits that differ by no more than the rounding error of the model's dtype;
-    ``Answer.margin`` gives the smallest difference. The model's own generation settings (sampling, penalties, forced
-    tokens) are ignored.
+    side. There is one exception: if the two largest logits differ by no more than the rounding error of the model's
+    dtype, another token may be generated. ``Answer.margin`` is the smallest of these differences in an answer. The
+    model's own generation settings (sampling, penalties, forced tokens) are ignored.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.
@@ -120,7 +120,8 @@ def generate_answers(
         max_new_tokens: maximum length of an answer, in tokens. A longer answer is cut and gets ``ended=False``.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
         single_line: if True, a line break ends an answer.
-        known_starts: prompt -> the known first tokens of the answer, and the smallest margin among these tokens
+        known_starts: dict from a prompt to the first tokens of its answer, if they are already known, and the smallest
+            margin among these tokens
             (:meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start`). Known tokens are not
             generated again.
         progress: show a progress bar in a terminal.
@@ -171,7 +172,7 @@ def _generate(
     if batch_size < 1:
         raise EditError(f"batch_size must be >= 1, got {batch_size}.")
     if isinstance(prompts, str):
-        raise EditError("prompts must be a list of strings, got one string.")
+        raise EditError("prompts must be a list of strings, got one string; put the string into a list.")
     check_format(prompt_format, tokenizer)
     context = context_length(inner.config)
     sequences = encode_prompts(tokenizer, prompts, context, prompt_format)

@@ -31,9 +31,9 @@ def target_logits(
 ) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
     """Run the sequences through the model and yield the logits that predict each target.
 
-    The sequences are sorted by length and padded on the right. If ``forward`` has ``logits_to_keep``, only the
-    positions that predict a target are projected to the vocabulary. A batch is smaller than ``batch_size`` if its
-    logits would take more than 1 GiB.
+    The sequences are sorted by length and padded on the right. If ``forward`` has the argument ``logits_to_keep``, the
+    model computes logits only at the positions that predict a target. A batch has fewer than ``batch_size`` sequences
+    if its logits would take more than 1 GiB.
 
     Args:
         model: a model in evaluation mode. The caller disables gradients.
@@ -42,8 +42,8 @@ def target_logits(
         batch_size: maximum number of sequences per batch.
 
     Yields:
-        For each batch: the indices of its sequences, a list of logits and a list of labels. Each sequence has logits
-        [targets, vocabulary] in fp32 and labels [targets].
+        One tuple per batch: the indices of its sequences, the logits of each sequence ([targets, vocabulary] in fp32),
+        and the labels of each sequence ([targets]).
     """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), sequences[i].input_ids))
     can_select = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)

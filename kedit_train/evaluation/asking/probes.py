@@ -29,7 +29,7 @@ class ProbeRequest:
     """One evaluation prompt for the model, and the answers that count as right.
 
     Args:
-        edit: the id of the edit that the prompt tests. For an edit without an id: its number in the data.
+        edit: the id of the edit that the prompt tests, or its number in the data if it has no id.
         question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence" or
             "fluency".
         kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
@@ -61,14 +61,15 @@ def probe_requests(
     Args:
         edit: the edit.
         name: the name of the edit in the results.
-        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds the prompt
-            after each of two sentences, which ``seed`` and ``name`` draw from ``prefixes``. "format" rewrites a
-            completion as a question, or a question as a completion. "resurgence" adds a prompt that denies the old
-            answer ("Built on Sand", arXiv 2510.00625), and two prompts that offer the old and the new answer as a
-            choice, in both orders. "fluency" adds a long continuation of the prompt.
+        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds two probes:
+            the edit's prompt after a sentence that is drawn at random from ``prefixes``. "format" adds the prompt
+            rewritten from a completion to a question, or from a question to a completion. "resurgence" adds a prompt
+            that denies the old answer ("Built on Sand", arXiv 2510.00625), and two prompts that offer the old and the
+            new answer as a choice, in both orders. "fluency" adds a long continuation of the prompt.
         prefixes: the sentences for "prefixes".
-        seed: seed for drawing the prefixes.
-        prompt_format: the format of the prompts. With "question", "format" rewrites every prompt as a completion.
+        seed: seed for drawing the prefixes. The draw also depends on ``name``.
+        prompt_format: the format of the prompts. With the format "question", the metric "format" rewrites every prompt
+            as a completion.
     """
 
     def new(question: str, kind: str, prompt: str) -> ProbeRequest:

@@ -59,9 +59,9 @@ class TeacherForced:
         return sum(self.log_probs) / len(self.log_probs)
 
     def greedy_start(self, is_end: Callable[[int], bool]) -> tuple[list[int], float]:
-        """Return the first tokens of greedy generation, and the smallest margin among them.
+        """Return the tokens that greedy generation would begin with, and the smallest margin among them.
 
-        The returned tokens stop at the first token that differs from the target or for which ``is_end`` is True.
+        The last returned token is the first token that differs from the target or for which ``is_end`` is True.
         """
         correct = (*self.correct, *(() if self.end_correct is None else (self.end_correct,)))
         count = 0
@@ -86,13 +86,13 @@ def teacher_forced(
     Args:
         model: a causal language model. The model is left unchanged.
         tokenizer: the model's tokenizer.
-        pairs: the (prompt, target) pairs. Each distinct pair runs once.
+        pairs: the (prompt, target) pairs. Equal pairs run only once.
         batch_size: pairs per forward pass.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
         progress: show a progress bar in a terminal.
 
     Returns:
-        One record per pair, in the order of ``pairs``.
+        One :class:`TeacherForced` per pair, in the order of ``pairs``.
 
     Raises:
         EditError: a target has no token, a pair is longer than the model's context, or the logits are NaN.

@@ -21,14 +21,14 @@ def render_markdown(report: ReportData, answers: int) -> str:
 
     Args:
         report: the report.
-        answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
+        answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
     """
     parts = (_scores(report), _positions(report), _answers(report, answers), _reproduction(report))
     return "\n".join(line for part in parts for line in part)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> Iterator[str]:
-    """Yield the lines of a Markdown table. All columns after the first ``text_columns`` contain numbers."""
+    """Yield the lines of a Markdown table. Columns after the first ``text_columns`` are right-aligned."""
     yield "| " + " | ".join(head) + " |"
     yield "|" + "|".join("---" if i < text_columns else "---:" for i in range(len(head))) + "|"
     for row in rows:

@@ -66,10 +66,10 @@ def report_metadata(
 
 
 def count_near_ties(model: nn.Module, results: Sequence[ProbeResult]) -> int:
-    """Count the answers in which another batch size or device may choose another token.
+    """Count the answers that another batch size or device may change, because two logits are almost equal.
 
-    In such an answer, the two largest logits of a token are almost equal. They differ by less than 16 times the
-    machine epsilon of the dtype in which the model computes, or by less than 6e-5 if that is more.
+    An answer is counted if the two largest logits of one of its tokens differ by less than a bound. The bound is 16
+    times the machine epsilon of the dtype in which the model computes, but at least 6e-5.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     device = parameter.device.type

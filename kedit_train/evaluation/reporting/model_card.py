@@ -45,12 +45,12 @@ EVALUATION_PAPER = ("The Mirage of Model Editing: Revisiting Evaluation in the W
 def model_card_section(
     report: ReportData, *, delta: Any = None, cost: Mapping[str, Any] | None = None, base: str | None = None
 ) -> str:
-    """Return a model card section on the edit as Markdown, starting with ``## Knowledge edit``.
+    """Return a section about the edit for a model card. It is Markdown and starts with ``## Knowledge edit``.
 
     Args:
         report: the report on the edited model, with the unedited model's scores if they are known.
         delta: the :class:`~kedit_train.delta.EditDelta`. If given, the section describes which weights changed.
-        cost: more measured costs by name, such as ``{"training": "38 s on one GPU"}``.
+        cost: additional costs that you measured, such as ``{"training": "38 s on one GPU"}``.
         base: public name of the model before the edit, such as its hub name. Default: the name in ``delta``.
     """
     delta_meta = delta.meta if delta is not None else {}
@@ -66,11 +66,11 @@ def model_card_section(
 
 
 def insert_section(path: str | os.PathLike[str], section: str) -> Path:
-    """Write the section on the edit into a model card.
+    """Write the section about the edit into a model card.
 
-    The new section replaces an earlier section on the edit. If there is none, the section is appended to the card, or
-    a new file is created. The rest of the card stays unchanged, byte for byte. Two HTML comments mark the beginning
-    and the end of the section.
+    The new section replaces an earlier section about the edit. If there is no earlier section, the new one is appended
+    to the card. If there is no card, the file is created. The rest of the card stays unchanged, byte for byte. Two
+    HTML comments mark the beginning and the end of the section.
 
     Args:
         path: the model card.

@@ -38,7 +38,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG, atomically; parent folders are created."""
+    """Write a figure to a PNG file atomically, and create missing parent folders."""
     path = Path(path)
     if path.suffix != ".png":
         raise EditError(f"path must end in .png, got {str(path)!r}.")
@@ -57,7 +57,7 @@ def draw_curve(axes: Any, scores: Mapping[int, Score], *, color: str, label: str
 
     Args:
         axes: the matplotlib axes.
-        scores: position on the horizontal axis -> score.
+        scores: dict from the position on the horizontal axis to the score.
         color: color of the curve and the band.
         label: label in the legend.
         style: additional arguments for ``axes.plot``.
@@ -79,7 +79,7 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
     the unedited model. Its locality is 1 by definition, because locality then means "the same answer as before".
 
     Args:
-        reports: label -> report, all on the same edits.
+        reports: dict from label to report. All reports must be on the same edits.
         path: a ``.png`` file.
 
     Returns:
@@ -146,7 +146,7 @@ def positions(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -
     the number of targets that have a token at this position.
 
     Args:
-        reports: label -> report, all on the same edits.
+        reports: dict from label to report. All reports must be on the same edits.
         path: a ``.png`` file.
 
     Returns:

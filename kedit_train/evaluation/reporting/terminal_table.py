@@ -27,7 +27,7 @@ def render_report(report: ReportData, answers: int) -> Group:
 
     Args:
         report: the report.
-        answers: maximum number of rows in the table of edits and in the table of changed answers to other prompts.
+        answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
     """
     parts: list[Any] = [_scores_table(report), Text(), Text(NOTE, style="dim")]
     positions = report.metrics.get("positions", {})

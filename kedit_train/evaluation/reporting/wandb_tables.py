@@ -25,14 +25,14 @@ class Saveable(Protocol):
 
 
 def answers_table(report: ReportData) -> Table:
-    """Return a table of the edits: prompt, target, old_target, before, after, right and changed."""
+    """Return a table of the edits, with the columns prompt, target, old_target, before, after, right and changed."""
     rows = report.answers_table()
     columns = ["prompt", "target", "old_target", "before", "after", "right"]
     return [*columns, "changed"], [[*(row[c] for c in columns), _mark(row["before"], row["after"])] for row in rows]
 
 
 def changed_answers_table(report: ReportData) -> Table:
-    """Return a table of changed locality answers: kind, prompt, before, after, right_before and right."""
+    """Return a table of changed locality answers: columns kind, prompt, before, after, right_before and right."""
     columns = ["kind", "prompt", "before", "after", "right_before", "right"]
     changed = [r for r in report.answers if r.question == "locality" and r.unchanged is False]
     return columns, [[r.kind, r.prompt, r.before, r.answer, r.right_before, r.right] for r in changed]
@@ -67,7 +67,7 @@ def log_position_curves(run: Any, rows: Sequence[Sequence[Any]]) -> None:
 
 
 def log_report(host: Any, report: Saveable) -> None:
-    """Store a report as a JSON and a Markdown artifact of the training run in W&B. Without a W&B run, do nothing."""
+    """Log a report to the W&B run of the training, as JSON and as Markdown. Without a W&B run, do nothing."""
     if host.wandb_run() is None:
         return
     with tempfile.TemporaryDirectory() as folder:

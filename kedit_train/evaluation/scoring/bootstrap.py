@@ -43,7 +43,7 @@ NO_SCORE = Score(None, n=0)
 
 
 def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> Tensor:
-    """Compute bootstrap percentile intervals of M ratios ``sum(totals) / sum(counts)`` by resampling edits.
+    """Compute bootstrap percentile intervals of ``sum(totals) / sum(counts)`` for M metrics, by resampling edits.
 
     Each edit is drawn together with all its probes, because the probes of one edit tend to succeed or fail together.
     Resampling single probes would make every interval too narrow. If all edits agree (a score of 0 or 1), the interval
@@ -81,10 +81,11 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
 
 
 class MeanOverEdits(Metric):
-    """Mean of values that belong to edits, with a bootstrap interval over edits.
+    """The mean of values that are grouped by edit, with a bootstrap interval over edits.
 
-    The metric states are sums per edit, so the states of several processes add up to the result of one process. The
-    states are synchronized as in any ``torchmetrics.Metric``: by ``compute``, or by ``self.log`` of a LightningModule.
+    The metric states are sums per edit. The sum of the states of several processes is therefore the state that one
+    process would have. The states are synchronized as in any ``torchmetrics.Metric``: by ``compute``, or by
+    ``self.log`` of a LightningModule.
 
     Args:
         n_edits: total number of edits on all processes. Each edit has a number from 0 to ``n_edits - 1``.
@@ -111,14 +112,17 @@ class MeanOverEdits(Metric):
         self.add_state("count", default=torch.zeros(n_edits, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, edits: Sequence[int], values: Sequence[float | bool]) -> None:
-        """Add one value per edit number in ``edits``. Both lists are empty on a process that has no probes."""
+        """Add values. Each value belongs to the edit with the number at the same place in ``edits``.
+
+        A process without probes passes two empty lists.
+        """
         added = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.total.device)
         index = torch.tensor(list(edits), dtype=torch.int64, device=self.total.device)
         self.total.index_add_(0, index, added)
         self.count.index_add_(0, index, torch.ones_like(index))
 
     def compute(self) -> Tensor:
-        """Return ``[value, n, low, high]`` in fp64. Unknown entries are NaN."""
+        """Return ``[value, n, low, high]`` in fp64. An entry that cannot be computed is NaN."""
         bounds = cluster_bootstrap(self.total[:, None], self.count[:, None], seed=self.seed, resamples=self.resamples)
         n = self.count.sum()
         return torch.stack([(self.total.sum() / n).cpu(), n.double().cpu(), *bounds[:, 0]])
@@ -130,7 +134,7 @@ class MeanOverEdits(Metric):
 
 
 def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Score]:
-    """Return the scores ``sum(totals) / sum(counts)`` of M metrics from one set of resamples.
+    """Return the scores ``sum(totals) / sum(counts)`` of M metrics. All metrics use the same resamples.
 
     Args:
         totals: [edits, M], the sum of each edit's values.

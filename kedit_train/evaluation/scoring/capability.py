@@ -36,9 +36,10 @@ class Capability:
         perplexity: perplexity of the texts. Its ``n`` counts tokens.
         kl: KL(unedited || model), in nats per token of the unedited model's own answers to the prompts.
         agreement: the fraction of prompts to which both the model and the unedited model give the same greedy answer.
-        tasks: "<task>/<metric>" -> score of lm-eval.
-        answers: prompt -> answer. Kept in memory only, for the comparison with the edited model.
-        distributions: prompt -> next-token distributions of the unedited model. Kept in memory only, for ``kl``.
+        tasks: dict from "<task>/<metric>" to the score of lm-eval.
+        answers: dict from prompt to answer, for the comparison with the edited model. It is kept in memory only.
+        distributions: dict from prompt to the unedited model's next-token distributions, for ``kl``. It is kept in
+            memory only.
     """
 
     perplexity: Score
@@ -49,7 +50,7 @@ class Capability:
     distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
 
     def scores(self) -> dict[str, Score]:
-        """Return every measured score by its name."""
+        """Return a dict from name to score, with every measured score."""
         own = {"perplexity": self.perplexity, "kl": self.kl, "agreement": self.agreement}
         return {name: score for name, score in (own | dict(self.tasks)).items() if score.n}
 
@@ -61,7 +62,7 @@ class CapabilityProbe:
 
     Args:
         texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the embedded texts).
-        prompts: prompts unrelated to the edits. None: the beginnings of the texts, which the model continues.
+        prompts: prompts unrelated to the edits. None uses the beginnings of the texts, which the model continues.
         tasks: lm-eval tasks to run as well: a list of names, or an ``LmEvalTasks``.
         max_new_tokens: maximum length of the answers to ``prompts``, in tokens.
         batch_size: prompts per forward pass.

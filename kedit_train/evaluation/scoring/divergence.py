@@ -52,7 +52,7 @@ def record_distributions(
     Args:
         model: the unedited model.
         tokenizer: the model's tokenizer.
-        answers: prompt -> the answer that the unedited model gave.
+        answers: dict from prompt to the unedited model's answer.
         prompt_format: "plain", "chat" or "question".
         batch_size: sequences per forward pass.
         progress: show a progress bar in a terminal.
@@ -98,7 +98,7 @@ def compute_divergences(
     Args:
         model: the edited model.
         tokenizer: the model's tokenizer.
-        reference: prompt -> the unedited model's distributions.
+        reference: dict from prompt to the unedited model's distributions.
         prompts: the prompts to compare.
         batch_size: sequences per forward pass.
         progress: show a progress bar in a terminal.

@@ -21,13 +21,13 @@ from kedit_train.optional import require
 
 @dataclass(frozen=True)
 class LmEvalTasks:
-    """The tasks of lm-eval to run. Running them needs the ``eval`` extra.
+    """The tasks of lm-eval to run. To run them, install ``kedit-train[eval]``.
 
     Args:
         names: names of tasks, or paths of task files (``.yaml``).
         folder: a folder with additional task files. ``names`` may contain the tasks in this folder.
-        limit: maximum number of documents per task. None: all documents.
-        shots: number of examples before each question. None: the number that the task sets.
+        limit: maximum number of documents (test examples) per task. None uses all documents.
+        shots: number of solved examples before each question. None uses the number that the task sets.
 
     Example:
         >>> from kedit_train.evaluation import LmEvalTasks
@@ -43,7 +43,10 @@ class LmEvalTasks:
 
     def __post_init__(self) -> None:
         if isinstance(self.names, str):
-            raise EditError(f"names must be a list of strings, got {self.names!r}.", component="LmEvalTasks")
+            raise EditError(
+                f"names must be a list of strings, got {self.names!r}; put the string into a list.",
+                component="LmEvalTasks",
+            )
 
 
 def lm_eval_scores(
@@ -59,7 +62,7 @@ def lm_eval_scores(
         seed: seed of lm-eval. The random states of Python, numpy and torch are restored afterwards.
 
     Returns:
-        A dict "<task>/<metric>" -> score. If the task filters the answers, ",<filter>" is appended to the key. The
+        A dict from "<task>/<metric>" to score. If the task filters the answers, the key ends in ",<filter>". The
         interval is the value plus and minus 1.96 times lm-eval's standard error. A score for which lm-eval returns no
         standard error has no interval.
 

@@ -60,10 +60,10 @@ class _Values:
 def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: int = 0) -> dict[str, Any]:
     """Compute the metrics of a report from the results of all probes.
 
-    Each of reliability, generality, portability and locality has
+    Reliability, generality, portability and locality each have these scores:
 
-    - ``generated``: the fraction of probes with a right generated answer. For locality, if the unedited model's
-      answers are known: the fraction of answers that equal the unedited model's answer after normalization;
+    - ``generated``: the fraction of probes with a right generated answer. Locality differs if the unedited model's
+      answers are known: it is then the fraction of answers that equal the unedited model's answer after normalization;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
     - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
@@ -71,14 +71,16 @@ def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: i
       the tokens of a probe and then over the probes;
     - ``ended``: the fraction of answers that the model ended itself;
     - ``by_kind`` (not for reliability): all scores above for each kind of probe. The total of generality includes only
-      rephrasings, so it does not depend on which extra metrics were measured.
+      rephrasings, so it does not depend on the extra metrics.
 
-    The result also contains
+    The result also contains these scores:
 
-    - ``locality.right``: the fraction of true answers, whether or not the answer changed;
-    - ``locality.kept_right``: the fraction of right answers among the probes that the unedited model answered rightly;
+    - ``locality.right``: the fraction of right answers, whether or not the answer changed;
+    - ``locality.kept_right``: among the probes that the unedited model answered correctly, the fraction of right
+      answers;
     - ``locality.kl``: the mean KL divergence per token from the unedited model;
-    - ``positions``: accuracy, loss and probability of the edits' targets by token position, starting at "1";
+    - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
+      so on;
     - ``resurgence``: how often the old answer is generated (``says_old``) or more probable (``prefers_old``), by kind
       of probe;
     - ``fluency``: entropy and repetition of the continuations of the edits' prompts.

@@ -40,7 +40,7 @@ def _normalize_character(text: str, index: int) -> str:
 
 
 def normalize(text: str) -> str:
-    """Remove case, punctuation, articles and extra white space, which do not count when answers are compared.
+    """Normalize an answer for comparison: remove case, punctuation, articles and extra white space.
 
     Args:
         text: an answer.

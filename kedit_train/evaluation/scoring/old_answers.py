@@ -26,11 +26,11 @@ def find_old_answers(
     prompt_format: PromptFormat,
     max_new_tokens: int = 32,
 ) -> tuple[list[Edit], dict[str, str]]:
-    """Return edits whose targets are the old answers, in the words of the model.
+    """Return edits whose targets are the old answers, exactly as the model generates them.
 
-    An edit is returned only if greedy decoding gives the old answer and the model ends this answer. The old answer is
-    ``old_target``. If an edit has no ``old_target``, every generated answer except the new answer counts as the old
-    answer.
+    The old answer of an edit is its ``old_target``. If an edit has no ``old_target``, the old answer is the answer that
+    the model generates, unless this is the new answer. An edit is returned only if the model generates the old answer
+    with greedy decoding and ends it.
 
     Args:
         model: a causal language model.

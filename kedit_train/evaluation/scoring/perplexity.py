@@ -26,8 +26,8 @@ def text_losses(
 ) -> list[tuple[float, int]]:
     """Compute the total loss of each text.
 
-    A text longer than ``max_length`` or the model's context is split into consecutive windows. The loss does not
-    include the first token of a window, because this token has no context.
+    A text that is longer than ``max_length`` or the model's context is split into consecutive windows. The loss does
+    not include the first token of a window, because this token has no context.
 
     Args:
         model: a causal language model. It is left unchanged.
@@ -38,7 +38,8 @@ def text_losses(
         progress: show a progress bar in a terminal.
 
     Returns:
-        For each text: the sum of the tokens' negative log-probabilities, in nats, and the number of these tokens.
+        One pair per text: the sum of the negative log-probabilities of its tokens, in nats, and the number of these
+        tokens.
 
     Raises:
         EditError: the model gives NaN logits.

@@ -31,7 +31,7 @@ class ProbeResult(ProbeRequest):
         contained: True if the answer contains one of the ``accepted`` answers. None if ``accepted`` is empty.
         before: the unedited model's answer. None without a report on the unedited model.
         right_before: True if the unedited model's answer was right.
-        unchanged: True if ``answer`` equals ``before`` after normalization, whether right or wrong.
+        unchanged: True if ``answer`` and ``before`` are equal after normalization, even if both are wrong.
         tokens_right: for each token of the preferred answer, True if it is ranked first under teacher forcing.
         token_log_probs: for each token of the preferred answer, its log-probability under teacher forcing.
         old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" was measured.
@@ -87,10 +87,10 @@ def answer_requests(
     judge: Judge,
     progress: bool,
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
-    """Generate the model's answer to every probe, and score the accepted answer under teacher forcing.
+    """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
     The teacher-forced pass already shows how the generated answer begins. Only the tokens after the first difference
-    from the accepted answer are generated. A probe without an accepted answer has no teacher-forced score.
+    from the preferred answer are generated. A probe without an accepted answer has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.
@@ -101,7 +101,8 @@ def answer_requests(
         progress: show progress bars in a terminal.
 
     Returns:
-        One result per probe, and a dict prompt -> answer. The dict does not contain the continuations for "fluency".
+        One result per probe, and a dict from prompt to answer. The dict does not contain the continuations for
+        "fluency".
     """
     settings: dict[str, Any] = {"batch_size": options.batch_size, "prompt_format": options.prompt_format}
     settings["progress"] = progress

@@ -24,7 +24,8 @@ def weight_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.
 
     Args:
         model: the edited model.
-        reference_weights: the unedited model, or parameter name -> value before the edit (``EditRun.reference``).
+        reference_weights: the unedited model, or a dict from parameter name to the value before the edit
+            (``EditRun.reference``).
 
     Returns:
         Three scores: ``relative`` (Frobenius norm of the change divided by the Frobenius norm of the original
@@ -32,7 +33,7 @@ def weight_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.
         changed). ``n`` is the number of entries. The scores have no interval, because all entries are measured.
 
     Raises:
-        EditError: a parameter in ``reference_weights`` is missing in the model or has another shape there.
+        EditError: a parameter in ``reference_weights`` is missing in the model or has another shape in the model.
     """
     current: dict[str, Any] = dict(unwrap_model(model).named_parameters())
     if isinstance(reference_weights, nn.Module):

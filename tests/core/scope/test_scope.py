@@ -56,23 +56,26 @@ def test_binary_rounding_does_not_change_the_layer_of_a_fraction():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (24, "layers must be from 0 to 23 (negative: counted from the end), got 24."),
-        (-25, "layers must be from 0 to 23 (negative: counted from the end), got -25."),
-        ("20-30", "layers must be from 0 to 23 (negative: counted from the end), got '20-30'."),
-        (1.5, "a fraction in layers must be in [0, 1], got 1.5."),
-        (-0.1, "a fraction in layers must be in [0, 1], got -0.1."),
-        (float("nan"), "a fraction in layers must be in [0, 1], got nan."),
+        (24, "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got 24."),
+        (-25, "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got -25."),
+        ("20-30", "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got '20-30'."),
+        (1.5, "a fraction in layers must be in [0, 1], got 1.5; write an index without a decimal point."),
+        (-0.1, "a fraction in layers must be in [0, 1], got -0.1; write an index without a decimal point."),
+        (float("nan"), "a fraction in layers must be in [0, 1], got nan; write an index without a decimal point."),
         ("6-4", "a range in layers must start at its lower layer, got '6-4'; write '4-6'."),
         ([], "layers must select at least one layer between 0 and 23, got []."),
-        (True, "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got True."),
-        ([None], "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got None."),
-        ([[1, 2]], "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got [1, 2]."),
-        (nn.Identity(), "layers must be indices (5, -1), fractions (0.7) or ranges ('4-6'), got Identity()."),
+        (True, "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got True."),
+        ([None], "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got None."),
+        ([[1, 2]], "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got [1, 2]."),
+        (
+            nn.Identity(),
+            "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got Identity().",
+        ),
         *(
             (
                 text,
-                "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75') or several ('2,4-6'), "
-                f"got {text!r}.",
+                "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75'), or several of these "
+                f"separated by commas ('2,4-6'), got {text!r}.",
             )
             for text in ("", "last", "4-", "4,,5", "1e-1")
         ),
@@ -154,8 +157,8 @@ def test_in_a_model_with_adapters_only_adapters_are_selected(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(model, 1, "mlp.up_proj")
     assert str(error.value) == (
-        "modules='mlp.up_proj' in layers=1 matches only frozen parameters; unfreeze them, or select other modules "
-        "(in a model with PEFT adapters, modules that have an adapter)."
+        "modules='mlp.up_proj' in layers=1 matches only frozen parameters; unfreeze them, or select other modules. "
+        "In a model with PEFT adapters, select modules that have an adapter."
     )
     with pytest.raises(EditError, match=r"modules='mlp.up_proj' in layers=1 matches only frozen"):
         resolve_scope(model, 1, ["mlp.down_proj", "mlp.up_proj"])
@@ -188,8 +191,8 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(plain, 0)
     assert str(error.value) == (
-        "layers must be left out, because Sequential has no stack of layers; select parameters by their full names, "
-        'for example modules="encoder.2.linear.*"'
+        "the argument layers cannot be used, because Sequential has no stack of layers; remove layers= and select "
+        'parameters by their full names, for example modules="encoder.2.linear.*"'
     )
     import transformers
 
@@ -197,8 +200,9 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(seq2seq, 0)
     assert str(error.value) == (
-        "layers must be left out, because T5ForConditionalGeneration has several stacks of layers (encoder.block, "
-        'decoder.block); select parameters by their full names, for example modules="encoder.block.*"'
+        "the argument layers cannot be used, because T5ForConditionalGeneration has several stacks of layers "
+        "(encoder.block, decoder.block); remove layers= and select parameters by their full names, for example "
+        'modules="encoder.block.*"'
     )
     assert list(resolve_scope(seq2seq, None, "decoder.block.1.layer.2.DenseReluDense.wo"))
 
