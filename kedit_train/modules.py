@@ -22,7 +22,7 @@ from kedit_train.errors import EditError
 from kedit_train.optional import require
 from kedit_train.pretrained import load_model, lora_config, peft_errors
 
-# Default number of embedded edits. Training on this many edits takes half a minute.
+# Default number of bundled edits. Training on this many edits takes half a minute.
 WORLD_EDITS = 24
 _NO_AUGMENTATION = AugmentationOptions()
 
@@ -35,7 +35,7 @@ class EditModule(LightningModule):
     ``--optimizer`` and ``--lr_scheduler`` replace Adam and the constant learning rate.
 
     Args:
-        name: a hub name, a folder, or "world" for the embedded model.
+        name: a hub name, a folder, or "world" for the bundled model.
         learning_rate: the learning rate of Adam, 0 or more.
         dtype: the dtype of the weights; "auto" uses the dtype of the checkpoint. In bfloat16, an update below about
             1/256 of a weight is lost by rounding.
@@ -144,8 +144,8 @@ class EditDataModule(LightningDataModule):
     into one batch to reduce padding. Only the tokens of the targets count in the loss.
 
     Args:
-        path: a file that :meth:`EditDataset.load` reads, or "world" for the embedded edits.
-        limit: maximum number of records to read. None: all records of a file, or 24 of the embedded edits.
+        path: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits.
+        limit: maximum number of records to read. None: all records of a file, or 24 of the bundled edits.
         on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
         batch_size: training examples per step on each process.
         append_eos: end every target with the end-of-text token, so that the edited model learns to stop.

@@ -21,7 +21,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
     Args:
         name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, or "world" for the tiny model
-            that is embedded in kedit-train.
+            that comes with kedit-train.
         dtype: the dtype of the loaded weights. "auto" keeps the dtype of the checkpoint.
         trust_remote_code: whether to run Python code that the checkpoint contains.
 
@@ -94,7 +94,7 @@ def loading_errors(name: str, problem: str) -> Iterator[None]:
         local = "" if Path(name).is_dir() else " (there is no such folder)"
         raise EditError(
             f"model {name!r}{local} {problem}: {reason[:300]}; use a Hugging Face Hub name, a folder saved by "
-            'save_pretrained, or "world" (the embedded model).'
+            'save_pretrained, or "world" (the bundled model).'
         ) from error
 
 

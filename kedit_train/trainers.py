@@ -74,7 +74,7 @@ class EditSFTConfig(SFTConfig):
     passed to all callbacks that need edits. ``TrlParser`` reads the configuration from YAML and the command line.
 
     Args:
-        edits: a file that :meth:`EditDataset.load` reads, or "world" for the embedded edits. The edits are used for
+        edits: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits. The edits are used for
             evaluation, and also for training unless the trainer gets a ``train_dataset``.
         prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
             template of the tokenizer ("chat"), or framed as a question ("question").

@@ -1,4 +1,4 @@
-"""Augmentation, prompt formats and adapters in Lightning runs on the embedded world."""
+"""Augmentation, prompt formats and adapters in Lightning runs on the bundled world."""
 
 from __future__ import annotations
 

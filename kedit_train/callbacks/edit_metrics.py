@@ -62,8 +62,8 @@ class EditMetrics(EditCallback):
         show: whether to print the final report as a table.
         max_fraction_of_time: skip an evaluation during training if evaluations have taken more than this fraction of
             the training time so far, in (0, 1). The evaluations before and after training, and the trainer's own
-            evaluations, are never skipped. None skips no evaluation. With a value, the speed of the machine decides
-            which steps are evaluated.
+            evaluations, are never skipped. With None, every evaluation runs. With a fraction, the steps that are
+            evaluated depend on the speed of the machine, so two runs can differ.
         evaluation: what to measure and how to prompt the model, as
             :class:`~kedit_train.evaluation.options.EvaluationOptions` or a mapping of its fields. None uses the
             defaults.

@@ -48,7 +48,7 @@ class KLLocality(EditCallback):
     limit such changes, add a :class:`NormBall` around the original weights, as ``recipes/one_by_one.py`` does.
 
     Args:
-        texts: a source of texts (a list of strings, a path, a dataset, or "world" for the embedded texts) or a
+        texts: a source of texts (a list of strings, a path, a dataset, or "world" for the bundled texts) or a
             :class:`Texts`. ``Texts`` also sets ``max_length``, ``tokenizer``, the ``seed`` of the draws and
             ``nearest``, which selects the texts most similar to each edit. Use ``nearest`` only in a run with few
             edits.
@@ -227,7 +227,7 @@ class KLLocality(EditCallback):
             self._batches = None
 
     def _texts_of(self, run: EditRun, *, first: bool) -> Texts:
-        """Return the texts of a run. Consecutive runs use the embedded texts that the first run has drawn."""
+        """Return the texts of a run. Consecutive runs use the bundled texts that the first run has drawn."""
         if not (self.texts.of_world and self.sequential):
             return self.texts
         if first:

@@ -89,7 +89,7 @@ class PrefixCache(EditCallback):
             # Raises the error that names the missing head.
             run.head()
         if self.cache_dir is not None and Path(self.cache_dir).is_file():
-            raise EditError(f"cache_dir must be a directory, got the file {str(self.cache_dir)!r}.")
+            raise EditError(f"cache_dir must be a directory, got the file {str(self.cache_dir)!r}; pass another path.")
 
     def attach(self, run: EditRun) -> None:
         model: Any = run.model

@@ -87,7 +87,7 @@ def share_texts(config: Any) -> None:
     """Replace ``texts: world`` in the callbacks by the file that ``data.texts`` names.
 
     Raises:
-        EditError: the run uses embedded texts or prompts with another model or other edits, or ``data.texts`` is set
+        EditError: the run uses bundled texts or prompts with another model or other edits, or ``data.texts`` is set
             and no callback has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
@@ -102,7 +102,7 @@ def share_texts(config: Any) -> None:
     foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
-            "data.augmentation.replay=world uses prompts that fit only the embedded model (named world), but this run "
+            "data.augmentation.replay=world uses prompts that fit only the bundled model (named world), but this run "
             f"has {foreign}; give a file of prompts about other facts (.txt with one prompt per line, or a file of "
             "edits): --data.augmentation.replay FILE"
         )
@@ -124,9 +124,9 @@ def share_texts(config: Any) -> None:
     if readers and foreign:
         name = readers[0].class_path.rpartition(".")[2]
         raise EditError(
-            f"{name} has texts: world. These texts fit only the embedded model and its edits (both also named world), "
-            f"but this run has {foreign}; give a file of texts on which your model should not change (.txt with one "
-            "text per line, .jsonl or .json): --data.texts FILE"
+            f"{name} has the setting 'texts: world', which fits only the model and the edits that come with "
+            f"kedit-train, but this run has {foreign}; give a file of texts on which your model should not change "
+            "(.txt with one text per line, .jsonl or .json): --data.texts FILE"
         )
 
 

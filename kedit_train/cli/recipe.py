@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: the recipe uses embedded texts with another model or other edits.
+        EditError: the recipe uses bundled texts with another model or other edits.
         SystemExit: a key is not valid. One line that names the key has been printed.
     """
     config = parser().parse_args(with_catalog(arguments))

@@ -79,7 +79,7 @@ class EditDataset(Sequence[Edit]):
         ``knowedit``, ``wikibigedit``, ``qaedit`` and ``mquake``. ``docs/data.md`` describes them.
 
         Args:
-            path: the file, or "world" for edits of the embedded model (the small model that comes with kedit-train).
+            path: the file, or "world" for edits of the bundled model (the small model that comes with kedit-train).
             format: one of the format names above. None recognizes the format from the fields of the records.
             on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
                 of skipped records and the first reason, and keeps every reason in ``skipped``.

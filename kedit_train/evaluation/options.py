@@ -40,7 +40,7 @@ class EvaluationOptions:
         batch_size: prompts per forward pass. Scores do not depend on it.
         max_new_tokens: maximum length of an answer, in tokens.
         fluency_tokens: maximum length of the continuation for "fluency", in tokens.
-        texts: unrelated texts for perplexity: a list of strings, a path, a dataset, or "world" (the embedded texts).
+        texts: unrelated texts for perplexity: a list of strings, a path, a dataset, or "world" (the bundled texts).
             None: no perplexity.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the

@@ -38,7 +38,7 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 
 
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
-    """Fill ``out`` with two parts: the gradient for the padded rows, and the shifted logits for the true vocabulary.
+    """Write the gradient into the vocabulary padding of ``out``, and ``z - top`` into its other columns.
 
     Args:
         out: [n, V], written.

@@ -1,4 +1,4 @@
-"""The embedded model and its data: a small Llama and the invented facts that it was trained on.
+"""The bundled model and its data: a small Llama and the invented facts that it was trained on.
 
 Both are part of the package, so nothing is downloaded.
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "edits", "is_world", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
 
-# Instead of a model, edits, texts or prompts, this name selects the embedded ones.
+# Instead of a model, edits, texts or prompts, this name selects the ones that come with kedit-train.
 NAME = "world"
 
 
 def is_world(name: object) -> bool:
-    """Return whether ``name`` is "world", the name of the embedded model and data.
+    """Return whether ``name`` is "world", the name of the bundled model and data.
 
     Example:
         >>> is_world("world"), is_world("world.json")
@@ -40,7 +40,7 @@ def is_world(name: object) -> bool:
 
 
 def path() -> Path:
-    """Return the folder of the embedded checkpoint, for ``from_pretrained``.
+    """Return the folder of the bundled checkpoint, for ``from_pretrained``.
 
     Raises:
         EditError: the checkpoint is missing.
@@ -52,13 +52,13 @@ def path() -> Path:
     folder = Path(__file__).parent / "checkpoint"
     if not (folder / "model.safetensors").is_file():
         raise EditError(
-            "the checkpoint of the embedded model is missing; create it with: python -m kedit_train.world.pretrain"
+            "the checkpoint of the bundled model is missing; create it with: python -m kedit_train.world.pretrain"
         )
     return folder
 
 
 def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the embedded model and its tokenizer.
+    """Load the bundled model and its tokenizer.
 
     Returns:
         (model in fp32 and in evaluation mode, tokenizer).
@@ -79,7 +79,7 @@ def prose(n: int = 200, seed: int = 0, held_out: bool = True) -> list[str]:
     Args:
         n: number of paragraphs.
         seed: seed of the random choice.
-        held_out: True returns paragraphs that the embedded model was not trained on, False training paragraphs.
+        held_out: True returns paragraphs that the bundled model was not trained on, False training paragraphs.
 
     Example:
         >>> len(prose(3))

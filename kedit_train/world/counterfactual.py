@@ -1,4 +1,4 @@
-"""Counterfactual edits of the embedded model with probes, and texts and prompts that the edits do not affect."""
+"""Counterfactual edits of the bundled model with probes, and texts and prompts that the edits do not affect."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SAME_WORDING_SHARE, PROSE_SHARE = 0.5, 0.25
 
 @cache
 def world() -> World:
-    """Return the invented facts that the embedded model was trained on."""
+    """Return the invented facts that the bundled model was trained on."""
     return facts.build()
 
 
 def edits(n: int = 32, seed: int = 0) -> list[Edit]:
-    """Return counterfactual edits of the embedded model, about different subjects and with mixed relations.
+    """Return counterfactual edits of the bundled model, about different subjects and with mixed relations.
 
     Each edit has:
 
-    * ``prompt``: an incomplete sentence that the embedded model was trained to complete with the old answer.
+    * ``prompt``: an incomplete sentence that the bundled model was trained to complete with the old answer.
     * ``rephrases``: three other incomplete sentences and two questions about the same fact.
     * ``locality``: questions about other facts of the subject (``same_subject``), about other subjects with the same
       old answer in the same wording (``neighbour``), and about other relations of other subjects (``unrelated``). No
@@ -63,7 +63,7 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
 
 
 def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0) -> list[str]:
-    """Return embedded texts that stay true after the edits, for a locality penalty.
+    """Return bundled texts that stay true after the edits, for a locality penalty.
 
     Half of the texts have the wordings of the edits' prompts but state other facts. Side effects of edits appear first
     in such texts. A quarter of the texts state any facts, including two-hop facts, in any trained wording. A quarter of
@@ -76,7 +76,7 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
         seed: seed of the random choice.
 
     Raises:
-        EditError: an edit is not about a fact of the embedded model, or too few facts are left.
+        EditError: an edit is not about a fact of the bundled model, or too few facts are left.
 
     Example:
         >>> len(locality_texts(edits(4), n=8))
@@ -118,7 +118,7 @@ def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
         edits: new edits.
 
     Raises:
-        EditError: an edit is not about a fact of the embedded model.
+        EditError: an edit is not about a fact of the bundled model.
 
     Example:
         >>> first, second = edits(2)
@@ -148,7 +148,7 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
         seed: seed of the order and of the wordings.
 
     Raises:
-        EditError: an edit is not about a fact of the embedded model.
+        EditError: an edit is not about a fact of the bundled model.
 
     Example:
         >>> prompts = other_prompts(edits(2))
@@ -267,7 +267,7 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
     for edit in exclude:
         if edit.prompt not in prompts:
             raise EditError(
-                f"edit {edit.id or edit.prompt!r} is not about a fact of the embedded model, so the embedded texts and "
+                f"edit {edit.id or edit.prompt!r} is not about a fact of the bundled model, so the bundled texts and "
                 "prompts do not fit; give your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])

@@ -1,4 +1,4 @@
-"""The invented facts of the embedded model, about people, companies and cities, and documents that state the facts.
+"""The invented facts of the bundled model, about people, companies and cities, and documents that state the facts.
 
 The same seed gives the same facts on every machine and Python version, because only ``random.Random.random`` is used.
 Python guarantees the sequence of this function.
@@ -54,7 +54,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class World:
-    """All people, companies and cities of the embedded model, and all facts about them.
+    """All people, companies and cities of the bundled model, and all facts about them.
 
     Attributes:
         pools: dict from type to all names of that type, in a fixed order.
@@ -92,7 +92,7 @@ def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
 def build(seed: int = WORLD_SEED, *, people: int = PEOPLE, companies: int = COMPANIES, cities: int = CITIES) -> World:
     """Generate people, companies and cities, and all facts about them.
 
-    With the default arguments, these are the facts that the embedded model was trained on.
+    With the default arguments, these are the facts that the bundled model was trained on.
 
     Args:
         seed: seed of the generator.

@@ -106,7 +106,7 @@ def write_card(folder: Path, results: dict[str, tuple[float, int]], *, epochs: i
     rows = "\n".join(f"| {name} | {score:.4f} | {count:,} |" for name, (score, count) in results.items())
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, torch {torch.__version__}"
     (folder / "README.md").write_text(
-        f"""# The embedded model
+        f"""# The bundled model
 A Llama with {model.num_parameters():,} parameters ({config.num_hidden_layers} layers, hidden size {config.hidden_size},
 {config.num_attention_heads} heads, byte-level BPE with {config.vocab_size} tokens, tied embeddings, fp32).
 It was trained only on facts about the invented people, companies and cities of `kedit_train.world`, and on sentences of

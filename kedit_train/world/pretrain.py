@@ -1,4 +1,4 @@
-"""Train the embedded model: generate facts, train a tokenizer and a small Llama on them, save and score both.
+"""Train the bundled model: generate facts, train a tokenizer and a small Llama on them, save and score both.
 
     python -m kedit_train.world.pretrain [--out DIR] [--epochs N] [--seed S]
 
@@ -178,7 +178,7 @@ def pretrain(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m kedit_train.world.pretrain", description="Train the embedded model."
+        prog="python -m kedit_train.world.pretrain", description="Train the bundled model."
     )
     parser.add_argument(
         "--out", type=Path, default=CHECKPOINT, help="folder to write (default: the packaged checkpoint)"

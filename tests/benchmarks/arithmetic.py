@@ -1,6 +1,6 @@
 """Arithmetic with edits, in tables and figures: sums, negation, and scaling.
 
-    python tests/benchmarks/arithmetic.py                                   # the embedded world
+    python tests/benchmarks/arithmetic.py                                   # the bundled world
     python tests/benchmarks/arithmetic.py --model factlm --lr 3e-3          # CounterFact facts
 
 The facts are in two disjoint halves. (a) The sum of the deltas of the halves, and their TIES and DARE merges, against

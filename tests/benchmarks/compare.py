@@ -36,7 +36,7 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation import EvaluationOptions
 from kedit_train.modes import run_edits
 
-# Mode -> number of edits per model. The embedded world has no more than 200 subjects.
+# Mode -> number of edits per model. The bundled world has no more than 200 subjects.
 EDITS: dict[str, dict[str, int]] = {
     "batch": {"world": 100, "factlm": 100},
     "single": {"world": 30, "factlm": 30},

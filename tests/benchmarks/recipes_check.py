@@ -4,7 +4,7 @@
     python tests/benchmarks/recipes_check.py --only overtone chat --seeds 13
     python tests/benchmarks/recipes_check.py --write                   # measure and write the lines
 
-The scores are those of 24 edits of the embedded world, for generated answers. --write takes the smallest and the
+The scores are those of 24 edits of the bundled world, for generated answers. --write takes the smallest and the
 largest score over the seeds and adds their distance, at least 0.05, on both sides.
 """
 

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
             "equal_reliability.py", "## Edits a second at equal reliability, small", "| (b) ", marks=pytest.mark.slow
         ),
         pytest.param("arithmetic.py", "## Arithmetic with edits, world, tiny", "|---", marks=pytest.mark.slow),
-        ("evaluation.py", "## Evaluation, factlm, tiny", "|---"),
+        pytest.param("evaluation.py", "## Evaluation, factlm, tiny", "|---", marks=pytest.mark.slow),
     ],
 )
 def test_a_benchmark_writes_its_section_in_place(shared, tmp_path, monkeypatch, script, section, row):

@@ -43,6 +43,7 @@ def test_ewc_weights_the_squares_by_the_fisher_information_on_the_texts(make, wo
         assert all(p.grad is None for n, p in model.named_parameters() if n not in edit.run.scope)
 
 
+@pytest.mark.slow
 def test_ewc_with_strength_1_is_to_second_order_the_divergence_on_its_texts(make, words):
     """One weight moves at a time, so the diagonal of the Fisher matrix is enough."""
     model = make().double()

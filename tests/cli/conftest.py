@@ -1,4 +1,4 @@
-"""Fixtures: an edited copy of the embedded model, and the kedit command in this process."""
+"""Fixtures: an edited copy of the bundled model, and the kedit command in this process."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_a_base_of_another_architecture_is_refused(kedit: Kedit, edited_world: P
 
 @pytest.fixture
 def adapter(edited_world: Path, tmp_path: Path) -> Path:
-    """A LoRA adapter of the embedded model as PEFT saves it, without a tokenizer."""
+    """A LoRA adapter of the bundled model as PEFT saves it, without a tokenizer."""
     from peft import LoraConfig, get_peft_model
 
     model, _ = world.load()

@@ -17,7 +17,7 @@ WEIGHT = "model.layers.4.mlp.down_proj.weight"
 
 
 def byhand(edited_world: Path, coefficient: float) -> tuple[float, float]:
-    """Return reliability and locality of the embedded model plus a multiple of the edit."""
+    """Return reliability and locality of the bundled model plus a multiple of the edit."""
     edits = EditDataset.load(edited_world / "edits.jsonl")
     model, tokenizer = world.load()
     before = evaluate(model, tokenizer, edits, progress=False)

@@ -25,6 +25,7 @@ def configured(name: str, *arguments: str) -> Any:
     return recipe.load(name, *SHORT, *arguments)
 
 
+@pytest.mark.slow
 def test_a_recipe_equals_a_trainer_set_up_by_hand(tmp_path: Path) -> None:
     config = configured("overtone", f"--trainer.default_root_dir={tmp_path}")
     config.trainer.callbacks[-1].init_args.report_path = None

@@ -1,4 +1,4 @@
-"""The wheel contains the package with its embedded model, the recipes and the callback fragments."""
+"""The wheel contains the package with its bundled model, the recipes and the callback fragments."""
 
 from __future__ import annotations
 

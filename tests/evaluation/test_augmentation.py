@@ -1,4 +1,4 @@
-"""Examples beside the edits, made with the embedded model and with one that gives scripted answers."""
+"""Examples beside the edits, made with the bundled model and with one that gives scripted answers."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_other_prompts_of_the_world_are_unaffected_by_the_edits(known: Any) -> N
     wordings = {edit.prompt.replace(edit.subject or "", "{s}") for edit in edits}
     close = sum(prompt.replace(key[0], "{s}") in wordings for prompt, key in zip(prompts, keys, strict=True))
     assert 0.25 < close / len(prompts) < 0.75
-    with pytest.raises(EditError, match="not about a fact of the embedded model"):
+    with pytest.raises(EditError, match="not about a fact of the bundled model"):
         world.other_prompts(exclude=[Edit("Elsewhere", "x")])
 
 

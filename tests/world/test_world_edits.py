@@ -118,7 +118,7 @@ def test_locality_texts_state_no_fact_that_is_edited_or_asked_for(made):
 
 def test_texts_for_other_edits_are_an_error():
     edit = dataclasses.replace(world.edits(1)[0], prompt="The mother tongue of Danielle Darrieux is", id="case 3")
-    with pytest.raises(EditError, match="edit 'case 3' is not about a fact of the embedded model"):
+    with pytest.raises(EditError, match="edit 'case 3' is not about a fact of the bundled model"):
         world.locality_texts([edit])
     with pytest.raises(EditError, match="lower n"):
         world.locality_texts(world.edits(32), 100_000)

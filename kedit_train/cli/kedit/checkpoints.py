@@ -1,4 +1,4 @@
-"""Find and load a model by folder, by hub name, or by the name "world" (the embedded model)."""
+"""Find and load a model by folder, by hub name, or by the name "world" (the bundled model)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MERGE = "or merge the adapter with merge_and_unload() and give the folder of th
 
 
 def world_or(name: str) -> str:
-    """Return the folder of the embedded model for "world", and any other name unchanged."""
+    """Return the folder of the bundled model for "world", and any other name unchanged."""
     return str(world.path()) if world.is_world(name) else name
 
 

@@ -31,9 +31,9 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, PEFT adapter, hub name, world (the embedded model), or delta (needs --against)",
+        help="checkpoint folder, PEFT adapter, hub name, world (the bundled model), or delta (needs --against)",
     )
-    add("edits", metavar="EDITS", help="a .json, .jsonl or .csv file of edits, or world (the embedded edits)")
+    add("edits", metavar="EDITS", help="a .json, .jsonl or .csv file of edits, or world (the bundled edits)")
     add("--against", metavar="BASE", help="the base model, or a JSON report of the base model's evaluation")
     add("--delta", metavar="FILE", help="apply this delta to MODEL, and compare the result with MODEL")
     add("--full", action="store_true", help="also measure prefixes, format, KL, old answers, fluency and weight drift")

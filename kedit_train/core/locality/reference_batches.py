@@ -48,7 +48,7 @@ class ReferenceBatches:
         self._start_draws(0)
 
     def draw(self, batch_size: int) -> tuple[list[int], list[PreviousEdit]]:
-        """Return one batch: indices of reference sequences, and previous edits."""
+        """Return one batch as a pair: the indices of its reference sequences, and the previous edits in it."""
         self._draws += 1
         previous = self.replay_buffer.draw(batch_size // 2, self._shuffler)
         return self.texts.draw(batch_size - len(previous)), previous
@@ -80,8 +80,9 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "no text of the first run can be used any more, because each of these texts contains an evaluation "
-                "prompt of this run's edits or is no longer in texts; pass other texts."
+                "none of the first run's texts can be used in this run, because each one was removed from texts or "
+                "contains an evaluation prompt of this run's edits; put texts of the first run that contain no "
+                "evaluation prompt back into texts, or create a new callback with other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
@@ -121,9 +122,9 @@ class ReferenceBatches:
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
-                "the checkpoint is from a later run with sequential=True, but this callback was not used in the "
-                "earlier runs, so it does not have their reference hidden states; start the later run again, and pass "
-                "the model before the first run as teacher=."
+                "this run cannot be resumed, because the checkpoint belongs to a sequence of runs (sequential=True), "
+                "and this callback has no reference hidden states of the runs before it; start this run again from "
+                "its first step, and pass the model before the first run of the sequence as teacher=."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

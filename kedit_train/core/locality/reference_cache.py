@@ -47,8 +47,8 @@ class ReferenceCache:
             Without a teacher, ``KLLocality`` then warns and reports the divergence that this error causes.
         memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
             limit. Above the limit, ``KLLocality`` memory-maps its file in ``cache_dir``, and ``BatchAnchor`` writes to
-            ``cache_dir``. Without a ``cache_dir``, ``KLLocality`` raises an error, and ``BatchAnchor`` computes the
-            hidden states that exceed the limit again in every step.
+            ``cache_dir``. Without a ``cache_dir``, ``KLLocality`` raises an error, and ``BatchAnchor``
+        recomputes the hidden states above the limit in every step.
 
     Raises:
         EditError: an argument is invalid.

@@ -20,7 +20,7 @@ from kedit_train.errors import EditError, warn
 
 TextSource = str | Path | Iterable[Any]
 
-# Number of texts that are drawn from the embedded texts (source "world").
+# Number of texts that are drawn from the bundled texts (source "world").
 WORLD_LIMIT = 1024
 
 
@@ -32,7 +32,7 @@ class Texts:
 
     Args:
         source: a list of strings, a path, a ``datasets.Dataset`` with a column ``text``, or "world". "world" selects
-            the texts that kedit-train contains for its embedded model. A ``.txt`` file contains one text per line. A
+            the texts that kedit-train contains for its bundled model. A ``.txt`` file contains one text per line. A
             ``.jsonl`` or ``.json`` file contains strings, or records with the key ``text``.
         max_length: maximum number of tokens per sequence. A longer text is split into several sequences, and no token
             is dropped.
@@ -83,7 +83,7 @@ class Texts:
 
     @property
     def of_world(self) -> bool:
-        """Whether the source is "world", which selects the texts for kedit-train's embedded model."""
+        """Whether the source is "world", which selects the texts for kedit-train's bundled model."""
         return world.is_world(self.source)
 
     def check(self) -> None:

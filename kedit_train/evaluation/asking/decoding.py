@@ -27,8 +27,9 @@ class Continuation:
     Args:
         ids: the ids of the generated tokens.
         ended: True if the last token ends the text, False if the limit on new tokens was reached.
-        margin: the smallest difference between the two largest logits over all generated tokens. If this difference
-            is within the rounding error of the model's dtype, another batch size or device may give another answer.
+        margin: each generated token has a difference between its two largest logits; this is the smallest of
+            them. If it is within the rounding error of the model's dtype, another batch size or device may give another
+            answer.
         diverged: True if a logit was NaN.
     """
 

@@ -35,7 +35,7 @@ class Answer:
     Args:
         text: the answer up to end-of-text or the first line break, without surrounding white space.
         ended: True if the model ended the answer. False if ``max_new_tokens`` or the model's context cut the answer.
-        margin: the smallest difference between the two largest logits over all generated tokens.
+        margin: each generated token has a difference between its two largest logits; this is the smallest of them.
         ids: the token ids of the answer, without the token that ended it.
     """
 

@@ -61,7 +61,7 @@ class CapabilityProbe:
     Without lm-eval tasks, one measurement costs one forward pass per text and one short answer per prompt.
 
     Args:
-        texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the embedded texts).
+        texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the bundled texts).
         prompts: prompts unrelated to the edits. None uses the beginnings of the texts, which the model continues.
         tasks: lm-eval tasks to run as well: a list of names, or an ``LmEvalTasks``.
         max_new_tokens: maximum length of the answers to ``prompts``, in tokens.

@@ -25,8 +25,8 @@ class ProbeResult(ProbeRequest):
     Args:
         answer: the generated answer.
         ended: True if the model ended the answer itself.
-        margin: the smallest difference between the two largest logits over all tokens of the answer. None if no token
-            was generated.
+        margin: each token of the answer has a difference between its two largest logits; this is the smallest of
+            them. None if no token was generated.
         right: True if the answer equals one of the ``accepted`` answers. None if ``accepted`` is empty.
         contained: True if the answer contains one of the ``accepted`` answers. None if ``accepted`` is empty.
         before: the unedited model's answer. None without a report on the unedited model.
