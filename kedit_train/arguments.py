@@ -29,9 +29,9 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
     """Raise an :class:`EditError` for the first argument that breaks its rule.
 
     Args:
-        component: the instance that is being constructed, or a name. The error starts with the name of the instance's
-            class, or with the given name.
-        arguments: one keyword argument per checked argument: a pair of its value and its rule.
+        component: an instance of the class whose arguments are checked, or a name. The error message starts with the
+            name of this class, or with the given name.
+        arguments: the arguments to check, as keyword arguments. Each keyword argument is a tuple ``(value, rule)``.
 
     Raises:
         EditError: for example ``StopWhenEdited: loss must be > 0, got -1.``

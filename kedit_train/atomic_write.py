@@ -23,11 +23,12 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     The temporary path is in a hidden folder next to ``path``. When the block ends, all data is flushed to disk, and the
     temporary path is renamed to ``path`` in one step. An existing file is replaced. Parent folders are created.
 
-    If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains,
-    with the temporary files of safetensors if there are any. The next call for the same path removes this folder.
+    If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains, and
+    may contain temporary files of safetensors. The next call for the same path removes this folder.
 
     Args:
-        path: a file, or a folder that does not exist yet. The block creates the file or the folder.
+        path: the file to write, or the folder to write. A folder must not exist yet. The block must create the file
+            or the folder at the temporary path.
 
     Yields:
         The temporary path to write to.
@@ -85,7 +86,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if not folder.is_dir():
         raise EditError(f"{path} cannot be written, because {folder} is not a folder.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise EditError(f"{path} cannot be written, because you have no permission to write to {folder}.")
+        raise EditError(f"{path} cannot be written, because {folder} is not writable; use another path.")
 
 
 def unfinished_name(path: Path) -> Path:
@@ -94,11 +95,11 @@ def unfinished_name(path: Path) -> Path:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the hidden folders next to ``path`` whose process was killed.
+    """Remove the hidden folders next to ``path`` that killed processes left behind.
 
-    A hidden folder is kept while the process that made it still runs on this host. If the process has ended, the
-    hidden folder for ``path`` is removed at once. All other hidden folders, for other paths or from other hosts, are
-    removed when they have not changed for a day.
+    A hidden folder is kept while the process that made it still runs on this host. If this process has ended, and the
+    folder was made for ``path`` on this host, the folder is removed at once. All other hidden folders (for other paths
+    or from other hosts) are removed when they have not changed for a day.
     """
     for other in path.parent.glob(".*.unfinished"):
         match = re.fullmatch(r"\.(.+)\.(\d+)\.unfinished", other.name)

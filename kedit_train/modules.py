@@ -44,8 +44,9 @@ class EditModule(LightningModule):
         save_path: a folder in which the edited model and its tokenizer are saved when training ends. With ``lora``, the
             adapter is saved instead of the model. None: nothing is saved.
         lora: arguments of PEFT's ``LoraConfig``, such as
-            ``{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}``. If given, a LoRA adapter is trained,
-            and ``ParameterScope`` selects LoRA factors by the names of the adapted modules. None: no adapter.
+            ``{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}``. If ``lora`` is set, a LoRA adapter
+            is trained. ``ParameterScope`` then selects the LoRA factors of a module by the name of the module, such as
+            ``q_proj``. None: no adapter.
         chat_template: a Jinja chat template for the tokenizer, for ``prompt_format="chat"``. None: the tokenizer keeps
             its own template.
 
@@ -152,10 +153,11 @@ class EditDataModule(LightningDataModule):
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
             ("chat"), or framed as a question ("question"). Use the same format in ``EditMetrics``.
         texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
-            file replaces ``texts: world`` in the callbacks. In a script, pass the texts to the callbacks instead.
-        augmentation: additional training examples: pseudo-paraphrases, replayed facts and previous edits. The examples
-            are made once, before the first step, with torch's seed (``seed_everything``). Every process gets the same
-            examples.
+            file replaces ``texts: world`` in the callbacks. A script must pass the texts to the callbacks, because
+            the argument ``texts`` has no effect there.
+        augmentation: options for additional training examples: pseudo-paraphrases, replayed facts and previous edits.
+            The examples are made once, before the first step. The random choices use torch's seed, which
+            ``seed_everything`` sets. Every process gets the same examples.
 
     Attributes:
         edits: the edits as an :class:`EditDataset`.
@@ -214,8 +216,8 @@ class EditDataModule(LightningDataModule):
         """Make the additional examples with the unedited model. Lightning restores a checkpoint only afterwards."""
         if not isinstance(getattr(module, "model", None), torch.nn.Module):
             raise EditError(
-                f"augmentation needs a language model in the attribute 'model', but {type(module).__name__} has no "
-                f"such attribute; set self.model in {type(module).__name__}.__init__, or use EditModule.",
+                f"augmentation needs a language model, but {type(module).__name__}.model is not a torch.nn.Module; set "
+                f"self.model in {type(module).__name__}.__init__, or use EditModule.",
                 component="EditDataModule",
             )
         strategy: Any = self.trainer.strategy if self.trainer is not None else None

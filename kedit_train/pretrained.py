@@ -65,7 +65,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
 @torch.no_grad()
 def is_causal(model: Any) -> bool:
-    """Return whether the logits of earlier positions stay the same when the last token changes.
+    """Return whether the model is causal: the last token does not change the logits of the tokens before it.
 
     This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably say
     whether the model is causal. For example, ``is_decoder`` is False for GPT-NeoX.
@@ -78,20 +78,20 @@ def is_causal(model: Any) -> bool:
     change = (logits[0] - logits[1]).norm(dim=-1)
     if bool(change.isnan().any()):
         raise EditError(
-            f"the logits of {type(model).__name__} are NaN; load the model in a wider dtype, or use a checkpoint from "
-            "before the training diverged."
+            f"the logits of {type(model).__name__} are NaN; load the model in float32. If the logits are NaN in "
+            "float32 too, use another checkpoint, because the weights of this checkpoint are invalid."
         )
     return bool(change[:-1].max() <= torch.finfo(model.dtype).eps ** 0.5 * change[-1])
 
 
 @contextmanager
 def loading_errors(name: str, problem: str) -> Iterator[None]:
-    """Turn an error of ``transformers``, which may have many lines, into an error of one line."""
+    """Replace an error of ``transformers``, which may have many lines, by an ``EditError`` of one line."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        local = "" if Path(name).is_dir() else " (there is no such folder)"
+        local = "" if Path(name).is_dir() else " (no such folder on this machine)"
         raise EditError(
             f"model {name!r}{local} {problem}: {reason[:300]}; use a Hugging Face Hub name, a folder saved by "
             'save_pretrained, or "world" (the bundled model).'
@@ -120,7 +120,7 @@ def lora_config(arguments: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def peft_errors(what: str) -> Iterator[None]:
-    """Turn an error of ``peft``, which may have many lines, into an error of one line."""
+    """Replace an error of ``peft``, which may have many lines, by an ``EditError`` of one line."""
     try:
         yield
     except (ValueError, TypeError, KeyError) as error:

@@ -50,15 +50,15 @@ def check_process_count(count: int, environment: Mapping[str, str] | None = None
     if launched is not None and count != launched:
         raise EditError(
             f"the trainer uses {count} process(es) but the launcher started {launched}; remove the settings "
-            f"trainer.devices and trainer.num_nodes, or start the launcher with --devices {count}."
+            f"trainer.devices and trainer.num_nodes, or let the launcher start {count} process(es)."
         )
 
 
 def end_process_group() -> None:
     """Wait for all processes and close the process group, at the end of a script.
 
-    Without this call, gloo (the CPU backend) sometimes aborts a process that exits while other processes still
-    communicate. If there is no process group, the function does nothing.
+    Without this call, gloo (the CPU backend) sometimes aborts a process that exits before the communication between
+    processes has ended. If there is no process group, the function does nothing.
     """
     if has_process_group():
         # Free the objects that refer to the process group before the group is destroyed.

@@ -27,7 +27,7 @@ class Contents(NamedTuple):
     """The contents of a file.
 
     Args:
-        tensors: name -> tensor on the CPU.
+        tensors: dict from name to tensor. All tensors are on the CPU.
         metadata: the JSON value that was saved with the tensors. None if the file has no metadata of the
             requested kind.
     """
@@ -43,7 +43,7 @@ def save_tensors(
 
     Args:
         path: the path of the file.
-        tensors: name -> tensor on any device; copied to the CPU. Two tensors must not share memory.
+        tensors: dict from name to tensor. The tensors may be on any device, but two tensors must not share memory.
         metadata: any value that can be saved as JSON.
         kind: the kind of file, for example ``"kedit_train.delta"``. :func:`load_tensors` refuses files of another kind.
 
@@ -74,19 +74,19 @@ def fill_tensors(
     *,
     kind: str,
 ) -> Iterator[dict[str, Tensor]]:
-    """Write a file that may be larger than memory: the ``with`` block fills memory-mapped tensors.
+    """Context manager: write a file through memory-mapped tensors, so that the file may be larger than memory.
 
-    The disk space for the file is allocated before the block begins. The file gets its name when the block ends without
-    an error. After an error, no file is left.
+    The ``with`` block fills the tensors. The disk space is allocated before the block begins. If the block ends without
+    an error, the file is moved to ``path``. If the block raises an error, the unfinished file is deleted.
 
     Args:
         path: the path of the file.
-        shapes: name -> (shape, dtype) of each tensor.
+        shapes: dict from the name of a tensor to (shape, dtype).
         metadata: any value that can be saved as JSON.
         kind: the kind of file, as in :func:`save_tensors`.
 
     Yields:
-        name -> tensor. Entries that the block does not write are undefined.
+        A dict from name to tensor. Values that the block does not write are undefined.
 
     Raises:
         EditError: ``metadata`` cannot be saved as JSON.
@@ -129,8 +129,8 @@ def load_tensors(
         kind: the kind that the file was saved with.
         memory_map: True memory-maps the tensors, so that they take no memory until they are used. False copies them
             into memory, so that the file may be deleted or changed afterwards.
-        allow_unsigned: True also reads safetensors files without metadata of this kind. Such a file has no checksum to
-            verify.
+        allow_unsigned: True also reads safetensors files without metadata of this kind. The checksum of such a file is
+            not verified, because the file has none.
 
     Raises:
         EditError: the file does not exist, is of another kind, is damaged, or was changed after it was written.
@@ -187,7 +187,10 @@ def _to_json(metadata: Any) -> str:
     try:
         return json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise EditError(f"metadata must be a value that can be saved as JSON: {error}.") from error
+        raise EditError(
+            f"metadata cannot be saved as JSON ({error}); use only dicts, lists, strings, finite numbers, booleans and "
+            "None."
+        ) from error
 
 
 def _allocate(path: Path, size: int) -> None:

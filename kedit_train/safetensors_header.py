@@ -56,11 +56,11 @@ class Span:
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str, str]]:
     """Read the header of a safetensors file.
 
-    The length of the header is compared with the size of the file before anything is allocated. The tensors must cover
-    the rest of the file exactly, without gaps and without overlaps.
+    Before memory is allocated, the length of the header is compared with the size of the file. After the header, the
+    tensors must fill the file without gaps and without overlaps.
 
     Returns:
-        name -> :class:`Span`, and the metadata.
+        A dict from tensor name to :class:`Span`, and the metadata.
 
     Raises:
         EditError: the file does not exist, cannot be read, is cut short, or is not a valid safetensors file.
@@ -145,7 +145,7 @@ def _span(entry: Any, data_start: int) -> Span:
     if not is_shape(shape) or not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
         raise EditError("a tensor has an impossible shape or position")
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
-        raise EditError(f"{end - start} bytes are not the size of a tensor of dtype {entry['dtype']} and shape {shape}")
+        raise EditError(f"a tensor of dtype {entry['dtype']} and shape {shape} cannot have {end - start} bytes")
     return Span(dtype, tuple(shape), data_start + start, data_start + end)
 
 

@@ -68,14 +68,15 @@ def _help(question: str) -> dict[str, str]:
 class EditSFTConfig(SFTConfig):
     """TRL's ``SFTConfig`` with one additional field per callback of this package.
 
-    The value of a field contains the arguments of its callback. For example, ``parameter_scope: {layers: 0.7}`` adds
-    ``ParameterScope(layers=0.7)``. On the command line, this field is ``--parameter_scope '{"layers": 0.7}'``. The
-    value ``{}`` or ``true`` adds the callback with its defaults. A field that is not set adds no callback. ``edits`` is
-    passed to all callbacks that need edits. ``TrlParser`` reads the configuration from YAML and the command line.
+    Each additional field holds the arguments of one callback. For example, ``parameter_scope: {layers: 0.7}`` adds
+    ``ParameterScope(layers=0.7)``. On the command line, write ``--parameter_scope '{"layers": 0.7}'``. The value ``{}``
+    or ``true`` adds the callback with default arguments. If a field is not set, its callback is not added. The field
+    ``edits`` is passed to all callbacks that need edits. ``TrlParser`` reads the configuration from YAML and the
+    command line.
 
     Args:
         edits: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits. The edits are used for
-            evaluation, and also for training unless the trainer gets a ``train_dataset``.
+            evaluation. If the trainer gets no ``train_dataset``, the edits are also used for training.
         prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
             template of the tokenizer ("chat"), or framed as a question ("question").
 
@@ -145,8 +146,8 @@ class EditSFTConfig(SFTConfig):
         """Create one callback for each callback field that is set.
 
         Args:
-            edits: the edits for callbacks that have an argument ``edits``. If a field contains ``edits``, its callback
-                uses that value instead.
+            edits: the edits for callbacks that have an argument ``edits``. If a callback field contains ``edits``, the
+                callback uses the ``edits`` of the field.
         """
         shared = {"edits": edits, "prompt_format": self.prompt_format}
         callbacks = []
@@ -166,15 +167,15 @@ class EditSFTConfig(SFTConfig):
 class EditSFTTrainer(SFTTrainer):
     """TRL's ``SFTTrainer`` with the callbacks of an :class:`EditSFTConfig` and a model card section on the edit.
 
-    An ``SFTTrainer`` with the same callbacks trains the same weights. If ``EditMetrics`` is among the callbacks, the
-    model card that TRL writes (``README.md`` next to every saved model) gets a section on the edit. The section lists
-    the edited facts, the constraints, the scores, the run time and the papers.
+    The trained weights are the same as with an ``SFTTrainer`` and the same callbacks. TRL writes a model card
+    (``README.md``) next to every saved model. If ``EditMetrics`` is one of the callbacks, the model card gets a section
+    on the edit. The section lists the edited facts, the constraints, the scores, the run time and the papers.
 
     Args:
         model: a hub name, a folder or a model, as for ``SFTTrainer``.
         args: the configuration.
-        edits: the edits, used instead of ``args.edits``. They are passed to all callbacks that need edits and have no
-            edits of their own.
+        edits: the edits, used instead of ``args.edits``. The edits are passed to every callback that needs edits,
+            unless the callback already has edits.
         train_dataset: the training data, used instead of the edits: an ``EditDataset``, or a dataset as for
             ``SFTTrainer``.
         callbacks: additional callbacks, from this package or others.
@@ -219,8 +220,8 @@ class EditSFTTrainer(SFTTrainer):
                 edits = EditDataset.load(args.edits)
             if edits is None and train_dataset is None:
                 raise EditError(
-                    "edits or train_dataset must be set, got neither; pass edits= (in YAML: edits: FILE) or "
-                    "train_dataset=."
+                    "edits or train_dataset must be set, got neither; pass edits= or train_dataset= to the trainer, or "
+                    "set edits in args (in YAML, edits: FILE)."
                 )
             examples: Any = edits if train_dataset is None else train_dataset
             if isinstance(examples, EditDataset) or train_dataset is None:
@@ -285,8 +286,8 @@ def _arguments(name: str, value: Any) -> dict[str, Any] | None:
     value = {} if value is True else value
     if not isinstance(value, dict):
         raise EditError(
-            f"{name} must be a mapping of arguments of {callback_class.__name__}, or true for its defaults, "
-            f"got {value!r}.",
+            f"{name} must be a mapping of arguments of {callback_class.__name__}, or true to use the default "
+            f"arguments, got {value!r}.",
             component="EditSFTConfig",
         )
     known = list(inspect.signature(callback_class).parameters)

@@ -102,7 +102,7 @@ def test_a_file_of_another_kind_is_refused_unless_unsigned_files_are_allowed(tmp
 
 def test_metadata_must_fit_json(tmp_path: Path) -> None:
     for wrong in ({"model": object()}, {"score": float("nan")}):
-        with pytest.raises(EditError, match="must be a value that can be saved as JSON"):
+        with pytest.raises(EditError, match="metadata cannot be saved as JSON"):
             save_tensors(tmp_path / "a.safetensors", {}, wrong, kind=KIND)
     assert list(tmp_path.iterdir()) == []
 

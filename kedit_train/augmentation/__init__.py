@@ -41,14 +41,14 @@ class AugmentationOptions:
     :func:`augmentation` makes the examples.
 
     Args:
-        prefixes: number of pseudo-paraphrases per edit. Each consists of a short text that the unedited model
-            generates, followed by the prompt.
-        replay: prompts of other facts, to train with the answers of the unedited model. A ``.txt`` file with one prompt
-            per line, a file of edits (only its prompts are used), or "world" for the prompts of kedit-train.
+        prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the unedited model
+            generates, followed by the prompt of the edit.
+        replay: prompts about other facts, to train with the answers of the unedited model: a ``.txt`` file with one
+            prompt per line, a file of edits (only its prompts are used), or "world" for the prompts of kedit-train.
         replay_limit: maximum number of facts to replay. Different seeds draw different facts. None uses the number of
             edits.
-        previous_edits: a file of edits that the model has already learned. They are trained again, except those that
-            :func:`augmentation` leaves out.
+        previous_edits: a file of edits that the model has already learned. These edits are trained again, except for
+            the edits that :func:`augmentation` leaves out.
 
     Example:
         >>> AugmentationOptions(prefixes=2, replay="world").replay_limit is None
@@ -69,11 +69,11 @@ class Augmentation:
     Args:
         prefixes: the texts to draw prefixes from.
         per_edit: number of prefixes per edit, drawn with ``seed``.
-        replay: examples of other facts, which are the same for all edits.
+        replay: replayed facts and previous edits. Every call returns all of these examples.
         seed: seed of the random draws.
-        leak_check: finds examples that must not be trained on, because they contain a scored prompt of any edit of the
-            run.
-        summary: one line with the numbers of examples that were made and left out.
+        leak_check: finds examples with a scored prompt (a rephrase, or the prompt of a locality or portability
+            question) of any edit of the run. These examples must not be trained on.
+        summary: one line that says how many examples were made and how many were left out.
     """
 
     prefixes: tuple[str, ...]
@@ -107,7 +107,8 @@ def augmentation(
 ) -> Augmentation:
     """Make additional training examples for edits, with the unedited model.
 
-    No example contains a prompt that the edits are scored on. Call this function once, before the training:
+    No example contains a scored prompt of the edits: a rephrase, or the prompt of a locality or portability question.
+    Call this function once, before the training:
 
     - In Lightning, use ``EditDataModule(augmentation=)``.
     - In your own loop, pass the result as ``ExampleOptions(extra_edits=)``.
@@ -116,15 +117,16 @@ def augmentation(
     Args:
         model: the unedited model.
         tokenizer: the tokenizer of the model.
-        edits: all edits of the run. Examples that contain their scored prompts are left out.
-        prefixes: number of pseudo-paraphrases per edit. Each consists of a short text that the model generates,
-            followed by the prompt.
-        replay: prompts of other facts, to train with the answers of the model. A list of prompts, a ``.txt`` file with
-            one prompt per line, a file of edits (only its prompts are used), or "world" for the prompts of kedit-train.
+        edits: all edits of the run. Examples that contain a scored prompt of these edits are left out.
+        prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the model generates,
+            followed by the prompt of the edit.
+        replay: prompts about other facts, to train with the answers of the model: a list of prompts, a ``.txt`` file
+            with one prompt per line, a file of edits (only its prompts are used), or "world" for the prompts of
+            kedit-train.
         replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
-        previous_edits: edits that the model has already learned, or a file of them. They are trained again with their
-            own targets. A previous edit is left out if its prompt contains a subject or a prompt of ``edits``, or if it
-            contains a prompt that ``edits`` are scored on.
+        previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained
+            again with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
+            ``edits``, or if its prompt with its target contains a scored prompt of ``edits``.
         seed: seed of all random draws.
         prompt_format: the prompt format of the training: "plain", "chat" or "question".
         batch_size: number of prompts per forward pass.
@@ -197,7 +199,7 @@ def _prefixes(
     if len(texts) < per_edit:
         raise EditError(
             f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used, "
-            "because the others contain a text of the edits or of the evaluation; lower prefixes."
+            "because the others contain texts of the edits or are used by the evaluation; lower the value of prefixes."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

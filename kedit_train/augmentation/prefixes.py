@@ -23,9 +23,9 @@ def generate_prefixes(
 ) -> list[str]:
     """Sample ``n`` different short texts from a model at temperature 1.
 
-    Generation starts from the begin-of-text token. If the tokenizer has no such token, the texts start with common
-    words. Special tokens are not sampled. A text without punctuation at its end gets a full stop. The same seed gives
-    the same texts on the same device. The global random state of torch is not used.
+    Generation starts from the begin-of-text token. If the tokenizer has no begin-of-text token, each text starts with a
+    common word, such as "The". Special tokens are not sampled. If a text does not end with punctuation, a full stop is
+    added. The same seed gives the same texts on the same device. The global random state of torch is not used.
 
     Args:
         model: a causal language model.

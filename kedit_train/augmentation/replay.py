@@ -27,7 +27,8 @@ class ReplayedFacts:
     Args:
         examples: prompts with the answers of the unedited model.
         prompts: number of different prompts that were considered.
-        leaked: number of prompts left out because an edit is scored on them or is about the same subject.
+        leaked: number of prompts left out because they contain the subject of an edit, or a prompt on which an edit is
+            scored.
         empty: number of prompts left out because the model generated no text.
         cut_off: number of prompts left out because the model did not end its answer within ``max_new_tokens``.
     """
@@ -61,15 +62,18 @@ def replay_facts(
 ) -> ReplayedFacts:
     """Make training examples from prompts about other facts and the model's own greedy answers.
 
-    A prompt is left out if it is about an edit, or if it contains a prompt that an edit is scored on
-    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`). A prompt that the model does not answer is left out too.
+    A prompt is left out if it contains the subject or the prompt of an edit. A prompt is also left out if the prompt
+    with its answer contains a rephrase of an edit or the prompt of a locality or portability question
+    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`). If the model gives no answer to a prompt, the prompt is left
+    out too.
 
     Args:
         model: the unedited model.
         tokenizer: the tokenizer of the model.
         prompts: prompts of other facts. Duplicates count once.
         edits: the edits of the run.
-        limit: maximum number of examples. The prompts are tried in an order drawn with ``seed``. None uses all.
+        limit: maximum number of examples. The prompts are tried in a random order, drawn with ``seed``. None uses all
+            prompts.
         seed: seed of the order.
         prompt_format: the prompt format of the training: "plain", "chat" or "question".
         batch_size: number of prompts per forward pass.

@@ -15,22 +15,25 @@ from kedit_train.core.tokens.active_examples import ActiveExamples
 class ActiveSet(EditCallback):
     """Save time by leaving learned edits out of the training batches.
 
-    The token loss has a clip: a token whose loss is at most ``epsilon`` has no gradient. An edit with only such tokens
-    costs a forward and a backward pass and does not change the weights. ``ActiveSet`` removes such edits from the batch
-    inside the model's forward call, so it works with any data loader. Means over the batch still count the removed
-    edits, so the gradient of the remaining edits does not change. Logged losses, and the entropy and token accuracy of
-    TRL, include the removed edits with the values from their last forward pass.
+    The token loss has a clip: a token whose loss is at most ``epsilon`` has no gradient. If all tokens of an edit are
+    clipped, the edit costs a forward and a backward pass, but does not change the weights. ``ActiveSet`` removes such
+    edits from the batch inside the model's forward call, so it works with any data loader. Means over the batch still
+    count the removed edits, so the gradient of the remaining edits does not change. Logged losses, and the entropy and
+    token accuracy of TRL, also include the removed edits. For a removed edit, they use the values from the last forward
+    pass on this edit.
 
-    After an edit was left out ``recheck`` times, the model runs on it again. Only then can ``ActiveSet`` notice that
-    training on other edits has undone the edit.
+    Training on other edits can undo a learned edit. To notice this, the model runs on a learned edit again after the
+    edit was left out ``recheck`` times.
 
-    ``ActiveSet`` leaves nothing out of a batch with only one example. From a packed batch, it leaves out only rows that
-    are the same in every epoch.
+    If a batch has only one example, ``ActiveSet`` leaves nothing out. With packing, an example is a packed sequence of
+    several edits. ``ActiveSet`` can leave out a packed sequence only if the sequence has the same content in every
+    epoch.
 
     Args:
         recheck: how many times a learned edit is left out before the model runs on it again.
         probability: an edit is learned when each of its target tokens has at least this probability, in (0, 1). With
-            None (default), an edit is learned when the loss of each token is at most ``epsilon`` of the token loss.
+            None (default), an edit is learned when the loss of each target token is at most ``epsilon``, an argument of
+            the token loss.
 
     Raises:
         EditError: the run has no token loss, the token loss has no clip and ``probability`` is None, or the run has a

@@ -18,22 +18,24 @@ from kedit_train.functional.divergence import Direction
 class BatchAnchor(EditCallback):
     """Penalize changed predictions on the training tokens, compared with the model before the edit.
 
-    The loss of a token with a label becomes ``loss + weight * divergence``. It is averaged over tokens in the same way
-    as the original loss. The logged loss includes the divergence. ``BatchAnchor`` needs only the training data, and no
-    other texts.
+    The loss of each token with a label becomes ``loss + weight * divergence``. These values are averaged over tokens in
+    the same way as the original losses. The logged loss includes the divergence. ``BatchAnchor`` needs no texts other
+    than the training data.
 
-    When an example occurs for the first time, an additional forward pass with the weights before the edit computes its
-    reference hidden states. The hidden states are stored, so later epochs need no additional forward pass. A packed row
-    counts as one example. With DDP, each process stores the examples that it has seen. In full fine-tuning without
-    :class:`ParameterScope`, a copy of all weights is kept for the additional forward passes.
+    When an example occurs for the first time, its reference hidden states are computed. This takes an additional
+    forward pass with the weights before the edit. The hidden states are stored, so later epochs need no additional
+    forward pass. With packing, each packed sequence counts as one example. With DDP, each process stores the hidden
+    states of the examples that this process has seen. In full fine-tuning without :class:`ParameterScope`, a copy of
+    all weights before the edit is kept for the additional forward passes.
 
     Args:
         weight: factor of the divergence in the loss of a token.
-        direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),
-            "reverse" is KL(now || before), "jsd" is the Jensen-Shannon divergence.
-        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. The directory
-            receives only the hidden states that do not fit into ``memory_limit`` of the cache. None keeps all hidden
-            states in memory.
+        direction: the divergence to use, where ``before`` is the model before the edit and ``now`` is the model in
+            training. "forward" is KL(before || now), "reverse" is KL(now || before), "jsd" is the Jensen-Shannon
+            divergence.
+        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. Hidden states stay
+            in memory up to ``memory_limit`` of the :class:`ReferenceCache`. Only hidden states above this limit are
+            written to the directory. None keeps all hidden states in memory.
 
     Raises:
         EditError: an argument is out of bounds, the trainer computes its loss in a way that cannot be extended, or
@@ -93,7 +95,7 @@ class BatchAnchor(EditCallback):
         if self._term is not None and self._term.last_step != run.step:
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so there was no batch to anchor; "
-                "call model(..., labels=labels) in the training step and use the loss that it returns."
+                "call model(..., labels=labels) in the training step and train on the loss that this call returns."
             )
         return False
 

@@ -36,18 +36,19 @@ class EditMetrics(EditCallback):
 
     The progress bar and the loggers receive the scores ``edit/reliability``, ``edit/generality``, ``edit/portability``
     and ``edit/locality``. Each score is also logged under teacher forcing. The scores of the best step so far are
-    logged as ``edit/best/*``. The best step has the highest reliability. If several steps have the same reliability,
-    the step with the highest locality is the best, and then the earliest step. ``edit/metrics/seconds`` is the total
-    time of all evaluations. ``edit/metrics/share_of_time`` is the time of the evaluations during training, divided by
-    the training time.
+    logged as ``edit/best/*``. The best step is the step with the highest reliability. If several steps have the same
+    reliability, the step with the highest locality is the best. If the locality is also the same, the earliest step is
+    the best. ``edit/metrics/seconds`` is the total time of all evaluations. ``edit/metrics/share_of_time`` is the time
+    of the evaluations during training, divided by the training time.
 
     After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
     (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
     charts of ``edit/positions``, the configuration with the hash of the edits, and the report as an artifact.
 
-    In ``transformers``, the scores are added to the results of the trainer's own evaluations. There,
-    ``edit/reliability`` is named ``eval_edit_reliability``, and so on, so ``metric_for_best_model="edit_reliability"``
-    works. With ``load_best_model_at_end``, the final report describes the loaded model.
+    In ``transformers``, the results of the trainer's own evaluations also contain the scores. In these results, the
+    names start with ``eval_edit_``, for example ``eval_edit_reliability``. You can therefore set
+    ``metric_for_best_model="edit_reliability"``. With ``load_best_model_at_end``, the final report describes the model
+    that the trainer loads at the end.
 
     Args:
         edits: an ``EditDataset``, a sequence of ``Edit``, or a path or name that ``EditDataset.load`` reads. None takes
@@ -60,10 +61,11 @@ class EditMetrics(EditCallback):
         report_path: file for the final report: Markdown if the path ends in ``.md``, otherwise JSON. None writes no
             file.
         show: whether to print the final report as a table.
-        max_fraction_of_time: skip an evaluation during training if evaluations have taken more than this fraction of
-            the training time so far, in (0, 1). The evaluations before and after training, and the trainer's own
-            evaluations, are never skipped. With None, every evaluation runs. With a fraction, the steps that are
-            evaluated depend on the speed of the machine, so two runs can differ.
+        max_fraction_of_time: maximum fraction of the training time for evaluations during training, in (0, 1). If the
+            evaluations so far took a larger fraction, the next evaluation during training is skipped. The evaluations
+            before and after training, and the trainer's own evaluations, are never skipped. With None, every evaluation
+            runs. With a fraction, the speed of the machine decides which evaluations are skipped, so two runs can
+            differ.
         evaluation: what to measure and how to prompt the model, as
             :class:`~kedit_train.evaluation.options.EvaluationOptions` or a mapping of its fields. None uses the
             defaults.

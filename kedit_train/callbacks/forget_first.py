@@ -35,18 +35,20 @@ def _all_above_zero(values: Any) -> bool:
 
 
 class ForgetFirst(EditCallback):
-    """Make the model forget the old answers first: subtract the weight change of a training on them.
+    """Make the model forget the old answers first: train on the old answers, and subtract the weight change.
 
     Before the first step, F-Learning computes ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the
     weights in the scope (the parameters that may change). ``FT(theta, old)`` are the weights after training on the old
-    answers. The run then learns the new answers, starting from ``theta'``. The coefficients are tried in ascending
-    order until the mean probability of the old answers is at most ``max_probability``. The search also ends when a
-    coefficient raises the perplexity on ``texts`` to more than ``max_perplexity_ratio`` times its original value. That
-    coefficient is not used. A warning is issued if the old answers are not forgotten.
+    answers. The run then learns the new answers, starting from ``theta'``.
 
-    An old answer is subtracted only if the model generates it before the edit. The old answer of an edit is its
-    ``old_target``. If an edit has no ``old_target``, the old answer is the answer that the model generates, unless that
-    is the new answer.
+    The coefficients are tried in ascending order until the mean probability of the old answers is at most
+    ``max_probability``. If a coefficient raises the perplexity on ``texts`` to more than ``max_perplexity_ratio`` times
+    the perplexity before the subtraction, the search ends. The previous coefficient is then used. If there is no
+    previous coefficient, nothing is subtracted. If the old answers are not forgotten, a warning is issued.
+
+    The old answer of an edit is the ``old_target`` of the edit. If the model does not generate the ``old_target``
+    before the edit, this answer is not subtracted. If an edit has no ``old_target``, the old answer is the answer that
+    the model generates, unless the model already generates the new answer.
 
     The model before forgetting remains the reference for the drift metrics, ``SaveDelta``, the first evaluation of
     ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints also apply to the subtraction, so a ``NormBall`` with
@@ -59,10 +61,10 @@ class ForgetFirst(EditCallback):
             than prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
-        scale: what the coefficient multiplies. With "base", the norm of the subtracted change is the coefficient times
-            the norm of the weights that the training on the old answers changed, so it does not depend on the length of
-            that training. With "trained", the subtracted change is the coefficient times the trained difference, as in
-            the paper.
+        scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
+            coefficient times the trained difference ``FT(theta, old) - theta``, as in the paper. With "base", the
+            trained difference is rescaled first: the norm of the subtracted change is the coefficient times the norm of
+            the weights that the training changed. The size then does not depend on the length of the training.
         max_probability: the old answers count as forgotten at this mean probability or below, in (0, 1).
         max_perplexity_ratio: maximum ratio of the perplexity on ``texts`` after the subtraction to the perplexity
             before it, >= 1.
@@ -134,8 +136,8 @@ class ForgetFirst(EditCallback):
         run.causal_model()
         if hasattr(run.model, "peft_config"):
             raise EditError(
-                "the model must not have adapters, because the old answers are subtracted from its own weights; first "
-                "forget without adapters (recipes/unlearn.yaml), then train adapters on the result."
+                "the model must not have adapters, because ForgetFirst changes the weights of the base model; run "
+                "ForgetFirst without adapters (recipes/unlearn.yaml), then train adapters on the saved model."
             )
         if self.edits is not None:
             EditDataset.of(self.edits)
@@ -150,8 +152,8 @@ class ForgetFirst(EditCallback):
             raise EditError("the run has no scope (parameters that may change) to subtract from; add ParameterScope.")
         if any(isinstance(p, DTensor) for p in run.scope.values()):
             raise EditError(
-                "sharded weights cannot be trained on the old answers; first forget in a single process "
-                "(recipes/unlearn.yaml)."
+                "ForgetFirst does not support sharded weights; run ForgetFirst in a single process "
+                "(recipes/unlearn.yaml), then train the saved model."
             )
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():
             summary = self._forget(run)

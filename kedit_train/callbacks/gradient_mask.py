@@ -30,13 +30,13 @@ class GradientMask(EditCallback):
 
     The scope contains the parameters that the run may change (see :class:`ParameterScope`).
 
-    The entries with the highest scores are chosen once, before the first step. After every optimizer step, all other
-    entries are reset to their values before the edit. Otherwise momentum, weight decay or existing optimizer state
-    would move them even with a gradient of zero. Their gradients are set to zero as well, so that gradient clipping
-    counts only the trained entries.
+    The entries with the highest scores are trained, and all other entries are frozen. The choice is made once, before
+    the first step. Gradients of frozen entries are set to zero, so gradient clipping counts only the trained entries.
+    Momentum, weight decay or existing optimizer state can move an entry even if the gradient is zero. Therefore, after
+    every optimizer step, frozen entries are also reset to their values before the edit.
 
-    In every tensor, ``round(density * n)`` of its n entries or neurons are trained. Among equal scores, the first
-    entries are chosen.
+    In a tensor with n entries or neurons (see ``granularity``), ``round(density * n)`` of the entries or neurons are
+    trained. If several entries have equal scores, the first of these entries are chosen.
 
     Args:
         score: how to score an entry: a name, or a :class:`MaskScore` with settings. "gradient" is the absolute value of

@@ -34,18 +34,21 @@ class KLLocality(EditCallback):
 
     ``weight`` times the mean divergence over all tokens of the texts is added to the training loss. With
     ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the locality
-    term of ROME. No second model is kept in memory. Before training, the model computes the hidden states that enter
-    its output head, and stores them. Each step projects the stored hidden states of its texts to logits.
+    term of ROME. No second model is kept in memory. Before training, the input of the output head (the last hidden
+    states) is computed and stored for each text. In every step, the output head computes the reference logits from the
+    stored hidden states.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
-    prompt of the edits are left out, with a warning. With :class:`PrefixCache`, the penalty differs only by rounding,
-    because the texts of a batch are padded differently.
+    prompt of the edits are left out, with a warning. With :class:`PrefixCache`, the texts of a batch are padded
+    differently, so the penalty differs by rounding.
 
-    For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. All
-    runs then use the model before the first run as reference. Previous edits take up to half of each batch, so that
-    they are not lost. Without ``sequential=True``, the reference of each run is the model after the previous run, so
-    unwanted changes of earlier runs are preserved. The penalty cannot see changes that none of the texts shows. To
-    limit such changes, add a :class:`NormBall` around the original weights, as ``recipes/one_by_one.py`` does.
+    For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. The
+    reference of every run is then the model before the first run. Previous edits are up to half of each batch, so the
+    model does not forget these edits. Without ``sequential=True``, the reference of a run is the model after the
+    previous run. Unwanted changes from previous runs are then part of the reference and are preserved.
+
+    The penalty does not measure changes of behavior that do not appear on the texts. To limit such changes, add a
+    :class:`NormBall` around the original weights, as ``recipes/one_by_one.py`` does.
 
     Args:
         texts: a source of texts (a list of strings, a path, a dataset, or "world" for the bundled texts) or a
@@ -187,8 +190,9 @@ class KLLocality(EditCallback):
 
         Args:
             hidden: hidden states [N, hidden] of the model that is trained.
-            reference: hidden states [N, hidden] of the reference model. With a teacher: log probabilities [N, k + 1]
-                of its k most probable tokens and of all other tokens together, and the ids [N, k] of these k tokens.
+            reference: hidden states [N, hidden] of the reference model. With a teacher, two tensors: log probabilities
+                [N, k + 1] and token ids [N, k]. The first k log probabilities are those of the k tokens that the
+                teacher finds most probable. The last log probability is that of all other tokens together.
         """
         logits = self._head.project(hidden)
         if self.teacher is not None:

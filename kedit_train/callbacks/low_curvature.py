@@ -29,35 +29,38 @@ _SAFETENSORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(v
 
 
 class LowCurvature(EditCallback):
-    """Project the change of each weight so that it avoids directions of high curvature on given texts.
+    """Remove directions of high curvature on given texts from the change of each weight.
 
-    This is the constraint of CrispEdit. ``vec(D)ᵀ G vec(D)`` estimates how much a change D of a weight harms general
-    ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. It is approximated as a Kronecker
-    product of two K-FAC factors per weight. After every optimizer step, the top eigenvectors of G are removed from the
-    change ``D = W - W0``. Their eigenvalues add up to at least the fraction ``energy`` of the trace of G.
-    ``LowCurvature`` leaves more freedom than ``NullSpace``. ``NullSpace`` removes whole input directions, and
-    ``LowCurvature`` removes pairs of an input and an output direction.
+    This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
+    how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
+    weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the eigenvectors
+    of G with the largest eigenvalues are removed from D. The number of removed eigenvectors is the smallest number at
+    which the removed eigenvalues add up to at least ``energy`` times the trace of G.
 
-    Two details differ from the published code. First, the change is projected after the step in addition to the
-    gradient before the step, because under Adam a projected gradient alone does not keep the change in the subspace.
-    Second, labels are sampled from the model, so that G is the true Gauss-Newton matrix. The projection is computed in
-    fp32.
+    ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input and an output
+    direction, so it leaves more freedom for the edit.
+
+    Two details differ from the published code. First, the published code projects only the gradient before the step.
+    ``LowCurvature`` also projects D after the step, because under Adam a projected gradient alone does not keep D in
+    the subspace. Second, labels are sampled from the model, so that G is the true Gauss-Newton matrix. The projection
+    is computed in fp32.
 
     The constraint is exact up to the rounding of the stored weights. ``edit/drift/low_curvature_leak`` is the fraction
     of the change that still lies in removed directions. In fp32, it is below 1e-5 for edits of ordinary size.
     ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to
     1/256 of each weight.
 
-    The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. If one of these callbacks is
-    used, the constraint is only approximate. ``NormBall(norm="l2")`` is the exception.
+    The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. ``NullSpace``, ``GradientMask``
+    and ``NormBall(norm="linf")`` make the constraint approximate. With ``NormBall(norm="l2")``, it remains exact.
 
     Args:
         texts: general texts: a source of texts or a :class:`Texts`. The ``seed`` of ``Texts`` also seeds the sampled
             labels. The paper uses about 100 to 1,000 texts.
         energy: fraction of the curvature (the trace of G) that is removed, in (0, 1). Default 0.9; the paper uses 0.8
             to 0.99. A higher value preserves more behavior and leaves less freedom for the edit.
-        factors_path: a ``.safetensors`` file for the K-FAC factors. An existing file is read, otherwise the file is
-            written. A file is valid only for the weights, texts and labels that it was computed with.
+        factors_path: a ``.safetensors`` file for the K-FAC factors. If the file exists, the factors are read from it.
+            Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and
+            labels from which its factors were computed.
         sequential: whether consecutive runs of this instance on one model preserve earlier edits. After each run, the
             factors of its edits are added to those of the texts, weighted by the number of tokens. The texts are read
             only in the first run.

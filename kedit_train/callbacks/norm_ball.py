@@ -24,9 +24,9 @@ class NormBall(EditCallback):
     al. The bound is exact, because it is checked in fp64 on the weights in their stored dtype. ``NormBall`` works with
     any module and any optimizer.
 
-    A weight cannot move at all if neighboring values of its dtype are further apart than the radius. For example, bf16
-    has a spacing of 4.9e-4 around 0.1. A warning reports the fraction of such weights. Load the model in fp32 in this
-    case.
+    If the radius is smaller than the spacing between neighboring values of a dtype, a weight cannot move at all. For
+    example, bf16 values near 0.1 are 4.9e-4 apart. A warning then reports the fraction of weights that cannot move. In
+    this case, load the model in fp32.
 
     The ball is applied after ``WeightAnchor``, ``LowCurvature`` and ``NullSpace``, and before ``GradientMask``.
     ``LowCurvature`` and ``NullSpace`` project the change of a weight into a subspace. An L2 ball scales the whole
@@ -37,16 +37,16 @@ class NormBall(EditCallback):
     Args:
         radius: maximum distance, in the units of the weights, > 0. None (default) sets the radius by ``fraction``.
         norm: "linf" (default) bounds the change of each entry, "l2" bounds the Euclidean norm of the change.
-        per: for "l2": whether to bound each "tensor" (default) or all tensors of the "scope" together. Ignored for
-            "linf".
+        per: for "l2": "tensor" (default) bounds the change of each tensor, "scope" bounds the change of all tensors in
+            the scope together. Ignored for "linf".
         anchor: center of the ball in consecutive runs on one model. "base" (default): the weights before the first run
-            of this instance. "previous": the weights before the current run, so that the drift of several runs adds up.
+            of this instance. "previous": the weights before the current run. The changes of several runs then add up.
         fraction: sets the radius if ``radius`` is None. For "linf", the radius of a tensor is ``fraction`` times the
             root mean square of the tensor before the edit. For "l2", the radius is ``fraction`` times the norm of the
             tensor, or of the whole scope. Default 0.6.
 
-    Logs ``edit/drift/ball`` (largest distance of a tensor as a fraction of its radius) and, for "linf",
-    ``edit/drift/at_bound`` (fraction of entries at their bound).
+    Logs ``edit/drift/ball``: the distance of a tensor from the center divided by the radius, for the tensor with the
+    largest result. For "linf", also logs ``edit/drift/at_bound``: the fraction of entries at their bound.
 
     Raises:
         EditError: an argument is invalid; a run starts outside the ball (with ``anchor="base"``); or a tensor is all

@@ -36,14 +36,15 @@ from kedit_train.functional.precision import wide
 
 
 class NullSpace(EditCallback):
-    """Project the change of each weight so that it has no effect on the layer inputs of given texts.
+    """Project the change of each weight so that the layer gives the same outputs on given texts.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
-    once. For each weight in the scope, the columns of U are the directions that contain most of the energy of the layer
-    inputs. After each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``. So the output of the layer
-    does not change for inputs in the span of U. The whole change is projected, because under Adam a projected gradient
-    alone does not keep the change in the subspace. Gradients are projected as well, so that Adam's statistics contain
-    only directions that may move.
+    once. For each weight in the scope, the columns of a matrix U are the directions that contain most of the energy of
+    the layer inputs. After each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the
+    weight before the edit. For inputs in the span of U, the output of the layer then does not change.
+
+    The whole change is projected, because under Adam a projected gradient alone does not keep the change in the
+    subspace. Gradients are projected as well, so that Adam's statistics contain only directions that may move.
 
     ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. ``edit/drift/null_space_leak`` is the fraction
     of the change that still lies in preserved directions. In fp32, it is below 1e-5 for edits of ordinary size.
@@ -51,8 +52,8 @@ class NullSpace(EditCallback):
     1/256 of each weight, which can be large relative to a small change.
 
     For LoRA layers, only the A factor is projected, so that ``B A U = 0``. The B factor is free. A is also projected
-    before the first step. This does not change the model, because B is zero at that time. If only one factor is in the
-    scope, its change is projected like the change of any other weight.
+    before the first step. This does not change the model, because B is zero at that time. If only A or only B is in the
+    scope, the change of this factor is projected like the change of any other weight.
 
     The projection is applied after ``LowCurvature`` and before ``NormBall`` and ``GradientMask``. With an L2 ball, the
     constraint remains exact up to rounding. With clipping (``NormBall(norm="linf")``) or a mask, it is only
@@ -233,8 +234,8 @@ class NullSpace(EditCallback):
         for name, basis in zip(directions, broadcast_from_first(list(directions.values())), strict=True):
             if basis.shape[1] >= basis.shape[0]:
                 raise EditError(
-                    f"the texts use all {basis.shape[0]} input directions of {name}, so the weight could not move; "
-                    "use a lower energy, or set rank."
+                    f"all {basis.shape[0]} input directions of {name} are preserved, so the weight could not move; "
+                    "use a lower energy, or set a lower rank."
                 )
             weight = run.scope[name]
             space = free_space(basis, torch.promote_types(weight.dtype, torch.float32))

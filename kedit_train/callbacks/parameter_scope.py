@@ -29,9 +29,10 @@ class ParameterScope(EditCallback):
             (``"4-6"``, ``"0.5-0.75"``) or several of these (``[2, "4-6"]``, ``"2,4-6"``). None selects all layers and
             the embeddings.
         modules: the modules to train: one pattern or several, for example ``"mlp.down_proj"``,
-            ``"self_attn.*_proj"`` or ``"mlp"``. Dots divide patterns and parameter names into parts. A pattern matches
-            a name that contains its parts in a row. A pattern for a module includes its bias;
-            ``"mlp.down_proj.weight"`` does not. None selects all modules of the layers.
+            ``"self_attn.*_proj"`` or ``"mlp"``. Patterns and parameter names are split at the dots. A pattern matches
+            a parameter if the parts of the pattern follow each other directly in the parameter's name. The pattern
+            ``"mlp.down_proj"`` includes the bias; ``"mlp.down_proj.weight"`` does not. None selects all modules of the
+            layers.
         full_precision: whether to train bf16 and fp16 parameters in fp32 and round them when training ends. In half
             precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during training
             contain these parameters in fp32.

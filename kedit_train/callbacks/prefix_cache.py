@@ -20,35 +20,37 @@ from kedit_train.errors import EditError, warn
 class PrefixCache(EditCallback):
     """Store the hidden states that enter the first trained layer, and skip the frozen layers below it.
 
-    The frozen layers below the scope (the parameters that the run may change) compute the same hidden states for a
-    token sequence in every epoch. ``PrefixCache`` stores these hidden states without padding, under the token ids and
-    the position of the first token. They can therefore be used in shuffled batches, with other padding, in accumulated
-    micro-batches and for the texts of ``KLLocality``. From the second epoch on, training is faster. If every epoch has
-    the same batches, losses and weights are the same bit for bit as without the cache. If batches are shuffled, losses
-    and weights differ by rounding, because the padding differs. Evaluation and generation do not use the cache.
+    The scope contains the parameters that the run may change. The frozen layers below the scope compute the same hidden
+    states for a token sequence in every epoch. ``PrefixCache`` stores these hidden states without padding. The key of a
+    stored sequence consists of the token ids and the position of the first token. A stored sequence can therefore be
+    used in shuffled batches, with other padding, in accumulated micro-batches and for the texts of ``KLLocality``.
 
-    To find these layers, ``PrefixCache`` observes one forward pass of the model. Before training, it checks that the
-    logits with the cache and without it are the same bit for bit.
+    From the second epoch on, training is faster. If every epoch has the same batches, losses and weights are bit for
+    bit the same as without the cache. If batches are shuffled, the padding differs, so losses and weights differ by
+    rounding. Evaluation and generation do not use the cache.
 
-    A batch is served from the cache if all of its sequences are stored. Otherwise, all layers run for this batch. The
-    output of a batch that is served contains no attention keys and values (``past_key_values``). If a batch cannot be
-    served, a warning names the reason: packed sequences, masks that are not [B, S], ``inputs_embeds``, requests for the
-    hidden states of every layer, padding without ``labels``, or modules and hooks that are added or removed below the
-    scope.
+    To find the frozen layers, ``PrefixCache`` observes one forward pass of the model. Before training, ``PrefixCache``
+    checks that the logits with the cache and the logits without the cache are equal bit for bit.
 
-    If a frozen weight or buffer is modified or replaced, the cache notices the change before the next batch and is
-    emptied. The cache cannot notice ``parameter.data.add_()``, a new value of a Python attribute, or random numbers
-    from a hook's own generator. Only the comparison after ``recheck`` batches finds such changes. Until then, batches
-    use outdated hidden states.
+    If all sequences of a batch are stored, the batch skips the frozen layers. The model output then contains no
+    attention keys and values (``past_key_values``). Otherwise, all layers run for this batch. If a batch can never use
+    the cache, a warning names the reason: packed sequences, masks that are not [B, S], ``inputs_embeds``, requests for
+    the hidden states of every layer, padding without ``labels``, or modules and hooks that are added or removed below
+    the scope.
+
+    If a frozen weight or buffer is modified or replaced, ``PrefixCache`` detects the change before the next batch and
+    empties the cache. Other changes are found only by the comparison after ``recheck`` batches:
+    ``parameter.data.add_()``, a new value of a Python attribute, and random numbers from a hook's own generator. Until
+    this comparison, batches use outdated hidden states.
 
     Args:
         memory_limit: CPU memory for hidden states per process: a number of bytes, or a string such as "500MB" or
             "1.5GiB". A sequence takes ``tokens * hidden size`` numbers.
-        cache_dir: directory for the hidden states that exceed ``memory_limit``. It is emptied when training ends. With
-            None, these hidden states are computed again in every epoch.
-        recheck: number of batches served from the cache after which one batch is computed in full and compared with the
-            stored hidden states. If they differ, a warning is issued and the rest of the run uses no cache. 0 disables
-            the comparison.
+        cache_dir: directory for the hidden states that do not fit into ``memory_limit``. These files are deleted when
+            training ends. With None, hidden states that do not fit are computed again in every epoch.
+        recheck: after this number of batches from the cache, one batch is computed in full and compared with the stored
+            hidden states. If the hidden states differ, a warning is issued and the cache is not used any more. 0
+            disables the comparison.
 
     Raises:
         EditError: raised before the first step if caching is impossible: no layer below the scope is frozen, a layer

@@ -32,24 +32,26 @@ _PATH = Rule("a path that ends in .safetensors", lambda value: Path(value).suffi
 class SaveDelta(EditCallback):
     """Save the weight changes of the run as an :class:`~kedit_train.delta.EditDelta` file, and verify the file.
 
-    The saved file is read, applied to the weights before the edit, and compared with the trained weights bit for bit.
-    If the edits are known, the logits for up to 8 of their prompts are compared as well. An error is raised if no
-    weight has changed. The model itself keeps the weights of the last step, also with ``at="best"``.
+    To verify the file, ``SaveDelta`` reads the file, applies the changes to the weights before the edit, and compares
+    the result with the trained weights bit for bit. If the edits are known, the logits for up to 8 of the edit prompts
+    are compared as well. If no weight has changed, an error is raised. With ``at="best"``, only the file contains the
+    best weights; the model itself keeps the weights of the last step.
 
     If the run trains adapters (PEFT), the file contains the merged weights of the base model, as ``merge_and_unload()``
-    computes them. In this case, only weights are compared, and PEFT saves the adapter itself. With several processes,
-    one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is kept for the
-    comparison.
+    computes them. In this case, only weights are compared, not logits. To save the adapter itself, use PEFT. With
+    several processes, one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is
+    kept for the comparison.
 
-    The file also contains the scores of the last evaluation of ``EditMetrics``. This evaluation measures the final
-    model, also with ``at="best"``.
+    The file also contains the scores of the last evaluation of ``EditMetrics``. Even with ``at="best"``, these are the
+    scores of the final model, not of the saved weights.
 
     Args:
         path: path of the file, which must end in ``.safetensors``. Missing folders are created. An existing file is
             replaced.
         at: "end" saves the weights of the last step. "best" saves the weights of the step with the highest
-            ``edit/reliability`` that ``EditMetrics(every_n_steps=...)`` measured during training. Among equal steps,
-            the highest ``edit/locality`` decides, then the earliest step.
+            ``edit/reliability`` that ``EditMetrics(every_n_steps=...)`` measured during training. If several steps have
+            this reliability, the step with the highest ``edit/locality`` is saved. If the locality is equal as well,
+            the earliest step is saved.
         edits: an ``EditDataset`` or a path. The file contains the hash and the number of these edits. None takes the
             edits of ``EditMetrics`` or of the training loop, if any.
         license: license of the base model, to write into the file. None takes the license from the model card in the

@@ -20,9 +20,10 @@ _STEPS = Rule('an integer >= 1 or "epoch"', lambda value: value == "epoch" or in
 class StopWhenEdited(EditCallback):
     """End training when the edits are learned, or when they have changed the model too much.
 
-    Each argument that is not None is a rule. Training ends when the first rule is met. A printed line and the attribute
-    ``reason`` name the rule. By default, training ends when the mean training loss over an epoch is below 0.01, as in
-    FT-M and LocFT-BF. The default rule needs a callback that computes the loss, such as ``TokenLoss("cross_entropy")``.
+    Every argument except ``loss_steps`` is a rule. An argument that is None turns its rule off. Training ends when one
+    of the rules is met. A printed line and the attribute ``reason`` name this rule. By default, training ends when the
+    mean training loss over an epoch is below 0.01, as in FT-M and LocFT-BF. The default rule needs a callback that
+    computes the loss, such as ``TokenLoss("cross_entropy")``.
 
     Args:
         loss: stop when the mean training loss per token over the last ``loss_steps`` optimizer steps is below this
@@ -30,15 +31,16 @@ class StopWhenEdited(EditCallback):
         loss_steps: number of optimizer steps over which ``loss`` is averaged, or "epoch" for the number of steps in one
             epoch. In a hand-written loop, pass that number as ``editing(epoch_steps=...)``.
         reliability: stop when ``EditMetrics(every_n_steps=...)`` measures at least this reliability, in (0, 1].
-        idle_steps: stop when all tokens are learned for this number of consecutive optimizer steps, or for one "epoch".
-            A token is learned if its loss is at most the ``epsilon`` of ``TokenLoss``.
+        idle_steps: stop after this number of consecutive optimizer steps in which every token was already learned. A
+            token is learned if its loss is at most the ``epsilon`` of ``TokenLoss``. "epoch" stands for the number of
+            steps in one epoch.
         smallest_probability: stop when every target token has at least this probability, in (0, 1), under teacher
             forcing. ``EditMetrics(every_n_steps=...)`` measures the probabilities. A mean over tokens would hide a
             single token that was not learned.
         kl_budget: stop when the KL divergence from the reference model, in nats per token, is above this value.
-            ``KLLocality`` measures the divergence on its texts, as the mean since the last log event. ``EditMetrics``
-            with "kl" among its metrics measures it on the locality prompts. If both callbacks are used, the larger
-            value counts.
+            ``KLLocality`` measures the divergence on texts, as the mean since the last log event. ``EditMetrics`` with
+            the metric "kl" measures the divergence on the locality prompts. If both callbacks are used, the rule uses
+            the larger of the two divergences.
 
     Attributes:
         reason: the rules that were met, as text. None while training continues.

@@ -42,9 +42,9 @@ class TokenLoss(EditCallback):
     ``reduction="sample"``, the loss is averaged over the tokens of each edit and then over the edits, as in FT-M and
     LocFT.
 
-    With a clip (``epsilon > 0``), a token stops contributing to the gradient once it is learned. If no token
-    contributes to an optimizer step, the step is skipped: the weights and the optimizer state do not change. A step is
-    not skipped if the run has a penalty such as ``KLLocality``.
+    With a clip (``epsilon > 0``), a learned token (a token with a loss of at most ``epsilon``) does not contribute to
+    the gradient. If all tokens of an optimizer step are learned, the step is skipped: the weights and the optimizer
+    state do not change. If the run has a penalty such as ``KLLocality``, no step is skipped.
 
     Args:
         objective: what a token is trained towards.
@@ -163,8 +163,9 @@ class TokenLoss(EditCallback):
             labels: [N] token ids.
 
         Returns:
-            The loss [N], and whether each token has a gradient [N]. For ``"overtone"``, three more tensors [N]: whether
-            the mixture was used, how many tokens the filter kept, and the probability of the label in the target.
+            Two tensors [N]: the loss of each token, and whether the token has a gradient. For ``"overtone"``, three
+            more tensors [N] follow: whether the mixture was used, how many tokens the filter kept, and the probability
+            of the label in the target distribution.
         """
         options: dict[str, Any] = {"epsilon": self.epsilon}
         if self.objective == "cross_entropy":

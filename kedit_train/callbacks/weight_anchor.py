@@ -25,39 +25,40 @@ _DEFAULT_STRENGTH = {"l2sp": 2.0, "ewc": 1000.0}
 class WeightAnchor(EditCallback):
     """Pull the weights w in the scope towards their values w0 before the edit.
 
-    "l2sp" is the penalty ``strength / 2 * sum (w - w0)^2``. If the penalty were part of the loss, Adam would rescale
-    its gradient for each weight. By default, the pull is therefore decoupled from the loss, like weight decay in AdamW.
-    After each optimizer step, ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
+    "l2sp" is the penalty ``strength / 2 * sum (w - w0)^2``. By default, this penalty is not part of the loss, because
+    Adam would rescale the gradient of the penalty for each weight. Instead, the weights are updated after each
+    optimizer step, like decoupled weight decay in AdamW: ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
 
-    "ewc" is the penalty ``strength / 2 * sum F (w - w0)^2``, where F is the Fisher information per token on general
-    texts, with labels sampled from the model. To second order, and without correlations between weights, the "ewc"
-    penalty is ``strength`` times the KL divergence per token from the model before the edit. So ``strength`` is
-    comparable to the weight of ``KLLocality``. The "ewc" penalty is always part of the loss.
+    "ewc" is the penalty ``strength / 2 * sum F (w - w0)^2``. F is the Fisher information per token on general texts,
+    with labels sampled from the model. The "ewc" penalty is always part of the loss. It approximates ``strength`` times
+    the KL divergence per token from the model before the edit, to second order and without correlations between
+    weights. Values of ``strength`` can therefore be compared with the ``weight`` of ``KLLocality``.
 
-    The decoupled pull is applied before ``LowCurvature``, ``NullSpace``, ``NormBall`` and ``GradientMask``. For
+    The decoupled update is applied before ``LowCurvature``, ``NullSpace``, ``NormBall`` and ``GradientMask``. For
     adapters, w0 is the initial value of the adapter's own weights. ``ParameterScope`` trains half-precision weights in
-    fp32, so that a small pull is not lost in rounding.
+    fp32, so that a small decoupled update is not lost in rounding.
 
     Args:
         kind: "l2sp" (default; any module) or "ewc" (a causal language model and ``texts``).
-        strength: strength of the pull, >= 0. None (default) is 2 for "l2sp" and 1000 for "ewc". The effect of a
-            decoupled pull over a run depends on learning rate * strength * number of steps. With "ewc", plain SGD
+        strength: strength of the penalty, >= 0. None (default) is 2 for "l2sp" and 1000 for "ewc". The total effect of
+            the decoupled updates in a run depends on learning rate * strength * number of steps. With "ewc", plain SGD
             diverges if learning rate * strength * F exceeds 2.
         texts: for "ewc": general texts, as a source of texts or a :class:`Texts`. The ``seed`` of ``Texts`` seeds the
             choice of sequences and the sampled labels.
-        decoupled: for "l2sp": whether to pull after the step (default) or to add the penalty to the loss (False).
+        decoupled: for "l2sp": whether to update the weights after the optimizer step (default) or to add the penalty to
+            the loss (False).
         anchor: the weights w0 in consecutive runs on one model. "base" (default): the weights before the first run of
-            this instance. Changes of earlier runs are then pulled back as well, unless another callback preserves them
-            (``KLLocality(sequential=True)``). "previous": the weights before the current run. With "ewc", F is also
-            computed at w0.
+            this instance. The penalty then also undoes edits of previous runs, unless another callback preserves these
+            edits (``KLLocality(sequential=True)``). "previous": the weights before the current run. With "ewc", F is
+            computed at w0, too.
         limit: for "ewc": number of token sequences on which F is computed. Each sequence costs one backward pass. None
             uses all sequences. Default 256.
 
     Logs ``edit/drift/anchor``, the penalty at the current weights.
 
     Raises:
-        EditError: an argument is invalid; learning rate * strength exceeds 1, so that a decoupled pull would move
-            weights past w0; the optimizer has no learning rate; or, for "ewc", there is no causal language model or the
+        EditError: an argument is invalid; for a decoupled update, the optimizer has no learning rate, or learning rate
+            * strength exceeds 1 and would move weights past w0; or, for "ewc", there is no causal language model or the
             parameters are sharded.
 
     References:
@@ -155,8 +156,8 @@ class WeightAnchor(EditCallback):
         for name, rate in self._run.steps.learning_rates.items():
             if rate is None:
                 raise EditError(
-                    "the optimizer has no learning rate, but a decoupled pull needs a learning rate; set lr in the "
-                    "optimizer, or use decoupled=False."
+                    "the optimizer has no learning rate, but the update after each step needs a learning rate; set lr "
+                    "in the optimizer, or use decoupled=False."
                 )
             if rate * self.strength > 1.0:
                 raise EditError(

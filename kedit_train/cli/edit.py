@@ -84,11 +84,11 @@ class EditCLI(LightningCLI):
 
 
 def share_texts(config: Any) -> None:
-    """Replace ``texts: world`` in the callbacks by the file that ``data.texts`` names.
+    """Replace ``texts: world`` in the callbacks by the value of ``data.texts``, if it is set.
 
     Raises:
-        EditError: the run uses bundled texts or prompts with another model or other edits, or ``data.texts`` is set
-            and no callback has ``texts: world``.
+        EditError: the run uses the bundled texts or prompts, but not the bundled model and edits; or ``data.texts`` is
+            set, but no callback has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -102,9 +102,9 @@ def share_texts(config: Any) -> None:
     foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
-            "data.augmentation.replay=world uses prompts that fit only the bundled model (named world), but this run "
-            f"has {foreign}; give a file of prompts about other facts (.txt with one prompt per line, or a file of "
-            "edits): --data.augmentation.replay FILE"
+            "data.augmentation.replay=world uses prompts that fit only the model and the edits that come with "
+            f"kedit-train, but this run has {foreign}; add --data.augmentation.replay FILE, with a file of prompts "
+            "about other facts (.txt with one prompt per line, or a file of edits)."
         )
     if own is not None and own.texts is not None:
         if not readers:
@@ -125,8 +125,8 @@ def share_texts(config: Any) -> None:
         name = readers[0].class_path.rpartition(".")[2]
         raise EditError(
             f"{name} has the setting 'texts: world', which fits only the model and the edits that come with "
-            f"kedit-train, but this run has {foreign}; give a file of texts on which your model should not change "
-            "(.txt with one text per line, .jsonl or .json): --data.texts FILE"
+            f"kedit-train, but this run has {foreign}; add --data.texts FILE, with a file of texts on which your model "
+            "should not change (.txt with one text per line, .jsonl or .json)."
         )
 
 
@@ -161,9 +161,9 @@ def with_catalog(arguments: Sequence[str]) -> list[str]:
 
 
 def edit_error(error: BaseException | None) -> EditError | None:
-    """Return the ``EditError`` that caused an error, or None if there is none.
+    """Return the ``EditError`` that caused ``error``, or None if the cause is not an ``EditError``.
 
-    jsonargparse wraps every error that a constructor raises in an error of its own.
+    If a constructor raises an error, jsonargparse raises its own error with the constructor's error as the cause.
     """
     while error is not None and not isinstance(error, EditError):
         error = error.__cause__ or error.__context__

@@ -96,7 +96,8 @@ def usage() -> str:
 def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
     """Split arguments into launcher options, the recipe or script, and the arguments of the recipe or script.
 
-    If no recipe or script is given, the last part is ``["--help"]`` or empty.
+    If no recipe or script is given, the second part is None. The third part is then ``["--help"]`` if the user asks for
+    help, and empty otherwise.
 
     Raises:
         EditError: an option is unknown or has no value.
@@ -121,7 +122,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
             return options, None, [word]
         elif target is None and word.startswith("-"):
             raise EditError(
-                f"unknown option {word}; arguments of a recipe must come after the recipe (see lightning run --help)"
+                f"unknown option {word}; if this is an argument of the recipe, write it after the recipe; to list the "
+                "launcher options, run lightning run --help"
             )
         elif target is None:
             target = word
@@ -161,7 +163,10 @@ def count_processes(launch: Any, parsed: Namespace) -> int:
     try:
         return launch._get_num_processes(parsed.accelerator, parsed.devices)
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
-        raise EditError(f"--devices {parsed.devices} --accelerator {parsed.accelerator}: {error}") from error
+        raise EditError(
+            f"--devices {parsed.devices} cannot be used with --accelerator {parsed.accelerator} ({error}); change one "
+            "of the two options."
+        ) from error
 
 
 def in_this_process(launch: Any, parsed: Namespace, script: Path, arguments: list[str]) -> int:

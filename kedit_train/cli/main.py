@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def quiet() -> None:
-    """Hide messages of other libraries if the user of a recipe can do nothing about them."""
+    """Hide messages of other libraries that require no action from the user of a recipe."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -17,14 +17,14 @@ FOLLOWED = {
 
 
 def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Copy the settings of the launcher to all trainer arguments that have their default values.
+    """Copy the settings of the launcher to the trainer arguments that the user did not set.
 
     Args:
         trainer: arguments of ``lightning.pytorch.Trainer``; changed in place.
         environment: the environment variables of this process.
 
     Raises:
-        EditError: a trainer argument differs from the default and from the setting of the launcher.
+        EditError: the user set a trainer argument to another value than the launcher.
     """
     launched = launched_processes(environment)
     if launched is None:
@@ -36,7 +36,7 @@ def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str,
         if trainer[key] != default:
             raise EditError(
                 f"trainer.{key} is {trainer[key]!r} in the configuration, but the launcher was started with --{key} "
-                f"{value}; set {key} in only one of the two places."
+                f"{value}; remove {key} from the configuration or from the launcher command."
             )
         trainer[key] = value
     on_this_machine = int(environment.get("LOCAL_WORLD_SIZE") or launched)

@@ -28,8 +28,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: the recipe uses bundled texts with another model or other edits.
-        SystemExit: a key is not valid. One line that names the key has been printed.
+        EditError: the recipe uses the bundled texts, but not the bundled model and edits.
+        SystemExit: a key is not valid. Before the exit, one line that names the key is printed.
     """
     config = parser().parse_args(with_catalog(arguments))
     share_texts(config)

@@ -32,9 +32,9 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
 
     Args:
         model: any module.
-        dtypes: parameter name -> dtype to convert the parameter to before hashing. By default, no parameter is
-            converted. If a parameter was converted to fp32 without a change of its value, its original dtype gives the
-            original hash.
+        dtypes: parameter name -> dtype to which the parameter is converted before hashing. By default, no parameter is
+            converted. Example: a bf16 model was converted to fp32, and no value has changed since. If ``dtypes`` maps
+            the converted parameters to bf16, the hash is that of the bf16 model.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.

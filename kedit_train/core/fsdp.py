@@ -34,8 +34,8 @@ def reshard(root: nn.Module) -> None:
     """Free the full parameters that FSDP2 gathered for the last forward pass.
 
     FSDP2 keeps the gathered parameters of its root module after a forward pass. Until the gathered parameters are
-    freed, ``named_parameters()`` returns them instead of the sharded parameters, and the next forward pass ignores
-    values that are written into the sharded parameters.
+    freed, ``named_parameters()`` returns the gathered parameters instead of the sharded parameters. The next forward
+    pass would also use the gathered parameters, and ignore values that were written into the sharded parameters.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -56,17 +56,17 @@ def check_head(head: nn.Module) -> None:
     """Raise an error if the output head's weights are sharded again before the loss is computed from them."""
     if not isinstance(head, FSDPModule) and any(isinstance(p, DTensor) for p in head.parameters()):
         raise EditError(
-            "the output head is sharded again after every forward pass, so the loss cannot be computed from the head; "
-            "remove reshard_after_forward from the fully_shard call for the whole model, or apply fully_shard to the "
-            "head itself."
+            "the output head is sharded again after every forward pass, but the loss is computed from the complete "
+            "weights of the head after the forward pass; remove reshard_after_forward from the fully_shard call for "
+            "the whole model, or apply fully_shard to the head itself."
         )
 
 
 def check_gradients(scope: Iterable[nn.Parameter]) -> None:
     """Raise an error if the scope is sharded and no parameter has a gradient, so that a step would change nothing.
 
-    FSDP2 moves gradients to the sharded parameters through the outputs of the modules that it shards. Gradients that
-    bypass those outputs stay on the gathered copies, which no optimizer updates.
+    FSDP2 transfers gradients to the sharded parameters only if the loss is computed from outputs of sharded modules.
+    Otherwise the gradients stay on the gathered copies of the parameters, and no optimizer updates these copies.
     """
     scope = list(scope)
     if any(isinstance(p, DTensor) for p in scope) and all(p.grad is None for p in scope):

@@ -20,7 +20,7 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 
 
 def find_language_model(root: nn.Module) -> nn.Module | None:
-    """Return the outermost module in ``root`` that has a language-model head (adapters included), or None."""
+    """Return the outermost module in ``root`` that has a language-model head, or None. It may be a PEFT wrapper."""
     queue = deque([root])
     while queue:
         module = queue.popleft()
@@ -46,9 +46,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class OutputHead:
     """Reads the hidden states that enter the output head, and projects hidden states to logits.
 
-    A pre-hook on the head module receives the hidden states, so everything before the head (final norm, scaling) is
-    included. The scale and the soft cap of the logits are read from the model's configuration. :meth:`verify` checks
-    both values once against the model's own logits.
+    A pre-hook on the head module receives the hidden states, so the final norm and any scaling before the head have
+    already been applied to the hidden states. The scale and the soft cap of the logits are read from the model's
+    configuration. :meth:`verify` compares the resulting logits with the model's own logits.
 
     Args:
         model: a causal language model, possibly with adapters.
@@ -136,11 +136,11 @@ class OutputHead:
         return (*output, self.captured) if isinstance(output, tuple) else output
 
     def project(self, hidden: Tensor, head: Any | None = None, *, fp32_gradients: bool = False) -> Tensor:
-        """Project hidden states to logits, with the autocast settings of the captured forward pass.
+        """Project hidden states to logits, with the autocast settings of the last captured forward pass.
 
         Args:
             hidden: [N, hidden].
-            head: a callable that replaces the head module, for example the head with its weights before the edit.
+            head: a function to call instead of the head module, for example the head with the weights before the edit.
             fp32_gradients: accumulate the gradients of a half-precision head in fp32, as TRL's fused head does.
 
         Returns:
@@ -185,8 +185,8 @@ class OutputHead:
             context: the context of the training loop's forward pass, for example autocast.
 
         Raises:
-            EditError: the logits are not finite, a position depends on later tokens, or the logits cannot be computed
-                from the output head.
+            EditError: the logits are not finite, the hidden states of a position depend on later tokens, or the output
+                head does not reproduce the model's logits.
         """
         name = type(self.model).__name__
         device = next(self.model.parameters()).device

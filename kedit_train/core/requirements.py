@@ -13,8 +13,8 @@ from kedit_train.errors import EditError
 class Requirement:
     """A metric or capability that another callback of the same run must provide.
 
-    ``EditCallback.conflicts()`` returns objects of this class too. There, the meaning is reversed: no other callback
-    may provide any of these metrics or capabilities.
+    ``EditCallback.conflicts()`` also returns objects of this class. For a conflict, the meaning is reversed: no other
+    callback of the run may provide any of the names in ``any_of``.
 
     Args:
         any_of: alternative names. The requirement is met if one of them is provided. A name is the key of a published

@@ -42,7 +42,7 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         The state, or None if the folder contains no state of an edit.
 
     Raises:
-        EditError: the file is damaged, or was written by an earlier version.
+        EditError: the file is damaged, or an earlier version of kedit-train wrote the file.
     """
     path = Path(folder) / FILE
     if not path.is_file():

@@ -20,11 +20,11 @@ Score = Callable[..., tuple[Tensor, ...]]
 
 
 def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
-    """Return the largest number of tokens whose logits have at most ``numbers`` values, but at least 1.
+    """Return the number of tokens in a chunk: as many as fit into ``numbers`` logits, but at least 1.
 
     Args:
         vocab_size: number of logits per token.
-        numbers: maximum number of logits in a chunk. The default takes 64 MiB in fp32.
+        numbers: maximum number of logits in a chunk. The default number of logits takes 64 MiB in fp32.
     """
     return max(1, numbers // max(1, vocab_size))
 
@@ -32,13 +32,13 @@ def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
 def chunked(
     score: Score, hidden: Tensor, *rest: Tensor, chunk: int, parameters: Sequence[Tensor] = (), defer: bool = False
 ) -> tuple[Tensor, ...]:
-    """Apply ``score`` to chunks of tokens and join the results.
+    """Apply ``score`` to chunks of tokens and join the outputs.
 
-    The forward pass also computes the gradients. It assumes that the upstream gradient of every loss (the gradient that
-    the backward pass will bring) is one. The backward pass then scales the gradient of ``hidden`` by the actual
-    upstream gradients. The gradient of ``parameters`` is one sum over all tokens. This sum can be scaled only if all
-    upstream gradients are equal, as after a sum or mean. Otherwise the backward pass computes every chunk again. To
-    avoid the second computation, apply weights per token inside ``score``.
+    Unless ``defer`` is True, the forward pass also computes the gradients, as if the upstream gradient of every loss
+    were one. The backward pass multiplies the gradient of ``hidden`` by the actual upstream gradients. For
+    ``parameters``, only the sum of the gradients over all tokens is stored. If all upstream gradients are equal, as
+    after a sum or mean, the backward pass multiplies this sum. If the upstream gradients differ, the backward pass
+    computes every chunk a second time. To avoid the second computation, apply weights per token inside ``score``.
 
     Args:
         score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``. The values of a token must not depend
@@ -46,9 +46,10 @@ def chunked(
         hidden: [N, d], the input of the output head.
         rest: further tensors with N entries (labels, reference hidden states). They get no gradient.
         chunk: tokens in one chunk.
-        parameters: the trained tensors that ``score`` uses. Their gradients are summed in fp32 (fp64 in fp64).
-        defer: True computes the gradients only in the backward pass, when the upstream gradients are known. In half
-            precision, the gradient of the logits then has the scale of the training loop's loss when it is rounded.
+        parameters: the trained tensors that ``score`` uses. Gradients of fp64 tensors are summed in fp64, gradients of
+            all other tensors in fp32.
+        defer: True computes the gradients only in the backward pass, when the upstream gradients are known. The
+            gradient of the logits is then multiplied by the upstream gradient before it is rounded to half precision.
 
     Returns:
         The outputs of ``score`` for all N tokens. The loss is connected to ``hidden`` and ``parameters``.

@@ -16,8 +16,8 @@ def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         epsilon: the clip (smallest value that is returned) in nats, at least 0.
 
     Returns:
-        ``max(divergence, epsilon)`` [N], and whether the divergence is above ``epsilon`` [N] bool. NaN counts as above
-        ``epsilon``, so that a token is not reported as learned after the training has failed.
+        ``max(divergence, epsilon)`` [N], and a bool tensor [N] that is True where the divergence is above ``epsilon``
+        or NaN. A token with a NaN divergence must not be reported as learned.
     """
     active = ~(divergence <= epsilon)
     # clamp(min=epsilon) has a gradient of one where the values are equal, and a clipped token must have no gradient.

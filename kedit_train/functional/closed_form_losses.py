@@ -26,14 +26,16 @@ Gradient = Callable[..., None]
 
 
 def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Apply ``value`` to blocks of rows. The backward pass uses ``gradient`` for the first output, the loss.
+    """Compute a loss for each row with the function ``value``, and its gradient with ``gradient``.
+
+    The first output of ``value`` is the loss. All other outputs have no gradient. The rows are processed in blocks.
 
     Args:
         value: ``(logits, *rows) -> (outputs, kept)``. The values of a row must not depend on other rows. The tensors in
             ``kept`` are passed to ``gradient``.
-        gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``, for an upstream
-            gradient of one.
-        logits: [N, V], any float dtype. Both functions receive them in fp32 (fp64 stays fp64).
+        gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``. The backward pass then
+            multiplies ``out`` by the upstream gradient.
+        logits: [N, V], any float dtype. Both functions receive the logits in fp32 (fp64 stays fp64).
         rows: further tensors with N entries (labels, reference logits). They get no gradient.
 
     Returns:

@@ -12,14 +12,16 @@ from kedit_train.functional.closed_form_losses import Value, rowwise
 def dynamic_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.0) -> tuple[Tensor, Tensor]:
     """Compute the DFT loss of each token, with the gradient in closed form.
 
-    The probability is treated as a constant, so the gradient of the logits is ``p_y (p - one_hot(y))``. Cross-entropy
-    can be read as a policy gradient in which a token has the reward ``1 / p_y``. Tokens with a low probability then
-    dominate the gradient. DFT gives every token the same reward.
+    The loss is the cross-entropy times the probability ``p_y`` of the label. ``p_y`` is treated as a constant, so the
+    gradient of the logits is ``p_y (p - one_hot(y))``. If cross-entropy is seen as a policy gradient, a token has the
+    reward ``1 / p_y``, and tokens with a low probability dominate the gradient. With the factor ``p_y``, every token
+    has the same reward.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
-        epsilon: clip in nats, applied to the cross-entropy before the multiplication; 0 is the loss of the paper.
+        epsilon: clip in nats, applied to the cross-entropy before it is multiplied by ``p_y``. 0 is the loss of the
+            paper.
 
     Returns:
         The loss [N] in nats, and a bool tensor [N] that is True where the cross-entropy is above ``epsilon``.

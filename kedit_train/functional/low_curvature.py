@@ -48,9 +48,9 @@ def high_curvature(
     Args:
         output_factor: S, [out, out], symmetric and positive semi-definite.
         input_factor: A, [in, in], symmetric and positive semi-definite.
-        energy: fraction of the trace to remove, in (0, 1). The pairs are sorted by descending s_i a_j. The
-            threshold is the value of the pair at which the cumulative sum reaches ``energy``. All pairs with at least
-            this value are removed.
+        energy: fraction of the trace to remove, in (0, 1). Pairs of eigenvectors are removed in the order of their
+            eigenvalue s_i a_j, largest first, until the removed eigenvalues add up to this fraction of the trace. Pairs
+            with the same eigenvalue as the last removed pair are also removed.
         dtype: dtype of the result. The decomposition is computed in fp64.
 
     Returns:
@@ -86,12 +86,12 @@ def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
 def project_low_curvature(delta: Tensor, curvature: Curvature) -> Tensor:
     """Remove the directions of high curvature from a change.
 
-    The result equals ``U_S ((U_Sᵀ D U_A) * M) U_Aᵀ``. D is the change. U_S and U_A contain all eigenvectors of the two
-    factors. M is 1 for pairs of low curvature and 0 for pairs of high curvature. The part that
-    belongs to the pairs of high curvature is smaller, so the function computes this part and subtracts it.
+    The result equals ``U_S ((U_Sᵀ D U_A) * M) U_Aᵀ``. D is the change. U_S contains all eigenvectors of the output
+    factor, and U_A those of the input factor. M is 1 for pairs of low curvature and 0 for pairs of high curvature. To
+    save time, the function computes only the part of D in the pairs of high curvature, and subtracts this part from D.
 
     Args:
-        delta: [out, in], the change, in the dtype of the curvature. Transpose the weight of a ``Conv1D``.
+        delta: [out, in], the change, in the dtype of the curvature. For a ``Conv1D``, pass the transposed change.
         curvature: from :func:`high_curvature`.
 
     Returns:

@@ -41,10 +41,10 @@ def step_toward(values: Tensor, target: Tensor) -> Tensor:
 
 
 def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the greatest storable value within ``radius`` of each entry.
+    """Return, for each entry, the smallest and the greatest value of the dtype within ``radius``.
 
-    After each step, it is then enough to clamp the weights to these bounds. If the radius is smaller than the spacing
-    of the dtype, both bounds are the reference.
+    To keep weights in the ball, clamp the weights to these bounds after each step. If the dtype has no other value
+    within ``radius`` of an entry, both bounds equal the entry.
 
     Args:
         reference: any shape, any float dtype.
@@ -96,7 +96,7 @@ def distance_squared(weight: Tensor, reference: Tensor) -> Tensor:
 def shrink(weight: Tensor, reference: Tensor, factor: float) -> Tensor:
     """Return ``reference + factor * (weight - reference)``, rounded towards the reference where necessary.
 
-    No entry is further from its reference than the result without rounding.
+    Rounding never increases the distance between an entry and its reference.
 
     Args:
         weight: any shape and float dtype.
@@ -119,7 +119,8 @@ def shrink(weight: Tensor, reference: Tensor, factor: float) -> Tensor:
 def shrink_factor(distance: float, radius: float) -> float:
     """Return the factor that scales a difference of norm ``distance`` to at most ``radius``.
 
-    A margin of 1e-12 keeps the result within the radius for any order of summation.
+    The factor includes a margin of 1e-12. With this margin, the norm of the scaled difference is at most ``radius``
+    for any order of summation.
     """
     return 1.0 if distance <= radius else radius / distance * (1.0 - 1e-12)
 

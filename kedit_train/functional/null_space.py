@@ -98,8 +98,8 @@ def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
     directions is smaller, the same result is computed as ``(D N) Nᵀ``.
 
     Args:
-        delta: [m, d], the change, in the dtype of the basis. The last dimension must belong to the layer's inputs.
-            Transpose the change of a ``Conv1D``.
+        delta: [m, d], the change, in the dtype of the basis. The last dimension must belong to the layer's inputs. For
+            a ``Conv1D``, pass the transposed change.
         space: from :func:`free_space`.
 
     Returns:

@@ -29,11 +29,12 @@ def overtone_target(
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
-        label_weight: weight of the one-hot label in the mixture, in [0, 1]; 1 is cross-entropy. The paper defines it in
-            the same way. For label smoothing, usually the weight of the uniform distribution is stated instead.
+        label_weight: weight of the one-hot label in the mixture, in [0, 1], as in the paper. With 1, the loss is
+            cross-entropy. The usual argument of label smoothing is different: it is the weight of the uniform
+            distribution.
         n_sigma: width of the filter in standard deviations of the logits; ``inf`` keeps every token.
-        vocab_size: size of the true vocabulary, if the output head has additional padded rows. Padded rows do not count
-            in the standard deviation and never pass the filter.
+        vocab_size: size of the true vocabulary, if the output head has more rows (vocabulary padding). The logits of
+            the padding do not count in the standard deviation and never pass the filter.
 
     Returns:
         The target [N, V] in fp32 (fp64 for fp64 logits), whether the mixture is used [N] bool, and the number of
@@ -86,7 +87,7 @@ def overtone(
         label_weight: weight of the one-hot label in the mixture, in [0, 1].
         epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.
         n_sigma: width of the filter in standard deviations of the logits; ``inf`` keeps every token.
-        vocab_size: size of the true vocabulary, if the output head has additional padded rows.
+        vocab_size: size of the true vocabulary, if the output head has more rows (vocabulary padding).
 
     Returns:
         The loss [N] in nats, and a bool tensor [N] that is True where the divergence is above ``epsilon``.
@@ -111,8 +112,8 @@ def overtone_statistics(
 ) -> tuple[Tensor, ...]:
     """Compute the OverTone loss of each token as :func:`overtone` does, and statistics of the targets.
 
-    Let t be the mixture, p the distribution of the model, and f the filtered distribution. Let Z and Z_f be the log
-    normalizers of p and f. KL(t || p) is a sum over tokens. Without the term of the label y, the sum is
+    Let t be the mixture, p the distribution of the model with the log normalizer Z, and f the filtered distribution
+    with the log normalizer Z_f. KL(t || p) is a sum over tokens. The terms of all tokens except the label y add up to
     ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``, because the logits cancel.
 
     Args:

@@ -12,7 +12,7 @@ def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
     Args:
         z: [n, V] logits.
         labels: [n] token ids.
-        size: number of entries of the true vocabulary. The output head may have additional padded rows.
+        size: number of entries of the true vocabulary. The output head may have more rows (vocabulary padding).
 
     Returns:
         The greatest logit [n, 1], the shifted logits of the true vocabulary [n, size], and the shifted logit of the
@@ -25,7 +25,7 @@ def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
 def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
     """Return ``logsumexp(z) - top`` [n], the log of the softmax denominator of the shifted logits.
 
-    The sum includes the logits of padded rows of the output head.
+    The sum includes the logits of vocabulary padding.
 
     Args:
         exponentials: [n, size], the exponentials of the shifted logits of the true vocabulary.
@@ -38,10 +38,12 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 
 
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
-    """Write the gradient into the vocabulary padding of ``out``, and ``z - top`` into its other columns.
+    """Write the logits ``z - top`` into the first ``size`` columns of ``out``, and gradients into the last columns.
+
+    The last columns belong to vocabulary padding. The gradient of a padding logit is the probability of the token.
 
     Args:
-        out: [n, V], written.
+        out: [n, V], overwritten.
         z: [n, V] logits.
         top: [n, 1], the greatest logit of the true vocabulary.
         log_z: [n], from :func:`log_normalizer`.
@@ -56,6 +58,6 @@ def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, si
 
 
 def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
-    """Subtract ``mass`` [n] from each row's entry of the label in ``out`` [n, V], and zero rows not in ``active``."""
+    """Subtract ``mass`` [n] from the label's entry in each row of ``out`` [n, V], and set inactive rows to zero."""
     out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))
     out.mul_(active.unsqueeze(-1))

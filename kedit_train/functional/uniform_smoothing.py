@@ -22,7 +22,7 @@ def uniform_target(
         logits: [N, V]; only the shape, dtype and device are used.
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the mixture, in [0, 1].
-        vocab_size: size of the true vocabulary, if the output head has additional padded rows. Padded rows get
+        vocab_size: size of the true vocabulary, if the output head has more rows (vocabulary padding). Padding gets
             probability 0.
 
     Returns:
@@ -52,7 +52,7 @@ def uniform(
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the target, in [0, 1].
         epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.
-        vocab_size: size of the true vocabulary, if the output head has additional padded rows.
+        vocab_size: size of the true vocabulary, if the output head has more rows (vocabulary padding).
 
     Returns:
         The loss [N] in nats, and a bool tensor [N] that is True where the divergence is above ``epsilon``.

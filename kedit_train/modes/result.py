@@ -26,7 +26,8 @@ class Checkpoint:
     Args:
         edits: number of edits so far.
         report: the report on all edits so far, with the unedited model's scores.
-        latest: reliability of only the newest edits, which the last call of ``train`` trained for the first time.
+        latest: reliability on the newest edits only. The newest edits are those that the last call of ``train``
+            trained for the first time.
         capability: general ability of the model. None if not measured.
         seconds: training time so far, in seconds.
     """
@@ -38,7 +39,7 @@ class Checkpoint:
     seconds: float
 
     def scores(self) -> dict[str, Score]:
-        """Return a dict from name to score, with the measured scores of the retention curve."""
+        """Return the scores of the retention curve as a dict from name to score, without unmeasured scores."""
         scores = {"reliability": self.report.metrics["reliability"]["generated"], "latest": self.latest}
         scores |= {name: self.report.metrics[name]["generated"] for name in QUESTIONS[1:]}
         scores |= self.capability.scores() if self.capability is not None else {}
@@ -142,11 +143,11 @@ class ModeResult:
 def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[str]) -> Path:
     """Plot reliability, generality, locality and agreement over the number of edits.
 
-    Bands are 95 % intervals over edits. A curve with a single checkpoint has a bar instead of a band. Hollow markers in
-    the first panel show the reliability of only the newest edits.
+    Bands show 95 % confidence intervals over edits. If a curve has a single checkpoint, a bar shows the interval.
+    Hollow markers in the first panel show the reliability on the newest edits only.
 
     Args:
-        results: dict from the label of a curve to the result.
+        results: dict from the label of a curve to the :class:`ModeResult` that the curve shows.
         path: a ``.png`` file.
 
     Returns:

@@ -24,8 +24,8 @@ PANELS = {
 def draw_retention_curve(curves: Mapping[str, RetentionScores], path: str | os.PathLike[str]) -> Path:
     """Plot scores over the number of edits, one panel per score, one curve per label.
 
-    Bands are 95 % intervals over edits. A curve with a single checkpoint has a bar instead of a band. Hollow markers in
-    the first panel show the reliability of only the newest edits.
+    Bands show 95 % confidence intervals over edits. If a curve has a single checkpoint, a bar shows the interval.
+    Hollow markers in the first panel show the reliability on the newest edits only.
 
     Args:
         curves: nested dicts. ``curves[label][number of edits][score name]`` is a score.

@@ -56,8 +56,9 @@ def run_edits(
     - "streaming": one training after another. Each training is on the next ``edits_per_step`` edits and on replayed
       previous edits.
 
-    Always name the mode when you report a result. For example, the same fine-tuning on the same 1,000 facts has a
-    reliability of 75 % in sequence and of 99 % in shuffled batches over all facts (see References, table 1).
+    When you report a result, name the mode, because the scores depend on the mode. In table 1 of the paper (see
+    References), fine-tuning on 1,000 facts in sequence has a reliability of 75 %. Fine-tuning on shuffled batches of
+    the same facts has a reliability of 99 %.
 
     Args:
         model: a causal language model. The model is edited in place, except with "single", which restores it.
@@ -69,16 +70,16 @@ def run_edits(
             None: :class:`~kedit_train.modes.TrainLoop` with default arguments.
         edits_per_step: new edits per schedule step, for "sequential" (default 1) and "streaming" (default 100).
         replay: number of previous edits that "streaming" replays in each step. None: all previous edits.
-        checkpoints: the numbers of edits after which all edits so far are evaluated, for "sequential" and "streaming".
-            The evaluation runs at the end of the schedule step that reaches the number. The model is always evaluated
+        checkpoints: numbers of edits, for "sequential" and "streaming". When a schedule step reaches one of these
+            numbers, the model is evaluated on all edits so far at the end of the step. The model is always evaluated
             after the last edit.
         options: what to measure and how to prompt. None: ``EvaluationOptions()``.
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
         capability: measures general ability before the edits and at each checkpoint. It must be None for "single".
         wandb_run: the run that ``wandb.init`` returned. ``retention/*`` is logged over the number of edits. At the end,
             the curve, the answers, the scores by target token and the result (as an artifact) are logged.
-        seed: seed of the replay, of the bootstrap, and of torch in each schedule step. Each step starts from its own
-            seed. torch's random state outside ``run_edits`` is preserved.
+        seed: seed for the replay, for the bootstrap and for torch. Each schedule step sets a torch seed of its own,
+            which is computed from ``seed``. The training does not change torch's random state outside ``run_edits``.
         progress: show progress bars in a terminal.
 
     Returns:
@@ -164,8 +165,8 @@ def _check(
         raise EditError("options.distributed must be False, because run_edits runs in one process; set it to False.")
     if any(count < 1 for count in checkpoints):
         raise EditError(
-            "each value in checkpoints must be an integer >= 1 (the number of edits after which all edits so far are "
-            f"evaluated), got {tuple(checkpoints)}; for example checkpoints=(1, 10, 100)."
+            f"each value in checkpoints must be an integer >= 1 (a number of edits), got {tuple(checkpoints)}; for "
+            "example, checkpoints=(1, 10, 100) evaluates the model after 1, 10 and 100 edits."
         )
     if mode != "single":
         return
@@ -181,7 +182,7 @@ def _check(
         if getattr(callback, "sequential", False):
             raise EditError(
                 f"{type(callback).__name__} must have sequential=False for mode 'single', because each edit starts "
-                "from the unedited model."
+                "from the unedited model; set sequential=False, or use another mode."
             )
 
 
@@ -230,11 +231,14 @@ class _Run:
             torch.manual_seed(seed)
             returned = self.train(self.model, EditDataset([self.edits[i] for i in numbers], name=self.edits.name))
         if isinstance(returned, nn.Module) and returned is not self.model:
-            raise EditError("train(model, edits) must change the model in place, but it returned another model.")
+            raise EditError(
+                "train(model, edits) must change the model in place, but it returned another model; train the given "
+                "model, and return this model or None."
+            )
         return time.perf_counter() - started
 
     def report_so_far(self, step: ScheduleStep, unedited: Report) -> tuple[Report, Score]:
-        """Return the report on all edits so far, and the reliability of only the newest edits."""
+        """Return the report on all edits so far, and the reliability on the newest edits only."""
         part = self.edits[: step.seen]
         report = self.evaluate(part, _part_of(unedited, part, self.seed))
         newest = {self.edits[i].id for i in step.new}

@@ -30,9 +30,10 @@ class SurveyMetrics:
         locality: fraction of other prompts with an unchanged answer.
         generality: fraction of rephrased prompts with the new answer.
         portability: fraction of right answers to questions that follow from the edit.
-        retainability: change of accuracy with each further edit in a sequence. The best value is 0.
+        retainability: mean change of accuracy per additional edit in a sequence. The best value is 0.
         scalability: accuracy of edits made one by one minus accuracy of all edits made at once. The best value is 0.
-        sources: dict from metric to the mode (or modes) of the results from which the metric was computed.
+        sources: dict from metric name to the mode of the result that gave the metric, for example "batch". The value is
+            "single, batch" if two results gave the metric, and "–" if no result gave the metric.
 
     References:
         Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
@@ -77,7 +78,7 @@ class SurveyMetrics:
 def survey(*results: ModeResult) -> SurveyMetrics:
     """Compute the six metrics of :class:`SurveyMetrics` from one or more results on the same edits.
 
-    Accuracy, locality, generality and portability are taken from the first result, after all edits. Retainability
+    Accuracy, locality, generality and portability come from the last checkpoint of the first result. Retainability
     needs a result of the mode "sequential" (or "streaming") with at least two checkpoints. Scalability needs results of
     the modes "single" and "batch".
 
@@ -132,7 +133,7 @@ def _check_comparable(results: tuple[ModeResult, ...]) -> None:
         raise EditError("results must contain at least one result of run_edits, got none.")
     if len({result.mode for result in results}) < len(results):
         raise EditError(
-            "results must contain at most one result per mode, got several for one mode; leave out all but one of them."
+            "results must contain at most one result per mode, got several for one mode; pass one result for each mode."
         )
     for name in ("data_hash", "model", "settings"):
         if any(result.meta[name] != results[0].meta[name] for result in results):
@@ -166,7 +167,8 @@ def retainability(accuracy: Mapping[int, float]) -> float:
     first, last = min(accuracy), max(accuracy)
     if first == last:
         raise EditError(
-            "accuracy must have values after at least two numbers of edits, got one; evaluate at more checkpoints."
+            "accuracy must have at least two entries (one for each number of edits), got one; evaluate at more "
+            "checkpoints."
         )
     return (accuracy[last] - accuracy[first]) / (last - first)
 

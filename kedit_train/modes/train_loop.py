@@ -29,9 +29,10 @@ class ExampleOptions:
     Args:
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question".
         append_eos: append the end-of-text token to every target.
-        extra_edits: additional training examples: a list of edits, or a function that returns such a list. The function
-            is called with the edits of each training (see ``kedit_train.augmentation.augmentation``). Additional
-            examples count in the batch size and in the loss for ``stop_loss``.
+        extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
+            called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates
+            such a function. The additional edits count in the batch size and in the loss that is compared with
+            ``stop_loss``.
 
     Example:
         >>> from kedit_train.modes import ExampleOptions
@@ -50,22 +51,23 @@ class ExampleOptions:
 class TrainLoop:
     """A training function ``train(model, edits)`` that trains on shuffled batches with callbacks.
 
-    Training stops early when the mean loss of an epoch falls below ``stop_loss``. The model is trained in
-    the mode that it has (training or evaluation).
+    Training stops early when the mean loss of an epoch falls below ``stop_loss``. The training function does not switch
+    the model between training mode and evaluation mode.
 
     Args:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
-            down-projection late in the model. If ``run_edits`` trains in several schedule steps, the callbacks start
-            anew in each step. Their reference model is then the model at the start of the step. There are exceptions:
-            ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep their reference across steps if
-            ``sequential=True``. ``NormBall`` and ``WeightAnchor`` use the weights before the first step, unless
-            ``anchor="previous"`` is set.
+            down-projection late in the model. If ``run_edits`` trains in several schedule steps, the callbacks are
+            reset in each step, and the reference model is the model at the start of the step. There are exceptions:
+            with ``sequential=True``, the callbacks ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep the
+            reference from step to step. Without ``anchor="previous"``, the callbacks ``NormBall`` and ``WeightAnchor``
+            use the weights before the first step.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.
         stop_loss: stop when the mean loss of an epoch is below this value. 0: run all epochs.
-        optimizer: creates an optimizer in each call, as ``optimizer(parameters, lr=learning_rate)``.
+        optimizer: class or function that creates the optimizer. Each training calls
+            ``optimizer(parameters, lr=learning_rate)``.
         examples: options for turning edits into training examples. None: ``ExampleOptions()``.
 
     Raises:

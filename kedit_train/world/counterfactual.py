@@ -31,13 +31,13 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
 
     * ``prompt``: an incomplete sentence that the bundled model was trained to complete with the old answer.
     * ``rephrases``: three other incomplete sentences and two questions about the same fact.
-    * ``locality``: questions about other facts of the subject (``same_subject``), about other subjects with the same
-      old answer in the same wording (``neighbour``), and about other relations of other subjects (``unrelated``). No
-      question is about a fact that an edit of the list changes.
-    * ``portability``: wordings that no training document contains (``held_out_wording``), and questions with the edited
-      fact as the first hop (``two_hop``) or as the second hop (``two_hop_last``). Their answers change with the edit.
+    * ``locality``: prompts about facts that no edit of the list changes. ``same_subject`` asks about other facts of the
+      edited subject. ``neighbour`` has the wording of ``prompt`` and asks about other subjects with the same old
+      answer. ``unrelated`` asks about other relations of other subjects.
+    * ``portability``: prompts whose answers change with the edit. ``held_out_wording`` has wordings that no training
+      document contains. ``two_hop`` has the edited fact as the first hop, and ``two_hop_last`` as the second hop.
 
-    The probes of an edit depend on all edits of the list. So ``edits(2)`` is not the beginning of ``edits(4)``.
+    The probes of an edit depend on all edits of the list. So ``edits(2)`` differs from ``edits(4)[:2]``.
 
     Args:
         n: number of edits.
@@ -65,10 +65,10 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
 def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0) -> list[str]:
     """Return bundled texts that stay true after the edits, for a locality penalty.
 
-    Half of the texts have the wordings of the edits' prompts but state other facts. Side effects of edits appear first
-    in such texts. A quarter of the texts state any facts, including two-hop facts, in any trained wording. A quarter of
-    the texts are training prose. No text states a fact that an edit changes, that follows from a changed fact, or that
-    a probe or rephrase asks about. The texts contain no special tokens.
+    Half of the texts have the wording of an edit's prompt but state another fact. Side effects of edits appear first
+    in such texts. A quarter of the texts state one-hop or two-hop facts in any trained wording. A quarter of the texts
+    are training prose. The texts do not state facts that an edit changes, facts that follow from a changed fact, or
+    facts that a probe or rephrase asks about. The texts contain no special tokens.
 
     Args:
         exclude: the edits.
@@ -111,7 +111,7 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Return the texts that state no fact that the edits change or ask about.
+    """Leave out texts on facts that the edits change or ask about, and return all other texts.
 
     Args:
         texts: texts that :func:`locality_texts` returned for previous edits.
@@ -137,11 +137,11 @@ def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
 
 
 def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
-    """Return one prompt for each fact that the edits leave unchanged, in random order, for a replay buffer.
+    """Return prompts about facts that the edits leave unchanged, for a replay buffer.
 
-    If a fact has the same relation as an edit, its prompt has the wording of an edit's prompt in about half of the
-    cases. All other prompts use any trained wording. No prompt asks about an edited subject, or about a fact that
-    :func:`locality_texts` leaves out.
+    There is one prompt per fact, in random order. For about half of the facts with the same relation as an edit, the
+    prompt has the wording of that edit's prompt. All other prompts have any trained wording. No prompt asks about an
+    edited subject, or about a fact that :func:`locality_texts` leaves out.
 
     Args:
         exclude: the edits.
@@ -178,7 +178,8 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
         open_relations = [r for r in RELATIONS if len(waiting[r.subject]) > spare[r.subject]]
         if not open_relations:
             raise EditError(
-                f"n must be at most {len(chosen)} (so many subjects can be edited), got {n}; lower n", "edits"
+                f"n must be at most {len(chosen)} (the number of subjects that can be edited), got {n}; lower n",
+                "edits",
             )
         for relation in shuffled(rng, open_relations):
             if len(chosen) < n and len(waiting[relation.subject]) > spare[relation.subject]:
@@ -268,7 +269,7 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
         if edit.prompt not in prompts:
             raise EditError(
                 f"edit {edit.id or edit.prompt!r} is not about a fact of the bundled model, so the bundled texts and "
-                "prompts do not fit; give your own texts or prompts"
+                "prompts do not fit; pass your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])
         kinds = (*edit.locality.values(), *edit.portability.values())

@@ -80,12 +80,12 @@ class World:
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
-    """Return one of ``items`` with equal probability. Unlike ``rng.choice``, it never depends on the Python version."""
+    """Return one of ``items`` with equal probability. The result is the same in all Python versions."""
     return items[int(rng.random() * len(items))]
 
 
 def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
-    """Return ``items`` in random order. Unlike ``rng.shuffle``, it never depends on the Python version."""
+    """Return ``items`` in random order. Unlike ``rng.shuffle``, the result is the same in all Python versions."""
     return [items[i] for _, i in sorted((rng.random(), i) for i in range(len(items)))]
 
 

@@ -223,7 +223,7 @@ def test_a_scope_with_a_bias_is_refused(make, words):
 
 def test_texts_that_use_all_directions_are_refused(make, words):
     texts = [f"w{i} w{i + 1}" for i in range(50)]
-    with pytest.raises(EditError, match=r"the texts use all 16 input directions .* could not move; use a lower energy"):
+    with pytest.raises(EditError, match=r"all 16 input directions of .* could not move; use a lower energy"):
         attach(make(), words, NullSpace(texts, energy=1.0), ParameterScope(1, modules="q_proj"))
 
 

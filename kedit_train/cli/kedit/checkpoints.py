@@ -26,7 +26,7 @@ def folder_of(name: str) -> Path:
     """Return the folder of a checkpoint. A hub model is downloaded unless it is in the cache.
 
     Raises:
-        EditError: neither a folder nor a model on the hub has this name.
+        EditError: the name is a file, or it is not a folder and cannot be loaded from the hub.
     """
     folder = Path(world_or(name))
     if folder.is_dir():
@@ -41,8 +41,8 @@ def folder_of(name: str) -> Path:
     except (OSError, HFValidationError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EditError(
-            f"model {name!r} is neither a folder nor a model on the hub ({reason.partition('. ')[0][:200]}); give the "
-            "folder of a checkpoint, a hub name, or 'world'."
+            f"model {name!r} is not a folder and cannot be loaded from the hub ({reason.partition('. ')[0][:200]}); "
+            "give the folder of a checkpoint, an available hub name, or 'world'."
         ) from error
 
 
@@ -90,8 +90,8 @@ def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
         return model.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise EditError(
-            f"the model cannot be moved to --device {device} ({str(error).splitlines()[0][:200]}); remove the option, "
-            "or use --device cpu."
+            f"the model cannot be moved to --device {device} ({str(error).splitlines()[0][:200]}); use another device, "
+            "for example --device cpu."
         ) from error
 
 

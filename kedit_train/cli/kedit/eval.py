@@ -67,7 +67,10 @@ def run(args: Namespace) -> int:
     model, delta_file = args.model, args.delta
     if Path(model).is_file():
         if delta_file is not None or args.against is None or _is_report(args.against):
-            raise EditError(f"{model} is a file; to evaluate a delta file, use kedit eval DELTA EDITS --against BASE")
+            raise EditError(
+                f"MODEL must be a folder or a hub name, got the file {model}; to evaluate a delta file, use kedit eval "
+                "DELTA EDITS --against BASE, with a model as BASE and without --delta."
+            )
         model, delta_file, args.against = args.against, model, None
     if delta_file is not None and args.against not in (None, model):
         raise EditError(
@@ -125,8 +128,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         before = Report.load(args.against)
         if args.full:
             raise EditError(
-                f"--full needs the base model, but --against names the report {args.against}; give --against BASE, or "
-                "remove --full."
+                f"--full needs the base model, but --against is the report {args.against}; give the base model instead "
+                "of the report (--against BASE), or remove --full."
             )
     elif args.against is not None and delta is None:
         _same_architecture(args.against, name, args.trust_remote_code)
@@ -171,8 +174,8 @@ def _same_architecture(base: str, model: str, trust: bool) -> None:
         old, new = (getattr(config.get_text_config(), key, None) for config in configs)
         if old != new:
             raise EditError(
-                f"{base} is not the base of {model}, because {key} is {old} in {base} and {new} in {model}; give the "
-                "model before the edit with --against."
+                f"{base} is not the base of {model}, because {key} is {old} in {base} and {new} in {model}; use "
+                "--against BASE, where BASE is the model before the edit."
             )
 
 

@@ -17,9 +17,10 @@ PANELS, BLOCKS = 6, 128
 
 
 def heat_map(delta: Any, path: Path) -> Path:
-    """Write a PNG with one heat map for each of the matrices that changed most, at most six.
+    """Write a PNG with heat maps of the matrices with the largest changes. Up to six matrices are shown.
 
-    If more tensors changed, an overview at the top shows the norm of each tensor's change by layer and module.
+    If the delta changes tensors without a heat map, an overview at the top shows the norm of the change of every
+    tensor, by layer and module.
 
     Args:
         delta: an :class:`~kedit_train.delta.EditDelta`.

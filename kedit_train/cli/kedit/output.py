@@ -57,11 +57,11 @@ def new_path(path: str, *, force: bool = False, ending: str | None = None) -> Pa
 
     Args:
         path: the path from the command line.
-        force: allow a file that exists already. The caller will replace the file.
+        force: whether the file may exist already. The caller then replaces the file.
         ending: the required ending of the file name, such as ".png". None (default) allows any ending.
 
     Raises:
-        EditError: the path is a folder, exists already, or has another ending.
+        EditError: the path is a folder, the file exists already and ``force`` is False, or the ending is wrong.
     """
     file = Path(path)
     if ending is not None and file.suffix != ending:

@@ -69,7 +69,8 @@ def run(args: Namespace) -> int:
 def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
     """Return norms, ranks and other measures of the change of one tensor.
 
-    A measure is None if the tensor contains integers, or if the delta lacks the values that the measure needs.
+    The norms and ranks are None for a tensor of integers. A measure is also None if it cannot be computed from the
+    values that the delta stores.
     """
     import torch
 

@@ -74,7 +74,7 @@ def _kind(path: Path) -> str:
 
 
 def check(path: Path) -> list[str]:
-    """Parse a file as ``fit --config`` does, and build its callbacks so that they check their arguments.
+    """Parse a file as ``fit --config`` does, and build the callbacks to check the arguments of the callbacks.
 
     Returns:
         The names of the callbacks.

@@ -48,13 +48,13 @@ def parse_bytes(size: int | str, component: str | None = None) -> int:
 
 
 class HiddenStateStore:
-    """Stores CPU tensors of any shape by key, in memory or on disk, and never evicts a tensor.
+    """Store CPU tensors of any shape by key, in memory or on disk. No tensor is evicted.
 
     Args:
-        memory_limit: maximum size of the tensors in memory, in bytes.
-        cache_dir: directory for tensors that exceed ``memory_limit``. Each call of :meth:`add` writes one safetensors
-            file into a subdirectory that only this process uses. :meth:`close` removes the subdirectory. With None,
-            tensors that exceed ``memory_limit`` are not stored.
+        memory_limit: maximum total size of the tensors in memory, in bytes.
+        cache_dir: directory for tensors that no longer fit in memory. A call of :meth:`add` with such tensors writes
+            one safetensors file into a subdirectory that only this process uses. :meth:`close` removes the
+            subdirectory. With None, tensors that no longer fit in memory are not stored.
 
     Attributes:
         memory_bytes: bytes in memory now.

@@ -99,9 +99,9 @@ def find_prefix(
         forward: runs the model once.
 
     Raises:
-        EditError: the model does not have exactly one stack of layers that pass hidden states to each other. The error
-            is also raised if layer 0 is trained, or if the modules before the first trained layer use a trained or
-            sharded parameter.
+        EditError: the model does not have exactly one stack of layers in which each layer passes hidden states to the
+            next layer. The error is also raised if layer 0 is trained, or if a module that runs before the first
+            trained layer uses a trained parameter or a sharded parameter.
     """
     trace, name = _Trace(), type(model).__name__
     with trace.recording(model):
@@ -135,9 +135,8 @@ def find_prefix(
         if key in before or key not in after:
             use = f"is used before layer {cut}" if key in before else "belongs to no module that was called"
             raise EditError(
-                f"{names[key]} is trained and {use}, so the hidden states of the frozen layers may change in every "
-                "step (a tied output head is also the embedding); remove PrefixCache, or remove the parameter from "
-                "the scope."
+                f"{names[key]} is trained and {use}, so every step may change the output of the frozen layers (a tied "
+                "output head is also the embedding); remove PrefixCache, or remove this parameter from the scope."
             )
     sharded = next((names[key] for key, p in before.items() if isinstance(p, DTensor)), None)
     if sharded is not None:

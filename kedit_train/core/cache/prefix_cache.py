@@ -44,23 +44,23 @@ class _Call:
 
 
 class FrozenPrefix:
-    """Hooks that skip the frozen layers of a model if ``store`` contains their output.
+    """Hooks that skip the frozen layers of a model if ``store`` contains the output of these layers.
 
     Args:
         model: the causal language model.
         prefix: the frozen layers, as returned by :func:`find_prefix`.
         store: keeps hidden states [tokens, d] for each sequence, in the dtype of the layer outputs.
-        recheck: number of batches to serve from the store before one batch runs in full and is compared with the
-            store; 0 disables the comparison.
+        recheck: number of batches with skipped layers after which all layers run for one batch. The output of the
+            frozen layers for that batch is compared with the store. 0 disables the comparison.
         ignores_padding: function that returns True if nothing reads the hidden states of padding in the current
             forward pass. The result is used only for forward passes without labels.
 
     Attributes:
         active: the hooks do nothing until this is True.
         sequences: number of sequences in forward passes with gradients.
-        served: number of these sequences for which no frozen layer ran.
-        bypassed: number of forward passes that could not use the store.
-        seconds_saved: time saved, in seconds, estimated from the measured time per token of the frozen layers.
+        served: number of sequences, out of ``sequences``, for which the frozen layers were skipped.
+        bypassed: number of forward passes for which the store could not be used.
+        seconds_saved: seconds saved, estimated from the measured time per token of the frozen layers.
         compiled: True after torch.compile has traced a forward pass. Compiled forward passes are not cached.
     """
 
@@ -115,8 +115,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: the logits differ. The reason is that a later module reads more than the hidden states of the
-                frozen layers.
+            EditError: the logits differ. The reason is that a later module reads other results of the frozen layers
+                in addition to the hidden states.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served
@@ -131,8 +131,8 @@ class FrozenPrefix:
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
                 f"the logits of {type(self.model).__name__} change when the layers below layer {self.prefix.cut} are "
-                "skipped, because a later module reads more than the hidden states of these layers; remove "
-                "PrefixCache.",
+                "skipped, because PrefixCache stores only hidden states, and a later module also reads other results "
+                "of these layers; remove PrefixCache.",
                 component=_COMPONENT,
             )
 

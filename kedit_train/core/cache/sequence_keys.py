@@ -64,7 +64,7 @@ def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:
 
 
 def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor) -> list[str]:
-    """Return one key per example from its token ids and labels, without padding.
+    """Return one key per example: a hash of the example's token ids and labels without padding.
 
     Args:
         input_ids: [B, S].
@@ -76,13 +76,14 @@ def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor) -> list[str
 
 
 def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
-    """Return one key per example from everything that determines the hidden states at its supervised tokens.
+    """Return one key per example: a hash of the inputs that the hidden states of the supervised tokens depend on.
 
-    A key does not depend on the other examples of the batch. It depends on padding only in two cases:
+    The key of an example does not depend on the other examples of the batch. The key depends on padding only in two
+    cases:
 
-    - If ``position_ids`` are not given, the model counts positions itself, so the amount of left padding changes the
+    - If ``position_ids`` are not given, the model computes the positions, so the amount of left padding changes the
       key.
-    - If a supervised token of the example is predicted from padding, all padding of the example changes the key.
+    - If the position before a supervised token is padding, all padding of the example changes the key.
 
     Args:
         inputs: the arguments of the model's forward call by name. Tensors have one entry per example. All other

@@ -16,11 +16,11 @@ Anchor = Literal["base", "previous"]
 
 
 class AnchorWeights:
-    """Stores the value that each weight in the scope had before the first run, or before the current run.
+    """Stores the value of each weight in the scope, from before the first run or from before the current run.
 
     Args:
-        anchor: "base" keeps the stored values for later runs on the same model. "previous" stores new values in each
-            run. In both cases, the stored values are deleted when a run trains another model.
+        anchor: "base" keeps the value from before the first run that trained the weight. "previous" replaces the stored
+            values in every run. In both cases, the stored values are deleted when a run trains another model.
     """
 
     def __init__(self, anchor: Anchor) -> None:
@@ -62,14 +62,14 @@ class AnchorWeights:
         return stored
 
     def register(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
-        """Register new weights and move the stored values to the device of the weights.
+        """Store the values of new weights, and move all stored values to the device of the weights.
 
-        Call this method only from the first optimizer step on, because another callback may change the reference values
-        before that step.
+        A new weight is a weight that has no stored value. Do not call this method before the first optimizer step,
+        because another callback may change the reference values until then.
 
         Args:
-            weights: name -> weight, possibly sharded (FSDP2). A stored value is sharded in the same way.
-            reference: name -> value before the current run. The values of new weights are stored.
+            weights: name -> weight, possibly sharded (FSDP2). The value of a sharded weight is sharded in the same way.
+            reference: name -> value of the weight before the current run.
         """
         self._reference = reference
         for name, weight in weights.items():

@@ -59,9 +59,10 @@ class ChangeProjection:
         return constrained
 
     def leak(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float | None:
-        """Return the norm of the change in the removed directions divided by the norm of the whole change.
+        """Return how much of the weight change lies in the removed directions, as a ratio of two norms.
 
-        Each norm is taken over all weights together. The result is None if no weight has changed.
+        The ratio is the norm of the part of the change that lies in the removed directions, divided by the norm of the
+        whole change. Each norm is taken over all weights together. The result is None if no weight has changed.
         """
         removed, total = 0.0, 0.0
         for name in self.subspaces:

@@ -37,9 +37,9 @@ def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0)
     sampled from the model. The text's own labels would give the "empirical" Fisher, which is a different quantity
     (arXiv 1905.12558).
 
-    The gradient of each example is squared before the sum over examples. Within an example, the gradients of all
-    positions are summed first. The labels are sampled independently and the gradient at each position has mean zero, so
-    the square of this sum is an unbiased estimate of the sum of the squared gradients.
+    For each example, the gradients of all positions are summed, and this sum is squared. The squares are then added
+    over all examples. The square of the sum over positions is an unbiased estimate of the sum of the squared gradients,
+    because the labels are sampled independently and the gradient at each position has mean zero.
 
     Args:
         run: the current run. The information is computed for the parameters in its scope.

@@ -17,9 +17,10 @@ def project_gradients(
 ) -> list[Any]:
     """Replace the gradient of each weight by its projection after every backward pass.
 
-    The projection keeps Adam's second moments free of gradient components that the constraint removes anyway. Without
-    the projection, these components never shrink and determine the step size of all other components. The projection
-    alone does not constrain the weights, because Adam rescales each entry and its step leaves the projected space.
+    The projection removes gradient components along directions in which the constraint allows no change. Without the
+    projection, these components would stay large, enter Adam's second moments and determine the step size of all other
+    components. The projection alone does not constrain the weights: Adam rescales each entry of the gradient, so a step
+    of Adam can leave the projected space.
 
     Args:
         layers: name -> linear layer of the weight.

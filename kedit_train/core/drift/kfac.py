@@ -72,8 +72,9 @@ def kfac_factors(
 ) -> KFACFactors:
     """Compute the K-FAC factors of every layer, with labels sampled from the model's own distribution.
 
-    The labels of the texts themselves would give the empirical Fisher matrix, which is a different matrix. The random
-    number of each token is drawn in advance, so neither the batch size nor the number of processes changes the labels.
+    If the labels were taken from the texts, the result would be the empirical Fisher matrix, which is a different
+    matrix. One random number per token is drawn before the first batch. The sampled labels therefore do not depend on
+    the batch size or on the number of processes.
 
     Args:
         run: the current run.

@@ -65,8 +65,8 @@ def load_factors(
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
         if metadata.get(subject) != fingerprint:
             raise EditError(
-                f"the file at factors_path={str(path)!r} was computed for other {subject} than those of this run; use "
-                f"another path, or {_RETRY}."
+                f"the file at factors_path={str(path)!r} was computed for other {subject} than those of this run "
+                f"(another seed counts as other texts); use another path, or {_RETRY}."
             )
     factors = KFACFactors({}, {})
     for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):

@@ -28,7 +28,7 @@ class LinearLayer:
     transposed: bool
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Convert the weight or its change from the stored layout to [out, in]. A second call converts it back."""
+        """Convert a weight, or a change of a weight, from the stored layout to [out, in], or from [out, in] back."""
         return weight.T if self.transposed else weight
 
 

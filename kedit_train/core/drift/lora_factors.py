@@ -12,9 +12,8 @@ from kedit_train.errors import EditError
 def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
     """Find the LoRA adapters whose two factors A and B are both in the scope.
 
-    If B is zero at the start, the adapter changes the weight by ``B A``. The rows of this change are linear
-    combinations of the rows of A. If a projection keeps the rows of A in a subspace, the rows of the change stay in it
-    too.
+    If B is zero at the start, training changes the weight by ``B A``. Each row of ``B A`` is a linear combination of
+    the rows of A. If a projection keeps the rows of A in a subspace, the rows of ``B A`` are in this subspace too.
 
     Returns:
         A dict from the name of each A factor to the name of its B factor.
@@ -26,8 +25,9 @@ def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str
     for partner in pairs.values():
         if bool(run.reference[partner].any()):
             raise EditError(
-                f"{partner} is not zero, so the adapter already changes the model, and outputs would not be preserved "
-                "if both LoRA factors were trained; merge the adapter and add a new adapter, or train only one factor."
+                f"{partner} is not zero, so the adapter already changes the model. Training both factors of this LoRA "
+                "adapter would not preserve the outputs; merge the adapter and add a new adapter, or train only one "
+                "factor."
             )
     for name, module in run.model.named_modules():
         if getattr(module, "lora_magnitude_vector", None) and any(layer.startswith(f"{name}.") for layer in layers):

@@ -53,8 +53,9 @@ class Batch:
         flat = values.ndim == 2 and len(values) == self.mask.numel()
         if values.shape[:-1] != self.mask.shape and not flat:
             raise EditError(
-                f"the module of {name} reads a tensor of shape {tuple(values.shape)}, but the model was given a batch "
-                f"of shape {tuple(self.mask.shape)}, so padding cannot be recognized; set batch_size=1."
+                f"the module of {name} reads a tensor of shape {tuple(values.shape)}, which does not have one vector "
+                f"per token of the batch of shape {tuple(self.mask.shape)}, so vectors of padding cannot be removed; "
+                "set batch_size=1 to avoid padding."
             )
         return vectors[self.mask.flatten()]
 
@@ -108,7 +109,7 @@ def find_text_model(run: EditRun) -> nn.Module:
             return module
         queue.extend(module.children())
     raise EditError(
-        f"{type(run.root).__name__} has no module that reads token ids, so the model cannot read texts; pass texts= as "
+        f"{type(run.root).__name__} has no module that reads token ids, so the model cannot read texts; set texts= to "
         "a list of the model's inputs (tensors, or tuples or mappings of tensors)."
     )
 

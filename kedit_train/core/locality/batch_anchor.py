@@ -29,9 +29,9 @@ class AnchorTerm:
 
     The class implements :class:`~kedit_train.core.tokens.interfaces.TokenTerm`.
 
-    When an example is seen for the first time, one forward pass of the model before the edit computes its reference
-    hidden states. The hidden states are stored by the content of the example, so later epochs need no second forward
-    pass.
+    When an example is seen for the first time, one forward pass of the model before the edit computes the reference
+    hidden states of the example. These hidden states are stored under a hash of the example's content, so later epochs
+    need no second forward pass.
 
     Args:
         run: the run. It must keep the weights before the edit while the term is in use.
@@ -51,8 +51,9 @@ class AnchorTerm:
     def __init__(self, run: EditRun, *, weight: float, direction: Direction, cache: ReferenceCache) -> None:
         if any(isinstance(p, DTensor) for p in run.model.parameters()):
             raise EditError(
-                "FSDP2 is not supported, because the model before the edit must run inside the forward pass, where the "
-                "sharded parameters cannot be accessed; use DDP or a single process, or use KLLocality with texts."
+                "FSDP2 is not supported, because BatchAnchor runs the model before the edit during each forward pass, "
+                "and sharded parameters cannot be accessed at that time; use DDP or a single process, or use "
+                "KLLocality with texts."
             )
         self.run, self.head = run, run.head()
         self.weight, self.dtype = weight, cache.torch_dtype
@@ -117,8 +118,8 @@ class AnchorTerm:
         self.store.add(states)
         if self.store.left_out > left_out == 0:
             warn(
-                "memory_limit of the ReferenceCache is reached, so further examples need a second forward pass in "
-                "every step; set cache_dir or a higher memory_limit."
+                "memory_limit of the ReferenceCache is reached, so the hidden states of further examples are not "
+                "stored but computed again in every step; set cache_dir or raise memory_limit."
             )
         known = [key for key in dict.fromkeys(keys) if key not in states]
         states |= dict(zip(known, self.store.get(known) or (), strict=True))
@@ -142,8 +143,9 @@ def _per_example(name: str, value: Any, examples: int) -> Any:
         if isinstance(value, bool | int | float | str):
             return value
         raise EditError(
-            f"the model is called with {name}, a {type(value).__name__}, but BatchAnchor can only compare tensors, "
-            "numbers and strings between epochs; remove this argument, or use KLLocality with texts."
+            f"the model is called with the argument {name} of type {type(value).__name__}, but BatchAnchor can "
+            "identify examples only if all arguments are tensors, numbers or strings; remove this argument, or use "
+            "KLLocality with texts."
         )
     # A single example may have tensors of another length, such as the starts of its packed sequences.
     if examples == 1 or (value.ndim and value.shape[0] == examples):

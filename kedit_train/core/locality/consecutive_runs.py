@@ -26,7 +26,8 @@ def continues_run(previous_model: weakref.ref[nn.Module] | None, run: EditRun) -
         return True
     warn(
         "sequential=True, but this run trains another model object than the previous run. The data of earlier runs is "
-        "discarded, and this run counts as the first run; train the same model object, or create a new callback."
+        "discarded, and this run counts as the first run; train the same model object in every run, or create a new "
+        "callback for each model."
     )
     return False
 

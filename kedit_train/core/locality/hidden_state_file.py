@@ -20,7 +20,7 @@ Batch = tuple[Sequence[int], Sequence[Tensor]]
 
 
 class ReferenceStates:
-    """Tensors stored for every token: hidden states, or a teacher's top-k log probabilities and token ids.
+    """Tensors with one entry per token: hidden states, or a teacher's top-k log probabilities and token ids.
 
     Args:
         tensors: tensors of shape [tokens of all sequences, ...].
@@ -38,7 +38,7 @@ class ReferenceStates:
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def take(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return each tensor for these sequences only, concatenated to [tokens of these sequences, ...]."""
+        """Return the entries of the given sequences from each tensor, as [tokens of these sequences, ...]."""
         spans = [slice(self._starts[i], self._starts[i + 1]) for i in indices]
         return [torch.cat([tensor[span] for span in spans]) for tensor in self._tensors]
 
@@ -107,11 +107,11 @@ def read_states(
         path: path of the file.
         key: the ``key`` that the file must have been written with.
         lengths: number of tokens of each sequence.
-        memory_limit: maximum number of bytes to read into memory. Larger tensors stay on disk and are memory-mapped.
-            None reads all tensors into memory.
+        memory_limit: maximum size of all tensors together, in bytes, for which the tensors are read into memory. Above
+            the limit, all tensors stay on disk and are memory-mapped. None always reads the tensors into memory.
 
     Returns:
-        The states, or None if there is no usable file. If the file exists but cannot be used, a warning is issued.
+        The tensors. None if the file does not exist or cannot be used; in the second case, a warning is issued.
     """
     # Unlike Path.is_file, this returns False for a path that cannot be accessed.
     if not os.path.isfile(path):

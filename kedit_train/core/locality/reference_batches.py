@@ -22,15 +22,16 @@ from kedit_train.errors import EditError
 class ReferenceBatches:
     """Draws the batches of a locality penalty in one run or in consecutive runs on the same model.
 
-    In later runs, up to half of each batch consists of previous edits. All other sequences are reference texts.
+    In every run after the first, up to half of each batch consists of edits from previous runs. All other sequences of
+    a batch are reference texts.
 
     Args:
         sequences: token ids of the reference texts.
         states: reference hidden states of the sequences, from the model before the first run.
         seed: seed of the draws. Run number ``n``, counted from 0, uses ``seed + n``.
         run: the first run.
-        head: the output head. It is required if later runs will follow. It must not change, because later runs use it
-            to compute logits from the stored hidden states.
+        head: the output head. Required if more runs will follow. The output head must not change, because every run
+            uses it to compute logits from the stored hidden states.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class ReferenceBatches:
         tokenize: Callable[[list[Edit]], Sequence[TokenIds]],
         hidden_states: Callable[[TokenIds], Tensor],
     ) -> None:
-        """Start a later run: keep only the reference texts in ``sequences``, and add the previous run's edits.
+        """Start another run: keep only the reference texts in ``sequences``, and add the previous run's edits.
 
         Args:
-            run: the later run. If a trainer resumes it, the model may already have the weights of a checkpoint.
-            sequences: token ids of the texts that may be used in the later run.
+            run: the run that starts. If this run is resumed, the model may already have the weights of the checkpoint.
+            sequences: token ids of the texts that may be used in this run.
             head: the output head, unchanged since the first run.
             tokenize: returns the token sequences of a list of edits.
             hidden_states: returns the hidden states [tokens, hidden] of a sequence.
@@ -80,9 +81,9 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "none of the first run's texts can be used in this run, because each one was removed from texts or "
-                "contains an evaluation prompt of this run's edits; put texts of the first run that contain no "
-                "evaluation prompt back into texts, or create a new callback with other texts."
+                "none of the first run's texts can be used in this run, because each of these texts is missing from "
+                "the argument texts or contains an evaluation prompt of this run's edits; add texts of the first run "
+                "without evaluation prompts to the argument texts, or create a new callback with other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
@@ -123,8 +124,8 @@ class ReferenceBatches:
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
                 "this run cannot be resumed, because the checkpoint belongs to a sequence of runs (sequential=True), "
-                "and this callback has no reference hidden states of the runs before it; start this run again from "
-                "its first step, and pass the model before the first run of the sequence as teacher=."
+                "and this callback does not have the reference hidden states of the previous runs; start this run "
+                "again from its first step, and set teacher= to the model before the first run of the sequence."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

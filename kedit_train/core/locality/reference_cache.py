@@ -46,9 +46,9 @@ class ReferenceCache:
             head computes (a teacher's probabilities are stored in float32). A narrower dtype adds a rounding error.
             Without a teacher, ``KLLocality`` then warns and reports the divergence that this error causes.
         memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
-            limit. Above the limit, ``KLLocality`` memory-maps its file in ``cache_dir``, and ``BatchAnchor`` writes to
-            ``cache_dir``. Without a ``cache_dir``, ``KLLocality`` raises an error, and ``BatchAnchor``
-        recomputes the hidden states above the limit in every step.
+            limit. If the limit is exceeded and ``cache_dir`` is set, ``KLLocality`` memory-maps its file, and
+            ``BatchAnchor`` writes further hidden states to ``cache_dir``. If the limit is exceeded and ``cache_dir`` is
+            None, ``KLLocality`` raises an error, and ``BatchAnchor`` computes further hidden states in every step.
 
     Raises:
         EditError: an argument is invalid.

@@ -99,7 +99,8 @@ def teacher_top_k(
         The tensors, whether they were read from a file, and the vocabulary size of the distributions.
 
     Raises:
-        EditError: the teacher cannot be loaded, has another vocabulary, or has fewer than ``top_k`` tokens.
+        EditError: the teacher cannot be loaded, or its vocabulary differs from the vocabulary of the run's model or
+            contains fewer than ``top_k`` tokens.
     """
     model, vocabulary = load_teacher(teacher.model, run, tokenizer)
     if teacher.top_k > vocabulary:

@@ -71,14 +71,14 @@ class PreviousEdit:
 
 @dataclass
 class ReplayBuffer:
-    """Edits from earlier runs. Later runs draw these edits again, so that the model keeps them.
+    """Stores the edits of finished runs. The following runs draw these edits again, so the model keeps the edits.
 
     The hidden states of an edit are computed when the next run starts, because the model may still change until then.
 
     Attributes:
         entries: sequences of all previous edits.
         pending: edits of the last finished run, which do not have hidden states yet.
-        active: the entries whose prompts the current run does not edit again.
+        active: the entries that the current run can draw. Entries with the prompt of an edit of this run are excluded.
     """
 
     entries: list[PreviousEdit] = field(default_factory=list)
@@ -86,7 +86,7 @@ class ReplayBuffer:
     active: list[PreviousEdit] = field(default_factory=list)
 
     def start_run(self, edits: Iterable[Edit]) -> None:
-        """Start a run that trains ``edits``. This run does not draw previous edits with the same prompts."""
+        """Start a run that trains ``edits``. Previous edits with the prompt of one of ``edits`` will not be drawn."""
         prompts = {edit.prompt for edit in edits}
         self.active = [entry for entry in self.entries if entry.edit.prompt not in prompts]
 
@@ -100,7 +100,7 @@ class ReplayBuffer:
     def add_pending(
         self, tokenize: Callable[[list[Edit]], Sequence[TokenIds]], hidden_states: Callable[[TokenIds], Tensor]
     ) -> None:
-        """Compute the hidden states of the pending edits and add them to the entries.
+        """Move the pending edits to the entries, with hidden states that are computed now.
 
         Args:
             tokenize: returns the token sequences of a list of edits.

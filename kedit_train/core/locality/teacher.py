@@ -18,11 +18,13 @@ from kedit_train.errors import EditError
 
 @dataclass(frozen=True)
 class Teacher:
-    """A second model that replaces the model before the edit in :class:`~kedit_train.callbacks.KLLocality`.
+    """A second model that :class:`~kedit_train.callbacks.KLLocality` uses as the reference model.
+
+    Without a teacher, the reference model is the model before the edit.
 
     For every token, ``top_k + 1`` numbers are stored: the teacher's ``top_k`` highest next-token probabilities and the
     total probability of all other tokens. The divergence of the edited model from the teacher is computed from these
-    numbers. It is a lower bound of the full divergence.
+    numbers, so the computed value is a lower bound of the divergence over the whole vocabulary.
 
     Args:
         model: a module, or a name or path that transformers can load. It must have the vocabulary of the edited model.

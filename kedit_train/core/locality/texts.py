@@ -101,8 +101,8 @@ class Texts:
         The search for evaluation prompts ignores letter case and the amount of white space.
 
         Args:
-            edits: the edits of the run. With the source "world", texts about facts that the edits affect or test are
-                left out too.
+            edits: the edits of the run. If the source is "world", the result also excludes texts about facts that an
+                edit affects, or that a rephrase or a probe of an edit asks about.
             limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
             keep_leaks: True keeps texts that contain an evaluation prompt. Use it only if the model is not trained on
                 the texts.
@@ -120,8 +120,8 @@ class Texts:
             texts = nearest_texts(texts, edits, self.nearest)
             if not texts:
                 raise EditError(
-                    "every text contains the subject and the old answer of an edit, so no text can be used; pass "
-                    "other texts."
+                    "every text contains the subject and the old answer of an edit, and nearest= excludes such texts; "
+                    "pass other texts, or remove nearest=."
                 )
         if limit is not None and limit < len(texts):
             texts = random.Random(self.seed).sample(texts, limit)
@@ -167,7 +167,10 @@ def _read_texts(source: Any) -> list[str]:
     for number, record in enumerate(source, 1):
         text = record.get("text") if isinstance(record, Mapping) else record
         if not isinstance(text, str):
-            raise EditError(f'{name}, record {number}: expected a string or a record with "text", got {record!r}.')
+            raise EditError(
+                f'{name}, record {number}: expected a string or a record with "text", got {record!r}; correct this '
+                "record."
+            )
         texts.append(text)
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -201,7 +204,7 @@ def _parse_json(content: str, where: str) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise EditError(f"{where} must be valid JSON: {error}") from error
+        raise EditError(f"{where} must be valid JSON: {error}; correct the file.") from error
 
 
 def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:

@@ -14,13 +14,15 @@ from kedit_train.edit import Edit
 
 
 def tokenize_edits(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_length: int) -> list[list[int]]:
-    """Return edits as token sequences of the prompt, the target and, if the tokenizer has one, the end-of-text token.
+    """Convert each edit to the token ids of its prompt, its target and an end-of-text token.
+
+    If the tokenizer has no end-of-text token, the sequence ends with the target.
 
     Args:
         run: supplies the context length of the model.
-        edits: the edits. Each edit gives one sequence, or several sequences if it is too long for one.
+        edits: the edits. An edit with more tokens than the maximum is split into several sequences.
         tokenizer: the tokenizer of the model.
-        max_length: maximum number of tokens per sequence. The context length is used if it is smaller.
+        max_length: maximum number of tokens per sequence. A smaller context length of the model takes precedence.
     """
     append_eos = tokenizer.eos_token_id is not None
     encoded = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=append_eos).input_ids for edit in edits]

@@ -11,9 +11,10 @@ from torch import nn
 def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:
     """Freeze the given adapter parameters again before each forward pass of their layer.
 
-    PEFT makes every factor of an adapter trainable when it switches adapters (``set_adapter``, ``disable_adapter``).
-    Preference trainers switch adapters to run their reference model. Without this hook, gradient clipping would count
-    gradients of frozen factors, and activation checkpointing would recompute a different graph.
+    When PEFT switches adapters (``set_adapter``, ``disable_adapter``), it makes every factor of an adapter trainable.
+    Preference trainers switch adapters to run their reference model. Without the hooks of this function, gradient
+    clipping would include the gradients of frozen factors, and activation checkpointing would recompute a different
+    graph.
 
     Args:
         model: any model. A model without PEFT adapters gets no hooks.

@@ -36,9 +36,9 @@ class MaskScore:
             - "fisher_ratio": the "fisher" score divided by the Fisher information on other texts;
             - "magnitude": absolute value of the weight before the edit;
             - "random": random numbers.
-        limit: maximum number of edits on which the score is computed. For "fisher_ratio", it is also the maximum number
-            of sequences of the other texts. None means no maximum. Each edit or sequence costs one backward pass.
-            "magnitude" and "random" ignore the limit.
+        limit: maximum number of edits that the score uses. For "fisher_ratio", ``limit`` is also the maximum number of
+            token sequences from the other texts. None means no maximum. Each edit and each sequence costs one backward
+            pass. "magnitude" and "random" ignore ``limit``.
         seed: seed for the choice of edits and sequences, for the sampled labels and for the random scores.
 
     Example:
@@ -102,8 +102,8 @@ def score_entries(
         texts: required for "fisher_ratio".
 
     Returns:
-        Two mappings: name -> scores in the shape of the parameter, and name -> Fisher information on the texts. The
-        second mapping is None unless the score is "fisher_ratio".
+        A pair of dicts by parameter name: the scores in the shape of the parameter, and the Fisher information on the
+        texts. For every score except "fisher_ratio", the second item is None.
     """
     if score.name == "magnitude":
         return {name: full_tensor(run.reference[name]).float().abs() for name in run.scope}, None
@@ -136,8 +136,9 @@ def choose_masks(
     Args:
         model: the model that the names belong to.
         scores: name -> scores in the shape of the parameter.
-        on_texts: name -> Fisher information. The scores are divided by this information; None skips the division. If
-            the granularity is "row" or "column", the scores and the information are first averaged over each unit.
+        on_texts: name -> Fisher information by which the scores are divided. None skips the division. If the
+            granularity is "row" or "column", the scores and the information are averaged over each row or column before
+            the division.
         density: fraction of the entries or neurons to keep.
         granularity: the unit that a mask keeps or freezes as a whole: "element", "row" or "column".
 

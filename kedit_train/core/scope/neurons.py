@@ -18,9 +18,9 @@ Unit = tuple[Literal["scored", "as_matrix", "frozen"], int | None]
 
 
 def output_dim(module: nn.Module) -> int:
-    """Return the dimension of a module's weight that has one entry per output.
+    """Return the output dimension of a module's weight.
 
-    This is dimension 0, except for the ``Conv1D`` of GPT-2 and for transposed convolutions, where it is dimension 1.
+    The output dimension is 1 for the ``Conv1D`` of GPT-2 and for transposed convolutions, and 0 for all other modules.
     """
     return 1 if isinstance(module, Conv1D) or getattr(module, "transposed", False) else 0
 
@@ -39,9 +39,9 @@ def matrix_of(bias: str) -> str:
 def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Container[str]) -> Unit:
     """Return the rule by which a mask selects rows, columns or entries of a parameter.
 
-    A row contains the weights of one output neuron and its bias entry. A column contains the weights of one input
-    neuron, so the bias of a matrix has no columns. In any other vector, such as the weight of a norm, each entry
-    counts as a row and also as a column.
+    A row contains the weights and the bias entry of one output neuron. A column contains the weights of one input
+    neuron and no bias entry. Every entry of a vector that is not the bias of a matrix, such as the weight of a norm,
+    counts as both a row and a column.
 
     Args:
         model: the model that contains the parameter.
@@ -50,8 +50,8 @@ def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Contai
         scope: names of the parameters in the scope.
 
     Returns:
-        A pair (rule, dimension), which ``Unit`` explains. For the rule "as_matrix", it is a dimension of the weight
-        matrix that the bias belongs to.
+        A pair (rule, dimension), which ``Unit`` explains. For the rule "as_matrix", the dimension is a dimension of the
+        weight matrix that the bias belongs to.
 
     Raises:
         EditError: rows or columns are requested for a stack of matrices, such as fused experts.

@@ -37,8 +37,9 @@ def find_layers(model: nn.Module) -> tuple[str, int]:
     if len(candidates) != 1:
         problem = f"several stacks of layers ({', '.join(candidates)})" if candidates else "no stack of layers"
         raise EditError(
-            f"the argument layers cannot be used, because {type(model).__name__} has {problem}; remove layers= and "
-            f'select parameters by their full names, for example modules="{next(iter(stacks), "encoder.2.linear")}.*"'
+            f"layers= needs a model with exactly one stack of layers, but {type(model).__name__} has {problem}; remove "
+            "layers= and select parameters by their full names, for example "
+            f'modules="{next(iter(stacks), "encoder.2.linear")}.*"'
         )
     return next(iter(candidates.items()))
 
@@ -47,9 +48,10 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
     """Return the sorted indices of the selected layers.
 
     Args:
-        layers: an int is an index; a negative index counts from the end. A float in [0, 1] is a fraction of the depth:
-            with 12 layers, 0.7 is layer 8. A string is an index, a fraction, an inclusive range ("4-6", "0.5-0.75"), or
-            several of these separated by commas. A sequence may contain all of these forms. None selects every layer.
+        layers: the selection. An int is an index; a negative int counts from the last layer. A float in [0, 1] is a
+            fraction of the depth: in a model with 12 layers, 0.7 is layer 8. A string contains indices, fractions and
+            inclusive ranges ("4-6", "0.5-0.75"), separated by commas. A sequence contains ints, floats and such
+            strings. None selects every layer.
         depth: number of layers.
 
     Raises:
@@ -98,7 +100,8 @@ def _index(value: int | float, layers: Layer, depth: int) -> int:
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
             raise EditError(
-                f"a fraction in layers must be in [0, 1], got {layers!r}; write an index without a decimal point."
+                f"a fraction in layers must be in [0, 1], got {layers!r}; if you mean an index, write it without a "
+                "decimal point."
             )
         # The small number undoes binary rounding: 0.29 of 100 layers is layer 29.
         return min(int(value * depth + 1e-9), depth - 1)
@@ -130,7 +133,8 @@ def matches(name: str, pattern: str) -> bool:
 def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = None) -> dict[str, nn.Parameter]:
     """Return the trainable parameters in the selected layers and modules.
 
-    A tied weight matches under each of its names. It is returned once, under the name in ``named_parameters()``.
+    A pattern can match a tied weight by any of its names. The result contains the tied weight only once, under its
+    name in ``named_parameters()``.
 
     Args:
         model: any module.

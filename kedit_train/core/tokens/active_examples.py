@@ -17,18 +17,20 @@ from kedit_train.functional.labels import IGNORE_INDEX
 class ActiveExamples:
     """An example filter that leaves learned examples out of the batches.
 
-    An example is identified by its token ids and labels without padding, so that it is recognised in every batch.
+    An example is identified by its token ids and labels, without padding. So the filter recognizes an example in every
+    batch.
 
     Args:
         recheck: number of times that a learned example is left out before the model runs on it again.
         probability: an example is learned when each of its supervised tokens has at least this probability. With None,
-            an example is learned when the objective reports that none of its tokens still counts in the loss.
+            an example is learned when all of its tokens are inactive (the objective no longer counts them in the loss).
 
     Attributes:
-        learned: a dict from the key of a learned example to a list. The first number says how many more times the
-            example will be left out. The other numbers are sums over the tokens of the example in its last forward
-            pass: loss, entropy, correct.
-        seconds_saved: saved training time, estimated from the time per token between two calls.
+        learned: one list of numbers for each learned example, by the key of the example. The first number says how many
+            more times the example will be left out. The next numbers are sums over the tokens of the example in its
+            last forward pass: the loss and, with TRL, the entropy and the number of correct tokens.
+        seconds_saved: estimated training time saved so far. The estimate uses the time per token between two calls of
+            :meth:`select`.
     """
 
     def __init__(self, recheck: int, probability: float | None) -> None:
@@ -40,16 +42,16 @@ class ActiveExamples:
         self._reset_counts()
 
     def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], LeftOut]:
-        """Remove learned examples from the arguments of a forward call, and columns that then contain only padding.
+        """Remove learned examples, and columns that then hold only padding, from the arguments of a forward call.
 
         Args:
             kwargs: arguments of the call, with ``input_ids`` and ``labels`` [batch, length]. If any other tensor
                 argument does not have one entry per example, no example is left out.
 
         Returns:
-            The arguments of the reduced call, and the examples that were left out. At least one example is kept,
-            because the processes of a distributed run wait for each other's gradients. If every example would be left
-            out, the labels of the kept example are set to the ignore index.
+            The reduced arguments, and the examples that were left out. The batch keeps at least one example, because
+            every process of a distributed run must compute gradients. If all examples are left out, the shortest
+            example stays in the batch as a placeholder, and all of its labels are set to the ignore index.
         """
         ids, labels = kwargs.get("input_ids"), kwargs["labels"]
         tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "num_items_in_batch"}
@@ -95,9 +97,9 @@ class ActiveExamples:
 
         Args:
             where: [examples, length - 1] bool, the supervised positions.
-            active: [N] bool, whether the token at each supervised position is not learned yet.
-            sums: tensors [N] with one value per token; the first tensor is the loss. For each learned example, the
-                sums over its tokens are stored.
+            active: [N] bool, True for each supervised position whose token is not learned yet.
+            sums: tensors [N] with one value per token; the first tensor is the loss. The values are added up over the
+                tokens of each example. The sums of learned examples are stored.
         """
         if not self._keys:
             return

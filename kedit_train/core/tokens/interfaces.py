@@ -42,7 +42,7 @@ class TokenTerm(Protocol):
         ...
 
     def observe(self, divergence: Tensor) -> None:
-        """Receive the term of each token, [N], after a forward pass: not multiplied by ``weight``, without gradient."""
+        """Receive the detached term of each token, [N], after a forward pass. ``weight`` is not applied to it."""
         ...
 
 
@@ -51,7 +51,7 @@ class ExampleFilter(Protocol):
 
     Attributes:
         probability: an example is learned when each of its supervised tokens has at least this probability. With None,
-            an example is learned when none of its tokens is active, that is, still counts in the loss.
+            an example is learned when all of its tokens are inactive (the objective no longer counts them in the loss).
     """
 
     probability: float | None

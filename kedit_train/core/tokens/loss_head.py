@@ -54,15 +54,15 @@ class _Call:
 class LossHead:
     """Replaces the loss of a causal language model during training.
 
-    The host (the training framework) calls ``model(..., labels=...)`` as before. If gradients are recorded, a hook
-    before the forward pass removes the labels and lets the output head compute one position only. A hook after the
-    forward pass scores the supervised positions with the objective. This hook returns ``output.loss``, or the
-    per-token fields of TRL's fused head. Calls without gradients or without labels do not change.
+    The host (the training framework) calls ``model(..., labels=...)`` as before. A hook before the forward pass removes
+    the labels, and makes the output head compute only one position. A hook after the forward pass computes the loss of
+    the supervised positions with the objective, and puts the loss into ``output.loss``. For TRL, the second hook returns
+    the per-token fields of TRL's fused head instead. The hooks ignore calls without gradients or without labels.
 
     Args:
         head: the model's output head.
-        shares: function that returns how many micro-batch losses the host sums, instead of averaging them, in one
-            optimizer step (:meth:`Host.summed_micro_batches`).
+        shares: function that returns the number of micro-batch losses in the sum of one optimizer step. The number is
+            1 if the host averages these losses (:meth:`Host.summed_micro_batches`).
 
     Attributes:
         term: a second term in the loss of every supervised token, or None.
@@ -103,10 +103,10 @@ class LossHead:
             objective: function that scores tokens.
             reduction: "token" gives every supervised token the same weight, as the hosts do. "sample" gives every
                 sequence the same weight.
-            position: "own" scores each token with the distribution at its own position. "first" uses the distribution
-                at the first supervised position of the sequence.
-            observe: function that is called after each micro-batch with tensors [N]. The first says whether each token
-                still counts in the loss (is active), the second is the loss, and the others are the statistics of the
+            position: "own" scores each token with the distribution that predicts this token. "first" scores all tokens
+                of a sequence with the distribution that predicts its first supervised token.
+            observe: function that is called after each micro-batch. Its arguments are tensors [N]: first ``active``
+                (whether the objective counts the token in the loss), then the loss, then the statistics of the
                 objective.
         """
         self.objective, self.reduction, self.position, self.observe = objective, reduction, position, observe
@@ -165,7 +165,8 @@ class LossHead:
             shape = "none" if hidden is None else f"the shape {tuple(hidden.shape[:2])}"
             raise EditError(
                 f"the output head of {type(module).__name__} must receive one hidden state per label, of shape "
-                f"{tuple(call.labels.shape)}, got {shape}; remove prompt tuning, and call the output head as a module."
+                f"{tuple(call.labels.shape)}, got {shape}; remove prompt tuning if the model has it, and call the "
+                "output head as a module in forward()."
             )
         return self._score(call, hidden[:, :-1], output)
 

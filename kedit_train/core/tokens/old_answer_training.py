@@ -26,8 +26,8 @@ class ForgetTraining:
     Args:
         epochs: number of passes over the old answers.
         learning_rate: learning rate of Adam. The optimizer of the training run is not used.
-        batch_size: number of old answers per training step. Measurements of the model use the same number of sequences
-            per forward pass.
+        batch_size: number of old answers per training step. It is also the number of sequences per forward pass when
+            the callback measures the model.
         max_new_tokens: maximum number of tokens of an old answer. Edits with a longer old answer are skipped.
         seed: seed for the order of the old answers.
 

@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def sequence_numbers(where: Tensor, positions: Tensor | None) -> Tensor:
-    """Return the number of the sequence that each supervised token belongs to.
+    """Number the sequences of a batch, and return for each supervised token the number of its sequence.
 
     Args:
         where: [batch, length - 1] bool, the positions that predict a supervised token.
-        positions: position ids, [batch, length] or [1, length], or None. A packed row contains several sequences,
-            and each sequence starts at position 0. Without position ids every row is one sequence.
+        positions: position ids, [batch, length] or [1, length]. A new sequence starts at every position id 0, so a
+            packed row may contain several sequences. With None, every row is one sequence.
 
     Returns:
         [N] int64, one number for each of the N supervised tokens in order. The numbers begin at 0 and have no gaps.
@@ -49,9 +49,9 @@ def sequence_weights(where: Tensor, positions: Tensor | None, *, left_out: int =
     Args:
         where: [batch, length - 1] bool, the positions that predict a supervised token.
         positions: as for :func:`sequence_numbers`.
-        left_out: number of sequences that were removed from the batch and still count in the mean.
-        shares: number of micro-batch losses that the host sums, instead of averaging them, in one optimizer step. The
-            weights are divided by this number.
+        left_out: number of sequences that were removed from the batch. The mean still counts these sequences.
+        shares: number of micro-batch losses in the sum of one optimizer step, or 1 if the host averages these losses.
+            The weights are divided by this number.
 
     Returns:
         [batch, length - 1] fp32, zero at unsupervised positions.

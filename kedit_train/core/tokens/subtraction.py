@@ -37,10 +37,11 @@ class Subtraction:
 
     Args:
         coefficients: numbers above 0, tried in ascending order.
-        scale: with "trained", the trained difference is multiplied by the coefficient. With "base", it is multiplied by
-            a factor that makes its norm equal to the coefficient times the norm of the weights that training changed.
+        scale: how a coefficient sets the size of the subtracted change. "trained": the change is the coefficient times
+            the trained difference. "base": the trained difference is rescaled. The norm of the change is then the
+            coefficient times the norm of the weights that training changed.
         max_probability: the search ends when the mean probability of the old answers is at most this value.
-        max_perplexity_ratio: maximum ratio of the perplexity after the subtraction to the perplexity before.
+        max_perplexity_ratio: the highest accepted value of (perplexity after the subtraction) / (perplexity before).
     """
 
     coefficients: Sequence[float]
@@ -51,17 +52,17 @@ class Subtraction:
     def search(
         self, before: Measurement, length: float, measure: Callable[[float, float], Measurement]
     ) -> tuple[list[Measurement], int, EndedBy]:
-        """Try the coefficients in ascending order until one of the limits is reached.
+        """Try the coefficients in ascending order. End at the first one that reaches a limit of this rule.
 
         Args:
             before: the measurement of the model before the subtraction.
             length: norm of the trained difference divided by the norm of the weights that training changed.
-            measure: function of a coefficient and a factor. It subtracts ``factor`` times the trained difference and
-                measures the model.
+            measure: function ``measure(coefficient, factor)`` that subtracts ``factor`` times the trained difference,
+                and returns the scores of the model.
 
         Returns:
-            Three values: all measurements with ``before`` first; the index of the measurement to keep (0 means that
-            nothing is subtracted); the reason for the end of the search.
+            Three values: the list of all measurements, which begins with ``before``; the index of the chosen
+            measurement in this list (index 0 means that nothing is subtracted); the reason why the search ended.
         """
         measured, chosen = [before], 0
         for coefficient in sorted({float(c) for c in self.coefficients}):

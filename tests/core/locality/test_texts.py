@@ -76,10 +76,10 @@ def test_the_embedded_world():
     [
         ([], "texts contains no text; pass texts on which the model should not change."),
         (["", "  "], "texts contains no text; pass texts on which the model should not change."),
-        (["a", 3], 'texts, record 2: expected a string or a record with "text", got 3.'),
+        (["a", 3], 'texts, record 2: expected a string or a record with "text", got 3; correct this record.'),
         (
             [{"prompt": "a"}],
-            "texts, record 1: expected a string or a record with \"text\", got {'prompt': 'a'}.",
+            "texts, record 1: expected a string or a record with \"text\", got {'prompt': 'a'}; correct this record.",
         ),
         (None, "texts must be a list of strings, a path or a dataset, got None."),
         (5, "texts must be a list of strings, a path or a dataset, got 5."),
