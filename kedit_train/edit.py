@@ -37,9 +37,9 @@ class Edit:
         old_target: the answer before the edit, either the true answer or the model's answer.
         aliases: other spellings of ``target`` that count as correct.
         rephrases: other wordings of ``prompt``, used to measure generality.
-        locality: questions whose answers must not change, as a dict from a kind of question to its questions.
-        portability: questions whose answers follow from the new fact, as a dict from a kind of question to its
-            questions.
+        locality: questions whose answers must not change. A dict from the name of a kind of question to the questions
+            of this kind.
+        portability: questions whose answers follow from the new fact. A dict of the same form as ``locality``.
         id: the identifier of the edit in messages and reports.
 
     Example:

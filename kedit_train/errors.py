@@ -13,13 +13,13 @@ _component: ContextVar[str | None] = ContextVar("kedit_train_component", default
 class EditError(ValueError):
     """The edit cannot be carried out as requested.
 
-    The message is one line that says what is wrong and what to do. The error is raised before the first optimizer step
-    if possible.
+    The message is one line that says what is wrong and what to do. Where possible, the error is raised before the first
+    optimizer step.
 
     Args:
         message: one line: what was expected, what was given, what to do.
-        component: the class or function that the message is about. Its name is printed in front of the message.
-            :func:`reported_by` sets the component of errors that are raised without one.
+        component: the name of the class or function that the message is about. The name is printed in front of the
+            message. If ``component`` is None, the innermost :func:`reported_by` block sets it.
 
     Example:
         >>> raise EditError("loss must be > 0, got -1.", component="StopWhenEdited")

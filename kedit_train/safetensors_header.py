@@ -143,7 +143,7 @@ def _span(entry: Any, data_start: int) -> Span:
     start, end = entry["data_offsets"]
     shape, dtype = entry["shape"], DTYPES.get(entry["dtype"])
     if not is_shape(shape) or not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
-        raise EditError("a tensor has an impossible shape or position")
+        raise EditError(f"a tensor has an impossible shape or byte range: {shape}, {start} to {end}")
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
         raise EditError(f"a tensor of dtype {entry['dtype']} and shape {shape} cannot have {end - start} bytes")
     return Span(dtype, tuple(shape), data_start + start, data_start + end)

@@ -82,7 +82,7 @@ class RunState:
         return any(callback.constrains or callback.anchors for callback in self.callbacks)
 
     def is_required(self, name: str) -> bool:
-        """Return whether a callback of this run requires ``name``, a metric key or a capability."""
+        """Return whether a callback of this run requires the metric key or capability ``name``."""
         return any(name in needed.any_of for callback in self.callbacks for needed in callback.requires())
 
     def publish(self, metrics: Mapping[str, float]) -> None:

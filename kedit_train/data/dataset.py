@@ -230,16 +230,16 @@ class EditDataset(Sequence[Edit]):
         ``SFTTrainer`` (trl 1.16) appends end-of-text and trains on the completions only. Its tokens differ from the
         tokens of :meth:`encode` in these points:
 
-        - ``SFTTrainer`` cuts sequences that are longer than ``SFTConfig.max_length`` (1,024 tokens by default). It
-          drops sequences that have no target token left. To get an error instead, call ``encode`` with ``max_length``
-          first.
+        - ``SFTTrainer`` cuts sequences that are longer than ``SFTConfig.max_length`` (1,024 tokens by default). If a
+          cut sequence has no target token left, ``SFTTrainer`` drops the sequence. To get an error for edits that are
+          too long, call ``encode`` with ``max_length`` first.
         - If the end of the prompt and the beginning of the completion merge into one token, ``SFTTrainer`` drops the
           end of the prompt and warns. ``encode`` keeps all tokens of the prompt.
         - If the tokenizer appends end-of-text by itself, the sequence of ``SFTTrainer`` ends with end-of-text twice.
         - In a chat, ``SFTTrainer`` trains on everything that the template puts after the generation prompt. Examples
           are a line break after the token that closes the turn, and an empty thinking block before the answer.
-          ``encode`` ends the sequence with the closing token. It treats the text before the answer as part of the
-          prompt.
+          ``encode`` adds nothing after the token that closes the turn, and treats a thinking block before the answer
+          as part of the prompt.
 
         Args:
             prompt_format: "plain", "chat" or "question".
@@ -276,8 +276,8 @@ class EditDataset(Sequence[Edit]):
 
         Args:
             tokenizer: a tokenizer of ``transformers``.
-            append_eos: end every target with exactly one end-of-text token. In a chat, use the token that closes the
-                turn of the assistant instead, if the template has such a token.
+            append_eos: whether every target ends with exactly one end token. The end token is the end-of-text token.
+                In a chat, it is the token that closes the turn of the assistant, if the template has such a token.
             max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer
                 (``model_max_length``), if the tokenizer has a limit.
             prompt_format: "plain" leaves prompts as they are, "chat" applies the chat template of the tokenizer,
@@ -345,7 +345,9 @@ def check_edit(edit: object, where: str) -> None:
     texts(edit.rephrases, "rephrases")
     for field, kinds in (("locality", edit.locality), ("portability", edit.portability)):
         if not isinstance(kinds, Mapping):
-            raise EditError(f"{where}: {field} must be a dict from kind to a tuple of Probe objects, got {kinds!r}.")
+            raise EditError(
+                f"{where}: {field} must be a dict with a tuple of Probe objects for each kind of probe, got {kinds!r}."
+            )
         for kind, probes in kinds.items():
             text(kind, f"every kind (key) of {field}")
             if not isinstance(probes, tuple) or not all(isinstance(probe, Probe) for probe in probes):

@@ -14,7 +14,8 @@ from kedit_train.errors import EditError
 def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int, seed: int = 0) -> list[Edit]:
     """Make pseudo-paraphrases: put ``per_edit`` different prefixes in front of the prompt of each edit.
 
-    The targets stay the same. The prefixes of an edit depend on ``seed`` and its prompt, not on the other edits.
+    The targets stay the same. The prefixes of an edit depend on ``seed`` and on the prompt of this edit, but not on the
+    other edits.
 
     Args:
         edits: the edits.
@@ -51,7 +52,7 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 def scored_prompts(edit: Edit) -> list[str]:
-    """Return the rephrases and the probe prompts of an edit. Its own prompt is scored too, but not returned.
+    """Return the rephrases and the probe prompts of an edit, but not ``edit.prompt`` (although it is scored too).
 
     Example:
         >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))
@@ -62,9 +63,9 @@ def scored_prompts(edit: Edit) -> list[str]:
 
 
 class LeakCheck:
-    """Finds texts that must not be trained on, because they contain the subject or a prompt of an edit.
+    """Finds texts that contain the subject or a prompt of an edit. Such texts must not be in the training data.
 
-    The prompts of an edit are its own prompt, its rephrases and the prompts of its probes (evaluation prompts with
+    The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (evaluation prompts with
     right answers). Rephrases and prompts of probes are called scored prompts. Case and the amount of white space make
     no difference. The time of a check depends on the length of the text, not on the number of edits.
 
@@ -96,7 +97,7 @@ class LeakCheck:
         return self._prompts.any_in(text) or self._subjects.any_in(text)
 
     def is_leak(self, example: Edit) -> bool:
-        """Return whether a training example is about an edit or contains a prompt that an edit is scored on."""
+        """Return whether the prompt of a training example mentions an edit, or the example contains a scored prompt."""
         text = f"{example.prompt}{separator(example.prompt, example.target)}{example.target}"
         return self.mentions_edit(example.prompt) or self.contains_scored_prompt(text)
 

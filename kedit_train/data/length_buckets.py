@@ -11,14 +11,15 @@ from torch.utils.data import BatchSampler
 class LengthBuckets(BatchSampler):
     """A batch sampler that puts edits of similar length into the same batch, to reduce padding.
 
-    The indices of an epoch are cut into pools. Each pool is sorted by length and cut into batches. A pool contains at
-    most a quarter of the epoch. Otherwise a short epoch would be a single pool, and its batches would contain the same
-    edits in every epoch. Breadth-first training (arXiv 2509.22072) needs them mixed. If a pool has the size of one
-    batch, nothing is sorted, and the batches are the same as those of ``BatchSampler``.
+    The indices of an epoch are cut into pools. Each pool is sorted by length and cut into batches. If a pool has the
+    size of one batch, nothing is sorted, and the batches are the same as those of ``BatchSampler``.
 
-    The first three arguments are those of ``BatchSampler``, so that Lightning can insert a distributed sampler.
-    Lightning can do this only if the batch sampler is created in a ``train_dataloader`` hook, as in
-    ``EditDataModule``. Lightning refuses a batch sampler that was created earlier.
+    A pool contains at most a quarter of the epoch. If a short epoch were a single pool, each batch would contain the
+    same edits in every epoch. Breadth-first training (arXiv 2509.22072) needs different batches in each epoch.
+
+    Lightning can insert a distributed sampler, because the first three arguments are those of ``BatchSampler``. For
+    this, create the batch sampler in a ``train_dataloader`` hook, as ``EditDataModule`` does. Lightning refuses a batch
+    sampler that was created before this hook.
 
     Args:
         sampler: yields the N indices, in a new order in each epoch.

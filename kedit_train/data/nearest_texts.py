@@ -17,10 +17,11 @@ WORD = re.compile(r"\w+")
 def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[str]:
     """Return the ``n`` texts nearest to each edit, without duplicates, in the order of ``texts``.
 
-    The texts that contain the old answer of the edit as whole words come first, then all other texts. Within these two
-    groups, a text is nearer if it has more words in common with the prompt, not counting the subject. If two texts are
-    equally near, the earlier text wins. The reason for this order: an edit mostly affects prompts with a similar
-    wording and the same old answer, but another subject. The neighborhood prompts of CounterFact are such prompts.
+    Texts that contain the old answer of the edit (as whole words) are nearer than all other texts. Within each of these
+    two groups, texts are ranked by the number of words that they share with the prompt. Words of the subject are not
+    counted. If two texts are equally near, the text that is earlier in ``texts`` is taken. The reason for this ranking:
+    an edit mostly affects prompts with a similar wording and the same old answer, but another subject. The neighborhood
+    prompts of CounterFact are such prompts.
 
     A text that contains the subject and the old answer of an edit states the fact that the edit changes. Such a text is
     never returned. Upper and lower case make no difference. In scripts without spaces, pairs of characters are compared

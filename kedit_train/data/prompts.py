@@ -112,9 +112,9 @@ def end_id(tokenizer: Any, prompt_format: PromptFormat = "plain") -> int | None:
     """Return the id of the token that ends an answer.
 
     Returns:
-        In a chat, the id of the first special token that the template puts after an answer. This token closes the turn
-        of the assistant. If there is none, or in other formats, the id of the end-of-text token. None if the tokenizer
-        has no end-of-text token either.
+        The id of the end-of-text token, or None if the tokenizer has no such token. In a chat, the template may put
+        special tokens after an answer. The result is then the id of the first of these special tokens, which closes
+        the turn of the assistant.
     """
     if prompt_format != "chat":
         return tokenizer.eos_token_id
@@ -172,7 +172,7 @@ def encode_in_format(
 def pair_ids(
     tokenizer: Any, prompt: str, target: str, prompt_format: PromptFormat = "plain", max_length: int | None = None
 ) -> Encoded:
-    """Tokenize a prompt and an answer, followed by the token that ends an answer (:func:`end_id`), if there is one.
+    """Tokenize a prompt and an answer, and append the token that ends an answer (:func:`end_id`) if one exists.
 
     Raises:
         EditError: the target has no tokens, or prompt and target have more than ``max_length`` tokens together.

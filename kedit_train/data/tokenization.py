@@ -46,9 +46,9 @@ def shorten(text: str, width: int = 60) -> str:
 def separator(prompt: str, target: str) -> str:
     """Return the text to put between prompt and target: a space or nothing.
 
-    Nothing is put between them if the prompt ends with white space or the target begins with white space. Nothing is
-    put between them either if the last character of the prompt or the first character of the target belongs to a script
-    without spaces between words (Chinese, Japanese, Thai and others).
+    The result is a space, except in two cases. If the prompt ends with white space or the target begins with white
+    space, the result is empty. If the last character of the prompt or the first character of the target belongs to a
+    script without spaces between words (Chinese, Japanese, Thai and others), the result is empty too.
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
@@ -121,8 +121,8 @@ def encode_edit(
     """Tokenize a prompt together with its target. The tokens of the prompt are always those of :func:`encode_prompt`.
 
     If the prompt ends with a space or with half a word, a token may span the end of the prompt and the beginning of the
-    target. The target is then tokenized separately, as a continuation. So the model is trained on exactly the prompt
-    tokens from which it will generate.
+    target. In this case, the target is tokenized separately, as a continuation of the prompt. So the prompt has the
+    same tokens in training and in generation.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
@@ -166,10 +166,10 @@ def encode_pair(
     Args:
         tokenizer: a tokenizer of ``transformers``.
         prompt: the text that the model reads before it answers.
-        space: the text between prompt and target. The model is trained to generate it together with the target.
+        space: the text between prompt and target, for example a space. The model is also trained to generate this text.
         target: the target of the edit.
-        end: the id of the token that ends an answer. It is appended if the target does not end with it already. With
-            None, nothing is appended.
+        end: the id of the token that ends an answer. This token is appended, unless the target already ends with it.
+            With None, no token is appended.
         encode: function ``encode(tokenizer, text)`` that returns the token ids of a text.
         max_length: the maximum number of tokens, or None.
         where: the beginning of every error message.

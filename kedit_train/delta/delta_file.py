@@ -32,7 +32,7 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
         meta: plain values, as in :class:`~kedit_train.delta.EditDelta`.
 
     Raises:
-        EditError: ``meta`` cannot be saved as JSON, or :func:`read` would refuse it.
+        EditError: ``meta`` cannot be saved as JSON, or :func:`read` would refuse a file with this metadata.
     """
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
@@ -84,7 +84,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
         raise EditError(f"{path} is not a valid delta: {type(error).__name__}: {error}".splitlines()[0]) from error
     if tensors:
         raise EditError(
-            f"{path} is not a valid delta: tensor {next(iter(tensors))!r} belongs to no change; save the delta again"
+            f"{path} is not a valid delta: tensor {next(iter(tensors))!r} is not part of any change in the metadata; "
+            "save the delta again"
         )
     return changes, meta
 
@@ -142,8 +143,9 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
-            'the metadata field "edits" must have a hash (a string or None), a count (an integer >= 0) and, if it has '
-            f"parents, a list of such fields, got {meta.get('edits', {})!r}; save the delta again"
+            'the metadata field "edits" must have a hash (a string or None) and a count (an integer >= 0), and '
+            '"parents", if present, must be a list of mappings with these two fields, got '
+            f"{meta.get('edits', {})!r}; save the delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
         raise EditError(f"every score must be a finite number, got {scores!r}; correct scores and save the delta again")

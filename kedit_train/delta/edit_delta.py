@@ -26,10 +26,10 @@ State = Literal["base", "edited"]
 class EditDelta:
     """The tensors that an edit changed, with their values before and after.
 
-    :meth:`apply` turns the base model into the edited model and :meth:`revert` turns it back, bit for bit. Before these
-    methods write any value, they check the SHA-256 of every tensor to change. Operators (``a + b``, ``-a``,
-    ``0.5 * a``) return a :class:`~kedit_train.delta.TaskVector` in fp32. Its method ``delta()`` returns an
-    ``EditDelta`` again.
+    :meth:`apply` turns the base model into the edited model, and :meth:`revert` turns the edited model back into the
+    base model, bit for bit. Both methods check the SHA-256 of every tensor to change before they write any value.
+    Operators (``a + b``, ``-a``, ``0.5 * a``) return a :class:`~kedit_train.delta.TaskVector` in fp32. The method
+    ``delta()`` of a task vector returns an ``EditDelta``.
 
     Create a delta with :meth:`between` or :meth:`load`, or let the ``SaveDelta`` callback save one.
 
@@ -77,11 +77,13 @@ class EditDelta:
             base: a module, a state dict or the folder of a checkpoint.
             edited: a module, a state dict or the folder of a checkpoint. For example, ``base`` can be a folder and
                 ``edited`` a module.
-            edits: the edits that were made. Their hash and their number are saved in the metadata.
+            edits: the edits that were made. The metadata stores the hash and the number of these edits.
             configuration: the configuration of the run, as plain values.
-            scores: the scores of the edit, name -> number.
-            license: the license of the base model. None reads the license in the model card in the folder of the base.
-            touched: names of the tensors that may differ, if known. The other tensors of ``edited`` are not read.
+            scores: the scores of the edit, by name.
+            license: the license of the base model. With None, the license is read from the model card in the folder of
+                the base model.
+            touched: names of the tensors that the edit may have changed, if known. No other tensor of ``edited`` is
+                read. With None, all tensors are compared.
 
         Raises:
             EditError: the models differ in names, shapes or dtypes.
@@ -135,15 +137,16 @@ class EditDelta:
         return cls(changes, meta=meta)
 
     def verify(self, model: Any, *, full: bool = False) -> State:
-        """Return "base" or "edited", after comparing the bits of every changed tensor of ``model`` with the delta.
+        """Check, bit for bit, whether ``model`` is the base model or the edited model, and return "base" or "edited".
 
         Args:
             model: a module or a state dict.
-            full: True also checks all other tensors, by comparing fingerprints of the whole base model.
+            full: False checks only the tensors that the delta changes. True also checks all other tensors, by the
+                fingerprint of the base model.
 
         Raises:
             EditError: the model is neither the base nor the edited model, is partly edited, has other shapes or dtypes,
-                or ties a changed tensor to a tensor that is separate in the base model.
+                or ties a changed tensor to a second tensor, although the two are separate in the base model.
         """
         targets = self._targets(model)
         state: State = "base"
@@ -158,8 +161,9 @@ class EditDelta:
             hashes = [known.get(id(t)) or tensor_hash(_on_cpu(t)) for t in (tensors[n] for n in grouped(tensors))]
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
-                    "tensors that the delta does not change differ from those of the base model; the delta can be "
-                    "applied, but its scores were measured on another model."
+                    "the model differs from the base model in tensors that the delta does not change; use the model "
+                    "that the delta was made for. The delta can also be applied to this model, but the scores in the "
+                    "delta were measured on another model."
                 )
         return state
 
@@ -172,8 +176,8 @@ class EditDelta:
             model: a module or a state dict. With FSDP2, every process must call this.
 
         Raises:
-            EditError: for the same reasons as in :meth:`verify`, or the delta is already applied. The model is then
-                unchanged.
+            EditError: for the same reasons as in :meth:`verify`, or because the delta is already applied. If an error
+                is raised, the model is unchanged.
         """
         return self._write(model, "edited")
 
@@ -181,8 +185,8 @@ class EditDelta:
         """Turn the edited model back into the base model, in place and bit for bit, and return the model.
 
         Raises:
-            EditError: for the same reasons as in :meth:`verify`, or the delta is not applied. The model is then
-                unchanged.
+            EditError: for the same reasons as in :meth:`verify`, or because the delta is not applied. If an error is
+                raised, the model is unchanged.
         """
         return self._write(model, "base")
 

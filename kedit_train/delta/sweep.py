@@ -55,9 +55,10 @@ def sweep(
 
     The rule has two steps. First, keep the coefficients with a locality of at least ``keep_locality`` times the
     locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients have
-    the same reliability, pick the one nearest to 0. The paper uses the same rule when it negates task vectors: the
-    model must keep 95 % of its accuracy on other tasks. Do not report results on the questions that ``score`` uses,
-    because the coefficient was picked on them.
+    the same reliability, pick the coefficient nearest to 0. The paper uses this rule for negated task vectors: the
+    model must keep 95 % of its accuracy on other tasks.
+
+    The coefficient is picked on the questions that ``score`` uses. Report final results on other questions.
 
     Args:
         model: the base model of the delta. It is restored bit for bit, also after an error.
@@ -110,7 +111,7 @@ def sweep(
             nearest = max((points[coefficient] for coefficient in chosen), key=lambda point: point.locality)
             raise EditError(
                 f"no coefficient keeps a locality of at least {least:.3f} (the highest is {nearest.locality:.3f} with "
-                f"coefficient {nearest.coefficient:g}); use smaller coefficients, or a keep_locality below "
+                f"coefficient {nearest.coefficient:g}); use coefficients nearer to 0, or a keep_locality below "
                 f"{keep_locality:g}."
             )
     rule = f"highest reliability with a locality of at least {keep_locality:g} x that of the base model ({least:.3f})"

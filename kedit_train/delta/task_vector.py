@@ -39,16 +39,17 @@ class TaskVector(Generic[D]):
     """A linear combination or a merge of the weight differences of several edits of one base model.
 
     Arithmetic on an :class:`~kedit_train.EditDelta` (``a + b``, ``-a``, ``0.5 * a``) and
-    :func:`~kedit_train.delta.merge` return a task vector. Before a task vector can be applied, ``base + difference``
-    must be rounded to the dtype of the base model. :meth:`delta` rounds once and records the bits before and after the
-    edit, so the resulting delta applies and reverts exactly. This step needs no model, because the deltas contain the
-    values of the base model.
+    :func:`~kedit_train.delta.merge` return a task vector. To apply a task vector, convert it with :meth:`delta`. This
+    method computes ``base + difference``, rounds the sum once to the dtype of the base model, and records the bits
+    before and after the edit. The resulting delta therefore applies and reverts exactly. The conversion needs no model,
+    because the deltas contain the values of the base model.
 
-    ``1.0 * a`` equals ``a`` up to rounding (in fp32 the last bit of ``base + (edited - base)`` may differ).
+    ``1.0 * a`` equals ``a`` up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ from the
+    last bit of ``edited``.
 
     Args:
-        differences: name -> difference of the whole tensor, in fp32 (fp64 for fp64 weights).
-        base: name -> tensor of the base model.
+        differences: dict from tensor name to the difference of the whole tensor, in fp32 (fp64 for fp64 weights).
+        base: dict from tensor name to the tensor of the base model.
         about: description of the base model, as in ``EditDelta.meta["base"]``.
         parents: the ``edits`` metadata of the deltas that were combined.
         delta_type: function that is called with the changes and ``meta=...``, and returns a delta.
@@ -134,7 +135,7 @@ class TaskVector(Generic[D]):
         return math.sqrt(sum(float(value.double().square().sum()) for value in self.differences.values()))
 
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
-        """Return a task vector with ``differences``. Its base values are those of this vector and of ``others``."""
+        """Return a task vector with ``differences``, and with the base values of this vector and of ``others``."""
         base = dict(self.base)
         for other in others:
             check_same_base(self, other)
@@ -200,6 +201,6 @@ def check_same_base(one: TaskVector[Any], other: TaskVector[Any]) -> None:
         mine, theirs = one.base[name], other.base[name]
         if mine.hash != theirs.hash or mine.values.shape != theirs.values.shape:
             raise EditError(
-                f"the deltas name the same base model, but record different values of {name} before the edit; one of "
-                "the delta files is not valid, so save it again."
+                f"the deltas name the same base model, but record different values of {name} before the edit, so one "
+                "delta is not valid; make both deltas again."
             )

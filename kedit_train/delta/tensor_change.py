@@ -20,16 +20,16 @@ LAYOUTS: tuple[Layout, ...] = ("dense", "rows", "columns", "entries")
 class Change:
     """The change of one tensor, on the CPU.
 
-    The values before and after are stored, not their difference, because in floating point
-    ``base + (edited - base)`` is not exactly ``edited``. Low-rank factors are not stored either, because the last bits
-    of their product depend on the machine.
+    A change stores the values before and after the edit. It does not store the difference of these values, because in
+    floating point ``base + (edited - base)`` is not exactly ``edited``. It does not store low-rank factors, because the
+    last bits of the product of the factors depend on the machine.
 
     Args:
         layout: which values are stored: the whole tensor (``dense``), ``rows`` (along the first dimension), ``columns``
             (along the last dimension), or ``entries`` of the flattened tensor.
         index: ascending row, column or entry numbers, [k]; None for ``dense``.
-        before: values before the edit. Their shape is ``shape`` for ``dense``, ``shape`` with ``k`` rows or columns for
-            ``rows`` and ``columns``, and [k] for ``entries``.
+        before: values before the edit. For ``dense``, they have the shape ``shape``. For ``rows``, the first dimension
+            is k instead. For ``columns``, the last dimension is k instead. For ``entries``, the shape is [k].
         after: values after the edit, with the same shape and dtype.
         shape: the shape of the whole tensor.
         base: SHA-256 of the whole tensor before the edit (:func:`~kedit_train.delta.bitwise.tensor_hash`).
@@ -71,7 +71,11 @@ class Change:
         return copy
 
     def state(self, whole: Tensor) -> Literal["base", "edited"] | None:
-        """Return "base" if a whole CPU tensor has the bits before the edit, "edited" if after the edit, else None."""
+        """Return the state of a whole CPU tensor: "base", "edited" or None.
+
+        The state is "base" if the tensor has the bits before the edit, "edited" if it has the bits after the edit, and
+        None in all other cases.
+        """
         values = self.select(whole)
         if same_bits(values, self.before):
             return "base" if tensor_hash(whole) == self.base else None
@@ -102,11 +106,11 @@ class Change:
             )
         if expected == "base":
             raise EditError(
-                f"tensor {name}: the delta is already applied to this model; revert it first, or load the base model."
+                f"tensor {name}: the delta is already applied to this model; revert the delta, or load the base model."
             )
         raise EditError(
-            f"tensor {name}: the delta cannot be reverted, because it is not applied to this model; the tensor already "
-            "has the values before the edit."
+            f"tensor {name}: the delta cannot be reverted, because the tensor already has the values before the edit; "
+            "call revert only on a model to which the delta is applied."
         )
 
     def difference(self) -> Tensor:
@@ -132,7 +136,7 @@ class Change:
         """Check that layout, index, values and shape agree, for example after reading a file.
 
         Raises:
-            EditError: one of them does not agree with the others. The message says which one.
+            EditError: one of these four parts contradicts the other parts. The message names the wrong part.
         """
         expected, size = self.shape, math.prod(self.shape)
         if self.layout != "dense":
@@ -191,8 +195,8 @@ def change_between(
         edited: the tensor after the edit, with the same dtype and shape.
         base_hash: :func:`~kedit_train.delta.bitwise.tensor_hash` of ``base``.
         tied: other names of this tensor.
-        known: bool mask of the entries of ``base`` that are known. Unknown entries are never stored. Every entry that
-            changes must be known.
+        known: bool mask, True where the value of ``base`` is known. None: all values are known. Unknown values are
+            never stored. If the edit changes an entry, the value of this entry must be known.
     """
     moved = bits(base) != bits(edited)
     if not bool(moved.any()):

@@ -26,7 +26,7 @@ class Weights(Mapping[str, Tensor]):
     Args:
         readers: for each name, a function that returns the tensor.
         tied: for each name, the other names of the same tensor.
-        made_of: for each name, the ``id`` of every parameter that the value is computed from, if known.
+        made_of: for each name, the ``id()`` of every parameter from which the tensor is computed, if known.
         about: ``name`` and ``license`` of the model, if known.
     """
 
@@ -54,8 +54,8 @@ class Weights(Mapping[str, Tensor]):
 def weights_of(source: Any) -> Weights:
     """Return the weights of a module, a state dict or a safetensors checkpoint (sharded or not).
 
-    The weights of a module are its parameters and persistent buffers. PEFT adapters are treated as merged: each adapted
-    weight has the name and the value that it has after ``merge_and_unload()``.
+    The weights of a module are its parameters and persistent buffers. The weights of a PEFT model have the names and
+    values that ``merge_and_unload()`` would give, but the PEFT model itself stays unchanged.
 
     Args:
         source: a module, a mapping of tensors, the path of a checkpoint folder, or :class:`Weights`.
@@ -86,9 +86,9 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def grouped(named: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return a dict from the first name of each tensor to its other names.
+    """Return a dict from the first name of each tensor to all other names of this tensor.
 
-    Tensors in the same memory count as one tensor.
+    If two names refer to the same memory, they are names of the same tensor.
     """
     firsts: dict[Any, str] = {}
     groups: dict[str, tuple[str, ...]] = {}
@@ -143,7 +143,8 @@ def _merged(base: nn.Module, named: dict[str, Tensor], readers: Any, made_of: An
                 renamed[name] = f"{prefix}.{name.removeprefix(used)}" if name.startswith(used) else ""
         elif isinstance(layer, AuxiliaryTrainingWrapper):
             raise EditError(
-                f"{prefix}: adapters of type {type(layer).__name__} cannot be merged; save the adapter with PEFT."
+                f"{prefix}: adapters of type {type(layer).__name__} cannot be merged, so a delta cannot store them; "
+                "save the adapter with PEFT."
             )
         elif isinstance(layer, BaseTunerLayer):
             if layer.merged or any(isinstance(named[name], DTensor) for name in own):
@@ -218,8 +219,8 @@ def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
     for name in names:
         if not name.endswith(".safetensors") or name.startswith(".") or {"/", "\\", "\0"} & set(name):
             raise EditError(
-                f"{folder / INDEX} must name .safetensors files in its own folder, got {name!r}; do not trust this "
-                "checkpoint."
+                f"{folder / INDEX} must name only .safetensors files in the same folder, got {name!r}; do not load "
+                "this checkpoint, and download it again from a source that you trust."
             )
     shards = {folder / name: read_header(folder / name)[0] for name in sorted(names)}
     stored = {tensor: path.name for path, spans in shards.items() for tensor in spans}

@@ -55,14 +55,15 @@ def evaluate(
 
     - generated: 1 if the model's free answer equals an accepted answer after normalization, otherwise 0. The answer
       is decoded greedily until the model ends it;
-    - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when all earlier tokens
-      are given.
+    - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when the model is given
+      all earlier tokens of this answer.
 
     By default, an evaluation costs one forward pass per probe. More tokens are generated only if the model's answer
     differs from the preferred answer, or if the probe has no accepted answer.
 
-    Evaluate the unedited model first and pass its report as ``unedited``. Locality then means "the same answer as
-    before the edit" instead of "the true answer", and the report shows both models.
+    Evaluate the unedited model first, and pass the resulting report as ``unedited``. Locality is then the fraction of
+    answers that equal the unedited model's answer, and the report shows both models. Without ``unedited``, locality is
+    the fraction of answers that are true.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.
@@ -216,8 +217,8 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
         before, now = settings.get(name), getattr(options, name)
         if before != now:
             raise EditError(
-                f"unedited was made with {name}={before!r}, but options.{name} is {now!r}; use the same value for both "
-                "models."
+                f"the report passed as unedited= was made with {name}={before!r}, but options.{name} is {now!r}; "
+                f"evaluate the unedited and the edited model with the same {name}."
             )
 
 

@@ -22,8 +22,8 @@ _METRICS = Rule(
 class EvaluationOptions:
     """Settings of an evaluation, for :func:`~kedit_train.evaluation.evaluate` and the callback ``EditMetrics``.
 
-    Evaluate the unedited and the edited model with the same options. ``evaluate`` raises an error if
-    ``max_new_tokens`` or ``prompt_format`` differs, because these two settings change the answers.
+    Evaluate the unedited and the edited model with the same options. ``evaluate`` raises an error if the two models
+    are evaluated with different ``max_new_tokens`` or ``prompt_format``, because these settings change the answers.
 
     Args:
         metrics: what to measure in addition to reliability, generality, portability and locality: "all", or a list of
@@ -37,7 +37,7 @@ class EvaluationOptions:
               choice. It needs three more answers per edit.
             - "fluency" measures entropy and repetition of a longer continuation of each edit's prompt. It costs as
               much as all other metrics together.
-        batch_size: prompts per forward pass. Scores do not depend on it.
+        batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens.
         fluency_tokens: maximum length of the continuation for "fluency", in tokens.
         texts: unrelated texts for perplexity: a list of strings, a path, a dataset, or "world" (the bundled texts).
@@ -46,7 +46,7 @@ class EvaluationOptions:
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the
             format that was used in training.
         distributed: True splits the edits across the processes of the default group. False evaluates all edits on
-            each process. It must be False for a model that FSDP2 shards.
+            each process. ``distributed`` must be False for a model that FSDP2 shards.
 
     Raises:
         EditError: an argument is out of range.

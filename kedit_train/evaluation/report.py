@@ -36,8 +36,8 @@ class Report(ReportData):
             answers.
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
         meta: number, name and hash of the edits, model, versions, settings, seed, date, and duration in seconds.
-        distributions: dict from prompt to next-token distributions, if "kl" was measured on an unedited model. The
-            dict is kept in memory and not saved.
+        distributions: dict from prompt to next-token distributions. Only a report on an unedited model with the metric
+            "kl" contains them. They are kept in memory and not saved.
 
     Example:
         >>> from kedit_train import EditDataset, Report, evaluate, world
@@ -111,8 +111,8 @@ class Report(ReportData):
             )
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise EditError(
-                f"{path} is not an evaluation report that Report.save wrote as JSON ({type(error).__name__}: {error}); "
-                "evaluate the model again and save the report.",
+                f"{path} is not an evaluation report in JSON ({type(error).__name__}: {error}); give a JSON file that "
+                "Report.save wrote, or evaluate the model again and save the report.",
                 component="Report",
             ) from error
 

@@ -24,9 +24,9 @@ _BLOCK = 2**14
 class GradientSums:
     """Sums of the gradients of given tensors over several backward passes, in fp32 (fp64 for fp64 tensors).
 
-    The gradient of an output head is as large as the head. Inside :meth:`collecting`, :func:`linear` adds the gradient
-    of its weight to the sum in place, so that only one tensor of this size exists. All other gradients are added with
-    :meth:`add`.
+    The gradient of an output head is as large as the head. To keep only one tensor of this size in memory,
+    :func:`linear` adds the gradient of its weight to the sum in place when it runs inside :meth:`collecting`. Use
+    :meth:`add` for all other gradients.
 
     Args:
         tensors: the trained tensors.
@@ -64,7 +64,7 @@ class GradientSums:
                 total.mul_(factor)
 
     def take(self) -> list[Tensor | None]:
-        """Return one sum per tensor in the tensor's dtype (None if it got no gradient), and clear the sums."""
+        """Return one sum per tensor, in the dtype of the tensor, and clear the sums. None: no gradient was added."""
         sums = self._sums
         self._sums = [None] * len(self.tensors)
         return [None if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]
@@ -93,14 +93,16 @@ def linear(
         weight: [V, d], any float dtype.
         bias: [V], or None.
         dtype: dtype of the product and of the result.
-        fp32_gradients: for a half-precision ``dtype``, True keeps the products of the backward pass in fp32, as TRL's
-            fused head does. False rounds each product to ``dtype``, as autocast does.
+        fp32_gradients: how to round the matrix products of the backward pass if ``dtype`` is a half-precision dtype.
+            True keeps the products in fp32, as TRL's fused head does. False rounds each product to ``dtype``, as
+            autocast does.
 
     Returns:
         [N, V] in ``dtype``.
 
     Raises:
-        ValueError: inside :meth:`GradientSums.collecting`, a trained weight is not one of the collected tensors.
+        ValueError: the call is inside :meth:`GradientSums.collecting`, and ``weight`` is trained but is not one of the
+            ``tensors`` of :class:`GradientSums`.
     """
     return _Linear.apply(hidden, weight, bias, dtype, fp32_gradients)  # pyright: ignore[reportReturnType]
 
@@ -117,7 +119,8 @@ class _Linear(torch.autograd.Function):
         ctx.weight_sum = None if sums is None or not ctx.needs_input_grad[1] else sums.of(weight)
         if sums is not None and ctx.needs_input_grad[1] and ctx.weight_sum is None:
             raise ValueError(
-                "a trained weight of the projection is missing in chunked(parameters=...); add it to parameters."
+                "a trained weight of the projection is missing in chunked(parameters=...); add this weight to "
+                "parameters."
             )
         with torch.autocast(hidden.device.type, enabled=False):
             # One call, so that the bias is added before the sum is rounded, as under autocast.

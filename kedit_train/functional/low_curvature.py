@@ -43,18 +43,21 @@ class Curvature(NamedTuple):
 def high_curvature(
     output_factor: Tensor, input_factor: Tensor, energy: float, dtype: torch.dtype = torch.float32
 ) -> Curvature:
-    """Find the directions of high curvature.
+    """Find the directions of high curvature, which the caller removes from a weight change.
+
+    The curvature is the Kronecker product of S and A. If s_i and a_j are eigenvalues of S and A, then s_i a_j is an
+    eigenvalue of the curvature. Its direction is the outer product of the two eigenvectors.
 
     Args:
         output_factor: S, [out, out], symmetric and positive semi-definite.
         input_factor: A, [in, in], symmetric and positive semi-definite.
-        energy: fraction of the trace to remove, in (0, 1). Pairs of eigenvectors are removed in the order of their
-            eigenvalue s_i a_j, largest first, until the removed eigenvalues add up to this fraction of the trace. Pairs
-            with the same eigenvalue as the last removed pair are also removed.
+        energy: fraction of the trace of the curvature that the result contains, in (0, 1). Directions are selected by
+            s_i a_j, largest first, until the selected eigenvalues add up to this fraction of the trace. Directions with
+            the same eigenvalue as the last selected direction are also selected.
         dtype: dtype of the result. The decomposition is computed in fp64.
 
     Returns:
-        The directions to remove.
+        The selected directions.
 
     Raises:
         ValueError: the curvature is zero in every direction.

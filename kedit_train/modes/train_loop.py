@@ -27,7 +27,8 @@ class ExampleOptions:
     """Options for turning edits into training examples.
 
     Args:
-        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question".
+        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question" (the prompt
+            as a question, followed by "Answer:").
         append_eos: append the end-of-text token to every target.
         extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
             called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates

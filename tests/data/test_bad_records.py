@@ -163,8 +163,9 @@ def test_a_record_of_another_format_is_an_error(tmp_path: Path) -> None:
     stray = GOOD["knowedit"]
     path = write(tmp_path / "f.json", json.dumps([GOOD["counterfact"]] * 2 + [stray]))
     assert raised(path) == (
-        f"{path}, record 3: field 'locality' belongs to the format knowedit, but the other records have the "
-        f'format counterfact{REST}, or pass format="counterfact" to read all records as counterfact'
+        f"{path}, record 3: field 'locality' belongs to the format knowedit, but the file is read in the format "
+        f'counterfact, which most of its records have{REST}, or pass format="counterfact" to read all records as '
+        "counterfact"
     )
 
 
@@ -177,11 +178,11 @@ def test_unknown_and_ambiguous_fields_are_listed_with_the_formats(tmp_path: Path
     )
     path = write(tmp_path / "g.json", '[{"prompt": "q", "target": "a", "target_new": "b"}]')
     assert raised(path) == (
-        f"{path}: the fields 'prompt', 'target', 'target_new' match several formats equally well (edits, counterfact); "
-        'pass format="edits" or another of these formats, or use one file per format'
+        f"{path}: the fields 'prompt', 'target', 'target_new' fit more than one format (edits, counterfact); pass the "
+        'format of the records, for example format="edits", or use one file per format'
     )
     path = write(tmp_path / "h.json", json.dumps([GOOD["zsre"], GOOD["edits"]]))
-    assert "match several formats equally well (zsre, edits)" in raised(path)
+    assert "fit more than one format (zsre, edits)" in raised(path)
 
 
 def test_wrong_arguments_are_reported(tmp_path: Path) -> None:
@@ -213,8 +214,8 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
     )
     path = write(tmp_path / "d.json", '{"prompt": "p", "target": "t"}')
     assert raised(path) == (
-        f"{path}: the file must contain a list of records, or a mapping with that list under data, records, edits, "
-        "got a mapping with the keys 'prompt', 'target'; put the records into a list"
+        f"{path}: the file must contain a list of records, or a mapping with such a list under one of the keys data, "
+        "records, edits, got a mapping with the keys 'prompt', 'target'; put the records into a list"
     )
     path = write(tmp_path / "e.json", '[{"prompt": "p",\n "target": }]')
     assert raised(path) == f"{path}, line 2: the file is not valid JSON (Expecting value); correct the file"
@@ -284,7 +285,10 @@ def test_skipping_warns_once_and_never_returns_an_empty_dataset(tmp_path: Path) 
         (Edit("p", "t", ""), "subject must be text, got empty text."),
         (Edit("p", "t", aliases=["a"]), "aliases must be a tuple of texts, got a list; use tuple(...)"),  # pyright: ignore[reportArgumentType]
         (Edit("p", "t", rephrases="abc"), "rephrases must be a tuple of texts, got text; use tuple(...)"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", locality=()), "locality must be a dict from kind to a tuple of Probe objects, got ()."),  # pyright: ignore[reportArgumentType]
+        (
+            Edit("p", "t", locality=()),  # pyright: ignore[reportArgumentType]
+            "locality must be a dict with a tuple of Probe objects for each kind of probe, got ().",
+        ),
         (Edit("p", "t", locality={"k": ("q",)}), "locality['k'] must be a tuple of Probe objects, got ('q',)."),  # pyright: ignore[reportArgumentType]
         (Edit("p", "t", portability={"k": (Probe(""),)}), "portability['k'][0].prompt must be text, got empty text."),
         (Edit("p", "t", id=4), "id must be text, got a number."),  # pyright: ignore[reportArgumentType]

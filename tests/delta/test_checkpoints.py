@@ -83,7 +83,7 @@ def test_shards_outside_of_the_folder_are_refused(name, make, edited, tmp_path):
     index = json.loads(path.read_text())
     index["weight_map"][DOWN] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(EditError, match=r"must name \.safetensors files in its own folder"):
+    with pytest.raises(EditError, match=r"must name only \.safetensors files in the same folder"):
         EditDelta.between(make(), edited()).apply_to_checkpoint(tmp_path / "base", tmp_path / "out")
 
 

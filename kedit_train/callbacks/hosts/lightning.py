@@ -185,8 +185,8 @@ class LightningEvents(Callback):
             grad_fn: Any = loss.grad_fn
             if getattr(grad_fn, "_saved_result", None) is not None:
                 raise EditError(
-                    "the penalties of this edit are added to the loss in place, but the loss is the direct output of "
-                    f"{grad_fn.name()}, which must not change in place; call manual_backward(loss * 1.0)."
+                    "the penalties of this edit are added to the loss in place, but PyTorch does not allow this for a "
+                    f"loss that comes directly from {grad_fn.name()}; call manual_backward(loss * 1.0)."
                 )
             loss.add_(penalty.to(loss.device) * run.host.loss_scale())
 

@@ -40,8 +40,8 @@ def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Contai
     """Return the rule by which a mask selects rows, columns or entries of a parameter.
 
     A row contains the weights and the bias entry of one output neuron. A column contains the weights of one input
-    neuron and no bias entry. Every entry of a vector that is not the bias of a matrix, such as the weight of a norm,
-    counts as both a row and a column.
+    neuron and no bias entry. Some vectors, such as the weight of a norm, are not the bias of a matrix. Each entry of
+    such a vector counts as both a row and a column.
 
     Args:
         model: the model that contains the parameter.

@@ -98,8 +98,8 @@ class ActiveExamples:
         Args:
             where: [examples, length - 1] bool, the supervised positions.
             active: [N] bool, True for each supervised position whose token is not learned yet.
-            sums: tensors [N] with one value per token; the first tensor is the loss. The values are added up over the
-                tokens of each example. The sums of learned examples are stored.
+            sums: tensors [N] with one value per supervised position; the first tensor is the loss. This method adds up
+                the values of each example, and stores the totals of the learned examples.
         """
         if not self._keys:
             return

@@ -56,8 +56,9 @@ class LossHead:
 
     The host (the training framework) calls ``model(..., labels=...)`` as before. A hook before the forward pass removes
     the labels, and makes the output head compute only one position. A hook after the forward pass computes the loss of
-    the supervised positions with the objective, and puts the loss into ``output.loss``. For TRL, the second hook returns
-    the per-token fields of TRL's fused head instead. The hooks ignore calls without gradients or without labels.
+    the supervised positions with the objective, and puts the loss into ``output.loss``. For TRL's fused head, the
+    second hook returns the per-token fields of this head instead. The hooks ignore calls without gradients or without
+    labels.
 
     Args:
         head: the model's output head.

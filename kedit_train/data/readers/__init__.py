@@ -50,8 +50,8 @@ def recognize(records: Sequence[Any], name: str) -> str:
     keys = ", ".join(map(repr, dict.fromkeys(key for record in shown for key in record)))
     if best:
         raise EditError(
-            f"{name}: the fields {keys} match several formats equally well ({', '.join(best)}); pass "
-            f'format="{best[0]}" or another of these formats, or use one file per format'
+            f"{name}: the fields {keys} fit more than one format ({', '.join(best)}); pass the format of the records, "
+            f'for example format="{best[0]}", or use one file per format'
         )
     raise EditError(
         f"{name}: the fields {keys} match none of the formats {', '.join(FORMATS)}; rename the fields to prompt and "
@@ -63,11 +63,11 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
     """Return the edits of one record.
 
     Args:
-        record: a mapping, or the ``EditError`` that was raised when the line was read.
+        record: a mapping, or the ``EditError`` for a line that could not be read. This error is raised.
         form: the format of the record.
         where: the beginning of every error message.
-        chosen: True if the user named the format. Then no other format is suggested.
-        csv: True if the record is a row of a CSV file. Cells with lists or mappings are then decoded.
+        chosen: True if the user passed the name of the format. A field of another format is then not an error.
+        csv: True if the record is a row of a CSV file. In this case, cells with lists or mappings are decoded.
 
     Raises:
         EditError: the record is malformed, or has another format.
@@ -81,9 +81,9 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
         matches = [other.name for other in FORMATS.values() if other is not form and other.recognize(record)]
         if matches:
             raise EditError(
-                f"{where}: field '{min(map(str, others))}' belongs to the format {matches[0]}, but the other records "
-                f'have the format {form.name}; {REMEDY}, or pass format="{form.name}" to read all records as '
-                f"{form.name}"
+                f"{where}: field '{min(map(str, others))}' belongs to the format {matches[0]}, but the file is read in "
+                f"the format {form.name}, which most of its records have; {REMEDY}, or pass "
+                f'format="{form.name}" to read all records as {form.name}'
             )
     if csv:
         record = decode_cells(record, form.structured, where)
@@ -115,8 +115,8 @@ def read_records(
         The edits, the name of the format, and one message per skipped record.
 
     Raises:
-        EditError: a record is malformed and ``on_error`` is "raise", no record can be read, or an argument is
-            invalid.
+        EditError: there are no records, or none of them can be read; ``on_error`` is "raise" and a record is
+            malformed; an argument is invalid.
     """
     check_arguments(
         "EditDataset",

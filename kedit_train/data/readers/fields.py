@@ -28,15 +28,15 @@ def describe(value: object) -> str:
 
 
 def is_blank(value: object) -> bool:
-    """Return whether a value is null, or text without any character other than white space."""
+    """Return whether a value is null, an empty text, or a text that contains only white space."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 
 class Fields:
     """The fields of a record, or of a mapping inside a record, with checks of their types.
 
-    An optional field may be missing, null or blank. A value of a wrong type raises a one-line ``EditError``. If a
-    method takes several keys, these are alternative names of one field, and the first key with a value is read.
+    An optional field may be missing, null or blank. A value of a wrong type raises a one-line ``EditError``. Several
+    keys in one call are alternative names of the same field. The method then reads the first key that has a value.
 
     Args:
         values: the record.
@@ -113,7 +113,8 @@ class Fields:
     def answers(self, *keys: str) -> tuple[str, ...]:
         """Return the distinct right answers in an optional field.
 
-        The field contains a text, a list of texts, or a list of lists with the aliases of one answer each.
+        The field contains a text, a list of texts, or a list of lists. Each inner list contains the aliases of one
+        answer.
         """
         key, value = self._pick(keys)
         if not isinstance(value, (list, tuple)):
@@ -150,10 +151,10 @@ class Fields:
         return [Fields(item, self.where, f"{self.path}{key}[{i}].") for i, item in enumerate(value)]
 
     def kinds(self, key: str) -> dict[str, list[Fields]]:
-        """Read a mapping from kinds to lists of mappings.
+        """Read a mapping whose keys are kinds of probes and whose values are lists of mappings.
 
         Returns:
-            A dict from kind to the fields of each mapping in its list. Kinds with empty lists are left out.
+            A dict with one list of ``Fields`` for each kind. A kind with an empty list is left out.
         """
         if not self.has(key):
             return {}

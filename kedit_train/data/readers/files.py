@@ -21,15 +21,15 @@ def read_file(path: Path) -> list[Any]:
 
     Args:
         path: a UTF-8 file, with or without byte order mark. A JSON file contains a list of records, or a mapping with
-            that list under ``data``, ``records`` or ``edits``. A JSONL file has one record per line; blank lines are
-            skipped. In a CSV file, the first row names the fields, and an empty cell is a missing field.
+            such a list under the key ``data``, ``records`` or ``edits``. A JSONL file has one record per line; blank
+            lines are skipped. In a CSV file, the first row names the fields, and an empty cell is a missing field.
 
     Returns:
-        One mapping per record. If a record in the JSON is not a mapping, its value is returned as it is. A line that
-        is not JSON, or a row with a wrong number of cells, is returned as an ``EditError``.
+        One mapping per record. A JSON value that is not a mapping is returned unchanged. For a line that is not JSON
+        and for a row with a wrong number of cells, the list contains an ``EditError`` (not raised) instead.
 
     Raises:
-        EditError: the file is missing, empty, of an unknown kind, not UTF-8 text, or not valid JSON or CSV.
+        EditError: the file is missing, empty, not UTF-8 text, or not valid JSON or CSV, or its name has another ending.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -72,7 +72,7 @@ def read_json(path: Path, text: str) -> list[Any]:
     if not isinstance(content, list):
         keys = f" with the keys {', '.join(map(repr, content))}" if isinstance(content, Mapping) else ""
         raise EditError(
-            f"{path}: the file must contain a list of records, or a mapping with that list under "
+            f"{path}: the file must contain a list of records, or a mapping with such a list under one of the keys "
             f"{', '.join(LIST_KEYS)}, got {describe(content)}{keys}; put the records into a list"
         )
     return content
@@ -125,9 +125,9 @@ def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: s
     """Decode the CSV cells that contain lists or mappings.
 
     Args:
-        record: field -> cell.
-        structured: the fields that contain lists or mappings. A cell that begins with ``[`` or ``{`` is read as JSON.
-            Any other cell is read as texts that are separated by ``|``.
+        record: the cells of one row, by field name.
+        structured: the names of the fields that contain lists or mappings. If a cell of such a field begins with ``[``
+            or ``{``, it is read as JSON. Otherwise it is read as texts that are separated by ``|``.
         where: the beginning of every error message.
 
     Raises:

@@ -16,11 +16,13 @@ class Format:
 
     Args:
         name: the name for ``EditDataset.load(format=...)``.
-        recognize: returns whether the keys of a record are those of this format.
-        read: converts one record to edits. A record of MQuAKE gives up to four edits, other records give one.
-        reads: top-level fields that are stored in the edits.
-        ignores: top-level fields that are known but not read. The docstring of ``read`` says why.
-        structured: fields that contain lists or mappings. In a CSV file, their cells are JSON or ``a|b|c``.
+        recognize: function that returns whether the keys of a record are those of this format.
+        read: function that converts one record to edits. A record of MQuAKE contains up to four edits. A record of any
+            other format contains one edit.
+        reads: names of the top-level fields that are stored in the edits.
+        ignores: names of the top-level fields that are known but not read. The docstring of ``read`` says why.
+        structured: names of the fields that contain lists or mappings. In a CSV file, a cell of such a field contains
+            JSON or texts separated by ``|``.
     """
 
     name: str

@@ -18,10 +18,11 @@ def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
 def read(record: Fields) -> list[Edit]:
     """Read a record of KnowEdit.
 
-    Locality and portability keep the names of their kinds. Kinds without questions are left out. The right answers are
-    a text, a list of texts, or a list with one list of aliases per correct value. Every text in them counts as right.
-    Some published locality questions have no answer (``[[]]``) and become probes without answers. The first text of
-    ``ground_truth`` becomes the old answer. ``cond`` repeats the record and is not read.
+    Locality and portability questions keep the names of their kinds. Kinds without questions are left out. The right
+    answers to a question are a text, a list of texts, or a list of lists (each inner list contains the aliases of one
+    answer). Every one of these texts is accepted as a right answer. Some published locality questions have no answer
+    (``[[]]``) and become probes without answers. The first text of ``ground_truth`` of the record becomes the old
+    answer. ``cond`` repeats the record and is not read.
 
     References:
         "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286.

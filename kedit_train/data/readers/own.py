@@ -81,7 +81,7 @@ def read(record: Fields) -> list[Edit]:
 
 
 def write(edit: Edit) -> dict[str, Any]:
-    """Convert an edit to JSON values, without empty fields. ``read`` converts them back to an equal edit."""
+    """Convert an edit to a dict of JSON values, without empty fields. ``read`` makes an equal edit from this dict."""
 
     def kinds(probes: Mapping[str, tuple[Probe, ...]]) -> dict[str, Any]:
         return {kind: [{"prompt": p.prompt, "answers": list(p.answers)} for p in ps] for kind, ps in probes.items()}

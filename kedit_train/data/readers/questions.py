@@ -58,9 +58,9 @@ def read_zsre(record: Fields) -> list[Edit]:
 
 
 def read_wikibigedit(record: Fields) -> list[Edit]:
-    """Read a record of WikiBigEdit. The published files use two sets of field names, and both are read.
+    """Read a record of WikiBigEdit, with either of the two sets of field names in the published files.
 
-    ``personas`` asks the same question in the voice of a persona and becomes the last rephrase. ``mhop`` becomes a
+    ``personas`` (the question of the prompt, in the voice of a persona) becomes the last rephrase. ``mhop`` becomes a
     portability question of the kind ``multi_hop``.
 
     References:
@@ -101,7 +101,7 @@ def read_qaedit(record: Fields) -> list[Edit]:
 
 
 def is_wikibigedit(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of WikiBigEdit. A record may mix its two sets of field names."""
+    """Return whether the keys are those of WikiBigEdit. A record may use names from both published sets of fields."""
     keys = set(record)
     own_names = keys & {"update", "ans", "mhop", "mhop_ans", "personas"}
     mixed_names = "target_new" in keys and keys & {"loc", "loc_ans", "rephrase"}

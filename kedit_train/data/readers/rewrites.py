@@ -27,11 +27,12 @@ def old_target(rewrite: Fields) -> str | None:
 def read_counterfact(record: Fields) -> list[Edit]:
     """Read a record of CounterFact.
 
-    ``paraphrase_prompts`` become rephrases. ``neighborhood_prompts`` (about other subjects with the same true object)
-    become locality questions of the kind ``neighborhood``. Their right answer is ``target_true``.
+    ``paraphrase_prompts`` become rephrases. ``neighborhood_prompts`` (about other subjects, for which ``target_true``
+    is also true) become locality questions of the kind ``neighborhood``, with ``target_true`` as the right answer.
 
-    Two lists are not read, because no answer to them is right or wrong for the edit. ``attribute_prompts`` are about
-    other subjects, for which the new target is already true. ``generation_prompts`` are beginnings of free text.
+    ``attribute_prompts`` and ``generation_prompts`` are not read, because no answer to these prompts is right or wrong
+    for the edit. ``attribute_prompts`` are about other subjects, for which the new target is already true.
+    ``generation_prompts`` are beginnings of free text.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
@@ -55,13 +56,14 @@ def read_counterfact(record: Fields) -> list[Edit]:
 def read_mquake(record: Fields) -> list[Edit]:
     """Read a record of MQuAKE, which contains 1 to 4 edits.
 
-    If the record contains several edits, their ids are ``"case-1"``, ``"case-2"``, and so on. The ``question`` of a
-    rewrite becomes the rephrase of its edit.
+    If the record contains several edits, the ids of these edits are the ``case_id`` with a number: ``"17-1"``,
+    ``"17-2"``, and so on. The ``question`` of each rewrite becomes the rephrase of the edit.
 
-    The new answers of the multi-hop questions are right only after all edits of the record. So the last edit gets these
-    questions, as portability probes of the kind ``multi_hop_edits_1`` to ``multi_hop_edits_4``. The number in the name
-    is the number of edits that the questions need. If it is above 1 and each edit is made alone on the unedited model,
-    their score has no meaning. The old multi-hop answer and the lists of single hops are not read.
+    The new answers to the multi-hop questions are right only after all edits of the record. So these questions become
+    portability probes of the last edit. The kind of the probes is ``multi_hop_edits_1`` to ``multi_hop_edits_4``, where
+    the number says how many edits the questions need. For questions that need several edits, the score has no meaning
+    if each edit is made alone on the unedited model. The old multi-hop answer and the lists of single hops are not
+    read.
 
     References:
         "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions", arXiv 2305.14795.

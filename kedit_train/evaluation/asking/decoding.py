@@ -27,9 +27,8 @@ class Continuation:
     Args:
         ids: the ids of the generated tokens.
         ended: True if the last token ends the text, False if the limit on new tokens was reached.
-        margin: each generated token has a difference between its two largest logits; this is the smallest of
-            them. If it is within the rounding error of the model's dtype, another batch size or device may give another
-            answer.
+        margin: the smallest difference between the two largest logits, over all generated tokens. If ``margin`` is
+            within the rounding error of the model's dtype, another batch size or device may give another answer.
         diverged: True if a logit was NaN.
     """
 
@@ -42,8 +41,8 @@ class Continuation:
 def new_cache(model: Any) -> DynamicCache | None:
     """Return an empty key-value cache, or None if the model does not support the default cache of transformers.
 
-    The result is None for a model with a recurrent state, a cache class of its own or a learned prompt (PEFT prompt
-    tuning). Each decoding step of such a model processes the full sequence again. This is slower, but correct.
+    The result is None for a model with a recurrent state, a custom cache class or a learned prompt (PEFT prompt
+    tuning). Without a cache, each decoding step processes the full sequence again. This is slower, but correct.
     """
     base = base_model(model)
     if uses_prompt_learning(model) or not getattr(base, "_supports_default_dynamic_cache", lambda: False)():
@@ -95,7 +94,7 @@ class _Batch:
         self.unread = 1
 
     def keep(self, rows: list[int]) -> None:
-        """Keep only the sequences at the row numbers ``rows``, and remove all others from the batch."""
+        """Remove every sequence from the batch whose row number is not in ``rows``."""
         index = torch.tensor(rows, device=self.ids.device)
         self.ids, self.mask = self.ids[index], self.mask[index]
         if self.cache is not None:

@@ -35,7 +35,7 @@ class Answer:
     Args:
         text: the answer up to end-of-text or the first line break, without surrounding white space.
         ended: True if the model ended the answer. False if ``max_new_tokens`` or the model's context cut the answer.
-        margin: each generated token has a difference between its two largest logits; this is the smallest of them.
+        margin: the smallest difference between the two largest logits, over all generated tokens.
         ids: the token ids of the answer, without the token that ended it.
     """
 
@@ -120,10 +120,9 @@ def generate_answers(
         max_new_tokens: maximum length of an answer, in tokens. A longer answer is cut and gets ``ended=False``.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
         single_line: if True, a line break ends an answer.
-        known_starts: dict from a prompt to the first tokens of its answer, if they are already known, and the smallest
-            margin among these tokens
-            (:meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start`). Known tokens are not
-            generated again.
+        known_starts: dict from prompt to the pair that
+            :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start` returns: the known first
+            tokens of the answer, and the smallest margin among these tokens. Known tokens are not generated again.
         progress: show a progress bar in a terminal.
 
     Returns:

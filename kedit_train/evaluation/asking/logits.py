@@ -22,7 +22,7 @@ _MAX_LOGITS = 2**28
 
 
 def accepts_argument(model: Any, argument: str) -> bool:
-    """Return True if the language model's ``forward`` has this argument. A PEFT adapter around it is ignored."""
+    """Return True if ``forward`` of the model has this argument. For a PEFT model, its base model is inspected."""
     return argument in inspect.signature(base_model(model).forward).parameters
 
 
@@ -42,8 +42,8 @@ def target_logits(
         batch_size: maximum number of sequences per batch.
 
     Yields:
-        One tuple per batch: the indices of its sequences, the logits of each sequence ([targets, vocabulary] in fp32),
-        and the labels of each sequence ([targets]).
+        One tuple per batch: the indices in ``sequences``, the logits of each sequence ([target tokens, vocabulary] in
+        fp32), and the labels of each sequence ([target tokens]).
     """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), sequences[i].input_ids))
     can_select = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)

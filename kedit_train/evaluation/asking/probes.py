@@ -61,11 +61,11 @@ def probe_requests(
     Args:
         edit: the edit.
         name: the name of the edit in the results.
-        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds two probes:
-            the edit's prompt after a sentence that is drawn at random from ``prefixes``. "format" adds the prompt
-            rewritten from a completion to a question, or from a question to a completion. "resurgence" adds a prompt
-            that denies the old answer ("Built on Sand", arXiv 2510.00625), and two prompts that offer the old and the
-            new answer as a choice, in both orders. "fluency" adds a long continuation of the prompt.
+        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds two probes.
+            Each of these probes puts a random sentence from ``prefixes`` in front of the edit's prompt. "format" adds
+            one probe: a completion is rewritten as a question, and a question as a completion. "resurgence" adds three
+            probes: one denies the old answer ("Built on Sand", arXiv 2510.00625), and two offer the old and the new
+            answer as a choice, once in each order. "fluency" adds a long continuation of the prompt.
         prefixes: the sentences for "prefixes".
         seed: seed for drawing the prefixes. The draw also depends on ``name``.
         prompt_format: the format of the prompts. With the format "question", the metric "format" rewrites every prompt

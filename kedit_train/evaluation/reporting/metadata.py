@@ -68,8 +68,8 @@ def report_metadata(
 def count_near_ties(model: nn.Module, results: Sequence[ProbeResult]) -> int:
     """Count the answers that another batch size or device may change, because two logits are almost equal.
 
-    An answer is counted if the two largest logits of one of its tokens differ by less than a bound. The bound is 16
-    times the machine epsilon of the dtype in which the model computes, but at least 6e-5.
+    An answer is counted if, for at least one token, the two largest logits differ by less than a bound. The bound is 16
+    times the machine epsilon of the dtype in which the model computes. If this value is below 6e-5, the bound is 6e-5.
     """
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     device = parameter.device.type

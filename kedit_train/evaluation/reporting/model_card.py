@@ -68,9 +68,9 @@ def model_card_section(
 def insert_section(path: str | os.PathLike[str], section: str) -> Path:
     """Write the section about the edit into a model card.
 
-    The new section replaces an earlier section about the edit. If there is no earlier section, the new one is appended
-    to the card. If there is no card, the file is created. The rest of the card stays unchanged, byte for byte. Two
-    HTML comments mark the beginning and the end of the section.
+    Two HTML comments mark the beginning and the end of the section. If the card already contains a marked section,
+    ``section`` replaces it. Otherwise, ``section`` is appended to the card. If there is no card, the file is created.
+    All text outside the marked section stays unchanged, byte for byte.
 
     Args:
         path: the model card.
@@ -89,8 +89,8 @@ def insert_section(path: str | os.PathLike[str], section: str) -> Path:
     begin, end = BEGIN.encode(), END.encode()
     if (card.count(begin), card.count(end)) not in ((0, 0), (1, 1)) or card.find(end) < card.find(begin):
         raise EditError(
-            f"{path} must contain the comments {BEGIN!r} and {END!r} once each, in this order; correct the comments, "
-            "or remove all of them."
+            f"{path} must contain the comments {BEGIN!r} and {END!r} once each, in this order, or neither of them; "
+            "correct the comments, or remove all of them."
         )
     if begin in card:
         updated = card[: card.index(begin)] + marked + card[card.index(end) + len(end) :]

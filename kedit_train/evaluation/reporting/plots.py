@@ -76,7 +76,8 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
     """Plot each report as a point: reliability on the x-axis, locality on the y-axis, with 95 % intervals.
 
     The best edit is in the upper right corner. If a report contains the scores of the unedited model, a cross shows
-    the unedited model. Its locality is 1 by definition, because locality then means "the same answer as before".
+    the unedited model. The cross has locality 1, because locality is then the fraction of answers that equal the
+    unedited model's answer.
 
     Args:
         reports: dict from label to report. All reports must be on the same edits.
@@ -86,15 +87,15 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
         The path.
 
     Raises:
-        EditError: the reports differ in their edits or in the meaning of locality, or one of them has no reliability
-            or locality probes.
+        EditError: the reports are on different edits, the reports measure locality in different ways, or a report has
+            no reliability or locality score.
     """
     _check_same_edits(reports)
     meanings = {report.metrics["locality"]["compared_with"] for report in reports.values()}
     if len(meanings) > 1:
         raise EditError(
             "reports must all measure locality in the same way, but some compare with the unedited model and some "
-            "with the true answers; pass unedited= to evaluate for all reports."
+            "with the true answers; make every report with evaluate(..., unedited=...)."
         )
     figure = new_figure(6.0, 5.0)
     axes = figure.subplots()

@@ -123,7 +123,11 @@ def notes(report: ReportData) -> list[str]:
 
 
 def format_number(value: float | None) -> str:
-    """Format a number with three decimals, or in scientific notation if it would be rounded to 0; a dash for None."""
+    """Format a number with three decimals.
+
+    A number that would be rounded to 0 is written in scientific notation. A number of 100 or more is written without
+    decimals. None is written as a dash.
+    """
     if value is None:
         return "–"
     return f"{value:.1e}" if 0 < abs(value) < 0.0005 else f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"

@@ -46,8 +46,9 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
     """Compute bootstrap percentile intervals of ``sum(totals) / sum(counts)`` for M metrics, by resampling edits.
 
     Each edit is drawn together with all its probes, because the probes of one edit tend to succeed or fail together.
-    Resampling single probes would make every interval too narrow. If all edits agree (a score of 0 or 1), the interval
-    has zero width. Zero width does not prove certainty: with n edits, an error rate of up to 3 / n is still possible.
+    Resampling single probes would make every interval too narrow. If all edits have the same score (all 0 or all 1),
+    the interval has zero width. The true score is still uncertain: with n edits, an error rate of up to 3 / n is
+    possible.
 
     Args:
         totals: [edits, M], the sum of each edit's values.
@@ -83,9 +84,9 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
 class MeanOverEdits(Metric):
     """The mean of values that are grouped by edit, with a bootstrap interval over edits.
 
-    The metric states are sums per edit. The sum of the states of several processes is therefore the state that one
-    process would have. The states are synchronized as in any ``torchmetrics.Metric``: by ``compute``, or by
-    ``self.log`` of a LightningModule.
+    The metric states are one sum and one count per edit. With several processes, the states of all processes are added,
+    so the result is the same as on one process. As in any ``torchmetrics.Metric``, the states are synchronized by
+    ``compute``, or by ``self.log`` of a LightningModule.
 
     Args:
         n_edits: total number of edits on all processes. Each edit has a number from 0 to ``n_edits - 1``.
@@ -112,7 +113,7 @@ class MeanOverEdits(Metric):
         self.add_state("count", default=torch.zeros(n_edits, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, edits: Sequence[int], values: Sequence[float | bool]) -> None:
-        """Add values. Each value belongs to the edit with the number at the same place in ``edits``.
+        """Add values. ``values[i]`` belongs to the edit with the number ``edits[i]``.
 
         A process without probes passes two empty lists.
         """
@@ -151,7 +152,7 @@ def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: in
 
 
 def scores_of_means(means: Iterable[MeanOverEdits], seed: int = 0) -> list[Score]:
-    """Return the scores of many means over the same edits, computed from the states of this process."""
+    """Return one score per mean. All means must be over the same edits. Processes are not synchronized."""
     means = list(means)
     if not means:
         return []

@@ -34,12 +34,12 @@ class Capability:
 
     Args:
         perplexity: perplexity of the texts. Its ``n`` counts tokens.
-        kl: KL(unedited || model), in nats per token of the unedited model's own answers to the prompts.
+        kl: mean KL(unedited || model) in nats, over all tokens of the unedited model's answers to the prompts.
         agreement: the fraction of prompts to which both the model and the unedited model give the same greedy answer.
         tasks: dict from "<task>/<metric>" to the score of lm-eval.
-        answers: dict from prompt to answer, for the comparison with the edited model. It is kept in memory only.
-        distributions: dict from prompt to the unedited model's next-token distributions, for ``kl``. It is kept in
-            memory only.
+        answers: dict from prompt to answer, for the comparison with the edited model. Kept in memory only.
+        distributions: dict from prompt to the unedited model's next-token distributions, for ``kl``. Kept in memory
+            only.
     """
 
     perplexity: Score
@@ -106,7 +106,8 @@ class CapabilityProbe:
             self.prompts = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
             if not self.prompts:
                 raise EditError(
-                    "texts must contain at least one text with two or more words; add a longer text, or pass prompts=."
+                    "texts must contain at least one text with two or more words if prompts is None or empty; add a "
+                    "longer text, or pass at least one prompt."
                 )
         self.tasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
         self.max_new_tokens, self.batch_size, self.seed, self.progress = max_new_tokens, batch_size, seed, progress

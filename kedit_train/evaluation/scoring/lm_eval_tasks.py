@@ -62,9 +62,9 @@ def lm_eval_scores(
         seed: seed of lm-eval. The random states of Python, numpy and torch are restored afterwards.
 
     Returns:
-        A dict from "<task>/<metric>" to score. If the task filters the answers, the key ends in ",<filter>". The
-        interval is the value plus and minus 1.96 times lm-eval's standard error. A score for which lm-eval returns no
-        standard error has no interval.
+        A dict from "<task>/<metric>" to score. If the task filters the model's answers, the key is
+        "<task>/<metric>,<filter>". The interval reaches from 1.96 standard errors below the value to 1.96 standard
+        errors above it. If lm-eval returns no standard error, the score has no interval.
 
     Raises:
         EditError: lm-eval is not installed, or it does not know a task.
@@ -78,7 +78,7 @@ def lm_eval_scores(
     files = [name for name in tasks.names if name.endswith((".yaml", ".yml"))]
     for name in files:
         if not Path(name).is_file():
-            raise EditError(f"tasks: there is no file {name!r}; pass the path of a task file, or the name of a task.")
+            raise EditError(f"tasks: there is no file {name!r}; pass an existing task file, or the name of a task.")
     manager = TaskManager(include_path=tasks.folder)
     for name in tasks.names:
         if name not in files and not manager.match_tasks([name]):

@@ -62,22 +62,22 @@ def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: i
 
     Reliability, generality, portability and locality each have these scores:
 
-    - ``generated``: the fraction of probes with a right generated answer. Locality differs if the unedited model's
-      answers are known: it is then the fraction of answers that equal the unedited model's answer after normalization;
+    - ``generated``: the fraction of probes whose generated answer is right. For locality with ``against_unedited``, it
+      is the fraction of answers that equal the unedited model's answer after normalization;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
     - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
     - ``target_loss`` and ``target_probability``: loss and probability of the preferred answer's tokens, averaged over
       the tokens of a probe and then over the probes;
     - ``ended``: the fraction of answers that the model ended itself;
-    - ``by_kind`` (not for reliability): all scores above for each kind of probe. The total of generality includes only
-      rephrasings, so it does not depend on the extra metrics.
+    - ``by_kind`` (not for reliability): all scores above, for each kind of probe. The generality scores outside
+      ``by_kind`` include only rephrasings, so they do not depend on the extra metrics.
 
     The result also contains these scores:
 
-    - ``locality.right``: the fraction of right answers, whether or not the answer changed;
-    - ``locality.kept_right``: among the probes that the unedited model answered correctly, the fraction of right
-      answers;
+    - ``locality.right``: the fraction of locality probes with a right answer, even if the edit changed the answer;
+    - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
+      correctly;
     - ``locality.kl``: the mean KL divergence per token from the unedited model;
     - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
       so on;

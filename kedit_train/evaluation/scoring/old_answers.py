@@ -29,8 +29,8 @@ def find_old_answers(
     """Return edits whose targets are the old answers, exactly as the model generates them.
 
     The old answer of an edit is its ``old_target``. If an edit has no ``old_target``, the old answer is the answer that
-    the model generates, unless this is the new answer. An edit is returned only if the model generates the old answer
-    with greedy decoding and ends it.
+    the model generates. An edit is left out if greedy decoding gives the new answer, an answer other than
+    ``old_target``, an empty answer, or an answer that does not end.
 
     Args:
         model: a causal language model.

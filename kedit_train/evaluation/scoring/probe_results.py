@@ -25,18 +25,18 @@ class ProbeResult(ProbeRequest):
     Args:
         answer: the generated answer.
         ended: True if the model ended the answer itself.
-        margin: each token of the answer has a difference between its two largest logits; this is the smallest of
-            them. None if no token was generated.
+        margin: the smallest difference between the two largest logits, over all tokens of the answer. None if no token
+            was generated.
         right: True if the answer equals one of the ``accepted`` answers. None if ``accepted`` is empty.
         contained: True if the answer contains one of the ``accepted`` answers. None if ``accepted`` is empty.
         before: the unedited model's answer. None without a report on the unedited model.
         right_before: True if the unedited model's answer was right.
         unchanged: True if ``answer`` and ``before`` are equal after normalization, even if both are wrong.
-        tokens_right: for each token of the preferred answer, True if it is ranked first under teacher forcing.
-        token_log_probs: for each token of the preferred answer, its log-probability under teacher forcing.
+        tokens_right: for each token of the preferred answer, True if the token is ranked first under teacher forcing.
+        token_log_probs: for each token of the preferred answer, the log-probability under teacher forcing.
         old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" was measured.
-        kl: KL(unedited || this model) at each token of the unedited model's answer, in nats, if the metric "kl" was
-            measured.
+        kl: KL(unedited || this model), in nats, for each token of the unedited model's answer. Empty if the metric "kl"
+            was not measured.
     """
 
     answer: str
@@ -66,7 +66,7 @@ class ProbeResult(ProbeRequest):
     def says_old(self) -> bool | None:
         """True if the answer contains the old answer and is not right.
 
-        An answer can contain the old answer and be right: the old answer may be "Paris", and the new "Paris, Texas".
+        A right answer can contain the old answer. For example, the new answer "Paris, Texas" contains "Paris".
         """
         return None if self.old_target is None else not self.right and contains(self.answer, [self.old_target])
 
@@ -89,8 +89,9 @@ def answer_requests(
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
     """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
-    The teacher-forced pass already shows how the generated answer begins. Only the tokens after the first difference
-    from the preferred answer are generated. A probe without an accepted answer has no teacher-forced score.
+    The teacher-forced pass gives the beginning of the generated answer, up to and including the first token that
+    differs from the preferred answer. Only the tokens after this token are generated. If a probe has no accepted
+    answer, all tokens are generated, and the probe has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.

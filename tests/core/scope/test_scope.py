@@ -59,9 +59,14 @@ def test_binary_rounding_does_not_change_the_layer_of_a_fraction():
         (24, "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got 24."),
         (-25, "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got -25."),
         ("20-30", "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got '20-30'."),
-        (1.5, "a fraction in layers must be in [0, 1], got 1.5; write an index without a decimal point."),
-        (-0.1, "a fraction in layers must be in [0, 1], got -0.1; write an index without a decimal point."),
-        (float("nan"), "a fraction in layers must be in [0, 1], got nan; write an index without a decimal point."),
+        *(
+            (
+                value,
+                f"a fraction in layers must be in [0, 1], got {value}; if you mean an index, write it without a "
+                "decimal point.",
+            )
+            for value in (1.5, -0.1, float("nan"))
+        ),
         ("6-4", "a range in layers must start at its lower layer, got '6-4'; write '4-6'."),
         ([], "layers must select at least one layer between 0 and 23, got []."),
         (True, "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got True."),
@@ -191,8 +196,8 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(plain, 0)
     assert str(error.value) == (
-        "the argument layers cannot be used, because Sequential has no stack of layers; remove layers= and select "
-        'parameters by their full names, for example modules="encoder.2.linear.*"'
+        "layers= needs a model with exactly one stack of layers, but Sequential has no stack of layers; remove layers= "
+        'and select parameters by their full names, for example modules="encoder.2.linear.*"'
     )
     import transformers
 
@@ -200,8 +205,8 @@ def test_models_without_one_stack_of_layers(tiny):
     with pytest.raises(EditError) as error:
         resolve_scope(seq2seq, 0)
     assert str(error.value) == (
-        "the argument layers cannot be used, because T5ForConditionalGeneration has several stacks of layers "
-        "(encoder.block, decoder.block); remove layers= and select parameters by their full names, for example "
+        "layers= needs a model with exactly one stack of layers, but T5ForConditionalGeneration has several stacks of "
+        "layers (encoder.block, decoder.block); remove layers= and select parameters by their full names, for example "
         'modules="encoder.block.*"'
     )
     assert list(resolve_scope(seq2seq, None, "decoder.block.1.layer.2.DenseReluDense.wo"))
