@@ -220,7 +220,7 @@ def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
         text = {"kedit_train.delta": "{}", "kedit_train.delta.sha256": "0" * 64}
         header = json.dumps({"__metadata__": text, "before/w": entry}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(EditError, match="a tensor has an impossible shape or position"):
+        with pytest.raises(EditError, match="a tensor has an impossible shape or byte range"):
             EditDelta.load(path)
 
 

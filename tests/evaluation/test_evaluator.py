@@ -166,7 +166,7 @@ def test_refusals(scripted_model: Any) -> None:
     before = evaluate(model, tokenizer, EDITS[1:], progress=False)
     with pytest.raises(EditError, match="no answer to the prompt 'Ann lives in'"):
         evaluate(model, tokenizer, EDITS, unedited=before, progress=False)
-    with pytest.raises(EditError, match="unedited was made with max_new_tokens=32, but"):
+    with pytest.raises(EditError, match="unedited= was made with max_new_tokens=32, but"):
         evaluate(
             model, tokenizer, EDITS[1:], unedited=before, options=EvaluationOptions(max_new_tokens=8), progress=False
         )
