@@ -33,6 +33,17 @@ def changes_training(callback: Any) -> bool:
     return callback.constrains or callback.penalizes or callback.skips
 
 
+def check_scope(run: RunState, state: dict[str, Any]) -> None:
+    """Raise an error if a checkpoint was written with another scope than that of ``run``."""
+    # Without ParameterScope no copy exists yet; the current weights are those of the checkpoint.
+    expected = set(run.reference) or set(run.scope if run.needs_reference else ())
+    if set(state["reference"]) != expected:
+        raise EditError(
+            f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
+            f"({len(expected)} tensors); resume with the same ParameterScope."
+        )
+
+
 def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, Any]]:
     """Restore the step number and the reference values (the weights before the edit) from a checkpoint.
 
@@ -57,13 +68,7 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
             "the checkpoint was written by another version of kedit-train, and this version cannot resume it; use the "
             "version that wrote the checkpoint, or start again from the unedited model."
         )
-    # Without ParameterScope no copy exists yet; the current weights are those of the checkpoint.
-    expected = set(run.reference) or set(run.scope if run.needs_reference else ())
-    if set(state["reference"]) != expected:
-        raise EditError(
-            f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
-            f"({len(expected)} tensors); resume with the same ParameterScope."
-        )
+    check_scope(run, state)
     named = _named_callbacks(run)
     added = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
     if added:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from kedit_train.core.fsdp import full_tensor, reshard
 from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.host import Host
+from kedit_train.core.interrupted import check_not_interrupted, mark_interrupted
 from kedit_train.core.output_head import OutputHead
 from kedit_train.core.reference_weights import snapshot, temporary_values
 from kedit_train.core.requirements import check_requirements
@@ -49,6 +50,8 @@ class EditRun(RunState):
         self._head: OutputHead | None = None
         self._loss_head: LossHead | None = None
         self._finished: set[int] = set()
+        # Whether training has ended and the constraints hold, so that the weights are those of a whole edit.
+        self._complete = False
         self._saved_states: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
 
@@ -112,6 +115,9 @@ class EditRun(RunState):
         in_scope = {id(p) for p in scope.values()}
         for parameter in self.requires_grad_before:
             parameter.requires_grad_(id(parameter) in in_scope)
+            if id(parameter) not in in_scope:
+                # With a gradient from before the freeze, even a zero one, an optimizer would change the parameter.
+                parameter.grad = None
         if self.full_precision:
             self.masters = FullPrecision(self.root, self.scope)
         self.reference = snapshot(self.scope)
@@ -119,6 +125,7 @@ class EditRun(RunState):
     def attach(self, callback: Any) -> None:
         """Attach one callback to the run, after all callbacks have been prepared."""
         if not self.has_started:
+            check_not_interrupted(self)
             check_requirements(self.callbacks)
             follow_strategy(self)
             follow_dtype(self)
@@ -150,8 +157,12 @@ class EditRun(RunState):
         self._finished.add(id(callback))
         if self._finished < self._attached:
             return
-        if self.step:
-            self.steps.restore_constraints()
+        try:
+            self.steps.finish()
+        except BaseException:
+            self.close()
+            raise
+        self._complete = True
         self._end_full_precision()
         for attached in filter(self.has_attached, list(self.callbacks)):
             with reported_by(type(attached).__name__):
@@ -162,9 +173,16 @@ class EditRun(RunState):
         """End the run: remove its hooks from the model, and restore every ``requires_grad`` flag."""
         if self.closed:
             return
+        self.closed = True
         self._end_full_precision()
+        errors: list[Exception] = []
         for callback in self.callbacks:
-            callback.detach(self)
+            try:
+                with reported_by(type(callback).__name__):
+                    callback.detach(self)
+            except Exception as error:
+                # The other callbacks have hooks to remove, too.
+                errors.append(error)
         self.steps.remove()
         if self._loss_head is not None:
             self._loss_head.remove()
@@ -172,8 +190,11 @@ class EditRun(RunState):
             self._head.remove()
         for parameter, requires_grad in self.requires_grad_before.items():
             parameter.requires_grad_(requires_grad)
-        self.closed = True
         self.root.__dict__.pop(_ATTRIBUTE, None)
+        if self.step and not self._complete:
+            mark_interrupted(self)
+        if errors:
+            raise errors[0]
 
     def stop(self) -> None:
         """End training after the current optimizer step."""
@@ -188,7 +209,7 @@ class EditRun(RunState):
     def _end_full_precision(self) -> None:
         """Convert parameters that were trained in fp32 back to their own dtype, and apply the constraints again."""
         masters, self.masters = self.masters, None
-        if masters is None:
+        if masters is None or not masters.dtypes:
             return
         masters.remove()
         # This conversion is exact: the values were widened from that dtype.

@@ -17,26 +17,28 @@ _KIND = "kedit_train.state"
 _TENSOR = "__tensor__"
 
 
-def save_state(folder: str | os.PathLike[str], state: dict[str, Any]) -> Path:
+def save_state(folder: str | os.PathLike[str], state: dict[str, Any], *, file: str = FILE) -> Path:
     """Write the state of an edit into a checkpoint folder, atomically.
 
     Args:
         folder: the checkpoint folder.
         state: nested dicts with string keys. The values are tensors or values that JSON can store.
+        file: name of the file in the folder.
 
     Returns:
         The path of the file.
     """
     tensors: dict[str, Tensor] = {}
     metadata = _take_tensors(state, "", tensors)
-    return save_tensors(Path(folder) / FILE, tensors, metadata, kind=_KIND)
+    return save_tensors(Path(folder) / file, tensors, metadata, kind=_KIND)
 
 
-def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+def load_state(folder: str | os.PathLike[str], *, file: str = FILE) -> dict[str, Any] | None:
     """Read the state of an edit that :func:`save_state` wrote.
 
     Args:
         folder: the checkpoint folder.
+        file: name of the file in the folder.
 
     Returns:
         The state, or None if the folder contains no state of an edit.
@@ -44,7 +46,7 @@ def load_state(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         EditError: the file is damaged, or an earlier version of kedit-train wrote the file.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / file
     if not path.is_file():
         return None
     try:

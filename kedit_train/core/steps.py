@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kedit_train.core.fsdp import check_gradients, full_tensor
+from kedit_train.core.integrity import Integrity
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError, reported_by, warn
 
@@ -36,8 +37,9 @@ class OptimizerSteps:
         self.learning_rates: dict[str, float | None] = {}
         # None until the step is announced; then whether any callback returned a penalty.
         self._penalized: bool | None = None
-        # The version counter of each scoped parameter after the last step.
-        self._versions: list[int] = []
+        self.integrity = Integrity(run)
+        # The optimizers inside whose step() the process is now, from the outermost to the innermost.
+        self._stepping: list[Optimizer] = []
         # The ids of the optimizers that have stepped since the last announcement.
         self._stepped_optimizers: set[int] = set()
         # Registered from the start, so that a loop that never announces a step is noticed. The references are weak, so
@@ -65,6 +67,7 @@ class OptimizerSteps:
         if self._penalized is not None:
             return None
         self._stepped_optimizers.clear()
+        self._stepping.clear()
         run = self.run
         late = next((callback for callback in run.callbacks if not run.has_attached(callback)), None)
         if late is not None:
@@ -72,6 +75,8 @@ class OptimizerSteps:
                 "this callback was added after training had begun; add it before training begins.",
                 component=type(late).__name__,
             )
+        if self.integrity.before_step():
+            self._restore_constraints()
         terms: list[Tensor] = []
         for callback in run.callbacks:
             with reported_by(type(callback).__name__):
@@ -90,6 +95,8 @@ class OptimizerSteps:
         """
         run = self.run
         self._check_announced(optimizer)
+        self.integrity.start()
+        self.integrity.check_frozen_gradients()
         check_gradients(run.scope.values())
         error = run.host.gradient_error() if self._penalized else None
         if error is not None:
@@ -120,14 +127,19 @@ class OptimizerSteps:
             if weights[name] is not current[name]:
                 parameter.copy_(weights[name])
 
-    def restore_constraints(self) -> None:
-        """Apply the constraints again if something other than an optimizer step has changed the scoped weights.
+    def finish(self) -> None:
+        """Check all weights at the end, and apply the constraints again if other code has changed the scope.
 
-        Examples are weight averaging, loading the best checkpoint, and optimizers that do not call torch's hooks. If a
-        constraint was broken, a warning is issued.
+        Loading the best checkpoint and optimizers that keep a second copy of the weights (Lookahead) are examples.
         """
-        if self._versions == self._current_versions():
-            return
+        if self.integrity.finish():
+            self._restore_constraints()
+
+    def _restore_constraints(self) -> None:
+        """Apply the constraints to weights that something other than an optimizer step has changed.
+
+        If a constraint was broken, a warning is issued.
+        """
         run = self.run
         before = {name: p.detach().clone() for name, p in run.scope.items()}
         self.learning_rates = {}
@@ -139,9 +151,10 @@ class OptimizerSteps:
         ]
         if moved:
             warn(
-                f"{moved[0]} (and {len(moved) - 1} more tensors) changed outside of the optimizer steps, which broke "
-                "the constraints of this edit; the constraints have been applied again."
+                f"{moved[0]} (and {len(moved) - 1} more) was changed outside of the optimizer steps and broke the "
+                "constraints of this edit; the constraints have been applied again."
             )
+        self.integrity.record_scope()
 
     def _check_announced(self, optimizer: Any) -> None:
         """Raise an error if the training loop had to announce this optimizer step and did not."""
@@ -158,6 +171,10 @@ class OptimizerSteps:
 
     def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._updates_scope(optimizer):
+            return
+        self._stepping.append(optimizer)
+        if len(self._stepping) > 1:
+            # An optimizer that wraps this one is inside its own step, which counts as one.
             return
         # torch passes the optimizer itself as the first argument.
         closure = next((a for a in args if a is not optimizer), kwargs.get("closure"))
@@ -176,18 +193,19 @@ class OptimizerSteps:
 
     @torch.no_grad()
     def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._updates_scope(optimizer) or _skipped_by_scaler(optimizer):
+        if not self._updates_scope(optimizer):
+            return
+        if optimizer in self._stepping:
+            del self._stepping[self._stepping.index(optimizer) :]
+        if self._stepping or _skipped_by_scaler(optimizer):
             return
         self.run.step += 1
         self._penalized = None
         self._stepped_optimizers.add(id(optimizer))
         self.learning_rates = self._current_learning_rates(optimizer)
         self.apply_constraints()
-        self._versions = self._current_versions()
+        self.integrity.after_step()
         self.run.host.after_optimizer_step(self.run)
-
-    def _current_versions(self) -> list[int]:
-        return [p._version for p in self.run.scope.values()]
 
     def _current_learning_rates(self, optimizer: Optimizer) -> dict[str, float | None]:
         names = {id(p): name for name, p in self.run.scope.items()}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kedit_train.core.fsdp import check_precision, reshard, shard_like
 from kedit_train.core.full_precision import FullPrecision
+from kedit_train.core.integrity import uses_deepspeed
 from kedit_train.core.processes import is_distributed
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
@@ -23,6 +26,8 @@ def follow_strategy(run: RunState) -> None:
     current = dict(run.model.named_parameters())
     lost = next((name for name in shapes if name not in current or current[name].shape != shapes[name]), None)
     reason = run.host.unsupported_reason()
+    if reason is None:
+        reason = next(filter(None, map(_flattened_by, run.root.parameters())), None)
     if lost is not None:
         reason = f"the strategy flattened, sliced or renamed the parameter {lost} of shape {tuple(shapes[lost])}"
     if reason is not None:
@@ -57,3 +62,11 @@ def follow_dtype(run: RunState) -> None:
             run.masters.remove()
         run.masters = FullPrecision(run.root, run.scope)
         run.reference = {name: value.to(run.scope[name].dtype) for name, value in run.reference.items()}
+
+
+def _flattened_by(parameter: Any) -> str | None:
+    """Return a reason if DeepSpeed ZeRO or FSDP1 updates a flattened copy of the parameter instead of the parameter."""
+    if uses_deepspeed(parameter):
+        return "DeepSpeed updates flattened copies of the weights"
+    # FSDP1 marks the parameters that it has flattened, also those outside of the module that the run holds.
+    return "FSDP1 updates flattened copies of the weights" if hasattr(parameter, "_fsdp_flattened") else None

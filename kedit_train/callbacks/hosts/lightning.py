@@ -10,13 +10,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from kedit_train.core.host import Host
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
+
+# Lightning has had WeightAveraging since 2.6.
+_AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(lightning_callbacks, name)
+)
 
 
 class LightningHost(Host):
@@ -87,8 +94,9 @@ class LightningHost(Host):
         launched, used = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
         if used < launched:
             return f"{launched} processes were started but the trainer uses {used}, so each would train its own model"
-        if any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):
-            return "WeightAveraging overwrites all weights, including frozen weights, with rounded averages"
+        averaging = next((c for c in self.trainer.callbacks if isinstance(c, _AVERAGING)), None)
+        if averaging is not None:
+            return f"{type(averaging).__name__} replaces the weights by averages, for which no constraint holds"
         name = type(self.trainer.strategy).__name__
         return f"{name} updates flattened copies of the weights" if name.startswith("DeepSpeed") else None
 
@@ -141,6 +149,8 @@ class LightningEvents(Callback):
     """
 
     run: Any = None
+    # The state at the end of training, for a checkpoint that is saved after it.
+    _final_state: dict[str, Any] | None = None
 
     def _driven_run(self, trainer: Any) -> EditRun | None:
         """Return the trainer's run if this callback is the driver of the run, else None."""
@@ -150,6 +160,7 @@ class LightningEvents(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # Before configure_optimizers and before the strategy wraps the module.
         if stage == "fit":
+            self._final_state = None
             self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -163,6 +174,9 @@ class LightningEvents(Callback):
         run = self._driven_run(trainer)
         if run:
             checkpoint[CHECKPOINT_KEY] = run.state()
+        elif self._final_state is not None and self.run.closed and self.run.host.owner is trainer:
+            # trainer.save_checkpoint() after fit().
+            checkpoint[CHECKPOINT_KEY] = self._final_state
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Lightning calls this between setup and on_fit_start, where the run restores the state.
@@ -209,6 +223,9 @@ class LightningEvents(Callback):
                     host.log(metrics)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        run = self._driven_run(trainer)
+        if run:
+            self._final_state = run.state()
         if self.run is not None:
             self.run.finish(self)
 

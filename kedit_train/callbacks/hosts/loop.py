@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from kedit_train.core.checksums import checksums
 from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.run import EditRun
@@ -42,6 +43,15 @@ class LoopHost(Host):
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
         self.penalty_gradients: list[tuple[nn.Parameter, Any]] = []
+        # The state of the edit from a checkpoint, if the loop resumes one.
+        self.checkpoint_state: dict[str, Any] | None = None
+
+    @property
+    def resumed(self) -> bool:
+        return self.checkpoint_state is not None
+
+    def saved_state(self) -> dict[str, Any] | None:
+        return self.checkpoint_state
 
     def unannounced_step_error(self) -> str:
         return (
@@ -123,6 +133,43 @@ class Editing:
         """Return the parameters in the scope, to pass to the optimizer."""
         return list(self.run.scope.values())
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the edit for a checkpoint: its step, the weights before the edit, the callbacks' state.
+
+        Save the result with ``torch.save`` together with the states of the model and the optimizer. The result contains
+        only tensors and plain values, so ``torch.load`` can read it with ``weights_only=True``.
+
+        Raises:
+            EditError: the first step has not begun, or the edit is over.
+        """
+        run = self.run
+        if run.closed or not run.has_started:
+            when = "is over" if run.closed else "begins with the first edit.before_step()"
+            raise EditError(f"this edit {when}, so it has no state now; call edit.state_dict() between two steps.")
+        return run.state() | {"weights": _checksums(run)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an interrupted edit. Call this method before the first ``before_step()``.
+
+        Before this call, load the weights of the same checkpoint into the model, inside the ``editing`` block.
+
+        Args:
+            state: the result of :meth:`state_dict`.
+
+        Raises:
+            EditError: the edit has begun, or the model does not have the weights of the checkpoint.
+        """
+        run = self.run
+        if run.has_started:
+            raise EditError("the edit has begun; call edit.load_state_dict() before the first edit.before_step().")
+        if state.get("weights") != _checksums(run):
+            raise EditError(
+                "the scoped weights are not those of the checkpoint that this state belongs to; inside the editing() "
+                "block, call model.load_state_dict() with the weights of the checkpoint before edit.load_state_dict(), "
+                "and use the same ParameterScope."
+            )
+        self._host.checkpoint_state = {name: value for name, value in state.items() if name != "weights"}
+
     def before_step(self, scaler: Any = None) -> None:
         """Begin an optimizer step. Call this after ``zero_grad()`` and before the first forward pass of the step.
 
@@ -154,6 +201,10 @@ class Editing:
         """Return whether a step was begun but not taken, and the gradients of its penalties still exist."""
         gradients = self._host.penalty_gradients
         return bool(gradients) and all(p.grad is grad and bool(grad.any()) for p, grad in gradients)
+
+
+def _checksums(run: EditRun) -> dict[str, int]:
+    return dict(zip(run.scope, checksums(run.scope.values()), strict=True))
 
 
 @contextmanager

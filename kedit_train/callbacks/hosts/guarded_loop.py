@@ -1,0 +1,77 @@
+"""Follow a transformers trainer into and out of its training loop, where it sends no event to its callbacks."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+_LOOP = "_inner_training_loop"
+
+
+class GuardedLoop:
+    """The training loop of a ``transformers.Trainer``, with a check before it and a clean model after an exception.
+
+    It takes the place of the trainer's method on this one trainer. A callback hears nothing of an exception or of ^C,
+    and a checkpoint's optimizer is loaded before the first event of a training.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        # A strong reference would keep the trainer, and with it the model, in a reference cycle.
+        self._trainer = weakref.ref(trainer)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer()
+        assert trainer is not None
+        loop = getattr(type(trainer), _LOOP)
+        try:
+            if isinstance(checkpoint := kwargs.get("resume_from_checkpoint"), str):
+                for run in _runs(trainer):
+                    run.host.check_checkpoint(run, checkpoint)
+            return loop(trainer, *args, **kwargs)
+        except BaseException:
+            for run in _runs(trainer):
+                run.close()
+            raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied or pickled trainer has the method of its class again.
+        return type(None), ()
+
+
+def guard_loop(control: Any) -> None:
+    """Guard the training loop of the trainer that is now calling its callbacks.
+
+    Args:
+        control: the trainer's control object.
+    """
+    trainer = _calling_trainer(control)
+    if trainer is not None and _LOOP not in trainer.__dict__ and hasattr(type(trainer), _LOOP):
+        trainer.__dict__[_LOOP] = GuardedLoop(trainer)
+
+
+def _calling_trainer(control: Any) -> Any | None:
+    """Return the trainer with this control object among the callers of this function. Callbacks are not given it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if getattr(caller, "control", None) is control and hasattr(caller, "callback_handler"):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _runs(trainer: Any) -> list[Any]:
+    """Return the open runs of the trainer's callbacks, each once."""
+    found = {
+        id(run): run
+        for callback in trainer.callback_handler.callbacks
+        if (run := getattr(callback, "run", None)) is not None
+        and getattr(run, "host", None) is not None
+        and run.host.owner is trainer.control
+        and not run.closed
+    }
+    return list(found.values())

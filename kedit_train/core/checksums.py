@@ -1,0 +1,51 @@
+"""Checksums of tensors, to notice that a tensor has changed without keeping a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> Tensor:
+    """Add up the bytes of a tensor as 64-bit integers.
+
+    Two tensors of one shape and dtype with different checksums differ. A change of one entry always changes the
+    checksum; several changes can cancel out, which does not happen by accident. Of a sharded tensor, the local shard
+    counts.
+
+    Returns:
+        A scalar int64 tensor on the device of ``tensor``.
+    """
+    local = tensor.detach()
+    if isinstance(local, DTensor):
+        local = local.to_local()
+    values = local.contiguous().flatten().view(torch.uint8)
+    whole = values.numel() // 8 * 8
+    words, rest = values[:whole], values[whole:]
+    if words.storage_offset() % 8:
+        words = words.clone()
+    return words.view(torch.int64).sum() + rest.sum(dtype=torch.int64)
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """Return the :func:`checksum` of each tensor, with one synchronization for all."""
+    sums = [checksum(tensor) for tensor in tensors]
+    return torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []
+
+
+@torch.no_grad()
+def first_not_finite(tensors: Iterable[Tensor]) -> int | None:
+    """Return the position of the first tensor with an infinity or a NaN in it, or None.
+
+    Of a sharded tensor, the local shard counts.
+    """
+    local = [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    sums = [value.sum() for value in local]
+    if not sums or bool(torch.stack([s.to(sums[0].device, torch.float32) for s in sums]).isfinite().all()):
+        return None
+    # A sum of finite numbers can overflow.
+    return next((i for i, value in enumerate(local) if not bool(value.isfinite().all())), None)

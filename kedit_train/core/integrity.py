@@ -1,0 +1,174 @@
+"""Notice what would make a constraint void: weights that something other than a seen optimizer step has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kedit_train.core.checksums import checksums, first_not_finite
+from kedit_train.core.state import RunState
+from kedit_train.errors import EditError
+
+# How many frozen entries are compared at each step, in addition to as many as the scope has.
+ENTRIES_PER_STEP = 1_000_000
+
+
+class Integrity:
+    """Check around every optimizer step that only optimizer steps that the run has seen change the scoped weights.
+
+    The run enforces constraints after every optimizer step that calls torch's hooks. If other code changes weights, no
+    hook is called, so that constraints would not hold. At each step, this class compares checksums of the scope, and of
+    some of the frozen parameters in turn. After the first step and at the end it compares all frozen parameters.
+
+    Args:
+        run: the run whose weights are checked.
+    """
+
+    def __init__(self, run: RunState) -> None:
+        self.run = run
+        self._started = False
+        # The scope after the last optimizer step that was seen, or at the start.
+        self._scope_sums: list[int] = []
+        # Whether an optimizer step was seen since the last announced step.
+        self._step_seen = True
+        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._frozen_sums: list[int] = []
+        # Position in ``_frozen`` of the next parameter to compare.
+        self._next = 0
+
+    def start(self) -> None:
+        """Record all weights. The first call counts; it comes when all callbacks have attached."""
+        if self._started:
+            return
+        self._started = True
+        in_scope = {id(p) for p in self.run.scope.values()}
+        self._frozen = [
+            (name, p)
+            for name, p in self.run.root.named_parameters()
+            if id(p) not in in_scope and not p.requires_grad and not p.is_meta
+        ]
+        for _, parameter in self._frozen:
+            # A gradient from before the freeze would let an optimizer move the parameter.
+            parameter.grad = None
+        self._frozen_sums = checksums(p for _, p in self._frozen)
+        self._scope_sums = self._scope_now()
+
+    def before_step(self) -> bool:
+        """Check the weights when a step is announced.
+
+        Returns:
+            Whether other code has written to the scope since the last optimizer step.
+
+        Raises:
+            EditError: the scope has changed without an optimizer step, or a frozen parameter has a gradient.
+        """
+        if not self._started:
+            self.start()
+            return False
+        self.check_frozen_gradients()
+        now = self._scope_now()
+        changed = now != self._scope_sums
+        if changed and not self._step_seen:
+            raise EditError(self._unseen_step())
+        self._scope_sums, self._step_seen = now, False
+        return changed
+
+    def check_frozen_gradients(self) -> None:
+        """Raise an error if a frozen parameter has a gradient, before an optimizer can use it."""
+        name = next((name for name, p in self._frozen if p.grad is not None), None)
+        if name is not None:
+            raise EditError(
+                f"{name} is not in scope, but has a gradient at step {self.run.step + 1}, because something (for "
+                "example BaseFinetuning or unfreeze()) has set its requires_grad to True; remove what unfreezes it, or "
+                "add the parameter to the scope with ParameterScope."
+            )
+
+    def after_step(self) -> None:
+        """Check the weights after an optimizer step and its constraints, and record them.
+
+        Raises:
+            EditError: a weight in scope is not finite, or a frozen parameter has changed.
+        """
+        self.start()
+        names = list(self.run.scope)
+        position = first_not_finite(self.run.scope.values())
+        if position is not None:
+            raise EditError(
+                f"{names[position]} contains NaN or infinite values after step {self.run.step}; lower the learning "
+                "rate, clip the gradients, or check the loss of this batch."
+            )
+        self._scope_sums, self._step_seen = self._scope_now(), True
+        self._compare_frozen(every=self.run.step <= 1)
+
+    def finish(self) -> bool:
+        """Check all weights at the end of training.
+
+        Returns:
+            Whether other code has written to the scope since the last optimizer step.
+
+        Raises:
+            EditError: the scope has changed without an optimizer step, or a frozen parameter has changed.
+        """
+        if not self._started:
+            return False
+        changed = self.before_step()
+        self._compare_frozen(every=True)
+        return changed
+
+    def record_scope(self) -> None:
+        """Record the scope after the run itself has changed it."""
+        self._scope_sums = self._scope_now()
+
+    def _scope_now(self) -> list[int]:
+        return checksums(self.run.scope.values())
+
+    def _compare_frozen(self, every: bool) -> None:
+        if not self._frozen:
+            return
+        positions = list(range(len(self._frozen))) if every else self._in_turn()
+        now = checksums(self._frozen[i][1] for i in positions)
+        changed = next((i for i, value in zip(positions, now, strict=True) if value != self._frozen_sums[i]), None)
+        if changed is not None:
+            name = self._frozen[changed][0]
+            raise EditError(
+                f"{name} is not in scope, but its values have changed before step {self.run.step + 1} "
+                f"({self._cause()}); remove the code that changes it, or add the parameter to the scope with "
+                "ParameterScope."
+            )
+
+    def _in_turn(self) -> list[int]:
+        """Return the positions of the frozen parameters to compare at this step, at least one."""
+        budget = ENTRIES_PER_STEP + sum(_local(p).numel() for p in self.run.scope.values())
+        positions: list[int] = []
+        while budget > 0 and len(positions) < len(self._frozen):
+            positions.append(self._next)
+            budget -= _local(self._frozen[self._next][1]).numel()
+            self._next = (self._next + 1) % len(self._frozen)
+        return positions
+
+    def _unseen_step(self) -> str:
+        return (
+            f"the weights in scope have changed after step {self.run.step} without an optimizer step that this edit "
+            f"has seen, so the constraints were not enforced ({self._cause()}); update the weights only in step() of a "
+            "torch.optim.Optimizer, and use DDP, FSDP2 (fully_shard) or a single process."
+        )
+
+    def _cause(self) -> str:
+        parameters = [*self.run.scope.values(), *(p for _, p in self._frozen)]
+        if any(uses_deepspeed(p) for p in parameters):
+            return "DeepSpeed updates flattened copies of the weights"
+        return (
+            "possible causes: an optimizer that updates weights during the backward pass or without torch's hooks, a "
+            "hand-written update, or code that writes into the model"
+        )
+
+
+def uses_deepspeed(parameter: Any) -> bool:
+    """Return whether DeepSpeed ZeRO manages a parameter. ZeRO sets one of these attributes on it."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

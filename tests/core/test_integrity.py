@@ -1,0 +1,254 @@
+"""Unseen updates, changes outside of the scope and values that are not finite are errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kedit_train.callbacks import EditCallback, GradientMask, NormBall, ParameterScope, editing
+from kedit_train.core.checksums import checksum, first_not_finite
+from kedit_train.errors import EditError
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4, bias=False), nn.Linear(4, 3))
+
+
+def step(edit: Any, net: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    edit.before_step()
+    net(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+
+
+def train(net: nn.Module, callbacks: list[Any], make: Any, steps: int, before: Any = lambda number: None) -> Any:
+    """Take steps; ``before`` is called with the number of each step before it."""
+    with editing(net, callbacks) as edit:
+        optimizer = make(edit.parameters())
+        for number in range(steps):
+            before(number)
+            step(edit, net, optimizer)
+    return edit
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+class HandWritten:
+    """An optimizer that is no torch.optim.Optimizer."""
+
+    def __init__(self, parameters: list[nn.Parameter], through_data: bool) -> None:
+        self.parameters, self.through_data = parameters, through_data
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.parameters:
+            # Writing through .data does not change the version counter.
+            (parameter.data if self.through_data else parameter).sub_(0.1 * parameter.grad)
+
+
+class FusedBackward:
+    """An optimizer that updates each parameter during the backward pass, as LOMO does."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self.update)
+
+    def update(self, parameter: torch.Tensor) -> None:
+        parameter.data.sub_(0.1 * parameter.grad)
+        parameter.grad = None
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", ["through .data", "in place", "during the backward pass"])
+def test_updates_that_no_hook_reports_are_an_error_at_the_next_step(kind: str) -> None:
+    makers: dict[str, Any] = {
+        "through .data": lambda parameters: HandWritten(parameters, True),
+        "in place": lambda parameters: HandWritten(parameters, False),
+        "during the backward pass": FusedBackward,
+    }
+    with pytest.raises(EditError, match=r"after step 0 without an optimizer step that this edit has seen"):
+        train(model(), [ParameterScope(modules="1"), NormBall(1e-3)], makers[kind], 2)
+
+
+def test_a_single_unseen_update_is_an_error_at_the_end() -> None:
+    net = model()
+    with pytest.raises(EditError, match="the constraints were not enforced"):
+        train(net, [ParameterScope(modules="1"), NormBall(1e-3)], lambda p: HandWritten(p, True), 1)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_skipped_step_is_no_error() -> None:
+    net = model()
+    with editing(net, [ParameterScope(modules="1"), NormBall(1e-3)]) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+        for taken in (True, False, False, True, False):
+            optimizer.zero_grad()
+            edit.before_step()
+            net(torch.ones(2, 4)).square().sum().backward()
+            if taken:
+                optimizer.step()
+    assert edit.run.step == 2
+
+
+@pytest.mark.parametrize("gradient", [1.0, 0.0])
+def test_gradients_from_before_the_edit_move_nothing_outside_the_scope(gradient: float) -> None:
+    net = model()
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, gradient)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.1)
+    with editing(net, [ParameterScope(modules="1")]) as edit:
+        for _ in range(2):
+            edit.before_step()
+            net(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+    assert {name for name, p in net.named_parameters() if not torch.equal(p, before[name])} == {"1.weight"}
+
+
+def test_unfreezing_during_the_run_is_an_error_before_the_step() -> None:
+    net = model()
+    before = net[2].weight.detach().clone()
+
+    def unfreeze(number: int) -> None:
+        net[2].requires_grad_(number > 0)
+
+    with pytest.raises(EditError, match=r"2\.weight is not in scope, but has a gradient at step 2.*ParameterScope"):
+        train(net, [ParameterScope(modules="1")], lambda _: sgd(net.parameters()), 2, unfreeze)
+    assert torch.equal(net[2].weight, before)
+
+
+def test_frozen_values_that_change_are_an_error_at_the_first_step() -> None:
+    net = model()
+
+    def change(parameters: Any) -> Any:
+        # The forward pass comes after the weights were recorded.
+        def write(*_: Any) -> None:
+            net[0].weight.data[0, 0] += 1e-6
+
+        net[1].register_forward_hook(write)
+        return sgd(parameters)
+
+    with pytest.raises(EditError, match=r"^0\.weight is not in scope, but its values have changed before step 2"):
+        train(net, [ParameterScope(modules="1")], change, 1)
+
+
+def test_a_change_of_frozen_values_after_the_first_step_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kedit_train.core.integrity.ENTRIES_PER_STEP", 1)
+    net, begun = model(), []
+
+    def change(number: int) -> None:
+        begun.append(number)
+        if number == 2:
+            net[2].bias.data.add_(1.0)
+
+    with pytest.raises(EditError, match=r"^2\.bias is not in scope, but its values have changed"):
+        train(net, [ParameterScope(modules="1")], sgd, 8, change)
+    # The four frozen parameters are compared in turn.
+    assert 3 <= len(begun) <= 6
+
+
+def test_deepspeed_is_named_as_the_cause() -> None:
+    net = model()
+    with editing(net, [ParameterScope(modules="1")]) as edit:
+        net[1].weight._hp_mapping = object()
+        with pytest.raises(EditError, match="DeepSpeed updates flattened copies of the weights; use DDP, FSDP2"):
+            edit.before_step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_an_error_that_names_the_step_and_the_parameter(value: float) -> None:
+    class Breaks(torch.optim.SGD):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:
+            super().step()
+            if self.steps == 1:
+                self.param_groups[0]["params"][0].data[0, 0] = value
+            self.steps += 1
+
+    callbacks = [ParameterScope(modules="1"), GradientMask("magnitude", density=0.5)]
+    with pytest.raises(EditError, match=r"^1\.weight contains NaN or infinite values after step 2; lower the"):
+        train(model(), callbacks, lambda parameters: Breaks(parameters, lr=0.1), 3)
+
+
+class Wraps(torch.optim.Optimizer):
+    """An optimizer around another one, such as ZeroRedundancyOptimizer."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def test_an_optimizer_inside_another_one_counts_once() -> None:
+    class Counts(EditCallback):
+        constrains, calls = True, 0
+
+        def constrain(self, weights: Any, reference: Any) -> Any:
+            self.calls += 1
+            return weights
+
+    net, counts = model(), Counts()
+    with editing(net, [ParameterScope(modules="1"), counts]) as edit:
+        optimizer = Wraps(torch.optim.SGD(edit.parameters(), lr=0.1))
+        for _ in range(3):
+            step(edit, net, optimizer)
+        assert edit.run.step == 3
+        assert counts.calls == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_leaving_a_run_changes_no_bit_of_a_model_in_its_own_precision(dtype: torch.dtype) -> None:
+    class Last(EditCallback):
+        order = 99
+
+        def after_step(self, run: Any) -> None:
+            self.weights = {name: p.detach().clone() for name, p in run.scope.items()}
+
+    net, last = model().to(dtype), Last()
+    scope = ParameterScope(modules="1", full_precision=False)
+    with editing(net, [scope, NormBall(1e-3, norm="l2"), last]) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            edit.before_step()
+            net(torch.ones(2, 4, dtype=dtype)).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(net[1].weight, last.weights["1.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool])
+@pytest.mark.parametrize("shape", [(3, 5), (1,), (64, 128)])
+def test_a_checksum_changes_with_every_entry(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.randn(shape) * 3).to(dtype)
+    before = checksum(tensor)
+    for position in {0, tensor.numel() // 2, tensor.numel() - 1}:
+        changed = tensor.clone()
+        entry = changed.view(-1)[position]
+        changed.view(-1)[position] = not bool(entry) if dtype == torch.bool else entry + 1
+        assert checksum(changed) != before
+    assert checksum(tensor.clone()) == before
+    assert checksum(tensor[1:]) == checksum(tensor[1:].clone())
+
+
+def test_a_sum_that_overflows_is_finite() -> None:
+    large = torch.full((100_000,), 60_000.0, dtype=torch.float16)
+    assert first_not_finite([large]) is None
+    large[-1] = torch.nan
+    assert first_not_finite([torch.ones(3), large]) == 1
