@@ -66,6 +66,7 @@ class Integrity:
         """
         if not self._started:
             self.start()
+            self._step_seen = False
             return False
         self.check_frozen_gradients()
         now = self._scope_now()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from kedit_train.core.checksums import checksums
 from kedit_train.core.state import RunState
@@ -13,7 +14,7 @@ _ATTRIBUTE = "_kedit_interrupted"
 
 def mark_interrupted(run: RunState) -> None:
     """Remember on the model that an edit has changed its weights and did not reach its end."""
-    before = dict(zip(run.reference, checksums(run.reference.values()), strict=True))
+    before = {name: (value.dtype, checksums([value])) for name, value in run.reference.items()}
     run.model.__dict__[_ATTRIBUTE] = {"step": run.step, "before": before}
 
 
@@ -37,8 +38,11 @@ def check_not_interrupted(run: RunState) -> None:
     del run.model.__dict__[_ATTRIBUTE]
 
 
-def _has_weights(model: nn.Module, before: dict[str, int]) -> bool:
-    """Return whether all weights in ``before``, a dict from parameter name to checksum, are in the model."""
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
-    names = [name for name in before if name in parameters]
-    return bool(before) and checksums(parameters[name] for name in names) == list(before.values())
+def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int]]]) -> bool:
+    """Return whether the model has all weights in ``before``, a dict from parameter name to dtype and checksum."""
+    parameters = dict(model.named_parameters())
+    # The scope of the new run may be in fp32 already.
+    return bool(before) and all(
+        name in parameters and checksums([parameters[name].detach().to(dtype)]) == value
+        for name, (dtype, value) in before.items()
+    )

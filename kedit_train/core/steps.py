@@ -195,8 +195,9 @@ class OptimizerSteps:
     def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._updates_scope(optimizer):
             return
-        if optimizer in self._stepping:
-            del self._stepping[self._stepping.index(optimizer) :]
+        # A step that raised an error has left its optimizer, and those inside it, at the end of the list.
+        while self._stepping and self._stepping.pop() is not optimizer:
+            pass
         if self._stepping or _skipped_by_scaler(optimizer):
             return
         self.run.step += 1

@@ -177,7 +177,7 @@ def test_values_that_are_not_finite_are_an_error_that_names_the_step_and_the_par
         def step(self, closure: Any = None) -> None:
             super().step()
             if self.steps == 1:
-                self.param_groups[0]["params"][0].data[0, 0] = value
+                self.param_groups[0]["params"][0].data[:] = value
             self.steps += 1
 
     callbacks = [ParameterScope(modules="1"), GradientMask("magnitude", density=0.5)]

@@ -93,7 +93,9 @@ class TransformersHost(Host):
         if self.is_main and folder.is_dir():
             save_state(folder, state)
         if self.is_main:
-            (Path(self.args.output_dir) / self._early_file()).unlink(missing_ok=True)
+            # Also those that an interrupted process has left.
+            for early in Path(self.args.output_dir).glob(f"checkpoint-*-{FILE}"):
+                early.unlink(missing_ok=True)
 
     def _early_file(self) -> str:
         return f"{self.checkpoint_folder().name}-{FILE}"

@@ -1,0 +1,210 @@
+"""Runs that end early or begin late: the model is clean afterwards, and a resumed run continues the same edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import HOSTS, adamw, collator
+from transformers import TrainerCallback
+
+from kedit_train import world
+from kedit_train.callbacks import KLLocality, NormBall, ParameterScope, SaveDelta, TokenLoss, editing
+from kedit_train.core.state_file import FILE
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError
+
+TEXTS = ["The baker kept a coin in the old mill.", "The fox kept a rope in the old mill."]
+
+
+def callbacks(layers: str = "2-3") -> list[Any]:
+    return [
+        ParameterScope(layers=layers, modules="mlp.down_proj"),
+        TokenLoss(),
+        KLLocality(texts=TEXTS, batch_size=2),
+        NormBall(1e-2),
+    ]
+
+
+class Stop(TrainerCallback):
+    """Raise an error at the end of a step, as ^C does."""
+
+    def __init__(self, error: type[BaseException], at: int = 3) -> None:
+        self.error, self.at = error, at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            raise self.error("stopped")
+
+
+def train(model: Any, folder: Path, used: list[Any], host: str = "Trainer", steps: int = 6, **options: Any) -> Any:
+    torch.manual_seed(0)
+    tokenizer = world.load()[1]
+    saving = {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 2}
+    return HOSTS[host](model, tokenizer, EditDataset(world.edits(n=12)), used, steps, **(saving | options))
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert [n for n in first if not torch.equal(first[n].view(torch.int32), second[n].view(torch.int32))] == []
+
+
+def assert_clean(model: Any) -> None:
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert "_kedit_run" not in model.__dict__
+
+
+def test_resuming_from_the_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
+    model = world.load()[0]
+    train(model, tmp_path, callbacks())
+    again, delta = world.load()[0], tmp_path / "edit.safetensors"
+    train(again, tmp_path, [*callbacks(), SaveDelta(str(delta))], resume=True)
+    assert_same_bits(weights(model), weights(again))
+    assert_clean(again)
+    assert delta.exists()
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_a_kill_between_the_checkpoint_and_the_state_of_the_edit_loses_nothing(
+    limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = world.load()[0]
+    train(whole, tmp_path / "whole", callbacks())
+    with monkeypatch.context() as patch:
+        # The process ends after the trainer has written its checkpoint.
+        patch.setattr(ParameterScope, "on_save", lambda *args, **kwargs: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            train(world.load()[0], tmp_path / "killed", callbacks(), save_total_limit=limit)
+    assert not (tmp_path / "killed" / "checkpoint-2" / FILE).exists()
+    resumed = world.load()[0]
+    train(resumed, tmp_path / "killed", callbacks(), resume=True)
+    assert_same_bits(weights(whole), weights(resumed))
+    assert list((tmp_path / "killed").glob(f"*{FILE}")) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_clean_after_an_exception_and_is_not_edited_again(
+    error: type[BaseException], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = world.load()[0].to(dtype)
+    with pytest.raises(error, match="stopped"):
+        train(model, tmp_path, [*callbacks(), Stop(error)])
+    assert_clean(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    with pytest.raises(EditError, match=r"contains 3 steps of an edit that was interrupted.*load the model again") as e:
+        train(model, tmp_path / "again", callbacks())
+    assert "\n" not in str(e.value)
+    model.load_state_dict(world.load()[0].to(dtype).state_dict())
+    train(model, tmp_path / "third", callbacks(), steps=2)
+
+
+def test_an_interrupted_run_resumes_in_the_same_model(tmp_path: Path) -> None:
+    whole, model = world.load()[0], world.load()[0]
+    train(whole, tmp_path / "whole", callbacks())
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tmp_path / "parts", [*callbacks(), Stop(KeyboardInterrupt)])
+    train(model, tmp_path / "parts", callbacks(), resume=True)
+    assert_same_bits(weights(whole), weights(model))
+
+
+@pytest.mark.parametrize("host", ["Trainer", "SFTTrainer"])
+def test_resuming_with_another_scope_is_an_error_before_the_optimizer_is_loaded(host: str, tmp_path: Path) -> None:
+    train(world.load()[0], tmp_path, callbacks(), host, steps=2)
+    with pytest.raises(EditError, match=r"written with another scope \(2 tensors\) than this run \(1 tensors\)"):
+        train(world.load()[0], tmp_path, callbacks("3"), host, steps=4, resume=True)
+
+
+def test_a_lightning_checkpoint_saved_after_fit_can_be_resumed(tmp_path: Path) -> None:
+    def fit(steps: int, **options: Any) -> tuple[Any, Any]:
+        model, tokenizer = world.load()
+        torch.manual_seed(0)
+        edits = EditDataset(world.edits(n=8))
+        return model, HOSTS["Lightning"](model, tokenizer, edits, callbacks(), steps, batch_size=8, **options)
+
+    whole, _ = fit(4)
+    _, trainer = fit(2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    resumed, _ = fit(4, ckpt_path=str(tmp_path / "two.ckpt"))
+    assert_same_bits(weights(whole), weights(resumed))
+
+
+def test_averaging_the_weights_is_refused_in_lightning() -> None:
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    model, tokenizer = world.load()
+    with pytest.raises(EditError, match="StochasticWeightAveraging replaces the weights by averages"):
+        HOSTS["Lightning"](
+            model, tokenizer, EditDataset(world.edits(n=8)), [*callbacks(), StochasticWeightAveraging(1e-3)], 2
+        )
+
+
+def loop(model: Any, steps: range, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train in a plain loop and return a checkpoint."""
+    tokenizer = world.load()[1]
+    rows, put = EditDataset(world.edits(n=12)).encode(tokenizer), collator(tokenizer)
+    with editing(model, callbacks(), tokenizer=tokenizer) as edit:
+        optimizer = adamw(edit.parameters())
+        if state is not None:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            edit.load_state_dict(state["edit"])
+        for number in steps:
+            edit.before_step()
+            model(**put(rows[2 * number : 2 * number + 2])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "edit": edit.state_dict()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plain_loop_resumes_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+    whole, part, resumed = (world.load()[0].to(dtype) for _ in range(3))
+    loop(whole, range(6))
+    torch.save(loop(part, range(3)), tmp_path / "three.pt")
+    loop(resumed, range(3, 6), torch.load(tmp_path / "three.pt", weights_only=True))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_plain_loop_does_not_resume_with_other_weights(tmp_path: Path) -> None:
+    state = loop(world.load()[0], range(2))
+    model, tokenizer = world.load()
+    with editing(model, callbacks(), tokenizer=tokenizer) as edit:
+        with pytest.raises(EditError, match=r"not those of the checkpoint.*model\.load_state_dict\(\)"):
+            edit.load_state_dict(state["edit"])
+        with pytest.raises(EditError, match=r"begins with the first edit\.before_step"):
+            edit.state_dict()
+
+
+def test_a_loop_that_failed_is_not_edited_again() -> None:
+    model = world.load()[0]
+    with pytest.raises(ZeroDivisionError), editing(model, [ParameterScope(layers=3, modules="mlp")]) as edit:
+        optimizer = adamw(edit.parameters())
+        edit.before_step()
+        model(input_ids=torch.arange(8).unsqueeze(0), labels=torch.arange(8).unsqueeze(0)).loss.backward()
+        optimizer.step()
+        _ = 1 / 0
+    assert_clean(model)
+    with editing(model, [ParameterScope(layers=3, modules="mlp")]) as edit:  # noqa: SIM117
+        with pytest.raises(EditError, match="contains 1 steps of an edit that was interrupted"):
+            edit.before_step()
+
+
+def test_one_failing_detach_leaves_nothing_attached() -> None:
+    class Fails(NormBall):
+        order = 1
+
+        def detach(self, run: Any) -> None:
+            raise KeyError("on purpose")
+
+    model = world.load()[0]
+    with pytest.raises(KeyError, match="on purpose"), editing(model, [Fails(1e-3), *callbacks()[:3]]):
+        pass
+    assert_clean(model)
