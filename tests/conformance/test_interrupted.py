@@ -183,18 +183,22 @@ def test_a_plain_loop_does_not_resume_with_other_weights(tmp_path: Path) -> None
             edit.state_dict()
 
 
-def test_a_loop_that_failed_is_not_edited_again() -> None:
-    model = world.load()[0]
-    with pytest.raises(ZeroDivisionError), editing(model, [ParameterScope(layers=3, modules="mlp")]) as edit:
+def fail_after_one_step(model: Any) -> None:
+    with editing(model, [ParameterScope(layers=3, modules="mlp")]) as edit:
         optimizer = adamw(edit.parameters())
         edit.before_step()
         model(input_ids=torch.arange(8).unsqueeze(0), labels=torch.arange(8).unsqueeze(0)).loss.backward()
         optimizer.step()
-        _ = 1 / 0
+        raise ZeroDivisionError
+
+
+def test_a_loop_that_failed_is_not_edited_again() -> None:
+    model = world.load()[0]
+    with pytest.raises(ZeroDivisionError):
+        fail_after_one_step(model)
     assert_clean(model)
-    with editing(model, [ParameterScope(layers=3, modules="mlp")]) as edit:  # noqa: SIM117
-        with pytest.raises(EditError, match="contains 1 steps of an edit that was interrupted"):
-            edit.before_step()
+    with pytest.raises(EditError, match="contains 1 steps of an edit that was interrupted"):
+        fail_after_one_step(model)
 
 
 def test_one_failing_detach_leaves_nothing_attached() -> None:
