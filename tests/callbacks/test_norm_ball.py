@@ -115,7 +115,7 @@ def test_a_fraction_of_a_tensor_of_zeros_is_refused_and_a_radius_is_not():
         model[2].bias.zero_()
     with pytest.raises(EditError, match=r"NormBall: 2\.bias is all zeros before the edit, .* set radius="):
         train(model, NormBall(), OPTIMIZERS["adamw"])
-    train(model, NormBall(1e-2), OPTIMIZERS["adamw"])
+    train(forecaster(), NormBall(1e-2), OPTIMIZERS["adamw"])
 
 
 def test_metrics_are_the_share_of_the_radius_in_use_and_of_entries_at_their_bound():
