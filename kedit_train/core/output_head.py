@@ -24,6 +24,10 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
     queue = deque([root])
     while queue:
         module = queue.popleft()
+        if (compiled := module._modules.get("_orig_mod")) is not None:
+            # torch.compile returns a wrapper, which has the attributes of the module but other parameter names.
+            queue.append(compiled)
+            continue
         getter = getattr(module, "get_output_embeddings", None)
         if callable(getter) and getter() is not None:
             return module

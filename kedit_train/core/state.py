@@ -40,7 +40,7 @@ class RunState:
         self.root = root
         self.host = host
         self.language_model = find_language_model(root)
-        self.model = self.language_model or root
+        self.model = root if self.language_model is None else self.language_model
         self.callbacks: list[Any] = []
         self.step = 0
         self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

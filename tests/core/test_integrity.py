@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from kedit_train.callbacks import EditCallback, GradientMask, NormBall, ParameterScope, editing
+from kedit_train import world
+from kedit_train.callbacks import EditCallback, GradientMask, NormBall, ParameterScope, TokenLoss, editing
 from kedit_train.core.checksums import checksum, first_not_finite
 from kedit_train.errors import EditError
 
@@ -211,6 +212,23 @@ def test_an_optimizer_inside_another_one_counts_once() -> None:
             step(edit, net, optimizer)
         assert edit.run.step == 3
         assert counts.calls == 3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_a_compiled_model_can_be_edited() -> None:
+    model, tokenizer = world.load()
+    compiled: Any = torch.compile(model, backend="eager")
+    ids = torch.arange(8).unsqueeze(0)
+    callbacks = [ParameterScope(layers="3", modules="mlp.down_proj"), TokenLoss(), NormBall(1e-3)]
+    with editing(compiled, callbacks, tokenizer=tokenizer) as edit:
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
+        for _ in range(2):
+            edit.before_step()
+            compiled(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+    assert list(edit.run.scope) == ["model.layers.3.mlp.down_proj.weight"]
+    before = world.load()[0].model.layers[3].mlp.down_proj.weight
+    assert 0 < (model.model.layers[3].mlp.down_proj.weight - before).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
