@@ -19,6 +19,8 @@ from kedit_train.safetensors_header import is_shape
 
 FORMAT = 1
 KIND = "kedit_train.delta"
+# The largest file in bytes that is copied into memory when it is read.
+_IN_MEMORY = 1 << 26
 
 
 def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Mapping[str, Any]) -> Path:
@@ -49,7 +51,7 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
         _check_meta(json.loads(json.dumps(meta)))
     except EditError:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise EditError(
             f"the metadata of the delta is not valid ({type(error).__name__}: {error}); use plain JSON values with the "
             "keys of EditDelta.meta."
@@ -58,7 +60,10 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any]]:
-    """Read a file that :func:`write` wrote. Tensors are memory-mapped, and every byte is verified.
+    """Read a file that :func:`write` wrote, and verify every byte.
+
+    The tensors are copies: in memory, or on disk and memory-mapped if the file is large. The file may therefore be
+    replaced, changed or deleted afterwards.
 
     Returns:
         Two values: a dict from the name of a tensor to its change, and the metadata.
@@ -66,7 +71,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
     Raises:
         EditError: the file is not a delta, is damaged, was changed after it was written, or has a later format.
     """
-    tensors, meta = load_tensors(path, kind=KIND)
+    tensors, meta = load_tensors(path, kind=KIND, memory_map=False, memory_limit=_IN_MEMORY)
     try:
         if meta["format"] != FORMAT:
             raise EditError(
@@ -80,7 +85,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
         _check_meta(meta)
     except EditError as error:
         raise EditError(f"{path} is not a valid delta: {error}") from error
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise EditError(f"{path} is not a valid delta: {type(error).__name__}: {error}".splitlines()[0]) from error
     if tensors:
         raise EditError(
