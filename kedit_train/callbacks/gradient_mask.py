@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_train.arguments import check_arguments, one_of, within
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.fingerprint import sample_fingerprint
 from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.processes import is_distributed
@@ -146,6 +147,7 @@ class GradientMask(EditCallback):
             self.texts.check()
 
     def attach(self, run: EditRun) -> None:
+        self._model = None if self.mask_path is self.save_path is None else _identity(run)
         masks = self._masks(run)
         for name, parameter in run.scope.items():
             masks[name] = masks[name].to(parameter.device)
@@ -195,7 +197,7 @@ class GradientMask(EditCallback):
 
     def _masks(self, run: EditRun) -> dict[str, Tensor]:
         if self.mask_path is not None:
-            return load_masks(self.mask_path, {name: p.shape for name, p in run.scope.items()})
+            return load_masks(self.mask_path, {name: p.shape for name, p in run.scope.items()}, self._model)
         edits = self._edits(run) if self.score.needs_edits else None
         # Plain tensors: attach runs before FSDP2 shards the model.
         scores, on_texts = score_entries(run, self.score, edits, self.texts)
@@ -214,12 +216,19 @@ class GradientMask(EditCallback):
         if self.save_path is not None:
             masks = {name: ~full_tensor(frozen) for name, frozen in self._frozen.items()}
             if run.host.is_main:
-                save_masks(self.save_path, masks)
+                save_masks(self.save_path, masks, self._model)
 
     def __repr__(self) -> str:
         if self.mask_path is not None:
             return f"GradientMask(mask_path={str(self.mask_path)!r})"
         return f"GradientMask({self.score.name!r}, density={self.density}, granularity={self.granularity!r})"
+
+
+def _identity(run: EditRun) -> str:
+    """Return a fingerprint of the weights outside of the scope, because earlier edits with this scope keep them."""
+    tensors = dict(run.model.named_parameters())
+    outside = {name: parameter for name, parameter in tensors.items() if name not in run.scope}
+    return sample_fingerprint(outside or run.reference)
 
 
 def _zero_where(frozen: Tensor) -> Any:
