@@ -147,8 +147,8 @@ class GradientMask(EditCallback):
             self.texts.check()
 
     def attach(self, run: EditRun) -> None:
-        self._model = None if self.mask_path is self.save_path is None else _identity(run)
         masks = self._masks(run)
+        self._model = None if self.save_path is None else _identity(run, masks)
         for name, parameter in run.scope.items():
             masks[name] = masks[name].to(parameter.device)
             if is_distributed():
@@ -197,7 +197,8 @@ class GradientMask(EditCallback):
 
     def _masks(self, run: EditRun) -> dict[str, Tensor]:
         if self.mask_path is not None:
-            return load_masks(self.mask_path, {name: p.shape for name, p in run.scope.items()}, self._model)
+            shapes = {name: p.shape for name, p in run.scope.items()}
+            return load_masks(self.mask_path, shapes, lambda masks: _identity(run, masks))
         edits = self._edits(run) if self.score.needs_edits else None
         # Plain tensors: attach runs before FSDP2 shards the model.
         scores, on_texts = score_entries(run, self.score, edits, self.texts)
@@ -224,11 +225,12 @@ class GradientMask(EditCallback):
         return f"GradientMask({self.score.name!r}, density={self.density}, granularity={self.granularity!r})"
 
 
-def _identity(run: EditRun) -> str:
-    """Return a fingerprint of the weights outside of the scope, because earlier edits with this scope keep them."""
-    tensors = dict(run.model.named_parameters())
-    outside = {name: parameter for name, parameter in tensors.items() if name not in run.scope}
-    return sample_fingerprint(outside or run.reference)
+def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
+    """Return a fingerprint of weights that a run with these masks keeps, so that the edited model has it too."""
+    kept: dict[str, Tensor] = {n: p for n, p in run.model.named_parameters() if n not in run.scope}
+    if not kept:
+        kept = {n: full_tensor(run.reference[n])[~mask.to(run.reference[n].device)] for n, mask in masks.items()}
+    return sample_fingerprint(kept)
 
 
 def _zero_where(frozen: Tensor) -> Any:

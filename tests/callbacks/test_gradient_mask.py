@@ -128,7 +128,7 @@ def test_a_mask_is_the_same_after_saving_and_loading(make, words, tmp_path):
 
 
 def test_a_mask_of_another_model_with_equal_shapes_gives_a_warning(make, words, tmp_path):
-    """The model is identified by weights outside of the scope, which earlier edits with this scope do not change."""
+    """The model is identified by weights that a run with this mask does not change."""
     model, path, scope = make(), tmp_path / "mask.safetensors", ParameterScope(1, modules="mlp")
     masks(model, words, scope, score="random", save_path=path)
     with torch.no_grad():

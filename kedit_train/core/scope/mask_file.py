@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +29,9 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor], model: str | None 
 
 
 def load_masks(
-    path: str | Path, shapes: Mapping[str, torch.Size] | None = None, model: str | None = None
+    path: str | Path,
+    shapes: Mapping[str, torch.Size] | None = None,
+    model: Callable[[Mapping[str, Tensor]], str] | None = None,
 ) -> dict[str, Tensor]:
     """Read masks and check that they fit the scope. Warn if they were made for another model.
 
@@ -38,7 +40,8 @@ def load_masks(
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
         shapes: name -> shape of every parameter in the scope. None skips the comparison.
-        model: a fingerprint of the model. None skips the comparison, and so does a file without a fingerprint.
+        model: function that takes the masks and returns the fingerprint of the model. None skips the comparison, and so
+            does a file without a fingerprint.
 
     Returns:
         name -> bool tensor.
@@ -68,9 +71,9 @@ def load_masks(
                 f"{list(mask.shape)}; use a mask that was made for this model."
             )
     recorded = metadata.get("model") if isinstance(metadata, dict) else None
-    if None not in (model, recorded) and recorded != model:
+    if model is not None and recorded is not None and recorded != model(masks):
         warn(
-            f"{path} was made for another model (the shapes are equal, but the weights outside of the scope differ), "
-            "so the mask may select the wrong entries; use the model that the mask was made for, or make a new mask."
+            f"{path} was made for another model (the shapes are equal, but weights that the mask keeps differ), so the "
+            "mask may select the wrong entries; use the model that the mask was made for, or make a new mask."
         )
     return masks
