@@ -98,20 +98,21 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
     layout, shape, tied = entry["layout"], entry["shape"], entry["tied"]
     if layout not in LAYOUTS:
         raise EditError(
-            f"tensor {name!r}: layout must be dense, rows, columns or entries, got {layout!r}; save the delta again"
+            f"tensor {name!r}: layout must be dense, rows, columns or entries, got {layout!r:.100}; save the delta "
+            "again"
         )
     if not is_shape(shape):
         raise EditError(
             f"tensor {name!r}: the shape must be a list of integers that torch supports; save the delta again"
         )
-    if not all(isinstance(other, str) for other in tied):
+    if not isinstance(tied, list) or not all(isinstance(other, str) and other.isprintable() for other in tied):
         raise EditError(
-            f"tensor {name!r}: each name of a tied tensor must be a string, got {tied!r}; save the delta again"
+            f"tensor {name!r}: tied must be a list of names of tensors, got {tied!r:.100}; save the delta again"
         )
     if not re.fullmatch("[0-9a-f]{64}", entry["base"]):
         raise EditError(
-            f"tensor {name!r}: the hash of the base tensor must be a SHA-256 in hex, got {entry['base']!r}; save the "
-            "delta again"
+            f"tensor {name!r}: the hash of the base tensor must be a SHA-256 in hex, got {entry['base']!r:.100}; save "
+            "the delta again"
         )
     index = None if layout == "dense" else tensors.pop(f"index/{name}")
     before, after = tensors.pop(f"before/{name}"), tensors.pop(f"after/{name}")
@@ -142,18 +143,20 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not strings([base.get("name"), base.get("license")], optional=True):
         raise EditError(
-            f"the name and the license of the base model must be strings or None, got {base.get('name')!r} and "
-            f"{base.get('license')!r}; save the delta again"
+            f"the name and the license of the base model must be strings or None, got {base.get('name')!r:.100} and "
+            f"{base.get('license')!r:.100}; save the delta again"
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
             'the metadata field "edits" must have a hash (a string or None), a count (an integer >= 0) and, if it has '
-            f"parents, a list of such fields, got {meta.get('edits', {})!r}; save the delta again"
+            f"parents, a list of such fields, got {meta.get('edits', {})!r:.100}; save the delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
-        raise EditError(f"every score must be a finite number, got {scores!r}; correct scores and save the delta again")
+        raise EditError(
+            f"every score must be a finite number, got {scores!r:.100}; correct scores and save the delta again"
+        )
     if not strings(versions.values()):
         raise EditError(
-            f'the metadata field "versions" must contain only strings, got {versions!r}; save the delta again'
+            f'the metadata field "versions" must contain only strings, got {versions!r:.100}; save the delta again'
         )
     json.dumps(meta.get("configuration"), allow_nan=False)

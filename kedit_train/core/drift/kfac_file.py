@@ -75,7 +75,7 @@ def load_factors(
         for name, weight in weights.items():
             key = f"{kind}/{name}"
             matrix, count = tensors.get(key), metadata["tokens"].get(key)
-            if matrix is None or type(count) is not int or count < 1 or not _is_factor(matrix, weight):
+            if matrix is None or type(count) is not int or not 0 < count < 2**63 or not _is_factor(matrix, weight):
                 raise EditError(f"the file at factors_path={str(path)!r} has no valid factor {key!r}; {_RETRY}.")
             moments[name] = SecondMoment(matrix.to(weight.device), count)
     return factors
