@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kedit_train.errors import EditError
-
-_DAY = 86400
+from kedit_train.owners import claim, release, remove, remove_abandoned
 
 
 @contextmanager
@@ -25,6 +21,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains, and
     may contain temporary files of safetensors. The next call for the same path removes this folder.
+
+    Several threads and processes may write the same path. Each call writes a complete file, and the last one stays.
 
     Args:
         path: the file to write, or the folder to write. A folder must not exist yet. The block must create the file
@@ -45,10 +43,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     hidden = unfinished_name(path)
-    _remove(hidden)
-    hidden.mkdir()
     unfinished = hidden / path.name
     try:
+        remove(hidden)
+        hidden.mkdir()
         yield unfinished
         # Safetensors creates files that only their owner can read. Here they get the default permissions of new files,
         # which follow from the permissions of the new hidden folder.
@@ -60,7 +58,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(unfinished, path)
         flush(path.parent)
     finally:
-        _remove(hidden)
+        remove(hidden)
+        release(hidden)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -90,32 +89,18 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return the hidden folder for writing ``path``: ``.NAME.HOST.PROCESS.unfinished``, next to ``path``."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.unfinished")
+    """Return a new hidden folder for writing ``path``, next to it: ``.NAME.HOST-PLACE.PROCESS.NUMBER.unfinished``."""
+    return claim(path.parent, f".{path.name}", ".unfinished")
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove the hidden folders next to ``path`` that killed processes left behind.
 
-    A hidden folder is kept while the process that made it still runs on this host. If this process has ended, and the
-    folder was made for ``path`` on this host, the folder is removed at once. All other hidden folders (for other paths
-    or from other hosts) are removed when they have not changed for a day.
+    Folders that were made for ``path`` in this container are removed at once if their process has ended. The rules for
+    all other hidden folders are those of :func:`kedit_train.owners.remove_abandoned`.
     """
-    for other in path.parent.glob(".*.unfinished"):
-        match = re.fullmatch(r"\.(.+)\.(\d+)\.unfinished", other.name)
-        if match is None:
-            continue
-        # Names of files and hosts may contain dots, so they are compared and not split.
-        on_this_host = match[1].endswith(f".{socket.gethostname()}")
-        if on_this_host and _is_running(int(match[2])):
-            continue
-        same_name = match[1] == f"{path.name}.{socket.gethostname()}"
-        try:
-            if same_name or time.time() - other.stat().st_mtime > _DAY:
-                _remove(other)
-        except OSError:
-            # Another process has removed it, or the folder is read-only.
-            continue
+    hidden = [other for other in path.parent.glob(".*.unfinished") if re.search(r"\.\d+\.unfinished$", other.name)]
+    remove_abandoned(hidden, at_once=f".{path.name}.")
 
 
 def flush(path: Path) -> None:
@@ -127,23 +112,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _is_running(process: int) -> bool:
-    if os.name != "posix":
-        # On Windows, signal 0 would end the process.
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

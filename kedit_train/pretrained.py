@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,12 @@ from safetensors import SafetensorError
 from kedit_train import world
 from kedit_train.errors import EditError
 from kedit_train.optional import require
+
+# transformers and torch raise all of these for files that are damaged or that belong to another kind of model.
+_LOADING_ERRORS = (
+    *(OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, EOFError, IndexError),
+    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
+)
 
 
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -89,7 +97,7 @@ def loading_errors(name: str, problem: str) -> Iterator[None]:
     """Replace an error of ``transformers``, which may have many lines, by an ``EditError`` of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         local = "" if Path(name).is_dir() else " (no such folder on this machine)"
         raise EditError(

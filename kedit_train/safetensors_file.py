@@ -7,18 +7,20 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
-from kedit_train.safetensors_header import DTYPES, map_tensors, read_header
+from kedit_train.safetensors_header import DTYPES, copy_tensors, map_tensors, parse_json, read_header
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -48,8 +50,7 @@ def save_tensors(
         kind: the kind of file, for example ``"kedit_train.delta"``. :func:`load_tensors` refuses files of another kind.
 
     Raises:
-        EditError: ``metadata`` cannot be saved as JSON.
-        OSError: the file cannot be written.
+        EditError: ``metadata`` cannot be saved as JSON, or the file cannot be written, for example to a full disk.
 
     Example:
         >>> import tempfile
@@ -61,8 +62,12 @@ def save_tensors(
     path = Path(path)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = _to_json(metadata)
-    with writing(path) as unfinished:
-        save_file(on_cpu, unfinished, metadata={kind: text, f"{kind}.sha256": checksum(text, on_cpu)})
+    try:
+        with writing(path) as unfinished:
+            save_file(on_cpu, unfinished, metadata={kind: text, f"{kind}.sha256": checksum(text, on_cpu)})
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise EditError(f"{path} cannot be written ({reason}); free disk space, or use another path.") from error
     return path
 
 
@@ -120,15 +125,23 @@ def fill_tensors(
 
 
 def load_tensors(
-    path: str | os.PathLike[str], *, kind: str, memory_map: bool = True, allow_unsigned: bool = False
+    path: str | os.PathLike[str],
+    *,
+    kind: str,
+    memory_map: bool = True,
+    memory_limit: int | None = None,
+    allow_unsigned: bool = False,
 ) -> Contents:
     """Read a file that :func:`save_tensors` or :func:`fill_tensors` wrote, and verify its checksum.
 
     Args:
         path: the path of the file.
         kind: the kind that the file was saved with.
-        memory_map: True memory-maps the tensors, so that they take no memory until they are used. False copies them
-            into memory, so that the file may be deleted or changed afterwards.
+        memory_map: True memory-maps the file, so that the tensors take no memory until they are used. Only use this for
+            files that nobody changes in place: the checksum is verified once, and a file that is cut short later ends
+            the process. False copies the tensors and verifies the copy, so the file may be changed afterwards.
+        memory_limit: with ``memory_map=False``, the largest file in bytes that is copied into memory. The copy of a
+            larger file is on disk and memory-mapped, and nobody else can change it. None sets no limit.
         allow_unsigned: True also reads safetensors files without metadata of this kind. The checksum of such a file is
             not verified, because the file has none.
 
@@ -142,20 +155,19 @@ def load_tensors(
         raise EditError(f"{path} is not a {kind.removeprefix('kedit_train.')} file of kedit-train; check the path.")
     if any(span.dtype is None or span.start % span.dtype.itemsize for span in spans.values()):
         raise EditError(f"{path} is damaged: a tensor has an unknown dtype or is not aligned; get the file again.")
+    limit = sys.maxsize if memory_limit is None else memory_limit
     try:
-        tensors = map_tensors(path, spans)
+        tensors = map_tensors(path, spans) if memory_map else copy_tensors(path, spans, limit)
+    except EditError:
+        raise
     except (OSError, ValueError) as error:
         raise EditError(f"{path} cannot be read: {error}") from error
     if signed and checksum(stored[kind], tensors) != stored[f"{kind}.sha256"]:
         raise EditError(f"{path} was changed after it was written (its SHA-256 differs); get the file again.")
     try:
-        metadata = json.loads(stored[kind]) if signed else None
-    except (ValueError, RecursionError) as error:
-        raise EditError(
-            f"{path} is damaged: the metadata is not JSON ({type(error).__name__}); get the file again."
-        ) from error
-    if not memory_map:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        metadata = parse_json(stored[kind]) if signed else None
+    except ValueError as error:
+        raise EditError(f"{path} is damaged: the metadata is not usable JSON ({error}); get the file again.") from error
     return Contents(tensors, metadata)
 
 
@@ -185,12 +197,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _to_json(metadata: Any) -> str:
     try:
-        return json.dumps(metadata, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(metadata, allow_nan=False)
+        parse_json(text)
+    except (TypeError, ValueError, RecursionError) as error:
         raise EditError(
             f"metadata cannot be saved as JSON ({error}); use only dicts, lists, strings, finite numbers, booleans and "
             "None."
         ) from error
+    return text
 
 
 def _allocate(path: Path, size: int) -> None:

@@ -6,10 +6,12 @@ import json
 import math
 import mmap
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -34,6 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
 _MAX_HEADER_BYTES = 100_000_000
 # Limits of torch: the number of dimensions, and a number of entries that fits 64 bits.
 _MAX_DIMENSIONS, _MAX_ENTRIES = 64, 2**63
+# Python cannot parse or print integers of more than 4,300 digits, and recursive functions stop at 1,000 calls.
+_MAX_DIGITS, _MAX_DEPTH = 100, 400
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,12 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
             raise
         raise EditError(f"{str(path)!r} cannot be read: {error}") from error
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise EditError("a metadata value is not a string")
+        if not all(name.isprintable() for name in header):
+            raise EditError("the name of a tensor contains a line break or another control character")
         spans = {name: _span(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -104,6 +110,32 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
             "file again."
         )
     return spans, metadata
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON that may come from a stranger.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply for code that walks through it, or contains an integer
+            that is too long to be printed.
+    """
+    try:
+        value = json.loads(text, parse_int=_integer)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        if not level:
+            return value
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [part for parts in inner for part in parts]
+    raise ValueError(f"it has more than {_MAX_DEPTH} levels")
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"an integer has more than {_MAX_DIGITS} digits")
+    return int(text)
 
 
 def is_shape(value: Any) -> bool:
@@ -125,11 +157,8 @@ def read_tensor(path: str | os.PathLike[str], span: Span, name: str) -> Tensor:
         raise EditError(
             f"{path}: tensor {name!r} has a dtype that torch does not support; save the tensor in another dtype."
         )
-    buffer = bytearray(span.end - span.start)
     with open(path, "rb") as file:
-        file.seek(span.start)
-        file.readinto(buffer)
-    return _as_tensor(buffer, 0, span)
+        return _read(path, file, span)
 
 
 def map_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span]) -> dict[str, Tensor]:
@@ -137,6 +166,47 @@ def map_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span]) -> dict
     with open(path, "rb") as file:
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return {name: _as_tensor(whole, span.start, span) for name, span in spans.items()}
+
+
+def copy_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span], memory_limit: int) -> dict[str, Tensor]:
+    """Copy tensors, so that later changes of the file do not change them.
+
+    Up to ``memory_limit`` bytes are copied into memory. A larger file is copied into a file without a name, which is
+    memory-mapped and which the system deletes with the last tensor. The nameless file is next to ``path`` or, if that
+    is not possible, in the folder for temporary files.
+
+    Raises:
+        EditError: the file is cut short meanwhile, or no folder has space for the copy.
+    """
+    size = max((span.end for span in spans.values()), default=0)
+    with open(path, "rb") as file:
+        if size <= memory_limit:
+            return {name: _read(path, file, span) for name, span in spans.items()}
+        problem: OSError | None = None
+        for folder in (Path(path).parent, None):
+            try:
+                with tempfile.TemporaryFile(dir=folder) as private:
+                    file.seek(0)
+                    shutil.copyfileobj(file, private, 1 << 20)
+                    private.flush()
+                    if os.fstat(private.fileno()).st_size < size:
+                        raise EditError(f"{path} was cut short while it was read; get the file again.")
+                    whole = mmap.mmap(private.fileno(), 0, access=mmap.ACCESS_COPY)
+                return {name: _as_tensor(whole, span.start, span) for name, span in spans.items()}
+            except OSError as error:
+                problem = error
+    raise EditError(
+        f"{path} cannot be copied to disk ({problem}), and is too large to copy into memory; free disk space, or set "
+        "TMPDIR to a folder with more space."
+    )
+
+
+def _read(path: str | os.PathLike[str], file: BinaryIO, span: Span) -> Tensor:
+    buffer = bytearray(span.end - span.start)
+    file.seek(span.start)
+    if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        raise EditError(f"{path} was cut short while it was read; get the file again.")
+    return _as_tensor(buffer, 0, span)
 
 
 def _span(entry: Any, data_start: int) -> Span:

@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from kedit_train import EditDataset, EditDelta, EditError
+from kedit_train import EditDataset, EditDelta, EditError, owners
 from kedit_train.atomic_write import check_writable, unfinished_name, writing
 from kedit_train.data import Edit
 
@@ -77,7 +78,7 @@ def test_the_next_save_of_the_same_name_removes_leftovers(tmp_path):
     leftover = leftover_of_killed(path)
     assert len(EditDataset.load(path)) == 1
     other, folder = leftover_of_killed(tmp_path / "other.jsonl"), leftover_of_killed(tmp_path / "model", "folder")
-    # One process is running, and one ran on another host, so both may still be writing.
+    # Names as version 0.2.0 wrote them. They do not say whether their writer is still running.
     here, remote = f"{socket.gethostname()}.{os.getppid()}", f"far.away.{os.getppid()}"
     in_progress = [tmp_path / f".edits.v1.jsonl.{writer}.unfinished" for writer in (here, remote)]
     for file in in_progress:
@@ -89,6 +90,56 @@ def test_the_next_save_of_the_same_name_removes_leftovers(tmp_path):
         assert not folder.exists()
         unfinished.mkdir()
     assert sorted(tmp_path.iterdir()) == sorted([path, other, tmp_path / "model", *in_progress])
+
+
+def test_threads_that_save_one_path_do_not_disturb_each_other(tmp_path):
+    path, errors = tmp_path / "scores.json", []
+
+    def save(letter: str) -> None:
+        try:
+            for _ in range(20):
+                with writing(path) as unfinished:
+                    unfinished.write_text(letter * 10_000)
+                assert path.read_text() in {other * 10_000 for other in "abc"}
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(letter,)) for letter in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process ids are checked on POSIX only")
+def test_a_writer_in_another_pid_namespace_is_left_alone_for_a_day(tmp_path, monkeypatch):
+    """In another container, the same process id belongs to another process, or to none."""
+    path = tmp_path / "scores.json"
+    monkeypatch.setattr(owners, "_place", lambda: "another.place")
+    live = unfinished_name(path)
+    live.mkdir()
+    monkeypatch.undo()
+    with writing(path) as unfinished:
+        unfinished.write_text("complete")
+    assert live.exists()
+    os.utime(live, (0, 0))
+    with writing(path) as unfinished:
+        unfinished.write_text("complete")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process ids are checked on POSIX only")
+def test_a_leftover_of_an_earlier_process_with_the_same_id_is_removed(tmp_path):
+    """In a restarted container, the new process often has the id of the process that was killed."""
+    path = tmp_path / "scores.json"
+    leftover = unfinished_name(path)
+    leftover.mkdir()
+    owners.release(leftover)
+    with writing(path) as unfinished:
+        unfinished.write_text("complete")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file permissions exist on POSIX only")

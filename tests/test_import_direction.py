@@ -8,7 +8,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "kedit_train"
 # Each layer may import itself and the layers before it (docs/architecture.md).
 LAYERS = (
-    ("errors", "arguments", "optional", "atomic_write", "safetensors_file", "safetensors_header", "functional", "edit"),
+    (
+        *("errors", "arguments", "optional", "owners", "atomic_write"),
+        *("safetensors_header", "safetensors_file", "functional", "edit"),
+    ),
     ("world",),
     ("data",),
     ("core",),

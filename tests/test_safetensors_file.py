@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from kedit_train import safetensors_file
 from kedit_train.errors import EditError
 from kedit_train.safetensors_file import checksum, dtype_name, fill_tensors, load_tensors, save_tensors, tensor_bytes
 from kedit_train.safetensors_header import is_shape, read_header, read_tensor
@@ -157,3 +161,77 @@ def test_a_dtype_that_torch_does_not_have_is_named(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_shapes_that_a_tensor_can_have(value: object, valid: bool) -> None:
     assert is_shape(value) is valid
+
+
+@pytest.mark.parametrize("limit", [None, 0], ids=["in memory", "in a private copy"])
+def test_a_copied_file_may_be_overwritten_and_cut_short(tmp_path: Path, limit: int | None) -> None:
+    path = save_tensors(tmp_path / "a.safetensors", example(), kind=KIND)
+    found = load_tensors(path, kind=KIND, memory_map=False, memory_limit=limit)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    with path.open("rb+") as file:
+        file.write(b"\0" * path.stat().st_size)
+        file.truncate(0)
+    assert equal(found.tensors, example())
+
+
+def test_a_large_file_in_a_folder_that_cannot_be_written_is_copied_to_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_tensors(tmp_path / "a.safetensors", example(), kind=KIND)
+    real, full = tempfile.TemporaryFile, [tmp_path]
+
+    def temporary(dir: Path | None) -> object:
+        if dir in full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
+    assert equal(load_tensors(path, kind=KIND, memory_map=False, memory_limit=0).tensors, example())
+    full.append(None)  # type: ignore[arg-type]
+    with pytest.raises(EditError, match=r"a.safetensors cannot be copied .*No space left on device.*free disk space"):
+        load_tensors(path, kind=KIND, memory_map=False, memory_limit=0)
+
+
+def test_metadata_that_is_too_deep_or_has_huge_integers_is_refused_in_one_line(tmp_path: Path) -> None:
+    deep: dict[str, object] = {}
+    for _ in range(450):
+        deep = {"a": deep}
+    huge = "9" * 5000
+    for text in (json.dumps(deep), "[" * 100_000, f'{{"count": {huge}}}', '{"count": 1' + "0" * 200 + "}"):
+        tensors = {"w": torch.ones(2)}
+        save_file(tensors, tmp_path / "a.safetensors", metadata={KIND: text, f"{KIND}.sha256": checksum(text, tensors)})
+        with pytest.raises(EditError, match="is damaged: the metadata") as error:
+            load_tensors(tmp_path / "a.safetensors", kind=KIND)
+        assert len(str(error.value)) < 400
+    with pytest.raises(EditError, match="metadata cannot be saved as JSON"):
+        save_tensors(tmp_path / "b.safetensors", {}, deep, kind=KIND)
+    nested: list[object] = []
+    nested.append(nested)
+    with pytest.raises(EditError, match="metadata cannot be saved as JSON"):
+        save_tensors(tmp_path / "b.safetensors", {}, nested, kind=KIND)
+
+
+@pytest.mark.parametrize("offsets", [f"[0, {'9' * 4300}]", "[" * 5000, f"[{'9' * 5000}, 0]"])
+def test_headers_with_huge_integers_or_deep_lists_are_refused_in_one_line(tmp_path: Path, offsets: str) -> None:
+    header = f'{{"w": {{"dtype": "F4", "shape": [2], "data_offsets": {offsets}}}}}'.encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(EditError, match="is not a valid safetensors file") as error:
+        read_header(path)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+
+
+def test_a_full_disk_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    path = save_tensors(tmp_path / "a.safetensors", {"w": torch.ones(2)}, kind=KIND)
+    monkeypatch.setattr(safetensors_file, "save_file", fail)
+    with pytest.raises(EditError, match=r"a.safetensors cannot be written \(.*No space left on device.*; free disk"):
+        save_tensors(path, {"w": torch.zeros(2)}, kind=KIND)
+    assert load_tensors(path, kind=KIND).tensors["w"].tolist() == [1, 1]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    monkeypatch.undo()
+    with pytest.raises(EditError, match=r"cannot be written \(.*(File exists|Not a directory)"):
+        save_tensors(path / "b.safetensors", {"w": torch.zeros(2)}, kind=KIND)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kedit_train.arguments import check_arguments, one_of, within
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.fingerprint import sample_fingerprint
 from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.processes import is_distributed
@@ -147,6 +148,7 @@ class GradientMask(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         masks = self._masks(run)
+        self._model = None if self.save_path is None else _identity(run, masks)
         for name, parameter in run.scope.items():
             masks[name] = masks[name].to(parameter.device)
             if is_distributed():
@@ -195,7 +197,8 @@ class GradientMask(EditCallback):
 
     def _masks(self, run: EditRun) -> dict[str, Tensor]:
         if self.mask_path is not None:
-            return load_masks(self.mask_path, {name: p.shape for name, p in run.scope.items()})
+            shapes = {name: p.shape for name, p in run.scope.items()}
+            return load_masks(self.mask_path, shapes, lambda masks: _identity(run, masks))
         edits = self._edits(run) if self.score.needs_edits else None
         # Plain tensors: attach runs before FSDP2 shards the model.
         scores, on_texts = score_entries(run, self.score, edits, self.texts)
@@ -214,12 +217,20 @@ class GradientMask(EditCallback):
         if self.save_path is not None:
             masks = {name: ~full_tensor(frozen) for name, frozen in self._frozen.items()}
             if run.host.is_main:
-                save_masks(self.save_path, masks)
+                save_masks(self.save_path, masks, self._model)
 
     def __repr__(self) -> str:
         if self.mask_path is not None:
             return f"GradientMask(mask_path={str(self.mask_path)!r})"
         return f"GradientMask({self.score.name!r}, density={self.density}, granularity={self.granularity!r})"
+
+
+def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
+    """Return a fingerprint of weights that a run with these masks keeps, so that the edited model has it too."""
+    kept: dict[str, Tensor] = {n: p for n, p in run.model.named_parameters() if n not in run.scope}
+    if not kept:
+        kept = {n: full_tensor(run.reference[n])[~mask.to(run.reference[n].device)] for n, mask in masks.items()}
+    return sample_fingerprint(kept)
 
 
 def _zero_where(frozen: Tensor) -> Any:

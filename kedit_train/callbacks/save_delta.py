@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kedit_train.arguments import Rule, check_arguments, one_of
+from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.fsdp import full_tensor, reshard, shard_like
 from kedit_train.core.output_head import evaluation_mode
@@ -21,8 +22,9 @@ from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
 from kedit_train.delta import EditDelta
 from kedit_train.delta.bitwise import same_bits
+from kedit_train.delta.quantized import check_not_quantized
 from kedit_train.delta.weight_source import Weights, weights_of
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 
 # Maximum number of prompts for which logits are compared.
 _PROMPTS = 8
@@ -34,16 +36,18 @@ class SaveDelta(EditCallback):
 
     To verify the file, ``SaveDelta`` reads the file, applies the changes to the weights before the edit, and compares
     the result with the trained weights bit for bit. If the edits are known, the logits for up to 8 of the edit prompts
-    are compared as well. If no weight has changed, an error is raised. With ``at="best"``, only the file contains the
-    best weights; the model itself keeps the weights of the last step.
+    are compared as well. If no weight has changed, a warning is issued and no file is written. With ``at="best"``, only
+    the file contains the best weights; the model itself keeps the weights of the last step.
 
     If the run trains adapters (PEFT), the file contains the merged weights of the base model, as ``merge_and_unload()``
     computes them. In this case, only weights are compared, not logits. To save the adapter itself, use PEFT. With
     several processes, one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is
     kept for the comparison.
 
-    The file also contains the scores of the last evaluation of ``EditMetrics``. Even with ``at="best"``, these are the
-    scores of the final model, not of the saved weights.
+    Quantized weights (8 bit or less) are refused before training, because a delta of them would fit no checkpoint.
+
+    The file also contains the scores that ``EditMetrics`` measured on the saved weights: after training, or with
+    ``at="best"`` at the best step, on the sample that ``EditMetrics(limit=...)`` evaluates during training.
 
     Args:
         path: path of the file, which must end in ``.safetensors``. Missing folders are created. An existing file is
@@ -61,7 +65,8 @@ class SaveDelta(EditCallback):
         delta: the saved :class:`~kedit_train.delta.EditDelta`. None before the end of training.
 
     Raises:
-        EditError: an argument is invalid, no weight has changed, or the file does not reproduce the trained weights.
+        EditError: an argument is invalid, ``path`` cannot be written, a weight is quantized, or the file does not
+            reproduce the trained weights.
 
     Example:
         >>> import tempfile
@@ -95,6 +100,7 @@ class SaveDelta(EditCallback):
         self.delta: EditDelta | None = None
         self._best: tuple[float, float] | None = None
         self._values: dict[str, Tensor] = {}
+        self._scores: dict[str, float] = {}
         self._step = 0
 
     def requires(self) -> Sequence[Requirement]:
@@ -104,26 +110,31 @@ class SaveDelta(EditCallback):
         return (Requirement(("edit/reliability",), message),)
 
     def prepare(self, run: EditRun) -> None:
-        self._best, self._values, self.delta = None, {}, None
+        if run.host.is_main:
+            check_writable(self.path)
+        self._best, self._values, self._scores, self.delta = None, {}, {}, None
         self._edits = EditDataset.load(self.edits) if isinstance(self.edits, str | Path) else self.edits
         if not run.edits and self._edits is not None:
             run.edits = self._edits
 
     def attach(self, run: EditRun) -> None:
-        # This raises an error now, not after training, if the model has adapters that cannot be merged.
-        weights_of(run.model)
+        # These raise an error now, not after training, if the model has adapters that cannot be merged.
+        check_not_quantized(run.model, weights_of(run.model), run.scope)
         self._reference: dict[str, Tensor] = {}
         if not run.reference:
             with run.reference_model():
                 self._reference = snapshot(run.scope)
 
     def state(self) -> dict[str, Any]:
-        return {} if self._best is None else {"best": list(self._best), "step": self._step, "values": self._values}
+        if self._best is None:
+            return {}
+        return {"best": list(self._best), "step": self._step, "values": self._values, "scores": self._scores}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state:
             reliability, locality = state["best"]
             self._best, self._step, self._values = (reliability, locality), state["step"], state["values"]
+            self._scores = state.get("scores", {})
 
     def after_step(self, run: EditRun) -> None:
         if self.at == "end" or run.published_at.get("edit/reliability") != run.step:
@@ -131,6 +142,7 @@ class SaveDelta(EditCallback):
         scores = (run.scores["edit/reliability"], run.scores.get("edit/locality", 0.0))
         if self._best is None or scores > self._best:
             self._best, self._step = scores, run.step
+            self._scores = {name: run.scores[name] for name, step in run.published_at.items() if step == run.step}
             reshard(run.root)
             self._values = {name: full_tensor(p.detach()).cpu().clone() for name, p in run.scope.items()}
 
@@ -160,21 +172,25 @@ class SaveDelta(EditCallback):
         touched = [name for name in weights if weights.made_of[name] & scoped]
         after = {name: weights[name].clone() for name in touched}
         edits = self._edits or run.edits or None
+        scores = self._scores if self._values else run.scores
         with temporary_values(run.scope, before):
             delta = EditDelta.between(
                 weights,
                 after,
                 edits=edits,
                 configuration={"callbacks": [repr(c) for c in run.callbacks], "step": step, "steps": run.step},
-                scores={name: value for name, value in run.scores.items() if math.isfinite(value)},
+                scores={name: value for name, value in scores.items() if math.isfinite(value)},
                 license=self.license,
                 touched=touched,
             )
         if not len(delta):
-            raise EditError(
-                f"no weight has changed in {run.step} steps, so there is no edit to save; check the learning rate, the "
-                "scope, and whether the model knew the edits already."
-            )
+            if run.host.is_main:
+                kept = f" and the earlier file at {self.path} is kept" if Path(self.path).exists() else ""
+                warn(
+                    f"no weight has changed in {run.step} steps, so no delta is saved{kept}; check the learning rate, "
+                    "the scope, and whether the model knew the edits already."
+                )
+            return
         if run.host.is_main:
             delta.save(self.path)
             delta = EditDelta.load(self.path)

@@ -19,6 +19,8 @@ from kedit_train.safetensors_header import is_shape
 
 FORMAT = 1
 KIND = "kedit_train.delta"
+# The largest file in bytes that is copied into memory when it is read.
+_IN_MEMORY = 1 << 26
 
 
 def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Mapping[str, Any]) -> Path:
@@ -49,7 +51,7 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
         _check_meta(json.loads(json.dumps(meta)))
     except EditError:
         raise
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise EditError(
             f"the metadata of the delta is not valid ({type(error).__name__}: {error}); use plain JSON values with the "
             "keys of EditDelta.meta."
@@ -58,7 +60,10 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any]]:
-    """Read a file that :func:`write` wrote. Tensors are memory-mapped, and every byte is verified.
+    """Read a file that :func:`write` wrote, and verify every byte.
+
+    The tensors are copies: in memory, or on disk and memory-mapped if the file is large. The file may therefore be
+    replaced, changed or deleted afterwards.
 
     Returns:
         Two values: a dict from the name of a tensor to its change, and the metadata.
@@ -66,7 +71,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
     Raises:
         EditError: the file is not a delta, is damaged, was changed after it was written, or has a later format.
     """
-    tensors, meta = load_tensors(path, kind=KIND)
+    tensors, meta = load_tensors(path, kind=KIND, memory_map=False, memory_limit=_IN_MEMORY)
     try:
         if meta["format"] != FORMAT:
             raise EditError(
@@ -80,7 +85,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
         _check_meta(meta)
     except EditError as error:
         raise EditError(f"{path} is not a valid delta: {error}") from error
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise EditError(f"{path} is not a valid delta: {type(error).__name__}: {error}".splitlines()[0]) from error
     if tensors:
         raise EditError(
@@ -94,20 +99,21 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
     layout, shape, tied = entry["layout"], entry["shape"], entry["tied"]
     if layout not in LAYOUTS:
         raise EditError(
-            f"tensor {name!r}: layout must be dense, rows, columns or entries, got {layout!r}; save the delta again"
+            f"tensor {name!r}: layout must be dense, rows, columns or entries, got {layout!r:.100}; save the delta "
+            "again"
         )
     if not is_shape(shape):
         raise EditError(
             f"tensor {name!r}: the shape must be a list of integers that torch supports; save the delta again"
         )
-    if not all(isinstance(other, str) for other in tied):
+    if not isinstance(tied, list) or not all(isinstance(other, str) and other.isprintable() for other in tied):
         raise EditError(
-            f"tensor {name!r}: each name of a tied tensor must be a string, got {tied!r}; save the delta again"
+            f"tensor {name!r}: tied must be a list of names of tensors, got {tied!r:.100}; save the delta again"
         )
     if not re.fullmatch("[0-9a-f]{64}", entry["base"]):
         raise EditError(
-            f"tensor {name!r}: the hash of the base tensor must be a SHA-256 in hex, got {entry['base']!r}; save the "
-            "delta again"
+            f"tensor {name!r}: the hash of the base tensor must be a SHA-256 in hex, got {entry['base']!r:.100}; save "
+            "the delta again"
         )
     index = None if layout == "dense" else tensors.pop(f"index/{name}")
     before, after = tensors.pop(f"before/{name}"), tensors.pop(f"after/{name}")
@@ -138,19 +144,21 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not strings([base.get("name"), base.get("license")], optional=True):
         raise EditError(
-            f"the name and the license of the base model must be strings or None, got {base.get('name')!r} and "
-            f"{base.get('license')!r}; save the delta again"
+            f"the name and the license of the base model must be strings or None, got {base.get('name')!r:.100} and "
+            f"{base.get('license')!r:.100}; save the delta again"
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
             'the metadata field "edits" must have a hash (a string or None) and a count (an integer >= 0), and '
             '"parents", if present, must be a list of mappings with these two fields, got '
-            f"{meta.get('edits', {})!r}; save the delta again"
+            f"{meta.get('edits', {})!r:.100}; save the delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
-        raise EditError(f"every score must be a finite number, got {scores!r}; correct scores and save the delta again")
+        raise EditError(
+            f"every score must be a finite number, got {scores!r:.100}; correct scores and save the delta again"
+        )
     if not strings(versions.values()):
         raise EditError(
-            f'the metadata field "versions" must contain only strings, got {versions!r}; save the delta again'
+            f'the metadata field "versions" must contain only strings, got {versions!r:.100}; save the delta again'
         )
     json.dumps(meta.get("configuration"), allow_nan=False)

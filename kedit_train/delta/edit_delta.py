@@ -122,13 +122,16 @@ class EditDelta:
         """Write a safetensors file atomically; an existing file is replaced.
 
         Raises:
-            EditError: the metadata cannot be saved as JSON.
+            EditError: the metadata cannot be saved as JSON, or the file cannot be written.
         """
         return delta_file.write(path, self.changes, self.meta)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EditDelta:
-        """Open a file from :meth:`save`. Tensors are memory-mapped, so they take memory only when they are used.
+        """Read a file from :meth:`save`, and verify every byte. The file may be changed or deleted afterwards.
+
+        A file of up to 64 MiB is copied into memory. A larger file is copied to disk, next to the file or in the folder
+        for temporary files. This copy has no name, takes memory only when it is used, and is deleted with the delta.
 
         Raises:
             EditError: the file is not a delta, is damaged, or was changed after it was written.

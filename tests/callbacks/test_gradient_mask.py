@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -116,13 +117,31 @@ def test_scores_from_edits_need_a_language_model(score):
 
 def test_a_mask_is_the_same_after_saving_and_loading(make, words, tmp_path):
     model, path, scope = make(), tmp_path / "mask.safetensors", ParameterScope(1, modules="mlp")
+    copied = copy.deepcopy(model)
     written = masks(model, words, scope, edits=EDITS, save_path=path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["mask.safetensors"]
-    read = masks(make(), words, scope, mask_path=path)
+    read = masks(copied, words, scope, mask_path=path)
     assert written.keys() == read.keys() == load_file(path).keys()
     assert all(torch.equal(written[name], read[name]) for name in written)
     save_file(read, path)
     assert all(torch.equal(read[n], m) for n, m in masks(make(), words, scope, mask_path=str(path)).items())
+
+
+def test_a_mask_of_another_model_with_equal_shapes_gives_a_warning(make, words, tmp_path):
+    """The model is identified by weights that a run with this mask does not change."""
+    model, path, scope = make(), tmp_path / "mask.safetensors", ParameterScope(1, modules="mlp")
+    masks(model, words, scope, score="random", save_path=path)
+    with torch.no_grad():
+        model.get_parameter(DOWN).add_(1)
+    masks(model, words, scope, mask_path=path)
+    masks(model.to(torch.bfloat16).to(torch.float32), words, scope, mask_path=path)
+    message = (
+        r"^GradientMask: .*mask.safetensors was made for another model .*; use the model that the mask was made for"
+    )
+    with pytest.warns(UserWarning, match=message) as warned:
+        masks(make(), words, scope, mask_path=path)
+    assert len(warned) == 1
+    assert "\n" not in str(warned[0].message)
 
 
 def full_mask(model: Any) -> dict[str, Tensor]:
@@ -185,7 +204,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(EditError, match=r"mask.safetensors cannot be written \(no space left\); free disk space"):
         save_masks(path, {"a": torch.tensor([True, True])})
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]

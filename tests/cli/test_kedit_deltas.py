@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kedit_train import EditDelta, world
+from kedit_train import EditDelta, EditError, load_model, world
 from kedit_train.cli.kedit.heat_map import _blocks, heat_map
+from kedit_train.delta.tensor_change import Change
 
 Kedit = Callable[..., tuple[int, str, str]]
 WEIGHT = "model.layers.4.mlp.down_proj.weight"
@@ -106,6 +108,50 @@ def test_control_characters_in_a_file_are_escaped(kedit: Kedit, tmp_path: Path) 
     assert r"w\x1b[2J\x07" in output
     _, _, err = kedit("apply", file, "world", tmp_path / "out")
     assert r"the checkpoint has no tensor 'w\x1b[2J\x07'" in err
+
+
+def test_show_of_a_few_entries_of_a_huge_matrix_takes_seconds(kedit: Kedit, tmp_path: Path) -> None:
+    shape = (12_000, 12_000)
+    places = torch.tensor([0, 5, 12_000 * 7 + 5, 12_000 * 11_999 + 11_999], dtype=torch.int32)
+    after = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    scattered = torch.randperm(shape[0])[:3000] * 12_000 + torch.randperm(shape[0])[:3000]
+    many = scattered.sort().values.to(torch.int32)
+    changes = {
+        "w": Change("entries", places, torch.zeros(4), after, shape, "0" * 64),
+        "v": Change("entries", many, torch.zeros(3000), torch.ones(3000), shape, "0" * 64),
+    }
+    meta = {"base": {"fingerprint": "0" * 64, "names": ["v", "w"]}}
+    EditDelta(changes, meta=meta).save(tmp_path / "edit.safetensors")
+    began = time.perf_counter()
+    code, output, _ = kedit("show", tmp_path / "edit.safetensors", "--json")
+    assert time.perf_counter() - began < 10
+    rows = {row["name"]: row for row in json.loads(output)["tensors"]}
+    singular = np.linalg.svd(np.array([[1.0, 2.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 4.0]]), compute_uv=False)
+    assert (code, rows["w"]["rank"]) == (0, 3)
+    assert rows["w"]["stable_rank"] == pytest.approx((singular**2).sum() / singular[0] ** 2)
+    # So many rows and columns changed that the rank would take minutes.
+    assert (rows["v"]["rank"], rows["v"]["norm"]) == (None, pytest.approx(3000**0.5))
+    code, output, _ = kedit("show", tmp_path / "edit.safetensors")
+    assert "rank: not computed for 1 tensor with changed entries in more than 2,048 rows and columns" in output
+
+
+def test_a_delta_of_a_quantized_model_is_refused_in_one_line(kedit: Kedit, tmp_path: Path) -> None:
+    base = {WEIGHT: torch.zeros(4, 4, dtype=torch.int8)}
+    EditDelta.between(base, {WEIGHT: torch.ones(4, 4, dtype=torch.int8)}).save(tmp_path / "edit.safetensors")
+    code, _, err = kedit("apply", tmp_path / "edit.safetensors", "world", tmp_path / "out")
+    assert (code, "--dtype" in err, len(err.strip().splitlines())) == (1, False, 1)
+    assert "edited a quantized model, so train again on the model without quantization" in err
+
+
+def test_a_pickled_checkpoint_that_cannot_be_read_gives_one_line(kedit: Kedit, tmp_path: Path) -> None:
+    model, tokenizer = world.load()
+    model.config.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for content in (b"not a pickle", b"", b"\x80\x02]q\x00.", b"PK\x03\x04 no zip", b"cos\nsystem\n(S'true'\ntR."):
+        (tmp_path / "model" / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(EditError, match="cannot be loaded as a causal language model") as error:
+            load_model(str(tmp_path / "model"))
+        assert "\n" not in str(error.value)
 
 
 def test_the_heat_map_shows_every_change_at_its_place(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from delta.tiny import equal_bits
 from safetensors.torch import load_file, save_file
 
 from kedit_train import EditDelta, EditError
+from kedit_train.delta import delta_file
 from kedit_train.safetensors_file import checksum
 from kedit_train.safetensors_header import read_header
 
@@ -288,6 +289,41 @@ def test_loading_takes_no_memory_for_tensors(tmp_path):
     grown, size = map(int, done.stdout.split())
     assert size == 160_000_000
     assert grown * 1024 < 20_000_000
+
+
+@pytest.mark.parametrize("limit", [1 << 26, 0], ids=["small", "large"])
+@pytest.mark.parametrize("damage", ["overwritten", "cut short"])
+def test_a_file_that_changes_after_loading_changes_no_applied_value(tmp_path, monkeypatch, limit, damage):
+    monkeypatch.setattr(delta_file, "_IN_MEMORY", limit)
+    delta, edited = small()
+    base = delta.revert({name: value.clone() for name, value in edited.items()})
+    path = delta.save(tmp_path / "edit.safetensors")
+    loaded = EditDelta.load(path)
+    with path.open("rb+") as file:
+        if damage == "overwritten":
+            file.write(b"\x07" * path.stat().st_size)
+        else:
+            file.truncate(100)
+    assert same(loaded, delta)
+    assert equal_bits(loaded.apply(base), edited)
+
+
+def test_nested_and_huge_values_are_refused_in_one_line(tmp_path):
+    deep: list[Any] = []
+    for _ in range(600):
+        deep = [deep]
+    for change in (
+        lambda text, tensors: text.update(configuration=deep),
+        lambda text, tensors: text["edits"].update(count=10**4000),
+        lambda text, tensors: text.update(scores={"a": 10**400}),
+    ):
+        with pytest.raises(EditError, match=r"edit.safetensors is damaged: the metadata") as error:
+            EditDelta.load(resealed(tmp_path, change))
+        assert "\n" not in str(error.value)
+    delta, _ = small()
+    for wrong in ({"configuration": deep}, {"scores": {"a": 10**400}}):
+        with pytest.raises(EditError, match="metadata"):
+            EditDelta(delta.changes, meta=delta.meta | wrong).save(tmp_path / "new.safetensors")
 
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from conformance.hosts import HOSTS
 from delta.tiny import equal_bits, state_of
 
-from kedit_train import EditDelta, EditError, evaluate, world
+from kedit_train import EditDelta, EditError, evaluate, safetensors_file, world
 from kedit_train.callbacks import EditMetrics, GradientMask, NormBall, ParameterScope, SaveDelta, editing
 from kedit_train.core.state_file import load_state, save_state
 from kedit_train.data import EditDataset
@@ -103,6 +103,9 @@ def test_the_best_step_is_saved_and_the_model_keeps_the_last(dtype, tmp_path):
     assert best.meta["configuration"] | {"callbacks": 0} == {"callbacks": 0, "step": 4, "steps": 8}
     assert equal_bits({"w": best.changes[name].after}, {"w": at_four.changes[name].after})
     assert not torch.equal(best.difference(name), at_end.difference(name))
+    # The scores are those of the saved weights, not of the last step.
+    assert best.meta["scores"] == {"edit/reliability": 0.5, "edit/locality": 0.4}
+    assert at_end.meta["scores"].keys() > best.meta["scores"].keys()
     # The model itself keeps the weights of its last step.
     assert equal_bits(state_of(model), state_of(last))
     assert equal_bits(state_of(best.apply(world.load()[0].to(dtype))), state_of(stopped))
@@ -112,20 +115,87 @@ def test_the_best_so_far_survives_a_resume(tmp_path):
     saver = SaveDelta(str(tmp_path / "a.safetensors"), at="best")
     assert saver.state() == {}
     saver._best, saver._step, saver._values = (0.5, 0.25), 7, {"w.x": torch.randn(3)}
+    saver._scores = {"edit/reliability": 0.5}
     save_state(tmp_path, {"callbacks": {"SaveDelta.0": saver.state()}})
     loaded = load_state(tmp_path)
     assert loaded is not None
     other = SaveDelta(str(tmp_path / "a.safetensors"), at="best")
     other.load_state(loaded["callbacks"]["SaveDelta.0"])
-    assert (other._best, other._step) == ((0.5, 0.25), 7)
+    assert (other._best, other._step, other._scores) == ((0.5, 0.25), 7, {"edit/reliability": 0.5})
     assert torch.equal(other._values["w.x"], saver._values["w.x"])
 
 
-def test_unchanged_weights_and_invalid_arguments_are_errors(tmp_path):
+@pytest.mark.parametrize("exists", [False, True])
+def test_unchanged_weights_give_a_warning_and_no_file(tmp_path, exists):
+    """An error here would keep a script from reaching its own save after training."""
+    edits, path = EditDataset(world.edits(n=4)), tmp_path / "edit.safetensors"
+    if exists:
+        path.write_text("of an earlier run")
+    message = "SaveDelta: no weight has changed in 2 steps, so no delta is saved" + (
+        f" and the earlier file at {path} is kept; " if exists else "; "
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)) as warned:
+        run(world.load()[0], [ParameterScope(**SCOPE), saver := SaveDelta(str(path))], edits, steps=2, lr=0.0)
+    assert "\n" not in str(warned[0].message)
+    assert path.exists() == exists
+    assert saver.delta is None
+
+
+def test_a_path_that_cannot_be_written_is_an_error_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.safetensors").mkdir()
+    for name, reason in [
+        ("file/edit.safetensors", "file is not a folder"),
+        ("folder.safetensors", "it is a folder"),
+    ]:
+        saver = SaveDelta(str(tmp_path / name))
+        with pytest.raises(EditError, match=f"^SaveDelta: .* cannot be written, because .*{reason}"):
+            editing(torch.nn.Linear(2, 1), [saver]).__enter__()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors_file, "save_file", fail)
+    edits, path = EditDataset(world.edits(n=4)), tmp_path / "edit.safetensors"
+    with pytest.raises(EditError, match=r"^SaveDelta: .*edit.safetensors cannot be written \(.*No space left") as error:
+        run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(str(path))], edits, steps=1)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_quantized_weights_are_refused_before_training(dtype, tmp_path):
+    """Adapters on an 8-bit base: a delta of the merged 8-bit weights would fit no checkpoint."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(world.load()[0], LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
+    layer = model.base_model.model.model.layers[2].mlp.down_proj.base_layer
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    name = f"model.layers.2.mlp.down_proj.weight is quantized \\({str(dtype).removeprefix('torch.')}\\)"
+    message = f"^SaveDelta: {name}, so a delta of it would fit no checkpoint; .*without quantization.*PEFT"
+    with editing(model, [ParameterScope(layers=2), SaveDelta(str(tmp_path / "a.safetensors"))]) as edit:
+        with pytest.raises(EditError, match=message) as error:
+            edit.before_step()
+        edit.run.close()
+    assert "\n" not in str(error.value)
+
+
+def test_full_precision_layers_of_a_quantized_model_are_saved(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().to(torch.int8), requires_grad=False)
+    base, path = {name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "a.safetensors"
+    with editing(model, [ParameterScope(modules="1"), SaveDelta(str(path))]) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
+        edit.before_step()
+        model[1](torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert equal_bits(EditDelta.load(path).apply(base), state_of(model))
+
+
+def test_invalid_arguments_are_errors(tmp_path):
     edits, path = EditDataset(world.edits(n=4)), str(tmp_path / "edit.safetensors")
-    with pytest.raises(EditError, match="SaveDelta: no weight has changed in 2 steps, so there is no edit to save"):
-        run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits, steps=2, lr=0.0)
-    assert not Path(path).exists()
     with pytest.raises(
         EditError, match=r"needs the reliability that EditMetrics measures; add EditMetrics\(every_n_steps=20\)"
     ):

@@ -10,6 +10,7 @@ from kedit_train.atomic_write import writing
 from kedit_train.cli.kedit.output import check_new_folder, json_option, print_json, size
 from kedit_train.errors import EditError
 
+DTYPES = ("float32", "bfloat16", "float16")
 HELP = "write the edited checkpoint from a delta and its base model"
 EPILOG = """\
 examples:
@@ -29,9 +30,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
     parser.add_argument("model", metavar="MODEL", help="the base model: a checkpoint folder, a hub name, or world")
     parser.add_argument("out", metavar="OUT", help="a new folder for the edited checkpoint")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="load the base model in the dtype of the run"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="load the base model in the dtype of the run")
     json_option(parser)
 
 
@@ -62,9 +61,12 @@ def _check_dtypes(delta: Any, folder: Path) -> None:
         dtype = next((stored[alias] for alias in (name, *change.tied) if alias in stored), change.dtype)
         if dtype != change.dtype:
             run_dtype, checkpoint_dtype = (str(one).removeprefix("torch.") for one in (change.dtype, dtype))
+            advice = f"add --dtype {run_dtype} to load the model in the dtype of the run."
+            if run_dtype not in DTYPES:
+                advice = "the run edited a quantized model, so train again on the model without quantization."
             raise EditError(
                 f"the run edited {name} in {run_dtype}, but the checkpoint stores this tensor in {checkpoint_dtype}; "
-                f"add --dtype {run_dtype} to load the model in the dtype of the run."
+                f"{advice}"
             )
 
 

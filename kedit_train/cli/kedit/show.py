@@ -9,6 +9,8 @@ from typing import Any
 
 from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size
 
+# The largest number of changed rows or columns of a sparse change for which a rank is computed.
+MAX_SIDE = 2048
 HELP = "show what a delta changed: tensors, norms, ranks and scores, and a picture on request"
 EPILOG = """\
 examples:
@@ -24,6 +26,7 @@ columns:
   largest       largest absolute change of an entry
   rank          number of singular values of the change that are larger than the rounding error
   stable rank   |change| squared, divided by the square of the largest singular value of the change
+                Both ranks are left out for single entries in more than 2,048 rows and columns.
 """
 
 
@@ -61,6 +64,14 @@ def run(args: Namespace) -> int:
     columns = [("tensor", False), ("stored as", False), ("shape", True), ("dtype", True), ("moved", True)]
     columns += [("|change|", True), ("of base", True), ("largest", True), ("rank", True), ("stable rank", True)]
     print_table(columns, [_cells(row) for row in rows], f"{len(rows)} tensors, {size(delta.nbytes)}")
+    too_large = [
+        row
+        for row in rows
+        if row["layout"] == "entries" and len(row["shape"]) == 2 and row["norm"] and row["rank"] is None
+    ]
+    if too_large and not args.no_ranks:
+        count = "1 tensor" if len(too_large) == 1 else f"{len(too_large)} tensors"
+        print(f"rank: not computed for {count} with changed entries in more than {MAX_SIDE:,} rows and columns")
     if picture is not None:
         print(f"\npicture: {picture}")
     return 0
@@ -90,12 +101,30 @@ def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
         base = float(change.before.double().norm())
         row["relative"] = norm / base if base else None
     if ranks and len(change.shape) == 2 and bool(moved.isfinite().all()):
-        whole = moved.float() if change.layout != "entries" else change.difference().float()
-        values = torch.linalg.svdvals(whole)
-        rounding = max(change.shape) * torch.finfo(torch.float32).eps * float(values[0])
-        row["rank"] = int((values > rounding).sum())
-        row["stable_rank"] = float(values.square().sum() / values[0].square()) if float(values[0]) else None
+        whole = moved if change.layout != "entries" else _without_zeros(change, moved)
+        if whole is not None:
+            values = torch.linalg.svdvals(whole.float())
+            rounding = max(change.shape) * torch.finfo(torch.float32).eps * float(values[0])
+            row["rank"] = int((values > rounding).sum())
+            row["stable_rank"] = float(values.square().sum() / values[0].square()) if float(values[0]) else None
     return {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
+
+
+def _without_zeros(change: Any, moved: Any) -> Any:
+    """Return the changed rows and columns of a sparse change as a matrix, which has the same rank and norms.
+
+    The result is None if this matrix is too large to compute its rank in seconds.
+    """
+    import torch
+
+    numbers = change.index.long()
+    rows, row = (numbers // change.shape[1]).unique(return_inverse=True)
+    columns, column = (numbers % change.shape[1]).unique(return_inverse=True)
+    if min(len(rows), len(columns)) > MAX_SIDE or len(rows) * len(columns) > MAX_SIDE**2 * 16:
+        return None
+    matrix = torch.zeros(len(rows), len(columns), dtype=moved.dtype)
+    matrix[row, column] = moved
+    return matrix
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kedit_train.errors import EditError, warn
+from kedit_train.owners import claim, release, remove, remove_abandoned
 
+_HOUR = 3600
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)}
@@ -54,7 +56,8 @@ class HiddenStateStore:
         memory_limit: maximum total size of the tensors in memory, in bytes.
         cache_dir: directory for tensors that no longer fit in memory. A call of :meth:`add` with such tensors writes
             one safetensors file into a subdirectory that only this process uses. :meth:`close` removes the
-            subdirectory. With None, tensors that no longer fit in memory are not stored.
+            subdirectory. The next store removes a subdirectory that a killed process left. With None, tensors that no
+            longer fit in memory are not stored.
 
     Attributes:
         memory_bytes: bytes in memory now.
@@ -67,6 +70,7 @@ class HiddenStateStore:
         self._in_memory: dict[str, Tensor] = {}
         self._files: dict[str, Path] = {}
         self._directory: Path | None = None
+        self._touched = 0.0
         self._files_written = self.memory_bytes = self.disk_bytes = self.left_out = 0
         self._remove_directory: Any = None
 
@@ -96,6 +100,7 @@ class HiddenStateStore:
         """Return the tensors for ``keys`` in the same order, or None if a key is missing."""
         if not all(key in self for key in keys):
             return None
+        self._touch()
         with ExitStack() as stack:
             opened: dict[Path, Any] = {}
             tensors = []
@@ -110,19 +115,29 @@ class HiddenStateStore:
         """Delete all stored tensors, in memory and on disk."""
         self._in_memory, self._files = {}, {}
         self.memory_bytes = self.disk_bytes = self.left_out = 0
-        if self._remove_directory is not None:
+        if self._directory is not None and self._remove_directory is not None:
             self._remove_directory()
+            release(self._directory)
         self._directory = self._remove_directory = None
 
     close = clear
+
+    def _touch(self) -> None:
+        """Renew the age of the directory, because other containers remove directories that are older than a day."""
+        if self._directory is not None and time.time() - self._touched > _HOUR:
+            self._touched = time.time()
+            os.utime(self._directory)
 
     def _write(self, hidden_states: Mapping[str, Tensor]) -> bool:
         assert self.cache_dir is not None
         try:
             if self._directory is None:
                 self.cache_dir.mkdir(parents=True, exist_ok=True)
+                remove_abandoned(self.cache_dir.glob("prefix-cache[-.]*"))
                 # Other processes may use the same cache_dir. At the latest, the directory is removed with the process.
-                self._directory = Path(tempfile.mkdtemp(prefix="prefix-cache-", dir=self.cache_dir))
+                self._directory, self._touched = claim(self.cache_dir, "prefix-cache"), time.time()
+                remove(self._directory)
+                self._directory.mkdir(mode=0o700)
                 self._remove_directory = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
             path = self._directory / f"{self._files_written}.safetensors"
             unfinished = path.with_suffix(".part")

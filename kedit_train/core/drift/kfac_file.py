@@ -62,6 +62,8 @@ def load_factors(
         tensors, metadata = load_tensors(path, kind=_KIND, memory_map=False)
     except EditError as error:
         raise EditError(f"factors_path={str(path)!r} cannot be used: {str(error).rstrip('.')}; {_RETRY}.") from error
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("tokens"), dict):
+        raise EditError(f"factors_path={str(path)!r} cannot be used: it has no number of tokens; {_RETRY}.")
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
         if metadata.get(subject) != fingerprint:
             raise EditError(
@@ -73,7 +75,7 @@ def load_factors(
         for name, weight in weights.items():
             key = f"{kind}/{name}"
             matrix, count = tensors.get(key), metadata["tokens"].get(key)
-            if matrix is None or count is None or not _is_factor(matrix, weight):
+            if matrix is None or type(count) is not int or not 0 < count < 2**63 or not _is_factor(matrix, weight):
                 raise EditError(f"the file at factors_path={str(path)!r} has no valid factor {key!r}; {_RETRY}.")
             moments[name] = SecondMoment(matrix.to(weight.device), count)
     return factors

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
 _KIND = "kedit_train.mask"
 
 
-def save_masks(path: str | Path, masks: Mapping[str, Tensor]) -> Path:
+def save_masks(path: str | Path, masks: Mapping[str, Tensor], model: str | None = None) -> Path:
     """Write masks to a file atomically, with a checksum.
 
     Args:
         path: path of the file.
         masks: name -> bool tensor.
+        model: a fingerprint of the model that the masks were made for. :func:`load_masks` compares it.
+
+    Raises:
+        EditError: the file cannot be written.
     """
-    return save_tensors(path, masks, kind=_KIND)
+    return save_tensors(path, masks, None if model is None else {"model": model}, kind=_KIND)
 
 
-def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None) -> dict[str, Tensor]:
-    """Read masks and check that they fit the scope.
+def load_masks(
+    path: str | Path,
+    shapes: Mapping[str, torch.Size] | None = None,
+    model: Callable[[Mapping[str, Tensor]], str] | None = None,
+) -> dict[str, Tensor]:
+    """Read masks and check that they fit the scope. Warn if they were made for another model.
 
     A file without a checksum is also accepted, so that other programs can write masks.
 
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
         shapes: name -> shape of every parameter in the scope. None skips the comparison.
+        model: function that takes the masks and returns the fingerprint of the model. None skips the comparison, and so
+            does a file without a fingerprint.
 
     Returns:
         name -> bool tensor.
@@ -40,15 +50,13 @@ def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None)
         EditError: the file is missing, is damaged or was changed after it was written. The error is also raised if a
             tensor is not bool or has another shape, or if the file and ``shapes`` do not have the same names.
     """
-    mapped = load_tensors(path, kind=_KIND, allow_unsigned=True).tensors
-    for name, mask in mapped.items():
+    masks, metadata = load_tensors(path, kind=_KIND, memory_map=False, allow_unsigned=True)
+    for name, mask in masks.items():
         if mask.dtype != torch.bool or bool((mask.view(torch.uint8) > 1).any()):
             values = "bytes other than 0 and 1" if mask.dtype == torch.bool else str(mask.dtype)
             raise EditError(
                 f"{path}: {name} must contain bools (True: the entry may change), got {values}; save it as torch.bool."
             )
-    # The check above reads the bytes of the file. A clone would hide invalid bytes by turning them into 1.
-    masks = {name: mask.clone() for name, mask in mapped.items()}
     if shapes is None:
         return masks
     unknown, missing = sorted(masks.keys() - shapes.keys()), sorted(shapes.keys() - masks.keys())
@@ -62,4 +70,10 @@ def load_masks(path: str | Path, shapes: Mapping[str, torch.Size] | None = None)
                 f"{path}: the mask of {name} must have the parameter's shape {list(shapes[name])}, got "
                 f"{list(mask.shape)}; use a mask that was made for this model."
             )
+    recorded = metadata.get("model") if isinstance(metadata, dict) else None
+    if model is not None and recorded is not None and recorded != model(masks):
+        warn(
+            f"{path} was made for another model (the shapes are equal, but weights that the mask keeps differ), so the "
+            "mask may select the wrong entries; use the model that the mask was made for, or make a new mask."
+        )
     return masks

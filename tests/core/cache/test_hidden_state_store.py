@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,48 @@ def test_two_stores_share_a_directory_and_leave_nothing_in_it(tmp_path: Path) ->
     assert same(stored[1], added[1]["k2"])
     del stores, store
     assert list((tmp_path / "new").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from kedit_train.core.cache.hidden_state_store import HiddenStateStore
+store = HiddenStateStore(1, Path(sys.argv[1]))
+store.add({"k": torch.ones(3, 4)})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL exists on POSIX only")
+def test_the_next_store_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    live = HiddenStateStore(1, tmp_path)
+    live.add(states(2))
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == -signal.SIGKILL
+    foreign = tmp_path / "prefix-cache-of-an-older-version"
+    foreign.mkdir()
+    assert len(list(tmp_path.iterdir())) == 3
+    store = HiddenStateStore(1, tmp_path)
+    store.add(states(2))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert live.get(["k0", "k1"]) is not None
+    # Nobody has used this directory for a day.
+    os.utime(foreign, (0, 0))
+    store.clear()
+    store.add(states(2))
+    assert not foreign.exists()
+    assert live.get(["k0", "k1"]) is not None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process ids are checked on POSIX only")
+def test_reading_keeps_the_directory_from_looking_abandoned(tmp_path: Path) -> None:
+    """A store may read for days without writing, and other containers see only the age of its directory."""
+    store = HiddenStateStore(1, tmp_path)
+    store.add(states(2))
+    (directory,) = tmp_path.iterdir()
+    os.utime(directory, (0, 0))
+    store._touched = 0.0
+    store.get(["k0"])
+    assert directory.stat().st_mtime > 1e9
 
 
 def test_a_full_disk_gives_one_warning_and_no_partial_file_is_read(tmp_path: Path, monkeypatch: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from kedit_train.core.drift.kfac import KFACFactors
 from kedit_train.core.drift.kfac_file import load_factors, save_factors
 from kedit_train.core.drift.second_moments import SecondMoment
 from kedit_train.errors import EditError
+from kedit_train.safetensors_file import save_tensors
+from kedit_train.safetensors_header import read_header
 
 WEIGHTS = {"w": torch.zeros(2, 3)}
 OPTIONS: dict[str, Any] = {"model": "a fingerprint", "sequences": [[1, 2], [3]], "seed": 0}
@@ -74,5 +77,26 @@ def test_a_truncated_file_is_refused(path):
 
 def test_a_file_without_a_checksum_as_older_versions_wrote_is_refused(path):
     save_file({"inputs/w": torch.eye(3)}, path, metadata={"weights": "a", "texts": "b", "tokens": "{}"})
+    with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; delete the file"):
+        load_factors(path, WEIGHTS, **OPTIONS)
+
+
+@pytest.mark.parametrize("metadata", [None, [], {}, {"tokens": 3}, {"tokens": {}}, {"tokens": {"inputs/w": "5"}}])
+def test_metadata_of_the_wrong_type_is_refused(path, metadata):
+    tensors = {"inputs/w": torch.eye(3), "gradients/w": torch.eye(2)}
+    fingerprints = json.loads(read_header(path)[1]["kedit_train.kfac_factors"])
+    if isinstance(metadata, dict):
+        metadata = {**fingerprints, "tokens": None, **metadata}
+    save_tensors(path, tensors, metadata, kind="kedit_train.kfac_factors")
+    with pytest.raises(EditError, match=r"factors_path=.*; (use another path, or )?delete the file") as error:
+        load_factors(path, WEIGHTS, **OPTIONS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("place", [-1, -40, 200])
+def test_a_changed_byte_is_noticed(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
     with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; delete the file"):
         load_factors(path, WEIGHTS, **OPTIONS)

@@ -1,0 +1,100 @@
+"""Name temporary folders after the process that owns them, and find the folders whose owner has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+_DAY = 86400
+# The folders that this process owns. A folder with the id of this process that is not listed here was left by an
+# earlier process with the same id, for example in a container that was started again.
+_owned: set[str] = set()
+_numbers = itertools.count()
+
+
+def claim(folder: Path, start: str, end: str = "") -> Path:
+    """Return the path of a new temporary folder that this process owns: ``START.HOST-PLACE.PROCESS.NUMBER``
+    and the end.
+
+    The place is a hash of the boot of the machine and of the PID namespace (the container), because a process id is
+    valid only there. The number is different in every call, so threads never share a folder. The folder is not created.
+
+    Args:
+        folder: the parent of the temporary folder.
+        start: the first part of its name.
+        end: a suffix such as ".unfinished".
+    """
+    path = folder / f"{start}.{_place()}.{os.getpid()}.{next(_numbers)}{end}"
+    _owned.add(path.name)
+    return path
+
+
+def release(path: Path) -> None:
+    """Record that this process no longer owns a folder of :func:`claim`."""
+    _owned.discard(path.name)
+
+
+def has_ended(name: str) -> bool | None:
+    """Return whether the owner of a temporary folder has ended. None if this process cannot tell.
+
+    Args:
+        name: the name of the folder.
+    """
+    match = re.search(r"\.(.+)\.(\d+)\.\d+(?:\.[a-z]+)?$", name)
+    if os.name != "posix" or match is None or not f".{match[1]}".endswith(f".{_place()}"):
+        return None  # On Windows, signal 0 would end the process.
+    if int(match[2]) == os.getpid():
+        return name not in _owned
+    try:
+        os.kill(int(match[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
+
+
+def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
+    """Remove temporary folders whose owner has ended.
+
+    A folder is kept while its owner runs in the same PID namespace. If the owner has ended and the name begins with
+    ``at_once``, the folder is removed at once. All other folders (other names, other containers or hosts, names of
+    older versions) are removed when they have not changed for a day.
+    """
+    for folder in folders:
+        ended = has_ended(folder.name)
+        if ended is False:
+            continue
+        try:
+            if (ended and folder.name.startswith(at_once)) or time.time() - folder.stat().st_mtime > _DAY:
+                remove(folder)
+        except OSError:
+            # Another process has removed it, or the folder is read-only.
+            continue
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@functools.cache
+def _place() -> str:
+    """Return the host name and a hash of the boot and the PID namespace, in which process ids are valid."""
+    parts = [socket.gethostname()]
+    # Only Linux has these files. On other systems, the host name alone is the place.
+    with contextlib.suppress(OSError):
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+    return f"{parts[0]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"
