@@ -26,7 +26,7 @@ def run(model: Any, callbacks: list[Any], edits: EditDataset, steps: int = 4, lr
     _, tokenizer = world.load()
     model.train()
     with editing(model, callbacks, tokenizer=tokenizer) as edit:
-        optimizer = torch.optim.AdamW(edit.parameters(), lr=lr, eps=1e-4)  # the default is zero in fp16
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=lr, eps=1e-4 if model.dtype == torch.float16 else 1e-8)
         rows = edits.encode(tokenizer)
         for step in range(steps):
             edit.before_step()
