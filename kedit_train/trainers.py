@@ -158,7 +158,9 @@ class EditSFTConfig(SFTConfig):
             known = inspect.signature(callback_class).parameters
             evaluation = arguments.get("evaluation") or {}
             if "evaluation" in known and isinstance(evaluation, Mapping):
-                arguments = {**arguments, "evaluation": {"prompt_format": self.prompt_format, **evaluation}}
+                # With the default, the callback follows the training dataset, which may be conversational.
+                asked = None if self.prompt_format == "plain" else self.prompt_format
+                arguments = {**arguments, "evaluation": {"prompt_format": asked, **evaluation}}
             defaults = {key: value for key, value in shared.items() if key in known and value is not None}
             callbacks.append(callback_class(**defaults | arguments))
         return callbacks

@@ -16,6 +16,7 @@ from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.processes import is_distributed, world_size
 from kedit_train.core.run import EditRun
+from kedit_train.core.training_format import resolve_format
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.tokenization import context_length
 from kedit_train.errors import EditError
@@ -44,6 +45,10 @@ class EditMetrics(EditCallback):
     After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
     (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
     charts of ``edit/positions``, the configuration with the hash of the edits, and the report as an artifact.
+
+    The model is prompted in the format of the training examples: as plain text, through the chat template, or as a
+    question. The format is read from the dataset of a ``transformers`` or TRL trainer, or from ``EditDataModule``. In
+    other loops, set ``EvaluationOptions(prompt_format=)`` if you train on chats or questions.
 
     In ``transformers``, the results of the trainer's own evaluations also contain the scores. In these results, the
     names start with ``eval_edit_``, for example ``eval_edit_reliability``. You can therefore set
@@ -156,11 +161,14 @@ class EditMetrics(EditCallback):
     def attach(self, run: EditRun) -> None:
         self.report, self._evaluated_step, self._scores = None, -1, {}
         self.skipped, self._seconds, self._seconds_in_training = 0, 0.0, 0.0
-        self._tokenizer = run.tokenizer(self.evaluation.tokenizer)
+        self._tokenizer, self._options = run.tokenizer(self.evaluation.tokenizer), self.evaluation
+        if self.evaluation.prompt_format is None:
+            asked = resolve_format(run, self._tokenizer, self._edits)
+            self._options = replace(self.evaluation, prompt_format=asked)
         # This raises an error if an edit is too long. Trainers that tokenize themselves would truncate or drop it.
         edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
         max_length = context_length(run.model.config)
-        edits.encode(self._tokenizer, max_length=max_length, prompt_format=self.evaluation.prompt_format)
+        edits.encode(self._tokenizer, max_length=max_length, prompt_format=self._options.asked_format)
         with run.reference_model():
             self.unedited = self._gather_distributions(self._evaluate(run, limit=None, before=None))
         self._positions = list(wandb_tables.position_rows("unedited", self.unedited))
@@ -235,7 +243,7 @@ class EditMetrics(EditCallback):
                 run.model,
                 self._tokenizer,
                 self._edits,
-                options=replace(self.evaluation, distributed=self._is_shared()),
+                options=replace(self._options, distributed=self._is_shared()),
                 unedited=before,
                 reference_weights=reference,
                 limit=limit,

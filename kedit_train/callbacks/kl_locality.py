@@ -22,7 +22,9 @@ from kedit_train.core.locality.teacher import Teacher
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.output_head import evaluation_mode
+from kedit_train.core.penalty_balance import PenaltyBalance
 from kedit_train.core.run import EditRun
+from kedit_train.core.training_format import warn_without_chats
 from kedit_train.errors import EditError
 from kedit_train.functional.chunked_loss import chunk_length, chunked
 from kedit_train.functional.divergence import Direction, token_divergence
@@ -113,6 +115,7 @@ class KLLocality(EditCallback):
         self.teacher = None if teacher is None else Teacher.of(teacher)
         self.cache = ReferenceCache.of(cache)
         self._batches: ReferenceBatches | None = None
+        self._balance: PenaltyBalance | None = None
         if not sequential:
             return
         if self.teacher is not None:
@@ -142,6 +145,7 @@ class KLLocality(EditCallback):
         if batches is not None and not continues_run(batches.model, run):
             batches = None
         sequences = self._texts_of(run, first=batches is None).tokenize(run)
+        warn_without_chats(run, run.tokenizer(self.texts.tokenizer), sequences)
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
@@ -167,6 +171,9 @@ class KLLocality(EditCallback):
                 hidden_states=lambda sequence: hidden_states(self._head, [sequence]),
             )
         self._sum, self._count = torch.zeros(()), 0
+        # In a resumed run and in later runs, the loss may be small because the edits are learned.
+        begins = batches is None and run.host.is_main and not run.host.resumed
+        self._balance = PenaltyBalance(self._head.model, run.host.summed_micro_batches) if begins else None
 
     def penalty(self, run: EditRun) -> Tensor | None:
         assert self._batches is not None
@@ -183,7 +190,14 @@ class KLLocality(EditCallback):
         (divergence,) = chunked(self.score, hidden, *reference, chunk=chunk, parameters=self._head.trained)
         mean = divergence.mean()
         self._sum, self._count = self._sum.to(mean.device) + mean.detach(), self._count + 1
-        return self.weight * mean
+        penalty = self.weight * mean
+        if self._balance is not None:
+            self._balance.add(penalty)
+        return penalty
+
+    def after_step(self, run: EditRun) -> None:
+        if self._balance is not None:
+            self._balance.after_step(f"lower weight (now {self.weight})")
 
     def score(self, hidden: Tensor, *reference: Tensor) -> tuple[Tensor, ...]:
         """Return the divergence [N] of each token.
@@ -227,6 +241,8 @@ class KLLocality(EditCallback):
             self._batches.finish_run(run.edits)
 
     def detach(self, run: EditRun) -> None:
+        if self._balance is not None:
+            self._balance.remove()
         if not self.sequential:
             self._batches = None
 

@@ -103,6 +103,7 @@ def evaluate(
         (1.0, 'unedited model')
     """
     options = options or EvaluationOptions()
+    options = replace(options, prompt_format=options.asked_format)
     started = time.perf_counter()
     with reported_by("evaluate"):
         _check(model, edits, options, unedited)
@@ -157,7 +158,7 @@ class _Evaluation:
                     metrics=self.options.extra_metrics,
                     prefixes=self.prefixes,
                     seed=self.seed,
-                    prompt_format=self.options.prompt_format,
+                    prompt_format=self.options.asked_format,
                 )
             )
             for name, edit in edits
@@ -182,7 +183,7 @@ class _Evaluation:
         prompts = list(dict.fromkeys(result.prompt for result in results if result.question == "locality"))
         if self.unedited is None:
             own_answers = {prompt: answers[prompt] for prompt in prompts}
-            settings["prompt_format"] = self.options.prompt_format
+            settings["prompt_format"] = self.options.asked_format
             self.distributions.update(record_distributions(self.model, self.tokenizer, own_answers, **settings))
             return results
         kl = compute_divergences(self.model, self.tokenizer, self.unedited.distributions, prompts, **settings)

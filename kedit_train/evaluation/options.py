@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from kedit_train.arguments import Rule, check_arguments, integer_from, one_of
+from kedit_train.arguments import Rule, check_arguments, integer_from, one_of, optional
 from kedit_train.data.prompts import FORMATS, PromptFormat
 
 ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency"]
@@ -44,7 +44,8 @@ class EvaluationOptions:
             None: no perplexity.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the
-            format that was used in training.
+            format that was used in training. None: ``EditMetrics`` uses the format of the training examples, and
+            ``evaluate`` uses "plain".
         distributed: True splits the edits across the processes of the default group. False evaluates all edits on
             each process. ``distributed`` must be False for a model that FSDP2 shards.
 
@@ -68,7 +69,7 @@ class EvaluationOptions:
     fluency_tokens: int = 100
     texts: Any = None
     tokenizer: Any = None
-    prompt_format: PromptFormat = "plain"
+    prompt_format: PromptFormat | None = None
     distributed: bool = False
 
     def __post_init__(self) -> None:
@@ -78,8 +79,13 @@ class EvaluationOptions:
             batch_size=(self.batch_size, integer_from(1)),
             max_new_tokens=(self.max_new_tokens, integer_from(1)),
             fluency_tokens=(self.fluency_tokens, integer_from(1)),
-            prompt_format=(self.prompt_format, one_of(FORMATS)),
+            prompt_format=(self.prompt_format, optional(one_of(FORMATS))),
         )
+
+    @property
+    def asked_format(self) -> PromptFormat:
+        """The format in which the model is prompted: ``prompt_format``, or "plain" if it is None."""
+        return self.prompt_format or "plain"
 
     @property
     def extra_metrics(self) -> frozenset[str]:

@@ -105,14 +105,14 @@ def answer_requests(
         One result per probe, and a dict from prompt to answer. The dict does not contain the continuations for
         "fluency".
     """
-    settings: dict[str, Any] = {"batch_size": options.batch_size, "prompt_format": options.prompt_format}
+    settings: dict[str, Any] = {"batch_size": options.batch_size, "prompt_format": options.asked_format}
     settings["progress"] = progress
     with_old = "resurgence" in options.extra_metrics
     pairs = [(r.prompt, r.accepted[0]) for r in requests if r.accepted]
     if with_old:
         pairs += [(r.prompt, r.old_target) for r in requests if r.old_target is not None]
     forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
-    is_end = AnswerEnd(unwrap_model(model), tokenizer, prompt_format=options.prompt_format)
+    is_end = AnswerEnd(unwrap_model(model), tokenizer, prompt_format=options.asked_format)
     starts: dict[str, tuple[list[int], float]] = {}
     for (prompt, _), scores in forced.items():
         ids, margin = scores.greedy_start(is_end)
