@@ -91,8 +91,6 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise EditError("a metadata value is not a string")
-        if not all(name.isprintable() for name in header):
-            raise EditError("the name of a tensor contains a line break or another control character")
         spans = {name: _span(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

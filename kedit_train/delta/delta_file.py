@@ -106,7 +106,7 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
         raise EditError(
             f"tensor {name!r}: the shape must be a list of integers that torch supports; save the delta again"
         )
-    if not isinstance(tied, list) or not all(isinstance(other, str) and other.isprintable() for other in tied):
+    if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
         raise EditError(
             f"tensor {name!r}: tied must be a list of names of tensors, got {tied!r:.100}; save the delta again"
         )

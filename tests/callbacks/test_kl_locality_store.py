@@ -6,7 +6,6 @@ import copy
 import errno
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kedit_train import owners
 from kedit_train.callbacks import KLLocality, ParameterScope, ReferenceCache, Teacher, editing
 from kedit_train.core.locality.hidden_state_file import write_states
 from kedit_train.errors import EditError
@@ -187,10 +187,10 @@ def test_leftovers_of_a_killed_process_are_removed(make, words, tmp_path):
     (path,) = tmp_path.iterdir()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    host, old = socket.gethostname(), time.time() - 2 * 86400
+    host, old = owners._place(), time.time() - 2 * 86400
 
     def left(key: str, at: str, process: int, old_one: bool) -> Path:
-        file = tmp_path / f".{key}.safetensors.{at}.{process}.unfinished"
+        file = tmp_path / f".{key}.safetensors.{at}.{process}.0.unfinished"
         file.write_bytes(b"half")
         if old_one:
             os.utime(file, (old, old))

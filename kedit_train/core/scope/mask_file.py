@@ -52,6 +52,10 @@ def load_masks(
     """
     masks, metadata = load_tensors(path, kind=_KIND, memory_map=False, allow_unsigned=True)
     for name, mask in masks.items():
+        if not name.isprintable():
+            raise EditError(
+                f"{path}: {name!r} is not the name of a parameter; use a mask that was made for this model."
+            )
         if mask.dtype != torch.bool or bool((mask.view(torch.uint8) > 1).any()):
             values = "bytes other than 0 and 1" if mask.dtype == torch.bool else str(mask.dtype)
             raise EditError(
