@@ -90,7 +90,7 @@ def test_prompt_formats_are_trained_and_evaluated() -> None:
     assert sorted(target for _, target in rows) == sorted(t for _, t in named(list(data.edits)))
     metrics = EditMetrics(every_n_steps=0, show=False, evaluation=EvaluationOptions(prompt_format="question"))
     module = EditModule(learning_rate=3e-3)
-    trainer(max_epochs=40, callbacks=[ParameterScope(), metrics]).fit(module, data)
+    trainer(max_epochs=40, callbacks=[ParameterScope(modules="*"), metrics]).fit(module, data)
     assert metrics.report is not None
     assert metrics.report.meta["settings"]["prompt_format"] == "question"
     assert metrics.report.flat()["edit/reliability"] == 1.0
