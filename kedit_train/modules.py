@@ -22,8 +22,6 @@ from kedit_train.errors import EditError
 from kedit_train.optional import require
 from kedit_train.pretrained import load_model, lora_config, peft_errors
 
-# Default number of bundled edits. Training on this many edits takes half a minute.
-WORLD_EDITS = 24
 _NO_AUGMENTATION = AugmentationOptions()
 
 
@@ -146,7 +144,7 @@ class EditDataModule(LightningDataModule):
 
     Args:
         path: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits.
-        limit: maximum number of records to read. None: all records of a file, or 24 of the bundled edits.
+        limit: maximum number of records to read. None: all records of a file, or all 24 bundled edits.
         on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
         batch_size: training examples per step on each process.
         append_eos: end every target with the end-of-text token, so that the edited model learns to stop.
@@ -191,7 +189,6 @@ class EditDataModule(LightningDataModule):
         self.prompt_format: PromptFormat = prompt_format
         # A configuration file gives a mapping.
         self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
-        limit = WORLD_EDITS if limit is None and world.is_world(path) else limit
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
         self.added: list[Edit] = []
 

@@ -47,7 +47,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/one_by_one")
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--ball", type=float, help="radius of the ball as a fraction of the norm of the weights (0.5)")
-    parser.add_argument("--limit", type=int, help="number of edits (default for world: 24)")
+    parser.add_argument("--limit", type=int, help="number of edits (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="train without constraints")
     return parser.parse_args(given)
@@ -96,8 +96,7 @@ def main(command_line: list[str] | None = None) -> None:
     given = arguments(command_line)
     check(given)
     out = Path(given.output_dir)
-    limit = 24 if given.limit is None and world.is_world(given.edits) else given.limit
-    edits = EditDataset.load(given.edits, limit=limit)
+    edits = EditDataset.load(given.edits, limit=given.limit)
     model, tokenizer = load_model(given.model)
     base = copy.deepcopy(model)
     if torch.accelerator.is_available():

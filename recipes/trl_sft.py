@@ -43,7 +43,7 @@ def main() -> None:
         raise EditError(
             "--texts is missing; give a file of texts on which the model should not change (.txt, one text per line)."
         )
-    edits = EditDataset.load(given.edits, limit=24 if world.is_world(given.edits) else None)
+    edits = EditDataset.load(given.edits)
     model, tokenizer = load_model(given.model)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     trainer = SFTTrainer(

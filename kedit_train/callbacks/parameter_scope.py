@@ -12,6 +12,7 @@ from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.adapters import keep_frozen
 from kedit_train.core.scope.scope import resolve_scope
+from kedit_train.errors import EditError
 
 
 class ParameterScope(EditCallback):
@@ -26,19 +27,20 @@ class ParameterScope(EditCallback):
 
     Args:
         layers: the layers to train: an index (``5``, ``-1``), a fraction of the depth (``0.7``), an inclusive range
-            (``"4-6"``, ``"0.5-0.75"``) or several of these (``[2, "4-6"]``, ``"2,4-6"``). None selects all layers and
-            the embeddings.
+            (``"4-6"``, ``"0.5-0.75"``) or several of these (``[2, "4-6"]``, ``"2,4-6"``). None selects the modules
+            in all layers and outside the layers, such as the embeddings.
         modules: the modules to train: one pattern or several, for example ``"mlp.down_proj"``,
             ``"self_attn.*_proj"`` or ``"mlp"``. Patterns and parameter names are split at the dots. A pattern matches
             a parameter if the parts of the pattern follow each other directly in the parameter's name. The pattern
-            ``"mlp.down_proj"`` includes the bias; ``"mlp.down_proj.weight"`` does not. None selects all modules of the
-            layers.
+            ``"mlp.down_proj"`` includes the bias; ``"mlp.down_proj.weight"`` does not. ``"*"`` matches every
+            parameter, so ``ParameterScope(modules="*")`` is full fine-tuning. None selects all modules of the layers.
         full_precision: whether to train bf16 and fp16 parameters in fp32 and round them when training ends. In half
             precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during training
             contain these parameters in fp32.
 
     Raises:
-        EditError: no parameter matches, a layer is out of range, or all matching parameters are frozen.
+        EditError: neither ``layers`` nor ``modules`` is set, no parameter matches, a layer is out of range, or all
+            matching parameters are frozen.
 
     References:
         - Fine-tuning Done Right in Model Editing (LocFT-BF), arXiv 2509.22072.
@@ -62,6 +64,13 @@ class ParameterScope(EditCallback):
         modules: str | list[str] | None = None,
         full_precision: bool = True,
     ) -> None:
+        if layers is None and modules is None:
+            raise EditError(
+                "layers or modules must be set, got neither, which would train every parameter; choose a scope, such "
+                'as ParameterScope(0.7, modules="mlp.down_proj"), ParameterScope("0.3-1.0", modules="mlp") or '
+                'ParameterScope(-1), or write modules="*" for full fine-tuning.',
+                component="ParameterScope",
+            )
         self.layers, self.modules, self.full_precision = layers, modules, full_precision
         self._handles: list[Any] = []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from kedit_train import world
-from kedit_train.arguments import check_arguments, one_of, optional
+from kedit_train.arguments import check_arguments, integer_from, one_of, optional
 from kedit_train.atomic_write import writing
 from kedit_train.data.prompts import PromptFormat, as_question, chat_messages, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import datasets
 
 OnError = Literal["raise", "skip"]
+LIMIT = optional(integer_from(1))
 
 
 class EditDataset(Sequence[Edit]):
@@ -84,7 +85,7 @@ class EditDataset(Sequence[Edit]):
             on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
                 of skipped records and the first reason, and keeps every reason in ``skipped``.
             limit: stop after this many readable records (a record of MQuAKE contains up to four edits). None reads the
-                whole file, or 32 edits if ``path`` is "world".
+                whole file, or all 24 edits if ``path`` is "world".
 
         Raises:
             EditError: the file or a record cannot be read. The message names the file, the number of the record
@@ -95,8 +96,16 @@ class EditDataset(Sequence[Edit]):
             'edits'
         """
         if world.is_world(path):
-            check_arguments("EditDataset", format=(format, optional(one_of(("edits",)))))
-            return cls(world.edits() if limit is None else world.edits(n=limit), name=world.NAME)
+            check_arguments("EditDataset", format=(format, optional(one_of(("edits",)))), limit=(limit, LIMIT))
+            edits = world.edits()
+            if limit is not None and limit > len(edits):
+                raise EditError(
+                    f'limit must be an integer from 1 to {len(edits)} for the edits of "world", got {limit}; for more '
+                    f"edits, save EditDataset(kedit_train.world.edits({limit})) to a .jsonl file and load the file.",
+                    component="EditDataset",
+                )
+            # The probes of an edit depend on all edits of a list, so the list is made first and cut afterwards.
+            return cls(edits[:limit], name=world.NAME)
         path = Path(path)
         edits, recognized, skipped = read_records(
             read_file(path),

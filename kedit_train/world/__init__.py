@@ -5,10 +5,10 @@ Both are part of the package, so nothing is downloaded.
 Example:
     >>> from kedit_train import world
     >>> model, tokenizer = world.load()
-    >>> edits = world.edits(32)
+    >>> edits = world.edits()
     >>> texts = world.locality_texts(exclude=edits)
     >>> len(edits), len(texts)
-    (32, 1024)
+    (24, 1024)
 """
 
 from __future__ import annotations

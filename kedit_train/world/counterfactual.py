@@ -13,6 +13,7 @@ from kedit_train.world.facts import Fact, Key, World, pick, shuffled
 from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # fraction; the others keep two-hop answers true
+EDITS = 24  # training on this many edits takes half a minute
 STATEMENTS_ASKED, QUESTIONS_ASKED = 3, 2
 NEIGHBOURS, UNRELATED, INBOUND = 2, 2, 2
 SAME_WORDING_SHARE, PROSE_SHARE = 0.5, 0.25
@@ -24,7 +25,7 @@ def world() -> World:
     return facts.build()
 
 
-def edits(n: int = 32, seed: int = 0) -> list[Edit]:
+def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
     """Return counterfactual edits of the bundled model, about different subjects and with mixed relations.
 
     Each edit has:
@@ -40,7 +41,7 @@ def edits(n: int = 32, seed: int = 0) -> list[Edit]:
     The probes of an edit depend on all edits of the list. So ``edits(2)`` differs from ``edits(4)[:2]``.
 
     Args:
-        n: number of edits.
+        n: number of edits. The default is the number of edits that "world" stands for.
         seed: seed of all random choices.
 
     Raises:

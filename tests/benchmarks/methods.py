@@ -22,8 +22,8 @@ from kedit_train.data import Edit
 from kedit_train.data.leaks import scored_prompts
 from kedit_train.errors import EditError
 from kedit_train.modes import ExampleOptions, TrainLoop
-from kedit_train.modules import WORLD_EDITS
 from kedit_train.pretrained import lora_config
+from kedit_train.world.counterfactual import EDITS as WORLD_EDITS
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 FACTLM = SHARED / "models" / "factlm"

@@ -58,7 +58,7 @@ def test_the_gradient_of_the_other_examples_does_not_change(make, batch, reducti
     given = side(batch) | ({} if items is None else {"num_items_in_batch": items})
     # Examples 0 and 3 are active; the others are learned.
     lengths = {row: int((batch["labels"][row, 1:] != -100).sum()) for row in range(4)}
-    with editing(model, [ParameterScope(), TokenSmoothing(reduction=reduction), ActiveSet()]) as edit:
+    with editing(model, [ParameterScope(modules="*"), TokenSmoothing(reduction=reduction), ActiveSet()]) as edit:
         edit.before_step()
         want: dict[str, Tensor] = {}
         # By hand: the sum over the remaining examples, with their weights in the whole batch.
@@ -123,7 +123,7 @@ def test_an_example_is_recognised_in_another_padding(batch):
 
 def test_one_example_stays_if_all_are_learned_and_no_weight_moves(make, batch):
     model = make().train()
-    with editing(model, [ParameterScope(), TokenSmoothing(epsilon=1e6), ActiveSet(recheck=3)]) as edit:
+    with editing(model, [ParameterScope(modules="*"), TokenSmoothing(epsilon=1e6), ActiveSet(recheck=3)]) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1, weight_decay=0.5)
         for _ in range(6):
             before = [p.detach().clone() for p in edit.parameters()]

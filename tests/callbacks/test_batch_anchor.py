@@ -116,7 +116,7 @@ def test_the_reverse_direction(make, words):
 def test_the_head_the_norms_and_tied_embeddings_may_be_in_the_scope(make, words, tied, modules):
     model = make(tie_word_embeddings=tied)
     before = copy.deepcopy(model)
-    used = [BatchAnchor(), *([ParameterScope(None, modules=modules)] if modules else [])]
+    used = [BatchAnchor(), *([ParameterScope(modules=modules)] if modules else [])]
     with editing(model, used, tokenizer=words) as edit:
         start(edit)
         shake(model)
@@ -129,7 +129,7 @@ def test_adapters(make, words):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
     before = copy.deepcopy(model)
-    with editing(model, [BatchAnchor(), ParameterScope()], tokenizer=words) as edit:
+    with editing(model, [BatchAnchor(), ParameterScope(modules="*")], tokenizer=words) as edit:
         start(edit)
         shake(model)
         assert_same(model, model(**batch(ROWS)).loss, by_hand(before, model, batch(ROWS), 1.0))

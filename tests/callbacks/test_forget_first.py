@@ -343,7 +343,7 @@ def test_adapters_are_refused(loaded) -> None:
     peft = pytest.importorskip("peft")
     model, _ = loaded
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    callbacks = [ParameterScope(), ForgetFirst(TEXTS, edits=EDITS)]
+    callbacks = [ParameterScope(modules="*"), ForgetFirst(TEXTS, edits=EDITS)]
     with (
         pytest.raises(EditError, match="ForgetFirst: the model must not have adapters"),
         editing(adapted, callbacks),

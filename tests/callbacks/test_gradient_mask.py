@@ -41,9 +41,7 @@ def masks(model: Any, words: Any, *callbacks: Any, **arguments: Any) -> dict[str
 @pytest.mark.parametrize("density", [0.013, 0.05, 0.5, 1.0])
 def test_the_density_of_every_tensor_is_exact(make, words, score, density):
     texts = TEXTS[:3] if score == "fisher_ratio" else None
-    chosen = masks(
-        make(), words, ParameterScope(None, modules="mlp"), score=score, density=density, edits=EDITS, texts=texts
-    )
+    chosen = masks(make(), words, ParameterScope(modules="mlp"), score=score, density=density, edits=EDITS, texts=texts)
     assert len(chosen) == 6
     for name, mask in chosen.items():
         assert int(mask.sum()) == round(density * mask.numel()), name
@@ -76,7 +74,7 @@ def test_the_gradient_score_is_the_absolute_gradient_of_the_targets(make, words)
 
 
 def test_the_ratio_avoids_entries_that_texts_need(make, words):
-    model, scope = make(), ParameterScope(None, modules="embed_tokens")
+    model, scope = make(), ParameterScope(modules="embed_tokens")
     arguments = {"edits": EDITS, "density": 5 / 61, "granularity": "row"}
     # The texts hold every token of the first two edits and none of the third, so the five rows of the third stand out.
     texts = ["w8 w7 w6 w5 w4 w3 w2 w1 w8 w7 w6 w5 w4 w3 w2 w1"] * 3

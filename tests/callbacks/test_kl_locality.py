@@ -76,9 +76,9 @@ def test_value_and_gradient(make, words, direction, family):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "mlp"], ["embed_tokens"], None])
+@pytest.mark.parametrize("modules", [["lm_head"], ["lm_head", "mlp"], ["embed_tokens"], "*"])
 def test_the_output_head_and_tied_embeddings_may_be_in_the_scope(make, words, tied, modules):
-    assert_equals_by_hand(make(tie_word_embeddings=tied), ParameterScope(None, modules=modules), words)
+    assert_equals_by_hand(make(tie_word_embeddings=tied), ParameterScope(modules=modules), words)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -87,7 +87,7 @@ def test_the_output_head_and_tied_embeddings_may_be_in_the_scope(make, words, ti
 def test_with_adapters(make, words, targets):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    assert_equals_by_hand(model, ParameterScope(), words)
+    assert_equals_by_hand(model, ParameterScope(modules="*"), words)
 
 
 def test_in_fp64_and_in_chunks(make, words, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_larger_weight_keeps_the_model_closer(make, words, ids):
         model = make()
         before = copy.deepcopy(model)
         with editing(
-            model, [ParameterScope(), KLLocality(TEXTS, weight=weight, batch_size=5)], tokenizer=words
+            model, [ParameterScope(modules="*"), KLLocality(TEXTS, weight=weight, batch_size=5)], tokenizer=words
         ) as edit:
             optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
             for _ in range(10):

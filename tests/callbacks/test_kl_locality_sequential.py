@@ -128,7 +128,7 @@ def test_arguments_that_exclude_sequential_are_errors(make, words):
     with (
         pytest.raises(EditError, match=r"leave the head .* out of the scope"),
         editing(
-            make(), [KLLocality(TEXTS, sequential=True), ParameterScope(None)], tokenizer=words, edits=[FIRST]
+            make(), [KLLocality(TEXTS, sequential=True), ParameterScope(modules="*")], tokenizer=words, edits=[FIRST]
         ) as edit,
     ):
         edit.before_step()
@@ -136,7 +136,7 @@ def test_arguments_that_exclude_sequential_are_errors(make, words):
 
 def test_a_changed_output_head_is_an_error(make, words):
     """Stored hidden states have a meaning only together with the head that read them."""
-    for scope in (ParameterScope(None), ParameterScope(modules="lm_head")):
+    for scope in (ParameterScope(modules="*"), ParameterScope(modules="lm_head")):
         model, kl = make(), KLLocality(TEXTS, sequential=True)
         run(model, words, kl, [FIRST])
         with (

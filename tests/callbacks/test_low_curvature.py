@@ -217,7 +217,7 @@ def test_a_scope_with_a_bias_is_refused(make, words):
 
 def test_the_output_head_is_refused(make, words):
     with pytest.raises(EditError, match=r"LowCurvature: lm_head\.weight is the output head"):
-        attach(make(), words, LowCurvature(TEXTS), ParameterScope(None, modules="lm_head"))
+        attach(make(), words, LowCurvature(TEXTS), ParameterScope(modules="lm_head"))
 
 
 def test_an_adapter_is_refused(make, words):

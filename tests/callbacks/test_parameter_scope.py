@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from kedit_train import catalog
 from kedit_train.callbacks import ParameterScope, editing
 from kedit_train.errors import EditError
 
@@ -119,9 +121,34 @@ def test_any_module_can_be_scoped(ids):
     assert moved(before, bits(net)) == {"2.weight"}
 
 
-@pytest.mark.parametrize("second", [0, 1, None])
+@pytest.mark.parametrize("arguments", [{}, {"layers": None, "modules": None}, {"full_precision": False}])
+def test_a_scope_without_layers_and_modules_is_an_error(arguments):
+    """Such a scope would be full fine-tuning, without a word."""
+    with pytest.raises(EditError) as error:
+        ParameterScope(**arguments)
+    assert str(error.value) == (
+        "ParameterScope: layers or modules must be set, got neither, which would train every parameter; choose a "
+        'scope, such as ParameterScope(0.7, modules="mlp.down_proj"), ParameterScope("0.3-1.0", modules="mlp") or '
+        'ParameterScope(-1), or write modules="*" for full fine-tuning.'
+    )
+
+
+def test_full_fine_tuning_is_named_with_a_star(make):
+    model = make()
+    with editing(model, [ParameterScope(modules="*")]) as edit:
+        assert set(edit.run.scope) == {name for name, _ in model.named_parameters()}
+
+
+def test_the_yaml_fragment_has_a_scope():
+    fragment = yaml.safe_load(catalog.find("callbacks", "parameter_scope").read_text())
+    (entry,) = fragment["trainer"]["callbacks+"]
+    scope = ParameterScope(**entry["init_args"])
+    assert (scope.layers, scope.modules) == ("0.3-1.0", "mlp.down_proj")
+
+
+@pytest.mark.parametrize("second", [{"layers": 0}, {"layers": 1}, {"modules": "*"}])
 def test_two_scopes_on_one_model_are_an_error(make, second):
-    with pytest.raises(EditError) as error, editing(make(), [ParameterScope(0), ParameterScope(second)]):
+    with pytest.raises(EditError) as error, editing(make(), [ParameterScope(0), ParameterScope(**second)]):
         pass
     assert str(error.value) == (
         "ParameterScope: there are two callbacks of this class on this model; use one ParameterScope "

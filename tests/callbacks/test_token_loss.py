@@ -44,11 +44,11 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("scope", [None, 1])
+@pytest.mark.parametrize("scope", [{"modules": "*"}, {"layers": 1}])
 def test_weights_and_optimizer_state_stay_bitwise_if_no_token_is_active(make, ids, optimizer, scope):
     model = make()
     smoothing = TokenSmoothing(epsilon=0.0)
-    with editing(model, [smoothing, ParameterScope(scope)]) as edit:
+    with editing(model, [smoothing, ParameterScope(**scope)]) as edit:
         chosen = OPTIMIZERS[optimizer](edit.parameters())
         for _ in range(3):
             step(edit, model, chosen, input_ids=ids, labels=ids)

@@ -33,7 +33,7 @@ def test_it_is_token_loss_with_overtone_bit_for_bit(make, ids):
 
 def test_a_subclass_works_beside_active_set(make, ids):
     model = make()
-    with editing(model, [ParameterScope(), MySmoothing(epsilon=1e6), ActiveSet(recheck=3)]) as edit:
+    with editing(model, [ParameterScope(modules="*"), MySmoothing(epsilon=1e6), ActiveSet(recheck=3)]) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
         for _ in range(2):
             edit.before_step()
@@ -50,7 +50,7 @@ def test_a_subclass_works_beside_active_set(make, ids):
 def test_a_subclass_works_beside_stop_when_edited(make, ids, rule, reason):
     model = make()
     stop = StopWhenEdited(**{"loss": None, **rule})
-    with editing(model, [ParameterScope(), MySmoothing(epsilon=1e6), stop]) as edit:
+    with editing(model, [ParameterScope(modules="*"), MySmoothing(epsilon=1e6), stop]) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
         for _ in range(2):
             edit.before_step()

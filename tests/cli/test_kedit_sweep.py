@@ -76,6 +76,35 @@ def test_forget_counts_edits_that_are_no_longer_answered(kedit: Kedit, edited_wo
     assert after < before
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--coefficients=1e-6",),
+            "sweep: no coefficient that keeps the locality raises the reliability above that of the base model "
+            "(0.000); use larger coefficients, lower --keep-locality, or train the edit longer.",
+        ),
+        (("--coefficients=60", "--keep-locality=1"), "sweep: no coefficient keeps a locality of at least 1.000 "),
+    ],
+)
+def test_nothing_is_picked_if_no_coefficient_keeps_the_rule(
+    kedit: Kedit, edited_world: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    """The table is printed all the same, and no file is written."""
+    out = tmp_path / "picked.safetensors"
+    files = (edited_world / "edit.safetensors", "world", edited_world / "edits.jsonl")
+    code, output, err = kedit("sweep", *files, *words, "--out", out)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, len(lines), out.exists()) == (1, 1, False)
+    assert lines[0].startswith(f"error: {message}")
+    coefficient = f"{float(words[0].partition('=')[2]):g}"
+    assert [line.split()[0] for line in output.splitlines() if line.strip()][-1] == coefficient
+    assert "picked" not in output
+    code, output, err = kedit("sweep", *files, *words, "--out", out, "--json")
+    found = json.loads(output)
+    assert (code, found["picked"], found["written"], len(found["points"])) == (1, None, [], 2)
+
+
 EDITS = ("edit.safetensors", "world", "edits.jsonl")
 
 
@@ -92,10 +121,6 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
         ([*EDITS, "--out", "new.bin"], "must end with .safetensors"),
         ([*EDITS, "--out", "edit.safetensors", "--force"], "would replace the delta of this sweep"),
         ([*EDITS, "--device", "nowhere"], "--device nowhere"),
-        (
-            [*EDITS, "--coefficients=60", "--keep-locality=1", "--limit=2"],
-            "no coefficient keeps a locality",
-        ),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(

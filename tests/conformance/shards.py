@@ -53,7 +53,11 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "kl": lambda: [scope(), KLLocality(texts=TEXTS, batch_size=2, weight=100.0)],
     "smoothing": lambda: [scope(), smoothing()],
     # The head, tied to the embedding, is among the parameters that FSDP2 keeps gathered until the backward pass.
-    "everything": lambda: [ParameterScope(), smoothing(), KLLocality(texts=TEXTS, batch_size=2, weight=10.0)],
+    "everything": lambda: [
+        ParameterScope(modules="*"),
+        smoothing(),
+        KLLocality(texts=TEXTS, batch_size=2, weight=10.0),
+    ],
 }
 REFUSED: dict[str, Callable[[], list[Any]]] = {
     "NullSpace": lambda: [scope(), NullSpace(texts=TEXTS)],

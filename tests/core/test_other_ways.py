@@ -139,7 +139,7 @@ def test_a_half_precision_weight_that_another_module_reads_trains_in_fp32(make):
     torch.manual_seed(0)
     model = nn.Sequential(make()).bfloat16()
     x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
-    with editing(model, [ParameterScope()]) as edit:
+    with editing(model, [ParameterScope(modules="*")]) as edit:
         assert {p.dtype for p in edit.parameters()} == {torch.float32}
         optimizer = sgd(edit)
         edit.before_step()

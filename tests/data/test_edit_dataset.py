@@ -153,9 +153,20 @@ def test_prompt_completion_has_prompts_and_targets_only(factlm: Path) -> None:
     assert not probes & set(real.to_prompt_completion()["prompt"])
 
 
-def test_the_world_has_as_many_edits_as_the_limit() -> None:
-    assert (len(EditDataset.load("world")), len(EditDataset.load("world", limit=20))) == (32, 20)
-    assert list(EditDataset.load("world", limit=20)) == world.edits(20)
+def test_the_limit_returns_the_first_edits_of_the_world() -> None:
+    edits = EditDataset.load("world")
+    assert list(edits) == world.edits() == world.edits(24)
+    for limit in (1, 20, 24):
+        assert EditDataset.load("world", limit=limit).hash == edits[:limit].hash
+
+
+def test_a_limit_above_the_number_of_bundled_edits_names_the_function_that_makes_more() -> None:
+    with pytest.raises(EditError) as error:
+        EditDataset.load("world", limit=25)
+    assert str(error.value) == (
+        'EditDataset: limit must be an integer from 1 to 24 for the edits of "world", got 25; for more edits, save '
+        "EditDataset(kedit_train.world.edits(25)) to a .jsonl file and load the file."
+    )
     with pytest.raises(EditError, match=r"^EditDataset: format must be .*edits.*, or None, got 'zsre'"):
         EditDataset.load("world", format="zsre")
 

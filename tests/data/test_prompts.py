@@ -151,7 +151,7 @@ def test_a_chat_is_learned_and_generation_stops_at_the_end_of_the_turn(chatty: A
     assert not any(a.text == e.target for a, e in zip(before, edits, strict=True))
     train = TrainLoop(
         tokenizer,
-        callbacks=[ParameterScope()],
+        callbacks=[ParameterScope(modules="*")],
         learning_rate=2e-3,
         epochs=40,
         examples=ExampleOptions(prompt_format="chat"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ examples:
 A coefficient is accepted if the model keeps at least --keep-locality of the base model's locality. The command picks
 the accepted coefficient with the highest reliability. If several coefficients are equally reliable, the
 coefficient nearest to 0 is picked. Locality is the fraction of answers that are the same as the answers of the base
-model.
+model. If no coefficient is accepted, or none is more reliable than the base model, nothing is picked and no file is
+written. The scores are printed in every case.
 
 Do not report scores on the edits that you picked the coefficient on. Use other edits:
 kedit eval MODEL OTHER_EDITS --delta picked.safetensors
@@ -78,7 +80,14 @@ def run(args: Namespace) -> int:
 
         # This call reports a missing matplotlib before answers are generated.
         new_figure(1, 1)
-    result = _sweep(args)
+    points: list[Any] = []
+    try:
+        result = _sweep(args, points)
+    except EditError as error:
+        # An error before the last score is about the arguments. An error after it says that nothing was picked.
+        if len(points) < len(set(args.coefficients) - {0.0}) + 1:
+            raise
+        return _nothing_picked(args, points, error)
     if out is not None:
         result.delta.save(out)
     if picture is not None:
@@ -91,24 +100,39 @@ def run(args: Namespace) -> int:
         print_json({"delta": args.delta, "points": points, "picked": result.best.coefficient, "rule": result.rule,
                     "forget": args.forget, "written": files})  # fmt: skip
         return 0
-    rows = [
-        [f"{p.coefficient:g}", f"{p.reliability:.3f}", f"{p.locality:.3f}", _mark(p, result.best)]
-        for p in result.points
-    ]
-    name = "forgotten" if args.forget else "reliability"
-    print_table((("coefficient", True), (name, True), ("locality", True), ("", False)), rows)
+    _print_points(args, result.points, result.best)
     print(f"\npicked {result.best.coefficient:g}: {result.rule}")
     for path in files:
         print(f"saved: {path}" + (f" ({size(result.delta.nbytes)})" if path == str(out) else ""))
     return 0
 
 
-def _sweep(args: Namespace) -> Any:
+def _nothing_picked(args: Namespace, points: list[Any], error: EditError) -> int:
+    """Print the scores, say why nothing was picked, and return the exit code."""
+    from kedit_train.cli.console import print_error
+
+    if args.json:
+        print_json({"delta": args.delta, "points": [asdict(point) for point in points], "picked": None,
+                    "rule": str(error), "forget": args.forget, "written": []})  # fmt: skip
+    else:
+        _print_points(args, points, None)
+    print_error(str(error))
+    return 1
+
+
+def _print_points(args: Namespace, points: Sequence[Any], best: Any) -> None:
+    rows = [[f"{p.coefficient:g}", f"{p.reliability:.3f}", f"{p.locality:.3f}", _mark(p, best)] for p in points]
+    name = "forgotten" if args.forget else "reliability"
+    print_table((("coefficient", True), (name, True), ("locality", True), ("", False)), rows)
+
+
+def _sweep(args: Namespace, points: list[Any]) -> Any:
+    """Return the result of the sweep, and append each point to ``points`` as soon as it is scored."""
     from tqdm import tqdm
 
     from kedit_train.cli.kedit.checkpoints import load_for
     from kedit_train.data import EditDataset
-    from kedit_train.delta import EditDelta, sweep
+    from kedit_train.delta import EditDelta, SweepPoint, sweep
     from kedit_train.evaluation import EvaluationOptions, evaluate
 
     edits, delta = EditDataset.load(args.edits), EditDelta.load(args.delta)
@@ -122,8 +146,9 @@ def _sweep(args: Namespace) -> Any:
         batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, prompt_format=args.prompt_format
     )
     before = evaluate(model, tokenizer, edits, **options)
-    count = len(set(args.coefficients) - {0.0})
-    with tqdm(total=count + 1, desc="evaluating", unit="coefficient", leave=False, disable=None) as bar:
+    # sweep() scores the base model first, and then the coefficients in ascending order.
+    order = [0.0, *sorted(set(args.coefficients) - {0.0})]
+    with tqdm(total=len(order), desc="evaluating", unit="coefficient", leave=False, disable=None) as bar:
 
         def score(current: Any) -> dict[str, float]:
             flat = evaluate(current, tokenizer, edits, unedited=before, **options).flat()
@@ -135,9 +160,19 @@ def _sweep(args: Namespace) -> Any:
                     f"with {missing} questions."
                 )
             reliability = flat["edit/reliability"]
-            return {"reliability": 1 - reliability if args.forget else reliability, "locality": flat["edit/locality"]}
+            scores = {"reliability": 1 - reliability if args.forget else reliability, "locality": flat["edit/locality"]}
+            points.append(SweepPoint(order[len(points)], **scores))
+            return scores
 
-        return sweep(model, delta, score, coefficients=args.coefficients, keep_locality=args.keep_locality)
+        result = sweep(model, delta, score, coefficients=args.coefficients, keep_locality=args.keep_locality)
+    if result.best.reliability <= points[0].reliability:
+        name = "share of forgotten edits" if args.forget else "reliability"
+        raise EditError(
+            f"no coefficient that keeps the locality raises the {name} above that of the base model "
+            f"({points[0].reliability:.3f}); use larger coefficients, lower --keep-locality, or train the edit longer.",
+            component="sweep",
+        )
+    return result
 
 
 def _mark(point: Any, best: Any) -> str:
