@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kedit_train.core.checksums import checksums, first_not_finite
+from kedit_train.core.fsdp import reshard
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
@@ -43,6 +44,8 @@ class Integrity:
         if self._started:
             return
         self._started = True
+        # After a forward pass, FSDP2 shows gathered copies of the parameters, whose memory it frees later.
+        reshard(self.run.root)
         in_scope = {id(p) for p in self.run.scope.values()}
         self._frozen = [
             (name, p)
