@@ -131,7 +131,7 @@ def test_the_last_callback_is_named_when_it_is_changed(
     [
         (
             "--trainer.callbacks.NormBall.radius=1",
-            "needs one callback NormBall in the run, got 0; callbacks: KLLocality",
+            "needs one callback NormBall in the run, got 0; callbacks: KL",
         ),
         ("--trainer.callbacks.KLLocality.text=1", "valid arguments of KLLocality: texts, weight"),
         ("--trainer.callbacks.KLLocality.weight=x", "KLLocality.weight: "),
