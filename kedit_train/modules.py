@@ -162,7 +162,8 @@ class EditDataModule(LightningDataModule):
         added: the examples that ``augmentation`` added. The list is filled in ``setup``.
 
     Raises:
-        EditError: the file cannot be read, an edit is longer than the model's context, or no fact is left to replay.
+        EditError: the file cannot be read, two edits contradict each other, an edit is longer than the model's context,
+            or no fact is left to replay.
 
     Example:
         >>> from kedit_train.modules import EditDataModule
@@ -190,6 +191,8 @@ class EditDataModule(LightningDataModule):
         # A configuration file gives a mapping.
         self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
+        # This is also checked when the edits are tokenized, but a large model is loaded before.
+        self.edits.check_trained_together()
         self.added: list[Edit] = []
 
     def setup(self, stage: str) -> None:

@@ -13,6 +13,7 @@ from kedit_train.arguments import check_arguments, integer_from, optional
 from kedit_train.augmentation.prefixes import generate_prefixes
 from kedit_train.augmentation.replay import ReplayedFacts, read_prompts, replay_facts
 from kedit_train.data import Edit, EditDataset
+from kedit_train.data.contradictions import without_overwritten
 from kedit_train.data.leaks import LeakCheck, with_prefixes
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.data.tokenization import context_length
@@ -175,7 +176,9 @@ def augmentation(
             summary.append(f"{len(facts.examples)} replayed facts ({facts.describe()})")
         if previous_edits is not None:
             earlier = EditDataset.of(previous_edits) if isinstance(previous_edits, str | Path) else previous_edits
-            again = [Edit(edit.prompt, edit.target, id=f"earlier {edit.id or i}") for i, edit in enumerate(earlier)]
+            # A file of the edits of several days may overwrite an edit on a later day.
+            kept = [(i, earlier[i]) for i in without_overwritten(earlier)]
+            again = [Edit(edit.prompt, edit.target, id=f"earlier {edit.id or i}") for i, edit in kept]
             allowed = [example for example in again if not check.is_leak(example)]
             examples += allowed
             leaked = len(again) - len(allowed)

@@ -13,7 +13,7 @@ from torch import nn
 from kedit_train import world
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.leaks import LeakCheck
+from kedit_train.data.leaks import LeakCheck, fold
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.data.readers.files import SUFFIXES
 from kedit_train.errors import EditError
@@ -70,7 +70,7 @@ def replay_facts(
     Args:
         model: the unedited model.
         tokenizer: the tokenizer of the model.
-        prompts: prompts of other facts. Duplicates count once.
+        prompts: prompts of other facts. Duplicates, in any letter case and with any white space, count once.
         edits: the edits of the run.
         limit: maximum number of examples. The prompts are tried in a random order, drawn with ``seed``. None uses all
             prompts.
@@ -90,7 +90,11 @@ def replay_facts(
         >>> len(facts.examples)
         3
     """
-    check, order = LeakCheck(edits), list(dict.fromkeys(prompts))
+    check, distinct = LeakCheck(edits), {}
+    for prompt in prompts:
+        # The model may answer two spellings of one prompt differently, and could not learn both answers.
+        distinct.setdefault(fold(prompt), prompt)
+    order = list(distinct.values())
     random.Random(seed).shuffle(order)
     allowed = [prompt for prompt in order if not check.is_leak(Edit(prompt, ""))]
     leaked, empty, cut_off = len(order) - len(allowed), 0, 0

@@ -44,8 +44,8 @@ def shorten(message: str) -> str:
         if refused[1] == "lightning.Callback":
             return "trainer.callbacks: the run lists no callbacks, so the key cannot be set; add --config RECIPE.yaml"
         accepted += (
-            ". The command line can change only the last callback in the list. To change another callback, copy the "
-            "recipe with kedit cp and edit the copy"
+            ". --trainer.callbacks.KEY changes the last callback in the list. To change another callback, write its "
+            "class name: --trainer.callbacks.CLASS.KEY"
         )
     return text.rstrip(".") + accepted
 

@@ -10,6 +10,7 @@ Set ``class_path`` under ``model`` or ``data`` to use another LightningModule or
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -21,6 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from kedit_train import catalog, world
 from kedit_train.cli.config_errors import shorten
 from kedit_train.cli.console import leave, print_error
+from kedit_train.cli.named_callbacks import Override, set_by_name, tell_last_callback
 from kedit_train.cli.processes import follow_launcher
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
@@ -44,9 +46,21 @@ class EditCLI(LightningCLI):
     """The ``fit`` command, with ``EditModule`` and ``EditDataModule`` as defaults.
 
     The resolved configuration is saved as ``resolved.yaml`` in the folder of the run.
+
+    Args:
+        parser_kwargs: arguments of the parsers.
+        named_arguments: arguments of callbacks that are addressed by name, from ``split_by_name``.
+        kwargs: arguments of ``LightningCLI``.
     """
 
-    def __init__(self, parser_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        parser_kwargs: dict[str, Any] | None = None,
+        *,
+        named_arguments: Sequence[Override] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.named_arguments = named_arguments
         description = "Edit a model. fit runs a recipe in Lightning. sft runs a recipe in TRL (see sft --help)."
         super().__init__(
             parser_class=EditParser,
@@ -75,6 +89,8 @@ class EditCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         follow_launcher(config.trainer, os.environ)
+        set_by_name(config.trainer.callbacks, self.named_arguments)
+        tell_last_callback(sys.argv[1:], config.trainer.callbacks)
         share_texts(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from kedit_train.cli.console import leave, print_error
 from kedit_train.cli.edit import EditCLI, edit_error, with_catalog
+from kedit_train.cli.named_callbacks import split_by_name
 from kedit_train.processes import end_process_group
 
 
@@ -31,8 +32,9 @@ def main() -> None:
 
             sft.main(sys.argv[2:])
             return
-        sys.argv = [sys.argv[0], *with_catalog(sys.argv[1:])]
-        EditCLI()
+        words, named = split_by_name(with_catalog(sys.argv[1:]))
+        sys.argv = [sys.argv[0], *words]
+        EditCLI(named_arguments=named)
     except (ValueError, MisconfigurationException) as error:
         known = error if isinstance(error, MisconfigurationException) else edit_error(error)
         if known is None or os.environ.get("KEDIT_TRACEBACK") == "1":

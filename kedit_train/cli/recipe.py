@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from kedit_train import catalog
 from kedit_train.callbacks import EditCallback
 from kedit_train.cli.edit import EditCLI, EditParser, class_of, share_texts, with_catalog
+from kedit_train.cli.named_callbacks import set_by_name, split_by_name, tell_last_callback
 from kedit_train.errors import EditError
 
 
@@ -31,7 +32,10 @@ def parse(arguments: Sequence[str]) -> Namespace:
         EditError: the recipe uses the bundled texts, but not the bundled model and edits.
         SystemExit: a key is not valid. Before the exit, one line that names the key is printed.
     """
-    config = parser().parse_args(with_catalog(arguments))
+    words, named = split_by_name(with_catalog(arguments))
+    config = parser().parse_args(words)
+    set_by_name(config.trainer.callbacks, named)
+    tell_last_callback(words, config.trainer.callbacks)
     share_texts(config)
     return config
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from kedit_train import world
 from kedit_train.arguments import check_arguments, integer_from, one_of, optional
 from kedit_train.atomic_write import writing
+from kedit_train.data.contradictions import contradictions, without_overwritten
 from kedit_train.data.prompts import PromptFormat, as_question, chat_messages, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
+from kedit_train.data.readers.check_edit import check_edit
 from kedit_train.data.readers.fields import describe
 from kedit_train.data.readers.files import read_file
-from kedit_train.data.tokenization import Encoded, separator
-from kedit_train.edit import Edit, Probe
+from kedit_train.data.tokenization import Encoded, separator, shorten
+from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 from kedit_train.optional import require
 
@@ -40,7 +42,8 @@ class EditDataset(Sequence[Edit]):
         skipped: one message for each record that could not be read.
 
     Raises:
-        EditError: there is no edit, or an edit has a blank prompt, a blank target or a field of a wrong type.
+        EditError: there is no edit, or an edit has a prompt or a target without visible characters, or a field of a
+            wrong type.
 
     Example:
         >>> from kedit_train import Edit, EditDataset
@@ -141,7 +144,7 @@ class EditDataset(Sequence[Edit]):
             >>> EditDataset.from_records([{"prompt": "Ada lives in", "target": "Bern"}])[0].target
             'Bern'
         """
-        if isinstance(records, (str, Mapping)):
+        if isinstance(records, (str, Mapping)) or not isinstance(records, Iterable):
             raise EditError(
                 f"records must be a list of dicts or a datasets.Dataset, got {describe(records)}; use EditDataset.load "
                 "to read a file",
@@ -206,6 +209,39 @@ class EditDataset(Sequence[Edit]):
                 file.write(json.dumps(own.write(edit), ensure_ascii=False) + "\n")
         return path
 
+    def latest(self) -> EditDataset:
+        """Return a dataset without the edits that a later edit contradicts.
+
+        Two edits contradict each other if they have the same prompt (in any letter case, with any white space), but
+        neither accepts the target of the other.
+
+        Example:
+            >>> EditDataset([Edit("Ada lives in", "Bern"), Edit("Ada lives in", "Rome")]).latest()[0].target
+            'Rome'
+        """
+        return self._with([self._edits[i] for i in without_overwritten(self._edits)])
+
+    def check_trained_together(self) -> None:
+        """Raise an error if two edits contradict each other, because one training cannot reach both targets.
+
+        :meth:`encode` and :meth:`to_prompt_completion` call this method. In the modes "sequential" and "streaming" of
+        :func:`~kedit_train.run_edits`, a later edit may contradict an earlier one, and replaces it.
+
+        Raises:
+            EditError: two edits contradict each other (see :meth:`latest`).
+        """
+        pairs = contradictions(self._edits)
+        if not pairs:
+            return
+        first, second = (self._edits[i] for i in pairs[0])
+        names = " and ".join(f"{i} (id {self._edits[i].id})" if self._edits[i].id else str(i) for i in pairs[0])
+        more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
+        raise EditError(
+            f"{self.name}, edits {names}: the prompt {shorten(first.prompt)!r} must have one target in one training, "
+            f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
+            "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
+        )
+
     def to_old_targets(self) -> EditDataset:
         """Return a dataset with the same prompts, but with the old answers as targets.
 
@@ -257,9 +293,10 @@ class EditDataset(Sequence[Edit]):
             One row per edit.
 
         Raises:
-            EditError: the package ``datasets`` is not installed.
+            EditError: the package ``datasets`` is not installed, or two edits contradict each other.
         """
         check_format(prompt_format)
+        self.check_trained_together()
         with require("datasets", extra="trl"):
             import datasets
 
@@ -296,9 +333,11 @@ class EditDataset(Sequence[Edit]):
             One :class:`~kedit_train.data.tokenization.Encoded` per edit, for :class:`~kedit_train.data.EditCollator`.
 
         Raises:
-            EditError: an edit cannot be tokenized or is too long. The message names the edit.
+            EditError: an edit cannot be tokenized or is too long, or two edits contradict each other. The message names
+                the edits.
         """
         check_format(prompt_format, tokenizer)
+        self.check_trained_together()
         limit = getattr(tokenizer, "model_max_length", None)
         # A tokenizer without a limit has a very large number here.
         if max_length is None and isinstance(limit, int) and limit < 10**9:
@@ -308,59 +347,3 @@ class EditDataset(Sequence[Edit]):
             encode_in_format(tokenizer, edit.prompt, edit.target, prompt_format, where=self._where(i), **options)
             for i, edit in enumerate(self._edits)
         ]
-
-
-def check_edit(edit: object, where: str) -> None:
-    """Check the types and texts of an edit.
-
-    Args:
-        edit: the value to check.
-        where: the beginning of every error message, for example ``"edits.jsonl, edit 3"``.
-
-    Raises:
-        EditError: ``edit`` is not an :class:`Edit`; the prompt, the target or the prompt of a probe is blank; a field
-            has a wrong type; a text is not valid Unicode.
-    """
-
-    def text(value: object, field: str) -> None:
-        if not isinstance(value, str) or not value.strip():
-            raise EditError(f"{where}: {field} must be text, got {describe(value)}.")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise EditError(
-                f"{where}: {field} must be valid Unicode, got a lone surrogate at character {error.start}; "
-                "correct the encoding"
-            ) from error
-
-    def texts(values: object, field: str) -> None:
-        if not isinstance(values, tuple):
-            raise EditError(f"{where}: {field} must be a tuple of texts, got {describe(values)}; use tuple(...)")
-        for i, value in enumerate(values):
-            text(value, f"{field}[{i}]")
-
-    if not isinstance(edit, Edit):
-        raise EditError(
-            f"{where}: the item must be an Edit, got {describe(edit)}; use EditDataset.from_records to read dicts"
-        )
-    text(edit.prompt, "prompt")
-    text(edit.target, "target")
-    for field, value in (("subject", edit.subject), ("old_target", edit.old_target)):
-        if value is not None:
-            text(value, field)
-    if edit.id != "":
-        text(edit.id, "id")
-    texts(edit.aliases, "aliases")
-    texts(edit.rephrases, "rephrases")
-    for field, kinds in (("locality", edit.locality), ("portability", edit.portability)):
-        if not isinstance(kinds, Mapping):
-            raise EditError(
-                f"{where}: {field} must be a dict with a tuple of Probe objects for each kind of probe, got {kinds!r}."
-            )
-        for kind, probes in kinds.items():
-            text(kind, f"every kind (key) of {field}")
-            if not isinstance(probes, tuple) or not all(isinstance(probe, Probe) for probe in probes):
-                raise EditError(f"{where}: {field}[{kind!r}] must be a tuple of Probe objects, got {probes!r}.")
-            for i, probe in enumerate(probes):
-                text(probe.prompt, f"{field}[{kind!r}][{i}].prompt")
-                texts(probe.answers, f"{field}[{kind!r}][{i}].answers")

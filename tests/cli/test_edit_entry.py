@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kedit_train.cli import main as entry
+from kedit_train.cli import recipe
 from kedit_train.cli.config_errors import shorten
 from kedit_train.errors import EditError
 
@@ -83,8 +84,7 @@ def test_an_unknown_key_of_the_last_callback(failing_run) -> None:
     code, message = failing_run("fit", "--config", "base.yaml", "--trainer.callbacks.layers", "2.5")
     assert code == 2
     assert "EditMetrics: Option 'layers' is not accepted; valid arguments: edits, every_n_steps" in message
-    assert "The command line can change only the last callback in the list" in message
-    assert "kedit cp" in message
+    assert "--trainer.callbacks.CLASS.KEY" in message
     assert "lightning.Callback" not in message
 
 
@@ -97,6 +97,50 @@ def test_a_wrong_value_for_the_last_callback(failing_run) -> None:
 def test_a_callback_key_without_callbacks(failing_run) -> None:
     _, message = failing_run("fit", "--trainer.callbacks.layers", "2.5")
     assert "lists no callbacks" in message
+
+
+FRAGMENTS = ("--config", "base.yaml", "--config", "callbacks/null_space.yaml")
+
+
+def test_a_callback_is_addressed_by_its_class_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The order of the fragments makes no difference."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text(BASE)
+    named = ("--trainer.callbacks.KLLocality.texts=keep.txt", "--trainer.callbacks.KLLocality.weight", "3")
+    config = recipe.parse([*FRAGMENTS, "--model.name=gpt2", *named])
+    kl, _, space = config.trainer.callbacks
+    assert (kl.init_args.texts, kl.init_args.weight) == ("keep.txt", 3.0)
+    assert space.init_args.texts == "texts_that_must_stay.txt"
+    assert recipe.built(kl).texts.source == "keep.txt"
+
+
+def test_the_last_callback_is_named_when_it_is_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.yaml").write_text(BASE)
+    recipe.parse([*FRAGMENTS, "--trainer.callbacks.texts", "keep.txt"])
+    assert capsys.readouterr().out == (
+        "texts set on NullSpace, the last callback in the list; to choose a callback, write "
+        "--trainer.callbacks.CLASS.texts\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "--trainer.callbacks.NormBall.radius=1",
+            "needs one callback NormBall in the run, got 0; callbacks: KL",
+        ),
+        ("--trainer.callbacks.KLLocality.text=1", "valid arguments of KLLocality: texts, weight"),
+        ("--trainer.callbacks.KLLocality.weight=x", "KLLocality.weight: "),
+        ("--trainer.callbacks.KLLocality.weight", "KLLocality.weight needs a value"),
+    ],
+)
+def test_a_wrong_argument_of_a_named_callback_is_one_line(failing_run, argument: str, message: str) -> None:
+    _, line = failing_run("fit", "--config", "base.yaml", argument)
+    assert message in line, line
 
 
 def test_only_deprecations_in_other_libraries_are_hidden() -> None:

@@ -323,3 +323,32 @@ def test_a_training_function_may_have_another_attribute_callbacks(learner: Any) 
 
     model, tokenizer = learner(2)
     assert run_edits(model, tokenizer, facts(2), mode="batch", train=Own(), progress=False).checkpoints
+
+
+CONTRADICTORY = [*facts(3), Edit("p0:", "newest0", id="newest")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "trained"),
+    [
+        ("sequential", {}, [["new0"], ["new1"], ["new2"], ["newest0"]]),
+        ("sequential", {"edits_per_step": 4}, [["new1", "new2", "newest0"]]),
+        ("streaming", {"edits_per_step": 2}, [["new0", "new1"], ["new1", "new2", "newest0"]]),
+    ],
+)
+def test_a_later_edit_may_overwrite_an_earlier_one(learner, mode: Any, options: Any, trained: list[list[str]]) -> None:
+    model, tokenizer = learner(3)
+    seen: list[list[str]] = []
+    options |= {"mode": mode, "progress": False, "train": lambda _, edits: seen.append([e.target for e in edits])}
+    with pytest.warns(UserWarning, match="1 of 4 edits contradict an earlier edit") as caught:
+        run_edits(model, tokenizer, CONTRADICTORY, **options)
+    assert seen == trained
+    assert str(caught[0].message) == (
+        "run_edits: 1 of 4 edits contradict an earlier edit (the first: 'newest' contradicts '0'). The earlier edit "
+        "counts as wrong once it is overwritten; to leave such edits out, pass edits.latest()."
+    )
+
+
+def test_contradictory_edits_in_one_batch_are_refused_before_the_evaluation(learner) -> None:
+    with pytest.raises(EditError, match=r"^run_edits: edits, edits 0 \(id 0\) and 3 \(id newest\): the prompt 'P0:'"):
+        run_edits(*learner(3), CONTRADICTORY, mode="batch", progress=False)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kedit_train.arguments import check_arguments, integer_from, one_of, optional
+from kedit_train.data.contradictions import duplicates
+from kedit_train.data.readers.check_edit import check_edit
 from kedit_train.data.readers.counterfact import COUNTERFACT
 from kedit_train.data.readers.fields import REMEDY, Fields, describe
 from kedit_train.data.readers.files import decode_cells
@@ -101,7 +103,8 @@ def read_records(
 ) -> tuple[list[Edit], str, tuple[str, ...]]:
     """Convert records to edits.
 
-    The function warns once if records were skipped, and once if records have fields that the format does not read.
+    The function warns once if records were skipped, once if records have fields that the format does not read, and once
+    if edits repeat earlier edits.
 
     Args:
         records: the records.
@@ -135,12 +138,16 @@ def read_records(
         if limit is not None and done == limit:
             break
         try:
-            edits += read_record(record, form, f"{name}, record {number}", chosen=format is not None, csv=csv)
+            where = f"{name}, record {number}"
+            made = read_record(record, form, where, chosen=format is not None, csv=csv)
+            for edit in made:
+                check_edit(edit, where)
         except EditError as error:
             if on_error == "raise":
                 raise
             skipped.append(str(error))
             continue
+        edits += made
         done += 1
         unread.update(str(key) for key in set(record) - form.reads - form.ignores)
     if unread:
@@ -151,6 +158,15 @@ def read_records(
             raise EditError(f"{name}: none of the {len(skipped)} records can be read; the first reason: {skipped[0]}")
         warnings.warn(
             f"{name}: skipped {len(skipped)} of {done + len(skipped)} records; the first reason: {skipped[0]}",
+            UserWarning,
+            stacklevel=3,
+        )
+    if repeated := duplicates(edits):
+        first, again = repeated[0]
+        warnings.warn(
+            f"{name}: {len(repeated)} of {len(edits)} edits repeat an earlier edit (edit {again} is the same as edit "
+            f"{first}); all are kept, so each of them counts again in training and in scores; remove them if this is "
+            "not intended",
             UserWarning,
             stacklevel=3,
         )

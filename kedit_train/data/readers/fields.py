@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
 
 REMEDY = 'correct the record, or pass on_error="skip" to leave out such records'
@@ -15,7 +16,8 @@ def describe(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return "text" if value.strip() else "empty text"
+        invisible = "empty text" if not value.strip() else "only invisible characters"
+        return "text" if is_visible(value) else invisible
     if isinstance(value, bool):
         return "a boolean"
     if isinstance(value, (int, float)):
@@ -28,8 +30,8 @@ def describe(value: object) -> str:
 
 
 def is_blank(value: object) -> bool:
-    """Return whether a value is null, an empty text, or a text that contains only white space."""
-    return value is None or (isinstance(value, str) and not value.strip())
+    """Return whether a value is null, or text without any visible character."""
+    return value is None or (isinstance(value, str) and not is_visible(value))
 
 
 class Fields:
@@ -75,7 +77,7 @@ class Fields:
         key, value = self._pick(keys)
         if key not in self.values:
             raise self.missing(keys, "text")
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not is_visible(value):
             raise self.error(key, "text", describe(value))
         return value
 
@@ -106,7 +108,7 @@ class Fields:
         if not isinstance(value, (list, tuple)):
             raise self.error(key, "text or a list of texts", describe(value))
         for i, item in enumerate(value):
-            if not isinstance(item, str) or not item.strip():
+            if not isinstance(item, str) or not is_visible(item):
                 raise self.error(f"{key}[{i}]", "text", describe(item))
         return tuple(value)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kedit_train.data.readers.fields import REMEDY, describe
+from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.errors import EditError
 
 SUFFIXES = (".json", ".jsonl", ".csv")
@@ -36,10 +36,12 @@ def read_file(path: Path) -> list[Any]:
         raise EditError(
             f"{path}: the name of a file of edits must end in {', '.join(SUFFIXES)}; rename or convert the file"
         )
-    if not path.is_file():
-        raise EditError(f"{path}: the file does not exist; check the path (working directory: {Path.cwd()})")
     try:
+        if not path.is_file():
+            raise EditError(f"{path}: the file does not exist; check the path (working directory: {Path.cwd()})")
         text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise EditError(f"{path}: the file cannot be read ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
         raise EditError(
             f"{path}: the file must be UTF-8 text, got an invalid byte at position {error.start}; save the file as "
@@ -61,12 +63,11 @@ def read_file(path: Path) -> list[Any]:
 def read_json(path: Path, text: str) -> list[Any]:
     """Parse a JSON file and return its list of records."""
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "; a file with one record per line must end in .jsonl" if error.msg == "Extra data" else ""
-        raise EditError(
-            f"{path}, line {error.lineno}: the file is not valid JSON ({error.msg}); correct the file{hint}"
-        ) from error
+        content = parse_json(text)
+    except InvalidJSON as error:
+        hint = "; a file with one record per line must end in .jsonl" if error.reason == "Extra data" else ""
+        where = str(path) if error.line is None else f"{path}, line {error.line}"
+        raise EditError(f"{where}: the file is not valid JSON ({error.reason}); correct the file{hint}") from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in LIST_KEYS if isinstance(content.get(key), list)), content)
     if not isinstance(content, list):
@@ -86,10 +87,10 @@ def read_jsonl(path: Path, text: str) -> list[Any]:
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            records.append(parse_json(line))
+        except InvalidJSON as error:
             where = f"{path}, record {len(records) + 1} (line {number})"
-            reason = f"{error.msg} at column {error.colno}"
+            reason = error.reason if error.column is None else f"{error.reason} at column {error.column}"
             records.append(EditError(f"{where}: the line is not valid JSON ({reason}); {REMEDY}"))
     return records
 
@@ -140,10 +141,10 @@ def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: s
             decoded[key] = [part.strip() for part in cell.split("|")]
             continue
         try:
-            decoded[key] = json.loads(cell)
-        except json.JSONDecodeError as error:
+            decoded[key] = parse_json(cell)
+        except InvalidJSON as error:
             raise EditError(
                 f"{where}: field '{key}' must be a JSON list or mapping, or texts separated by |, got invalid "
-                f"JSON ({error.msg}); {REMEDY}"
+                f"JSON ({error.reason}); {REMEDY}"
             ) from error
     return decoded

@@ -7,6 +7,7 @@ from typing import Any
 
 from kedit_train.data.readers.fields import Fields, describe
 from kedit_train.data.readers.format import Format, field_names
+from kedit_train.data.visible import is_visible
 from kedit_train.edit import Edit, Probe
 from kedit_train.errors import EditError
 
@@ -15,7 +16,7 @@ READS = field_names("prompt target subject old_target aliases rephrases locality
 
 def one_probe(record: Fields, key: str, item: object) -> Probe:
     """Convert a question (a text, or a mapping with ``prompt`` and ``answers``) to a probe."""
-    if isinstance(item, str) and item.strip():
+    if isinstance(item, str) and is_visible(item):
         return Probe(item)
     if not isinstance(item, Mapping):
         raise record.error(key, 'text or {"prompt": ..., "answers": [...]}', describe(item))
