@@ -24,6 +24,7 @@ class EditCallback(TransformersEvents, LightningEvents):
         order: position among the callbacks of a run. Callbacks with a lower value come first.
         constrains: whether :meth:`constrain` must be called after every optimizer step.
         penalizes: whether :meth:`penalty` returns a penalty.
+        follows_steps: whether the callback would silently do nothing if the run did not see the optimizer steps.
         anchors: whether the callback compares the trained model with the reference model (the model before the edit)
             in the training loss, inside the forward pass of the trained model.
         duplicate_hint: what to do instead of adding two callbacks of this class to one model. The error message ends
@@ -49,6 +50,7 @@ class EditCallback(TransformersEvents, LightningEvents):
     order = 50
     constrains = False
     penalizes = False
+    follows_steps = False
     anchors = False
     duplicate_hint: str | None = None
 

@@ -105,6 +105,7 @@ class EditMetrics(EditCallback):
     """
 
     order = 60
+    follows_steps = True
     duplicate_hint = "keep one EditMetrics and pass all edits to it"
 
     def __init__(

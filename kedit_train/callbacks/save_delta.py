@@ -91,6 +91,7 @@ class SaveDelta(EditCallback):
 
     # After EditMetrics, whose scores it reads, and after every constraint.
     order = 95
+    follows_steps = True
 
     def __init__(
         self, path: str, *, at: Literal["end", "best"] = "end", edits: Any = None, license: str | None = None

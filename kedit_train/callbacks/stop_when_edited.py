@@ -71,6 +71,7 @@ class StopWhenEdited(EditCallback):
 
     # After EditMetrics, whose scores it reads.
     order = 90
+    follows_steps = True
 
     def __init__(
         self,

@@ -74,7 +74,7 @@ class Integrity:
         self.check_frozen_gradients()
         now = self._scope_now()
         changed = now != self._scope_sums
-        if changed and not self._step_seen:
+        if changed and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
             raise EditError(self._unseen_step())
         self._scope_sums, self._step_seen = now, False
         return changed

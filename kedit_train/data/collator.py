@@ -31,7 +31,7 @@ class EditCollator:
         >>> examples = EditDataset.load("world", limit=2).encode(tokenizer)
         >>> batch = EditCollator(tokenizer)(examples)
         >>> {name: list(values.shape) for name, values in batch.items()}
-        {'input_ids': [2, 14], 'attention_mask': [2, 14], 'labels': [2, 14]}
+        {'input_ids': [2, 12], 'attention_mask': [2, 12], 'labels': [2, 12]}
     """
 
     def __init__(self, tokenizer: Any, *, padding_side: Literal["right", "left"] = "right") -> None:

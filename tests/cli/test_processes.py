@@ -46,7 +46,7 @@ def test_defaults_follow_the_launcher(settings: dict, environment: dict, expecte
     [
         ({"devices": 1}, TWO, r"uses 1 process.*started 2"),
         ({"devices": "0,"}, TWO, r"uses 1 process.*started 2"),
-        ({"devices": 2}, {**FABRIC, "LT_DEVICES": "1"}, r"uses 2 process.*started 1.*--devices 2"),
+        ({"devices": 2}, {**FABRIC, "LT_DEVICES": "1"}, r"uses 2 process.*started 1.*let the launcher start 2"),
         ({"num_nodes": 2}, TWO, r"uses 4 process.*started 2"),
         ({"strategy": "ddp"}, {**TWO, "LT_STRATEGY": "fsdp"}, r"trainer.strategy is 'ddp'.*--strategy fsdp"),
         ({"precision": "16-mixed"}, {**TWO, "LT_PRECISION": "bf16-mixed"}, r"trainer.precision is '16-mixed'"),

@@ -73,7 +73,9 @@ def test_constraints_hold_with_lbfgs():
         assert float((model.weight.detach() - before).abs().max()) <= 0.01
 
 
-@pytest.mark.parametrize("kind", [ParameterScope, lambda: NullSpace("world"), lambda: LowCurvature("world")])
+@pytest.mark.parametrize(
+    "kind", [lambda: ParameterScope(modules="*"), lambda: NullSpace("world"), lambda: LowCurvature("world")]
+)
 def test_a_second_callback_of_a_class_that_allows_one_is_an_error(kind):
     model = nn.Linear(4, 4)
     first = kind()
