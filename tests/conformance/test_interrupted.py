@@ -70,7 +70,7 @@ def test_resuming_from_the_last_checkpoint_ends_the_edit(tmp_path: Path) -> None
     assert delta.exists()
 
 
-@pytest.mark.parametrize("limit", [None, 1])
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.slow), 1])
 def test_a_kill_between_the_checkpoint_and_the_state_of_the_edit_loses_nothing(
     limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_kill_between_the_checkpoint_and_the_state_of_the_edit_loses_nothing(
     assert list((tmp_path / "killed").glob(f"*{FILE}")) == []
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(ValueError, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_clean_after_an_exception_and_is_not_edited_again(
     error: type[BaseException], dtype: torch.dtype, tmp_path: Path

@@ -171,6 +171,7 @@ def test_a_limit_above_the_number_of_bundled_edits_names_the_function_that_makes
         EditDataset.load("world", format="zsre")
 
 
+@pytest.mark.slow
 def test_the_package_and_the_data_package_load_the_world_without_its_import() -> None:
     for module in ("kedit_train", "kedit_train.data"):
         script = f"from {module} import EditDataset; print(len(EditDataset.load('world', limit=3)))"

@@ -1,6 +1,6 @@
 """Mutated deltas, masks, K-FAC factors and states are refused in one line, or read as values that can be used.
 
-Each kind of file is fuzzed for about 2.5 seconds. For longer runs by hand, set ``KEDIT_FUZZ_SECONDS=600``.
+Each kind of file is fuzzed for about one second. For longer runs by hand, set ``KEDIT_FUZZ_SECONDS=600``.
 A failure prints the seed of the mutated file; ``KEDIT_FUZZ_SEED`` starts with that seed.
 """
 
@@ -25,7 +25,7 @@ from kedit_train.core.drift.second_moments import SecondMoment
 from kedit_train.core.scope.mask_file import load_masks, save_masks
 from kedit_train.core.state_file import load_state, save_state
 
-SECONDS = float(os.environ.get("KEDIT_FUZZ_SECONDS", "10")) / 4
+SECONDS = float(os.environ.get("KEDIT_FUZZ_SECONDS", "4")) / 4
 SEED = int(os.environ.get("KEDIT_FUZZ_SEED", "0"))
 # The longest time for one file. A file of 100 bytes must not keep a reader busy.
 LIMIT = 5.0
