@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def first_not_finite(tensors: Iterable[Tensor]) -> int | None:
 
     Of a sharded tensor, the local shard counts.
     """
-    local = [t.detach().to_local() if isinstance(t, DTensor) else t.detach() for t in tensors]
+    detached: list[Any] = [tensor.detach() for tensor in tensors]
+    local: list[Tensor] = [t.to_local() if isinstance(t, DTensor) else t for t in detached]
     sums = [value.sum() for value in local]
     if not sums or bool(torch.stack([s.to(sums[0].device, torch.float32) for s in sums]).isfinite().all()):
         return None

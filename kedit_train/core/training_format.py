@@ -97,7 +97,7 @@ def is_chat(tokenizer: Any) -> Any:
 
 def _first_examples(host: Any) -> list[Any]:
     """Return the first examples of the dataset of a trainer. A dataset that can be read only once is not read."""
-    dataset = getattr(getattr(host, "train_dataloader", None), "dataset", None)
+    dataset: Any = getattr(getattr(host, "train_dataloader", None), "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []
     return [dataset[index] for index in range(min(EXAMPLES, len(dataset)))]
