@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from kedit_train.core.drift.shards import local_part
 
 
 @torch.no_grad()
@@ -21,10 +21,7 @@ def checksum(tensor: Tensor) -> Tensor:
     Returns:
         A scalar int64 tensor on the device of ``tensor``.
     """
-    local = tensor.detach()
-    if isinstance(local, DTensor):
-        local = local.to_local()
-    values = local.contiguous().flatten().view(torch.uint8)
+    values = local_part(tensor.detach()).contiguous().flatten().view(torch.uint8)
     whole = values.numel() // 8 * 8
     words, rest = values[:whole], values[whole:]
     if words.storage_offset() % 8:
@@ -44,8 +41,7 @@ def first_not_finite(tensors: Iterable[Tensor]) -> int | None:
 
     Of a sharded tensor, the local shard counts.
     """
-    detached: list[Any] = [tensor.detach() for tensor in tensors]
-    local: list[Tensor] = [t.to_local() if isinstance(t, DTensor) else t for t in detached]
+    local = [local_part(tensor.detach()) for tensor in tensors]
     sums = [value.sum() for value in local]
     if not sums or bool(torch.stack([s.to(sums[0].device, torch.float32) for s in sums]).isfinite().all()):
         return None

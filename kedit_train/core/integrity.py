@@ -1,13 +1,13 @@
-"""Notice what would make a constraint void: weights that something other than a seen optimizer step has changed."""
+"""Find changes of the weights that no optimizer step of the run has made."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from kedit_train.core.checksums import checksums, first_not_finite
+from kedit_train.core.drift.shards import local_part
 from kedit_train.core.fsdp import reshard
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
@@ -17,7 +17,7 @@ ENTRIES_PER_STEP = 1_000_000
 
 
 class Integrity:
-    """Check around every optimizer step that only optimizer steps that the run has seen change the scoped weights.
+    """Check at every optimizer step that nothing else has changed the weights.
 
     The run enforces constraints after every optimizer step that calls torch's hooks. If other code changes weights, no
     hook is called, so that constraints would not hold. At each step, this class compares checksums of the scope, and of
@@ -40,7 +40,7 @@ class Integrity:
         self._next = 0
 
     def start(self) -> None:
-        """Record all weights. The first call counts; it comes when all callbacks have attached."""
+        """Record all weights, once all callbacks have attached. Later calls do nothing."""
         if self._started:
             return
         self._started = True
@@ -144,11 +144,11 @@ class Integrity:
 
     def _in_turn(self) -> list[int]:
         """Return the positions of the frozen parameters to compare at this step, at least one."""
-        budget = ENTRIES_PER_STEP + sum(_local(p).numel() for p in self.run.scope.values())
+        budget = ENTRIES_PER_STEP + sum(local_part(p).numel() for p in self.run.scope.values())
         positions: list[int] = []
         while budget > 0 and len(positions) < len(self._frozen):
             positions.append(self._next)
-            budget -= _local(self._frozen[self._next][1]).numel()
+            budget -= local_part(self._frozen[self._next][1]).numel()
             self._next = (self._next + 1) % len(self._frozen)
         return positions
 
@@ -172,7 +172,3 @@ class Integrity:
 def uses_deepspeed(parameter: Any) -> bool:
     """Return whether DeepSpeed ZeRO manages a parameter. ZeRO sets one of these attributes on it."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -331,14 +331,6 @@ class EditRun(RunState):
                 f"no tokenizer found at {name!r} ({reason}); pass tokenizer= (a tokenizer, a name or a path)."
             ) from error
 
-    def describe_scope(self) -> dict[str, Any]:
-        """Return the names and the parameter count of the scoped tensors, and the parameter count of the model."""
-        return {
-            "tensors": list(self.scope),
-            "parameters": sum(p.numel() for p in self.scope.values()),
-            "of": sum(p.numel() for p in self.model.parameters()),
-        }
-
     def collect(self) -> dict[str, float]:
         """Collect the metrics of every callback since the last log event, and publish them."""
         gathered: dict[str, float] = {}

@@ -85,6 +85,14 @@ class RunState:
         """Return whether a callback of this run requires the metric key or capability ``name``."""
         return any(name in needed.any_of for callback in self.callbacks for needed in callback.requires())
 
+    def describe_scope(self) -> dict[str, Any]:
+        """Return the names and the parameter count of the scoped tensors, and the parameter count of the model."""
+        return {
+            "tensors": list(self.scope),
+            "parameters": sum(p.numel() for p in self.scope.values()),
+            "of": sum(p.numel() for p in self.model.parameters()),
+        }
+
     def publish(self, metrics: Mapping[str, float]) -> None:
         """Store metrics in ``scores`` and ``published_at``, where other callbacks can read them."""
         self.scores.update(metrics)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from delta.tiny import equal_bits
+from fuzz.mutations import mutated
 from safetensors.torch import load_file, save_file
 
 from kedit_train import EditDelta, EditError
@@ -65,45 +66,6 @@ def test_a_saved_delta_can_be_loaded_and_saved_again(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.safetensors", "two.safetensors"]
 
 
-def mutated(content: bytes, draw: random.Random) -> bytes:
-    data, kind = bytearray(content), draw.randrange(7)
-    header = 8 + int.from_bytes(content[:8], "little")
-    place = draw.randrange(len(data)) if draw.random() < 0.3 else draw.randrange(header)
-    if kind == 0:
-        data[place] ^= 1 << draw.randrange(8)
-    elif kind == 1:
-        data[place] = draw.choice(b'0123456789-"[]{},:\\ abcef')
-    elif kind == 2:
-        del data[place:]
-    elif kind == 3:
-        del data[place : place + draw.randrange(1, 9)]
-    elif kind == 4:
-        data[place:place] = bytes(draw.randrange(256) for _ in range(draw.randrange(1, 9)))
-    elif kind == 5:
-        data[:8] = draw.choice([0, 2**63, header, len(data), 99_999_999, draw.randrange(2**40)]).to_bytes(8, "little")
-    else:
-        # Replace numbers and names of the header by other valid JSON.
-        parsed = json.loads(content[8:header])
-        name = draw.choice([key for key in parsed if key != "__metadata__"])
-        entry = parsed[name]
-        act = draw.randrange(5)
-        if act == 0:
-            entry["shape"] = draw.choice([[], [-1], [2**62, 4], entry["shape"][::-1], [1.5], "x", [True], None])
-        elif act == 1:
-            entry["data_offsets"] = draw.choice([[0, 2**62], [8, 0], [0], None, [-8, 0], [0, len(data)]])
-        elif act == 2:
-            entry["dtype"] = draw.choice(["F64", "F16", "I32", "I64", "C64", "F4", 7, None, "BOOL"])
-        elif act == 3:
-            parsed[draw.choice(["../../x", "after/b", "index/zz", "\ud800"])] = parsed.pop(name)
-        else:
-            text = parsed["__metadata__"]
-            key = draw.choice(list(text))
-            text[key] = draw.choice(["", "{}", "[" * 5000, "null", text[key][::-1], text[key].replace("0", "1"), 3])
-        made = json.dumps(parsed).encode()
-        data[:header] = len(made).to_bytes(8, "little") + made
-    return bytes(data)
-
-
 @pytest.mark.parametrize("files", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutated_files_are_refused_or_equal(tmp_path, files):
     delta, _ = small()
@@ -111,7 +73,7 @@ def test_mutated_files_are_refused_or_equal(tmp_path, files):
     draw, path = random.Random(0), tmp_path / "mutated.safetensors"
     messages, equal = [], 0
     for _ in range(files):
-        path.write_bytes(mutated(content, draw))
+        path.write_bytes(mutated(content, "kedit_train.delta", draw, reseal=False))
         try:
             loaded = EditDelta.load(path)
         except EditError as error:

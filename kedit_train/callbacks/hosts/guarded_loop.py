@@ -6,14 +6,16 @@ import sys
 import weakref
 from typing import Any
 
+from kedit_train.core.run import EditRun
+
 _LOOP = "_inner_training_loop"
 
 
 class GuardedLoop:
     """The training loop of a ``transformers.Trainer``, with a check before it and a clean model after an exception.
 
-    It takes the place of the trainer's method on this one trainer. A callback hears nothing of an exception or of ^C,
-    and a checkpoint's optimizer is loaded before the first event of a training.
+    An instance replaces the method of one trainer. The trainer sends no event if an exception or ^C ends the training,
+    and it loads the optimizer of a checkpoint before the first event of the training.
 
     Args:
         trainer: the trainer.
@@ -69,8 +71,7 @@ def _runs(trainer: Any) -> list[Any]:
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks
-        if (run := getattr(callback, "run", None)) is not None
-        and getattr(run, "host", None) is not None
+        if isinstance(run := getattr(callback, "run", None), EditRun)
         and run.host.owner is trainer.control
         and not run.closed
     }
