@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from kedit_train.cli import yaml_text
 from kedit_train.cli.config_errors import arguments
 from kedit_train.errors import EditError
 
@@ -64,7 +65,7 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
         if argument.partition(".")[0] not in arguments(entry.class_path):
             raise EditError(f"{option}: valid arguments of {name}: {', '.join(arguments(entry.class_path))}.")
         # The class's own parser checks the type of the value, as it would in a file.
-        parser = ArgumentParser(exit_on_error=False)
+        parser = ArgumentParser(exit_on_error=False, parser_mode=yaml_text.MODE)
         parser.add_class_arguments(_class_of(entry.class_path), "object")
         given = entry.init_args.as_dict() if entry.get("init_args") else {}
         try:

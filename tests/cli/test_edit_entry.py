@@ -62,6 +62,13 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ),
         ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
         ("trainer: [", ["parsing"]),
+        ("trainer: 3", ["trainer must be a mapping of keys to values, got 3"]),
+        ("trainer: {callbacks: 3}", ["trainer.callbacks"]),
+        ("trainer: &t {callbacks: *t}", ["the alias at line 1 is inside of what it stands for"]),
+        ("trainer: {callbacks: '&x [*x]'}", ["trainer.callbacks"]),
+        ("a: &a [b, b]\n" + "".join(f"a{i}: &a{i} [{'*a,' * 9}]\n" for i in range(3)), ["a0"]),
+        ("trainer: {max_epochs: !!int x}", ["a value cannot be read"]),
+        ("trainer: {max_epochs: " + "9" * 5000 + "}", ["the number at line 1 has more than 100 digits"]),
     ],
 )
 def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> None:

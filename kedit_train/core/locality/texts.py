@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from kedit_train.core.locality.token_sequences import sequence_limit, split_sequ
 from kedit_train.core.run import EditRun
 from kedit_train.data.leaks import LeakCheck
 from kedit_train.data.nearest_texts import nearest_texts
+from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError, warn
 
@@ -162,15 +163,22 @@ def _read_texts(source: Any) -> list[str]:
             'rename one column to "text".'
         )
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise EditError(f"texts must be a list of strings, a path or a dataset, got {source!r}.")
+        raise EditError(f"texts must be a list of strings, a path or a dataset, got {reprlib.repr(source)}.")
     texts = []
     for number, record in enumerate(source, 1):
         text = record.get("text") if isinstance(record, Mapping) else record
         if not isinstance(text, str):
             raise EditError(
-                f'{name}, record {number}: expected a string or a record with "text", got {record!r}; correct this '
-                "record."
+                f'{name}, record {number}: expected a string or a record with "text", got {reprlib.repr(record)}; '
+                "correct this record."
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise EditError(
+                f"{name}, record {number} must be valid Unicode, got a lone surrogate at character {error.start}; "
+                "correct this record."
+            ) from error
         texts.append(text)
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -202,9 +210,10 @@ def _read_file(path: Path) -> list[Any]:
 
 def _parse_json(content: str, where: str) -> Any:
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise EditError(f"{where} must be valid JSON: {error}; correct the file.") from error
+        return parse_json(content)
+    except InvalidJSON as error:
+        place = "" if error.line is None else f" at line {error.line}, column {error.column}"
+        raise EditError(f"{where} must be valid JSON: {error.reason}{place}; correct the file.") from error
 
 
 def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
