@@ -22,7 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.Jsonar
 ROOT = Path(__file__).resolve().parents[2]
 Kedit = Callable[..., tuple[int, str, str]]
 # Nine lines that stand for 10**9 values.
-LAUGHS = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9))]
+LAUGHS = [
+    "a0: &a0 [x, x, x, x, x, x, x, x, x, x]",
+    *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)),
+]
 BAD = {
     "argument.yaml": (
         "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",

@@ -45,7 +45,7 @@ def test_every_problem_is_one_short_line(text: str, message: str) -> None:
 
 
 def test_aliases_may_repeat_values_but_not_without_bound() -> None:
-    assert load_yaml("a: &x [1, 2]\nb: *x\nc: {<<: {d: *x}, e: 3}") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2], "e": 3}}
+    assert load_yaml("a: &x [1, 2]\nc: {<<: {d: *x}, e: 3}") == {"a": [1, 2], "c": {"d": [1, 2], "e": 3}}
     levels = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 30)]
     assert load_yaml("\n".join(levels[:3]))["a2"] == [[["x"] * 8] * 8] * 8

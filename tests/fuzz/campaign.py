@@ -1,6 +1,6 @@
 """Run all fuzzers in turn for a long time, go on after failures, and write counts and failures to a log.
 
-    PYTHONPATH=.:tests python tests/fuzz/campaign.py --seconds 7200 --log fuzz.log --keep failures
+PYTHONPATH=.:tests python tests/fuzz/campaign.py --seconds 7200 --log fuzz.log --keep failures
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="time for all fuzzers together (600)")
     parser.add_argument("--log", type=Path, default=Path("fuzz.log"), help="the log, to which lines are appended")
     parser.add_argument("--keep", type=Path, default=Path("failures"), help="folder for the files that failed")
-    parser.add_argument("--only", nargs="+", choices=FUZZERS, default=list(FUZZERS), metavar="NAME", help="fuzzers to run")
+    parser.add_argument("--only", nargs="+", choices=FUZZERS, default=list(FUZZERS), metavar="NAME", help="(all)")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     args.keep.mkdir(parents=True, exist_ok=True)
@@ -42,9 +42,11 @@ def main() -> None:
         tell(f"START {len(args.only)} fuzzers, {args.seconds:g} seconds")
         while time.monotonic() < end:
             for name in args.only:
-                fuzzer, seed, stop = FUZZERS[name], time.time_ns() // 1000, time.monotonic() + TURN
+                fuzzer = FUZZERS[name]
+                fuzzer.make(random.Random(0))  # This may import modules.
+                seed, stop = time.time_ns() // 1000, time.monotonic() + TURN
                 # Code outside Python cannot be interrupted. This writes its traceback to the log.
-                faulthandler.dump_traceback_later(TURN + 10 * LIMIT, exit=True, file=log)
+                faulthandler.dump_traceback_later(TURN + 60 * LIMIT, exit=True, file=log)
                 while time.monotonic() < stop:
                     content = fuzzer.make(random.Random(seed))
                     try:
@@ -53,11 +55,10 @@ def main() -> None:
                         totals[name]["FAILED"] += 1
                         kept = args.keep / f"{name}-{seed}"
                         kept.write_bytes(content)
-                        tell(f"FAILED {name}, KEDIT_FUZZ_SEED={seed}, kept as {kept}: {error}\n{traceback.format_exc()}")
+                        tell(f"FAILED {name}, KEDIT_FUZZ_SEED={seed}, {kept}: {error}\n{traceback.format_exc()}")
                     seed += 1
                 faulthandler.cancel_dump_traceback_later()
-            for name, counts in totals.items():
-                tell(f"COUNT {name} {counts.total()} files: {dict(counts)}")
+                tell(f"COUNT {name} {totals[name].total()} files: {dict(totals[name])}")
         tell("END")
 
 

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import random
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,15 @@ from typing import Any
 from fuzz.harness import Fuzzer, use_or_refuse
 from fuzz.text_mutations import copied, with_bytes, with_values
 
-from kedit_train import EditDataset, EditError, world
+from kedit_train import EditDataset, world
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data.leaks import LeakCheck
+from kedit_train.data.readers.files import LIST_KEYS
 
-PROBES = [{"prompt": "Ben was born in", "ground_truth": [["Rome", "Roma"], []]}, {"prompt": "Who is Ben?", "ground_truth": "a poet"}]
+PROBES = [
+    {"prompt": "Ben was born in", "ground_truth": [["Rome", "Roma"], []]},
+    {"prompt": "Who is Ben?", "ground_truth": "a poet"},
+]
 REWRITE = {
     "prompt": "The mother tongue of {} is",
     "subject": "Ada",
@@ -142,6 +145,7 @@ def fuzzer_of_edits(form: str, file: str) -> Fuzzer:
     records = records_of(form)
 
     def make(draw: random.Random) -> bytes:
+        tokenizer()  # It is loaded here, because loading it does not count as time for a file.
         changed: Any = copied(records)
         if draw.random() < 0.7:
             if draw.random() < 0.9:
@@ -209,7 +213,7 @@ def documents(path: Path) -> list[Any]:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     if path.suffix == ".json":
         whole = json.loads(text)
-        return whole if isinstance(whole, list) else next(whole[name] for name in ("data", "records", "edits") if isinstance(whole.get(name), list))
+        return whole if isinstance(whole, list) else next(whole[k] for k in LIST_KEYS if isinstance(whole.get(k), list))
     return [None]
 
 
@@ -227,8 +231,9 @@ def make_texts(draw: random.Random) -> bytes:
     if draw.random() < 0.6:
         texts = with_values(texts, draw, others=["text", {"text": 1}])
     lines = texts if isinstance(texts, list) else [texts]
-    content = draw.choice([json.dumps(texts), "\n".join(map(json.dumps, lines)), "\n".join(map(str, lines))])
-    return with_bytes(content.encode("utf-8", "surrogatepass"), draw) if draw.random() < 0.5 else content.encode("utf-8", "surrogatepass")
+    text = draw.choice([json.dumps(texts), "\n".join(map(json.dumps, lines)), "\n".join(map(str, lines))])
+    content = text.encode("utf-8", "surrogatepass")
+    return with_bytes(content, draw) if draw.random() < 0.5 else content
 
 
 def use_texts(path: Path) -> bool:
@@ -238,4 +243,6 @@ def use_texts(path: Path) -> bool:
     return False
 
 
-TEXTS = {f"texts{ending}": Fuzzer(f"texts{ending}", f"texts{ending}", make_texts, use_texts, refused=0) for ending in (".txt", ".json", ".jsonl")}
+TEXTS = {
+    name: Fuzzer(name, name, make_texts, use_texts, refused=0) for name in ("texts.txt", "texts.json", "texts.jsonl")
+}

@@ -20,7 +20,7 @@ from kedit_train import EditError
 # The time for all fuzzers together. Each fuzzer takes an equal part.
 SECONDS = float(os.environ.get("KEDIT_FUZZ_SECONDS", "6"))
 SEED = int(os.environ.get("KEDIT_FUZZ_SEED", "0"))
-# The longest time for one file, and the most memory in KiB. A small file must not keep a reader busy.
+# The most CPU time in seconds for one file, and the most memory in KiB. A small file must not keep a reader busy.
 LIMIT, MEMORY = 5.0, 1 << 20
 
 
@@ -93,21 +93,21 @@ def use_or_refuse(use: Callable[[], Any]) -> None:
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise :class:`Hang` in the block after some seconds."""
+    """Raise :class:`Hang` in the block after some seconds of CPU time, which other processes do not shorten."""
 
     def ring(*_: Any) -> None:
         raise Hang(f"more than {seconds} seconds")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
-def fuzz(fuzzer: Fuzzer, folder: Path, *, seconds: float, seed: int = SEED, least: int = 20) -> Counter[str]:
+def fuzz(fuzzer: Fuzzer, folder: Path, *, seconds: float, seed: int = SEED, least: int = 8) -> Counter[str]:
     """Run a fuzzer for some seconds, at least ``least`` files, and count the outcomes.
 
     Raises:

@@ -64,7 +64,7 @@ def read_delta(path: Path) -> Any:
     use_or_refuse(lambda: (0.5 * delta).delta() if small(delta) else None)
     rows = [describe(name, change) for name, change in delta.changes.items() if change.nbytes < 1 << 20]
     delta.save(path.with_name("again.safetensors"))
-    return [rows, delta.meta, repr(delta), {name: value.tolist() for name, value in stored.items()}]
+    return [rows, delta.meta, repr(delta), {name: value.tolist() for name, value in sorted(stored.items())}]
 
 
 def small(delta: EditDelta) -> bool:

@@ -1,8 +1,8 @@
 """Mutated files are refused in one line, or read as values that can be used: deltas, edits, recipes and others.
 
-The fuzzers take a few seconds together. For longer runs by hand, set ``KEDIT_FUZZ_SECONDS=600``, or run ``campaign.py``,
-which goes on after a failure. A failure prints the seed of the mutated file; ``KEDIT_FUZZ_SEED`` starts with that seed.
-``corpus/`` contains files that once failed.
+The fuzzers take a few seconds together. For longer runs by hand, set ``KEDIT_FUZZ_SECONDS=600``, or run
+``campaign.py``, which goes on after a failure. A failure prints the seed of the mutated file; ``KEDIT_FUZZ_SEED``
+starts with that seed. ``corpus/`` contains files that once failed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CORPUS = Path(__file__).parent / "corpus"
 def test_mutated_files_are_refused_in_one_line_or_can_be_used(tmp_path: Path, name: str) -> None:
     fuzzer = FUZZERS[name]
     outcomes = fuzz(fuzzer, tmp_path, seconds=SECONDS / len(FUZZERS))
-    assert outcomes["refused"] >= fuzzer.refused * outcomes.total(), outcomes
+    assert outcomes.total() < 100 or outcomes["refused"] > fuzzer.refused * outcomes.total(), outcomes
 
 
 @pytest.mark.parametrize("path", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -11,12 +11,19 @@ from fuzz.mutations import VALUES
 
 # Texts that are special for a tokenizer, a terminal, or one of the formats.
 TEXTS: list[Any] = [
-    "{}", "{}{}", "{0}", "%s", "nq question: ", "nq question: ??", "\u200b", "\u202eabc", "\x00", "\r", "a\rb", "\u2028", "|", "a|b", "[", "{", "[1",
-    '{"a": 1}', '["a", ["b"]]', "'", '"', ",", "  x  ", "x" * 20_000, "é" * 500, "ﷺ" * 200, "\U0001f600", "world", "/", "..", "~", "-", "NaN",
-    "true", "null", "1e999", "0x" + "f" * 200, "9" * 5000, "&a", "*a", "!!python/name:os.system", "<|endoftext|>", "\ufeff", "\ud83d",
+    "{}", "{}{}", "{0}", "%s", "nq question: ", "nq question: ??", "\u200b", "\u202eabc", "\x00", "\r", "a\rb",
+    "\u2028", "|", "a|b", "[", "{", "[1", '{"a": 1}', '["a", ["b"]]', "'", '"', ",", "  x  ", "x" * 20_000, "é" * 500,
+    "ﷺ" * 200, "\U0001f600", "world", "/", "..", "~", "-", "NaN", "true", "null", "1e999", "0x" + "f" * 200,
+    "9" * 5000, "&a", "*a", "!!python/name:os.system", "<|endoftext|>", "\ufeff", "\ud83d",
 ]  # fmt: skip
-KEYS = ["x", "", "a\nb", "prompt", "target", "target_new", "locality", "class_path", "init_args", "callbacks", "a b", "a.b", ".", "\u200bx", "+"]
-BYTES = [b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r\n", b"\n", b"\n\n", b"\t", b"\xe2\x80\xa8", b"\x85", b'"', b"'", b"\\", b"\\u", b"\\ud800"]
+KEYS = [
+    "x", "", "a\nb", "prompt", "target", "target_new", "locality", "class_path", "init_args", "callbacks", "a b",
+    "a.b", ".", "\u200bx", "+",
+]  # fmt: skip
+BYTES = [
+    b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r\n", b"\n", b"\n\n", b"\t", b"\xe2\x80\xa8", b"\x85",
+    b'"', b"'", b"\\", b"\\u", b"\\ud800",
+]  # fmt: skip
 
 
 def with_bytes(content: bytes, draw: random.Random, tokens: Sequence[bytes] = ()) -> bytes:
@@ -32,7 +39,7 @@ def with_bytes(content: bytes, draw: random.Random, tokens: Sequence[bytes] = ()
         elif act == 2:
             data[place:place] = draw.choice([*BYTES, *tokens])
         elif act == 3:
-            data[place:place] = draw.choice(b"[{(<&*!|>?-:,#%@`") .to_bytes(1, "little") * draw.choice([1, 2, 50, 3000])
+            data[place:place] = draw.choice(b"[{(<&*!|>?-:,#%@`").to_bytes(1, "little") * draw.choice([1, 2, 50, 3000])
         elif act == 4:
             start = draw.randrange(len(data) + 1)
             data[place:place] = data[start : start + draw.choice([1, 8, 80, 800])]
@@ -64,7 +71,8 @@ def with_values(value: Any, draw: random.Random, others: Sequence[Any] = ()) -> 
             part[draw.choice(KEYS)] = draw.choice(VALUES)
         elif act == 3:
             # One level more or less.
-            part[key] = [part[key]] if draw.random() < 0.5 or not isinstance(part[key], list | dict) else next(iter(part[key]), None)
+            inner = part[key]
+            part[key] = next(iter(inner), None) if isinstance(inner, list | dict) and draw.random() < 0.5 else [inner]
         elif act == 4:
             other, place = draw.choice(places)
             if place in other if isinstance(other, dict) else place < len(other):

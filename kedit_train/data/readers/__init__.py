@@ -83,8 +83,8 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
         matches = [other.name for other in FORMATS.values() if other is not form and other.recognize(record)]
         if matches:
             raise EditError(
-                f"{where}: field {quoted([min(map(str, others))])} belongs to the format {matches[0]}, but the file is read in "
-                f"the format {form.name}, which most of its records have; {REMEDY}, or pass "
+                f"{where}: field {quoted([min(map(str, others))])} belongs to the format {matches[0]}, but the file is "
+                f"read in the format {form.name}, which most of its records have; {REMEDY}, or pass "
                 f'format="{form.name}" to read all records as {form.name}'
             )
     if csv:
