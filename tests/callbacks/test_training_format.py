@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[answer]{% endif %}"
 )
 TEXTS = ["The old baker found a coin.", "A red fox slept."]
-UNKNOWN = "EditMetrics: the prompts are asked as plain text, because this .* run does not say whether"
+UNKNOWN = "EditMetrics: the prompts are asked as plain text, because it is unknown whether"
 
 
 def chat_world() -> tuple[Any, Any, EditDataset]:
