@@ -237,7 +237,7 @@ class EditDataset(Sequence[Edit]):
         names = " and ".join(f"{i} (id {self._edits[i].id})" if self._edits[i].id else str(i) for i in pairs[0])
         more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
         raise EditError(
-            f"{self.name}, edits {names}: the prompt {shorten(first.prompt)!r} must have one target in one training, "
+            f"{self.name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "
             f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
             "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
         )

@@ -44,8 +44,8 @@ class TaskVector(Generic[D]):
     before and after the edit. The resulting delta therefore applies and reverts exactly. The conversion needs no model,
     because the deltas contain the values of the base model.
 
-    ``1.0 * a`` equals ``a`` up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ from the
-    last bit of ``edited``.
+    ``1.0 * a`` is equal to ``a`` only up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ
+    from the last bit of ``edited``.
 
     Args:
         differences: dict from tensor name to the difference of the whole tensor, in fp32 (fp64 for fp64 weights).

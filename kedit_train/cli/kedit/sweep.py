@@ -168,7 +168,7 @@ def _sweep(args: Namespace, points: list[Any]) -> Any:
     if result.best.reliability <= points[0].reliability:
         name = "share of forgotten edits" if args.forget else "reliability"
         raise EditError(
-            f"no coefficient that keeps the locality raises the {name} above that of the base model "
+            f"no coefficient that keeps the locality has a higher {name} than the base model "
             f"({points[0].reliability:.3f}); use larger coefficients, lower --keep-locality, or train the edit longer.",
             component="sweep",
         )
