@@ -94,7 +94,7 @@ class TaskVector(Generic[D]):
             base = self.base[name]
             moved = (base.values.to(difference.dtype) + difference).to(base.values.dtype)
             edited = torch.where(difference != 0, moved, base.values)
-            # Torch cannot tell whether a float8 is finite, so the values are widened first.
+            # torch.isfinite does not support float8, so the values are converted to a wider dtype first.
             if not bool(moved.to(difference.dtype)[difference != 0].isfinite().all()):
                 raise EditError(
                     f"the edited {name} must be finite in {base.values.dtype}, got infinite or NaN values; use a "

@@ -84,7 +84,7 @@ def run(args: Namespace) -> int:
     try:
         result = _sweep(args, points)
     except EditError as error:
-        # An error before the last score is about the arguments. An error after it says that nothing was picked.
+        # An error before the last score is about the arguments. A later error means that nothing was picked.
         if len(points) < len(set(args.coefficients) - {0.0}) + 1:
             raise
         return _nothing_picked(args, points, error)

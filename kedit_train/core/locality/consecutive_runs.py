@@ -33,7 +33,7 @@ def continues_run(previous_model: weakref.ref[nn.Module] | None, run: EditRun) -
 
 
 def require_edits(run: EditRun, reason: str) -> None:
-    """Raise an error if the run does not know its edits.
+    """Raise an error if the edits of the run are unknown.
 
     Args:
         run: the run that begins.
