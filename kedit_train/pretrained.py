@@ -74,7 +74,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 def is_causal(model: Any) -> bool:
     """Return whether the model is causal: the last token does not change the logits of the tokens before it.
 
-    This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably say
+    This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably show
     whether the model is causal. For example, ``is_decoder`` is False for GPT-NeoX.
 
     Raises:

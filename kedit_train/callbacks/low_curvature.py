@@ -134,8 +134,8 @@ class LowCurvature(EditCallback):
         layers = find_linear_layers(run.model, run.scope)
         if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(
-                f"the scope must not contain LoRA factors, got {adapters[0]}: an adapter has no curvature while B is "
-                "zero; train the weight itself, or use NullSpace instead."
+                f"the scope must not contain LoRA factors, got {adapters[0]}, because the curvature of a new adapter "
+                "is zero (its B factor is zero); train the weight itself, or use NullSpace instead."
             )
         if not (self.sequential and continues_run(self._model, run)):
             self._accumulated = None
