@@ -175,7 +175,7 @@ def test_a_token_loss_is_needed(make, words):
     [
         ({"step_size": 0.0}, r"in \(0, 1\]"),
         ({"damping": 0.0}, "> 0"),
-        ({"factors": "fisher"}, 'one of "kfac", "inputs"'),
+        ({"factors": "fisher"}, '"kfac" or "inputs"'),
         ({"factors_path": "factors.pt"}, r"a path that ends in \.safetensors, or None"),
     ],
 )
