@@ -94,6 +94,9 @@ class EditCallback(TransformersEvents, LightningEvents):
         """Return a differentiable scalar to add to the loss of this optimizer step, or None for no penalty."""
         return None
 
+    def before_optimizer_step(self, run: EditRun) -> None:
+        """Inspect the gradients of this optimizer step. At this time, they are complete and clipped."""
+
     def skip_step(self, run: EditRun) -> bool:
         """Return whether to skip this optimizer step. Called when the gradients of the step are complete."""
         return False

@@ -105,6 +105,7 @@ class OptimizerSteps:
         skip: list[bool] = []
         for callback in run.callbacks:
             with reported_by(type(callback).__name__):
+                callback.before_optimizer_step(run)
                 skip.append(callback.skip_step(run))
         has_other_terms = self._penalized or any(callback.anchors for callback in run.callbacks)
         if any(skip) and not has_other_terms:

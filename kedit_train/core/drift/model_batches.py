@@ -34,6 +34,13 @@ class Batch:
         """Run the model on this batch."""
         return model(**self.inputs) if isinstance(self.inputs, Mapping) else model(*self.inputs)
 
+    def without_first(self) -> Batch:
+        """Return the same batch with a mask that also leaves out the first token of every sequence."""
+        assert isinstance(self.inputs, Mapping)
+        mask = self.inputs["attention_mask"].bool().clone()
+        mask[:, 0] = False
+        return Batch(self.inputs, mask)
+
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
         """Return the vectors of real tokens, without those of padding.
 
