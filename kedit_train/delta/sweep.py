@@ -34,7 +34,7 @@ class Sweep:
         points: one point per coefficient, in ascending order, including the base model (coefficient 0).
         best: the point that :func:`sweep` picked.
         delta: ``best.coefficient`` times the swept delta, ready to apply and to save.
-        rule: a short text that says how ``best`` was picked.
+        rule: a short description of how ``best`` was picked.
     """
 
     points: tuple[SweepPoint, ...]
@@ -120,7 +120,7 @@ def sweep(
         best = max(allowed, key=lambda point: (point.reliability, -abs(point.coefficient)))
         if best.reliability <= points[0.0].reliability:
             raise EditError(
-                "no coefficient that keeps the locality raises the reliability above that of the base model "
+                "no coefficient that keeps the locality has a higher reliability than the base model "
                 f"({points[0.0].reliability:.3f}); use larger coefficients, a lower keep_locality, or train the edit "
                 "longer."
             )

@@ -45,10 +45,10 @@ def main() -> None:
                 fuzzer = FUZZERS[name]
                 fuzzer.make(random.Random(0))  # This may import modules.
                 seed, stop = time.time_ns() // 1000, time.process_time() + TURN
-                # Code outside Python cannot be interrupted. This writes its traceback to the log.
-                faulthandler.dump_traceback_later(600, exit=True, file=log)
                 while time.process_time() < stop:
                     content = fuzzer.make(random.Random(seed))
+                    # Code outside Python cannot be interrupted. This writes its traceback to the log.
+                    faulthandler.dump_traceback_later(300, exit=True, file=log)
                     try:
                         totals[name][run(fuzzer, content, Path(folder))] += 1
                     except AssertionError as error:
@@ -59,7 +59,7 @@ def main() -> None:
                     seed += 1
                 faulthandler.cancel_dump_traceback_later()
                 tell(f"COUNT {name} {totals[name].total()} files: {dict(totals[name])}")
-        tell(f"SUM {sum(map(Counter.total, totals.values()))} files, {time.process_time():.0f} s of CPU time")
+            tell(f"SUM {sum(map(Counter.total, totals.values()))} files, {time.process_time():.0f} s of CPU time")
         tell("END")
 
 

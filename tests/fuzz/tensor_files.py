@@ -50,7 +50,7 @@ def write_delta(path: Path) -> None:
 
 
 def read_delta(path: Path) -> Any:
-    """Do everything that the commands do with a delta, each of which may refuse it."""
+    """Do everything that the commands do with a delta. Each of these uses may raise an EditError."""
     delta = EditDelta.load(path)
     stored = load(path.read_bytes())
     for name, change in delta.changes.items():
