@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -199,3 +200,16 @@ def test_an_environment_variable_shows_the_traceback(monkeypatch: pytest.MonkeyP
 
 def test_an_unknown_config_error_is_kept_whole() -> None:
     assert shorten("something new\n  - with details") == "something new; with details; fit --help lists every key"
+    text = "a: no.such.module: Option 'b' is not accepted"
+    assert shorten(text) == text + "; fit --help lists every key"
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, "a.b" * 30_000, "'" * 50_000, "x: " * 30_000])
+def test_a_long_value_makes_neither_a_long_message_nor_a_long_wait(value: str) -> None:
+    """The patterns that shorten a message once took seconds for a class name of 20,000 letters."""
+    message = f'Parser key "trainer.callbacks":\n  - Expected a dot import path string: {value}\n  Given value: {value}'
+    began = time.process_time()
+    line = shorten(message)
+    assert time.process_time() - began < 1
+    assert len(line) < 2100
+    assert line.startswith("trainer.callbacks: expected dot import path string: ")
