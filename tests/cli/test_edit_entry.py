@@ -83,6 +83,14 @@ def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> No
     assert len(message) < 300
 
 
+def test_a_configuration_that_is_not_text_is_one_line(failing_run) -> None:
+    Path("bad.yaml").write_bytes(b"trainer: \xff")
+    for command in ("fit", "sft"):
+        code, message = failing_run(command, "--config", "bad.yaml")
+        assert code == 2
+        assert "the configuration cannot be read (UnicodeDecodeError: " in message
+
+
 @pytest.mark.parametrize("arguments", [["foo"], []])
 def test_an_unknown_command_names_both_trainers(failing_run, arguments: list[str]) -> None:
     code, message = failing_run(*arguments)
