@@ -175,7 +175,11 @@ class EditDataset(Sequence[Edit]):
         return EditDataset(edits, name=self.name, format=self.format, skipped=self.skipped)
 
     def _where(self, i: int) -> str:
-        return f"{self.name}, edit {i}" + (f" (id {self._edits[i].id})" if self._edits[i].id else "")
+        return f"{self.name}, edit {self._number(i)}"
+
+    def _number(self, i: int) -> str:
+        """Return the number and the identifier of an edit, for a message."""
+        return f"{i} (id {shorten(self._edits[i].id)})" if self._edits[i].id else str(i)
 
     @cached_property
     def hash(self) -> str:
@@ -234,7 +238,7 @@ class EditDataset(Sequence[Edit]):
         if not pairs:
             return
         first, second = (self._edits[i] for i in pairs[0])
-        names = " and ".join(f"{i} (id {self._edits[i].id})" if self._edits[i].id else str(i) for i in pairs[0])
+        names = " and ".join(map(self._number, pairs[0]))
         more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
         raise EditError(
             f"{self.name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "
