@@ -13,10 +13,11 @@ from kedit_train.data.tokenization import encode_continuation
 from kedit_train.evaluation.asking.batching import unwrap_model
 from kedit_train.evaluation.asking.generate import Answer, AnswerEnd, generate_answers
 from kedit_train.evaluation.asking.probes import ProbeRequest
+from kedit_train.evaluation.asking.shared_prompts import Scores, answer_and_score, can_share_prompts
 from kedit_train.evaluation.asking.teacher_forced import TeacherForced, teacher_forced
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.scoring.normalize import contains
-from kedit_train.evaluation.scoring.protocols import END, MARGIN, MINIMUM_KEPT, Protocols, is_right
+from kedit_train.evaluation.scoring.protocols import END, EXACT, MARGIN, MINIMUM_KEPT, Protocols, is_right
 
 Judge = Callable[[str, Sequence[str]], bool]
 
@@ -124,9 +125,10 @@ def answer_requests(
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
     """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
-    The teacher-forced pass gives the beginning of the generated answer, up to and including the first token that
-    differs from the preferred answer. Only the tokens after this token are generated. If a probe has no accepted
-    answer, all tokens are generated, and the probe has no teacher-forced score.
+    With the default protocol, the teacher-forced pass gives the beginning of the generated answer, up to and including
+    the first token that differs from the preferred answer. Only the tokens after this token are generated. With the
+    other protocols, each prompt is read once, for its targets and for the answer. A probe without an accepted answer
+    has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.
@@ -145,22 +147,16 @@ def answer_requests(
     settings["progress"] = progress
     pairs = [(r.prompt, r.accepted[0]) for r in requests if r.accepted]
     pairs += [(r.prompt, rival) for r in requests if (rival := _rival(r, options, protocols)) is not None]
-    forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
-    is_end = AnswerEnd(unwrap_model(model), tokenizer, protocols.stops, options.asked_format)
-    starts: dict[str, tuple[list[int], float]] = {}
-    for (prompt, _), scores in forced.items():
-        ids, margin = scores.greedy_start(is_end)
-        if prompt not in starts or len(ids) > len(starts[prompt][0]):
-            starts[prompt] = (ids, margin)
     asked = [r for r in requests if r.question != "fluency"]
-    limits: int | dict[str, int] = options.max_new_tokens
-    if not protocols.whole_answers:
+    prompts = list(dict.fromkeys(r.prompt for r in asked))
+    if protocols.whole_answers:
+        limits = dict.fromkeys(prompts, options.max_new_tokens)
+    else:
         limits = _short_limits(tokenizer, asked)
-    prompts = [r.prompt for r in asked]
-    generated = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=limits, known_starts=starts, stops=protocols.stops, **settings
-    )
-    answers = dict(zip(prompts, generated, strict=True))
+    # The default protocol reads each prompt twice. Otherwise rounding could change answers that were measured before.
+    share = protocols.names != EXACT.names and can_share_prompts(model)
+    ask = _ask_together if share else _ask_separately
+    answers, forced = ask(model, tokenizer, prompts, pairs, limits, protocols, settings)
     open_prompts = [r.prompt for r in requests if r.question == "fluency"]
     texts: dict[str, Answer] = {}
     if open_prompts:
@@ -172,6 +168,45 @@ def answer_requests(
         result = _result(request, answer, forced, _rival(request, options, protocols), protocols)
         results.append(replace(result, right=is_right(protocols.headline, result, judge)))
     return results, answers
+
+
+def _ask_separately(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    limits: Mapping[str, int],
+    protocols: Protocols,
+    settings: dict[str, Any],
+) -> tuple[dict[str, Answer], Scores]:
+    """Score the targets, then generate the tokens of the answers that teacher forcing has not shown."""
+    forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
+    is_end = AnswerEnd(unwrap_model(model), tokenizer, protocols.stops, settings["prompt_format"])
+    starts: dict[str, tuple[list[int], float]] = {}
+    for (prompt, _), scores in forced.items():
+        ids, margin = scores.greedy_start(is_end)
+        if prompt not in starts or len(ids) > len(starts[prompt][0]):
+            starts[prompt] = (ids, margin)
+    generated = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=limits, known_starts=starts, stops=protocols.stops, **settings
+    )
+    return dict(zip(prompts, generated, strict=True)), forced
+
+
+def _ask_together(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    limits: Mapping[str, int],
+    protocols: Protocols,
+    settings: dict[str, Any],
+) -> tuple[dict[str, Answer], Scores]:
+    """Score the targets and generate the answers in one pass over the prompts."""
+    targets: dict[str, list[str]] = {prompt: [] for prompt in prompts}
+    for prompt, target in pairs:
+        targets[prompt].append(target)
+    return answer_and_score(model, tokenizer, targets, limits=limits, stops=protocols.stops, **settings)
 
 
 def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protocols) -> str | None:
