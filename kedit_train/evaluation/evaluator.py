@@ -17,7 +17,6 @@ from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import DivergedError
 from kedit_train.evaluation.asking.distributed import split_across_processes
 from kedit_train.evaluation.asking.generate import Answer
-from kedit_train.evaluation.scoring.own_endings import choose_protocols
 from kedit_train.evaluation.asking.probes import PREFIXES, ProbeRequest, probe_requests
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.report import Report
@@ -27,6 +26,7 @@ from kedit_train.evaluation.scoring.comparison import compare_with_unedited
 from kedit_train.evaluation.scoring.divergence import Distribution, compute_divergences, record_distributions
 from kedit_train.evaluation.scoring.metrics import summarize
 from kedit_train.evaluation.scoring.normalize import exact_match
+from kedit_train.evaluation.scoring.own_endings import choose_protocols
 from kedit_train.evaluation.scoring.probe_results import FLUENCY_TOKENS, Judge, ProbeResult, answer_requests
 from kedit_train.evaluation.scoring.prose import TextResult, measure_prose, prose_scores
 from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
@@ -89,8 +89,8 @@ def evaluate(
 
     Raises:
         EditError: there are no edits, a prompt is longer than the model's context, the logits are NaN (the message
-            names the edit), ``unedited`` was made with other edits or options, or ``judge`` is given with a protocol other
-            than "exact".
+            names the edit), ``unedited`` was made with other edits or options, or ``judge`` is given with another
+            protocol than "exact".
 
     References:
         Yang et al., "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
@@ -225,7 +225,7 @@ class _Evaluation:
         return [replace(r, kl=kl[r.prompt]) if r.question == "locality" else r for r in results]
 
     def prose(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Return "perplexity", and the dict "prose" with the scores against the unedited model, of ``options.prose``."""
+        """Return "perplexity", and in "prose" the scores against the unedited model, of the texts in the options."""
         options = self.options
         if options.prose is None:
             return {"perplexity": NO_SCORE, "prose": {}}

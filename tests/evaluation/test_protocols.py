@@ -42,7 +42,7 @@ NOW = {
 
 
 def run(scripted_model: Any, protocol: Any, **kwargs: Any) -> Report:
-    options = EvaluationOptions(protocol=protocol, max_new_tokens=64, **kwargs)
+    options = EvaluationOptions(protocol=protocol, max_new_tokens=40, **kwargs)
     before = evaluate(*scripted_model(WAS), EDITS, options=options, progress=False)
     return evaluate(*scripted_model(NOW), EDITS, options=options, unedited=before, progress=False)
 

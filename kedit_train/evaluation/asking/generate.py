@@ -27,7 +27,6 @@ from kedit_train.evaluation.asking.batching import (
 )
 from kedit_train.evaluation.asking.decoding import Continuation, can_pad, decode_greedily
 
-
 LINE_BREAK = ("\n",)
 
 

@@ -1,4 +1,4 @@
-"""``answer_and_score``: read each prompt once, score its targets, and generate the answer from the same key-value cache.
+"""``answer_and_score``: read each prompt once, then score its targets and generate the answer from the same cache.
 
 Teacher forcing and generation on their own read every prompt again for each target and for the answer. If only a few
 tokens are generated, reading the prompts is most of the work.

@@ -43,6 +43,7 @@ def table_note(report: ReportData) -> str:
     """Return the note below the table of scores."""
     return f"{protocol_note(report)}. {_REST}"
 
+
 _NAMED_LABELS = {
     "leading": "leading",
     "exact": "exact",

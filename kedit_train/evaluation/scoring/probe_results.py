@@ -21,7 +21,7 @@ from kedit_train.evaluation.scoring.protocols import END, EXACT, MARGIN, MINIMUM
 
 Judge = Callable[[str, Sequence[str]], bool]
 
-# Maximum length of the continuations for "fluency", in tokens, as in "Locating and Editing Factual Associations in GPT".
+# Maximum length of the continuations for "fluency", in tokens, as in CounterFact (arXiv 2202.05262).
 FLUENCY_TOKENS = 100
 
 

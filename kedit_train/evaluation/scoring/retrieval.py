@@ -1,8 +1,8 @@
 """The retrieval baseline: answer the prompts with the new fact in front of them, and leave the weights unchanged.
 
-The retriever is perfect: every prompt gets the fact of its own edit, also the prompts about other facts. An edit that is
-worth its cost should not be worse than this baseline ("Can We Edit Factual Knowledge by In-Context Learning?",
-arXiv 2305.12740).
+The retriever is perfect: every prompt gets the fact of its own edit, also the prompts about other facts. An edit that
+is worth its cost should not be worse than this baseline ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv
+2305.12740).
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ def test_answers_and_scores_equal_those_of_separate_passes(factlm: Path, batch_s
     limits = dict(zip(TARGETS, (9, 3, 1, 5), strict=True))
     answers, scores = answer_and_score(model, tokenizer, TARGETS, limits=limits, batch_size=batch_size)
     prompts = list(TARGETS)
-    for prompt, expected in zip(prompts, generate_answers(model, tokenizer, prompts, max_new_tokens=limits)):
+    for prompt, expected in zip(
+        prompts, generate_answers(model, tokenizer, prompts, max_new_tokens=limits), strict=True
+    ):
         assert (answers[prompt], answers[prompt].ids) == (expected, expected.ids)
     pairs = list(scores)
     assert set(pairs) == {(prompt, target) for prompt, own in TARGETS.items() for target in own}
