@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kedit_train.data import Edit, Probe
+from kedit_train import world
+from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.errors import EditError
 from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate
 from kedit_train.evaluation.scoring.protocols import PROTOCOLS, Protocols, share_kept, starts_with
@@ -264,3 +265,9 @@ def test_prose_is_compared_with_the_unedited_model(scripted_model: Any) -> None:
     m = evaluate(*scripted_model(now), EDITS, options=options, unedited=loaded, progress=False).metrics
     assert m["prose"]["kl"].n == 0
     assert m["perplexity"].n == n
+
+
+def test_the_bundled_model_ends_its_answers() -> None:
+    report = evaluate(*world.load(), EditDataset.load("world", limit=1), progress=False)
+    assert str(report.protocols) == report.meta["settings"]["protocol"] == "exact"
+    assert "wild" not in report.metrics["reliability"]
