@@ -24,7 +24,6 @@ def test_all_means_every_extra_metric():
         ({"prompt_format": "quiz"}, 'prompt_format must be "plain", "chat" or "question", or None, got \'quiz\''),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
-        ({"fluency_tokens": -3}, "fluency_tokens must be an integer >= 1, got -3"),
     ],
 )
 def test_a_wrong_argument_is_refused(arguments: dict[str, Any], message: str):
