@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kedit_train.core.run import EditRun
-from kedit_train.data.prompts import FORMATS, PromptFormat, as_question, render_prompt
+from kedit_train.data.chat_format import PROMPT_FORMAT, ChatFormat, PromptFormat, chat_format
+from kedit_train.data.prompts import as_question, render_prompt
 from kedit_train.edit import Edit
 from kedit_train.errors import warn
 
@@ -28,11 +29,12 @@ def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) ->
     """
     data_module = getattr(getattr(run.host, "trainer", None), "datamodule", None)
     declared = getattr(data_module, "prompt_format", None)
-    if declared in FORMATS:
+    if declared is not None and PROMPT_FORMAT.holds(declared):
         return declared
-    examples = _first_examples(run.host)
-    if any(map(_is_conversation, examples)):
-        return "chat"
+    examples = first_examples(run.host)
+    conversations = [messages for example in examples if (messages := _messages_of(example))]
+    if conversations:
+        return _format_of_conversations(conversations)
     texts = [_squeeze(text) for example in examples if (text := _text_of(example, tokenizer))]
     if not texts:
         return None
@@ -50,7 +52,7 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
     may then be chats. A warning is also issued if they are chats for which this tokenizer has no template.
     """
     found = training_format(run, tokenizer, edits)
-    if found == "chat" and not getattr(tokenizer, "chat_template", None):
+    if found is not None and chat_format(found) is not None and not getattr(tokenizer, "chat_template", None):
         warn(
             "the training examples are chats, but the prompts are asked as plain text, because the tokenizer has no "
             "chat template; set tokenizer.chat_template to the template of the training examples."
@@ -73,13 +75,14 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
         tokenizer: the tokenizer of the texts.
         sequences: the token ids of the texts.
     """
-    if not getattr(tokenizer, "chat_template", None) or training_format(run, tokenizer) != "chat":
+    found = training_format(run, tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    if found is None or chat_format(found) is None:
         return
     is_a_chat = is_chat(tokenizer)
     if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
             f"the training examples are chats, but none of the {len(sequences)} texts is, so nothing keeps the answers "
-            "in other chats; add texts made with tokenizer.apply_chat_template(messages, tokenize=False)."
+            'in other chats; add conversations to the texts: records with "messages".'
         )
 
 
@@ -95,7 +98,7 @@ def is_chat(tokenizer: Any) -> Any:
     return lambda text: bool(header) and header in text
 
 
-def _first_examples(host: Any) -> list[Any]:
+def first_examples(host: Any) -> list[Any]:
     """Return the first examples of the dataset of a trainer. A dataset that can be read only once is not read."""
     dataset: Any = getattr(getattr(host, "train_dataloader", None), "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -103,9 +106,25 @@ def _first_examples(host: Any) -> list[Any]:
     return [dataset[index] for index in range(min(EXAMPLES, len(dataset)))]
 
 
-def _is_conversation(example: Any) -> bool:
-    values = (example.get(name) for name in ("messages", "prompt")) if isinstance(example, Mapping) else ()
-    return any(isinstance(value, list) and value and isinstance(value[0], Mapping) for value in values)
+def _messages_of(example: Any) -> list[Mapping[str, Any]]:
+    """Return the messages of a conversation, or an empty list."""
+    values = [example.get(name) for name in ("prompt", "messages")] if isinstance(example, Mapping) else []
+    return next((v for v in values if isinstance(v, list) and v and isinstance(v[0], Mapping)), [])
+
+
+def _format_of_conversations(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> PromptFormat:
+    """Return the chat format with the system prompt and the earlier turns that all conversations share, or "chat"."""
+    contexts = []
+    for conversation in conversations:
+        messages = [dict(message) for message in conversation]
+        while messages and messages[-1].get("role") != "user":
+            messages.pop()
+        contexts.append(messages[:-1])
+    shared = contexts[0] if all(context == contexts[0] for context in contexts) else []
+    if not shared or not all(isinstance(message.get("content"), str) for message in shared):
+        return "chat"
+    system = shared.pop(0)["content"] if shared[0].get("role") == "system" else None
+    return ChatFormat(system=system, history=shared)
 
 
 def _text_of(example: Any, tokenizer: Any) -> str:

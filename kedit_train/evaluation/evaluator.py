@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit
+from kedit_train.data.chat_format import describe_format
 from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import DivergedError
@@ -117,7 +118,8 @@ def evaluate(
         metrics["perplexity"] = evaluation.perplexity(edits)
         metrics["weight_drift"] = {} if reference_weights is None else weight_drift(model, reference_weights)
     settings = {
-        **{name: getattr(options, name) for name in (*_ANSWER_SETTINGS, "batch_size", "fluency_tokens")},
+        **{name: getattr(options, name) for name in ("max_new_tokens", "batch_size", "fluency_tokens")},
+        "prompt_format": describe_format(options.prompt_format),
         "limit": limit,
         "decoding": "greedy",
         "metrics": sorted(options.extra_metrics),
@@ -198,7 +200,7 @@ class _Evaluation:
             lambda texts: text_losses(
                 self.model, self.tokenizer, texts, batch_size=options.batch_size, progress=self.progress
             ),
-            Texts.of(options.texts).load(edits, keep_leaks=True),
+            Texts.of(options.texts).load(edits, keep_leaks=True, tokenizer=self.tokenizer),
             options.distributed,
         )
         return perplexity(losses, self.seed)
@@ -216,6 +218,7 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
     settings: Mapping[str, Any] = unedited.meta.get("settings", {})
     for name in _ANSWER_SETTINGS:
         before, now = settings.get(name), getattr(options, name)
+        now = describe_format(now) if name == "prompt_format" else now
         if before != now:
             raise EditError(
                 f"the report passed as unedited= was made with {name}={before!r}, but options.{name} is {now!r}; "

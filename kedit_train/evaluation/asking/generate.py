@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from kedit_train.data.prompts import PromptFormat, check_format, encode_prompts, end_id
+from kedit_train.data.chat_format import PromptFormat, check_format, thinks
+from kedit_train.data.prompts import encode_prompts, end_id
 from kedit_train.data.tokenization import context_length, pad_token_id
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import (
@@ -26,6 +27,7 @@ from kedit_train.evaluation.asking.batching import (
     unwrap_model,
 )
 from kedit_train.evaluation.asking.decoding import Continuation, can_pad, decode_greedily
+from kedit_train.evaluation.asking.thoughts import after_thoughts
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class AnswerEnd:
     def __init__(
         self, model: Any, tokenizer: Any, single_line: bool = True, prompt_format: PromptFormat = "plain"
     ) -> None:
-        self.ids, self.tokenizer, self.single_line = set(end_token_ids(model, tokenizer)), tokenizer, single_line
+        self.ids, self.tokenizer, self.one_line = set(end_token_ids(model, tokenizer)), tokenizer, single_line
+        self.thinks = thinks(prompt_format)
+        # Thoughts have several lines.
+        self.single_line = single_line and not self.thinks
         turn_end = end_id(tokenizer, prompt_format)
         self.ids |= set() if turn_end is None else {turn_end}
         self._line_breaks: dict[int, bool] = {}
@@ -77,8 +82,10 @@ class AnswerEnd:
         """Convert the generated tokens into an answer."""
         ids = continuation.ids
         shown = ids[:-1] if continuation.ended and ids[-1] in self.ids else ids
+        shown = after_thoughts(self.tokenizer, shown, ended=continuation.ended) if self.thinks else shown
         text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text = text.split("\n", 1)[0] if self.single_line else text
+        text = text.lstrip() if self.thinks else text
+        text = text.split("\n", 1)[0] if self.one_line else text
         answer_ids = ids[:-1] if continuation.ended else ids
         return Answer(text.strip(), ended=continuation.ended, margin=continuation.margin, ids=tuple(answer_ids))
 
@@ -176,6 +183,8 @@ def _generate(
     context = context_length(inner.config)
     sequences = encode_prompts(tokenizer, prompts, context, prompt_format)
     is_end, pad_id = AnswerEnd(inner, tokenizer, single_line, prompt_format), pad_token_id(tokenizer)
+    # The known tokens of an answer do not follow the thoughts.
+    known_starts = {} if thinks(prompt_format) else known_starts
     prompt_of = dict(zip(sequences, prompts, strict=True))
     limits = {s: max_new_tokens if context is None else min(max_new_tokens, context - len(s)) for s in prompt_of}
     known = {s: _known_start(known_starts.get(prompt), limits[s], is_end) for s, prompt in prompt_of.items()}
