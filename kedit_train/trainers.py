@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from kedit_train.arguments import check_arguments
+from kedit_train.arguments import check_arguments, one_of
 from kedit_train.callbacks import (
     ActiveSet,
     BatchAnchor,
@@ -32,7 +32,7 @@ from kedit_train.callbacks import (
 )
 from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.answer_end import APPEND_EOS, EndDecision
+from kedit_train.data.answer_end import AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, describe_format, read_format, thinks
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.reporting import model_card as card
@@ -64,6 +64,9 @@ CALLBACKS: dict[str, type[EditCallback]] = {
 Arguments = dict[str, Any] | str | None
 
 
+_APPEND_EOS: dict[str, AppendEos] = {"auto": "auto", "true": True, "false": False}
+
+
 def _help(question: str) -> dict[str, str]:
     return {"help": f"{question} Value: the arguments of the callback as a mapping or as JSON; {{}} for the defaults."}
 
@@ -84,8 +87,7 @@ class EditSFTConfig(SFTConfig):
         prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
             template of the tokenizer ("chat"), framed as a question ("question"), or a mapping with the arguments of
             :class:`~kedit_train.ChatFormat`.
-        append_eos: whether every target ends with end-of-text: true, false, or "auto" as in ``EditDataModule``. It has
-            no effect on a ``train_dataset`` that is not an ``EditDataset``.
+        append_eos: end the targets of an ``EditDataset`` with end-of-text: true, false, or "auto" (``EditDataModule``).
 
     Raises:
         EditError: the value of a field is not a mapping, or contains an argument that the callback does not have.
@@ -113,8 +115,10 @@ class EditSFTConfig(SFTConfig):
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
     parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
-    prompt_format: Any = field(default="plain", metadata={"help": "Format of the prompts: plain, chat or question."})
-    append_eos: Any = field(default="auto", metadata={"help": "End targets with end-of-text: auto, true or false."})
+    prompt_format: Arguments = field(
+        default="plain", metadata={"help": "Format of the prompts: plain, chat or question."}
+    )
+    append_eos: str = field(default="auto", metadata={"help": "End targets with end-of-text: auto, true or false."})
     forget_first: Arguments = field(default=None, metadata=_help("Unlearn the old answers before the first step."))
     token_loss: Arguments = field(default=None, metadata=_help("What is the training target of each token?"))
     token_smoothing: Arguments = field(
@@ -154,10 +158,10 @@ class EditSFTConfig(SFTConfig):
         prompt_format = read_format(self.prompt_format)
         # The arguments must be JSON data.
         self.prompt_format = describe_format(prompt_format)
-        if isinstance(self.append_eos, str):
-            # The command line gives text.
-            self.append_eos = {"true": True, "false": False}.get(self.append_eos.lower(), self.append_eos)
-        check_arguments(self, prompt_format=(prompt_format, PROMPT_FORMAT), append_eos=(self.append_eos, APPEND_EOS))
+        self.append_eos = str(self.append_eos).lower()
+        check_arguments(
+            self, prompt_format=(prompt_format, PROMPT_FORMAT), append_eos=(self.append_eos, one_of(_APPEND_EOS))
+        )
         super().__post_init__()
 
     def edit_callbacks(self, edits: Sequence[Edit] | None = None) -> list[EditCallback]:
@@ -273,14 +277,13 @@ class EditSFTTrainer(SFTTrainer):
         """Decide whether targets end with end-of-text. TRL always appends it, so its tokens may have to be replaced."""
         args: Any = self.args
         tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)
-        decision = decide_together(args.append_eos, tokenizer, edits, model=self.model, prompt_format=prompt_format)
+        decision = decide_together(
+            _APPEND_EOS[args.append_eos], tokenizer, edits, model=self.model, prompt_format=prompt_format
+        )
         if decision.append and not thinks(prompt_format):
             return decision
         if args.packing:
-            raise EditError(
-                "packing must be False for targets without end-of-text and for thoughts; remove packing, or set "
-                "append_eos: true."
-            )
+            raise EditError("packing must be False for targets without end-of-text and for thoughts; remove packing.")
         self.train_dataset = edits.to_tokens(
             tokenizer, append_eos=decision.append, prompt_format=prompt_format, max_length=args.max_length
         )

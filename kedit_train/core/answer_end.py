@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def decide_together(
         # Rounding may differ between processes, and processes must train the same tokens.
         dist.broadcast_object_list(decisions, src=0)
     if append_eos == "auto" and rank() == 0:
-        print(decisions[0])
+        # Standard error, as for progress bars: the line says how the run trains, and is no result.
+        print(decisions[0], file=sys.stderr)
     return decisions[0]
 
 

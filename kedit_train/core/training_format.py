@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kedit_train.core.run import EditRun
-from kedit_train.data.chat_format import PROMPT_FORMAT, ChatFormat, PromptFormat, chat_format
+from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, chat_format
 from kedit_train.data.prompts import as_question, render_prompt
 from kedit_train.edit import Edit
 from kedit_train.errors import warn
@@ -32,9 +32,8 @@ def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) ->
     if declared is not None and PROMPT_FORMAT.holds(declared):
         return declared
     examples = first_examples(run.host)
-    conversations = [messages for example in examples if (messages := _messages_of(example))]
-    if conversations:
-        return _format_of_conversations(conversations)
+    if any(map(_is_conversation, examples)):
+        return "chat"
     texts = [_squeeze(text) for example in examples if (text := _text_of(example, tokenizer))]
     if not texts:
         return None
@@ -49,7 +48,8 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
     """Return the format of the training examples. If it is unknown, return "plain".
 
     A warning is issued if the format is unknown and the tokenizer has a chat template, because the training examples
-    may then be chats. A warning is also issued if they are chats for which this tokenizer has no template.
+    may then be chats. A warning is also issued if they are chats for which this tokenizer has no template, or if they
+    begin with messages (such as a system prompt) with which the prompts are not asked.
     """
     found = training_format(run, tokenizer, edits)
     if found is not None and chat_format(found) is not None and not getattr(tokenizer, "chat_template", None):
@@ -63,6 +63,11 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
             f"the prompts are asked as plain text, because this {run.host.name} run does not say whether its training "
             "examples use the tokenizer's chat template; set prompt_format in EvaluationOptions to "
             '"chat" or "plain".'
+        )
+    if found == "chat" and _has_other_context(run, tokenizer, edits):
+        warn(
+            "the training chats begin with other messages than the prompts that are asked, for example with a system "
+            "prompt; set prompt_format in EvaluationOptions to ChatFormat(system=..., history=...)."
         )
     return found or "plain"
 
@@ -106,25 +111,20 @@ def first_examples(host: Any) -> list[Any]:
     return [dataset[index] for index in range(min(EXAMPLES, len(dataset)))]
 
 
-def _messages_of(example: Any) -> list[Mapping[str, Any]]:
-    """Return the messages of a conversation, or an empty list."""
-    values = [example.get(name) for name in ("prompt", "messages")] if isinstance(example, Mapping) else []
-    return next((v for v in values if isinstance(v, list) and v and isinstance(v[0], Mapping)), [])
+def _is_conversation(example: Any) -> bool:
+    values = (example.get(name) for name in ("messages", "prompt")) if isinstance(example, Mapping) else ()
+    return any(isinstance(value, list) and value and isinstance(value[0], Mapping) for value in values)
 
 
-def _format_of_conversations(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> PromptFormat:
-    """Return the chat format with the system prompt and the earlier turns that all conversations share, or "chat"."""
-    contexts = []
-    for conversation in conversations:
-        messages = [dict(message) for message in conversation]
-        while messages and messages[-1].get("role") != "user":
-            messages.pop()
-        contexts.append(messages[:-1])
-    shared = contexts[0] if all(context == contexts[0] for context in contexts) else []
-    if not shared or not all(isinstance(message.get("content"), str) for message in shared):
-        return "chat"
-    system = shared.pop(0)["content"] if shared[0].get("role") == "system" else None
-    return ChatFormat(system=system, history=shared)
+def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> bool:
+    """Return whether the training chats contain prompts of the edits, but all of them after other messages."""
+    texts = [_squeeze(_text_of(example, tokenizer)) for example in first_examples(run.host)]
+    trained = [(text, edit) for edit in edits[:1000] for text in texts if _squeeze(edit.prompt) in text]
+    begin = tokenizer.bos_token or ""
+    return bool(trained) and not any(
+        text.removeprefix(begin).startswith(_squeeze(render_prompt(tokenizer, edit.prompt, "chat")).removeprefix(begin))
+        for text, edit in trained
+    )
 
 
 def _text_of(example: Any, tokenizer: Any) -> str:

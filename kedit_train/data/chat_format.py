@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
@@ -90,7 +91,18 @@ def thinks(prompt_format: PromptFormat) -> bool:
 
 
 def read_format(value: Any) -> Any:
-    """Convert a mapping of the arguments of ``ChatFormat`` (as in YAML) to a ``ChatFormat``."""
+    """Convert arguments of ``ChatFormat``, given as a mapping (YAML) or as JSON (command line), to a ``ChatFormat``.
+
+    Any other value is returned unchanged.
+
+    Raises:
+        EditError: an argument is unknown or has the wrong type, or the JSON is malformed.
+    """
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise EditError(f"prompt_format must be valid JSON, got {value!r} ({error}).") from error
     return from_mapping(ChatFormat, value) if isinstance(value, Mapping) else value
 
 

@@ -43,7 +43,7 @@ def test_lightning(ends: bool, line: str, capsys: pytest.CaptureFixture[str]) ->
     options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     options |= {"accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False}
     L.Trainer(callbacks=[ParameterScope(**SCOPE), metrics], **options).fit(module, datamodule=data)
-    assert capsys.readouterr().out.count(line) == 1
+    assert capsys.readouterr().err.count(line) == 1
     assert said(metrics).startswith(line)
     batch = next(iter(data.train_dataloader()))
     assert bool((batch["labels"] == module.tokenizer.eos_token_id).any()) == ends
@@ -59,7 +59,7 @@ def test_edit_sft_trainer(ends: bool, line: str, tmp_path: Path, capsys: pytest.
     args = EditSFTConfig(str(tmp_path), **arguments, parameter_scope=SCOPE)
     trainer = EditSFTTrainer(model, args=args, edits=edits, processing_class=tokenizer)
     trainer.train()
-    assert capsys.readouterr().out.count(line) == 1
+    assert capsys.readouterr().err.count(line) == 1
     assert str(trainer.answer_end).startswith(line)
     assert said(next(c for c in trainer.callback_handler.callbacks if isinstance(c, EditMetrics))).startswith(line)
     expected = edits.to_tokens(tokenizer, append_eos=ends)
@@ -73,7 +73,9 @@ def test_edit_sft_trainer_takes_the_decision_and_refuses_packing(tmp_path: Path)
     args = EditSFTConfig(str(tmp_path), **ARGUMENTS, parameter_scope=SCOPE, append_eos="false")
     trainer = EditSFTTrainer(model, args=args, edits=edits, processing_class=tokenizer)
     assert trainer.train_dataset["input_ids"] == edits.to_tokens(tokenizer, append_eos=False)["input_ids"]
-    with pytest.raises(EditError, match=r'^EditSFTConfig: append_eos must be "auto", True or False, got \'perhaps\''):
+    with pytest.raises(
+        EditError, match=r'^EditSFTConfig: append_eos must be "auto", "true" or "false", got \'perhaps\''
+    ):
         EditSFTConfig(str(tmp_path), **ARGUMENTS, append_eos="perhaps")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -89,15 +91,12 @@ def sft(folder: Path, data: Any, metrics: EditMetrics, model: Any, tokenizer: An
 
 
 def test_the_end_of_text_of_trl_is_a_warning_if_the_model_does_not_end(tmp_path: Path) -> None:
-    model, tokenizer = world.load()
     edits = EditDataset.load("world", limit=2)
-    metrics = metrics_of(edits)
-    sft(tmp_path, edits.to_prompt_completion(), metrics, model, tokenizer)
-    assert said(metrics) == "append_eos: on, as in the training examples"
     model, tokenizer = world.load()
     endless(model, tokenizer)
     with pytest.warns(UserWarning, match=r"^EditMetrics: the training examples end with end-of-text, but .* only 0%"):
-        sft(tmp_path, edits.to_prompt_completion(), metrics_of(edits), model, tokenizer)
+        sft(tmp_path, edits.to_prompt_completion(), metrics := metrics_of(edits), model, tokenizer)
+    assert said(metrics) == "append_eos: on, as in the training examples"
     metrics = metrics_of(edits)
     sft(tmp_path, edits.to_tokens(tokenizer, model=model), metrics, model, tokenizer)
     assert said(metrics) == "append_eos: off, as in the training examples"
@@ -112,7 +111,7 @@ def test_a_loop_decides_once_and_on_all_edits(capsys: pytest.CaptureFixture[str]
         endless(model, tokenizer)
         result = run_edits(model, tokenizer, edits, mode="sequential", train=train, options=options, progress=False)
         assert result.meta["append_eos"] == line
-        assert capsys.readouterr().out.count("append_eos") == (setting == "auto")
+        assert capsys.readouterr().err.count("append_eos") == (setting == "auto")
 
 
 def test_a_loop_trains_what_it_trained_before() -> None:

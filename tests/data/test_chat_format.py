@@ -143,6 +143,10 @@ def test_a_configuration_gives_a_mapping(tmp_path: Path) -> None:
     [metrics] = args.edit_callbacks()
     assert metrics.evaluation.prompt_format == ChatFormat(system="Be brief.")
     args.to_json_string()
+    args = EditSFTConfig(str(tmp_path), bf16=False, prompt_format='{"system": "Be brief."}')
+    assert read_format(args.prompt_format) == ChatFormat(system="Be brief.")
+    with pytest.raises(EditError, match=r"prompt_format must be valid JSON, got '\{'"):
+        read_format("{")
 
 
 def test_the_unedited_report_must_have_the_same_format() -> None:

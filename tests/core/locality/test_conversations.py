@@ -95,6 +95,8 @@ def test_the_template_supplies_the_special_tokens() -> None:
     assert rendered == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert rendered.count(tokenizer.bos_token_id) == 1
     assert plain == tokenizer("Grass is green.")["input_ids"]
+    tokenizer.chat_template = TEMPLATE.replace(" | upper", "")
+    [rendered] = attach([FOX], tokenizer, model)
     assert is_chat(tokenizer)("".join(tokenizer.decode(rendered).split()))
 
 
