@@ -11,7 +11,7 @@ from torch import nn
 
 from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.run import EditRun
-from kedit_train.core.training_format import first_examples
+from kedit_train.core.training_format import first_examples, owners_of_examples
 from kedit_train.data.answer_end import AppendEos, EndDecision, decide_append_eos
 from kedit_train.data.chat_format import PromptFormat
 from kedit_train.data.prompts import end_id
@@ -55,7 +55,7 @@ def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_for
         prompt_format: the format of the training examples.
     """
     # EditDataModule and EditSFTTrainer have decided before the run began.
-    for owner in (getattr(getattr(run.host, "trainer", None), "datamodule", None), getattr(run.host, "args", None)):
+    for owner in owners_of_examples(run.host):
         if isinstance(decision := getattr(owner, "answer_end", None), EndDecision):
             return str(decision)
     trained = trains_end(first_examples(run.host), end_id(tokenizer, prompt_format))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kedit_train.core.run import EditRun
-from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, chat_format
+from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, chat_format, read_format
 from kedit_train.data.prompts import as_question, render_prompt
 from kedit_train.edit import Edit
 from kedit_train.errors import warn
@@ -19,18 +19,19 @@ _PLACEHOLDER = "kedittrainquestion"
 def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) -> PromptFormat | None:
     """Return the prompt format of the training examples, or None if it cannot be known.
 
-    A data module says its format in an attribute ``prompt_format``, as ``EditDataModule`` does. The trainers of
-    ``transformers`` and TRL have a dataset, whose first examples are compared with the chat template.
+    A data module says its format in an attribute ``prompt_format``, as ``EditDataModule`` does, and so do the arguments
+    of ``EditSFTTrainer``. Other trainers of ``transformers`` and TRL have a dataset, whose first examples are compared
+    with the chat template.
 
     Args:
         run: the run. Its data must be known, which is the case when a callback attaches.
         tokenizer: the tokenizer that the examples were tokenized with.
         edits: the edits. Their prompts tell the format "question" from plain text.
     """
-    data_module = getattr(getattr(run.host, "trainer", None), "datamodule", None)
-    declared = getattr(data_module, "prompt_format", None)
-    if declared is not None and PROMPT_FORMAT.holds(declared):
-        return declared
+    for owner in owners_of_examples(run.host):
+        declared = read_format(getattr(owner, "prompt_format", None))
+        if declared is not None and PROMPT_FORMAT.holds(declared):
+            return declared
     examples = first_examples(run.host)
     if any(map(_is_conversation, examples)):
         return "chat"
@@ -101,6 +102,14 @@ def is_chat(tokenizer: Any) -> Any:
     if getattr(tokenizer, "chat_template", None):
         header = _squeeze(render_prompt(tokenizer, _PLACEHOLDER, "chat").rpartition(_PLACEHOLDER)[2])
     return lambda text: bool(header) and header in text
+
+
+def owners_of_examples(host: Any) -> list[Any]:
+    """Return the objects of the training loop that know how the edits became examples: a data module, or arguments."""
+    owners = [getattr(getattr(host, "trainer", None), "datamodule", None)]
+    arguments = getattr(host, "args", None)
+    # EditSFTTrainer sets answer_end if it has made the examples, and not if it trains on another dataset.
+    return [*owners, arguments] if getattr(arguments, "answer_end", None) is not None else owners
 
 
 def first_examples(host: Any) -> list[Any]:
