@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,11 +24,13 @@ from kedit_train.callbacks import (
     ParameterScope,
     PrefixCache,
     SaveDelta,
+    SecondOrderLocality,
     StopWhenEdited,
     TokenLoss,
     TokenSmoothing,
     WeightAnchor,
 )
+from kedit_train.callbacks.field_values import callback_arguments
 from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.answer_end import AppendEos, EndDecision
@@ -54,6 +55,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "norm_ball": NormBall,
     "null_space": NullSpace,
     "low_curvature": LowCurvature,
+    "second_order_locality": SecondOrderLocality,
     "prefix_cache": PrefixCache,
     "active_set": ActiveSet,
     "edit_metrics": EditMetrics,
@@ -139,6 +141,9 @@ class EditSFTConfig(SFTConfig):
     low_curvature: Arguments = field(
         default=None, metadata=_help("Project the weight change onto directions of low loss curvature.")
     )
+    second_order_locality: Arguments = field(
+        default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
+    )
     prefix_cache: Arguments = field(
         default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
     )
@@ -153,8 +158,8 @@ class EditSFTConfig(SFTConfig):
     answer_end: ClassVar[EndDecision | None] = None
 
     def __post_init__(self) -> None:
-        for name in CALLBACKS:
-            setattr(self, name, _arguments(name, getattr(self, name)))
+        for name, callback_class in CALLBACKS.items():
+            setattr(self, name, callback_arguments(name, callback_class, getattr(self, name)))
         prompt_format = read_format(self.prompt_format)
         # The arguments must be JSON data.
         self.prompt_format = describe_format(prompt_format)
@@ -319,32 +324,3 @@ class EditSFTTrainer(SFTTrainer):
 
     def _edit_callback(self, callback_class: type[EditCallback]) -> Any | None:
         return next((c for c in self.callback_handler.callbacks if isinstance(c, callback_class)), None)
-
-
-def _arguments(name: str, value: Any) -> dict[str, Any] | None:
-    """Convert the value of a field into arguments of its callback, or into None for no callback."""
-    callback_class = CALLBACKS[name]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise EditError(
-                f"{name} must be a JSON object such as '{{}}', got {value!r} ({error}).", "EditSFTConfig"
-            ) from error
-    if value is None or value is False:
-        return None
-    value = {} if value is True else value
-    if not isinstance(value, dict):
-        raise EditError(
-            f"{name} must be a mapping of arguments of {callback_class.__name__}, or true to use the default "
-            f"arguments, got {value!r}.",
-            component="EditSFTConfig",
-        )
-    known = list(inspect.signature(callback_class).parameters)
-    unknown = [key for key in value if key not in known]
-    if unknown:
-        raise EditError(
-            f"{name}: {callback_class.__name__} has no argument {unknown[0]!r}; use one of {', '.join(known)}.",
-            component="EditSFTConfig",
-        )
-    return value

@@ -13,7 +13,7 @@ from kedit_train.errors import EditError
 
 
 def contradict(one: Edit, other: Edit) -> bool:
-    """Return whether two edits have the same prompt, but neither accepts the target of the other.
+    """Return whether two edits have the same prompt, but neither edit accepts the target of the other edit.
 
     The comparison ignores letter case and the amount of white space, as the leak check does.
 
@@ -58,7 +58,7 @@ def check_contradictions(edits: Sequence[Edit], name: str) -> None:
     names = " and ".join(f"{i} (id {edits[i].id})" if edits[i].id else str(i) for i in pairs[0])
     more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
     raise EditError(
-        f"{name}, edits {names}: the prompt {shorten(first.prompt)!r} must have one target in one training, "
+        f"{name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "
         f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
         "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
     )
@@ -82,11 +82,11 @@ def without_overwritten(edits: Sequence[Edit]) -> list[int]:
 
 
 def duplicates(edits: Sequence[Edit]) -> list[tuple[int, int]]:
-    """Return the indices (first, repeated) of all edits that equal an earlier edit in everything but their id."""
+    """Return the indices (first, repeated) of all edits that are equal to an earlier edit, except for the id."""
     first: dict[str, int] = {}
     pairs = []
     for i, edit in enumerate(edits):
-        # An edit contains dicts, so it cannot be hashed itself.
+        # An edit contains dicts, so it is not hashable, and its repr is the key.
         at = first.setdefault(repr(replace(edit, id="")), i)
         if at != i:
             pairs.append((at, i))

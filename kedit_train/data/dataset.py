@@ -227,7 +227,7 @@ class EditDataset(Sequence[Edit]):
         """Raise an error if two edits contradict each other, because one training cannot reach both targets.
 
         :meth:`encode` and :meth:`to_prompt_completion` call this method. In the modes "sequential" and "streaming" of
-        :func:`~kedit_train.run_edits`, a later edit may contradict an earlier one, and replaces it.
+        :func:`~kedit_train.run_edits`, a later edit may contradict an earlier edit, and then replaces it.
 
         Raises:
             EditError: two edits contradict each other (see :meth:`latest`).
