@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from kedit_train.data import Edit
+from kedit_train.data.chat_format import describe_format
 from kedit_train.evaluation.asking.distributed import split_across_processes
 from kedit_train.evaluation.asking.generate import generate_answers
 from kedit_train.evaluation.options import EvaluationOptions
@@ -38,7 +39,7 @@ def choose_protocols(
         progress: show a progress bar in a terminal.
     """
     if options.asked_format != "plain":
-        return Protocols(EXACT.names, f'the prompts are in the format "{options.asked_format}"')
+        return Protocols(EXACT.names, f'the prompts are in the format "{describe_format(options.asked_format)}"')
     prompts = _sample(edits)
     tokens = max(options.max_new_tokens, MINIMUM_TOKENS)
 
