@@ -69,7 +69,7 @@ def edit_sft_trainer(model: Any, checkpoint: str | None) -> None:
         parameter_scope=SCOPE,
         kl_locality={"texts": TEXTS, "batch_size": 2},
         norm_ball={"radius": 1e-2},
-        edit_metrics={"every_n_steps": 2, "limit": 4},
+        edit_metrics={"every_n_steps": 2, "edits": edits()[:2]},
         save_delta={"path": DELTA, "at": "best"},
     )
     trainer = EditSFTTrainer(model, args=args, edits=edits(), processing_class=world.load()[1])

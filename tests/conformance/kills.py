@@ -24,9 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 from conformance import killed_runs
+from safetensors import safe_open
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from kedit_train import EditDelta
 from kedit_train.core.state_file import FILE, load_state
+from kedit_train.delta import delta_file
 from kedit_train.errors import EditError
 
 # Audit events of Python for operations that change files. Compiled writers (safetensors, torch) send none, but the
@@ -48,7 +51,7 @@ _SECONDS = 300
 
 
 class Outcome(NamedTuple):
-    """The end of a run: SHA-256 of weights and delta, and the names of all files."""
+    """The end of a run: SHA-256 of weights and delta, and the names of all files but those of older checkpoints."""
 
     weights: str
     delta: str
@@ -155,12 +158,20 @@ def outcome(weights: dict[str, torch.Tensor]) -> Outcome:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
-    files = sorted(str(path) for path in Path().rglob("*"))
-    return Outcome(digest.hexdigest(), sha256(Path(killed_runs.DELTA)), files)
+    # The trainer does not go back to a checkpoint that it was deleting when it was killed.
+    last = f"checkpoint-{killed_runs.STEPS}"
+    files = sorted(
+        p for p in map(str, Path().rglob("*")) if ".unfinished" in p or p.startswith(last) or "check" not in p
+    )
+    return Outcome(digest.hexdigest(), contents(Path(killed_runs.DELTA)), files)
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def contents(path: Path) -> str:
+    """Return the SHA-256 of the contents of a delta, which the file contains and which is verified here."""
+    EditDelta.load(path)
+    # The bytes of the file will not do, because safetensors writes the metadata in a random order.
+    with safe_open(path, "pt") as file:
+        return file.metadata()[f"{delta_file.KIND}.sha256"]
 
 
 class Matrix:
@@ -235,7 +246,7 @@ class Matrix:
     def _check_files(self, folder: Path) -> None:
         """Check the files of a killed run: a delta is the whole one, and a state of the edit can be read."""
         delta = folder / killed_runs.DELTA
-        assert not delta.exists() or sha256(delta) == self.whole.delta, "the killed run has left a wrong delta"
+        assert not delta.exists() or contents(delta) == self.whole.delta, "the killed run has left a wrong delta"
         for path in folder.rglob(f"*{FILE}"):
             unfinished = any(part.endswith(".unfinished") for part in path.parts)
             try:
