@@ -85,6 +85,16 @@ def test_resuming_lightning_from_the_last_checkpoint_ends_the_edit(tmp_path: Pat
     assert all(torch.equal(resumed.changes[name].after, change.after) for name, change in whole.changes.items())
 
 
+def test_a_trainer_that_is_resumed_at_its_last_step_in_an_epoch_takes_no_step(tmp_path: Path) -> None:
+    model, again = world.load()[0], world.load()[0]
+    # An epoch has three steps. The stock trainer would take the third one.
+    train(model, tmp_path, callbacks(), steps=2)
+    trainer = train(again, tmp_path, callbacks(), steps=2, resume=True)
+    assert trainer.state.global_step == 2
+    assert_same_bits(weights(model), weights(again))
+    assert_clean(again)
+
+
 def test_resuming_a_loop_from_its_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
     model, again = world.load()[0], world.load()[0]
     state = loop(model, range(2))
