@@ -6,6 +6,8 @@ end of an epoch. All paths are relative to the current directory, so that every 
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import re
@@ -49,7 +51,7 @@ def with_callbacks(host: str) -> Callable[[Any, str | None], None]:
         saving = {"output_dir": ".", "save_strategy": "steps", "save_steps": EVERY, "save_total_limit": 1}
         HOSTS[host](
             model,
-            world.load()[1],
+            loaded()[1],
             edits(),
             callbacks(),
             STEPS,
@@ -72,15 +74,18 @@ def edit_sft_trainer(model: Any, checkpoint: str | None) -> None:
         edit_metrics={"every_n_steps": 2, "edits": edits()[:2]},
         save_delta={"path": DELTA, "at": "best"},
     )
-    trainer = EditSFTTrainer(model, args=args, edits=edits(), processing_class=world.load()[1])
+    trainer = EditSFTTrainer(model, args=args, edits=edits(), processing_class=loaded()[1])
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def lightning_trainer(model: Any, checkpoint: str | None) -> None:
-    saver = ModelCheckpoint(dirpath=".", every_n_epochs=1, filename="checkpoint-{step}", auto_insert_metric_name=False)
+    # From a checkpoint of every_n_epochs=1, Lightning 2.6 does not continue with the next batch.
+    saver = ModelCheckpoint(
+        dirpath=".", every_n_train_steps=EVERY, filename="checkpoint-{step}", auto_insert_metric_name=False
+    )
     HOSTS["Lightning"](
         model,
-        world.load()[1],
+        loaded()[1],
         edits(),
         [*callbacks(), saver],
         STEPS,
@@ -112,7 +117,7 @@ def fabric_loop(model: Any, checkpoint: str | None) -> None:
 
 
 def loop(model: Any, checkpoint: str | None, setup: Any, backward: Any, save: Any, load: Any) -> None:
-    tokenizer = world.load()[1]
+    tokenizer = loaded()[1]
     rows, put = edits().encode(tokenizer), collator(tokenizer)
     model.train()
     with editing(model, callbacks(), tokenizer=tokenizer) as edit:
@@ -145,6 +150,12 @@ RUNS: dict[str, Callable[[Any, str | None], None]] = {
 }
 
 
+@functools.cache
+def loaded() -> tuple[Any, Any]:
+    """Return the bundled model and its tokenizer, which child processes share."""
+    return world.load()
+
+
 def edits() -> EditDataset:
     return EditDataset(world.edits(n=EDITS))
 
@@ -152,7 +163,7 @@ def edits() -> EditDataset:
 def train(host: str, checkpoint: str | None = None) -> dict[str, torch.Tensor]:
     """Train in the current directory, from a checkpoint or from the beginning, and return the weights."""
     torch.manual_seed(0)
-    model = world.load()[0]
+    model = copy.deepcopy(loaded()[0])
     RUNS[host](model, checkpoint)
     return {name: p.detach() for name, p in model.named_parameters()}
 
