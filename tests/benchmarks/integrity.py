@@ -66,7 +66,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "world": Setting("world", range(3, 6), 12, 20),
+    "world": Setting("world", range(3, 6), 12, 5),
     "small-one": Setting("small", range(9, 10), 16, 1),
     "small-half": Setting("small", range(6, 12), 16, 1),
     "tiny": Setting("tiny", range(2, 4), 4, 2),
