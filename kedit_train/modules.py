@@ -151,8 +151,8 @@ class EditDataModule(LightningDataModule):
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
             ("chat"), or framed as a question ("question"). Use the same format in ``EditMetrics``.
         texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
-            file replaces ``texts: world`` in the callbacks. A script must pass the texts to the callbacks, because
-            the argument ``texts`` has no effect there.
+            file replaces ``texts: world`` in the callbacks. In a script, this argument has no effect: pass the texts
+            to the callbacks instead.
         augmentation: options for additional training examples: pseudo-paraphrases, replayed facts and previous edits.
             The examples are made once, before the first step. The random choices use torch's seed, which
             ``seed_everything`` sets. Every process gets the same examples.

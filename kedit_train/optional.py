@@ -14,8 +14,8 @@ def require(package: str, *, extra: str | None = None) -> Iterator[None]:
 
     Args:
         package: the pip name of the package that the block imports.
-        extra: the extra of kedit-train that installs the package, such as "trl". The error tells the user to install
-            this extra. If ``extra`` is None, the error tells the user to install ``package``.
+        extra: the extra of kedit-train that installs the package, such as "trl". The error contains the command that
+            installs this extra. If ``extra`` is None, the error contains the command that installs ``package``.
 
     Raises:
         EditError: the package or one of its dependencies is not installed.

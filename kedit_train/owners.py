@@ -22,15 +22,15 @@ _numbers = itertools.count()
 
 
 def claim(folder: Path, start: str, end: str = "") -> Path:
-    """Return the path of a new temporary folder that this process owns: ``START.HOST-PLACE.PROCESS.NUMBER``
-    and the end.
+    """Return the path of a new temporary folder that this process owns.
 
-    The place is a hash of the boot of the machine and of the PID namespace (the container), because a process id is
-    valid only there. The number is different in every call, so threads never share a folder. The folder is not created.
+    The name is ``START.HOST-HASH.PROCESS.NUMBER``, followed by ``end``. A process id is valid only until the machine
+    is restarted, and only inside one PID namespace (container). HASH identifies both. NUMBER is different in every
+    call, so threads never share a folder. The folder is not created.
 
     Args:
         folder: the parent of the temporary folder.
-        start: the first part of its name.
+        start: the first part of the name.
         end: a suffix such as ".unfinished".
     """
     path = folder / f"{start}.{_place()}.{os.getpid()}.{next(_numbers)}{end}"
@@ -39,12 +39,12 @@ def claim(folder: Path, start: str, end: str = "") -> Path:
 
 
 def release(path: Path) -> None:
-    """Record that this process no longer owns a folder of :func:`claim`."""
+    """Record that this process no longer owns a folder that :func:`claim` returned."""
     _owned.discard(path.name)
 
 
 def has_ended(name: str) -> bool | None:
-    """Return whether the owner of a temporary folder has ended. None if this process cannot tell.
+    """Return whether the owner of a temporary folder has ended, or None if this is unknown.
 
     Args:
         name: the name of the folder.
@@ -66,9 +66,13 @@ def has_ended(name: str) -> bool | None:
 def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
     """Remove temporary folders whose owner has ended.
 
-    A folder is kept while its owner runs in the same PID namespace. If the owner has ended and the name begins with
-    ``at_once``, the folder is removed at once. All other folders (other names, other containers or hosts, names of
-    older versions) are removed when they have not changed for a day.
+    A folder is kept while its owner is running. A folder of an unknown owner (another container or host, or a name of
+    an older version) is removed when it has not changed for a day.
+
+    Args:
+        folders: the temporary folders.
+        at_once: if the owner has ended and the name of the folder begins with this text, the folder is removed at once.
+            Other folders of ended owners are removed when they have not changed for a day.
     """
     for folder in folders:
         ended = has_ended(folder.name)
@@ -92,7 +96,7 @@ def remove(path: Path) -> None:
 
 @functools.cache
 def _place() -> str:
-    """Return the host name and a hash of the boot and the PID namespace, in which process ids are valid."""
+    """Return the host name and a hash of the boot id and the PID namespace. Process ids are valid only inside both."""
     parts = [socket.gethostname()]
     # Only Linux has these files. On other systems, the host name alone is the place.
     with contextlib.suppress(OSError):

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from kedit_train import world
 from kedit_train.errors import EditError
+from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
-
-# transformers and torch raise all of these for files that are damaged or that belong to another kind of model.
-_LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, EOFError, IndexError),
-    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
-)
 
 
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
-        name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, or "world" for the tiny model
-            that comes with kedit-train.
+        name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, a ``.gguf`` file, or "world"
+            for the tiny model that comes with kedit-train. The weights of a GGUF file are dequantized.
         dtype: the dtype of the loaded weights. "auto" keeps the dtype of the checkpoint.
         trust_remote_code: whether to run Python code that the checkpoint contains.
 
@@ -51,8 +43,12 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     if world.is_world(name):
         name = str(world.path())
     with loading_errors(name, "cannot be loaded as a causal language model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        loaded: Any = (
+            load_gguf(name, dtype=dtype)
+            if is_gguf(name)
+            else AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
         )
     model, info = loaded
     if info["missing_keys"]:
@@ -67,7 +63,10 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
             "the checkpoint of a causal language model."
         )
     with loading_errors(name, "has no tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if is_gguf(name):
+            tokenizer = AutoTokenizer.from_pretrained(str(Path(name).parent), gguf_file=Path(name).name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, tokenizer
 
 
@@ -75,7 +74,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 def is_causal(model: Any) -> bool:
     """Return whether the model is causal: the last token does not change the logits of the tokens before it.
 
-    This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably say
+    This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably show
     whether the model is causal. For example, ``is_decoder`` is False for GPT-NeoX.
 
     Raises:
@@ -97,12 +96,15 @@ def loading_errors(name: str, problem: str) -> Iterator[None]:
     """Replace an error of ``transformers``, which may have many lines, by an ``EditError`` of one line."""
     try:
         yield
-    except _LOADING_ERRORS as error:
+    except EditError:
+        raise
+    # Damaged files cause many kinds of errors: tokenizers, for example, raises Exception itself.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         local = "" if Path(name).is_dir() else " (no such folder on this machine)"
         raise EditError(
             f"model {name!r}{local} {problem}: {reason[:300]}; use a Hugging Face Hub name, a folder saved by "
-            'save_pretrained, or "world" (the bundled model).'
+            'save_pretrained, a .gguf file, or "world" (the bundled model).'
         ) from error
 
 

@@ -24,6 +24,7 @@ from kedit_train.callbacks import (
     ParameterScope,
     PrefixCache,
     SaveDelta,
+    SecondOrderLocality,
     StopWhenEdited,
     TokenLoss,
     TokenSmoothing,
@@ -50,6 +51,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "norm_ball": NormBall,
     "null_space": NullSpace,
     "low_curvature": LowCurvature,
+    "second_order_locality": SecondOrderLocality,
     "prefix_cache": PrefixCache,
     "active_set": ActiveSet,
     "edit_metrics": EditMetrics,
@@ -126,6 +128,9 @@ class EditSFTConfig(SFTConfig):
     )
     low_curvature: Arguments = field(
         default=None, metadata=_help("Project the weight change onto directions of low loss curvature.")
+    )
+    second_order_locality: Arguments = field(
+        default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
     )
     prefix_cache: Arguments = field(
         default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")

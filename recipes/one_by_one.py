@@ -11,7 +11,7 @@ first edit, and the answers of all earlier edits. ``NormBall`` keeps the weights
 the first edit. With many edits, the ball protects knowledge that the texts do not contain. If you can train the edits
 together, use kedit_default.yaml or sequential.yaml, because these recipes give better scores.
 
-The script prints a table that says how many edits the model knew after each edit. The script writes retention.png,
+The script prints a table with the number of edits that the model knew after each edit. It also writes retention.png,
 report.json and edit.safetensors. Use `kedit apply` to apply edit.safetensors to the base model. If you stop the script
 early, edit.safetensors contains the edits that were trained so far.
 """

@@ -46,10 +46,10 @@ class AugmentationOptions:
             generates, followed by the prompt of the edit.
         replay: prompts about other facts, to train with the answers of the unedited model: a ``.txt`` file with one
             prompt per line, a file of edits (only its prompts are used), or "world" for the prompts of kedit-train.
-        replay_limit: maximum number of facts to replay. Different seeds draw different facts. None uses the number of
-            edits.
-        previous_edits: a file of edits that the model has already learned. These edits are trained again, except for
-            the edits that :func:`augmentation` leaves out.
+        replay_limit: maximum number of facts to replay, drawn at random with the seed of the run. None uses the number
+            of edits.
+        previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
+            edit is left out if it is too similar to an edit of the run (see :func:`augmentation`).
 
     Example:
         >>> AugmentationOptions(prefixes=2, replay="world").replay_limit is None
@@ -74,7 +74,7 @@ class Augmentation:
         seed: seed of the random draws.
         leak_check: finds examples with a scored prompt (a rephrase, or the prompt of a locality or portability
             question) of any edit of the run. These examples must not be trained on.
-        summary: one line that says how many examples were made and how many were left out.
+        summary: one line with the numbers of examples that were made and left out.
     """
 
     prefixes: tuple[str, ...]

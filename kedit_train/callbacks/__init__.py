@@ -14,6 +14,7 @@ from kedit_train.callbacks.null_space import NullSpace
 from kedit_train.callbacks.parameter_scope import ParameterScope
 from kedit_train.callbacks.prefix_cache import PrefixCache
 from kedit_train.callbacks.save_delta import SaveDelta
+from kedit_train.callbacks.second_order_locality import SecondOrderLocality
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
 from kedit_train.callbacks.token_loss import TokenLoss
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
@@ -41,6 +42,7 @@ __all__ = [
     "PrefixCache",
     "ReferenceCache",
     "SaveDelta",
+    "SecondOrderLocality",
     "StopWhenEdited",
     "Teacher",
     "Texts",

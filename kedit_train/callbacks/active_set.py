@@ -15,14 +15,14 @@ from kedit_train.core.tokens.active_examples import ActiveExamples
 class ActiveSet(EditCallback):
     """Save time by leaving learned edits out of the training batches.
 
-    The token loss has a clip: a token whose loss is at most ``epsilon`` has no gradient. If all tokens of an edit are
-    clipped, the edit costs a forward and a backward pass, but does not change the weights. ``ActiveSet`` removes such
-    edits from the batch inside the model's forward call, so it works with any data loader. Means over the batch still
-    count the removed edits, so the gradient of the remaining edits does not change. Logged losses, and the entropy and
-    token accuracy of TRL, also include the removed edits. For a removed edit, they use the values from the last forward
-    pass on this edit.
+    By default, an edit is learned if the loss of each of its target tokens is at most ``epsilon`` (the clip of the
+    token loss). A clipped token has no gradient. A learned edit therefore costs a forward and a backward pass, but does
+    not change the weights. ``ActiveSet`` removes learned edits from the batch inside the model's forward call, so it
+    works with any data loader. Means over the batch still count the removed edits, so the gradient of the remaining
+    edits does not change. Logged losses, and the entropy and token accuracy of TRL, also include the removed edits. For
+    a removed edit, they use the values from the last forward pass on this edit.
 
-    Training on other edits can undo a learned edit. To notice this, the model runs on a learned edit again after the
+    Training on other edits can undo a learned edit. To detect this, the model runs on a learned edit again after the
     edit was left out ``recheck`` times.
 
     If a batch has only one example, ``ActiveSet`` leaves nothing out. With packing, an example is a packed sequence of

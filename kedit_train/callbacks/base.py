@@ -17,18 +17,19 @@ class EditCallback(TransformersEvents, LightningEvents):
     """Base class of a callback that works in ``transformers``, TRL, Lightning, Fabric and plain loops.
 
     Override the methods that you need. An override does not have to call ``super()``. Users may list callbacks in any
-    order: their methods are called in ascending order of the class attribute ``order``. One instance serves one model
-    at a time, and may be used for another model afterwards.
+    order. The methods are called in ascending order of the class attribute ``order``. Use an instance for only one
+    model at a time. You may use it for another model afterwards.
 
     Attributes:
         order: position among the callbacks of a run. Callbacks with a lower value come first.
         constrains: whether :meth:`constrain` must be called after every optimizer step.
         penalizes: whether :meth:`penalty` returns a penalty.
-        follows_steps: whether the callback would silently do nothing if the run did not see the optimizer steps.
+        follows_steps: whether the callback depends on the optimizer steps that the run detects. If the weights change
+            without such a step, an error is raised.
         anchors: whether the callback compares the trained model with the reference model (the model before the edit)
             in the training loss, inside the forward pass of the trained model.
-        duplicate_hint: what to do instead of adding two callbacks of this class to one model. The error message ends
-            with it. None allows several callbacks of this class.
+        duplicate_hint: the end of the error message for two callbacks of this class on one model: what to do instead.
+            None allows several callbacks of this class.
 
     Example:
         >>> import torch
@@ -92,6 +93,9 @@ class EditCallback(TransformersEvents, LightningEvents):
     def penalty(self, run: EditRun) -> Tensor | None:
         """Return a differentiable scalar to add to the loss of this optimizer step, or None for no penalty."""
         return None
+
+    def before_optimizer_step(self, run: EditRun) -> None:
+        """Inspect the gradients of this optimizer step. At this time, they are complete and clipped."""
 
     def skip_step(self, run: EditRun) -> bool:
         """Return whether to skip this optimizer step. Called when the gradients of the step are complete."""

@@ -25,8 +25,8 @@ class BatchAnchor(EditCallback):
     When an example occurs for the first time, its reference hidden states are computed. This takes an additional
     forward pass with the weights before the edit. The hidden states are stored, so later epochs need no additional
     forward pass. With packing, each packed sequence counts as one example. With DDP, each process stores the hidden
-    states of the examples that this process has seen. In full fine-tuning without :class:`ParameterScope`, a copy of
-    all weights before the edit is kept for the additional forward passes.
+    states of its own examples. In full fine-tuning without :class:`ParameterScope`, a copy of all weights before the
+    edit is kept for the additional forward passes.
 
     Args:
         weight: factor of the divergence in the loss of a token.
@@ -38,8 +38,8 @@ class BatchAnchor(EditCallback):
             written to the directory. None keeps all hidden states in memory.
 
     Raises:
-        EditError: an argument is out of bounds, the trainer computes its loss in a way that cannot be extended, or
-            FSDP2 shards the model.
+        EditError: an argument is out of bounds, the divergence cannot be added to the loss of the trainer, or FSDP2
+            shards the model.
 
     References:
         Anchored Supervised Fine-Tuning, arXiv 2509.23753.
@@ -85,7 +85,7 @@ class BatchAnchor(EditCallback):
         run.causal_model()
         reason = run.host.loss_unsupported_reason()
         if reason:
-            raise EditError(f"the loss of this {run.host.name} run cannot be extended by a divergence: {reason}.")
+            raise EditError(f"the divergence cannot be added to the loss of this {run.host.name} run: {reason}.")
 
     def attach(self, run: EditRun) -> None:
         self._term = AnchorTerm(run, weight=self.weight, direction=self.direction, cache=self.cache)

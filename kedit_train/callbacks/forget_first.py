@@ -35,11 +35,12 @@ def _all_above_zero(values: Any) -> bool:
 
 
 class ForgetFirst(EditCallback):
-    """Make the model forget the old answers first: train on the old answers, and subtract the weight change.
+    """Make the model forget the old answers before it learns the new answers (F-Learning).
 
-    Before the first step, F-Learning computes ``theta' = theta - coefficient * (FT(theta, old) - theta)`` on the
-    weights in the scope (the parameters that may change). ``FT(theta, old)`` are the weights after training on the old
-    answers. The run then learns the new answers, starting from ``theta'``.
+    Before the first step, the weights in the scope (the parameters that may change) are trained on the old answers. The
+    weight change of this training is then subtracted: ``theta' = theta - coefficient * (FT(theta, old) - theta)``.
+    ``FT(theta, old)`` are the weights after training on the old answers. The run learns the new answers, starting from
+    ``theta'``.
 
     The coefficients are tried in ascending order until the mean probability of the old answers is at most
     ``max_probability``. If a coefficient raises the perplexity on ``texts`` to more than ``max_perplexity_ratio`` times
@@ -48,7 +49,7 @@ class ForgetFirst(EditCallback):
 
     The old answer of an edit is the ``old_target`` of the edit. If the model does not generate the ``old_target``
     before the edit, this answer is not subtracted. If an edit has no ``old_target``, the old answer is the answer that
-    the model generates, unless the model already generates the new answer.
+    the model generates. If this answer is already the new answer, nothing is subtracted for this edit.
 
     The model before forgetting remains the reference for the drift metrics, ``SaveDelta``, the first evaluation of
     ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints also apply to the subtraction, so a ``NormBall`` with
@@ -57,8 +58,7 @@ class ForgetFirst(EditCallback):
 
     Args:
         texts: texts on which the model should not change, to measure the perplexity: a source of texts or a
-            :class:`Texts`. Prefer sentences about other facts, worded like the edits: they show damage much earlier
-            than prose.
+            :class:`Texts`. Sentences about other facts, worded like the edits, show damage much earlier than prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the

@@ -60,8 +60,8 @@ class GradientMask(EditCallback):
         save_path: path of a safetensors file to write the mask to. None does not write the mask.
 
     Raises:
-        EditError: an argument is invalid, the score needs a language model or edits that are missing, all scores of a
-            tensor are equal, or the mask file does not fit the scope.
+        EditError: an argument is invalid, the run does not have the language model or the edits that the score needs,
+            all scores of a tensor are equal, or the mask file does not fit the scope.
 
     References:
         - Overcoming catastrophic forgetting in neural networks (EWC, diagonal Fisher information), arXiv 1612.00796.

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kedit_train.arguments import Rule, check_arguments, integer_from, optional, within
+from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.change_projection import ChangeProjection
+from kedit_train.core.drift.factors_of_texts import FACTORS_PATH, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
-from kedit_train.core.drift.kfac_file import load_factors, save_factors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first
-from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.low_curvature import Curvature, high_curvature, project_low_curvature
-
-_SAFETENSORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(value).endswith(".safetensors"))
 
 
 class LowCurvature(EditCallback):
@@ -113,7 +110,7 @@ class LowCurvature(EditCallback):
         check_arguments(
             self,
             energy=(energy, within("(0, 1)")),
-            factors_path=(factors_path, optional(_SAFETENSORS_PATH)),
+            factors_path=(factors_path, optional(FACTORS_PATH)),
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
         )
@@ -134,8 +131,8 @@ class LowCurvature(EditCallback):
         layers = find_linear_layers(run.model, run.scope)
         if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(
-                f"the scope must not contain LoRA factors, got {adapters[0]}: an adapter has no curvature while B is "
-                "zero; train the weight itself, or use NullSpace instead."
+                f"the scope must not contain LoRA factors, got {adapters[0]}, because the curvature of a new adapter "
+                "is zero (its B factor is zero); train the weight itself, or use NullSpace instead."
             )
         if not (self.sequential and continues_run(self._model, run)):
             self._accumulated = None
@@ -183,31 +180,18 @@ class LowCurvature(EditCallback):
             return
         settings = self.texts
         sequences = tokenize_edits(run, run.edits, run.tokenizer(settings.tokenizer), settings.max_length)
-        edited = self._compute_factors(run, self._projection.layers, sequences, unedited=False)
+        edited = kfac_factors(
+            run, self._projection.layers, sequences, batch_size=self.batch_size, seed=settings.seed, unedited=False
+        )
         self._accumulated = self._accumulated + edited
 
     def detach(self, run: EditRun) -> None:
         self._projection.stop()
 
     def _factors_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> KFACFactors:
-        sequences = self.texts.tokenize(run, limit=self.limit)
-        if self.factors_path is None:
-            return self._compute_factors(run, layers, sequences, unedited=True)
-        with run.reference_model():
-            model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
-        weights = {name: run.scope[name] for name in layers}
-        stored = load_factors(self.factors_path, weights, model, sequences, self.texts.seed)
-        if stored is not None:
-            return stored
-        factors = self._compute_factors(run, layers, sequences, unedited=True)
-        if run.host.is_main:
-            save_factors(self.factors_path, factors, model, sequences, self.texts.seed)
-        return factors
-
-    def _compute_factors(
-        self, run: EditRun, layers: Mapping[str, LinearLayer], sequences: Sequence[Sequence[int]], *, unedited: bool
-    ) -> KFACFactors:
-        return kfac_factors(run, layers, sequences, batch_size=self.batch_size, seed=self.texts.seed, unedited=unedited)
+        return factors_of_texts(
+            run, layers, self.texts, limit=self.limit, batch_size=self.batch_size, path=self.factors_path
+        )
 
     def _decompose(self, run: EditRun, name: str, gradients: SecondMoment, inputs: SecondMoment) -> Curvature:
         weight = run.scope[name]

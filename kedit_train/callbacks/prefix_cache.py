@@ -39,7 +39,7 @@ class PrefixCache(EditCallback):
     the scope.
 
     If a frozen weight or buffer is modified or replaced, ``PrefixCache`` detects the change before the next batch and
-    empties the cache. Other changes are found only by the comparison after ``recheck`` batches:
+    empties the cache. Some changes are detected only by the comparison after ``recheck`` batches. Examples are
     ``parameter.data.add_()``, a new value of a Python attribute, and random numbers from a hook's own generator. Until
     this comparison, batches use outdated hidden states.
 
@@ -55,7 +55,7 @@ class PrefixCache(EditCallback):
     Raises:
         EditError: raised before the first step if caching is impossible: no layer below the scope is frozen, a layer
             below the scope uses dropout or noise, the model uses ``torch.compile`` or sharded parameters, or its layers
-            exchange more than hidden states.
+            pass on more than hidden states.
 
     Example:
         >>> import torch

@@ -44,10 +44,12 @@ class SaveDelta(EditCallback):
     several processes, one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is
     kept for the comparison.
 
-    Quantized weights (8 bit or less) are refused before training, because a delta of them would fit no checkpoint.
+    If a weight to train is quantized (8 bit or less), an error is raised before training, because its delta would fit
+    no checkpoint.
 
-    The file also contains the scores that ``EditMetrics`` measured on the saved weights: after training, or with
-    ``at="best"`` at the best step, on the sample that ``EditMetrics(limit=...)`` evaluates during training.
+    The file also contains the scores that ``EditMetrics`` measured on the saved weights. With ``at="end"``, these are
+    the scores after training. With ``at="best"``, these are the scores of the best step, measured on the sample of
+    edits that ``EditMetrics(limit=...)`` evaluates during training.
 
     Args:
         path: path of the file, which must end in ``.safetensors``. Missing folders are created. An existing file is
@@ -190,7 +192,7 @@ class SaveDelta(EditCallback):
                 kept = f" and the earlier file at {self.path} is kept" if Path(self.path).exists() else ""
                 warn(
                     f"no weight has changed in {run.step} steps, so no delta is saved{kept}; check the learning rate, "
-                    "the scope, and whether the model knew the edits already."
+                    "the scope, and whether the model gave the new answers before training."
                 )
             return
         if run.host.is_main:

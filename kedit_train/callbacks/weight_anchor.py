@@ -48,18 +48,18 @@ class WeightAnchor(EditCallback):
         decoupled: for "l2sp": whether to update the weights after the optimizer step (default) or to add the penalty to
             the loss (False).
         anchor: the weights w0 in consecutive runs on one model. "base" (default): the weights before the first run of
-            this instance. The penalty then also undoes edits of previous runs, unless another callback preserves these
-            edits (``KLLocality(sequential=True)``). "previous": the weights before the current run. With "ewc", F is
-            computed at w0, too.
+            this instance. The penalty then also undoes edits of previous runs. To preserve these edits, add
+            ``KLLocality(sequential=True)``. "previous": the weights before the current run. With "ewc", F is also
+            computed at w0.
         limit: for "ewc": number of token sequences on which F is computed. Each sequence costs one backward pass. None
             uses all sequences. Default 256.
 
     Logs ``edit/drift/anchor``, the penalty at the current weights.
 
     Raises:
-        EditError: an argument is invalid; for a decoupled update, the optimizer has no learning rate, or learning rate
-            * strength exceeds 1 and would move weights past w0; or, for "ewc", there is no causal language model or the
-            parameters are sharded.
+        EditError: an argument is invalid. For a decoupled update: the optimizer has no learning rate, or learning rate
+            * strength exceeds 1, which would move weights past w0. For "ewc": the model is not a causal language model,
+            or the parameters are sharded.
 
     References:
         Explicit Inductive Bias for Transfer Learning with Convolutional Networks (L2-SP), arXiv 1802.01483.
@@ -156,8 +156,8 @@ class WeightAnchor(EditCallback):
         for name, rate in self._run.steps.learning_rates.items():
             if rate is None:
                 raise EditError(
-                    "the optimizer has no learning rate, but the update after each step needs a learning rate; set lr "
-                    "in the optimizer, or use decoupled=False."
+                    "the decoupled update after each step needs a learning rate, but the optimizer has none; set lr in "
+                    "the optimizer, or use decoupled=False."
                 )
             if rate * self.strength > 1.0:
                 raise EditError(

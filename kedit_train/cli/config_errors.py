@@ -36,7 +36,7 @@ def shorten(message: str) -> str:
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "").replace("Expected a ", "expected ")
-    # LightningCLI does not know the command sft.
+    # The message of LightningCLI does not list the command sft, so it is added.
     text = re.sub(r"(\(choose from |\{)'?fit'?([)}])", r"\1fit, sft\2", text)
     refused = re.search(r"(\w+(?:\.\w+)+): Option '\w+' is not accepted", text)
     accepted = f"; valid arguments: {', '.join(arguments(refused[1]))}" if refused else "; fit --help lists every key"

@@ -23,7 +23,10 @@ Override = tuple[str, str, str]
 
 
 def split_by_name(words: Sequence[str]) -> tuple[list[str], list[Override]]:
-    """Split command-line words into the words that jsonargparse reads, and (class name, argument, value) triples.
+    """Separate the arguments of named callbacks from the other command-line words.
+
+    Returns:
+        The words for jsonargparse, and a triple (class name, argument, value) for each argument of a named callback.
 
     Raises:
         EditError: an argument of a named callback has no value.
@@ -50,8 +53,8 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
     """Set arguments of the callbacks in a parsed configuration, in place.
 
     Raises:
-        EditError: the run lists no callback of this class or several, the class has no such argument, or the value has
-            a wrong type.
+        EditError: the run does not list exactly one callback of the class, the class does not have the argument, or the
+            value has a wrong type.
     """
     entries = _entries(callbacks)
     for name, argument, value in overrides:
@@ -59,11 +62,15 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
         found = [entry for entry in entries if _name(entry) == name]
         if len(found) != 1:
             listed = ", ".join(map(_name, entries)) or "none"
-            raise EditError(f"{option} needs one callback {name} in the run, got {len(found)}; callbacks: {listed}.")
+            raise EditError(
+                f"{option} needs exactly one callback {name} in the run, got {len(found)}; the run has the callbacks: "
+                f"{listed}."
+            )
         entry = found[0]
         if argument.partition(".")[0] not in arguments(entry.class_path):
-            raise EditError(f"{option}: valid arguments of {name}: {', '.join(arguments(entry.class_path))}.")
-        # The class's own parser checks the type of the value, as it would in a file.
+            known = ", ".join(arguments(entry.class_path))
+            raise EditError(f"{option}: {name} has no argument {argument!r}; valid arguments: {known}.")
+        # A parser for the arguments of this class checks the type of the value, like that of a value in a YAML file.
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(_class_of(entry.class_path), "object")
         given = entry.init_args.as_dict() if entry.get("init_args") else {}

@@ -1,4 +1,4 @@
-"""Checksums of tensors, to notice that a tensor has changed without keeping a copy of it."""
+"""Checksums that show whether a tensor has changed, without a copy of the tensor."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kedit_train.core.drift.shards import local_part
 def checksum(tensor: Tensor) -> Tensor:
     """Add up the bytes of a tensor as 64-bit integers.
 
-    Two tensors of one shape and dtype with different checksums differ. A change of one entry always changes the
-    checksum; several changes can cancel out, which does not happen by accident. Of a sharded tensor, the local shard
-    counts.
+    If two tensors of the same shape and dtype have different checksums, their values differ. A change of a single entry
+    always changes the checksum. Changes of several entries can cancel out, but practically never do so by accident. For
+    a sharded tensor, only the local shard is added up.
 
     Returns:
         A scalar int64 tensor on the device of ``tensor``.
@@ -34,20 +34,20 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """Return the :func:`checksum` of each tensor, with one synchronization for all."""
+    """Return the :func:`checksum` of each tensor. The device is synchronized once for all tensors."""
     sums = [checksum(tensor) for tensor in tensors]
     return torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else []
 
 
 @torch.no_grad()
 def first_not_finite(tensors: Iterable[Tensor]) -> int | None:
-    """Return the position of the first tensor with an infinity or a NaN in it, or None.
+    """Return the position of the first tensor that contains NaN or infinity, or None.
 
-    Of a sharded tensor, the local shard counts.
+    For a sharded tensor, only the local shard is checked.
     """
     local = [local_part(tensor.detach()) for tensor in tensors]
     sums = [value.sum() for value in local]
     if not sums or bool(torch.stack([s.to(sums[0].device, torch.float32) for s in sums]).isfinite().all()):
         return None
-    # A sum of finite numbers can overflow.
+    # A sum of finite numbers can overflow, so each entry is checked if a sum is not finite.
     return next((i for i, value in enumerate(local) if not bool(value.isfinite().all())), None)

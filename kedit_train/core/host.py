@@ -32,7 +32,7 @@ class Host:
     def __init__(self, owner: object) -> None:
         self.owner = owner
 
-    # -- what the loop knows
+    # -- information about the loop
 
     @property
     def is_main(self) -> bool:
@@ -101,7 +101,7 @@ class Host:
             "been restored; create the trainer again."
         )
 
-    # -- what the run tells the loop
+    # -- calls from the run to the loop
 
     def after_optimizer_step(self, run: Any) -> None:
         """React to an optimizer step, after the constraints have been applied to the new weights."""

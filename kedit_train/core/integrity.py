@@ -1,4 +1,4 @@
-"""Find changes of the weights that no optimizer step of the run has made."""
+"""Detect weight changes that were not made by an optimizer step of the run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from kedit_train.core.fsdp import reshard
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
-# How many frozen entries are compared at each step, in addition to as many as the scope has.
+# At each step, this many frozen entries are compared, plus as many frozen entries as the scope has entries.
 ENTRIES_PER_STEP = 1_000_000
 
 
 class Integrity:
-    """Check at every optimizer step that nothing else has changed the weights.
+    """Check at every optimizer step that no other code has changed the weights.
 
-    The run enforces constraints after every optimizer step that calls torch's hooks. If other code changes weights, no
-    hook is called, so that constraints would not hold. At each step, this class compares checksums of the scope, and of
-    some of the frozen parameters in turn. After the first step and at the end it compares all frozen parameters.
+    The run enforces its constraints in torch's optimizer hooks. Code that changes weights without an optimizer step
+    does not call these hooks, so the constraints would not hold. This class detects such changes with checksums. At
+    each step, it compares the scope and a part of the frozen parameters. After the first step and at the end of
+    training, it compares all frozen parameters.
 
     Args:
         run: the run whose weights are checked.
@@ -30,9 +31,9 @@ class Integrity:
     def __init__(self, run: RunState) -> None:
         self.run = run
         self._started = False
-        # The scope after the last optimizer step that was seen, or at the start.
+        # Checksums of the scope after the last optimizer step. Before the first step, checksums at the start.
         self._scope_sums: list[int] = []
-        # Whether an optimizer step was seen since the last announced step.
+        # Whether an optimizer hook was called since the training loop announced its last step.
         self._step_seen = True
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._frozen_sums: list[int] = []
@@ -40,11 +41,11 @@ class Integrity:
         self._next = 0
 
     def start(self) -> None:
-        """Record all weights, once all callbacks have attached. Later calls do nothing."""
+        """Record checksums of all weights. Call this after all callbacks have attached. Later calls do nothing."""
         if self._started:
             return
         self._started = True
-        # After a forward pass, FSDP2 shows gathered copies of the parameters, whose memory it frees later.
+        # After a forward pass, FSDP2 may still use gathered copies of the parameters, and frees them later.
         reshard(self.run.root)
         in_scope = {id(p) for p in self.run.scope.values()}
         self._frozen = [
@@ -59,7 +60,7 @@ class Integrity:
         self._scope_sums = self._scope_now()
 
     def before_step(self) -> bool:
-        """Check the weights when a step is announced.
+        """Check the weights when the training loop announces an optimizer step.
 
         Returns:
             Whether other code has written to the scope since the last optimizer step.
@@ -84,9 +85,9 @@ class Integrity:
         name = next((name for name, p in self._frozen if p.grad is not None), None)
         if name is not None:
             raise EditError(
-                f"{name} is not in scope, but has a gradient at step {self.run.step + 1}, because something (for "
-                "example BaseFinetuning or unfreeze()) has set its requires_grad to True; remove what unfreezes it, or "
-                "add the parameter to the scope with ParameterScope."
+                f"{name} is not in scope, but has a gradient at step {self.run.step + 1}, because other code (for "
+                "example BaseFinetuning or unfreeze()) has set its requires_grad to True; remove this code, or add the "
+                "parameter to the scope with ParameterScope."
             )
 
     def after_step(self) -> None:
@@ -154,8 +155,8 @@ class Integrity:
 
     def _unseen_step(self) -> str:
         return (
-            f"the weights in scope have changed after step {self.run.step} without an optimizer step that this edit "
-            f"has seen, so the constraints were not enforced ({self._cause()}); update the weights only in step() of a "
+            f"the weights in scope have changed after step {self.run.step} although no optimizer step was detected, so "
+            f"the constraints were not enforced ({self._cause()}); update the weights only in step() of a "
             "torch.optim.Optimizer, and use DDP, FSDP2 (fully_shard) or a single process."
         )
 
@@ -164,8 +165,8 @@ class Integrity:
         if any(uses_deepspeed(p) for p in parameters):
             return "DeepSpeed updates flattened copies of the weights"
         return (
-            "possible causes: an optimizer that updates weights during the backward pass or without torch's hooks, a "
-            "hand-written update, or code that writes into the model"
+            "possible causes: an optimizer that updates weights in the backward pass, an optimizer that does not call "
+            "torch's hooks, a hand-written update, or other code that writes to the weights"
         )
 
 

@@ -1,4 +1,4 @@
-"""Recognize a model whose edit was interrupted, so that no new edit takes half-edited weights as its reference."""
+"""Detect a model whose edit was interrupted, so that no new edit uses the half-edited weights as its reference."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _ATTRIBUTE = "_kedit_interrupted"
 
 
 def mark_interrupted(run: RunState) -> None:
-    """Remember on the model that an edit has changed its weights and did not reach its end."""
+    """Mark the model of a run that has changed the weights and did not finish."""
     before = {name: (value.dtype, checksums([value])) for name, value in run.reference.items()}
     run.model.__dict__[_ATTRIBUTE] = {"step": run.step, "before": before}
 
 
 def check_not_interrupted(run: RunState) -> None:
-    """Raise an error if the weights of the model are those of an interrupted edit.
+    """Raise an error if the model still contains a part of an interrupted edit.
 
-    There is no error if the run resumes from a checkpoint, or if the weights from before the interrupted edit have been
-    loaded into the model.
+    No error is raised if the run resumes from a checkpoint, or if the weights from before the interrupted edit have
+    been loaded into the model.
 
     Raises:
-        EditError: the model contains a part of another edit.
+        EditError: the model contains a part of an interrupted edit.
     """
     mark = run.model.__dict__.get(_ATTRIBUTE)
     if mark is None:
@@ -41,7 +41,7 @@ def check_not_interrupted(run: RunState) -> None:
 def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int]]]) -> bool:
     """Return whether the model has all weights in ``before``, a dict from parameter name to dtype and checksum."""
     parameters = dict(model.named_parameters())
-    # The scope of the new run may be in fp32 already.
+    # The new run may have converted its scope to fp32 already.
     return bool(before) and all(
         name in parameters and checksums([parameters[name].detach().to(dtype)]) == value
         for name, (dtype, value) in before.items()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kedit_train.errors import warn
 
-# The numbers of steps after which the means are compared. Reading them waits for the device, so it is done rarely.
+# The means are compared after these numbers of steps. Each comparison waits for the device, so there are only three.
 _CHECKS = (5, 10, 20)
 
 
@@ -33,14 +33,14 @@ def exceeds_loss(penalties: Sequence[float], losses: Sequence[float]) -> tuple[f
 
 
 class PenaltyBalance:
-    """Records the penalty of one callback and the training loss in the first 20 steps of a run.
+    """Record the penalty of one callback and the training loss in the first 20 steps of a run.
 
     A hook reads the loss that the model returns. If the training loop computes its own loss from the logits, nothing is
     compared.
 
     Args:
         model: the causal language model that is trained.
-        shares: function that returns the number of micro-batch losses in the sum of one optimizer step
+        shares: function that returns how many micro-batch losses are added up in one optimizer step
             (:meth:`Host.summed_micro_batches`).
     """
 
@@ -66,7 +66,11 @@ class PenaltyBalance:
             self._penalties.append(penalty.detach())
 
     def after_step(self, advice: str) -> None:
-        """Compare the means after 5, 10 and 20 steps. Issue a warning that ends with ``advice`` at most once."""
+        """Compare the means after 5, 10 and 20 steps, and warn at most once if the mean penalty is larger.
+
+        Args:
+            advice: the end of the warning: what the user can do.
+        """
         steps = len(self._penalties)
         if self._handle is None or steps not in _CHECKS:
             return

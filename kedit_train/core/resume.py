@@ -39,7 +39,7 @@ def changes_training(callback: Any) -> bool:
 
 def check_scope(run: RunState, state: dict[str, Any]) -> None:
     """Raise an error if a checkpoint was written with another scope than that of ``run``."""
-    # Without ParameterScope no copy exists yet; the current weights are those of the checkpoint.
+    # Without ParameterScope, no reference values have been copied yet, so the names in the scope are compared.
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
         raise EditError(
@@ -93,7 +93,8 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
                 f"the run was resumed with {current}, but the checkpoint was written with {saved}; if this change is "
                 "not intended, resume with the same arguments."
             )
-    # The values from the set-up of this run are not used, since the model may have come from the checkpoint itself.
+    # The reference values that this run has copied are replaced, because the model may have been loaded from the
+    # checkpoint, with edited weights.
     for name, value in state["reference"].items():
         parameter = run.scope[name]
         run.reference[name] = shard_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)

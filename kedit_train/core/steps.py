@@ -18,14 +18,15 @@ from kedit_train.errors import EditError, reported_by, warn
 
 
 class OptimizerSteps:
-    """Act before and after each step of the optimizers that update the scope, through torch's global optimizer hooks.
+    """Add penalties before each optimizer step and apply constraints after it, in torch's global optimizer hooks.
 
-    The hooks work with any wrapper (accelerate, Fabric, DDP) and with any optimizer that calls torch's hooks.
+    Only optimizers with a parameter of the scope count. The hooks work with any wrapper (accelerate, Fabric, DDP) and
+    with any optimizer that calls torch's hooks.
 
     Args:
         run: the run, with the scoped parameters.
-        release: function that closes the run. It is called if another loop trains the model and does not call
-            :meth:`penalty` before its optimizer steps.
+        release: function that closes the run. It is called if another training loop takes an optimizer step on the
+            model without a call of :meth:`penalty`.
 
     Attributes:
         learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The
@@ -35,15 +36,15 @@ class OptimizerSteps:
     def __init__(self, run: RunState, release: Callable[[], None]) -> None:
         self.run, self._release = run, release
         self.learning_rates: dict[str, float | None] = {}
-        # None until the step is announced; then whether any callback returned a penalty.
+        # None until the step is announced. Afterwards, whether any callback returned a penalty.
         self._penalized: bool | None = None
         self.integrity = Integrity(run)
-        # The optimizers inside whose step() the process is now, from the outermost to the innermost.
+        # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
         # The ids of the optimizers that have stepped since the last announcement.
         self._stepped_optimizers: set[int] = set()
-        # Registered from the start, so that a loop that never announces a step is noticed. The references are weak, so
-        # that the global hooks do not keep the model in memory.
+        # The hooks are registered now, to detect a loop that never announces a step. They hold weak references,
+        # because global hooks would otherwise keep the model in memory.
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(_weak_hook(self._pre_hook)),
             register_optimizer_step_post_hook(_weak_hook(self._post_hook)),
@@ -89,9 +90,9 @@ class OptimizerSteps:
     def before_optimizer_step(self, optimizer: Any) -> None:
         """Check the final gradients, and delete them if a callback skips this step.
 
-        The gradients are kept if a penalty or an anchor also acts in this step. An optimizer ignores a parameter
-        without a gradient. With a zero gradient, the optimizer would still change the parameter, through momentum and
-        weight decay.
+        The gradients are deleted, not set to zero. With a zero gradient, momentum and weight decay would still change
+        the parameter, but an optimizer ignores a parameter without a gradient. If a callback returned a penalty or
+        anchors the model, no gradient is deleted.
         """
         run = self.run
         self._check_announced(optimizer)
@@ -104,6 +105,7 @@ class OptimizerSteps:
         skip: list[bool] = []
         for callback in run.callbacks:
             with reported_by(type(callback).__name__):
+                callback.before_optimizer_step(run)
                 skip.append(callback.skip_step(run))
         has_other_terms = self._penalized or any(callback.anchors for callback in run.callbacks)
         if any(skip) and not has_other_terms:
@@ -130,15 +132,16 @@ class OptimizerSteps:
     def finish(self) -> None:
         """Check all weights at the end, and apply the constraints again if other code has changed the scope.
 
-        Loading the best checkpoint and optimizers that keep a second copy of the weights (Lookahead) are examples.
+        Examples of such code are a trainer that loads its best checkpoint, and an optimizer that keeps a second copy of
+        the weights (Lookahead).
         """
         if self.integrity.finish():
             self._restore_constraints()
 
     def _restore_constraints(self) -> None:
-        """Apply the constraints to weights that something other than an optimizer step has changed.
+        """Apply the constraints again after other code has changed the weights.
 
-        If a constraint was broken, a warning is issued.
+        If the change broke a constraint, a warning is issued.
         """
         run = self.run
         before = {name: p.detach().clone() for name, p in run.scope.items()}
@@ -151,8 +154,8 @@ class OptimizerSteps:
         ]
         if moved:
             warn(
-                f"{moved[0]} (and {len(moved) - 1} more) was changed outside of the optimizer steps and broke the "
-                "constraints of this edit; the constraints have been applied again."
+                f"other code has changed {moved[0]} (and {len(moved) - 1} more) outside of the optimizer steps and "
+                "broken the constraints of this edit; the constraints have been applied again."
             )
         self.integrity.record_scope()
 
@@ -174,7 +177,7 @@ class OptimizerSteps:
             return
         self._stepping.append(optimizer)
         if len(self._stepping) > 1:
-            # An optimizer that wraps this one is inside its own step, which counts as one.
+            # The step() of another optimizer has called this step(). Together they count as one step.
             return
         # torch passes the optimizer itself as the first argument.
         closure = next((a for a in args if a is not optimizer), kwargs.get("closure"))
@@ -195,7 +198,7 @@ class OptimizerSteps:
     def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._updates_scope(optimizer):
             return
-        # A step that raised an error has left its optimizer, and those inside it, at the end of the list.
+        # If an earlier step() raised an error, its optimizer and the optimizers inside it are still in the list.
         while self._stepping and self._stepping.pop() is not optimizer:
             pass
         if self._stepping or _skipped_by_scaler(optimizer):

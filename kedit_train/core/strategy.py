@@ -15,11 +15,11 @@ from kedit_train.errors import EditError
 def follow_strategy(run: RunState) -> None:
     """Look up the scoped parameters again after the training strategy has wrapped the model.
 
-    FSDP2 replaces parameters by DTensors with the same names and shapes.
+    This is needed for FSDP2, which replaces each parameter by a DTensor with the same name and shape.
 
     Raises:
-        EditError: the strategy flattened, sliced or renamed a parameter (FSDP1, DeepSpeed), or the training loop cannot
-            enforce constraints for another reason.
+        EditError: the strategy flattened, sliced or renamed a parameter (FSDP1, DeepSpeed), or constraints cannot be
+            enforced in this training loop for another reason.
     """
     reshard(run.root)
     shapes = {name: run.shapes[name] for name in run.scope}
@@ -58,7 +58,7 @@ def follow_dtype(run: RunState) -> None:
     run.reference |= {name: run.reference[name].to(dtype) for name, dtype in converted.items()}
     if run.full_precision:
         if run.masters is not None:
-            # The conversion has overwritten the fp32 values. The old hooks must be removed before new ones are added.
+            # The conversion has overwritten the fp32 values, so they are made again. The old hooks are removed first.
             run.masters.remove()
         run.masters = FullPrecision(run.root, run.scope)
         run.reference = {name: value.to(run.scope[name].dtype) for name, value in run.reference.items()}
@@ -68,5 +68,5 @@ def _flattened_by(parameter: Any) -> str | None:
     """Return a reason if DeepSpeed ZeRO or FSDP1 updates a flattened copy of the parameter instead of the parameter."""
     if uses_deepspeed(parameter):
         return "DeepSpeed updates flattened copies of the weights"
-    # FSDP1 marks the parameters that it has flattened, also those outside of the module that the run holds.
+    # FSDP1 sets this attribute on each flattened parameter, even if its wrapper is outside of the run's module.
     return "FSDP1 updates flattened copies of the weights" if hasattr(parameter, "_fsdp_flattened") else None

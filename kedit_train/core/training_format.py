@@ -1,4 +1,4 @@
-"""Find out in which prompt format the training examples of a run are written."""
+"""Detect the prompt format of the training examples of a run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from kedit_train.data.prompts import FORMATS, PromptFormat, as_question, render_
 from kedit_train.edit import Edit
 from kedit_train.errors import warn
 
-# Number of training examples that are read to recognize their format.
+# Number of training examples that are read to detect their format.
 EXAMPLES = 8
 _PLACEHOLDER = "kedittrainquestion"
 
 
 def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) -> PromptFormat | None:
-    """Return the prompt format of the training examples, or None if it cannot be known.
+    """Return the prompt format of the training examples, or None if it is unknown.
 
-    A data module says its format in an attribute ``prompt_format``, as ``EditDataModule`` does. The trainers of
-    ``transformers`` and TRL have a dataset, whose first examples are compared with the chat template.
+    If the data module of a Lightning trainer has an attribute ``prompt_format`` (as ``EditDataModule`` has), its value
+    is returned. In ``transformers`` and TRL, the first examples of the training dataset are compared with the chat
+    template.
 
     Args:
-        run: the run. Its data must be known, which is the case when a callback attaches.
+        run: the run. The training data must be available, so call this function in ``attach`` or later.
         tokenizer: the tokenizer that the examples were tokenized with.
-        edits: the edits. Their prompts tell the format "question" from plain text.
+        edits: the edits. Their prompts are needed to detect the format "question".
     """
     data_module = getattr(getattr(run.host, "trainer", None), "datamodule", None)
     declared = getattr(data_module, "prompt_format", None)
@@ -38,7 +39,7 @@ def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) ->
         return None
     if any(map(is_chat(tokenizer), texts)):
         return "chat"
-    # Only prompts that the model trains on can tell a question from plain text.
+    # The format is "question" if an example contains the prompt of an edit, written as a question.
     questions = (_squeeze(as_question(edit.prompt)) for edit in edits[:1000])
     return "question" if any(question in text for question in questions for text in texts) else "plain"
 
@@ -46,8 +47,9 @@ def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) ->
 def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> PromptFormat:
     """Return the format of the training examples. If it is unknown, return "plain".
 
-    A warning is issued if the format is unknown and the tokenizer has a chat template, because the training examples
-    may then be chats. A warning is also issued if they are chats for which this tokenizer has no template.
+    If the format is unknown and the tokenizer has a chat template, a warning is issued, because the training examples
+    may be chats. If the training examples are chats and the tokenizer has no chat template, a warning is issued and
+    "plain" is returned.
     """
     found = training_format(run, tokenizer, edits)
     if found == "chat" and not getattr(tokenizer, "chat_template", None):
@@ -58,8 +60,8 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
         return "plain"
     if found is None and getattr(tokenizer, "chat_template", None):
         warn(
-            f"the prompts are asked as plain text, because this {run.host.name} run does not say whether its training "
-            "examples use the tokenizer's chat template; set prompt_format in EvaluationOptions to "
+            "the prompts are asked as plain text, because it is unknown whether the training examples of this "
+            f"{run.host.name} run use the tokenizer's chat template; set prompt_format in EvaluationOptions to "
             '"chat" or "plain".'
         )
     return found or "plain"
@@ -78,16 +80,16 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
     is_a_chat = is_chat(tokenizer)
     if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
-            f"the training examples are chats, but none of the {len(sequences)} texts is, so nothing keeps the answers "
-            "in other chats; add texts made with tokenizer.apply_chat_template(messages, tokenize=False)."
+            f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so the answers in "
+            "other chats may change; add texts made with tokenizer.apply_chat_template(messages, tokenize=False)."
         )
 
 
 def is_chat(tokenizer: Any) -> Any:
-    """Return a function that says whether a text without spaces contains an answer in the tokenizer's chat template.
+    """Return a function that returns whether a text contains an answer in the format of the tokenizer's chat template.
 
-    The function looks for the text that the template puts between the user's message and the answer. System prompts
-    and the messages themselves do not matter.
+    The function takes a text from which all white space was removed. It searches for the text that the template puts
+    between the user's message and the answer. Therefore system prompts and the messages themselves do not matter.
     """
     header = ""
     if getattr(tokenizer, "chat_template", None):
@@ -96,7 +98,10 @@ def is_chat(tokenizer: Any) -> Any:
 
 
 def _first_examples(host: Any) -> list[Any]:
-    """Return the first examples of the dataset of a trainer. A dataset that can be read only once is not read."""
+    """Return the first examples of a trainer's dataset. Datasets without an index are not read.
+
+    Such a dataset may be readable only once.
+    """
     dataset: Any = getattr(getattr(host, "train_dataloader", None), "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         return []

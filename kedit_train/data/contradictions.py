@@ -11,7 +11,7 @@ from kedit_train.edit import Edit
 
 
 def contradict(one: Edit, other: Edit) -> bool:
-    """Return whether two edits have the same prompt, but neither accepts the target of the other.
+    """Return whether two edits have the same prompt, but neither edit accepts the target of the other edit.
 
     The comparison ignores letter case and the amount of white space, as the leak check does.
 
@@ -60,11 +60,11 @@ def without_overwritten(edits: Sequence[Edit]) -> list[int]:
 
 
 def duplicates(edits: Sequence[Edit]) -> list[tuple[int, int]]:
-    """Return the indices (first, repeated) of all edits that equal an earlier edit in everything but their id."""
+    """Return the indices (first, repeated) of all edits that are equal to an earlier edit, except for the id."""
     first: dict[str, int] = {}
     pairs = []
     for i, edit in enumerate(edits):
-        # An edit contains dicts, so it cannot be hashed itself.
+        # An edit contains dicts, so it is not hashable, and its repr is the key.
         at = first.setdefault(repr(replace(edit, id="")), i)
         if at != i:
             pairs.append((at, i))

@@ -225,7 +225,7 @@ class EditDataset(Sequence[Edit]):
         """Raise an error if two edits contradict each other, because one training cannot reach both targets.
 
         :meth:`encode` and :meth:`to_prompt_completion` call this method. In the modes "sequential" and "streaming" of
-        :func:`~kedit_train.run_edits`, a later edit may contradict an earlier one, and replaces it.
+        :func:`~kedit_train.run_edits`, a later edit may contradict an earlier edit, and then replaces it.
 
         Raises:
             EditError: two edits contradict each other (see :meth:`latest`).
@@ -237,7 +237,7 @@ class EditDataset(Sequence[Edit]):
         names = " and ".join(f"{i} (id {self._edits[i].id})" if self._edits[i].id else str(i) for i in pairs[0])
         more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
         raise EditError(
-            f"{self.name}, edits {names}: the prompt {shorten(first.prompt)!r} must have one target in one training, "
+            f"{self.name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "
             f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
             "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
         )

@@ -63,11 +63,11 @@ def scored_prompts(edit: Edit) -> list[str]:
 
 
 class LeakCheck:
-    """Finds texts that contain the subject or a prompt of an edit. Such texts must not be in the training data.
+    """Find texts that contain the subject or a prompt of an edit. Such texts must not be in the training data.
 
     The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (evaluation prompts with
-    right answers). Rephrases and prompts of probes are called scored prompts. Case and the amount of white space make
-    no difference. The time of a check depends on the length of the text, not on the number of edits.
+    right answers). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case and
+    the amount of white space. The time of a check depends on the length of the text, not on the number of edits.
 
     Args:
         edits: the edits whose prompts, subjects, rephrases and probes are searched for.

@@ -135,7 +135,7 @@ def encode_edit(
 
     Raises:
         EditError: the edit is too long; the tokenizer has no end-of-text token; the target has no tokens, or has
-            characters that the tokenizer does not know.
+            characters that the tokenizer cannot encode.
     """
     beginning = f"{where}: " if where else ""
     if append_eos and tokenizer.eos_token_id is None:
@@ -191,8 +191,8 @@ def encode_pair(
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown not in (end, tokenizer.eos_token_id) and unknown in ids[len(head) :]:
         raise EditError(
-            f"{where}the target {target!r} of the prompt {shown!r} has characters that the tokenizer does not know, so "
-            "no model with this tokenizer can generate the target; write the target in another way"
+            f"{where}the target {target!r} of the prompt {shown!r} has characters that the tokenizer cannot encode, so "
+            "no model with this tokenizer can generate the target; write the target with other characters"
         )
     if end is not None and ids[-1] != end:
         ids = [*ids, end]

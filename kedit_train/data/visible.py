@@ -1,4 +1,4 @@
-"""Tell text that a reader can see from text that only looks empty."""
+"""Check whether a text contains a visible character."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 
 # Control and format characters (such as the zero-width space) and all kinds of white space.
 INVISIBLE_CATEGORIES = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
-# Characters of other categories without a glyph: fillers, the braille blank, joiners and variation selectors.
+# Invisible characters of other categories: fillers, the braille blank, joiners and variation selectors.
 INVISIBLE = frozenset(
     "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
 )

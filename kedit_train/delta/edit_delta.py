@@ -28,8 +28,8 @@ class EditDelta:
 
     :meth:`apply` turns the base model into the edited model, and :meth:`revert` turns the edited model back into the
     base model, bit for bit. Both methods check the SHA-256 of every tensor to change before they write any value.
-    Operators (``a + b``, ``-a``, ``0.5 * a``) return a :class:`~kedit_train.delta.TaskVector` in fp32. The method
-    ``delta()`` of a task vector returns an ``EditDelta``.
+    The operators ``a + b``, ``-a`` and ``0.5 * a`` return a :class:`~kedit_train.delta.TaskVector` in fp32. Its method
+    ``delta()`` converts the result to an ``EditDelta``.
 
     Create a delta with :meth:`between` or :meth:`load`, or let the ``SaveDelta`` callback save one.
 

@@ -1,4 +1,4 @@
-"""Refuse quantized weights, whose values no checkpoint of the base model contains."""
+"""Refuse quantized weights, because a delta of their values fits no checkpoint of the base model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_not_quantized(model: nn.Module, weights: Weights, scope: Mapping[str, nn.Parameter]) -> None:
-    """Check that the weights that a run changes are not quantized. Other weights of the model may be.
+    """Check that no weight that the run changes is quantized. Other weights of the model may be quantized.
 
     Args:
         model: the model before the edit.
         weights: the weights of this model.
-        scope: the parameters that the run trains. A weight is changed if any of them is a part of it.
+        scope: the parameters that the run trains. The run changes a weight if the weight is computed from one of these
+            parameters.
 
     Raises:
         EditError: a changed weight, or the base weight under an adapter, is quantized.
@@ -33,7 +34,7 @@ def check_not_quantized(model: nn.Module, weights: Weights, scope: Mapping[str, 
         found = next((tensors[p] for p in parts if p in tensors and _is_quantized(tensors[p])), None)
         if parts & trained and found is not None:
             raise EditError(
-                f"{name} is quantized ({str(found.dtype).removeprefix('torch.')}), so a delta of it would fit no "
+                f"{name} is quantized ({str(found.dtype).removeprefix('torch.')}), so its delta would fit no "
                 "checkpoint; load the model without quantization, or remove SaveDelta and save the adapter with PEFT."
             )
 

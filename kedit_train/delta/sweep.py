@@ -34,7 +34,7 @@ class Sweep:
         points: one point per coefficient, in ascending order, including the base model (coefficient 0).
         best: the point that :func:`sweep` picked.
         delta: ``best.coefficient`` times the swept delta, ready to apply and to save.
-        rule: a short text that says how ``best`` was picked.
+        rule: a short description of how ``best`` was picked.
     """
 
     points: tuple[SweepPoint, ...]

@@ -44,8 +44,8 @@ class TaskVector(Generic[D]):
     before and after the edit. The resulting delta therefore applies and reverts exactly. The conversion needs no model,
     because the deltas contain the values of the base model.
 
-    ``1.0 * a`` equals ``a`` up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ from the
-    last bit of ``edited``.
+    ``1.0 * a`` is equal to ``a`` only up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ
+    from the last bit of ``edited``.
 
     Args:
         differences: dict from tensor name to the difference of the whole tensor, in fp32 (fp64 for fp64 weights).
@@ -94,7 +94,7 @@ class TaskVector(Generic[D]):
             base = self.base[name]
             moved = (base.values.to(difference.dtype) + difference).to(base.values.dtype)
             edited = torch.where(difference != 0, moved, base.values)
-            # Torch cannot tell whether a float8 is finite, so the values are widened first.
+            # torch.isfinite does not support float8, so the values are converted to a wider dtype first.
             if not bool(moved.to(difference.dtype)[difference != 0].isfinite().all()):
                 raise EditError(
                     f"the edited {name} must be finite in {base.values.dtype}, got infinite or NaN values; use a "

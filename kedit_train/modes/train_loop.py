@@ -59,10 +59,10 @@ class TrainLoop:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
             down-projection late in the model. If ``run_edits`` trains in several schedule steps, the callbacks are
-            reset in each step, and the reference model is the model at the start of the step. There are exceptions:
-            with ``sequential=True``, the callbacks ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep the
-            reference from step to step. Without ``anchor="previous"``, the callbacks ``NormBall`` and ``WeightAnchor``
-            use the weights before the first step.
+            reset in each step, and the reference model is the model at the start of the step. There are two exceptions.
+            ``KLLocality``, ``NullSpace`` and ``LowCurvature`` with ``sequential=True`` keep their reference from step
+            to step. ``NormBall`` and ``WeightAnchor`` without ``anchor="previous"`` use the weights before the first
+            step.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.

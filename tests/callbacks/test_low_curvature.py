@@ -109,7 +109,7 @@ def test_the_file_of_factors_is_written_once_and_read_by_later_runs(make, words,
         model = make("llama")
         if attempt:
             # A second computation would fail.
-            monkeypatch.setattr("kedit_train.callbacks.low_curvature.kfac_factors", None)
+            monkeypatch.setattr("kedit_train.core.drift.factors_of_texts.kfac_factors", None)
         with editing(model, [LowCurvature(TEXTS, factors_path=path), scope()], tokenizer=words) as edit:
             train(model, edit, ids, adamw(edit.parameters()), 3)
         final.append(model.get_parameter(NAME).detach().clone())

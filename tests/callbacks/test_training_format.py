@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[answer]{% endif %}"
 )
 TEXTS = ["The old baker found a coin.", "A red fox slept."]
-UNKNOWN = "EditMetrics: the prompts are asked as plain text, because this .* run does not say whether"
+UNKNOWN = "EditMetrics: the prompts are asked as plain text, because it is unknown whether"
 
 
 def chat_world() -> tuple[Any, Any, EditDataset]:
@@ -125,7 +125,7 @@ def test_an_unknown_format_is_one_warning_if_there_is_a_template() -> None:
     assert len(caught) == 1
     assert '; set prompt_format in EvaluationOptions to "chat" or "plain".' in str(caught[0].message)
     model, tokenizer, edits = chat_world()
-    with pytest.warns(UserWarning, match="this lightning run does not say"):
+    with pytest.warns(UserWarning, match="training examples of this lightning run"):
         lightning_trainer(model, tokenizer, edits, [ParameterScope(**SCOPE), metrics_of(edits)], 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -135,7 +135,7 @@ def test_an_unknown_format_is_one_warning_if_there_is_a_template() -> None:
 
 def test_a_chat_run_whose_texts_are_plain_is_one_warning(tmp_path: Path) -> None:
     _, tokenizer, edits = chat_world()
-    message = r"^KLLocality: the training examples are chats, but none of the 2 texts is, .*apply_chat_template"
+    message = r"^KLLocality: the training examples are chats, but none of the 2 texts is a chat, .*apply_chat_template"
     with pytest.warns(UserWarning, match=message) as caught:
         sft(tmp_path, messages(edits), [ParameterScope(**SCOPE), KLLocality(TEXTS, batch_size=1)])
     assert len([w for w in caught if "KLLocality" in str(w.message)]) == 1

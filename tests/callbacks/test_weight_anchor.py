@@ -194,7 +194,7 @@ def test_optimizers_without_a_learning_rate_and_rates_that_overshoot_are_refused
     def relative(parameters: Any) -> Any:
         return Adafactor(parameters, lr=None, relative_step=True, scale_parameter=True)
 
-    with pytest.raises(EditError, match=r"^WeightAnchor: the optimizer has no learning rate"):
+    with pytest.raises(EditError, match=r"^WeightAnchor: the decoupled update after each step needs a learning rate"):
         step(relative, WeightAnchor())
     step(relative, WeightAnchor(decoupled=False))
     with pytest.raises(

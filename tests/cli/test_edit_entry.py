@@ -131,9 +131,9 @@ def test_the_last_callback_is_named_when_it_is_changed(
     [
         (
             "--trainer.callbacks.NormBall.radius=1",
-            "needs one callback NormBall in the run, got 0; callbacks: KL",
+            "needs exactly one callback NormBall in the run, got 0; the run has the callbacks: KL",
         ),
-        ("--trainer.callbacks.KLLocality.text=1", "valid arguments of KLLocality: texts, weight"),
+        ("--trainer.callbacks.KLLocality.text=1", "KLLocality has no argument 'text'; valid arguments: texts, weight"),
         ("--trainer.callbacks.KLLocality.weight=x", "KLLocality.weight: "),
         ("--trainer.callbacks.KLLocality.weight", "KLLocality.weight needs a value"),
     ],

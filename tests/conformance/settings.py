@@ -24,6 +24,7 @@ from kedit_train.callbacks import (
     ParameterScope,
     PrefixCache,
     SaveDelta,
+    SecondOrderLocality,
     StopWhenEdited,
     TokenLoss,
     TokenSmoothing,
@@ -49,6 +50,11 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "LowCurvature": lambda edits: [
         LowCurvature(texts=TEXTS, batch_size=2),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
+    ],
+    "SecondOrderLocality": lambda edits: [
+        SecondOrderLocality(texts=TEXTS, batch_size=2),
+        ParameterScope(layers=0.5, modules="mlp.down_proj"),
+        TokenSmoothing(),
     ],
     "NormBall": lambda edits: [NormBall(radius=1e-3)],
     "GradientMask": lambda edits: [GradientMask(MaskScore("gradient", limit=4), density=0.2, edits=edits)],

@@ -28,6 +28,7 @@ from kedit_train.callbacks import (
     NormBall,
     NullSpace,
     ParameterScope,
+    SecondOrderLocality,
     TokenSmoothing,
     WeightAnchor,
     editing,
@@ -62,6 +63,7 @@ CASES: dict[str, Callable[[], list[Any]]] = {
 REFUSED: dict[str, Callable[[], list[Any]]] = {
     "NullSpace": lambda: [scope(), NullSpace(texts=TEXTS)],
     "LowCurvature": lambda: [scope(), LowCurvature(texts=TEXTS)],
+    "SecondOrderLocality": lambda: [scope(), smoothing(), SecondOrderLocality(texts=TEXTS)],
     "GradientMask": lambda: [scope(), GradientMask("gradient", edits=EditDataset(world.edits(n=BATCH)))],
     "WeightAnchor": lambda: [scope(), WeightAnchor("ewc", texts=TEXTS)],
 }

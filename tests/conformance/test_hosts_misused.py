@@ -98,7 +98,7 @@ def test_removing_a_callback_before_training_is_an_error(tmp_path, edits):
     kept = KLLocality(TEXTS)
     made = trainer(tmp_path, edits, [scope(), kept])
     made.remove_callback(kept)
-    with pytest.raises(EditError, match=r"KLLocality: this callback was removed from a trainer"):
+    with pytest.raises(EditError, match=r"KLLocality: this callback was removed from the trainer"):
         made.train()
     assert all(p.requires_grad for p in made.model.parameters())
 
@@ -111,7 +111,7 @@ def test_removing_a_callback_during_training_is_an_error(tmp_path, edits):
             made.remove_callback(ball)
 
     made = trainer(tmp_path, edits, [scope(), ball, Removes()])
-    with pytest.raises(EditError, match=r"NormBall: this callback was removed from a trainer"):
+    with pytest.raises(EditError, match=r"NormBall: this callback was removed from the trainer"):
         made.train()
     assert all(p.requires_grad for p in made.model.parameters())
 

@@ -1,4 +1,4 @@
-"""Runs that end early or begin late: the model is clean afterwards, and a resumed run continues the same edit."""
+"""Interrupted and resumed runs: the model is clean after an interruption, and a resumed run continues its edit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def callbacks(layers: str = "2-3") -> list[Any]:
 
 
 class Stop(TrainerCallback):
-    """Raise an error at the end of a step, as ^C does."""
+    """Raise an error at the end of a step, as if the user pressed ^C."""
 
     def __init__(self, error: type[BaseException], at: int = 3) -> None:
         self.error, self.at = error, at
@@ -281,7 +281,7 @@ def test_a_plain_loop_does_not_resume_with_other_weights(tmp_path: Path) -> None
     state = loop(world.load()[0], range(2))
     model, tokenizer = world.load()
     with editing(model, callbacks(), tokenizer=tokenizer) as edit:
-        with pytest.raises(EditError, match=r"not those of the checkpoint.*model\.load_state_dict\(\)"):
+        with pytest.raises(EditError, match=r"must have the weights of the checkpoint.*model\.load_state_dict\(\)"):
             edit.load_state_dict(state["edit"])
         with pytest.raises(EditError, match=r"begins with the first edit\.before_step"):
             edit.state_dict()

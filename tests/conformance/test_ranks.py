@@ -96,9 +96,9 @@ def test_scope_mask_and_ball_are_exact_under_adam(host: str, folder: Path) -> No
     ("what", "why"),
     [
         ("fsdp1", "constraints on the weights cannot be enforced with this training strategy"),
-        ("the model of DDP", "DistributedDataParallel wrapped the model before the edit froze"),
-        ("DDP itself", "DistributedDataParallel wrapped the model before the edit froze"),
-        ("a trainer", "DistributedDataParallel wrapped the model before the edit froze"),
+        ("the model of DDP", "DistributedDataParallel must wrap the model after the edit"),
+        ("DDP itself", "DistributedDataParallel must wrap the model after the edit"),
+        ("a trainer", "DistributedDataParallel must wrap the model after the edit"),
     ],
 )
 def test_an_unsupported_strategy_is_an_error_before_the_first_step(what: str, why: str, folder: Path) -> None:

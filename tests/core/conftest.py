@@ -22,7 +22,7 @@ _SHAPE: dict[str, Any] = {
 _GEMMA = _SHAPE | {"head_dim": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}
 _GPT2 = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _T5 = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-# Dropout is on by default in GPT-2 and Phi; where a test wants it, it says so.
+# Dropout is on by default in GPT-2 and Phi. These arguments turn it off, and a test can turn it on again.
 _STILL = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (tf.LlamaConfig, _SHAPE),

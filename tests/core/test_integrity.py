@@ -1,4 +1,4 @@
-"""Unseen updates, changes outside of the scope and values that are not finite are errors."""
+"""Updates without an optimizer step, changes outside of the scope, and NaN or infinite values are errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def step(edit: Any, net: nn.Module, optimizer: Any) -> None:
 
 
 def train(net: nn.Module, callbacks: list[Any], make: Any, steps: int, before: Any = lambda number: None) -> Any:
-    """Take steps; ``before`` is called with the number of each step before it."""
+    """Train for ``steps`` steps, and call ``before(number)`` before each step."""
     with editing(net, callbacks) as edit:
         optimizer = make(edit.parameters())
         for number in range(steps):
@@ -41,7 +41,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 class HandWritten:
-    """An optimizer that is no torch.optim.Optimizer."""
+    """An optimizer that is not a torch.optim.Optimizer."""
 
     def __init__(self, parameters: list[nn.Parameter], through_data: bool) -> None:
         self.parameters, self.through_data = parameters, through_data
@@ -80,7 +80,7 @@ def test_updates_that_no_hook_reports_are_an_error_at_the_next_step(kind: str) -
         "in place": lambda parameters: HandWritten(parameters, False),
         "during the backward pass": FusedBackward,
     }
-    with pytest.raises(EditError, match=r"after step 0 without an optimizer step that this edit has seen"):
+    with pytest.raises(EditError, match=r"after step 0 although no optimizer step was detected"):
         train(model(), [ParameterScope(modules="1"), NormBall(1e-3)], makers[kind], 2)
 
 
@@ -136,7 +136,7 @@ def test_frozen_values_that_change_are_an_error_at_the_first_step() -> None:
     net = model()
 
     def change(parameters: Any) -> Any:
-        # The forward pass comes after the weights were recorded.
+        # The weights have been recorded before the forward pass, so a change in a forward hook is detected.
         def write(*_: Any) -> None:
             net[0].weight.data[0, 0] += 1e-6
 
@@ -187,7 +187,7 @@ def test_values_that_are_not_finite_are_an_error_that_names_the_step_and_the_par
 
 
 class Wraps(torch.optim.Optimizer):
-    """An optimizer around another one, such as ZeroRedundancyOptimizer."""
+    """An optimizer that wraps another optimizer, as ZeroRedundancyOptimizer does."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner

@@ -18,7 +18,7 @@ CONTRADICTORY = [
     {"prompt": " ada  LIVES in", "target": "Rome", "id": "b"},
 ]
 LINE = (
-    "records, edits 0 (id a) and 2 (id b): the prompt 'Ada lives in' must have one target in one training, got 'Bern' "
+    "records, edits 0 (id a) and 2 (id b): the prompt 'Ada lives in' must have only one target in a run, got 'Bern' "
     "and 'Rome'; remove one of the edits, add its target to the aliases of the other, or call latest() on the dataset "
     "to keep the last edit of each prompt"
 )

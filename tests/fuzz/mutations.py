@@ -1,4 +1,4 @@
-"""Mutate safetensors files: bytes, lengths, headers, and metadata with a checksum that was computed again."""
+"""Mutate safetensors files: bytes, lengths and headers, and also contents with a new, valid checksum."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXTS = ["", "{}", "[" * 100_000, DEEP, "null", "3", '{"a": ' + "9" * 5000 + "}"
 def mutated(content: bytes, kind: str, draw: random.Random, *, reseal: bool = True) -> bytes:
     """Return a mutation of a safetensors file of ``kind``.
 
-    With ``reseal``, about a third of the mutations have a checksum that was computed again after the mutation.
+    If ``reseal`` is true, about a third of the mutated files have a valid checksum, computed after the mutation.
     """
     act = draw.randrange(6)
     if act < 2 and reseal:
@@ -93,7 +93,7 @@ def _with_header(content: bytes, draw: random.Random) -> bytes:
 
 
 def _resealed(content: bytes, kind: str, draw: random.Random) -> bytes:
-    """Change values of the metadata or tensors, and compute the checksum again, as a stranger can."""
+    """Change values of the metadata or tensors, and then compute the checksum again. Anyone can do this."""
     header = 8 + int.from_bytes(content[:8], "little")
     written = json.loads(content[8:header])["__metadata__"][kind]
     tensors = load(content)

@@ -1,4 +1,4 @@
-"""Mutated deltas, masks, K-FAC factors and states are refused in one line, or read as values that can be used.
+"""A mutated delta, mask, K-FAC file or state raises a one-line error, or is read as usable values.
 
 Each kind of file is fuzzed for about one second. For longer runs by hand, set ``KEDIT_FUZZ_SECONDS=600``.
 A failure prints the seed of the mutated file; ``KEDIT_FUZZ_SEED`` starts with that seed.
@@ -27,7 +27,7 @@ from kedit_train.core.state_file import load_state, save_state
 
 SECONDS = float(os.environ.get("KEDIT_FUZZ_SECONDS", "4")) / 4
 SEED = int(os.environ.get("KEDIT_FUZZ_SEED", "0"))
-# The longest time for one file. A file of 100 bytes must not keep a reader busy.
+# The maximum time in seconds to read one file, because a small file must not take long to read.
 LIMIT = 5.0
 WEIGHTS = {"w": torch.zeros(2, 3), "v": torch.zeros(4, 2)}
 FACTORS: dict[str, Any] = {"model": "a fingerprint", "sequences": [[1, 2], [3]], "seed": 0}
@@ -55,7 +55,7 @@ def write_delta(path: Path) -> None:
 
 def read_delta(path: Path) -> Any:
     delta = EditDelta.load(path)
-    # Everything that the commands do with a delta, each of which may refuse it.
+    # Do everything that the commands do with a delta. Each of these uses may raise an EditError.
     for use in (delta.verify, lambda weights: delta.verify(weights, full=True), delta.apply):
         use_or_refuse(lambda use=use: use(base_weights()))
     use_or_refuse(lambda: (0.5 * delta).delta() if small(delta) else None)

@@ -1,4 +1,4 @@
-"""Follow a transformers trainer into and out of its training loop, where it sends no event to its callbacks."""
+"""Run code before the training loop of a transformers trainer and after an exception, where it sends no event."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ _EPOCH = "_run_epoch"
 
 
 class GuardedLoop:
-    """The training loop of a ``transformers.Trainer``, with a check before it and a clean model after an exception.
+    """Run the training loop of a ``transformers.Trainer``: check the checkpoint before, clean the model after an error.
 
-    An instance replaces the method of one trainer. The trainer sends no event if an exception or ^C ends the training,
-    and it loads the optimizer of a checkpoint before the first event of the training. If the checkpoint is from the
-    last step and this step is not the end of an epoch, the trainer would take one more step. This class prevents that.
+    An instance replaces the method ``_inner_training_loop`` of one trainer. The trainer's events are not enough for
+    three reasons. The trainer loads the optimizer state of a checkpoint before the first event of the training. It sends
+    no event if an exception or ^C ends the training. If it resumes from a checkpoint of the last step, and this step is
+    not the end of an epoch, it takes one more step.
 
     Args:
         trainer: the trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
-        # A strong reference would keep the trainer, and with it the model, in a reference cycle.
+        # A strong reference would create a reference cycle that keeps the trainer and its model in memory.
         self._trainer = weakref.ref(trainer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -57,7 +58,7 @@ class GuardedLoop:
 
 
 def guard_loop(control: Any) -> None:
-    """Guard the training loop of the trainer that is now calling its callbacks.
+    """Replace the training loop of the trainer that is now calling its callbacks by a :class:`GuardedLoop`.
 
     Args:
         control: the trainer's control object.
@@ -68,7 +69,7 @@ def guard_loop(control: Any) -> None:
 
 
 def _calling_trainer(control: Any) -> Any | None:
-    """Return the trainer with this control object among the callers of this function. Callbacks are not given it."""
+    """Search the call stack for the trainer with this control object, because callbacks do not receive the trainer."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -40,10 +40,10 @@ class LightningHost(Host):
     """
 
     name = "lightning"
-    # The backward pass announces a step. A module that optimizes manually may step without a backward pass.
+    # The backward pass announces a step. With manual optimization, an optimizer may step without a backward pass.
     announces_every_step = False
     releases_model = False
-    # Automatic optimization passes a closure, inside which it calls on_before_optimizer_step.
+    # Automatic optimization passes a closure to the optimizer. The closure calls on_before_optimizer_step.
     uses_closures = True
 
     def __init__(self, trainer: Any, module: Any) -> None:
@@ -61,7 +61,7 @@ class LightningHost(Host):
 
     @property
     def resumed(self) -> bool:
-        # global_step cannot tell: a second fit() of the same trainer continues from the model as it is.
+        # global_step is not enough: in a second fit() of the same trainer, it is above 0 although nothing is resumed.
         return self.checkpoint_state is not None
 
     def saved_state(self) -> dict[str, Any] | None:
@@ -78,7 +78,7 @@ class LightningHost(Host):
 
     @property
     def epoch_steps(self) -> int | None:
-        # The data is not set up before the first epoch. trainer.estimated_stepping_batches does the same.
+        # Lightning sets up the data in the first epoch, so it is set up here, as in trainer.estimated_stepping_batches.
         self.trainer.fit_loop.setup_data()
         batches = self.trainer.num_training_batches
         return math.ceil(batches / self.trainer.accumulate_grad_batches) if batches != float("inf") else None
@@ -93,10 +93,10 @@ class LightningHost(Host):
     def unsupported_reason(self) -> str | None:
         launched, used = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
         if used < launched:
-            return f"{launched} processes were started but the trainer uses {used}, so each would train its own model"
+            return f"{launched} processes were started but the trainer uses {used}, so each trains its own model"
         averaging = next((c for c in self.trainer.callbacks if isinstance(c, _AVERAGING)), None)
         if averaging is not None:
-            return f"{type(averaging).__name__} replaces the weights by averages, for which no constraint holds"
+            return f"{type(averaging).__name__} replaces the weights by averages, which may break the constraints"
         name = type(self.trainer.strategy).__name__
         return f"{name} updates flattened copies of the weights" if name.startswith("DeepSpeed") else None
 
@@ -109,8 +109,8 @@ class LightningHost(Host):
         return 1.0 if scaler is None else scaler.get_scale()
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        # Lightning logs the n-th step under the number n - 1. It increments its own counter after the callbacks have
-        # seen the batch, so that the counter is one ahead only when training has ended.
+        # Lightning logs optimizer step n under the number n - 1. During training, its counter has this value, because
+        # it is incremented after the callbacks have run. When training has ended, the counter is higher by one.
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - (1 if last else 0)
         for logger in self.trainer.loggers if self.is_main else ():
             if not self._metrics_defined and hasattr(logger.experiment, "define_metric"):
@@ -142,7 +142,7 @@ CHECKPOINT_KEY = "kedit_train"
 
 
 class LightningEvents(Callback):
-    """Receives the events of ``lightning.pytorch.Trainer``.
+    """Receive the events of ``lightning.pytorch.Trainer``.
 
     Lightning sends every event to every callback. Only the first callback of a run, called its driver, passes the
     events on to the run.
@@ -158,7 +158,7 @@ class LightningEvents(Callback):
         return run if run is not None and not run.closed and run.host.owner is trainer and run.is_driver(self) else None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # Before configure_optimizers and before the strategy wraps the module.
+        # Lightning calls setup before configure_optimizers and before the strategy wraps the module.
         if stage == "fit":
             self._final_state = None
             self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))
@@ -170,16 +170,16 @@ class LightningEvents(Callback):
                 run.attach(callback)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # state_dict() would not do: Lightning allows it for one callback of each class only.
+        # Callback.state_dict() is not used, because Lightning saves it for only one callback of each class.
         run = self._driven_run(trainer)
         if run:
             checkpoint[CHECKPOINT_KEY] = run.state()
         elif self._final_state is not None and self.run.closed and self.run.host.owner is trainer:
-            # trainer.save_checkpoint() after fit().
+            # This is a call of trainer.save_checkpoint() after fit().
             checkpoint[CHECKPOINT_KEY] = self._final_state
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        # Lightning calls this between setup and on_fit_start, where the run restores the state.
+        # Lightning calls this after setup and before on_fit_start. The run restores the state in on_fit_start.
         if self.run is not None:
             self.run.host.checkpoint_state = checkpoint.get(CHECKPOINT_KEY, {})
 
@@ -190,9 +190,9 @@ class LightningEvents(Callback):
             run.steps.begin()
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        # The penalty is added to the loss in place: a separate backward pass would bypass DDP's gradient reduction, and
-        # the ranks would diverge. It is added once per optimizer step, so it must not be divided by
-        # accumulate_grad_batches as the loss has been.
+        # The penalty is added to the loss in place. A separate backward pass would bypass DDP's gradient reduction, and
+        # the processes would then train different weights. Lightning has divided the loss by accumulate_grad_batches.
+        # The penalty is not divided, because it is added only once per optimizer step.
         run = self._driven_run(trainer)
         penalty = run.steps.penalty() if run else None
         if run and penalty is not None:

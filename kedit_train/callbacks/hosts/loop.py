@@ -23,7 +23,7 @@ class LoopHost(Host):
         history: every row of metrics that was logged, each with its ``step``.
         tables: a dict from the key of each logged table to its ``(columns, rows)``.
         run: the run that this loop drives.
-        penalty_gradients: pairs of a parameter and its gradient, as the backward pass of the penalties left them.
+        penalty_gradients: pairs (parameter, gradient), from directly after the backward pass of the penalties.
     """
 
     releases_model = False
@@ -67,7 +67,7 @@ class LoopHost(Host):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and not is_distributed():
             return (
-                f"{launched} processes were started but are not connected, so each would train its own model (call "
+                f"{launched} processes were started but are not connected, so each trains its own model (call "
                 "fabric.launch() or torch.distributed.init_process_group() first)"
             )
         return None
@@ -92,7 +92,7 @@ class LoopHost(Host):
         self.tables[key] = (columns, rows)
 
     def gradient_error(self) -> str | None:
-        # With several processes, DDP may have moved the gradients into its own buckets.
+        # This check needs a single process: DDP may replace the gradients by views into its own buckets.
         if not is_distributed() and any(p.grad is not grad for p, grad in self.penalty_gradients):
             return (
                 "the gradients of the penalties were deleted: zero_grad() was called between edit.before_step() and "
@@ -164,9 +164,9 @@ class Editing:
             raise EditError("the edit has begun; call edit.load_state_dict() before the first edit.before_step().")
         if state.get("weights") != _checksums(run):
             raise EditError(
-                "the scoped weights are not those of the checkpoint that this state belongs to; inside the editing() "
-                "block, call model.load_state_dict() with the weights of the checkpoint before edit.load_state_dict(), "
-                "and use the same ParameterScope."
+                "the model must have the weights of the checkpoint, but its weights in scope are different; inside the "
+                "editing() block, call model.load_state_dict() with the weights of the checkpoint before "
+                "edit.load_state_dict(), and use the same ParameterScope."
             )
         self._host.checkpoint_state = {name: value for name, value in state.items() if name != "weights"}
 
@@ -190,7 +190,7 @@ class Editing:
         for callback in run.callbacks:
             run.attach(callback)
         if not self._is_pending():
-            # The last step was taken, or it was skipped (by a gradient scaler, for a bad batch) and zero_grad() called.
+            # The last step was taken. Or the step was skipped (for example by a gradient scaler) before zero_grad().
             run.steps.begin()
         penalty = run.steps.penalty()
         if penalty is not None:

@@ -13,7 +13,7 @@ from kedit_train.errors import EditError
 
 
 class TransformersEvents(TrainerCallback):
-    """Receives the events of ``transformers.Trainer``.
+    """Receive the events of ``transformers.Trainer``.
 
     The trainer sends every event to every callback. Only the first callback of a run, called its driver, passes the
     events on to the run.
@@ -64,7 +64,7 @@ class TransformersEvents(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        # Callbacks that were added after the trainer was created join here, and all of them at a second train().
+        # Callbacks that were added with add_callback() join the run here. In a second train(), all callbacks join here.
         guard_loop(control)
         run = self._join(args, state, control, model, processing_class)
         run.host.active_callbacks.add(id(self))
@@ -73,7 +73,7 @@ class TransformersEvents(TrainerCallback):
             run.host.warn_about_loggers()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Only now has every callback been prepared, including the callbacks that add_callback() added.
+        # All callbacks have been prepared by now, including those that were added with add_callback().
         self._attach_all(control)
 
     def _attach_all(self, control: Any) -> None:
@@ -89,14 +89,14 @@ class TransformersEvents(TrainerCallback):
         if removed:
             run.close()
             raise EditError(
-                "this callback was removed from a trainer that was created with it, and this has ended the edit; "
+                "this callback was removed from the trainer after the trainer was created, so the edit has ended; "
                 "create the trainer again without this callback.",
                 component=type(removed[0]).__name__,
             )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        # The penalty's backward pass runs before the first micro-batch and on the unwrapped model. So it is counted
-        # once under gradient accumulation, and its gradients are clipped and reduced by DDP like those of the loss.
+        # The backward pass of the penalty runs before the first micro-batch, on the unwrapped model. So the penalty is
+        # counted once with gradient accumulation. Its gradients are reduced by DDP and clipped with those of the loss.
         if self.run is not None:
             self.run.host.active_callbacks.add(id(self))
         run = self._driven_run(control)
@@ -142,7 +142,8 @@ class TransformersEvents(TrainerCallback):
             for callback in run.callbacks:
                 for key, value in callback.evaluation_metrics(run).items():
                     metrics["eval_" + key.replace("/", "_")] = value
-            # Metrics measured here belong to this step. The log row that they requested would belong to the next step.
+            # The metrics that were measured here belong to this step, so they are added to the last row of the log. A
+            # new row would belong to the next step.
             pending, control.should_log = host.take_pending_metrics(), logging
             if pending:
                 host.add_to_log_row({}, pending)
@@ -156,7 +157,7 @@ class TransformersEvents(TrainerCallback):
             self._store_before_save(control, args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A run that was resumed from its last checkpoint has no epoch left, in which it would have begun.
+        # If a run was resumed from its last checkpoint, no epoch is left, and on_epoch_begin was never called.
         self._attach_all(control)
         if self.run is not None:
             self.run.finish(self)

@@ -16,7 +16,7 @@ from kedit_train.errors import EditError, warn
 from kedit_train.optional import require
 from kedit_train.owners import remove_abandoned
 
-# Where trainer_state.json keeps the id of the edit.
+# The key in trainer_state.json under which the id of the edit is saved.
 STATE_KEY = "kedit_train"
 
 
@@ -59,12 +59,12 @@ class TransformersHost(Host):
         return self.state.global_step > 0
 
     def saved_state(self) -> dict[str, Any] | None:
-        # Callbacks do not learn the path given to train(resume_from_checkpoint=...). The trainer's state, which was
-        # loaded from there, names the edit and its output folder. The file of another edit is ignored.
+        # Callbacks do not receive the path in train(resume_from_checkpoint=...). The trainer's state was loaded from
+        # this path, and contains the id and the output folder of the edit. A file with another id is ignored.
         path, name = self.args.resume_from_checkpoint, self.checkpoint_folder().name
         folders = [Path(path)] if isinstance(path, str) else []
         folders += [self.checkpoint_folder(), Path(self.resumed_from.get("folder", "")) / name]
-        # A process that was killed while it saved has left the state next to the checkpoint's folder.
+        # If a process was killed while it saved, the state may still be next to the checkpoint folder.
         places = [(folder, FILE) for folder in folders] + [(folder.parent, self._early_file()) for folder in folders]
         try:
             for folder, file in places:
@@ -160,7 +160,8 @@ class TransformersHost(Host):
         return getattr(self.processing_class, "tokenizer", self.processing_class)
 
     def summed_micro_batches(self) -> int:
-        # The trainer divides each loss by the token count of the whole step, and adds them up, over ranks as well.
+        # The trainer divides each loss by the token count of the whole step. It then adds up the losses of all
+        # micro-batches and processes.
         micro_batches = self.args.gradient_accumulation_steps
         if hasattr(self.train_dataloader, "__len__"):
             batches = len(self.train_dataloader)
@@ -172,8 +173,8 @@ class TransformersHost(Host):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.args.world_size != launched:
             return (
-                f"{launched} processes were started but the trainer uses {self.args.world_size}, so each would train "
-                "its own model (on CPUs, set use_cpu=True in the training arguments)"
+                f"{launched} processes were started but the trainer uses {self.args.world_size}, so each trains its "
+                "own model (on CPUs, set use_cpu=True in the training arguments)"
             )
         return "DeepSpeed updates flattened copies of the weights" if self.args.deepspeed else None
 
@@ -185,7 +186,7 @@ class TransformersHost(Host):
         if getattr(self.args, "loss_type", None) not in (None, "nll"):
             return (
                 f"loss_type={self.args.loss_type!r} has no target for each token; use SFTTrainer with "
-                'loss_type="nll", or leave this callback out'
+                'loss_type="nll", or remove this callback'
             )
         return None
 
@@ -214,12 +215,12 @@ class TransformersHost(Host):
     def warn_about_loggers(self) -> None:
         """Warn about loggers of the trainer that do not receive ``edit/*`` metrics.
 
-        W&B receives every row, table, chart and file, in the run that the trainer opened. The console, the progress bar
-        and ``trainer.state.log_history`` receive every row of numbers. Other loggers, such as TensorBoard, trackio,
+        W&B receives all rows, tables, charts and files, in the run that the trainer opened. The console, the progress
+        bar and ``trainer.state.log_history`` receive all rows of numbers. Other loggers, such as TensorBoard, trackio,
         MLflow and Comet, receive no ``edit/*`` metrics, because the trainer calls these loggers before the user's
-        callbacks. When the trainer evaluates, it logs its own metrics first. Only then are the scores ``eval_edit_*``
-        added to these metrics. ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can
-        use the scores.
+        callbacks. In an evaluation, the trainer logs its own metrics first. The scores ``eval_edit_*`` are added to the
+        metrics afterwards. ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can use
+        these scores.
         """
         reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
         others = [name for name in reports if name not in ("wandb", "none")]
@@ -235,7 +236,7 @@ class TransformersHost(Host):
             with require("wandb", extra="wandb"):
                 import wandb
 
-            # wandb wants lists, and refuses columns of mixed types by default.
+            # wandb requires lists, and rejects columns of mixed types by default.
             table = wandb.Table(columns=list(columns), data=[list(row) for row in rows], allow_mixed_types=True)
             run.log({key: table, "train/global_step": self.state.global_step})
 
@@ -245,8 +246,8 @@ class TransformersHost(Host):
     def _to_wandb(self, metrics: Mapping[str, float]) -> None:
         run = self.wandb_run()
         if run is not None and metrics:
-            # Do not pass step=: wandb silently drops a row whose step is behind its internal one. The trainer's
-            # WandbCallback uses this key for the x-axis.
+            # The argument step= is not passed, because wandb silently drops a row if its step is below wandb's own
+            # counter. The trainer's WandbCallback uses the key train/global_step for the x-axis.
             run.log({**metrics, "train/global_step": self.state.global_step})
 
     def wandb_run(self) -> Any | None:

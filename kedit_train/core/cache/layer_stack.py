@@ -136,7 +136,8 @@ def find_prefix(
             use = f"is used before layer {cut}" if key in before else "belongs to no module that was called"
             raise EditError(
                 f"{names[key]} is trained and {use}, so every step may change the output of the frozen layers (a tied "
-                "output head is also the embedding); remove PrefixCache, or remove this parameter from the scope."
+                "output head has the same weight as the embedding); remove PrefixCache, or remove this parameter from "
+                "the scope."
             )
     sharded = next((names[key] for key, p in before.items() if isinstance(p, DTensor)), None)
     if sharded is not None:

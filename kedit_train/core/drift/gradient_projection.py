@@ -1,4 +1,4 @@
-"""Project gradients into the space that a constraint leaves free, before the optimizer sees them."""
+"""Project gradients into the space that a constraint leaves free, before the optimizer uses the gradients."""
 
 from __future__ import annotations
 

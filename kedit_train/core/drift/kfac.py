@@ -69,6 +69,7 @@ def kfac_factors(
     batch_size: int,
     seed: int,
     unedited: bool = True,
+    skip_first: bool = False,
 ) -> KFACFactors:
     """Compute the K-FAC factors of every layer, with labels sampled from the model's own distribution.
 
@@ -83,6 +84,8 @@ def kfac_factors(
         batch_size: sequences per forward and backward pass.
         seed: seed of the sampled labels.
         unedited: True computes the factors on the model before the edit; False uses the current weights.
+        skip_first: whether to leave out the first token of every sequence. In many models, the first token is an
+            attention sink, whose activations are so large that they would dominate the factors.
 
     Returns:
         The factors for the cross-entropy summed over tokens.
@@ -122,6 +125,7 @@ def kfac_factors(
             for start in range(0, len(numbered), batch_size):
                 part = numbered[start : start + batch_size]
                 batch = next(text_batches([ids for ids, _ in part], len(part), device))
+                batch = batch.without_first() if skip_first else batch
                 uniform = torch.cat([numbers for _, numbers in part]).to(device, torch.float32)
                 loss = _loss_on_sampled_labels(head, batch, uniform)
                 at_outputs = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)

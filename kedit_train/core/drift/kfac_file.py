@@ -68,7 +68,7 @@ def load_factors(
         if metadata.get(subject) != fingerprint:
             raise EditError(
                 f"the file at factors_path={str(path)!r} was computed for other {subject} than those of this run "
-                f"(another seed counts as other texts); use another path, or {_RETRY}."
+                f"(texts also differ if the seed differs); use another path, or {_RETRY}."
             )
     factors = KFACFactors({}, {})
     for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):

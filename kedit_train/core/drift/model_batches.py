@@ -34,6 +34,13 @@ class Batch:
         """Run the model on this batch."""
         return model(**self.inputs) if isinstance(self.inputs, Mapping) else model(*self.inputs)
 
+    def without_first(self) -> Batch:
+        """Return the same batch with a mask that also leaves out the first token of every sequence."""
+        assert isinstance(self.inputs, Mapping)
+        mask = self.inputs["attention_mask"].bool().clone()
+        mask[:, 0] = False
+        return Batch(self.inputs, mask)
+
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
         """Return the vectors of real tokens, without those of padding.
 
@@ -53,9 +60,9 @@ class Batch:
         flat = values.ndim == 2 and len(values) == self.mask.numel()
         if values.shape[:-1] != self.mask.shape and not flat:
             raise EditError(
-                f"the module of {name} reads a tensor of shape {tuple(values.shape)}, which does not have one vector "
-                f"per token of the batch of shape {tuple(self.mask.shape)}, so vectors of padding cannot be removed; "
-                "set batch_size=1 to avoid padding."
+                f"the module of {name} must receive one vector per token of the batch of shape "
+                f"{tuple(self.mask.shape)}, got a tensor of shape {tuple(values.shape)}, so vectors of padding cannot "
+                "be removed; set batch_size=1 to avoid padding."
             )
         return vectors[self.mask.flatten()]
 

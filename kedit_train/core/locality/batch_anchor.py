@@ -29,7 +29,7 @@ class AnchorTerm:
 
     The class implements :class:`~kedit_train.core.tokens.interfaces.TokenTerm`.
 
-    When an example is seen for the first time, one forward pass of the model before the edit computes the reference
+    When an example occurs for the first time, one forward pass of the model before the edit computes the reference
     hidden states of the example. These hidden states are stored under a hash of the example's content, so later epochs
     need no second forward pass.
 

@@ -25,15 +25,15 @@ def continues_run(previous_model: weakref.ref[nn.Module] | None, run: EditRun) -
     if previous_model() is run.model:
         return True
     warn(
-        "sequential=True, but this run trains another model object than the previous run. The data of earlier runs is "
-        "discarded, and this run counts as the first run; train the same model object in every run, or create a new "
-        "callback for each model."
+        "sequential=True needs the same model object in every run, but this run trains another model object than the "
+        "previous run, so the data of earlier runs is discarded; train the same model object in every run, or create a "
+        "new callback for each model."
     )
     return False
 
 
 def require_edits(run: EditRun, reason: str) -> None:
-    """Raise an error if the run does not know its edits.
+    """Raise an error if the edits of the run are unknown.
 
     Args:
         run: the run that begins.

@@ -73,7 +73,7 @@ class Texts:
             options: default arguments of ``Texts``. They are ignored if ``value`` is a ``Texts``.
 
         Raises:
-            EditError: the mapping has a key that ``Texts`` does not know.
+            EditError: the mapping has a key that is not an argument of ``Texts``.
         """
         if isinstance(value, cls):
             return value

@@ -66,8 +66,8 @@ class ExampleFilter(Protocol):
         Args:
             where: [examples, sequence - 1] bool, the supervised positions.
             active: [N] bool, whether the token at each supervised position is not learned yet.
-            sums: tensors [N] with one value per token. The first is the loss. With TRL, the second is the entropy, and
-                the third says whether the label was the most probable token.
+            sums: tensors [N] with one value per token. The first tensor is the loss. With TRL, the second tensor is the
+                entropy, and the third tensor is 1 if the label was the most probable token, else 0.
         """
         ...
 

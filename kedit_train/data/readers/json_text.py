@@ -1,4 +1,4 @@
-"""Parse JSON from a file of a user: every problem is one kind of error, with a short reason."""
+"""Parse JSON from a user's file. Every problem raises the same error class, with a short reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class InvalidJSON(ValueError):
-    """A text is not JSON that can be read.
+    """The text is not valid JSON, or it is not accepted (see :func:`parse_json`).
 
     Args:
         reason: a short reason, without the name of the file.

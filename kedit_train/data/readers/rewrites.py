@@ -60,8 +60,8 @@ def read_mquake(record: Fields) -> list[Edit]:
     ``"17-2"``, and so on. The ``question`` of each rewrite becomes the rephrase of the edit.
 
     The new answers to the multi-hop questions are right only after all edits of the record. So these questions become
-    portability probes of the last edit. The kind of the probes is ``multi_hop_edits_1`` to ``multi_hop_edits_4``, where
-    the number says how many edits the questions need. For questions that need several edits, the score has no meaning
+    portability probes of the last edit. The kind of the probes is ``multi_hop_edits_1`` to ``multi_hop_edits_4``. The
+    number states how many edits the questions need. For questions that need several edits, the score has no meaning
     if each edit is made alone on the unedited model. The old multi-hop answer and the lists of single hops are not
     read.
 

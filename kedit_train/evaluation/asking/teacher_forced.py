@@ -1,4 +1,4 @@
-"""``teacher_forced``: score each token of a given answer when the model sees all earlier tokens of the answer.
+"""``teacher_forced``: score each token of a given answer when the model reads all earlier tokens of the answer.
 
 Most of the editing literature reports this score, so it is kept for comparison. Teacher forcing overestimates an edit
 (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177), because each token is predicted after the correct

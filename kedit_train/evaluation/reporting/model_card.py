@@ -33,6 +33,9 @@ PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "NormBall": (("Modifying Memories in Transformer Models", "2012.00363"),),
     "NullSpace": (("AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", "2410.02355"),),
     "LowCurvature": (("CrispEdit", "2602.15823"),),
+    "SecondOrderLocality": (
+        ("Optimizing Neural Networks with Kronecker-factored Approximate Curvature", "1503.05671"),
+    ),
     "WeightAnchor": (
         ("Explicit Inductive Bias for Transfer Learning with Convolutional Networks", "1802.01483"),
         ("Overcoming catastrophic forgetting in neural networks", "1612.00796"),

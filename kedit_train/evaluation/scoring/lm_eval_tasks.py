@@ -67,7 +67,7 @@ def lm_eval_scores(
         errors above it. If lm-eval returns no standard error, the score has no interval.
 
     Raises:
-        EditError: lm-eval is not installed, or it does not know a task.
+        EditError: lm-eval is not installed, or has no task with one of the names.
     """
     if not tasks.names:
         return {}

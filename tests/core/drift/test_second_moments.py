@@ -109,7 +109,7 @@ class EverySecondToken(nn.Module):
 def test_inputs_that_cannot_be_matched_to_tokens_are_refused():
     model = EverySecondToken()
     run = run_on(model, ["linear"])
-    with pytest.raises(EditError, match=r"linear\.weight reads a tensor of shape \(4, 3, 4\), .* set batch_size=1"):
+    with pytest.raises(EditError, match=r"linear\.weight must .* got a tensor of shape \(4, 3, 4\), .* batch_size=1"):
         moments_of(run, 4)
     (moment,) = moments_of(run, 1).values()
     assert moment.count == 3 + 1 + 1 + 2

@@ -1,0 +1,218 @@
+"""SecondOrderLocality: take steps that change predictions on given texts as little as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kedit_train.arguments import above, check_arguments, integer_from, one_of, optional, within
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.drift.factors_of_texts import FACTORS_PATH, factors_of_texts
+from kedit_train.core.drift.kfac import KFACFactors
+from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
+from kedit_train.core.drift.second_moments import broadcast_from_first
+from kedit_train.core.locality.texts import Texts, TextSource
+from kedit_train.core.requirements import Requirement
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
+from kedit_train.functional.precision import wide
+from kedit_train.functional.second_order import damped_inverse, precondition, second_order_divergence
+
+# A step is never smaller than this fraction of ``step_size``, so that the last tokens are learned in few steps.
+_SMALLEST_FACTOR = 0.1
+# The momentum of the trial on which the callback is based. It is not an argument, because it changes little.
+_MOMENTUM = 0.8
+
+
+class SecondOrderLocality(EditCallback):
+    """Replace each optimizer step by a step that changes predictions on given texts as little as possible.
+
+    Before training, the callback computes the K-FAC factors A and S of each weight on the texts. They estimate the KL
+    divergence per token that a change D of the weight causes on the texts, ``1/2 tr(S D A Dᵀ)``. During training, no
+    text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the weight moves
+    along ``S⁻¹ G A⁻¹``, where G is the gradient, with momentum. Among all steps that reduce the loss by the same
+    amount, this direction has the smallest estimated divergence (natural gradient).
+
+    The length of the step does not depend on the optimizer or on its learning rate. It is ``step_size`` times the norm
+    of the weights in scope, times the training loss if the loss is between 0.1 and 1 (and times 0.1 if the loss is
+    lower). A learning rate schedule has no effect.
+
+    Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NormBall``,
+    ``NullSpace``, ``GradientMask``) are applied after the step.
+
+    Args:
+        texts: texts on which predictions should stay the same: a source of texts or a :class:`Texts`. The ``seed`` of
+            ``Texts`` also seeds the sampled labels. The first token of every text is left out of the factors, because
+            it is an attention sink in many models.
+        step_size: length of a step as a fraction of the norm of the weights in scope. Default 0.02.
+        damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A lower
+            damping preserves more behavior. A high damping (10) gives plain gradient steps of the same length. Default
+            1e-3.
+        factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S. Its factors need no backward
+            pass.
+        factors_path: a ``.safetensors`` file for the factors. If the file exists, the factors are read from it.
+            Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and
+            labels from which its factors were computed.
+        limit: maximum number of texts to read. None (default) reads all texts.
+        batch_size: number of sequences per forward and backward pass when the factors are computed. Default 8.
+
+    Logs ``edit/locality/second_order_kl``, the estimated KL divergence from the reference model in nats per token,
+    summed over the weights.
+
+    Raises:
+        EditError: an argument is invalid; no callback computes the loss; the model is not a causal language model; a
+            weight is sharded; or the scope contains parameters that are not supported. Only weights of ``nn.Linear``
+            and ``Conv1D`` are supported. LoRA factors and the output head are not supported.
+
+    References:
+        Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import ParameterScope, SecondOrderLocality, TokenLoss
+        >>> model, tokenizer = world.load()
+        >>> edit = EditDataset.load("world", limit=1)[0]
+        >>> batch = tokenizer(f"{edit.prompt} {edit.target}", return_tensors="pt")
+        >>> callbacks = [
+        ...     ParameterScope(0.7, modules="mlp.down_proj.weight"),
+        ...     TokenLoss("cross_entropy"),
+        ...     SecondOrderLocality("world", limit=64),
+        ... ]
+        >>> with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as run:
+        ...     optimizer = torch.optim.SGD(run.parameters(), lr=1.0)
+        ...     run.before_step()
+        ...     model(**batch, labels=batch["input_ids"]).loss.backward()
+        ...     optimizer.step()
+        >>> run.history[-1]["edit/locality/second_order_kl"] > 0
+        True
+    """
+
+    # Before all constraints, because it replaces the step that they constrain.
+    order = 30
+    constrains = True
+    duplicate_hint = "the second one would replace the step of the first, so pass all texts to one SecondOrderLocality"
+
+    def __init__(
+        self,
+        texts: TextSource | Texts,
+        *,
+        step_size: float = 0.02,
+        damping: float = 1e-3,
+        factors: Literal["kfac", "inputs"] = "kfac",
+        factors_path: str | Path | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        check_arguments(
+            self,
+            step_size=(step_size, within("(0, 1]")),
+            damping=(damping, above(0)),
+            factors=(factors, one_of(["kfac", "inputs"])),
+            factors_path=(factors_path, optional(FACTORS_PATH)),
+            limit=(limit, optional(integer_from(1))),
+            batch_size=(batch_size, integer_from(1)),
+        )
+        self.texts = Texts.of(texts)
+        self.step_size, self.damping, self.factors = step_size, damping, factors
+        self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
+        self._layers: dict[str, LinearLayer] = {}
+        self._moments = KFACFactors({}, {})
+        self._inverses: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._momentum: dict[str, Tensor] = {}
+        self._directions: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+
+    def requires(self) -> Sequence[Requirement]:
+        message = 'the size of a step follows the training loss; add TokenLoss("cross_entropy").'
+        return [Requirement(("edit/tokens/loss_now",), message)]
+
+    def prepare(self, run: EditRun) -> None:
+        run.causal_model()
+        self.texts.check()
+
+    def attach(self, run: EditRun) -> None:
+        self._layers = find_linear_layers(run.model, run.scope)
+        self._moments = factors_of_texts(
+            run, self._layers, self.texts, limit=self.limit, batch_size=self.batch_size, path=self.factors_path,
+            inputs_only=self.factors == "inputs", skip_first=True,
+        )  # fmt: skip
+        self._inverses = {name: self._invert(run, name) for name in self._layers}
+        self._momentum, self._directions, self._before = {}, {}, {}
+        norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in self._layers]
+        self._norm = float(torch.stack(norms).sum().sqrt())
+
+    @torch.no_grad()
+    def before_optimizer_step(self, run: EditRun) -> None:
+        self._before = {name: run.scope[name].detach().clone() for name in self._layers}
+        self._directions = {
+            name: precondition(layer.as_matrix(gradient), *self._inverses[name])
+            for name, layer in self._layers.items()
+            if (gradient := run.scope[name].grad) is not None
+        }
+
+    def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        run = self.run
+        # A callback that skips this step deletes the gradients after this callback has read them.
+        directions = {n: d for n, d in self._directions.items() if run.scope[n].grad is not None}
+        before, self._directions, self._before = self._before, {}, {}
+        changed = dict(weights)
+        changed.update(before)
+        if not directions:
+            return changed
+        for name, direction in directions.items():
+            previous = self._momentum.get(name)
+            self._momentum[name] = direction if previous is None else _MOMENTUM * previous + direction
+        norms = [m.square().sum(dtype=torch.float64) for m in self._momentum.values()]
+        length = float(torch.stack(norms).sum().sqrt())
+        factor = min(1.0, max(_SMALLEST_FACTOR, run.scores["edit/tokens/loss_now"]))
+        if not length > 0.0:
+            return changed
+        for name, direction in self._momentum.items():
+            step = self._layers[name].as_matrix(direction) * (self.step_size * factor * self._norm / length)
+            changed[name] = (wide(before[name]) - step).to(before[name].dtype)
+        return changed
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        if self.factors == "inputs" or not self._layers:
+            return {}
+        divergence = 0.0
+        for name, layer in self._layers.items():
+            change = layer.as_matrix(wide(run.scope[name].detach()) - wide(run.reference[name]))
+            outputs, inputs = self._moments.gradients[name].mean, self._moments.inputs[name].mean
+            divergence += float(second_order_divergence(change, outputs, inputs))
+        return {"edit/locality/second_order_kl": divergence}
+
+    def state(self) -> dict[str, Any]:
+        return {"momentum": dict(self._momentum)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        # Tensors that were read from a file can have unaligned addresses, on which the last bits of matrix products
+        # depend, so they are copied.
+        momentum = state["momentum"]
+        self._momentum = {n: m.to(self._inverses[n][1], copy=True) for n, m in momentum.items()}
+
+    def detach(self, run: EditRun) -> None:
+        self._layers, self._inverses, self._moments = {}, {}, KFACFactors({}, {})
+        self._momentum, self._directions, self._before = {}, {}, {}
+
+    def _invert(self, run: EditRun, name: str) -> tuple[Tensor | None, Tensor]:
+        moments = [self._moments.inputs[name]]
+        if self.factors == "kfac":
+            moments.append(self._moments.gradients[name])
+        try:
+            inverses = [damped_inverse(moment.mean, self.damping) for moment in moments]
+        except ValueError as error:
+            raise EditError(
+                f"no activation or gradient reaches {name} on the texts ({error}); remove this weight from the scope."
+            ) from error
+        # Every process must take the same step, but the last bits of an inverse may differ between processes.
+        inputs, *outputs = broadcast_from_first([inverse.to(run.scope[name].device) for inverse in inverses])
+        return (outputs[0] if outputs else None), inputs
+
+    def __repr__(self) -> str:
+        return f'SecondOrderLocality(step_size={self.step_size}, damping={self.damping}, factors="{self.factors}")'

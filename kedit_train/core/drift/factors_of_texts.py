@@ -1,0 +1,69 @@
+"""The K-FAC factors of the texts that must stay, for ``LowCurvature`` and ``SecondOrderLocality``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from kedit_train.arguments import Rule
+from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
+from kedit_train.core.drift.kfac_file import load_factors, save_factors
+from kedit_train.core.drift.linear_layers import LinearLayer
+from kedit_train.core.drift.model_batches import share_of_process, text_batches
+from kedit_train.core.drift.second_moments import input_moments
+from kedit_train.core.fingerprint import fingerprint
+from kedit_train.core.locality.texts import Texts
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
+
+FACTORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(value).endswith(".safetensors"))
+
+
+def factors_of_texts(
+    run: EditRun,
+    layers: Mapping[str, LinearLayer],
+    texts: Texts,
+    *,
+    limit: int | None,
+    batch_size: int,
+    path: str | Path | None,
+    inputs_only: bool = False,
+    skip_first: bool = False,
+) -> KFACFactors:
+    """Compute the factors of the model before the edit on the texts, or read them from a file.
+
+    Args:
+        run: the current run.
+        layers: name -> linear layer.
+        texts: the texts that must stay.
+        limit: maximum number of texts. None uses all texts.
+        batch_size: sequences per forward and backward pass.
+        path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file.
+        inputs_only: whether to leave out the factors of the gradients, which need a backward pass.
+        skip_first: whether to leave out the first token of every sequence.
+
+    Raises:
+        EditError: the texts or the file cannot be used, the scope contains LoRA factors, or a layer is not supported.
+    """
+    if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
+        raise EditError(
+            f"the scope must not contain LoRA factors, got {adapters[0]}: an adapter has no curvature while B is zero; "
+            "train the weight itself, or use NullSpace instead."
+        )
+    sequences = texts.tokenize(run, limit=limit)
+    if inputs_only:
+        device = next(run.model.parameters()).device
+        batches = text_batches(share_of_process(sequences), batch_size, device)
+        inputs = (batch.without_first() if skip_first else batch for batch in batches)
+        return KFACFactors(input_moments(run, layers, run.causal_model(), inputs), {})
+    if path is not None:
+        with run.reference_model():
+            model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
+        model += " without first tokens" if skip_first else ""
+        stored = load_factors(path, {name: run.scope[name] for name in layers}, model, sequences, texts.seed)
+        if stored is not None:
+            return stored
+    factors = kfac_factors(run, layers, sequences, batch_size=batch_size, seed=texts.seed, skip_first=skip_first)
+    if path is not None and run.host.is_main:
+        save_factors(path, factors, model, sequences, texts.seed)
+    return factors

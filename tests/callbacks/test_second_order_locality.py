@@ -1,0 +1,185 @@
+"""SecondOrderLocality: its step has the stated length and direction under every optimizer, and keeps predictions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from callbacks.inputs import SCOPE, WEIGHT, attach
+from torch import Tensor
+
+from kedit_train.callbacks import GradientMask, NormBall, ParameterScope, SecondOrderLocality, TokenLoss, editing
+from kedit_train.core.drift.factors_of_texts import factors_of_texts
+from kedit_train.core.drift.linear_layers import find_linear_layers
+from kedit_train.errors import EditError
+
+TEXTS = ["w1 w2 w3 w4 w5", "w9 w8", "w20 w21 w22 w23", "w7 w8 w7"] * 8
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=100.0, momentum=0.9),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.0),
+}
+
+
+def run_steps(
+    model: Any,
+    words: Any,
+    ids: Tensor,
+    *callbacks: Any,
+    optimizer: str = "adamw",
+    steps: int = 3,
+    family: str = "llama",
+) -> Any:
+    scope = ParameterScope(1, modules=SCOPE[family])
+    with editing(model, [scope, TokenLoss("cross_entropy"), *callbacks], tokenizer=words, log_every_n_steps=1) as edit:
+        chosen = OPTIMIZERS[optimizer](edit.parameters())
+        for _ in range(steps):
+            edit.before_step()
+            model(input_ids=ids, labels=ids).loss.backward()
+            chosen.step()
+            chosen.zero_grad()
+    return edit
+
+
+@pytest.mark.parametrize("family", WEIGHT)
+def test_the_first_step_has_the_stated_direction_and_length(make, words, ids, family):
+    torch.manual_seed(0)
+    model = make(family)
+    weight = model.get_parameter(WEIGHT[family])
+    before = weight.detach().clone()
+    locality = SecondOrderLocality(TEXTS, step_size=0.05, damping=0.1)
+    scope = ParameterScope(1, modules=SCOPE[family])
+    with editing(model, [scope, TokenLoss("cross_entropy"), locality], tokenizer=words) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
+        edit.before_step()
+        layers = find_linear_layers(edit.run.model, edit.run.scope)
+        moments = factors_of_texts(
+            edit.run, layers, locality.texts, limit=None, batch_size=4, path=None, skip_first=True
+        )
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradient = weight.grad.detach().clone().double()
+        optimizer.step()
+    change = weight.detach().double() - before.double()
+    if family == "gpt2":
+        change, gradient = change.T, gradient.T
+    name = WEIGHT[family]
+    s, a = (m[name].mean.double() for m in (moments.gradients, moments.inputs))
+    s, a = (m / m.diagonal().mean() + 0.1 * torch.eye(len(m), dtype=m.dtype) for m in (s, a))
+    expected = -torch.linalg.solve(s, torch.linalg.solve(a, gradient.T).T)
+    # The first token of a text is not counted: 8 x (5 + 2 + 4 + 3 - 4) tokens.
+    assert moments.inputs[name].count == 80
+    # The loss of random weights is above 1, so the step has its full length.
+    assert float(change.norm() / before.double().norm()) == pytest.approx(0.05, rel=1e-5)
+    cosine = float((change * expected).sum() / (change.norm() * expected.norm()))
+    assert cosine == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_result_does_not_depend_on_the_optimizer(make, words, ids):
+    results = []
+    for optimizer in OPTIMIZERS:
+        torch.manual_seed(0)
+        model = make("llama")
+        run_steps(model, words, ids, SecondOrderLocality(TEXTS), optimizer=optimizer)
+        results.append(model.get_parameter(WEIGHT["llama"]).detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_edit_is_learned_and_predictions_on_the_texts_change_less(make, words, ids):
+    sequences = [torch.tensor([words(text)["input_ids"]]) for text in TEXTS[:4]]
+
+    def log_probabilities(model: Any) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([model.eval()(ids).logits[0, 1:].log_softmax(-1) for ids in sequences])
+
+    def loss_of(model: Any) -> float:
+        with torch.no_grad():
+            return float(model.eval()(input_ids=ids, labels=ids).loss)
+
+    def divergence(damping: float) -> tuple[float, float, float, float]:
+        torch.manual_seed(0)
+        model = make("llama")
+        before, first = log_probabilities(model), loss_of(model)
+        callback = SecondOrderLocality(TEXTS, step_size=0.02, damping=damping)
+        edit = run_steps(model, words, ids, callback, steps=20)
+        last = loss_of(model)
+        kl = float((before.exp() * (before - log_probabilities(model))).sum(-1).mean())
+        return kl, first, last, edit.history[-1].get("edit/locality/second_order_kl", 0.0)
+
+    plain, preconditioned = divergence(1e4), divergence(1e-3)
+    assert preconditioned[2] < preconditioned[1] - 0.2
+    # Divergence per unit of learning.
+    gains = [kl / (first - last) for kl, first, last, _ in (plain, preconditioned)]
+    assert gains[1] < 0.5 * gains[0]
+    # The estimate is of the same size as the true divergence.
+    assert 0.3 < plain[3] / plain[0] < 3.0
+
+
+def test_constraints_are_exact_beside_it(make, words, ids):
+    torch.manual_seed(0)
+    model = make("llama")
+    weight = model.get_parameter(WEIGHT["llama"])
+    before = weight.detach().clone()
+    mask = GradientMask("magnitude", density=0.25)
+    run_steps(model, words, ids, SecondOrderLocality(TEXTS, step_size=0.1), NormBall(1e-2), mask, steps=5)
+    change = weight.detach() - before
+    assert int((change != 0).sum()) == weight.numel() // 4
+    assert float(change.abs().max()) <= 1e-2
+
+
+def test_a_step_without_gradients_moves_nothing(make, words, ids):
+    torch.manual_seed(0)
+    model = make("llama")
+    weight = model.get_parameter(WEIGHT["llama"])
+    before = weight.detach().clone()
+    # Every token counts as learned, so every step is skipped.
+    scope = ParameterScope(1, modules=SCOPE["llama"])
+    callbacks = [scope, TokenLoss("cross_entropy", epsilon=1e3), SecondOrderLocality(TEXTS)]
+    with editing(model, callbacks, tokenizer=words) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
+        edit.before_step()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert torch.equal(weight, before)
+
+
+def test_inputs_need_no_backward_pass(make, words, ids, monkeypatch):
+    monkeypatch.setattr("kedit_train.core.drift.factors_of_texts.kfac_factors", None)
+    model = make("llama")
+    edit = run_steps(model, words, ids, SecondOrderLocality(TEXTS, factors="inputs"))
+    assert "edit/locality/second_order_kl" not in edit.history[-1]
+
+
+def test_the_file_of_factors_is_read_by_later_runs(make, words, ids, tmp_path, monkeypatch):
+    path, final = tmp_path / "factors.safetensors", []
+    for attempt in range(2):
+        torch.manual_seed(0)
+        model = make("llama")
+        if attempt:
+            # A second computation would fail.
+            monkeypatch.setattr("kedit_train.core.drift.factors_of_texts.kfac_factors", None)
+        run_steps(model, words, ids, SecondOrderLocality(TEXTS, factors_path=path))
+        final.append(model.get_parameter(WEIGHT["llama"]).detach().clone())
+    assert torch.equal(final[0], final[1])
+
+
+def test_a_token_loss_is_needed(make, words):
+    scope = ParameterScope(1, modules=SCOPE["llama"])
+    with pytest.raises(EditError, match=r"SecondOrderLocality: the size of a step .* loss; add Token"):
+        attach(make(), words, SecondOrderLocality(TEXTS), scope)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"step_size": 0.0}, r"in \(0, 1\]"),
+        ({"damping": 0.0}, "> 0"),
+        ({"factors": "fisher"}, '"kfac" or "inputs"'),
+        ({"factors_path": "factors.pt"}, r"a path that ends in \.safetensors, or None"),
+    ],
+)
+def test_invalid_arguments_are_refused(wrong, expected):
+    (name,) = wrong
+    with pytest.raises(EditError, match=f"SecondOrderLocality: {name} must be {expected}"):
+        SecondOrderLocality(TEXTS, **wrong)
