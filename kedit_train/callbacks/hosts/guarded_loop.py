@@ -16,9 +16,9 @@ class GuardedLoop:
     """Run the training loop of a ``transformers.Trainer``: check the checkpoint before, clean the model after an error.
 
     An instance replaces the method ``_inner_training_loop`` of one trainer. The trainer's events are not enough for
-    three reasons. The trainer loads the optimizer state of a checkpoint before the first event of the training. It sends
-    no event if an exception or ^C ends the training. If it resumes from a checkpoint of the last step, and this step is
-    not the end of an epoch, it takes one more step.
+    three reasons. The trainer loads the optimizer state of a checkpoint before the first event of the training. It
+    sends no event if an exception or ^C ends the training. If it resumes from a checkpoint of the last step, and this
+    step is not the end of an epoch, it takes one more step.
 
     Args:
         trainer: the trainer.
