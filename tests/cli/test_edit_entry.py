@@ -26,6 +26,8 @@ trainer:
     init_args: {texts: world}
   - class_path: kedit_train.callbacks.EditMetrics
 """
+# Eight lines that stand for 9**7 values.
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [{f'*{b}, ' * 9}]\n" for b, c in zip("abcdefg", "bcdefgh", strict=True))
 
 
 @pytest.fixture
@@ -62,6 +64,13 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ),
         ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
         ("trainer: [", ["parsing"]),
+        ("trainer: 3", ["trainer must be a mapping of keys to values, got 3"]),
+        ("trainer: {callbacks: 3}", ["trainer.callbacks"]),
+        ("trainer: &t {callbacks: *t}", ["the alias at line 1 is inside of what it stands for"]),
+        ("trainer: {callbacks: '&x [*x]'}", ["trainer.callbacks"]),
+        (LAUGHS, ["its aliases stand for more than 100,000 characters"]),
+        ("trainer: {max_epochs: !!int x}", ["a value cannot be read"]),
+        ("trainer: {max_epochs: " + "9" * 5000 + "}", ["the number at line 1 has more than 100 digits"]),
     ],
 )
 def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> None:

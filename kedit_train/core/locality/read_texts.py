@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kedit_train.data.conversations import check_messages, render_conversation
+from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.errors import EditError
 
 
@@ -33,25 +34,37 @@ def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> l
             'rename one column to "text".'
         )
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise EditError(f"texts must be a list of strings, a path or a dataset, got {source!r}.")
+        raise EditError(f"texts must be a list of strings, a path or a dataset, got {reprlib.repr(source)}.")
     texts = []
     for number, record in enumerate(source, 1):
         where = f"{name}, record {number}"
         if isinstance(record, Mapping) and record.get("messages") is not None:
             check_messages(record["messages"], where)
+            for message in record["messages"]:
+                _check_unicode(message["content"], where)
             texts.append(_conversation(record["messages"], tokenizer, where, render))
             continue
         text = record.get("text") if isinstance(record, Mapping) else record
         if not isinstance(text, str):
             raise EditError(
-                f'{where}: expected a string or a record with "text" or "messages", got {record!r}; correct this '
-                "record."
+                f'{where}: expected a string or a record with "text" or "messages", got {reprlib.repr(record)}; '
+                "correct this record."
             )
+        _check_unicode(text, where)
         texts.append(text)
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise EditError(f"{name} contains no text; pass texts on which the model should not change.")
     return texts
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise EditError(
+            f"{where} must be valid Unicode, got a lone surrogate at character {error.start}; correct this record."
+        ) from error
 
 
 def _conversation(messages: Any, tokenizer: Any, where: str, render: bool) -> str:
@@ -86,6 +99,7 @@ def _read_file(path: Path) -> list[Any]:
 
 def _parse_json(content: str, where: str) -> Any:
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise EditError(f"{where} must be valid JSON: {error}; correct the file.") from error
+        return parse_json(content)
+    except InvalidJSON as error:
+        place = "" if error.line is None else f" at line {error.line}, column {error.column}"
+        raise EditError(f"{where} must be valid JSON: {error.reason}{place}; correct the file.") from error
