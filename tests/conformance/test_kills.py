@@ -11,6 +11,7 @@ from conformance import killed_runs, kills
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forking a process that uses torch is safe only on Linux"),
     # Newer Pythons warn about a fork in a process with threads. The child processes use no thread of their parent.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
 ]
 HOSTS = list(killed_runs.RUNS)
