@@ -30,7 +30,6 @@ from kedit_train.callbacks import (
     TokenSmoothing,
     WeightAnchor,
 )
-from kedit_train.callbacks.field_values import callback_arguments
 from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.answer_end import AppendEos, EndDecision
@@ -38,6 +37,7 @@ from kedit_train.data.chat_format import PROMPT_FORMAT, describe_format, read_fo
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.reporting import model_card as card
 from kedit_train.optional import require
+from kedit_train.trainer_fields import callback_arguments
 
 with require("trl", extra="trl"):
     from trl.trainer.sft_config import SFTConfig

@@ -17,7 +17,7 @@ LAYERS = (
     ("core",),
     ("evaluation", "delta"),
     ("callbacks",),
-    ("augmentation", "modes", "modules", "pretrained", "processes", "trainers"),
+    ("augmentation", "modes", "modules", "pretrained", "processes", "trainers", "trainer_fields"),
     ("catalog", "cli", "__main__", "__init__"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
