@@ -155,7 +155,7 @@ def generate_answers(
         (True, True)
     """
     with reported_by("generate_answers"):
-        return _generate(
+        return generate(
             model,
             tokenizer,
             prompts,
@@ -168,7 +168,7 @@ def generate_answers(
         )
 
 
-def _generate(
+def generate(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -179,6 +179,7 @@ def _generate(
     known_starts: Mapping[str, tuple[list[int], float]],
     progress: bool,
 ) -> list[Answer]:
+    """Generate answers as :func:`generate_answers` does. Its errors name the component that calls this function."""
     inner: Any = unwrap_model(model)
     if isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise EditError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")
