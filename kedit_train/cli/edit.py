@@ -21,6 +21,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kedit_train import catalog, world
+from kedit_train.arguments import cut
 from kedit_train.cli import yaml_text
 from kedit_train.cli.config_errors import shorten
 from kedit_train.cli.console import leave, print_error
@@ -150,7 +151,7 @@ def share_texts(config: Any) -> None:
         "model.name": config.model.init_args.name if model_is_own else config.model.class_path,
         "data.path": config.data.class_path if own is None else own.path,
     }
-    foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
+    foreign = " and ".join(f"{key}={cut(repr(value))}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
             "data.augmentation.replay=world uses prompts that fit only the model and the edits that come with "
@@ -160,8 +161,8 @@ def share_texts(config: Any) -> None:
     if own is not None and own.texts is not None:
         if not readers:
             raise EditError(
-                f"data.texts={own.texts!r} is not used, because no callback of this run has texts: world; remove "
-                "data.texts, or add a callback with texts: world."
+                f"data.texts={cut(repr(own.texts))} is not used, because no callback of this run has texts: world; "
+                "remove data.texts, or add a callback with texts: world."
             )
         for reader in readers:
             if isinstance(reader.init_args.texts, Namespace):

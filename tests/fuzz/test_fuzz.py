@@ -17,7 +17,7 @@ from fuzz.tensor_files import TENSORS
 
 # Lightning 2.6 still calls what jsonargparse 4.53 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-FUZZERS: dict[str, Fuzzer] = {**TENSORS, **EDITS, **TEXTS, **RECIPES}
+FUZZERS: dict[str, Fuzzer] = {**RECIPES, **TENSORS, **TEXTS, **EDITS}
 CORPUS = Path(__file__).parent / "corpus"
 
 
