@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit
-from kedit_train.data.tokenization import shorten
+from kedit_train.data.chat_format import describe_format
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import DivergedError
 from kedit_train.evaluation.asking.distributed import split_across_processes
@@ -22,15 +22,19 @@ from kedit_train.evaluation.asking.probes import PREFIXES, ProbeRequest, probe_r
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.report import Report
 from kedit_train.evaluation.reporting.metadata import report_metadata
-from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE
+from kedit_train.evaluation.scoring.comparison import compare_with_unedited
 from kedit_train.evaluation.scoring.divergence import Distribution, compute_divergences, record_distributions
 from kedit_train.evaluation.scoring.metrics import summarize
-from kedit_train.evaluation.scoring.normalize import exact_match, normalize
-from kedit_train.evaluation.scoring.perplexity import perplexity, text_losses
-from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult, answer_requests
+from kedit_train.evaluation.scoring.normalize import exact_match
+from kedit_train.evaluation.scoring.own_endings import choose_protocols
+from kedit_train.evaluation.scoring.probe_results import FLUENCY_TOKENS, Judge, ProbeResult, answer_requests
+from kedit_train.evaluation.scoring.prose import TextResult, measure_prose, prose_scores
+from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
+from kedit_train.evaluation.scoring.retrieval import compare_with_own_answers, retrieval_requests
 from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
-# Settings that change an answer. They must be equal for the unedited and the edited model.
+# Options that change an answer. They must be equal for the unedited and the edited model.
 _ANSWER_SETTINGS = ("max_new_tokens", "prompt_format")
 
 
@@ -53,8 +57,8 @@ def evaluate(
     Reliability is measured with the prompt of each edit, and generality with the rephrasings of this prompt.
     Portability and locality are measured with the probes in the data. Each probe gets two scores:
 
-    - generated: 1 if the model's free answer equals an accepted answer after normalization, otherwise 0. The answer
-      is decoded greedily until the model ends it;
+    - generated: 1 if the model's free answer is right, otherwise 0. The answer is decoded greedily.
+      ``options.protocol`` says where an answer ends and how it is compared;
     - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when the model is given
       all earlier tokens of this answer.
 
@@ -73,7 +77,7 @@ def evaluate(
         unedited: the unedited model's report on the same edits, made with the same options.
         reference_weights: the unedited model, or a dict from parameter name to value before the edit. The report then
             contains the weight drift (the distance from these weights). None: no weight drift.
-        judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
+        judge: ``judge(answer, accepted) -> bool``, used instead of exact match. It needs the protocol "exact".
         prefixes: sentences for the metric "prefixes", used instead of the built-in English ones.
         limit: evaluate a random sample of this many edits. None: all edits.
         seed: seed of the sample, the prefixes and the bootstrap.
@@ -86,7 +90,8 @@ def evaluate(
 
     Raises:
         EditError: there are no edits, a prompt is longer than the model's context, the logits are NaN (the message
-            names the edit), or ``unedited`` was made with other edits or options.
+            names the edit), ``unedited`` was made with other edits or options, or ``judge`` is given with another
+            protocol than "exact".
 
     References:
         Yang et al., "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
@@ -107,24 +112,30 @@ def evaluate(
     started = time.perf_counter()
     with reported_by("evaluate"):
         _check(model, edits, options, unedited)
-        evaluation = _Evaluation(model, tokenizer, options, unedited, judge, prefixes, seed, progress)
         sample = _sample(edits, limit, seed)
+        protocols = _protocols(model, tokenizer, sample, options, unedited, judge, progress)
+        evaluation = _Evaluation(model, tokenizer, options, protocols, unedited, judge, prefixes, seed, progress)
         parts = split_across_processes(evaluation.run, sample, options.distributed)
         results = [result for part in parts for result in part]
         if unedited is not None:
-            results = _compare(results, unedited, judge)
-        metrics = summarize(results, against_unedited=unedited is not None, seed=seed)
-        metrics["perplexity"] = evaluation.perplexity(edits)
+            results = compare_with_unedited(results, unedited.answers, protocols, judge)
+        metrics = summarize(results, against_unedited=unedited is not None, protocols=protocols, seed=seed)
+        if unedited is not None and "retrieval" in unedited.metrics:
+            metrics["retrieval"] = unedited.metrics["retrieval"]
+        metrics |= evaluation.prose(edits)
         metrics["weight_drift"] = {} if reference_weights is None else weight_drift(model, reference_weights)
     settings = {
-        **{name: getattr(options, name) for name in (*_ANSWER_SETTINGS, "batch_size", "fluency_tokens")},
+        "protocol": str(protocols),
+        **{name: getattr(options, name) for name in (*_ANSWER_SETTINGS, "batch_size")},
+        "fluency_tokens": FLUENCY_TOKENS,
+        "prompt_format": describe_format(options.prompt_format),
         "limit": limit,
         "decoding": "greedy",
         "metrics": sorted(options.extra_metrics),
         "judge": getattr(judge, "__qualname__", type(judge).__name__),
     }
     meta = report_metadata(model, edits, len(sample), results, settings, against_unedited=unedited is not None)
-    meta |= {"seed": seed, "seconds": round(time.perf_counter() - started, 3)}
+    meta |= {"protocol_reason": protocols.reason, "seed": seed, "seconds": round(time.perf_counter() - started, 3)}
     return Report(
         metrics=metrics,
         unedited=None if unedited is None else unedited.metrics,
@@ -141,6 +152,7 @@ class _Evaluation:
     model: nn.Module
     tokenizer: Any
     options: EvaluationOptions
+    protocols: Protocols
     unedited: Report | None
     judge: Judge
     prefixes: Sequence[str]
@@ -165,15 +177,40 @@ class _Evaluation:
         ]
         flat = [request for own in requests for request in own]
         try:
-            results, answers = answer_requests(
-                self.model, self.tokenizer, flat, self.options, judge=self.judge, progress=self.progress
-            )
+            results, answers = self._answer(flat)
             results = self._add_divergences(results, answers)
+            baseline = self._retrieval(dict(edits), results)
         except DivergedError as error:
             name = next((request.edit for request in flat if request.prompt == error.prompt), None)
             raise DivergedError(error.prompt, name) from error
         remaining = iter(results)
-        return [[next(remaining) for _ in own] for own in requests]
+        return [
+            [*(next(remaining) for _ in own), *baseline.get(name, ())]
+            for (name, _), own in zip(edits, requests, strict=True)
+        ]
+
+    def _answer(self, requests: Sequence[ProbeRequest]) -> tuple[list[ProbeResult], dict[str, Answer]]:
+        return answer_requests(
+            self.model,
+            self.tokenizer,
+            requests,
+            self.options,
+            protocols=self.protocols,
+            judge=self.judge,
+            progress=self.progress,
+        )
+
+    def _retrieval(self, edits: Mapping[str, Edit], results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]:
+        """Return the results of the retrieval baseline by edit. Only the unedited model has this baseline."""
+        by_edit: dict[str, list[ProbeResult]] = {}
+        if "retrieval" not in self.options.extra_metrics or self.unedited is not None:
+            return by_edit
+        requests = retrieval_requests(edits, results)
+        with_fact, _ = self._answer([request for _, request in requests])
+        base = [results[index] for index, _ in requests]
+        for result in compare_with_own_answers(base, with_fact, self.protocols, self.judge):
+            by_edit.setdefault(result.edit, []).append(result)
+        return by_edit
 
     def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
         """Record the unedited model's distributions on the locality prompts, or compute the KL divergence from them."""
@@ -189,19 +226,22 @@ class _Evaluation:
         kl = compute_divergences(self.model, self.tokenizer, self.unedited.distributions, prompts, **settings)
         return [replace(r, kl=kl[r.prompt]) if r.question == "locality" else r for r in results]
 
-    def perplexity(self, edits: Sequence[Edit]) -> Score:
-        """Return the perplexity of ``options.texts``, or ``NO_SCORE`` if no texts are set."""
+    def prose(self, edits: Sequence[Edit]) -> dict[str, Any]:
+        """Return "perplexity", and in "prose" the scores against the unedited model, of the texts in the options."""
         options = self.options
-        if options.texts is None:
-            return NO_SCORE
-        losses = split_across_processes(
-            lambda texts: text_losses(
-                self.model, self.tokenizer, texts, batch_size=options.batch_size, progress=self.progress
-            ),
-            Texts.of(options.texts).load(edits, keep_leaks=True),
-            options.distributed,
-        )
-        return perplexity(losses, self.seed)
+        if options.prose is None:
+            return {"perplexity": NO_SCORE, "prose": {}}
+        reference = None if self.unedited is None else self.unedited.distributions
+
+        def read(texts: Sequence[str]) -> list[TextResult]:
+            settings: dict[str, Any] = {"batch_size": options.batch_size, "progress": self.progress}
+            results, recorded = measure_prose(self.model, self.tokenizer, texts, reference=reference, **settings)
+            self.distributions.update(recorded)
+            return results
+
+        texts = Texts.of(options.prose).load(edits, keep_leaks=True, tokenizer=self.tokenizer)
+        scores = prose_scores(split_across_processes(read, texts, options.distributed), self.seed)
+        return {"perplexity": scores.pop("perplexity"), "prose": scores if self.unedited is not None else {}}
 
 
 def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, unedited: Report | None) -> None:
@@ -216,6 +256,7 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
     settings: Mapping[str, Any] = unedited.meta.get("settings", {})
     for name in _ANSWER_SETTINGS:
         before, now = settings.get(name), getattr(options, name)
+        now = describe_format(now) if name == "prompt_format" else now
         if before != now:
             raise EditError(
                 f"the report passed as unedited= was made with {name}={before!r}, but options.{name} is {now!r}; "
@@ -233,27 +274,36 @@ def _sample(edits: Sequence[Edit], limit: int | None, seed: int) -> list[tuple[s
     return [(edits[number].id or str(number), edits[number]) for number in numbers]
 
 
-def _compare(results: Sequence[ProbeResult], unedited: Report, judge: Judge) -> list[ProbeResult]:
-    """Add the unedited model's answers to the results."""
-    answers = {(result.question == "fluency", result.prompt): result.answer for result in unedited.answers}
-    compared = []
-    for result in results:
-        before = answers.get((result.question == "fluency", result.prompt))
-        if before is None and not _is_extra(result):
+def _protocols(
+    model: nn.Module,
+    tokenizer: Any,
+    edits: Sequence[tuple[str, Edit]],
+    options: EvaluationOptions,
+    unedited: Report | None,
+    judge: Judge,
+    progress: bool,
+) -> Protocols:
+    """Return the protocols of the options, of the unedited model's report, or those that suit the model."""
+    given = None if options.protocols is None else Protocols(options.protocols)
+    if judge is not exact_match:
+        given = given or Protocols(EXACT.names, "judge is given")
+        if given.names != EXACT.names:
             raise EditError(
-                f"unedited has no answer to the prompt {shorten(result.prompt)!r}; evaluate the unedited model on the "
-                "same edits, with the same limit and seed."
+                f'judge needs protocol="exact", got protocol="{given}", because a judge compares whole answers; remove '
+                "judge, or set the protocol in EvaluationOptions."
             )
-        if before is not None:
-            right_before = bool(judge(before, result.accepted)) if result.accepted else None
-            unchanged = normalize(before) == normalize(result.answer)
-            result = replace(result, before=before, right_before=right_before, unchanged=unchanged)
-        compared.append(result)
-    return compared
-
-
-def _is_extra(request: ProbeRequest) -> bool:
-    """Return True for a probe of an extra metric, which the unedited model's report may lack."""
-    if request.question == "generality":
-        return request.kind != "rephrase"
-    return request.question in ("resurgence", "fluency")
+    if unedited is None and given is None:
+        try:
+            return choose_protocols(model, tokenizer, [edit for _, edit in edits], options, progress=progress)
+        except DivergedError as error:
+            name = next((name for name, edit in edits if edit.prompt == error.prompt), None)
+            raise DivergedError(error.prompt, name) from error
+    if unedited is None:
+        return given
+    known = unedited.protocols
+    if given is not None and given.names != known.names:
+        raise EditError(
+            f'the report passed as unedited= was made with protocol="{known}", but the protocol is now "{given}"; '
+            "evaluate the unedited and the edited model with the same protocol."
+        )
+    return known

@@ -6,15 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from kedit_train.arguments import Rule, check_arguments, integer_from, one_of, optional
-from kedit_train.data.prompts import FORMATS, PromptFormat
+from kedit_train.arguments import Rule, check_arguments, integer_from, optional
+from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
+from kedit_train.evaluation.scoring.protocols import PROTOCOLS, Protocol
 
-ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency"]
+ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency", "retrieval"]
 EXTRA_METRICS: tuple[ExtraMetric, ...] = get_args(ExtraMetric)
 
 _METRICS = Rule(
     '"all" or a list of ' + ", ".join(f'"{name}"' for name in EXTRA_METRICS),
     lambda value: value == "all" or (not isinstance(value, str) and set(value) <= set(EXTRA_METRICS)),
+)
+
+_PROTOCOL = Rule(
+    '"auto", or one or several of ' + ", ".join(f'"{name}"' for name in PROTOCOLS),
+    lambda value: (
+        value in ("auto", *PROTOCOLS)
+        if isinstance(value, str)
+        else bool(value) and set(value) <= set(PROTOCOLS) and len(set(value)) == len(value)
+    ),
 )
 
 
@@ -23,7 +33,8 @@ class EvaluationOptions:
     """Settings of an evaluation, for :func:`~kedit_train.evaluation.evaluate` and the callback ``EditMetrics``.
 
     Evaluate the unedited and the edited model with the same options. ``evaluate`` raises an error if the two models
-    are evaluated with different ``max_new_tokens`` or ``prompt_format``, because these settings change the answers.
+    are evaluated with different ``protocol``, ``max_new_tokens`` or ``prompt_format``, because these settings change
+    the answers.
 
     Args:
         metrics: what to measure in addition to reliability, generality, portability and locality: "all", or a list of
@@ -37,15 +48,21 @@ class EvaluationOptions:
               choice. It needs three more answers per edit.
             - "fluency" measures entropy and repetition of a longer continuation of each edit's prompt. It costs as
               much as all other metrics together.
+            - "retrieval" answers all prompts with the new fact in front of them and the weights unchanged, as a
+              baseline. It doubles the cost of the unedited model's evaluation.
+        protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
+            a list of them. The first one gives the headline scores, and all share one generation. "auto" chooses
+            "exact", or "leading" and "probability" for completions of a model that does not end its answers. To find
+            out, ``evaluate`` measures how the unedited model answers up to 16 of the prompts.
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
-        max_new_tokens: maximum length of an answer, in tokens.
-        fluency_tokens: maximum length of the continuation for "fluency", in tokens.
-        texts: unrelated texts for perplexity: a list of strings, a path, a dataset, or "world" (the bundled texts).
-            None: no perplexity.
+        max_new_tokens: maximum length of an answer, in tokens. The protocols "leading", "teacher_forced" and
+            "probability" need fewer tokens: as many as the longest accepted answer, and three more.
+        prose: unrelated texts on which perplexity is measured, and KL divergence and agreement with the unedited
+            model: a list of strings, a path, a dataset, or "world" (the bundled texts). None: not measured.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
-        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the
-            format that was used in training. None: ``EditMetrics`` uses the format of the training examples, and
-            ``evaluate`` uses "plain".
+        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" or a
+            :class:`~kedit_train.ChatFormat`. Use the format that was used in training. None: ``EditMetrics`` uses the
+            format of the training examples, and ``evaluate`` uses "plain".
         distributed: True splits the edits across the processes of the default group. False evaluates all edits on
             each process. ``distributed`` must be False for a model that FSDP2 shards.
 
@@ -64,28 +81,36 @@ class EvaluationOptions:
     """
 
     metrics: Sequence[ExtraMetric] | Literal["all"] = ()
+    protocol: Protocol | Literal["auto"] | Sequence[Protocol] = "auto"
     batch_size: int = 64
     max_new_tokens: int = 32
-    fluency_tokens: int = 100
-    texts: Any = None
+    prose: Any = None
     tokenizer: Any = None
     prompt_format: PromptFormat | None = None
     distributed: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_format", read_format(self.prompt_format))
         check_arguments(
             self,
             metrics=(self.metrics, _METRICS),
+            protocol=(self.protocol, _PROTOCOL),
             batch_size=(self.batch_size, integer_from(1)),
             max_new_tokens=(self.max_new_tokens, integer_from(1)),
-            fluency_tokens=(self.fluency_tokens, integer_from(1)),
-            prompt_format=(self.prompt_format, optional(one_of(FORMATS))),
+            prompt_format=(self.prompt_format, optional(PROMPT_FORMAT)),
         )
 
     @property
     def asked_format(self) -> PromptFormat:
         """The format in which the model is prompted: ``prompt_format``, or "plain" if it is None."""
         return self.prompt_format or "plain"
+
+    @property
+    def protocols(self) -> tuple[Protocol, ...] | None:
+        """The protocols in ``protocol``, the headline first. None if ``protocol`` is "auto"."""
+        if self.protocol == "auto":
+            return None
+        return (self.protocol,) if isinstance(self.protocol, str) else tuple(self.protocol)
 
     @property
     def extra_metrics(self) -> frozenset[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.evaluation.scoring.divergence import Distribution
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
+from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
 # Scores of a metric that get their own series in a logger. All other scores are only in the report.
-_LOGGED_SCORES = ("teacher_forced", "right", "kept_right", "kl", "smallest_token_probability")
+_LOGGED_SCORES = (
+    *("teacher_forced", "leading", "exact", "wild", "probability", "magnitude"),
+    *("right", "kept_right", "tokens_kept", "kl", "smallest_token_probability"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,12 @@ class ReportData:
     answers: Sequence[ProbeResult]
     meta: Mapping[str, Any]
     distributions: Mapping[str, Distribution] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def protocols(self) -> Protocols:
+        """The protocols of the evaluation, the one of the headline scores first."""
+        names = self.meta.get("settings", {}).get("protocol", str(EXACT))
+        return replace(Protocols.parse(names), reason=self.meta.get("protocol_reason", ""))
 
     def answers_table(self) -> list[dict[str, Any]]:
         """Return one row per edit, with the keys prompt, target, old_target, before, after and right."""

@@ -129,6 +129,9 @@ def run_edits(
             "train": getattr(train, "__qualname__", repr(train)),
             "seed": seed,
         }
+        if isinstance(train, TrainLoop):
+            # This is decided on all edits here, before the first training could decide it on one edit.
+            meta["append_eos"] = str(train.append_eos(model, run.edits))
         copied = ("data_name", "data_hash", "model", "versions", "settings", "date")
         meta |= {name: unedited.meta[name] for name in copied}
         if wandb_run is not None:
@@ -179,8 +182,8 @@ def _check(
         )
     if mode != "single":
         return
-    if options.texts is not None or capability is not None:
-        name = "capability" if options.texts is None else "options.texts"
+    if options.prose is not None or capability is not None:
+        name = "capability" if options.prose is None else "options.prose"
         raise EditError(
             f"{name} must be None for mode 'single', because each edit gives a different model; remove {name}, or use "
             "another mode."
@@ -291,10 +294,12 @@ class _Run:
                 results += report.answers
                 settings = report.meta["settings"]
                 bar.update()
-        metrics = summarize(results, against_unedited=True, seed=self.seed)
-        metrics |= {"perplexity": NO_SCORE, "weight_drift": {}}
+        metrics = summarize(results, against_unedited=True, protocols=unedited.protocols, seed=self.seed)
+        metrics |= {name: unedited.metrics[name] for name in ("retrieval",) if name in unedited.metrics}
+        metrics |= {"perplexity": NO_SCORE, "prose": {}, "weight_drift": {}}
         meta = report_metadata(self.model, self.edits, len(self.edits), results, settings, against_unedited=True)
-        meta |= {"seed": self.seed, "seconds": round(time.perf_counter() - started, 3)}
+        meta |= {"protocol_reason": unedited.protocols.reason, "seed": self.seed}
+        meta |= {"seconds": round(time.perf_counter() - started, 3)}
         report = Report(metrics=metrics, unedited=unedited.metrics, answers=results, meta=meta)
         return Checkpoint(
             edits=len(self.edits),
@@ -309,6 +314,6 @@ def _part_of(unedited: Report, edits: Sequence[Edit], seed: int) -> Report:
     """Return the part of the unedited model's report that is on the given edits."""
     names = {edit.id for edit in edits}
     answers = [result for result in unedited.answers if result.edit in names]
-    metrics = summarize(answers, against_unedited=False, seed=seed)
-    metrics |= {name: unedited.metrics[name] for name in ("perplexity", "weight_drift")}
+    metrics = summarize(answers, against_unedited=False, protocols=unedited.protocols, seed=seed)
+    metrics |= {name: unedited.metrics[name] for name in ("perplexity", "prose", "weight_drift")}
     return replace(unedited, metrics=metrics, answers=answers)

@@ -62,7 +62,7 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
         spent += time.process_time() - began
 
     texts = setting.unrelated() if mode != "single" else None
-    options = EvaluationOptions(metrics=["resurgence"], max_new_tokens=16, texts=texts)
+    options = EvaluationOptions(metrics=["resurgence"], max_new_tokens=16, prose=texts)
     how: Any = mode
     result = run_edits(
         model, tokenizer, edits, mode=how, train=timed, checkpoints=(), options=options, seed=draw, progress=False

@@ -145,7 +145,7 @@ def test_additional_metrics_are_measured_in_every_evaluation(edits: EditDataset)
         every_n_steps=2,
         limit=2,
         show=False,
-        evaluation=EvaluationOptions(max_new_tokens=4, metrics=["kl", "resurgence"], texts=["A red fox."]),
+        evaluation=EvaluationOptions(max_new_tokens=4, metrics=["kl", "resurgence"], prose=["A red fox."]),
     )
     edit = train(edits, [metrics], 2)
     for row in evaluations(edit):

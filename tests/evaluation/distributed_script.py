@@ -11,13 +11,15 @@ from ranks import joined
 
 from kedit_train import Edit, EditError, evaluate, world
 from kedit_train.evaluation import EvaluationOptions, MeanOverEdits
+from kedit_train.evaluation.scoring import probe_results
 
 
 def main(folder: Path, rank: int, size: int) -> None:
+    probe_results.FLUENCY_TOKENS = 8
     model, tokenizer = world.load()
     edits = world.edits(7)
     texts = [edit.prompt for edit in edits[:5]]
-    options = EvaluationOptions(metrics="all", fluency_tokens=8, texts=texts, distributed=size > 1)
+    options = EvaluationOptions(metrics="all", prose=texts, distributed=size > 1)
     settings = {"options": options, "progress": False}
     before = evaluate(model, tokenizer, edits, **settings)
     with torch.no_grad():

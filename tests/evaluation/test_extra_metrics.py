@@ -19,6 +19,7 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate
 from kedit_train.evaluation.asking.probes import choice_prompt, negation_prompt
 from kedit_train.evaluation.reporting.metadata import count_near_ties
+from kedit_train.evaluation.scoring import probe_results
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE
 
 FIRST = math.exp(10) / (math.exp(10) + 257)
@@ -137,10 +138,11 @@ def test_scores_by_token_position(scripted_model: Any) -> None:
     assert value_and_n(r["smallest_token_probability"]) == (pytest.approx(OTHER, rel=1e-4), 28)
 
 
-def test_fluency_of_continuations_that_are_cut(scripted_model: Any) -> None:
+def test_fluency_of_continuations_that_are_cut(scripted_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_results, "FLUENCY_TOKENS", 18)
     model, tokenizer = scripted_model({"A:": " one two three four five"}, endless={"B:": " la"}, context=400)
     edits = [Edit("A:", "one"), Edit("B:", "la")]
-    options = EvaluationOptions(metrics=["fluency"], max_new_tokens=30, fluency_tokens=18)
+    options = EvaluationOptions(metrics=["fluency"], protocol="exact", max_new_tokens=30)
     m = evaluate(model, tokenizer, edits, options=options, progress=False)
     assert value_and_n(m.metrics["answers"]["ended"]) == (0.5, 2)
     # 18 bytes hold "la" six times, and cut the other continuation inside its fourth word.
@@ -167,7 +169,7 @@ def test_perplexity_and_weight_drift(scripted_model: Any) -> None:
         model,
         tokenizer,
         EDITS,
-        options=EvaluationOptions(texts=["xyz", "uv", "w"]),
+        options=EvaluationOptions(prose=["xyz", "uv", "w"]),
         reference_weights={"anchor": torch.tensor(2.0)},
         progress=False,
     )
@@ -227,7 +229,7 @@ def test_refusals(scripted_model: Any) -> None:
     for options, message in (
         (EvaluationOptions(prompt_format="chat"), "needs a chat template"),
         (EvaluationOptions(distributed=True), "init_process_group"),
-        (EvaluationOptions(texts=[]), "texts contains no text"),
+        (EvaluationOptions(prose=[]), "texts contains no text"),
     ):
         with pytest.raises(EditError, match=message):
             evaluate(model, tokenizer, EDITS, options=options, progress=False)
@@ -268,14 +270,15 @@ def _scores(tree: Any, path: str = "") -> dict[str, Score]:
 
 
 @pytest.mark.slow
-def test_scores_do_not_depend_on_batch_size_or_padding_side(factlm: Path) -> None:
+def test_scores_do_not_depend_on_batch_size_or_padding_side(factlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_results, "FLUENCY_TOKENS", 12)
     torch.set_num_threads(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
     edits = EditDataset.load(factlm / "records.json", limit=4)
     found = []
     for batch_size, side in ((64, "left"), (1, "right")):
         tokenizer.padding_side = side
-        options = EvaluationOptions(metrics="all", batch_size=batch_size, fluency_tokens=12, texts=["A long road."])
+        options = EvaluationOptions(metrics="all", batch_size=batch_size, prose=["A long road."])
         before = evaluate(model, tokenizer, edits, options=options, progress=False)
         found.append(evaluate(model, tokenizer, edits, unedited=before, options=options, progress=False))
     one, many = found

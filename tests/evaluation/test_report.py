@@ -129,7 +129,7 @@ def test_markdown_shows_the_same_scores_and_escapes_cells(scripted_model: Any, t
     edits = [replace(EDIT, id="a"), Edit("Say:", "x | y", id="b")]
     before = evaluate(*scripted_model(OLD), edits, options=EvaluationOptions(metrics="all"), progress=False)
     new = OLD | {"Ann lives in": " Köln", "Bob lives in": " [bold]Köln[/bold]", "Say:": " a_b"}
-    options = EvaluationOptions(metrics="all", texts=["ab"])
+    options = EvaluationOptions(metrics="all", prose=["ab"])
     found = evaluate(*scripted_model(new), edits, unedited=before, options=options, progress=False)
     text = found.save(tmp_path / "report.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in text.splitlines()]
@@ -150,7 +150,10 @@ def test_markdown_shows_the_same_scores_and_escapes_cells(scripted_model: Any, t
 def test_answers_cut_at_the_limit_have_a_line(scripted_model: Any) -> None:
     out = io.StringIO()
     found = evaluate(
-        *scripted_model({"Q:": " a"}, endless={"P:": " la"}), [Edit("Q:", "a"), Edit("P:", "b")], progress=False
+        *scripted_model({"Q:": " a"}, endless={"P:": " la"}),
+        [Edit("Q:", "a"), Edit("P:", "b")],
+        options=EvaluationOptions(protocol="exact"),
+        progress=False,
     )
     found.print(Console(file=out, width=100))
     (row,) = [line for line in out.getvalue().splitlines() if line.strip().startswith("answers cut at the limit")]

@@ -240,7 +240,7 @@ def test_edits_with_equal_ids_are_told_apart(learner: Any) -> None:
 def test_a_checkpoint_compares_with_the_unedited_model_on_the_same_edits(learner: Any) -> None:
     model, tokenizer = learner()
     edits = [Edit(f"P{i}:", f"{'new' if i else 'old'}{i}") for i in range(N)]  # the model knows the first one already
-    options = EvaluationOptions(texts=["L0: near0"])
+    options = EvaluationOptions(prose=["L0: near0"])
     result = run_edits(
         model, tokenizer, edits, mode="sequential", train=Teacher(), checkpoints=(4,), options=options, progress=False
     )
@@ -250,7 +250,7 @@ def test_a_checkpoint_compares_with_the_unedited_model_on_the_same_edits(learner
 
 
 def test_options_and_judge_reach_the_evaluation(learner: Any) -> None:
-    options = EvaluationOptions(metrics=["kl", "fluency"], fluency_tokens=5)
+    options = EvaluationOptions(metrics=["kl", "fluency"])
     result = run_edits(
         *learner(2),
         facts(2),
@@ -280,8 +280,8 @@ def test_options_and_judge_reach_the_evaluation(learner: Any) -> None:
         ({"mode": "batch", "options": EvaluationOptions(distributed=True)}, "options.distributed must be False"),
         ({"mode": "sequential", "checkpoints": (0, 3)}, "each value in checkpoints must be an integer >= 1"),
         (
-            {"mode": "single", "options": EvaluationOptions(texts=["a b"])},
-            "options.texts must be None for mode 'single'",
+            {"mode": "single", "options": EvaluationOptions(prose=["a b"])},
+            "options.prose must be None for mode 'single'",
         ),
         ({"mode": "single", "capability": CapabilityProbe(["a b"])}, "capability must be None for mode 'single'"),
         ({"mode": "batch", "edits": []}, "edits is empty"),

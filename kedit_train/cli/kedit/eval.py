@@ -19,6 +19,7 @@ examples:
   kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         a delta, applied to its base model
   kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter
   kedit eval runs/mine/model edits.jsonl --against before.json --json after.json
+  kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B --protocol leading,wild --prose wiki.txt
   kedit eval runs/mine/model world --against world --markdown eval.md --plots plots --card runs/mine/model/README.md
 
 With --against or --delta, locality is the fraction of answers that are the same as the answers of the base model.
@@ -36,12 +37,24 @@ def arguments(parser: ArgumentParser) -> None:
     add("edits", metavar="EDITS", help="a .json, .jsonl or .csv file of edits, or world (the bundled edits)")
     add("--against", metavar="BASE", help="the base model, or a JSON report of the base model's evaluation")
     add("--delta", metavar="FILE", help="apply this delta to MODEL, and compare the result with MODEL")
-    add("--full", action="store_true", help="also measure prefixes, format, KL, old answers, fluency and weight drift")
+    add(
+        "--full",
+        action="store_true",
+        help="also measure prefixes, format, KL, old answers, fluency, retrieval and weight drift",
+    )
+    add(
+        "--protocol",
+        default="auto",
+        metavar="P",
+        help="how answers are judged: auto, or one or several of leading, exact, contains, wild, teacher_forced and "
+        "probability, separated by commas (auto)",
+    )
+    add("--retrieval", action="store_true", help="also measure the base model with the new fact in the prompt")
     add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
     add("--batch-size", type=int, default=64, metavar="N", help="prompts per batch (64); does not affect the scores")
     add("--max-new-tokens", type=int, default=32, metavar="N", help="maximum number of tokens of an answer (32)")
     add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="format of the prompts (plain)")
-    add("--texts", metavar="FILE", help="unrelated texts on which perplexity is measured")
+    add("--prose", metavar="FILE", help="unrelated texts: perplexity, and KL and agreement with the base model")
     add("--seed", type=int, default=0, help="random seed of the sample and of the confidence intervals (0)")
     add(
         "--dtype",
@@ -117,10 +130,11 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
 
     options: dict[str, Any] = {"limit": args.limit, "seed": args.seed}
     options["options"] = EvaluationOptions(
-        metrics="all" if args.full else (),
+        metrics="all" if args.full else ["retrieval"] if args.retrieval else (),
+        protocol=args.protocol.split(",") if "," in args.protocol else args.protocol,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
-        texts=args.texts,
+        prose=args.prose,
         prompt_format=args.prompt_format,
     )
     before, reference = None, None
@@ -130,6 +144,11 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
             raise EditError(
                 f"--full needs the base model, but --against is the report {args.against}; give the base model instead "
                 "of the report (--against BASE), or remove --full."
+            )
+        if args.retrieval and "retrieval" not in before.metrics:
+            raise EditError(
+                f"--retrieval needs the base model, but --against is the report {args.against}, which was made without "
+                "--retrieval; give the base model instead of the report (--against BASE)."
             )
     elif args.against is not None and delta is None:
         _same_architecture(args.against, name, args.trust_remote_code)

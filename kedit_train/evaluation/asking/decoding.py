@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,8 +62,14 @@ def can_pad(model: Any) -> bool:
     return accepts_argument(model, "position_ids") and new_cache(model) is not None
 
 
-class _Batch:
-    """The tokens of a batch so far, padded on the left, and the key-value cache."""
+class PromptBatch:
+    """The tokens of a batch so far, padded on the left, and the key-value cache.
+
+    Args:
+        model: a model in evaluation mode.
+        sequences: one list of token ids per prompt. All lists must be equally long unless :func:`can_pad` is True.
+        pad_id: the id of the padding token.
+    """
 
     def __init__(self, model: Any, sequences: Sequence[Sequence[int]], pad_id: int) -> None:
         encoded = [Encoded(list(sequence), len(sequence)) for sequence in sequences]
@@ -86,6 +93,35 @@ class _Batch:
         if self.takes_logits_to_keep:
             inputs["logits_to_keep"] = 1
         return self.model(**inputs).logits[:, -1].float()
+
+    def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Return the logits after each token of some targets. The batch stays as it is, and must have been read.
+
+        The model reads the targets with a copy of the cache, so that the prompt is not read again. It must satisfy
+        :func:`can_pad`.
+
+        Args:
+            rows: for each target, the row of its prompt. A row may be repeated.
+            targets: one list of token ids per target, without the last token.
+
+        Returns:
+            One tensor per target, [tokens, vocabulary] in fp32.
+        """
+        index = torch.tensor(list(rows), device=self.ids.device)
+        cache = copy.deepcopy(self.cache)
+        assert cache is not None
+        cache.batch_select_indices(index)
+        padded = collate([Encoded(list(target), 0) for target in targets], pad_id=0, padding_side="right")
+        mask = torch.cat([self.mask[index], padded["attention_mask"].to(self.mask.device)], dim=1)
+        width = padded["input_ids"].shape[1]
+        logits = self.model(
+            input_ids=padded["input_ids"].to(self.ids.device),
+            attention_mask=mask,
+            position_ids=position_ids(mask)[:, -width:],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return [own[: len(target)].float() for own, target in zip(logits, targets, strict=True)]
 
     def append(self, tokens: Tensor) -> None:
         """Append one token to every sequence."""
@@ -120,11 +156,25 @@ def decode_greedily(
         is_end: returns True for a token that ends its sequence. The end token is part of the result.
         pad_id: the id of the padding token.
     """
-    batch, continuations = _Batch(model, sequences, pad_id), [Continuation() for _ in sequences]
-    active = list(range(len(sequences)))  # row of the batch -> index of its sequence
+    batch = PromptBatch(model, sequences, pad_id)
+    return continue_greedily(batch, batch.next_logits(), limits, is_end)
+
+
+def continue_greedily(
+    batch: PromptBatch, logits: Tensor, limits: Sequence[int], is_end: Callable[[int], bool]
+) -> list[Continuation]:
+    """Generate the most probable tokens for each sequence of a batch that the model has read.
+
+    Args:
+        batch: the batch, with one row per sequence.
+        logits: the logits of the next token, [sequences, vocabulary].
+        limits: the maximum number of new tokens per sequence, at least 1.
+        is_end: returns True for a token that ends its sequence. The end token is part of the result.
+    """
+    continuations = [Continuation() for _ in limits]
+    active = list(range(len(limits)))  # row of the batch -> index of its sequence
     done: set[int] = set()
     while True:
-        logits = batch.next_logits()
         tokens = logits.argmax(dim=-1)
         top = logits.topk(2, dim=-1).values
         for row, (token, first, margin) in enumerate(
@@ -141,10 +191,11 @@ def decode_greedily(
             continuation.ended = is_end(token)
             if continuation.ended or continuation.diverged or len(continuation.ids) >= limits[index]:
                 done.add(index)
-        if len(done) == len(sequences):
+        if len(done) == len(limits):
             return continuations
         batch.append(tokens)
         remaining = [row for row, index in enumerate(active) if index not in done]
         if len(remaining) <= (1 - _ENDED_SHARE) * len(active):
             batch.keep(remaining)
             active = [active[row] for row in remaining]
+        logits = batch.next_logits()

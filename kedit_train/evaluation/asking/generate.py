@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from kedit_train.data.prompts import PromptFormat, check_format, encode_prompts, end_id
+from kedit_train.data.chat_format import PromptFormat, check_format, thinks
+from kedit_train.data.prompts import encode_prompts, end_id
 from kedit_train.data.tokenization import context_length, pad_token_id
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import (
@@ -26,6 +27,9 @@ from kedit_train.evaluation.asking.batching import (
     unwrap_model,
 )
 from kedit_train.evaluation.asking.decoding import Continuation, can_pad, decode_greedily
+from kedit_train.evaluation.asking.thoughts import after_thoughts
+
+LINE_BREAK = ("\n",)
 
 
 @dataclass(frozen=True)
@@ -47,40 +51,49 @@ class Answer:
 
 
 class AnswerEnd:
-    """Decides whether a token ends an answer. End-of-text tokens and tokens with a line break end an answer.
+    """Decides whether a token ends an answer. End-of-text tokens and, by default, line breaks end an answer.
 
     Args:
         model: the model. The end-of-text tokens in its generation config end an answer.
         tokenizer: the model's tokenizer. Its end-of-text token also ends an answer.
-        single_line: if True, a line break also ends an answer.
+        stops: texts that also end an answer. A token that contains one of them ends the answer.
         prompt_format: with "chat", the token that closes the assistant's turn also ends an answer.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, single_line: bool = True, prompt_format: PromptFormat = "plain"
+        self, model: Any, tokenizer: Any, stops: Sequence[str] = LINE_BREAK, prompt_format: PromptFormat = "plain"
     ) -> None:
-        self.ids, self.tokenizer, self.single_line = set(end_token_ids(model, tokenizer)), tokenizer, single_line
+        self.ids, self.tokenizer, self.cut_at = set(end_token_ids(model, tokenizer)), tokenizer, tuple(stops)
+        self.thinks = thinks(prompt_format)
+        # Thoughts have several lines.
+        self.stops = () if self.thinks else self.cut_at
         turn_end = end_id(tokenizer, prompt_format)
         self.ids |= set() if turn_end is None else {turn_end}
-        self._line_breaks: dict[int, bool] = {}
+        self._has_stop: dict[int, bool] = {}
 
-    def has_line_break(self, token: int) -> bool:
-        """Return True if the token contains a line break that ends the answer. Each token is decoded once."""
-        if self.single_line and token not in self._line_breaks:
-            self._line_breaks[token] = "\n" in self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return self.single_line and self._line_breaks[token]
+    def has_stop(self, token: int) -> bool:
+        """Return True if the token contains a text that ends the answer. Each token is decoded once."""
+        if self.stops and token not in self._has_stop:
+            text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            self._has_stop[token] = any(stop in text for stop in self.stops)
+        return bool(self.stops) and self._has_stop[token]
 
     def __call__(self, token: int) -> bool:
-        return token in self.ids or self.has_line_break(token)
+        return token in self.ids or self.has_stop(token)
 
     def read(self, continuation: Continuation) -> Answer:
         """Convert the generated tokens into an answer."""
         ids = continuation.ids
         shown = ids[:-1] if continuation.ended and ids[-1] in self.ids else ids
+        shown = after_thoughts(self.tokenizer, shown, ended=continuation.ended) if self.thinks else shown
         text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text = text.split("\n", 1)[0] if self.single_line else text
+        text = text.lstrip() if self.thinks else text
+        for stop in self.cut_at:
+            text = text.split(stop, 1)[0]
         answer_ids = ids[:-1] if continuation.ended else ids
-        return Answer(text.strip(), ended=continuation.ended, margin=continuation.margin, ids=tuple(answer_ids))
+        # A line break at the beginning shows that the first line is empty.
+        text = text.strip() if self.cut_at else text.strip(" ")
+        return Answer(text, ended=continuation.ended, margin=continuation.margin, ids=tuple(answer_ids))
 
 
 def end_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -98,9 +111,9 @@ def generate_answers(
     prompts: Sequence[str],
     *,
     batch_size: int = 64,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | Mapping[str, int] = 32,
     prompt_format: PromptFormat = "plain",
-    single_line: bool = True,
+    stops: Sequence[str] = LINE_BREAK,
     known_starts: Mapping[str, tuple[list[int], float]] | None = None,
     progress: bool = False,
 ) -> list[Answer]:
@@ -117,9 +130,10 @@ def generate_answers(
         tokenizer: the model's tokenizer. The tokenizer is left unchanged.
         prompts: the texts that the model continues with an answer.
         batch_size: prompts per forward pass.
-        max_new_tokens: maximum length of an answer, in tokens. A longer answer is cut and gets ``ended=False``.
+        max_new_tokens: maximum length of an answer, in tokens, or a dict from prompt to this number. A longer answer
+            is cut and gets ``ended=False``.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
-        single_line: if True, a line break ends an answer.
+        stops: texts that end an answer, in addition to end-of-text. Without stops, an answer may have several lines.
         known_starts: dict from prompt to the pair that
             :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start` returns: the known first
             tokens of the answer, and the smallest margin among these tokens. Known tokens are not generated again.
@@ -141,32 +155,33 @@ def generate_answers(
         (True, True)
     """
     with reported_by("generate_answers"):
-        return _generate(
+        return generate(
             model,
             tokenizer,
             prompts,
             batch_size,
             max_new_tokens,
             prompt_format,
-            single_line,
+            stops,
             known_starts or {},
             progress,
         )
 
 
-def _generate(
+def generate(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str],
     batch_size: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Mapping[str, int],
     prompt_format: PromptFormat,
-    single_line: bool,
+    stops: Sequence[str],
     known_starts: Mapping[str, tuple[list[int], float]],
     progress: bool,
 ) -> list[Answer]:
+    """Generate answers as :func:`generate_answers` does. Its errors name the component that calls this function."""
     inner: Any = unwrap_model(model)
-    if max_new_tokens < 1:
+    if isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise EditError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")
     if batch_size < 1:
         raise EditError(f"batch_size must be >= 1, got {batch_size}.")
@@ -175,9 +190,12 @@ def _generate(
     check_format(prompt_format, tokenizer)
     context = context_length(inner.config)
     sequences = encode_prompts(tokenizer, prompts, context, prompt_format)
-    is_end, pad_id = AnswerEnd(inner, tokenizer, single_line, prompt_format), pad_token_id(tokenizer)
+    is_end, pad_id = AnswerEnd(inner, tokenizer, stops, prompt_format), pad_token_id(tokenizer)
+    # The known tokens of an answer do not follow the thoughts.
+    known_starts = {} if thinks(prompt_format) else known_starts
     prompt_of = dict(zip(sequences, prompts, strict=True))
-    limits = {s: max_new_tokens if context is None else min(max_new_tokens, context - len(s)) for s in prompt_of}
+    limits = {s: max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p] for s, p in prompt_of.items()}
+    limits = {s: limit if context is None else min(limit, context - len(s)) for s, limit in limits.items()}
     known = {s: _known_start(known_starts.get(prompt), limits[s], is_end) for s, prompt in prompt_of.items()}
     finished = {s: known[s] for s in prompt_of if known[s].ended or len(known[s].ids) == limits[s]}
     inputs = {s: (*s, *known[s].ids) for s in prompt_of if s not in finished}

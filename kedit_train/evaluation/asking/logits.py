@@ -18,7 +18,7 @@ from kedit_train.evaluation.asking.batching import (
 from kedit_train.functional.labels import IGNORE_INDEX
 
 # The logits of one batch take at most 1 GiB in fp32.
-_MAX_LOGITS = 2**28
+MAX_LOGITS = 2**28
 
 
 def accepts_argument(model: Any, argument: str) -> bool:
@@ -49,7 +49,7 @@ def target_logits(
     can_select = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)
     for batch in split_into_batches(order, batch_size):
         longest = len(sequences[batch[0]].input_ids)
-        limit = max(1, _MAX_LOGITS // (longest * vocabulary_size(model)))
+        limit = max(1, MAX_LOGITS // (longest * vocabulary_size(model)))
         for part in split_into_batches(batch, limit):
             chosen = [sequences[i] for i in part]
             logits, labels = _run_batch(model, chosen, pad_id, can_select)

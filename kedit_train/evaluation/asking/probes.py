@@ -30,13 +30,15 @@ class ProbeRequest:
 
     Args:
         edit: the id of the edit that the prompt tests, or its number in the data if it has no id.
-        question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence" or
-            "fluency".
+        question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence",
+            "fluency" or "retrieval".
         kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
-            "continuation", or a kind that the data names.
+            "continuation", or a kind that the data names. For "retrieval", the question that the prompt measures.
         prompt: the prompt, before a chat template is applied.
         accepted: every answer that counts as right, starting with the preferred answer; may be empty.
         old_target: the right answer before the edit. None if this answer is unknown.
+        new_target: for a locality prompt, the new answer of the edit, which must not become more probable than the
+            right answer. Otherwise None.
     """
 
     edit: str
@@ -45,6 +47,7 @@ class ProbeRequest:
     prompt: str
     accepted: tuple[str, ...] = ()
     old_target: str | None = None
+    new_target: str | None = None
 
 
 def probe_requests(
@@ -94,7 +97,14 @@ def probe_requests(
     for question, by_kind in (("portability", edit.portability), ("locality", edit.locality)):
         for kind, probes in by_kind.items():
             for probe in probes:
-                yield ProbeRequest(edit=name, question=question, kind=kind, prompt=probe.prompt, accepted=probe.answers)
+                yield ProbeRequest(
+                    edit=name,
+                    question=question,
+                    kind=kind,
+                    prompt=probe.prompt,
+                    accepted=probe.answers,
+                    new_target=edit.target if question == "locality" else None,
+                )
     if "resurgence" in metrics and edit.old_target is not None:
         yield new("resurgence", "negation", negation_prompt(edit.prompt, edit.old_target))
         for letter, other, options in (

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kedit_train.data.prompts import PromptFormat, check_format, end_id, pair_ids
 from kedit_train.data.tokenization import context_length, pad_token_id
@@ -108,24 +108,38 @@ def teacher_forced(
         for numbers, logits, labels in target_logits(
             inner, sequences, pad_id=pad_token_id(tokenizer), batch_size=batch_size
         ):
-            all_logits = torch.cat(logits)
-            log_probs = -torch.nn.functional.cross_entropy(all_logits, torch.cat(labels), reduction="none")
-            top = all_logits.topk(2, dim=-1).values
-            lengths = [len(own) for own in labels]
-            columns = (all_logits.argmax(dim=-1), log_probs, top[:, 0] - top[:, 1], torch.cat(labels))
-            for number, choices, log_prob, margins, expected in zip(
-                numbers, *(column.cpu().split(lengths) for column in columns), strict=True
-            ):
-                if bool(log_prob.isnan().any()):
+            for number, own in zip(numbers, score_targets(logits, labels, has_end), strict=True):
+                if any(value != value for value in own.log_probs):
                     raise DivergedError(distinct[number][0])
-                correct, length = (choices == expected).tolist(), len(choices) - has_end
-                scores[distinct[number]] = TeacherForced(
-                    correct=tuple(correct[:length]),
-                    log_probs=tuple(log_prob[:length].tolist()),
-                    end_correct=correct[length] if has_end else None,
-                    end_log_prob=float(log_prob[length]) if has_end else None,
-                    choices=tuple(choices.tolist()),
-                    margins=tuple(margins.tolist()),
-                )
+                scores[distinct[number]] = own
             bar.update(len(numbers))
     return [scores[pair] for pair in pairs]
+
+
+def score_targets(logits: Sequence[Tensor], labels: Sequence[Tensor], has_end: bool) -> list[TeacherForced]:
+    """Compute the scores of targets from the logits that predict their tokens.
+
+    Args:
+        logits: [tokens, vocabulary] in fp32 for each target.
+        labels: [tokens] for each target.
+        has_end: True if the last label of each target is an end-of-text token.
+    """
+    all_logits, all_labels = torch.cat(list(logits)), torch.cat(list(labels))
+    log_probs = -torch.nn.functional.cross_entropy(all_logits, all_labels, reduction="none")
+    top = all_logits.topk(2, dim=-1).values
+    lengths = [len(own) for own in labels]
+    columns = (all_logits.argmax(dim=-1), log_probs, top[:, 0] - top[:, 1], all_labels)
+    scores = []
+    for choices, log_prob, margins, expected in zip(*(column.cpu().split(lengths) for column in columns), strict=True):
+        correct, length = (choices == expected).tolist(), len(choices) - has_end
+        scores.append(
+            TeacherForced(
+                correct=tuple(correct[:length]),
+                log_probs=tuple(log_prob[:length].tolist()),
+                end_correct=correct[length] if has_end else None,
+                end_log_prob=float(log_prob[length]) if has_end else None,
+                choices=tuple(choices.tolist()),
+                margins=tuple(margins.tolist()),
+            )
+        )
+    return scores

@@ -8,11 +8,11 @@ from kedit_train.data.tokenization import shorten
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.report_lines import (
     HEADING,
-    NOTE,
     format_interval,
     format_number,
     notes,
     score_lines,
+    table_note,
 )
 
 
@@ -55,11 +55,11 @@ def _scores(report: ReportData) -> Iterator[str]:
     for line in score_lines(report):
         label = f"&nbsp;&nbsp;{escape_cell(line.label)}" if line.is_kind else escape_cell(line.label)
         numbers = [format_number(line.unedited.value)] if compared else []
-        numbers += [format_number(line.edited.value), format_interval(line.edited), str(line.edited.n)]
+        numbers += [format_number(line.edited.value), format_interval(line.basis), str(line.basis.n)]
         rows.append([label, *numbers, format_number(line.teacher_forced.value)])
     yield from markdown_table(head, rows, 1)
     yield ""
-    yield f"{NOTE}."
+    yield f"{table_note(report)}."
     for note in notes(report):
         yield f"\n{note}."
 

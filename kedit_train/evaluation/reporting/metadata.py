@@ -100,7 +100,7 @@ def _count_unscored(results: Sequence[ProbeResult], against_unedited: bool) -> d
     """
     counts: dict[str, int] = {}
     for result in results:
-        scored = result.question == "fluency" or (against_unedited and result.question == "locality")
+        scored = result.question in ("fluency", "retrieval") or (against_unedited and result.question == "locality")
         if result.right is None and not scored:
             counts[result.question] = counts.get(result.question, 0) + 1
     return counts

@@ -16,6 +16,7 @@ from kedit_train.evaluation.reporting.report_lines import (
     format_interval,
     format_number,
     notes,
+    protocol_note,
     score_lines,
 )
 from kedit_train.evaluation.scoring.metrics import QUESTIONS
@@ -144,11 +145,11 @@ def _score_lines(report: ReportData) -> Iterator[str]:
     rows = []
     for line in score_lines(report):
         label = f"&nbsp;&nbsp;{escape_cell(line.label)}" if line.is_kind else escape_cell(line.label)
-        edited = format_number(line.edited.value) if line.edited.n else "no probes"
+        edited = format_number(line.edited.value) if line.edited.n or line.unedited.n else "no probes"
         before = [format_number(line.unedited.value)] if compared else []
-        rows.append([label, *before, edited, format_interval(line.edited), str(line.edited.n)])
+        rows.append([label, *before, edited, format_interval(line.basis), str(line.basis.n)])
     yield from markdown_table(["", *(["unedited"] if compared else []), "edited", "95 % CI", "n"], rows, 1)
-    yield "\nAnswers are generated greedily until the model ends them, and compared by exact match after normalization."
+    yield f"\n{protocol_note(report)}."
     yield "95 % CI: bootstrap over edits. n: number of probes."
     for note in notes(report):
         yield f"\n{note}."

@@ -9,13 +9,49 @@ from typing import Any
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
 from kedit_train.evaluation.scoring.metrics import QUESTIONS
+from kedit_train.evaluation.scoring.own_endings import CUT_SHARE
+from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
 HEADING = "Did it work?"
-NOTE = (
-    "generated: greedy decoding until the model ends its answer, exact match after normalization. teacher-forced: "
-    "fraction of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap over edits. n: "
-    "number of probes"
+_NOTES = {
+    "leading": "greedy decoding, an accepted answer at the beginning of the text, at a word boundary. locality: first "
+    "tokens unchanged, as many as the true answer has, at least 3",
+    "exact": "greedy decoding until the model ends its answer, exact match after normalization",
+    "contains": "greedy decoding, an accepted answer anywhere in the text. locality: first tokens unchanged",
+    "wild": "greedy decoding until the first full stop or line break, exact match after normalization",
+    "teacher_forced": "fraction of the answer's tokens ranked first. locality: fraction of these tokens unchanged",
+    "probability": "new answer more probable than the old answer (ES, PS). locality: true answer more probable than "
+    "the new answer (NS)",
+}
+_REST = (
+    "teacher-forced: fraction of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap "
+    "over edits. n: number of probes"
 )
+
+
+def protocol_note(report: ReportData) -> str:
+    """Return a note that names the protocol of the headline scores and says how it judges an answer."""
+    protocols = report.protocols
+    # The default needs no reason, unless the model was measured and found to be an exception.
+    reason = protocols.reason if protocols.headline != EXACT.headline else ""
+    why = f" (chosen because {reason})" if reason else ""
+    score = "score" if protocols.headline in ("teacher_forced", "probability") else "generated"
+    return f"protocol: {protocols.headline}{why}. {score}: {_NOTES[protocols.headline]}"
+
+
+def table_note(report: ReportData) -> str:
+    """Return the note below the table of scores."""
+    return f"{protocol_note(report)}. {_REST}"
+
+
+_NAMED_LABELS = {
+    "leading": "leading",
+    "exact": "exact",
+    "wild": "wild",
+    "contains": "contains",
+    "probability": "probability",
+    "magnitude": "probability: difference",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +72,24 @@ class ScoreLine:
     teacher_forced: Score = NO_SCORE
     is_kind: bool = False
 
+    @property
+    def basis(self) -> Score:
+        """The score whose interval and number of probes are shown."""
+        return self.edited if self.edited.n else self.unedited
+
 
 def score_lines(report: ReportData) -> Iterator[ScoreLine]:
     """Yield the lines of the score table: each main metric with its kinds of probes, then the extra metrics."""
     metrics, unedited = report.metrics, report.unedited or {}
+    protocols = report.protocols
     for question in QUESTIONS:
-        yield from _question_lines(question, metrics[question], unedited.get(question, {}))
+        yield from _question_lines(question, metrics[question], unedited.get(question, {}), protocols)
+    for name, score in metrics.get("probability", {}).items():
+        before = unedited.get("probability", {}).get(name, NO_SCORE)
+        yield ScoreLine(label="probability: harmonic mean", unedited=before, edited=score)
     yield from _old_answer_lines(metrics["resurgence"], unedited.get("resurgence", {}))
-    yield ScoreLine(label="answers cut at the limit", unedited=_cut_share(unedited), edited=_cut_share(metrics))
+    if protocols.whole_answers:
+        yield ScoreLine(label="answers cut at the limit", unedited=_cut_share(unedited), edited=_cut_share(metrics))
     fluency, unedited_fluency = metrics["fluency"], unedited.get("fluency", {})
     for name, label in (
         ("entropy", "fluency: n-gram entropy"),
@@ -55,13 +101,22 @@ def score_lines(report: ReportData) -> Iterator[ScoreLine]:
     if metrics["perplexity"].n:
         unedited_perplexity = unedited.get("perplexity", NO_SCORE)
         yield ScoreLine(label="perplexity", unedited=unedited_perplexity, edited=metrics["perplexity"])
+    for name, label in (("kl", "prose: KL (nats per token)"), ("agreement", "prose: same top token")):
+        if (score := metrics.get("prose", {}).get(name, NO_SCORE)).n:
+            yield ScoreLine(label=label, edited=score)
+    for question, score in metrics.get("retrieval", {}).items():
+        # The baseline has the weights of the unedited model.
+        columns = {"edited": score} if report.unedited is None else {"unedited": score, "edited": NO_SCORE}
+        yield ScoreLine(label=f"fact in the prompt: {question}", **columns)
     for name, score in metrics["weight_drift"].items():
         yield ScoreLine(label=f"weight drift: {name}", edited=score)
 
 
-def _question_lines(question: str, edited: Mapping[str, Any], unedited: Mapping[str, Any]) -> Iterator[ScoreLine]:
+def _question_lines(
+    question: str, edited: Mapping[str, Any], unedited: Mapping[str, Any], protocols: Protocols
+) -> Iterator[ScoreLine]:
     compared = edited.get("compared_with") == "unedited model"
-    label = "locality: unchanged" if compared else "locality: right" if question == "locality" else question
+    label = _locality_label(protocols.headline, compared) if question == "locality" else question
     # The unedited model has no fraction of unchanged answers.
     yield ScoreLine(
         label=label,
@@ -79,7 +134,15 @@ def _question_lines(question: str, edited: Mapping[str, Any], unedited: Mapping[
             teacher_forced=NO_SCORE if compared else own["teacher_forced"],
             is_kind=True,
         )
+    shown = set(protocols.names) - {EXACT.headline if protocols.names == EXACT.names else ""}
+    for name, named in _NAMED_LABELS.items():
+        if name in edited and name != protocols.headline and edited[name].n and (name in shown or name == "magnitude"):
+            # The unedited model has no fraction of unchanged answers, but a probability of each answer.
+            before = NO_SCORE if compared and name != "probability" else unedited.get(name, NO_SCORE)
+            yield ScoreLine(label=named, unedited=before, edited=edited[name], is_kind=True)
     if compared:
+        if protocols.names != EXACT.names:
+            yield ScoreLine(label="locality: first tokens kept", edited=edited.get("tokens_kept", NO_SCORE))
         # Teacher forcing scores the true answer, so its score belongs to the fraction of right answers.
         yield ScoreLine(
             label="locality: right",
@@ -90,6 +153,16 @@ def _question_lines(question: str, edited: Mapping[str, Any], unedited: Mapping[
         yield ScoreLine(label="locality: still right", edited=edited["kept_right"])
     if question == "locality" and edited["kl"].n:
         yield ScoreLine(label="locality: KL (nats per token)", edited=edited["kl"])
+
+
+def _locality_label(headline: str, compared: bool) -> str:
+    if headline == "probability":
+        return "locality: true answer preferred"
+    if headline == "teacher_forced" and compared:
+        return "locality: top tokens unchanged"
+    if not compared:
+        return "locality: right"
+    return "locality: unchanged" if headline in ("exact", "wild") else "locality: first tokens unchanged"
 
 
 def _old_answer_lines(edited: Mapping[str, Any], unedited: Mapping[str, Any]) -> Iterator[ScoreLine]:
@@ -118,6 +191,13 @@ def notes(report: ReportData) -> list[str]:
     if ties:
         lines.append(
             f"{ties} answers depend on two tokens with almost equal logits; another batch size may change these answers"
+        )
+    protocols, cut = report.protocols, _cut_share(report.unedited or report.metrics)
+    if protocols.headline == "exact" and cut.value is not None and cut.value >= CUT_SHARE:
+        better = "leading" if report.meta.get("settings", {}).get("prompt_format") == "plain" else "contains"
+        lines.append(
+            f"{cut.value:.0%} of the answers run into the limit, so whole answers mean little; set protocol="
+            f'"{better}", or a larger max_new_tokens'
         )
     return lines
 

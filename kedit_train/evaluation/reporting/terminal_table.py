@@ -13,11 +13,11 @@ from kedit_train.data.tokenization import shorten
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.report_lines import (
     HEADING,
-    NOTE,
     format_interval,
     format_number,
     notes,
     score_lines,
+    table_note,
 )
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
 
@@ -29,7 +29,7 @@ def render_report(report: ReportData, answers: int) -> Group:
         report: the report.
         answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
     """
-    parts: list[Any] = [_scores_table(report), Text(), Text(NOTE, style="dim")]
+    parts: list[Any] = [_scores_table(report), Text(), Text(table_note(report), style="dim")]
     positions = report.metrics.get("positions", {})
     if len(positions) > 1:
         shares = " ".join(f"{scores['accuracy'].value:.2f}" for scores in list(positions.values())[:8])
@@ -76,8 +76,8 @@ def _scores_table(report: ReportData) -> Table:
         cells = [Text(f"  {line.label}" if line.is_kind else line.label, style="dim" if line.is_kind else "")]
         cells += [Text(format_number(line.unedited.value))] if compared else []
         style = "dim" if line.edited.value is None else "" if line.is_kind else "bold"
-        cells += [Text(format_number(line.edited.value), style=style), Text(format_interval(line.edited))]
-        table.add_row(*cells, Text(str(line.edited.n)), Text(format_number(line.teacher_forced.value)))
+        cells += [Text(format_number(line.edited.value), style=style), Text(format_interval(line.basis))]
+        table.add_row(*cells, Text(str(line.basis.n)), Text(format_number(line.teacher_forced.value)))
     return table
 
 

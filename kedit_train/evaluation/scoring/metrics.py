@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, scores_of_means
+from kedit_train.evaluation.scoring.comparison import success
 from kedit_train.evaluation.scoring.fluency import ngram_entropy, repetition
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
+from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
 QUESTIONS = ("reliability", "generality", "portability", "locality")
 # The kinds of generality that make up its total. The other kinds are extra metrics and are reported separately.
@@ -27,6 +29,8 @@ _MEASURES: dict[str, Callable[[ProbeResult], float | None]] = {
     ),
     "ended": lambda r: r.ended,
 }
+# Scores that exist only if the protocol is one of the report's protocols. The other protocols are in ``_MEASURES``.
+_NAMED = ("leading", "exact", "wild", "probability")
 
 
 class _Values:
@@ -57,19 +61,25 @@ class _Values:
             branch[path[-1]] = score
 
 
-def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: int = 0) -> dict[str, Any]:
+def summarize(
+    results: Sequence[ProbeResult], *, against_unedited: bool, protocols: Protocols = EXACT, seed: int = 0
+) -> dict[str, Any]:
     """Compute the metrics of a report from the results of all probes.
 
     Reliability, generality, portability and locality each have these scores:
 
-    - ``generated``: the fraction of probes whose generated answer is right. For locality with ``against_unedited``, it
-      is the fraction of answers that equal the unedited model's answer after normalization;
+    - ``generated``: the headline score, under the report's first protocol. With the default protocols, it is the
+      fraction of probes whose generated answer is right. For locality with ``against_unedited``, it is the fraction of
+      answers that are the unedited model's;
+    - ``leading``, ``exact``, ``wild`` and ``probability``: the same under these protocols, if they are among
+      ``protocols``. ``magnitude``: the mean difference of the two probabilities that "probability" compares;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
     - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
     - ``target_loss`` and ``target_probability``: loss and probability of the preferred answer's tokens, averaged over
       the tokens of a probe and then over the probes;
-    - ``ended``: the fraction of answers that the model ended itself;
+    - ``ended``: the fraction of answers that the model ended itself. It has no value if the protocols generate only the
+      first tokens of an answer;
     - ``by_kind`` (not for reliability): all scores above, for each kind of probe. The generality scores outside
       ``by_kind`` include only rephrasings, so they do not depend on the extra metrics.
 
@@ -78,6 +88,11 @@ def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: i
     - ``locality.right``: the fraction of locality probes with a right answer, even if the edit changed the answer;
     - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
       correctly;
+    - ``locality.tokens_kept``: the mean fraction of the unedited answers' first tokens that are kept;
+    - ``locality.same_answer``: the fraction of whole answers that equal the unedited model's;
+    - ``probability.harmonic_mean``: the harmonic mean of the "probability" scores of reliability, generality and
+      locality, which CounterFact calls S;
+    - ``retrieval``: the headline scores of the unedited model with the new fact in the prompt, per metric;
     - ``locality.kl``: the mean KL divergence per token from the unedited model;
     - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
       so on;
@@ -88,6 +103,7 @@ def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: i
     Args:
         results: the results of all probes.
         against_unedited: True if ``results`` contain the unedited model's answers.
+        protocols: the protocols of the results.
         seed: seed of the bootstrap over edits.
 
     Returns:
@@ -97,46 +113,83 @@ def summarize(results: Sequence[ProbeResult], *, against_unedited: bool, seed: i
     metrics: dict[str, Any] = {}
     for question in QUESTIONS:
         own = [result for result in results if result.question == question]
-        is_success = _unchanged if against_unedited and question == "locality" else _right
+        compared = against_unedited and question == "locality"
+        measures = _measures(protocols, compared)
         metrics[question] = {}
         total = [r for r in own if question != "generality" or r.kind in _TOTAL_GENERALITY]
-        _add_question(values, (question,), total, is_success)
+        _add_question(values, (question,), total, measures)
         if question == "locality":
-            metrics[question]["compared_with"] = "unedited model" if against_unedited else "truth"
+            with_unedited = compared and protocols.headline != "probability"
+            metrics[question]["compared_with"] = "unedited model" if with_unedited else "truth"
+            values.add((question, "tokens_kept"), own, lambda r: r.tokens_kept)
+            values.add((question, "same_answer"), own, lambda r: r.same_answer)
             values.add((question, "right"), own, _right)
             values.add((question, "kept_right"), [r for r in own if r.right_before], _right)
             _add_kl(values, (question, "kl"), own)
         if question != "reliability":
             metrics[question]["by_kind"] = {}
             for kind in sorted({result.kind for result in own}):
-                _add_question(values, (question, "by_kind", kind), [r for r in own if r.kind == kind], is_success)
+                _add_question(values, (question, "by_kind", kind), [r for r in own if r.kind == kind], measures)
                 if question == "locality":
                     _add_kl(values, (question, "by_kind", kind, "kl"), [r for r in own if r.kind == kind])
     _add_positions(values, [r for r in results if r.question == "reliability"])
     _add_resurgence(values, results)
-    values.add(("answers", "ended"), [r for r in results if r.question != "fluency"], lambda r: r.ended)
+    asked = [r for r in results if r.question not in ("fluency", "retrieval")] if protocols.whole_answers else []
+    values.add(("answers", "ended"), asked, lambda r: r.ended)
+    for question in QUESTIONS:
+        if own := [r for r in results if r.question == "retrieval" and r.kind == question]:
+            values.add(("retrieval", question), own, _headline(protocols, against_unedited=True))
     continuations = [r for r in results if r.question == "fluency"]
     values.add(("fluency", "entropy"), continuations, lambda r: ngram_entropy(r.answer))
     values.add(("fluency", "repetition"), continuations, lambda r: repetition(r.answer))
     values.add(("fluency", "ended"), continuations, lambda r: r.ended)
     values.write_scores(metrics)
     metrics["reliability"]["smallest_token_probability"] = _smallest_token_probability(results)
+    if "probability" in protocols.names:
+        parts = [metrics[question]["probability"] for question in ("reliability", "generality", "locality")]
+        metrics["probability"] = {"harmonic_mean": _harmonic_mean(parts)}
     return metrics
+
+
+def _headline(protocols: Protocols, against_unedited: bool) -> Callable[[ProbeResult], float | None]:
+    return lambda r: success(protocols.headline, r, headline=True, against_unedited=against_unedited)
+
+
+def _measures(protocols: Protocols, against_unedited: bool) -> dict[str, Callable[[ProbeResult], float | None]]:
+    """Return the scores of a question by name, the headline first."""
+    measures = {"generated": _headline(protocols, against_unedited), **_MEASURES}
+    if not protocols.whole_answers:
+        measures["ended"] = lambda r: None
+    for position, name in enumerate(protocols.names if protocols.names != EXACT.names else ()):
+        if name in _NAMED:
+            measures[name] = lambda r, name=name, first=position == 0: success(
+                name, r, headline=first, against_unedited=against_unedited
+            )
+    if "probability" in protocols.names:
+        measures["magnitude"] = lambda r: r.magnitude
+    return measures
+
+
+def _harmonic_mean(scores: Sequence[Score]) -> Score:
+    """Return the harmonic mean of the scores, or no score if one of them is missing."""
+    values = [score.value for score in scores if score.value is not None]
+    if len(values) < len(scores):
+        return NO_SCORE
+    mean = len(values) / sum(1 / value for value in values) if all(values) else 0.0
+    return Score(mean, n=sum(score.n for score in scores))
 
 
 def _right(result: ProbeResult) -> bool | None:
     return result.right
 
 
-def _unchanged(result: ProbeResult) -> bool | None:
-    return result.unchanged
-
-
 def _add_question(
-    values: _Values, path: tuple[str, ...], results: Sequence[ProbeResult], is_success: Callable[[Any], Any]
+    values: _Values,
+    path: tuple[str, ...],
+    results: Sequence[ProbeResult],
+    measures: dict[str, Callable[[ProbeResult], float | None]],
 ) -> None:
-    values.add((*path, "generated"), results, is_success)
-    for name, measure in _MEASURES.items():
+    for name, measure in measures.items():
         values.add((*path, name), results, measure)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from kedit_train.data.conversations import RenderedConversation
 from kedit_train.data.tokenization import Encoded, context_length, pad_token_id, token_ids
 from kedit_train.evaluation.asking.batching import DivergedError, inference_context, progress_bar, unwrap_model
 from kedit_train.evaluation.asking.logits import target_logits
@@ -23,6 +24,7 @@ def text_losses(
     batch_size: int = 64,
     max_length: int = 512,
     progress: bool = False,
+    visit: Callable[[int, int, Encoded, Tensor], None] | None = None,
 ) -> list[tuple[float, int]]:
     """Compute the total loss of each text.
 
@@ -36,6 +38,8 @@ def text_losses(
         batch_size: windows per forward pass.
         max_length: maximum number of tokens per window.
         progress: show a progress bar in a terminal.
+        visit: called for every window with the number of its text, the number of the window in the text, the window,
+            and the logits that predict its tokens, [tokens - 1, vocabulary] in fp32.
 
     Returns:
         One pair per text: the sum of the negative log-probabilities of its tokens, in nats, and the number of these
@@ -48,12 +52,14 @@ def text_losses(
     width = min(max_length, context_length(inner.config) or max_length)
     windows: list[Encoded] = []
     text_numbers: list[int] = []
+    places: list[int] = []
     for number, text in enumerate(texts):
-        ids = token_ids(tokenizer, text, special=True)
+        ids = token_ids(tokenizer, text, special=not isinstance(text, RenderedConversation))
         parts = [ids[i : i + width] for i in range(0, len(ids), width)]
         own = [Encoded(part, 1) for part in parts if len(part) > 1]
         windows += own
         text_numbers += [number] * len(own)
+        places += range(len(own))
     sums, counts = [0.0] * len(texts), [0] * len(texts)
     pad_id = pad_token_id(tokenizer)
     with inference_context(inner), progress_bar(len(windows), "reading texts", progress) as bar:
@@ -65,6 +71,8 @@ def text_losses(
                     raise DivergedError(texts[text_number])
                 sums[text_number] += loss
                 counts[text_number] += len(own_labels)
+                if visit is not None:
+                    visit(text_number, places[number], windows[number], own_logits)
             bar.update(len(numbers))
     return list(zip(sums, counts, strict=True))
 

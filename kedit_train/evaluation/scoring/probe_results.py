@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
+from kedit_train.data.tokenization import encode_continuation
 from kedit_train.evaluation.asking.batching import unwrap_model
 from kedit_train.evaluation.asking.generate import Answer, AnswerEnd, generate_answers
 from kedit_train.evaluation.asking.probes import ProbeRequest
+from kedit_train.evaluation.asking.shared_prompts import Scores, answer_and_score, can_share_prompts
 from kedit_train.evaluation.asking.teacher_forced import TeacherForced, teacher_forced
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.scoring.normalize import contains
+from kedit_train.evaluation.scoring.protocols import END, EXACT, MARGIN, MINIMUM_KEPT, Protocols, is_right
 
 Judge = Callable[[str, Sequence[str]], bool]
+
+# Maximum length of the continuations for "fluency", in tokens, as in CounterFact (arXiv 2202.05262).
+FLUENCY_TOKENS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +34,24 @@ class ProbeResult(ProbeRequest):
         ended: True if the model ended the answer itself.
         margin: the smallest difference between the two largest logits, over all tokens of the answer. None if no token
             was generated.
-        right: True if the answer equals one of the ``accepted`` answers. None if ``accepted`` is empty.
+        right: True if the answer is right under the report's first protocol. None if ``accepted`` is empty.
         contained: True if the answer contains one of the ``accepted`` answers. None if ``accepted`` is empty.
         before: the unedited model's answer. None without a report on the unedited model.
         right_before: True if the unedited model's answer was right.
-        unchanged: True if ``answer`` and ``before`` are equal after normalization, even if both are wrong.
+        unchanged: True if the answer is the unedited model's under the report's first protocol, even if both are wrong.
         tokens_right: for each token of the preferred answer, True if the token is ranked first under teacher forcing.
         token_log_probs: for each token of the preferred answer, the log-probability under teacher forcing.
-        old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" was measured.
+        choices: on locality probes with the protocol "teacher_forced", the token that is ranked first at each position
+            of the preferred answer.
+        first_tokens: on locality probes, the first token ids of the answer: as many as the preferred answer has, and at
+            least 3. -1 stands for the end of the answer.
+        tokens_kept: the fraction of the unedited model's ``first_tokens`` before the first difference.
+        choices_kept: the fraction of ``choices`` that are the unedited model's.
+        same_answer: True if the whole answers of both models are equal after normalization. None if the protocols do
+            not generate whole answers.
+        old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" or the protocol
+            "probability" was measured.
+        new_log_prob: on locality probes with the protocol "probability", the mean log-probability of ``new_target``.
         kl: KL(unedited || this model), in nats, for each token of the unedited model's answer. Empty if the metric "kl"
             was not measured.
     """
@@ -49,7 +66,13 @@ class ProbeResult(ProbeRequest):
     unchanged: bool | None = None
     tokens_right: tuple[bool, ...] = ()
     token_log_probs: tuple[float, ...] = ()
+    choices: tuple[int, ...] = ()
+    first_tokens: tuple[int, ...] = ()
+    tokens_kept: float | None = None
+    choices_kept: float | None = None
+    same_answer: bool | None = None
     old_log_prob: float | None = None
+    new_log_prob: float | None = None
     kl: tuple[float, ...] = ()
 
     @property
@@ -61,6 +84,18 @@ class ProbeResult(ProbeRequest):
     def log_prob(self) -> float | None:
         """The mean log-probability of the preferred answer's tokens."""
         return sum(self.token_log_probs) / len(self.token_log_probs) if self.token_log_probs else None
+
+    @property
+    def rival_log_prob(self) -> float | None:
+        """The mean log-probability of the answer that must not win: the old one, and on locality probes the new one."""
+        return self.old_log_prob if self.new_log_prob is None else self.new_log_prob
+
+    @property
+    def magnitude(self) -> float | None:
+        """The probability per token of the preferred answer, minus that of its rival, as CounterFact reports it."""
+        if self.log_prob is None or self.rival_log_prob is None:
+            return None
+        return math.exp(self.log_prob) - math.exp(self.rival_log_prob)
 
     @property
     def says_old(self) -> bool | None:
@@ -84,21 +119,24 @@ def answer_requests(
     requests: Sequence[ProbeRequest],
     options: EvaluationOptions,
     *,
+    protocols: Protocols,
     judge: Judge,
     progress: bool,
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
     """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
-    The teacher-forced pass gives the beginning of the generated answer, up to and including the first token that
-    differs from the preferred answer. Only the tokens after this token are generated. If a probe has no accepted
-    answer, all tokens are generated, and the probe has no teacher-forced score.
+    With the default protocol, the teacher-forced pass gives the beginning of the generated answer, up to and including
+    the first token that differs from the preferred answer. Only the tokens after this token are generated. With the
+    other protocols, each prompt is read once, for its targets and for the answer. A probe without an accepted answer
+    has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.
         tokenizer: the model's tokenizer.
         requests: the probes.
         options: how to prompt the model. With the metric "resurgence", the old answers are also scored.
-        judge: decides whether an answer is right.
+        protocols: the protocols. They decide how many tokens are generated, and which answers are scored.
+        judge: decides whether an answer is right under the protocol "exact".
         progress: show progress bars in a terminal.
 
     Returns:
@@ -107,50 +145,116 @@ def answer_requests(
     """
     settings: dict[str, Any] = {"batch_size": options.batch_size, "prompt_format": options.asked_format}
     settings["progress"] = progress
-    with_old = "resurgence" in options.extra_metrics
     pairs = [(r.prompt, r.accepted[0]) for r in requests if r.accepted]
-    if with_old:
-        pairs += [(r.prompt, r.old_target) for r in requests if r.old_target is not None]
+    pairs += [(r.prompt, rival) for r in requests if (rival := _rival(r, options, protocols)) is not None]
+    asked = [r for r in requests if r.question != "fluency"]
+    prompts = list(dict.fromkeys(r.prompt for r in asked))
+    if protocols.whole_answers:
+        limits = dict.fromkeys(prompts, options.max_new_tokens)
+    else:
+        limits = _short_limits(tokenizer, asked)
+    # The default protocol reads each prompt twice. Otherwise rounding could change answers that were measured before.
+    share = protocols.names != EXACT.names and can_share_prompts(model)
+    ask = _ask_together if share else _ask_separately
+    answers, forced = ask(model, tokenizer, prompts, pairs, limits, protocols, settings)
+    open_prompts = [r.prompt for r in requests if r.question == "fluency"]
+    texts: dict[str, Answer] = {}
+    if open_prompts:
+        settings |= {"max_new_tokens": FLUENCY_TOKENS, "stops": ()}
+        texts = dict(zip(open_prompts, generate_answers(model, tokenizer, open_prompts, **settings), strict=True))
+    results = []
+    for request in requests:
+        answer = (texts if request.question == "fluency" else answers)[request.prompt]
+        result = _result(request, answer, forced, _rival(request, options, protocols), protocols)
+        results.append(replace(result, right=is_right(protocols.headline, result, judge)))
+    return results, answers
+
+
+def _ask_separately(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    limits: Mapping[str, int],
+    protocols: Protocols,
+    settings: dict[str, Any],
+) -> tuple[dict[str, Answer], Scores]:
+    """Score the targets, then generate the tokens of the answers that teacher forcing has not shown."""
     forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
-    is_end = AnswerEnd(unwrap_model(model), tokenizer, prompt_format=options.asked_format)
+    is_end = AnswerEnd(unwrap_model(model), tokenizer, protocols.stops, settings["prompt_format"])
     starts: dict[str, tuple[list[int], float]] = {}
     for (prompt, _), scores in forced.items():
         ids, margin = scores.greedy_start(is_end)
         if prompt not in starts or len(ids) > len(starts[prompt][0]):
             starts[prompt] = (ids, margin)
-    prompts = [r.prompt for r in requests if r.question != "fluency"]
     generated = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=options.max_new_tokens, known_starts=starts, **settings
+        model, tokenizer, prompts, max_new_tokens=limits, known_starts=starts, stops=protocols.stops, **settings
     )
-    answers = dict(zip(prompts, generated, strict=True))
-    open_prompts = [r.prompt for r in requests if r.question == "fluency"]
-    texts: dict[str, Answer] = {}
-    if open_prompts:
-        settings |= {"max_new_tokens": options.fluency_tokens, "single_line": False}
-        texts = dict(zip(open_prompts, generate_answers(model, tokenizer, open_prompts, **settings), strict=True))
-    results = [
-        _result(r, (texts if r.question == "fluency" else answers)[r.prompt], forced, judge, with_old) for r in requests
-    ]
-    return results, answers
+    return dict(zip(prompts, generated, strict=True)), forced
+
+
+def _ask_together(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    limits: Mapping[str, int],
+    protocols: Protocols,
+    settings: dict[str, Any],
+) -> tuple[dict[str, Answer], Scores]:
+    """Score the targets and generate the answers in one pass over the prompts."""
+    targets: dict[str, list[str]] = {prompt: [] for prompt in prompts}
+    for prompt, target in pairs:
+        targets[prompt].append(target)
+    return answer_and_score(model, tokenizer, targets, limits=limits, stops=protocols.stops, **settings)
+
+
+def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protocols) -> str | None:
+    """Return the answer whose probability is compared with the preferred answer's, or None if it is not needed."""
+    if "probability" in protocols.names and request.accepted:
+        if request.new_target not in (None, request.accepted[0]):
+            return request.new_target
+        if request.question in ("reliability", "generality"):
+            return request.old_target
+    return request.old_target if "resurgence" in options.extra_metrics else None
+
+
+def _short_limits(tokenizer: Any, requests: Sequence[ProbeRequest]) -> dict[str, int]:
+    """Return how many tokens to generate for each prompt, if a protocol needs only the beginning of an answer."""
+    lengths: dict[str, int] = {}
+    limits: dict[str, int] = {}
+    for request in requests:
+        for answer in request.accepted:
+            if answer not in lengths:
+                lengths[answer] = len(encode_continuation(tokenizer, f" {answer}"))
+        longest = max((lengths[answer] for answer in request.accepted), default=0)
+        limits[request.prompt] = max(limits.get(request.prompt, MINIMUM_KEPT), longest + MARGIN if longest else 0)
+    return limits
 
 
 def _result(
     request: ProbeRequest,
     answer: Answer,
     forced: Mapping[tuple[str, str], TeacherForced],
-    judge: Judge,
-    with_old: bool,
+    rival: str | None,
+    protocols: Protocols,
 ) -> ProbeResult:
     scores = forced[request.prompt, request.accepted[0]] if request.accepted else None
-    old = forced[request.prompt, request.old_target] if with_old and request.old_target is not None else None
+    rival_log_prob = None if rival is None else forced[request.prompt, rival].mean_log_prob
+    is_locality = "locality" in (request.question, request.kind)
+    kept = max(MINIMUM_KEPT, len(scores.correct) if scores else 0)
+    first = (*answer.ids, *((END,) if answer.ended else ()))[:kept]
+    with_choices = is_locality and scores is not None and "teacher_forced" in protocols.names
     return ProbeResult(
         **{field.name: getattr(request, field.name) for field in fields(request)},
         answer=answer.text,
         ended=answer.ended,
         margin=answer.margin if answer.margin != float("inf") else None,
-        right=bool(judge(answer.text, request.accepted)) if request.accepted else None,
         contained=contains(answer.text, request.accepted) if request.accepted else None,
         tokens_right=scores.correct if scores else (),
         token_log_probs=scores.log_probs if scores else (),
-        old_log_prob=old.mean_log_prob if old else None,
+        choices=scores.choices[: len(scores.correct)] if with_choices and scores else (),
+        first_tokens=first if is_locality else (),
+        old_log_prob=rival_log_prob if request.new_target is None else None,
+        new_log_prob=rival_log_prob if request.new_target is not None else None,
     )

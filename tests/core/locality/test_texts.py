@@ -61,7 +61,7 @@ def test_a_dataset_needs_a_column_text():
     with pytest.raises(EditError) as error:
         Texts(datasets.Dataset.from_dict({"prompt": TEXTS, "id": [1, 2, 3]})).check()
     assert str(error.value) == (
-        'the dataset must have a column "text", got the columns prompt, id; rename one column to "text".'
+        'the dataset must have a column "text" or "messages", got the columns prompt, id; rename one column to "text".'
     )
 
 
@@ -76,10 +76,14 @@ def test_the_embedded_world():
     [
         ([], "texts contains no text; pass texts on which the model should not change."),
         (["", "  "], "texts contains no text; pass texts on which the model should not change."),
-        (["a", 3], 'texts, record 2: expected a string or a record with "text", got 3; correct this record.'),
+        (
+            ["a", 3],
+            'texts, record 2: expected a string or a record with "text" or "messages", got 3; correct this record.',
+        ),
         (
             [{"prompt": "a"}],
-            "texts, record 1: expected a string or a record with \"text\", got {'prompt': 'a'}; correct this record.",
+            "texts, record 1: expected a string or a record with "
+            "\"text\" or \"messages\", got {'prompt': 'a'}; correct this record.",
         ),
         (None, "texts must be a list of strings, a path or a dataset, got None."),
         (5, "texts must be a list of strings, a path or a dataset, got 5."),

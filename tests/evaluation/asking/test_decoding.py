@@ -44,7 +44,7 @@ def test_batched_decoding_equals_greedy_search_of_transformers(factlm: Path, nam
     model = _model(name).eval()
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     assert can_pad(model) is padded
-    found = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=9, single_line=False)
+    found = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=9, stops=())
     for prompt, answer in zip(PROMPTS, found, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         out = model.generate(

@@ -18,7 +18,7 @@ def test_target_logits_equal_single_forward_passes(factlm, monkeypatch):
     assert accepts_argument(model, "logits_to_keep")
     results = {}
     for limit in (2**28, 1):  # with a limit of one logit, each sequence is a batch of its own
-        monkeypatch.setattr(module, "_MAX_LOGITS", limit)
+        monkeypatch.setattr(module, "MAX_LOGITS", limit)
         with torch.no_grad():
             for numbers, logits, labels in target_logits(model, SEQUENCES, pad_id=tokenizer.pad_token_id, batch_size=2):
                 results |= {n: (x, y) for n, x, y in zip(numbers, logits, labels, strict=True)}

@@ -37,6 +37,7 @@ def test_each_extra_metric_adds_its_probes():
         "kl": [],
         "resurgence": [("resurgence", "negation"), ("resurgence", "choice"), ("resurgence", "choice")],
         "fluency": [("fluency", "continuation")],
+        "retrieval": [],
     }
 
 

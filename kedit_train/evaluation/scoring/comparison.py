@@ -1,0 +1,92 @@
+"""Compare the results of the edited model with those of the unedited model, and score each probe under a protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kedit_train.data.tokenization import shorten
+from kedit_train.errors import EditError
+from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult
+from kedit_train.evaluation.scoring.protocols import (
+    Protocols,
+    agreement,
+    is_right,
+    is_unchanged,
+    share_kept,
+)
+
+
+def compare_with_unedited(
+    results: Sequence[ProbeResult], unedited: Sequence[ProbeResult], protocols: Protocols, judge: Judge
+) -> list[ProbeResult]:
+    """Add the unedited model's answers to the results.
+
+    Args:
+        results: the results of the edited model.
+        unedited: the results of the unedited model on the same prompts.
+        protocols: the protocols of both evaluations.
+        judge: compares an answer with the accepted answers in the protocol "exact".
+
+    Raises:
+        EditError: the unedited model has no answer to one of the prompts.
+    """
+    answers = {(result.question == "fluency", result.prompt): result for result in unedited}
+    answers |= {(r.question, r.prompt, r.accepted): r for r in unedited}  # type: ignore[misc]
+    compared = []
+    for result in results:
+        own: Mapping[Any, ProbeResult] = answers
+        before = own.get((result.question, result.prompt, result.accepted))
+        before = before or own.get((result.question == "fluency", result.prompt))
+        if before is None and not _is_extra(result):
+            raise EditError(
+                f"unedited has no answer to the prompt {shorten(result.prompt)!r}; evaluate the unedited model on the "
+                "same edits, with the same limit and seed."
+            )
+        compared.append(result if before is None else compare_answers(before, result, protocols, judge))
+    return compared
+
+
+def compare_answers(before: ProbeResult, after: ProbeResult, protocols: Protocols, judge: Judge) -> ProbeResult:
+    """Return ``after`` with the unedited model's answer to the same prompt, and with what was kept of it."""
+    right_before = is_right(protocols.headline, replace(before, accepted=after.accepted), judge)
+    compared = replace(
+        after,
+        before=before.answer,
+        right_before=right_before,
+        tokens_kept=share_kept(before.first_tokens, after.first_tokens),
+        choices_kept=agreement(before.choices, after.choices),
+    )
+    return replace(
+        compared,
+        unchanged=is_unchanged(protocols.headline, compared),
+        same_answer=is_unchanged("exact", compared) if protocols.whole_answers else None,
+    )
+
+
+def success(protocol: str, result: ProbeResult, *, headline: bool, against_unedited: bool) -> float | None:
+    """Return the score of one probe under a protocol, between 0 and 1. None if the probe cannot be scored.
+
+    Args:
+        protocol: the name of the protocol.
+        result: the result of the probe.
+        headline: True if ``protocol`` is the report's first protocol, whose verdicts the result contains.
+        against_unedited: True if locality probes are compared with the unedited model's answers. Under "probability",
+            they are always compared with the truth, as in CounterFact.
+    """
+    is_locality = "locality" in (result.question, result.kind)
+    if is_locality and against_unedited and protocol != "probability":
+        if protocol == "teacher_forced":
+            return result.choices_kept
+        return result.unchanged if headline else None if result.before is None else is_unchanged(protocol, result)
+    if protocol == "teacher_forced":
+        return result.token_accuracy
+    return result.right if headline else is_right(protocol, result)
+
+
+def _is_extra(request: ProbeResult) -> bool:
+    """Return True for a probe of an extra metric, which the unedited model's report may lack."""
+    if request.question == "generality":
+        return request.kind != "rephrase"
+    return request.question in ("resurgence", "fluency", "retrieval")

@@ -1,0 +1,65 @@
+"""Choose the protocols of an evaluation: find out whether a model ends its answers by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from kedit_train.data import Edit
+from kedit_train.data.chat_format import describe_format
+from kedit_train.evaluation.asking.distributed import split_across_processes
+from kedit_train.evaluation.asking.generate import LINE_BREAK, generate
+from kedit_train.evaluation.options import EvaluationOptions
+from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
+
+# Number of prompts that are answered to find out whether a model ends its answers.
+SAMPLE = 16
+# An answer of fewer tokens says nothing about a model whose answers are longer.
+MINIMUM_TOKENS = 32
+# If this fraction of the answers runs into the limit, whole answers are not a meaningful measure.
+CUT_SHARE = 0.25
+
+
+def choose_protocols(
+    model: nn.Module, tokenizer: Any, edits: Sequence[Edit], options: EvaluationOptions, *, progress: bool = False
+) -> Protocols:
+    """Return the protocols for ``protocol="auto"``.
+
+    Chats and questions are judged with "exact", because such answers have an end. Completions are judged with "exact"
+    too if the model ends them, and otherwise with "leading" and "probability". To find out, the model answers up to 16
+    of the prompts.
+
+    Args:
+        model: the unedited model.
+        tokenizer: the model's tokenizer.
+        edits: the edits, whose prompts and locality prompts are answered.
+        options: how to prompt the model.
+        progress: show a progress bar in a terminal.
+    """
+    if options.asked_format != "plain":
+        return Protocols(EXACT.names, f'the prompts are in the format "{describe_format(options.asked_format)}"')
+    prompts = _sample(edits)
+    tokens = max(options.max_new_tokens, MINIMUM_TOKENS)
+
+    def ask(own: Sequence[str]) -> list[bool]:
+        answers = generate(model, tokenizer, own, options.batch_size, tokens, "plain", LINE_BREAK, {}, progress)
+        return [answer.ended for answer in answers]
+
+    ended = split_across_processes(ask, prompts, options.distributed)
+    cut = len(ended) - sum(ended)
+    reason = f"the unedited model does not end {cut} of {len(ended)} sampled answers within {tokens} tokens"
+    return Protocols(("leading", "probability") if cut >= CUT_SHARE * len(ended) else EXACT.names, reason)
+
+
+def _sample(edits: Sequence[Edit]) -> list[str]:
+    """Return up to 16 different prompts, evenly spaced over the edits' own prompts and their first locality prompts."""
+    prompts: dict[str, None] = {}
+    step = max(1, 2 * len(edits) // SAMPLE)
+    for edit in edits[::step]:
+        prompts[edit.prompt] = None
+        probe = next((probe for probes in edit.locality.values() for probe in probes), None)
+        if probe is not None:
+            prompts[probe.prompt] = None
+    return list(prompts)[:SAMPLE]

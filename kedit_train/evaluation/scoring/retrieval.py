@@ -1,0 +1,66 @@
+"""The retrieval baseline: answer the prompts with the new fact in front of them, and leave the weights unchanged.
+
+The retriever is perfect: every prompt gets the fact of its own edit, also the prompts about other facts. An edit that
+is worth its cost should not be worse than this baseline ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv
+2305.12740).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+
+from kedit_train.data import Edit
+from kedit_train.data.tokenization import separator
+from kedit_train.evaluation.asking.probes import ProbeRequest
+from kedit_train.evaluation.scoring.comparison import compare_answers
+from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult
+from kedit_train.evaluation.scoring.protocols import Protocols
+
+# The kinds of probe that the main metrics count.
+_QUESTIONS = ("reliability", "generality", "portability", "locality")
+
+
+def prompt_with_fact(edit: Edit, prompt: str) -> str:
+    """Return the prompt after a sentence that states the new fact."""
+    end = "" if edit.target.rstrip().endswith((".", "!", "?")) else "."
+    return f"{edit.prompt}{separator(edit.prompt, edit.target)}{edit.target}{end} {prompt}"
+
+
+def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]) -> list[tuple[int, ProbeRequest]]:
+    """Return the probes of the retrieval baseline.
+
+    Args:
+        edits: dict from the name of an edit in the results to the edit.
+        results: the results of the unedited model.
+
+    Returns:
+        Pairs of the index of a result and the probe with the fact in the prompt. The probe's question is "retrieval",
+        and its kind is the question of the result.
+    """
+    names = [field.name for field in fields(ProbeRequest)]
+    requests = []
+    for index, result in enumerate(results):
+        if result.question in _QUESTIONS and (result.question != "generality" or result.kind == "rephrase"):
+            own = {name: getattr(result, name) for name in names}
+            own |= {"question": "retrieval", "kind": result.question}
+            own["prompt"] = prompt_with_fact(edits[result.edit], result.prompt)
+            requests.append((index, ProbeRequest(**own)))
+    return requests
+
+
+def compare_with_own_answers(
+    base: Sequence[ProbeResult], with_fact: Sequence[ProbeResult], protocols: Protocols, judge: Judge
+) -> list[ProbeResult]:
+    """Compare each answer with the fact in the prompt with the answer without it.
+
+    Args:
+        base: for each answer, the result of the same prompt without the fact.
+        with_fact: the results with the fact in the prompt.
+        protocols: the protocols of the evaluation.
+        judge: compares an answer with the accepted answers in the protocol "exact".
+    """
+    return [
+        replace(compare_answers(before, after, protocols, judge), right_before=None)
+        for before, after in zip(base, with_fact, strict=True)
+    ]
