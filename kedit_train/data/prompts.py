@@ -204,8 +204,8 @@ def pair_ids(
     encoded = encode_in_format(tokenizer, prompt, target, prompt_format, append_eos=ends, max_length=max_length)
     if len(encoded.input_ids) - encoded.target_start - ends < 1:
         raise EditError(
-            f"the target {target!r} of the prompt {shorten(prompt)!r} must contain text, got only an end-of-text "
-            "token; change the target"
+            f"the target {shorten(target)!r} of the prompt {shorten(prompt)!r} must contain text, got only an "
+            "end-of-text token; change the target"
         )
     return encoded
 
