@@ -39,6 +39,7 @@ bench: $(READY)  ## compare with what a user would run instead and write tests/b
 	$(BIN)/python tests/benchmarks/equal_reliability.py $(BENCH)
 	$(BIN)/python tests/benchmarks/equal_reliability.py --model factlm $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py $(BENCH)
+	$(BIN)/python tests/benchmarks/integrity.py $(BENCH)
 	$(BIN)/python tests/benchmarks/head_memory.py $(BENCH)
 	$(BIN)/python tests/benchmarks/quickstart.py $(BENCH)
 	$(BIN)/python tests/benchmarks/evaluation.py $(BENCH)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         WeightAnchor,
         editing,
     )
-    from kedit_train.data import EditCollator, EditDataset
+    from kedit_train.data import ChatFormat, EditCollator, EditDataset
     from kedit_train.delta import EditDelta, TaskVector, merge, sparsify, sweep
     from kedit_train.edit import Edit, Probe
     from kedit_train.errors import EditError
@@ -56,6 +56,7 @@ PUBLIC_SECTIONS: dict[str, dict[str, str]] = {
         "Probe": "kedit_train.edit",
         "EditDataset": "kedit_train.data",
         "EditCollator": "kedit_train.data",
+        "ChatFormat": "kedit_train.data",
         "EditError": "kedit_train.errors",
         "load_model": "kedit_train.pretrained",
         "world": "kedit_train",
@@ -122,6 +123,7 @@ __all__ = [
     "AugmentationOptions",
     "BatchAnchor",
     "CapabilityProbe",
+    "ChatFormat",
     "Edit",
     "EditCallback",
     "EditCollator",

@@ -46,7 +46,18 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
         except TypeError:
             valid = False
         if not valid:
-            raise EditError(f"{argument} must be {rule.expected}, got {value!r}.", component=name)
+            raise EditError(f"{argument} must be {rule.expected}, got {cut(repr(value))}.", component=name)
+
+
+def cut(text: str, width: int = 300) -> str:
+    """Return a text of at most ``width`` characters for a message. A longer text loses its middle.
+
+    Example:
+        >>> cut("abcdefghijklmnopqrstuvwxyz", 15)
+        'abcdefg ... yz'
+    """
+    half = width // 2
+    return text if len(text) <= width else f"{text[:half]} ... {text[len(text) - half + 5 :]}"
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -61,7 +72,9 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
     """
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in known]:
-        raise EditError(f"unknown argument {unknown[0]!r}; use only {', '.join(known)}.", component=kind.__name__)
+        raise EditError(
+            f"unknown argument {cut(repr(unknown[0]))}; use only {', '.join(known)}.", component=kind.__name__
+        )
     return kind(**values)
 
 

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from kedit_train import world
-from kedit_train.arguments import at_least, check_arguments, integer_from, one_of
+from kedit_train.arguments import at_least, check_arguments, integer_from
 from kedit_train.augmentation import AugmentationOptions, augmentation
+from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditCollator, EditDataset
+from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
+from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
 from kedit_train.data.length_buckets import LengthBuckets
-from kedit_train.data.prompts import FORMATS, PromptFormat
 from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
 from kedit_train.optional import require
@@ -147,9 +149,11 @@ class EditDataModule(LightningDataModule):
         limit: maximum number of records to read. None: all records of a file, or all 24 bundled edits.
         on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
         batch_size: training examples per step on each process.
-        append_eos: end every target with the end-of-text token, so that the edited model learns to stop.
+        append_eos: end every target with the end-of-text token, so that the edited model learns to stop. "auto" ends
+            targets in chats and after questions, and plain completions if the unedited model ends them by itself. This
+            is measured on a few edits, and one printed line says what was decided.
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
-            ("chat"), or framed as a question ("question"). Use the same format in ``EditMetrics``.
+            ("chat"), framed as a question ("question"), or a :class:`~kedit_train.ChatFormat`.
         texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
             file replaces ``texts: world`` in the callbacks. In a script, this argument has no effect: pass the texts
             to the callbacks instead.
@@ -160,6 +164,7 @@ class EditDataModule(LightningDataModule):
     Attributes:
         edits: the edits as an :class:`EditDataset`.
         added: the examples that ``augmentation`` added. The list is filled in ``setup``.
+        answer_end: whether targets end with end-of-text, and why. It is set in ``setup``.
 
     Raises:
         EditError: the file cannot be read, two edits contradict each other, an edit is longer than the model's context,
@@ -179,14 +184,22 @@ class EditDataModule(LightningDataModule):
         limit: int | None = None,
         on_error: Literal["raise", "skip"] = "raise",
         batch_size: int = 100,
-        append_eos: bool = True,
+        append_eos: AppendEos = "auto",
         prompt_format: PromptFormat = "plain",
         texts: str | None = None,
         augmentation: AugmentationOptions = _NO_AUGMENTATION,
     ) -> None:
         super().__init__()
-        check_arguments(self, batch_size=(batch_size, integer_from(1)), prompt_format=(prompt_format, one_of(FORMATS)))
-        self.path, self.batch_size, self.append_eos, self.texts = path, batch_size, append_eos, texts
+        prompt_format = read_format(prompt_format)
+        check_arguments(
+            self,
+            batch_size=(batch_size, integer_from(1)),
+            append_eos=(append_eos, APPEND_EOS),
+            prompt_format=(prompt_format, PROMPT_FORMAT),
+        )
+        self.path, self.batch_size, self.texts = path, batch_size, texts
+        self.append_eos: AppendEos = append_eos
+        self.answer_end: EndDecision | None = None
         self.prompt_format: PromptFormat = prompt_format
         # A configuration file gives a mapping.
         self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
@@ -208,9 +221,32 @@ class EditDataModule(LightningDataModule):
         longest = context_length(module.model.config) if hasattr(getattr(module, "model", None), "config") else None
         if stage == "fit" and any(vars(self.augmentation).values()):
             self.added = self._augment(module)
+        if self.answer_end is None:
+            self.answer_end = self._decide_end(module)
         self._encoded = EditDataset([*self.edits, *self.added], name=self.edits.name).encode(
-            self.tokenizer, max_length=longest, append_eos=self.append_eos, prompt_format=self.prompt_format
+            self.tokenizer,
+            max_length=longest,
+            append_eos=self.answer_end.append,
+            prompt_format=self.prompt_format,
         )
+
+    def _decide_end(self, module: Any) -> EndDecision:
+        """Decide whether targets end with end-of-text, with the unedited model."""
+        model = getattr(module, "model", None)
+        model = model if isinstance(model, torch.nn.Module) else None
+        self._move(module)
+        return decide_together(
+            self.append_eos, self.tokenizer, self.edits, model=model, prompt_format=self.prompt_format
+        )
+
+    def _move(self, module: Any) -> Any:
+        """Move the model to its device before it is used, and return the strategy of the trainer."""
+        strategy: Any = self.trainer.strategy if self.trainer is not None else None
+        if type(strategy) in (SingleDeviceStrategy, DDPStrategy):
+            # These strategies move the full model to the device anyway. Under a strategy that shards the model, the
+            # full model may not fit into the memory of the device.
+            module.to(strategy.root_device)
+        return strategy
 
     def _augment(self, module: Any) -> list[Edit]:
         """Make the additional examples with the unedited model. Lightning restores a checkpoint only afterwards."""
@@ -220,11 +256,7 @@ class EditDataModule(LightningDataModule):
                 f"self.model in {type(module).__name__}.__init__, or use EditModule.",
                 component="EditDataModule",
             )
-        strategy: Any = self.trainer.strategy if self.trainer is not None else None
-        if type(strategy) in (SingleDeviceStrategy, DDPStrategy):
-            # These strategies move the full model to the device anyway. Under a strategy that shards the model, the
-            # full model may not fit into the memory of the device.
-            module.to(strategy.root_device)
+        strategy = self._move(module)
         augment = augmentation(
             module.model,
             self.tokenizer,

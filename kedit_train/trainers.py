@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from kedit_train.arguments import check_arguments, one_of
 from kedit_train.callbacks import (
     ActiveSet,
     BatchAnchor,
@@ -30,10 +30,14 @@ from kedit_train.callbacks import (
     TokenSmoothing,
     WeightAnchor,
 )
+from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditDataset
+from kedit_train.data.answer_end import AppendEos, EndDecision
+from kedit_train.data.chat_format import PROMPT_FORMAT, describe_format, read_format, thinks
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.reporting import model_card as card
 from kedit_train.optional import require
+from kedit_train.trainer_fields import callback_arguments
 
 with require("trl", extra="trl"):
     from trl.trainer.sft_config import SFTConfig
@@ -62,6 +66,9 @@ CALLBACKS: dict[str, type[EditCallback]] = {
 Arguments = dict[str, Any] | str | None
 
 
+_APPEND_EOS: dict[str, AppendEos] = {"auto": "auto", "true": True, "false": False}
+
+
 def _help(question: str) -> dict[str, str]:
     return {"help": f"{question} Value: the arguments of the callback as a mapping or as JSON; {{}} for the defaults."}
 
@@ -80,7 +87,9 @@ class EditSFTConfig(SFTConfig):
         edits: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits. The edits are used for
             evaluation. If the trainer gets no ``train_dataset``, the edits are also used for training.
         prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
-            template of the tokenizer ("chat"), or framed as a question ("question").
+            template of the tokenizer ("chat"), framed as a question ("question"), or a mapping with the arguments of
+            :class:`~kedit_train.ChatFormat`.
+        append_eos: end the targets of an ``EditDataset`` with end-of-text: true, false, or "auto" (``EditDataModule``).
 
     Raises:
         EditError: the value of a field is not a mapping, or contains an argument that the callback does not have.
@@ -108,7 +117,10 @@ class EditSFTConfig(SFTConfig):
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
     parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
-    prompt_format: str = field(default="plain", metadata={"help": "Format of the prompts: plain, chat or question."})
+    prompt_format: Arguments = field(
+        default="plain", metadata={"help": "Format of the prompts: plain, chat or question."}
+    )
+    append_eos: str = field(default="auto", metadata={"help": "End targets with end-of-text: auto, true or false."})
     forget_first: Arguments = field(default=None, metadata=_help("Unlearn the old answers before the first step."))
     token_loss: Arguments = field(default=None, metadata=_help("What is the training target of each token?"))
     token_smoothing: Arguments = field(
@@ -142,9 +154,19 @@ class EditSFTConfig(SFTConfig):
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
     save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 
+    # EditSFTTrainer says here whether targets end with end-of-text. EditMetrics reads it.
+    answer_end: ClassVar[EndDecision | None] = None
+
     def __post_init__(self) -> None:
-        for name in CALLBACKS:
-            setattr(self, name, _arguments(name, getattr(self, name)))
+        for name, callback_class in CALLBACKS.items():
+            setattr(self, name, callback_arguments(name, callback_class, getattr(self, name)))
+        prompt_format = read_format(self.prompt_format)
+        # The arguments must be JSON data.
+        self.prompt_format = describe_format(prompt_format)
+        self.append_eos = str(self.append_eos).lower()
+        check_arguments(
+            self, prompt_format=(prompt_format, PROMPT_FORMAT), append_eos=(self.append_eos, one_of(_APPEND_EOS))
+        )
         super().__post_init__()
 
     def edit_callbacks(self, edits: Sequence[Edit] | None = None) -> list[EditCallback]:
@@ -154,7 +176,7 @@ class EditSFTConfig(SFTConfig):
             edits: the edits for callbacks that have an argument ``edits``. If a callback field contains ``edits``, the
                 callback uses the ``edits`` of the field.
         """
-        shared = {"edits": edits, "prompt_format": self.prompt_format}
+        shared = {"edits": edits, "prompt_format": read_format(self.prompt_format)}
         callbacks = []
         for name, callback_class in CALLBACKS.items():
             arguments = getattr(self, name)
@@ -187,6 +209,9 @@ class EditSFTTrainer(SFTTrainer):
             ``SFTTrainer``.
         callbacks: additional callbacks, from this package or others.
         kwargs: all other arguments of ``SFTTrainer``.
+
+    Attributes:
+        answer_end: whether targets end with end-of-text, and why. None if ``train_dataset`` is not an ``EditDataset``.
 
     Raises:
         EditError: there is nothing to train on, or no callback is from this package.
@@ -231,9 +256,13 @@ class EditSFTTrainer(SFTTrainer):
                     "set edits in args (in YAML, edits: FILE)."
                 )
             examples: Any = edits if train_dataset is None else train_dataset
+            own_edits: EditDataset | None = None
             if isinstance(examples, EditDataset) or train_dataset is None:
-                prompt_format: Any = args.prompt_format
-                examples = EditDataset.of(examples).to_prompt_completion(prompt_format=prompt_format)
+                own_edits = EditDataset.of(examples)
+                # TRL loads the model and the tokenizer. Thoughts are added afterwards.
+                prompt_format = read_format(args.prompt_format)
+                shown = replace(prompt_format, thinking=False) if thinks(prompt_format) else prompt_format
+                examples = own_edits.to_prompt_completion(prompt_format=shown)
             all_callbacks = [*args.edit_callbacks(edits), *(callbacks or ())]
             own = [callback for callback in all_callbacks if isinstance(callback, EditCallback)]
             if not own:
@@ -245,6 +274,25 @@ class EditSFTTrainer(SFTTrainer):
             if edits is not None and getattr(callback, "edits", edits) is None:
                 callback.edits = edits  # type: ignore[attr-defined]
         super().__init__(model, args=args, train_dataset=examples, callbacks=all_callbacks, **kwargs)
+        with reported_by("EditSFTTrainer"):
+            self.answer_end = None if own_edits is None else self._decide_end(own_edits)
+        args.answer_end = self.answer_end  # type: ignore[misc]
+
+    def _decide_end(self, edits: EditDataset) -> EndDecision:
+        """Decide whether targets end with end-of-text. TRL always appends it, so its tokens may have to be replaced."""
+        args: Any = self.args
+        tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)
+        decision = decide_together(
+            _APPEND_EOS[args.append_eos], tokenizer, edits, model=self.model, prompt_format=prompt_format
+        )
+        if decision.append and not thinks(prompt_format):
+            return decision
+        if args.packing:
+            raise EditError("packing must be False for targets without end-of-text and for thoughts; remove packing.")
+        self.train_dataset = edits.to_tokens(
+            tokenizer, append_eos=decision.append, prompt_format=prompt_format, max_length=args.max_length
+        )
+        return decision
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -276,32 +324,3 @@ class EditSFTTrainer(SFTTrainer):
 
     def _edit_callback(self, callback_class: type[EditCallback]) -> Any | None:
         return next((c for c in self.callback_handler.callbacks if isinstance(c, callback_class)), None)
-
-
-def _arguments(name: str, value: Any) -> dict[str, Any] | None:
-    """Convert the value of a field into arguments of its callback, or into None for no callback."""
-    callback_class = CALLBACKS[name]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise EditError(
-                f"{name} must be a JSON object such as '{{}}', got {value!r} ({error}).", "EditSFTConfig"
-            ) from error
-    if value is None or value is False:
-        return None
-    value = {} if value is True else value
-    if not isinstance(value, dict):
-        raise EditError(
-            f"{name} must be a mapping of arguments of {callback_class.__name__}, or true to use the default "
-            f"arguments, got {value!r}.",
-            component="EditSFTConfig",
-        )
-    known = list(inspect.signature(callback_class).parameters)
-    unknown = [key for key in value if key not in known]
-    if unknown:
-        raise EditError(
-            f"{name}: {callback_class.__name__} has no argument {unknown[0]!r}; use one of {', '.join(known)}.",
-            component="EditSFTConfig",
-        )
-    return value

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kedit_train"
 # Each layer may import itself and the layers before it (docs/architecture.md).
 LAYERS = (
     (
-        *("errors", "arguments", "optional", "owners", "atomic_write", "gguf_file"),
+        *("errors", "arguments", "optional", "owners", "atomic_write", "gguf_file", "evaluation_mode"),
         *("safetensors_header", "safetensors_file", "functional", "edit"),
     ),
     ("world",),
@@ -17,7 +17,7 @@ LAYERS = (
     ("core",),
     ("evaluation", "delta"),
     ("callbacks",),
-    ("augmentation", "modes", "modules", "pretrained", "processes", "trainers"),
+    ("augmentation", "modes", "modules", "pretrained", "processes", "trainers", "trainer_fields"),
     ("catalog", "cli", "__main__", "__init__"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

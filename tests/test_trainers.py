@@ -136,7 +136,7 @@ def test_a_chat_is_trained_and_evaluated_with_the_chat_template(folder: Path) ->
 def test_every_callback_has_a_field() -> None:
     assert {kind.__name__ for kind in CALLBACKS.values()} == public_callbacks()
     new = {f.name for f in fields(EditSFTConfig)} - {f.name for f in fields(SFTConfig)}
-    assert new == {*CALLBACKS, "edits", "prompt_format"}
+    assert new == {*CALLBACKS, "edits", "prompt_format", "append_eos"}
 
 
 def test_a_field_may_be_json_true_or_null_on_the_command_line(folder: Path) -> None:

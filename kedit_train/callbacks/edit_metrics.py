@@ -14,6 +14,7 @@ from torch import Tensor
 from kedit_train.arguments import above, check_arguments, integer_from, optional, within
 from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.answer_end import describe_end
 from kedit_train.core.processes import is_distributed, world_size
 from kedit_train.core.run import EditRun
 from kedit_train.core.training_format import resolve_format
@@ -166,6 +167,7 @@ class EditMetrics(EditCallback):
         if self.evaluation.prompt_format is None:
             asked = resolve_format(run, self._tokenizer, self._edits)
             self._options = replace(self.evaluation, prompt_format=asked)
+        self._answer_end = describe_end(run, self._tokenizer, self._edits, self._options.asked_format)
         # This raises an error if an edit is too long. Trainers that tokenize themselves would truncate or drop it.
         edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
         max_length = context_length(run.model.config)
@@ -205,6 +207,7 @@ class EditMetrics(EditCallback):
         run.publish(scores)
         if not self.best:
             self._update_best(run, scores)
+        meta |= {} if self._answer_end is None else {"append_eos": self._answer_end}
         meta |= {"best": self.best, "evaluations_skipped": self.skipped}
         meta |= {"seconds_of_metrics": round(self._seconds, 3)}
         self.report = report = replace(report, meta={**report.meta, **meta})

@@ -22,7 +22,7 @@ from kedit_train.core.run import EditRun
 from kedit_train.core.tokens.old_answer_training import ForgetTraining, trained_difference
 from kedit_train.core.tokens.subtraction import Measurement, Scale, Subtraction
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.prompts import PromptFormat, check_format
+from kedit_train.data.chat_format import PromptFormat, check_format, read_format
 from kedit_train.errors import EditError, warn
 from kedit_train.evaluation.scoring.old_answers import find_old_answers, measure_old_answers
 
@@ -70,7 +70,8 @@ class ForgetFirst(EditCallback):
             before it, >= 1.
         training: how to train on the old answers: a :class:`ForgetTraining` or a mapping of its arguments. None uses
             the defaults.
-        prompt_format: how prompts are written: "plain", "chat" or "question". Use the format of the training data.
+        prompt_format: how prompts are written: "plain", "chat", "question" or a :class:`~kedit_train.ChatFormat`. Use
+            the format of the training data.
 
     Attributes:
         measured: one measurement of the model before forgetting, followed by one for each coefficient that was tried.
@@ -115,6 +116,7 @@ class ForgetFirst(EditCallback):
         training: ForgetTraining | dict[str, Any] | None = None,
         prompt_format: PromptFormat = "plain",
     ) -> None:
+        prompt_format = read_format(prompt_format)
         check_format(prompt_format)
         coefficients = list(COEFFICIENTS) if coefficients is None else coefficients
         check_arguments(
@@ -188,7 +190,7 @@ class ForgetFirst(EditCallback):
         """Subtract the old answers from the weights of the model, and return a one-line summary."""
         edits = self._edits(run)
         tokenizer = run.tokenizer()
-        texts = self.texts.load(edits)
+        texts = self.texts.load(edits, tokenizer=tokenizer)
         options: dict[str, Any] = {"batch_size": self.training.batch_size, "prompt_format": self.prompt_format}
         old, _ = find_old_answers(run.model, tokenizer, edits, max_new_tokens=self.training.max_new_tokens, **options)
         if not old:

@@ -53,9 +53,10 @@ class KLLocality(EditCallback):
     :class:`NormBall` around the original weights, as ``recipes/one_by_one.py`` does.
 
     Args:
-        texts: a source of texts (a list of strings, a path, a dataset, or "world" for the bundled texts) or a
-            :class:`Texts`. ``Texts`` also sets ``max_length``, ``tokenizer``, the ``seed`` of the draws and
-            ``nearest``, which selects the texts most similar to each edit. Use ``nearest`` only in a run with few
+        texts: a source of texts (a list of strings or conversations, a path, a dataset, or "world" for the bundled
+            texts) or a :class:`Texts`. If you train on chats, some texts should be conversations. ``Texts`` also sets
+            ``max_length``, ``tokenizer``, the ``seed`` of the draws and ``nearest``, which selects the texts most
+            similar to each edit. Use ``nearest`` only in a run with few
             edits.
         weight: factor of the mean divergence in the training loss. The default is large, because the divergence is a
             mean over all tokens and an edit changes only few of them.

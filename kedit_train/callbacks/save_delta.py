@@ -182,7 +182,8 @@ class SaveDelta(EditCallback):
                 after,
                 edits=edits,
                 configuration={"callbacks": [repr(c) for c in run.callbacks], "step": step, "steps": run.step},
-                scores={name: value for name, value in scores.items() if math.isfinite(value)},
+                # What the cache has saved says nothing about the weights, and equal runs need different times.
+                scores={n: v for n, v in scores.items() if math.isfinite(v) and not n.startswith("edit/cache/")},
                 license=self.license,
                 touched=touched,
             )

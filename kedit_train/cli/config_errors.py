@@ -9,6 +9,8 @@ import inspect
 import re
 from importlib import import_module
 
+from kedit_train.arguments import cut
+
 # Lines that only list other types that jsonargparse tried, or repeat the given value.
 NOISE = re.compile(
     r"Does not validate against any of the Union|Subtypes:|Errors:|Expected a <class 'NoneType'>|Not a valid subclass"
@@ -25,7 +27,8 @@ def shorten(message: str) -> str:
 
     The line names the wrong key, the class that the key belongs to, the problem, and the valid keys.
     """
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    # The patterns below would take quadratic time for a long value, and the line would fill the terminal.
+    lines = [cut(line.strip().removeprefix("- "), 300) for line in message.splitlines()]
     lines = _without_base(lines)
     kept = list(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))
     inner = [i for i, line in enumerate(kept) if line.startswith("Problem with given class_path")]
@@ -39,7 +42,8 @@ def shorten(message: str) -> str:
     # The message of LightningCLI does not list the command sft, so it is added.
     text = re.sub(r"(\(choose from |\{)'?fit'?([)}])", r"\1fit, sft\2", text)
     refused = re.search(r"(\w+(?:\.\w+)+): Option '\w+' is not accepted", text)
-    accepted = f"; valid arguments: {', '.join(arguments(refused[1]))}" if refused else "; fit --help lists every key"
+    names = arguments(refused[1]) if refused else []
+    accepted = f"; valid arguments: {', '.join(names)}" if names else "; fit --help lists every key"
     if refused and ON_THE_LAST.search(message):
         if refused[1] == "lightning.Callback":
             return "trainer.callbacks: the run lists no callbacks, so the key cannot be set; add --config RECIPE.yaml"
@@ -47,7 +51,7 @@ def shorten(message: str) -> str:
             ". --trainer.callbacks.KEY changes the last callback in the list. To change another callback, write its "
             "class name: --trainer.callbacks.CLASS.KEY"
         )
-    return text.rstrip(".") + accepted
+    return cut(text.rstrip("."), 2000) + accepted
 
 
 def _without_base(lines: list[str]) -> list[str]:
@@ -58,6 +62,9 @@ def _without_base(lines: list[str]) -> list[str]:
 
 
 def arguments(class_path: str) -> list[str]:
-    """Return the names of the arguments that a class accepts in ``init_args``."""
+    """Return the names of the arguments that a class accepts in ``init_args``, or none if there is no such class."""
     module, _, name = class_path.rpartition(".")
-    return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "kwargs"]
+    try:
+        return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "kwargs"]
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return []

@@ -10,6 +10,7 @@ Set ``class_path`` under ``model`` or ``data`` to use another LightningModule or
 from __future__ import annotations
 
 import os
+import reprlib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -20,6 +21,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from kedit_train import catalog, world
+from kedit_train.arguments import cut
+from kedit_train.cli import yaml_text
 from kedit_train.cli.config_errors import shorten
 from kedit_train.cli.console import leave, print_error
 from kedit_train.cli.named_callbacks import Override, set_by_name, tell_last_callback
@@ -32,7 +35,40 @@ CONFIG = ("--config", "-c")
 
 
 class EditParser(LightningArgumentParser):
-    """A parser that reports an error in one line, with the name of the wrong key."""
+    """A parser that reports an error in one line, with the name of the wrong key.
+
+    Args:
+        arguments: arguments of ``LightningArgumentParser``.
+        parser_mode: how the parser reads files and texts. The default refuses YAML that takes unbounded time.
+    """
+
+    def __init__(self, *arguments: Any, parser_mode: str = yaml_text.MODE, **kwargs: Any) -> None:
+        super().__init__(*arguments, parser_mode=parser_mode, **kwargs)
+
+    def parse_args(self, *arguments: Any, **kwargs: Any) -> Any:
+        try:
+            return super().parse_args(*arguments, **kwargs)
+        except EditError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, ValueError) as error:
+            # jsonargparse does not expect every value in every place.
+            reason = f"{type(error).__name__}: {error}"
+            self.error(f"the configuration cannot be read ({reason}); compare it with fit --print_config", error)
+
+    def validate(self, namespace: Any, *arguments: Any, **kwargs: Any) -> None:
+        for name in self.groups or {}:
+            value = namespace.get(name, Namespace())
+            if not isinstance(value, Namespace | dict) and self._has_keys_only(name):
+                raise TypeError(f"{name} must be a mapping of keys to values, got {reprlib.repr(value)}")
+        super().validate(namespace, *arguments, **kwargs)
+
+    def _has_keys_only(self, group: str) -> bool:
+        """Return whether a group has no value of its own. jsonargparse accepts any value in its place."""
+        try:
+            self.get_default(group)
+        except KeyError:
+            return True
+        return False
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:
@@ -115,7 +151,7 @@ def share_texts(config: Any) -> None:
         "model.name": config.model.init_args.name if model_is_own else config.model.class_path,
         "data.path": config.data.class_path if own is None else own.path,
     }
-    foreign = " and ".join(f"{key}={value!r}" for key, value in ours.items() if not world.is_world(value))
+    foreign = " and ".join(f"{key}={cut(repr(value))}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
             "data.augmentation.replay=world uses prompts that fit only the model and the edits that come with "
@@ -125,8 +161,8 @@ def share_texts(config: Any) -> None:
     if own is not None and own.texts is not None:
         if not readers:
             raise EditError(
-                f"data.texts={own.texts!r} is not used, because no callback of this run has texts: world; remove "
-                "data.texts, or add a callback with texts: world."
+                f"data.texts={cut(repr(own.texts))} is not used, because no callback of this run has texts: world; "
+                "remove data.texts, or add a callback with texts: world."
             )
         for reader in readers:
             if isinstance(reader.init_args.texts, Namespace):

@@ -13,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+from kedit_train.cli import yaml_text
 from kedit_train.cli.config_errors import arguments
 from kedit_train.errors import EditError
 
@@ -71,7 +72,7 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
             known = ", ".join(arguments(entry.class_path))
             raise EditError(f"{option}: {name} has no argument {argument!r}; valid arguments: {known}.")
         # A parser for the arguments of this class checks the type of the value, like that of a value in a YAML file.
-        parser = ArgumentParser(exit_on_error=False)
+        parser = ArgumentParser(exit_on_error=False, parser_mode=yaml_text.MODE)
         parser.add_class_arguments(_class_of(entry.class_path), "object")
         given = entry.init_args.as_dict() if entry.get("init_args") else {}
         try:

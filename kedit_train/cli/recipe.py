@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from kedit_train import catalog
 from kedit_train.callbacks import EditCallback
+from kedit_train.cli import yaml_text
 from kedit_train.cli.edit import EditCLI, EditParser, class_of, share_texts, with_catalog
 from kedit_train.cli.named_callbacks import set_by_name, split_by_name, tell_last_callback
 from kedit_train.errors import EditError
@@ -62,7 +63,7 @@ def callbacks(config: Namespace) -> list[EditCallback]:
 def built(entry: Namespace) -> Any:
     """Build the object that a configuration entry describes, including the dataclasses among its arguments."""
     arguments = entry.init_args.as_dict() if entry.get("init_args") else {}
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, parser_mode=yaml_text.MODE)
     parser.add_class_arguments(class_of(entry.class_path), "object")
     # Before jsonargparse 4.53 the method is called instantiate_classes.
     instantiate: Any = getattr(parser, "instantiate", None) or parser.instantiate_classes

@@ -23,6 +23,7 @@ from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import class_of
 from kedit_train.data import EditDataset
+from kedit_train.data.chat_format import describe_format, read_format
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
 from kedit_train.pretrained import load_model, lora_config
@@ -133,7 +134,6 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
         )
     unread = [key for key in ("optimizer", "lr_scheduler") if config.get(key)]
     unread += [f"trainer.{key}" for key in changed]
-    unread += ["data.append_eos=false"] if not data.append_eos else []
     if unread:
         raise EditError(
             f"sft: SFTTrainer has no counterpart for {', '.join(unread)}; remove these settings from the recipe, or "
@@ -141,7 +141,8 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
         )
     use_cpu = trainer.accelerator == "cpu" or not torch.accelerator.is_available()
     return EditSFTConfig(
-        prompt_format=data.prompt_format,
+        prompt_format=describe_format(_format(data.prompt_format)),
+        append_eos=data.append_eos,
         optim="adamw_torch",
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -150,6 +151,11 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
         use_cpu=use_cpu,
         **given,
     )
+
+
+def _format(value: Any) -> Any:
+    """Return the prompt format of a parsed recipe, in which ``ChatFormat`` is a namespace."""
+    return read_format(value.as_dict() if isinstance(value, Namespace) else value)
 
 
 def _precision(name: Any) -> dict[str, bool]:

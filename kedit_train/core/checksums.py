@@ -21,7 +21,11 @@ def checksum(tensor: Tensor) -> Tensor:
     Returns:
         A scalar int64 tensor on the device of ``tensor``.
     """
-    values = local_part(tensor.detach()).contiguous().flatten().view(torch.uint8)
+    values = local_part(tensor.detach()).contiguous().flatten()
+    if not (values.numel() * values.element_size() % 8 or values.storage_offset() * values.element_size() % 8):
+        # Nearly every tensor. A model with many small tensors notices each further operation.
+        return values.view(torch.int64).sum()
+    values = values.view(torch.uint8)
     whole = values.numel() // 8 * 8
     words, rest = values[:whole], values[whole:]
     if words.storage_offset() % 8:

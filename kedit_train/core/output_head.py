@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kedit_train.core.fsdp import check_head
 from kedit_train.errors import EditError
+from kedit_train.evaluation_mode import evaluation_mode
 from kedit_train.functional.chunked_linear import linear
 from kedit_train.functional.precision import HALF
 
@@ -33,18 +34,6 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
             return module
         queue.extend(module.children())
     return None
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager: put every module into evaluation mode, and restore the previous modes at the end."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class OutputHead:

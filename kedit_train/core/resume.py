@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from kedit_train.core.fsdp import full_tensor, shard_like
@@ -25,6 +26,9 @@ def checkpoint_state(run: RunState) -> dict[str, Any]:
         "callbacks": callbacks,
         "settings": settings,
         "binding": binding,
+        # JSON has no other numbers.
+        "scores": {name: value for name, value in run.scores.items() if math.isfinite(value)},
+        "published_at": dict(run.published_at),
     }
 
 
@@ -95,6 +99,8 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
         parameter = run.scope[name]
         run.reference[name] = shard_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)
     run.step = state["step"]
+    # Version 0.2.0 did not save the scores.
+    run.scores, run.published_at = dict(state.get("scores", {})), dict(state.get("published_at", {}))
     return {callback: state["callbacks"][name] for name, callback in named.items() if name in state["callbacks"]}
 
 

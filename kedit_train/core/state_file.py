@@ -44,19 +44,22 @@ def load_state(folder: str | os.PathLike[str], *, file: str = FILE) -> dict[str,
         The state, or None if the folder contains no state of an edit.
 
     Raises:
-        EditError: the file is damaged, or an earlier version of kedit-train wrote the file.
+        EditError: the file is damaged, or something else than :func:`save_state` wrote the file.
     """
     path = Path(folder) / file
     if not path.is_file():
         return None
     try:
         contents = load_tensors(path, kind=_KIND, memory_map=False)
+        state = _put_tensors(contents.metadata, contents.tensors)
+        if not isinstance(state, dict):
+            raise EditError(f"the metadata must be a mapping, got {type(state).__name__}.")
     except EditError as error:
         raise EditError(
             f"the state of the edit in {path} cannot be used: {error} Resume from an earlier checkpoint, or start "
             "again from the unedited model."
         ) from error
-    return _put_tensors(contents.metadata, contents.tensors)
+    return state
 
 
 def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
@@ -70,9 +73,16 @@ def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return ``value`` with each name of a tensor replaced by the tensor."""
+    """Return ``value`` with each name of a tensor replaced by the tensor.
+
+    Raises:
+        EditError: the file contains no tensor with this name.
+    """
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
-            return tensors[value[_TENSOR]]
+            name = value[_TENSOR]
+            if not isinstance(name, str) or name not in tensors:
+                raise EditError(f"the metadata names a tensor {repr(name)[:80]} that the file does not contain.")
+            return tensors[name]
         return {name: _put_tensors(part, tensors) for name, part in value.items()}
     return value

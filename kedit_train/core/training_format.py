@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kedit_train.core.run import EditRun
-from kedit_train.data.prompts import FORMATS, PromptFormat, as_question, render_prompt
+from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, chat_format, read_format
+from kedit_train.data.prompts import as_question, render_prompt
 from kedit_train.edit import Edit
 from kedit_train.errors import warn
 
@@ -19,19 +20,19 @@ def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) ->
     """Return the prompt format of the training examples, or None if it is unknown.
 
     If the data module of a Lightning trainer has an attribute ``prompt_format`` (as ``EditDataModule`` has), its value
-    is returned. In ``transformers`` and TRL, the first examples of the training dataset are compared with the chat
-    template.
+    is returned. For ``EditSFTTrainer``, the value in its arguments is returned. In other trainers of ``transformers``
+    and TRL, the first examples of the training dataset are compared with the chat template.
 
     Args:
         run: the run. The training data must be available, so call this function in ``attach`` or later.
         tokenizer: the tokenizer that the examples were tokenized with.
         edits: the edits. Their prompts are needed to detect the format "question".
     """
-    data_module = getattr(getattr(run.host, "trainer", None), "datamodule", None)
-    declared = getattr(data_module, "prompt_format", None)
-    if declared in FORMATS:
-        return declared
-    examples = _first_examples(run.host)
+    for owner in owners_of_examples(run.host):
+        declared = read_format(getattr(owner, "prompt_format", None))
+        if declared is not None and PROMPT_FORMAT.holds(declared):
+            return declared
+    examples = first_examples(run.host)
     if any(map(_is_conversation, examples)):
         return "chat"
     texts = [_squeeze(text) for example in examples if (text := _text_of(example, tokenizer))]
@@ -49,10 +50,11 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
 
     If the format is unknown and the tokenizer has a chat template, a warning is issued, because the training examples
     may be chats. If the training examples are chats and the tokenizer has no chat template, a warning is issued and
-    "plain" is returned.
+    "plain" is returned. A warning is also issued if they begin with messages (such as a system prompt) with which the
+    evaluation does not begin.
     """
     found = training_format(run, tokenizer, edits)
-    if found == "chat" and not getattr(tokenizer, "chat_template", None):
+    if found is not None and chat_format(found) is not None and not getattr(tokenizer, "chat_template", None):
         warn(
             "the training examples are chats, but the prompts are asked as plain text, because the tokenizer has no "
             "chat template; set tokenizer.chat_template to the template of the training examples."
@@ -63,6 +65,11 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
             "the prompts are asked as plain text, because it is unknown whether the training examples of this "
             f"{run.host.name} run use the tokenizer's chat template; set prompt_format in EvaluationOptions to "
             '"chat" or "plain".'
+        )
+    if found == "chat" and _has_other_context(run, tokenizer, edits):
+        warn(
+            "the training chats begin with other messages than the prompts that are asked, for example with a system "
+            "prompt; set prompt_format in EvaluationOptions to ChatFormat(system=..., history=...)."
         )
     return found or "plain"
 
@@ -75,13 +82,14 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
         tokenizer: the tokenizer of the texts.
         sequences: the token ids of the texts.
     """
-    if not getattr(tokenizer, "chat_template", None) or training_format(run, tokenizer) != "chat":
+    found = training_format(run, tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    if found is None or chat_format(found) is None:
         return
     is_a_chat = is_chat(tokenizer)
     if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
             f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so the answers in "
-            "other chats may change; add texts made with tokenizer.apply_chat_template(messages, tokenize=False)."
+            'other chats may change; add conversations to the texts: records with "messages".'
         )
 
 
@@ -97,7 +105,15 @@ def is_chat(tokenizer: Any) -> Any:
     return lambda text: bool(header) and header in text
 
 
-def _first_examples(host: Any) -> list[Any]:
+def owners_of_examples(host: Any) -> list[Any]:
+    """Return the objects of the training loop that know how the edits became examples: a data module, or arguments."""
+    owners = [getattr(getattr(host, "trainer", None), "datamodule", None)]
+    arguments = getattr(host, "args", None)
+    # EditSFTTrainer sets answer_end if it has made the examples, and not if it trains on another dataset.
+    return [*owners, arguments] if getattr(arguments, "answer_end", None) is not None else owners
+
+
+def first_examples(host: Any) -> list[Any]:
     """Return the first examples of a trainer's dataset. Datasets without an index are not read.
 
     Such a dataset may be readable only once.
@@ -111,6 +127,17 @@ def _first_examples(host: Any) -> list[Any]:
 def _is_conversation(example: Any) -> bool:
     values = (example.get(name) for name in ("messages", "prompt")) if isinstance(example, Mapping) else ()
     return any(isinstance(value, list) and value and isinstance(value[0], Mapping) for value in values)
+
+
+def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> bool:
+    """Return whether the training chats contain prompts of the edits, but all of them after other messages."""
+    texts = [_squeeze(_text_of(example, tokenizer)) for example in first_examples(run.host)]
+    trained = [(text, edit) for edit in edits[:1000] for text in texts if _squeeze(edit.prompt) in text]
+    begin = tokenizer.bos_token or ""
+    return bool(trained) and not any(
+        text.removeprefix(begin).startswith(_squeeze(render_prompt(tokenizer, edit.prompt, "chat")).removeprefix(begin))
+        for text, edit in trained
+    )
 
 
 def _text_of(example: Any, tokenizer: Any) -> str:

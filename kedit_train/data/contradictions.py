@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kedit_train.data.leaks import fold
+from kedit_train.data.tokenization import shorten
 from kedit_train.edit import Edit
+from kedit_train.errors import EditError
 
 
 def contradict(one: Edit, other: Edit) -> bool:
@@ -40,6 +42,26 @@ def contradictions(edits: Sequence[Edit]) -> list[tuple[int, int]]:
             pairs.append((earlier, later))
         same.append(later)
     return pairs
+
+
+def check_contradictions(edits: Sequence[Edit], name: str) -> None:
+    """Raise an error if two edits contradict each other, because one training cannot reach both targets.
+
+    Args:
+        edits: the edits.
+        name: the name of the dataset, for the error message.
+    """
+    pairs = contradictions(edits)
+    if not pairs:
+        return
+    first, second = (edits[i] for i in pairs[0])
+    names = " and ".join(f"{i} (id {edits[i].id})" if edits[i].id else str(i) for i in pairs[0])
+    more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
+    raise EditError(
+        f"{name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "
+        f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
+        "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
+    )
 
 
 def without_overwritten(edits: Sequence[Edit]) -> list[int]:

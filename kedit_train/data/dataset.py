@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from kedit_train import world
 from kedit_train.arguments import check_arguments, integer_from, one_of, optional
 from kedit_train.atomic_write import writing
-from kedit_train.data.contradictions import contradictions, without_overwritten
-from kedit_train.data.prompts import PromptFormat, as_question, chat_messages, check_format, encode_in_format
+from kedit_train.data.answer_end import APPEND_EOS, AppendEos, decide_append_eos
+from kedit_train.data.contradictions import check_contradictions, without_overwritten
+from kedit_train.data.host_datasets import prompt_completion_rows, to_dataset, token_rows
+from kedit_train.data.prompts import PromptFormat, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
 from kedit_train.data.readers.check_edit import check_edit
 from kedit_train.data.readers.fields import describe
 from kedit_train.data.readers.files import read_file
-from kedit_train.data.tokenization import Encoded, separator, shorten
+from kedit_train.data.tokenization import Encoded
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
-from kedit_train.optional import require
 
 if TYPE_CHECKING:
     import datasets
+    from torch import nn
 
 OnError = Literal["raise", "skip"]
 LIMIT = optional(integer_from(1))
@@ -230,17 +232,7 @@ class EditDataset(Sequence[Edit]):
         Raises:
             EditError: two edits contradict each other (see :meth:`latest`).
         """
-        pairs = contradictions(self._edits)
-        if not pairs:
-            return
-        first, second = (self._edits[i] for i in pairs[0])
-        names = " and ".join(f"{i} (id {self._edits[i].id})" if self._edits[i].id else str(i) for i in pairs[0])
-        more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
-        raise EditError(
-            f"{self.name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "
-            f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
-            "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
-        )
+        check_contradictions(self._edits, self.name)
 
     def to_old_targets(self) -> EditDataset:
         """Return a dataset with the same prompts, but with the old answers as targets.
@@ -272,49 +264,53 @@ class EditDataset(Sequence[Edit]):
         with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
         ``SFTTrainer`` renders with the chat template of its tokenizer.
 
-        ``SFTTrainer`` (trl 1.16) appends end-of-text and trains on the completions only. Its tokens differ from the
-        tokens of :meth:`encode` in these points:
-
-        - ``SFTTrainer`` cuts sequences that are longer than ``SFTConfig.max_length`` (1,024 tokens by default). If a
-          cut sequence has no target token left, ``SFTTrainer`` drops the sequence. To get an error for edits that are
-          too long, call ``encode`` with ``max_length`` first.
-        - If the end of the prompt and the beginning of the completion merge into one token, ``SFTTrainer`` drops the
-          end of the prompt and warns. ``encode`` keeps all tokens of the prompt.
-        - If the tokenizer appends end-of-text by itself, the sequence of ``SFTTrainer`` ends with end-of-text twice.
-        - In a chat, ``SFTTrainer`` trains on everything that the template puts after the generation prompt. Examples
-          are a line break after the token that closes the turn, and an empty thinking block before the answer.
-          ``encode`` adds nothing after the token that closes the turn, and treats a thinking block before the answer
-          as part of the prompt.
+        ``SFTTrainer`` (trl 1.16) always appends end-of-text to a plain completion, also if the model does not end such
+        answers by itself. :meth:`to_tokens` does not. ``docs/data.md`` lists all differences between the tokens of
+        ``SFTTrainer`` and those of :meth:`encode`.
 
         Args:
-            prompt_format: "plain", "chat" or "question".
+            prompt_format: "plain", "chat", "question" or a ``ChatFormat`` without thoughts.
 
         Returns:
             One row per edit.
 
         Raises:
-            EditError: the package ``datasets`` is not installed, or two edits contradict each other.
+            EditError: the package ``datasets`` is not installed, two edits contradict each other, or the format has
+                thoughts, on which ``SFTTrainer`` would train.
         """
         check_format(prompt_format)
         self.check_trained_together()
-        with require("datasets", extra="trl"):
-            import datasets
+        return to_dataset(prompt_completion_rows(self._edits, prompt_format))
 
-        rows: list[dict[str, Any]] = []
-        for edit in self._edits:
-            if prompt_format == "chat":
-                prompt, completion = chat_messages(edit.prompt), chat_messages(edit.prompt, edit.target)[1:]
-            else:
-                prompt = as_question(edit.prompt) if prompt_format == "question" else edit.prompt
-                completion = separator(prompt, edit.target) + edit.target
-            rows.append({"prompt": prompt, "completion": completion})
-        return datasets.Dataset.from_list(rows)
+    def to_tokens(self, tokenizer: Any, **options: Any) -> datasets.Dataset:
+        """Convert the edits to a dataset with the columns ``input_ids`` and ``labels``, for TRL and ``transformers``.
+
+        TRL's ``SFTTrainer`` trains on these tokens as they are, and appends nothing.
+
+        Args:
+            tokenizer: a tokenizer of ``transformers``.
+            options: the other arguments of :meth:`encode`.
+
+        Returns:
+            One row per edit. Labels are -100 outside of the target.
+
+        Raises:
+            EditError: the package ``datasets`` is not installed, or an edit cannot be tokenized (see :meth:`encode`).
+
+        Example:
+            >>> from kedit_train import world
+            >>> model, tokenizer = world.load()
+            >>> EditDataset.load("world", limit=2).to_tokens(tokenizer, model=model).column_names
+            ['input_ids', 'labels']
+        """
+        return to_dataset(token_rows(self.encode(tokenizer, **options)))
 
     def encode(
         self,
         tokenizer: Any,
         *,
-        append_eos: bool = True,
+        append_eos: AppendEos = "auto",
+        model: nn.Module | None = None,
         max_length: int | None = None,
         prompt_format: PromptFormat = "plain",
     ) -> list[Encoded]:
@@ -324,10 +320,13 @@ class EditDataset(Sequence[Edit]):
             tokenizer: a tokenizer of ``transformers``.
             append_eos: whether every target ends with exactly one end token. The end token is the end-of-text token.
                 In a chat, it is the token that closes the turn of the assistant, if the template has such a token.
+                "auto" appends it in chats and to questions, and to plain completions if ``model`` ends them by itself
+                or if ``model`` is None (:func:`~kedit_train.data.answer_end.decide_append_eos`).
+            model: the unedited model, for ``append_eos="auto"``. It is left unchanged.
             max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer
                 (``model_max_length``), if the tokenizer has a limit.
-            prompt_format: "plain" leaves prompts as they are, "chat" applies the chat template of the tokenizer,
-                "question" frames every prompt as a question.
+            prompt_format: "plain" leaves prompts as they are, "chat" and a :class:`~kedit_train.ChatFormat` apply the
+                chat template of the tokenizer, and "question" frames every prompt as a question.
 
         Returns:
             One :class:`~kedit_train.data.tokenization.Encoded` per edit, for :class:`~kedit_train.data.EditCollator`.
@@ -336,13 +335,15 @@ class EditDataset(Sequence[Edit]):
             EditError: an edit cannot be tokenized or is too long, or two edits contradict each other. The message names
                 the edits.
         """
+        check_arguments("EditDataset", append_eos=(append_eos, APPEND_EOS))
         check_format(prompt_format, tokenizer)
         self.check_trained_together()
         limit = getattr(tokenizer, "model_max_length", None)
         # A tokenizer without a limit has a very large number here.
         if max_length is None and isinstance(limit, int) and limit < 10**9:
             max_length = limit
-        options: dict[str, Any] = {"append_eos": append_eos, "max_length": max_length}
+        end = decide_append_eos(append_eos, tokenizer, self, model=model, prompt_format=prompt_format)
+        options: dict[str, Any] = {"append_eos": end.append, "max_length": max_length}
         return [
             encode_in_format(tokenizer, edit.prompt, edit.target, prompt_format, where=self._where(i), **options)
             for i, edit in enumerate(self._edits)

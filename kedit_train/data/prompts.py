@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
+from kedit_train.data.chat_format import (
+    FORMATS,
+    ChatFormat,
+    PromptFormat,
+    chat_format,
+    check_format,
+    thinks,
+)
 from kedit_train.data.tokenization import (
     Encoded,
     encode_edit,
@@ -16,12 +25,13 @@ from kedit_train.data.tokenization import (
 )
 from kedit_train.errors import EditError
 
-PromptFormat = Literal["plain", "chat", "question"]
-FORMATS = ("plain", "chat", "question")
+__all__ = ["FORMATS", "ChatFormat", "PromptFormat", "check_format"]
 
 _QUESTION_MARKS = ("?", "？", "؟", "՞", ";")
 # A placeholder that shows what a template puts around an answer. It has only letters, so no template escapes it.
 _ANSWER = "kedittrainanswer"
+# The tags that most thinking models put around their thoughts.
+THINK, END_THINK = "<think>", "</think>"
 
 
 def is_question(prompt: str) -> bool:
@@ -50,49 +60,57 @@ def switch_format(prompt: str, prompt_format: PromptFormat) -> str:
     return as_completion(prompt) if to_completion else as_question(prompt)
 
 
-def check_format(prompt_format: str, tokenizer: Any = None) -> None:
-    """Raise an ``EditError`` for an unknown format, or for "chat" with a tokenizer that has no chat template."""
-    if prompt_format not in FORMATS:
-        raise EditError(f'prompt_format must be "plain", "chat" or "question", got {prompt_format!r}.')
-    if prompt_format == "chat" and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
-        raise EditError(
-            'prompt_format="chat" needs a chat template, and this tokenizer has none; set tokenizer.chat_template '
-            '(--model.chat_template in a recipe), or use "plain" or "question"'
-        )
+@dataclass(frozen=True)
+class _Frame:
+    """The text around an answer.
 
+    Args:
+        generation: the text from which the model generates.
+        prompt: the text before the answer in training. It differs from ``generation`` in an empty thinking block, if
+            the model thinks before it answers.
+        space: the spaces in front of the answer. None: they depend on prompt and target (:func:`separator`).
+        after: the text that the template puts after the answer.
+    """
 
-def chat_messages(prompt: str, target: str | None = None) -> list[dict[str, str]]:
-    """Return a prompt, with its target if one is given, as messages for a chat template."""
-    messages = [{"role": "user", "content": prompt}]
-    return messages if target is None else [*messages, {"role": "assistant", "content": target}]
+    generation: str
+    prompt: str
+    space: str | None = None
+    after: str = ""
 
 
 def render_prompt(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> str:
-    """Return the text that the model reads before it answers.
+    """Return the text from which the model generates.
 
     In a chat, this text ends where the answer of the assistant begins. Text that the template puts before every answer,
-    such as an empty thinking block, is part of the prompt.
+    such as an empty thinking block, is part of the prompt. If the model thinks before it answers, the text ends where
+    the thoughts begin.
     """
-    return _split_template(tokenizer, prompt, prompt_format)[0]
+    return _frame(tokenizer, prompt, prompt_format).generation
 
 
-def _split_template(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> tuple[str, str | None, str]:
-    """Return the text before the answer, the spaces in front of the answer, and the text after the answer.
-
-    The spaces are None if no template sets them. They then depend on prompt and target (:func:`separator`).
-    """
-    if prompt_format == "question":
-        return as_question(prompt), None, ""
-    if prompt_format == "plain":
-        return prompt, None, ""
-    text = str(tokenizer.apply_chat_template(chat_messages(prompt), tokenize=False, add_generation_prompt=True))
-    whole = str(tokenizer.apply_chat_template(chat_messages(prompt, _ANSWER), tokenize=False))
+def _frame(tokenizer: Any, prompt: str, prompt_format: PromptFormat) -> _Frame:
+    chat = chat_format(prompt_format)
+    if chat is None:
+        text = as_question(prompt) if prompt_format == "question" else prompt
+        return _Frame(text, text)
+    options = {"tokenize": False, **chat.template_arguments}
+    text = str(tokenizer.apply_chat_template(chat.messages(prompt), add_generation_prompt=True, **options))
+    whole = str(tokenizer.apply_chat_template(chat.messages(prompt, _ANSWER), **options))
     before, placeholder, after = whole.rpartition(_ANSWER)
+    space = None
     if not placeholder or not before.startswith(text):
-        return text, None, ""
-    # The spaces belong to the answer, because most tokenizers join a space with the word after it.
-    read = text + before[len(text) :].rstrip(" ")
-    return read, before[len(read) :], after
+        read, after = text, after if chat.thinking else ""
+    else:
+        # The spaces belong to the answer, because most tokenizers join a space with the word after it.
+        read = text + before[len(text) :].rstrip(" ")
+        space = before[len(read) :]
+    if not chat.thinking:
+        return _Frame(read, read, space, after)
+    if END_THINK not in read[len(text) :]:
+        # Some templates open the block of thoughts, but write no block for an answer without thoughts.
+        opened = text if text.rstrip().endswith(THINK) else f"{text}{THINK}\n"
+        read, space = opened + ("\n" if opened.endswith("\n") else "\n\n") + f"{END_THINK}\n\n", ""
+    return _Frame(text, read, space, after)
 
 
 def prompt_ids(tokenizer: Any, prompt: str, prompt_format: PromptFormat = "plain") -> list[int]:
@@ -101,7 +119,7 @@ def prompt_ids(tokenizer: Any, prompt: str, prompt_format: PromptFormat = "plain
     In a chat, the template contains the special tokens, so the tokenizer adds none.
     """
     text = render_prompt(tokenizer, prompt, prompt_format)
-    return _without_special(tokenizer, text) if prompt_format == "chat" else encode_prompt(tokenizer, text)
+    return encode_prompt(tokenizer, text) if chat_format(prompt_format) is None else _without_special(tokenizer, text)
 
 
 def _without_special(tokenizer: Any, text: str) -> list[int]:
@@ -116,9 +134,9 @@ def end_id(tokenizer: Any, prompt_format: PromptFormat = "plain") -> int | None:
         special tokens after an answer. The result is then the id of the first of these special tokens, which closes
         the turn of the assistant.
     """
-    if prompt_format != "chat":
+    if chat_format(prompt_format) is None:
         return tokenizer.eos_token_id
-    return _closing_id(tokenizer, _split_template(tokenizer, _ANSWER.upper(), prompt_format)[2])
+    return _closing_id(tokenizer, _frame(tokenizer, _ANSWER.upper(), prompt_format).after)
 
 
 def _closing_id(tokenizer: Any, after: str) -> int | None:
@@ -139,13 +157,14 @@ def encode_in_format(
 ) -> Encoded:
     """Tokenize a prompt and its target in one of the prompt formats.
 
-    The tokens of the prompt are those of :func:`prompt_ids`, so training and generation use the same tokens.
+    The tokens of the prompt are those of :func:`prompt_ids`, so training and generation use the same tokens. If the
+    model thinks before it answers, an empty thinking block follows. The target begins after this block.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
         prompt: the prompt of an edit.
         target: the target of the edit.
-        prompt_format: "plain", "chat" or "question".
+        prompt_format: "plain", "chat", "question" or a ``ChatFormat``.
         append_eos: end the target with exactly one token that ends an answer (:func:`end_id`).
         max_length: the maximum number of tokens. None sets no limit.
         where: the name of the edit in error messages.
@@ -153,20 +172,24 @@ def encode_in_format(
     Raises:
         EditError: for the same reasons as :func:`~kedit_train.data.tokenization.encode_edit`.
     """
-    text, lead, after = _split_template(tokenizer, prompt, prompt_format)
+    frame = _frame(tokenizer, prompt, prompt_format)
     rest: dict[str, Any] = {"max_length": max_length}
-    if prompt_format != "chat":
-        return encode_edit(tokenizer, text, target, append_eos=append_eos, where=where, **rest)
-    named, end = f"{where}: " if where else "", _closing_id(tokenizer, after)
+    if chat_format(prompt_format) is None:
+        return encode_edit(tokenizer, frame.prompt, target, append_eos=append_eos, where=where, **rest)
+    named, end = f"{where}: " if where else "", _closing_id(tokenizer, frame.after)
+    if thinks(prompt_format) and END_THINK in target:
+        raise EditError(
+            f"{named}with thinking=True, the target must be the answer after the thoughts, got "
+            f"{shorten(target)!r}; remove everything up to {END_THINK} from the target"
+        )
     if append_eos and end is None:
         raise EditError(
             f"{named}append_eos=True needs a token that ends a turn, but neither the chat template nor the tokenizer "
             "has one; set tokenizer.eos_token, or pass append_eos=False"
         )
-    lead = separator(text, target) if lead is None else lead
-    return encode_pair(
-        tokenizer, text, lead, target, end=end if append_eos else None, encode=_without_special, where=named, **rest
-    )
+    space = separator(frame.prompt, target) if frame.space is None else frame.space
+    end = end if append_eos else None
+    return encode_pair(tokenizer, frame.prompt, space, target, end=end, encode=_without_special, where=named, **rest)
 
 
 def pair_ids(

@@ -55,8 +55,9 @@ def sweep(
 
     The rule has two steps. First, keep the coefficients with a locality of at least ``keep_locality`` times the
     locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients have
-    the same reliability, pick the coefficient nearest to 0. The paper uses this rule for negated task vectors: the
-    model must keep 95 % of its accuracy on other tasks.
+    the same reliability, pick the coefficient nearest to 0. If none of them is more reliable than the base model, pick
+    nothing and raise an error. The paper uses this rule for negated task vectors: the model must keep 95 % of its
+    accuracy on other tasks.
 
     The coefficient is picked on the questions that ``score`` uses. Report final results on other questions.
 
@@ -71,7 +72,8 @@ def sweep(
         keep_locality: fraction of the locality of the base model that must remain, in [0, 1].
 
     Raises:
-        EditError: no coefficient fulfills the rule, or a score is missing or not finite.
+        EditError: no coefficient keeps enough locality, none of those that do is more reliable than the base model, a
+            coefficient is not finite, or a score is missing or not finite.
 
     References:
         "Editing Models with Task Arithmetic", arXiv 2212.04089.
@@ -92,9 +94,10 @@ def sweep(
     """
     check_arguments("sweep", keep_locality=(keep_locality, within("[0, 1]")))
     chosen = sorted({float(coefficient) for coefficient in coefficients} - {0.0})
-    if not chosen:
+    if not chosen or not all(map(math.isfinite, chosen)):
         raise EditError(
-            f"coefficients must contain a number other than 0, got {list(coefficients)}.", component="sweep"
+            f"coefficients must be finite and contain a number other than 0, got {list(coefficients)}.",
+            component="sweep",
         )
     with reported_by("sweep"):
         vector = as_vector(delta)
@@ -114,8 +117,14 @@ def sweep(
                 f"coefficient {nearest.coefficient:g}); use coefficients nearer to 0, or a keep_locality below "
                 f"{keep_locality:g}."
             )
+        best = max(allowed, key=lambda point: (point.reliability, -abs(point.coefficient)))
+        if best.reliability <= points[0.0].reliability:
+            raise EditError(
+                "no coefficient that keeps the locality has a higher reliability than the base model "
+                f"({points[0.0].reliability:.3f}); use larger coefficients, a lower keep_locality, or train the edit "
+                "longer."
+            )
     rule = f"highest reliability with a locality of at least {keep_locality:g} x that of the base model ({least:.3f})"
-    best = max(allowed, key=lambda point: (point.reliability, -abs(point.coefficient)))
     scaled = (best.coefficient * vector).delta(configuration={"coefficient": best.coefficient, "rule": rule})
     return Sweep(tuple(points[coefficient] for coefficient in sorted(points)), best, scaled, rule)
 

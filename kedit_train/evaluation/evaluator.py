@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit
+from kedit_train.data.chat_format import describe_format
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import DivergedError
 from kedit_train.evaluation.asking.distributed import split_across_processes
@@ -127,6 +128,7 @@ def evaluate(
         "protocol": str(protocols),
         **{name: getattr(options, name) for name in (*_ANSWER_SETTINGS, "batch_size")},
         "fluency_tokens": FLUENCY_TOKENS,
+        "prompt_format": describe_format(options.prompt_format),
         "limit": limit,
         "decoding": "greedy",
         "metrics": sorted(options.extra_metrics),
@@ -237,7 +239,7 @@ class _Evaluation:
             self.distributions.update(recorded)
             return results
 
-        texts = Texts.of(options.prose).load(edits, keep_leaks=True)
+        texts = Texts.of(options.prose).load(edits, keep_leaks=True, tokenizer=self.tokenizer)
         scores = prose_scores(split_across_processes(read, texts, options.distributed), self.seed)
         return {"perplexity": scores.pop("perplexity"), "prose": scores if self.unedited is not None else {}}
 
@@ -254,6 +256,7 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
     settings: Mapping[str, Any] = unedited.meta.get("settings", {})
     for name in _ANSWER_SETTINGS:
         before, now = settings.get(name), getattr(options, name)
+        now = describe_format(now) if name == "prompt_format" else now
         if before != now:
             raise EditError(
                 f"the report passed as unedited= was made with {name}={before!r}, but options.{name} is {now!r}; "

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from kedit_train.arguments import Rule, check_arguments, integer_from, one_of, optional
-from kedit_train.data.prompts import FORMATS, PromptFormat
+from kedit_train.arguments import Rule, check_arguments, integer_from, optional
+from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
 from kedit_train.evaluation.scoring.protocols import PROTOCOLS, Protocol
 
 ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency", "retrieval"]
@@ -60,9 +60,9 @@ class EvaluationOptions:
         prose: unrelated texts on which perplexity is measured, and KL divergence and agreement with the unedited
             model: a list of strings, a path, a dataset, or "world" (the bundled texts). None: not measured.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
-        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question". Use the
-            format that was used in training. None: ``EditMetrics`` uses the format of the training examples, and
-            ``evaluate`` uses "plain".
+        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" or a
+            :class:`~kedit_train.ChatFormat`. Use the format that was used in training. None: ``EditMetrics`` uses the
+            format of the training examples, and ``evaluate`` uses "plain".
         distributed: True splits the edits across the processes of the default group. False evaluates all edits on
             each process. ``distributed`` must be False for a model that FSDP2 shards.
 
@@ -90,13 +90,14 @@ class EvaluationOptions:
     distributed: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_format", read_format(self.prompt_format))
         check_arguments(
             self,
             metrics=(self.metrics, _METRICS),
             protocol=(self.protocol, _PROTOCOL),
             batch_size=(self.batch_size, integer_from(1)),
             max_new_tokens=(self.max_new_tokens, integer_from(1)),
-            prompt_format=(self.prompt_format, optional(one_of(FORMATS))),
+            prompt_format=(self.prompt_format, optional(PROMPT_FORMAT)),
         )
 
     @property

@@ -128,6 +128,9 @@ def run_edits(
             "train": getattr(train, "__qualname__", repr(train)),
             "seed": seed,
         }
+        if isinstance(train, TrainLoop):
+            # This is decided on all edits here, before the first training could decide it on one edit.
+            meta["append_eos"] = str(train.append_eos(model, run.edits))
         copied = ("data_name", "data_hash", "model", "versions", "settings", "date")
         meta |= {name: unedited.meta[name] for name in copied}
         if wandb_run is not None:

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from kedit_train.arguments import above, at_least, check_arguments, integer_from, one_of
+from kedit_train.arguments import above, at_least, check_arguments, integer_from
 from kedit_train.callbacks import ParameterScope, editing
+from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.prompts import FORMATS, PromptFormat, check_format
+from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
+from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, check_format, read_format
 from kedit_train.data.tokenization import collate, context_length, pad_token_id
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import model_device
@@ -27,9 +30,11 @@ class ExampleOptions:
     """Options for turning edits into training examples.
 
     Args:
-        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template) or "question" (the prompt
-            as a question, followed by "Answer:").
-        append_eos: append the end-of-text token to every target.
+        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" (the prompt
+            as a question, followed by "Answer:") or a :class:`~kedit_train.ChatFormat`.
+        append_eos: append the end-of-text token to every target. "auto" appends it in chats and to questions, and to
+            plain completions if the model ends them by itself. This is measured once, before the first training of a
+            model, and one printed line says what was decided.
         extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
             called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates
             such a function. The additional edits count in the batch size and in the loss that is compared with
@@ -38,15 +43,18 @@ class ExampleOptions:
     Example:
         >>> from kedit_train.modes import ExampleOptions
         >>> ExampleOptions(prompt_format="chat").append_eos
-        True
+        'auto'
     """
 
     prompt_format: PromptFormat = "plain"
-    append_eos: bool = True
+    append_eos: AppendEos = "auto"
     extra_edits: Sequence[Edit] | Callable[[Sequence[Edit]], Sequence[Edit]] = ()
 
     def __post_init__(self) -> None:
-        check_arguments(self, prompt_format=(self.prompt_format, one_of(FORMATS)))
+        object.__setattr__(self, "prompt_format", read_format(self.prompt_format))
+        check_arguments(
+            self, prompt_format=(self.prompt_format, PROMPT_FORMAT), append_eos=(self.append_eos, APPEND_EOS)
+        )
 
 
 class TrainLoop:
@@ -111,6 +119,8 @@ class TrainLoop:
         self.learning_rate, self.stop_loss, self.optimizer = learning_rate, stop_loss, optimizer
         self.examples = examples or ExampleOptions()
         self.callbacks = [ParameterScope(0.7, modules="mlp.down_proj")] if callbacks is None else list(callbacks)
+        # The models of earlier trainings must not decide again, because they are edited.
+        self._decisions: WeakKeyDictionary[nn.Module, EndDecision] = WeakKeyDictionary()
         with reported_by("TrainLoop"):
             check_format(self.examples.prompt_format, tokenizer)
 
@@ -118,6 +128,15 @@ class TrainLoop:
         """Train ``model`` on ``edits``, in place."""
         with reported_by("TrainLoop"):
             self._train(model, edits)
+
+    def append_eos(self, model: nn.Module, edits: Sequence[Edit]) -> EndDecision:
+        """Decide whether targets end with end-of-text, once for each model, and print the decision."""
+        if model not in self._decisions:
+            options = self.examples
+            self._decisions[model] = decide_together(
+                options.append_eos, self.tokenizer, edits, model=model, prompt_format=options.prompt_format
+            )
+        return self._decisions[model]
 
     def _train(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         config = getattr(model, "config", None)
@@ -127,7 +146,7 @@ class TrainLoop:
             self.tokenizer,
             max_length=context_length(config) if config else None,
             prompt_format=self.examples.prompt_format,
-            append_eos=self.examples.append_eos,
+            append_eos=self.append_eos(model, edits).append,
         )
         pad_id, device = pad_token_id(self.tokenizer), model_device(model)
         epoch_steps = math.ceil(len(encoded) / self.batch_size)

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
         pytest.param(
             "equal_reliability.py", "## Edits a second at equal reliability, small", "| (b) ", marks=pytest.mark.slow
         ),
+        pytest.param("integrity.py", "## Cost of the integrity checks, tiny", "| the checks", marks=pytest.mark.slow),
         pytest.param("arithmetic.py", "## Arithmetic with edits, world, tiny", "|---", marks=pytest.mark.slow),
         pytest.param("evaluation.py", "## Evaluation, factlm, tiny", "|---", marks=pytest.mark.slow),
     ],

@@ -66,7 +66,11 @@ def test_the_metrics_ask_chats_if_the_trainer_trains_chats(data: str, tmp_path: 
         "prompt and completion": lambda: edits.to_prompt_completion(prompt_format="chat"),
     }[data]()
     metrics = metrics_of(edits)
-    sft(tmp_path, made, [ParameterScope(**SCOPE), metrics], assistant_only_loss=data == "messages")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        sft(tmp_path, made, [ParameterScope(**SCOPE), metrics], assistant_only_loss=data == "messages")
+    said = [str(w.message) for w in caught if "begin with other messages" in str(w.message)]
+    assert len(said) == (data == "system prompt")
     assert asked(metrics) == "chat"
 
 
@@ -76,6 +80,13 @@ def test_the_metrics_ask_plainly_or_in_questions_if_the_trainer_trains_those(tmp
         metrics = metrics_of(edits)
         sft(tmp_path, edits.to_prompt_completion(prompt_format=prompt_format), [ParameterScope(**SCOPE), metrics])
         assert asked(metrics) == prompt_format
+
+
+def test_a_system_prompt_is_asked_if_it_is_set(tmp_path: Path) -> None:
+    *_, edits = chat_world()
+    metrics = metrics_of(edits, prompt_format={"system": "Be brief."})
+    sft(tmp_path, messages(edits, system="Be brief."), [ParameterScope(**SCOPE), metrics])
+    assert asked(metrics) == {"system": "Be brief.", "history": [], "thinking": False}
 
 
 def test_an_explicit_format_wins(tmp_path: Path) -> None:
@@ -134,13 +145,15 @@ def test_an_unknown_format_is_one_warning_if_there_is_a_template() -> None:
 
 
 def test_a_chat_run_whose_texts_are_plain_is_one_warning(tmp_path: Path) -> None:
-    _, tokenizer, edits = chat_world()
-    message = r"^KLLocality: the training examples are chats, but none of the 2 texts is a chat, .*apply_chat_template"
+    *_, edits = chat_world()
+    message = (
+        r'^KLLocality: the training examples are chats, but none of the 2 texts is a chat, .*records with "messages"'
+    )
     with pytest.warns(UserWarning, match=message) as caught:
         sft(tmp_path, messages(edits), [ParameterScope(**SCOPE), KLLocality(TEXTS, batch_size=1)])
     assert len([w for w in caught if "KLLocality" in str(w.message)]) == 1
     talk = [{"role": "user", "content": "Who slept?"}, {"role": "assistant", "content": "A fox."}]
-    chat = tokenizer.apply_chat_template(talk, tokenize=False)
+    chat = {"messages": talk}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         sft(tmp_path, messages(edits), [ParameterScope(**SCOPE), KLLocality([*TEXTS, chat], batch_size=1)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -26,6 +27,8 @@ trainer:
     init_args: {texts: world}
   - class_path: kedit_train.callbacks.EditMetrics
 """
+# Eight lines that stand for 9**7 values.
+LAUGHS = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [{f'*{b}, ' * 9}]\n" for b, c in zip("abcdefg", "bcdefgh", strict=True))
 
 
 @pytest.fixture
@@ -62,6 +65,13 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ),
         ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
         ("trainer: [", ["parsing"]),
+        ("trainer: 3", ["trainer must be a mapping of keys to values, got 3"]),
+        ("trainer: {callbacks: 3}", ["trainer.callbacks"]),
+        ("trainer: &t {callbacks: *t}", ["the alias at line 1 is inside of what it stands for"]),
+        ("trainer: {callbacks: '&x [*x]'}", ["trainer.callbacks"]),
+        (LAUGHS, ["its aliases stand for more than 100,000 characters"]),
+        ("trainer: {max_epochs: !!int x}", ["a value cannot be read"]),
+        ("trainer: {max_epochs: " + "9" * 5000 + "}", ["the number at line 1 has more than 100 digits"]),
     ],
 )
 def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> None:
@@ -71,6 +81,14 @@ def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> No
     assert all(part in message for part in expected), message
     assert "NoneType" not in message
     assert len(message) < 300
+
+
+def test_a_configuration_that_is_not_text_is_one_line(failing_run) -> None:
+    Path("bad.yaml").write_bytes(b"trainer: \xff")
+    for command in ("fit", "sft"):
+        code, message = failing_run(command, "--config", "bad.yaml")
+        assert code == 2
+        assert "the configuration cannot be read (UnicodeDecodeError: " in message
 
 
 @pytest.mark.parametrize("arguments", [["foo"], []])
@@ -190,3 +208,16 @@ def test_an_environment_variable_shows_the_traceback(monkeypatch: pytest.MonkeyP
 
 def test_an_unknown_config_error_is_kept_whole() -> None:
     assert shorten("something new\n  - with details") == "something new; with details; fit --help lists every key"
+    text = "a: no.such.module: Option 'b' is not accepted"
+    assert shorten(text) == text + "; fit --help lists every key"
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, "a.b" * 30_000, "'" * 50_000, "x: " * 30_000])
+def test_a_long_value_makes_neither_a_long_message_nor_a_long_wait(value: str) -> None:
+    """The patterns that shorten a message once took seconds for a class name of 20,000 letters."""
+    message = f'Parser key "trainer.callbacks":\n  - Expected a dot import path string: {value}\n  Given value: {value}'
+    began = time.process_time()
+    line = shorten(message)
+    assert time.process_time() - began < 1
+    assert len(line) < 2100
+    assert line.startswith("trainer.callbacks: expected dot import path string: ")

@@ -21,6 +21,11 @@ from kedit_train.errors import EditError
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
 Kedit = Callable[..., tuple[int, str, str]]
+# Nine lines that stand for 10**9 values.
+LAUGHS = [
+    "a0: &a0 [x, x, x, x, x, x, x, x, x, x]",
+    *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)),
+]
 BAD = {
     "argument.yaml": (
         "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",
@@ -38,6 +43,12 @@ BAD = {
         "data.texts",
     ),
     "key.yaml": ("trainer: {max_epoch: 3}", "'trainer.max_epoch'"),
+    "laughs.yaml": ("\n".join(LAUGHS), "its aliases stand for more than 100,000 characters"),
+    "list.yaml": ("trainer: [1, 2]", "trainer must be a mapping of keys to values, got [1, 2]"),
+    "number.yaml": ("trainer: 3", "trainer must be a mapping of keys to values, got 3"),
+    "recursive.yaml": ("a: &x [*x]", "the alias at line 1 is inside of what it stands for"),
+    "recursive_callbacks.yaml": ("trainer: &t\n  callbacks: *t", "the alias at line 2 is inside of what it stands for"),
+    "text.yaml": ("trainer: {callbacks: '&x [*x]'}", "callbacks"),
     "type.yaml": ("trainer: {max_epochs: many}", "expected int"),
     "yaml.yaml": ("trainer: [", "is not valid YAML"),
 }

@@ -11,7 +11,7 @@ import torch
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from kedit_train import world
+from kedit_train import ChatFormat, world
 from kedit_train.callbacks import EditMetrics, ParameterScope, StopWhenEdited, TokenSmoothing
 from kedit_train.cli import recipe, sft
 from kedit_train.data import EditDataset
@@ -113,6 +113,16 @@ def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None
     trainer.train()
 
 
+def test_end_of_text_and_system_prompt_follow_the_recipe(tmp_path: Path) -> None:
+    options = [f"--trainer.default_root_dir={tmp_path}", "--data.append_eos=false", "--data.prompt_format.system=Hi"]
+    trainer = sft.build(configured("chat", *options))
+    assert trainer.args.prompt_format == {"system": "Hi", "history": [], "thinking": False}
+    chat = ChatFormat(system="Hi")
+    edits = EditDataset.load("world", limit=6)
+    rows = edits.to_tokens(trainer.processing_class, append_eos=False, prompt_format=chat)
+    assert trainer.train_dataset["input_ids"] == rows["input_ids"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -124,7 +134,6 @@ def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None
             ("--trainer.gradient_clip_algorithm=norm",),
             "no counterpart for trainer.gradient_clip_algorithm",
         ),
-        (("--data.append_eos=false",), "no counterpart for data.append_eos=false"),
         (("--trainer.precision=16-true",), "trainer.precision must be .* got '16-true'"),
         (
             ("--trainer.logger=CSVLogger", "--trainer.logger.save_dir=x"),

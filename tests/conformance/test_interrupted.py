@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,12 @@ import torch
 from conformance.hosts import HOSTS, adamw, collator
 from transformers import TrainerCallback
 
-from kedit_train import world
+from kedit_train import EditDelta, world
 from kedit_train.callbacks import KLLocality, NormBall, ParameterScope, SaveDelta, TokenLoss, editing
-from kedit_train.core.state_file import FILE
+from kedit_train.core.state_file import FILE, load_state
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
+from kedit_train.owners import claim, release
 
 TEXTS = ["The baker kept a coin in the old mill.", "The fox kept a rope in the old mill."]
 
@@ -58,6 +62,46 @@ def assert_clean(model: Any) -> None:
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert "_kedit_run" not in model.__dict__
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_resuming_lightning_from_the_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
+    def fit(**options: Any) -> Any:
+        model, tokenizer = world.load()
+        torch.manual_seed(0)
+        used, edits = [*callbacks(), SaveDelta(str(tmp_path / "edit.safetensors"))], EditDataset(world.edits(n=8))
+        trainer = HOSTS["Lightning"](model, tokenizer, edits, used, 2, batch_size=8, **options)
+        return model, trainer
+
+    model, trainer = fit()
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    (tmp_path / "edit.safetensors").rename(tmp_path / "whole.safetensors")
+    # Lightning takes no step and does not say that training has ended.
+    again, _ = fit(ckpt_path=str(tmp_path / "end.ckpt"))
+    assert_same_bits(weights(model), weights(again))
+    assert_clean(again)
+    whole, resumed = (EditDelta.load(tmp_path / f"{name}.safetensors") for name in ("whole", "edit"))
+    assert resumed.meta == whole.meta
+    assert all(torch.equal(resumed.changes[name].after, change.after) for name, change in whole.changes.items())
+
+
+def test_a_trainer_that_is_resumed_at_its_last_step_in_an_epoch_takes_no_step(tmp_path: Path) -> None:
+    model, again = world.load()[0], world.load()[0]
+    # An epoch has three steps. The stock trainer would take the third one.
+    train(model, tmp_path, callbacks(), steps=2)
+    trainer = train(again, tmp_path, callbacks(), steps=2, resume=True)
+    assert trainer.state.global_step == 2
+    assert_same_bits(weights(model), weights(again))
+    assert_clean(again)
+
+
+def test_resuming_a_loop_from_its_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
+    model, again = world.load()[0], world.load()[0]
+    state = loop(model, range(2))
+    loop(again, range(2, 2), state, [SaveDelta(str(tmp_path / "edit.safetensors"))])
+    assert_same_bits(weights(model), weights(again))
+    assert_clean(again)
+    assert EditDelta.load(tmp_path / "edit.safetensors").meta["configuration"]["step"] == 2
 
 
 def test_resuming_from_the_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
@@ -105,6 +149,64 @@ def test_a_model_is_clean_after_an_exception_and_is_not_edited_again(
     train(model, tmp_path / "third", callbacks(), steps=2)
 
 
+def test_a_run_that_ends_without_another_checkpoint_keeps_the_state_that_a_kill_left_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = world.load()[0]
+    with monkeypatch.context() as patch:
+        # The process ends after the trainer has written its last checkpoint, and while the state is written into it.
+        patch.setattr(ParameterScope, "on_save", lambda *args, **kwargs: (_ for _ in ()).throw(SystemExit()))
+        with pytest.raises(SystemExit):
+            train(whole, tmp_path, callbacks(), steps=2)
+    left = killed_process_folder(tmp_path / "checkpoint-2", f".{FILE}")
+    near = killed_process_folder(tmp_path, f".checkpoint-2-{FILE}")
+    for _ in range(2):
+        resumed = world.load()[0]
+        train(resumed, tmp_path, callbacks(), steps=2, resume=True)
+        assert_same_bits(weights(whole), weights(resumed))
+        assert (tmp_path / "checkpoint-2" / FILE).exists()
+        assert list(tmp_path.glob(f"*{FILE}")) == []
+        assert not left.exists()
+        assert not near.exists()
+
+
+def killed_process_folder(parent: Path, name: str) -> Path:
+    """Make a hidden folder like that of a process that was killed while it wrote a file."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folder = claim(parent, name, ".unfinished")
+    release(folder)
+    folder = folder.with_name(folder.name.replace(f".{os.getpid()}.", f".{ended.pid}."))
+    folder.mkdir()
+    (folder / FILE).write_bytes(b"half")
+    return folder
+
+
+@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt"])
+def test_a_half_deleted_checkpoint_is_an_error(part: str, tmp_path: Path) -> None:
+    train(world.load()[0], tmp_path, callbacks(), steps=2)
+    (tmp_path / "checkpoint-2" / part).unlink()
+    with pytest.raises(EditError, match=rf"checkpoint-2 is incomplete: {part.split('.')[0]}\.\* is missing") as error:
+        train(world.load()[0], tmp_path, callbacks(), steps=4, resume=True)
+    assert "\n" not in str(error.value)
+    # With save_only_model, checkpoints have no optimizer, and the trainer starts with a new one.
+    train(world.load()[0], tmp_path, callbacks(), steps=4, resume=True, save_only_model=True)
+
+
+def test_resuming_reads_the_state_of_the_edit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(world.load()[0], tmp_path, callbacks(), steps=2)
+    read: list[Any] = []
+
+    def counted(folder: Any, **options: Any) -> Any:
+        found = load_state(folder, **options)
+        read.extend([] if found is None else [folder])
+        return found
+
+    monkeypatch.setattr("kedit_train.callbacks.hosts.transformers_host.load_state", counted)
+    train(world.load()[0], tmp_path, callbacks(), steps=4, resume=True)
+    assert len(read) == 1
+
+
 def test_an_interrupted_run_resumes_in_the_same_model(tmp_path: Path) -> None:
     whole, model = world.load()[0], world.load()[0]
     train(whole, tmp_path / "whole", callbacks())
@@ -145,11 +247,11 @@ def test_averaging_the_weights_is_refused_in_lightning() -> None:
         )
 
 
-def loop(model: Any, steps: range, state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train in a plain loop and return a checkpoint."""
+def loop(model: Any, steps: range, state: dict[str, Any] | None = None, more: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train in a plain loop and return a checkpoint, which is empty if there was no step."""
     tokenizer = world.load()[1]
     rows, put = EditDataset(world.edits(n=12)).encode(tokenizer), collator(tokenizer)
-    with editing(model, callbacks(), tokenizer=tokenizer) as edit:
+    with editing(model, [*callbacks(), *more], tokenizer=tokenizer) as edit:
         optimizer = adamw(edit.parameters())
         if state is not None:
             model.load_state_dict(state["model"])
@@ -160,6 +262,8 @@ def loop(model: Any, steps: range, state: dict[str, Any] | None = None) -> dict[
             model(**put(rows[2 * number : 2 * number + 2])).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        if not steps:
+            return {}
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "edit": edit.state_dict()}
 
 

@@ -14,6 +14,7 @@ from conformance import resuming
 
 from kedit_train.core.state_file import FILE, load_state, save_state
 from kedit_train.errors import EditError
+from kedit_train.safetensors_file import save_tensors
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -54,3 +55,21 @@ def test_a_damaged_state_file_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(EditError, match=r"the state of the edit in .* cannot be used"):
         load_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({"reference": {"w": {"__tensor__": "v"}}}, "names a tensor 'v' that the file does not contain"),
+        ({"reference": {"w": {"__tensor__": ["w"]}}}, r"names a tensor \['w'\] that the file does not contain"),
+        ({"reference": {"w": {"__tensor__": {}}}}, "names a tensor {} that the file does not contain"),
+        ({"__tensor__": "w"}, "the metadata must be a mapping, got Tensor"),
+        ([], "the metadata must be a mapping, got list"),
+    ],
+)
+def test_a_state_whose_metadata_do_not_fit_its_tensors_is_an_error(tmp_path: Path, metadata, problem: str) -> None:
+    """The checksum of such a file can be right, since it can be computed again."""
+    save_tensors(tmp_path / FILE, {"w": torch.ones(2)}, metadata, kind="kedit_train.state")
+    with pytest.raises(EditError, match=f"the state of the edit in .* cannot be used: .*{problem}") as error:
+        load_state(tmp_path)
+    assert "\n" not in str(error.value)

@@ -135,6 +135,24 @@ def test_a_bad_record_is_reported_in_one_line(name: str, change: dict[str, Any],
     assert (edits.skipped, len(edits), edits.format) == ((expected,), 2, name)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "x" * 5000])
+def test_names_of_fields_cannot_make_a_message_long(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    probe = {"prompt": "q", "answers": []}
+    for record in ({"prompt": "p", "target": "t", name: 1}, {name: 1}, {**GOOD["edits"], "locality": {name: [3]}}):
+        path.write_text(json.dumps([record, {f"{name}{i}": 1 for i in range(100)}]))
+        assert len(raised(path)) < 3000
+    path.write_text(json.dumps([{**GOOD["edits"], "locality": {name: [probe]}}]))
+    assert list(EditDataset.load(path)[0].locality) == [name]
+    path.write_text(json.dumps([{**GOOD["counterfact"], name: 1, **{f"{name}{i}": 1 for i in range(100)}}]))
+    with pytest.warns(UserWarning, match="does not read the fields .* and 81 others") as warned:
+        EditDataset.load(path)
+    assert "\n" not in str(warned[0].message)
+    assert len(str(warned[0].message)) < 3000
+    path.write_text('[{"%s": 1, "%s": 2}]' % ((json.dumps(name)[1:-1],) * 2))
+    assert "appears twice" in raised(path)
+
+
 def raised(path: Path, **options: Any) -> str:
     with pytest.raises(EditError) as caught:
         EditDataset.load(path, **options)

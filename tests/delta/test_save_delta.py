@@ -13,7 +13,7 @@ from conformance.hosts import HOSTS
 from delta.tiny import equal_bits, state_of
 
 from kedit_train import EditDelta, EditError, evaluate, safetensors_file, world
-from kedit_train.callbacks import EditMetrics, GradientMask, NormBall, ParameterScope, SaveDelta, editing
+from kedit_train.callbacks import EditMetrics, GradientMask, NormBall, ParameterScope, PrefixCache, SaveDelta, editing
 from kedit_train.core.state_file import load_state, save_state
 from kedit_train.data import EditDataset
 from kedit_train.delta import sweep
@@ -74,6 +74,18 @@ def test_a_run_on_adapters_saves_the_merged_weights(host, tmp_path):
     delta = EditDelta.load(path)
     assert set(delta.changes) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
     assert equal_bits(state_of(delta.apply(base)), state_of(adapted.merge_and_unload()))
+
+
+def test_equal_runs_write_equal_deltas(tmp_path):
+    edits = EditDataset(world.edits(n=4))
+    for name in ("first", "second"):
+        saver = SaveDelta(str(tmp_path / f"{name}.safetensors"))
+        model, tokenizer = world.load()
+        HOSTS["loop"](model, tokenizer, edits, [ParameterScope(**SCOPE), NormBall(5e-3), PrefixCache(), saver], 3)
+    first, second = (EditDelta.load(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+    assert "edit/drift/ball" in first.meta["scores"]
+    assert first.meta == second.meta
+    assert equal_bits({n: c.after for n, c in first.changes.items()}, {n: c.after for n, c in second.changes.items()})
 
 
 class Scores(EditMetrics):

@@ -261,4 +261,17 @@ def test_a_sweep_scores_the_base_picks_by_its_rule_and_restores_the_model(make, 
         sweep(model, delta, score, coefficients=[0.25, 1.0], keep_locality=0.999)
     with pytest.raises(EditError, match="sweep: the score of coefficient 0 must contain a finite 'locality', got nan"):
         sweep(model, delta, lambda current: {"reliability": 1.0}, coefficients=[1.0])
+    with pytest.raises(EditError, match="sweep: coefficients must be finite and contain a number other than 0"):
+        sweep(model, delta, score, coefficients=[0.5, float("nan")])
+    assert equal_bits(state_of(model), state_of(make()))
+
+
+@pytest.mark.parametrize("after", [0.3, 0.5])
+def test_a_sweep_picks_nothing_that_is_not_more_reliable_than_the_base(make, edited, after: float):
+    """A coefficient that keeps the locality, but is as reliable as the base model or less, is not an edit."""
+    model = make()
+    delta = EditDelta.between(model, edited())
+    scores = iter([0.5, after, 0.5])
+    with pytest.raises(EditError, match=r"sweep: no coefficient that keeps .* than the base model \(0.500\)"):
+        sweep(model, delta, lambda current: {"reliability": next(scores), "locality": 1.0}, coefficients=[-1.0, 0.5])
     assert equal_bits(state_of(model), state_of(make()))

@@ -21,7 +21,10 @@ def test_all_means_every_extra_metric():
     [
         ({"metrics": ["fluncy"]}, 'metrics must be "all" or a list of "prefixes", "format"'),
         ({"metrics": "kl"}, 'metrics must be "all" or a list of'),
-        ({"prompt_format": "quiz"}, 'prompt_format must be "plain", "chat" or "question", or None, got \'quiz\''),
+        (
+            {"prompt_format": "quiz"},
+            'prompt_format must be "plain", "chat", "question" or a ChatFormat, or None, got \'quiz\'',
+        ),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1, got 0"),
     ],

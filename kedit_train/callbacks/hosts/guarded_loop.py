@@ -9,14 +9,16 @@ from typing import Any
 from kedit_train.core.run import EditRun
 
 _LOOP = "_inner_training_loop"
+_EPOCH = "_run_epoch"
 
 
 class GuardedLoop:
     """Run the training loop of a ``transformers.Trainer``: check the checkpoint before, clean the model after an error.
 
     An instance replaces the method ``_inner_training_loop`` of one trainer. The trainer's events are not enough for
-    two reasons. The trainer loads the optimizer state of a checkpoint before the first event of the training. It sends
-    no event if an exception or ^C ends the training.
+    three reasons. The trainer loads the optimizer state of a checkpoint before the first event of the training. It
+    sends no event if an exception or ^C ends the training. If it resumes from a checkpoint of the last step, and this
+    step is not the end of an epoch, it takes one more step.
 
     Args:
         trainer: the trainer.
@@ -34,11 +36,21 @@ class GuardedLoop:
             if isinstance(checkpoint := kwargs.get("resume_from_checkpoint"), str):
                 for run in _runs(trainer):
                     run.host.check_checkpoint(run, checkpoint)
+            if hasattr(type(trainer), _EPOCH):
+                trainer.__dict__[_EPOCH] = self._run_epoch
             return loop(trainer, *args, **kwargs)
         except BaseException:
             for run in _runs(trainer):
                 run.close()
             raise
+        finally:
+            trainer.__dict__.pop(_EPOCH, None)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer()
+        assert trainer is not None
+        if not trainer.state.max_steps or trainer.state.global_step < trainer.state.max_steps:
+            return getattr(type(trainer), _EPOCH)(trainer, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or pickled trainer has the method of its class again.

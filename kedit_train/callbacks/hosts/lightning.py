@@ -229,6 +229,10 @@ class LightningEvents(Callback):
         if self.run is not None:
             self.run.finish(self)
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        # A run that was resumed from its last checkpoint takes no step, and Lightning calls no on_train_end for it.
+        self.on_train_end(trainer, pl_module)
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.run is not None:
             self.run.close()

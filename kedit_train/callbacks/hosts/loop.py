@@ -270,6 +270,10 @@ def editing(
             run = callback.run = host.run = EditRun.join(model, callback, host)
         assert run is not None
         yield Editing(run, host)
+        if host.resumed and not run.closed:
+            # A loop that was resumed from its last checkpoint has no step left, in which the edit would have begun.
+            for callback in run.callbacks:
+                run.attach(callback)
         for callback in list(run.callbacks):
             run.finish(callback)
     finally:

@@ -114,7 +114,8 @@ class TransformersEvents(TrainerCallback):
             run.host.active_callbacks.clear()
             run.host.state = state
             run.after_step()
-            self._store_before_save(control, args)
+            if not control.should_log:
+                self._store_before_save(control, args)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._store_before_save(control, args)
@@ -152,9 +153,13 @@ class TransformersEvents(TrainerCallback):
         if run and logs is not None and "loss" in logs:
             host: Any = run.host
             host.add_to_log_row(logs, {**run.collect(), **host.take_pending_metrics()})
+            # The state contains these metrics.
+            self._store_before_save(control, args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # If a run was resumed from its last checkpoint, no epoch is left, and on_epoch_begin was never called.
         self._attach_all(control)
         if self.run is not None:
             self.run.finish(self)
+            if self.run.closed and self.run.host.owner is control:
+                self.run.host.collect_states()

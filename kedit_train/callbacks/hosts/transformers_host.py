@@ -12,8 +12,9 @@ from typing import Any
 from kedit_train.core.host import Host
 from kedit_train.core.resume import FORMAT, check_scope
 from kedit_train.core.state_file import FILE, load_state, save_state
-from kedit_train.errors import warn
+from kedit_train.errors import EditError, warn
 from kedit_train.optional import require
+from kedit_train.owners import remove_abandoned
 
 # The key in trainer_state.json under which the id of the edit is saved.
 STATE_KEY = "kedit_train"
@@ -44,6 +45,8 @@ class TransformersHost(Host):
         self.edit_id, self.resumed_from = uuid.uuid4().hex, dict[str, str]()
         self.active_callbacks: set[int] = set()
         self._metrics_defined = False
+        # Checkpoint states that have been read and not yet been restored, by file.
+        self._states: dict[Path, dict[str, Any] | None] = {}
 
     def mark_checkpoints(self) -> None:
         """Read the id of the resumed edit, and save ``edit_id`` in every later ``trainer_state.json``."""
@@ -63,17 +66,40 @@ class TransformersHost(Host):
         folders += [self.checkpoint_folder(), Path(self.resumed_from.get("folder", "")) / name]
         # If a process was killed while it saved, the state may still be next to the checkpoint folder.
         places = [(folder, FILE) for folder in folders] + [(folder.parent, self._early_file()) for folder in folders]
-        for folder, file in places:
-            state = load_state(folder, file=file)
-            if state is not None and state.pop("edit", None) == self.resumed_from.get("edit"):
-                return state
-        return None
+        try:
+            for folder, file in places:
+                state = self._load(folder, file)
+                if state is not None and state.get("edit") == self.resumed_from.get("edit"):
+                    return {name: value for name, value in state.items() if name != "edit"}
+            return None
+        finally:
+            self._states.clear()
 
     def check_checkpoint(self, run: Any, folder: str) -> None:
-        """Raise an error if a checkpoint was written with another scope, before the trainer loads its optimizer."""
-        state = load_state(folder)
+        """Check a checkpoint before the trainer loads its optimizer.
+
+        Raises:
+            EditError: the checkpoint was written with another scope, or a part of it is missing.
+        """
+        state = self._load(Path(folder))
         if state is not None and state.get("format") == FORMAT:
             check_scope(run, state)
+        # The trainer would silently begin with a new optimizer.
+        parts = () if self.args.save_only_model else ("optimizer", "scheduler")
+        missing = next((part for part in parts if not any(Path(folder).glob(f"{part}*"))), None)
+        if missing is not None:
+            raise EditError(
+                f"{folder} is incomplete: {missing}.* is missing, because a process was killed while it wrote or "
+                "deleted this checkpoint, or because it was written with save_only_model=True; resume from another "
+                "checkpoint, or set save_only_model=True to begin with a new optimizer."
+            )
+
+    def _load(self, folder: Path, file: str = FILE) -> dict[str, Any] | None:
+        """Read a checkpoint state, unless it has been read already."""
+        path = (folder / file).resolve()
+        if path not in self._states:
+            self._states[path] = load_state(folder, file=file)
+        return self._states[path]
 
     def store_state(self, run: Any) -> None:
         """Write the state of the edit next to the checkpoint that the trainer is about to write.
@@ -92,10 +118,21 @@ class TransformersHost(Host):
         # A hyperparameter search writes its checkpoints to another folder; resuming from those is refused.
         if self.is_main and folder.is_dir():
             save_state(folder, state)
-        if self.is_main:
-            # This also deletes the files of an interrupted process.
-            for early in Path(self.args.output_dir).glob(f"checkpoint-*-{FILE}"):
+        self.collect_states()
+
+    def collect_states(self) -> None:
+        """Move states next to a checkpoint into it, and remove what a killed process has left of such files."""
+        if not self.is_main:
+            return
+        output = Path(self.args.output_dir)
+        for early in output.glob(f"checkpoint-*-{FILE}"):
+            folder = output / early.name.removesuffix(f"-{FILE}")
+            if folder.is_dir() and not (folder / FILE).exists():
+                os.replace(early, folder / FILE)
+            else:
                 early.unlink(missing_ok=True)
+        hidden = f"{FILE}.*.unfinished"
+        remove_abandoned([*output.glob(f".checkpoint-*-{hidden}"), *output.glob(f"checkpoint-*/.{hidden}")])
 
     def _early_file(self) -> str:
         return f"{self.checkpoint_folder().name}-{FILE}"

@@ -84,7 +84,7 @@ def run(args: Namespace) -> int:
     try:
         result = _sweep(args, points)
     except EditError as error:
-        # An error before the last score is about the arguments. A later error means that nothing was picked.
+        # An error before the last score is about the arguments. An error after it says that nothing was picked.
         if len(points) < len(set(args.coefficients) - {0.0}) + 1:
             raise
         return _nothing_picked(args, points, error)
@@ -164,15 +164,7 @@ def _sweep(args: Namespace, points: list[Any]) -> Any:
             points.append(SweepPoint(order[len(points)], **scores))
             return scores
 
-        result = sweep(model, delta, score, coefficients=args.coefficients, keep_locality=args.keep_locality)
-    if result.best.reliability <= points[0].reliability:
-        name = "share of forgotten edits" if args.forget else "reliability"
-        raise EditError(
-            f"no coefficient that keeps the locality has a higher {name} than the base model "
-            f"({points[0].reliability:.3f}); use larger coefficients, lower --keep-locality, or train the edit longer.",
-            component="sweep",
-        )
-    return result
+        return sweep(model, delta, score, coefficients=args.coefficients, keep_locality=args.keep_locality)
 
 
 def _mark(point: Any, best: Any) -> str:

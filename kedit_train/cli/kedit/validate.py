@@ -29,7 +29,7 @@ def arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     from kedit_train.cli.console import print_error
 
-    results = [_checked(name) for name in args.files]
+    results = [checked(name) for name in args.files]
     failed = any(result["error"] is not None for result in results)
     if args.json:
         print_json(results)
@@ -42,7 +42,8 @@ def run(args: Namespace) -> int:
     return 1 if failed else 0
 
 
-def _checked(name: str) -> dict[str, Any]:
+def checked(name: str) -> dict[str, Any]:
+    """Check one file, and return its name, its kind, its callbacks, and the error in one line or None."""
     row: dict[str, Any] = {"file": name, "kind": None, "callbacks": [], "error": None}
     try:
         path = Path(name) if Path(name).exists() or Path(name).is_absolute() else packaged(name)
@@ -57,13 +58,13 @@ def _checked(name: str) -> dict[str, Any]:
 
 def _kind(path: Path) -> str:
     """Return "fragment" for a file that contains only callbacks, and "recipe" for any other configuration."""
-    import yaml
+    from kedit_train.cli.yaml_text import InvalidYAML, load_yaml
 
     if path.suffix not in (".yaml", ".yml"):
         raise EditError("the file name must end with .yaml or .yml; to check a script, run the script.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except (InvalidYAML, UnicodeDecodeError) as error:
         raise EditError(f"the file is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise EditError("the file contains no keys; start from a packaged recipe (kedit ls lists the recipes).")
@@ -96,6 +97,9 @@ def check(path: Path) -> list[str]:
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             self.config = parser.parse_args(args)
+
+        # This would read the settings of the model from a checkpoint.
+        def _parse_ckpt_path(self) -> None: ...
 
         def _set_seed(self) -> None: ...
 

@@ -73,6 +73,8 @@ class HiddenStateStore:
         self._touched = 0.0
         self._files_written = self.memory_bytes = self.disk_bytes = self.left_out = 0
         self._remove_directory: Any = None
+        if cache_dir is not None:
+            remove_abandoned(cache_dir.glob("prefix-cache[-.]*"))
 
     def __len__(self) -> int:
         return len(self._in_memory) + len(self._files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -11,8 +10,10 @@ from typing import Any
 
 from kedit_train import world
 from kedit_train.arguments import check_arguments, from_mapping, integer_from, optional
+from kedit_train.core.locality.read_texts import read_texts
 from kedit_train.core.locality.token_sequences import sequence_limit, split_sequences
 from kedit_train.core.run import EditRun
+from kedit_train.data.conversations import RenderedConversation, text_ids
 from kedit_train.data.leaks import LeakCheck
 from kedit_train.data.nearest_texts import nearest_texts
 from kedit_train.edit import Edit
@@ -31,9 +32,11 @@ class Texts:
     Every ``texts=`` argument of this package takes either a source or a ``Texts``.
 
     Args:
-        source: a list of strings, a path, a ``datasets.Dataset`` with a column ``text``, or "world". "world" selects
-            the texts that kedit-train contains for its bundled model. A ``.txt`` file contains one text per line. A
-            ``.jsonl`` or ``.json`` file contains strings, or records with the key ``text``.
+        source: a list, a path, a ``datasets.Dataset``, or "world". "world" selects the texts that kedit-train contains
+            for its bundled model. A ``.txt`` file contains one text per line. A list, a ``.jsonl`` file or a ``.json``
+            file contains strings, records with the key ``text``, or conversations: records with the key ``messages``
+            ([{"role": ..., "content": ...}, ...]). A dataset has a column ``text`` or ``messages``. Conversations are
+            rendered with the chat template of the tokenizer.
         max_length: maximum number of tokens per sequence. A longer text is split into several sequences, and no token
             is dropped.
         nearest: maximum number of texts per edit. The texts most similar to the edit are selected
@@ -93,9 +96,16 @@ class Texts:
             EditError: the source cannot be read or contains no text.
         """
         if not self.of_world:
-            _read_texts(self.source)
+            read_texts(self.source)
 
-    def load(self, edits: Sequence[Edit] = (), *, limit: int | None = None, keep_leaks: bool = False) -> list[str]:
+    def load(
+        self,
+        edits: Sequence[Edit] = (),
+        *,
+        limit: int | None = None,
+        keep_leaks: bool = False,
+        tokenizer: Any = None,
+    ) -> list[str]:
         """Return the texts, except texts that contain an evaluation prompt of ``edits``.
 
         The search for evaluation prompts ignores letter case and the amount of white space.
@@ -106,14 +116,16 @@ class Texts:
             limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
             keep_leaks: True keeps texts that contain an evaluation prompt. Use it only if the model is not trained on
                 the texts.
+            tokenizer: renders conversations. None uses the tokenizer of this ``Texts``.
 
         Raises:
-            EditError: the source cannot be read, or no text is left.
+            EditError: the source cannot be read, no text is left, or the texts contain conversations and there is no
+                tokenizer with a chat template.
         """
         if self.of_world:
             texts = world.locality_texts(exclude=edits, n=WORLD_LIMIT if self.nearest is None else None)
         else:
-            texts = _read_texts(self.source)
+            texts = read_texts(self.source, self.tokenizer if tokenizer is None else tokenizer, render=True)
         if not keep_leaks:
             texts = _without_leaks(texts, edits)
         if self.nearest is not None:
@@ -143,73 +155,17 @@ class Texts:
         Raises:
             EditError: the source cannot be read, no text is left, or the tokenizer returns no token.
         """
-        texts = self.load(run.edits if edits is None else edits, limit=limit)
         tokenizer = run.tokenizer(self.tokenizer)
-        ids = tokenizer(texts, truncation=False)["input_ids"]
-        sequences = split_sequences(ids, sequence_limit(run, self.max_length))
+        texts = self.load(run.edits if edits is None else edits, limit=limit, tokenizer=tokenizer)
+        sequences = split_sequences(text_ids(tokenizer, texts), sequence_limit(run, self.max_length))
         if not sequences:
             raise EditError(f"the tokenizer returns no token for any of the {len(texts)} texts; pass other texts.")
         return sequences
 
 
-def _read_texts(source: Any) -> list[str]:
-    name = "texts"
-    if isinstance(source, str | Path):
-        name, source = str(source), _read_file(Path(source))
-    if getattr(source, "column_names", None) is not None and "text" not in source.column_names:
-        raise EditError(
-            f'the dataset must have a column "text", got the columns {", ".join(source.column_names)}; '
-            'rename one column to "text".'
-        )
-    if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise EditError(f"texts must be a list of strings, a path or a dataset, got {source!r}.")
-    texts = []
-    for number, record in enumerate(source, 1):
-        text = record.get("text") if isinstance(record, Mapping) else record
-        if not isinstance(text, str):
-            raise EditError(
-                f'{name}, record {number}: expected a string or a record with "text", got {record!r}; correct this '
-                "record."
-            )
-        texts.append(text)
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise EditError(f"{name} contains no text; pass texts on which the model should not change.")
-    return texts
-
-
-def _read_file(path: Path) -> list[Any]:
-    try:
-        if not path.is_file():
-            raise FileNotFoundError
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise EditError(f"{path} must be a UTF-8 text file: {error}; save the file as UTF-8.") from error
-    except OSError as error:
-        raise EditError(
-            f"file {str(path)!r} does not exist or cannot be read; pass the path of a .txt, .jsonl or .json file, or a "
-            "list of texts."
-        ) from error
-    if path.suffix == ".json":
-        records = _parse_json(content, str(path))
-        return records if isinstance(records, list) else [records]
-    # splitlines() would also split at separators inside a text, such as U+2028.
-    lines = content.split("\n")
-    if path.suffix == ".jsonl":
-        return [_parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    return lines
-
-
-def _parse_json(content: str, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise EditError(f"{where} must be valid JSON: {error}; correct the file.") from error
-
-
 def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
     check = LeakCheck(edits)
-    kept = [text for text in texts if not check.contains_prompt(text)]
+    kept = [text for text in texts if not check.contains_prompt(text) and not _contents_leak(text, check)]
     if len(kept) < len(texts):
         warn(
             f"{len(texts) - len(kept)} of {len(texts)} texts contain an evaluation prompt of the edits. These texts "
@@ -218,3 +174,8 @@ def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
     if not kept:
         raise EditError("every text contains an evaluation prompt of the edits, so no text is left; pass other texts.")
     return kept
+
+
+def _contents_leak(text: str, check: LeakCheck) -> bool:
+    """Return whether a message of a conversation contains an evaluation prompt. A template may change the messages."""
+    return isinstance(text, RenderedConversation) and check.contains_prompt(text.contents)

@@ -85,7 +85,7 @@ def trained_difference(
     """
     head = run.head()
     length = context_length(run.model.config)
-    encoded = EditDataset(old).encode(tokenizer, max_length=length, prompt_format=prompt_format)
+    encoded = EditDataset(old).encode(tokenizer, model=run.model, max_length=length, prompt_format=prompt_format)
     pad_id, device = pad_token_id(tokenizer), next(run.model.parameters()).device
     # Separate parameters, because the run counts every step of an optimizer over its own scope.
     own = {name: nn.Parameter(value.clone()) for name, value in base.items()}

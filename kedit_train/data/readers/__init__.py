@@ -11,7 +11,7 @@ from kedit_train.arguments import check_arguments, integer_from, one_of, optiona
 from kedit_train.data.contradictions import duplicates
 from kedit_train.data.readers.check_edit import check_edit
 from kedit_train.data.readers.counterfact import COUNTERFACT
-from kedit_train.data.readers.fields import REMEDY, Fields, describe
+from kedit_train.data.readers.fields import REMEDY, Fields, describe, quoted
 from kedit_train.data.readers.files import decode_cells
 from kedit_train.data.readers.format import Format
 from kedit_train.data.readers.knowedit import KNOWEDIT
@@ -49,7 +49,7 @@ def recognize(records: Sequence[Any], name: str) -> str:
         # This call raises an error that names the type of the record.
         read_record(records[0], OWN, f"{name}, record 1", chosen=True, csv=False)
     shown = [record for record in mappings if not best or any(FORMATS[form].recognize(record) for form in best)]
-    keys = ", ".join(map(repr, dict.fromkeys(key for record in shown for key in record)))
+    keys = quoted(dict.fromkeys(key for record in shown for key in record))
     if best:
         raise EditError(
             f"{name}: the fields {keys} fit more than one format ({', '.join(best)}); pass the format of the records, "
@@ -83,8 +83,8 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
         matches = [other.name for other in FORMATS.values() if other is not form and other.recognize(record)]
         if matches:
             raise EditError(
-                f"{where}: field '{min(map(str, others))}' belongs to the format {matches[0]}, but the file is read in "
-                f"the format {form.name}, which most of its records have; {REMEDY}, or pass "
+                f"{where}: field {quoted([min(map(str, others))])} belongs to the format {matches[0]}, but the file is "
+                f"read in the format {form.name}, which most of its records have; {REMEDY}, or pass "
                 f'format="{form.name}" to read all records as {form.name}'
             )
     if csv:
@@ -151,7 +151,8 @@ def read_records(
         done += 1
         unread.update(str(key) for key in set(record) - form.reads - form.ignores)
     if unread:
-        listed = ", ".join(f"'{key}' ({count} records)" for key, count in sorted(unread.items()))
+        listed = ", ".join(f"{quoted([key])} ({count} records)" for key, count in sorted(unread.items())[:20])
+        listed += f" and {len(unread) - 20} others" if len(unread) > 20 else ""
         warnings.warn(f"{name}: the format {form.name} does not read the fields {listed}", UserWarning, stacklevel=3)
     if skipped:
         if not edits:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from kedit_train.data.tokenization import shorten
 from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
 
 REMEDY = 'correct the record, or pass on_error="skip" to leave out such records'
+
+
+def quoted(names: Iterable[object]) -> str:
+    """Return names that come from a file in quotes, for a message: on one line, and cut if they are long or many.
+
+    Example:
+        >>> quoted(["prompt", "a\\nb"])
+        "'prompt', 'a b'"
+    """
+    listed = [repr(shorten(str(name), 100)) for name in names]
+    more = f" and {len(listed) - 20} others" if len(listed) > 20 else ""
+    return ", ".join(listed[:20]) + more
 
 
 def describe(value: object) -> str:
@@ -54,11 +67,11 @@ class Fields:
 
     def error(self, key: str, expected: str, got: str) -> EditError:
         """Return the error for a field with a wrong value."""
-        return EditError(f"{self.where}: field '{self.path}{key}' must be {expected}, got {got}; {REMEDY}")
+        return EditError(f"{self.where}: field {quoted([self.path + key])} must be {expected}, got {got}; {REMEDY}")
 
     def missing(self, keys: tuple[str, ...], expected: str) -> EditError:
         """Return the error for a field that is missing."""
-        names = " or ".join(f"'{self.path}{key}'" for key in keys)
+        names = " or ".join(quoted([self.path + key]) for key in keys)
         return EditError(f"{self.where}: field {names} must be {expected}, but is missing; {REMEDY}")
 
     def _pick(self, keys: tuple[str, ...]) -> tuple[str, Any]:

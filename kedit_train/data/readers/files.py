@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kedit_train.data.readers.fields import REMEDY, describe
+from kedit_train.data.readers.fields import REMEDY, describe, quoted
 from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.errors import EditError
 
@@ -71,7 +72,7 @@ def read_json(path: Path, text: str) -> list[Any]:
     if isinstance(content, Mapping):
         content = next((content[key] for key in LIST_KEYS if isinstance(content.get(key), list)), content)
     if not isinstance(content, list):
-        keys = f" with the keys {', '.join(map(repr, content))}" if isinstance(content, Mapping) else ""
+        keys = f" with the keys {quoted(content)}" if isinstance(content, Mapping) else ""
         raise EditError(
             f"{path}: the file must contain a list of records, or a mapping with such a list under one of the keys "
             f"{', '.join(LIST_KEYS)}, got {describe(content)}{keys}; put the records into a list"
@@ -102,9 +103,10 @@ def read_csv(path: Path) -> list[Any]:
         rows = csv.reader(file, strict=True)
         try:
             names = [name.strip() for name in next(rows)]
-            repeated = sorted({name for name in names if names.count(name) > 1})
+            repeated = [name for name, count in Counter(names).items() if count > 1]
             if repeated:
-                raise EditError(f"{path}: the column {repeated[0]!r} appears twice; rename one of the two columns")
+                name = quoted(repeated[:1])
+                raise EditError(f"{path}: the column {name} appears twice; rename one of the two columns")
             for cells in rows:
                 if not any(cell.strip() for cell in cells):
                     continue

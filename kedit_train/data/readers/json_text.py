@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
+
+from kedit_train.data.tokenization import shorten
 
 
 class InvalidJSON(ValueError):
@@ -47,7 +50,6 @@ def parse_json(text: str) -> Any:
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise InvalidJSON(f"the key {repeated!r} appears twice in one mapping")
+        repeated = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise InvalidJSON(f"the key {shorten(repeated)!r} appears twice in one mapping")
     return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kedit_train.data.readers.fields import Fields, describe
+from kedit_train.data.readers.fields import Fields, describe, quoted
 from kedit_train.data.readers.format import Format, field_names
 from kedit_train.data.visible import is_visible
 from kedit_train.edit import Edit, Probe
@@ -51,7 +51,7 @@ def check_names(record: Fields, known: frozenset[str]) -> None:
     """Raise an error if a field has an unknown name, because the name may be misspelled."""
     others = sorted(str(key) for key in set(record.values) - known)
     if others:
-        listed = ", ".join(f"'{record.path}{key}'" for key in others)
+        listed = quoted(record.path + key for key in others)
         raise EditError(
             f"{record.where}: unknown field {listed} (known fields: {', '.join(sorted(known))}); rename or remove the "
             'field, or pass on_error="skip" to leave out such records'

@@ -7,6 +7,7 @@ from typing import Any
 
 from kedit_train.data.readers.fields import Fields
 from kedit_train.data.readers.format import Format, field_names
+from kedit_train.data.tokenization import shorten
 from kedit_train.edit import Edit, Probe
 
 
@@ -15,7 +16,7 @@ def filled_prompt(rewrite: Fields) -> str:
     prompt, subject = rewrite.text("prompt"), rewrite.text("subject")
     if "{}" not in prompt:
         expected = 'text with {} in the place of the subject, such as "The mother tongue of {} is"'
-        raise rewrite.error("prompt", expected, f'"{prompt}"')
+        raise rewrite.error("prompt", expected, f'"{shorten(prompt)}"')
     return prompt.replace("{}", subject)
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from kedit_train.data.prompts import PromptFormat, check_format, encode_prompts, end_id
+from kedit_train.data.chat_format import PromptFormat, check_format, thinks
+from kedit_train.data.prompts import encode_prompts, end_id
 from kedit_train.data.tokenization import context_length, pad_token_id
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import (
@@ -26,6 +27,7 @@ from kedit_train.evaluation.asking.batching import (
     unwrap_model,
 )
 from kedit_train.evaluation.asking.decoding import Continuation, can_pad, decode_greedily
+from kedit_train.evaluation.asking.thoughts import after_thoughts
 
 LINE_BREAK = ("\n",)
 
@@ -61,7 +63,10 @@ class AnswerEnd:
     def __init__(
         self, model: Any, tokenizer: Any, stops: Sequence[str] = LINE_BREAK, prompt_format: PromptFormat = "plain"
     ) -> None:
-        self.ids, self.tokenizer, self.stops = set(end_token_ids(model, tokenizer)), tokenizer, tuple(stops)
+        self.ids, self.tokenizer, self.cut_at = set(end_token_ids(model, tokenizer)), tokenizer, tuple(stops)
+        self.thinks = thinks(prompt_format)
+        # Thoughts have several lines.
+        self.stops = () if self.thinks else self.cut_at
         turn_end = end_id(tokenizer, prompt_format)
         self.ids |= set() if turn_end is None else {turn_end}
         self._has_stop: dict[int, bool] = {}
@@ -80,12 +85,14 @@ class AnswerEnd:
         """Convert the generated tokens into an answer."""
         ids = continuation.ids
         shown = ids[:-1] if continuation.ended and ids[-1] in self.ids else ids
+        shown = after_thoughts(self.tokenizer, shown, ended=continuation.ended) if self.thinks else shown
         text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for stop in self.stops:
+        text = text.lstrip() if self.thinks else text
+        for stop in self.cut_at:
             text = text.split(stop, 1)[0]
         answer_ids = ids[:-1] if continuation.ended else ids
         # A line break at the beginning shows that the first line is empty.
-        text = text.strip() if self.stops else text.strip(" ")
+        text = text.strip() if self.cut_at else text.strip(" ")
         return Answer(text, ended=continuation.ended, margin=continuation.margin, ids=tuple(answer_ids))
 
 
@@ -148,7 +155,7 @@ def generate_answers(
         (True, True)
     """
     with reported_by("generate_answers"):
-        return _generate(
+        return generate(
             model,
             tokenizer,
             prompts,
@@ -161,7 +168,7 @@ def generate_answers(
         )
 
 
-def _generate(
+def generate(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -172,6 +179,7 @@ def _generate(
     known_starts: Mapping[str, tuple[list[int], float]],
     progress: bool,
 ) -> list[Answer]:
+    """Generate answers as :func:`generate_answers` does. Its errors name the component that calls this function."""
     inner: Any = unwrap_model(model)
     if isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise EditError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")
@@ -183,6 +191,8 @@ def _generate(
     context = context_length(inner.config)
     sequences = encode_prompts(tokenizer, prompts, context, prompt_format)
     is_end, pad_id = AnswerEnd(inner, tokenizer, stops, prompt_format), pad_token_id(tokenizer)
+    # The known tokens of an answer do not follow the thoughts.
+    known_starts = {} if thinks(prompt_format) else known_starts
     prompt_of = dict(zip(sequences, prompts, strict=True))
     limits = {s: max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p] for s, p in prompt_of.items()}
     limits = {s: limit if context is None else min(limit, context - len(s)) for s, limit in limits.items()}

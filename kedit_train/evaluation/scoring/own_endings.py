@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from kedit_train.data import Edit
+from kedit_train.data.chat_format import describe_format
 from kedit_train.evaluation.asking.distributed import split_across_processes
-from kedit_train.evaluation.asking.generate import generate_answers
+from kedit_train.evaluation.asking.generate import LINE_BREAK, generate
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
@@ -38,13 +39,13 @@ def choose_protocols(
         progress: show a progress bar in a terminal.
     """
     if options.asked_format != "plain":
-        return Protocols(EXACT.names, f'the prompts are in the format "{options.asked_format}"')
+        return Protocols(EXACT.names, f'the prompts are in the format "{describe_format(options.asked_format)}"')
     prompts = _sample(edits)
     tokens = max(options.max_new_tokens, MINIMUM_TOKENS)
 
     def ask(own: Sequence[str]) -> list[bool]:
-        settings: dict[str, Any] = {"batch_size": options.batch_size, "max_new_tokens": tokens, "progress": progress}
-        return [answer.ended for answer in generate_answers(model, tokenizer, own, **settings)]
+        answers = generate(model, tokenizer, own, options.batch_size, tokens, "plain", LINE_BREAK, {}, progress)
+        return [answer.ended for answer in answers]
 
     ended = split_across_processes(ask, prompts, options.distributed)
     cut = len(ended) - sum(ended)

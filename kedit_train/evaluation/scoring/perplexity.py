@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_train.data.conversations import RenderedConversation
 from kedit_train.data.tokenization import Encoded, context_length, pad_token_id, token_ids
 from kedit_train.evaluation.asking.batching import DivergedError, inference_context, progress_bar, unwrap_model
 from kedit_train.evaluation.asking.logits import target_logits
@@ -53,7 +54,7 @@ def text_losses(
     text_numbers: list[int] = []
     places: list[int] = []
     for number, text in enumerate(texts):
-        ids = token_ids(tokenizer, text, special=True)
+        ids = token_ids(tokenizer, text, special=not isinstance(text, RenderedConversation))
         parts = [ids[i : i + width] for i in range(0, len(ids), width)]
         own = [Encoded(part, 1) for part in parts if len(part) > 1]
         windows += own

@@ -61,7 +61,7 @@ def test_a_dataset_needs_a_column_text():
     with pytest.raises(EditError) as error:
         Texts(datasets.Dataset.from_dict({"prompt": TEXTS, "id": [1, 2, 3]})).check()
     assert str(error.value) == (
-        'the dataset must have a column "text", got the columns prompt, id; rename one column to "text".'
+        'the dataset must have a column "text" or "messages", got the columns prompt, id; rename one column to "text".'
     )
 
 
@@ -76,10 +76,14 @@ def test_the_embedded_world():
     [
         ([], "texts contains no text; pass texts on which the model should not change."),
         (["", "  "], "texts contains no text; pass texts on which the model should not change."),
-        (["a", 3], 'texts, record 2: expected a string or a record with "text", got 3; correct this record.'),
+        (
+            ["a", 3],
+            'texts, record 2: expected a string or a record with "text" or "messages", got 3; correct this record.',
+        ),
         (
             [{"prompt": "a"}],
-            "texts, record 1: expected a string or a record with \"text\", got {'prompt': 'a'}; correct this record.",
+            "texts, record 1: expected a string or a record with "
+            "\"text\" or \"messages\", got {'prompt': 'a'}; correct this record.",
         ),
         (None, "texts must be a list of strings, a path or a dataset, got None."),
         (5, "texts must be a list of strings, a path or a dataset, got 5."),
@@ -110,6 +114,9 @@ def test_a_long_text_is_not_taken_for_a_path():
         ("a.json", b'["a",', "{path} must be valid JSON: Expecting value"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "{path}, line 3 must be valid JSON: Expecting ',' delimiter"),
         ("a.jsonl", b'{"text": "a"}\n{"tekst": "b"}\n', '{path}, record 2: expected a string or a record with "text"'),
+        ("a.json", b"[" * 5000, "{path} must be valid JSON: it is nested too deeply"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "{path} must be valid JSON: a number has too many digits"),
+        ("a.json", b'["\\ud800"]', "{path}, record 1 must be valid Unicode"),
     ],
 )
 def test_unreadable_files_are_errors(tmp_path, name, content, message):

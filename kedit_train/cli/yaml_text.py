@@ -1,0 +1,101 @@
+"""Parse YAML from a file of a user: every problem is one kind of error, and no file takes unbounded time or memory."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+# The mode of jsonargparse's parsers in which load_yaml reads files and texts.
+MODE = "kedit_yaml"
+# A file with aliases (*name) stands for a larger file without them. A few lines can stand for billions of values.
+MAX_EXPANDED = 100_000
+# Functions that walk through a configuration call themselves once or more for each level.
+MAX_DEPTH = 50
+# Python refuses to print longer integers than 4,300 digits. No setting needs more than these.
+MAX_DIGITS = 100
+_INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F_]+|0[bB][01_]+|[0-9][0-9_:]*)")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class InvalidYAML(yaml.YAMLError):
+    """A text is not YAML that can be read. The message is one short line, without the name of the file."""
+
+
+def load_yaml(text: str) -> Any:
+    """Return the value of a YAML text, as the command ``fit`` reads it.
+
+    Raises:
+        InvalidYAML: the text is not YAML, is nested too deeply, contains a number with too many digits or a value that
+            does not fit its tag, or has an alias that is inside of what it stands for, or stands for too much text.
+
+    Example:
+        >>> load_yaml("trainer: {max_epochs: 3}")
+        {'trainer': {'max_epochs': 3}}
+        >>> load_yaml("&again [*again]")
+        Traceback (most recent call last):
+        ...
+        kedit_train.cli.yaml_text.InvalidYAML: the alias at line 1 is inside of what it stands for
+    """
+    try:
+        _check(text)
+        return get_loader("yaml")(text)
+    except InvalidYAML:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        reason = " ".join(part for part in (error.context, error.problem) if part)
+        raise InvalidYAML(f"{reason}{where}") from error
+    except yaml.YAMLError as error:
+        raise InvalidYAML(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise InvalidYAML("it is nested too deeply") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # PyYAML does not check values with a tag, such as "!!int x".
+        raise InvalidYAML(f"a value cannot be read ({error})") from error
+
+
+def _check(text: str) -> None:
+    """Check the parts of a text one after the other, before PyYAML, which calls itself for each level, reads it.
+
+    Raises:
+        InvalidYAML: see :func:`load_yaml`.
+    """
+    # For each open level: its anchor or None, and its number of characters, with aliases replaced by what they name.
+    levels: list[tuple[str | None, int]] = [(None, 0)]
+    sizes: dict[str, int] = {}
+    written = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.CollectionStartEvent):
+            if len(levels) > MAX_DEPTH:
+                raise InvalidYAML(f"it has more than {MAX_DEPTH} levels at line {line}")
+            levels.append((event.anchor, 1))
+            continue
+        if isinstance(event, yaml.AliasEvent):
+            if any(event.anchor == anchor for anchor, _ in levels):
+                raise InvalidYAML(f"the alias at line {line} is inside of what it stands for")
+            # PyYAML reports an alias without an anchor.
+            anchor, size = None, sizes.get(event.anchor, 0)
+        elif isinstance(event, yaml.ScalarEvent):
+            if len(event.value) > MAX_DIGITS and _INTEGER.fullmatch(event.value):
+                raise InvalidYAML(f"the number at line {line} has more than {MAX_DIGITS} digits")
+            anchor, size = event.anchor, 1 + len(event.value)
+            written += size
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = levels.pop()
+            written += 1
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        levels[-1] = (levels[-1][0], levels[-1][1] + size)
+    # Without aliases, both numbers are equal.
+    if levels[0][1] > max(written, MAX_EXPANDED):
+        raise InvalidYAML(f"its aliases stand for more than {MAX_EXPANDED:,} characters")
+
+
+set_loader(MODE, load_yaml, (yaml.YAMLError,))

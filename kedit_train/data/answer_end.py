@@ -1,0 +1,133 @@
+"""Decide whether targets end with end-of-text (``append_eos="auto"``): only if the model ends such answers by itself.
+
+A pretrained model reads on after a completion. If end-of-text is trained after the target, the model is taught to fall
+silent in the middle of texts, which does more damage to its prose than the edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from kedit_train.arguments import Rule
+from kedit_train.data.chat_format import PromptFormat
+from kedit_train.data.prompts import encode_in_format, end_id
+from kedit_train.data.tokenization import context_length, pad_token_id, token_ids
+from kedit_train.edit import Edit
+from kedit_train.evaluation_mode import evaluation_mode
+
+AppendEos: TypeAlias = bool | Literal["auto"]
+APPEND_EOS = Rule('"auto", True or False', lambda value: value == "auto" or isinstance(value, bool))
+
+# With "auto", end-of-text is appended if the model ends its answers with at least this probability.
+THRESHOLD = 0.5
+# Number of edits on which the probability is measured, and number of edits per forward pass.
+EDITS, BATCH = 16, 8
+
+
+@dataclass(frozen=True)
+class EndDecision:
+    """Whether targets end with end-of-text.
+
+    Args:
+        append: whether end-of-text is appended to every target.
+        reason: why, as the end of a sentence.
+        probability: the measured probability that the model ends its answers, or None if it was not measured.
+    """
+
+    append: bool
+    reason: str
+    probability: float | None = None
+
+    def __str__(self) -> str:
+        return f"append_eos: {'on' if self.append else 'off'}, because {self.reason}"
+
+
+def decide_append_eos(
+    append_eos: AppendEos,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    model: nn.Module | None = None,
+    prompt_format: PromptFormat = "plain",
+) -> EndDecision:
+    """Decide whether targets end with end-of-text.
+
+    With "auto", chats and questions end with end-of-text, because their answers are turns of their own. A plain
+    completion ends with end-of-text if the tokenizer ends every text, or if the model ends such answers by itself
+    (:func:`end_probability` is at least one half).
+
+    Args:
+        append_eos: True and False are the decision. "auto" decides.
+        tokenizer: a tokenizer of ``transformers``.
+        edits: the edits whose answers are tried.
+        model: the unedited model. None: nothing is measured, and plain completions end with end-of-text.
+        prompt_format: the format of the prompts.
+    """
+    if append_eos != "auto":
+        return EndDecision(append_eos, f"append_eos={append_eos} was set")
+    if prompt_format != "plain":
+        return EndDecision(True, "answers in a chat or to a question end")
+    if end_id(tokenizer) is None:
+        return EndDecision(False, "the tokenizer has no end-of-text token")
+    if token_ids(tokenizer, "text", special=True)[-1:] == [tokenizer.eos_token_id]:
+        return EndDecision(True, "the tokenizer ends every text")
+    if model is None:
+        return EndDecision(True, "no model was given to measure whether its answers end")
+    probability = end_probability(model, tokenizer, edits)
+    ends = probability >= THRESHOLD
+    reason = "the unedited model ends" + ("" if ends else " only") + f" {probability:.0%} of such answers by itself"
+    return EndDecision(ends, reason, probability)
+
+
+def end_probability(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) -> float:
+    """Return the probability that the model ends an answer after the target: at once, or after one more token.
+
+    The extra token is the most probable one, for example a full stop. The result is the mean over at most 16 edits. It
+    costs two short forward passes for each of them. The model and the random state are left unchanged.
+
+    Args:
+        model: a causal language model.
+        tokenizer: the tokenizer of the model.
+        edits: the edits. Their prompts are plain text.
+
+    Example:
+        >>> from kedit_train import world
+        >>> model, tokenizer = world.load()
+        >>> end_probability(model, tokenizer, world.edits(4)) > 0.9
+        True
+    """
+    limit = context_length(getattr(model, "config", None))
+    sequences = [encode_in_format(tokenizer, e.prompt, e.target, append_eos=False).input_ids for e in edits[:EDITS]]
+    sequences = [ids for ids in sequences if limit is None or len(ids) < limit]
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(declared if isinstance(declared, list | tuple) else [declared])} - {None}
+    columns = torch.tensor(sorted(ends))
+    total = 0.0
+    with torch.no_grad(), evaluation_mode(model):
+        for start in range(0, len(sequences), BATCH):
+            batch = sequences[start : start + BATCH]
+            now = _next_token(model, tokenizer, batch)
+            ending = now[:, columns].sum(dim=-1)
+            now[:, columns] = 0.0
+            best, token = now.max(dim=-1)
+            extended = [[*ids, int(t)] for ids, t in zip(batch, token, strict=True)]
+            later = _next_token(model, tokenizer, extended)[:, columns].sum(dim=-1)
+            total += float((ending + best * later).sum())
+    return total / max(1, len(sequences))
+
+
+def _next_token(model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the probabilities [batch, vocabulary] of the token after each sequence."""
+    device, width = next(model.parameters()).device, max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad_token_id(tokenizer))
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = torch.tensor(sequence), 1
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
+    last = torch.tensor([len(sequence) - 1 for sequence in sequences], device=logits.device)
+    return logits[torch.arange(len(sequences), device=logits.device), last].float().softmax(dim=-1).cpu()

@@ -1,0 +1,61 @@
+"""YAML that a stranger wrote: every problem is one line, and nothing takes unbounded time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kedit_train.cli.yaml_text import MAX_EXPANDED, InvalidYAML, load_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("&x [*x]", "the alias at line 1 is inside of what it stands for"),
+        ("a: 1\nb: &x {c: {d: [*x]}}", "the alias at line 2 is inside of what it stands for"),
+        ("a: &x\n  <<: *x", "the alias at line 2 is inside of what it stands for"),
+        ("[" * 60 + "]" * 60, "it has more than 50 levels at line 1"),
+        ("[" * 100_000, ""),
+        ("- " * 100_000, ""),
+        ("{a: " * 100_000, ""),
+        ("a: " + "9" * 101, "the number at line 1 has more than 100 digits"),
+        ("a: 0x" + "f" * 101, "the number at line 1 has more than 100 digits"),
+        ("a: " + "1:" * 2000 + "1", "the number at line 1 has more than 100 digits"),
+        ("a: !!int x", "a value cannot be read"),
+        ("a: !!bool x", "a value cannot be read"),
+        ("a: !!timestamp x", "a value cannot be read"),
+        ("a: 1\nb: [", "while parsing a flow node did not find expected node content at line 3, column 1"),
+        ("a: !!python/object:os.system x", "could not determine a constructor for the tag"),
+        ("--- a\n--- b", "expected a single document in the stream but found another document at line 2, column 1"),
+        ("a: *x", "found undefined alias at line 1, column 4"),
+        ("? [a]\n: 1", "found unhashable key"),
+        ("{1: }", "a value cannot be read"),
+        ("\x00", "unacceptable character"),
+    ],
+)
+def test_every_problem_is_one_short_line(text: str, message: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(InvalidYAML) as error:
+        load_yaml(text)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
+    assert time.monotonic() - began < 2
+
+
+def test_aliases_may_repeat_values_but_not_without_bound() -> None:
+    assert load_yaml("a: &x [1, 2]\nc: {<<: {d: *x}, e: 3}") == {"a": [1, 2], "c": {"d": [1, 2], "e": 3}}
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 30)]
+    assert load_yaml("\n".join(levels[:3]))["a2"] == [[["x"] * 8] * 8] * 8
+    for text in ("\n".join(levels), "a: &x " + "x" * 5000 + f"\nb: [{', '.join(['*x'] * 100)}]"):
+        with pytest.raises(InvalidYAML, match="its aliases stand for more than 100,000 characters"):
+            load_yaml(text)
+    merged = ["a0: &a0 {k: v}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], k{i}: v}}" for i in range(1, 40))]
+    with pytest.raises(InvalidYAML, match="its aliases stand for more than 100,000 characters"):
+        load_yaml("\n".join(merged))
+
+
+def test_a_long_text_without_aliases_is_read() -> None:
+    assert len(load_yaml("a: " + "x" * 2 * MAX_EXPANDED)["a"]) == 2 * MAX_EXPANDED
