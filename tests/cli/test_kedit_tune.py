@@ -22,6 +22,8 @@ def test_the_recipe_validates_and_reaches_the_scores_of_its_trial(
     kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for module in ("runs", "recipe"):
+        monkeypatch.setattr(f"kedit_train.modes.tuning.{module}.EPOCHS", 10)
     edits = EditDataset.load("world", limit=6)
     edits.save("edits.jsonl")
     Path("keep.txt").write_text("\n".join(world.locality_texts(exclude=edits, n=24)))

@@ -88,7 +88,7 @@ def recipe_text(
         f"  path: {_yaml(source.edits)}",
         f"  batch_size: {BATCH_SIZE}",
         f"  append_eos: {_yaml(meta['append_eos'])}",
-        f"  prompt_format: {meta['prompt_format']}",
+        f"  prompt_format: {_yaml(meta['prompt_format'])}",
         "trainer:",
         f"  max_epochs: {EPOCHS}",
         "  logger: false",

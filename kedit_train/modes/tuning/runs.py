@@ -17,6 +17,8 @@ from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.scope.scope import resolve_scope
 from kedit_train.data import EditDataset
+from kedit_train.data.answer_end import decide_append_eos
+from kedit_train.data.chat_format import describe_format
 from kedit_train.errors import EditError
 from kedit_train.evaluation import EvaluationOptions, Report, evaluate
 from kedit_train.modes.runner import part_of
@@ -53,7 +55,7 @@ class TuneRuns:
         """Check everything that can fail, and evaluate the unedited model."""
         texts = Texts.of(keep)
         # All runs get the same texts, whatever edits they train, so that they share the statistics of the texts.
-        texts = replace(texts, source=texts.load(edits), nearest=None)
+        texts = replace(texts, source=texts.load(edits, tokenizer=texts.tokenizer or tokenizer), nearest=None)
         scopes = covering({layers: frozenset(resolve_scope(model, layers, grid.modules)) for layers in grid.layers})
         backup, weights = WeightBackup(model), fingerprint(model)
         length = (texts.max_length, texts.seed, str(texts.tokenizer))
@@ -63,7 +65,7 @@ class TuneRuns:
             "training": [EPOCHS, BATCH_SIZE, STOP_LOSS],
             "protocol": options.protocol if isinstance(options.protocol, str) else list(options.protocol),
             "max_new_tokens": options.max_new_tokens,
-            "prompt_format": options.asked_format,
+            "prompt_format": describe_format(options.asked_format),
             "seed": seed,
         }
         path = folder / f"unedited-{key_of({**keys, 'edits': edits.hash})[:16]}.json"
@@ -74,16 +76,17 @@ class TuneRuns:
             unedited.save(path)
         if all(unedited.metrics[name]["generated"].n == 0 for name in ("generality", "locality")):
             raise EditError("edits must have rephrases or locality probes, got neither; add them to the edits.")
+        end = decide_append_eos("auto", tokenizer, edits, model=model, prompt_format=options.asked_format)
         return cls(
             model, tokenizer, texts, options, seed, folder, backup, weights, unedited,
             Journal(folder / "results.jsonl"), scopes, grid.modules,
-            {**keys, "append_eos": _ends_answers(unedited), "versions": unedited.meta["versions"]},
+            {**keys, "append_eos": end.append, "versions": unedited.meta["versions"]},
         )  # fmt: skip
 
     @property
     def append_eos(self) -> bool:
         """Whether targets end with end-of-text: only if the unedited model ends its answers."""
-        return _ends_answers(self.unedited)
+        return self.keys["append_eos"]
 
     def _key(self, setting: TuneSetting, part: EditDataset) -> str:
         return key_of({**self.keys, "setting": setting.to_dict(), "edits": part.hash})
@@ -160,7 +163,3 @@ class TuneRuns:
             raise EditError(
                 "the model cannot be restored: its configuration or a value has changed; load the model again."
             )
-
-
-def _ends_answers(unedited: Report) -> bool:
-    return unedited.protocols.headline == "exact"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copy, copytree
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from kedit_train.modes import TuneGrid, TuneResult
 from kedit_train.modes.train_loop import ExampleOptions
 from kedit_train.modes.tuning.halving import RULE
 from kedit_train.modes.tuning.runs import TuneRuns
-from kedit_train.modes.tuning.settings import BATCH_SIZE, EPOCHS, STOP_LOSS, TuneSetting
+from kedit_train.modes.tuning.settings import BATCH_SIZE, STOP_LOSS, TuneSetting
 
 EDITS = EditDataset.load("world", limit=10)
 TEXTS = world.locality_texts(exclude=EDITS, n=24)
@@ -31,8 +32,14 @@ def loaded() -> tuple[Any, Any, str]:
     return model, tokenizer, fingerprint(model)
 
 
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Reports of the unedited model, which all tests share."""
+    return tmp_path_factory.mktemp("reports")
+
+
 @pytest.fixture
-def scripted(loaded: tuple[Any, Any, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tune:
+def scripted(loaded: tuple[Any, Any, str], reports: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Tune:
     """``tune`` whose runs change the model and return the scores of a function of (setting, number of edits)."""
 
     def run(scores: Callable[[TuneSetting, int], Any], edits: Any = EDITS, **arguments: Any) -> TuneResult:
@@ -43,11 +50,14 @@ def scripted(loaded: tuple[Any, Any, str], monkeypatch: pytest.MonkeyPatch, tmp_
 
         monkeypatch.setattr(TuneRuns, "_train_and_evaluate", fake)
         monkeypatch.setattr(TuneRuns, "_factors", lambda *_: tmp_path)
-        arguments = {"folder": tmp_path / "work", "keep": TEXTS, "progress": False, **arguments}
+        arguments = {"keep": TEXTS, "progress": False, **arguments}
+        copytree(reports, tmp_path / "work", dirs_exist_ok=True)
         try:
-            return tune(loaded[0], loaded[1], edits, **arguments)
+            return tune(loaded[0], loaded[1], edits, folder=tmp_path / "work", **arguments)
         finally:
             assert fingerprint(loaded[0]) == loaded[2]
+            for report in (tmp_path / "work").glob("unedited-*.json"):
+                copy(report, reports)
 
     return run
 
@@ -153,6 +163,7 @@ def test_an_interrupted_run_is_resumed_and_the_scores_are_those_of_a_run_by_hand
         return scores
 
     monkeypatch.setattr(TuneRuns, "_train_and_evaluate", interrupted)
+    monkeypatch.setattr("kedit_train.modes.tuning.runs.EPOCHS", 10)
     with pytest.raises(KeyboardInterrupt):
         tune(model, tokenizer, EDITS[:8], **arguments)
     assert fingerprint(model) == weights
@@ -173,7 +184,7 @@ def test_an_interrupted_run_is_resumed_and_the_scores_are_those_of_a_run_by_hand
     factors = next(tmp_path.glob("factors-*.safetensors"))
     callbacks = result.picked.setting.build_callbacks(TEXTS, factors, None)
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    options: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH_SIZE, "stop_loss": STOP_LOSS}
+    options: dict[str, Any] = {"epochs": 10, "batch_size": BATCH_SIZE, "stop_loss": STOP_LOSS}
     torch.manual_seed(0)
     TrainLoop(tokenizer, callbacks=callbacks, examples=ExampleOptions(append_eos=True), **options)(model, part)
     after = evaluate(model, tokenizer, part, unedited=before, progress=False).metrics
