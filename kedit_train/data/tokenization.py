@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kedit_train.arguments import cut
 from kedit_train.errors import EditError
 from kedit_train.functional.labels import IGNORE_INDEX
 
@@ -188,13 +189,13 @@ def encode_pair(
         ids = head + encode_continuation(tokenizer, answer)
     if len(ids) == len(head):
         raise EditError(
-            f"{where}the target {shorten(target)!r} of the prompt {shown!r} has no tokens; change the target"
+            f"{where}the target {cut(repr(target), 100)} of the prompt {shown!r} has no tokens; change the target"
         )
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown not in (end, tokenizer.eos_token_id) and unknown in ids[len(head) :]:
         raise EditError(
-            f"{where}the target {shorten(target)!r} of the prompt {shown!r} has characters that the tokenizer cannot "
-            "encode, so no model with this tokenizer can generate the target; write the target with other characters"
+            f"{where}the target {cut(repr(target), 100)} of the prompt {shown!r} has characters that the tokenizer "
+            "cannot encode, so no model with this tokenizer can generate the target; write the target with other characters"
         )
     if end is not None and ids[-1] != end:
         ids = [*ids, end]
