@@ -194,8 +194,9 @@ def encode_pair(
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown not in (end, tokenizer.eos_token_id) and unknown in ids[len(head) :]:
         raise EditError(
-            f"{where}the target {cut(repr(target), 100)} of the prompt {shown!r} has characters that the tokenizer "
-            "cannot encode, so no model with this tokenizer can generate it; write the target with other characters"
+            f"{where}the target {cut(repr(target), 100)} of the prompt {shown!r} has characters that the "
+            "tokenizer cannot encode, so no model with this tokenizer can generate the target; write the "
+            "target with other characters"
         )
     if end is not None and ids[-1] != end:
         ids = [*ids, end]
