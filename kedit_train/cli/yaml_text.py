@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
+from kedit_train.arguments import cut
+
 # The mode of jsonargparse's parsers in which load_yaml reads files and texts.
 MODE = "kedit_yaml"
 # A file with aliases (*name) stands for a larger file without them. A few lines can stand for billions of values.
@@ -22,6 +24,9 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 class InvalidYAML(yaml.YAMLError):
     """A text is not YAML that can be read. The message is one short line, without the name of the file."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(cut(" ".join(reason.split())))
 
 
 def load_yaml(text: str) -> Any:
@@ -50,7 +55,7 @@ def load_yaml(text: str) -> Any:
         reason = " ".join(part for part in (error.context, error.problem) if part)
         raise InvalidYAML(f"{reason}{where}") from error
     except yaml.YAMLError as error:
-        raise InvalidYAML(" ".join(str(error).split())) from error
+        raise InvalidYAML(str(error)) from error
     except RecursionError as error:
         raise InvalidYAML("it is nested too deeply") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -44,6 +44,11 @@ def contradictions(edits: Sequence[Edit]) -> list[tuple[int, int]]:
     return pairs
 
 
+def numbered(edits: Sequence[Edit], i: int) -> str:
+    """Return the number of an edit, with its identifier if it has one, for a message."""
+    return f"{i} (id {shorten(edits[i].id)})" if edits[i].id else str(i)
+
+
 def check_contradictions(edits: Sequence[Edit], name: str) -> None:
     """Raise an error if two edits contradict each other, because one training cannot reach both targets.
 
@@ -55,7 +60,7 @@ def check_contradictions(edits: Sequence[Edit], name: str) -> None:
     if not pairs:
         return
     first, second = (edits[i] for i in pairs[0])
-    names = " and ".join(f"{i} (id {edits[i].id})" if edits[i].id else str(i) for i in pairs[0])
+    names = " and ".join(numbered(edits, i) for i in pairs[0])
     more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
     raise EditError(
         f"{name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "

@@ -15,7 +15,7 @@ from kedit_train import world
 from kedit_train.arguments import check_arguments, integer_from, one_of, optional
 from kedit_train.atomic_write import writing
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, decide_append_eos
-from kedit_train.data.contradictions import check_contradictions, without_overwritten
+from kedit_train.data.contradictions import check_contradictions, numbered, without_overwritten
 from kedit_train.data.host_datasets import prompt_completion_rows, to_dataset, token_rows
 from kedit_train.data.prompts import PromptFormat, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
@@ -177,7 +177,7 @@ class EditDataset(Sequence[Edit]):
         return EditDataset(edits, name=self.name, format=self.format, skipped=self.skipped)
 
     def _where(self, i: int) -> str:
-        return f"{self.name}, edit {i}" + (f" (id {self._edits[i].id})" if self._edits[i].id else "")
+        return f"{self.name}, edit {numbered(self._edits, i)}"
 
     @cached_property
     def hash(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kedit_train.arguments import cut
 from kedit_train.data.chat_format import (
     FORMATS,
     ChatFormat,
@@ -180,7 +181,7 @@ def encode_in_format(
     if thinks(prompt_format) and END_THINK in target:
         raise EditError(
             f"{named}with thinking=True, the target must be the answer after the thoughts, got "
-            f"{shorten(target)!r}; remove everything up to {END_THINK} from the target"
+            f"{cut(repr(target), 100)}; remove everything up to {END_THINK} from the target"
         )
     if append_eos and end is None:
         raise EditError(
@@ -204,8 +205,8 @@ def pair_ids(
     encoded = encode_in_format(tokenizer, prompt, target, prompt_format, append_eos=ends, max_length=max_length)
     if len(encoded.input_ids) - encoded.target_start - ends < 1:
         raise EditError(
-            f"the target {target!r} of the prompt {shorten(prompt)!r} must contain text, got only an end-of-text "
-            "token; change the target"
+            f"the target {cut(repr(target), 100)} of the prompt {shorten(prompt)!r} must contain text, got only an "
+            "end-of-text token; change the target"
         )
     return encoded
 

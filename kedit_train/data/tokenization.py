@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kedit_train.arguments import cut
 from kedit_train.errors import EditError
 from kedit_train.functional.labels import IGNORE_INDEX
 
@@ -83,7 +84,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
         written = count_at_end(token_ids(tokenizer, prompt, special=False), eos)
         ids = ids[: len(ids) - max(0, count_at_end(ids, eos) - written)]
     if not prompt or not ids:
-        raise EditError(f"the prompt {prompt!r} has no tokens; give a prompt that the model can continue")
+        raise EditError(f"the prompt {shorten(prompt)!r} has no tokens; give a prompt that the model can continue")
     return ids
 
 
@@ -187,12 +188,14 @@ def encode_pair(
     if ids[: len(head)] != head or len(ids) <= len(head):
         ids = head + encode_continuation(tokenizer, answer)
     if len(ids) == len(head):
-        raise EditError(f"{where}the target {target!r} of the prompt {shown!r} has no tokens; change the target")
+        raise EditError(
+            f"{where}the target {cut(repr(target), 100)} of the prompt {shown!r} has no tokens; change the target"
+        )
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown not in (end, tokenizer.eos_token_id) and unknown in ids[len(head) :]:
         raise EditError(
-            f"{where}the target {target!r} of the prompt {shown!r} has characters that the tokenizer cannot encode, so "
-            "no model with this tokenizer can generate the target; write the target with other characters"
+            f"{where}the target {cut(repr(target), 100)} of the prompt {shown!r} has characters that the tokenizer "
+            "cannot encode, so no model with this tokenizer can generate it; write the target with other characters"
         )
     if end is not None and ids[-1] != end:
         ids = [*ids, end]

@@ -12,6 +12,7 @@ from torch import nn
 
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.contradictions import contradictions
+from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.evaluation import EvaluationOptions, MeanOverEdits, Report, Score, evaluate, exact_match
 from kedit_train.evaluation.asking.batching import progress_bar
@@ -200,7 +201,7 @@ def _check(
 def _warn_of_overwritten(edits: EditDataset) -> None:
     """Warn if a later edit contradicts an earlier edit, because the earlier edit then lowers the scores."""
     if pairs := contradictions(edits):
-        earlier, later = (edits[i].id for i in pairs[0])
+        earlier, later = (shorten(edits[i].id) for i in pairs[0])
         warn(
             f"{len(pairs)} of {len(edits)} edits contradict an earlier edit (the first: {later!r} contradicts "
             f"{earlier!r}). The earlier edit counts as wrong once it is overwritten; to leave such edits out, pass "

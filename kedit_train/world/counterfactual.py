@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from random import Random
 
+from kedit_train.arguments import cut
 from kedit_train.edit import Edit, Probe
 from kedit_train.errors import EditError
 from kedit_train.world import facts, grammar
@@ -269,8 +270,8 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
     for edit in exclude:
         if edit.prompt not in prompts:
             raise EditError(
-                f"edit {edit.id or edit.prompt!r} is not about a fact of the bundled model, so the bundled texts and "
-                "prompts do not fit; pass your own texts or prompts"
+                f"edit {cut(repr(edit.id or edit.prompt))} is not about a fact of the bundled model, so the bundled "
+                "texts and prompts do not fit; pass your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])
         kinds = (*edit.locality.values(), *edit.portability.values())

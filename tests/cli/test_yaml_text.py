@@ -27,6 +27,8 @@ from kedit_train.cli.yaml_text import MAX_EXPANDED, InvalidYAML, load_yaml
         ("a: !!timestamp x", "a value cannot be read"),
         ("a: 1\nb: [", "while parsing a flow node did not find expected node content at line 3, column 1"),
         ("a: !!python/object:os.system x", "could not determine a constructor for the tag"),
+        ("a: !%0ab x", "could not determine a constructor for the tag '!\\nb'"),
+        ("a: !" + "x" * 5000, "could not determine a constructor for the tag"),
         ("--- a\n--- b", "expected a single document in the stream but found another document at line 2, column 1"),
         ("a: *x", "found undefined alias at line 1, column 4"),
         ("? [a]\n: 1", "found unhashable key"),
@@ -40,7 +42,7 @@ def test_every_problem_is_one_short_line(text: str, message: str) -> None:
         load_yaml(text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 200
+    assert len(str(error.value)) < 301
     assert time.monotonic() - began < 2
 
 

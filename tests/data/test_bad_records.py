@@ -151,6 +151,12 @@ def test_names_of_fields_cannot_make_a_message_long(name: str, tmp_path: Path) -
     assert len(str(warned[0].message)) < 3000
     path.write_text('[{"%s": 1, "%s": 2}]' % ((json.dumps(name)[1:-1],) * 2))
     assert "appears twice" in raised(path)
+    edits = EditDataset([Edit("p", "t", id=name), Edit("p", "u", id=name)])
+    for use in (edits.check_trained_together, edits.to_old_targets):
+        with pytest.raises(EditError) as caught:
+            use()
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 500
 
 
 def raised(path: Path, **options: Any) -> str:

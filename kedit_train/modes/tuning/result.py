@@ -44,7 +44,7 @@ class TuneResult:
 
     @property
     def front(self) -> list[Trial]:
-        """The Pareto front: the trials that no other trial on the same number of edits beats in all scores."""
+        """The Pareto front: all trials except those that another trial with as many edits beats in every score."""
         return front(self.trials)
 
     def rows(self) -> list[list[str]]:
