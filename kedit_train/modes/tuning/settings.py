@@ -102,7 +102,7 @@ class TuneGrid:
 
     layers: Sequence[Layers] = ("0.3-0.9", 0.7)
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.01, 0.03)
+    step_sizes: Sequence[float] = (0.005, 0.02)
     dampings: Sequence[float] = (1e-3, 1e-2)
     kl_weights: Sequence[float] = (0.0, 20.0)
 
