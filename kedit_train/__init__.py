@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from kedit_train.errors import EditError
     from kedit_train.evaluation import EvaluationOptions, Report, evaluate, exact_match, generate_answers
     from kedit_train.evaluation.scoring.capability import CapabilityProbe
-    from kedit_train.modes import TrainLoop, run_edits, survey
+    from kedit_train.modes import TrainLoop, run_edits, survey, tune
     from kedit_train.modules import EditDataModule, EditModule
     from kedit_train.pretrained import load_model
     from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
@@ -106,6 +106,7 @@ PUBLIC_SECTIONS: dict[str, dict[str, str]] = {
         "run_edits": "kedit_train.modes",
         "TrainLoop": "kedit_train.modes",
         "survey": "kedit_train.modes",
+        "tune": "kedit_train.modes",
     },
     "Edits as files": {
         "EditDelta": "kedit_train.delta",
@@ -168,6 +169,7 @@ __all__ = [
     "sparsify",
     "survey",
     "sweep",
+    "tune",
     "world",
 ]
 

@@ -133,7 +133,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
 
 
 def command(target: str, rest: list[str]) -> tuple[Path, list[str]]:
-    """Return the script to start and its arguments. For a recipe, this is ``edit.py``, which runs all recipes."""
+    """Return a script and its arguments. For a recipe, the script is ``edit.py``, which runs all recipes."""
     path = catalog.find("recipes", target)
     if path.suffix == ".py":
         return path, rest

@@ -13,7 +13,7 @@ _ATTRIBUTE = "_kedit_interrupted"
 
 
 def mark_interrupted(run: RunState) -> None:
-    """Mark the model of a run that has changed the weights and did not finish."""
+    """Mark the model as interrupted: a run has changed its weights and has not finished."""
     before = {name: (value.dtype, checksums([value])) for name, value in run.reference.items()}
     run.model.__dict__[_ATTRIBUTE] = {"step": run.step, "before": before}
 

@@ -66,7 +66,7 @@ class PenaltyBalance:
             self._penalties.append(penalty.detach())
 
     def after_step(self, advice: str) -> None:
-        """Compare the means after 5, 10 and 20 steps, and warn at most once if the mean penalty is larger.
+        """Warn once if the mean penalty is larger than the mean training loss after 5, 10 or 20 steps.
 
         Args:
             advice: the end of the warning: what the user can do.

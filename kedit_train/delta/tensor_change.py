@@ -109,7 +109,7 @@ class Change:
                 f"tensor {name}: the delta is already applied to this model; revert the delta, or load the base model."
             )
         raise EditError(
-            f"tensor {name}: the delta cannot be reverted, because the tensor already has the values before the edit; "
+            f"tensor {name}: the delta cannot be reverted, because the tensor already has its unedited values; "
             "call revert only on a model to which the delta is applied."
         )
 

@@ -148,8 +148,11 @@ def _merged(base: nn.Module, named: dict[str, Tensor], readers: Any, made_of: An
             )
         elif isinstance(layer, BaseTunerLayer):
             if layer.merged or any(isinstance(named[name], DTensor) for name in own):
-                state = "is already merged; call unmerge_adapter()" if layer.merged else "is sharded (FSDP2); gather it"
-                raise EditError(f"{prefix}: the adapter {state} before you make a delta.")
+                if layer.merged:
+                    problem, remedy = "is already merged", "call unmerge_adapter()"
+                else:
+                    problem, remedy = "is sharded (FSDP2)", "gather it"
+                raise EditError(f"{prefix}: the adapter {problem}; {remedy} before you make a delta.")
             for name in own:
                 inner = name.removeprefix(f"{prefix}.base_layer.")
                 renamed[name] = f"{prefix}.{inner}" if inner != name else ""

@@ -292,14 +292,14 @@ def _protocols(
                 f'judge needs protocol="exact", got protocol="{given}", because a judge compares whole answers; remove '
                 "judge, or set the protocol in EvaluationOptions."
             )
-    if unedited is None and given is None:
+    if unedited is None:
+        if given is not None:
+            return given
         try:
             return choose_protocols(model, tokenizer, [edit for _, edit in edits], options, progress=progress)
         except DivergedError as error:
             name = next((name for name, edit in edits if edit.prompt == error.prompt), None)
             raise DivergedError(error.prompt, name) from error
-    if unedited is None:
-        return given
     known = unedited.protocols
     if given is not None and given.names != known.names:
         raise EditError(

@@ -114,7 +114,7 @@ def run_edits(
         schedule = make_schedule(mode, len(edits), edits_per_step=edits_per_step, replay=replay, seed=seed)
         _check(mode, checkpoints, options, capability, train)
         train = TrainLoop(tokenizer) if train is None else train
-        run = _Run(model, tokenizer, _with_unique_ids(edits), train, options, judge, seed, progress)
+        run = _Run(model, tokenizer, with_unique_ids(edits), train, options, judge, seed, progress)
         if mode == "batch":
             run.edits.check_trained_together()
         elif mode != "single":
@@ -209,7 +209,7 @@ def _warn_of_overwritten(edits: EditDataset) -> None:
         )
 
 
-def _with_unique_ids(edits: Sequence[Edit]) -> EditDataset:
+def with_unique_ids(edits: Sequence[Edit]) -> EditDataset:
     """Return the edits with unique ids, so that the results of each edit can be identified."""
     used: set[str] = set()
     named = []
@@ -266,7 +266,7 @@ class _Run:
     def report_so_far(self, step: ScheduleStep, unedited: Report) -> tuple[Report, Score]:
         """Return the report on all edits so far, and the reliability on the newest edits only."""
         part = self.edits[: step.seen]
-        report = self.evaluate(part, _part_of(unedited, part, self.seed))
+        report = self.evaluate(part, part_of(unedited, part, self.seed))
         newest = {self.edits[i].id for i in step.new}
         results = [r for r in report.answers if r.question == "reliability" and r.edit in newest]
         mean = MeanOverEdits(len(results), seed=self.seed, sync_on_compute=False)
@@ -288,7 +288,7 @@ class _Run:
                     # first edit in the same way.
                     seconds += self.train_step([number], self.seed + 1)
                     # Progress bars for the few probes of one edit would only flicker.
-                    report = self.evaluate(part, _part_of(unedited, part, self.seed), progress=False)
+                    report = self.evaluate(part, part_of(unedited, part, self.seed), progress=False)
                 finally:
                     backup.restore()
                 results += report.answers
@@ -310,7 +310,7 @@ class _Run:
         )
 
 
-def _part_of(unedited: Report, edits: Sequence[Edit], seed: int) -> Report:
+def part_of(unedited: Report, edits: Sequence[Edit], seed: int) -> Report:
     """Return the part of the unedited model's report that is on the given edits."""
     names = {edit.id for edit in edits}
     answers = [result for result in unedited.answers if result.edit in names]

@@ -29,7 +29,7 @@ class SurveyMetrics:
         accuracy: fraction of edit prompts with the new answer (reliability).
         locality: fraction of other prompts with an unchanged answer.
         generality: fraction of rephrased prompts with the new answer.
-        portability: fraction of right answers to questions that follow from the edit.
+        portability: fraction of questions about consequences of the edit that are answered correctly.
         retainability: mean change of accuracy per additional edit in a sequence. The best value is 0.
         scalability: accuracy of edits made one by one minus accuracy of all edits made at once. The best value is 0.
         sources: dict from metric name to the mode of the result that gave the metric, for example "batch". The value is

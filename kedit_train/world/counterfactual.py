@@ -270,8 +270,8 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
     for edit in exclude:
         if edit.prompt not in prompts:
             raise EditError(
-                f"edit {cut(repr(edit.id or edit.prompt))} is not about a fact of the bundled model, so the "
-                "bundled texts and prompts do not fit; pass your own texts or prompts"
+                f"edit {cut(repr(edit.id or edit.prompt))} is not about a fact of the bundled model, so the bundled "
+                "texts and prompts do not fit; pass your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])
         kinds = (*edit.locality.values(), *edit.portability.values())

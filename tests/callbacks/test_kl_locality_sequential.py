@@ -218,6 +218,8 @@ def test_a_failed_run_loses_no_previous_edit(make, words):
     assert [entry.edit for entry in kl._batches.replay_buffer.active] == [FIRST, SECOND]
 
 
+# The model has random weights, so it does not end its answers.
+@pytest.mark.filterwarnings("ignore:EditMetrics. the training examples end with end-of-text")
 def test_a_resumed_run_has_the_same_reference_for_previous_edits(make, words, tmp_path):
     """A trainer that resumes loads the weights of the checkpoint before the callbacks attach."""
     from conformance.hosts import HOSTS

@@ -61,7 +61,7 @@ def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
         "tied": (
             tied,
             [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
-            "a tied output head is also the embedding",
+            "a tied output head has the same weight as the embedding",
         ),
         "compiled": (compiled, [scope()], "the model is compiled"),
         "reads more": (reads_first_layer, [scope()], "change when the layers below layer 3 are skipped"),

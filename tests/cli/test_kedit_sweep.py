@@ -111,7 +111,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["edit.safetensors", "model", "edits.jsonl"], "give the model before the edit as MODEL"),
+        (["edit.safetensors", "model", "edits.jsonl"], "pass the unedited model as MODEL"),
         (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
         (["edit.safetensors", "world", "none.jsonl"], "the file does not exist"),
         (["edit.safetensors", "world", "bare.jsonl"], "contains no locality questions, which are needed"),

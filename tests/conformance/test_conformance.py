@@ -64,9 +64,7 @@ def test_a_callback_trains_and_leaves_no_trace(callback: str, host: str, edits: 
     assert moved == expected
 
 
-@pytest.mark.parametrize(
-    "host", [pytest.param(h, marks=pytest.mark.slow) if h in ("Trainer", "Fabric", "loop") else h for h in HOSTS]
-)
+@pytest.mark.parametrize("host", [pytest.param(h, marks=pytest.mark.slow) if h != "SFTTrainer" else h for h in HOSTS])
 def test_instances_serve_two_models_in_any_order(host: str, edits: EditDataset) -> None:
     # StopWhenEdited ends training, ActiveSet conflicts with BatchAnchor, and TokenLoss with TokenSmoothing.
     alone = {"StopWhenEdited", "ActiveSet", "TokenLoss"}

@@ -94,7 +94,7 @@ def test_replayed_facts_have_the_answers_of_the_model(scripted_model: Any) -> No
         replay_facts(model, tokenizer, ["P:", "L:"], [edit])
 
 
-@pytest.mark.parametrize("form", ["plain", "question"])
+@pytest.mark.parametrize("form", ["plain", pytest.param("question", marks=pytest.mark.slow)])
 def test_a_replay_of_the_world_leaves_out_scored_prompts(known: Any, form: Any) -> None:
     model, tokenizer = known
     edits = world.edits(24)

@@ -111,6 +111,7 @@ def test_train_loop_equals_a_plain_loop_with_the_same_seed() -> None:
     assert not same(found[0], bits(model))
 
 
+@pytest.mark.slow
 def test_single_and_sequential_on_a_trained_model() -> None:
     model, tokenizer = world.load()
     edits = world.edits(4)

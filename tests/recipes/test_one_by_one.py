@@ -54,6 +54,7 @@ def test_plain_runs_without_constraints(tmp_path: Path) -> None:
     assert "NormBall" not in done.stdout
 
 
+@pytest.mark.slow
 def test_edits_learned_before_an_error_are_kept(tmp_path: Path) -> None:
     edits = EditDataset.load("world", limit=2)
     (tmp_path / "edits.jsonl").write_text(

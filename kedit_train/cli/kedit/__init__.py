@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from kedit_train.cli.kedit import apply, cp, eval, ls, merge, revert, show, sweep, validate
+from kedit_train.cli.kedit import apply, cp, eval, ls, merge, revert, show, sweep, tune, validate
 from kedit_train.errors import EditError
 
-VERBS: tuple[ModuleType, ...] = (ls, cp, validate, show, apply, revert, merge, sweep, eval)
+VERBS: tuple[ModuleType, ...] = (ls, cp, validate, show, apply, revert, merge, sweep, eval, tune)
 EPILOG = """\
 examples:
   kedit ls recipes                                    list the recipes

@@ -65,7 +65,7 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
     """Return the edits of one record.
 
     Args:
-        record: a mapping, or the ``EditError`` for a line that could not be read. This error is raised.
+        record: a mapping. For a line that could not be read: an ``EditError``, which this function then raises.
         form: the format of the record.
         where: the beginning of every error message.
         chosen: True if the user passed the name of the format. A field of another format is then not an error.

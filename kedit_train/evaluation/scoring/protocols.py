@@ -121,8 +121,8 @@ def is_right(protocol: str, result: Any, judge: Callable[[str, Sequence[str]], b
         judge: compares the answer with the accepted answers in the protocol "exact".
     """
     if protocol == "probability":
-        known = result.log_prob is not None and result.rival_log_prob is not None
-        return result.log_prob > result.rival_log_prob if known else None
+        own, rival = result.log_prob, result.rival_log_prob
+        return None if own is None or rival is None else own > rival
     if not result.accepted:
         return None
     if protocol == "teacher_forced":

@@ -46,7 +46,7 @@ def weight_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.
             own = "no such parameter" if name not in current else f"shape {tuple(current[name].shape)}"
             raise EditError(
                 f"reference_weights: {name} has shape {tuple(old.shape)}, but the model has {own}; "
-                "pass the weights of the same model before the edit."
+                "pass the unedited weights of the same model."
             )
         new_entries, old_entries = full_tensor(current[name].detach()).flatten(), full_tensor(old.detach()).flatten()
         n += new_entries.numel()

@@ -1,0 +1,197 @@
+"""Split the edits, plan the rungs of successive halving, and pick a setting. No function here needs a model."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kedit_train.edit import Edit
+from kedit_train.errors import EditError
+from kedit_train.modes.tuning.settings import TuneSetting
+
+# The pick rule accepts a setting with at least this reliability.
+RELIABILITY = 0.95
+RULE = f"reliability of at least {RELIABILITY}, then the highest harmonic mean of generality and locality"
+# Each rung keeps the best third of the settings, and has three times as many edits as the rung before it.
+KEPT = 3
+# Scores on fewer edits are too coarse to compare settings.
+FEWEST_EDITS = 4
+Key = TypeVar("Key", bound=Hashable)
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One round of successive halving.
+
+    Args:
+        settings: number of settings to measure.
+        edits: number of edits to train and evaluate, from the beginning of the tuning half.
+    """
+
+    settings: int
+    edits: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The scores of one setting on some edits. The model was trained on these edits.
+
+    Args:
+        setting: the setting.
+        edits: number of edits.
+        reliability: the headline reliability of the report. None if the run failed.
+        generality: the headline generality. None if the edits have no rephrases.
+        locality: the fraction of the unedited answers' first tokens that are kept. None if there are no probes.
+        seconds: time of training and evaluation.
+        error: why the run failed. Empty if it did not fail.
+    """
+
+    setting: TuneSetting
+    edits: int
+    reliability: float | None
+    generality: float | None = None
+    locality: float | None = None
+    seconds: float = 0.0
+    error: str = ""
+
+    @property
+    def score(self) -> float:
+        """The harmonic mean of generality and locality. If one is missing, the score is the other one."""
+        values = [value for value in (self.generality, self.locality) if value is not None]
+        return len(values) / sum(1 / value for value in values) if values and all(values) else 0.0
+
+    @property
+    def reliable(self) -> bool:
+        """Whether the setting has the reliability that the pick rule requires."""
+        return self.reliability is not None and self.reliability >= RELIABILITY
+
+
+def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split edits at random into a tuning half and a held-out half.
+
+    Edits with the same subject are put into the same half. An edit without a subject counts as its own subject, unless
+    another edit has the same prompt. Each half is in random order.
+
+    Args:
+        edits: the edits.
+        seed: seed of the random order.
+
+    Returns:
+        The indices of both halves. Their sizes differ by at most the largest number of edits with one subject.
+
+    Raises:
+        EditError: all edits are about one subject.
+
+    Example:
+        >>> edits = [Edit(f"{name} lives in", "Bern", subject=name) for name in ("Ada", "Ben", "Ada")]
+        >>> sorted(map(sorted, split_edits(edits)))
+        [[0, 2], [1]]
+    """
+    groups: dict[str, list[int]] = {}
+    for number, edit in enumerate(edits):
+        subject = f"subject {edit.subject}" if edit.subject else f"prompt {edit.prompt}"
+        groups.setdefault(" ".join(subject.casefold().split()), []).append(number)
+    if len(groups) < 2:
+        raise EditError(
+            f"edits must have at least two subjects, so that some edits can be held out, got {len(edits)} edits with "
+            f"{len(groups)}; give more edits."
+        )
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
+    halves: tuple[list[int], list[int]] = ([], [])
+    for group in shuffled:
+        min(halves, key=len).extend(group)
+    return halves
+
+
+def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
+    """Plan successive halving: all settings on few edits, the best third on more, and the best on all edits.
+
+    There are at most three rungs. A rung is left out if it has as many edits as the rung before it.
+
+    Args:
+        n_settings: number of settings.
+        n_edits: number of edits in the tuning half.
+
+    References:
+        Non-stochastic Best Arm Identification and Hyperparameter Optimization (successive halving), arXiv 1502.07943.
+
+    Example:
+        >>> [(rung.settings, rung.edits) for rung in plan_rungs(16, 50)]
+        [(16, 6), (6, 17), (2, 50)]
+        >>> [(rung.settings, rung.edits) for rung in plan_rungs(16, 8)]
+        [(16, 4), (2, 8)]
+    """
+    last = 0 if n_settings == 1 else 1 if n_settings <= KEPT else 2
+    rungs: list[Rung] = []
+    for number in range(last + 1):
+        edits = min(n_edits, max(FEWEST_EDITS, math.ceil(n_edits / KEPT ** (last - number))))
+        if not rungs or edits > rungs[-1].edits:
+            rungs.append(Rung(settings=math.ceil(n_settings / KEPT**number), edits=edits))
+    return rungs
+
+
+def rank(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials from best to worst under the pick rule. Equal trials keep their order."""
+
+    def key(trial: Trial) -> tuple[bool, float, float]:
+        reliability = -1.0 if trial.reliability is None else trial.reliability
+        return trial.reliable, trial.score if trial.reliable else reliability, trial.score
+
+    return sorted(trials, key=key, reverse=True)
+
+
+def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
+    """Return the best of the trials, which must be on the same edits, and the rule that it was picked by.
+
+    Args:
+        trials: at least one trial.
+
+    Example:
+        >>> setting = TuneSetting(layers=0.7, modules="mlp", step_size=0.01, damping=1e-3, kl_weight=0.0)
+        >>> pick([Trial(setting=setting, edits=4, reliability=0.75)])[1]
+        'the most reliable setting, because no setting has a reliability of at least 0.95'
+    """
+    best = rank(trials)[0]
+    if best.reliable:
+        return best, RULE
+    return best, f"the most reliable setting, because no setting has a reliability of at least {RELIABILITY}"
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the Pareto front: the trials that no other trial beats.
+
+    A trial beats another one on the same number of edits if it is at least as good in reliability, generality and
+    locality, and better in one of them.
+    """
+    return [t for t in trials if t.reliability is not None and not any(_beats(other, t) for other in trials)]
+
+
+def _beats(one: Trial, other: Trial) -> bool:
+    if one.edits != other.edits or one.reliability is None:
+        return False
+    scores: list[tuple[Any, Any]] = [
+        (one.reliability, other.reliability),
+        (one.generality, other.generality),
+        (one.locality, other.locality),
+    ]
+    pairs = [(a, b) for a, b in scores if a is not None and b is not None]
+    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
+
+
+def covering(scopes: Mapping[Key, frozenset[Name]]) -> dict[Key, Key]:
+    """Return, for each scope, the largest scope that contains it. Its file of factors serves both.
+
+    Args:
+        scopes: a dict from the key of a scope to the names of its weights.
+
+    Example:
+        >>> covering({"late": frozenset({"b"}), "most": frozenset({"a", "b"})})
+        {'late': 'most', 'most': 'most'}
+    """
+    largest = sorted(scopes, key=lambda key: len(scopes[key]), reverse=True)
+    return {key: next(other for other in largest if names <= scopes[other]) for key, names in scopes.items()}

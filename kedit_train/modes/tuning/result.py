@@ -1,0 +1,135 @@
+"""The result of ``tune``: all trials, the picked setting, and its scores on held-out edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit_train.atomic_write import writing
+from kedit_train.data import EditDataset
+from kedit_train.evaluation.reporting.report_lines import format_number
+from kedit_train.modes.tuning.halving import Trial, front
+from kedit_train.modes.tuning.recipe import Source, recipe_text, sweep_text
+from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
+
+COLUMNS = ("edits", "layers", "step", "damping", "KL", "reliability", "generality", "locality", "score", "seconds", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneResult:
+    """The result of :func:`~kedit_train.modes.tune`.
+
+    Args:
+        grid: the grid.
+        trials: all trials, in the order in which they ran.
+        cut_off: (number of edits, setting) of each run that was not started, because the budget was spent.
+        picked: the trial of the picked setting on the largest number of edits.
+        rule: the rule that it was picked by.
+        held_out: the scores of the picked setting on the held-out edits, which it was trained on from the unedited
+            model.
+        halves: the tuning half and the held-out half of the edits.
+        meta: model, edits (name and hash), protocol, format of the examples, seed, budget, seconds, versions and date.
+    """
+
+    grid: TuneGrid
+    trials: Sequence[Trial]
+    cut_off: Sequence[tuple[int, TuneSetting]]
+    picked: Trial
+    rule: str
+    held_out: Trial
+    halves: tuple[EditDataset, EditDataset]
+    meta: dict[str, Any]
+
+    @property
+    def front(self) -> list[Trial]:
+        """The Pareto front: all trials except those that another trial with as many edits beats in every score."""
+        return front(self.trials)
+
+    def rows(self) -> list[list[str]]:
+        """Return the cells of a table with :data:`COLUMNS`. Each trial is a row, followed by the held-out scores."""
+        on_front, rows = self.front, []
+        for trial in (*self.trials, self.held_out):
+            setting = trial.setting
+            mark = "held out" if trial is self.held_out else "picked" if trial is self.picked else ""
+            if not mark:
+                mark = f"failed: {trial.error}" if trial.error else "front" if trial in on_front else ""
+            values = (trial.reliability, trial.generality, trial.locality, None if trial.error else trial.score)
+            row = [str(trial.edits), str(setting.layers), f"{setting.step_size:g}", f"{setting.damping:g}"]
+            row += [f"{setting.kl_weight:g}", *map(format_number, values), f"{trial.seconds:.1f}", mark]
+            rows.append(row)
+        return rows
+
+    def markdown(self) -> str:
+        """Return the table, the rule and the metadata as Markdown."""
+        lines = [f"# Settings for {self.meta['model']}", "", "| " + " | ".join(COLUMNS) + " |"]
+        lines += ["|" + "---:|" * (len(COLUMNS) - 1) + "---|"]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        return "\n".join([*lines, "", *self.notes(), "", *(f"- {name}: {value}" for name, value in self.meta.items())])
+
+    def notes(self) -> list[str]:
+        """Return the lines below the table: what the columns mean, what was cut off, and the rule."""
+        lines = [
+            f"reliability and generality: protocol {self.meta['protocol']}. locality: first tokens of the unedited "
+            "answers that are kept. score: harmonic mean of generality and locality. front: no other setting on these "
+            "edits is better in all three scores."
+        ]
+        if self.cut_off:
+            budget = self.meta["budget"]
+            lines += [f"not run, because the budget of {budget:g} s was spent: {len(self.cut_off)} runs"]
+            lines += [f"  {edits} edits: {setting}" for edits, setting in self.cut_off]
+        return [*lines, f"picked: {self.picked.setting} ({self.rule})"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain dicts and lists."""
+        on_front = self.front
+
+        def plain(trial: Trial) -> dict[str, Any]:
+            return {**asdict(trial), "score": trial.score, "front": trial in on_front}
+
+        return {
+            "meta": self.meta,
+            "grid": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.grid).items()},
+            "trials": [plain(trial) for trial in self.trials],
+            "cut_off": [{"edits": edits, **setting.to_dict()} for edits, setting in self.cut_off],
+            "picked": self.picked.setting.to_dict(),
+            "rule": self.rule,
+            "held_out": {name: value for name, value in plain(self.held_out).items() if name != "front"},
+        }
+
+    def save_recipe(self, path: str | Path, *, model: str, edits: str, keep: str) -> Path:
+        """Write a recipe with the picked setting, which ``lightning run`` runs.
+
+        Args:
+            path: the ``.yaml`` file.
+            model: the name of the model, as ``load_model`` reads it.
+            edits: the file of edits to train, or "world".
+            keep: the file of texts, or "world".
+
+        Returns:
+            The path.
+        """
+        source = Source(model=model, edits=edits, keep=keep, path=Path(path))
+        return _write(path, recipe_text(self.picked, self.held_out, source, self.rule, self.meta))
+
+    def save_sweep(self, path: str | Path, *, model: str, edits: str, keep: str) -> Path:
+        """Write a W&B sweep file with the grid, and the recipe that the sweep runs next to it.
+
+        The recipe is named ``NAME_recipe.yaml`` if the sweep file is named ``NAME.yaml``. The arguments are those of
+        :meth:`save_recipe`. To keep the held-out half unseen, pass the file of the tuning half as ``edits``.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        recipe = path.with_name(f"{path.stem}_recipe.yaml")
+        source = Source(model=model, edits=edits, keep=keep, path=recipe)
+        _write(recipe, recipe_text(self.picked, self.held_out, source, self.rule, self.meta, with_kl=True))
+        return _write(path, sweep_text(self.grid, recipe, path))
+
+
+def _write(path: str | Path, text: str) -> Path:
+    with writing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return Path(path)

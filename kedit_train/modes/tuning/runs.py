@@ -1,0 +1,165 @@
+"""The runs of ``tune``: train one setting on some edits, evaluate it, and restore the unedited model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kedit_train.callbacks import editing
+from kedit_train.core.fingerprint import fingerprint
+from kedit_train.core.locality.texts import Texts
+from kedit_train.core.scope.scope import resolve_scope
+from kedit_train.data import EditDataset
+from kedit_train.data.answer_end import decide_append_eos
+from kedit_train.data.chat_format import describe_format
+from kedit_train.errors import EditError
+from kedit_train.evaluation import EvaluationOptions, Report, evaluate
+from kedit_train.modes.runner import part_of
+from kedit_train.modes.train_loop import ExampleOptions, TrainLoop
+from kedit_train.modes.tuning.halving import Trial, covering
+from kedit_train.modes.tuning.journal import Journal, key_of
+from kedit_train.modes.tuning.settings import BATCH_SIZE, EPOCHS, STOP_LOSS, Layers, TuneGrid, TuneSetting
+from kedit_train.modes.weight_backup import WeightBackup
+
+
+@dataclass
+class TuneRuns:
+    """The unedited model with its report and statistics, and functions that measure a setting on some edits."""
+
+    model: nn.Module
+    tokenizer: Any
+    texts: Texts
+    options: EvaluationOptions
+    seed: int
+    folder: Path
+    backup: WeightBackup
+    weights: str
+    unedited: Report
+    journal: Journal
+    scopes: dict[Layers, Layers]
+    modules: str
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls, model: nn.Module, tokenizer: Any, edits: EditDataset, keep: Any, grid: TuneGrid, folder: Path,
+        options: EvaluationOptions, seed: int,
+    ) -> TuneRuns:  # fmt: skip
+        """Check everything that can fail, and evaluate the unedited model."""
+        texts = Texts.of(keep)
+        # All runs get the same texts, whatever edits they train, so that they share the statistics of the texts.
+        texts = replace(texts, source=texts.load(edits, tokenizer=texts.tokenizer or tokenizer), nearest=None)
+        scopes = covering({layers: frozenset(resolve_scope(model, layers, grid.modules)) for layers in grid.layers})
+        backup, weights = WeightBackup(model), fingerprint(model)
+        length = (texts.max_length, texts.seed, str(texts.tokenizer))
+        keys = {
+            "weights": weights,
+            "texts": hashlib.sha256(json.dumps([list(texts.source), length]).encode()).hexdigest(),
+            "training": [EPOCHS, BATCH_SIZE, STOP_LOSS],
+            "protocol": options.protocol if isinstance(options.protocol, str) else list(options.protocol),
+            "max_new_tokens": options.max_new_tokens,
+            "prompt_format": describe_format(options.asked_format),
+            "seed": seed,
+        }
+        path = folder / f"unedited-{key_of({**keys, 'edits': edits.hash})[:16]}.json"
+        if path.exists():
+            unedited = Report.load(path)
+        else:
+            unedited = evaluate(model, tokenizer, edits, options=options, seed=seed, progress=False)
+            unedited.save(path)
+        if all(unedited.metrics[name]["generated"].n == 0 for name in ("generality", "locality")):
+            raise EditError("edits must have rephrases or locality probes, got neither; add them to the edits.")
+        end = decide_append_eos("auto", tokenizer, edits, model=model, prompt_format=options.asked_format)
+        return cls(
+            model, tokenizer, texts, options, seed, folder, backup, weights, unedited,
+            Journal(folder / "results.jsonl"), scopes, grid.modules,
+            {**keys, "append_eos": end.append, "versions": unedited.meta["versions"]},
+        )  # fmt: skip
+
+    @property
+    def append_eos(self) -> bool:
+        """Whether targets end with end-of-text: only if the unedited model ends its answers."""
+        return self.keys["append_eos"]
+
+    def _key(self, setting: TuneSetting, part: EditDataset) -> str:
+        return key_of({**self.keys, "setting": setting.to_dict(), "edits": part.hash})
+
+    def known(self, setting: TuneSetting, part: EditDataset) -> Trial | None:
+        """Return the trial that an earlier call has measured, or None."""
+        record = self.journal.get(self._key(setting, part))
+        try:
+            scores = {n: record[n] for n in ("reliability", "generality", "locality", "seconds")} if record else None
+        except KeyError:
+            return None
+        return None if scores is None else Trial(setting=setting, edits=len(part), **scores)
+
+    def measure(self, setting: TuneSetting, part: EditDataset) -> Trial:
+        """Train a setting on some edits, evaluate it on the same edits, and restore the unedited model."""
+        if (known := self.known(setting, part)) is not None:
+            return known
+        try:
+            factors = self._factors(setting.layers)
+            started = time.perf_counter()
+            scores = self._train_and_evaluate(setting, part, factors)
+        except EditError as error:
+            # The arguments were checked before the first run, so the setting is the cause (for example, the loss is not
+            # finite). Other settings may work.
+            return Trial(setting=setting, edits=len(part), reliability=None, error=str(error))
+        finally:
+            self._restore()
+        trial = Trial(setting=setting, edits=len(part), seconds=round(time.perf_counter() - started, 3), **scores)
+        record = {name: value for name, value in asdict(trial).items() if name != "error"}
+        self.journal.add(self._key(setting, part), record)
+        return trial
+
+    def _train_and_evaluate(self, setting: TuneSetting, part: EditDataset, factors: Path) -> dict[str, Any]:
+        train = TrainLoop(
+            self.tokenizer,
+            callbacks=setting.build_callbacks(self.texts, factors, self.folder / "reference_states"),
+            epochs=EPOCHS,
+            batch_size=BATCH_SIZE,
+            stop_loss=STOP_LOSS,
+            examples=ExampleOptions(prompt_format=self.options.asked_format, append_eos=self.append_eos),
+        )
+        devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            train(self.model, part)
+        unedited = part_of(self.unedited, part, self.seed)
+        report = evaluate(
+            self.model, self.tokenizer, part, options=self.options, unedited=unedited, seed=self.seed, progress=False
+        )
+        locality = report.metrics["locality"]
+        kept = locality["tokens_kept"] if locality["tokens_kept"].n else locality["generated"]
+        reliability, generality = (report.metrics[name]["generated"] for name in ("reliability", "generality"))
+        return {"reliability": reliability.value, "generality": generality.value, "locality": kept.value}
+
+    def _factors(self, layers: Layers) -> Path:
+        """Return the file of K-FAC factors for a scope, and create it if it does not exist.
+
+        The file is computed for the largest scope that contains the layers, with one pass over the texts.
+        """
+        largest = self.scopes[layers]
+        name = key_of({"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules]})
+        path = self.folder / f"factors-{name[:16]}.safetensors"
+        if not path.exists():
+            setting = TuneSetting(layers=largest, modules=self.modules, step_size=1.0, damping=1.0, kl_weight=0.0)
+            callbacks = setting.build_callbacks(self.texts, path, None)
+            with editing(self.model, callbacks, tokenizer=self.tokenizer) as edit:
+                # The callbacks read the texts when the first step begins. No step is taken.
+                edit.before_step()
+        return path
+
+    def _restore(self) -> None:
+        self.backup.restore()
+        if fingerprint(self.model) != self.weights:
+            raise EditError(
+                "the model cannot be restored: its configuration or a value has changed; load the model again."
+            )

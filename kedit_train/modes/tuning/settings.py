@@ -1,0 +1,139 @@
+"""The settings that ``tune`` tries, and the callbacks of a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+from kedit_train import callbacks
+from kedit_train.arguments import Rule, above, at_least, check_arguments, within
+
+Layers = int | float | str
+
+# Every run trains all edits in every epoch, and stops at this mean loss of an epoch or after this number of epochs. A
+# lower loss costs locality and does not add reliability.
+EPOCHS, BATCH_SIZE, STOP_LOSS = 60, 25, 0.05
+# Texts per step of KLLocality. SecondOrderLocality does most of the work, so few texts are enough.
+KL_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSetting:
+    """One combination of settings.
+
+    Args:
+        layers: the layers to train, as in ``ParameterScope``.
+        modules: the modules to train, as in ``ParameterScope``.
+        step_size: length of a step, as in ``SecondOrderLocality``.
+        damping: damping of the factors, as in ``SecondOrderLocality``.
+        kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
+
+    Example:
+        >>> str(TuneSetting(layers=0.7, modules="mlp.down_proj.weight", step_size=0.02, damping=1e-3, kl_weight=0.0))
+        'layers 0.7, step 0.02, damping 0.001, KL 0'
+    """
+
+    layers: Layers
+    modules: str
+    step_size: float
+    damping: float
+    kl_weight: float
+
+    def callback_arguments(self, texts: Any) -> list[tuple[str, dict[str, Any]]]:
+        """Return the (class name, arguments) of each callback. Runs and recipes both use this list.
+
+        Args:
+            texts: the texts on which predictions should stay the same.
+        """
+        kl = {"texts": texts, "weight": self.kl_weight, "batch_size": KL_BATCH_SIZE}
+        return [
+            ("ParameterScope", {"layers": self.layers, "modules": self.modules}),
+            ("TokenLoss", {"objective": "cross_entropy", "reduction": "sample"}),
+            ("SecondOrderLocality", {"texts": texts, "step_size": self.step_size, "damping": self.damping}),
+            *([("KLLocality", kl)] if self.kl_weight else []),
+        ]
+
+    def build_callbacks(self, texts: Any, factors_path: Any, cache: Any) -> list[Any]:
+        """Return new callbacks.
+
+        Args:
+            texts: the texts on which predictions should stay the same.
+            factors_path: the file of K-FAC factors that all settings of a scope share.
+            cache: the folder of reference hidden states that all settings share.
+        """
+        shared = {"SecondOrderLocality": {"factors_path": factors_path}, "KLLocality": {"cache": cache}}
+        return [
+            getattr(callbacks, name)(**arguments, **shared.get(name, {}))
+            for name, arguments in self.callback_arguments(texts)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the setting as plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"layers {self.layers}, step {self.step_size:g}, damping {self.damping:g}, KL {self.kl_weight:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneGrid:
+    """The values that :func:`~kedit_train.modes.tune` combines: all layers with all step sizes, and so on.
+
+    Args:
+        layers: scopes to try, each as the argument ``layers`` of ``ParameterScope``. Default: most layers, and one late
+            layer.
+        modules: the modules to train in these layers. Only weights of linear layers are supported.
+        step_sizes: step sizes of ``SecondOrderLocality``, as fractions of the norm of the weights in scope.
+        dampings: dampings of ``SecondOrderLocality``.
+        kl_weights: weights of ``KLLocality``. 0 leaves ``KLLocality`` out, which makes a run much faster.
+
+    Raises:
+        EditError: a list is empty, or a value is out of range.
+
+    Example:
+        >>> from kedit_train.modes import TuneGrid
+        >>> len(TuneGrid().settings())
+        16
+        >>> len(TuneGrid(layers=[0.7], dampings=[1e-3], kl_weights=[0]).settings())
+        2
+    """
+
+    layers: Sequence[Layers] = ("0.3-0.9", 0.7)
+    modules: str = "mlp.down_proj.weight"
+    step_sizes: Sequence[float] = (0.005, 0.02)
+    dampings: Sequence[float] = (1e-3, 1e-2)
+    kl_weights: Sequence[float] = (0.0, 20.0)
+
+    def __post_init__(self) -> None:
+        check_arguments(
+            self,
+            layers=(self.layers, _each(Rule("an index, a fraction or a range", lambda x: isinstance(x, Layers)))),
+            step_sizes=(self.step_sizes, _each(within("(0, 1]"))),
+            dampings=(self.dampings, _each(above(0))),
+            kl_weights=(self.kl_weights, _each(at_least(0))),
+        )
+
+    def settings(self) -> list[TuneSetting]:
+        """Return all combinations without repetitions. Cheap settings come first, because the first one wins ties."""
+        kl_weights = sorted({float(weight) for weight in self.kl_weights})
+        lists = (kl_weights, self.layers, map(float, self.step_sizes), map(float, self.dampings))
+        return list(
+            dict.fromkeys(
+                TuneSetting(layers=layers, modules=self.modules, step_size=step, damping=damping, kl_weight=weight)
+                for weight, layers, step, damping in product(*lists)
+            )
+        )
+
+
+def _each(rule: Rule) -> Rule:
+    def holds(values: Any) -> bool:
+        return (
+            isinstance(values, Sequence)
+            and not isinstance(values, str)
+            and len(values) > 0
+            and all(map(rule.holds, values))
+        )
+
+    return Rule(f"a list with at least one value, each {rule.expected}", holds)

@@ -1,0 +1,180 @@
+"""``tune``: find settings of ``SecondOrderLocality`` for a model, and evaluate them on held-out edits."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kedit_train.arguments import above, check_arguments, optional
+from kedit_train.core.locality.texts import Texts, TextSource
+from kedit_train.data import Edit, EditDataset
+from kedit_train.errors import EditError, reported_by
+from kedit_train.evaluation import EvaluationOptions
+from kedit_train.evaluation.asking.batching import progress_bar
+from kedit_train.modes.runner import with_unique_ids
+from kedit_train.modes.tuning.halving import Rung, Trial, pick, plan_rungs, rank, split_edits
+from kedit_train.modes.tuning.result import TuneResult
+from kedit_train.modes.tuning.runs import TuneRuns
+from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
+
+
+def tune(
+    model: nn.Module,
+    tokenizer: Any,
+    edits: Sequence[Edit],
+    *,
+    keep: TextSource | Texts,
+    grid: TuneGrid | None = None,
+    budget: float | None = None,
+    folder: str | Path | None = None,
+    options: EvaluationOptions | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> TuneResult:
+    """Find settings for a model: try a small grid by successive halving, and evaluate the best on held-out edits.
+
+    The edits are split into a tuning half and a held-out half. Every setting of the grid is trained on a few edits of
+    the tuning half, the best third on more, and the best ones on the whole half. Each run starts from the unedited
+    model. The picked setting has a reliability of at least 0.95, and among such settings the highest harmonic mean of
+    generality and locality. If no setting is that reliable, the most reliable one is picked. The picked setting is then
+    trained once on the held-out half. Report only these last scores, because the other scores chose the setting.
+
+    All runs use :class:`~kedit_train.callbacks.SecondOrderLocality`, so no learning rate is needed.
+
+    Args:
+        model: a causal language model in fp32. It is trained in place, and its original weights are restored bit for
+            bit after each run.
+        tokenizer: the model's tokenizer.
+        edits: the edits, with rephrases and locality probes. Edits with the same subject are put into the same half.
+        keep: texts on which predictions should stay the same: a source of texts or a ``Texts``. Texts that contain an
+            evaluation prompt of the edits are left out.
+        grid: the settings to try. None: ``TuneGrid()``.
+        budget: time in seconds. When it is spent, no further run is started, except the runs of the first round and the
+            run on the held-out half. None: no limit.
+        folder: a folder for the results and for the statistics of the texts. If ``tune`` is called again with the same
+            folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
+        options: how the runs are evaluated. Its ``prompt_format`` is also the format of the training examples. None:
+            ``EvaluationOptions()``.
+        seed: seed of the split, the training and the bootstrap.
+        progress: show a progress bar in a terminal.
+
+    Returns:
+        A :class:`~kedit_train.modes.tuning.result.TuneResult`: all trials, the picked one, the held-out scores, and
+        methods that write a recipe and a W&B sweep file.
+
+    Raises:
+        EditError: the edits have fewer than two subjects or no rephrases and no locality probes, two edits contradict
+            each other, the texts cannot be read, a scope matches no weight, the model is sharded, or all runs of the
+            first round fail.
+
+    References:
+        - Non-stochastic Best Arm Identification and Hyperparameter Optimization (successive halving), arXiv 1502.07943.
+        - Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671.
+
+    Example:
+        >>> from kedit_train import EditDataset, tune, world
+        >>> from kedit_train.modes import TuneGrid
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=4)
+        >>> texts = world.locality_texts(exclude=edits, n=32)
+        >>> grid = TuneGrid(layers=[0.7], step_sizes=[0.1], dampings=[1e-2], kl_weights=[0])
+        >>> result = tune(model, tokenizer, edits, keep=texts, grid=grid, progress=False)
+        >>> result.picked.setting.step_size, result.held_out.edits
+        (0.1, 2)
+    """
+    started = time.perf_counter()
+    options = options or EvaluationOptions()
+    grid = grid or TuneGrid()
+    with reported_by("tune"), _work_folder(folder) as work:
+        check_arguments("tune", budget=(budget, optional(above(0))))
+        if options.distributed:
+            raise EditError("options.distributed must be False, because tune runs in one process; set it to False.")
+        edits = with_unique_ids(edits)
+        edits.check_trained_together()
+        tuning, held_out = (_subset(edits, half) for half in split_edits(edits, seed))
+        runs = TuneRuns.start(model, tokenizer, edits, keep, grid, work, options, seed)
+        plan = plan_rungs(len(grid.settings()), len(tuning))
+        deadline = started + (float("inf") if budget is None else budget)
+        with progress_bar(sum(rung.settings for rung in plan) + 1, "tuning", progress) as bar:
+            trials, cut_off = _halve(runs, grid.settings(), tuning, plan, deadline, bar)
+            best, rule = _pick_last(trials)
+            bar.set_description("held-out edits")
+            final = runs.measure(best.setting, held_out)
+        if final.error:
+            raise EditError(f"the picked setting ({best.setting}) failed on the held-out edits: {final.error}")
+        settings = {name: runs.unedited.meta["settings"][name] for name in ("prompt_format", "max_new_tokens")}
+        meta = {
+            "model": runs.unedited.meta["model"],
+            "data_name": edits.name,
+            "data_hash": edits.hash,
+            "protocol": str(runs.unedited.protocols),
+            "protocol_reason": runs.unedited.protocols.reason,
+            "append_eos": runs.append_eos,
+            **settings,
+            "seed": seed,
+            "budget": budget,
+            "seconds": round(time.perf_counter() - started, 3),
+            "versions": runs.unedited.meta["versions"],
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    return TuneResult(
+        grid=grid, trials=trials, cut_off=cut_off, picked=best, rule=rule, held_out=final,
+        halves=(tuning, held_out), meta=meta,
+    )  # fmt: skip
+
+
+def _halve(
+    runs: TuneRuns, settings: list[TuneSetting], tuning: EditDataset, plan: list[Rung], deadline: float, bar: Any
+) -> tuple[list[Trial], list[tuple[int, TuneSetting]]]:
+    """Run the rungs, and return the trials and the (number of edits, setting) pairs that the budget cut off."""
+    trials: list[Trial] = []
+    cut_off: list[tuple[int, TuneSetting]] = []
+    for number, rung in enumerate(plan):
+        part, current = tuning[: rung.edits], []
+        for setting in settings[: rung.settings]:
+            bar.set_description(f"{rung.edits} edits, {setting}")
+            spent = number > 0 and time.perf_counter() > deadline and runs.known(setting, part) is None
+            if spent:
+                cut_off.append((rung.edits, setting))
+            else:
+                current.append(runs.measure(setting, part))
+            bar.update()
+        failed = [trial for trial in current if trial.error]
+        if number == 0 and len(failed) == len(current):
+            raise EditError(f"all runs failed, the first one with this message: {failed[0].error}")
+        trials += current
+        settings = [trial.setting for trial in rank(current) if not trial.error]
+    return trials, cut_off
+
+
+def _pick_last(trials: Sequence[Trial]) -> tuple[Trial, str]:
+    """Pick among the trials on the largest number of edits that any setting was measured on."""
+    measured = [trial for trial in trials if not trial.error]
+    most = max(trial.edits for trial in measured)
+    return pick([trial for trial in measured if trial.edits == most])
+
+
+def _subset(edits: EditDataset, numbers: Sequence[int]) -> EditDataset:
+    return EditDataset([edits[number] for number in numbers], name=edits.name)
+
+
+@contextmanager
+def _work_folder(folder: str | Path | None) -> Iterator[Path]:
+    """Create the folder, or a temporary folder that is removed at the end."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EditError(f"folder {path} cannot be created ({error.strerror}); choose another folder.") from error
+    yield path

@@ -1,0 +1,107 @@
+"""The verb tune: it writes a recipe that validates, runs, and reaches the scores of the table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kedit_train import EditDataset, world
+from kedit_train.cli.kedit.tune import duration
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Kedit = Callable[..., tuple[int, str, str]]
+
+
+def test_the_recipe_validates_and_reaches_the_scores_of_its_trial(
+    kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module in ("runs", "recipe"):
+        monkeypatch.setattr(f"kedit_train.modes.tuning.{module}.EPOCHS", 10)
+    edits = EditDataset.load("world", limit=6)
+    edits.save("edits.jsonl")
+    Path("keep.txt").write_text("\n".join(world.locality_texts(exclude=edits, n=24)))
+    grid = ("--layers", "0.5-0.7", "--step-sizes", 0.1, "--dampings", "1e-2", "--kl-weights", 0)
+    words = (
+        "tune",
+        "world",
+        "edits.jsonl",
+        "--keep",
+        "keep.txt",
+        *grid,
+        "--out",
+        "new/tuned.yaml",
+        "--wandb",
+        "w.yaml",
+    )
+    code, out, err = kedit(*words, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["written"] == [
+        *("new/tuned.yaml", "new/tuned.tune/tuning.jsonl", "new/tuned.tune/held_out.jsonl", "w.yaml")
+    ]
+    assert found["picked"]["layers"] == "0.5-0.7"
+    assert found["held_out"]["edits"] == 3
+    code, out, err = kedit("validate", "new/tuned.yaml", "w_recipe.yaml")
+    assert code == 0, err
+    assert "SecondOrderLocality, KLLocality, StopWhenEdited" in out.splitlines()[1]
+
+    # The table, from the stored results.
+    assert kedit(*words)[0] == 1
+    code, out, err = kedit(*words, "--force")
+    assert code == 0, err
+    assert "picked: layers 0.5-0.7, step 0.1, damping 0.01, KL 0" in out
+    assert "held out (3 edits): reliability " in out
+    assert out.splitlines()[-1] == "run it: lightning run new/tuned.yaml"
+
+    # A run of the sweep: the command of the file with one value of each parameter.
+    from kedit_train.cli.main import main
+
+    sweep = yaml.safe_load(Path("w.yaml").read_text())
+    values = [f"--{name}={each['values'][0]}" for name, each in sweep["parameters"].items()]
+    words = [*sweep["command"][sweep["command"].index("fit") : -2], *values]
+    monkeypatch.setattr(sys, "argv", ["kedit_train", *words, "--data.path=new/tuned.tune/tuning.jsonl"])
+    main()
+    report = json.loads(Path("runs/w_recipe/report.json").read_text())["metrics"]
+    (trial,) = found["trials"]
+    assert report["reliability"]["generated"]["value"] == trial["reliability"]
+    assert report["generality"]["generated"]["value"] == pytest.approx(trial["generality"], abs=0.1)
+    assert report["locality"]["tokens_kept"]["value"] == pytest.approx(trial["locality"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "a.json"], "must end with .yaml"),
+        (["--out", "w_recipe.yaml", "--wandb", "w.yaml"], "would replace the recipe"),
+        (["--step-sizes", "2"], "TuneGrid: step_sizes must be a list"),
+        (["--protocol", "best"], "EvaluationOptions: protocol must be"),
+        (["--keep", "none.txt"], "file 'none.txt' does not exist"),
+    ],
+)
+def test_errors_are_one_line(
+    kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = kedit("tune", "world", "world", "--keep", "world", *words)
+    assert (code, out, len(err.splitlines())) == (1, "", 1), err
+    assert message in err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400), ("30", 30)])
+def test_a_budget_has_a_unit(text: str, seconds: float) -> None:
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "-3m", "0s", "3 days", "nan"])
+def test_a_budget_that_is_no_time_is_refused(text: str, kedit: Kedit) -> None:
+    with pytest.raises(ArgumentTypeError, match="expected a time above 0"):
+        duration(text)
+    code, _, err = kedit("tune", "world", "world", "--keep", "world", f"--budget={text}")
+    assert (code, "expected a time above 0" in err) == (2, True)
