@@ -106,7 +106,8 @@ def alarm(seconds: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
+        # A signal that is still on its way would end the process if it had no handler.
+        signal.signal(signal.SIGPROF, signal.SIG_IGN if before is signal.SIG_DFL else before)
 
 
 def fuzz(fuzzer: Fuzzer, folder: Path, *, seconds: float, seed: int = SEED, least: int = 8) -> Counter[str]:
