@@ -157,8 +157,8 @@ class SecondOrderLocality(EditCallback):
         # In the momentum, a NaN would stop every later step without changing a weight.
         if not all(bool(direction.isfinite().all()) for direction in self._directions.values()):
             raise EditError(
-                f"the gradients of step {run.step + 1} contain NaN or infinite values; check the loss of this batch, or "
-                "use a lower step_size."
+                f"the gradients of step {run.step + 1} contain NaN or infinite values; check the loss of this "
+                "batch, or use a lower step_size."
             )
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
