@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -122,13 +123,21 @@ class EditModule(LightningModule):
         return torch.optim.Adam(trained, lr=self.learning_rate)
 
     def on_fit_start(self) -> None:
-        """Raise an error before the first step if ``save_path`` is set and the model is sharded."""
+        """Raise an error before the first step if the model cannot be saved at ``save_path``."""
         if self.save_path is not None and any(hasattr(p, "device_mesh") for p in self.parameters()):
             raise EditError(
                 "save_path must be None for a model that is sharded over processes; save the model with Lightning's "
                 "checkpoints.",
                 component="EditModule",
             )
+        if self.save_path is not None and self.trainer.is_global_zero:
+            try:
+                Path(self.save_path).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise EditError(
+                    f"save_path={self.save_path!r} cannot be created ({error.strerror}); choose another folder.",
+                    component="EditModule",
+                ) from error
 
     def on_train_end(self) -> None:
         """Save the edited model, after the callbacks have removed their hooks from it."""

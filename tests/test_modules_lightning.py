@@ -168,3 +168,11 @@ def test_a_module_without_tokenizer_is_an_error() -> None:
 
     with pytest.raises(EditError, match=r"^EditDataModule: .* attribute 'tokenizer' .* Plain has no such attribute"):
         trainer(max_epochs=1).fit(Plain(), EditDataModule(limit=2))
+
+
+def test_a_folder_that_cannot_be_created_is_an_error_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    module = EditModule(save_path=str(tmp_path / "file" / "model"))
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(EditError, match=r"EditModule: save_path='.*' cannot be created \(.*\); choose another folder"):
+        trainer.fit(module, EditDataModule("world", limit=2))

@@ -154,6 +154,12 @@ class SecondOrderLocality(EditCallback):
             for name, layer in self._layers.items()
             if (gradient := run.scope[name].grad) is not None
         }
+        # In the momentum, a NaN would stop every later step without changing a weight.
+        if not all(bool(direction.isfinite().all()) for direction in self._directions.values()):
+            raise EditError(
+                f"the gradients of step {run.step + 1} contain NaN or infinite values; check the loss of this "
+                "batch, or use a lower step_size."
+            )
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         run = self.run

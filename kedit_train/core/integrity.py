@@ -48,6 +48,7 @@ class Integrity:
         # After a forward pass, FSDP2 may still use gathered copies of the parameters, and frees them later.
         reshard(self.run.root)
         in_scope = {id(p) for p in self.run.scope.values()}
+        self._check_still_frozen(in_scope)
         self._frozen = [
             (name, p)
             for name, p in self.run.root.named_parameters()
@@ -58,6 +59,18 @@ class Integrity:
             parameter.grad = None
         self._frozen_sums = checksums(p for _, p in self._frozen)
         self._scope_sums = self._scope_now()
+
+    def _check_still_frozen(self, in_scope: set[int]) -> None:
+        """Raise an error if other code has unfrozen a parameter between the freeze and the first step."""
+        if not self.run.frozen_outside:
+            return
+        for name, parameter in self.run.root.named_parameters():
+            if parameter.requires_grad and id(parameter) not in in_scope:
+                raise EditError(
+                    f"{name} is not in scope, but its requires_grad is True before the first step, because other code "
+                    "(for example configure_optimizers or unfreeze()) has changed it; remove this code, or add the "
+                    "parameter to the scope with ParameterScope."
+                )
 
     def before_step(self) -> bool:
         """Check the weights when the training loop announces an optimizer step.

@@ -111,7 +111,7 @@ class EditRun(RunState):
 
     def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:
         """Make only these parameters trainable, and copy their current values as the reference values."""
-        self.scope = dict(scope)
+        self.scope, self.frozen_outside = dict(scope), True
         in_scope = {id(p) for p in scope.values()}
         for parameter in self.requires_grad_before:
             parameter.requires_grad_(id(parameter) in in_scope)

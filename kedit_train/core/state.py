@@ -27,6 +27,7 @@ class RunState:
         reference: the values of these parameters before the edit, by name.
         requires_grad_before: the ``requires_grad`` of each parameter before the edit.
         shapes: the shape of each parameter when the run was opened, by name.
+        frozen_outside: whether all parameters outside of the scope were frozen.
         full_precision: whether a half-precision scope is trained in fp32.
         masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
         scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.
@@ -48,6 +49,7 @@ class RunState:
         self.requires_grad_before = {p: p.requires_grad for p in root.parameters()}
         self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
         self.full_precision = False
+        self.frozen_outside = False
         self.masters: FullPrecision | None = None
         self.scores: dict[str, float] = {}
         self.published_at: dict[str, int] = {}

@@ -23,7 +23,10 @@ _PROTOCOL = Rule(
     lambda value: (
         value in ("auto", *PROTOCOLS)
         if isinstance(value, str)
-        else bool(value) and set(value) <= set(PROTOCOLS) and len(set(value)) == len(value)
+        else isinstance(value, Sequence)
+        and bool(value)
+        and set(value) <= set(PROTOCOLS)
+        and len(set(value)) == len(value)
     ),
 )
 

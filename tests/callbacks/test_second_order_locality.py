@@ -144,6 +144,17 @@ def test_a_step_without_gradients_moves_nothing(make, words, ids):
     assert torch.equal(weight, before)
 
 
+def test_a_gradient_that_is_not_finite_is_an_error(make, words, ids):
+    model = make("llama")
+    scope = ParameterScope(1, modules=SCOPE["llama"])
+    with editing(model, [scope, TokenLoss("cross_entropy"), SecondOrderLocality(TEXTS)], tokenizer=words) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
+        edit.before_step()
+        (model(input_ids=ids, labels=ids).loss * float("nan")).backward()
+        with pytest.raises(EditError, match="SecondOrderLocality: the gradients of step 1 contain NaN or infinite"):
+            optimizer.step()
+
+
 def test_inputs_need_no_backward_pass(make, words, ids, monkeypatch):
     monkeypatch.setattr("kedit_train.core.drift.factors_of_texts.kfac_factors", None)
     model = make("llama")

@@ -132,6 +132,58 @@ def test_unfreezing_during_the_run_is_an_error_before_the_step() -> None:
     assert torch.equal(net[2].weight, before)
 
 
+def test_unfreezing_before_the_first_step_is_an_error() -> None:
+    net = model()
+
+    def make(parameters: Any) -> Any:
+        net.requires_grad_(True)
+        return sgd(net.parameters())
+
+    with pytest.raises(
+        EditError, match=r"0\.weight is not in scope, but its requires_grad is True before the first step"
+    ):
+        train(net, [ParameterScope(modules="1")], make, 1)
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_deleting_the_gradients_of_a_penalty_is_an_error(set_to_none: bool) -> None:
+    class Penalty(EditCallback):
+        penalizes = True
+
+        def penalty(self, run: Any) -> torch.Tensor:
+            return torch.stack([p.square().sum() for p in run.scope.values()]).sum()
+
+    net = model()
+    with editing(net, [ParameterScope(modules="1"), Penalty()]) as edit:
+        optimizer = sgd(edit.parameters())
+        step(edit, net, optimizer)
+        edit.before_step()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        net(torch.ones(2, 4)).square().sum().backward()
+        with pytest.raises(EditError, match="the gradients of the penalties were deleted"):
+            optimizer.step()
+
+
+def test_gradients_of_a_penalty_may_be_accumulated() -> None:
+    class Penalty(EditCallback):
+        penalizes = True
+
+        def penalty(self, run: Any) -> torch.Tensor:
+            return torch.stack([p.square().sum() for p in run.scope.values()]).sum()
+
+    net = model()
+    with editing(net, [ParameterScope(modules="1"), Penalty()]) as edit:
+        optimizer = sgd(edit.parameters())
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(3):
+                edit.before_step()
+                net(torch.ones(2, 4)).square().sum().backward()
+            torch.nn.utils.clip_grad_norm_(edit.parameters(), 0.1)
+            optimizer.step()
+    assert edit.run.step == 2
+
+
 def test_frozen_values_that_change_are_an_error_at_the_first_step() -> None:
     net = model()
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from kedit_train.core.checksums import checksums
+from kedit_train.core.checksums import checksum, checksums
 from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.run import EditRun
@@ -43,6 +44,9 @@ class LoopHost(Host):
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
         self.penalty_gradients: list[tuple[nn.Parameter, Any]] = []
+        self._watches: list[Any] = []
+        # For each gradient of the penalties: whether its values have changed before the backward pass of the loss.
+        self._changed: list[Tensor] = []
         # The state of the edit from a checkpoint, if the loop resumes one.
         self.checkpoint_state: dict[str, Any] | None = None
 
@@ -93,15 +97,42 @@ class LoopHost(Host):
 
     def gradient_error(self) -> str | None:
         # This check needs a single process: DDP may replace the gradients by views into its own buckets.
-        if not is_distributed() and any(p.grad is not grad for p, grad in self.penalty_gradients):
+        if not is_distributed() and (
+            any(p.grad is not grad for p, grad in self.penalty_gradients)
+            or (self._changed and bool(torch.stack(self._changed).any()))
+        ):
             return (
                 "the gradients of the penalties were deleted: zero_grad() was called between edit.before_step() and "
                 "optimizer.step(); call zero_grad() before edit.before_step()."
             )
         return None
 
+    def watch_penalties(self, run: EditRun) -> None:
+        """Record the gradients of the penalties, and notice if they change before the backward pass of the loss."""
+        self.forget_penalties()
+        self.penalty_gradients = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
+        for parameter, gradient in self.penalty_gradients:
+            self._watch(parameter, checksum(gradient))
+
+    def forget_penalties(self) -> None:
+        """Stop watching the gradients of the penalties."""
+        for handle in self._watches:
+            handle.remove()
+        self.penalty_gradients, self._watches, self._changed = [], [], []
+
+    def _watch(self, parameter: nn.Parameter, before: Tensor) -> None:
+        # A hook of a parameter is called before the gradient of the loss is added to parameter.grad. The gradient may
+        # have been set to zero in place, so the object can still be the same.
+        def check(_: Tensor) -> None:
+            handle.remove()
+            if parameter.grad is not None:
+                self._changed.append(checksum(parameter.grad) != before)
+
+        handle = parameter.register_hook(check)
+        self._watches.append(handle)
+
     def after_optimizer_step(self, run: EditRun) -> None:
-        self.penalty_gradients = []
+        self.forget_penalties()
         run.after_step()
         if run.step % self.log_every_n_steps == 0:
             metrics = run.collect()
@@ -195,7 +226,7 @@ class Editing:
         penalty = run.steps.penalty()
         if penalty is not None:
             (penalty if scaler is None else scaler.scale(penalty)).backward()
-            self._host.penalty_gradients = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
+            self._host.watch_penalties(run)
 
     def _is_pending(self) -> bool:
         """Return whether a step was begun but not taken, and the gradients of its penalties still exist."""

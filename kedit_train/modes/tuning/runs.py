@@ -55,13 +55,14 @@ class TuneRuns:
         """Check everything that can fail, and evaluate the unedited model."""
         texts = Texts.of(keep)
         # All runs get the same texts, whatever edits they train, so that they share the statistics of the texts.
-        texts = replace(texts, source=texts.load(edits, tokenizer=texts.tokenizer or tokenizer), nearest=None)
+        loaded = texts.load(edits, tokenizer=texts.tokenizer or tokenizer)
+        texts = replace(texts, source=loaded, nearest=None)
         scopes = covering({layers: frozenset(resolve_scope(model, layers, grid.modules)) for layers in grid.layers})
         backup, weights = WeightBackup(model), fingerprint(model)
         length = (texts.max_length, texts.seed, str(texts.tokenizer))
         keys = {
             "weights": weights,
-            "texts": hashlib.sha256(json.dumps([list(texts.source), length]).encode()).hexdigest(),
+            "texts": hashlib.sha256(json.dumps([loaded, length]).encode()).hexdigest(),
             "training": [EPOCHS, BATCH_SIZE, STOP_LOSS],
             "protocol": options.protocol if isinstance(options.protocol, str) else list(options.protocol),
             "max_new_tokens": options.max_new_tokens,
