@@ -24,6 +24,7 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation import Report, evaluate
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.reporting import wandb_tables
+from kedit_train.evaluation.scoring.router_divergence import RouterDivergence
 
 # Published at every evaluation during training.
 _SCORES = ("reliability", "reliability_smallest_token_probability", "generality", "portability", "locality")
@@ -42,6 +43,9 @@ class EditMetrics(EditCallback):
     reliability, the step with the highest locality is the best. If the locality is also the same, the earliest step is
     the best. ``edit/metrics/seconds`` is the total time of all evaluations. ``edit/metrics/share_of_time`` is the time
     of the evaluations during training, divided by the training time.
+
+    For a mixture-of-experts model, ``edit/router/kl`` is the KL divergence of its routers from those of the unedited
+    model, on the locality prompts (:class:`~kedit_train.evaluation.scoring.router_divergence.RouterDivergence`).
 
     After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
     (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
@@ -174,6 +178,10 @@ class EditMetrics(EditCallback):
         edits.encode(self._tokenizer, max_length=max_length, prompt_format=self._options.asked_format)
         with run.reference_model():
             self.unedited = self._gather_distributions(self._evaluate(run, limit=None, before=None))
+            settings: dict[str, Any] = {"batch_size": self._options.batch_size}
+            settings["prompt_format"] = self._options.asked_format
+            with run.host.forward_context():
+                self._routers = RouterDivergence(run.model, self._tokenizer, self._edits, **settings)
         self._positions = list(wandb_tables.position_rows("unedited", self.unedited))
         self._training_began = time.perf_counter()
         wandb_run = run.host.wandb_run()
@@ -253,6 +261,8 @@ class EditMetrics(EditCallback):
                 limit=limit,
                 progress=run.host.is_main and len(self._edits) > self.evaluation.batch_size,
             )
+            if before is not None and self._routers.layers:
+                report = replace(report, metrics={**report.metrics, "router": {"kl": self._routers.measure(run.model)}})
         self._seconds += time.perf_counter() - began
         return report
 

@@ -11,6 +11,7 @@ from kedit_train.core.ddp import check_ddp_at_first_forward
 from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.adapters import keep_frozen
+from kedit_train.core.scope.experts import experts_per_block
 from kedit_train.core.scope.scope import resolve_scope
 from kedit_train.errors import EditError
 
@@ -34,6 +35,8 @@ class ParameterScope(EditCallback):
             a parameter if the parts of the pattern follow each other directly in the parameter's name. The pattern
             ``"mlp.down_proj"`` includes the bias; ``"mlp.down_proj.weight"`` does not. ``"*"`` matches every
             parameter, so ``ParameterScope(modules="*")`` is full fine-tuning. None selects all modules of the layers.
+            In a mixture-of-experts model, ``"mlp.down_proj"`` matches the down-projections of all experts. The router
+            is frozen, unless a pattern contains its name (``"mlp.gate"``) or is ``"*"``.
         full_precision: whether to train bf16 and fp16 parameters in fp32 and round them when training ends. In half
             precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during training
             contain these parameters in fp32.
@@ -79,6 +82,11 @@ class ParameterScope(EditCallback):
         trainable = [p for p in run.model.parameters() if p.requires_grad]
         run.set_scope(resolve_scope(run.model, self.layers, self.modules))
         self._handles = keep_frozen(run.model, [p for p in trainable if not p.requires_grad])
+        if run.host.is_main and (experts := set(experts_per_block(run.scope).values())):
+            counts = "-".join(str(n) for n in sorted({min(experts), max(experts)}))
+            print(
+                f"ParameterScope: {counts} experts per layer are trained ({len(experts_per_block(run.scope))} layers)"
+            )
 
     def attach(self, run: EditRun) -> None:
         self._handles += check_ddp_at_first_forward(run.model)
@@ -91,7 +99,8 @@ class ParameterScope(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the number of parameters in the scope and their distance from the reference weights.
 
-        The distance is the L2 norm of the change divided by the L2 norm of the reference weights.
+        The distance is the L2 norm of the change divided by the L2 norm of the reference weights. In a
+        mixture-of-experts model, also return the number of experts in the scope, over all layers.
         """
         squared_change, squared_norm = torch.zeros(()), torch.zeros(())
         with torch.no_grad():
@@ -99,10 +108,12 @@ class ParameterScope(EditCallback):
                 reference = run.reference[name].float()
                 squared_change += full_tensor((parameter.float() - reference).square().sum()).cpu()
                 squared_norm += full_tensor(reference.square().sum()).cpu()
-        return {
+        metrics = {
             "edit/scope/parameters": float(sum(p.numel() for p in run.scope.values())),
             "edit/drift/relative": float((squared_change / squared_norm.clamp(min=1e-30)).sqrt()),
         }
+        experts = sum(experts_per_block(run.scope).values())
+        return metrics | {"edit/scope/experts": float(experts)} if experts else metrics
 
     def __repr__(self) -> str:
         return f"ParameterScope({self.layers!r}, modules={self.modules!r})"

@@ -31,7 +31,8 @@ class Report(ReportData):
             :class:`~kedit_train.evaluation.Score`. "reliability", "generality", "portability" and "locality" each have
             "generated", "teacher_forced" and more scores, which
             :func:`~kedit_train.evaluation.scoring.metrics.summarize` explains. "perplexity" is a single score.
-            "weight_drift" is a dict of three scores, or empty if not measured.
+            "weight_drift" is a dict of three scores, or empty if not measured. "router" has the score "kl", only in
+            reports of ``EditMetrics`` on mixture-of-experts models.
         unedited: the metrics of the unedited model, or None. In these metrics, locality is the fraction of true
             answers.
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.

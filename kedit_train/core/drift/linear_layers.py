@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from kedit_train.core.scope.experts import is_stack
 from kedit_train.errors import EditError
 
 
@@ -57,6 +58,13 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
             raise EditError(
                 f"{name} is sharded over processes (DTensor), but the projection needs the whole weight; train with "
                 "DDP instead of FSDP2, or remove this callback."
+            )
+        if is_stack(name, parameter):
+            raise EditError(
+                f"the scope must not contain stacked experts, got {name} of shape {list(parameter.shape)}, because the "
+                "router sends each text token to some of the experts only, and layer inputs are not measured per expert; "
+                "use KLLocality instead, or select layers without stacked experts, such as "
+                "ParameterScope(modules='self_attn.o_proj.weight')."
             )
         layouts = {_is_transposed(module, key) for module, key in owners[id(parameter)]}
         if len(layouts) != 1 or None in layouts:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from kedit_train.core.scope.experts import names_in_dense_model, router_parameters
 from kedit_train.errors import EditError
 
 Layer = int | float | str
@@ -136,16 +137,21 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
     A pattern can match a tied weight by any of its names. The result contains the tied weight only once, under its
     name in ``named_parameters()``.
 
+    In a mixture-of-experts model, a pattern also matches the weights of experts by the names that they would have in a
+    dense model: "mlp.down_proj" matches ``mlp.experts.down_proj`` and ``mlp.shared_expert.down_proj.weight``. Routers
+    are selected only by a pattern that contains the name of the router ("mlp.gate"), and by "*".
+
     Args:
         model: any module.
         layers: the selected layers, as in :func:`layer_indices`. None also includes parameters outside the layers.
-        modules: one pattern or several, as in :func:`matches`. None selects all modules in the selected layers.
+        modules: one pattern or several, as in :func:`matches`. None selects all modules in the selected layers, but no
+            routers.
 
     Returns:
         A dict from name to parameter.
 
     Raises:
-        EditError: a pattern matches nothing or only frozen parameters, or a layer is out of range.
+        EditError: a pattern matches nothing, only frozen parameters or only routers, or a layer is out of range.
     """
     patterns = ["*"] if modules is None else [modules] if isinstance(modules, str) else list(modules)
     if not any(patterns):
@@ -155,10 +161,18 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         stack, depth = find_layers(model)
         prefixes = tuple(f"{stack}.{index}." for index in layer_indices(layers, depth))
         named = [(name, p) for name, p in named if name.startswith(prefixes)]
+    dense, routers = names_in_dense_model(name for name, _ in named), router_parameters(name for name, _ in named)
     selected: set[int] = set()
     within = "" if layers is None else f" in layers={layers!r}"
     for pattern in patterns:
-        matching = [p for name, p in named if matches(name, pattern)]
+        matched = [pair for pair in named if matches(pair[0], pattern) or matches(dense.get(pair[0], ""), pattern)]
+        whole_model = modules is not None and pattern == "*"
+        matching = [p for name, p in matched if whole_model or routers.get(name, "") in ("", *pattern.split("."))]
+        if matched and not matching:
+            raise EditError(
+                f"modules={pattern!r}{within} matches only routers, which stay frozen unless they are named; select "
+                f"other modules, or name the router: modules={routers[matched[0][0]]!r}."
+            )
         if not matching:
             raise EditError(
                 f"modules={pattern!r} matches no parameter{within} of {type(model).__name__}; choose from these "

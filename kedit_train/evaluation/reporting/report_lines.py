@@ -108,6 +108,8 @@ def score_lines(report: ReportData) -> Iterator[ScoreLine]:
         # The baseline has the weights of the unedited model.
         columns = {"edited": score} if report.unedited is None else {"unedited": score, "edited": NO_SCORE}
         yield ScoreLine(label=f"fact in the prompt: {question}", **columns)
+    if (score := metrics.get("router", {}).get("kl", NO_SCORE)).n:
+        yield ScoreLine(label="routers: KL (nats per token)", edited=score)
     for name, score in metrics["weight_drift"].items():
         yield ScoreLine(label=f"weight drift: {name}", edited=score)
 
