@@ -44,7 +44,7 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
         name -> linear layer, in the order of the scope.
 
     Raises:
-        EditError: a parameter is not the weight of a linear layer (a bias, an embedding, a norm, fused experts), is
+        EditError: a parameter is not the weight of a linear layer (a bias, an embedding, a norm, stacked experts), is
             quantized, or is sharded.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {id(p): [] for p in scope.values()}
@@ -61,10 +61,9 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
             )
         if is_stack(name, parameter):
             raise EditError(
-                f"the scope must not contain stacked experts, got {name} of shape {list(parameter.shape)}, because the "
-                "router sends each text token to some of the experts only, and layer inputs are not measured per expert; "
-                "use KLLocality instead, or select layers without stacked experts, such as "
-                "ParameterScope(modules='self_attn.o_proj.weight')."
+                f"the scope must not contain stacked experts, got {name} {list(parameter.shape)}, because layer inputs "
+                "are not measured per expert; use KLLocality instead of this callback, or select other weights, for "
+                "example ParameterScope(modules='self_attn.o_proj.weight')."
             )
         layouts = {_is_transposed(module, key) for module, key in owners[id(parameter)]}
         if len(layouts) != 1 or None in layouts:

@@ -18,8 +18,8 @@ from kedit_train.evaluation.asking.batching import inference_context, model_devi
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.functional.divergence import kl_divergence
 
-# Number of prompts. The stored distributions take 4 bytes per token, layer and expert: 20 MB for 64 prompts of 13 tokens
-# in a model with 48 layers of 128 experts.
+# Maximum number of prompts. The stored logits take 4 bytes per token, layer and expert: 20 MB for 64 prompts of 13
+# tokens in a model with 48 layers of 128 experts.
 MAX_PROMPTS = 64
 
 
@@ -30,8 +30,8 @@ class RouterDivergence:
     changes the hidden states that the routers of later layers read.
 
     The prompts are the locality prompts of the edits, or the edits' own prompts if there are no locality prompts. At
-    most ``MAX_PROMPTS`` prompts are used, evenly spaced over the edits. The distributions of the routers are stored when
-    the object is created.
+    most ``MAX_PROMPTS`` prompts are used, evenly spaced over the edits. The logits of the routers are stored when the
+    object is created.
 
     Args:
         model: the unedited model.
