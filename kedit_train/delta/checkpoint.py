@@ -10,6 +10,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from kedit_train.atomic_write import writing
+from kedit_train.core.scope.experts import is_stack
 from kedit_train.delta.tensor_change import Change
 from kedit_train.delta.weight_source import INDEX, shards_of
 from kedit_train.errors import EditError
@@ -61,6 +62,12 @@ def _jobs(
     places = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
     stored = {name: [alias for alias in (name, *change.tied) if alias in places] for name, change in changes.items()}
     missing = next((name for name, aliases in stored.items() if not aliases), None)
+    if missing is not None and is_stack(missing, changes[missing].before):
+        raise EditError(
+            f"the checkpoint stores the experts of {missing!r} one by one, but the delta has them in one "
+            "tensor; load the model with from_pretrained, apply or revert the delta on the model, and save it with "
+            "save_pretrained."
+        )
     if missing is not None:
         raise EditError(
             f"the checkpoint has no tensor {missing!r}, so the delta belongs to another model; use a checkpoint of the "

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from kedit_train.callbacks.hosts.guarded_loop import guard_loop
+from kedit_train.callbacks.hosts.stacked_experts import check_best_model
 from kedit_train.callbacks.hosts.transformers_host import TransformersHost
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -80,6 +81,7 @@ class TransformersEvents(TrainerCallback):
         run = self._driven_run(control)
         if run and not run.has_started:
             self._check_none_removed(run)
+            check_best_model(run)
             run.host.mark_checkpoints()
             for callback in run.callbacks:
                 run.attach(callback)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kedit_train.callbacks.hosts.stacked_experts import load_stacked_experts
 from kedit_train.core.host import Host
 from kedit_train.core.resume import FORMAT, check_scope
 from kedit_train.core.state_file import FILE, load_state, save_state
@@ -76,7 +77,7 @@ class TransformersHost(Host):
             self._states.clear()
 
     def check_checkpoint(self, run: Any, folder: str) -> None:
-        """Check a checkpoint before the trainer loads its optimizer.
+        """Check a checkpoint before the trainer loads its optimizer, and load what the trainer has not loaded.
 
         Raises:
             EditError: the checkpoint was written with another scope, or a part of it is missing.
@@ -84,6 +85,7 @@ class TransformersHost(Host):
         state = self._load(Path(folder))
         if state is not None and state.get("format") == FORMAT:
             check_scope(run, state)
+        load_stacked_experts(run, folder)
         # The trainer would silently begin with a new optimizer.
         parts = () if self.args.save_only_model else ("optimizer", "scheduler")
         missing = next((part for part in parts if not any(Path(folder).glob(f"{part}*"))), None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kedit_train.core.cache.hidden_state_store import HiddenStateStore
 from kedit_train.core.cache.layer_stack import Prefix, PrefixState, call_arguments
 from kedit_train.core.cache.sequence_keys import SequenceBatch, read_sequences
+from kedit_train.core.scope.experts import experts_per_block
 from kedit_train.errors import EditError, reported_by, warn
 
 # Hooks run in the forward pass of the training loop, where errors do not name a callback by default.
@@ -85,6 +86,8 @@ class FrozenPrefix:
         self._served_since_recheck = 0
         self._warned: set[str] = set()
         self._replaced_forwards: list[tuple[nn.Module, Any]] = []
+        self._bypass_reason = ""
+        self._has_experts = bool(experts_per_block(dict(model.named_parameters())))
         self._state = PrefixState(model, prefix)
         self._adapters = [m for m in prefix.modules if hasattr(m, "active_adapters") and hasattr(m, "disable_adapters")]
         self._handles = [
@@ -128,6 +131,13 @@ class FrozenPrefix:
         skipped = self.served > served_before
         self.sequences = self.served = self._served_since_recheck = 0
         self.seconds_saved, self._seconds_and_tokens = 0.0, [0.0, 0]
+        if not skipped and self._bypass_reason:
+            raise EditError(
+                f"no batch can be cached, because {self._bypass_reason}; turn this off (with router logits, set "
+                "router_aux_loss_coef=0.0 in SFTConfig, or model.config.output_router_logits=False), or remove "
+                "PrefixCache.",
+                component=_COMPONENT,
+            )
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
                 f"the logits of {type(self.model).__name__} change when the layers below layer {self.prefix.cut} are "
@@ -166,8 +176,9 @@ class FrozenPrefix:
         inputs = call_arguments(module, args, kwargs)
         sequences = self._read(inputs, self._labels[-1] if self._labels else None)
         if isinstance(sequences, str):
-            self.bypassed += 1
-            self._warn_once(f"a batch is computed in full, without the cache: {sequences}.")
+            self.bypassed, self._bypass_reason = self.bypassed + 1, sequences
+            if not self._checking:
+                self._warn_once(f"a batch is computed in full, without the cache: {sequences}.")
             return
         self._check_weights()
         started, device = time.perf_counter(), inputs["input_ids"].device
@@ -182,16 +193,16 @@ class FrozenPrefix:
             self._call = _Call(sequences, hidden, [], started)
             self._skip_layers(hidden)
 
-    def _enter_first_trained_layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter_first_trained_layer(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         call, self._call = self._call, None
         if call is None:
-            return
+            return None
         tokens = call.sequences.shape.numel()
         if call.hidden is not None:
             seconds, measured = self._seconds_and_tokens
             cost = seconds / measured * tokens if measured else 0.0
             self.seconds_saved += cost - (time.perf_counter() - call.started)
-            return
+            return None
         hidden: Tensor = args[0].detach()
         if not all(map(torch.equal, call.random_states, _random_states(hidden.device))):
             raise EditError(
@@ -200,13 +211,14 @@ class FrozenPrefix:
                 "PrefixCache.",
                 component=_COMPONENT,
             )
+        replaced = (call.sequences.without_padding(args[0]), *args[1:]) if self._has_experts else None
         # The copy waits for the device, so the measured time is that of the frozen layers.
         hidden = hidden.cpu()
         seconds, measured = self._seconds_and_tokens
         self._seconds_and_tokens = [seconds + time.perf_counter() - call.started, measured + tokens]
         if call.stored is not None:
             self._compare(call, hidden)
-            return
+            return replaced
         left_out = self.store.left_out
         with reported_by(_COMPONENT):
             spans = zip(call.sequences.keys, hidden, call.sequences.spans, strict=True)
@@ -216,6 +228,7 @@ class FrozenPrefix:
                 f"memory_limit is reached with {len(self.store)} sequences, so batches with other sequences are "
                 "computed in full; raise memory_limit or set cache_dir."
             )
+        return replaced
 
     def _compare(self, call: _Call, hidden: Tensor) -> None:
         """Stop caching if ``hidden`` [B, S, d] differs from the stored hidden states by more than rounding."""

@@ -127,6 +127,17 @@ class SequenceBatch:
     spans: list[slice]
     shape: torch.Size
 
+    def without_padding(self, hidden: Tensor) -> Tensor:
+        """Return the hidden states of a batch with zeros at padding, as if they came from the cache.
+
+        Experts also multiply the padding that is sent to them, with the tokens. So the values at padding decide
+        how many rows an expert multiplies, and the last bits of all its results can depend on this number.
+        """
+        padding = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        for row, span in zip(padding, self.spans, strict=True):
+            row[span] = False
+        return hidden.masked_fill(padding.to(hidden.device).unsqueeze(-1), 0.0) if bool(padding.any()) else hidden
+
 
 def read_sequences(
     inputs: Mapping[str, Any], labels: Tensor | None, *, ignores_padding: bool, config: Any, mode: bytes

@@ -1,0 +1,54 @@
+"""Load stacked experts from a checkpoint of ``transformers``, which the trainer itself does not do.
+
+``save_pretrained`` stores the weights of each expert under their own names. ``from_pretrained`` stacks them again, but
+``Trainer`` loads a checkpoint with ``load_state_dict(strict=False)``, which skips them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kedit_train.core.scope.experts import is_stack
+from kedit_train.delta.weight_source import INDEX, SINGLE, shards_of
+from kedit_train.errors import EditError
+
+
+@torch.no_grad()
+def load_stacked_experts(run: Any, folder: str | Path) -> None:
+    """Load the parameters in scope from a checkpoint, if the checkpoint stores stacked experts of the scope separately.
+
+    This needs the memory of a second model in fp32 for a short time.
+
+    Args:
+        run: the :class:`~kedit_train.core.run.EditRun` that is resumed.
+        folder: the checkpoint that the trainer has loaded.
+    """
+    folder = Path(folder)
+    stacks = {name for name, parameter in run.scope.items() if is_stack(name, parameter)}
+    # Adapters and shards of FSDP are stored in other files, under the names of the model.
+    if not stacks or not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        return
+    stored = {name for spans in shards_of(folder).values() for name in spans}
+    if stacks <= stored:
+        return
+    # In fp32, because the scope may have been trained in fp32 although the configuration names another dtype.
+    saved = dict(type(run.language_model).from_pretrained(folder, dtype=torch.float32).named_parameters())
+    for name, parameter in run.scope.items():
+        parameter.copy_(saved[name])
+
+
+def check_best_model(run: Any) -> None:
+    """Check that the trainer will not load its best checkpoint at the end, which would leave the experts as they are.
+
+    Raises:
+        EditError: ``load_best_model_at_end`` is set, and the scope contains stacked experts.
+    """
+    if run.host.args.load_best_model_at_end and any(is_stack(name, p) for name, p in run.scope.items()):
+        raise EditError(
+            "load_best_model_at_end must be False in a run that trains stacked experts, because the trainer of "
+            'transformers does not load them from a checkpoint; use SaveDelta(at="best") to keep the best weights.',
+            component="ParameterScope",
+        )
