@@ -150,9 +150,9 @@ def test_a_cache_for_a_model_that_returns_router_logits_is_an_error(tokenizer, e
     with pytest.raises(EditError) as error:
         HOSTS["loop"](model, tokenizer, edits, [scope(), PrefixCache()], 1)
     assert str(error.value) == (
-        "PrefixCache: no batch can be cached, because the model was called with output_router_logits, which needs every "
-        "layer or may change the hidden states; turn this off (with router logits, set router_aux_loss_coef=0.0 in "
-        "SFTConfig, or model.config.output_router_logits=False), or remove PrefixCache."
+        "PrefixCache: no batch can be cached, because the model was called with output_router_logits, which needs "
+        "every layer or may change the hidden states; turn this off (with router logits, set "
+        "router_aux_loss_coef=0.0 in SFTConfig, or model.config.output_router_logits=False), or remove PrefixCache."
     )
 
 
@@ -189,8 +189,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(family, host, 
 
 def test_the_best_checkpoint_of_the_trainer_is_an_error(tokenizer, edits, tmp_path: Path):
     options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
-    model = build("mixtral")
+    model, best = build("mixtral"), {"load_best_model_at_end": True, "eval_steps": 2, "do_eval": False}
     with pytest.raises(EditError, match=r"^ParameterScope: load_best_model_at_end must be False .*SaveDelta\(at="):
-        best = {"load_best_model_at_end": True, "eval_steps": 2, "do_eval": False}
         HOSTS["Trainer"](model, tokenizer, edits, [scope()], 2, **options, **best)
     assert all(torch.equal(p, build("mixtral").get_parameter(n)) for n, p in model.named_parameters())
