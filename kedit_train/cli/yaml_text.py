@@ -1,4 +1,4 @@
-"""Parse YAML from a file of a user: every problem is one kind of error, and no file takes unbounded time or memory."""
+"""Parse YAML from a user's file in bounded time and memory. Every problem raises the same error class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class InvalidYAML(yaml.YAMLError):
-    """A text is not YAML that can be read. The message is one short line, without the name of the file."""
+    """The text is not valid YAML, or is not accepted (see :func:`load_yaml`).
+
+    The message is one short line, without the name of the file.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(cut(" ".join(reason.split())))
@@ -33,8 +36,8 @@ def load_yaml(text: str) -> Any:
     """Return the value of a YAML text, as the command ``fit`` reads it.
 
     Raises:
-        InvalidYAML: the text is not YAML, is nested too deeply, contains a number with too many digits or a value that
-            does not fit its tag, or has an alias that is inside of what it stands for, or stands for too much text.
+        InvalidYAML: the text is not YAML or is nested too deeply; it contains a number with too many digits, a value
+            that does not fit its tag, or an alias that contains itself; or its aliases stand for too much text.
 
     Example:
         >>> load_yaml("trainer: {max_epochs: 3}")
@@ -64,7 +67,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _check(text: str) -> None:
-    """Check the parts of a text one after the other, before PyYAML, which calls itself for each level, reads it.
+    """Check the limits before PyYAML builds the values, because PyYAML calls itself for each level.
 
     Raises:
         InvalidYAML: see :func:`load_yaml`.

@@ -50,8 +50,8 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
 
     If the format is unknown and the tokenizer has a chat template, a warning is issued, because the training examples
     may be chats. If the training examples are chats and the tokenizer has no chat template, a warning is issued and
-    "plain" is returned. A warning is also issued if they begin with messages (such as a system prompt) with which the
-    evaluation does not begin.
+    "plain" is returned. A warning is also issued if the training chats begin with messages, such as a system prompt,
+    that the evaluation prompts do not have.
     """
     found = training_format(run, tokenizer, edits)
     if found is not None and chat_format(found) is not None and not getattr(tokenizer, "chat_template", None):

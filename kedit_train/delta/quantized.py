@@ -1,4 +1,4 @@
-"""Refuse quantized weights, because a delta of their values fits no checkpoint of the base model."""
+"""Refuse quantized weights, because their delta could not be applied to a checkpoint of the base model."""
 
 from __future__ import annotations
 

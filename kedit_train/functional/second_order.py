@@ -59,7 +59,7 @@ def damped_inverse(moment: Tensor, damping: float) -> Tensor:
 
 
 def precondition(gradient: Tensor, output_inverse: Tensor | None, input_inverse: Tensor) -> Tensor:
-    """Return ``S⁻¹ G A⁻¹``: the steepest direction where distances are measured by the divergence on the texts.
+    """Return ``S⁻¹ G A⁻¹``, the direction that changes the loss most for a given divergence on the texts.
 
     Args:
         gradient: G, [out, in].

@@ -121,7 +121,7 @@ class TransformersHost(Host):
         self.collect_states()
 
     def collect_states(self) -> None:
-        """Move states next to a checkpoint into it, and remove what a killed process has left of such files."""
+        """Move the state files next to checkpoints into the checkpoints, and remove files of killed processes."""
         if not self.is_main:
             return
         output = Path(self.args.output_dir)

@@ -1,4 +1,4 @@
-"""The K-FAC factors of the texts that must stay, for ``LowCurvature`` and ``SecondOrderLocality``."""
+"""Compute or read the K-FAC factors that ``LowCurvature`` and ``SecondOrderLocality`` use."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def factors_of_texts(
     inputs_only: bool = False,
     skip_first: bool = False,
 ) -> KFACFactors:
-    """Compute the factors of the model before the edit on the texts, or read them from a file.
+    """Compute the K-FAC factors of the unedited model on texts, or read the factors from a file.
 
     Args:
         run: the current run.
         layers: name -> linear layer.
-        texts: the texts that must stay.
+        texts: the texts on which the predictions should stay the same.
         limit: maximum number of texts. None uses all texts.
         batch_size: sequences per forward and backward pass.
         path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file.

@@ -146,7 +146,7 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
-    """Return the best of the trials, which must be on the same edits, and the rule that it was picked by.
+    """Return the best trial and the rule by which it was picked. All trials must be on the same edits.
 
     Args:
         trials: at least one trial.
@@ -184,7 +184,7 @@ def _beats(one: Trial, other: Trial) -> bool:
 
 
 def covering(scopes: Mapping[Key, frozenset[Name]]) -> dict[Key, Key]:
-    """Return, for each scope, the largest scope that contains it. Its file of factors serves both.
+    """Return, for each scope, the largest scope that contains it. Both scopes can use the factors of the larger one.
 
     Args:
         scopes: a dict from the key of a scope to the names of its weights.

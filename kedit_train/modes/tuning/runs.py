@@ -31,7 +31,7 @@ from kedit_train.modes.weight_backup import WeightBackup
 
 @dataclass
 class TuneRuns:
-    """The unedited model with its report and statistics, and functions that measure a setting on some edits."""
+    """Trains and evaluates single settings for ``tune``. Every run starts from the unedited model."""
 
     model: nn.Module
     tokenizer: Any
