@@ -149,9 +149,9 @@ class KLLocality(EditCallback):
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
-                "with sequential=True, the output head must not be trained, because it must give the same logits for "
-                "the stored hidden states in every run; leave the head (and embeddings that are tied to the head) out "
-                "of the scope."
+                "with sequential=True, the output head must not be trained, because every run computes logits from the "
+                "stored hidden states with it; leave the head (and embeddings that are tied to the head) out of the "
+                "scope."
             )
         if batches is None:
             self._batches = ReferenceBatches(

@@ -45,7 +45,7 @@ def load_yaml(text: str) -> Any:
         >>> load_yaml("&again [*again]")
         Traceback (most recent call last):
         ...
-        kedit_train.cli.yaml_text.InvalidYAML: the alias at line 1 is inside of what it stands for
+        kedit_train.cli.yaml_text.InvalidYAML: the alias at line 1 contains itself
     """
     try:
         _check(text)
@@ -60,7 +60,7 @@ def load_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise InvalidYAML(str(error)) from error
     except RecursionError as error:
-        raise InvalidYAML("it is nested too deeply") from error
+        raise InvalidYAML("the text is nested too deeply") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # PyYAML does not check values with a tag, such as "!!int x".
         raise InvalidYAML(f"a value cannot be read ({error})") from error
@@ -80,12 +80,12 @@ def _check(text: str) -> None:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.CollectionStartEvent):
             if len(levels) > MAX_DEPTH:
-                raise InvalidYAML(f"it has more than {MAX_DEPTH} levels at line {line}")
+                raise InvalidYAML(f"the text has more than {MAX_DEPTH} levels at line {line}")
             levels.append((event.anchor, 1))
             continue
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in levels):
-                raise InvalidYAML(f"the alias at line {line} is inside of what it stands for")
+                raise InvalidYAML(f"the alias at line {line} contains itself")
             # PyYAML reports an alias without an anchor.
             anchor, size = None, sizes.get(event.anchor, 0)
         elif isinstance(event, yaml.ScalarEvent):
@@ -103,7 +103,7 @@ def _check(text: str) -> None:
         levels[-1] = (levels[-1][0], levels[-1][1] + size)
     # Without aliases, both numbers are equal.
     if levels[0][1] > max(written, MAX_EXPANDED):
-        raise InvalidYAML(f"its aliases stand for more than {MAX_EXPANDED:,} characters")
+        raise InvalidYAML(f"the aliases stand for more than {MAX_EXPANDED:,} characters")
 
 
 set_loader(MODE, load_yaml, (yaml.YAMLError,))

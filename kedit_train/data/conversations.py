@@ -13,8 +13,8 @@ class RenderedConversation(str):
     """A conversation as text. The text contains the special tokens of the chat template.
 
     Attributes:
-        contents: the contents of the messages. A template may change a content, for example remove white space, so
-            leaks are searched for in the contents, too.
+        contents: the contents of the messages. A template may change a content (for example, remove white space), so
+            leak checks also read the contents.
     """
 
     contents: str

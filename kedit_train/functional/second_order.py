@@ -53,7 +53,7 @@ def damped_inverse(moment: Tensor, damping: float) -> Tensor:
     exact = widest(moment)
     scale = float(exact.diagonal().mean())
     if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the mean of the diagonal is {scale:g}")
+        raise ValueError(f"the mean of the diagonal must be > 0 and finite, got {scale:g}")
     identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(exact / scale + damping * identity)).to(moment)
 

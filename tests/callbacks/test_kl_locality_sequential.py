@@ -100,7 +100,7 @@ def test_another_model_starts_over(make, words):
     model = make().eval()
     before = copy.deepcopy(model)
     with pytest.warns(
-        UserWarning, match="KLLocality: sequential=True needs .* but this run trains another model object than the prev"
+        UserWarning, match="KLLocality: sequential=True needs .* but this run trains another model object"
     ):
         got = run(model, words, kl, [SECOND])
     assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)

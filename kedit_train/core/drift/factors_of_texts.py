@@ -47,8 +47,8 @@ def factors_of_texts(
     """
     if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
         raise EditError(
-            f"the scope must not contain LoRA factors, got {adapters[0]}: an adapter has no curvature while B is zero; "
-            "train the weight itself, or use NullSpace instead."
+            f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, so "
+            "the curvature of the adapter is zero too; train the weight itself, or use NullSpace instead."
         )
     sequences = texts.tokenize(run, limit=limit)
     if inputs_only:

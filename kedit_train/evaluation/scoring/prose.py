@@ -21,7 +21,7 @@ MAX_TOKENS = 20_000
 
 @dataclass(frozen=True)
 class TextResult:
-    """What was measured on one text. Every sum is over tokens that were predicted.
+    """The measurements on one text. Every sum is over the predicted tokens.
 
     Args:
         loss: sum of the negative log-probabilities, in nats.

@@ -61,7 +61,7 @@ class Protocols:
 
     @property
     def headline(self) -> Protocol:
-        """The protocol of the headline scores."""
+        """The first protocol, which gives the headline scores of a report."""
         return self.names[0]
 
     @property

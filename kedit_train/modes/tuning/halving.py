@@ -97,8 +97,8 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
         groups.setdefault(" ".join(subject.casefold().split()), []).append(number)
     if len(groups) < 2:
         raise EditError(
-            f"edits must have at least two subjects, so that some edits can be held out, got {len(edits)} edits with "
-            f"{len(groups)}; give more edits."
+            f"edits must be about at least two subjects, so that some edits can be held out, got {len(edits)} edits "
+            f"about {len(groups)} subject(s); give edits about more subjects."
         )
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
@@ -165,8 +165,8 @@ def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """Return the Pareto front: the trials that no other trial beats.
 
-    A trial beats another one on the same number of edits if it is at least as good in reliability, generality and
-    locality, and better in one of them.
+    Only trials on the same number of edits are compared. A trial beats another trial if it is at least as good in
+    reliability, generality and locality, and better in one of them.
     """
     return [t for t in trials if t.reliability is not None and not any(_beats(other, t) for other in trials)]
 

@@ -110,7 +110,9 @@ def tune(
             bar.set_description("held-out edits")
             final = runs.measure(best.setting, held_out)
         if final.error:
-            raise EditError(f"the picked setting ({best.setting}) failed on the held-out edits: {final.error}")
+            raise EditError(
+                f"the picked setting ({best.setting}) failed on the held-out edits, so use a grid without it: {final.error}"
+            )
         settings = {name: runs.unedited.meta["settings"][name] for name in ("prompt_format", "max_new_tokens")}
         meta = {
             "model": runs.unedited.meta["model"],
