@@ -111,7 +111,8 @@ def tune(
             final = runs.measure(best.setting, held_out)
         if final.error:
             raise EditError(
-                f"the picked setting ({best.setting}) failed on the held-out edits, so use a grid without it: {final.error}"
+                f"the picked setting ({best.setting}) failed on the held-out edits, so use a grid without it: "
+                f"{final.error}"
             )
         settings = {name: runs.unedited.meta["settings"][name] for name in ("prompt_format", "max_new_tokens")}
         meta = {
