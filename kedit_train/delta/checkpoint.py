@@ -62,7 +62,7 @@ def _jobs(
     places = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
     stored = {name: [alias for alias in (name, *change.tied) if alias in places] for name, change in changes.items()}
     missing = next((name for name, aliases in stored.items() if not aliases), None)
-    if missing is not None and is_stack(missing, changes[missing].before):
+    if missing is not None and is_stack(missing, changes[missing].shape):
         raise EditError(
             f"the checkpoint stores the experts of {missing!r} one by one, but the delta has them in one "
             "tensor; load the model with from_pretrained, apply or revert the delta on the model, and save it with "

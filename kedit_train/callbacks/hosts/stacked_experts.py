@@ -27,7 +27,7 @@ def load_stacked_experts(run: Any, folder: str | Path) -> None:
         folder: the checkpoint that the trainer has loaded.
     """
     folder = Path(folder)
-    stacks = {name for name, parameter in run.scope.items() if is_stack(name, parameter)}
+    stacks = {name for name, parameter in run.scope.items() if is_stack(name, parameter.shape)}
     # Adapters and shards of FSDP are stored in other files, under the names of the model.
     if not stacks or not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
         return
@@ -46,7 +46,7 @@ def check_best_model(run: Any) -> None:
     Raises:
         EditError: ``load_best_model_at_end`` is set, and the scope contains stacked experts.
     """
-    if run.host.args.load_best_model_at_end and any(is_stack(name, p) for name, p in run.scope.items()):
+    if run.host.args.load_best_model_at_end and any(is_stack(name, p.shape) for name, p in run.scope.items()):
         raise EditError(
             "load_best_model_at_end must be False in a run that trains stacked experts, because the trainer of "
             'transformers does not load them from a checkpoint; use SaveDelta(at="best") to keep the best weights.',

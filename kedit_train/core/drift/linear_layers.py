@@ -59,7 +59,7 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
                 f"{name} is sharded over processes (DTensor), but the projection needs the whole weight; train with "
                 "DDP instead of FSDP2, or remove this callback."
             )
-        if is_stack(name, parameter):
+        if is_stack(name, parameter.shape):
             raise EditError(
                 f"the scope must not contain stacked experts, got {name} {list(parameter.shape)}, because layer inputs "
                 "are not measured per expert; use KLLocality instead of this callback, or select other weights, for "

@@ -8,7 +8,7 @@ experts, for example ``mlp.experts.3.down_proj.weight``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -91,16 +91,16 @@ def experts_per_block(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     listed: dict[str, set[int]] = {}
     for name, block in _in_blocks(list(parameters)):
         part, *rest = name.removeprefix(f"{block}.").split(".")
-        if part == _EXPERTS and is_stack(name, parameters[name]):
+        if part == _EXPERTS and is_stack(name, parameters[name].shape):
             listed.setdefault(block, set()).update(range(parameters[name].shape[0]))
         elif part == _EXPERTS and rest[0].isdigit():
             listed.setdefault(block, set()).add(int(rest[0]))
     return {block: len(experts) for block, experts in listed.items()}
 
 
-def is_stack(name: str, parameter: Tensor) -> bool:
-    """Return whether a parameter contains the weights or biases of all experts of a block."""
-    return name.split(".")[-2:-1] == [_EXPERTS] and parameter.ndim > 1
+def is_stack(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a parameter of this name and shape contains the weights or biases of all experts of a block."""
+    return name.split(".")[-2:-1] == [_EXPERTS] and len(shape) > 1
 
 
 def _in_blocks(names: list[str]) -> list[tuple[str, str]]:
