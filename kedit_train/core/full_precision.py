@@ -82,8 +82,9 @@ class FullPrecision:
         # A copied model has these hooks, too, but its modules are not in this dict.
         for owner, dtypes in self._owners_in.get(module, ()):
             slots: dict[str, Any] = owner._parameters
-            # A plain tensor in this slot means that an outer module has already put the copy there.
-            if not isinstance(slots[next(iter(dtypes))], nn.Parameter):
+            first, dtype = next(iter(dtypes.items()))
+            if slots[first].dtype == dtype:
+                # An outer module has already put the copy there.
                 continue
             masters = {name: slots[name] for name in dtypes}
             self._swapped.append((slots, masters))

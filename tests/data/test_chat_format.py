@@ -157,3 +157,19 @@ def test_the_unedited_report_must_have_the_same_format() -> None:
     evaluate(model, tokenizer, edits, options=options[0], unedited=before)
     with pytest.raises(EditError, match="was made with prompt_format="):
         evaluate(model, tokenizer, edits, options=options[1], unedited=before)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"history":' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
+        ('{"history":' + "[" * 600 + "]" * 600 + "}", "more than 400 levels"),
+        ('{"system": ' + "1" * 5000 + "}", "digits"),
+        ('{"system"', "delimiter"),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_short_line(text: str, reason: str) -> None:
+    with pytest.raises(EditError, match=reason) as error:
+        EvaluationOptions(prompt_format=text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
