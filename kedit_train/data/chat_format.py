@@ -102,9 +102,7 @@ def read_format(value: Any) -> Any:
         try:
             value = parse_json(value)
         except ValueError as error:
-            raise EditError(
-                f'prompt_format must be valid JSON, got {cut(repr(value), 80)} ({error}).'
-            ) from error
+            raise EditError(f"prompt_format must be valid JSON, got {cut(repr(value), 80)} ({error}).") from error
     return from_mapping(ChatFormat, value) if isinstance(value, Mapping) else value
 
 

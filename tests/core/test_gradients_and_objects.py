@@ -60,5 +60,9 @@ def test_a_scope_that_is_frozen_during_the_run_is_an_error() -> None:
         net = model()
         with pytest.raises(EditError, match=rf"^no parameter in scope can be trained at step {at + 1}.*1\.weight"):
             train(
-                net, [ParameterScope(modules="1")], sgd, 2, lambda number: net.requires_grad_(False) if number == at else 0
+                net,
+                [ParameterScope(modules="1")],
+                sgd,
+                2,
+                lambda number: net.requires_grad_(False) if number == at else 0,
             )

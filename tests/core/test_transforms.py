@@ -28,7 +28,9 @@ def gradients(callbacks: list[Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("callbacks", [[TokenLoss("overtone")], [PrefixCache()]])
 def test_a_transform_is_an_error_that_names_the_alternative(callbacks: list[Any]) -> None:
-    with pytest.raises(EditError, match=r"inside a transform of torch\.func.*loss\.backward\(\) or torch\.autograd\.grad"):
+    with pytest.raises(
+        EditError, match=r"inside a transform of torch\.func.*loss\.backward\(\) or torch\.autograd\.grad"
+    ):
         gradients(callbacks)
 
 

@@ -59,7 +59,7 @@ def check_names(record: Fields, known: frozenset[str]) -> None:
 
 
 def read(record: Fields) -> list[Edit]:
-    """Read a record in the format of kedit-train, without changing its texts.
+    """Read a record in the format of kedit-train. Texts are not changed, except that white space around the target is removed.
 
     ``prompt`` and ``target`` are required. ``subject``, ``old_target``, ``aliases``, ``rephrases``, ``locality``,
     ``portability`` and ``id`` are optional. Locality and portability are a list of questions, or a mapping from kinds
@@ -69,7 +69,7 @@ def read(record: Fields) -> list[Edit]:
     return [
         Edit(
             prompt=record.text("prompt"),
-            target=record.text("target"),
+            target=record.answer("target"),
             subject=record.optional_text("subject"),
             old_target=record.optional_text("old_target"),
             aliases=record.texts("aliases"),
