@@ -50,7 +50,7 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
 
 
 def cut(text: str, width: int = 300) -> str:
-    """Return a text of at most ``width`` characters for a message. A longer text loses its middle.
+    """Return a text of at most ``width`` characters for a message. The middle of a longer text is left out.
 
     Example:
         >>> cut("abcdefghijklmnopqrstuvwxyz", 15)

@@ -120,14 +120,14 @@ def parse_json(text: str | bytes) -> Any:
     try:
         value = json.loads(text, parse_int=_integer)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("the JSON is nested too deeply") from error
     level = [value]
     for _ in range(_MAX_DEPTH):
         if not level:
             return value
         inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
         level = [part for parts in inner for part in parts]
-    raise ValueError(f"it has more than {_MAX_DEPTH} levels")
+    raise ValueError(f"the JSON has more than {_MAX_DEPTH} levels")
 
 
 def _integer(text: str) -> int:
@@ -169,12 +169,12 @@ def map_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span]) -> dict
 def copy_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span], memory_limit: int) -> dict[str, Tensor]:
     """Copy tensors, so that later changes of the file do not change them.
 
-    Up to ``memory_limit`` bytes are copied into memory. A larger file is copied into a file without a name, which is
-    memory-mapped and which the system deletes with the last tensor. The nameless file is next to ``path`` or, if that
-    is not possible, in the folder for temporary files.
+    Up to ``memory_limit`` bytes are copied into memory. A larger file is copied into a nameless file, which is
+    memory-mapped. The system deletes the nameless file when its last tensor is deleted. The nameless file is next to
+    ``path`` or, if that is not possible, in the folder for temporary files.
 
     Raises:
-        EditError: the file is cut short meanwhile, or no folder has space for the copy.
+        EditError: the file becomes shorter during the copy, or no folder has space for the copy.
     """
     size = max((span.end for span in spans.values()), default=0)
     with open(path, "rb") as file:

@@ -63,9 +63,8 @@ def replay_facts(
     """Make training examples from prompts about other facts and the model's own greedy answers.
 
     A prompt is left out if it contains the subject or the prompt of an edit. A prompt is also left out if the prompt
-    with its answer contains a rephrase of an edit or the prompt of a locality or portability question
-    (:meth:`~kedit_train.data.leaks.LeakCheck.is_leak`). If the model gives no answer to a prompt, the prompt is left
-    out too.
+    with its answer contains a scored prompt: a rephrase of an edit, or the prompt of a locality or portability
+    question. If the model gives no answer to a prompt, the prompt is left out too.
 
     Args:
         model: the unedited model.

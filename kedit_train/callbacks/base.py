@@ -26,8 +26,8 @@ class EditCallback(TransformersEvents, LightningEvents):
         penalizes: whether :meth:`penalty` returns a penalty.
         follows_steps: whether the callback depends on the optimizer steps that the run detects. If the weights change
             without such a step, an error is raised.
-        anchors: whether the callback compares the trained model with the reference model (the model before the edit)
-            in the training loss, inside the forward pass of the trained model.
+        anchors: whether the callback adds a comparison with the reference model (the model before the edit) to the loss
+            inside the forward pass.
         duplicate_hint: the end of the error message for two callbacks of this class on one model: what to do instead.
             None allows several callbacks of this class.
 

@@ -85,7 +85,7 @@ class BatchAnchor(EditCallback):
         run.causal_model()
         reason = run.host.loss_unsupported_reason()
         if reason:
-            raise EditError(f"the divergence cannot be added to the loss of this {run.host.name} run: {reason}.")
+            raise EditError(f"the penalty cannot be added to the loss of this {run.host.name} run: {reason}.")
 
     def attach(self, run: EditRun) -> None:
         self._term = AnchorTerm(run, weight=self.weight, direction=self.direction, cache=self.cache)

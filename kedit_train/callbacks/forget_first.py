@@ -151,7 +151,7 @@ class ForgetFirst(EditCallback):
             # The checkpoint's weights are without the old answers already; load_state restores the measurements.
             return
         if not run.reference:
-            raise EditError("the run has no scope (parameters that may change) to subtract from; add ParameterScope.")
+            raise EditError("the run needs a scope (the parameters that may change); add ParameterScope.")
         if any(isinstance(p, DTensor) for p in run.scope.values()):
             raise EditError(
                 "ForgetFirst does not support sharded weights; run ForgetFirst in a single process "

@@ -45,8 +45,8 @@ class KLLocality(EditCallback):
     differently, so the penalty differs by rounding.
 
     For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. The
-    reference of every run is then the model before the first run. Previous edits are up to half of each batch, so the
-    model does not forget these edits. Without ``sequential=True``, the reference of a run is the model after the
+    reference of every run is then the model before the first run. Up to half of each batch consists of previous edits,
+    so the model does not forget these edits. Without ``sequential=True``, the reference of a run is the model after the
     previous run. Unwanted changes from previous runs are then part of the reference and are preserved.
 
     The penalty does not measure changes of behavior that do not appear on the texts. To limit such changes, add a
@@ -56,8 +56,7 @@ class KLLocality(EditCallback):
         texts: a source of texts (a list of strings or conversations, a path, a dataset, or "world" for the bundled
             texts) or a :class:`Texts`. If you train on chats, some texts should be conversations. ``Texts`` also sets
             ``max_length``, ``tokenizer``, the ``seed`` of the draws and ``nearest``, which selects the texts most
-            similar to each edit. Use ``nearest`` only in a run with few
-            edits.
+            similar to each edit. Use ``nearest`` only in a run with few edits.
         weight: factor of the mean divergence in the training loss. The default is large, because the divergence is a
             mean over all tokens and an edit changes only few of them.
         direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),
@@ -150,9 +149,9 @@ class KLLocality(EditCallback):
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
-                "with sequential=True, the output head must not be trained, because it must give the same logits for "
-                "the stored hidden states in every run; leave the head (and embeddings that are tied to the head) out "
-                "of the scope."
+                "with sequential=True, the output head must not be trained, because every run computes logits from the "
+                "stored hidden states with it; leave the head (and embeddings that are tied to the head) out of the "
+                "scope."
             )
         if batches is None:
             self._batches = ReferenceBatches(

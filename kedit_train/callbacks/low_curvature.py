@@ -131,8 +131,8 @@ class LowCurvature(EditCallback):
         layers = find_linear_layers(run.model, run.scope)
         if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
             raise EditError(
-                f"the scope must not contain LoRA factors, got {adapters[0]}, because the curvature of a new adapter "
-                "is zero (its B factor is zero); train the weight itself, or use NullSpace instead."
+                f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, "
+                "so the curvature of the adapter is zero too; train the weight itself, or use NullSpace instead."
             )
         if not (self.sequential and continues_run(self._model, run)):
             self._accumulated = None

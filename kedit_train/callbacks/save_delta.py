@@ -44,8 +44,8 @@ class SaveDelta(EditCallback):
     several processes, one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is
     kept for the comparison.
 
-    If a weight to train is quantized (8 bit or less), an error is raised before training, because its delta would fit
-    no checkpoint.
+    If a weight to train is quantized (8 bit or less), an error is raised before training, because its delta could not
+    be applied to the checkpoint of the base model.
 
     The file also contains the scores that ``EditMetrics`` measured on the saved weights. With ``at="end"``, these are
     the scores after training. With ``at="best"``, these are the scores of the best step, measured on the sample of

@@ -34,12 +34,12 @@ class SecondOrderLocality(EditCallback):
     Before training, the callback computes the K-FAC factors A and S of each weight on the texts. They estimate the KL
     divergence per token that a change D of the weight causes on the texts, ``1/2 tr(S D A Dᵀ)``. During training, no
     text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the weight moves
-    along ``S⁻¹ G A⁻¹``, where G is the gradient, with momentum. Among all steps that reduce the loss by the same
-    amount, this direction has the smallest estimated divergence (natural gradient).
+    along ``S⁻¹ G A⁻¹`` with momentum, where G is the gradient. Among all steps that reduce the loss by the same amount,
+    this direction has the smallest estimated divergence (natural gradient).
 
     The length of the step does not depend on the optimizer or on its learning rate. It is ``step_size`` times the norm
-    of the weights in scope, times the training loss if the loss is between 0.1 and 1 (and times 0.1 if the loss is
-    lower). A learning rate schedule has no effect.
+    of the weights in scope. If the training loss is below 1, the length is also multiplied by the loss, or by 0.1 if
+    the loss is below 0.1. A learning rate schedule has no effect.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NormBall``,
     ``NullSpace``, ``GradientMask``) are applied after the step.
@@ -52,7 +52,7 @@ class SecondOrderLocality(EditCallback):
         damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A lower
             damping preserves more behavior. A high damping (10) gives plain gradient steps of the same length. Default
             1e-3.
-        factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S. Its factors need no backward
+        factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
             pass.
         factors_path: a ``.safetensors`` file for the factors. If the file exists, the factors are read from it.
             Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and

@@ -110,7 +110,7 @@ class WeightAnchor(EditCallback):
             )
         if kind == "ewc" and decoupled:
             raise EditError(
-                "kind='ewc' cannot be decoupled from the loss; remove decoupled=True, or use kind='l2sp'.",
+                "decoupled must be None or False if kind='ewc', got True; remove decoupled, or use kind='l2sp'.",
                 component="WeightAnchor",
             )
         self.kind: Literal["l2sp", "ewc"] = kind

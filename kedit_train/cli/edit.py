@@ -161,8 +161,8 @@ def share_texts(config: Any) -> None:
     if own is not None and own.texts is not None:
         if not readers:
             raise EditError(
-                f"data.texts={cut(repr(own.texts))} is not used, because no callback of this run has texts: world; "
-                "remove data.texts, or add a callback with texts: world."
+                f"data.texts={cut(repr(own.texts))} is not used, because no callback of this run has the setting "
+                "'texts: world'; remove data.texts, or add a callback with this setting."
             )
         for reader in readers:
             if isinstance(reader.init_args.texts, Namespace):

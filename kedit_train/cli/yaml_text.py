@@ -1,4 +1,4 @@
-"""Parse YAML from a file of a user: every problem is one kind of error, and no file takes unbounded time or memory."""
+"""Parse YAML from a user's file in bounded time and memory. Every problem raises the same error class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class InvalidYAML(yaml.YAMLError):
-    """A text is not YAML that can be read. The message is one short line, without the name of the file."""
+    """The text is not valid YAML, or is not accepted (see :func:`load_yaml`).
+
+    The message is one short line, without the name of the file.
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(cut(" ".join(reason.split())))
@@ -33,8 +36,8 @@ def load_yaml(text: str) -> Any:
     """Return the value of a YAML text, as the command ``fit`` reads it.
 
     Raises:
-        InvalidYAML: the text is not YAML, is nested too deeply, contains a number with too many digits or a value that
-            does not fit its tag, or has an alias that is inside of what it stands for, or stands for too much text.
+        InvalidYAML: the text is not YAML or is nested too deeply; it contains a number with too many digits, a value
+            that does not fit its tag, or an alias that contains itself; or its aliases stand for too much text.
 
     Example:
         >>> load_yaml("trainer: {max_epochs: 3}")
@@ -42,7 +45,7 @@ def load_yaml(text: str) -> Any:
         >>> load_yaml("&again [*again]")
         Traceback (most recent call last):
         ...
-        kedit_train.cli.yaml_text.InvalidYAML: the alias at line 1 is inside of what it stands for
+        kedit_train.cli.yaml_text.InvalidYAML: the alias at line 1 contains itself
     """
     try:
         _check(text)
@@ -57,14 +60,14 @@ def load_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise InvalidYAML(str(error)) from error
     except RecursionError as error:
-        raise InvalidYAML("it is nested too deeply") from error
+        raise InvalidYAML("the text is nested too deeply") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # PyYAML does not check values with a tag, such as "!!int x".
         raise InvalidYAML(f"a value cannot be read ({error})") from error
 
 
 def _check(text: str) -> None:
-    """Check the parts of a text one after the other, before PyYAML, which calls itself for each level, reads it.
+    """Check the limits before PyYAML builds the values, because PyYAML calls itself for each level.
 
     Raises:
         InvalidYAML: see :func:`load_yaml`.
@@ -77,12 +80,12 @@ def _check(text: str) -> None:
         line = event.start_mark.line + 1
         if isinstance(event, yaml.CollectionStartEvent):
             if len(levels) > MAX_DEPTH:
-                raise InvalidYAML(f"it has more than {MAX_DEPTH} levels at line {line}")
+                raise InvalidYAML(f"the text has more than {MAX_DEPTH} levels at line {line}")
             levels.append((event.anchor, 1))
             continue
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in levels):
-                raise InvalidYAML(f"the alias at line {line} is inside of what it stands for")
+                raise InvalidYAML(f"the alias at line {line} contains itself")
             # PyYAML reports an alias without an anchor.
             anchor, size = None, sizes.get(event.anchor, 0)
         elif isinstance(event, yaml.ScalarEvent):
@@ -100,7 +103,7 @@ def _check(text: str) -> None:
         levels[-1] = (levels[-1][0], levels[-1][1] + size)
     # Without aliases, both numbers are equal.
     if levels[0][1] > max(written, MAX_EXPANDED):
-        raise InvalidYAML(f"its aliases stand for more than {MAX_EXPANDED:,} characters")
+        raise InvalidYAML(f"the aliases stand for more than {MAX_EXPANDED:,} characters")
 
 
 set_loader(MODE, load_yaml, (yaml.YAMLError,))

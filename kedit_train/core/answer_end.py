@@ -1,4 +1,4 @@
-"""Decide for a whole run whether targets end with end-of-text, and say what a run trains."""
+"""Decide for a whole run whether targets end with end-of-text, and describe how its training examples end."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def decide_together(
 
 
 def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_format: PromptFormat) -> str | None:
-    """Return whether the training examples end with end-of-text and why, or None if it cannot be known.
+    """Return whether the training examples end with end-of-text and why, or None if this is unknown.
 
     A warning is issued if the examples of another library (TRL's ``SFTTrainer``) end with end-of-text, although the
     unedited model does not end such answers.

@@ -49,8 +49,7 @@ class _FirstForwardCheck:
         awaited = wrapper._get_ddp_logging_data()["num_parameter_tensors"]
         if awaited > sum(p.requires_grad for p in wrapper._module_parameters):
             raise EditError(
-                "DistributedDataParallel must wrap the model after the edit has frozen parameters, but the model was "
-                "wrapped before, so DDP waits for gradients of frozen parameters; pass the callbacks to the trainer, "
-                "call editing() before fabric.setup() or DistributedDataParallel(), or set "
-                "find_unused_parameters=True."
+                "DistributedDataParallel must wrap the model after the edit has frozen parameters, but has wrapped it "
+                "before, so it waits for gradients of frozen parameters; pass the callbacks to the trainer, call "
+                "editing() before fabric.setup() or DistributedDataParallel(), or set find_unused_parameters=True."
             )

@@ -129,8 +129,8 @@ class Integrity:
         name = next((name for name, p in self._frozen if p.grad is not None), None)
         if name is not None:
             raise EditError(
-                f"{name} is not in scope, but has a gradient at step {self.run.step + 1}, because other code (for "
-                "example BaseFinetuning or unfreeze()) has set its requires_grad to True; remove this code, or add the "
+                f"{name} is not in scope, but has a gradient at step {self.run.step + 1}. Other code (for example "
+                "BaseFinetuning or unfreeze()) has set its requires_grad to True; remove this code, or add the "
                 "parameter to the scope with ParameterScope."
             )
 

@@ -39,9 +39,9 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
 class OutputHead:
     """Reads the hidden states that enter the output head, and projects hidden states to logits.
 
-    A pre-hook on the head module receives the hidden states, so the final norm and any scaling before the head have
-    already been applied to the hidden states. The scale and the soft cap of the logits are read from the model's
-    configuration. :meth:`verify` compares the resulting logits with the model's own logits.
+    A pre-hook on the head module receives the hidden states. The final norm and any scaling before the head have
+    already been applied to them. The scale and the soft cap of the logits are read from the model's configuration.
+    :meth:`verify` compares the resulting logits with the model's own logits.
 
     Args:
         model: a causal language model, possibly with adapters.
@@ -209,6 +209,6 @@ class OutputHead:
             if torch.allclose(self._finish(raw).float(), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
                 return
         raise EditError(
-            f"the logits of {name} cannot be computed from its output head, because the model changes the logits in a "
-            "way that its configuration does not describe; remove this callback and use the training loop's own loss."
+            f"the logits of {name} differ from the result of its output head, because the model changes the logits in "
+            "a way that its configuration does not describe; remove this callback and use the training loop's own loss."
         )

@@ -170,8 +170,8 @@ class OptimizerSteps:
         ]
         if moved:
             warn(
-                f"other code has changed {moved[0]} (and {len(moved) - 1} more) outside of the optimizer steps and "
-                "broken the constraints of this edit; the constraints have been applied again."
+                f"other code has changed {moved[0]} (and {len(moved) - 1} other parameters) outside of the optimizer "
+                "steps, and has broken the constraints of this edit; the constraints have been applied again."
             )
         self.integrity.record_scope()
 

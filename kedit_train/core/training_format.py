@@ -50,25 +50,25 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
 
     If the format is unknown and the tokenizer has a chat template, a warning is issued, because the training examples
     may be chats. If the training examples are chats and the tokenizer has no chat template, a warning is issued and
-    "plain" is returned. A warning is also issued if they begin with messages (such as a system prompt) with which the
-    evaluation does not begin.
+    "plain" is returned. A warning is also issued if the training chats begin with messages, such as a system prompt,
+    that the evaluation prompts do not have.
     """
     found = training_format(run, tokenizer, edits)
     if found is not None and chat_format(found) is not None and not getattr(tokenizer, "chat_template", None):
         warn(
-            "the training examples are chats, but the prompts are asked as plain text, because the tokenizer has no "
+            "the training examples are chats, but the evaluation uses plain prompts, because the tokenizer has no "
             "chat template; set tokenizer.chat_template to the template of the training examples."
         )
         return "plain"
     if found is None and getattr(tokenizer, "chat_template", None):
         warn(
-            "the prompts are asked as plain text, because it is unknown whether the training examples of this "
+            "the evaluation uses plain prompts, because it is unknown whether the training examples of this "
             f"{run.host.name} run use the tokenizer's chat template; set prompt_format in EvaluationOptions to "
             '"chat" or "plain".'
         )
     if found == "chat" and _has_other_context(run, tokenizer, edits):
         warn(
-            "the training chats begin with other messages than the prompts that are asked, for example with a system "
+            "the training chats begin with messages that the evaluation prompts do not have, for example a system "
             "prompt; set prompt_format in EvaluationOptions to ChatFormat(system=..., history=...)."
         )
     return found or "plain"
@@ -89,12 +89,12 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
     if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
             f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so the answers in "
-            'other chats may change; add conversations to the texts: records with "messages".'
+            'other chats may change; add conversations (records with the key "messages") to the texts.'
         )
 
 
 def is_chat(tokenizer: Any) -> Any:
-    """Return a function that returns whether a text contains an answer in the format of the tokenizer's chat template.
+    """Return a function that checks whether a text contains an answer in the format of the tokenizer's chat template.
 
     The function takes a text from which all white space was removed. It searches for the text that the template puts
     between the user's message and the answer. Therefore system prompts and the messages themselves do not matter.
@@ -114,9 +114,9 @@ def owners_of_examples(host: Any) -> list[Any]:
 
 
 def first_examples(host: Any) -> list[Any]:
-    """Return the first examples of a trainer's dataset. Datasets without an index are not read.
+    """Return the first examples of a trainer's dataset.
 
-    Such a dataset may be readable only once.
+    Datasets without an index are not read, because they may be readable only once.
     """
     dataset: Any = getattr(getattr(host, "train_dataloader", None), "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):

@@ -1,7 +1,7 @@
 """Decide whether targets end with end-of-text (``append_eos="auto"``): only if the model ends such answers by itself.
 
-A pretrained model reads on after a completion. If end-of-text is trained after the target, the model is taught to fall
-silent in the middle of texts, which does more damage to its prose than the edits.
+A pretrained model does not end a text after a completion. If it is trained on end-of-text after the target, it learns
+to stop in the middle of other texts. This damages its prose more than the edits do.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EndDecision:
 
     Args:
         append: whether end-of-text is appended to every target.
-        reason: why, as the end of a sentence.
+        reason: the reason, as the end of the sentence "append_eos: on, because ...".
         probability: the measured probability that the model ends its answers, or None if it was not measured.
     """
 
@@ -57,14 +57,14 @@ def decide_append_eos(
 ) -> EndDecision:
     """Decide whether targets end with end-of-text.
 
-    With "auto", chats and questions end with end-of-text, because their answers are turns of their own. A plain
+    With "auto", targets in chats and after questions end with end-of-text, because models end such answers. A plain
     completion ends with end-of-text if the tokenizer ends every text, or if the model ends such answers by itself
     (:func:`end_probability` is at least one half).
 
     Args:
-        append_eos: True and False are the decision. "auto" decides.
+        append_eos: True or False sets the decision. With "auto", this function decides.
         tokenizer: a tokenizer of ``transformers``.
-        edits: the edits whose answers are tried.
+        edits: the edits. At most 16 of them are used for the measurement.
         model: the unedited model. None: nothing is measured, and plain completions end with end-of-text.
         prompt_format: the format of the prompts.
     """
@@ -85,10 +85,10 @@ def decide_append_eos(
 
 
 def end_probability(model: nn.Module, tokenizer: Any, edits: Sequence[Edit]) -> float:
-    """Return the probability that the model ends an answer after the target: at once, or after one more token.
+    """Return the probability that the model ends a text directly after the target, or after one more token.
 
-    The extra token is the most probable one, for example a full stop. The result is the mean over at most 16 edits. It
-    costs two short forward passes for each of them. The model and the random state are left unchanged.
+    The additional token is the most probable one, for example a full stop. The result is the mean over at most 16
+    edits, with two short forward passes per edit. The model and the random state are left unchanged.
 
     Args:
         model: a causal language model.

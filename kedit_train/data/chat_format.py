@@ -1,4 +1,4 @@
-"""The names of the prompt formats, and ``ChatFormat``: a chat with a system prompt, earlier turns or thoughts."""
+"""The names of the prompt formats, and ``ChatFormat``, which describes chats with a system prompt or earlier turns."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ FORMATS = ("plain", "chat", "question")
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """A prompt format: the prompt is the last message of a user, in the chat template of the tokenizer.
+    """A prompt format for chats: the prompt is the user's last message, rendered with the tokenizer's chat template.
 
     Every argument ``prompt_format=`` takes a ``ChatFormat``. ``ChatFormat()`` and "chat" are the same.
 
     Args:
         system: the system prompt. None: the template decides, and some templates have a default system prompt.
-        history: messages between the system prompt and the prompt, each with ``role`` and ``content``: earlier turns
-            of the conversation, the same for all prompts.
-        thinking: whether the model thinks before it answers. The template is rendered with ``enable_thinking=True``.
-            In training, the thoughts are an empty block ``<think></think>`` without a loss. In an evaluation, the model
-            generates its thoughts, and only the text after ``</think>`` is its answer. Thoughts need many tokens, so
-            raise ``max_new_tokens`` of the evaluation. With ``False``, the template decides.
+        history: earlier turns of the conversation, the same for all prompts: a list of messages, each with ``role`` and
+            ``content``. They follow the system prompt.
+        thinking: whether the model thinks before it answers. The template is rendered with ``enable_thinking=True``. In
+            training, the thoughts are an empty block ``<think></think>``, which does not count in the loss. In an
+            evaluation, the model generates its thoughts, and only the text after ``</think>`` is its answer. Thoughts
+            need many tokens, so raise ``max_new_tokens`` of the evaluation. With ``False``, the template decides.
 
     Raises:
         EditError: an argument has the wrong type, or a message has no role or content.
@@ -78,14 +78,14 @@ PROMPT_FORMAT = Rule(
 
 
 def chat_format(prompt_format: PromptFormat) -> ChatFormat | None:
-    """Return the chat format that ``prompt_format`` names, or None if prompts are no chats."""
+    """Return ``prompt_format`` as a ``ChatFormat``, or None if it is not a format for chats."""
     if isinstance(prompt_format, ChatFormat):
         return prompt_format
     return ChatFormat() if prompt_format == "chat" else None
 
 
 def thinks(prompt_format: PromptFormat) -> bool:
-    """Return whether the model thinks before it answers."""
+    """Return whether the model thinks before it answers in this prompt format."""
     chat = chat_format(prompt_format)
     return chat is not None and chat.thinking
 

@@ -13,8 +13,8 @@ class RenderedConversation(str):
     """A conversation as text. The text contains the special tokens of the chat template.
 
     Attributes:
-        contents: the contents of the messages. A template may change a content, for example remove white space, so
-            leaks are searched for in the contents, too.
+        contents: the contents of the messages. A template may change a content (for example, remove white space), so
+            leak checks also read the contents.
     """
 
     contents: str
@@ -26,14 +26,14 @@ class RenderedConversation(str):
 
 
 def check_messages(messages: Any, where: str) -> None:
-    """Raise an error if ``messages`` is no list of messages with a role and a content.
+    """Raise an error if ``messages`` is not a list of messages with a role and a content.
 
     Args:
         messages: a list of dicts with the keys ``role`` and ``content``, as for ``apply_chat_template``.
         where: the beginning of the error message.
 
     Raises:
-        EditError: a message is malformed, or there is none.
+        EditError: a message is malformed, or there is no message.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise EditError(f"{where}: messages must be a list of messages, got {shorten(repr(messages))}; correct it.")

@@ -47,9 +47,9 @@ def shorten(text: str, width: int = 60) -> str:
 def separator(prompt: str, target: str) -> str:
     """Return the text to put between prompt and target: a space or nothing.
 
-    The result is a space, except in two cases. If the prompt ends with white space or the target begins with white
-    space, the result is empty. If the last character of the prompt or the first character of the target belongs to a
-    script without spaces between words (Chinese, Japanese, Thai and others), the result is empty too.
+    The result is a space, except in two cases. It is empty if the prompt ends or the target begins with white space. It
+    is also empty if the prompt ends or the target begins with a character of a script without spaces between words
+    (Chinese, Japanese, Thai and others).
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""

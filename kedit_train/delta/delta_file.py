@@ -149,8 +149,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
-            'the metadata field "edits" must have a hash (a string or None) and a count (an integer >= 0), and '
-            '"parents", if present, must be a list of mappings with these two fields, got '
+            'the metadata field "edits" must have a hash (a string or None) and a count (an integer >= 0), and may '
+            'have "parents" (a list of mappings with these two fields), got '
             f"{meta.get('edits', {})!r:.100}; save the delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):

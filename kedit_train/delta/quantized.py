@@ -1,4 +1,4 @@
-"""Refuse quantized weights, because a delta of their values fits no checkpoint of the base model."""
+"""Refuse quantized weights, because their delta could not be applied to a checkpoint of the base model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def check_not_quantized(model: nn.Module, weights: Weights, scope: Mapping[str, 
         found = next((tensors[p] for p in parts if p in tensors and _is_quantized(tensors[p])), None)
         if parts & trained and found is not None:
             raise EditError(
-                f"{name} is quantized ({str(found.dtype).removeprefix('torch.')}), so its delta would fit no "
-                "checkpoint; load the model without quantization, or remove SaveDelta and save the adapter with PEFT."
+                f"{name} is quantized ({str(found.dtype).removeprefix('torch.')}), so its delta could not be applied "
+                "to the checkpoint of the base model; load the model without quantization, or remove SaveDelta and "
+                "save the adapter with PEFT."
             )
 
 

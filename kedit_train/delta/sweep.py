@@ -54,10 +54,10 @@ def sweep(
     """Score the model with several multiples of a delta, and pick one coefficient.
 
     The rule has two steps. First, keep the coefficients with a locality of at least ``keep_locality`` times the
-    locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients have
-    the same reliability, pick the coefficient nearest to 0. If none of them is more reliable than the base model, pick
-    nothing and raise an error. The paper uses this rule for negated task vectors: the model must keep 95 % of its
-    accuracy on other tasks.
+    locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients have the
+    same reliability, pick the coefficient nearest to 0. If none of the kept coefficients is more reliable than the base
+    model, pick nothing and raise an error. The paper uses this rule for negated task vectors: the model must keep 95 %
+    of its accuracy on other tasks.
 
     The coefficient is picked on the questions that ``score`` uses. Report final results on other questions.
 
@@ -72,8 +72,8 @@ def sweep(
         keep_locality: fraction of the locality of the base model that must remain, in [0, 1].
 
     Raises:
-        EditError: no coefficient keeps enough locality, none of those that do is more reliable than the base model, a
-            coefficient is not finite, or a score is missing or not finite.
+        EditError: no coefficient keeps enough locality, none of the kept coefficients is more reliable than the base
+            model, a coefficient is not finite, or a score is missing or not finite.
 
     References:
         "Editing Models with Task Arithmetic", arXiv 2212.04089.

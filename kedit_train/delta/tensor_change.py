@@ -95,8 +95,8 @@ class Change:
         if whole.dtype != self.dtype or tuple(whole.shape) != self.shape:
             raise EditError(
                 f"tensor {name} is {_described(whole.dtype, whole.shape)} in the model and "
-                f"{_described(self.dtype, self.shape)} in the delta; use the model that was edited, in the dtype of the "
-                "delta."
+                f"{_described(self.dtype, self.shape)} in the delta; use the model that was edited, in the dtype of "
+                "the delta."
             )
         state = self.state(whole)
         if state == expected:

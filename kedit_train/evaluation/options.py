@@ -51,17 +51,18 @@ class EvaluationOptions:
               choice. It needs three more answers per edit.
             - "fluency" measures entropy and repetition of a longer continuation of each edit's prompt. It costs as
               much as all other metrics together.
-            - "retrieval" answers all prompts with the new fact in front of them and the weights unchanged, as a
-              baseline. It doubles the cost of the unedited model's evaluation.
+            - "retrieval" measures a baseline: the unedited model answers all prompts with the new fact in front of
+              them. It doubles the cost of the unedited model's evaluation.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
-            a list of them. The first one gives the headline scores, and all share one generation. "auto" chooses
-            "exact", or "leading" and "probability" for completions of a model that does not end its answers. To find
-            out, ``evaluate`` measures how the unedited model answers up to 16 of the prompts.
+            a list of them. The first one gives the headline scores (the scores that a report shows first). With "auto",
+            completions of a model that does not end its answers are judged with "leading" and "probability", and all
+            other answers with "exact". To find out whether the unedited model ends its answers, ``evaluate`` generates
+            its answers to up to 16 of the prompts.
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens. The protocols "leading", "teacher_forced" and
             "probability" need fewer tokens: as many as the longest accepted answer, and three more.
-        prose: unrelated texts on which perplexity is measured, and KL divergence and agreement with the unedited
-            model: a list of strings, a path, a dataset, or "world" (the bundled texts). None: not measured.
+        prose: unrelated texts: a list of strings, a path, a dataset, or "world" (the bundled texts). The perplexity of
+            the texts is measured, and the KL divergence and the agreement with the unedited model. None: not measured.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" or a
             :class:`~kedit_train.ChatFormat`. Use the format that was used in training. None: ``EditMetrics`` uses the
@@ -110,7 +111,7 @@ class EvaluationOptions:
 
     @property
     def protocols(self) -> tuple[Protocol, ...] | None:
-        """The protocols in ``protocol``, the headline first. None if ``protocol`` is "auto"."""
+        """The protocols in ``protocol``. The first one gives the headline scores. None if ``protocol`` is "auto"."""
         if self.protocol == "auto":
             return None
         return (self.protocol,) if isinstance(self.protocol, str) else tuple(self.protocol)

@@ -34,11 +34,12 @@ def chunked(
 ) -> tuple[Tensor, ...]:
     """Apply ``score`` to chunks of tokens and join the outputs.
 
-    Unless ``defer`` is True, the forward pass also computes the gradients, as if the upstream gradient of every loss
-    were one. The backward pass multiplies the gradient of ``hidden`` by the actual upstream gradients. For
-    ``parameters``, only the sum of the gradients over all tokens is stored. If all upstream gradients are equal, as
-    after a sum or mean, the backward pass multiplies this sum. If the upstream gradients differ, the backward pass
-    computes every chunk a second time. To avoid the second computation, apply weights per token inside ``score``.
+    By default, the forward pass also computes the gradients, and assumes that the upstream gradient of every loss is
+    one. The backward pass then multiplies these gradients by the actual upstream gradients.
+
+    For ``parameters``, only the sum of the gradients over all tokens is stored. This sum can be scaled only if all
+    upstream gradients are equal, as after a sum or a mean of the losses. If the upstream gradients differ, the backward
+    pass computes every chunk a second time. To avoid this, apply token weights inside ``score``.
 
     Args:
         score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``. The values of a token must not depend

@@ -33,7 +33,7 @@ def keep_top(scores: Tensor, density: float) -> Tensor:
             f"scores must be finite, but {int((~flat.isfinite()).sum())} of {len(flat)} scores are not finite"
         )
     if bool((flat == flat[0]).all()):
-        raise ValueError(f"all scores are {float(flat[0]):g}, so they do not rank the weights")
+        raise ValueError(f"scores must differ to rank the weights, but all scores are {float(flat[0]):g}")
     bound = flat.kthvalue(len(flat) - count + 1).values
     mask = flat > bound
     equal = (flat == bound).nonzero().squeeze(-1)

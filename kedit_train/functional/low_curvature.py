@@ -68,7 +68,7 @@ def high_curvature(
     ordered = products.flatten().sort(descending=True).values
     cumulative = ordered.cumsum(0)
     if not float(cumulative[-1]) > 0.0:
-        raise ValueError("the curvature is zero in every direction")
+        raise ValueError("the curvature must be > 0 in some direction, but is zero in every direction")
     high = products >= ordered[int((cumulative < energy * cumulative[-1]).sum())]
     # Eigenvalues are sorted, so the rows and columns with a high pair come first.
     p, q = int(high.any(1).sum()), int(high.any(0).sum())

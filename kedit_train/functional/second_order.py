@@ -53,13 +53,13 @@ def damped_inverse(moment: Tensor, damping: float) -> Tensor:
     exact = widest(moment)
     scale = float(exact.diagonal().mean())
     if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the mean of the diagonal is {scale:g}")
+        raise ValueError(f"the mean of the diagonal must be > 0 and finite, got {scale:g}")
     identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(exact / scale + damping * identity)).to(moment)
 
 
 def precondition(gradient: Tensor, output_inverse: Tensor | None, input_inverse: Tensor) -> Tensor:
-    """Return ``S⁻¹ G A⁻¹``: the steepest direction where distances are measured by the divergence on the texts.
+    """Return ``S⁻¹ G A⁻¹``, the direction that changes the loss most for a given divergence on the texts.
 
     Args:
         gradient: G, [out, in].

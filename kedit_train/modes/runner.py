@@ -311,7 +311,7 @@ class _Run:
 
 
 def part_of(unedited: Report, edits: Sequence[Edit], seed: int) -> Report:
-    """Return the part of the unedited model's report that is on the given edits."""
+    """Return the unedited model's report, reduced to the given edits."""
     names = {edit.id for edit in edits}
     answers = [result for result in unedited.answers if result.edit in names]
     metrics = summarize(answers, against_unedited=False, protocols=unedited.protocols, seed=seed)

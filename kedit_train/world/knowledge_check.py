@@ -28,7 +28,7 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def generate_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 256
 ) -> list[str]:
-    """Return the greedy continuation of each prompt up to the end-of-text token, stripped.
+    """Return the greedy continuation of each prompt up to the end-of-text token, without surrounding white space.
 
     All prompts of a batch have the same length, so there is no padding.
     """

@@ -270,7 +270,7 @@ def test_the_training_may_be_a_mapping_as_in_yaml() -> None:
     [
         (
             lambda: [ForgetFirst(TEXTS, edits=EDITS)],
-            r"ForgetFirst: the run has no scope \(parameters that may change\) to subtract from",
+            r"ForgetFirst: the run needs a scope \(the parameters that may change\)",
         ),
         (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: edits must be given, .* run has no edits of its own"),
         (lambda: [scope(), ForgetFirst("nowhere.txt", edits=EDITS)], "ForgetFirst: .*nowhere.txt"),

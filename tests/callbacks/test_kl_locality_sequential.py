@@ -100,7 +100,7 @@ def test_another_model_starts_over(make, words):
     model = make().eval()
     before = copy.deepcopy(model)
     with pytest.warns(
-        UserWarning, match="KLLocality: sequential=True needs .* but this run trains another model object than the prev"
+        UserWarning, match="KLLocality: sequential=True needs .* but this run trains another model object"
     ):
         got = run(model, words, kl, [SECOND])
     assert got == pytest.approx(by_hand(before, model, words, TEXTS).item(), rel=1e-4)
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_a_later_run_is_an_error_in_a_new_process(make, words, l
         run(model, words, fresh, [Edit("w14", "w16")])
     with editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
         edit.run.attach(fresh)
-        with pytest.raises(EditError, match=r"with sequential=True .* start this run again .* model before the"):
+        with pytest.raises(EditError, match=r"which sequential=True needs; start this run again .* model before the"):
             fresh.load_state(saved)
 
 

@@ -51,8 +51,8 @@ def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
         return AutoModelForCausalLM.from_config(config).train()
 
     return {
-        "first layer": (build, [scope(0)], "only the embedding is below layer 0"),
-        "everything": (build, [], "only the embedding is below layer 0"),
+        "first layer": (build, [scope(0)], "in layer 0 is trained"),
+        "everything": (build, [], "in layer 0 is trained"),
         "embedding": (
             build,
             [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
@@ -65,7 +65,7 @@ def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
         ),
         "compiled": (compiled, [scope()], "the model is compiled"),
         "reads more": (reads_first_layer, [scope()], "change when the layers below layer 3 are skipped"),
-        "unknown": (bloom, [scope()], "no stack of layers that pass a tensor of hidden states"),
+        "unknown": (bloom, [scope()], "to the next layer, got no stack"),
     }
 
 

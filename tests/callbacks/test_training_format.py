@@ -24,7 +24,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[answer]{% endif %}"
 )
 TEXTS = ["The old baker found a coin.", "A red fox slept."]
-UNKNOWN = "EditMetrics: the prompts are asked as plain text, because it is unknown whether"
+UNKNOWN = "EditMetrics: the evaluation uses plain prompts, because it is unknown whether"
 
 
 def chat_world() -> tuple[Any, Any, EditDataset]:
@@ -69,7 +69,7 @@ def test_the_metrics_ask_chats_if_the_trainer_trains_chats(data: str, tmp_path: 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         sft(tmp_path, made, [ParameterScope(**SCOPE), metrics], assistant_only_loss=data == "messages")
-    said = [str(w.message) for w in caught if "begin with other messages" in str(w.message)]
+    said = [str(w.message) for w in caught if "begin with messages that the evaluation" in str(w.message)]
     assert len(said) == (data == "system prompt")
     assert asked(metrics) == "chat"
 
@@ -146,9 +146,7 @@ def test_an_unknown_format_is_one_warning_if_there_is_a_template() -> None:
 
 def test_a_chat_run_whose_texts_are_plain_is_one_warning(tmp_path: Path) -> None:
     *_, edits = chat_world()
-    message = (
-        r'^KLLocality: the training examples are chats, but none of the 2 texts is a chat, .*records with "messages"'
-    )
+    message = r'^KLLocality: the training examples are chats, but none of the 2 texts is a chat, .*the key "messages"'
     with pytest.warns(UserWarning, match=message) as caught:
         sft(tmp_path, messages(edits), [ParameterScope(**SCOPE), KLLocality(TEXTS, batch_size=1)])
     assert len([w for w in caught if "KLLocality" in str(w.message)]) == 1

@@ -1,4 +1,4 @@
-"""Short runs that write checkpoints and a delta, and continue from what a killed process has left.
+"""Short runs that write checkpoints and a delta, and continue from the files of a killed process.
 
 Each run trains 4 steps on 8 edits in 2 batches per epoch, and writes a checkpoint after every second step, which is the
 end of an epoch. All paths are relative to the current directory, so that every run writes the same files.
@@ -169,7 +169,7 @@ def train(host: str, checkpoint: str | None = None) -> dict[str, torch.Tensor]:
 
 
 def train_on(host: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Continue from the last checkpoint in the current directory that can be used, or begin again.
+    """Continue from the last usable checkpoint in the current directory, or begin again without one.
 
     Returns:
         The weights, and one line for each checkpoint that was refused. These checkpoints are deleted.
@@ -192,7 +192,7 @@ def train_on(host: str) -> tuple[dict[str, torch.Tensor], list[str]]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return whether the trainer has written the whole checkpoint. ``trainer_state.json`` is its last file."""
+    """Return whether the trainer has written the complete checkpoint. ``trainer_state.json`` is its last file."""
     if checkpoint.is_file():
         return True
     try:

@@ -52,7 +52,7 @@ _SECONDS = 1800
 
 
 class Outcome(NamedTuple):
-    """The end of a run: SHA-256 of weights and delta, and the names of all files but those of older checkpoints."""
+    """The end of a run: SHA-256 of weights and delta, and the names of all files except older checkpoints."""
 
     weights: str
     delta: str
@@ -155,7 +155,7 @@ def run_child(folder: Path, work: Callable[[], Any], *, kill_after: float | None
 
 
 def outcome(weights: dict[str, torch.Tensor]) -> Outcome:
-    """Return what is compared, at the end of a run in the current directory."""
+    """Return the state at the end of a run in the current directory, which is compared with that of other runs."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].contiguous().view(torch.uint8).numpy().tobytes())
@@ -168,7 +168,7 @@ def outcome(weights: dict[str, torch.Tensor]) -> Outcome:
 
 
 def contents(path: Path) -> str:
-    """Return the SHA-256 of the contents of a delta, which the file contains and which is verified here."""
+    """Verify the checksum of a delta file, and return it."""
     EditDelta.load(path)
     # The bytes of the file will not do, because safetensors writes the metadata in a random order.
     with safe_open(path, "pt") as file:
@@ -176,7 +176,7 @@ def contents(path: Path) -> str:
 
 
 class Matrix:
-    """The runs of one host: an uninterrupted one, and killed ones that are compared with it.
+    """Compares killed runs of one host with an uninterrupted run.
 
     Args:
         host: a name in ``killed_runs.RUNS``.
@@ -247,7 +247,7 @@ class Matrix:
         return refused
 
     def _check_files(self, folder: Path) -> None:
-        """Check the files of a killed run: a delta is the whole one, and a state of the edit can be read."""
+        """Check the files of a killed run: a delta is complete, and a state of the edit can be read."""
         delta = folder / killed_runs.DELTA
         assert not delta.exists() or contents(delta) == self.whole.delta, "the killed run has left a wrong delta"
         for path in folder.rglob(f"*{FILE}"):

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from core.small_loop import model, sgd, train
 
 from kedit_train.callbacks import GradientMask, NormBall, ParameterScope, editing
 from kedit_train.errors import EditError
-from core.small_loop import model, sgd, train
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -58,11 +58,10 @@ def test_parameters_that_are_replaced_are_an_error(name: str, at_the_end: bool) 
 def test_a_scope_that_is_frozen_during_the_run_is_an_error() -> None:
     for at in (0, 1):
         net = model()
+
+        def freeze(number: int, net: Any = net, at: int = at) -> None:
+            if number == at:
+                net.requires_grad_(False)
+
         with pytest.raises(EditError, match=rf"^no parameter in scope can be trained at step {at + 1}.*1\.weight"):
-            train(
-                net,
-                [ParameterScope(modules="1")],
-                sgd,
-                2,
-                lambda number: net.requires_grad_(False) if number == at else 0,
-            )
+            train(net, [ParameterScope(modules="1")], sgd, 2, freeze)

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from core.small_loop import model, sgd, step, train
 from torch import nn
 
 from kedit_train import world
 from kedit_train.callbacks import EditCallback, GradientMask, NormBall, ParameterScope, editing
 from kedit_train.core.checksums import checksum, first_not_finite
 from kedit_train.errors import EditError
-from core.small_loop import model, sgd, step, train
 
 
 class HandWritten:

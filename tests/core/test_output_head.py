@@ -137,8 +137,8 @@ def test_a_model_that_changes_its_logits_afterwards_is_refused(tiny):
     with pytest.raises(EditError) as error:
         head_of(tiny("llama", Shifted))
     assert str(error.value) == (
-        "the logits of Shifted cannot be computed from its output head, because the model changes the logits in a way "
-        "that its configuration does not describe; remove this callback and use the training loop's own loss."
+        "the logits of Shifted differ from the result of its output head, because the model changes the logits in a "
+        "way that its configuration does not describe; remove this callback and use the training loop's own loss."
     )
 
 

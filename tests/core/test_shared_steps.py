@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from core.small_loop import model
 
 from kedit_train.callbacks import EditCallback, ParameterScope, editing
-from core.small_loop import model
 
 
 class Recorder(EditCallback):

@@ -186,7 +186,7 @@ def test_quantized_weights_are_refused_before_training(dtype, tmp_path):
     layer = model.base_model.model.model.layers[2].mlp.down_proj.base_layer
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
     name = f"model.layers.2.mlp.down_proj.weight is quantized \\({str(dtype).removeprefix('torch.')}\\)"
-    message = f"^SaveDelta: {name}, so its delta would fit no checkpoint; .*without quantization.*PEFT"
+    message = f"^SaveDelta: {name}, so its delta could not be applied .*without quantization.*PEFT"
     with editing(model, [ParameterScope(layers=2), SaveDelta(str(tmp_path / "a.safetensors"))]) as edit:
         with pytest.raises(EditError, match=message) as error:
             edit.before_step()

@@ -39,7 +39,7 @@ def test_of_equal_scores_the_first_are_kept():
 @pytest.mark.parametrize(
     ("scores", "density", "message"),
     [
-        ([0.0, 0.0, 0.0], 0.34, "all scores are 0, so they do not rank the weights"),
+        ([0.0, 0.0, 0.0], 0.34, "scores must differ to rank the weights, but all scores are 0"),
         ([0.0, float("nan"), 1.0], 0.34, "scores must be finite, but 1 of 3 scores are not finite"),
         ([float("inf"), float("inf"), 1.0], 0.34, "scores must be finite, but 2 of 3 scores are not finite"),
         ([1.0, 2.0], 1.5, r"density must be in \[0, 1\], got 1.5"),

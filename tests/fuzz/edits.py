@@ -178,7 +178,7 @@ def check(edits: EditDataset, path: Path, form: str | None, unchanged: dict[str,
     """Use edits as a training does, and return whether they are those of the unchanged records.
 
     Raises:
-        AssertionError: saving and loading changes the edits, or an edit is not that of its record.
+        AssertionError: saving and loading changes the edits, or an edit differs from its record.
     """
     again = EditDataset.load(edits.save(path.with_name("again.jsonl")))
     assert list(again) == list(edits), "saving and loading changed the edits"
@@ -207,7 +207,7 @@ def check(edits: EditDataset, path: Path, form: str | None, unchanged: dict[str,
 
 
 def documents(path: Path) -> list[Any]:
-    """Return the records of a JSON or JSONL file as plain Python reads them, and none of other files."""
+    """Return the records of a JSON or JSONL file as Python's ``json`` reads them, and an empty list for other files."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".jsonl":
         return [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -1,4 +1,4 @@
-"""What all fuzzers have in common: an input ends in a result or in an error of one line, in bounded time and memory."""
+"""Run fuzzers: each input must give a result or a one-line error, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Fuzzer:
         make: returns the content of a file, made with a random generator.
         use: reads the file and does what users do with it. Returns True if the result is that of the file before the
             mutation, and raises an AssertionError for a wrong result.
-        refused: the least share of the files that must be refused, so that the fuzzer does not test valid files only.
+        refused: the smallest fraction of the files that must be refused, because a fuzzer should not test only valid
+            files.
     """
 
     name: str
@@ -46,14 +47,15 @@ class Fuzzer:
 
 
 class Hang(BaseException):
-    """An input took too long. This is no Exception, so that the code under test does not catch it."""
+    """An input took too long. The class is not an ``Exception``, so the code under test does not catch it."""
 
 
 def run(fuzzer: Fuzzer, content: bytes, folder: Path) -> str:
     """Use one file, and return "refused", "equal" or "accepted".
 
     Raises:
-        AssertionError: the file ended in something else than success or one line, or took too long or too much memory.
+        AssertionError: reading the file neither succeeded nor raised a one-line error, or took too long or too much
+            memory.
     """
     path = folder / fuzzer.file
     path.write_bytes(content)
@@ -86,7 +88,7 @@ def check_message(message: str) -> None:
 
 
 def use_or_refuse(use: Callable[[], Any]) -> None:
-    """Call a function that may refuse what it is given, in one line."""
+    """Call a function that may refuse its arguments with a one-line error."""
     try:
         use()
     except EditError as error:

@@ -51,7 +51,7 @@ def recipes() -> dict[str, bytes]:
 
 @cache
 def imported() -> None:
-    """Import what the first recipe needs, because this does not count as time for a file."""
+    """Import the modules that recipes need, so that the first file is not charged for the time of the imports."""
     assert checked("quickstart")["error"] is None
 
 

@@ -105,7 +105,7 @@ def read_state(path: Path) -> Any:
 
 
 def checksum_of(path: Path, kind: str) -> Any:
-    """Return the checksum that a file that can be read names in its header, or None."""
+    """Return the checksum in the header of a file, or None if the file cannot be read."""
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return header.get("__metadata__", {}).get(f"kedit_train.{kind}.sha256")

@@ -89,8 +89,8 @@ class TransformersHost(Host):
         missing = next((part for part in parts if not any(Path(folder).glob(f"{part}*"))), None)
         if missing is not None:
             raise EditError(
-                f"{folder} is incomplete: {missing}.* is missing, because a process was killed while it wrote or "
-                "deleted this checkpoint, or because it was written with save_only_model=True; resume from another "
+                f"{folder} is incomplete: {missing}.* is missing. Either a process was killed while it wrote or "
+                "deleted this checkpoint, or the checkpoint was written with save_only_model=True. Resume from another "
                 "checkpoint, or set save_only_model=True to begin with a new optimizer."
             )
 
@@ -104,8 +104,8 @@ class TransformersHost(Host):
     def store_state(self, run: Any) -> None:
         """Write the state of the edit next to the checkpoint that the trainer is about to write.
 
-        The trainer calls ``on_save`` after it has written the checkpoint and deleted older ones. If the process ends
-        before that call, the state must exist already.
+        ``on_save`` would be too late: the trainer calls it after it has written the checkpoint and deleted older ones,
+        and the process may be killed before that call.
         """
         # Every process must do this, because sharded weights are gathered from all processes.
         state = {**run.state(), "edit": self.edit_id}
@@ -121,7 +121,7 @@ class TransformersHost(Host):
         self.collect_states()
 
     def collect_states(self) -> None:
-        """Move states next to a checkpoint into it, and remove what a killed process has left of such files."""
+        """Move the state files next to checkpoints into the checkpoints, and remove files of killed processes."""
         if not self.is_main:
             return
         output = Path(self.args.output_dir)

@@ -93,7 +93,7 @@ def check(path: Path) -> list[str]:
     from kedit_train.cli.recipe import built
 
     class Checking(EditCLI):
-        """Parse the configuration without building a model, data or trainer."""
+        """A ``fit`` command that only parses the configuration, and builds no model, data or trainer."""
 
         def parse_arguments(self, parser: Any, args: Any) -> None:
             self.config = parser.parse_args(args)

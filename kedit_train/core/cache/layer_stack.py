@@ -110,8 +110,8 @@ def find_prefix(
     stacks = [(n, m) for n, m in stacks if not any(n.startswith(f"{other}.") for other, _ in stacks)]
     if len(stacks) != 1:
         raise EditError(
-            f"{name} has {'several stacks' if stacks else 'no stack'} of layers that pass a tensor of hidden states "
-            "from one layer to the next, but PrefixCache needs exactly one stack; remove PrefixCache."
+            f"{name} must have exactly one stack of layers in which each layer passes a tensor of hidden states to "
+            f"the next layer, got {'several stacks' if stacks else 'no stack'}; remove PrefixCache."
         )
     ((path, stack),) = stacks
     backbone = model.get_submodule(path.rpartition(".")[0])
@@ -125,7 +125,7 @@ def find_prefix(
     if cut == 0:
         first = next(names[id(p)] for p in layers[0].parameters() if id(p) in trained_ids)
         raise EditError(
-            f"{first} is trained, and only the embedding is below layer 0, so PrefixCache cannot skip any layer; "
+            f"{first} in layer 0 is trained, so there is no frozen layer below it that PrefixCache can skip; "
             "remove PrefixCache, or choose later layers in ParameterScope."
         )
     start = trace.called.index(layers[cut])

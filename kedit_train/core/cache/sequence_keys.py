@@ -76,7 +76,7 @@ def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor) -> list[str
 
 
 def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
-    """Return one key per example: a hash of the inputs that the hidden states of the supervised tokens depend on.
+    """Return one key per example: a hash of all inputs that can change the hidden states of its supervised tokens.
 
     The key of an example does not depend on the other examples of the batch. The key depends on padding only in two
     cases:

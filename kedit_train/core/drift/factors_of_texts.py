@@ -1,4 +1,4 @@
-"""The K-FAC factors of the texts that must stay, for ``LowCurvature`` and ``SecondOrderLocality``."""
+"""Compute or read the K-FAC factors that ``LowCurvature`` and ``SecondOrderLocality`` use."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def factors_of_texts(
     inputs_only: bool = False,
     skip_first: bool = False,
 ) -> KFACFactors:
-    """Compute the factors of the model before the edit on the texts, or read them from a file.
+    """Compute the K-FAC factors of the unedited model on texts, or read the factors from a file.
 
     Args:
         run: the current run.
         layers: name -> linear layer.
-        texts: the texts that must stay.
+        texts: the texts on which the predictions should stay the same.
         limit: maximum number of texts. None uses all texts.
         batch_size: sequences per forward and backward pass.
         path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file.
@@ -47,8 +47,8 @@ def factors_of_texts(
     """
     if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
         raise EditError(
-            f"the scope must not contain LoRA factors, got {adapters[0]}: an adapter has no curvature while B is zero; "
-            "train the weight itself, or use NullSpace instead."
+            f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, so "
+            "the curvature of the adapter is zero too; train the weight itself, or use NullSpace instead."
         )
     sequences = texts.tokenize(run, limit=limit)
     if inputs_only:

@@ -51,9 +51,8 @@ class AnchorTerm:
     def __init__(self, run: EditRun, *, weight: float, direction: Direction, cache: ReferenceCache) -> None:
         if any(isinstance(p, DTensor) for p in run.model.parameters()):
             raise EditError(
-                "FSDP2 is not supported, because BatchAnchor runs the model before the edit during each forward pass, "
-                "and sharded parameters cannot be accessed at that time; use DDP or a single process, or use "
-                "KLLocality with texts."
+                "FSDP2 is not supported, because BatchAnchor runs the unedited model inside the forward pass, where "
+                "sharded parameters cannot be accessed; use DDP or a single process, or use KLLocality with texts."
             )
         self.run, self.head = run, run.head()
         self.weight, self.dtype = weight, cache.torch_dtype

@@ -25,9 +25,9 @@ def continues_run(previous_model: weakref.ref[nn.Module] | None, run: EditRun) -
     if previous_model() is run.model:
         return True
     warn(
-        "sequential=True needs the same model object in every run, but this run trains another model object than the "
-        "previous run, so the data of earlier runs is discarded; train the same model object in every run, or create a "
-        "new callback for each model."
+        "sequential=True needs the same model object in every run, but this run trains another model object. The data "
+        "of the previous runs is discarded; train the same model object in every run, or create a new callback for "
+        "each model."
     )
     return False
 

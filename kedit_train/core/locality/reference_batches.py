@@ -81,9 +81,9 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "none of the first run's texts can be used in this run, because every text of the first run is missing "
-                "from texts= or contains an evaluation prompt of this run; add texts of the first run that contain no "
-                "evaluation prompt to texts=, or create a new callback with other texts."
+                "this run can use none of the first run's texts: they are missing from texts=, or they contain "
+                "evaluation prompts of this run; add texts without evaluation prompts from the first run to texts=, or "
+                "create a new callback with other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
@@ -123,9 +123,9 @@ class ReferenceBatches:
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
-                "this run cannot be resumed, because with sequential=True the callback needs the reference hidden "
-                "states of the previous runs, and a checkpoint does not contain them; start this run again from its "
-                "first step, and set teacher= to the model before the first run of the sequence."
+                "this run cannot be resumed, because its checkpoint does not contain the reference hidden states of "
+                "the previous runs, which sequential=True needs; start this run again from its first step, without "
+                "sequential=True and with teacher= set to the model before the first run."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

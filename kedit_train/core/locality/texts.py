@@ -111,8 +111,8 @@ class Texts:
         The search for evaluation prompts ignores letter case and the amount of white space.
 
         Args:
-            edits: the edits of the run. If the source is "world", the result also excludes texts about facts that an
-                edit affects, or that a rephrase or a probe of an edit asks about.
+            edits: the edits of the run. If the source is "world", two more kinds of texts are excluded: texts about
+                facts that an edit affects, and texts about facts that a rephrase or probe of an edit asks for.
             limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
             keep_leaks: True keeps texts that contain an evaluation prompt. Use it only if the model is not trained on
                 the texts.

@@ -77,7 +77,7 @@ def load_masks(
     recorded = metadata.get("model") if isinstance(metadata, dict) else None
     if model is not None and recorded is not None and recorded != model(masks):
         warn(
-            f"{path} was made for another model (the shapes are equal, but weights that the mask keeps differ), so the "
-            "mask may select the wrong entries; use the model that the mask was made for, or make a new mask."
+            f"{path} was made for another model with the same shapes, so the mask may select the wrong entries; use "
+            "the model that the mask was made for, or make a new mask."
         )
     return masks

@@ -59,7 +59,9 @@ def check_names(record: Fields, known: frozenset[str]) -> None:
 
 
 def read(record: Fields) -> list[Edit]:
-    """Read a record in the format of kedit-train. Texts are not changed, except that white space around the target is removed.
+    """Read a record in the format of kedit-train.
+
+    White space around the target is removed. The other texts are not changed.
 
     ``prompt`` and ``target`` are required. ``subject``, ``old_target``, ``aliases``, ``rephrases``, ``locality``,
     ``portability`` and ``id`` are optional. Locality and portability are a list of questions, or a mapping from kinds

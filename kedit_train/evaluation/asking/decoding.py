@@ -95,10 +95,10 @@ class PromptBatch:
         return self.model(**inputs).logits[:, -1].float()
 
     def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return the logits after each token of some targets. The batch stays as it is, and must have been read.
+        """Return the logits after each token of the given targets. The model must have read the batch before this call.
 
-        The model reads the targets with a copy of the cache, so that the prompt is not read again. It must satisfy
-        :func:`can_pad`.
+        The model reads the targets with a copy of the cache, so the prompt is not read again and the batch does not
+        change. :func:`can_pad` must be True for the model.
 
         Args:
             rows: for each target, the row of its prompt. A row may be repeated.

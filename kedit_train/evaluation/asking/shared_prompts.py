@@ -1,7 +1,7 @@
 """``answer_and_score``: read each prompt once, then score its targets and generate the answer from the same cache.
 
-Teacher forcing and generation on their own read every prompt again for each target and for the answer. If only a few
-tokens are generated, reading the prompts is most of the work.
+If teacher forcing and generation run separately, the model reads every prompt again for each target and for the answer.
+If only a few tokens are generated, reading the prompts is most of the work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Scores = dict[tuple[str, str], TeacherForced]
 
 
 def can_share_prompts(model: nn.Module) -> bool:
-    """Return True if :func:`answer_and_score` can run the model, which needs a key-value cache and position ids."""
+    """Return True if the model supports a key-value cache and position ids, which :func:`answer_and_score` needs."""
     return can_pad(unwrap_model(model))
 
 

@@ -49,7 +49,7 @@ def compare_with_unedited(
 
 
 def compare_answers(before: ProbeResult, after: ProbeResult, protocols: Protocols, judge: Judge) -> ProbeResult:
-    """Return ``after`` with the unedited model's answer to the same prompt, and with what was kept of it."""
+    """Return the result ``after`` with the unedited model's answer, and with the comparison of both answers."""
     right_before = is_right(protocols.headline, replace(before, accepted=after.accepted), judge)
     compared = replace(
         after,
@@ -71,7 +71,8 @@ def success(protocol: str, result: ProbeResult, *, headline: bool, against_unedi
     Args:
         protocol: the name of the protocol.
         result: the result of the probe.
-        headline: True if ``protocol`` is the report's first protocol, whose verdicts the result contains.
+        headline: True if ``protocol`` is the report's first protocol. ``result`` already contains the judgments of this
+            protocol.
         against_unedited: True if locality probes are compared with the unedited model's answers. Under "probability",
             they are always compared with the truth, as in CounterFact.
     """

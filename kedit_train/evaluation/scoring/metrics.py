@@ -70,8 +70,8 @@ def summarize(
 
     - ``generated``: the headline score, under the report's first protocol. With the default protocols, it is the
       fraction of probes whose generated answer is right. For locality with ``against_unedited``, it is the fraction of
-      answers that are the unedited model's;
-    - ``leading``, ``exact``, ``wild`` and ``probability``: the same under these protocols, if they are among
+      answers that are equal to the unedited model's answers;
+    - ``leading``, ``exact``, ``wild`` and ``probability``: the same score under these protocols, if they are among
       ``protocols``. ``magnitude``: the mean difference of the two probabilities that "probability" compares;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
@@ -89,7 +89,7 @@ def summarize(
     - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
       correctly;
     - ``locality.tokens_kept``: the mean fraction of the unedited answers' first tokens that are kept;
-    - ``locality.same_answer``: the fraction of whole answers that equal the unedited model's;
+    - ``locality.same_answer``: the fraction of whole answers that are equal to the unedited model's answers;
     - ``probability.harmonic_mean``: the harmonic mean of the "probability" scores of reliability, generality and
       locality, which CounterFact calls S;
     - ``retrieval``: the headline scores of the unedited model with the new fact in the prompt, per metric;

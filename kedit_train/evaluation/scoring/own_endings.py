@@ -1,4 +1,4 @@
-"""Choose the protocols of an evaluation: find out whether a model ends its answers by itself."""
+"""Choose the protocols of an evaluation by measuring whether the model ends its answers by itself."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def choose_protocols(
 ) -> Protocols:
     """Return the protocols for ``protocol="auto"``.
 
-    Chats and questions are judged with "exact", because such answers have an end. Completions are judged with "exact"
-    too if the model ends them, and otherwise with "leading" and "probability". To find out, the model answers up to 16
-    of the prompts.
+    Chats and questions are judged with "exact", because models end their answers to them. For completions, the unedited
+    model answers up to 16 of the prompts. If at least a quarter of these answers do not end, completions are judged
+    with "leading" and "probability", and otherwise with "exact".
 
     Args:
         model: the unedited model.

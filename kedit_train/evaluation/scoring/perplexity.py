@@ -38,8 +38,8 @@ def text_losses(
         batch_size: windows per forward pass.
         max_length: maximum number of tokens per window.
         progress: show a progress bar in a terminal.
-        visit: called for every window with the number of its text, the number of the window in the text, the window,
-            and the logits that predict its tokens, [tokens - 1, vocabulary] in fp32.
+        visit: function that is called for every window. Its arguments are the number of the text, the number of the
+            window in the text, the window, and the logits that predict its tokens, [tokens - 1, vocabulary] in fp32.
 
     Returns:
         One pair per text: the sum of the negative log-probabilities of its tokens, in nats, and the number of these

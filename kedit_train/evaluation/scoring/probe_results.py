@@ -38,7 +38,8 @@ class ProbeResult(ProbeRequest):
         contained: True if the answer contains one of the ``accepted`` answers. None if ``accepted`` is empty.
         before: the unedited model's answer. None without a report on the unedited model.
         right_before: True if the unedited model's answer was right.
-        unchanged: True if the answer is the unedited model's under the report's first protocol, even if both are wrong.
+        unchanged: True if the report's first protocol counts the answer as equal to the unedited model's answer, even
+            if both answers are wrong.
         tokens_right: for each token of the preferred answer, True if the token is ranked first under teacher forcing.
         token_log_probs: for each token of the preferred answer, the log-probability under teacher forcing.
         choices: on locality probes with the protocol "teacher_forced", the token that is ranked first at each position
@@ -46,7 +47,7 @@ class ProbeResult(ProbeRequest):
         first_tokens: on locality probes, the first token ids of the answer: as many as the preferred answer has, and at
             least 3. -1 stands for the end of the answer.
         tokens_kept: the fraction of the unedited model's ``first_tokens`` before the first difference.
-        choices_kept: the fraction of ``choices`` that are the unedited model's.
+        choices_kept: the fraction of ``choices`` that are equal to the unedited model's choices.
         same_answer: True if the whole answers of both models are equal after normalization. None if the protocols do
             not generate whole answers.
         old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" or the protocol
@@ -87,12 +88,12 @@ class ProbeResult(ProbeRequest):
 
     @property
     def rival_log_prob(self) -> float | None:
-        """The mean log-probability of the answer that must not win: the old one, and on locality probes the new one."""
+        """The mean log-probability of the old answer's tokens. On locality probes, that of the new answer's tokens."""
         return self.old_log_prob if self.new_log_prob is None else self.new_log_prob
 
     @property
     def magnitude(self) -> float | None:
-        """The probability per token of the preferred answer, minus that of its rival, as CounterFact reports it."""
+        """The probability per token of the preferred answer minus that of the other answer, as in CounterFact."""
         if self.log_prob is None or self.rival_log_prob is None:
             return None
         return math.exp(self.log_prob) - math.exp(self.rival_log_prob)

@@ -21,7 +21,7 @@ MAX_TOKENS = 20_000
 
 @dataclass(frozen=True)
 class TextResult:
-    """What was measured on one text. Every sum is over tokens that were predicted.
+    """The measurements on one text. Every sum is over the predicted tokens.
 
     Args:
         loss: sum of the negative log-probabilities, in nats.
@@ -80,14 +80,15 @@ def measure_prose(
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[list[TextResult], dict[str, Distribution]]:
-    """Read texts with a model. Compare its predictions with the unedited model's, or record them.
+    """Read texts with a model. Compare its predictions with those of the unedited model, or record its predictions.
 
     Args:
         model: a causal language model. It is left unchanged.
         tokenizer: the model's tokenizer.
         texts: the texts.
-        reference: the distributions that this function recorded on the unedited model. None records them, for at most
-            20,000 tokens. The texts without a recorded distribution have no KL divergence and no agreement.
+        reference: the distributions that this function recorded on the unedited model. With None, the distributions of
+            ``model`` are recorded for at most 20,000 tokens. Texts without a recorded distribution have no KL
+            divergence and no agreement.
         batch_size: windows per forward pass.
         progress: show a progress bar in a terminal.
 

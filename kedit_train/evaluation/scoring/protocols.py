@@ -1,16 +1,16 @@
 """Protocols: the rules that decide whether an answer is right, and whether it is the same as before.
 
-A protocol says how many tokens are generated, where an answer ends, and how it is compared:
+A protocol defines how many tokens are generated, where an answer ends, and how the answer is compared:
 
-- ``leading``: an accepted answer stands at the beginning of the generated text, at a word boundary. For completions of
-  a model that does not end its answers. Portability and neighbours of completion benchmarks are usually judged so.
+- ``leading``: the generated text begins with an accepted answer, followed by a word boundary. Use it for completions of
+  a model that does not end its answers. Benchmarks of completions usually judge portability and locality in this way.
 - ``exact``: the whole answer, until the model ends it, equals an accepted answer after normalization.
-- ``contains``: an accepted answer stands anywhere in the first ``max_new_tokens`` tokens. For chats.
+- ``contains``: the first ``max_new_tokens`` tokens contain an accepted answer. Use it for chats.
 - ``wild``: the text before the first full stop or line break equals an accepted answer after normalization (Yang et
   al., "The Mirage of Model Editing", arXiv 2502.11177, with 50 tokens; "Fine-tuning Done Right in Model Editing",
   arXiv 2509.22072, with 32 tokens).
-- ``teacher_forced``: the fraction of the answer's tokens that are ranked first when all earlier tokens are given (Wang
-  et al., "EasyEdit", arXiv 2308.07269).
+- ``teacher_forced``: the fraction of the answer's tokens that the model ranks first when it is given all earlier tokens
+  (Wang et al., "EasyEdit", arXiv 2308.07269).
 - ``probability``: the new answer is more probable than the old one; on locality probes, the true answer is more
   probable than the new one (Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262).
 """
@@ -45,7 +45,7 @@ class Protocols:
 
     Args:
         names: the protocols. The first one gives the headline scores.
-        reason: why these protocols were chosen, as a clause. Empty if the user chose them.
+        reason: why these protocols were chosen, as the end of "chosen because ...". Empty if the user chose them.
     """
 
     names: tuple[Protocol, ...] = ("exact",)
@@ -53,7 +53,7 @@ class Protocols:
 
     @classmethod
     def parse(cls, text: str) -> Protocols:
-        """Return the protocols whose ``str`` is ``text``, such as "leading" or "leading,wild"."""
+        """Parse the names of protocols, separated by commas, such as "leading" or "leading,wild"."""
         return cls(tuple(text.split(",")))  # type: ignore[arg-type]
 
     def __str__(self) -> str:
@@ -61,17 +61,17 @@ class Protocols:
 
     @property
     def headline(self) -> Protocol:
-        """The protocol of the headline scores."""
+        """The first protocol, which gives the headline scores of a report."""
         return self.names[0]
 
     @property
     def whole_answers(self) -> bool:
-        """Whether answers are generated until they end, so that it is known whether they end."""
+        """Whether answers are generated until the model ends them or ``max_new_tokens`` tokens are reached."""
         return bool(_WHOLE_ANSWER & set(self.names))
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer, in addition to end-of-text. All protocols share one generation."""
+        """The texts that end an answer, in addition to end-of-text. They are the same for all protocols."""
         if "contains" in self.names:
             return ()
         return ("\n", ".") if "wild" in self.names and not {"leading", "exact"} & set(self.names) else ("\n",)
@@ -82,9 +82,9 @@ EXACT = Protocols()
 
 
 def starts_with(answer: str, accepted: Sequence[str]) -> bool:
-    """Return True if one of the ``accepted`` answers stands at the beginning of ``answer``, at a word boundary.
+    """Return True if ``answer`` begins with one of the ``accepted`` answers, followed by a word boundary.
 
-    Both are normalized. A hyphen or an apostrophe between two letters is a word boundary too.
+    All answers are normalized first. A hyphen or an apostrophe between two letters is a word boundary too.
 
     Args:
         answer: the generated text.
@@ -156,7 +156,7 @@ def is_unchanged(protocol: str, result: Any) -> bool:
 
 
 def share_kept(before: Sequence[int], after: Sequence[int]) -> float | None:
-    """Return the fraction of the tokens ``before`` that are kept: those before the first difference.
+    """Return the fraction of the tokens ``before`` that come before the first difference from ``after``.
 
     Args:
         before: the first tokens of the unedited model's answer.

@@ -1,8 +1,8 @@
-"""The retrieval baseline: answer the prompts with the new fact in front of them, and leave the weights unchanged.
+"""The retrieval baseline: write the new fact in front of each prompt, and leave the weights unchanged.
 
-The retriever is perfect: every prompt gets the fact of its own edit, also the prompts about other facts. An edit that
-is worth its cost should not be worse than this baseline ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv
-2305.12740).
+The new fact of an edit is written in front of all prompts of this edit, including the prompts about other facts, as if
+a perfect retriever had found the fact. The edited model should have higher scores than this baseline, or the edit is
+not worth its cost ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv 2305.12740).
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]
 def compare_with_own_answers(
     base: Sequence[ProbeResult], with_fact: Sequence[ProbeResult], protocols: Protocols, judge: Judge
 ) -> list[ProbeResult]:
-    """Compare each answer with the fact in the prompt with the answer without it.
+    """Compare the answers to prompts that contain the fact with the answers to the prompts without the fact.
 
     Args:
-        base: for each answer, the result of the same prompt without the fact.
-        with_fact: the results with the fact in the prompt.
+        base: the results of the prompts without the fact, in the order of ``with_fact``.
+        with_fact: the results of the prompts that contain the fact.
         protocols: the protocols of the evaluation.
         judge: compares an answer with the accepted answers in the protocol "exact".
     """

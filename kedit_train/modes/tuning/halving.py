@@ -97,8 +97,8 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
         groups.setdefault(" ".join(subject.casefold().split()), []).append(number)
     if len(groups) < 2:
         raise EditError(
-            f"edits must have at least two subjects, so that some edits can be held out, got {len(edits)} edits with "
-            f"{len(groups)}; give more edits."
+            f"edits must be about at least two subjects, so that some edits can be held out, got {len(edits)} edits "
+            f"about {len(groups)} subject(s); give edits about more subjects."
         )
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
@@ -146,7 +146,7 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
-    """Return the best of the trials, which must be on the same edits, and the rule that it was picked by.
+    """Return the best trial and the rule by which it was picked. All trials must be on the same edits.
 
     Args:
         trials: at least one trial.
@@ -165,8 +165,8 @@ def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
 def front(trials: Sequence[Trial]) -> list[Trial]:
     """Return the Pareto front: the trials that no other trial beats.
 
-    A trial beats another one on the same number of edits if it is at least as good in reliability, generality and
-    locality, and better in one of them.
+    Only trials on the same number of edits are compared. A trial beats another trial if it is at least as good in
+    reliability, generality and locality, and better in one of them.
     """
     return [t for t in trials if t.reliability is not None and not any(_beats(other, t) for other in trials)]
 
@@ -184,7 +184,7 @@ def _beats(one: Trial, other: Trial) -> bool:
 
 
 def covering(scopes: Mapping[Key, frozenset[Name]]) -> dict[Key, Key]:
-    """Return, for each scope, the largest scope that contains it. Its file of factors serves both.
+    """Return, for each scope, the largest scope that contains it. Both scopes can use the factors of the larger one.
 
     Args:
         scopes: a dict from the key of a scope to the names of its weights.

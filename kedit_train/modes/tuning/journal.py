@@ -13,10 +13,10 @@ from kedit_train.errors import EditError
 
 
 class Journal:
-    """A JSONL file with one measured trial per line. Each trial has a key, a hash of everything that it depends on.
+    """A JSONL file with one measured trial per line.
 
-    A line is flushed to disk as soon as its trial is measured. If the process was killed while it wrote a line, this
-    line is left out when the file is read.
+    The key of a trial is a hash of everything that the trial depends on. A line is flushed to disk as soon as its trial
+    is measured. If the process was killed while it wrote a line, this line is left out when the file is read.
 
     Args:
         path: the file. It is created when the first trial is added.

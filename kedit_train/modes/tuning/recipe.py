@@ -31,7 +31,7 @@ _SWEPT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a recipe runs on.
+    """The model, the edits and the texts that a recipe uses.
 
     Args:
         model: the name of the model.
@@ -53,9 +53,9 @@ def recipe_text(
 
     Args:
         trial: the picked trial.
-        held_out: its scores on the held-out edits.
+        held_out: the scores of the picked setting on the held-out edits.
         source: model, edits, texts and path.
-        rule: the rule that the setting was picked by.
+        rule: the rule by which the setting was picked.
         meta: the metadata of the result.
         with_kl: list ``KLLocality`` even if its weight is 0, so that a sweep can set the weight.
     """

@@ -26,9 +26,9 @@ class TuneResult:
         trials: all trials, in the order in which they ran.
         cut_off: (number of edits, setting) of each run that was not started, because the budget was spent.
         picked: the trial of the picked setting on the largest number of edits.
-        rule: the rule that it was picked by.
-        held_out: the scores of the picked setting on the held-out edits, which it was trained on from the unedited
-            model.
+        rule: the rule by which the setting was picked.
+        held_out: the scores of the picked setting on the held-out edits, after a training of the unedited model on
+            them.
         halves: the tuning half and the held-out half of the edits.
         meta: model, edits (name and hash), protocol, format of the examples, seed, budget, seconds, versions and date.
     """
@@ -44,7 +44,7 @@ class TuneResult:
 
     @property
     def front(self) -> list[Trial]:
-        """The Pareto front: all trials except those that another trial with as many edits beats in every score."""
+        """The Pareto front: the trials that no other trial on the same number of edits beats."""
         return front(self.trials)
 
     def rows(self) -> list[list[str]]:
@@ -69,7 +69,7 @@ class TuneResult:
         return "\n".join([*lines, "", *self.notes(), "", *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def notes(self) -> list[str]:
-        """Return the lines below the table: what the columns mean, what was cut off, and the rule."""
+        """Return the lines below the table: the meaning of the columns, the runs without a result, and the rule."""
         lines = [
             f"reliability and generality: protocol {self.meta['protocol']}. locality: first tokens of the unedited "
             "answers that are kept. score: harmonic mean of generality and locality. front: no other setting on these "
@@ -99,7 +99,7 @@ class TuneResult:
         }
 
     def save_recipe(self, path: str | Path, *, model: str, edits: str, keep: str) -> Path:
-        """Write a recipe with the picked setting, which ``lightning run`` runs.
+        """Write a recipe with the picked setting, for ``lightning run``.
 
         Args:
             path: the ``.yaml`` file.
@@ -114,10 +114,11 @@ class TuneResult:
         return _write(path, recipe_text(self.picked, self.held_out, source, self.rule, self.meta))
 
     def save_sweep(self, path: str | Path, *, model: str, edits: str, keep: str) -> Path:
-        """Write a W&B sweep file with the grid, and the recipe that the sweep runs next to it.
+        """Write a W&B sweep file with the grid, and the recipe that each run of the sweep uses.
 
-        The recipe is named ``NAME_recipe.yaml`` if the sweep file is named ``NAME.yaml``. The arguments are those of
-        :meth:`save_recipe`. To keep the held-out half unseen, pass the file of the tuning half as ``edits``.
+        For a sweep file ``NAME.yaml``, the recipe is the file ``NAME_recipe.yaml`` in the same folder. The arguments
+        are those of :meth:`save_recipe`. To keep the held-out half unseen, pass the file of the tuning half as
+        ``edits``.
 
         Returns:
             The path.

@@ -31,7 +31,7 @@ from kedit_train.modes.weight_backup import WeightBackup
 
 @dataclass
 class TuneRuns:
-    """The unedited model with its report and statistics, and functions that measure a setting on some edits."""
+    """Trains and evaluates single settings for ``tune``. Every run starts from the unedited model."""
 
     model: nn.Module
     tokenizer: Any
@@ -52,7 +52,7 @@ class TuneRuns:
         cls, model: nn.Module, tokenizer: Any, edits: EditDataset, keep: Any, grid: TuneGrid, folder: Path,
         options: EvaluationOptions, seed: int,
     ) -> TuneRuns:  # fmt: skip
-        """Check everything that can fail, and evaluate the unedited model."""
+        """Check everything that can fail before the first run, and evaluate the unedited model."""
         texts = Texts.of(keep)
         # All runs get the same texts, whatever edits they train, so that they share the statistics of the texts.
         loaded = texts.load(edits, tokenizer=texts.tokenizer or tokenizer)
@@ -162,5 +162,6 @@ class TuneRuns:
         self.backup.restore()
         if fingerprint(self.model) != self.weights:
             raise EditError(
-                "the model cannot be restored: its configuration or a value has changed; load the model again."
+                "the unedited model cannot be restored, because its configuration or one of its values has changed; "
+                "load the model again."
             )

@@ -56,7 +56,7 @@ class TuneSetting:
         ]
 
     def build_callbacks(self, texts: Any, factors_path: Any, cache: Any) -> list[Any]:
-        """Return new callbacks.
+        """Return new callback objects for a run with this setting.
 
         Args:
             texts: the texts on which predictions should stay the same.
@@ -116,7 +116,10 @@ class TuneGrid:
         )
 
     def settings(self) -> list[TuneSetting]:
-        """Return all combinations without repetitions. Cheap settings come first, because the first one wins ties."""
+        """Return all combinations without repetitions.
+
+        Cheap settings come first, because the first of several equally good settings is picked.
+        """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         lists = (kl_weights, self.layers, map(float, self.step_sizes), map(float, self.dampings))
         return list(

@@ -41,10 +41,12 @@ def tune(
     """Find settings for a model: try a small grid by successive halving, and evaluate the best on held-out edits.
 
     The edits are split into a tuning half and a held-out half. Every setting of the grid is trained on a few edits of
-    the tuning half, the best third on more, and the best ones on the whole half. Each run starts from the unedited
-    model. The picked setting has a reliability of at least 0.95, and among such settings the highest harmonic mean of
-    generality and locality. If no setting is that reliable, the most reliable one is picked. The picked setting is then
-    trained once on the held-out half. Report only these last scores, because the other scores chose the setting.
+    the tuning half. The best third is trained again on more edits, and the best of these on all edits of the half. Each
+    run starts from the unedited model.
+
+    Among the settings with a reliability of at least 0.95, the setting with the highest harmonic mean of generality and
+    locality is picked. If no setting is that reliable, the most reliable setting is picked. It is then trained once on
+    the held-out half. Report only the scores of this last run, because the other scores were used to pick the setting.
 
     All runs use :class:`~kedit_train.callbacks.SecondOrderLocality`, so no learning rate is needed.
 
@@ -58,16 +60,16 @@ def tune(
         grid: the settings to try. None: ``TuneGrid()``.
         budget: time in seconds. When it is spent, no further run is started, except the runs of the first round and the
             run on the held-out half. None: no limit.
-        folder: a folder for the results and for the statistics of the texts. If ``tune`` is called again with the same
-            folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
+        folder: a folder for the results and for the K-FAC factors of the texts. If ``tune`` is called again with the
+            same folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
         options: how the runs are evaluated. Its ``prompt_format`` is also the format of the training examples. None:
             ``EvaluationOptions()``.
         seed: seed of the split, the training and the bootstrap.
         progress: show a progress bar in a terminal.
 
     Returns:
-        A :class:`~kedit_train.modes.tuning.result.TuneResult`: all trials, the picked one, the held-out scores, and
-        methods that write a recipe and a W&B sweep file.
+        A :class:`~kedit_train.modes.tuning.result.TuneResult` with all trials, the picked trial and the held-out
+        scores. Its methods write a recipe and a W&B sweep file.
 
     Raises:
         EditError: the edits have fewer than two subjects or no rephrases and no locality probes, two edits contradict
@@ -108,7 +110,10 @@ def tune(
             bar.set_description("held-out edits")
             final = runs.measure(best.setting, held_out)
         if final.error:
-            raise EditError(f"the picked setting ({best.setting}) failed on the held-out edits: {final.error}")
+            raise EditError(
+                f"the picked setting ({best.setting}) failed on the held-out edits, so use a grid without it: "
+                f"{final.error}"
+            )
         settings = {name: runs.unedited.meta["settings"][name] for name in ("prompt_format", "max_new_tokens")}
         meta = {
             "model": runs.unedited.meta["model"],

@@ -65,7 +65,7 @@ def test_later_runs_draw_only_texts_that_are_still_allowed(model, head):
     start_next_run(made, model, head, sequences=SEQUENCES[:2])
     assert set(made.draw(8)[0]) == {0, 1}
     made.finish_run([])
-    with pytest.raises(EditError, match="none of the first run's texts can be used in this run"):
+    with pytest.raises(EditError, match="this run can use none of the first run's texts"):
         start_next_run(made, model, head, sequences=SEQUENCES[4:])
 
 
@@ -95,5 +95,5 @@ def test_a_checkpoint_of_a_later_run_is_an_error_in_a_new_process(model, head):
     made = batches(model, head)
     made.finish_run([Edit("a", "b")])
     start_next_run(made, model, head, Edit("c", "d"))
-    with pytest.raises(EditError, match="this run cannot be resumed, because with sequential=True"):
+    with pytest.raises(EditError, match="this run cannot be resumed, because its checkpoint does not contain"):
         batches(model, head).load_state(made.state(), 4)

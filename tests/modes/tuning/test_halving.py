@@ -58,7 +58,7 @@ def test_subjects_stay_on_one_side_and_the_halves_are_balanced(seed: int) -> Non
 def test_another_seed_gives_another_split_and_one_subject_is_refused() -> None:
     edits = [Edit(f"{i} lives in", "Bern", subject=str(i)) for i in range(30)]
     assert split_edits(edits, 0) != split_edits(edits, 1)
-    with pytest.raises(EditError, match=r"at least two subjects, .* got 2 edits with 1"):
+    with pytest.raises(EditError, match=r"at least two subjects, .* got 2 edits about 1 subject"):
         split_edits([Edit("Ada lives in", "Bern", subject="Ada"), Edit("Ada works in", "Bonn", subject="ADA")])
 
 
