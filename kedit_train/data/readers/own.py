@@ -59,9 +59,7 @@ def check_names(record: Fields, known: frozenset[str]) -> None:
 
 
 def read(record: Fields) -> list[Edit]:
-    """Read a record in the format of kedit-train.
-
-    White space around the target is removed. The other texts are not changed.
+    """Read a record in the format of kedit-train, without changing its texts.
 
     ``prompt`` and ``target`` are required. ``subject``, ``old_target``, ``aliases``, ``rephrases``, ``locality``,
     ``portability`` and ``id`` are optional. Locality and portability are a list of questions, or a mapping from kinds
@@ -71,7 +69,7 @@ def read(record: Fields) -> list[Edit]:
     return [
         Edit(
             prompt=record.text("prompt"),
-            target=record.answer("target"),
+            target=record.text("target"),
             subject=record.optional_text("subject"),
             old_target=record.optional_text("old_target"),
             aliases=record.texts("aliases"),
