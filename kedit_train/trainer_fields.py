@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import inspect
-import json
 from typing import Any
 
+from kedit_train.arguments import cut
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.errors import EditError
+from kedit_train.safetensors_header import parse_json
 
 
 def callback_arguments(name: str, callback_class: type[EditCallback], value: Any) -> dict[str, Any] | None:
     """Convert the value of a field into arguments of its callback, or into None for no callback."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise EditError(
-                f"{name} must be a JSON object such as '{{}}', got {value!r} ({error}).", "EditSFTConfig"
+                f"{name} must be a JSON object such as '{{}}', got {cut(repr(value), 80)} ({error}).", "EditSFTConfig"
             ) from error
     if value is None or value is False:
         return None

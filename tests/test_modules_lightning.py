@@ -154,7 +154,7 @@ def test_a_model_that_cannot_be_edited_is_an_error_of_one_line(tmp_path: Path) -
 def test_an_edit_longer_than_the_context_is_named(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "word " * 300, "target": "x"}) + "\n")
-    with pytest.raises(EditError, match=r"long.jsonl, edit 0.*at most 256 tokens"):
+    with pytest.raises(EditError, match=r"long.jsonl, edit 1.*at most 256 tokens"):
         trainer(max_epochs=1).fit(EditModule(), EditDataModule(path=str(path)))
 
 

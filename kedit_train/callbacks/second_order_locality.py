@@ -148,6 +148,11 @@ class SecondOrderLocality(EditCallback):
 
     @torch.no_grad()
     def before_optimizer_step(self, run: EditRun) -> None:
+        if run.steps.is_shared:
+            raise EditError(
+                "one optimizer must have all parameters of the scope, got several optimizers that share a step; use a "
+                "single optimizer, because this callback replaces its step."
+            )
         self._before = {name: run.scope[name].detach().clone() for name in self._layers}
         self._directions = {
             name: precondition(layer.as_matrix(gradient), *self._inverses[name])

@@ -7,6 +7,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,6 +34,16 @@ def print_error(message: str) -> None:
         shared.write_text("printed")
 
 
+@contextmanager
+def ending_interrupts() -> Iterator[None]:
+    """Context manager: ^C ends the process with one line and the exit code 130, also while modules are imported."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        leave(130)
+
+
 def plain(text: str) -> str:
     """Escape control characters in text that comes from a file, so that a terminal does not execute them."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
@@ -39,9 +51,9 @@ def plain(text: str) -> str:
 
 def leave(code: int) -> NoReturn:
     """End this process after a failure, without waiting for the other processes of a distributed run."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
+    # A process that is interrupted during its imports must not import torch now.
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
         # The threads of Gloo may abort a process that exits without shutting down its process group. A shutdown would
         # need all processes.
         sys.stdout.flush()

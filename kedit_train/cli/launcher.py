@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kedit_train import catalog
-from kedit_train.cli.console import print_error
+from kedit_train.cli.console import ending_interrupts, print_error
 from kedit_train.errors import EditError
 
 HELP = """\
@@ -54,16 +54,17 @@ OPTIONS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the console script ``lightning``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if given[:1] == ["run"]:
-            raise SystemExit(run(given[1:]))
-        if not given or given[0] in ("-h", "--help"):
-            print(usage())
-            raise SystemExit(0 if given else 2)
-        hand_over(given[0])
-    except EditError as error:
-        print_error(str(error))
-        raise SystemExit(2) from None
+    with ending_interrupts():
+        try:
+            if given[:1] == ["run"]:
+                raise SystemExit(run(given[1:]))
+            if not given or given[0] in ("-h", "--help"):
+                print(usage())
+                raise SystemExit(0 if given else 2)
+            hand_over(given[0])
+        except EditError as error:
+            print_error(str(error))
+            raise SystemExit(2) from None
 
 
 def run(arguments: Sequence[str]) -> int:

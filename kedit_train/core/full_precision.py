@@ -8,11 +8,13 @@ and the parameter objects do not change.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from kedit_train.errors import warn
 from kedit_train.functional.precision import HALF
 
 
@@ -58,13 +60,31 @@ class FullPrecision:
             parameter.data = parameter.data.to(self.dtypes[name])
             parameter.grad = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FullPrecision:
+        # A copied model is an ordinary model in its own dtype. The copied hooks do nothing.
+        for name, parameter in self._parameters.items():
+            copied = copy.deepcopy(parameter, memo)
+            copied.data = copied.data.to(self.dtypes[name])
+        return FullPrecision(nn.Module(), {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = list(self.dtypes)
+        if names:
+            warn(
+                f"the model is pickled during an edit, so {names[0]} (and {len(names) - 1} more) is saved in fp32; "
+                "save it after the edit, or save model.state_dict()."
+            )
+        return FullPrecision, (nn.Module(), {})
+
     def _before(self, module: nn.Module, args: Any) -> None:
         """Replace the fp32 parameters by half-precision copies."""
         self._stack_sizes.append(len(self._swapped))
-        for owner, dtypes in self._owners_in[module]:
+        # A copied model has these hooks, too, but its modules are not in this dict.
+        for owner, dtypes in self._owners_in.get(module, ()):
             slots: dict[str, Any] = owner._parameters
-            # A plain tensor in this slot means that an outer module has already put the copy there.
-            if not isinstance(slots[next(iter(dtypes))], nn.Parameter):
+            first, dtype = next(iter(dtypes.items()))
+            if slots[first].dtype == dtype:
+                # An outer module has already put the copy there.
                 continue
             masters = {name: slots[name] for name in dtypes}
             self._swapped.append((slots, masters))

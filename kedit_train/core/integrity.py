@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from kedit_train.core.checksums import checksums, first_not_finite
 from kedit_train.core.drift.shards import local_part
@@ -47,6 +49,7 @@ class Integrity:
         self._started = True
         # After a forward pass, FSDP2 may still use gathered copies of the parameters, and frees them later.
         reshard(self.run.root)
+        self._check_trainable()
         in_scope = {id(p) for p in self.run.scope.values()}
         self._check_still_frozen(in_scope)
         self._frozen = [
@@ -72,6 +75,32 @@ class Integrity:
                     "parameter to the scope with ParameterScope."
                 )
 
+    def _check_trainable(self) -> None:
+        """Raise an error if other code has frozen the whole scope, because no gradient could be computed."""
+        scope = self.run.scope
+        if scope and not any(p.requires_grad for p in scope.values()):
+            raise EditError(
+                f"no parameter in scope can be trained at step {self.run.step + 1}, because other code has set "
+                f"requires_grad of {next(iter(scope))} (and {len(scope) - 1} more) to False; remove this code, or "
+                "select other parameters with ParameterScope."
+            )
+
+    def _check_objects(self, module: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Raise an error if the model uses another parameter object than the one that the run observes."""
+        for name, parameter in parameters:
+            try:
+                current = module.get_parameter(name)
+            except AttributeError:
+                current = None
+            # FSDP2 replaces a sharded parameter by a gathered copy for a while.
+            gathered = isinstance(parameter, DTensor) and current is not None and not isinstance(current, DTensor)
+            if current is not parameter and not gathered:
+                raise EditError(
+                    f"{name} was replaced by another object after training had begun, so the edit cannot constrain it "
+                    "(possible causes: load_state_dict(assign=True), a module that was exchanged, a converted model); "
+                    "load weights without assign=True, and change modules before the edit."
+                )
+
     def before_step(self) -> bool:
         """Check the weights when the training loop announces an optimizer step.
 
@@ -85,6 +114,8 @@ class Integrity:
             self.start()
             self._step_seen = False
             return False
+        self._check_objects(self.run.model, self.run.scope.items())
+        self._check_trainable()
         self.check_frozen_gradients()
         now = self._scope_now()
         changed = now != self._scope_sums
@@ -101,6 +132,23 @@ class Integrity:
                 f"{name} is not in scope, but has a gradient at step {self.run.step + 1}. Other code (for example "
                 "BaseFinetuning or unfreeze()) has set its requires_grad to True; remove this code, or add the "
                 "parameter to the scope with ParameterScope."
+            )
+
+    def check_gradients(self, names: Iterable[str]) -> None:
+        """Raise an error if an optimizer has used a NaN or infinite gradient.
+
+        A constraint could hide the values that result from such a gradient. If a gradient scaler skips a step, this
+        method is not called.
+
+        Args:
+            names: the names of the parameters that the optimizer has updated.
+        """
+        gradients = {name: g for name in names if (g := self.run.scope[name].grad) is not None and not g.is_sparse}
+        position = first_not_finite(gradients.values())
+        if position is not None:
+            raise EditError(
+                f"the gradient of {list(gradients)[position]} contains NaN or infinite values at step {self.run.step}; "
+                "lower the learning rate, check the loss of this batch, or use a GradScaler in fp16."
             )
 
     def after_step(self) -> None:
@@ -146,6 +194,7 @@ class Integrity:
         if not self._frozen:
             return
         positions = list(range(len(self._frozen))) if every else self._in_turn()
+        self._check_objects(self.run.root, (self._frozen[i] for i in positions))
         now = checksums(self._frozen[i][1] for i in positions)
         changed = next((i for i, value in zip(positions, now, strict=True) if value != self._frozen_sums[i]), None)
         if changed is not None:

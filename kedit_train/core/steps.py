@@ -38,17 +38,26 @@ class OptimizerSteps:
         self.learning_rates: dict[str, float | None] = {}
         # None until the step is announced. Afterwards, whether any callback returned a penalty.
         self._penalized: bool | None = None
+        # Whether the host must still be told about the current step, because another optimizer may share the step.
+        self._is_open = False
+        # Whether the closure of the running step has computed its gradients.
+        self._evaluated = False
         self.integrity = Integrity(run)
         # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
-        # The ids of the optimizers that have stepped since the last announcement.
-        self._stepped_optimizers: set[int] = set()
+        # The names of the parameters that each optimizer has updated since the last announcement, by id(optimizer).
+        self._stepped_optimizers: dict[int, set[str]] = {}
         # The hooks are registered now, to detect a loop that never announces a step. They hold weak references,
         # because global hooks would otherwise keep the model in memory.
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(_weak_hook(self._pre_hook)),
             register_optimizer_step_post_hook(_weak_hook(self._post_hook)),
         ]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether another optimizer has already taken its part of the step that was announced last."""
+        return bool(self._stepped_optimizers)
 
     def remove(self) -> None:
         """Remove the optimizer hooks."""
@@ -65,11 +74,15 @@ class OptimizerSteps:
         Returns:
             A scalar, or None if there is no penalty or the step has already been announced.
         """
-        if self._penalized is not None:
+        if self._penalized is not None and not self._stepped_optimizers:
             return None
-        self._stepped_optimizers.clear()
-        self._stepping.clear()
         run = self.run
+        self._check_evaluated_once()
+        self._close_step()
+        self._stepped_optimizers.clear()
+        if not run.host.uses_closures:
+            # An earlier step() has raised an error. With closures, this call comes from inside of a step().
+            self._stepping.clear()
         late = next((callback for callback in run.callbacks if not run.has_attached(callback)), None)
         if late is not None:
             raise EditError(
@@ -96,10 +109,12 @@ class OptimizerSteps:
         """
         run = self.run
         self._check_announced(optimizer)
+        self._check_evaluated_once()
+        self._evaluated = True
         self.integrity.start()
         self.integrity.check_frozen_gradients()
         check_gradients(run.scope.values())
-        error = run.host.gradient_error() if self._penalized else None
+        error = run.host.gradient_error() if self._penalized and not self.is_shared else None
         if error is not None:
             raise EditError(error)
         skip: list[bool] = []
@@ -135,6 +150,7 @@ class OptimizerSteps:
         Examples of such code are a trainer that loads its best checkpoint, and an optimizer that keeps a second copy of
         the weights (Lookahead).
         """
+        self._close_step()
         if self.integrity.finish():
             self._restore_constraints()
 
@@ -163,10 +179,9 @@ class OptimizerSteps:
         """Raise an error if the training loop had to announce this optimizer step and did not."""
         run = self.run
         penalizes = any(callback.penalizes for callback in run.callbacks)
-        if run.has_started and (self._penalized is not None or not (run.host.announces_every_step or penalizes)):
-            return
-        if self._stepped_optimizers and id(optimizer) not in self._stepped_optimizers:
-            # Several optimizers share the step that was announced.
+        # Several optimizers may share the step that was announced, but each of them may step only once.
+        announced = self._penalized is not None and id(optimizer) not in self._stepped_optimizers
+        if run.has_started and (announced or not (run.host.announces_every_step or penalizes)):
             return
         if run.host.releases_model:
             self._release()
@@ -179,6 +194,7 @@ class OptimizerSteps:
         if len(self._stepping) > 1:
             # The step() of another optimizer has called this step(). Together they count as one step.
             return
+        self._evaluated = False
         # torch passes the optimizer itself as the first argument.
         closure = next((a for a in args if a is not optimizer), kwargs.get("closure"))
         if closure is None:
@@ -203,13 +219,37 @@ class OptimizerSteps:
             pass
         if self._stepping or _skipped_by_scaler(optimizer):
             return
-        self.run.step += 1
-        self._penalized = None
-        self._stepped_optimizers.add(id(optimizer))
+        if not self._stepped_optimizers or id(optimizer) in self._stepped_optimizers:
+            # In Lightning, an optimizer may step without an announcement.
+            self._stepped_optimizers.clear()
+            self.run.step += 1
+        self._stepped_optimizers[id(optimizer)] = self._names(optimizer)
         self.learning_rates = self._current_learning_rates(optimizer)
+        self.integrity.check_gradients(self.learning_rates)
         self.apply_constraints()
         self.integrity.after_step()
-        self.run.host.after_optimizer_step(self.run)
+        self._is_open = True
+        updated = set().union(*self._stepped_optimizers.values())
+        if all(name in updated for name, p in self.run.scope.items() if p.grad is not None):
+            self._close_step()
+
+    def _close_step(self) -> None:
+        """Tell the host that a step is complete, unless it has been told.
+
+        If several optimizers share a step, the step is complete when every parameter with a gradient has been updated,
+        at the latest when the next step is announced.
+        """
+        if self._is_open:
+            self._is_open = False
+            self.run.host.after_optimizer_step(self.run)
+
+    def _check_evaluated_once(self) -> None:
+        """Raise an error if an optimizer calls its closure a second time in one step, as LBFGS does."""
+        if self._stepping and self._evaluated:
+            raise EditError(
+                f"{type(self._stepping[0]).__name__} computes the loss several times in one step() and moves the "
+                "weights in between, where no constraint is applied; use max_iter=1 (LBFGS) or another optimizer."
+            )
 
     def _current_learning_rates(self, optimizer: Optimizer) -> dict[str, float | None]:
         names = {id(p): name for name, p in self.run.scope.items()}
@@ -223,6 +263,10 @@ class OptimizerSteps:
     def _updates_scope(self, optimizer: Optimizer) -> bool:
         in_scope = {id(p) for p in self.run.scope.values()}
         return any(id(p) in in_scope for group in optimizer.param_groups for p in group["params"])
+
+    def _names(self, optimizer: Optimizer) -> set[str]:
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name for name, p in self.run.scope.items() if id(p) in own}
 
 
 def _skipped_by_scaler(optimizer: Optimizer) -> bool:

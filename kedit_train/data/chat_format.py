@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-from kedit_train.arguments import Rule, check_arguments, from_mapping, optional
+from kedit_train.arguments import Rule, check_arguments, cut, from_mapping, optional
 from kedit_train.data.conversations import check_messages
 from kedit_train.errors import EditError, reported_by
+from kedit_train.safetensors_header import parse_json
 
 FORMATS = ("plain", "chat", "question")
 
@@ -100,9 +100,9 @@ def read_format(value: Any) -> Any:
     """
     if isinstance(value, str) and value.startswith("{"):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise EditError(f"prompt_format must be valid JSON, got {value!r} ({error}).") from error
+            value = parse_json(value)
+        except ValueError as error:
+            raise EditError(f"prompt_format must be valid JSON, got {cut(repr(value), 80)} ({error}).") from error
     return from_mapping(ChatFormat, value) if isinstance(value, Mapping) else value
 
 
@@ -118,7 +118,7 @@ def describe_format(prompt_format: PromptFormat | None) -> str | dict[str, Any] 
 def check_format(prompt_format: Any, tokenizer: Any = None) -> None:
     """Raise an ``EditError`` for an unknown format, or for a chat with a tokenizer that has no chat template."""
     if not PROMPT_FORMAT.holds(prompt_format):
-        raise EditError(f"prompt_format must be {PROMPT_FORMAT.expected}, got {prompt_format!r}.")
+        raise EditError(f"prompt_format must be {PROMPT_FORMAT.expected}, got {cut(repr(prompt_format))}.")
     is_chat = chat_format(prompt_format) is not None
     if is_chat and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
         raise EditError(

@@ -45,8 +45,13 @@ def contradictions(edits: Sequence[Edit]) -> list[tuple[int, int]]:
 
 
 def numbered(edits: Sequence[Edit], i: int) -> str:
-    """Return the number of an edit, with its identifier if it has one, for a message."""
-    return f"{i} (id {shorten(edits[i].id)})" if edits[i].id else str(i)
+    """Return the number of an edit (counted from 1), with its identifier if it has one, for a message.
+
+    Args:
+        edits: the edits.
+        i: the index of the edit (counted from 0).
+    """
+    return f"{i + 1} (id {shorten(edits[i].id)})" if edits[i].id else str(i + 1)
 
 
 def check_contradictions(edits: Sequence[Edit], name: str) -> None:

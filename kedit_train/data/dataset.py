@@ -68,7 +68,7 @@ class EditDataset(Sequence[Edit]):
                 f"{name}: the dataset must contain at least one edit, got none; give an edit with a prompt and a target"
             )
         for i, edit in enumerate(self._edits):
-            check_edit(edit, f"{name}, edit {i}")
+            check_edit(edit, f"{name}, edit {i + 1}")
 
     @classmethod
     def load(

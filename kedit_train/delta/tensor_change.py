@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,16 +94,18 @@ class Change:
         """
         if whole.dtype != self.dtype or tuple(whole.shape) != self.shape:
             raise EditError(
-                f"tensor {name} is {whole.dtype} {list(whole.shape)} in the model and {self.dtype} {list(self.shape)} "
-                "in the delta; load the model that was edited, in the dtype of the delta."
+                f"tensor {name} is {_described(whole.dtype, whole.shape)} in the model and "
+                f"{_described(self.dtype, self.shape)} in the delta; use the model that was edited, in the dtype of "
+                "the delta."
             )
         state = self.state(whole)
         if state == expected:
             return
         if state is None:
             raise EditError(
-                f"tensor {name} has neither the values before the edit nor the values after the edit (compared by "
-                "SHA-256); use the model that the delta was made for."
+                f"the values of tensor {name} in the model are neither those before the edit nor those after the edit "
+                "(compared by SHA-256), so the delta was made for another model or for another version of this model; "
+                "use the model that was edited."
             )
         if expected == "base":
             raise EditError(
@@ -223,3 +226,7 @@ def change_between(
 
 def _numbers(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1).to(torch.int32 if len(mask) < 2**31 else torch.int64)
+
+
+def _described(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

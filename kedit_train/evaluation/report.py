@@ -17,6 +17,7 @@ from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.markdown import render_markdown
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
+from kedit_train.safetensors_header import parse_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,7 +99,7 @@ class Report(ReportData):
             EditError: the file is not an evaluation report.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = parse_json(Path(path).read_text(encoding="utf-8"))
             known = {field.name for field in fields(ProbeResult)}
             answers = [
                 ProbeResult(**{key: _as_tuple(value) for key, value in row.items() if key in known})
@@ -110,7 +111,7 @@ class Report(ReportData):
                 answers=answers,
                 meta=data["meta"],
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EditError(
                 f"{path} is not an evaluation report in JSON ({type(error).__name__}: {error}); give a JSON file that "
                 "Report.save wrote, or evaluate the model again and save the report.",

@@ -98,7 +98,7 @@ def test_wrong_arguments_are_one_line(kedit: Kedit, words: list[str], message: s
 
 def test_an_environment_variable_shows_the_traceback(kedit: Kedit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEDIT_TRACEBACK", "1")
-    with pytest.raises(EditError, match="no recipe or fragment 'nothing'"):
+    with pytest.raises(EditError, match="'nothing' is neither a file"):
         kedit("cp", "nothing")
 
 
@@ -126,7 +126,7 @@ def test_cp_copies_a_packaged_file(kedit: Kedit, tmp_path: Path, monkeypatch: py
         (["quickstart"], "already exists.*--force"),
         (["kl_locality"], "recipes/kl_locality or callbacks/kl_locality"),
         (["trl_sft", "mine.yaml"], r"\.py"),
-        (["missing"], "recipes/quickstart"),
+        (["missing"], "run kedit ls"),
     ):
         code, _, err = kedit("cp", *words)
         assert code == 1
@@ -168,3 +168,17 @@ def test_validate_needs_no_gpu_no_model_and_no_data(kedit: Kedit, tmp_path: Path
         "trainer: {accelerator: gpu, devices: 8, precision: bf16-mixed, max_epochs: 3}\n"
     )
     assert kedit("validate", path) == (0, f"{path}: valid recipe (no callbacks)\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("nope.yaml", "run kedit ls for all names."),
+        ("quikstart.yaml", "write recipes/quickstart, or run kedit ls for all names."),
+        ("kl_localty", "write recipes/kl_locality or callbacks/kl_locality, or run kedit ls for all names."),
+    ],
+)
+def test_a_name_that_does_not_exist_gives_few_similar_names(kedit: Kedit, name: str, advice: str) -> None:
+    message = f"{name!r} is neither a file nor a packaged recipe or fragment; {advice}"
+    assert kedit("validate", name) == (1, "", f"error: {name}: {message}\n")
+    assert kedit("cp", name) == (1, "", f"error: {message}\n")

@@ -218,3 +218,31 @@ def test_an_error_is_one_line_and_leaves_no_file(
     assert err.startswith("error: ")
     assert message in err
     assert sorted(path.name for path in edited_world.iterdir()) == before
+
+
+def test_apply_on_another_model_says_what_differs_and_what_to_do(
+    kedit: Kedit, edited_world: Path, tmp_path: Path
+) -> None:
+    file, model = edited_world / "edit.safetensors", load_file(world.path() / "model.safetensors")
+    cases = {
+        "values": (
+            model[WEIGHT] + 1,
+            "are neither those before the edit nor those after the edit (compared by SHA-256)",
+        ),
+        "shape": (
+            model[WEIGHT][:, :64].contiguous(),
+            "is float32 [128, 64] in the model and float32 [128, 352] in the",
+        ),
+    }
+    for name, (value, reason) in cases.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        save_file(model | {WEIGHT: value}, folder / "model.safetensors")
+        for verb in ("apply", "revert"):
+            code, _, err = kedit(verb, file, folder, tmp_path / "out")
+            assert (code, err.count("\n")) == (1, 1)
+            assert err.startswith(f"error: {file} (made for ")
+            assert f" does not fit {folder}: " in err
+            assert reason in err
+            assert "use the model that was edited" in err
+    assert not (tmp_path / "out").exists()

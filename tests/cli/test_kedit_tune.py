@@ -105,3 +105,31 @@ def test_a_budget_that_is_no_time_is_refused(text: str, kedit: Kedit) -> None:
         duration(text)
     code, _, err = kedit("tune", "world", "world", "--keep", "world", f"--budget={text}")
     assert (code, "expected a time above 0" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--limit", -3), "--limit must be at least 1, got -3."),
+        (("--limit", 1), "edits must have at least two subjects"),
+        (("--step-sizes", 5), "step_sizes must be a list with at least one value, each in (0, 1], got [5.0]."),
+        (("--layers", 99), "an index in layers must be from 0 to 5"),
+        (("--layers", "deep"), "layers must be an index (5, -1), a fraction (0.7)"),
+        (("--modules", "nothing"), "modules='nothing' matches no parameter"),
+        (("--keep", "chats.jsonl"), "chats.jsonl, record 2, message 1: expected"),
+        (("--keep", "missing.txt"), "file 'missing.txt' does not exist"),
+    ],
+)
+def test_wrong_arguments_are_reported_before_the_model_is_loaded(
+    kedit: Kedit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, object], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # An earlier record is a valid conversation.
+    records = [[{"role": "user", "content": "Hello"}], [{"role": "user"}]]
+    Path("chats.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in records))
+    monkeypatch.setattr("kedit_train.cli.kedit.checkpoints.load", None)
+    code, _, err = kedit("tune", "world", "world", *(() if words[0] == "--keep" else ("--keep", "world")), *words)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.glob("tuned*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,14 @@ def test_the_inputs_of_a_wrapped_head_are_read_in_full(reading: str):
         # Whichever of the two bases is kept: these four directions are what it preserves.
         inside = (directions[:4] @ free.basis.double()).norm() / 4**0.5
         assert float(inside) == pytest.approx(1.0 if free.preserved else 0.0, abs=1e-3)
+
+
+def test_a_copied_trainer_trains_its_own_model(tmp_path: Path, edits: EditDataset) -> None:
+    given = trainer(tmp_path, edits, [scope(), NormBall(1e-3)], max_steps=1)
+    before = given.model.get_parameter(NAME).detach().clone()
+    copied = copy.deepcopy(given)
+    copied.train()
+    assert torch.equal(given.model.get_parameter(NAME), before)
+    assert 0 < (copied.model.get_parameter(NAME) - before).abs().max() <= 1.0001e-3
+    given.train()
+    assert torch.equal(given.model.get_parameter(NAME), copied.model.get_parameter(NAME))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -125,3 +127,34 @@ def test_a_failing_forward_leaves_the_parameters_in_place() -> None:
         linear(torch.randn(2, 5, dtype=torch.bfloat16))
     assert isinstance(linear.weight, nn.Parameter)
     assert [name for name, _ in linear.named_parameters()] == ["weight", "bias"]
+
+
+def test_a_copy_of_a_half_precision_model_during_the_edit_is_an_ordinary_model() -> None:
+    model, tokenizer = half_world()
+    ids = torch.arange(8).unsqueeze(0)
+    with editing(model, [ParameterScope(layers=3, modules="mlp.down_proj"), NormBall(1e-2)], tokenizer=tokenizer) as e:
+        optimizer = torch.optim.SGD(e.parameters(), lr=0.1)
+        e.before_step()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        expected = model(input_ids=ids).logits
+        other = copy.deepcopy(model)
+        with pytest.warns(UserWarning, match=rf"pickled during an edit, so {NAME} \(and 0 more\) is saved in fp32"):
+            stored = pickle.loads(pickle.dumps(model))
+        trained = e.run.scope[NAME].detach().clone()
+        assert model.get_parameter(NAME).dtype == torch.float32
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    assert torch.equal(other.get_parameter(NAME), trained.bfloat16())
+    assert torch.equal(other(input_ids=ids).logits, expected)
+    assert torch.equal(stored.get_parameter(NAME), trained)
+    assert torch.equal(stored.bfloat16()(input_ids=ids).logits, expected)
+
+
+def test_functional_call_gives_the_gradients_of_the_fp32_values() -> None:
+    model, tokenizer = half_world()
+    ids = torch.arange(8).unsqueeze(0)
+    with editing(model, [ParameterScope(layers=3, modules="mlp.down_proj")], tokenizer=tokenizer) as edit:
+        model(input_ids=ids, labels=ids).loss.backward()
+        values = {name: p.detach().clone().requires_grad_() for name, p in edit.run.scope.items()}
+        torch.func.functional_call(model, values, (), {"input_ids": ids, "labels": ids}).loss.backward()
+        assert torch.equal(values[NAME].grad, edit.run.scope[NAME].grad)

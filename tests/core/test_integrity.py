@@ -6,38 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from core.small_loop import model, sgd, step, train
 from torch import nn
 
 from kedit_train import world
 from kedit_train.callbacks import EditCallback, GradientMask, NormBall, ParameterScope, editing
 from kedit_train.core.checksums import checksum, first_not_finite
 from kedit_train.errors import EditError
-
-
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4, bias=False), nn.Linear(4, 3))
-
-
-def step(edit: Any, net: nn.Module, optimizer: Any) -> None:
-    optimizer.zero_grad()
-    edit.before_step()
-    net(torch.ones(2, 4)).square().sum().backward()
-    optimizer.step()
-
-
-def train(net: nn.Module, callbacks: list[Any], make: Any, steps: int, before: Any = lambda number: None) -> Any:
-    """Train for ``steps`` steps, and call ``before(number)`` before each step."""
-    with editing(net, callbacks) as edit:
-        optimizer = make(edit.parameters())
-        for number in range(steps):
-            before(number)
-            step(edit, net, optimizer)
-    return edit
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1)
 
 
 class HandWritten:

@@ -325,7 +325,7 @@ def test_skipping_warns_once_and_never_returns_an_empty_dataset(tmp_path: Path) 
 def test_edits_created_in_code_are_checked_too(edit: Any, message: str) -> None:
     with pytest.raises(EditError) as caught:
         EditDataset([Edit("p", "t"), edit], name="mine")
-    assert str(caught.value) == f"mine, edit 1: {message}"
+    assert str(caught.value) == f"mine, edit 2: {message}"
 
 
 def test_a_dataset_without_edits_is_an_error() -> None:

@@ -90,7 +90,7 @@ def test_thoughts_are_context_without_a_loss() -> None:
         )
         assert target.startswith("Ann")
         assert target.count("Ann") == 1
-        with pytest.raises(EditError, match=r"edit 0: with thinking=True, the target must be the answer after"):
+        with pytest.raises(EditError, match=r"edit 1: with thinking=True, the target must be the answer after"):
             EditDataset([Edit("Who?", "<think>No</think>Ann")]).encode(tokenizer, prompt_format=chat)
     with pytest.raises(EditError, match=r"thinking must be False, because SFTTrainer would train.*to_tokens"):
         EditDataset([Edit("Who?", "Ann")]).to_prompt_completion(prompt_format=chat)
@@ -157,3 +157,19 @@ def test_the_unedited_report_must_have_the_same_format() -> None:
     evaluate(model, tokenizer, edits, options=options[0], unedited=before)
     with pytest.raises(EditError, match="was made with prompt_format="):
         evaluate(model, tokenizer, edits, options=options[1], unedited=before)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"history":' + "[" * 5000 + "]" * 5000 + "}", "nested too deeply"),
+        ('{"history":' + "[" * 600 + "]" * 600 + "}", "more than 400 levels"),
+        ('{"system": ' + "1" * 5000 + "}", "digits"),
+        ('{"system"', "delimiter"),
+    ],
+)
+def test_json_that_cannot_be_read_is_one_short_line(text: str, reason: str) -> None:
+    with pytest.raises(EditError, match=reason) as error:
+        EvaluationOptions(prompt_format=text)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300

@@ -18,7 +18,7 @@ CONTRADICTORY = [
     {"prompt": " ada  LIVES in", "target": "Rome", "id": "b"},
 ]
 LINE = (
-    "records, edits 0 (id a) and 2 (id b): the prompt 'Ada lives in' must have only one target in a run, got 'Bern' "
+    "records, edits 1 (id a) and 3 (id b): the prompt 'Ada lives in' must have only one target in a run, got 'Bern' "
     "and 'Rome'; remove one of the edits, add its target to the aliases of the other, or call latest() on the dataset "
     "to keep the last edit of each prompt"
 )
@@ -55,7 +55,7 @@ def test_other_spellings_and_aliases_do_not_contradict(other: Edit) -> None:
 
 def test_the_number_of_contradictions_is_counted() -> None:
     edits = EditDataset([Edit("Ada lives in", city) for city in ("Bern", "Rome", "Paris")])
-    with pytest.raises(EditError, match=r"^edits, edits 0 and 1: .* \(2 edits contradict an earlier edit\); remove"):
+    with pytest.raises(EditError, match=r"^edits, edits 1 and 2: .* \(2 edits contradict an earlier edit\); remove"):
         edits.check_trained_together()
 
 
@@ -65,7 +65,7 @@ def test_repeated_edits_are_kept_and_counted_in_a_warning() -> None:
         edits = EditDataset.from_records([*records, {"prompt": "p", "target": "t", "rephrases": ["r"]}])
     assert len(edits) == 4
     assert [str(one.message) for one in caught] == [
-        "records: 2 of 4 edits repeat an earlier edit (edit 1 is the same as edit 0); all are kept, so each of them "
+        "records: 2 of 4 edits repeat an earlier edit (edit 2 is the same as edit 1); all are kept, so each of them "
         "counts again in training and in scores; remove them if this is not intended"
     ]
 
@@ -77,7 +77,7 @@ def test_invisible_texts_are_refused_and_can_be_skipped(field: str, text: str) -
     with pytest.raises(EditError) as error:
         EditDataset.from_records([good, bad])
     assert str(error.value) == f"records, record 2: field '{field}' must be text, got only invisible characters; {SKIP}"
-    with pytest.raises(EditError, match=f"^edits, edit 0: {field} must be text, got only invisible characters"):
+    with pytest.raises(EditError, match=f"^edits, edit 1: {field} must be text, got only invisible characters"):
         EditDataset([Edit(**bad)])
     with pytest.warns(UserWarning, match="skipped 1 of 2 records"):
         assert len(EditDataset.from_records([good, bad], on_error="skip")) == 1

@@ -83,7 +83,7 @@ def test_an_answer_ends_with_end_of_text_if_the_template_closes_no_turn(chatty: 
     tail = one.input_ids[one.target_start :]
     assert (tail.count(tokenizer.eos_token_id), tail[-1]) == (1, tokenizer.eos_token_id)
     tokenizer.eos_token = None
-    with pytest.raises(EditError, match=r"^facts, edit 0: .*neither the chat template nor the tokenizer"):
+    with pytest.raises(EditError, match=r"^facts, edit 1: .*neither the chat template nor the tokenizer"):
         EditDataset([Edit("Who?", "Ann")], name="facts").encode(tokenizer, prompt_format="chat")
     tokenizer.chat_template = None
     with pytest.raises(EditError, match=r"needs a chat template.*--model.chat_template in a recipe"):

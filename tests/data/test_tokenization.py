@@ -213,14 +213,14 @@ def test_errors_name_the_edit() -> None:
     with pytest.raises(EditError) as caught:
         edits.encode(tokenizer, max_length=long - 1)
     assert str(caught.value) == (
-        f"facts.json, edit 1 (id 17): the prompt 'The capital of France is' and its target must have at "
+        f"facts.json, edit 2 (id 17): the prompt 'The capital of France is' and its target must have at "
         f"most {long - 1} tokens, got {long}; shorten the edit or leave it out"
     )
     mute = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(EditError) as caught:
         edits.encode(mute, append_eos=True)
     assert str(caught.value) == (
-        "facts.json, edit 0: append_eos=True needs an end-of-text token, but the tokenizer has none; set "
+        "facts.json, edit 1: append_eos=True needs an end-of-text token, but the tokenizer has none; set "
         "tokenizer.eos_token, or pass append_eos=False"
     )
     assert edits.encode(mute, append_eos=False) == edits.encode(mute)

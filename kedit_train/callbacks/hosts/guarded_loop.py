@@ -53,8 +53,8 @@ class GuardedLoop:
             return getattr(type(trainer), _EPOCH)(trainer, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or pickled trainer has the method of its class again.
-        return type(None), ()
+        # A copy of the trainer, which is not complete yet, gets a guard of its own.
+        return GuardedLoop, (self._trainer(),)
 
 
 def guard_loop(control: Any) -> None:

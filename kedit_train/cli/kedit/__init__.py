@@ -84,5 +84,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(str(error))
         return 1
     except KeyboardInterrupt:
-        print_error("stopped")
+        print_error("interrupted")
         return 130

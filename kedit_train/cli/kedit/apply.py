@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_train.atomic_write import writing
-from kedit_train.cli.kedit.output import check_new_folder, json_option, print_json, size
+from kedit_train.cli.kedit.output import check_new_folder, json_option, naming_models, print_json, size
 from kedit_train.errors import EditError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,11 +40,12 @@ def run(args: Namespace) -> int:
     from kedit_train.delta import EditDelta
 
     delta, folder = EditDelta.load(args.delta), folder_of(args.model)
-    if args.dtype is None:
-        _check_dtypes(delta, folder)
-        out = delta.apply_to_checkpoint(folder, args.out)
-    else:
-        out = _apply_in_memory(delta, folder, Path(args.out), args.dtype)
+    with naming_models(args.delta, delta.meta, args.model):
+        if args.dtype is None:
+            _check_dtypes(delta, folder)
+            out = delta.apply_to_checkpoint(folder, args.out)
+        else:
+            out = _apply_in_memory(delta, folder, Path(args.out), args.dtype)
     if args.json:
         print_json({"out": str(out), "state": "edited", "tensors": len(delta), "bytes": delta.nbytes})
         return 0

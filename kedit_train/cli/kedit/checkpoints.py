@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from kedit_train import world
 from kedit_train.errors import EditError
 from kedit_train.optional import require
+from kedit_train.safetensors_header import parse_json
 
 # The files of a transformers model, except pickled weights, because loading a pickle can execute code.
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py"]
@@ -79,6 +79,24 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
     return adapted.eval(), tokenizer
 
 
+def without_weights(name: str, *, trust_remote_code: bool = False) -> Any | None:
+    """Return a model with the right modules and shapes, and without values. This is fast for models of any size.
+
+    Returns:
+        The model on the device "meta". None if its configuration is not in a file of its own (GGUF), or if the model
+        cannot be built from it. Loading the model then reports what is wrong.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(world_or(name), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:
+        return None
+
+
 def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
     """Load a model on ``args.device``. The default is the accelerator if the machine has one, and the CPU otherwise."""
     import torch
@@ -105,7 +123,7 @@ def adapted_base(name: str) -> str | None:
     if not config.is_file():
         return None
     try:
-        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        base = parse_json(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise EditError(f"{config} is not a valid PEFT configuration ({error}); save the adapter again.") from error
     if not base:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from argparse import ArgumentParser, Namespace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
@@ -65,5 +66,16 @@ def packaged(name: str) -> Path:
         raise EditError(f"the name {name!r} is ambiguous; write {' or '.join(full for full, _ in matches)}.")
     if not matches:
         known = [f"{kind}/{one}" for kind in get_args(catalog.Kind) for one in catalog.names(kind)]
-        raise EditError(f"there is no recipe or fragment {name!r}; choose from {', '.join(known)}.")
+        similar = _similar(given.stem, known)
+        advice = f"write {' or '.join(similar)}, or run" if similar else "run"
+        raise EditError(
+            f"{name!r} is neither a file nor a packaged recipe or fragment; {advice} kedit ls for all names."
+        )
     return matches[0][1]
+
+
+def _similar(name: str, known: list[str]) -> list[str]:
+    """Return at most three of the known names ``kind/stem`` that are spelled like ``name``."""
+    stems = dict.fromkeys(one.partition("/")[2] for one in known)
+    close = get_close_matches(name, stems, n=3, cutoff=0.7)
+    return [one for stem in close for one in known if one.partition("/")[2] == stem][:3]

@@ -6,7 +6,8 @@ import json
 import math
 import os
 from argparse import ArgumentTypeError
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,23 @@ def check_new_folder(path: str) -> None:
     """
     if Path(path).exists():
         raise EditError(f"{path} already exists; choose the name of a new folder.")
+
+
+@contextmanager
+def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[None]:
+    """Context manager: name a delta, the model that it was made for, and the given model in front of every error.
+
+    Args:
+        path: the path of the delta.
+        meta: the metadata of the delta.
+        model: the given model.
+    """
+    try:
+        yield
+    except EditError as error:
+        base = meta["base"].get("name")
+        made_for = f" (made for {base})" if base else ""
+        raise EditError(f"{path}{made_for} does not fit {model}: {error}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

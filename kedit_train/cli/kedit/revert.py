@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from kedit_train.cli.kedit.output import check_new_folder, json_option, print_json
+from kedit_train.cli.kedit.output import check_new_folder, json_option, naming_models, print_json
 
 HELP = "write the base checkpoint, bit for bit, from a delta and the edited checkpoint"
 EPILOG = """\
@@ -27,7 +27,9 @@ def run(args: Namespace) -> int:
     from kedit_train.delta import EditDelta
 
     delta = EditDelta.load(args.delta)
-    out = delta.revert_checkpoint(folder_of(args.model), args.out)
+    folder = folder_of(args.model)
+    with naming_models(args.delta, delta.meta, args.model):
+        out = delta.revert_checkpoint(folder, args.out)
     if args.json:
         print_json({"out": str(out), "state": "base", "tensors": len(delta), "bytes": delta.nbytes})
     else:

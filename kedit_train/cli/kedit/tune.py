@@ -86,9 +86,12 @@ def run(args: Namespace) -> int:
     # The arguments are checked before the model is loaded.
     grid = TuneGrid(**_given(args))
     options = EvaluationOptions(protocol=args.protocol, prompt_format=args.prompt_format)
+    if args.limit is not None and args.limit < 1:
+        raise EditError(f"--limit must be at least 1, got {args.limit}.")
     edits = EditDataset.load(args.edits)
     if args.limit is not None and args.limit < len(edits):
         edits = edits.sample(args.limit, seed=args.seed)
+    _check_before_loading(args, edits, grid)
     folder = out.with_suffix(".tune")
     model, tokenizer = load_for(args, args.model, "float32")
     result = tune(
@@ -108,6 +111,21 @@ def run(args: Namespace) -> int:
         return 0
     _print(result, out, files)
     return 0
+
+
+def _check_before_loading(args: Namespace, edits: Any, grid: Any) -> None:
+    """Check the texts, the edits and the scopes without loading the weights of the model, which may take long."""
+    from kedit_train.cli.kedit.checkpoints import without_weights
+    from kedit_train.core.locality.texts import Texts
+    from kedit_train.core.scope.scope import resolve_scope
+    from kedit_train.modes.tuning.halving import split_edits
+
+    Texts.of(args.keep).check()
+    edits.check_trained_together()
+    split_edits(edits, args.seed)
+    model = without_weights(args.model, trust_remote_code=args.trust_remote_code)
+    for layers in grid.layers if model is not None else ():
+        resolve_scope(model, layers, grid.modules)
 
 
 def duration(text: str) -> float:

@@ -19,6 +19,7 @@ from kedit_train.core.cache.hidden_state_store import HiddenStateStore
 from kedit_train.core.cache.layer_stack import Prefix, PrefixState, call_arguments
 from kedit_train.core.cache.sequence_keys import SequenceBatch, read_sequences
 from kedit_train.core.scope.experts import experts_per_block
+from kedit_train.core.transforms import check_no_transform
 from kedit_train.errors import EditError, reported_by, warn
 
 # Hooks run in the forward pass of the training loop, where errors do not name a callback by default.
@@ -170,6 +171,8 @@ class FrozenPrefix:
                 "layers; checkpoint each layer separately, as transformers does, or remove PrefixCache.",
                 component=_COMPONENT,
             )
+        with reported_by(_COMPONENT):
+            check_no_transform()
         if self._outdated:
             self.bypassed += 1
             return

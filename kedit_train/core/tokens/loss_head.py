@@ -23,6 +23,7 @@ from kedit_train.core.tokens.interfaces import (
 )
 from kedit_train.core.tokens.loss_output import fused_output, model_output
 from kedit_train.core.tokens.sequences import first_of_sequence, sequence_numbers, sequence_weights
+from kedit_train.core.transforms import check_no_transform
 from kedit_train.errors import EditError
 from kedit_train.functional.chunked_loss import chunk_length, chunked
 from kedit_train.functional.closed_form_losses import entropy
@@ -123,6 +124,7 @@ class LossHead:
         # from_pretrained() returned the model in evaluation mode.
         if self._inert or not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return None
+        check_no_transform()
         if kwargs.get("shift_labels") is not None:
             raise EditError(
                 "shift_labels must not be passed to the model, because the loss head shifts labels itself; turn off "

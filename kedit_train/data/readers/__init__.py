@@ -165,9 +165,9 @@ def read_records(
     if repeated := duplicates(edits):
         first, again = repeated[0]
         warnings.warn(
-            f"{name}: {len(repeated)} of {len(edits)} edits repeat an earlier edit (edit {again} is the same as edit "
-            f"{first}); all are kept, so each of them counts again in training and in scores; remove them if this is "
-            "not intended",
+            f"{name}: {len(repeated)} of {len(edits)} edits repeat an earlier edit (edit {again + 1} is the same as "
+            f"edit {first + 1}); all are kept, so each of them counts again in training and in scores; remove them if "
+            "this is not intended",
             UserWarning,
             stacklevel=3,
         )
