@@ -19,13 +19,12 @@ from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
+from kedit_train.functional.adam import AdamAverages
 from kedit_train.functional.precision import wide
-from kedit_train.functional.second_order import damped_inverse, precondition, second_order_divergence
+from kedit_train.functional.second_order import inverse_root, second_order_divergence, transform
 
-# A step is never smaller than this fraction of ``step_size``, so that the last tokens are learned in few steps.
-_SMALLEST_FACTOR = 0.1
-# The momentum of the trial on which the callback is based. It is not an argument, because it changes little.
-_MOMENTUM = 0.8
+# The longest step, as a fraction of the norm of the weights in scope.
+_LONGEST = 0.1
 
 
 class SecondOrderLocality(EditCallback):
@@ -33,13 +32,14 @@ class SecondOrderLocality(EditCallback):
 
     Before training, the callback computes the K-FAC factors A and S of each weight on the texts. They estimate the KL
     divergence per token that a change D of the weight causes on the texts, ``1/2 tr(S D A Dᵀ)``. During training, no
-    text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the weight moves
-    along ``S⁻¹ G A⁻¹`` with momentum, where G is the gradient. Among all steps that reduce the loss by the same amount,
-    this direction has the smallest estimated divergence (natural gradient).
+    text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the callback
+    takes a step of Adam in transformed coordinates: a change U of the coordinates changes the weight by
+    ``S^-1/2 U A^-1/2``. In these coordinates, all changes of the same norm have the same estimated divergence.
 
-    The length of the step does not depend on the optimizer or on its learning rate. It is ``step_size`` times the norm
-    of the weights in scope. If the training loss is below 1, the length is also multiplied by the loss, or by 0.1 if
-    the loss is below 0.1. A learning rate schedule has no effect.
+    The length of a step does not depend on the optimizer or on its learning rate. The gradient predicts how much a step
+    reduces the loss. Each step has the length for which this prediction is the fraction ``step_size`` of the loss
+    (Polyak's step size, with running averages of loss and gradient). A step is never longer than a tenth of the norm of
+    the weights in scope. A learning rate schedule has no effect.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NormBall``,
     ``NullSpace``, ``GradientMask``) are applied after the step.
@@ -48,10 +48,11 @@ class SecondOrderLocality(EditCallback):
         texts: texts on which predictions should stay the same: a source of texts or a :class:`Texts`. The ``seed`` of
             ``Texts`` also seeds the sampled labels. The first token of every text is left out of the factors, because
             it is an attention sink in many models.
-        step_size: length of a step as a fraction of the norm of the weights in scope. Default 0.02.
-        damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A lower
-            damping preserves more behavior. A high damping (10) gives plain gradient steps of the same length. Default
-            1e-3.
+        step_size: the fraction of the training loss that a step removes according to the gradient. A smaller value
+            preserves more behavior, needs more steps, and gives the new answer to fewer rephrased prompts. Default
+            0.05.
+        damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A high
+            damping (10) gives steps of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
             pass.
         factors_path: a ``.safetensors`` file for the factors. If the file exists, the factors are read from it.
@@ -69,7 +70,9 @@ class SecondOrderLocality(EditCallback):
             and ``Conv1D`` are supported. LoRA factors and the output head are not supported.
 
     References:
-        Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671.
+        Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671. SOAP: Improving and
+        Stabilizing Shampoo using Adam, arXiv 2409.11321, for Adam in the coordinates of Kronecker factors. MoMo:
+        Momentum Models for Adaptive Learning Rates, arXiv 2305.07583, for Polyak's step size with momentum.
 
     Example:
         >>> import torch
@@ -101,8 +104,8 @@ class SecondOrderLocality(EditCallback):
         self,
         texts: TextSource | Texts,
         *,
-        step_size: float = 0.02,
-        damping: float = 1e-3,
+        step_size: float = 0.05,
+        damping: float = 1e-2,
         factors: Literal["kfac", "inputs"] = "kfac",
         factors_path: str | Path | None = None,
         limit: int | None = None,
@@ -122,13 +125,13 @@ class SecondOrderLocality(EditCallback):
         self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
         self._layers: dict[str, LinearLayer] = {}
         self._moments = KFACFactors({}, {})
-        self._inverses: dict[str, tuple[Tensor | None, Tensor]] = {}
-        self._momentum: dict[str, Tensor] = {}
-        self._directions: dict[str, Tensor] = {}
+        self._roots: dict[str, tuple[Tensor | None, Tensor]] = {}
+        self._gradients: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
+        self._averages = AdamAverages()
 
     def requires(self) -> Sequence[Requirement]:
-        message = 'the size of a step follows the training loss; add TokenLoss("cross_entropy").'
+        message = 'the length of a step depends on the training loss; add TokenLoss("cross_entropy").'
         return [Requirement(("edit/tokens/loss_now",), message)]
 
     def prepare(self, run: EditRun) -> None:
@@ -141,8 +144,8 @@ class SecondOrderLocality(EditCallback):
             run, self._layers, self.texts, limit=self.limit, batch_size=self.batch_size, path=self.factors_path,
             inputs_only=self.factors == "inputs", skip_first=True,
         )  # fmt: skip
-        self._inverses = {name: self._invert(run, name) for name in self._layers}
-        self._momentum, self._directions, self._before = {}, {}, {}
+        self._roots = {name: self._inverse_roots(run, name) for name in self._layers}
+        self._gradients, self._before, self._averages = {}, {}, AdamAverages()
         norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in self._layers]
         self._norm = float(torch.stack(norms).sum().sqrt())
 
@@ -154,13 +157,13 @@ class SecondOrderLocality(EditCallback):
                 "single optimizer, because this callback replaces its step."
             )
         self._before = {name: run.scope[name].detach().clone() for name in self._layers}
-        self._directions = {
-            name: precondition(layer.as_matrix(gradient), *self._inverses[name])
+        self._gradients = {
+            name: transform(layer.as_matrix(gradient), *self._roots[name])
             for name, layer in self._layers.items()
             if (gradient := run.scope[name].grad) is not None
         }
-        # In the momentum, a NaN would stop every later step without changing a weight.
-        if not all(bool(direction.isfinite().all()) for direction in self._directions.values()):
+        # In the averages, a NaN would stop every later step without changing a weight.
+        if not all(bool(gradient.isfinite().all()) for gradient in self._gradients.values()):
             raise EditError(
                 f"the gradients of step {run.step + 1} contain NaN or infinite values; check the loss of this "
                 "batch, or use a lower step_size."
@@ -169,22 +172,22 @@ class SecondOrderLocality(EditCallback):
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         run = self.run
         # A callback that skips this step deletes the gradients after this callback has read them.
-        directions = {n: d for n, d in self._directions.items() if run.scope[n].grad is not None}
-        before, self._directions, self._before = self._before, {}, {}
+        gradients = {n: g for n, g in self._gradients.items() if run.scope[n].grad is not None}
+        before, self._gradients, self._before = self._before, {}, {}
         changed = dict(weights)
         changed.update(before)
-        if not directions:
+        if not gradients:
             return changed
+        loss, means, coordinates = self._averages.update(gradients, run.scores["edit/tokens/loss_now"])
+        slope = sum(float((means[n] * u).sum(dtype=torch.float64)) for n, u in coordinates.items())
+        directions = {name: transform(u, *self._roots[name]) for name, u in coordinates.items()}
+        norms = [d.square().sum(dtype=torch.float64) for d in directions.values()]
+        norm = float(torch.stack(norms).sum().sqrt())
+        if not (slope > 0.0 and norm > 0.0):
+            return changed
+        length = min(self.step_size * abs(loss) / slope, _LONGEST * self._norm / norm)
         for name, direction in directions.items():
-            previous = self._momentum.get(name)
-            self._momentum[name] = direction if previous is None else _MOMENTUM * previous + direction
-        norms = [m.square().sum(dtype=torch.float64) for m in self._momentum.values()]
-        length = float(torch.stack(norms).sum().sqrt())
-        factor = min(1.0, max(_SMALLEST_FACTOR, run.scores["edit/tokens/loss_now"]))
-        if not length > 0.0:
-            return changed
-        for name, direction in self._momentum.items():
-            step = self._layers[name].as_matrix(direction) * (self.step_size * factor * self._norm / length)
+            step = self._layers[name].as_matrix(direction) * length
             changed[name] = (wide(before[name]) - step).to(before[name].dtype)
         return changed
 
@@ -199,30 +202,34 @@ class SecondOrderLocality(EditCallback):
         return {"edit/locality/second_order_kl": divergence}
 
     def state(self) -> dict[str, Any]:
-        return {"momentum": dict(self._momentum)}
+        averages = self._averages
+        means, squares = dict(averages.means), dict(averages.squares)
+        return {"means": means, "squares": squares, "loss": averages.loss, "steps": averages.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
         # Tensors that were read from a file can have unaligned addresses, on which the last bits of matrix products
         # depend, so they are copied.
-        momentum = state["momentum"]
-        self._momentum = {n: m.to(self._inverses[n][1], copy=True) for n, m in momentum.items()}
+        means, squares = (
+            {n: t.to(self._roots[n][1], copy=True) for n, t in state[key].items()} for key in ("means", "squares")
+        )
+        self._averages = AdamAverages(means, squares, float(state["loss"]), int(state["steps"]))
 
     def detach(self, run: EditRun) -> None:
-        self._layers, self._inverses, self._moments = {}, {}, KFACFactors({}, {})
-        self._momentum, self._directions, self._before = {}, {}, {}
+        self._layers, self._roots, self._moments = {}, {}, KFACFactors({}, {})
+        self._gradients, self._before, self._averages = {}, {}, AdamAverages()
 
-    def _invert(self, run: EditRun, name: str) -> tuple[Tensor | None, Tensor]:
+    def _inverse_roots(self, run: EditRun, name: str) -> tuple[Tensor | None, Tensor]:
         moments = [self._moments.inputs[name]]
         if self.factors == "kfac":
             moments.append(self._moments.gradients[name])
         try:
-            inverses = [damped_inverse(moment.mean, self.damping) for moment in moments]
+            roots = [inverse_root(moment.mean, self.damping) for moment in moments]
         except ValueError as error:
             raise EditError(
                 f"no activation or gradient reaches {name} on the texts ({error}); remove this weight from the scope."
             ) from error
-        # Every process must take the same step, but the last bits of an inverse may differ between processes.
-        inputs, *outputs = broadcast_from_first([inverse.to(run.scope[name].device) for inverse in inverses])
+        # Every process must take the same step, but the last bits of a root may differ between processes.
+        inputs, *outputs = broadcast_from_first([root.to(run.scope[name].device) for root in roots])
         return (outputs[0] if outputs else None), inputs
 
     def __repr__(self) -> str:

@@ -34,18 +34,18 @@ def second_order_divergence(change: Tensor, output_moment: Tensor, input_moment:
     return 0.5 * ((output_moment @ change) * (change @ input_moment)).sum()
 
 
-def damped_inverse(moment: Tensor, damping: float) -> Tensor:
-    """Return the inverse of ``moment / t + damping * I``, where t is the mean of the diagonal of the moment.
+def inverse_root(moment: Tensor, damping: float) -> Tensor:
+    """Return the symmetric inverse square root of ``moment / t + damping * I``. t is the mean of the moment's diagonal.
 
     The division by t makes ``damping`` independent of the scale of the model's activations and gradients. A large
-    damping makes the inverse similar to the identity matrix.
+    damping makes the result similar to a multiple of the identity matrix.
 
     Args:
         moment: [d, d], symmetric and positive semi-definite.
         damping: above 0.
 
     Returns:
-        [d, d], in the dtype of the moment. The inverse is computed in fp64.
+        [d, d], in the dtype of the moment. The root is computed in fp64.
 
     Raises:
         ValueError: the moment is zero or not finite.
@@ -53,22 +53,27 @@ def damped_inverse(moment: Tensor, damping: float) -> Tensor:
     exact = widest(moment)
     scale = float(exact.diagonal().mean())
     if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the mean of the diagonal must be > 0 and finite, got {scale:g}")
-    identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(exact / scale + damping * identity)).to(moment)
+        raise ValueError(f"the mean of the diagonal is {scale:g}")
+    values, vectors = torch.linalg.eigh(exact / scale)
+    # Rounding can make the smallest eigenvalues slightly negative.
+    roots = (values.clamp_min(0.0) + damping).rsqrt()
+    return ((vectors * roots) @ vectors.T).to(moment)
 
 
-def precondition(gradient: Tensor, output_inverse: Tensor | None, input_inverse: Tensor) -> Tensor:
-    """Return ``S⁻¹ G A⁻¹``, the direction that changes the loss most for a given divergence on the texts.
+def transform(matrix: Tensor, output_root: Tensor | None, input_root: Tensor) -> Tensor:
+    """Return ``P M Q`` for the inverse roots P of S and Q of A.
+
+    For a gradient, the result is the gradient with respect to coordinates in which the estimated divergence of a change
+    is half its squared norm. For a change in these coordinates, the result is the change of the weight.
 
     Args:
-        gradient: G, [out, in].
-        output_inverse: the inverse of S, [out, out]. None leaves out this factor.
-        input_inverse: the inverse of A, [in, in].
+        matrix: M, [out, in].
+        output_root: P, [out, out]. None stands for the identity matrix.
+        input_root: Q, [in, in].
 
     Returns:
-        [out, in], in the dtype of the inverses.
+        [out, in], in the dtype of the roots.
     """
-    with full_precision(gradient.device.type):
-        direction = gradient.to(input_inverse.dtype) @ input_inverse
-        return direction if output_inverse is None else output_inverse @ direction
+    with full_precision(matrix.device.type):
+        product = matrix.to(input_root.dtype) @ input_root
+        return product if output_root is None else output_root @ product

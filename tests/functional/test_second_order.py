@@ -1,11 +1,11 @@
-"""The second-order divergence and the preconditioned direction, against dense matrices."""
+"""The second-order divergence and the coordinates that it defines, against dense matrices."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kedit_train.functional.second_order import damped_inverse, precondition, second_order_divergence
+from kedit_train.functional.second_order import inverse_root, second_order_divergence, transform
 
 
 def moment(size: int, seed: int) -> torch.Tensor:
@@ -25,18 +25,33 @@ def test_the_divergence_is_the_quadratic_form_of_the_kronecker_product() -> None
     torch.testing.assert_close(second_order_divergence(D, S, A), expected)
 
 
-def test_the_direction_solves_the_dense_system() -> None:
-    damped = [m / m.diagonal().mean() + 0.1 * torch.eye(len(m), dtype=m.dtype) for m in (S, A)]
-    expected = torch.linalg.solve(torch.kron(damped[1], damped[0]), D.T.flatten()).reshape(6, 4).T
-    found = precondition(D, damped_inverse(S, 0.1), damped_inverse(A, 0.1))
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(precondition(D, None, damped_inverse(A, 0.1)), torch.linalg.solve(damped[1], D.T).T)
+def test_the_root_is_symmetric_and_its_square_is_the_inverse_of_the_damped_moment() -> None:
+    root = inverse_root(A, 0.1)
+    damped = A / A.diagonal().mean() + 0.1 * torch.eye(6, dtype=A.dtype)
+    torch.testing.assert_close(root, root.T)
+    torch.testing.assert_close(root @ root @ damped, torch.eye(6, dtype=A.dtype))
+
+
+def test_half_the_squared_norm_of_transformed_coordinates_is_the_divergence() -> None:
+    roots = inverse_root(S, 1e-12), inverse_root(A, 1e-12)
+    scale = float(S.diagonal().mean() * A.diagonal().mean())
+    expected = 0.5 * D.square().sum() * scale
+    torch.testing.assert_close(second_order_divergence(transform(D, *roots), S, A), expected)
+    torch.testing.assert_close(transform(D, None, roots[1]), D @ roots[1])
+
+
+def test_the_transformed_gradient_is_the_gradient_in_these_coordinates() -> None:
+    roots = inverse_root(S, 0.1), inverse_root(A, 0.1)
+    coordinates = torch.zeros(4, 6, dtype=torch.float64, requires_grad=True)
+    (transform(coordinates, *roots) * D).sum().backward()
+    torch.testing.assert_close(coordinates.grad, transform(D, *roots))
 
 
 def test_no_other_direction_with_the_same_slope_has_less_divergence() -> None:
     """The direction minimizes the divergence among the changes with the same inner product with the gradient."""
     tiny = 1e-9
-    best = precondition(D, damped_inverse(S, tiny), damped_inverse(A, tiny))
+    roots = inverse_root(S, tiny), inverse_root(A, tiny)
+    best = transform(transform(D, *roots), *roots)
     least = second_order_divergence(best, S, A)
     for seed in range(20):
         other = best + 0.1 * torch.randn(4, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -45,12 +60,12 @@ def test_no_other_direction_with_the_same_slope_has_less_divergence() -> None:
 
 
 def test_a_large_damping_gives_the_gradient_and_the_scale_of_a_moment_does_not_matter() -> None:
-    direction = precondition(D, damped_inverse(S, 1e6), damped_inverse(A, 1e6)) * 1e12
-    torch.testing.assert_close(direction, D, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(damped_inverse(1e-8 * S, 0.1), damped_inverse(S, 0.1))
+    same = transform(D, inverse_root(S, 1e6), inverse_root(A, 1e6)) * 1e6
+    torch.testing.assert_close(same, D, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inverse_root(1e-8 * S, 0.1), inverse_root(S, 0.1))
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_moment_without_values_is_an_error(value: float) -> None:
     with pytest.raises(ValueError, match="mean of the diagonal"):
-        damped_inverse(torch.full((3, 3), value), 0.1)
+        inverse_root(torch.full((3, 3), value), 0.1)

@@ -1,0 +1,66 @@
+"""The running averages of Adam, with an average of the loss for a step size that depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# The usual decay rates of Adam.
+_BETA1, _BETA2 = 0.9, 0.999
+# Added to the root mean squares, as a fraction of their mean, so that rounding errors do not become full steps.
+_EPSILON = 1e-6
+
+
+@dataclass
+class AdamAverages:
+    """Running averages of gradients, squared gradients and loss.
+
+    Args:
+        means: average gradient by name, without bias correction.
+        squares: average squared gradient by name, without bias correction.
+        loss: average loss, without bias correction.
+        steps: number of updates.
+
+    References:
+        Adam: A Method for Stochastic Optimization, arXiv 1412.6980.
+
+    Example:
+        >>> loss, means, directions = AdamAverages().update({"weight": torch.tensor([3.0, -0.5])}, 2.0)
+        >>> round(loss, 6), means["weight"], directions["weight"].round(decimals=3)
+        (2.0, tensor([ 3.0000, -0.5000]), tensor([ 1., -1.]))
+    """
+
+    means: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    loss: float = 0.0
+    steps: int = 0
+
+    def update(
+        self, gradients: Mapping[str, Tensor], loss: float
+    ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+        """Add the gradients and the loss of a step.
+
+        Args:
+            gradients: gradient by name.
+            loss: the loss of which these are the gradients.
+
+        Returns:
+            The averages of the loss and of the gradients with bias correction, and the directions of Adam: the average
+            gradients, divided by the root of the average squares. A step is to subtract a multiple of the directions.
+        """
+        self.steps += 1
+        self.loss = _BETA1 * self.loss + (1 - _BETA1) * loss
+        first, second = 1 - _BETA1**self.steps, 1 - _BETA2**self.steps
+        means, directions = {}, {}
+        for name, gradient in gradients.items():
+            zero = torch.zeros_like(gradient)
+            self.means[name] = torch.lerp(self.means.get(name, zero), gradient, 1 - _BETA1)
+            self.squares[name] = torch.lerp(self.squares.get(name, zero), gradient.square(), 1 - _BETA2)
+            means[name], roots = self.means[name] / first, (self.squares[name] / second).sqrt()
+            # The smallest positive number avoids 0 / 0.
+            floor = _EPSILON * roots.mean() + torch.finfo(roots.dtype).tiny
+            directions[name] = means[name] / (roots + floor)
+        return self.loss / first, means, directions
