@@ -111,7 +111,7 @@ def test_a_budget_that_is_no_time_is_refused(text: str, kedit: Kedit) -> None:
     ("words", "message"),
     [
         (("--limit", -3), "--limit must be at least 1, got -3."),
-        (("--limit", 1), "edits must have at least two subjects"),
+        (("--limit", 1), "edits must be about at least two subjects"),
         (("--step-sizes", 5), "step_sizes must be a list with at least one value, each in (0, 1], got [5.0]."),
         (("--layers", 99), "an index in layers must be from 0 to 5"),
         (("--layers", "deep"), "layers must be an index (5, -1), a fraction (0.7)"),

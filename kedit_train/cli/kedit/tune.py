@@ -15,7 +15,7 @@ EPILOG = """\
 examples:
   kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts_that_must_stay.txt
   kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts.txt --budget 20m --out tuned.yaml --wandb sweep.yaml
-  kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts.txt --layers 0.5-0.9 0.6 0.8 --step-sizes 0.005 0.01 0.02
+  kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts.txt --layers 0.5-0.9 0.6 0.8 --step-sizes 0.03 0.05 0.1
   kedit tune world world --keep world --layers 0.3-0.9 --dampings 1e-3 --kl-weights 0
 
 The command tries all combinations of --layers, --step-sizes, --dampings and --kl-weights. Every combination is trained
@@ -50,7 +50,7 @@ def arguments(parser: ArgumentParser) -> None:
         help="layers to try: indices, fractions of the depth or ranges (0.3-0.9 0.7)",
     )
     add("--modules", metavar="M", help="weights to train in these layers (mlp.down_proj.weight)")
-    add("--step-sizes", nargs="+", type=finite, metavar="S", help="step sizes of SecondOrderLocality (0.005 0.02)")
+    add("--step-sizes", nargs="+", type=finite, metavar="S", help="step sizes of SecondOrderLocality (0.05 0.1)")
     add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (0.001 0.01)")
     add("--kl-weights", nargs="+", type=finite, metavar="W", help="weights of KLLocality; 0 leaves it out (0 20)")
     add("--limit", type=int, metavar="N", help="use a random sample of N edits")

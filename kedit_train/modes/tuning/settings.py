@@ -26,13 +26,13 @@ class TuneSetting:
     Args:
         layers: the layers to train, as in ``ParameterScope``.
         modules: the modules to train, as in ``ParameterScope``.
-        step_size: length of a step, as in ``SecondOrderLocality``.
+        step_size: the fraction of the loss that a step removes, as in ``SecondOrderLocality``.
         damping: damping of the factors, as in ``SecondOrderLocality``.
         kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
 
     Example:
-        >>> str(TuneSetting(layers=0.7, modules="mlp.down_proj.weight", step_size=0.02, damping=1e-3, kl_weight=0.0))
-        'layers 0.7, step 0.02, damping 0.001, KL 0'
+        >>> str(TuneSetting(layers=0.7, modules="mlp.down_proj.weight", step_size=0.05, damping=1e-2, kl_weight=0.0))
+        'layers 0.7, step 0.05, damping 0.01, KL 0'
     """
 
     layers: Layers
@@ -85,7 +85,7 @@ class TuneGrid:
         layers: scopes to try, each as the argument ``layers`` of ``ParameterScope``. Default: most layers, and one late
             layer.
         modules: the modules to train in these layers. Only weights of linear layers are supported.
-        step_sizes: step sizes of ``SecondOrderLocality``, as fractions of the norm of the weights in scope.
+        step_sizes: step sizes of ``SecondOrderLocality``, as fractions of the training loss.
         dampings: dampings of ``SecondOrderLocality``.
         kl_weights: weights of ``KLLocality``. 0 leaves ``KLLocality`` out, which makes a run much faster.
 
@@ -102,8 +102,8 @@ class TuneGrid:
 
     layers: Sequence[Layers] = ("0.3-0.9", 0.7)
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.005, 0.02)
-    dampings: Sequence[float] = (1e-3, 1e-2)
+    step_sizes: Sequence[float] = (0.05, 0.1)
+    dampings: Sequence[float] = (1e-2, 1e-1)
     kl_weights: Sequence[float] = (0.0, 20.0)
 
     def __post_init__(self) -> None:
