@@ -122,7 +122,7 @@ def replay_facts(
 
 
 def read_prompts(source: str | Path | Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Read the prompts to replay: the value of the argument ``replay`` of :func:`augmentation`.
+    """Return the prompts that the argument ``replay`` of :func:`augmentation` names.
 
     Args:
         source: a list of prompts, a ``.txt`` file with one prompt per line, a file of edits, or "world".

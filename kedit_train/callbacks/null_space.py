@@ -67,8 +67,8 @@ class NullSpace(EditCallback):
         rank: number of directions to preserve per weight. None (default) uses ``energy``.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
             addition to ``texts``. ``energy`` and ``rank`` apply to ``texts`` and to ``preserve`` separately.
-        sequential: whether to preserve the edits of each run in the next runs of this instance on the same model. A
-            later edit with the same prompt replaces the earlier edit.
+        sequential: whether this callback object, when it is used for several runs on the same model, preserves the
+            edits of the earlier runs. A later edit with the same prompt replaces the earlier edit.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 

@@ -39,9 +39,9 @@ class PrefixCache(EditCallback):
     the scope.
 
     If a frozen weight or buffer is modified or replaced, ``PrefixCache`` detects the change before the next batch and
-    empties the cache. Some changes are detected only by the comparison after ``recheck`` batches. Examples are
-    ``parameter.data.add_()``, a new value of a Python attribute, and random numbers from a hook's own generator. Until
-    this comparison, batches use outdated hidden states.
+    empties the cache. In addition, one batch after every ``recheck`` batches is computed in full and compared with the
+    stored hidden states. Some changes are detected only by this comparison: ``parameter.data.add_()``, a new value of a
+    Python attribute, and random numbers from a hook's own generator. Until then, batches use outdated hidden states.
 
     Args:
         memory_limit: CPU memory for hidden states per process: a number of bytes, or a string such as "500MB" or

@@ -106,7 +106,7 @@ class EditRun(RunState):
         return run
 
     def is_driver(self, callback: Any) -> bool:
-        """Return whether this callback is the first one, which passes the training loop's events to the run."""
+        """Return whether this callback is the first in the list, and therefore passes on the events of the loop."""
         return not self.closed and self.callbacks[0] is callback
 
     def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:

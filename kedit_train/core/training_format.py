@@ -88,8 +88,8 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
     is_a_chat = is_chat(tokenizer)
     if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
-            f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so the answers in "
-            'other chats may change; add conversations (records with the key "messages") to the texts.'
+            f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so nothing "
+            'preserves the answers in chats; add conversations (records with the key "messages") to the texts.'
         )
 
 

@@ -52,7 +52,7 @@ class GradientSums:
         return None if place is None else self._sum(place)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one gradient per tensor, in the order of ``tensors``. None adds nothing."""
+        """Add one gradient per tensor, in the order of ``tensors``. Where a gradient is ``None``, nothing is added."""
         for place, gradient in enumerate(gradients):
             if gradient is not None:
                 self._sum(place).add_(gradient)

@@ -137,7 +137,11 @@ def write(results: list[dict[str, Any]]) -> None:
     for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
         rows = groups[model, mode]
         draws = sorted({len(each) for each in rows.values()})
-        count = "number of draws after each name" if len(draws) > 1 else f"{draws[0]} draw{'s' if draws[0] > 1 else ''}"
+        count = (
+            "after each name: the number of draws"
+            if len(draws) > 1
+            else f"{draws[0]} draw{'s' if draws[0] > 1 else ''}"
+        )
         title = TITLES[mode].format(n=next(iter(rows.values()))[0]["edits"])
         parts += [f"### {model}: {title} ({count})", table(rows)]
     failed = [

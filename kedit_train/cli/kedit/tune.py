@@ -124,7 +124,9 @@ def _check_before_loading(args: Namespace, edits: Any, grid: Any) -> None:
     edits.check_trained_together()
     split_edits(edits, args.seed)
     model = without_weights(args.model, trust_remote_code=args.trust_remote_code)
-    for layers in grid.layers if model is not None else ():
+    if model is None:
+        return
+    for layers in grid.layers:
         resolve_scope(model, layers, grid.modules)
 
 

@@ -141,9 +141,9 @@ class FrozenPrefix:
             )
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
-                f"the logits of {type(self.model).__name__} change when the layers below layer {self.prefix.cut} are "
-                "skipped, because PrefixCache stores only hidden states, and a later module also reads other results "
-                "of these layers; remove PrefixCache.",
+                f"the logits of {type(self.model).__name__} are different with the cache: a later module reads more "
+                f"than the hidden states of the layers below layer {self.prefix.cut}, and PrefixCache stores only "
+                "hidden states; remove PrefixCache.",
                 component=_COMPONENT,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,10 +107,7 @@ def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
         bias = getattr(router, "bias", None)
         logits[name] = F.linear(args[0].float(), router.weight.float(), None if bias is None else bias.float())
 
-    handles = [
-        module.register_forward_pre_hook(lambda router, args, name=name: record(name, router, args))
-        for name, module in modules.items()
-    ]
+    handles = [module.register_forward_pre_hook(partial(record, name)) for name, module in modules.items()]
     try:
         yield logits
     finally:
