@@ -50,7 +50,7 @@ class SecondOrderLocality(EditCallback):
             it is an attention sink in many models.
         step_size: the fraction of the training loss that a step removes according to the gradient. A smaller value
             preserves more behavior, needs more steps, and gives the new answer to fewer rephrased prompts. Default
-            0.05.
+            0.03.
         damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A high
             damping (10) gives steps of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
@@ -104,7 +104,7 @@ class SecondOrderLocality(EditCallback):
         self,
         texts: TextSource | Texts,
         *,
-        step_size: float = 0.05,
+        step_size: float = 0.03,
         damping: float = 1e-2,
         factors: Literal["kfac", "inputs"] = "kfac",
         factors_path: str | Path | None = None,

@@ -102,7 +102,7 @@ class TuneGrid:
 
     layers: Sequence[Layers] = ("0.3-0.9", 0.7)
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.05, 0.1)
+    step_sizes: Sequence[float] = (0.03, 0.1)
     dampings: Sequence[float] = (1e-2, 1e-1)
     kl_weights: Sequence[float] = (0.0, 20.0)
 
