@@ -60,7 +60,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(mak
     make(num_hidden_layers=1).save_pretrained(tmp_path / "short")
     for name, message in [
         ("edited", "the delta is already applied"),
-        ("half", "is torch.bfloat16 .* in the model and torch.float32"),
+        ("half", "is bfloat16 .* in the model and float32"),
         ("short", f"the checkpoint has no tensor '{DOWN}'"),
         ("nowhere", "does not exist; give the folder"),
     ]:

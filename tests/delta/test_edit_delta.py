@@ -182,8 +182,8 @@ def test_a_model_in_neither_state_is_refused_and_unchanged(make, edited):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": torch.bfloat16}, r"is torch.bfloat16 \[16, 16\] in the model and torch.float32 \[16, 16\] in the"),
-        ({"hidden_size": 24}, r"is torch.float32 \[24, 24\] in the model"),
+        ({"dtype": torch.bfloat16}, r"is bfloat16 \[16, 16\] in the model and float32 \[16, 16\] in the"),
+        ({"hidden_size": 24}, r"is float32 \[24, 24\] in the model"),
         ({"num_hidden_layers": 1}, r"the model has no tensor 'model.layers.1.mlp.down_proj.weight'"),
     ],
 )
