@@ -254,8 +254,11 @@ def test_rows_of_stacked_experts_are_an_error(words):
         ({"density": 0.0}, "density must be in (0, 1], got 0.0."),
         ({"density": float("nan")}, "density must be in (0, 1], got nan."),
         ({"granularity": "layer"}, 'granularity must be "element", "row" or "column", got \'layer\'.'),
-        ({"score": "fisher_ratio"}, "texts must be given if score='fisher_ratio'; use texts and"),
-        ({"texts": ["a"]}, "texts must be None if score='gradient'; use texts and"),
+        (
+            {"score": "fisher_ratio"},
+            "texts must be given if score='fisher_ratio'; use texts and score='fisher_ratio' together",
+        ),
+        ({"texts": ["a"]}, "texts must be None if score='gradient'; use texts and score='fisher_ratio' together"),
         ({"mask_path": "m.safetensors", "density": 0.1}, "mask_path must not be combined"),
         ({"mask_path": "m.safetensors", "save_path": "x"}, "mask_path must not be combined"),
     ],

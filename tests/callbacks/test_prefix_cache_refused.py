@@ -64,7 +64,7 @@ def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
             "a tied output head has the same weight as the embedding",
         ),
         "compiled": (compiled, [scope()], "the model is compiled"),
-        "reads more": (reads_first_layer, [scope()], "are different with the cache: a later module reads more"),
+        "reads more": (reads_first_layer, [scope()], "reads more than the hidden states of the layers below layer 3"),
         "unknown": (bloom, [scope()], "to the next layer, got no stack"),
     }
 

@@ -34,13 +34,16 @@ def main(folder: Path, kills: int) -> None:
     found = {"killed": 0, "wrong": 0, "unfinished": 0, "refused": 0, "loaded": 0}
     seen: set[Path] = set()
     deltas[0].save(path)
-    for _ in range(kills):
+    for number in range(kills):
         child = os.fork()
         if child == 0:
             while True:
                 for delta in deltas:
                     delta.save(path)
+        # On a busy machine, the child may not get far in this time, so every second kill waits for an unfinished file.
         time.sleep(0.001 + 0.02 * draw.random())
+        while number % 2 and not any(file != path and file not in seen for file in folder.rglob("*")):
+            time.sleep(0.0001)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         found["killed"] += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL

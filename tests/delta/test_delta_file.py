@@ -302,10 +302,8 @@ def test_kills_during_a_save_leave_no_wrong_file(tmp_path, kills):
     found = json.loads(done.stdout)
     assert found["killed"] == kills
     assert found["wrong"] == 0
-    # Of many kills, some interrupt a save, and unfinished files are recognized. On a busy machine, 20 kills may all come
-    # before the save begins.
-    if kills >= 200:
-        assert found["unfinished"] >= kills // 20
-        assert found["refused"] >= kills // 200
+    # Some kills interrupted a save, and unfinished files are recognized.
+    assert found["unfinished"] >= kills // 20
+    assert found["refused"] >= kills // 200
     assert found["loaded"] == kills
     assert found["left"] == 0
