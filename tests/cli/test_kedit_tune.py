@@ -13,6 +13,7 @@ import yaml
 
 from kedit_train import EditDataset, world
 from kedit_train.cli.kedit.tune import duration
+from kedit_train.modes import TuneGrid
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Kedit = Callable[..., tuple[int, str, str]]
@@ -133,3 +134,13 @@ def test_wrong_arguments_are_reported_before_the_model_is_loaded(
     assert message in err
     assert err.count("\n") == 1
     assert not list(tmp_path.glob("tuned*"))
+
+
+def test_the_help_and_the_page_name_the_default_grid(kedit: Kedit) -> None:
+    _, help_text, _ = kedit("tune", "--help")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "command_line.md").read_text()
+    for name in ("step_sizes", "dampings", "kl_weights"):
+        values = " ".join(f"{value:g}" for value in getattr(TuneGrid(), name))
+        option = "--" + name.replace("_", "-")
+        assert f"({values})" in " ".join(help_text.split()), option
+        assert f"| `{option}` | `{values}` |" in page, option

@@ -51,7 +51,7 @@ def arguments(parser: ArgumentParser) -> None:
     )
     add("--modules", metavar="M", help="weights to train in these layers (mlp.down_proj.weight)")
     add("--step-sizes", nargs="+", type=finite, metavar="S", help="step sizes of SecondOrderLocality (0.03 0.1)")
-    add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (0.001 0.01)")
+    add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (0.01 0.1)")
     add("--kl-weights", nargs="+", type=finite, metavar="W", help="weights of KLLocality; 0 leaves it out (0 20)")
     add("--limit", type=int, metavar="N", help="use a random sample of N edits")
     add(
