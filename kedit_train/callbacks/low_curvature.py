@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.change_projection import ChangeProjection
-from kedit_train.core.drift.factors_of_texts import FACTORS_PATH, factors_of_texts
+from kedit_train.core.drift.factors_of_texts import FACTORS_PATH, check_no_adapters, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first
@@ -129,11 +129,7 @@ class LowCurvature(EditCallback):
         if self.sequential:
             require_edits(run, "sequential=True preserves this run's edits in the next run")
         layers = find_linear_layers(run.model, run.scope)
-        if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
-            raise EditError(
-                f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, "
-                "so the curvature of the adapter is zero too; train the weight itself, or use NullSpace instead."
-            )
+        check_no_adapters(layers)
         if not (self.sequential and continues_run(self._model, run)):
             self._accumulated = None
         self._model = weakref.ref(run.model)

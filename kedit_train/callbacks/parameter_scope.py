@@ -82,11 +82,9 @@ class ParameterScope(EditCallback):
         trainable = [p for p in run.model.parameters() if p.requires_grad]
         run.set_scope(resolve_scope(run.model, self.layers, self.modules))
         self._handles = keep_frozen(run.model, [p for p in trainable if not p.requires_grad])
-        if run.host.is_main and (experts := set(experts_per_block(run.scope).values())):
-            counts = "-".join(str(n) for n in sorted({min(experts), max(experts)}))
-            print(
-                f"ParameterScope: {counts} experts per layer are trained ({len(experts_per_block(run.scope))} layers)"
-            )
+        if run.host.is_main and (experts := experts_per_block(run.scope)):
+            counts = "-".join(map(str, sorted({min(experts.values()), max(experts.values())})))
+            print(f"ParameterScope: {counts} experts per layer are trained ({len(experts)} layers)")
 
     def attach(self, run: EditRun) -> None:
         self._handles += check_ddp_at_first_forward(run.model)

@@ -179,7 +179,9 @@ class SecondOrderLocality(EditCallback):
         if not gradients:
             return changed
         loss, means, coordinates = self._averages.update(gradients, run.scores["edit/tokens/loss_now"])
-        slope = sum(float((means[n] * u).sum(dtype=torch.float64)) for n, u in coordinates.items())
+        slopes = [(means[name] * u).sum(dtype=torch.float64) for name, u in coordinates.items()]
+        # One transfer from the device instead of one per weight.
+        slope = sum(torch.stack(slopes).tolist())
         directions = {name: transform(u, *self._roots[name]) for name, u in coordinates.items()}
         norms = [d.square().sum(dtype=torch.float64) for d in directions.values()]
         norm = float(torch.stack(norms).sum().sqrt())

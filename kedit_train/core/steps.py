@@ -38,7 +38,7 @@ class OptimizerSteps:
         self.learning_rates: dict[str, float | None] = {}
         # None until the step is announced. Afterwards, whether any callback returned a penalty.
         self._penalized: bool | None = None
-        # Whether the host must still be told about the current step, because another optimizer may share the step.
+        # Whether the host has not been notified of the current step yet, because another optimizer may share the step.
         self._is_open = False
         # Whether the closure of the running step has computed its gradients.
         self._evaluated = False
@@ -56,7 +56,7 @@ class OptimizerSteps:
 
     @property
     def is_shared(self) -> bool:
-        """Whether another optimizer has already taken its part of the step that was announced last."""
+        """Whether another optimizer has stepped since the last announcement."""
         return bool(self._stepped_optimizers)
 
     def remove(self) -> None:
@@ -188,7 +188,7 @@ class OptimizerSteps:
         raise EditError(run.host.unannounced_step_error())
 
     def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._updates_scope(optimizer):
+        if not self._names(optimizer):
             return
         self._stepping.append(optimizer)
         if len(self._stepping) > 1:
@@ -212,7 +212,8 @@ class OptimizerSteps:
 
     @torch.no_grad()
     def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._updates_scope(optimizer):
+        names = self._names(optimizer)
+        if not names:
             return
         # If an earlier step() raised an error, its optimizer and the optimizers inside it are still in the list.
         while self._stepping and self._stepping.pop() is not optimizer:
@@ -223,7 +224,7 @@ class OptimizerSteps:
             # In Lightning, an optimizer may step without an announcement.
             self._stepped_optimizers.clear()
             self.run.step += 1
-        self._stepped_optimizers[id(optimizer)] = self._names(optimizer)
+        self._stepped_optimizers[id(optimizer)] = names
         self.learning_rates = self._current_learning_rates(optimizer)
         self.integrity.check_gradients(self.learning_rates)
         self.apply_constraints()
@@ -234,7 +235,7 @@ class OptimizerSteps:
             self._close_step()
 
     def _close_step(self) -> None:
-        """Tell the host that a step is complete, unless it has been told.
+        """Notify the host that a step is complete, once per step.
 
         If several optimizers share a step, the step is complete when every parameter with a gradient has been updated,
         at the latest when the next step is announced.
@@ -260,11 +261,8 @@ class OptimizerSteps:
             if id(p) in names and p.grad is not None
         }
 
-    def _updates_scope(self, optimizer: Optimizer) -> bool:
-        in_scope = {id(p) for p in self.run.scope.values()}
-        return any(id(p) in in_scope for group in optimizer.param_groups for p in group["params"])
-
     def _names(self, optimizer: Optimizer) -> set[str]:
+        """Return the names of the parameters in scope that belong to the optimizer."""
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {name for name, p in self.run.scope.items() if id(p) in own}
 

@@ -6,7 +6,7 @@ import torch
 
 from kedit_train.errors import EditError
 
-# There is no public function for this question.
+# torch has no public function for this check.
 _is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 

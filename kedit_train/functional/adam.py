@@ -56,9 +56,11 @@ class AdamAverages:
         first, second = 1 - _BETA1**self.steps, 1 - _BETA2**self.steps
         means, directions = {}, {}
         for name, gradient in gradients.items():
-            zero = torch.zeros_like(gradient)
-            self.means[name] = torch.lerp(self.means.get(name, zero), gradient, 1 - _BETA1)
-            self.squares[name] = torch.lerp(self.squares.get(name, zero), gradient.square(), 1 - _BETA2)
+            if name not in self.means:
+                self.means[name] = self.squares[name] = torch.zeros_like(gradient)
+            # New tensors, because a saved state of the run may contain the previous ones.
+            self.means[name] = torch.lerp(self.means[name], gradient, 1 - _BETA1)
+            self.squares[name] = torch.lerp(self.squares[name], gradient.square(), 1 - _BETA2)
             means[name], roots = self.means[name] / first, (self.squares[name] / second).sqrt()
             # The smallest positive number avoids 0 / 0.
             floor = _EPSILON * roots.mean() + torch.finfo(roots.dtype).tiny

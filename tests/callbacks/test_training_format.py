@@ -69,8 +69,8 @@ def test_the_metrics_ask_chats_if_the_trainer_trains_chats(data: str, tmp_path: 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         sft(tmp_path, made, [ParameterScope(**SCOPE), metrics], assistant_only_loss=data == "messages")
-    said = [str(w.message) for w in caught if "begin with messages that the evaluation" in str(w.message)]
-    assert len(said) == (data == "system prompt")
+    warned = [str(w.message) for w in caught if "begin with messages that the evaluation" in str(w.message)]
+    assert len(warned) == (data == "system prompt")
     assert asked(metrics) == "chat"
 
 

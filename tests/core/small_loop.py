@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.callbacks import editing
+from kedit_train.callbacks import EditCallback, editing
 
 
 def model() -> nn.Sequential:
@@ -30,6 +30,15 @@ def train(net: nn.Module, callbacks: list[Any], make: Any, steps: int, before: A
             before(number)
             step(edit, net, optimizer)
     return edit
+
+
+class Penalty(EditCallback):
+    """Add the sum of the squares of all weights in scope to the loss."""
+
+    penalizes = True
+
+    def penalty(self, run: Any) -> torch.Tensor:
+        return torch.stack([p.square().sum() for p in run.scope.values()]).sum()
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.small_loop import model, sgd, step, train
+from core.small_loop import Penalty, model, sgd, step, train
 from torch import nn
 
 from kedit_train import world
@@ -122,12 +122,6 @@ def test_unfreezing_before_the_first_step_is_an_error() -> None:
 
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_deleting_the_gradients_of_a_penalty_is_an_error(set_to_none: bool) -> None:
-    class Penalty(EditCallback):
-        penalizes = True
-
-        def penalty(self, run: Any) -> torch.Tensor:
-            return torch.stack([p.square().sum() for p in run.scope.values()]).sum()
-
     net = model()
     with editing(net, [ParameterScope(modules="1"), Penalty()]) as edit:
         optimizer = sgd(edit.parameters())
@@ -140,12 +134,6 @@ def test_deleting_the_gradients_of_a_penalty_is_an_error(set_to_none: bool) -> N
 
 
 def test_gradients_of_a_penalty_may_be_accumulated() -> None:
-    class Penalty(EditCallback):
-        penalizes = True
-
-        def penalty(self, run: Any) -> torch.Tensor:
-            return torch.stack([p.square().sum() for p in run.scope.values()]).sum()
-
     net = model()
     with editing(net, [ParameterScope(modules="1"), Penalty()]) as edit:
         optimizer = sgd(edit.parameters())

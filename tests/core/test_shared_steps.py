@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from core.small_loop import model
+from core.small_loop import Penalty, model
 
 from kedit_train.callbacks import EditCallback, ParameterScope, editing
 
@@ -52,18 +52,13 @@ def test_a_step_that_updates_a_part_of_the_scope_is_complete_when_the_next_one_i
 
 
 def test_penalties_of_a_shared_step_survive_until_the_last_optimizer() -> None:
-    class Penalty(EditCallback):
-        penalizes = True
-
-        def penalty(self, run: Any) -> torch.Tensor:
-            return torch.stack([p.square().sum() for p in run.scope.values()]).sum()
-
+    class SkippingPenalty(Penalty):
         def skip_step(self, run: Any) -> bool:
             return True
 
     net = model()
     before = net[2].weight.detach().clone()
-    with editing(net, [ParameterScope(modules=["1", "2"]), Penalty()]) as edit:
+    with editing(net, [ParameterScope(modules=["1", "2"]), SkippingPenalty()]) as edit:
         optimizers = [torch.optim.SGD([p], lr=0.1) for p in edit.parameters()]
         edit.before_step()
         net(torch.ones(2, 4)).square().sum().backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kedit_train.arguments import Rule
@@ -17,6 +17,15 @@ from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
 FACTORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(value).endswith(".safetensors"))
+
+
+def check_no_adapters(layers: Iterable[str]) -> None:
+    """Raise an error if one of the names is that of a LoRA factor."""
+    if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
+        raise EditError(
+            f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, so "
+            "the curvature of the adapter is zero too; train the weight itself, or use NullSpace instead."
+        )
 
 
 def factors_of_texts(
@@ -45,11 +54,7 @@ def factors_of_texts(
     Raises:
         EditError: the texts or the file cannot be used, the scope contains LoRA factors, or a layer is not supported.
     """
-    if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
-        raise EditError(
-            f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, so "
-            "the curvature of the adapter is zero too; train the weight itself, or use NullSpace instead."
-        )
+    check_no_adapters(layers)
     sequences = texts.tokenize(run, limit=limit)
     if inputs_only:
         device = next(run.model.parameters()).device

@@ -97,7 +97,7 @@ def test_a_list_of_experts_is_selected_like_stacked_experts():
 
 
 def test_names_of_a_dense_model_keep_their_meaning():
-    # A gate without experts beside it is an ordinary module.
+    # A gate that is not next to experts is an ordinary module.
     model = nn.ModuleDict({"mlp": nn.ModuleDict({"gate": nn.Linear(2, 2), "shared_expert": nn.Linear(2, 2)})})
     assert set(resolve_scope(model, modules="mlp")) == {name for name, _ in model.named_parameters()}
     with pytest.raises(EditError, match="matches no parameter"):
