@@ -39,7 +39,7 @@ class Encoded:
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """Return ``text`` on one line of at most ``width`` characters, for a message. Cut text ends with "…"."""
+    """Return ``text`` on one line, for a message. A text above ``width`` characters is cut and then ends with "…"."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 

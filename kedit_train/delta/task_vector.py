@@ -135,7 +135,10 @@ class TaskVector(Generic[D]):
         return math.sqrt(sum(float(value.double().square().sum()) for value in self.differences.values()))
 
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
-        """Return a task vector with ``differences``, and with the base values of this vector and of ``others``."""
+        """Return a task vector that consists of ``differences``.
+
+        Its base values are those of this vector, together with those of ``others``.
+        """
         base = dict(self.base)
         for other in others:
             check_same_base(self, other)

@@ -137,13 +137,12 @@ def write(results: list[dict[str, Any]]) -> None:
     for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
         rows = groups[model, mode]
         draws = sorted({len(each) for each in rows.values()})
-        count = (
-            "after each name: the number of draws"
-            if len(draws) > 1
-            else f"{draws[0]} draw{'s' if draws[0] > 1 else ''}"
-        )
         title = TITLES[mode].format(n=next(iter(rows.values()))[0]["edits"])
-        parts += [f"### {model}: {title} ({count})", table(rows)]
+        if len(draws) == 1:
+            parts += [f"### {model}: {title} ({draws[0]} draw{'s' if draws[0] > 1 else ''})"]
+        else:
+            parts += [f"### {model}: {title}", "The number after the name of a recipe is its number of draws."]
+        parts += [table(rows)]
     failed = [
         f"{r['model']}, {r['recipe']}, {r['mode']}, draw {r['draw']}: {r['error']}" for r in results if "error" in r
     ]

@@ -46,6 +46,9 @@ class NoChecks:
     def check_frozen_gradients(self) -> None:
         pass
 
+    def check_gradients(self, names: Any) -> None:
+        pass
+
     def after_step(self) -> None:
         pass
 

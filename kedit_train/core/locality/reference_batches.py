@@ -81,9 +81,8 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "this run can use none of the first run's texts: they are missing from texts=, or they contain "
-                "evaluation prompts of this run; add texts without evaluation prompts from the first run to texts=, or "
-                "create a new callback with other texts."
+                "this run can use none of the first run's texts: each of them is missing from texts= or contains an "
+                "evaluation prompt of this run; create a new callback with other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
@@ -119,7 +118,8 @@ class ReferenceBatches:
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(
                 "the checkpoint was written with other reference texts, or with texts that were selected or split "
-                "differently; resume with the same texts, max_length and nearest, or start a new run."
+                "differently; resume with the same texts and the same values of max_length= and nearest=, or start a "
+                "new run."
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(

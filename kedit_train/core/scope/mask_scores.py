@@ -131,7 +131,7 @@ def choose_masks(
     density: float,
     granularity: Granularity,
 ) -> dict[str, Tensor]:
-    """Turn scores into masks that keep the same fraction of every tensor.
+    """Turn scores into masks that make the same fraction of every tensor trainable.
 
     Args:
         model: the model that the names belong to.
@@ -139,8 +139,8 @@ def choose_masks(
         on_texts: name -> Fisher information by which the scores are divided. None skips the division. If the
             granularity is "row" or "column", the scores and the information are averaged over each row or column before
             the division.
-        density: fraction of the entries or neurons to keep.
-        granularity: the unit that a mask keeps or freezes as a whole: "element", "row" or "column".
+        density: fraction of the entries or neurons that stay trainable.
+        granularity: "element", "row" or "column": a mask makes single entries, rows or columns trainable.
 
     Returns:
         name -> bool mask, True where the entry may change.

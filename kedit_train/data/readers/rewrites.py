@@ -31,9 +31,9 @@ def read_counterfact(record: Fields) -> list[Edit]:
     ``paraphrase_prompts`` become rephrases. ``neighborhood_prompts`` (about other subjects, for which ``target_true``
     is also true) become locality questions of the kind ``neighborhood``, with ``target_true`` as the right answer.
 
-    ``attribute_prompts`` and ``generation_prompts`` are not read, because no answer to these prompts is right or wrong
-    for the edit. ``attribute_prompts`` are about other subjects, for which the new target is already true.
-    ``generation_prompts`` are beginnings of free text.
+    ``attribute_prompts`` and ``generation_prompts`` are not read, because their answers do not show whether the edit
+    succeeded. ``attribute_prompts`` ask about other subjects, for which the new target was true before the edit.
+    ``generation_prompts`` are beginnings of free text and have no expected answer.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.

@@ -184,7 +184,9 @@ def _beats(one: Trial, other: Trial) -> bool:
 
 
 def covering(scopes: Mapping[Key, frozenset[Name]]) -> dict[Key, Key]:
-    """Return, for each scope, the largest scope that contains it. Both scopes can use the factors of the larger one.
+    """Return, for each scope, the largest scope that contains it.
+
+    K-FAC factors that were computed for the larger scope can also be used for the smaller scope.
 
     Args:
         scopes: a dict from the key of a scope to the names of its weights.

@@ -54,10 +54,10 @@ def recipe_text(
     Args:
         trial: the picked trial.
         held_out: the scores of the picked setting on the held-out edits.
-        source: model, edits, texts and path.
+        source: the model, edits and texts that the recipe uses, and the path of the recipe.
         rule: the rule by which the setting was picked.
         meta: the metadata of the result.
-        with_kl: list ``KLLocality`` even if its weight is 0, so that a sweep can set the weight.
+        with_kl: whether the recipe contains ``KLLocality`` even if its weight is 0, so that a sweep can set the weight.
     """
     scores = (("reliability", held_out.reliability), ("generality", held_out.generality))
     scores = (*scores, ("locality", held_out.locality))
