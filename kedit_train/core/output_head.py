@@ -21,7 +21,10 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multipl
 
 
 def find_language_model(root: nn.Module) -> nn.Module | None:
-    """Return the outermost module in ``root`` that has a language-model head, or None. It may be a PEFT wrapper."""
+    """Return the outermost module in ``root`` that has a language-model head, or None if there is none.
+
+    The returned module may be a PEFT wrapper.
+    """
     queue = deque([root])
     while queue:
         module = queue.popleft()
@@ -39,8 +42,8 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
 class OutputHead:
     """Reads the hidden states that enter the output head, and projects hidden states to logits.
 
-    A pre-hook on the head module receives the hidden states. The final norm and any scaling before the head have
-    already been applied to them. The scale and the soft cap of the logits are read from the model's configuration.
+    A pre-hook on the head module receives the hidden states. Before that, the model has applied the final norm and any
+    scaling to the hidden states. The scale and the soft cap of the logits are read from the model's configuration.
     :meth:`verify` compares the resulting logits with the model's own logits.
 
     Args:
@@ -82,7 +85,7 @@ class OutputHead:
 
     @property
     def is_capturing(self) -> bool:
-        """Whether the current forward pass keeps only the hidden states and not the logits."""
+        """Whether the current forward pass stores the hidden states and computes the logits of one position only."""
         return self._capturing
 
     def begin(self) -> None:

@@ -69,7 +69,7 @@ class PenaltyBalance:
         """Warn once if the mean penalty is larger than the mean training loss after 5, 10 or 20 steps.
 
         Args:
-            advice: the end of the warning: what the user can do.
+            advice: what the user can do. The warning ends with this text.
         """
         steps = len(self._penalties)
         if self._handle is None or steps not in _CHECKS:
@@ -78,8 +78,8 @@ class PenaltyBalance:
         if means is not None:
             penalty, loss = means
             warn(
-                f"the penalty should be smaller than the training loss, but in the first {steps} steps the penalty was "
-                f"{penalty:.3g} and the loss {loss:.3g} on average, so the edits may not be learned; {advice}."
+                f"the mean penalty ({penalty:.3g}) was larger than the mean training loss ({loss:.3g}) in the first "
+                f"{steps} steps, so the edits may not be learned; {advice}."
             )
         if means is not None or steps == _CHECKS[-1]:
             self.remove()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return a copy of every parameter, with the same device and dtype."""
+    """Return a copy of every parameter, on the same device and in the same dtype."""
     return {name: p.detach().clone() for name, p in parameters.items()}
 
 

@@ -106,7 +106,10 @@ class EditRun(RunState):
         return run
 
     def is_driver(self, callback: Any) -> bool:
-        """Return whether this callback is the first in the list, and therefore passes on the events of the loop."""
+        """Return whether this callback is the first one in the list.
+
+        Only the first callback reports the events of the training loop to the run.
+        """
         return not self.closed and self.callbacks[0] is callback
 
     def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:
@@ -252,7 +255,7 @@ class EditRun(RunState):
     def loss_head(self) -> LossHead:
         """Return the loss head, which replaces the model's loss during training.
 
-        The first call creates the loss head. The end of the run removes it.
+        The loss head is created by the first call, and removed when the run ends.
         """
         if self._loss_head is None:
             self._loss_head = LossHead(self.head(), shares=self.host.summed_micro_batches)
@@ -264,7 +267,7 @@ class EditRun(RunState):
         return self._head is not None and self._head.is_capturing
 
     def reference_head(self) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that computes logits from hidden states with the output head before the edit.
+        """Return a function that maps hidden states to logits with the weights of the output head before the edit.
 
         Returns:
             The function, or None if the head is not in scope. In that case the edit does not change the head.

@@ -44,7 +44,7 @@ def load_state(folder: str | os.PathLike[str], *, file: str = FILE) -> dict[str,
         The state, or None if the folder contains no state of an edit.
 
     Raises:
-        EditError: the file is damaged, or something else than :func:`save_state` wrote the file.
+        EditError: the file is damaged, or was not written by :func:`save_state`.
     """
     path = Path(folder) / file
     if not path.is_file():

@@ -20,8 +20,8 @@ from kedit_train.errors import EditError, reported_by, warn
 class OptimizerSteps:
     """Add penalties before each optimizer step and apply constraints after it, in torch's global optimizer hooks.
 
-    Only optimizers with a parameter of the scope count. The hooks work with any wrapper (accelerate, Fabric, DDP) and
-    with any optimizer that calls torch's hooks.
+    The hooks ignore every optimizer that has no parameter of the scope. They work with any wrapper (accelerate, Fabric,
+    DDP) and with any optimizer that calls torch's hooks.
 
     Args:
         run: the run, with the scoped parameters.
@@ -56,7 +56,7 @@ class OptimizerSteps:
 
     @property
     def is_shared(self) -> bool:
-        """Whether another optimizer has stepped since the last announcement."""
+        """Whether another optimizer has already stepped since the current step was announced."""
         return bool(self._stepped_optimizers)
 
     def remove(self) -> None:
@@ -248,8 +248,9 @@ class OptimizerSteps:
         """Raise an error if an optimizer calls its closure a second time in one step, as LBFGS does."""
         if self._stepping and self._evaluated:
             raise EditError(
-                f"{type(self._stepping[0]).__name__} computes the loss several times in one step() and moves the "
-                "weights in between, where no constraint is applied; use max_iter=1 (LBFGS) or another optimizer."
+                f"{type(self._stepping[0]).__name__} computes the loss and changes the weights several times in "
+                "one step(), but constraints are applied only after step(); use max_iter=1 (LBFGS) or another "
+                "optimizer."
             )
 
     def _current_learning_rates(self, optimizer: Optimizer) -> dict[str, float | None]:

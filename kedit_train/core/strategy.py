@@ -50,9 +50,9 @@ def follow_dtype(run: RunState) -> None:
         return
     if run.full_precision and is_distributed():
         raise EditError(
-            "full_precision=True cannot be used when the model is distributed and the trainer converts its parameters "
-            "to half precision; set the trainer's precision to 32-true and load the model in half precision yourself, "
-            "or pass full_precision=False.",
+            "full_precision=True cannot be used if the trainer converts the parameters of a distributed model to half "
+            "precision; set the trainer's precision to 32-true and load the model in half precision yourself, or pass "
+            "full_precision=False.",
             component="ParameterScope",
         )
     run.reference |= {name: run.reference[name].to(dtype) for name, dtype in converted.items()}

@@ -19,9 +19,10 @@ _PLACEHOLDER = "kedittrainquestion"
 def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) -> PromptFormat | None:
     """Return the prompt format of the training examples, or None if it is unknown.
 
-    If the data module of a Lightning trainer has an attribute ``prompt_format`` (as ``EditDataModule`` has), its value
-    is returned. For ``EditSFTTrainer``, the value in its arguments is returned. In other trainers of ``transformers``
-    and TRL, the first examples of the training dataset are compared with the chat template.
+    If the data module of a Lightning trainer has an attribute ``prompt_format`` (as ``EditDataModule`` has), the value
+    of this attribute is returned. For ``EditSFTTrainer``, ``prompt_format`` in the trainer's arguments is returned. In
+    other trainers of ``transformers`` and TRL, the first examples of the training dataset are compared with the chat
+    template.
 
     Args:
         run: the run. The training data must be available, so call this function in ``attach`` or later.
@@ -88,8 +89,8 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
     is_a_chat = is_chat(tokenizer)
     if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
-            f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so nothing "
-            'preserves the answers in chats; add conversations (records with the key "messages") to the texts.'
+            f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so the texts do "
+            'not preserve the answers in chats; add conversations (records with the key "messages") to the texts.'
         )
 
 
@@ -106,7 +107,7 @@ def is_chat(tokenizer: Any) -> Any:
 
 
 def owners_of_examples(host: Any) -> list[Any]:
-    """Return the objects of the training loop that know how the edits became examples: a data module, or arguments."""
+    """Return the objects that store how the examples were made: the data module and the trainer's arguments."""
     owners = [getattr(getattr(host, "trainer", None), "datamodule", None)]
     arguments = getattr(host, "args", None)
     # EditSFTTrainer sets answer_end if it has made the examples, and not if it trains on another dataset.

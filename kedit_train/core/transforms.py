@@ -1,4 +1,4 @@
-"""Refuse function transforms of torch, which the hooks of a run cannot follow."""
+"""Raise an error inside function transforms of torch, because the hooks of a run do not work there."""
 
 from __future__ import annotations
 

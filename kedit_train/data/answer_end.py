@@ -1,7 +1,7 @@
 """Decide whether targets end with end-of-text (``append_eos="auto"``): only if the model ends such answers by itself.
 
-A pretrained model does not end a text after a completion. If it is trained on end-of-text after the target, it learns
-to stop in the middle of other texts. This damages its prose more than the edits do.
+A pretrained model does not end a text after a completion. If the model is trained on end-of-text after the target, it
+learns to stop in the middle of other texts. This damages the texts that the model generates more than the edits do.
 """
 
 from __future__ import annotations

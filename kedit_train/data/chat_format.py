@@ -122,6 +122,6 @@ def check_format(prompt_format: Any, tokenizer: Any = None) -> None:
     is_chat = chat_format(prompt_format) is not None
     if is_chat and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
         raise EditError(
-            f"prompt_format={prompt_format!r} needs a chat template, and this tokenizer has none; set "
+            f"prompt_format={prompt_format!r} needs a chat template, but this tokenizer has none; set "
             'tokenizer.chat_template (--model.chat_template in a recipe), or use "plain" or "question"'
         )

@@ -66,7 +66,7 @@ def render_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], w
     """
     if not getattr(tokenizer, "chat_template", None):
         raise EditError(
-            f"{where} is a conversation and needs a chat template, and this tokenizer has none; set "
+            f"{where} is a conversation and needs a chat template, but this tokenizer has none; set "
             'tokenizer.chat_template (--model.chat_template in a recipe), or use records with "text".'
         )
     import jinja2
@@ -75,12 +75,17 @@ def render_conversation(tokenizer: Any, messages: Sequence[Mapping[str, Any]], w
         text = tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise EditError(f"{where}: the chat template does not accept the messages ({reason}); correct them.") from error
+        raise EditError(
+            f"{where}: the chat template does not accept the messages ({reason}); correct the messages."
+        ) from error
     return RenderedConversation(str(text), "\n".join(message["content"] for message in messages))
 
 
 def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each text. A rendered conversation gets no special tokens, because it contains them."""
+    """Return the token ids of each text.
+
+    A rendered conversation already contains its special tokens, so no special tokens are added to it.
+    """
     if not any(isinstance(text, RenderedConversation) for text in texts):
         return list(tokenizer(list(texts), truncation=False)["input_ids"])
     return [token_ids(tokenizer, text, special=not isinstance(text, RenderedConversation)) for text in texts]

@@ -264,9 +264,9 @@ class EditDataset(Sequence[Edit]):
         with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
         ``SFTTrainer`` renders with the chat template of its tokenizer.
 
-        ``SFTTrainer`` (trl 1.16) always appends end-of-text to a plain completion, also if the model does not end such
-        answers by itself. :meth:`to_tokens` does not. ``docs/data.md`` lists all differences between the tokens of
-        ``SFTTrainer`` and those of :meth:`encode`.
+        ``SFTTrainer`` (trl 1.16) always appends end-of-text to a plain completion, even if the model does not end such
+        answers by itself. :meth:`to_tokens` has the argument ``append_eos`` for this decision. ``docs/data.md`` lists
+        all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
 
         Args:
             prompt_format: "plain", "chat", "question" or a ``ChatFormat`` without thoughts.
@@ -320,8 +320,9 @@ class EditDataset(Sequence[Edit]):
             tokenizer: a tokenizer of ``transformers``.
             append_eos: whether every target ends with exactly one end token. The end token is the end-of-text token.
                 In a chat, it is the token that closes the turn of the assistant, if the template has such a token.
-                "auto" appends it in chats and to questions, and to plain completions if ``model`` ends them by itself
-                or if ``model`` is None (:func:`~kedit_train.data.answer_end.decide_append_eos`).
+                "auto" appends the end token in chats and after questions. After plain completions, "auto" appends the
+                end token if ``model`` ends such answers by itself or if ``model`` is None
+                (:func:`~kedit_train.data.answer_end.decide_append_eos`).
             model: the unedited model, for ``append_eos="auto"``. It is left unchanged.
             max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer
                 (``model_max_length``), if the tokenizer has a limit.

@@ -1,4 +1,4 @@
-"""Convert edits to the rows of a ``datasets.Dataset``, for trainers that take one."""
+"""Convert edits to the rows of a ``datasets.Dataset``, for trainers that need such a dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Leak checks: keep the prompts that edits are scored on out of the training examples."""
+"""Leak checks: find training examples that contain evaluation prompts of the edits."""
 
 from __future__ import annotations
 

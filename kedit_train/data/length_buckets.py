@@ -17,9 +17,9 @@ class LengthBuckets(BatchSampler):
     A pool contains at most a quarter of the epoch. If a short epoch were a single pool, each batch would contain the
     same edits in every epoch. Breadth-first training (arXiv 2509.22072) needs different batches in each epoch.
 
-    Lightning can insert a distributed sampler, because the first three arguments are those of ``BatchSampler``. For
-    this, create the batch sampler in a ``train_dataloader`` hook, as ``EditDataModule`` does. Lightning refuses a batch
-    sampler that was created before this hook.
+    The first three arguments are those of ``BatchSampler``, so Lightning can insert a distributed sampler. Create the
+    batch sampler in a ``train_dataloader`` hook, as ``EditDataModule`` does. If a batch sampler was created earlier,
+    Lightning refuses it.
 
     Args:
         sampler: yields the N indices, in a new order in each epoch.

@@ -18,14 +18,15 @@ def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[s
     """Return the ``n`` texts nearest to each edit, without duplicates, in the order of ``texts``.
 
     Texts that contain the old answer of the edit (as whole words) are nearer than all other texts. Within each of these
-    two groups, texts are ranked by the number of words that they share with the prompt. Words of the subject are not
-    counted. If two texts are equally near, the text that is earlier in ``texts`` is taken. The reason for this ranking:
-    an edit mostly affects prompts with a similar wording and the same old answer, but another subject. The neighborhood
-    prompts of CounterFact are such prompts.
+    two groups, a text is nearer if it contains more words of the prompt. Words of the subject are not counted. If two
+    texts are equally near, the text that is earlier in ``texts`` is taken.
+
+    This ranking is used because an edit mostly affects prompts with a similar wording and the same old answer, but
+    another subject. The neighborhood prompts of CounterFact are such prompts.
 
     A text that contains the subject and the old answer of an edit states the fact that the edit changes. Such a text is
-    never returned. Upper and lower case make no difference. In scripts without spaces, pairs of characters are compared
-    instead of words.
+    never returned. Letter case is ignored. In scripts without spaces, pairs of characters are compared instead of
+    words.
 
     Args:
         texts: the texts to choose from.

@@ -39,7 +39,7 @@ class Encoded:
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """Return ``text`` on one line, for a message. A text above ``width`` characters is cut and then ends with "…"."""
+    """Return ``text`` on one line, for a message. A text longer than ``width`` characters is cut and ends with "…"."""
     line = " ".join(text.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
@@ -47,9 +47,9 @@ def shorten(text: str, width: int = 60) -> str:
 def separator(prompt: str, target: str) -> str:
     """Return the text to put between prompt and target: a space or nothing.
 
-    The result is a space, except in two cases. It is empty if the prompt ends or the target begins with white space. It
-    is also empty if the prompt ends or the target begins with a character of a script without spaces between words
-    (Chinese, Japanese, Thai and others).
+    The result is a space, except in two cases. If the last character of the prompt or the first character of the target
+    is white space, the result is empty. If one of these two characters belongs to a script without spaces between words
+    (Chinese, Japanese, Thai and others), the result is empty too.
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
@@ -72,8 +72,8 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of a prompt, from which a model generates.
 
     The ids begin with begin-of-text if the tokenizer adds this token. An end-of-text token that the tokenizer appends
-    (``add_eos_token=True``) is removed, because the text would end before the answer. An end-of-text token that is
-    written in the prompt is kept.
+    (``add_eos_token=True``) is removed, because otherwise the text would end before the answer. An end-of-text token
+    that is written in the prompt is kept.
 
     Raises:
         EditError: the prompt has no tokens.
@@ -89,7 +89,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def count_at_end(ids: Sequence[int], token: int) -> int:
-    """Return how often ``token`` is repeated at the end of ``ids``."""
+    """Return how many tokens at the end of ``ids`` are equal to ``token``."""
     count = 0
     while count < len(ids) and ids[-1 - count] == token:
         count += 1
@@ -99,8 +99,9 @@ def count_at_end(ids: Sequence[int], token: int) -> int:
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids that ``text`` has when it continues another text.
 
-    Some tokenizers (Llama 2) put a space before every text. To avoid this space, ``text`` is tokenized after a
-    character that does not merge with it, and the tokens of the character are removed.
+    Some tokenizers (Llama 2) put a space before every text. To avoid this space, a character is put in front of
+    ``text``, and the tokens of this character are removed. The character is chosen so that no token contains both the
+    character and the beginning of ``text``.
     """
     for character in ("\n", "?", "a"):
         head = token_ids(tokenizer, character, special=False)
@@ -162,7 +163,7 @@ def encode_pair(
     max_length: int | None,
     where: str,
 ) -> Encoded:
-    """Tokenize a prompt that is already in its format, together with its target. See :func:`encode_edit`.
+    """Tokenize a prompt, already rendered in its prompt format, together with its target. See :func:`encode_edit`.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.

@@ -33,8 +33,8 @@ def tensor_hash(tensor: Tensor) -> str:
 def fingerprint_of(hashes: Iterable[str]) -> str:
     """Return one SHA-256 (hex) for a whole model, computed from the hashes of its tensors.
 
-    The fingerprint does not depend on the names of the tensors, or on how often an equal tensor occurs. So a model in
-    memory, its state dict and its checkpoint have the same fingerprint, even if the checkpoint stores a tied weight
-    twice.
+    The fingerprint does not depend on the names of the tensors. Tensors with equal contents are counted once. So a
+    model in memory, its state dict and its checkpoint have the same fingerprint, even if the checkpoint stores a tied
+    weight twice.
     """
     return hashlib.sha256("\n".join(sorted(set(hashes))).encode()).hexdigest()

@@ -131,7 +131,8 @@ class EditDelta:
         """Read a file from :meth:`save`, and verify every byte. The file may be changed or deleted afterwards.
 
         A file of up to 64 MiB is copied into memory. A larger file is copied to disk, next to the file or in the folder
-        for temporary files. This copy has no name, takes memory only when it is used, and is deleted with the delta.
+        for temporary files. This copy is an unnamed temporary file. It takes memory only when it is used, and is
+        deleted together with the delta object.
 
         Raises:
             EditError: the file is not a delta, is damaged, or was changed after it was written.
@@ -148,8 +149,9 @@ class EditDelta:
                 fingerprint of the base model.
 
         Raises:
-            EditError: the model is neither the base nor the edited model, is partly edited, has other shapes or dtypes,
-                or ties a changed tensor to a second tensor, although the two are separate in the base model.
+            EditError: the model is neither the base model nor the edited model, is partly edited, or has other shapes
+                or dtypes. The error is also raised if the model ties a changed tensor to a second tensor, but the base
+                model has two separate tensors.
         """
         targets = self._targets(model)
         state: State = "base"
@@ -176,7 +178,7 @@ class EditDelta:
         Every tensor is checked before the first one is written.
 
         Args:
-            model: a module or a state dict. With FSDP2, every process must call this.
+            model: a module or a state dict. With FSDP2, every process must call this method.
 
         Raises:
             EditError: for the same reasons as in :meth:`verify`, or because the delta is already applied. If an error
@@ -299,7 +301,7 @@ class EditDelta:
                     if other in separate and other != name:
                         raise EditError(
                             f"the model ties {alias} to {other}, but the base model has two separate tensors, so the "
-                            "delta would change both; load the model with tie_word_embeddings=False."
+                            "delta would change both tensors; load the model with tie_word_embeddings=False."
                         )
                 targets.setdefault(groups[alias][0], (name, named[alias]))
         return list(targets.values())

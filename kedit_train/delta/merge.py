@@ -36,8 +36,9 @@ def merge(
         deltas: at least one delta or task vector.
         weights: the factor of each delta. Default: 1 for each.
         method: ``linear`` returns the weighted sum. ``ties`` merges each tensor in three steps. First, it keeps the
-            entries of largest magnitude of each delta. Then it sums the kept values of all deltas without weights, and
-            takes the sign of this sum for each entry. Last, it averages the weighted values that have this sign.
+            entries of largest magnitude of each delta. Then it adds the kept values of all deltas, without using
+            ``weights``, and takes the sign of this sum for each entry. Last, it averages the weighted values that have
+            this sign.
             ``dare`` keeps entries at random, divides the kept entries by ``density``, and returns the weighted sum.
         density: fraction of the entries that ``ties`` and ``dare`` keep, in (0, 1]. ``linear`` ignores it.
         seed: seed of the random draw of ``dare``.
@@ -70,7 +71,7 @@ def merge(
         if not vectors or len(factors) != len(vectors):
             raise EditError(
                 f"expected at least one delta, and one weight per delta, got {len(vectors)} deltas and {len(factors)} "
-                "weights; pass at least one delta, and as many weights as deltas."
+                "weights; add the missing deltas or weights."
             )
         for vector in vectors[1:]:
             check_same_base(vectors[0], vector)
@@ -94,7 +95,7 @@ def sparsify(delta: Any, *, density: float = 0.4) -> TaskVector[EditDelta]:
     Args:
         delta: a delta or a task vector.
         density: fraction of the entries of each tensor to keep, in (0, 1]. If an edit changes an entry that was 0, the
-            relative change of this entry is infinite, so the entry is kept before all entries that were not 0.
+            relative change of this entry is infinite. Such an entry takes precedence over all entries that were not 0.
 
     Raises:
         EditError: ``density`` is out of range.

@@ -67,8 +67,8 @@ def sweep(
             ``reliability`` measures how much is forgotten.
         score: function that is called with the model and returns ``reliability`` and ``locality``, or
             ``edit/reliability`` and ``edit/locality`` as in ``evaluate(...).flat()``.
-        coefficients: the multiples to score, at least one of them not 0. Coefficient 0 is always scored. Default: 0.1,
-            0.2, ... 1.
+        coefficients: the multiples to score. At least one of them must not be 0. Coefficient 0 is always scored.
+            Default: 0.1, 0.2, ... 1.
         keep_locality: fraction of the locality of the base model that must remain, in [0, 1].
 
     Raises:
@@ -120,8 +120,8 @@ def sweep(
         best = max(allowed, key=lambda point: (point.reliability, -abs(point.coefficient)))
         if best.reliability <= points[0.0].reliability:
             raise EditError(
-                "no coefficient that keeps the locality has a higher reliability than the base model "
-                f"({points[0.0].reliability:.3f}); use larger coefficients, a lower keep_locality, or train the edit "
+                "none of the coefficients with enough locality has a higher reliability than the base model "
+                f"({points[0.0].reliability:.3f}); use larger coefficients, lower keep_locality, or train the edit "
                 "longer."
             )
     rule = f"highest reliability with a locality of at least {keep_locality:g} x that of the base model ({least:.3f})"

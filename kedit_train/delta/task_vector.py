@@ -118,10 +118,12 @@ class TaskVector(Generic[D]):
         return delta
 
     def cosine(self, other: Any) -> float:
-        """Return the cosine similarity with another task vector or delta, over all tensors; 0 if either norm is 0.
+        """Return the cosine similarity with another task vector or delta, over all tensors.
+
+        If the norm of one of the two vectors is 0, the result is 0.
 
         Raises:
-            EditError: the two have different base models.
+            EditError: the two vectors have different base models.
         """
         vector = as_vector(other)
         check_same_base(self, vector)
@@ -137,7 +139,7 @@ class TaskVector(Generic[D]):
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
         """Return a task vector that consists of ``differences``.
 
-        Its base values are those of this vector, together with those of ``others``.
+        The new task vector contains the base values of this vector and of ``others``.
         """
         base = dict(self.base)
         for other in others:

@@ -227,7 +227,11 @@ class _Evaluation:
         return [replace(r, kl=kl[r.prompt]) if r.question == "locality" else r for r in results]
 
     def prose(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Return "perplexity", and in "prose" the scores against the unedited model, of the texts in the options."""
+        """Return the scores on the texts in ``options.prose``.
+
+        The key "perplexity" contains the perplexity of these texts. The key "prose" contains the scores that compare
+        the model with the unedited model, or an empty dict without a report on the unedited model.
+        """
         options = self.options
         if options.prose is None:
             return {"perplexity": NO_SCORE, "prose": {}}

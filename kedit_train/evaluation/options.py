@@ -61,8 +61,9 @@ class EvaluationOptions:
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens. The protocols "leading", "teacher_forced" and
             "probability" need fewer tokens: as many as the longest accepted answer, and three more.
-        prose: unrelated texts: a list of strings, a path, a dataset, or "world" (the bundled texts). The perplexity of
-            the texts is measured, and the KL divergence and the agreement with the unedited model. None: not measured.
+        prose: unrelated texts, as a list of strings, a path, a dataset, or "world" (the bundled texts). Three values
+            are measured on the texts: the perplexity, the KL divergence from the unedited model, and the agreement with
+            the unedited model. None: not measured.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" or a
             :class:`~kedit_train.ChatFormat`. Use the format that was used in training. None: ``EditMetrics`` uses the

@@ -37,7 +37,8 @@ class Report(ReportData):
         unedited: the metrics of the unedited model, or None. In these metrics, locality is the fraction of true
             answers.
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
-        meta: number, name and hash of the edits, model, versions, settings, seed, date, and duration in seconds.
+        meta: dict with the metadata of the evaluation. It contains the number, the name and the hash of the edits, the
+            model, versions, settings, seed, date, and duration in seconds.
         distributions: dict from prompt to next-token distributions. Only a report on an unedited model with the metric
             "kl" contains them. They are kept in memory and not saved.
 

@@ -30,7 +30,7 @@ class ReportData:
 
     @property
     def protocols(self) -> Protocols:
-        """The protocols of the evaluation, the one of the headline scores first."""
+        """The protocols of the evaluation. The first one gives the headline scores."""
         names = self.meta.get("settings", {}).get("protocol", str(EXACT))
         return replace(Protocols.parse(names), reason=self.meta.get("protocol_reason", ""))
 

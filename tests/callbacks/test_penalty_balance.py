@@ -18,8 +18,8 @@ from kedit_train.data import EditDataset
 
 TEXTS = ["The old baker found a coin.", "A red fox slept."]
 LINE = (
-    r"^KLLocality: the penalty should be smaller than the training loss, but in the first 5 steps the penalty was "
-    r"(\S+) and the loss (\S+) on average, so the edits may not be learned; lower weight \(now 1000000.0\)\.$"
+    r"^KLLocality: the mean penalty \((\S+)\) was larger than the mean training loss \((\S+)\) in the first 5 steps, "
+    r"so the edits may not be learned; lower weight \(now 1000000.0\)\.$"
 )
 
 

@@ -81,8 +81,8 @@ def test_forget_counts_edits_that_are_no_longer_answered(kedit: Kedit, edited_wo
     [
         (
             ("--coefficients=1e-6",),
-            "sweep: no coefficient that keeps the locality has a higher reliability than the base model "
-            "(0.000); use larger coefficients, a lower keep_locality, or train the edit longer.",
+            "sweep: none of the coefficients with enough locality has a higher reliability than the base model "
+            "(0.000); use larger coefficients, lower keep_locality, or train the edit longer.",
         ),
         (("--coefficients=60", "--keep-locality=1"), "sweep: no coefficient keeps a locality of at least 1.000 "),
     ],

@@ -65,8 +65,8 @@ def test_repeated_edits_are_kept_and_counted_in_a_warning() -> None:
         edits = EditDataset.from_records([*records, {"prompt": "p", "target": "t", "rephrases": ["r"]}])
     assert len(edits) == 4
     assert [str(one.message) for one in caught] == [
-        "records: 2 of 4 edits repeat an earlier edit (edit 2 is the same as edit 1); all are kept, so each of them "
-        "counts again in training and in scores; remove them if this is not intended"
+        "records: 2 of 4 edits repeat an earlier edit (edit 2 is the same as edit 1); repeated edits are kept and "
+        "count again in training and in scores; if this is not intended, remove the repeated edits"
     ]
 
 

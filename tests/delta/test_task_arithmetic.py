@@ -272,6 +272,7 @@ def test_a_sweep_picks_nothing_that_is_not_more_reliable_than_the_base(make, edi
     model = make()
     delta = EditDelta.between(model, edited())
     scores = iter([0.5, after, 0.5])
-    with pytest.raises(EditError, match=r"sweep: no coefficient that keeps .* than the base model \(0.500\)"):
+    message = r"sweep: none of the coefficients with enough locality .* than the base model \(0.500\)"
+    with pytest.raises(EditError, match=message):
         sweep(model, delta, lambda current: {"reliability": next(scores), "locality": 1.0}, coefficients=[-1.0, 0.5])
     assert equal_bits(state_of(model), state_of(make()))

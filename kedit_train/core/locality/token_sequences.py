@@ -19,7 +19,7 @@ def tokenize_edits(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_leng
     If the tokenizer has no end-of-text token, the sequence ends with the target.
 
     Args:
-        run: supplies the context length of the model.
+        run: the current run. The context length is read from its model.
         edits: the edits. An edit with more tokens than the maximum is split into several sequences.
         tokenizer: the tokenizer of the model.
         max_length: maximum number of tokens per sequence. A smaller context length of the model takes precedence.

@@ -66,9 +66,12 @@ def router_parameters(names: Iterable[str]) -> dict[str, str]:
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the routers that are one matrix [experts, hidden], by name, in the order of the layers.
+    """Return the routers whose weight is one matrix [experts, hidden].
 
-    A router whose matrix belongs to one of its submodules is left out.
+    If the matrix belongs to a submodule of a router, this router is left out.
+
+    Returns:
+        A dict from name to router, in the order of the layers.
     """
     modules = dict(model.named_modules())
     parents = [name.removesuffix(_EXPERTS) for name in modules if name.split(".")[-1] == _EXPERTS]
@@ -78,7 +81,9 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def experts_per_block(parameters: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the number of experts that have a weight among ``parameters``, for each block, without shared experts.
+    """Return, for each block, the number of experts that have a weight in ``parameters``.
+
+    Shared experts are not counted.
 
     Args:
         parameters: name -> parameter.

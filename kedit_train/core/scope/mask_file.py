@@ -40,8 +40,8 @@ def load_masks(
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
         shapes: name -> shape of every parameter in the scope. None skips the comparison.
-        model: function that takes the masks and returns the fingerprint of the model. None skips the comparison, and so
-            does a file without a fingerprint.
+        model: function that takes the masks and returns the fingerprint of the model. If ``model`` is None or the file
+            contains no fingerprint, the fingerprints are not compared.
 
     Returns:
         name -> bool tensor.

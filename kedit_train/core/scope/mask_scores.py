@@ -134,7 +134,7 @@ def choose_masks(
     """Turn scores into masks that make the same fraction of every tensor trainable.
 
     Args:
-        model: the model that the names belong to.
+        model: the model that contains the parameters.
         scores: name -> scores in the shape of the parameter.
         on_texts: name -> Fisher information by which the scores are divided. None skips the division. If the
             granularity is "row" or "column", the scores and the information are averaged over each row or column before
@@ -146,8 +146,8 @@ def choose_masks(
         name -> bool mask, True where the entry may change.
 
     Raises:
-        EditError: the scores of a tensor are all equal or not finite, or rows or columns are requested for a tensor
-            that has none (for example fused experts).
+        EditError: the scores of a tensor are all equal or are not finite. The error is also raised if rows or columns
+            are requested for a tensor that has none (for example fused experts).
     """
     units = {name: unit_of(model, name, granularity, scores) for name in scores}
     masks: dict[str, Tensor] = {}

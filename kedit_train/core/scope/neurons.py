@@ -1,4 +1,4 @@
-"""Find the dimension of a weight that counts neurons, and the weight that a bias belongs to."""
+"""Find which dimension of a weight has one entry per neuron, and which weight a bias belongs to."""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ class ActiveExamples:
         self._reset_counts()
 
     def select(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], LeftOut]:
-        """Remove learned examples, and columns that then hold only padding, from the arguments of a forward call.
+        """Remove learned examples from the arguments of a forward call.
+
+        If the first or last columns of the batch then contain only padding, these columns are removed too.
 
         Args:
             kwargs: arguments of the call, with ``input_ids`` and ``labels`` [batch, length]. If any other tensor

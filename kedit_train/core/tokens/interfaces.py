@@ -42,7 +42,7 @@ class TokenTerm(Protocol):
         ...
 
     def observe(self, divergence: Tensor) -> None:
-        """Receive the detached term of each token, [N], after a forward pass. ``weight`` is not applied to it."""
+        """Receive the detached term of each token, [N], after a forward pass, not multiplied by ``weight``."""
         ...
 
 
@@ -91,7 +91,7 @@ class LeftOutExample:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The examples that were left out of one batch. Means over the batch still count these examples."""
+    """The examples that were left out of one batch. Means over the batch still include these examples."""
 
     examples: tuple[LeftOutExample, ...] = ()
 

@@ -57,9 +57,9 @@ class LossHead:
 
     The host (the training framework) calls ``model(..., labels=...)`` as before. A hook before the forward pass removes
     the labels, and makes the output head compute only one position. A hook after the forward pass computes the loss of
-    the supervised positions with the objective, and puts the loss into ``output.loss``. For TRL's fused head, the
-    second hook returns the per-token fields of this head instead. The hooks ignore calls without gradients or without
-    labels.
+    the supervised positions with the objective, and puts the loss into ``output.loss``. If TRL
+    requests its fused head, the second hook returns the per-token output of the fused head instead of this loss. The
+    hooks ignore calls without gradients or without labels.
 
     Args:
         head: the model's output head.
@@ -99,12 +99,12 @@ class LossHead:
     ) -> None:
         """Set the objective that computes the loss of each token.
 
-        Until this method is called, the objective is cross-entropy, as in the hosts.
+        Until this method is called, the objective is cross-entropy, as in the training frameworks.
 
         Args:
             objective: function that scores tokens.
-            reduction: "token" gives every supervised token the same weight, as the hosts do. "sample" gives every
-                sequence the same weight.
+            reduction: "token" gives every supervised token the same weight, as the training frameworks do. "sample"
+                gives every sequence the same weight.
             position: "own" scores each token with the distribution that predicts this token. "first" scores all tokens
                 of a sequence with the distribution that predicts its first supervised token.
             observe: function that is called after each micro-batch. Its arguments are tensors [N]: first ``active``
@@ -168,8 +168,8 @@ class LossHead:
             shape = "none" if hidden is None else f"the shape {tuple(hidden.shape[:2])}"
             raise EditError(
                 f"the output head of {type(module).__name__} must receive one hidden state per label, of shape "
-                f"{tuple(call.labels.shape)}, got {shape}; remove prompt tuning if the model has it, and call the "
-                "output head as a module in forward()."
+                f"{tuple(call.labels.shape)}, got {shape}; if the model uses prompt tuning, remove it; if "
+                "forward() does not call the output head as a module, change forward()."
             )
         return self._score(call, hidden[:, :-1], output)
 

@@ -63,8 +63,8 @@ def fused_output(
         where: [batch, length - 1] bool, the positions of these tokens.
         entropy: [N], in nats.
         correct: [N] bool, whether the label was the most probable token.
-        left_out: pairs of an example that was removed from the batch and a weight. The loss of each token of the
-            example is multiplied by this weight.
+        left_out: one pair (example, weight) for each example that was removed from the batch. The loss of each token of
+            the example is multiplied by this weight.
         aux_loss: the balancing term of a mixture-of-experts model, or None.
     """
     from trl.trainer.utils import FusedCausalLMOutput

@@ -166,8 +166,8 @@ def read_records(
         first, again = repeated[0]
         warnings.warn(
             f"{name}: {len(repeated)} of {len(edits)} edits repeat an earlier edit (edit {again + 1} is the same as "
-            f"edit {first + 1}); all are kept, so each of them counts again in training and in scores; remove them if "
-            "this is not intended",
+            f"edit {first + 1}); repeated edits are kept and count again in training and in scores; if this is not "
+            "intended, remove the repeated edits",
             UserWarning,
             stacklevel=3,
         )

@@ -13,7 +13,9 @@ REMEDY = 'correct the record, or pass on_error="skip" to leave out such records'
 
 
 def quoted(names: Iterable[object]) -> str:
-    """Return names that come from a file in quotes, for a message: on one line, and cut if they are long or many.
+    """Return the names for a message: in quotes, on one line, and cut if they are long or many.
+
+    The names come from a file, so they can contain any characters.
 
     Example:
         >>> quoted(["prompt", "a\\nb"])

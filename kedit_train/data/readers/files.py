@@ -30,7 +30,8 @@ def read_file(path: Path) -> list[Any]:
         and for a row with a wrong number of cells, the list contains an ``EditError`` (not raised) instead.
 
     Raises:
-        EditError: the file is missing, empty, not UTF-8 text, or not valid JSON or CSV, or its name has another ending.
+        EditError: the file is missing, empty, not UTF-8 text, or not valid JSON or CSV. The error is also raised if the
+            name of the file does not have one of the three endings.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:

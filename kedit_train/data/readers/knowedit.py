@@ -1,4 +1,4 @@
-"""Reader for KnowEdit, which has locality and portability by kind, with lists of right answers."""
+"""Reader for KnowEdit, whose locality and portability questions have kinds and lists of right answers."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def generate(
     known_starts: Mapping[str, tuple[list[int], float]],
     progress: bool,
 ) -> list[Answer]:
-    """Generate answers as :func:`generate_answers` does. Its errors name the component that calls this function."""
+    """Generate answers as :func:`generate_answers` does. Errors name the component that calls this function."""
     inner: Any = unwrap_model(model)
     if isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise EditError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")

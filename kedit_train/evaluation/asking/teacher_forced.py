@@ -61,7 +61,8 @@ class TeacherForced:
     def greedy_start(self, is_end: Callable[[int], bool]) -> tuple[list[int], float]:
         """Return the tokens that greedy generation would begin with, and the smallest margin among them.
 
-        The tokens end with the first token that differs from the target or for which ``is_end`` returns True.
+        The tokens end with the first token that differs from the target, or with the first token for which ``is_end``
+        returns True.
         """
         correct = (*self.correct, *(() if self.end_correct is None else (self.end_correct,)))
         count = 0

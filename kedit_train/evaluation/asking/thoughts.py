@@ -14,11 +14,12 @@ def after_thoughts(tokenizer: Any, ids: Sequence[int], *, ended: bool) -> list[i
     Args:
         tokenizer: the tokenizer of the model.
         ids: the generated tokens: thoughts and answer.
-        ended: whether the model ended its text. If it did not, and the thoughts do not end either, there is no answer.
+        ended: True if the model ended the text, False if a limit on the number of tokens cut the text.
 
     Returns:
-        The tokens after the first ``</think>``. Without any tag, an ended text is the answer of a model that did not
-        think. In all other cases, the result is empty.
+        The tokens after the first ``</think>``. If the text contains neither ``<think>`` nor ``</think>`` and the model
+        ended the text, the model did not think. In this case, the result contains all tokens. In all other cases, the
+        result is empty.
     """
     ids = list(ids)
 
