@@ -158,9 +158,10 @@ class EditDataModule(LightningDataModule):
         limit: maximum number of records to read. None: all records of a file, or all 24 bundled edits.
         on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
         batch_size: training examples per step on each process.
-        append_eos: end every target with the end-of-text token, so that the edited model learns to stop. "auto" ends
-            targets in chats and after questions, and plain completions if the unedited model ends them by itself. This
-            is measured on a few edits, and one printed line says what was decided.
+        append_eos: end every target with the end-of-text token, so that the edited model learns to stop. With "auto",
+            targets in chats and after questions always end with this token. Plain completions end with this token only
+            if the unedited model ends such completions by itself. The model is tested on a few edits, and the decision
+            is printed.
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
             ("chat"), framed as a question ("question"), or a :class:`~kedit_train.ChatFormat`.
         texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the

@@ -66,8 +66,8 @@ def has_ended(name: str) -> bool | None:
 def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
     """Remove temporary folders whose owner has ended.
 
-    A folder is kept while its owner is running. A folder of an unknown owner (another container or host, or a name of
-    an older version) is removed when it has not changed for a day.
+    A folder is kept while its owner is running. The owner is unknown if the folder was created in another container, on
+    another host, or by an older version of this package. Such a folder is removed when it has not changed for a day.
 
     Args:
         folders: the temporary folders.

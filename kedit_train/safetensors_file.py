@@ -138,8 +138,8 @@ def load_tensors(
         path: the path of the file.
         kind: the kind that the file was saved with.
         memory_map: True memory-maps the file, so that the tensors take no memory until they are used. Only use this for
-            files that nobody changes in place: the checksum is verified once, and a file that is cut short later ends
-            the process. False copies the tensors and verifies the copy, so the file may be changed afterwards.
+            files that nobody changes in place. The checksum is verified only once, and if the file is cut short later,
+            the process crashes. False copies the tensors and verifies the copy, so the file may be changed afterwards.
         memory_limit: with ``memory_map=False``, the largest file in bytes that is copied into memory. The copy of a
             larger file is on disk and memory-mapped, and nobody else can change it. None sets no limit.
         allow_unsigned: True also reads safetensors files without metadata of this kind. The checksum of such a file is

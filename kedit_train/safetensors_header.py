@@ -111,7 +111,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON that may come from a stranger.
+    """Parse JSON from a source that may not be trustworthy.
 
     Raises:
         ValueError: the text is not JSON, is nested too deeply for code that walks through it, or contains an integer
@@ -167,7 +167,7 @@ def map_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span]) -> dict
 
 
 def copy_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span], memory_limit: int) -> dict[str, Tensor]:
-    """Copy tensors, so that later changes of the file do not change them.
+    """Copy tensors, so that later changes of the file do not change the tensors.
 
     Up to ``memory_limit`` bytes are copied into memory. A larger file is copied into a nameless file, which is
     memory-mapped. The system deletes the nameless file when its last tensor is deleted. The nameless file is next to

@@ -12,7 +12,7 @@ from kedit_train.safetensors_header import parse_json
 
 
 def callback_arguments(name: str, callback_class: type[EditCallback], value: Any) -> dict[str, Any] | None:
-    """Convert the value of a field into arguments of its callback, or into None for no callback."""
+    """Convert the value of a field into arguments of its callback. Return None if no callback should be added."""
     if isinstance(value, str):
         try:
             value = parse_json(value)

@@ -89,7 +89,8 @@ class EditSFTConfig(SFTConfig):
         prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
             template of the tokenizer ("chat"), framed as a question ("question"), or a mapping with the arguments of
             :class:`~kedit_train.ChatFormat`.
-        append_eos: end the targets of an ``EditDataset`` with end-of-text: true, false, or "auto" (``EditDataModule``).
+        append_eos: true ends the targets of an ``EditDataset`` with end-of-text, and false does not. "auto" decides as
+            described in :class:`~kedit_train.modules.EditDataModule`.
 
     Raises:
         EditError: the value of a field is not a mapping, or contains an argument that the callback does not have.
@@ -288,7 +289,10 @@ class EditSFTTrainer(SFTTrainer):
         if decision.append and not thinks(prompt_format):
             return decision
         if args.packing:
-            raise EditError("packing must be False for targets without end-of-text and for thoughts; remove packing.")
+            raise EditError(
+                "packing must be False for targets without end-of-text and for formats with thinking=True; remove "
+                "packing."
+            )
         self.train_dataset = edits.to_tokens(
             tokenizer, append_eos=decision.append, prompt_format=prompt_format, max_length=args.max_length
         )

@@ -1,4 +1,4 @@
-"""The running averages of Adam, with an average of the loss for a step size that depends on it."""
+"""The running averages of Adam, and a running average of the loss for step sizes that depend on the loss."""
 
 from __future__ import annotations
 
@@ -45,11 +45,12 @@ class AdamAverages:
 
         Args:
             gradients: gradient by name.
-            loss: the loss of which these are the gradients.
+            loss: the loss whose gradients are given.
 
         Returns:
-            The averages of the loss and of the gradients with bias correction, and the directions of Adam: the average
-            gradients, divided by the root of the average squares. A step is to subtract a multiple of the directions.
+            The average loss and the average gradients, with bias correction, and the directions of Adam. A direction is
+            the average gradient divided by the root of the average squared gradient. To make a step, subtract a
+            multiple of the directions from the weights.
         """
         self.steps += 1
         self.loss = _BETA1 * self.loss + (1 - _BETA1) * loss

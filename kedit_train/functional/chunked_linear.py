@@ -64,7 +64,10 @@ class GradientSums:
                 total.mul_(factor)
 
     def take(self) -> list[Tensor | None]:
-        """Return one sum per tensor, in the dtype of the tensor, and clear the sums. None: no gradient was added."""
+        """Return one sum per tensor, in the dtype of the tensor, and clear the sums.
+
+        The sum is None if no gradient was added.
+        """
         sums = self._sums
         self._sums = [None] * len(self.tensors)
         return [None if s is None else s.to(t.dtype) for s, t in zip(sums, self.tensors, strict=True)]

@@ -20,11 +20,11 @@ Score = Callable[..., tuple[Tensor, ...]]
 
 
 def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
-    """Return the number of tokens in a chunk: as many as fit into ``numbers`` logits, but at least 1.
+    """Return the largest number of tokens in a chunk that has at most ``numbers`` logits, but at least 1.
 
     Args:
         vocab_size: number of logits per token.
-        numbers: maximum number of logits in a chunk. The default number of logits takes 64 MiB in fp32.
+        numbers: maximum number of logits in a chunk. The default is 2**24 logits, which take 64 MiB in fp32.
     """
     return max(1, numbers // max(1, vocab_size))
 

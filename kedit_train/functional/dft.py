@@ -13,9 +13,9 @@ def dynamic_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.
     """Compute the DFT loss of each token, with the gradient in closed form.
 
     The loss is the cross-entropy times the probability ``p_y`` of the label. ``p_y`` is treated as a constant, so the
-    gradient of the logits is ``p_y (p - one_hot(y))``. If cross-entropy is read as a policy gradient, a token has the
-    reward ``1 / p_y``, and tokens with a low probability dominate the gradient. With the factor ``p_y``, every token
-    has the same reward.
+    gradient of the logits is ``p_y (p - one_hot(y))``. If cross-entropy is interpreted as a policy gradient, a token
+    has the reward ``1 / p_y``, and tokens with a low probability dominate the gradient. With the factor ``p_y``, every
+    token has the same reward.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).

@@ -46,7 +46,7 @@ def unit_scores(scores: Tensor, dim: int) -> Tensor:
 
     Args:
         scores: [..., size(dim), ...].
-        dim: the dimension along which the neurons are numbered.
+        dim: the dimension of the weight that has one entry per neuron.
 
     Returns:
         [size(dim)].
@@ -60,7 +60,7 @@ def unit_mask(units: Tensor, shape: torch.Size, dim: int) -> Tensor:
     Args:
         units: [shape[dim]], the mask of the neurons.
         shape: shape of the weight.
-        dim: the dimension along which the neurons are numbered.
+        dim: the dimension of the weight that has one entry per neuron.
 
     Returns:
         A bool mask of shape ``shape``.

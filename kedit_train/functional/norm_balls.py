@@ -61,7 +61,7 @@ def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 def linf_ball(weight: Tensor, reference: Tensor, radius: float) -> Tensor:
-    """Clip every entry to within ``radius`` of its reference. Entries inside do not change, bit for bit.
+    """Clip every entry to within ``radius`` of its reference. Entries within ``radius`` do not change at all.
 
     Args:
         weight: any shape and float dtype.
@@ -126,7 +126,7 @@ def shrink_factor(distance: float, radius: float) -> float:
 
 
 def l2_ball(weights: Sequence[Tensor], references: Sequence[Tensor], radius: float) -> list[Tensor]:
-    """Scale the differences of all tensors by one factor, so that their joint norm is at most ``radius``.
+    """Scale all differences from the references by one factor, so that their joint L2 norm is at most ``radius``.
 
     Args:
         weights: tensors of any shape and float dtype.

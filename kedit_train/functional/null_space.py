@@ -3,8 +3,8 @@
 For ``y = W k``, a change D keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit applies this to a closed-form
 update, with an absolute threshold on singular values. Here the directions are chosen by their fraction of the energy of
 the inputs (the trace of the second moment), which is comparable between models and layers. The projection is applied to
-the whole difference from the original weights. A projected gradient is not enough, because Adam rescales each entry and
-its step leaves the null space.
+the whole difference from the original weights. To project only the gradient is not enough, because Adam
+rescales each entry of the gradient, so that the step leaves the null space.
 
 References:
     "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355.

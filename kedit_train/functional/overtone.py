@@ -37,8 +37,8 @@ def overtone_target(
             the padding do not count in the standard deviation and never pass the filter.
 
     Returns:
-        The target [N, V] in fp32 (fp64 for fp64 logits), whether the mixture is used [N] bool, and the number of
-        tokens that the filter kept [N].
+        Three tensors: the target [N, V] in fp32 (fp64 for fp64 logits), a bool tensor [N] that is True where the
+        mixture is the target, and the number of tokens that pass the filter [N].
 
     References:
         - "Mitigating Heterogeneous Token Overfitting in LLM Knowledge Editing", arXiv 2502.00602, equation 2.
@@ -110,7 +110,7 @@ def overtone_statistics(
     n_sigma: float,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Compute the OverTone loss of each token as :func:`overtone` does, and statistics of the targets.
+    """Compute the OverTone loss of each token, like :func:`overtone`, and also statistics of the targets.
 
     Let t be the mixture, p the distribution of the model with the log normalizer Z, and f the filtered distribution
     with the log normalizer Z_f. KL(t || p) is a sum over tokens. The terms of all tokens except the label y add up to
@@ -120,8 +120,9 @@ def overtone_statistics(
         logits, labels, label_weight, epsilon, n_sigma, vocab_size: as for :func:`overtone`.
 
     Returns:
-        The loss [N] in nats, whether the divergence is above ``epsilon`` [N] bool, whether the mixture is used [N]
-        bool, the number of tokens that the filter kept [N], and the probability of the label in the target [N].
+        Five tensors [N]: the loss in nats, a bool tensor that is True where the divergence is above ``epsilon``, a bool
+        tensor that is True where the mixture is the target, the number of tokens that pass the filter, and the
+        probability of the label in the target.
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
 

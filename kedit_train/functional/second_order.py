@@ -61,7 +61,7 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
 
 
 def transform(matrix: Tensor, output_root: Tensor | None, input_root: Tensor) -> Tensor:
-    """Return ``P M Q`` for the inverse roots P of S and Q of A.
+    """Return the product ``P M Q``, where P is the inverse root of S, and Q is the inverse root of A.
 
     For a gradient, the result is the gradient with respect to coordinates in which the estimated divergence of a change
     is half its squared norm. For a change in these coordinates, the result is the change of the weight.

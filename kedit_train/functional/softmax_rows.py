@@ -40,7 +40,7 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
     """Write the logits ``z - top`` into the first ``size`` columns of ``out``, and gradients into the last columns.
 
-    The last columns belong to vocabulary padding. The gradient of a padding logit is the probability of the token.
+    The last columns belong to vocabulary padding. The gradient of a padding logit is the probability of this token.
 
     Args:
         out: [n, V], overwritten.

@@ -52,14 +52,15 @@ def run_edits(
 
     - "single": each edit is made on the unedited model and evaluated at once. Then the original weights are restored
       bit for bit. This mode shows the best case of a method, but it leaves no edited model.
-    - "batch": one training on all edits together.
-    - "sequential": one training after another. Each training is on the next ``edits_per_step`` edits, and previous
+    - "batch": all edits are trained together, in one training run.
+    - "sequential": several training runs follow each other. Each run trains the next ``edits_per_step`` edits. Previous
       edits are never trained again.
-    - "streaming": one training after another. Each training is on the next ``edits_per_step`` edits and on replayed
-      previous edits.
+    - "streaming": several training runs follow each other. Each run trains the next ``edits_per_step`` edits and
+      replayed previous edits.
 
-    In the modes "sequential" and "streaming", a later edit may give the prompt of an earlier edit another target. The
-    earlier edit is then not trained together with the later edit, and counts as wrong once it is overwritten.
+    In the modes "sequential" and "streaming", two edits may have the same prompt and different targets. If both edits
+    are in one training run, only the later edit is trained. Once the later edit is trained, the earlier edit counts as
+    wrong.
 
     When you report a result, name the mode, because the scores depend on the mode. In table 1 of the paper (see
     References), fine-tuning on 1,000 facts in sequence has a reliability of 75 %. Fine-tuning on shuffled batches of
@@ -71,7 +72,7 @@ def run_edits(
         edits: the edits.
         mode: "single", "batch", "sequential" or "streaming".
         train: a function ``train(model, edits)`` that changes the model in place. It is called once per schedule step
-            (one training in the list above).
+            (one training run in the list above).
             None: :class:`~kedit_train.modes.TrainLoop` with default arguments.
         edits_per_step: new edits per schedule step, for "sequential" (default 1) and "streaming" (default 100).
         replay: number of previous edits that "streaming" replays in each step. None: all previous edits.
@@ -204,8 +205,8 @@ def _warn_of_overwritten(edits: EditDataset) -> None:
         earlier, later = (shorten(edits[i].id) for i in pairs[0])
         warn(
             f"{len(pairs)} of {len(edits)} edits contradict an earlier edit (the first: {later!r} contradicts "
-            f"{earlier!r}). The earlier edit counts as wrong once it is overwritten; to leave such edits out, pass "
-            "edits.latest()."
+            f"{earlier!r}). An earlier edit counts as wrong once the later edit is trained; to leave out the earlier "
+            "edits, pass edits.latest()."
         )
 
 

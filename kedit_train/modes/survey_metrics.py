@@ -146,7 +146,7 @@ def _check_comparable(results: tuple[ModeResult, ...]) -> None:
 def retainability(accuracy: Mapping[int, float]) -> float:
     """Return the mean change of accuracy per further edit.
 
-    Let Acc(i) be the accuracy on the first i edits after these edits were made. The definition is
+    Let Acc(i) be the accuracy on the first i edits, measured directly after the i-th edit. The definition is
     ``1 / (n - 1) * sum over i of (Acc(i + 1) - Acc(i))``. Most terms of the sum cancel, so the result depends only on
     the first and the last accuracy.
 

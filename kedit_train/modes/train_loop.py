@@ -32,13 +32,13 @@ class ExampleOptions:
     Args:
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" (the prompt
             as a question, followed by "Answer:") or a :class:`~kedit_train.ChatFormat`.
-        append_eos: append the end-of-text token to every target. "auto" appends it in chats and to questions, and to
-            plain completions if the model ends them by itself. This is measured once, before the first training of a
-            model, and one printed line says what was decided.
+        append_eos: append the end-of-text token to every target. With "auto", the token is always appended in chats and
+            after questions. It is appended to plain completions only if the model ends such completions by itself. The
+            model is tested once, before its first training, and the decision is printed.
         extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
             called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates
-            such a function. The additional edits count in the batch size and in the loss that is compared with
-            ``stop_loss``.
+            such a function. The additional edits are included in ``batch_size``, and in the loss that is compared
+            with ``stop_loss``.
 
     Example:
         >>> from kedit_train.modes import ExampleOptions

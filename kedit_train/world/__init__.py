@@ -79,7 +79,7 @@ def prose(n: int = 200, seed: int = 0, held_out: bool = True) -> list[str]:
     Args:
         n: number of paragraphs.
         seed: seed of the random choice.
-        held_out: True returns paragraphs that the bundled model was not trained on, False training paragraphs.
+        held_out: True returns paragraphs that the bundled model was not trained on. False returns training paragraphs.
 
     Example:
         >>> len(prose(3))

@@ -37,12 +37,12 @@ def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
       edited subject. ``neighbour`` has the wording of ``prompt`` and asks about other subjects with the same old
       answer. ``unrelated`` asks about other relations of other subjects.
     * ``portability``: prompts whose answers change with the edit. ``held_out_wording`` has wordings that no training
-      document contains. ``two_hop`` has the edited fact as the first hop, and ``two_hop_last`` as the second hop.
+      document contains. In ``two_hop``, the edited fact is the first hop. In ``two_hop_last``, it is the second hop.
 
     The probes of an edit depend on all edits of the list. So ``edits(2)`` differs from ``edits(4)[:2]``.
 
     Args:
-        n: number of edits. The default is the number of edits that "world" stands for.
+        n: number of edits. Default: 24, the number of edits that ``EditDataset.load("world")`` loads.
         seed: seed of all random choices.
 
     Raises:
@@ -68,9 +68,9 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
     """Return bundled texts that stay true after the edits, for a locality penalty.
 
     Half of the texts have the wording of an edit's prompt but state another fact. Side effects of edits appear first
-    in such texts. A quarter of the texts state one-hop or two-hop facts in any trained wording. A quarter of the texts
-    are training prose. The texts do not state facts that an edit changes, facts that follow from a changed fact, or
-    facts that a probe or rephrase asks about. The texts contain no special tokens.
+    in such texts. A quarter of the texts state one-hop or two-hop facts in random trained wordings. A quarter of the
+    texts are training prose. The texts do not state facts that an edit changes, facts that follow from a changed fact,
+    or facts that a probe or rephrase asks about. The texts contain no special tokens.
 
     Args:
         exclude: the edits.
@@ -113,7 +113,7 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0)
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Leave out texts on facts that the edits change or ask about, and return all other texts.
+    """Return all texts except those on facts that an edit changes or that a probe or rephrase asks about.
 
     Args:
         texts: texts that :func:`locality_texts` returned for previous edits.
@@ -142,8 +142,8 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     """Return prompts about facts that the edits leave unchanged, for a replay buffer.
 
     There is one prompt per fact, in random order. For about half of the facts with the same relation as an edit, the
-    prompt has the wording of that edit's prompt. All other prompts have any trained wording. No prompt asks about an
-    edited subject, or about a fact that :func:`locality_texts` leaves out.
+    prompt has the wording of that edit's prompt. All other prompts have a random trained wording. No prompt asks about
+    an edited subject, or about a fact that :func:`locality_texts` leaves out.
 
     Args:
         exclude: the edits.

@@ -65,7 +65,7 @@ def paragraphs(n: int, *, seed: int = 0, held_out: bool) -> list[str]:
     Args:
         n: number of paragraphs.
         seed: seed of the random choice.
-        held_out: True returns paragraphs of the held-out part, False of the training part.
+        held_out: True returns paragraphs of the held-out part. False returns paragraphs of the training part.
     """
     rng = Random(f"prose {seed}")
     made: dict[str, None] = {}

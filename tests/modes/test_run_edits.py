@@ -344,8 +344,8 @@ def test_a_later_edit_may_overwrite_an_earlier_one(learner, mode: Any, options: 
         run_edits(model, tokenizer, CONTRADICTORY, **options)
     assert seen == trained
     assert str(caught[0].message) == (
-        "run_edits: 1 of 4 edits contradict an earlier edit (the first: 'newest' contradicts '0'). The earlier edit "
-        "counts as wrong once it is overwritten; to leave such edits out, pass edits.latest()."
+        "run_edits: 1 of 4 edits contradict an earlier edit (the first: 'newest' contradicts '0'). An earlier edit "
+        "counts as wrong once the later edit is trained; to leave out the earlier edits, pass edits.latest()."
     )
 
 

@@ -42,7 +42,7 @@ def report_metadata(
         n: number of edits that were evaluated.
         results: the results of all probes.
         settings: the settings of the evaluation.
-        against_unedited: True if locality compares each answer with the unedited model's answer.
+        against_unedited: True if locality is the fraction of answers that equal the unedited model's answer.
     """
     config = getattr(model, "config", None)
     return {

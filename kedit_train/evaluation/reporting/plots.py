@@ -76,8 +76,8 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
     """Plot each report as a point: reliability on the x-axis, locality on the y-axis, with 95 % intervals.
 
     The best edit is in the upper right corner. If a report contains the scores of the unedited model, a cross shows
-    the unedited model. The cross has locality 1, because locality is then the fraction of answers that equal the
-    unedited model's answer.
+    the unedited model. In such a report, locality is the fraction of answers that equal the unedited model's answer.
+    So the cross always has locality 1.
 
     Args:
         reports: dict from label to report. All reports must be on the same edits.

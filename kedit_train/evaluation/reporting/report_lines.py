@@ -30,7 +30,7 @@ _REST = (
 
 
 def protocol_note(report: ReportData) -> str:
-    """Return a note that names the protocol of the headline scores and says how it judges an answer."""
+    """Return a note with the name of the headline protocol and the rule by which this protocol judges an answer."""
     protocols = report.protocols
     # The default needs no reason, unless the model was measured and found to be an exception.
     reason = protocols.reason if protocols.headline != EXACT.headline else ""
@@ -63,7 +63,7 @@ class ScoreLine:
         edited: the score of the model that the report is about.
         unedited: the score of the unedited model.
         teacher_forced: the teacher-forced score on the same probes.
-        is_kind: True if the line is about one kind of probe. The line is then shown below the line of its metric.
+        is_kind: True if the line is about one kind of probe. Such a line is shown below the line of its metric.
     """
 
     label: str

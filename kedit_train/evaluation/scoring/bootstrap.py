@@ -152,7 +152,7 @@ def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: in
 
 
 def scores_of_means(means: Iterable[MeanOverEdits], seed: int = 0) -> list[Score]:
-    """Return one score per mean. All means must be over the same edits. Processes are not synchronized."""
+    """Return one score per mean, from this process only. All means must be over the same edits."""
     means = list(means)
     if not means:
         return []

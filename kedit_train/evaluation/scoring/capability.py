@@ -62,7 +62,7 @@ class CapabilityProbe:
 
     Args:
         texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the bundled texts).
-        prompts: prompts unrelated to the edits. None uses the beginnings of the texts, which the model continues.
+        prompts: prompts unrelated to the edits. None: the prompts are the beginnings of ``texts``.
         tasks: lm-eval tasks to run as well: a list of names, or an ``LmEvalTasks``.
         max_new_tokens: maximum length of the answers to ``prompts``, in tokens.
         batch_size: prompts per forward pass.
@@ -106,7 +106,7 @@ class CapabilityProbe:
             self.prompts = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
             if not self.prompts:
                 raise EditError(
-                    "texts must contain at least one text with two or more words if prompts is None or empty; add a "
+                    "if prompts is None or empty, texts must contain at least one text with two or more words; add a "
                     "longer text, or pass at least one prompt."
                 )
         self.tasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))

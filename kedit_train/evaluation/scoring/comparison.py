@@ -27,7 +27,7 @@ def compare_with_unedited(
         results: the results of the edited model.
         unedited: the results of the unedited model on the same prompts.
         protocols: the protocols of both evaluations.
-        judge: compares an answer with the accepted answers in the protocol "exact".
+        judge: function that decides under the protocol "exact" whether an answer is right.
 
     Raises:
         EditError: the unedited model has no answer to one of the prompts.
@@ -49,7 +49,7 @@ def compare_with_unedited(
 
 
 def compare_answers(before: ProbeResult, after: ProbeResult, protocols: Protocols, judge: Judge) -> ProbeResult:
-    """Return the result ``after`` with the unedited model's answer, and with the comparison of both answers."""
+    """Return a copy of ``after`` with the unedited model's answer, and with the result of comparing the two answers."""
     right_before = is_right(protocols.headline, replace(before, accepted=after.accepted), judge)
     compared = replace(
         after,
@@ -71,8 +71,8 @@ def success(protocol: str, result: ProbeResult, *, headline: bool, against_unedi
     Args:
         protocol: the name of the protocol.
         result: the result of the probe.
-        headline: True if ``protocol`` is the report's first protocol. ``result`` already contains the judgments of this
-            protocol.
+        headline: True if ``protocol`` is the report's first protocol. In this case, ``result`` already contains the
+            judgment.
         against_unedited: True if locality probes are compared with the unedited model's answers. Under "probability",
             they are always compared with the truth, as in CounterFact.
     """

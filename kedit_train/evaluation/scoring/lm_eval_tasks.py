@@ -63,8 +63,8 @@ def lm_eval_scores(
 
     Returns:
         A dict from "<task>/<metric>" to score. If the task filters the model's answers, the key is
-        "<task>/<metric>,<filter>". The interval reaches from 1.96 standard errors below the value to 1.96 standard
-        errors above it. If lm-eval returns no standard error, the score has no interval.
+        "<task>/<metric>,<filter>". The interval of a score is its value plus or minus 1.96 standard errors. If
+        lm-eval returns no standard error, the score has no interval.
 
     Raises:
         EditError: lm-eval is not installed, or has no task with one of the names.

@@ -66,7 +66,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Compute the metrics of a report from the results of all probes.
 
-    Reliability, generality, portability and locality each have these scores:
+    Reliability, generality, portability and locality each have the scores below. The preferred answer of a probe is the
+    first of its accepted answers.
 
     - ``generated``: the headline score, under the report's first protocol. With the default protocols, it is the
       fraction of probes whose generated answer is right. For locality with ``against_unedited``, it is the fraction of
@@ -88,7 +89,8 @@ def summarize(
     - ``locality.right``: the fraction of locality probes with a right answer, even if the edit changed the answer;
     - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
       correctly;
-    - ``locality.tokens_kept``: the mean fraction of the unedited answers' first tokens that are kept;
+    - ``locality.tokens_kept``: the mean fraction of the unedited answers' first tokens that precede the first
+      difference from the edited answer;
     - ``locality.same_answer``: the fraction of whole answers that are equal to the unedited model's answers;
     - ``probability.harmonic_mean``: the harmonic mean of the "probability" scores of reliability, generality and
       locality, which CounterFact calls S;

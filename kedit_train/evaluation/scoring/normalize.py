@@ -40,7 +40,7 @@ def _normalize_character(text: str, index: int) -> str:
 
 
 def normalize(text: str) -> str:
-    """Normalize an answer for comparison: remove case, punctuation, articles and extra white space.
+    """Normalize an answer for comparison: lower the case, and remove punctuation, articles and extra white space.
 
     Args:
         text: an answer.

@@ -1,4 +1,4 @@
-"""Old answers, from before the edit: find the ones that a model gives, and measure their probability."""
+"""Find the old answers (the answers before the edit) that a model gives, and measure their probability."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def find_old_answers(
     """Return edits whose targets are the old answers, exactly as the model generates them.
 
     The old answer of an edit is its ``old_target``. If an edit has no ``old_target``, the old answer is the answer that
-    the model generates. An edit is left out if greedy decoding gives the new answer, an answer other than
-    ``old_target``, an empty answer, or an answer that does not end.
+    the model generates. An edit is left out if greedy decoding gives the new answer, an empty answer, or an answer that
+    does not end. An edit with an ``old_target`` is also left out if greedy decoding gives any other answer.
 
     Args:
         model: a causal language model.

@@ -27,14 +27,14 @@ def choose_protocols(
 ) -> Protocols:
     """Return the protocols for ``protocol="auto"``.
 
-    Chats and questions are judged with "exact", because models end their answers to them. For completions, the unedited
-    model answers up to 16 of the prompts. If at least a quarter of these answers do not end, completions are judged
-    with "leading" and "probability", and otherwise with "exact".
+    In chats and after questions, models end their answers. Therefore, these answers are judged with "exact". For
+    completions, the unedited model answers up to 16 of the prompts. If at least a quarter of these answers do not end,
+    completions are judged with "leading" and "probability", and otherwise with "exact".
 
     Args:
         model: the unedited model.
         tokenizer: the model's tokenizer.
-        edits: the edits, whose prompts and locality prompts are answered.
+        edits: the edits. The model answers some of their prompts and locality prompts.
         options: how to prompt the model.
         progress: show a progress bar in a terminal.
     """

@@ -44,9 +44,10 @@ class ProbeResult(ProbeRequest):
         token_log_probs: for each token of the preferred answer, the log-probability under teacher forcing.
         choices: on locality probes with the protocol "teacher_forced", the token that is ranked first at each position
             of the preferred answer.
-        first_tokens: on locality probes, the first token ids of the answer: as many as the preferred answer has, and at
-            least 3. -1 stands for the end of the answer.
-        tokens_kept: the fraction of the unedited model's ``first_tokens`` before the first difference.
+        first_tokens: on locality probes, the first token ids of the answer. Their number is the number of tokens in the
+            preferred answer, but at least 3. -1 stands for the end of the answer.
+        tokens_kept: the fraction of the unedited model's ``first_tokens`` before the first token at which this answer
+            differs.
         choices_kept: the fraction of ``choices`` that are equal to the unedited model's choices.
         same_answer: True if the whole answers of both models are equal after normalization. None if the protocols do
             not generate whole answers.
@@ -88,12 +89,15 @@ class ProbeResult(ProbeRequest):
 
     @property
     def rival_log_prob(self) -> float | None:
-        """The mean log-probability of the old answer's tokens. On locality probes, that of the new answer's tokens."""
+        """The mean log-probability of the old answer's tokens, or on locality probes, of the new answer's tokens."""
         return self.old_log_prob if self.new_log_prob is None else self.new_log_prob
 
     @property
     def magnitude(self) -> float | None:
-        """The probability per token of the preferred answer minus that of the other answer, as in CounterFact."""
+        """The difference in probability per token between the preferred answer and its rival, as in CounterFact.
+
+        The rival is the old answer. On locality probes, it is the new answer.
+        """
         if self.log_prob is None or self.rival_log_prob is None:
             return None
         return math.exp(self.log_prob) - math.exp(self.rival_log_prob)
@@ -128,8 +132,8 @@ def answer_requests(
 
     With the default protocol, the teacher-forced pass gives the beginning of the generated answer, up to and including
     the first token that differs from the preferred answer. Only the tokens after this token are generated. With the
-    other protocols, each prompt is read once, for its targets and for the answer. A probe without an accepted answer
-    has no teacher-forced score.
+    other protocols, one pass over each prompt gives both the teacher-forced scores and the generated answer, if the
+    model supports this. A probe without an accepted answer has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.

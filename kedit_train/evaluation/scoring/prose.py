@@ -80,13 +80,16 @@ def measure_prose(
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[list[TextResult], dict[str, Distribution]]:
-    """Read texts with a model. Compare its predictions with those of the unedited model, or record its predictions.
+    """Measure a model on texts, and compare its predictions with recorded predictions or record them.
+
+    On the unedited model, leave out ``reference``: the function records the model's next-token distributions. On the
+    edited model, pass the recorded distributions as ``reference``: the function compares the two models.
 
     Args:
         model: a causal language model. It is left unchanged.
         tokenizer: the model's tokenizer.
         texts: the texts.
-        reference: the distributions that this function recorded on the unedited model. With None, the distributions of
+        reference: the distributions that this function recorded on the unedited model. None: the distributions of
             ``model`` are recorded for at most 20,000 tokens. Texts without a recorded distribution have no KL
             divergence and no agreement.
         batch_size: windows per forward pass.

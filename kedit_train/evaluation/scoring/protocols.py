@@ -118,7 +118,7 @@ def is_right(protocol: str, result: Any, judge: Callable[[str, Sequence[str]], b
     Args:
         protocol: the name of the protocol.
         result: a :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult`.
-        judge: compares the answer with the accepted answers in the protocol "exact".
+        judge: function that decides under the protocol "exact" whether an answer is right.
     """
     if protocol == "probability":
         own, rival = result.log_prob, result.rival_log_prob
@@ -139,8 +139,8 @@ def is_right(protocol: str, result: Any, judge: Callable[[str, Sequence[str]], b
 def is_unchanged(protocol: str, result: Any) -> bool:
     """Return whether an answer is the unedited model's answer to the same prompt.
 
-    With "exact" and "wild", the whole answers are compared after normalization. With the other protocols, the first
-    tokens are compared: as many as the true answer has, and at least 3.
+    With "exact" and "wild", the whole answers are compared after normalization. With the other protocols, only the
+    first tokens are compared. Their number is the number of tokens in the true answer, but at least 3.
 
     Args:
         protocol: the name of the protocol.
@@ -156,7 +156,7 @@ def is_unchanged(protocol: str, result: Any) -> bool:
 
 
 def share_kept(before: Sequence[int], after: Sequence[int]) -> float | None:
-    """Return the fraction of the tokens ``before`` that come before the first difference from ``after``.
+    """Return the fraction of tokens in ``before`` that precede the first difference between ``before`` and ``after``.
 
     Args:
         before: the first tokens of the unedited model's answer.
@@ -171,7 +171,7 @@ def share_kept(before: Sequence[int], after: Sequence[int]) -> float | None:
 
 
 def agreement(before: Sequence[int], after: Sequence[int]) -> float | None:
-    """Return the fraction of positions at which both models rank the same token first, as EasyEdit's locality does."""
+    """Return the fraction of positions at which both models rank the same token first (the locality of EasyEdit)."""
     if not before or len(before) != len(after):
         return None
     return sum(a == b for a, b in zip(before, after, strict=True)) / len(before)

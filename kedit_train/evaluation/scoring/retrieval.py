@@ -1,8 +1,8 @@
 """The retrieval baseline: write the new fact in front of each prompt, and leave the weights unchanged.
 
 The new fact of an edit is written in front of all prompts of this edit, including the prompts about other facts, as if
-a perfect retriever had found the fact. The edited model should have higher scores than this baseline, or the edit is
-not worth its cost ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv 2305.12740).
+a perfect retriever had found the fact. If the edited model does not have higher scores than this baseline, the
+edit is not worth its cost ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv 2305.12740).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]
     """Return the probes of the retrieval baseline.
 
     Args:
-        edits: dict from the name of an edit in the results to the edit.
+        edits: dict from ``ProbeResult.edit`` (the id of an edit) to the edit.
         results: the results of the unedited model.
 
     Returns:
-        Pairs of the index of a result and the probe with the fact in the prompt. The probe's question is "retrieval",
-        and its kind is the question of the result.
+        Pairs of the index of a result and the probe with the fact in the prompt. The probe has the ``question``
+        "retrieval". Its ``kind`` is the ``question`` of the result.
     """
     names = [field.name for field in fields(ProbeRequest)]
     requests = []
@@ -58,7 +58,7 @@ def compare_with_own_answers(
         base: the results of the prompts without the fact, in the order of ``with_fact``.
         with_fact: the results of the prompts that contain the fact.
         protocols: the protocols of the evaluation.
-        judge: compares an answer with the accepted answers in the protocol "exact".
+        judge: function that decides under the protocol "exact" whether an answer is right.
     """
     return [
         replace(compare_answers(before, after, protocols, judge), right_before=None)

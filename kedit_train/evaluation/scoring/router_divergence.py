@@ -25,7 +25,7 @@ MAX_PROMPTS = 64
 
 
 class RouterDivergence:
-    """The routers of the unedited model on fixed prompts, to compare the routers of the edited model with.
+    """Compare the routers of the edited model with the routers of the unedited model, on fixed prompts.
 
     An edit can change which experts a token is sent to, even if the weights of the routers are frozen, because it
     changes the hidden states that the routers of later layers read.
@@ -42,7 +42,7 @@ class RouterDivergence:
         batch_size: sequences per forward pass.
 
     Attributes:
-        layers: number of routers. 0 if the model has no router that is one matrix.
+        layers: number of routers. Only routers with a weight [experts, hidden] count. 0 if there is none.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class Trial:
         edits: number of edits.
         reliability: the headline reliability of the report. None if the run failed.
         generality: the headline generality. None if the edits have no rephrases.
-        locality: the fraction of the unedited answers' first tokens that are kept. None if there are no probes.
+        locality: the mean of ``ProbeResult.tokens_kept`` over the locality probes. None if there are no probes.
         seconds: time of training and evaluation.
         error: why the run failed. Empty if it did not fail.
     """
@@ -60,7 +60,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of generality and locality. If one is missing, the score is the other one."""
+        """The harmonic mean of generality and locality. If only one of them was measured, the score is this one."""
         values = [value for value in (self.generality, self.locality) if value is not None]
         return len(values) / sum(1 / value for value in values) if values and all(values) else 0.0
 
@@ -81,7 +81,8 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
         seed: seed of the random order.
 
     Returns:
-        The indices of both halves. Their sizes differ by at most the largest number of edits with one subject.
+        The indices of the tuning half and of the held-out half. The sizes of the halves differ by at most the size of
+        the largest group of edits with one subject.
 
     Raises:
         EditError: all edits are about one subject.
@@ -109,7 +110,7 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
 
 
 def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
-    """Plan successive halving: all settings on few edits, the best third on more, and the best on all edits.
+    """Plan successive halving: all settings on few edits, the best third on more edits, a third of these on all edits.
 
     There are at most three rungs. A rung is left out if it has as many edits as the rung before it.
 

@@ -27,8 +27,8 @@ class TuneResult:
         cut_off: (number of edits, setting) of each run that was not started, because the budget was spent.
         picked: the trial of the picked setting on the largest number of edits.
         rule: the rule by which the setting was picked.
-        held_out: the scores of the picked setting on the held-out edits, after a training of the unedited model on
-            them.
+        held_out: the scores of the picked setting on the held-out edits, after the unedited model was trained on these
+            edits.
         halves: the tuning half and the held-out half of the edits.
         meta: model, edits (name and hash), protocol, format of the examples, seed, budget, seconds, versions and date.
     """
@@ -48,7 +48,7 @@ class TuneResult:
         return front(self.trials)
 
     def rows(self) -> list[list[str]]:
-        """Return the cells of a table with :data:`COLUMNS`. Each trial is a row, followed by the held-out scores."""
+        """Return the rows of a table with :data:`COLUMNS`: one per trial, and a last row with the held-out scores."""
         on_front, rows = self.front, []
         for trial in (*self.trials, self.held_out):
             setting = trial.setting

@@ -52,7 +52,7 @@ class TuneRuns:
         cls, model: nn.Module, tokenizer: Any, edits: EditDataset, keep: Any, grid: TuneGrid, folder: Path,
         options: EvaluationOptions, seed: int,
     ) -> TuneRuns:  # fmt: skip
-        """Check everything that can fail before the first run, and evaluate the unedited model."""
+        """Do all checks that are possible before the first run, and evaluate the unedited model."""
         texts = Texts.of(keep)
         # All runs get the same texts, whatever edits they train, so that they share the statistics of the texts.
         loaded = texts.load(edits, tokenizer=texts.tokenizer or tokenizer)
@@ -76,7 +76,9 @@ class TuneRuns:
             unedited = evaluate(model, tokenizer, edits, options=options, seed=seed, progress=False)
             unedited.save(path)
         if all(unedited.metrics[name]["generated"].n == 0 for name in ("generality", "locality")):
-            raise EditError("edits must have rephrases or locality probes, got neither; add them to the edits.")
+            raise EditError(
+                "edits must have rephrases or locality probes, got neither; add rephrases or locality probes."
+            )
         end = decide_append_eos("auto", tokenizer, edits, model=model, prompt_format=options.asked_format)
         return cls(
             model, tokenizer, texts, options, seed, folder, backup, weights, unedited,
@@ -86,7 +88,7 @@ class TuneRuns:
 
     @property
     def append_eos(self) -> bool:
-        """Whether targets end with end-of-text: only if the unedited model ends its answers."""
+        """Whether targets end with end-of-text. This is True only if the unedited model ends its answers."""
         return self.keys["append_eos"]
 
     def _key(self, setting: TuneSetting, part: EditDataset) -> str:

@@ -82,8 +82,8 @@ class TuneGrid:
     """The values that :func:`~kedit_train.modes.tune` combines: all layers with all step sizes, and so on.
 
     Args:
-        layers: scopes to try, each as the argument ``layers`` of ``ParameterScope``. Default: most layers, and one late
-            layer.
+        layers: list of scopes to try. Each entry is a value for the argument ``layers`` of ``ParameterScope``. Default:
+            most layers, and one late layer.
         modules: the modules to train in these layers. Only weights of linear layers are supported.
         step_sizes: step sizes of ``SecondOrderLocality``, as fractions of the training loss.
         dampings: dampings of ``SecondOrderLocality``.

@@ -41,8 +41,8 @@ def tune(
     """Find settings for a model: try a small grid by successive halving, and evaluate the best on held-out edits.
 
     The edits are split into a tuning half and a held-out half. Every setting of the grid is trained on a few edits of
-    the tuning half. The best third is trained again on more edits, and the best of these on all edits of the half. Each
-    run starts from the unedited model.
+    the tuning half. The best third of the settings is trained again on more edits. The best third of these settings is
+    trained on the complete tuning half. Each run starts from the unedited model.
 
     Among the settings with a reliability of at least 0.95, the setting with the highest harmonic mean of generality and
     locality is picked. If no setting is that reliable, the most reliable setting is picked. It is then trained once on
@@ -55,8 +55,8 @@ def tune(
             bit after each run.
         tokenizer: the model's tokenizer.
         edits: the edits, with rephrases and locality probes. Edits with the same subject are put into the same half.
-        keep: texts on which predictions should stay the same: a source of texts or a ``Texts``. Texts that contain an
-            evaluation prompt of the edits are left out.
+        keep: texts on which predictions should stay the same: a file, a list, a dataset, "world" (the bundled texts) or
+            a ``Texts``. Texts that contain an evaluation prompt of the edits are left out.
         grid: the settings to try. None: ``TuneGrid()``.
         budget: time in seconds. When it is spent, no further run is started, except the runs of the first round and the
             run on the held-out half. None: no limit.
@@ -72,9 +72,9 @@ def tune(
         scores. Its methods write a recipe and a W&B sweep file.
 
     Raises:
-        EditError: the edits have fewer than two subjects or no rephrases and no locality probes, two edits contradict
-            each other, the texts cannot be read, a scope matches no weight, the model is sharded, or all runs of the
-            first round fail.
+        EditError: the edits have fewer than two subjects, the edits have neither rephrases nor locality probes, two
+            edits contradict each other, the texts cannot be read, a scope matches no weight, the model is sharded, or
+            all runs of the first round fail.
 
     References:
         - Non-stochastic Best Arm Identification and Hyperparameter Optimization (successive halving), arXiv 1502.07943.
@@ -111,8 +111,8 @@ def tune(
             final = runs.measure(best.setting, held_out)
         if final.error:
             raise EditError(
-                f"the picked setting ({best.setting}) failed on the held-out edits, so use a grid without it: "
-                f"{final.error}"
+                f"the picked setting ({best.setting}) failed on the held-out edits; remove this setting from the "
+                f"grid. The message of the failed run is: {final.error}"
             )
         settings = {name: runs.unedited.meta["settings"][name] for name in ("prompt_format", "max_new_tokens")}
         meta = {
