@@ -62,7 +62,8 @@ class EditMetrics(EditCallback):
 
     Args:
         edits: an ``EditDataset``, a sequence of ``Edit``, or a path or name that ``EditDataset.load`` reads. None takes
-            the edits of the training loop: ``.edits`` of Lightning's data module, or ``edits=`` of ``editing``.
+            the edits of the training loop: ``.edits`` of Lightning's data module, or the argument ``edits`` of
+            ``editing``.
         every_n_steps: number of optimizer steps between two evaluations. 0 evaluates before and after training only.
         stop_at: end training when an evaluation measures at least this reliability, in (0, 1]. With None, the
             evaluations never end training.
@@ -71,11 +72,11 @@ class EditMetrics(EditCallback):
         report_path: file for the final report: Markdown if the path ends in ``.md``, otherwise JSON. None writes no
             file.
         show: whether to print the final report as a table.
-        max_fraction_of_time: maximum fraction of the training time for evaluations during training, in (0, 1). If the
-            evaluations so far took a larger fraction, the next evaluation during training is skipped. The evaluations
-            before and after training, and the trainer's own evaluations, are never skipped. With None, every evaluation
-            runs. With a fraction, the speed of the machine decides which evaluations are skipped, so two runs can
-            differ.
+        max_fraction_of_time: maximum fraction of the training time that evaluations during training may take, in
+            (0, 1). If the evaluations so far took a larger fraction, the next evaluation during training is skipped.
+            The evaluations before and after training, and the trainer's own evaluations, are never skipped. With None,
+            every evaluation runs. With a fraction, the speed of the machine decides which evaluations are skipped, so
+            two runs can differ.
         evaluation: what to measure and how to prompt the model, as
             :class:`~kedit_train.evaluation.options.EvaluationOptions` or a mapping of its fields. None uses the
             defaults.

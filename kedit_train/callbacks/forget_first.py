@@ -53,12 +53,13 @@ class ForgetFirst(EditCallback):
 
     The model before forgetting remains the reference for the drift metrics, ``SaveDelta``, the first evaluation of
     ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints also apply to the subtraction, so a ``NormBall`` with
-    a small radius removes most of it. With a learning rate of 0, the run only forgets. A resumed run does not forget
-    again.
+    a small radius removes most of the subtracted change. With a learning rate of 0, the run only forgets. A resumed run
+    does not forget again.
 
     Args:
-        texts: texts on which the model should not change, to measure the perplexity: a source of texts or a
-            :class:`Texts`. Sentences about other facts, worded like the edits, show damage much earlier than prose.
+        texts: a source of texts or a :class:`Texts`. The perplexity is measured on these texts, on which the model
+            should not change. Texts that state other facts in the wording of the edits show damage much earlier than
+            prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
@@ -67,7 +68,7 @@ class ForgetFirst(EditCallback):
             the weights that the training changed. The size then does not depend on the length of the training.
         max_probability: the old answers count as forgotten at this mean probability or below, in (0, 1).
         max_perplexity_ratio: maximum ratio of the perplexity on ``texts`` after the subtraction to the perplexity
-            before it, >= 1.
+            before the subtraction, >= 1.
         training: how to train on the old answers: a :class:`ForgetTraining` or a mapping of its arguments. None uses
             the defaults.
         prompt_format: how prompts are written: "plain", "chat", "question" or a :class:`~kedit_train.ChatFormat`. Use
@@ -75,7 +76,7 @@ class ForgetFirst(EditCallback):
 
     Attributes:
         measured: one measurement of the model before forgetting, followed by one for each coefficient that was tried.
-        chosen: index of the measurement with the coefficient that was subtracted; 0 if nothing was subtracted.
+        chosen: index in ``measured`` of the coefficient that was subtracted; 0 if nothing was subtracted.
         length: norm of the trained difference divided by the norm of the weights that the training changed.
 
     Raises:
@@ -173,7 +174,11 @@ class ForgetFirst(EditCallback):
         self.chosen, self.measured = state["chosen"], [Measurement(**one) for one in state["measured"]]
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the subtracted coefficient, and scores of the old answers and the perplexity before and after."""
+        """Return the metrics of the subtraction.
+
+        The metrics are the coefficient, and the scores of the old answers and the perplexity before and after the
+        subtraction.
+        """
         if not self.measured:
             return {}
         before, after = self.measured[0], self.measured[self.chosen]

@@ -42,10 +42,11 @@ class GradientMask(EditCallback):
     Args:
         score: how to score an entry: a name, or a :class:`MaskScore` with settings. "gradient" is the absolute value of
             the mean gradient of the targets. "fisher" is the diagonal Fisher information at the target positions, with
-            labels drawn from the model. It is high if the current answers depend on the entry. "fisher_ratio" is the
-            Fisher information at the target positions divided by the Fisher information on ``texts``. It is high if the
-            edits need the entry and the texts do not. "magnitude" is the absolute value of the weight. "random" is a
-            random number. "magnitude" and "random" work with any module; the other scores need a causal language model.
+            labels drawn from the model. The score is high if the current answers depend on the entry. "fisher_ratio" is
+            the Fisher information at the target positions divided by the Fisher information on ``texts``. The score is
+            high if the edits need the entry, but the texts do not need the entry. "magnitude" is the absolute value of
+            the weight. "random" is a random number. "magnitude" and "random" work with any module; the other scores
+            need a causal language model.
         density: fraction of the entries that may change, in (0, 1].
         granularity: the unit that is trained or frozen as a whole. "element" selects single entries. "row" selects
             output neurons with their bias; a row of an embedding is a token. "column" selects input neurons, and the
@@ -53,8 +54,8 @@ class GradientMask(EditCallback):
             the bias of a matrix, such as the weights of a norm layer, each entry counts as a neuron.
         edits: a path or a sequence of edits. Only the prompts and targets are used. None takes the edits of
             ``EditMetrics`` or of the training loop.
-        texts: for "fisher_ratio": a source of texts or a :class:`Texts`. Texts that contain an evaluation prompt of the
-            edits are left out.
+        texts: a source of texts or a :class:`Texts`. Only for "fisher_ratio". Texts that contain an evaluation prompt
+            of the edits are left out.
         mask_path: a safetensors file with the mask: one bool tensor per parameter in the scope, True where the entry
             may change. With a mask file, no scores are computed and no other argument may be given.
         save_path: path of a safetensors file to write the mask to. None does not write the mask.

@@ -1,4 +1,4 @@
-"""KLLocality: keep the predictions on given texts close to those before the edit, by a KL penalty."""
+"""KLLocality: a KL penalty that keeps predictions on given texts close to the predictions before the edit."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ class KLLocality(EditCallback):
 
     Args:
         texts: a source of texts (a list of strings or conversations, a path, a dataset, or "world" for the bundled
-            texts) or a :class:`Texts`. If you train on chats, some texts should be conversations. ``Texts`` also sets
-            ``max_length``, ``tokenizer``, the ``seed`` of the draws and ``nearest``, which selects the texts most
-            similar to each edit. Use ``nearest`` only in a run with few edits.
+            texts) or a :class:`Texts`. If you train on chats, some texts should be conversations. ``Texts`` also has
+            the arguments ``max_length``, ``tokenizer``, ``seed`` (for the draws) and ``nearest``. ``nearest`` selects
+            the texts most similar to each edit. Use ``nearest`` only in a run with few edits.
         weight: factor of the mean divergence in the training loss. The default is large, because the divergence is a
-            mean over all tokens and an edit changes only few of them.
+            mean over all tokens, and an edit changes the predictions of only a few tokens.
         direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),
             "reverse" is KL(now || before), "jsd" is the Jensen-Shannon divergence.
         batch_size: number of texts per optimizer step. More texts preserve more behavior. Each text costs about as much
             as one training example.
-        teacher: a second model (a name, a path, a module or a :class:`Teacher`). The penalty then keeps the predictions
-            of the teacher instead of those of the model before the edit.
+        teacher: a second model (a name, a path, a module or a :class:`Teacher`). The reference model is then the
+            teacher instead of the model before the edit.
         cache: where to keep the hidden states of the reference model: a directory or a :class:`ReferenceCache`. None
             keeps all hidden states in memory for this run.
         sequential: whether consecutive runs of this instance on one model use the reference of the first run.
@@ -149,9 +149,9 @@ class KLLocality(EditCallback):
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
-                "with sequential=True, the output head must not be trained, because every run computes logits from the "
-                "stored hidden states with it; leave the head (and embeddings that are tied to the head) out of the "
-                "scope."
+                "with sequential=True, the output head must not be trained, because every run uses the head to compute "
+                "logits from the stored hidden states; leave the head (and embeddings that are tied to the head) out "
+                "of the scope."
             )
         if batches is None:
             self._batches = ReferenceBatches(
@@ -205,8 +205,8 @@ class KLLocality(EditCallback):
         Args:
             hidden: hidden states [N, hidden] of the model that is trained.
             reference: hidden states [N, hidden] of the reference model. With a teacher, two tensors: log probabilities
-                [N, k + 1] and token ids [N, k]. The first k log probabilities are those of the k tokens that the
-                teacher finds most probable. The last log probability is that of all other tokens together.
+                [N, k + 1] and token ids [N, k]. The first k log probabilities belong to the k most probable tokens of
+                the teacher. The last log probability belongs to all other tokens together.
         """
         logits = self._head.project(hidden)
         if self.teacher is not None:

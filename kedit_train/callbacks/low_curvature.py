@@ -1,4 +1,4 @@
-"""LowCurvature: keep the weights from moving in directions that change predictions on given texts most."""
+"""LowCurvature: keep weights from moving in the directions that have the largest effect on given texts."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LowCurvature(EditCallback):
     of G with the largest eigenvalues are removed from D. The number of removed eigenvectors is the smallest number at
     which the removed eigenvalues add up to at least ``energy`` times the trace of G.
 
-    ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input and an output
-    direction, so it leaves more freedom for the edit.
+    ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input direction and an
+    output direction, so it leaves more freedom for the edit.
 
     Two details differ from the published code. First, the published code projects only the gradient before the step.
     ``LowCurvature`` also projects D after the step, because under Adam a projected gradient alone does not keep D in
@@ -44,23 +44,24 @@ class LowCurvature(EditCallback):
 
     The constraint is exact up to the rounding of the stored weights. ``edit/drift/low_curvature_leak`` is the fraction
     of the change that still lies in removed directions. In fp32, it is below 1e-5 for edits of ordinary size.
-    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to
-    1/256 of each weight.
+    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an error
+    of up to 1/256 of each weight.
 
     The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. ``NullSpace``, ``GradientMask``
-    and ``NormBall(norm="linf")`` make the constraint approximate. With ``NormBall(norm="l2")``, it remains exact.
+    and ``NormBall(norm="linf")`` make the constraint approximate. With ``NormBall(norm="l2")``, the constraint remains
+    exact.
 
     Args:
-        texts: general texts: a source of texts or a :class:`Texts`. The ``seed`` of ``Texts`` also seeds the sampled
-            labels. The paper uses about 100 to 1,000 texts.
+        texts: a source of general texts, or a :class:`Texts`. The ``seed`` of ``Texts`` also seeds the sampled labels.
+            The paper uses about 100 to 1,000 texts.
         energy: fraction of the curvature (the trace of G) that is removed, in (0, 1). Default 0.9; the paper uses 0.8
             to 0.99. A higher value preserves more behavior and leaves less freedom for the edit.
         factors_path: a ``.safetensors`` file for the K-FAC factors. If the file exists, the factors are read from it.
             Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and
             labels from which its factors were computed.
         sequential: whether consecutive runs of this instance on one model preserve earlier edits. After each run, the
-            factors of its edits are added to those of the texts, weighted by the number of tokens. The texts are read
-            only in the first run.
+            factors of the run's edits are added to the factors of the texts, weighted by the number of tokens. The
+            texts are read only in the first run.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward and backward pass. Default 4.
 

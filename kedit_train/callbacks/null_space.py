@@ -48,27 +48,27 @@ class NullSpace(EditCallback):
 
     ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. ``edit/drift/null_space_leak`` is the fraction
     of the change that still lies in preserved directions. In fp32, it is below 1e-5 for edits of ordinary size.
-    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding them at the end of training adds an error of up to
-    1/256 of each weight, which can be large relative to a small change.
+    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an error
+    of up to 1/256 of each weight. This error can be large relative to a small change.
 
     For LoRA layers, only the A factor is projected, so that ``B A U = 0``. The B factor is free. A is also projected
     before the first step. This does not change the model, because B is zero at that time. If only A or only B is in the
     scope, the change of this factor is projected like the change of any other weight.
 
     The projection is applied after ``LowCurvature`` and before ``NormBall`` and ``GradientMask``. With an L2 ball, the
-    constraint remains exact up to rounding. With clipping (``NormBall(norm="linf")``) or a mask, it is only
+    constraint remains exact up to rounding. With clipping (``NormBall(norm="linf")``) or a mask, the constraint is only
     approximate.
 
     Args:
-        texts: texts to preserve: a source of texts or a :class:`Texts`. For a model that does not read text, a list of
+        texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list of
             model inputs (tensors, or tuples or mappings of tensors).
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         rank: number of directions to preserve per weight. None (default) uses ``energy``.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
             addition to ``texts``. ``energy`` and ``rank`` apply to ``texts`` and to ``preserve`` separately.
-        sequential: whether this callback object, when it is used for several runs on the same model, preserves the
-            edits of the earlier runs. A later edit with the same prompt replaces the earlier edit.
+        sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
+            later edit with the same prompt replaces the earlier edit.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 

@@ -69,7 +69,7 @@ class ParameterScope(EditCallback):
     ) -> None:
         if layers is None and modules is None:
             raise EditError(
-                "layers or modules must be set, got neither, which would train every parameter; choose a scope, such "
+                "layers or modules must be set, got neither, so every parameter would be trained; choose a scope, such "
                 'as ParameterScope(0.7, modules="mlp.down_proj"), ParameterScope("0.3-1.0", modules="mlp") or '
                 'ParameterScope(-1), or write modules="*" for full fine-tuning.',
                 component="ParameterScope",

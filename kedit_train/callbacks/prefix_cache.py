@@ -41,7 +41,8 @@ class PrefixCache(EditCallback):
     If a frozen weight or buffer is modified or replaced, ``PrefixCache`` detects the change before the next batch and
     empties the cache. In addition, one batch after every ``recheck`` batches is computed in full and compared with the
     stored hidden states. Some changes are detected only by this comparison: ``parameter.data.add_()``, a new value of a
-    Python attribute, and random numbers from a hook's own generator. Until then, batches use outdated hidden states.
+    Python attribute, and random numbers from a hook's own generator. Until the next comparison, batches use outdated
+    hidden states.
 
     Args:
         memory_limit: CPU memory for hidden states per process: a number of bytes, or a string such as "500MB" or
@@ -54,8 +55,8 @@ class PrefixCache(EditCallback):
 
     Raises:
         EditError: raised before the first step if caching is impossible: no layer below the scope is frozen, a layer
-            below the scope uses dropout or noise, the model uses ``torch.compile`` or sharded parameters, or its layers
-            pass on more than hidden states.
+            below the scope uses dropout or noise, the model uses ``torch.compile`` or sharded parameters, or a layer
+            passes more than hidden states to the next layer.
 
     Example:
         >>> import torch

@@ -30,10 +30,10 @@ _LONGEST = 0.1
 class SecondOrderLocality(EditCallback):
     """Replace each optimizer step by a step that changes predictions on given texts as little as possible.
 
-    Before training, the callback computes the K-FAC factors A and S of each weight on the texts. They estimate the KL
-    divergence per token that a change D of the weight causes on the texts, ``1/2 tr(S D A Dᵀ)``. During training, no
-    text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the callback
-    takes a step of Adam in transformed coordinates: a change U of the coordinates changes the weight by
+    Before training, the callback computes the K-FAC factors A and S of each weight on the texts. These factors estimate
+    the KL divergence per token that a change D of the weight causes on the texts: ``1/2 tr(S D A Dᵀ)``. During
+    training, no text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the
+    callback takes a step of Adam in transformed coordinates: a change U of the coordinates changes the weight by
     ``S^-1/2 U A^-1/2``. In these coordinates, all changes of the same norm have the same estimated divergence.
 
     The length of a step does not depend on the optimizer or on its learning rate. The gradient predicts how much a step
@@ -45,12 +45,12 @@ class SecondOrderLocality(EditCallback):
     ``NullSpace``, ``GradientMask``) are applied after the step.
 
     Args:
-        texts: texts on which predictions should stay the same: a source of texts or a :class:`Texts`. The ``seed`` of
+        texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The ``seed`` of
             ``Texts`` also seeds the sampled labels. The first token of every text is left out of the factors, because
             it is an attention sink in many models.
-        step_size: the fraction of the training loss that a step removes according to the gradient. A smaller value
-            preserves more behavior, needs more steps, and gives the new answer to fewer rephrased prompts. Default
-            0.03.
+        step_size: how much a step reduces the training loss, as a fraction of the loss. The gradient predicts this
+            reduction. A smaller value preserves more behavior, needs more steps, and gives the new answer to fewer
+            rephrased prompts. Default 0.03.
         damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A high
             damping (10) gives steps of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
@@ -153,8 +153,8 @@ class SecondOrderLocality(EditCallback):
     def before_optimizer_step(self, run: EditRun) -> None:
         if run.steps.is_shared:
             raise EditError(
-                "one optimizer must have all parameters of the scope, got several optimizers that share a step; use a "
-                "single optimizer, because this callback replaces its step."
+                "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
+                "single optimizer, because this callback replaces the optimizer step."
             )
         self._before = {name: run.scope[name].detach().clone() for name in self._layers}
         self._gradients = {

@@ -43,7 +43,7 @@ class WeightAnchor(EditCallback):
         strength: strength of the penalty, >= 0. None (default) is 2 for "l2sp" and 1000 for "ewc". The total effect of
             the decoupled updates in a run depends on learning rate * strength * number of steps. With "ewc", plain SGD
             diverges if learning rate * strength * F exceeds 2.
-        texts: for "ewc": general texts, as a source of texts or a :class:`Texts`. The ``seed`` of ``Texts`` seeds the
+        texts: a source of general texts, or a :class:`Texts`. Only for "ewc". The ``seed`` of ``Texts`` seeds the
             choice of sequences and the sampled labels.
         decoupled: for "l2sp": whether to update the weights after the optimizer step (default) or to add the penalty to
             the loss (False).

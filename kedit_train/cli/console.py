@@ -36,7 +36,10 @@ def print_error(message: str) -> None:
 
 @contextmanager
 def ending_interrupts() -> Iterator[None]:
-    """Context manager: ^C ends the process with one line and the exit code 130, also while modules are imported."""
+    """Context manager in which ^C ends the process with one line and the exit code 130.
+
+    This also works while modules are imported.
+    """
     try:
         yield
     except KeyboardInterrupt:

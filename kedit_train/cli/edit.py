@@ -39,7 +39,8 @@ class EditParser(LightningArgumentParser):
 
     Args:
         arguments: arguments of ``LightningArgumentParser``.
-        parser_mode: how the parser reads files and texts. The default refuses YAML that takes unbounded time.
+        parser_mode: how the parser reads files and texts. The default rejects YAML that would take unbounded time to
+            read.
     """
 
     def __init__(self, *arguments: Any, parser_mode: str = yaml_text.MODE, **kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """The command ``lightning run``: start a recipe or a script on one or several processes.
 
 The command uses the launcher of Lightning Fabric (``lightning.fabric.cli``), because Lightning 2.5.1 and later have no
-``lightning`` command of their own. Other verbs than ``run`` are passed to ``lightning-sdk`` if that package is
+``lightning`` command of their own. Verbs other than ``run`` are passed to ``lightning-sdk`` if that package is
 installed.
 """
 
@@ -123,8 +123,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
             return options, None, [word]
         elif target is None and word.startswith("-"):
             raise EditError(
-                f"unknown option {word}; if this is an argument of the recipe, write it after the recipe; to list the "
-                "launcher options, run lightning run --help"
+                f"unknown option {word}; use an option that lightning run --help lists, or write arguments of the "
+                "recipe after the recipe"
             )
         elif target is None:
             target = word

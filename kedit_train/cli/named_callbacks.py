@@ -83,14 +83,14 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
 
 
 def tell_last_callback(words: Sequence[str], callbacks: Any) -> None:
-    """Print which callback ``--trainer.callbacks.KEY`` changed, in one process of the run."""
+    """Print which callback ``--trainer.callbacks.KEY`` changed. Only one process of the run prints the line."""
     keys = [match[1] for word in words if (match := OF_THE_LAST.fullmatch(word.partition("=")[0]))]
     entries = _entries(callbacks)
     if not keys or not entries or getattr(rank_zero_only, "rank", 0):
         return
     name = _name(entries[-1])
     print(
-        f"{', '.join(keys)} set on {name}, the last callback in the list; to choose a callback, write "
+        f"{name}, the last callback in the list, received {', '.join(keys)}; to choose another callback, write "
         f"--trainer.callbacks.CLASS.{keys[0]}"
     )
 

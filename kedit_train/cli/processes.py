@@ -24,7 +24,7 @@ def follow_launcher(trainer: MutableMapping[str, Any], environment: Mapping[str,
         environment: the environment variables of this process.
 
     Raises:
-        EditError: the user set a trainer argument to another value than the launcher.
+        EditError: the user and the launcher set a trainer argument to different values.
     """
     launched = launched_processes(environment)
     if launched is None:

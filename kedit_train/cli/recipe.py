@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 
 def load(name: str | Path, *arguments: str) -> Namespace:
-    """Return the configuration of a recipe, changed by command-line arguments. ``name`` may be a path."""
+    """Return the configuration of a recipe with command-line arguments applied. ``name`` may be a path."""
     return parse(["--config", str(catalog.find("recipes", str(name))), *arguments])
 
 

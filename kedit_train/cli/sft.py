@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 2 -m kedit_train sft --config recipes/overtone.yaml
 
 The command takes the same keys as ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with the
-same meaning. A key that ``SFTConfig`` has no argument for is an error. The optimizer is Adam with a constant learning
-rate, as in ``EditModule``.
+same meaning. If ``SFTConfig`` has no argument for a key, the command raises an error. The optimizer is Adam with a
+constant learning rate, as in ``EditModule``.
 """
 
 from __future__ import annotations

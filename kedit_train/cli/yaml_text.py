@@ -37,7 +37,7 @@ def load_yaml(text: str) -> Any:
 
     Raises:
         InvalidYAML: the text is not YAML or is nested too deeply; it contains a number with too many digits, a value
-            that does not fit its tag, or an alias that contains itself; or its aliases stand for too much text.
+            that does not fit its tag, or an alias that contains itself; or its aliases expand to too much text.
 
     Example:
         >>> load_yaml("trainer: {max_epochs: 3}")
@@ -103,7 +103,7 @@ def _check(text: str) -> None:
         levels[-1] = (levels[-1][0], levels[-1][1] + size)
     # Without aliases, both numbers are equal.
     if levels[0][1] > max(written, MAX_EXPANDED):
-        raise InvalidYAML(f"the aliases stand for more than {MAX_EXPANDED:,} characters")
+        raise InvalidYAML(f"the aliases expand to more than {MAX_EXPANDED:,} characters")
 
 
 set_loader(MODE, load_yaml, (yaml.YAMLError,))

@@ -1,4 +1,4 @@
-"""Decide for a whole run whether targets end with end-of-text, and describe how its training examples end."""
+"""Decide for a whole run whether targets end with end-of-text, and describe how the training examples end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_for
     """Return whether the training examples end with end-of-text and why, or None if this is unknown.
 
     A warning is issued if the examples of another library (TRL's ``SFTTrainer``) end with end-of-text, although the
-    unedited model does not end such answers.
+    unedited model does not end such answers with end-of-text.
 
     Args:
         run: the run. Its model must be unedited.
@@ -73,7 +73,7 @@ def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_for
 
 
 def trains_end(examples: Sequence[Any], end: int | None) -> bool | None:
-    """Return whether the last label of most tokenized examples is ``end``, or None if there are no such examples."""
+    """Return whether most tokenized examples end with the token ``end``, or None if no example has a label."""
     found = []
     for example in examples:
         read = example.get if isinstance(example, dict) else lambda name, e=example: getattr(e, name, None)

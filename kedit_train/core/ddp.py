@@ -1,4 +1,4 @@
-"""Check that DistributedDataParallel (DDP) does not wait for gradients of parameters that were frozen later."""
+"""Check that DistributedDataParallel (DDP) does not wait for gradients of frozen parameters."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kedit_train.errors import EditError
 def check_ddp_at_first_forward(model: nn.Module) -> list[Any]:
     """Raise an error at the first forward pass if parameters were frozen after DDP had wrapped the model.
 
-    DDP waits for a gradient of every parameter that was trainable when DDP wrapped the model. Its second forward pass
-    would fail with an error about unused parameters. With ``find_unused_parameters=True``, DDP does not wait for
-    gradients of frozen parameters, and no error is raised.
+    DDP waits for a gradient of every parameter that was trainable when DDP wrapped the model. If some of these
+    parameters are frozen later, the second forward pass would fail with an error about unused parameters. With
+    ``find_unused_parameters=True``, DDP does not wait for gradients of frozen parameters, and no error is raised.
 
     Args:
         model: the module that DDP calls, directly or inside another module, or the DDP wrapper itself.
@@ -49,7 +49,7 @@ class _FirstForwardCheck:
         awaited = wrapper._get_ddp_logging_data()["num_parameter_tensors"]
         if awaited > sum(p.requires_grad for p in wrapper._module_parameters):
             raise EditError(
-                "DistributedDataParallel must wrap the model after the edit has frozen parameters, but has wrapped it "
-                "before, so it waits for gradients of frozen parameters; pass the callbacks to the trainer, call "
+                "DistributedDataParallel must wrap the model after the edit has frozen parameters, but has wrapped the "
+                "model earlier and waits for gradients of frozen parameters; pass the callbacks to the trainer, call "
                 "editing() before fabric.setup() or DistributedDataParallel(), or set find_unused_parameters=True."
             )

@@ -22,7 +22,8 @@ class FullPrecision:
     """Keep half-precision parameters in fp32 until :meth:`remove` is called.
 
     Args:
-        root: a module that contains the parameters. For a tied parameter, it must contain all modules that own it.
+        root: a module that contains the parameters. If a parameter is tied, this module must contain all owners of the
+            parameter.
         parameters: name -> parameter. Half-precision parameters are converted in place (``parameter.data``).
 
     Attributes:
@@ -72,7 +73,7 @@ class FullPrecision:
         if names:
             warn(
                 f"the model is pickled during an edit, so {names[0]} (and {len(names) - 1} more) is saved in fp32; "
-                "save it after the edit, or save model.state_dict()."
+                "save the model after the edit, or save model.state_dict()."
             )
         return FullPrecision, (nn.Module(), {})
 

@@ -152,7 +152,7 @@ class Integrity:
             )
 
     def after_step(self) -> None:
-        """Check the weights after an optimizer step and its constraints, and record them.
+        """Check the weights after an optimizer step and the constraints, and record new checksums of the scope.
 
         Raises:
             EditError: a weight in scope is not finite, or a frozen parameter has changed.
@@ -201,7 +201,7 @@ class Integrity:
             name = self._frozen[changed][0]
             raise EditError(
                 f"{name} is not in scope, but its values have changed before step {self.run.step + 1} "
-                f"({self._cause()}); remove the code that changes it, or add the parameter to the scope with "
+                f"({self._cause()}); remove the code that changes the values, or add the parameter to the scope with "
                 "ParameterScope."
             )
 
@@ -233,5 +233,5 @@ class Integrity:
 
 
 def uses_deepspeed(parameter: Any) -> bool:
-    """Return whether DeepSpeed ZeRO manages a parameter. ZeRO sets one of these attributes on it."""
+    """Return whether DeepSpeed ZeRO manages a parameter. ZeRO adds an attribute to each parameter that it manages."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id")

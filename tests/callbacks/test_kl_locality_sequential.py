@@ -171,7 +171,7 @@ def test_a_checkpoint_of_a_later_run_is_an_error_in_a_new_process(make, words, l
         run(model, words, fresh, [Edit("w14", "w16")])
     with editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
         edit.run.attach(fresh)
-        with pytest.raises(EditError, match=r"which sequential=True needs; start this run again .* model before the"):
+        with pytest.raises(EditError, match=r"does not contain these states; start this run again .* model before the"):
             fresh.load_state(saved)
 
 

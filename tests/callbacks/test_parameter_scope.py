@@ -127,8 +127,8 @@ def test_a_scope_without_layers_and_modules_is_an_error(arguments):
     with pytest.raises(EditError) as error:
         ParameterScope(**arguments)
     assert str(error.value) == (
-        "ParameterScope: layers or modules must be set, got neither, which would train every parameter; choose a "
-        'scope, such as ParameterScope(0.7, modules="mlp.down_proj"), ParameterScope("0.3-1.0", modules="mlp") or '
+        "ParameterScope: layers or modules must be set, got neither, so every parameter would be trained; choose "
+        'a scope, such as ParameterScope(0.7, modules="mlp.down_proj"), ParameterScope("0.3-1.0", modules="mlp") or '
         'ParameterScope(-1), or write modules="*" for full fine-tuning.'
     )
 

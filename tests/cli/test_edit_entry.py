@@ -69,7 +69,7 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ("trainer: {callbacks: 3}", ["trainer.callbacks"]),
         ("trainer: &t {callbacks: *t}", ["the alias at line 1 contains itself"]),
         ("trainer: {callbacks: '&x [*x]'}", ["trainer.callbacks"]),
-        (LAUGHS, ["the aliases stand for more than 100,000 characters"]),
+        (LAUGHS, ["the aliases expand to more than 100,000 characters"]),
         ("trainer: {max_epochs: !!int x}", ["a value cannot be read"]),
         ("trainer: {max_epochs: " + "9" * 5000 + "}", ["the number at line 1 has more than 100 digits"]),
     ],
@@ -139,7 +139,7 @@ def test_the_last_callback_is_named_when_it_is_changed(
     Path("base.yaml").write_text(BASE)
     recipe.parse([*FRAGMENTS, "--trainer.callbacks.texts", "keep.txt"])
     assert capsys.readouterr().out == (
-        "texts set on NullSpace, the last callback in the list; to choose a callback, write "
+        "NullSpace, the last callback in the list, received texts; to choose another callback, write "
         "--trainer.callbacks.CLASS.texts\n"
     )
 

@@ -59,7 +59,7 @@ def test_the_recipe_validates_and_reaches_the_scores_of_its_trial(
     assert code == 0, err
     assert "picked: layers 0.5-0.7, step 0.1, damping 0.01, KL 0" in out
     assert "held out (3 edits): reliability " in out
-    assert out.splitlines()[-1] == "run it: lightning run new/tuned.yaml"
+    assert out.splitlines()[-1] == "run the recipe with: lightning run new/tuned.yaml"
 
     # A run of the sweep: the command of the file with one value of each parameter.
     from kedit_train.cli.main import main

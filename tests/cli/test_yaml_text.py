@@ -52,10 +52,10 @@ def test_aliases_may_repeat_values_but_not_without_bound() -> None:
     levels += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 30)]
     assert load_yaml("\n".join(levels[:3]))["a2"] == [[["x"] * 8] * 8] * 8
     for text in ("\n".join(levels), "a: &x " + "x" * 5000 + f"\nb: [{', '.join(['*x'] * 100)}]"):
-        with pytest.raises(InvalidYAML, match="the aliases stand for more than 100,000 characters"):
+        with pytest.raises(InvalidYAML, match="the aliases expand to more than 100,000 characters"):
             load_yaml(text)
     merged = ["a0: &a0 {k: v}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], k{i}: v}}" for i in range(1, 40))]
-    with pytest.raises(InvalidYAML, match="the aliases stand for more than 100,000 characters"):
+    with pytest.raises(InvalidYAML, match="the aliases expand to more than 100,000 characters"):
         load_yaml("\n".join(merged))
 
 

@@ -154,7 +154,7 @@ def test_a_cache_for_a_model_that_returns_router_logits_is_an_error(tokenizer, e
         HOSTS["loop"](model, tokenizer, edits, [scope(), PrefixCache()], 1)
     assert str(error.value) == (
         "PrefixCache: no batch can be cached, because the model was called with output_router_logits, which needs "
-        "every layer or may change the hidden states; turn this off (with router logits, set "
+        "every layer or may change the hidden states; remove this cause (to turn off router logits, set "
         "router_aux_loss_coef=0.0 in SFTConfig, or model.config.output_router_logits=False), or remove PrefixCache."
     )
 

@@ -1,1 +1,1 @@
-"""Hosts: one module per kind of training loop, which translates its events to the steps of an edit."""
+"""Hosts: one module per kind of training loop. Each module translates the loop's events to steps of an edit."""

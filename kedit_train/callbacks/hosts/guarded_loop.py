@@ -1,4 +1,4 @@
-"""Run code before the training loop of a transformers trainer and after an exception, where it sends no event."""
+"""Run code when a transformers trainer sends no event: before its training loop and after an exception."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ _EPOCH = "_run_epoch"
 
 
 class GuardedLoop:
-    """Run the training loop of a ``transformers.Trainer``: check the checkpoint before, clean the model after an error.
+    """Run the training loop of a ``transformers.Trainer``, with a check before the loop and a cleanup after an error.
 
-    An instance replaces the method ``_inner_training_loop`` of one trainer. The trainer's events are not enough for
-    three reasons. The trainer loads the optimizer state of a checkpoint before the first event of the training. It
-    sends no event if an exception or ^C ends the training. If it resumes from a checkpoint of the last step, and this
-    step is not the end of an epoch, it takes one more step.
+    An instance replaces the method ``_inner_training_loop`` of one trainer. If the trainer resumes from a checkpoint,
+    the instance checks the checkpoint before the loop begins. If an exception ends the loop, the instance closes the
+    runs. The trainer's events are not enough for three reasons. The trainer loads the optimizer state of a checkpoint
+    before the first event of the training. It sends no event if an exception or ^C ends the training. If the trainer
+    resumes from a checkpoint of the last step, and this step is not the end of an epoch, the trainer takes one more
+    step.
 
     Args:
         trainer: the trainer.
@@ -58,7 +60,7 @@ class GuardedLoop:
 
 
 def guard_loop(control: Any) -> None:
-    """Replace the training loop of the trainer that is now calling its callbacks by a :class:`GuardedLoop`.
+    """Replace a trainer's training loop by a :class:`GuardedLoop`. Call this function from a callback of the trainer.
 
     Args:
         control: the trainer's control object.

@@ -108,7 +108,7 @@ class LoopHost(Host):
         return None
 
     def watch_penalties(self, run: EditRun) -> None:
-        """Record the gradients of the penalties, and notice if they change before the backward pass of the loss."""
+        """Record the penalty gradients, and detect changes of these gradients before the backward pass of the loss."""
         self.forget_penalties()
         self.penalty_gradients = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
         for parameter, gradient in self.penalty_gradients:
@@ -256,7 +256,7 @@ def editing(
     ordinary module again, with the edited weights.
 
     Args:
-        model: the module to train. A language model may be a submodule of it.
+        model: the module to train. A language model may also be a submodule of this module.
         callbacks: instances from ``kedit_train.callbacks``, in any order.
         tokenizer: tokenizer for callbacks that read text. None uses the tokenizer that is saved with the model.
         on_log: function that receives ``(metrics, step)``, for example ``wandb.log`` or ``fabric.log_dict``.

@@ -1,7 +1,7 @@
-"""Load stacked experts from a checkpoint of ``transformers``, which the trainer itself does not do.
+"""Load stacked experts from a checkpoint of ``transformers``, because the trainer itself does not load them.
 
-``save_pretrained`` stores the weights of each expert under their own names. ``from_pretrained`` stacks them again, but
-``Trainer`` loads a checkpoint with ``load_state_dict(strict=False)``, which skips them.
+``save_pretrained`` stores the weights of each expert under separate names. ``from_pretrained`` stacks these weights
+again. ``Trainer``, however, loads a checkpoint with ``load_state_dict(strict=False)``, which skips these weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def load_stacked_experts(run: Any, folder: str | Path) -> None:
 
 
 def check_best_model(run: Any) -> None:
-    """Check that the trainer will not load its best checkpoint at the end, which would leave the experts as they are.
+    """Check that the trainer will not load its best checkpoint at the end of training.
+
+    The trainer would load this checkpoint without the stacked experts.
 
     Raises:
         EditError: ``load_best_model_at_end`` is set, and the scope contains stacked experts.
@@ -49,6 +51,7 @@ def check_best_model(run: Any) -> None:
     if run.host.args.load_best_model_at_end and any(is_stack(name, p.shape) for name, p in run.scope.items()):
         raise EditError(
             "load_best_model_at_end must be False in a run that trains stacked experts, because the trainer of "
-            'transformers does not load them from a checkpoint; use SaveDelta(at="best") to keep the best weights.',
+            "transformers does not load stacked experts from a checkpoint; to keep the best weights, use "
+            'SaveDelta(at="best").',
             component="ParameterScope",
         )

@@ -24,8 +24,8 @@ STATE_KEY = "kedit_train"
 class TransformersHost(Host):
     """The host for a ``transformers.Trainer`` or a trainer of TRL.
 
-    The owner of the host is the trainer's ``control`` object. The trainer passes this object to every callback and
-    keeps it as long as the trainer itself exists. No other object has both properties.
+    The owner of the host is the trainer's ``control`` object. Only this object is passed to every callback and also
+    exists as long as the trainer itself.
 
     Attributes:
         train_dataloader: the data loader for training. It is set when training begins.
@@ -77,7 +77,7 @@ class TransformersHost(Host):
             self._states.clear()
 
     def check_checkpoint(self, run: Any, folder: str) -> None:
-        """Check a checkpoint before the trainer loads its optimizer, and load what the trainer has not loaded.
+        """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
 
         Raises:
             EditError: the checkpoint was written with another scope, or a part of it is missing.
@@ -106,8 +106,8 @@ class TransformersHost(Host):
     def store_state(self, run: Any) -> None:
         """Write the state of the edit next to the checkpoint that the trainer is about to write.
 
-        ``on_save`` would be too late: the trainer calls it after it has written the checkpoint and deleted older ones,
-        and the process may be killed before that call.
+        The event ``on_save`` would be too late. The trainer sends this event after writing the checkpoint and deleting
+        older checkpoints, and the process may be killed before the event.
         """
         # Every process must do this, because sharded weights are gathered from all processes.
         state = {**run.state(), "edit": self.edit_id}
@@ -123,7 +123,7 @@ class TransformersHost(Host):
         self.collect_states()
 
     def collect_states(self) -> None:
-        """Move the state files next to checkpoints into the checkpoints, and remove files of killed processes."""
+        """Move each state file into the checkpoint that it belongs to, and remove files of killed processes."""
         if not self.is_main:
             return
         output = Path(self.args.output_dir)

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the console script ``kedit`` and return the exit code.
 
     Args:
-        arguments: the words after ``kedit``; by default those in ``sys.argv``.
+        arguments: the words after ``kedit``. None uses the words in ``sys.argv``.
     """
     from kedit_train.cli.console import print_error
 

@@ -30,7 +30,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
     parser.add_argument("model", metavar="MODEL", help="the base model: a checkpoint folder, a hub name, or world")
     parser.add_argument("out", metavar="OUT", help="a new folder for the edited checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, help="load the base model in the dtype of the run")
+    parser.add_argument("--dtype", choices=DTYPES, help="load the base model in this dtype, the dtype of the run")
     json_option(parser)
 
 

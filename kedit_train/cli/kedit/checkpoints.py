@@ -80,11 +80,11 @@ def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any
 
 
 def without_weights(name: str, *, trust_remote_code: bool = False) -> Any | None:
-    """Return a model with the right modules and shapes, and without values. This is fast for models of any size.
+    """Build a model without allocating its weights. This is fast for models of any size.
 
     Returns:
-        The model on the device "meta". None if its configuration is not in a file of its own (GGUF), or if the model
-        cannot be built from it. Loading the model then reports what is wrong.
+        The model on the device "meta". None if there is no configuration file (GGUF), or if the model cannot be built
+        from the configuration. If the configuration is wrong, loading the model reports the error later.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

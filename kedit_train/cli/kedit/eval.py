@@ -165,7 +165,7 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     if delta is not None:
         if delta.verify(model) == "edited":
             raise EditError(
-                f"the delta is already applied in {name}; give the model before the edit, or remove the delta."
+                f"the delta is already applied to {name}; give the model before the edit, or do not give the delta."
             )
         before = evaluate(model, tokenizer, edits, **options)
         named = dict(model.named_parameters())
@@ -207,7 +207,7 @@ def _write(args: Namespace, report: Any, delta: Any, label: str) -> None:
     else:
         report.print()
         if missing := card.questions_without_probes(report):
-            print(f"not measured: {', '.join(missing)} (these edits contain no questions for these scores)")
+            print(f"not measured: {', '.join(missing)} (the edits contain no questions for these scores)")
     files, skipped = [], []
     if args.json not in (None, "-"):
         files.append(report.save(args.json))

@@ -29,7 +29,7 @@ def print_table(columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str
     """Print a table that fits the terminal. In a pipe, each row is one line.
 
     Args:
-        columns: one pair for each column: its header, and whether it contains numbers.
+        columns: one pair for each column: the header, and True if the column contains numbers.
         rows: one list of cells for each row.
         title: a text to print above the table.
     """
@@ -86,7 +86,7 @@ def check_new_folder(path: str) -> None:
 
 @contextmanager
 def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[None]:
-    """Context manager: name a delta, the model that it was made for, and the given model in front of every error.
+    """Context manager: begin every error with the delta, the model that it was made for, and the given model.
 
     Args:
         path: the path of the delta.

@@ -32,7 +32,13 @@ columns:
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
-    parser.add_argument("--png", nargs="?", const="", metavar="FILE", help="write a heat map (next to the delta)")
+    parser.add_argument(
+        "--png",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write a heat map to this file; without a file name, write the heat map next to the delta",
+    )
     parser.add_argument("--no-ranks", action="store_true", help="do not compute ranks, to save time")
     parser.add_argument("--force", action="store_true", help="replace an existing picture")
     json_option(parser)
@@ -71,7 +77,7 @@ def run(args: Namespace) -> int:
     ]
     if too_large and not args.no_ranks:
         count = "1 tensor" if len(too_large) == 1 else f"{len(too_large)} tensors"
-        print(f"rank: not computed for {count} with changed entries in more than {MAX_SIDE:,} rows and columns")
+        print(f"rank: not computed for {count}: more than {MAX_SIDE:,} rows and columns contain changed entries")
     if picture is not None:
         print(f"\npicture: {picture}")
     return 0

@@ -161,4 +161,4 @@ def _print(result: Any, out: Path, files: list[Path]) -> None:
     print(f"held out ({final.edits} edits): {measured}\n")
     for path in files:
         print(f"saved: {path}")
-    print(f"run it: lightning run {out}")
+    print(f"run the recipe with: lightning run {out}")

@@ -43,7 +43,7 @@ def run(args: Namespace) -> int:
 
 
 def checked(name: str) -> dict[str, Any]:
-    """Check one file, and return its name, its kind, its callbacks, and the error in one line or None."""
+    """Check one file, and return its name, kind, callbacks and error. The error is one line, or None."""
     row: dict[str, Any] = {"file": name, "kind": None, "callbacks": [], "error": None}
     try:
         path = Path(name) if Path(name).exists() or Path(name).is_absolute() else packaged(name)

@@ -56,8 +56,8 @@ class HiddenStateStore:
         memory_limit: maximum total size of the tensors in memory, in bytes.
         cache_dir: directory for tensors that no longer fit in memory. A call of :meth:`add` with such tensors writes
             one safetensors file into a subdirectory that only this process uses. :meth:`close` removes the
-            subdirectory. The next store removes a subdirectory that a killed process left. With None, tensors that no
-            longer fit in memory are not stored.
+            subdirectory. If a killed process has left a subdirectory behind, the next store removes this subdirectory.
+            With None, tensors that no longer fit in memory are not stored.
 
     Attributes:
         memory_bytes: bytes in memory now.

@@ -1,8 +1,9 @@
-"""Store the output of a model's frozen layers for each sequence, and skip these layers when it is stored.
+"""Store the output of a model's frozen layers for each sequence, and skip these layers if the output is stored.
 
 A pre-hook on the backbone computes a key for each sequence of a batch. If the output of every sequence is stored, the
 frozen layers pass the stored hidden states on without computing anything. Otherwise the layers run, and a pre-hook on
-the first trained layer stores its input. Forward passes without gradients (evaluation, generation) do not change.
+the first trained layer stores the input of that layer. Forward passes without gradients (evaluation, generation) do not
+change.
 """
 
 from __future__ import annotations
@@ -134,8 +135,8 @@ class FrozenPrefix:
         self.seconds_saved, self._seconds_and_tokens = 0.0, [0.0, 0]
         if not skipped and self._bypass_reason:
             raise EditError(
-                f"no batch can be cached, because {self._bypass_reason}; turn this off (with router logits, set "
-                "router_aux_loss_coef=0.0 in SFTConfig, or model.config.output_router_logits=False), or remove "
+                f"no batch can be cached, because {self._bypass_reason}; remove this cause (to turn off router logits, "
+                "set router_aux_loss_coef=0.0 in SFTConfig, or model.config.output_router_logits=False), or remove "
                 "PrefixCache.",
                 component=_COMPONENT,
             )

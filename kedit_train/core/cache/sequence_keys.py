@@ -130,8 +130,8 @@ class SequenceBatch:
     def without_padding(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of a batch with zeros at padding, as if they came from the cache.
 
-        Experts also multiply the padding that is sent to them, with the tokens. So the values at padding decide
-        how many rows an expert multiplies, and the last bits of all its results can depend on this number.
+        Padding is sent to experts and multiplied together with the tokens. The values at padding therefore decide how
+        many rows an expert multiplies. The last bits of all results of the expert can depend on this number.
         """
         padding = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for row, span in zip(padding, self.spans, strict=True):

@@ -16,11 +16,12 @@ Anchor = Literal["base", "previous"]
 
 
 class AnchorWeights:
-    """Stores the value of each weight in the scope, from before the first run or from before the current run.
+    """Stores the value that each weight in the scope had before the first run or before the current run.
 
     Args:
-        anchor: "base" keeps the value from before the first run that trained the weight. "previous" replaces the stored
-            values in every run. In both cases, the stored values are deleted when a run trains another model.
+        anchor: "base" keeps the value that a weight had before the first run that trained the weight. "previous"
+            replaces the stored values in every run. In both cases, the stored values are deleted when a run trains
+            another model.
     """
 
     def __init__(self, anchor: Anchor) -> None:
@@ -88,8 +89,8 @@ class AnchorWeights:
     def state(self) -> dict[str, Tensor]:
         """Return the values that earlier runs have stored, for a checkpoint.
 
-        Values that were stored in the current run are left out, because they are the reference values of the run, which
-        the checkpoint already contains.
+        Values that were stored in the current run are left out. These values are the reference values of the run, and
+        the checkpoint already contains the reference values.
         """
         earlier = {name: w for name, w in self._weights.items() if w is not self._reference.get(name)}
         return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in earlier.items()}

@@ -44,7 +44,7 @@ class ChangeProjection:
         self._hooks, self.subspaces = [], {}
 
     def constrain(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights with the directions removed from their change.
+        """Remove the directions from the change of each weight, and return the resulting weights.
 
         Args:
             weights: name -> weight after an optimizer step.

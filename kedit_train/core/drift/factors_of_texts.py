@@ -20,7 +20,7 @@ FACTORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(value)
 
 
 def check_no_adapters(layers: Iterable[str]) -> None:
-    """Raise an error if one of the names is that of a LoRA factor."""
+    """Raise an error if one of the names belongs to a LoRA factor."""
     if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
         raise EditError(
             f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, so "

@@ -63,12 +63,12 @@ def load_factors(
     except EditError as error:
         raise EditError(f"factors_path={str(path)!r} cannot be used: {str(error).rstrip('.')}; {_RETRY}.") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("tokens"), dict):
-        raise EditError(f"factors_path={str(path)!r} cannot be used: the file contains no number of tokens; {_RETRY}.")
+        raise EditError(f"factors_path={str(path)!r} cannot be used: the numbers of tokens are missing; {_RETRY}.")
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
         if metadata.get(subject) != fingerprint:
             raise EditError(
-                f"the file at factors_path={str(path)!r} was computed for other {subject} than those of this run "
-                f"(another seed also counts as other texts); use another path, or {_RETRY}."
+                f"the file at factors_path={str(path)!r} does not fit this run: the {subject} are different (another "
+                f"seed also counts as different texts); use another path, or {_RETRY}."
             )
     factors = KFACFactors({}, {})
     for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):

@@ -42,7 +42,7 @@ class Batch:
         return Batch(self.inputs, mask)
 
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
-        """Return the vectors of real tokens, without those of padding.
+        """Return the vectors of real tokens, without the vectors of padding.
 
         Args:
             values: [batch, sequence, d] or [batch * sequence, d].
@@ -122,5 +122,5 @@ def find_text_model(run: EditRun) -> nn.Module:
 
 
 def share_of_process(items: Sequence[Any]) -> Sequence[Any]:
-    """Return every n-th item, so that the n processes of a distributed run divide the work."""
+    """Return the items of this process. In a distributed run, each of the n processes takes every n-th item."""
     return items[rank() :: world_size()]

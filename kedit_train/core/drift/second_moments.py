@@ -1,7 +1,8 @@
 """Compute second moments of the inputs of linear layers with forward hooks.
 
-Only sums of shape [d, d] are stored, in fp32 (fp64 for fp64 models) for every compute dtype of the model. Padding is
-not counted. In a distributed run each process reads a part of the texts, and the sums are added over all processes.
+Only sums of shape [d, d] are stored. If the weights are fp64, the sums are fp64. For all other dtypes, the sums are
+fp32. Padding is not counted. In a distributed run each process reads a part of the texts, and the sums are added over
+all processes.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def map_local(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """Apply an elementwise function to a tensor. If the tensor is sharded, so is the result, in the same way."""
+    """Apply an elementwise function to a tensor. The result is sharded in the same way as the tensor."""
     if not isinstance(tensor, DTensor):
         return function(tensor)
     return DTensor.from_local(

@@ -105,10 +105,10 @@ def read_states(
 
     Args:
         path: path of the file.
-        key: the ``key`` that the file must have been written with.
+        key: a description of everything that the tensors depend on. A file with another ``key`` is not used.
         lengths: number of tokens of each sequence.
-        memory_limit: maximum size of all tensors together, in bytes, for which the tensors are read into memory. Above
-            the limit, all tensors stay on disk and are memory-mapped. None always reads the tensors into memory.
+        memory_limit: maximum total size, in bytes, of tensors in memory. If the tensors are larger, all tensors stay on
+            disk and are memory-mapped. None always reads the tensors into memory.
 
     Returns:
         The tensors. None if the file does not exist or cannot be used; in the second case, a warning is issued.
@@ -151,7 +151,7 @@ def check_writable(path: Path) -> None:
             f"cache_dir={str(directory)!r} is not writable; change its permissions or set another cache_dir."
         )
     if path.is_dir():
-        raise EditError(f"{path} must be a file, but is a directory; remove it or set another cache_dir.")
+        raise EditError(f"{path} must be a file, but is a directory; remove the directory or set another cache_dir.")
 
 
 def _shapes(batch: Batch, total: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

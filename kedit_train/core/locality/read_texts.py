@@ -18,7 +18,8 @@ def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> l
     Args:
         source: a list, a path or a dataset, as for :class:`~kedit_train.core.locality.texts.Texts`.
         tokenizer: a tokenizer with a chat template, for conversations.
-        render: False only checks conversations, and returns the contents of their messages.
+        render: whether to render conversations with the chat template. If False, conversations are only checked, and
+            the contents of the messages are returned.
 
     Raises:
         EditError: the source cannot be read, a record is malformed, there is no text, or a conversation cannot be

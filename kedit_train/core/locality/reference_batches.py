@@ -49,7 +49,7 @@ class ReferenceBatches:
         self._start_draws(0)
 
     def draw(self, batch_size: int) -> tuple[list[int], list[PreviousEdit]]:
-        """Return one batch as a pair: the indices of its reference sequences, and the previous edits in it."""
+        """Return one batch as a pair: the indices of the reference sequences, and the previous edits."""
         self._draws += 1
         previous = self.replay_buffer.draw(batch_size // 2, self._shuffler)
         return self.texts.draw(batch_size - len(previous)), previous
@@ -105,7 +105,7 @@ class ReferenceBatches:
         }
 
     def load_state(self, state: dict[str, Any], batch_size: int) -> None:
-        """Continue to draw batches where a checkpoint stopped.
+        """Restore the state of a checkpoint, so that the next batch is the first batch after the checkpoint.
 
         Args:
             state: as returned by :meth:`state`.
@@ -123,9 +123,9 @@ class ReferenceBatches:
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
-                "this run cannot be resumed, because its checkpoint does not contain the reference hidden states of "
-                "the previous runs, which sequential=True needs; start this run again from its first step, without "
-                "sequential=True and with teacher= set to the model before the first run."
+                "this run cannot be resumed, because sequential=True needs the reference hidden states of the previous "
+                "runs, and the checkpoint does not contain these states; start this run again from its first step "
+                "without sequential=True, and set teacher= to the model before the first run."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

@@ -42,9 +42,9 @@ class ReferenceCache:
             ``KLLocality`` writes one file. A later run on the same model and texts reads this file instead of computing
             the hidden states again. To find the file, ``KLLocality`` hashes all weights of the model. ``BatchAnchor``
             writes only hidden states that exceed ``memory_limit``, and deletes its files after the run.
-        dtype: dtype of the stored hidden states. None stores them without rounding, in the dtype in which the output
-            head computes (a teacher's probabilities are stored in float32). A narrower dtype adds a rounding error.
-            Without a teacher, ``KLLocality`` then warns and reports the divergence that this error causes.
+        dtype: dtype of the stored hidden states. None stores the hidden states without rounding, in the dtype in which
+            the output head computes (a teacher's probabilities are stored in float32). A narrower dtype adds a rounding
+            error. Without a teacher, ``KLLocality`` then warns and reports the divergence that this error causes.
         memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
             limit. If the limit is exceeded and ``cache_dir`` is set, ``KLLocality`` memory-maps its file, and
             ``BatchAnchor`` writes further hidden states to ``cache_dir``. If the limit is exceeded and ``cache_dir`` is

@@ -30,7 +30,7 @@ class ReferenceTexts:
         self.allowed = set(range(len(sequences)))
 
     def restart(self, seed: int) -> None:
-        """Shuffle the sequences with ``seed`` and draw from the start. Call it before the first :meth:`draw`."""
+        """Shuffle the sequences with ``seed`` and draw from the start. Call this before the first :meth:`draw`."""
         self._order = self._shuffled(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:
@@ -71,7 +71,7 @@ class PreviousEdit:
 
 @dataclass
 class ReplayBuffer:
-    """Stores the edits of finished runs. The following runs draw these edits again, so the model keeps the edits.
+    """Stores the edits of finished runs. The following runs draw these edits, so the model does not forget them.
 
     The hidden states of an edit are computed when the next run starts, because the model may still change until then.
 

@@ -112,9 +112,9 @@ class Texts:
 
         Args:
             edits: the edits of the run. If the source is "world", two more kinds of texts are excluded: texts about
-                facts that an edit affects, and texts about facts that a rephrase or probe of an edit asks for.
+                facts that an edit affects, and texts about facts that a rephrase or a probe of an edit asks about.
             limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
-            keep_leaks: True keeps texts that contain an evaluation prompt. Use it only if the model is not trained on
+            keep_leaks: True keeps texts that contain an evaluation prompt. Use True only if the model is not trained on
                 the texts.
             tokenizer: renders conversations. None uses the tokenizer of this ``Texts``.
 
