@@ -4,7 +4,7 @@ from kedit_train.cli.console import ending_interrupts
 
 
 def main() -> None:
-    """Run the command, which is imported here because the import takes several seconds, in which ^C is possible."""
+    """Run the command. The slow import is inside of the ``with`` block, so ^C during the import prints one line."""
     with ending_interrupts():
         from kedit_train.cli.main import main as run
 

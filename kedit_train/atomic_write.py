@@ -22,7 +22,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains, and
     may contain temporary files of safetensors. The next call for the same path removes this folder.
 
-    Several threads and processes may write the same path. Each call writes a complete file, and the last one stays.
+    Several threads and processes may write the same path. Each call writes a complete file, and the file of the call
+    that ends last remains.
 
     Args:
         path: the file to write, or the folder to write. A folder must not exist yet. The block must create the file
@@ -89,7 +90,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a new hidden folder for writing ``path``, next to it: ``.NAME.HOST-PLACE.PROCESS.NUMBER.unfinished``."""
+    """Return the path of a hidden folder in the folder of ``path``: ``.NAME.HOST-HASH.PROCESS.NUMBER.unfinished``."""
     return claim(path.parent, f".{path.name}", ".unfinished")
 
 

@@ -70,7 +70,7 @@ class Augmentation:
     Args:
         prefixes: the texts to draw prefixes from.
         per_edit: number of prefixes per edit, drawn with ``seed``.
-        replay: replayed facts and previous edits. Every call returns all of these examples.
+        replay: examples of replayed facts and of previous edits. Every call returns all of these examples.
         seed: seed of the random draws.
         leak_check: finds examples with a scored prompt (a rephrase, or the prompt of a locality or portability
             question) of any edit of the run. These examples must not be trained on.

@@ -69,11 +69,11 @@ def replay_facts(
     Args:
         model: the unedited model.
         tokenizer: the tokenizer of the model.
-        prompts: prompts of other facts. Duplicates, in any letter case and with any white space, count once.
+        prompts: prompts of other facts. Prompts that differ only in letter case or white space count as one prompt.
         edits: the edits of the run.
         limit: maximum number of examples. The prompts are tried in a random order, drawn with ``seed``. None uses all
             prompts.
-        seed: seed of the order.
+        seed: seed of the random order.
         prompt_format: the prompt format of the training: "plain", "chat" or "question".
         batch_size: number of prompts per forward pass.
         max_new_tokens: maximum length of an answer in tokens. Prompts with a longer answer are left out.

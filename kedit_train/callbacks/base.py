@@ -28,8 +28,8 @@ class EditCallback(TransformersEvents, LightningEvents):
             without such a step, an error is raised.
         anchors: whether the callback adds a comparison with the reference model (the model before the edit) to the loss
             inside the forward pass.
-        duplicate_hint: the end of the error message for two callbacks of this class on one model: what to do instead.
-            None allows several callbacks of this class.
+        duplicate_hint: what to do instead of using two callbacks of this class on one model. This text ends the error
+            message that is then raised. With None, several callbacks of this class are allowed.
 
     Example:
         >>> import torch
@@ -64,14 +64,14 @@ class EditCallback(TransformersEvents, LightningEvents):
     def requires(self) -> Sequence[Requirement]:
         """Return the metrics and capabilities that other callbacks of the run must provide.
 
-        They are checked before the first callback attaches.
+        The run checks these requirements before the first callback attaches.
         """
         return ()
 
     def conflicts(self) -> Sequence[Requirement]:
         """Return the metrics and capabilities that no other callback of the run may provide.
 
-        They are checked before the first callback attaches.
+        The run checks these conflicts before the first callback attaches.
         """
         return ()
 
@@ -84,7 +84,7 @@ class EditCallback(TransformersEvents, LightningEvents):
     def attach(self, run: EditRun) -> None:
         """Connect this callback to the model. At this time, all callbacks are prepared.
 
-        The model is on its device. In a resumed run, it may already contain edited weights. Inside
+        The model is on its device. In a resumed run, the model may already contain edited weights. Inside
         ``with run.reference_model():``, the model has the weights before the edit.
         """
 
@@ -95,10 +95,10 @@ class EditCallback(TransformersEvents, LightningEvents):
         return None
 
     def before_optimizer_step(self, run: EditRun) -> None:
-        """Inspect the gradients of this optimizer step. At this time, they are complete and clipped."""
+        """Inspect the gradients of this optimizer step. At this time, the gradients are complete and clipped."""
 
     def skip_step(self, run: EditRun) -> bool:
-        """Return whether to skip this optimizer step. Called when the gradients of the step are complete."""
+        """Return whether to skip this optimizer step. This method is called when the gradients are complete."""
         return False
 
     @property
@@ -109,9 +109,10 @@ class EditCallback(TransformersEvents, LightningEvents):
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the constrained values of the weights in the scope (the parameters that may change).
 
-        Called without gradients after every optimizer step if ``constrains`` is True. The callbacks are called in
-        ascending ``order``: weight anchor, low curvature, null space, norm ball, gradient mask. The mask comes last, so
-        that frozen entries keep their exact values.
+        If ``constrains`` is True, this method is called after every optimizer step, outside of the gradient
+        computation. The callbacks are called in ascending ``order``: second-order locality, weight anchor, low
+        curvature, null space, norm ball, gradient mask. The gradient mask comes last, so that frozen entries keep their
+        exact values.
 
         Args:
             weights: a dict from parameter name to the weight after the step and after the constraints of earlier
@@ -129,7 +130,7 @@ class EditCallback(TransformersEvents, LightningEvents):
     # -- logging
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the metrics to log, collected since the last call."""
+        """Return the metrics to log, for the steps since the last call."""
         return {}
 
     def evaluation_metrics(self, run: EditRun) -> dict[str, float]:
@@ -143,7 +144,7 @@ class EditCallback(TransformersEvents, LightningEvents):
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore the state that :meth:`state` returned. Called after :meth:`attach` in a resumed run."""
+        """Restore the state that :meth:`state` returned. In a resumed run, this is called after :meth:`attach`."""
 
     # -- after training
 
@@ -151,7 +152,7 @@ class EditCallback(TransformersEvents, LightningEvents):
         """Finish the work at the end of training, while every callback is still attached to the edited model."""
 
     def detach(self, run: EditRun) -> None:
-        """Remove all hooks of this callback from the model. Also called if training failed."""
+        """Remove all hooks of this callback from the model. This method is also called if training failed."""
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         # This is the only method name that both trainers call: transformers with three positional arguments,

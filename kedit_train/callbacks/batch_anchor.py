@@ -1,4 +1,4 @@
-"""BatchAnchor: keep the predictions on the training batches, apart from what the edits change."""
+"""BatchAnchor: penalize changed predictions on the training batches, compared with the model before the edit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class BatchAnchor(EditCallback):
         direction: the divergence to use, where ``before`` is the model before the edit and ``now`` is the model in
             training. "forward" is KL(before || now), "reverse" is KL(now || before), "jsd" is the Jensen-Shannon
             divergence.
-        cache: where to keep the reference hidden states: a directory or a :class:`ReferenceCache`. Hidden states stay
+        cache: where to store the reference hidden states: a directory or a :class:`ReferenceCache`. Hidden states stay
             in memory up to ``memory_limit`` of the :class:`ReferenceCache`. Only hidden states above this limit are
             written to the directory. None keeps all hidden states in memory.
 
