@@ -19,6 +19,7 @@ from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditCollator, EditDataset
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
+from kedit_train.data.dataset import LIMIT
 from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
@@ -86,7 +87,7 @@ class EditModule(LightningModule):
     ) -> None:
         super().__init__()
         # The arguments are checked before a large model is loaded.
-        check_arguments(self, learning_rate=(learning_rate, at_least(0)))
+        check_model(learning_rate=learning_rate)
         adapter = None if lora is None else lora_config(lora)
         self.name, self.save_path, self.learning_rate = name, save_path, learning_rate
         # The model is loaded here and not in configure_model, because the setup of the callbacks runs before
@@ -200,13 +201,7 @@ class EditDataModule(LightningDataModule):
         augmentation: AugmentationOptions = _NO_AUGMENTATION,
     ) -> None:
         super().__init__()
-        prompt_format = read_format(prompt_format)
-        check_arguments(
-            self,
-            batch_size=(batch_size, integer_from(1)),
-            append_eos=(append_eos, APPEND_EOS),
-            prompt_format=(prompt_format, PROMPT_FORMAT),
-        )
+        prompt_format = check_data(batch_size=batch_size, append_eos=append_eos, prompt_format=prompt_format)
         self.path, self.batch_size, self.texts = path, batch_size, texts
         self.append_eos: AppendEos = append_eos
         self.answer_end: EndDecision | None = None
@@ -291,3 +286,29 @@ class EditDataModule(LightningDataModule):
             batch_sampler=LengthBuckets(RandomSampler(examples), self.batch_size, False, lengths),
             collate_fn=EditCollator(self.tokenizer),
         )
+
+
+def check_model(*, learning_rate: Any, **_: Any) -> None:
+    """Check the arguments of ``EditModule`` that can be checked without a model. Other arguments are ignored."""
+    check_arguments("EditModule", learning_rate=(learning_rate, at_least(0)))
+
+
+def check_data(
+    *, batch_size: Any, append_eos: Any, prompt_format: Any, limit: Any = None, augmentation: Any = None, **_: Any
+) -> PromptFormat:
+    """Check the arguments of ``EditDataModule`` that can be checked without the file. Other arguments are ignored.
+
+    Returns:
+        The prompt format. A mapping is converted to a ``ChatFormat``.
+    """
+    prompt_format = read_format(prompt_format)
+    check_arguments(
+        "EditDataModule",
+        batch_size=(batch_size, integer_from(1)),
+        append_eos=(append_eos, APPEND_EOS),
+        prompt_format=(prompt_format, PROMPT_FORMAT),
+        limit=(limit, LIMIT),
+    )
+    if isinstance(augmentation, Mapping):
+        AugmentationOptions(**augmentation)
+    return prompt_format

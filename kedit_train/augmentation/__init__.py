@@ -62,6 +62,16 @@ class AugmentationOptions:
     replay_limit: int | None = None
     previous_edits: str | None = None
 
+    def __post_init__(self) -> None:
+        check_counts(self.prefixes, self.replay_limit)
+
+
+def check_counts(prefixes: Any, replay_limit: Any) -> None:
+    """Check the numbers of examples, in a recipe before a model is loaded."""
+    check_arguments(
+        "augmentation", prefixes=(prefixes, integer_from(0)), replay_limit=(replay_limit, optional(integer_from(1)))
+    )
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -146,9 +156,7 @@ def augmentation(
         >>> len(augment(edits))
         5
     """
-    check_arguments(
-        "augmentation", prefixes=(prefixes, integer_from(0)), replay_limit=(replay_limit, optional(integer_from(1)))
-    )
+    check_counts(prefixes, replay_limit)
     with reported_by("augmentation"):
         if replay_limit is not None and replay is None:
             raise EditError(

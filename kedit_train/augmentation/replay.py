@@ -13,9 +13,10 @@ from torch import nn
 from kedit_train import world
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.leaks import LeakCheck, fold
+from kedit_train.data.leaks import LeakCheck
 from kedit_train.data.prompts import PromptFormat
 from kedit_train.data.readers.files import SUFFIXES
+from kedit_train.data.visible import fold
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
 

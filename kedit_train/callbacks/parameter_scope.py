@@ -12,8 +12,8 @@ from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.adapters import keep_frozen
 from kedit_train.core.scope.experts import experts_per_block
-from kedit_train.core.scope.scope import resolve_scope
-from kedit_train.errors import EditError
+from kedit_train.core.scope.scope import check_selection, resolve_scope
+from kedit_train.errors import EditError, reported_by
 
 
 class ParameterScope(EditCallback):
@@ -42,8 +42,8 @@ class ParameterScope(EditCallback):
             contain these parameters in fp32.
 
     Raises:
-        EditError: neither ``layers`` nor ``modules`` is set, no parameter matches, a layer is out of range, or all
-            matching parameters are frozen.
+        EditError: neither ``layers`` nor ``modules`` is set, one of them contains an empty text or a value of a wrong
+            type, no parameter matches, a layer is out of range, or all matching parameters are frozen.
 
     References:
         - Fine-tuning Done Right in Model Editing (LocFT-BF), arXiv 2509.22072.
@@ -74,6 +74,8 @@ class ParameterScope(EditCallback):
                 'ParameterScope(-1), or write modules="*" for full fine-tuning.',
                 component="ParameterScope",
             )
+        with reported_by("ParameterScope"):
+            check_selection(layers, modules)
         self.layers, self.modules, self.full_precision = layers, modules, full_precision
         self._handles: list[Any] = []
 

@@ -44,6 +44,8 @@ class EditParser(LightningArgumentParser):
     """
 
     def __init__(self, *arguments: Any, parser_mode: str = yaml_text.MODE, **kwargs: Any) -> None:
+        # The configuration file that is being read, for error messages.
+        self._file: str | None = None
         super().__init__(*arguments, parser_mode=parser_mode, **kwargs)
 
     def parse_args(self, *arguments: Any, **kwargs: Any) -> Any:
@@ -55,6 +57,13 @@ class EditParser(LightningArgumentParser):
             # jsonargparse does not expect every value in every place.
             reason = f"{type(error).__name__}: {error}"
             self.error(f"the configuration cannot be read ({reason}); compare it with fit --print_config", error)
+
+    def parse_path(self, cfg_path: Any, *arguments: Any, **kwargs: Any) -> Any:
+        self._file = str(cfg_path)
+        try:
+            return super().parse_path(cfg_path, *arguments, **kwargs)
+        finally:
+            self._file = None
 
     def validate(self, namespace: Any, *arguments: Any, **kwargs: Any) -> None:
         for name in self.groups or {}:
@@ -75,7 +84,7 @@ class EditParser(LightningArgumentParser):
         if not self.exit_on_error:
             # This is the parser of one class. The parser of the command adds the name of the class to its message.
             super().error(message, ex)
-        print_error(shorten(message))
+        print_error(f"{self._file}: {shorten(message)}" if self._file else shorten(message))
         leave(2)
 
 

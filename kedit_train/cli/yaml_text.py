@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from kedit_train.arguments import cut
+from kedit_train.cli.yaml_keys import check_keys
 
 # The mode of jsonargparse's parsers in which load_yaml reads files and texts.
 MODE = "kedit_yaml"
@@ -37,7 +38,8 @@ def load_yaml(text: str) -> Any:
 
     Raises:
         InvalidYAML: the text is not YAML or is nested too deeply; it contains a number with too many digits, a value
-            that does not fit its tag, or an alias that contains itself; or its aliases expand to too much text.
+            that does not fit its tag, an alias that contains itself, or a key twice in one mapping; or its aliases
+            expand to too much text.
 
     Example:
         >>> load_yaml("trainer: {max_epochs: 3}")
@@ -49,6 +51,7 @@ def load_yaml(text: str) -> Any:
     """
     try:
         _check(text)
+        check_keys(yaml.parse(text, Loader=_LOADER))
         return get_loader("yaml")(text)
     except InvalidYAML:
         raise

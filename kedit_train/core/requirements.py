@@ -26,6 +26,22 @@ class Requirement:
     message: str
 
 
+def check_duplicates(callbacks: Sequence[Any]) -> None:
+    """Raise an error if there are two callbacks of a class that may be used only once on a model.
+
+    Raises:
+        EditError: the message ends with the ``duplicate_hint`` of the class.
+    """
+    classes: set[type] = set()
+    for callback in callbacks:
+        if callback.duplicate_hint and type(callback) in classes:
+            raise EditError(
+                f"there are two callbacks of this class on this model; {callback.duplicate_hint}.",
+                component=type(callback).__name__,
+            )
+        classes.add(type(callback))
+
+
 def check_requirements(callbacks: Sequence[Any]) -> None:
     """Raise an error for the first unmet requirement or the first conflict between the callbacks.
 
@@ -34,11 +50,20 @@ def check_requirements(callbacks: Sequence[Any]) -> None:
     """
     provided = {name for callback in callbacks for name in callback.provides()}
     for callback in callbacks:
-        component = type(callback).__name__
         for requirement in callback.requires():
             if not provided.intersection(requirement.any_of):
-                raise EditError(requirement.message, component=component)
+                raise EditError(requirement.message, component=type(callback).__name__)
+    check_conflicts(callbacks)
+
+
+def check_conflicts(callbacks: Sequence[Any]) -> None:
+    """Raise an error for the first conflict between two callbacks.
+
+    Raises:
+        EditError: the message says what to remove.
+    """
+    for callback in callbacks:
         others = {name for other in callbacks if other is not callback for name in other.provides()}
         for conflict in callback.conflicts():
             if others.intersection(conflict.any_of):
-                raise EditError(conflict.message, component=component)
+                raise EditError(conflict.message, component=type(callback).__name__)

@@ -16,11 +16,12 @@ from kedit_train.core.host import Host
 from kedit_train.core.interrupted import check_not_interrupted, mark_interrupted
 from kedit_train.core.output_head import OutputHead
 from kedit_train.core.reference_weights import snapshot, temporary_values
-from kedit_train.core.requirements import check_requirements
+from kedit_train.core.requirements import check_duplicates, check_requirements
 from kedit_train.core.resume import checkpoint_state, restore
 from kedit_train.core.state import RunState
 from kedit_train.core.steps import OptimizerSteps
 from kedit_train.core.strategy import follow_dtype, follow_strategy
+from kedit_train.core.tokenizer import find_tokenizer
 from kedit_train.core.tokens.loss_head import LossHead
 from kedit_train.errors import EditError, reported_by
 
@@ -89,15 +90,11 @@ class EditRun(RunState):
             # A callback serves one model at a time. The loop that used it before gets an error at its next step.
             previous.close()
         if callback not in run.callbacks:
-            if callback.duplicate_hint and any(type(other) is type(callback) for other in run.callbacks):
-                run.close()
-                raise EditError(
-                    f"there are two callbacks of this class on this model; {callback.duplicate_hint}.",
-                    component=type(callback).__name__,
-                )
+            joined = [*run.callbacks, callback]
             # Ties are broken by name, so that the result does not depend on the order of the user's list.
-            run.callbacks = sorted([*run.callbacks, callback], key=lambda c: (c.order, type(c).__name__, repr(c)))
             try:
+                check_duplicates(joined)
+                run.callbacks = sorted(joined, key=lambda c: (c.order, type(c).__name__, repr(c)))
                 with reported_by(type(callback).__name__):
                     callback.prepare(run)
             except BaseException:
@@ -316,23 +313,9 @@ class EditRun(RunState):
                 has none, the tokenizer saved with the model.
 
         Raises:
-            EditError: no tokenizer can be loaded.
+            EditError: no tokenizer can be loaded, or the value is not a tokenizer, a name or a path.
         """
-        chosen = tokenizer if tokenizer is not None else self.host.tokenizer()
-        if chosen is not None and not isinstance(chosen, str):
-            return chosen
-        from transformers import AutoTokenizer
-
-        name = chosen or getattr(getattr(self.model, "config", None), "_name_or_path", "")
-        if not name:
-            raise EditError("no tokenizer found; pass tokenizer= (a tokenizer, a name or a path).")
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise EditError(
-                f"no tokenizer found at {name!r} ({reason}); pass tokenizer= (a tokenizer, a name or a path)."
-            ) from error
+        return find_tokenizer(tokenizer if tokenizer is not None else self.host.tokenizer(), self.model)
 
     def collect(self) -> dict[str, float]:
         """Collect the metrics of every callback since the last log event, and publish them."""

@@ -5,42 +5,83 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
-from kedit_train.data.leaks import fold
 from kedit_train.data.tokenization import shorten
+from kedit_train.data.visible import fold, normalize
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 
 
 def contradict(one: Edit, other: Edit) -> bool:
-    """Return whether two edits have the same prompt, but neither edit accepts the target of the other edit.
+    """Return whether two edits answer one prompt, but neither edit accepts the target of the other edit.
 
-    The comparison ignores letter case and the amount of white space, as the leak check does.
+    Two edits answer one prompt if they have the same prompt, or if the prompt of one edit is a rephrase of the other.
+    The comparison ignores letter case, the amount of white space, invisible characters and Unicode forms (NFKC), as the
+    leak check does.
+
+    Only whole prompts are compared. The edits "X is" -> "A B" and "X is A" -> "C" do not contradict each other,
+    although the model cannot learn both well: the tokens "X is A" are followed by "B" in one edit and by "C" in the
+    other.
 
     Example:
         >>> contradict(Edit("Ada lives in", "Bern"), Edit("ada lives  in", "Rome"))
         True
+        >>> contradict(Edit("Ada lives in", "Bern", rephrases=("Ada's home is",)), Edit("Ada's home is", "Rome"))
+        True
         >>> contradict(Edit("Ada lives in", "Bern"), Edit("Ada lives in", "Berne", aliases=("Bern",)))
         False
     """
-    if fold(one.prompt) != fold(other.prompt):
-        return False
+    return _shared_prompt(one, other) is not None and _differ(one, other)
+
+
+def _shared_prompt(one: Edit, other: Edit) -> str | None:
+    """Return the prompt that both edits answer, as one of the edits spells it."""
+    first, second = fold(one.prompt), fold(other.prompt)
+    if first == second or first in map(fold, other.rephrases):
+        return one.prompt
+    return other.prompt if second in map(fold, one.rephrases) else None
+
+
+def _differ(one: Edit, other: Edit) -> bool:
     return fold(one.target) not in map(fold, other.answers) and fold(other.target) not in map(fold, one.answers)
+
+
+class _Answered:
+    """Finds edits that answer the same prompt as another edit, among the edits that were added."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[str, list[int]] = defaultdict(list)
+        self._rephrases: dict[str, list[int]] = defaultdict(list)
+
+    def contradicted(self, edits: Sequence[Edit], i: int) -> int | None:
+        """Return the index of an added edit that edit ``i`` contradicts, or None.
+
+        Edits with the same prompt come first, in the order in which they were added.
+        """
+        prompt = fold(edits[i].prompt)
+        same = [self._prompts[prompt], self._rephrases[prompt]]
+        same += [self._prompts[fold(rephrase)] for rephrase in edits[i].rephrases]
+        return next((j for j in chain(*same) if _differ(edits[j], edits[i])), None)
+
+    def add(self, edits: Sequence[Edit], i: int) -> None:
+        """Add edit ``i``."""
+        self._prompts[fold(edits[i].prompt)].append(i)
+        for rephrase in edits[i].rephrases:
+            self._rephrases[fold(rephrase)].append(i)
 
 
 def contradictions(edits: Sequence[Edit]) -> list[tuple[int, int]]:
     """Return the indices (earlier, later) of all edits that contradict an earlier edit.
 
-    Each later edit is paired with the first edit that it contradicts.
+    Each later edit is paired with one edit that it contradicts: the first with the same prompt, if there is one.
     """
-    by_prompt: dict[str, list[int]] = defaultdict(list)
+    answered = _Answered()
     pairs = []
-    for later, edit in enumerate(edits):
-        same = by_prompt[fold(edit.prompt)]
-        earlier = next((i for i in same if contradict(edits[i], edit)), None)
-        if earlier is not None:
+    for later in range(len(edits)):
+        if (earlier := answered.contradicted(edits, later)) is not None:
             pairs.append((earlier, later))
-        same.append(later)
+        answered.add(edits, later)
     return pairs
 
 
@@ -67,8 +108,10 @@ def check_contradictions(edits: Sequence[Edit], name: str) -> None:
     first, second = (edits[i] for i in pairs[0])
     names = " and ".join(numbered(edits, i) for i in pairs[0])
     more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
+    prompt = _shared_prompt(first, second)
+    assert prompt is not None
     raise EditError(
-        f"{name}, edits {names}: the prompt {shorten(first.prompt)!r} must have only one target in a run, "
+        f"{name}, edits {names}: the prompt {shorten(prompt)!r} must have only one target in a run, "
         f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
         "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
     )
@@ -81,23 +124,27 @@ def without_overwritten(edits: Sequence[Edit]) -> list[int]:
         >>> without_overwritten([Edit("Ada lives in", "Bern"), Edit("Ada lives in", "Rome")])
         [1]
     """
-    by_prompt: dict[str, list[int]] = defaultdict(list)
+    answered = _Answered()
     kept = []
     for i in range(len(edits) - 1, -1, -1):
-        later = by_prompt[fold(edits[i].prompt)]
-        if not any(contradict(edits[i], edits[other]) for other in later):
+        if answered.contradicted(edits, i) is None:
             kept.append(i)
-            later.append(i)
+            answered.add(edits, i)
     return kept[::-1]
 
 
 def duplicates(edits: Sequence[Edit]) -> list[tuple[int, int]]:
-    """Return the indices (first, repeated) of all edits that are equal to an earlier edit, except for the id."""
+    """Return the indices (first, repeated) of all edits that are equal to an earlier edit, except for the id.
+
+    The comparison of prompts and targets ignores the amount of white space, invisible characters and Unicode forms
+    (NFKC), but not letter case.
+    """
     first: dict[str, int] = {}
     pairs = []
     for i, edit in enumerate(edits):
+        same = replace(edit, id="", prompt=normalize(edit.prompt), target=normalize(edit.target))
         # An edit contains dicts, so it is not hashable, and its repr is the key.
-        at = first.setdefault(repr(replace(edit, id="")), i)
+        at = first.setdefault(repr(same), i)
         if at != i:
             pairs.append((at, i))
     return pairs

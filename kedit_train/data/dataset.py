@@ -214,8 +214,7 @@ class EditDataset(Sequence[Edit]):
     def latest(self) -> EditDataset:
         """Return a dataset without the edits that a later edit contradicts.
 
-        Two edits contradict each other if they have the same prompt (in any letter case, with any white space), but
-        neither accepts the target of the other.
+        ``docs/data.md`` says when two edits contradict each other.
 
         Example:
             >>> EditDataset([Edit("Ada lives in", "Bern"), Edit("Ada lives in", "Rome")]).latest()[0].target

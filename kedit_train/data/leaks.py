@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from kedit_train.data.tokenization import SPACELESS, separator
+from kedit_train.data.visible import fold
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 
@@ -66,8 +67,9 @@ class LeakCheck:
     """Find texts that contain the subject or a prompt of an edit. Such texts must not be in the training data.
 
     The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (evaluation prompts with
-    right answers). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case and
-    the amount of white space. The time of a check depends on the length of the text, not on the number of edits.
+    right answers). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case, the
+    amount of white space, invisible characters and Unicode forms (NFKC). The time of a check depends on the length of
+    the text, not on the number of edits.
 
     Args:
         edits: the edits whose prompts, subjects, rephrases and probes are searched for.
@@ -110,7 +112,8 @@ class _PhraseIndex:
     def __init__(self, phrases: Iterable[str], whole_words: bool = False) -> None:
         self.whole_words = whole_words
         self.by_key: dict[str, set[str]] = defaultdict(set)
-        for phrase in map(fold, phrases):
+        # An empty phrase would be found in every text.
+        for phrase in filter(None, map(fold, phrases)):
             self.by_key[phrase[: self.KEY_LENGTH]].add(phrase)
         self.lengths = sorted({len(key) for key in self.by_key})
 
@@ -122,16 +125,6 @@ class _PhraseIndex:
             for at in range(len(text) - length + 1)
             for phrase in self.by_key.get(text[at : at + length], ())
         )
-
-
-def fold(text: str) -> str:
-    """Return the text in case-folded form, with single spaces between words.
-
-    Example:
-        >>> fold("The  Capital\\tof FRANCE ")
-        'the capital of france'
-    """
-    return " ".join(text.casefold().split())
 
 
 def contains_words(text: str, phrase: str) -> bool:

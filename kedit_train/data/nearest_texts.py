@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from heapq import nsmallest
 from typing import Any
 
-from kedit_train.data.leaks import contains_words, fold
+from kedit_train.data.leaks import contains_words
 from kedit_train.data.tokenization import SPACELESS
+from kedit_train.data.visible import fold
 from kedit_train.edit import Edit
 
 WORD = re.compile(r"\w+")

@@ -1,14 +1,16 @@
-"""Check whether a text contains a visible character."""
+"""Check whether a text contains a visible character, and compare texts as a reader sees them."""
 
 from __future__ import annotations
 
 import unicodedata
+from functools import lru_cache
 
 # Control and format characters (such as the zero-width space) and all kinds of white space.
 INVISIBLE_CATEGORIES = frozenset(("Cc", "Cf", "Zs", "Zl", "Zp"))
 # Invisible characters of other categories: fillers, the braille blank, joiners and variation selectors.
 INVISIBLE = frozenset(
-    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u2800\u3164\uffa0"
+    + "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
 )
 
 
@@ -19,4 +21,34 @@ def is_visible(text: str) -> bool:
         >>> is_visible(" Bern"), is_visible(" "), is_visible("\\u200b")
         (True, False, False)
     """
-    return any(c not in INVISIBLE and unicodedata.category(c) not in INVISIBLE_CATEGORIES for c in text)
+    return any(map(_is_visible, text))
+
+
+def normalize(text: str) -> str:
+    """Return the text in Unicode's form NFKC, without invisible characters, and with single spaces between words.
+
+    Two texts with the same result look the same, or differ only in the width or the style of their characters.
+
+    Example:
+        >>> normalize("\uff21da\u200b  lives\tin Z\u0075\u0308rich") == "Ada lives in Z\u00fcrich"
+        True
+    """
+    if not (text.isascii() and text.isprintable()):
+        text = unicodedata.normalize("NFKC", "".join(c for c in text if c.isspace() or _is_visible(c)))
+    return " ".join(text.split())
+
+
+def fold(text: str) -> str:
+    """Return the text as :func:`normalize` does, in case-folded form.
+
+    Example:
+        >>> fold("The  Capital\\tof FRANCE ")
+        'the capital of france'
+    """
+    # Folding the case of a character can return characters that are not in form NFKC.
+    return normalize(normalize(text).casefold())
+
+
+@lru_cache(maxsize=10_000)
+def _is_visible(character: str) -> bool:
+    return character not in INVISIBLE and unicodedata.category(character) not in INVISIBLE_CATEGORIES

@@ -133,6 +133,19 @@ def test_a_scope_without_layers_and_modules_is_an_error(arguments):
     )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"modules": ["mlp", ""]}, "modules must be a pattern"),
+        ({"layers": ["0.5", ""]}, "each value in layers must be an index"),
+        ({"layers": "late"}, "layers must be an index"),
+    ],
+)
+def test_a_scope_that_no_model_can_have_is_an_error_of_the_constructor(arguments, message):
+    with pytest.raises(EditError, match=f"^ParameterScope: {message}"):
+        ParameterScope(**arguments)
+
+
 def test_full_fine_tuning_is_named_with_a_star(make):
     model = make()
     with editing(model, [ParameterScope(modules="*")]) as edit:

@@ -83,6 +83,24 @@ def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> No
     assert len(message) < 300
 
 
+TWICE = """model: {name: world}
+trainer:
+  callbacks:
+  - class_path: kedit_train.callbacks.PrefixCache
+  callbacks:
+  - class_path: kedit_train.callbacks.EditMetrics
+"""
+
+
+def test_a_key_that_is_given_twice_is_named_with_its_file_and_lines(failing_run) -> None:
+    Path("twice.yaml").write_text(TWICE)
+    expected = "twice.yaml: Problems parsing config: the key 'callbacks' is given twice, at line 3 and at line 5"
+    for words in (["fit", "--config=base.yaml"], ["sft", "--config", "base.yaml"]):
+        code, message = failing_run(*words, "--config", "twice.yaml")
+        assert code == 2
+        assert expected in message
+
+
 def test_a_configuration_that_is_not_text_is_one_line(failing_run) -> None:
     Path("bad.yaml").write_bytes(b"trainer: \xff")
     for command in ("fit", "sft"):

@@ -26,6 +26,17 @@ LAUGHS = [
     "a0: &a0 [x, x, x, x, x, x, x, x, x, x]",
     *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)),
 ]
+
+
+def _callbacks(*names: str, **arguments: str) -> str:
+    """Return the section of a recipe that lists callbacks. The first two get the arguments."""
+    entries = [
+        {"class_path": f"kedit_train.callbacks.{name}"} | ({"init_args": arguments} if name != "PrefixCache" else {})
+        for name in names
+    ]
+    return json.dumps({"trainer": {"callbacks": entries}})
+
+
 BAD = {
     "argument.yaml": (
         "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenSmoothing, init_args: {lamb: 1}}]}",
@@ -35,6 +46,7 @@ BAD = {
         "trainer: {callbacks+: [{class_path: kedit_train.callbacks.EditMetrics, init_args: {every_n_steps: -1}}]}",
         "every_n_steps must be an integer >= 0, got -1",
     ),
+    "batch.yaml": ("data: {batch_size: -1}", "EditDataModule: batch_size must be an integer >= 1, got -1"),
     "class.yaml": ("trainer: {callbacks+: [{class_path: kedit_train.callbacks.Smooth}]}", "no attribute 'Smooth'"),
     "empty.yaml": ("", "contains no keys"),
     "foreign.yaml": (
@@ -48,6 +60,23 @@ BAD = {
     "number.yaml": ("trainer: 3", "trainer must be a mapping of keys to values, got 3"),
     "recursive.yaml": ("a: &x [*x]", "the alias at line 1 contains itself"),
     "recursive_callbacks.yaml": ("trainer: &t\n  callbacks: *t", "the alias at line 2 contains itself"),
+    "limit.yaml": ("data: {limit: 0}", "limit must be an integer >= 1, or None, got 0"),
+    "prefixes.yaml": ("data: {augmentation: {prefixes: -1}}", "prefixes must be an integer >= 0, got -1"),
+    "rate.yaml": ("model: {learning_rate: -1}", "EditModule: learning_rate must be >= 0, got -1"),
+    "no_loss.yaml": (
+        "seed_everything: 0\ntrainer: " + _callbacks("SecondOrderLocality", "PrefixCache", texts="world")[12:-1],
+        "SecondOrderLocality: the length of a step depends on the training loss; add TokenLoss",
+    ),
+    "second.yaml": (
+        _callbacks("SecondOrderLocality", "SecondOrderLocality", texts="world"),
+        "SecondOrderLocality: there are two callbacks of this class on this model; the second one would replace",
+    ),
+    "conflict.yaml": (_callbacks("TokenLoss", "TokenSmoothing"), "keep only one token loss"),
+    "twice.yaml": (
+        "trainer:\n  callbacks+:\n  - class_path: kedit_train.callbacks.EditMetrics\n    init_args:\n"
+        "      every_n_steps: 1\n      every_n_steps: 2\n",
+        "the key 'every_n_steps' is given twice, at line 5 and at line 6",
+    ),
     "text.yaml": ("trainer: {callbacks: '&x [*x]'}", "callbacks"),
     "type.yaml": ("trainer: {max_epochs: many}", "expected int"),
     "yaml.yaml": ("trainer: [", "is not valid YAML"),

@@ -31,9 +31,18 @@ from kedit_train.cli.yaml_text import MAX_EXPANDED, InvalidYAML, load_yaml
         ("a: !" + "x" * 5000, "could not determine a constructor for the tag"),
         ("--- a\n--- b", "expected a single document in the stream but found another document at line 2, column 1"),
         ("a: *x", "found undefined alias at line 1, column 4"),
+        ("? " + ".".join("a" * 50_000) + "\n: 1\nb: [", "while parsing a flow node"),
+        ("\n".join(f"a.k{i}: 1" for i in range(10_000)) + "\nb: [", "while parsing a flow node"),
         ("? [a]\n: 1", "found unhashable key"),
         ("{1: }", "a value cannot be read"),
         ("\x00", "unacceptable character"),
+        ("a: 1\nb: 2\na: 3", "the key 'a' is given twice, at line 1 and at line 3; keep only one of them"),
+        ("t:\n- x\n- c:\n    k: 1\n    'k': 2", "the key 'k' is given twice, at line 4 and at line 5"),
+        ("{a: {}, b: [], a: {}}", "the key 'a' is given twice, at line 1 and at line 1"),
+        ("&k a: 1\n*k : 2", "the key 'a' is given twice, at line 1 and at line 2"),
+        ("t:\n  c: [1]\n  c+: [2]", "the keys 'c' and 'c+' set the same value, at line 2 and at line 3"),
+        ("m.n: 1\nm: {n: 2}", "the keys 'm.n' and 'm' set the same value, at line 1 and at line 2"),
+        ("m:\n  n: 2\nm.n: 1", "the keys 'm' and 'm.n' set the same value, at line 1 and at line 3"),
     ],
 )
 def test_every_problem_is_one_short_line(text: str, message: str) -> None:
@@ -57,6 +66,20 @@ def test_aliases_may_repeat_values_but_not_without_bound() -> None:
     merged = ["a0: &a0 {k: v}", *(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}], k{i}: v}}" for i in range(1, 40))]
     with pytest.raises(InvalidYAML, match="the aliases expand to more than 100,000 characters"):
         load_yaml("\n".join(merged))
+
+
+def test_keys_that_differ_and_merged_keys_are_read() -> None:
+    text = (
+        "a: &x {k: 1, l: &k m}\nb: {<<: *x, k: 2}\nc: {<<: *x, <<: {n: 1}, *k : 3}\nd: [{k: 1}, {k: 1}]\ne.a: 1\ne.b: 2"
+    )
+    assert load_yaml(text) == {
+        "a": {"k": 1, "l": "m"},
+        "b": {"k": 2, "l": "m"},
+        "c": {"k": 1, "l": "m", "n": 1, "m": 3},
+        "d": [{"k": 1}, {"k": 1}],
+        "e.a": 1,
+        "e.b": 2,
+    }
 
 
 def test_a_long_text_without_aliases_is_read() -> None:

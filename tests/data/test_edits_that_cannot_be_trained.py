@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kedit_train import world
 from kedit_train.data import Edit, EditDataset
+from kedit_train.data.contradictions import contradictions, duplicates, without_overwritten
+from kedit_train.data.leaks import LeakCheck
 from kedit_train.errors import EditError
 
 CONTRADICTORY = [
@@ -41,8 +45,41 @@ def test_contradictory_edits_are_loaded_but_not_trained_together() -> None:
 
 
 @pytest.mark.parametrize(
+    "prompt",
+    ["Cafe\u0301 Ada is in", "Ｃafé Ada is in", "Café\u200b A\u00adda is\u00a0in", "CAFÉ\ufe0f ada\u3000IS in"],
+)
+def test_prompts_that_look_the_same_contradict(prompt: str) -> None:
+    first, second = Edit("Café Ada is in", "Bern"), Edit(prompt, "Rome")
+    with pytest.raises(EditError, match="must have only one target in a run, got 'Bern' and 'Rome'"):
+        EditDataset([first, second]).check_trained_together()
+    assert list(EditDataset([first, second]).latest()) == [second]
+    assert LeakCheck([first]).contains_prompt(f"The {prompt} Rome.")
+
+
+def test_a_rephrase_that_is_another_prompt_contradicts() -> None:
+    one, other = Edit("Ada lives in", "Bern", rephrases=("Ada's home:",)), Edit("ADA's  home:", "Rome")
+    for edits in ([one, other], [other, one]):
+        with pytest.raises(
+            EditError, match=r"^edits, edits 1 and 2: the prompt .ADA's  home:. must have only one target"
+        ):
+            EditDataset(edits).check_trained_together()
+        assert list(EditDataset(edits).latest()) == edits[1:]
+    EditDataset([one, replace(other, target="bern")]).check_trained_together()
+    EditDataset([one, replace(one, prompt="Ben lives in", target="Rome")]).check_trained_together()
+
+
+def test_thousands_of_edits_with_one_prompt_are_checked_in_linear_time() -> None:
+    edits = [Edit("Ada lives in", str(n), rephrases=("Ada lives in", "Ada's home:")) for n in range(3000)]
+    began = time.monotonic()
+    assert len(contradictions(edits)) == 2999
+    assert without_overwritten(edits) == [2999]
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
     "other",
     [
+        Edit("Ada lives in Bern", "today"),
         Edit("ada lives in", "bern"),
         Edit("Ada lives in", "Berne", aliases=("Bern",)),
         Edit("Ada lives in", "The city of Bern"),
@@ -68,6 +105,16 @@ def test_repeated_edits_are_kept_and_counted_in_a_warning() -> None:
         "records: 2 of 4 edits repeat an earlier edit (edit 2 is the same as edit 1); repeated edits are kept and "
         "count again in training and in scores; if this is not intended, remove the repeated edits"
     ]
+
+
+def test_edits_that_look_the_same_are_repeated() -> None:
+    one = Edit("Ada lives in", "Zürich", id="1")
+    others = [
+        Edit("Ada\u200b lives  in", "Zu\u0308rich"),
+        Edit("ada lives in", "Zürich"),
+        Edit("Ada lives in", "Ｚürich"),
+    ]
+    assert duplicates([one, *others]) == [(0, 1), (0, 3)]
 
 
 @pytest.mark.parametrize("field", ["prompt", "target"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_train.callbacks.hosts.editing_arguments import check_editing
 from kedit_train.core.checksums import checksum, checksums
 from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
@@ -268,7 +269,8 @@ def editing(
         An :class:`Editing` with ``parameters()``, ``before_step()``, ``should_stop`` and ``history``.
 
     Raises:
-        EditError: ``model`` is not a module, ``callbacks`` is empty, or a callback cannot work with the model.
+        EditError: ``model`` is not a module, ``callbacks`` is not a list of at least one callback, another argument has
+            a wrong type or is not positive, or a callback cannot work with the model.
 
     Example:
         >>> import torch
@@ -288,12 +290,7 @@ def editing(
         >>> edit.run.step
         3
     """
-    if not isinstance(model, nn.Module):
-        raise EditError(
-            f"model must be a loaded model, got {model!r}; load it with AutoModelForCausalLM.", component="editing"
-        )
-    if not callbacks:
-        raise EditError("callbacks must not be empty; pass at least one callback.", component="editing")
+    check_editing(model, callbacks, tokenizer, on_log, log_every_n_steps, epoch_steps)
     host = LoopHost(tokenizer, on_log, log_every_n_steps, edits, epoch_steps)
     run = None
     try:

@@ -50,7 +50,7 @@ def checked(name: str) -> dict[str, Any]:
         if not path.is_file():
             raise EditError("this path is not a file; give a YAML file, or a name that kedit ls lists.")
         row["kind"] = _kind(path)
-        row["callbacks"] = check(path)
+        row["callbacks"] = check(path, complete=row["kind"] == "recipe")
     except (EditError, OSError) as error:
         row["error"] = " ".join(str(error).split())
     return row
@@ -74,14 +74,18 @@ def _kind(path: Path) -> str:
     return "fragment" if trainer.keys() <= {"callbacks+", "callbacks"} else "recipe"
 
 
-def check(path: Path) -> list[str]:
+def check(path: Path, *, complete: bool = True) -> list[str]:
     """Parse a file as ``fit --config`` does, and build the callbacks to check the arguments of the callbacks.
+
+    Args:
+        path: the YAML file.
+        complete: whether the file lists all callbacks of the run, so that no callback may require one that is missing.
 
     Returns:
         The names of the callbacks.
 
     Raises:
-        EditError: a key or an argument is not valid.
+        EditError: a key or an argument is not valid, or the callbacks cannot be combined.
     """
     import logging
 
@@ -90,7 +94,6 @@ def check(path: Path) -> list[str]:
     from kedit_train.cli.config_errors import shorten
     from kedit_train.cli.edit import EditCLI, edit_error, share_texts
     from kedit_train.cli.main import quiet
-    from kedit_train.cli.recipe import built
 
     class Checking(EditCLI):
         """A ``fit`` command that only parses the configuration, and builds no model, data or trainer."""
@@ -119,12 +122,47 @@ def check(path: Path) -> list[str]:
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     share_texts(config)
-    for callback in callbacks:
-        if not callback.class_path.startswith("kedit_train."):
-            continue
-        try:
-            # Constructors of callbacks check arguments and read no file.
-            built(callback)
-        except ValueError as error:
-            raise (edit_error(error) or EditError(f"{callback.class_path}: {error}")) from error
+    try:
+        _check_model_and_data(config)
+        _check_together([_built(callback) for callback in callbacks], complete)
+    except ValueError as error:
+        raise edit_error(error) or error from error
     return [callback.class_path.rpartition(".")[2] for callback in callbacks]
+
+
+def _check_model_and_data(config: Any) -> None:
+    """Check the arguments of ``EditModule`` and ``EditDataModule``, without loading the model or the edits."""
+    from kedit_train.cli.edit import class_of
+    from kedit_train.modules import EditDataModule, EditModule, check_data, check_model
+
+    for part, own, check_part in ((config.model, EditModule, check_model), (config.data, EditDataModule, check_data)):
+        if class_of(part.class_path) is own:
+            check_part(**part.init_args.as_dict())
+
+
+def _built(entry: Any) -> Any:
+    """Build a callback of this package, which checks its arguments and reads no file. Return None for other callbacks.
+
+    The constructor of another package may do anything.
+    """
+    from kedit_train.cli.recipe import built
+
+    if not entry.class_path.startswith("kedit_train."):
+        return None
+    try:
+        return built(entry)
+    except EditError:
+        raise
+    except ValueError as error:
+        raise EditError(f"{entry.class_path}: {error}") from error
+
+
+def _check_together(callbacks: list[Any], complete: bool) -> None:
+    """Check that the callbacks can be used together. None stands for a callback of another package."""
+    from kedit_train.core.requirements import check_conflicts, check_duplicates, check_requirements
+
+    own = [callback for callback in callbacks if callback is not None]
+    check_duplicates(own)
+    check_conflicts(own)
+    if complete and len(own) == len(callbacks):
+        check_requirements(own)

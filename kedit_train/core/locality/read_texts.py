@@ -9,11 +9,12 @@ from typing import Any
 
 from kedit_train.data.conversations import check_messages, render_conversation
 from kedit_train.data.readers.json_text import InvalidJSON, parse_json
+from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
 
 
 def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> list[str]:
-    """Return the texts of a source, without empty texts.
+    """Return the texts of a source, without texts that are empty or have only invisible characters.
 
     Args:
         source: a list, a path or a dataset, as for :class:`~kedit_train.core.locality.texts.Texts`.
@@ -43,7 +44,9 @@ def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> l
             check_messages(record["messages"], where)
             for message in record["messages"]:
                 _check_unicode(message["content"], where)
-            texts.append(_conversation(record["messages"], tokenizer, where, render))
+            # The template of an empty conversation may add visible text, so the messages are checked.
+            if any(is_visible(message["content"]) for message in record["messages"]):
+                texts.append(_conversation(record["messages"], tokenizer, where, render))
             continue
         text = record.get("text") if isinstance(record, Mapping) else record
         if not isinstance(text, str):
@@ -53,7 +56,7 @@ def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> l
             )
         _check_unicode(text, where)
         texts.append(text)
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in texts if is_visible(text)]
     if not texts:
         raise EditError(f"{name} contains no text; pass texts on which the model should not change.")
     return texts

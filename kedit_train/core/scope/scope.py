@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from kedit_train.arguments import cut
 from kedit_train.core.scope.experts import names_in_dense_model, router_parameters
+from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
 
 Layer = int | float | str
@@ -66,34 +68,58 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
     """
     if layers is None:
         return list(range(depth))
-    items = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    indices = {index for item in items for index in _expand(item, depth)}
+    indices = {index for item in _items(layers) for index in _expand(item, depth)}
     if not indices:
         raise EditError(f"layers must select at least one layer between 0 and {depth - 1}, got {layers!r}.")
     return sorted(indices)
 
 
-def _expand(item: Layer, depth: int) -> Iterator[int]:
-    if isinstance(item, bool) or not isinstance(item, int | float | str):
-        raise EditError(
-            f"each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got {item!r}."
-        )
-    if isinstance(item, int | float):
-        yield _index(item, item, depth)
-        return
+def check_selection(layers: Layers, modules: Modules) -> None:
+    """Check everything about a selection that does not depend on the model.
+
+    Raises:
+        EditError: ``layers`` or ``modules`` has a wrong type, or contains a text that is empty or not a layer.
+    """
+    for item in () if layers is None else _items(layers):
+        _parts(item)
+    _patterns(modules)
+
+
+def _items(layers: Layers) -> list[Layer]:
+    """Return the values in ``layers``."""
+    several = isinstance(layers, Sequence | Set) and not isinstance(layers, str | bytes)
+    items: list[Layer] = list(layers) if several else [layers]  # type: ignore[arg-type]
+    for item in items:
+        blank = several and isinstance(item, str) and not is_visible(item)
+        if blank or isinstance(item, bool) or not isinstance(item, int | float | str):
+            raise EditError(
+                "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got "
+                f"{cut(repr(item))}."
+            )
+    return items
+
+
+def _parts(item: Layer) -> list[tuple[str, list[int | float]]]:
+    """Return the parts of one value in ``layers``: the text of each part, and its one or two numbers."""
+    if not isinstance(item, str):
+        return [(str(item), [item])]
+    parts = []
     for part in item.split(","):
         match = re.fullmatch(rf"\s*({_NUMBER})\s*(?:[-:]\s*({_NUMBER})\s*)?", part)
         if not match:
             raise EditError(
                 "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75'), or several of these "
-                f"separated by commas ('2,4-6'), got {item!r}."
+                f"separated by commas ('2,4-6'), got {cut(repr(item))}."
             )
-        ends = [float(n) if "." in n else int(n) for n in match.groups() if n is not None]
+        parts.append((part.strip(), [float(n) if "." in n else int(n) for n in match.groups() if n is not None]))
+    return parts
+
+
+def _expand(item: Layer, depth: int) -> Iterator[int]:
+    for part, ends in _parts(item):
         first, last = _index(ends[0], item, depth), _index(ends[-1], item, depth)
         if first > last:
-            raise EditError(
-                f"a range in layers must start at its lower layer, got {part.strip()!r}; write '{last}-{first}'."
-            )
+            raise EditError(f"a range in layers must start at its lower layer, got {part!r}; write '{last}-{first}'.")
         yield from range(first, last + 1)
 
 
@@ -153,9 +179,7 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
     Raises:
         EditError: a pattern matches nothing, only frozen parameters or only routers, or a layer is out of range.
     """
-    patterns = ["*"] if modules is None else [modules] if isinstance(modules, str) else list(modules)
-    if not any(patterns):
-        raise EditError(f"modules must name a module, or be None for all modules, got {modules!r}.")
+    patterns = _patterns(modules)
     named = list(model.named_parameters(remove_duplicate=False))
     if layers is not None:
         stack, depth = find_layers(model)
@@ -191,6 +215,21 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
             )
         selected |= {id(p) for p in matching if p.requires_grad}
     return {name: p for name, p in model.named_parameters() if id(p) in selected}
+
+
+def _patterns(modules: Modules) -> list[str]:
+    """Return the patterns in ``modules``."""
+    if modules is None:
+        return ["*"]
+    several = isinstance(modules, Sequence | Set) and not isinstance(modules, str | bytes)
+    patterns = list(modules) if several else [modules]
+    # An empty pattern would match every parameter that has no name in a dense model.
+    if not patterns or not all(isinstance(pattern, str) and is_visible(pattern) for pattern in patterns):
+        raise EditError(
+            'modules must be a pattern, such as "mlp.down_proj", a list of at least one pattern, or None for all '
+            f"modules, got {cut(repr(modules))}."
+        )
+    return patterns  # type: ignore[return-value]
 
 
 def _examples(named: list[tuple[str, nn.Parameter]]) -> str:

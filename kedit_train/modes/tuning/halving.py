@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kedit_train.data.visible import fold
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 from kedit_train.modes.tuning.settings import TuneSetting
@@ -95,7 +96,7 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
     groups: dict[str, list[int]] = {}
     for number, edit in enumerate(edits):
         subject = f"subject {edit.subject}" if edit.subject else f"prompt {edit.prompt}"
-        groups.setdefault(" ".join(subject.casefold().split()), []).append(number)
+        groups.setdefault(fold(subject), []).append(number)
     if len(groups) < 2:
         raise EditError(
             f"edits must be about at least two subjects, so that some edits can be held out, got {len(edits)} edits "

@@ -76,6 +76,11 @@ def test_the_embedded_world():
     [
         ([], "texts contains no text; pass texts on which the model should not change."),
         (["", "  "], "texts contains no text; pass texts on which the model should not change."),
+        (["\u200b", "\ufeff \u2800"], "texts contains no text; pass texts on which the model should not change."),
+        (
+            [{"messages": [{"role": "user", "content": "\u200b"}]}],
+            "texts contains no text; pass texts on which the model should not change.",
+        ),
         (
             ["a", 3],
             'texts, record 2: expected a string or a record with "text" or "messages", got 3; correct this record.',

@@ -82,7 +82,21 @@ def test_binary_rounding_does_not_change_the_layer_of_a_fraction():
                 "layers must be an index (5, -1), a fraction (0.7), a range ('4-6', '0.5-0.75'), or several of these "
                 f"separated by commas ('2,4-6'), got {text!r}.",
             )
-            for text in ("", "last", "4-", "4,,5", "1e-1")
+            for text in ("", " ", "last", "4-", "4,,5", "1e-1")
+        ),
+        *(
+            (
+                [1, text],
+                f"each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got {text!r}.",
+            )
+            for text in ("", " ", "\u200b", None, b"1")
+        ),
+        *(
+            (
+                value,
+                f"each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got {value!r}.",
+            )
+            for value in (b"1", {1: 2})
         ),
     ],
 )
@@ -184,10 +198,17 @@ def test_a_pattern_without_a_match_is_an_error_with_examples(tiny):
         resolve_scope(nn.Linear(2, 2, bias=False), None, "nothing")
 
 
-@pytest.mark.parametrize("modules", [[], (), ""])
-def test_an_empty_list_of_modules_is_an_error(tiny, modules):
-    with pytest.raises(EditError, match=r"^modules must name a module, or be None for all modules, got .*\.$"):
+@pytest.mark.parametrize(
+    "modules",
+    [[], (), "", " ", "\u200b", 3, b"mlp", {"mlp": 1}, ["mlp", ""], ["mlp", " "], ("mlp", None), ["mlp", 3], [["mlp"]]],
+)
+def test_modules_that_are_not_patterns_are_an_error(tiny, modules):
+    with pytest.raises(EditError) as error:
         resolve_scope(tiny("llama"), None, modules)
+    assert str(error.value) == (
+        'modules must be a pattern, such as "mlp.down_proj", a list of at least one pattern, or None for all modules, '
+        f"got {modules!r}."
+    )
 
 
 def test_models_without_one_stack_of_layers(tiny):

@@ -1,0 +1,40 @@
+"""Find the tokenizer of a training loop or of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kedit_train.arguments import Rule, cut
+from kedit_train.errors import EditError
+
+# The rule does not name the tokenizer classes, so that a user's own tokenizer works as well.
+TOKENIZER = Rule("a tokenizer, a name or a path", lambda value: callable(value) or isinstance(value, str | Path))
+
+
+def find_tokenizer(given: Any | None, model: Any) -> Any:
+    """Return the given tokenizer, or load it.
+
+    Args:
+        given: a tokenizer, a name or a path. None selects the tokenizer saved with the model.
+        model: the model.
+
+    Raises:
+        EditError: no tokenizer can be loaded, or ``given`` is not a tokenizer, a name or a path.
+    """
+    if callable(given):
+        return given
+    name = given or getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise EditError("no tokenizer found; pass tokenizer= (a tokenizer, a name or a path).")
+    if not TOKENIZER.holds(name):
+        raise EditError(f"tokenizer must be {TOKENIZER.expected}, got {cut(repr(name))}.")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise EditError(
+            f"no tokenizer found at {str(name)!r} ({reason}); pass tokenizer= (a tokenizer, a name or a path)."
+        ) from error
