@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kedit_train.errors import EditError
 from kedit_train.owners import claim, release, remove, remove_abandoned
+from kedit_train.paths import check_path
 
 
 @contextmanager
@@ -32,6 +33,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yields:
         The temporary path to write to.
 
+    Raises:
+        EditError: the path is empty or contains a NUL character.
+
     Example:
         >>> import tempfile
         >>> folder = tempfile.TemporaryDirectory()
@@ -40,6 +44,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         >>> os.listdir(folder.name)
         ['scores.json']
     """
+    check_path(path)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
@@ -69,7 +74,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Call this function before a long computation that writes its result to the file.
 
     Raises:
-        EditError: ``path`` is a folder, or the folder of ``path`` cannot be created or written to.
+        EditError: ``path`` contains a NUL character or is a folder, or the folder of ``path`` cannot be created or
+            written to.
 
     Example:
         >>> check_writable("/dev/null/report.json")
@@ -77,6 +83,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ...
         kedit_train.errors.EditError: /dev/null/report.json cannot be written, because /dev/null is not a folder.
     """
+    check_path(path)
     if os.path.isdir(path):
         raise EditError(f"{path} cannot be written, because it is a folder; give the path of a file.")
     folder = Path(os.path.abspath(path)).parent

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
 from kedit_train import world
-from kedit_train.arguments import at_least, check_arguments, integer_from
+from kedit_train.arguments import at_least, check_arguments, integer_from, optional
 from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditCollator, EditDataset
@@ -24,6 +24,7 @@ from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
 from kedit_train.optional import require
+from kedit_train.paths import PATH
 from kedit_train.pretrained import load_model, lora_config, peft_errors
 
 _NO_AUGMENTATION = AugmentationOptions()
@@ -87,7 +88,7 @@ class EditModule(LightningModule):
     ) -> None:
         super().__init__()
         # The arguments are checked before a large model is loaded.
-        check_model(learning_rate=learning_rate)
+        check_model(learning_rate=learning_rate, save_path=save_path)
         adapter = None if lora is None else lora_config(lora)
         self.name, self.save_path, self.learning_rate = name, save_path, learning_rate
         # The model is loaded here and not in configure_model, because the setup of the callbacks runs before
@@ -288,9 +289,9 @@ class EditDataModule(LightningDataModule):
         )
 
 
-def check_model(*, learning_rate: Any, **_: Any) -> None:
+def check_model(*, learning_rate: Any, save_path: Any = None, **_: Any) -> None:
     """Check the arguments of ``EditModule`` that can be checked without a model. Other arguments are ignored."""
-    check_arguments("EditModule", learning_rate=(learning_rate, at_least(0)))
+    check_arguments("EditModule", learning_rate=(learning_rate, at_least(0)), save_path=(save_path, optional(PATH)))
 
 
 def check_data(

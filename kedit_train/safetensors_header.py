@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.errors import EditError
+from kedit_train.paths import why_no_file
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -72,7 +73,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
     path = Path(path)
     try:
         if not path.is_file():
-            raise EditError(f"file {str(path)!r} does not exist; check the path.")
+            raise EditError(f"file {str(path)!r} {why_no_file(path)}.")
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")

@@ -25,6 +25,7 @@ from kedit_train.evaluation import Report, evaluate
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.reporting import wandb_tables
 from kedit_train.evaluation.scoring.router_divergence import RouterDivergence
+from kedit_train.paths import PATH
 
 # Published at every evaluation during training.
 _SCORES = ("reliability", "reliability_smallest_token_probability", "generality", "portability", "locality")
@@ -131,6 +132,7 @@ class EditMetrics(EditCallback):
             every_n_steps=(every_n_steps, integer_from(0)),
             stop_at=(stop_at, optional(within("(0, 1]"))),
             limit=(limit, optional(integer_from(1))),
+            report_path=(report_path, optional(PATH)),
             max_fraction_of_time=(max_fraction_of_time, optional(within("(0, 1)"))),
         )
         if stop_at is not None:

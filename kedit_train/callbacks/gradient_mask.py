@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kedit_train.arguments import check_arguments, one_of, within
+from kedit_train.arguments import check_arguments, one_of, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.fingerprint import sample_fingerprint
 from kedit_train.core.fsdp import full_tensor, shard_like
@@ -22,6 +22,7 @@ from kedit_train.core.scope.mask_scores import MaskScore, ScoreName, choose_mask
 from kedit_train.core.scope.neurons import Granularity
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
+from kedit_train.paths import PATH
 
 _DEFAULTS = ("gradient", 0.3, "element")
 
@@ -106,6 +107,8 @@ class GradientMask(EditCallback):
             self,
             density=(density, within("(0, 1]")),
             granularity=(granularity, one_of(get_args(Granularity))),
+            mask_path=(mask_path, optional(PATH)),
+            save_path=(save_path, optional(PATH)),
         )
         self.score = MaskScore.of(score)
         self.density = density

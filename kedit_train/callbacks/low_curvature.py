@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.change_projection import ChangeProjection
-from kedit_train.core.drift.factors_of_texts import FACTORS_PATH, check_no_adapters, factors_of_texts
+from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first
@@ -23,6 +23,7 @@ from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.low_curvature import Curvature, high_curvature, project_low_curvature
+from kedit_train.paths import SAFETENSORS_PATH
 
 
 class LowCurvature(EditCallback):
@@ -111,7 +112,7 @@ class LowCurvature(EditCallback):
         check_arguments(
             self,
             energy=(energy, within("(0, 1)")),
-            factors_path=(factors_path, optional(FACTORS_PATH)),
+            factors_path=(factors_path, optional(SAFETENSORS_PATH)),
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
         )

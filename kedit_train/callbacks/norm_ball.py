@@ -40,7 +40,8 @@ class NormBall(EditCallback):
         per: for "l2": "tensor" (default) bounds the change of each tensor, "scope" bounds the change of all tensors in
             the scope together. Ignored for "linf".
         anchor: center of the ball in consecutive runs on one model. "base" (default): the weights before the first run
-            of this instance. "previous": the weights before the current run. The changes of several runs then add up.
+            of this instance, so use one instance for all runs. "previous": the weights before the current run. The
+            changes of several runs then add up.
         fraction: sets the radius if ``radius`` is None. For "linf", the radius of a tensor is ``fraction`` times the
             root mean square of the tensor before the edit. For "l2", the radius is ``fraction`` times the norm of the
             tensor, or of the whole scope. Default 0.6.
@@ -176,10 +177,17 @@ class NormBall(EditCallback):
             fixed, entries = fixed + int((lower == upper).sum()), entries + lower.numel()
         if fixed > 0.01 * entries:
             dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
+            advice = "load the model in fp32, or use" if self._moves_in_fp32(weights) else "use"
             warn(
                 f"{fixed / entries:.0%} of the weights cannot move, because {dtypes} has no other value within a "
-                f"radius of {min(self._radii.values()):g}; load the model in fp32, or use a larger radius."
+                f"radius of {min(self._radii.values()):g}; {advice} a larger radius."
             )
+
+    def _moves_in_fp32(self, weights: Mapping[str, Tensor]) -> bool:
+        """Return whether fewer weights would be fixed in fp32."""
+        narrow = [name for name, weight in weights.items() if weight.dtype.itemsize < 4]
+        bounds = [linf_bounds(local_part(self._anchors[name]).float(), self._radii[name]) for name in narrow]
+        return any(bool((lower != upper).any()) for lower, upper in bounds)
 
     def _clip(self, name: str, weight: Tensor) -> Tensor:
         return map_local(lambda local: torch.clamp(local, *self._bounds[name]), weight)

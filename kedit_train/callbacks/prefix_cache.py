@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kedit_train.arguments import check_arguments, integer_from
+from kedit_train.arguments import check_arguments, integer_from, optional
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.cache.hidden_state_store import HiddenStateStore, parse_bytes
 from kedit_train.core.cache.layer_stack import find_prefix
@@ -15,6 +15,7 @@ from kedit_train.core.cache.prefix_cache import FrozenPrefix
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError, warn
+from kedit_train.paths import PATH
 
 
 class PrefixCache(EditCallback):
@@ -82,7 +83,7 @@ class PrefixCache(EditCallback):
     def __init__(
         self, memory_limit: int | str = "1GB", *, cache_dir: str | Path | None = None, recheck: int = 100
     ) -> None:
-        check_arguments(self, recheck=(recheck, integer_from(0)))
+        check_arguments(self, cache_dir=(cache_dir, optional(PATH)), recheck=(recheck, integer_from(0)))
         self.memory_limit, self.cache_dir, self.recheck = memory_limit, cache_dir, recheck
         self._bytes = parse_bytes(memory_limit, "PrefixCache")
         self._prefix: FrozenPrefix | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from kedit_train.arguments import Rule, check_arguments, one_of
+from kedit_train.arguments import check_arguments, one_of
 from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.fsdp import full_tensor, reshard, shard_like
@@ -25,10 +25,10 @@ from kedit_train.delta.bitwise import same_bits
 from kedit_train.delta.quantized import check_not_quantized
 from kedit_train.delta.weight_source import Weights, weights_of
 from kedit_train.errors import EditError, warn
+from kedit_train.paths import SAFETENSORS_PATH
 
 # Maximum number of prompts for which logits are compared.
 _PROMPTS = 8
-_PATH = Rule("a path that ends in .safetensors", lambda value: Path(value).suffix == ".safetensors")
 
 
 class SaveDelta(EditCallback):
@@ -98,7 +98,7 @@ class SaveDelta(EditCallback):
     def __init__(
         self, path: str, *, at: Literal["end", "best"] = "end", edits: Any = None, license: str | None = None
     ) -> None:
-        check_arguments(self, path=(path, _PATH), at=(at, one_of(("end", "best"))))
+        check_arguments(self, path=(path, SAFETENSORS_PATH), at=(at, one_of(("end", "best"))))
         self.path, self.at, self.edits, self.license = path, at, edits, license
         self.delta: EditDelta | None = None
         self._best: tuple[float, float] | None = None

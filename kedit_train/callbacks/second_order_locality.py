@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kedit_train.arguments import above, check_arguments, integer_from, one_of, optional, within
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.drift.factors_of_texts import FACTORS_PATH, factors_of_texts
+from kedit_train.core.drift.factors_of_texts import factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import broadcast_from_first
@@ -22,6 +22,7 @@ from kedit_train.errors import EditError
 from kedit_train.functional.adam import AdamAverages
 from kedit_train.functional.precision import wide
 from kedit_train.functional.second_order import inverse_root, second_order_divergence, transform
+from kedit_train.paths import SAFETENSORS_PATH
 
 # The longest step, as a fraction of the norm of the weights in scope.
 _LONGEST = 0.1
@@ -116,7 +117,7 @@ class SecondOrderLocality(EditCallback):
             step_size=(step_size, within("(0, 1]")),
             damping=(damping, above(0)),
             factors=(factors, one_of(["kfac", "inputs"])),
-            factors_path=(factors_path, optional(FACTORS_PATH)),
+            factors_path=(factors_path, optional(SAFETENSORS_PATH)),
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
         )
@@ -162,8 +163,10 @@ class SecondOrderLocality(EditCallback):
             for name, layer in self._layers.items()
             if (gradient := run.scope[name].grad) is not None
         }
-        # In the averages, a NaN would stop every later step without changing a weight.
-        if not all(bool(gradient.isfinite().all()) for gradient in self._gradients.values()):
+        # In the averages, a NaN or an infinite square would stop every later step without changing a weight.
+        if not all(bool(gradient.square().isfinite().all()) for gradient in self._gradients.values()):
+            if all(bool(run.scope[name].grad.isfinite().all()) for name in self._gradients):
+                raise EditError(self._damping_error(f"the gradients of step {run.step + 1}"))
             raise EditError(
                 f"the gradients of step {run.step + 1} contain NaN or infinite values; check the loss of this "
                 "batch, or use a lower step_size."
@@ -230,9 +233,17 @@ class SecondOrderLocality(EditCallback):
             raise EditError(
                 f"no activation or gradient reaches {name} on the texts ({error}); remove this weight from the scope."
             ) from error
+        if not all(bool(root.isfinite().all()) for root in roots):
+            raise EditError(self._damping_error(f"the inverse roots of the factors of {name}"))
         # Every process must take the same step, but the last bits of a root may differ between processes.
         inputs, *outputs = broadcast_from_first([root.to(run.scope[name].device) for root in roots])
         return (outputs[0] if outputs else None), inputs
+
+    def _damping_error(self, overflowing: str) -> str:
+        return (
+            f"damping={self.damping:g} is too small: {overflowing} exceed the largest number of their dtype; use a "
+            "larger damping, such as the default."
+        )
 
     def __repr__(self) -> str:
         return f'SecondOrderLocality(step_size={self.step_size}, damping={self.damping}, factors="{self.factors}")'

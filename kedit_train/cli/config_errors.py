@@ -14,8 +14,15 @@ from kedit_train.arguments import cut
 # Lines that only list other types that jsonargparse tried, or repeat the given value.
 NOISE = re.compile(
     r"Does not validate against any of the Union|Subtypes:|Errors:|Expected a <class 'NoneType'>|Not a valid subclass"
-    r"|Subclass types expect|a class path \(str\)|a dict with|Given value type:|Given value: NestedArg"
+    r"|Subclass types expect|a class path \(str\)|a dict with|Given value type:"
+    # The value is the whole list of callbacks, although only one of the callbacks is wrong.
+    r"|Given value: \[?(?:NestedArg|Namespace\(|\{'class_path')"
 )
+# What Python says about a value of a wrong type at one of the two keys of a class.
+PYTHON = {
+    r"unhashable type: '\w+'": "class_path must be the path of a class, such as kedit_train.callbacks.TokenLoss",
+    r"'\w+' object has no attribute 'keys'": "init_args must be a mapping of arguments to values",
+}
 # The error about Lightning's base class, which jsonargparse tries as well as the class that the user named.
 BASE = "Problem with given class_path 'lightning.Callback':"
 # How jsonargparse prints a key that was given as --trainer.callbacks.KEY.
@@ -39,6 +46,8 @@ def shorten(message: str) -> str:
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "").replace("Expected a ", "expected ")
+    for pattern, meaning in PYTHON.items():
+        text = re.sub(pattern, meaning, text)
     # The message of LightningCLI does not list the command sft, so it is added.
     text = re.sub(r"(\(choose from |\{)'?fit'?([)}])", r"\1fit, sft\2", text)
     refused = re.search(r"(\w+(?:\.\w+)+): Option '\w+' is not accepted", text)

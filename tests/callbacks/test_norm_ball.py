@@ -147,6 +147,12 @@ def test_a_radius_below_the_spacing_of_bf16_warns_and_the_weights_cannot_move():
         metrics = last_metrics(NormBall(5e-5))
     assert torch.equal(model.weight, before)
     assert metrics["edit/drift/at_bound"] == 1.0
+    with pytest.warns(UserWarning, match=r"radius of 5e-05; load the model in fp32, or use a larger radius\.$"):
+        last_metrics(NormBall(5e-5))
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        with pytest.warns(UserWarning, match=r"NormBall: 100% .* within a radius of 1e-46; use a larger radius\.$"):
+            last_metrics(NormBall(1e-46))
     model.float()
     metrics = last_metrics(NormBall(5e-5))
     assert metrics["edit/drift/at_bound"] > 0.9

@@ -161,6 +161,18 @@ def test_a_step_without_gradients_moves_nothing(make, words, ids):
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize(
+    ("damping", "overflowing"),
+    [(1e-300, "the inverse roots of the factors of model.layers.1"), (1e-60, "the gradients of step 1")],
+)
+def test_a_damping_that_makes_the_roots_overflow_is_named(make, words, ids, damping, overflowing):
+    locality = SecondOrderLocality(["w1 w2 w3"], damping=damping)
+    with pytest.raises(
+        EditError, match=rf"^SecondOrderLocality: damping={damping:g} is too small: {overflowing}.* exceed"
+    ):
+        run_steps(make("llama"), words, ids, locality)
+
+
 def test_a_gradient_that_is_not_finite_is_an_error(make, words, ids):
     model = make("llama")
     scope = ParameterScope(1, modules=SCOPE["llama"])

@@ -64,7 +64,19 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
             ],
         ),
         ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
-        ("trainer: [", ["parsing"]),
+        (
+            "trainer: {callbacks: [{class_path: kedit_train.callbacks.PrefixCache}, {class_path: os.system}]}",
+            ["trainer.callbacks: Import path os.system does not correspond to a subclass of Callback; fit --help"],
+        ),
+        (
+            "trainer: {callbacks: [{class_path: kedit_train.callbacks.PrefixCache}, {class_path: [1, 2]}]}",
+            ["trainer.callbacks: class_path must be the path of a class, such as kedit_train.callbacks.TokenLoss; fit"],
+        ),
+        (
+            "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenLoss, init_args: [1]}]}",
+            ["kedit_train.callbacks.TokenLoss: init_args must be a mapping of arguments to values; fit --help"],
+        ),
+        ("trainer: [", ["bad.yaml: ", "parsing"]),
         ("trainer: 3", ["trainer must be a mapping of keys to values, got 3"]),
         ("trainer: {callbacks: 3}", ["trainer.callbacks"]),
         ("trainer: &t {callbacks: *t}", ["the alias at line 1 contains itself"]),

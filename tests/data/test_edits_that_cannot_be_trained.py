@@ -57,11 +57,9 @@ def test_prompts_that_look_the_same_contradict(prompt: str) -> None:
 
 
 def test_a_rephrase_that_is_another_prompt_contradicts() -> None:
-    one, other = Edit("Ada lives in", "Bern", rephrases=("Ada's home:",)), Edit("ADA's  home:", "Rome")
+    one, other = Edit("Ada lives in", "Bern", rephrases=("Home of Ada:",)), Edit("home of  ADA:", "Rome")
     for edits in ([one, other], [other, one]):
-        with pytest.raises(
-            EditError, match=r"^edits, edits 1 and 2: the prompt .ADA's  home:. must have only one target"
-        ):
+        with pytest.raises(EditError, match=r"^edits, edits 1 and 2: the prompt 'home of ADA:' must have only one"):
             EditDataset(edits).check_trained_together()
         assert list(EditDataset(edits).latest()) == edits[1:]
     EditDataset([one, replace(other, target="bern")]).check_trained_together()

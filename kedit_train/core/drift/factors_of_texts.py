@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from kedit_train.arguments import Rule
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
 from kedit_train.core.drift.kfac_file import load_factors, save_factors
 from kedit_train.core.drift.linear_layers import LinearLayer
@@ -15,8 +14,6 @@ from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
-
-FACTORS_PATH = Rule("a path that ends in .safetensors", lambda value: str(value).endswith(".safetensors"))
 
 
 def check_no_adapters(layers: Iterable[str]) -> None:

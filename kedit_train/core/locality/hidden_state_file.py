@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.errors import EditError, warn
+from kedit_train.paths import check_path
 from kedit_train.safetensors_file import fill_tensors, load_tensors
 
 KIND = "kedit_train.reference_states"
@@ -138,6 +139,7 @@ def check_writable(path: Path) -> None:
     Raises:
         EditError: the directory cannot be created or is not writable, or ``path`` itself is a directory.
     """
+    check_path(path)
     directory = path.parent
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from kedit_train.arguments import Rule, check_arguments, from_mapping, one_of, optional
+from kedit_train.arguments import check_arguments, from_mapping, one_of, optional
 from kedit_train.atomic_write import remove_leftovers
 from kedit_train.core.cache.hidden_state_store import parse_bytes
 from kedit_train.core.cache.sequence_keys import hash_sequences
@@ -27,6 +27,7 @@ from kedit_train.core.locality.hidden_state_file import (
 )
 from kedit_train.core.processes import is_distributed
 from kedit_train.errors import EditError
+from kedit_train.paths import PATH
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -66,7 +67,7 @@ class ReferenceCache:
     def __post_init__(self) -> None:
         check_arguments(
             self,
-            cache_dir=(self.cache_dir, Rule("a directory, or None", lambda path: path is None or str(path) != "")),
+            cache_dir=(self.cache_dir, optional(PATH)),
             dtype=(self.dtype, optional(one_of(("float32", "bfloat16", "float16")))),
         )
         if self.memory_limit is not None:

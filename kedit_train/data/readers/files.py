@@ -11,6 +11,7 @@ from typing import Any
 from kedit_train.data.readers.fields import REMEDY, describe, quoted
 from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.errors import EditError
+from kedit_train.paths import why_no_file
 
 SUFFIXES = (".json", ".jsonl", ".csv")
 # The keys under which a JSON file may keep its list of records.
@@ -40,7 +41,7 @@ def read_file(path: Path) -> list[Any]:
         )
     try:
         if not path.is_file():
-            raise EditError(f"{path}: the file does not exist; check the path (working directory: {Path.cwd()})")
+            raise EditError(f"{path}: the file {why_no_file(path)} (working directory: {Path.cwd()})")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise EditError(f"{path}: the file cannot be read ({error.strerror}); check the path") from error

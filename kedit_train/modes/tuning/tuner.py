@@ -23,6 +23,7 @@ from kedit_train.modes.tuning.halving import Rung, Trial, pick, plan_rungs, rank
 from kedit_train.modes.tuning.result import TuneResult
 from kedit_train.modes.tuning.runs import TuneRuns
 from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
+from kedit_train.paths import check_path
 
 
 def tune(
@@ -177,6 +178,7 @@ def _work_folder(folder: str | Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
         return
+    check_path(folder)
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
