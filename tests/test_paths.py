@@ -22,7 +22,7 @@ from kedit_train.callbacks import (
 )
 from kedit_train.core.locality import hidden_state_file
 from kedit_train.core.scope.mask_file import load_masks
-from kedit_train.core.state_file import load_state, save_state
+from kedit_train.core.state_file import save_state
 from kedit_train.errors import EditError
 from kedit_train.modes.tuning.tuner import _work_folder
 from kedit_train.modules import EditDataModule, EditModule
@@ -46,7 +46,6 @@ USES: dict[str, Callable[[], Any]] = {
     "SaveDelta": lambda: SaveDelta(f"{NUL}.safetensors"),
     "save_path": lambda: GradientMask(save_path=NUL),
     "SecondOrderLocality": lambda: SecondOrderLocality(["a"], factors_path=f"{NUL}.safetensors"),
-    "state, read": lambda: load_state(NUL),
     "state, written": lambda: save_state(NUL, {"step": 1}),
     "texts": lambda: Texts(f"{NUL}.txt").check(),
     "writing": lambda: writing(NUL).__enter__(),

@@ -233,7 +233,7 @@ def test_an_adapter_is_refused(make, words):
     [
         ({"energy": 0.0}, r"in \(0, 1\)"),
         ({"energy": 1.0}, r"in \(0, 1\)"),
-        ({"factors_path": "factors.pt"}, r"a path that ends in \.safetensors, or None"),
+        ({"factors_path": "factors.pt"}, r"a path that ends in \.safetensors, without NUL characters, or None"),
         ({"limit": 0}, "an integer >= 1, or None"),
         ({"batch_size": 0}, "an integer >= 1"),
     ],

@@ -216,7 +216,7 @@ def test_a_token_loss_is_needed(make, words):
         ({"step_size": 0.0}, r"in \(0, 1\]"),
         ({"damping": 0.0}, "> 0"),
         ({"factors": "fisher"}, '"kfac" or "inputs"'),
-        ({"factors_path": "factors.pt"}, r"a path that ends in \.safetensors, or None"),
+        ({"factors_path": "factors.pt"}, r"a path that ends in \.safetensors, without NUL characters, or None"),
     ],
 )
 def test_invalid_arguments_are_refused(wrong, expected):

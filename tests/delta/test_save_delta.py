@@ -214,7 +214,9 @@ def test_invalid_arguments_are_errors(tmp_path):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path, at="best")], edits)
     with pytest.raises(EditError, match="""SaveDelta: at must be "end" or "best", got 'middle'"""):
         SaveDelta(path, at="middle")  # type: ignore[arg-type]
-    with pytest.raises(EditError, match=r"path must be a path that ends in \.safetensors, got 'edit.pt'"):
+    with pytest.raises(
+        EditError, match=r"path must be a path that ends in \.safetensors, without NUL characters, got 'edit.pt'"
+    ):
         SaveDelta("edit.pt")
 
 
