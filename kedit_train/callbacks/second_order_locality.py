@@ -179,8 +179,8 @@ class SecondOrderLocality(EditCallback):
             if all(bool(wide(gradient).square().isfinite().all()) for gradient in given):
                 raise EditError(self._damping_error(f"the squared gradients of step {run.step + 1}"))
             raise EditError(
-                f"the gradients of step {run.step + 1} contain NaN or infinite values, or their squares do; check the loss of this "
-                "batch, or use a lower step_size."
+                f"the gradients of step {run.step + 1} contain NaN or infinite values, or their squares do; check the "
+                "loss of this batch, or use a lower step_size."
             )
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
