@@ -30,7 +30,7 @@ def normalize(text: str) -> str:
     Two texts with the same result look the same, or differ only in the width or the style of their characters.
 
     Example:
-        >>> normalize("\uff21da\u200b  lives\tin Z\u0075\u0308rich") == "Ada lives in Z\u00fcrich"
+        >>> normalize("\\uff21da\\u200b  lives\\tin Zu\\u0308rich") == "Ada lives in Z\\u00fcrich"
         True
     """
     if not (text.isascii() and text.isprintable()):
