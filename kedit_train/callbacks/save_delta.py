@@ -191,8 +191,8 @@ class SaveDelta(EditCallback):
             if run.host.is_main:
                 kept = f" and the earlier file at {self.path} is kept" if Path(self.path).exists() else ""
                 warn(
-                    f"no weight has changed in {run.step} steps, so no delta is saved{kept}; check the learning rate, "
-                    "the scope, and whether the model gave the new answers before training."
+                    f"no weight has changed in {run.step} steps, so no delta is saved{kept}; check the learning rate "
+                    "and the scope, and check whether the model already gave the new answers before training."
                 )
             return
         if run.host.is_main:

@@ -28,9 +28,9 @@ class Curvature(NamedTuple):
     Attributes:
         left: [out, p], eigenvectors of the output factor.
         right: [in, q], eigenvectors of the input factor.
-        high: [p, q], 1 for a pair that is removed, in the dtype of ``left``.
-        free: number of directions that are not removed, divided by the number of all directions (``out * in``).
-        energy: fraction of the trace that belongs to the removed directions.
+        high: [p, q], 1 for a pair of high curvature, 0 otherwise, in the dtype of ``left``.
+        free: fraction of all ``out * in`` directions whose curvature is not high.
+        energy: fraction of the sum of all curvatures that belongs to the directions of high curvature.
     """
 
     left: Tensor

@@ -147,8 +147,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
             )
         if args.retrieval and "retrieval" not in before.metrics:
             raise EditError(
-                f"--retrieval needs the base model, but --against is the report {args.against}, which was made without "
-                "--retrieval; give the base model instead of the report (--against BASE)."
+                f"--against {args.against} is a report without the scores of --retrieval; give the base model instead of "
+                "the report (--against BASE), or remove --retrieval."
             )
     elif args.against is not None and delta is None:
         _same_architecture(args.against, name, args.trust_remote_code)

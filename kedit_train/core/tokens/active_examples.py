@@ -26,9 +26,9 @@ class ActiveExamples:
             an example is learned when all of its tokens are inactive (the objective no longer counts them in the loss).
 
     Attributes:
-        learned: one list of numbers for each learned example, by the key of the example. The first number is how many
-            more times the example will be left out. The next numbers are sums over the tokens of the example in its
-            last forward pass: the loss and, with TRL, the entropy and the number of correct tokens.
+        learned: dict from the key of a learned example to a list of numbers. The first number is how many more times
+            the example will be left out. The other numbers are sums over the example's tokens in its last forward pass:
+            the loss and, with TRL, the entropy and the number of correct tokens.
         seconds_saved: estimated training time saved so far. The estimate uses the time per token between two calls of
             :meth:`select`.
     """

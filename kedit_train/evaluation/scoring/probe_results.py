@@ -46,8 +46,8 @@ class ProbeResult(ProbeRequest):
             of the preferred answer.
         first_tokens: on locality probes, the first token ids of the answer. Their number is the number of tokens in the
             preferred answer, but at least 3. -1 stands for the end of the answer.
-        tokens_kept: the fraction of the unedited model's ``first_tokens`` before the first token at which this answer
-            differs.
+        tokens_kept: fraction of ``first_tokens`` that both models share, counted up to the first difference. The
+            denominator is the number of the unedited model's ``first_tokens``.
         choices_kept: the fraction of ``choices`` that are equal to the unedited model's choices.
         same_answer: True if the whole answers of both models are equal after normalization. None if the protocols do
             not generate whole answers.
