@@ -147,8 +147,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
             )
         if args.retrieval and "retrieval" not in before.metrics:
             raise EditError(
-                f"--against {args.against} is a report without the scores of --retrieval; give the base model instead of "
-                "the report (--against BASE), or remove --retrieval."
+                f"--against {args.against} is a report without the scores of --retrieval; give the base model instead "
+                "of the report (--against BASE), or remove --retrieval."
             )
     elif args.against is not None and delta is None:
         _same_architecture(args.against, name, args.trust_remote_code)
