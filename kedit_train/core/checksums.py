@@ -11,9 +11,8 @@ from torch import Tensor
 
 from kedit_train.core.drift.shards import local_part
 
-
-# Number of 64-bit words in a row, if the words of a tensor are arranged in rows. The widths of weight matrices are even,
-# so an odd number keeps a regular change of a matrix (a swap of columns, a flipped sign) out of a single column.
+# Number of 64-bit words in a row, if the words of a tensor are arranged in rows. The widths of weight matrices are
+# even, so an odd number keeps a regular change of a matrix (a swap of columns, a flipped sign) out of a single column.
 _WIDTH = 251
 
 
@@ -21,9 +20,9 @@ _WIDTH = 251
 def checksum(tensor: Tensor) -> Tensor:
     """Compute a 64-bit checksum of the bytes of a tensor.
 
-    If two tensors of the same shape and dtype have different checksums, their values differ. The checksum depends on the
-    positions of the values, so swapped rows and flipped signs change the checksum, too. Several changes cancel out only
-    if they were chosen for this purpose. The checksum of equal bytes is the same in every process and on every device.
+    If two tensors of the same shape and dtype have different checksums, their values differ. The checksum depends on
+    the positions of the values, so swapped rows and flipped signs change the checksum, too. Several changes cancel
+    out only if they were chosen for this purpose. The checksum of equal bytes is the same in every process and on every device.
     For a sharded tensor, only the local shard is read.
 
     Returns:

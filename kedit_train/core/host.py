@@ -103,6 +103,11 @@ class Host:
 
     # -- calls from the run to the loop
 
+    @property
+    def loads_best_weights(self) -> bool:
+        """Whether the loop replaces the weights by those of its best checkpoint when training ends."""
+        return False
+
     def after_optimizer_step(self, run: Any) -> None:
         """React to an optimizer step, after the constraints have been applied to the new weights."""
 
