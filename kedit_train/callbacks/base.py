@@ -95,7 +95,10 @@ class EditCallback(TransformersEvents, LightningEvents):
         return None
 
     def before_optimizer_step(self, run: EditRun) -> None:
-        """Inspect the gradients of this optimizer step. At this time, the gradients are complete and clipped."""
+        """Inspect the gradients of this optimizer step. At this time, the gradients are complete.
+
+        They are also clipped, except in Lightning, which clips later.
+        """
 
     def skip_step(self, run: EditRun) -> bool:
         """Return whether to skip this optimizer step. This method is called when the gradients are complete."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kedit_train.arguments import above, check_arguments, integer_from, one_of, optional, within
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.cache.sequence_keys import hash_sequences
 from kedit_train.core.drift.factors_of_texts import FACTORS_PATH, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
@@ -18,7 +19,7 @@ from kedit_train.core.drift.second_moments import broadcast_from_first
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 from kedit_train.functional.adam import AdamAverages
 from kedit_train.functional.precision import wide
 from kedit_train.functional.second_order import inverse_root, second_order_divergence, transform
@@ -129,6 +130,7 @@ class SecondOrderLocality(EditCallback):
         self._gradients: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._averages = AdamAverages()
+        self._texts_hash = ""
 
     def requires(self) -> Sequence[Requirement]:
         message = 'the length of a step depends on the training loss; add TokenLoss("cross_entropy").'
@@ -146,6 +148,14 @@ class SecondOrderLocality(EditCallback):
         )  # fmt: skip
         self._roots = {name: self._inverse_roots(run, name) for name in self._layers}
         self._gradients, self._before, self._averages = {}, {}, AdamAverages()
+        # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
+        largest = run.host.disable_clipping()
+        if largest is not None:
+            warn(
+                f"max_grad_norm={largest:g} is ignored during this training, because this callback chooses the length "
+                "of each step itself; set max_grad_norm=0 to avoid this warning."
+            )
+        self._texts_hash = hash_sequences(self.texts.tokenize(run, limit=self.limit))
         norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in self._layers]
         self._norm = float(torch.stack(norms).sum().sqrt())
 
@@ -206,9 +216,15 @@ class SecondOrderLocality(EditCallback):
     def state(self) -> dict[str, Any]:
         averages = self._averages
         means, squares = dict(averages.means), dict(averages.squares)
-        return {"means": means, "squares": squares, "loss": averages.loss, "steps": averages.steps}
+        state = {"means": means, "squares": squares, "loss": averages.loss, "steps": averages.steps}
+        return {**state, "coordinates": self._coordinates()}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        if state["coordinates"] != self._coordinates():
+            raise EditError(
+                "the checkpoint was written with other texts, damping or factors; resume with the same texts (and the "
+                "same limit=), damping= and factors=, or start a new run."
+            )
         # Tensors that were read from a file can have unaligned addresses, on which the last bits of matrix products
         # depend, so they are copied.
         means, squares = (
@@ -216,7 +232,13 @@ class SecondOrderLocality(EditCallback):
         )
         self._averages = AdamAverages(means, squares, float(state["loss"]), int(state["steps"]))
 
+    def _coordinates(self) -> dict[str, Any]:
+        """Return everything that the coordinates of the steps depend on, except the model."""
+        factors = {"damping": self.damping, "factors": self.factors, "seed": self.texts.seed}
+        return {"texts": self._texts_hash, **factors}
+
     def detach(self, run: EditRun) -> None:
+        run.host.restore_clipping()
         self._layers, self._roots, self._moments = {}, {}, KFACFactors({}, {})
         self._gradients, self._before, self._averages = {}, {}, AdamAverages()
 

@@ -73,7 +73,7 @@ def build(config: Namespace) -> EditSFTTrainer:
         if class_of(config[key].class_path) is not own:
             raise EditError(
                 f"sft: {key}.class_path must be {own.__name__}, got {config[key].class_path}, which runs in Lightning "
-                "only; change this class in the recipe, or run the recipe with fit."
+                'only; change this class in the recipe, or run the recipe with "lightning run".'
             )
     args, options = arguments_of(config), config.model.init_args
     # All arguments are checked before a large model is loaded.
@@ -137,7 +137,7 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
     if unread:
         raise EditError(
             f"sft: SFTTrainer has no counterpart for {', '.join(unread)}; remove these settings from the recipe, or "
-            "run the recipe with fit."
+            'run the recipe with "lightning run".'
         )
     use_cpu = trainer.accelerator == "cpu" or not torch.accelerator.is_available()
     return EditSFTConfig(

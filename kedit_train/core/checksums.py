@@ -21,9 +21,9 @@ def checksum(tensor: Tensor) -> Tensor:
     """Compute a 64-bit checksum of the bytes of a tensor.
 
     If two tensors of the same shape and dtype have different checksums, their values differ. The checksum depends on
-    the positions of the values, so swapped rows and flipped signs change the checksum, too. Several changes cancel
-    out only if they were chosen for this purpose. The checksum of equal bytes is the same in every process and on every device.
-    For a sharded tensor, only the local shard is read.
+    the positions of the values, so swapped rows and flipped signs change the checksum, too. Several changes cancel out
+    only if they were chosen for this purpose. The checksum of equal bytes is the same in every process and on every
+    device. For a sharded tensor, only the local shard is read.
 
     Returns:
         A scalar int64 tensor on the device of ``tensor``.

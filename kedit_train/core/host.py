@@ -108,6 +108,17 @@ class Host:
         """Whether the loop replaces the weights by those of its best checkpoint when training ends."""
         return False
 
+    def disable_clipping(self) -> float | None:
+        """Turn gradient clipping off, if the loop clips before ``before_optimizer_step``.
+
+        Returns:
+            The largest norm that the loop has allowed, or None if nothing was turned off.
+        """
+        return None
+
+    def restore_clipping(self) -> None:
+        """Turn gradient clipping on again, if :meth:`disable_clipping` has turned it off."""
+
     def after_optimizer_step(self, run: Any) -> None:
         """React to an optimizer step, after the constraints have been applied to the new weights."""
 

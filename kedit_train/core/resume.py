@@ -138,7 +138,8 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
         A dict from callback to its saved ``state()``. It contains every callback that has a state in the checkpoint.
 
     Raises:
-        EditError: the state is missing, or was written by another version, with another scope or other callbacks.
+        EditError: the state is missing, was written by another version of this library, or belongs to a run with
+            another scope or other callbacks.
     """
     if state is None:
         raise EditError(

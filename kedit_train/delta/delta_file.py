@@ -104,7 +104,8 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
         )
     if not is_shape(shape):
         raise EditError(
-            f"tensor {name!r}: the shape must be a list of integers that torch supports; save the delta again"
+            f"tensor {name!r}: the shape must be a list of integers, and torch must support a tensor of this shape; "
+            "save the delta again"
         )
     if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
         raise EditError(

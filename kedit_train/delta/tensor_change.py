@@ -198,8 +198,8 @@ def change_between(
         edited: the tensor after the edit, with the same dtype and shape.
         base_hash: :func:`~kedit_train.delta.bitwise.tensor_hash` of ``base``.
         tied: other names of this tensor.
-        known: bool mask, True where the value of ``base`` is known. None: all values are known. Unknown values are
-            never stored. If the edit changes an entry, the value of this entry must be known.
+        known: bool mask, True where the value of ``base`` is known. None: all values are known. Entries
+            with an unknown base value are never stored, so the edit must not change these entries.
     """
     moved = bits(base) != bits(edited)
     if not bool(moved.any()):

@@ -55,9 +55,9 @@ class EvaluationOptions:
               them. It doubles the cost of the unedited model's evaluation.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
             a list of them. The first one gives the headline scores (the scores that a report shows first). With "auto",
-            completions of a model that does not end its answers are judged with "leading" and "probability", and all
-            other answers with "exact". To find out whether the unedited model ends its answers, ``evaluate`` generates
-            its answers to up to 16 of the prompts.
+            plain prompts are judged with "leading" and "probability" if the unedited model goes on after its answer
+            instead of generating an end token. In all other cases, "auto" means "exact". To find out how the unedited
+            model ends its answers, ``evaluate`` generates its answers to up to 16 of the prompts.
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens. The protocols "leading", "teacher_forced" and
             "probability" need fewer tokens: as many as the longest accepted answer, and three more.

@@ -48,7 +48,7 @@ def run_edits(
     seed: int = 0,
     progress: bool = True,
 ) -> ModeResult:
-    """Edit ``model`` in one of four modes, and evaluate it on all edits so far at checkpoints and at the end.
+    """Edit ``model`` in one of four modes. Evaluate the model at checkpoints and after the last edit.
 
     - "single": each edit is made on the unedited model and evaluated at once. Then the original weights are restored
       bit for bit. This mode shows the best case of a method, but it leaves no edited model.
@@ -77,8 +77,8 @@ def run_edits(
         edits_per_step: new edits per schedule step, for "sequential" (default 1) and "streaming" (default 100).
         replay: number of previous edits that "streaming" replays in each step. None: all previous edits.
         checkpoints: numbers of edits, for "sequential" and "streaming". When a schedule step reaches one of these
-            numbers, the model is evaluated on all edits so far at the end of the step. The model is always evaluated
-            after the last edit.
+            numbers, the model is evaluated at the end of the step, on all edits that were made until then. The model
+            is always evaluated after the last edit.
         options: what to measure and how to prompt. None: ``EvaluationOptions()``.
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
         capability: measures general ability before the edits and at each checkpoint. It must be None for "single".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -211,3 +212,57 @@ def test_invalid_arguments_are_refused(wrong, expected):
     (name,) = wrong
     with pytest.raises(EditError, match=f"SecondOrderLocality: {name} must be {expected}"):
         SecondOrderLocality(TEXTS, **wrong)
+
+
+def test_transformers_does_not_clip_the_gradients(make, words, ids, tmp_path):
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    weights = []
+    for largest_norm in (0.0, 1e-3):
+        torch.manual_seed(0)
+        model = make("llama")
+        args = TrainingArguments(
+            tmp_path, max_steps=2, max_grad_norm=largest_norm, report_to=[], save_strategy="no", use_cpu=True,
+            disable_tqdm=True,
+        )  # fmt: skip
+        callbacks = [ParameterScope(1, modules=SCOPE["llama"]), TokenLoss("cross_entropy"), SecondOrderLocality(TEXTS)]
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = Trainer(
+            model, args, train_dataset=rows, processing_class=words, callbacks=callbacks,  # type: ignore[arg-type]
+            data_collator=default_data_collator,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        messages = [str(w.message) for w in caught if "max_grad_norm" in str(w.message)]
+        assert len(messages) == (1 if largest_norm else 0)
+        # The trainer's own arguments are as before.
+        assert args.max_grad_norm == largest_norm
+        weights.append(model.get_parameter(WEIGHT["llama"]).detach().clone())
+    assert torch.equal(weights[0], weights[1])
+
+
+@pytest.mark.filterwarnings("ignore:the run was resumed with")
+@pytest.mark.parametrize("changed", [{"texts": TEXTS[:3]}, {"damping": 0.5}, {"factors": "inputs"}, {"limit": 5}])
+def test_a_run_with_other_coordinates_cannot_be_resumed(make, words, ids, changed):
+    torch.manual_seed(0)
+    model = make("llama")
+    options = {"texts": TEXTS} | changed
+    with editing(model, _callbacks(SecondOrderLocality(TEXTS)), tokenizer=words) as edit:
+        optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
+        edit.before_step()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        state = edit.state_dict()
+    same, other = SecondOrderLocality(TEXTS), SecondOrderLocality(options.pop("texts"), **options)
+    with editing(model, _callbacks(same), tokenizer=words) as edit:
+        edit.load_state_dict(state)
+        edit.before_step()
+    with editing(model, _callbacks(other), tokenizer=words) as edit:
+        edit.load_state_dict(state)
+        with pytest.raises(EditError, match="SecondOrderLocality: the checkpoint was written with other texts"):
+            edit.before_step()
+
+
+def _callbacks(locality: SecondOrderLocality) -> list[Any]:
+    return [ParameterScope(1, modules=SCOPE["llama"]), TokenLoss("cross_entropy"), locality]

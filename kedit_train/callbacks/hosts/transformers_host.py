@@ -46,6 +46,7 @@ class TransformersHost(Host):
         self.edit_id, self.resumed_from = uuid.uuid4().hex, dict[str, str]()
         self.active_callbacks: set[int] = set()
         self._metrics_defined = False
+        self._largest_norm: float | None = None
         # Checkpoint states that have been read and not yet been restored, by file.
         self._states: dict[Path, dict[str, Any] | None] = {}
 
@@ -135,6 +136,17 @@ class TransformersHost(Host):
                 early.unlink(missing_ok=True)
         hidden = f"{FILE}.*.unfinished"
         remove_abandoned([*output.glob(f".checkpoint-*-{hidden}"), *output.glob(f"checkpoint-*/.{hidden}")])
+
+    def disable_clipping(self) -> float | None:
+        if not self.args.max_grad_norm or self.args.max_grad_norm <= 0:
+            return None
+        # The trainer reads this argument in every step.
+        self._largest_norm, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
+        return self._largest_norm
+
+    def restore_clipping(self) -> None:
+        if self._largest_norm is not None:
+            self.args.max_grad_norm, self._largest_norm = self._largest_norm, None
 
     def _early_file(self) -> str:
         return f"{self.checkpoint_folder().name}-{FILE}"

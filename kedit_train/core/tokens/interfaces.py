@@ -38,7 +38,10 @@ class TokenTerm(Protocol):
         ...
 
     def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
-        """Return the term of each token, [n], from logits [n, vocabulary] and reference states [n, hidden]."""
+        """Return the divergence of each token from the reference, [n].
+
+        It is computed from the logits [n, vocabulary] and the hidden states of the reference [n, hidden].
+        """
         ...
 
     def observe(self, divergence: Tensor) -> None:

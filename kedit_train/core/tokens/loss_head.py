@@ -56,15 +56,15 @@ class LossHead:
     """Replaces the loss of a causal language model during training.
 
     The host (the training framework) calls ``model(..., labels=...)`` as before. A hook before the forward pass removes
-    the labels, and makes the output head compute only one position. A hook after the forward pass computes the loss of
-    the supervised positions with the objective, and puts the loss into ``output.loss``. If TRL
-    requests its fused head, the second hook returns the per-token output of the fused head instead of this loss. The
-    hooks ignore calls without gradients or without labels.
+    the labels, so that the model computes no loss and the logits of one position only. A hook after the forward pass
+    computes the logits and the loss of the supervised positions with the objective, and puts the loss into
+    ``output.loss``. If TRL requests its fused head, the second hook returns the per-token output of the fused head
+    instead of this loss. The hooks ignore calls without gradients or without labels.
 
     Args:
         head: the model's output head.
-        shares: function that returns the number of micro-batch losses in the sum of one optimizer step. The number is
-            1 if the host averages these losses (:meth:`Host.summed_micro_batches`).
+        shares: function that returns how many micro-batch losses the host adds up in one optimizer step
+            (:meth:`Host.summed_micro_batches`). If the host averages these losses, the function returns 1.
 
     Attributes:
         term: a second term in the loss of every supervised token, or None.

@@ -154,7 +154,7 @@ class Fields:
         return Fields(value, self.where, f"{self.path}{key}.")
 
     def children(self, key: str, *, required: bool = False) -> list[Fields]:
-        """Return the fields of each mapping in a list."""
+        """Return one ``Fields`` object for each mapping in the list at ``key``."""
         value = self.values.get(key)
         if not required and is_blank(value):
             return []

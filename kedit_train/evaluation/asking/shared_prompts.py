@@ -49,7 +49,7 @@ def answer_and_score(
     prompt_format: PromptFormat = "plain",
     progress: bool = False,
 ) -> tuple[dict[str, Answer], Scores]:
-    """Generate the greedy answer to each prompt, and score its targets under teacher forcing.
+    """Generate the greedy answer to each prompt, and score the prompt's targets under teacher forcing.
 
     The results are those of :func:`~kedit_train.evaluation.asking.generate.generate_answers` and
     :func:`~kedit_train.evaluation.asking.teacher_forced.teacher_forced`, up to rounding. End-of-text after a target is

@@ -105,12 +105,12 @@ def recipe_text(
 
 
 def sweep_text(grid: TuneGrid, recipe: Path, path: Path) -> str:
-    """Return a W&B sweep file whose runs are the settings of the grid.
+    """Return the text of a W&B sweep file that starts one run for each setting of the grid.
 
     Args:
         grid: the grid.
         recipe: the recipe that every run starts.
-        path: the file of the sweep.
+        path: the file to which the text will be written. The comments of the text name this file.
     """
     command = ["${env}", "${interpreter}", "-m", "${program}", "fit", "--config", str(recipe)]
     command += ["--trainer.logger=WandbLogger", "${args}"]
