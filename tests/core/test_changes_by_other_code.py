@@ -18,7 +18,7 @@ ADDED = r"was added to the model after training had begun.*add modules and adapt
 @pytest.mark.parametrize("same_optimizer", [True, False])
 def test_a_module_that_is_added_and_trained_is_an_error_at_its_step(same_optimizer: bool) -> None:
     net = model()
-    with (
+    with (  # noqa: PT012
         pytest.raises(EditError, match=rf"^extra\.weight {ADDED}"),
         editing(net, [ParameterScope(modules="1")]) as edit,
     ):
