@@ -103,6 +103,11 @@ class Host:
 
     # -- calls from the run to the loop
 
+    @property
+    def loads_best_weights(self) -> bool:
+        """Whether the loop replaces the weights by those of its best checkpoint when training ends."""
+        return False
+
     def disable_clipping(self) -> float | None:
         """Turn gradient clipping off, if the loop clips before ``before_optimizer_step``.
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from kedit_train.core.checksums import checksums, first_not_finite
 from kedit_train.core.drift.shards import local_part
 from kedit_train.core.fsdp import reshard
+from kedit_train.core.resume import has_checksum
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
 # At each step, this many frozen entries are compared, plus as many frozen entries as the scope has entries.
-ENTRIES_PER_STEP = 1_000_000
+ENTRIES_PER_STEP = 400_000
 
 
 class Integrity:
@@ -39,6 +41,12 @@ class Integrity:
         self._step_seen = True
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._frozen_sums: list[int] = []
+        # All parameters at the start, by id, and the dtypes and names of the scope that could be trained then.
+        self._present: dict[int, nn.Parameter] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._trainable: set[str] = set()
+        # The parameters in scope that other code had changed when before_step() was last called.
+        self.written: list[str] = []
         # Position in ``_frozen`` of the next parameter to compare.
         self._next = 0
 
@@ -61,6 +69,9 @@ class Integrity:
             # A gradient from before the freeze would let an optimizer move the parameter.
             parameter.grad = None
         self._frozen_sums = checksums(p for _, p in self._frozen)
+        self._present = {id(p): p for p in self.run.root.parameters()}
+        self._dtypes = {name: p.dtype for name, p in self.run.scope.items()}
+        self._trainable = {name for name, p in self.run.scope.items() if p.requires_grad}
         self._scope_sums = self._scope_now()
 
     def _check_still_frozen(self, in_scope: set[int]) -> None:
@@ -76,8 +87,14 @@ class Integrity:
                 )
 
     def _check_trainable(self) -> None:
-        """Raise an error if other code has frozen the whole scope, because no gradient could be computed."""
+        """Raise an error if other code has frozen the whole scope, or a part of it since the start."""
         scope = self.run.scope
+        frozen = next((name for name in scope if name in self._trainable and not scope[name].requires_grad), None)
+        if frozen is not None and any(p.requires_grad for p in scope.values()):
+            raise EditError(
+                f"{frozen} is in scope, but other code has set its requires_grad to False before step "
+                f"{self.run.step + 1}; remove this code, or select other parameters with ParameterScope."
+            )
         if scope and not any(p.requires_grad for p in scope.values()):
             raise EditError(
                 f"no parameter in scope can be trained at step {self.run.step + 1}, because other code has set "
@@ -101,6 +118,42 @@ class Integrity:
                     "load weights without assign=True, and change modules before the edit."
                 )
 
+    def _check_dtypes(self) -> None:
+        """Raise an error if the model was converted to another dtype after the start."""
+        for name, parameter in self.run.scope.items():
+            if parameter.dtype != self._dtypes[name]:
+                raise EditError(
+                    f"{name} was converted from {self._dtypes[name]} to {parameter.dtype} before step "
+                    f"{self.run.step + 1}, so its reference weights and the state of the optimizer no longer fit; "
+                    "convert the model before the edit."
+                )
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Raise an error if an optimizer trains a parameter of the model that was added after the start."""
+        if not self._started:
+            return
+        late = {
+            id(p)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.requires_grad and id(p) not in self._present
+        }
+        # Most optimizers train no such parameter. The parameters may also belong to another model.
+        name = next((n for n, p in self.run.root.named_parameters() if id(p) in late), None) if late else None
+        if name is not None:
+            raise EditError(self._added(name))
+
+    def _added(self, name: str) -> str:
+        return (
+            f"{name} was added to the model after training had begun, so it is neither in scope nor frozen (step "
+            f"{self.run.step + 1}); add modules and adapters before the edit."
+        )
+
+    def frozen_checksums(self) -> dict[str, int]:
+        """Return the checksums of the frozen parameters at the start of the run, for a checkpoint."""
+        pairs = zip(self._frozen, self._frozen_sums, strict=True)
+        return {name: value for (name, parameter), value in pairs if has_checksum(parameter)}
+
     def before_step(self) -> bool:
         """Check the weights when the training loop announces an optimizer step.
 
@@ -115,10 +168,13 @@ class Integrity:
             self._step_seen = False
             return False
         self._check_objects(self.run.model, self.run.scope.items())
+        self._check_dtypes()
         self._check_trainable()
         self.check_frozen_gradients()
         now = self._scope_now()
-        changed = now != self._scope_sums
+        pairs = zip(self.run.scope, now, self._scope_sums, strict=True)
+        self.written = [name for name, new, old in pairs if new != old]
+        changed = bool(self.written)
         if changed and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
             raise EditError(self._unseen_step())
         self._scope_sums, self._step_seen = now, False
@@ -181,6 +237,10 @@ class Integrity:
             return False
         changed = self.before_step()
         self._compare_frozen(every=True)
+        reshard(self.run.root)
+        added = next((name for name, p in self.run.root.named_parameters() if id(p) not in self._present), None)
+        if added is not None:
+            raise EditError(self._added(added))
         return changed
 
     def record_scope(self) -> None:

@@ -16,6 +16,9 @@ def mark_interrupted(run: RunState) -> None:
     """Mark the model as interrupted: a run has changed its weights and has not finished."""
     before = {name: (value.dtype, checksums([value])) for name, value in run.reference.items()}
     run.model.__dict__[_ATTRIBUTE] = {"step": run.step, "before": before}
+    # The parameters are marked too, because another model may contain them later, for example a model of PEFT.
+    for name, parameter in run.scope.items():
+        setattr(parameter, _ATTRIBUTE, {"step": run.step, "before": before.get(name)})
 
 
 def check_not_interrupted(run: RunState) -> None:
@@ -28,14 +31,25 @@ def check_not_interrupted(run: RunState) -> None:
         EditError: the model contains a part of an interrupted edit.
     """
     mark = run.model.__dict__.get(_ATTRIBUTE)
-    if mark is None:
+    marked = [p for p in run.root.parameters() if hasattr(p, _ATTRIBUTE)]
+    if mark is None and not marked:
         return
-    if not run.host.resumed and not _has_weights(run.model, mark["before"]):
+    edited = [p for p in marked if not _has_values(p, getattr(p, _ATTRIBUTE)["before"])]
+    is_clean = not edited and (mark is None or _has_weights(run.model, mark["before"]))
+    mark = mark or getattr((edited or marked)[0], _ATTRIBUTE)
+    if not run.host.resumed and not is_clean:
         raise EditError(
             f"this model contains {mark['step']} steps of an edit that was interrupted, so the weights before the edit "
             "are lost; load the model again, or resume the interrupted run from its checkpoint."
         )
-    del run.model.__dict__[_ATTRIBUTE]
+    run.model.__dict__.pop(_ATTRIBUTE, None)
+    for parameter in marked:
+        delattr(parameter, _ATTRIBUTE)
+
+
+def _has_values(parameter: nn.Parameter, before: tuple[torch.dtype, list[int]] | None) -> bool:
+    """Return whether a parameter has the values from before the interrupted edit."""
+    return before is not None and checksums([parameter.detach().to(before[0])]) == before[1]
 
 
 def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int]]]) -> bool:

@@ -8,6 +8,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kedit_train.errors import EditError
+
+
+def check_stored(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise an error if the values of a parameter are not in the memory of its device."""
+    name = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+    if name is not None:
+        raise EditError(
+            f"{name} is on the meta device, so its values cannot be read or written (possible causes: offloading to "
+            "the CPU or to the disk, or a model without weights); load all weights on a device, without device_map "
+            "and offloading."
+        )
+
 
 @torch.no_grad()
 def snapshot(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kedit_train.core.checksums import checksums
 from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError, warn
 
 # Version 0.1 wrote states without this number and with other keys.
 FORMAT = 2
+_KINDS = {"reference": Mapping, "callbacks": Mapping, "settings": Mapping, "binding": list}
 
 
-def checkpoint_state(run: RunState) -> dict[str, Any]:
-    """Return the checkpoint state that lets a resumed run continue as if it had not been interrupted."""
-    callbacks = {name: callback.state() for name, callback in _named_callbacks(run).items()}
+def checkpoint_state(run: RunState, frozen: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Return the checkpoint state that lets a resumed run continue as if it had not been interrupted.
+
+    Args:
+        run: the run.
+        frozen: the checksum of each frozen parameter, by its name in ``run.root``. None saves no checksums.
+    """
+    callbacks = {name: callback.state() for name, callback in named_callbacks(run).items()}
     reference = {name: full_tensor(value) for name, value in run.reference.items()}
-    settings = {name: repr(callback) for name, callback in _named_callbacks(run).items()}
-    binding = [name for name, callback in _named_callbacks(run).items() if changes_training(callback)]
+    settings = {name: repr(callback) for name, callback in named_callbacks(run).items()}
+    binding = [name for name, callback in named_callbacks(run).items() if changes_training(callback)]
     return {
         "format": FORMAT,
         "step": run.step,
@@ -29,7 +40,13 @@ def checkpoint_state(run: RunState) -> dict[str, Any]:
         # JSON has no other numbers.
         "scores": {name: value for name, value in run.scores.items() if math.isfinite(value)},
         "published_at": dict(run.published_at),
+        "checksums": {"scope": scope_checksums(run), "frozen": dict(frozen or {})},
     }
+
+
+def scope_checksums(run: RunState) -> dict[str, int]:
+    """Return the checksum of each complete weight in scope. Every process must call this if weights are sharded."""
+    return {name: checksums([full_tensor(p.detach())])[0] for name, p in run.scope.items()}
 
 
 def changes_training(callback: Any) -> bool:
@@ -46,6 +63,68 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
             f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
             f"({len(expected)} tensors); resume with the same ParameterScope."
         )
+    for name, value in state["reference"].items():
+        if value.shape != run.shapes[name]:
+            raise EditError(
+                f"the checkpoint was written with {name} of shape {tuple(value.shape)}, but the model has shape "
+                f"{tuple(run.shapes[name])}; resume with the same model."
+            )
+
+
+def check_state(state: Any) -> None:
+    """Raise an error if an object is not a result of :func:`checkpoint_state`.
+
+    Raises:
+        EditError: the object is no state, was written by another version, or is incomplete.
+    """
+    if not isinstance(state, Mapping):
+        raise EditError(f"the state of the edit must be a dict from edit.state_dict(), got {type(state).__name__}.")
+    if state.get("format") != FORMAT:
+        raise EditError(
+            "the checkpoint was written by another version of kedit-train, and this version cannot resume it; use the "
+            "version that wrote the checkpoint, or start again from the unedited model."
+        )
+    step = state.get("step")
+    wrong = next((name for name, kind in _KINDS.items() if not isinstance(state.get(name), kind)), None)
+    if wrong is None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+        wrong = "step"
+    if wrong is None and not all(isinstance(value, Tensor) for value in state["reference"].values()):
+        wrong = "reference"
+    if wrong is None and not all(name in state["settings"] for name in state["binding"]):
+        wrong = "settings"
+    if wrong is not None:
+        raise EditError(
+            f"the state of the edit is damaged: {wrong!r} is missing or has a wrong value; resume from another "
+            "checkpoint."
+        )
+
+
+def _check_weights(run: RunState, state: Mapping[str, Any]) -> None:
+    """Raise an error if the model does not have the weights that it had when the state was written."""
+    # Version 0.2.0 did not save these checksums.
+    saved = state.get("checksums")
+    if saved is None:
+        return
+    if saved["scope"] != scope_checksums(run):
+        raise EditError(
+            "the model must have the weights of the checkpoint, but its weights in scope are different; resume from a "
+            "checkpoint whose weights and kedit_state.safetensors are from the same step."
+        )
+    parameters = {n: p for n, p in run.root.named_parameters() if n in saved["frozen"] and has_checksum(p)}
+    for (name, parameter), value in zip(parameters.items(), checksums(parameters.values()), strict=True):
+        if saved["frozen"][name] != value:
+            raise EditError(
+                f"{name} is not in scope, but its values ({parameter.dtype}) differ from those of the run that wrote "
+                "the checkpoint; load the same base model, in the same dtype."
+            )
+
+
+def has_checksum(parameter: Tensor) -> bool:
+    """Return whether the checksum of a frozen parameter is saved in checkpoints.
+
+    Sharded parameters are left out. Quantized ones, too, because a GPU and a CPU may quantize differently.
+    """
+    return parameter.is_floating_point() and not isinstance(parameter, DTensor) and not parameter.is_meta
 
 
 def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, Any]]:
@@ -68,13 +147,9 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
             "checkpoint that was written with these callbacks (with transformers, a checkpoint in output_dir), or "
             "start again from the unedited model."
         )
-    if state.get("format") != FORMAT:
-        raise EditError(
-            "the checkpoint was written by another version of kedit-train, and this version cannot resume it; use the "
-            "version that wrote the checkpoint, or start again from the unedited model."
-        )
+    check_state(state)
     check_scope(run, state)
-    named = _named_callbacks(run)
+    named = named_callbacks(run)
     added = [name for name, callback in named.items() if callback.state() and name not in state["callbacks"]]
     if added:
         raise EditError(
@@ -94,6 +169,7 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
                 f"the run was resumed with {current}, but the checkpoint was written with {saved}; if this change is "
                 "not intended, resume with the same arguments."
             )
+    _check_weights(run, state)
     # The reference values that this run has copied are replaced, because the model may have been loaded from the
     # checkpoint, with edited weights.
     for name, value in state["reference"].items():
@@ -105,7 +181,7 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
     return {callback: state["callbacks"][name] for name, callback in named.items() if name in state["callbacks"]}
 
 
-def _named_callbacks(run: RunState) -> dict[str, Any]:
+def named_callbacks(run: RunState) -> dict[str, Any]:
     """Return the callbacks by class name and number, for example ``"NormBall.0"`` and ``"NormBall.1"``."""
     names = [type(callback).__name__ for callback in run.callbacks]
     return {f"{name}.{names[:i].count(name)}": c for i, (name, c) in enumerate(zip(names, run.callbacks, strict=True))}

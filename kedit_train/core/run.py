@@ -15,7 +15,8 @@ from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.host import Host
 from kedit_train.core.interrupted import check_not_interrupted, mark_interrupted
 from kedit_train.core.output_head import OutputHead
-from kedit_train.core.reference_weights import snapshot, temporary_values
+from kedit_train.core.rank_agreement import agreeing_processes
+from kedit_train.core.reference_weights import check_stored, snapshot, temporary_values
 from kedit_train.core.requirements import check_duplicates, check_requirements
 from kedit_train.core.resume import checkpoint_state, restore
 from kedit_train.core.state import RunState
@@ -33,7 +34,7 @@ class EditRun(RunState):
 
     The training loop reports its events to the run through a :class:`~kedit_train.core.host.Host`. The run then calls
     the callbacks in the right order. :class:`~kedit_train.callbacks.base.EditCallback` describes the lifecycle of a
-    callback. The first callback that joins creates the run and stores it on the model, where later callbacks find it.
+    callback. The first callback creates the run and stores it on the model, where later callbacks find it.
 
     Args:
         root: the module that the training loop trains.
@@ -111,6 +112,7 @@ class EditRun(RunState):
 
     def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:
         """Make only these parameters trainable, and copy their current values as the reference values."""
+        check_stored(scope)
         self.scope, self.frozen_outside = dict(scope), True
         in_scope = {id(p) for p in scope.values()}
         for parameter in self.requires_grad_before:
@@ -125,21 +127,25 @@ class EditRun(RunState):
     def attach(self, callback: Any) -> None:
         """Attach one callback to the run, after all callbacks have been prepared."""
         if not self.has_started:
-            check_not_interrupted(self)
-            check_requirements(self.callbacks)
-            follow_strategy(self)
-            follow_dtype(self)
-            if self.host.resumed:
-                self._saved_states = restore(self, self.host.saved_state())
-            if not self.reference and self.needs_reference:
-                with self.reference_model():
-                    self.reference = snapshot(self.scope)
+            with agreeing_processes(self):
+                self._begin()
         if not self.has_attached(callback):
             self._attached.add(id(callback))
             with reported_by(type(callback).__name__):
                 callback.attach(self)
                 if callback in self._saved_states:
                     callback.load_state(self._saved_states.pop(callback))
+
+    def _begin(self) -> None:
+        check_not_interrupted(self)
+        check_requirements(self.callbacks)
+        follow_strategy(self)
+        follow_dtype(self)
+        if self.host.resumed:
+            self._saved_states = restore(self, self.host.saved_state())
+        if not self.reference and self.needs_reference:
+            with self.reference_model():
+                self.reference = snapshot(self.scope)
 
     def after_step(self) -> None:
         """Call ``after_step`` of every callback, after an optimizer step."""
@@ -203,7 +209,7 @@ class EditRun(RunState):
 
     def state(self) -> dict[str, Any]:
         """Return the checkpoint state that lets a resumed run continue this edit."""
-        return checkpoint_state(self)
+        return checkpoint_state(self, self.steps.integrity.frozen_checksums())
 
     @torch.no_grad()
     def _end_full_precision(self) -> None:
@@ -250,10 +256,7 @@ class EditRun(RunState):
         return self._head
 
     def loss_head(self) -> LossHead:
-        """Return the loss head, which replaces the model's loss during training.
-
-        The loss head is created by the first call, and removed when the run ends.
-        """
+        """Return the loss head, which replaces the model's loss from the first call to the end of the run."""
         if self._loss_head is None:
             self._loss_head = LossHead(self.head(), shares=self.host.summed_micro_batches)
         return self._loss_head
@@ -266,8 +269,7 @@ class EditRun(RunState):
     def reference_head(self) -> Callable[[Tensor], Tensor] | None:
         """Return a function that maps hidden states to logits with the weights of the output head before the edit.
 
-        Returns:
-            The function, or None if the head is not in scope. In that case the edit does not change the head.
+        If the head is not in scope, the edit does not change the head, and None is returned.
         """
         # During the forward pass, FSDP2 replaces parameters by gathered copies, which are not the scoped parameters.
         reshard(self.root)

@@ -42,6 +42,8 @@ class OptimizerSteps:
         self._is_open = False
         # Whether the closure of the running step has computed its gradients.
         self._evaluated = False
+        # Whether a warning about changes by other code has been issued.
+        self._warned = False
         self.integrity = Integrity(run)
         # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
@@ -152,12 +154,15 @@ class OptimizerSteps:
         """
         self._close_step()
         if self.integrity.finish():
-            self._restore_constraints()
+            self._restore_constraints(expected=self.run.host.loads_best_weights)
 
-    def _restore_constraints(self) -> None:
+    def _restore_constraints(self, expected: bool = False) -> None:
         """Apply the constraints again after other code has changed the weights.
 
-        If the change broke a constraint, a warning is issued.
+        If the change broke a constraint, a warning is issued. Otherwise, a warning is issued at the first change.
+
+        Args:
+            expected: whether the training loop has announced the change. Then only a broken constraint gives a warning.
         """
         run = self.run
         before = {name: p.detach().clone() for name, p in run.scope.items()}
@@ -172,6 +177,14 @@ class OptimizerSteps:
             warn(
                 f"other code has changed {moved[0]} (and {len(moved) - 1} other parameters) outside of the optimizer "
                 "steps, and has broken the constraints of this edit; the constraints have been applied again."
+            )
+        elif not expected and not self._warned:
+            self._warned = True
+            written = self.integrity.written
+            warn(
+                f"other code has changed {written[0]} (and {len(written) - 1} other parameters) outside of the "
+                "optimizer steps, so the weights also contain changes that are not from this edit; update the weights "
+                "only in step() of a torch.optim.Optimizer, or ignore this warning if the code averages weights."
             )
         self.integrity.record_scope()
 
@@ -188,6 +201,7 @@ class OptimizerSteps:
         raise EditError(run.host.unannounced_step_error())
 
     def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.integrity.check_optimizer(optimizer)
         if not self._names(optimizer):
             return
         self._stepping.append(optimizer)

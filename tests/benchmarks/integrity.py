@@ -43,6 +43,12 @@ class NoChecks:
     def before_step(self) -> bool:
         return False
 
+    def check_optimizer(self, optimizer: Any) -> None:
+        pass
+
+    def frozen_checksums(self) -> dict[str, int]:
+        return {}
+
     def check_frozen_gradients(self) -> None:
         pass
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.callbacks.hosts.editing_arguments import check_editing
-from kedit_train.core.checksums import checksum, checksums
+from kedit_train.core.checksums import checksum
 from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
+from kedit_train.core.resume import check_scope, check_state, scope_checksums
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -178,7 +179,7 @@ class Editing:
         if run.closed or not run.has_started:
             when = "is over" if run.closed else "begins with the first edit.before_step()"
             raise EditError(f"this edit {when}, so it has no state now; call edit.state_dict() between two steps.")
-        return run.state() | {"weights": _checksums(run)}
+        return run.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an interrupted edit. Call this method before the first ``before_step()``.
@@ -194,13 +195,15 @@ class Editing:
         run = self.run
         if run.has_started:
             raise EditError("the edit has begun; call edit.load_state_dict() before the first edit.before_step().")
-        if state.get("weights") != _checksums(run):
+        check_state(state)
+        check_scope(run, state)
+        if "checksums" in state and state["checksums"].get("scope") != scope_checksums(run):
             raise EditError(
                 "the model must have the weights of the checkpoint, but its weights in scope are different; inside the "
                 "editing() block, call model.load_state_dict() with the weights of the checkpoint before "
                 "edit.load_state_dict(), and use the same ParameterScope."
             )
-        self._host.checkpoint_state = {name: value for name, value in state.items() if name != "weights"}
+        self._host.checkpoint_state = dict(state)
 
     def before_step(self, scaler: Any = None) -> None:
         """Begin an optimizer step. Call this after ``zero_grad()`` and before the first forward pass of the step.
@@ -233,10 +236,6 @@ class Editing:
         """Return whether a step was begun but not taken, and the gradients of its penalties still exist."""
         gradients = self._host.penalty_gradients
         return bool(gradients) and all(p.grad is grad and bool(grad.any()) for p, grad in gradients)
-
-
-def _checksums(run: EditRun) -> dict[str, int]:
-    return dict(zip(run.scope, checksums(run.scope.values()), strict=True))
 
 
 @contextmanager

@@ -160,6 +160,10 @@ class TransformersHost(Host):
         return self.state.is_world_process_zero
 
     @property
+    def loads_best_weights(self) -> bool:
+        return bool(self.args.load_best_model_at_end)
+
+    @property
     def steps(self) -> int | None:
         return self.state.max_steps or None
 
