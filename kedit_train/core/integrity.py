@@ -47,6 +47,8 @@ class Integrity:
         self._trainable: set[str] = set()
         # The parameters in scope that other code had changed when before_step() was last called.
         self.written: list[str] = []
+        # Whether that change followed an optimizer step. Without any step, the change may be the user's own update.
+        self.written_after_step = False
         # Position in ``_frozen`` of the next parameter to compare.
         self._next = 0
 
@@ -175,6 +177,7 @@ class Integrity:
         pairs = zip(self.run.scope, now, self._scope_sums, strict=True)
         self.written = [name for name, new, old in pairs if new != old]
         changed = bool(self.written)
+        self.written_after_step = changed and self._step_seen
         if changed and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
             raise EditError(self._unseen_step())
         self._scope_sums, self._step_seen = now, False

@@ -159,7 +159,8 @@ class OptimizerSteps:
     def _restore_constraints(self, expected: bool = False) -> None:
         """Apply the constraints again after other code has changed the weights.
 
-        If the change broke a constraint, a warning is issued. Otherwise, a warning is issued at the first change.
+        If the change broke a constraint, a warning is issued. Otherwise, a warning is issued at the first change that
+        follows an optimizer step.
 
         Args:
             expected: whether the training loop has announced the change. Then only a broken constraint gives a warning.
@@ -178,7 +179,7 @@ class OptimizerSteps:
                 f"other code has changed {moved[0]} (and {len(moved) - 1} other parameters) outside of the optimizer "
                 "steps, and has broken the constraints of this edit; the constraints have been applied again."
             )
-        elif not expected and not self._warned:
+        elif self.integrity.written_after_step and not expected and not self._warned:
             self._warned = True
             written = self.integrity.written
             warn(
