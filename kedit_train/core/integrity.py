@@ -240,11 +240,15 @@ class Integrity:
             return False
         changed = self.before_step()
         self._compare_frozen(every=True)
+        self._check_added()
+        return changed
+
+    def _check_added(self) -> None:
+        """Raise an error if the model has parameters that it did not have at the start."""
         reshard(self.run.root)
         added = next((name for name, p in self.run.root.named_parameters() if id(p) not in self._present), None)
         if added is not None:
             raise EditError(self._added(added))
-        return changed
 
     def record_scope(self) -> None:
         """Record the scope after the run itself has changed it."""
