@@ -216,7 +216,7 @@ def test_foreign_files_are_refused(tmp_path, factlm):
         (tmp_path / "pickle.safetensors", "not a safetensors file, or is cut short"),
         (factlm / "model.safetensors", "is not a delta file"),
         (tmp_path / "missing.safetensors", "does not exist"),
-        (tmp_path, "does not exist"),
+        (tmp_path, "is a folder; give the path of a file"),
         ("a\0b", "does not exist|cannot be read"),
     ]:
         with pytest.raises(EditError, match=message):
