@@ -224,7 +224,7 @@ class SecondOrderLocality(EditCallback):
         return {**state, "coordinates": self._coordinates()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state["coordinates"] != self._coordinates():
+        if state.get("coordinates") != self._coordinates():
             raise EditError(
                 "the checkpoint was written with other texts, damping or factors; resume with the same texts (and the "
                 "same limit=), damping= and factors=, or start a new run."

@@ -17,7 +17,7 @@ from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
 # At each step, this many frozen entries are compared, plus as many frozen entries as the scope has entries.
-ENTRIES_PER_STEP = 400_000
+ENTRIES_PER_STEP = 100_000
 
 
 class Integrity:
