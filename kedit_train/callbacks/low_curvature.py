@@ -187,8 +187,9 @@ class LowCurvature(EditCallback):
         self._projection.stop()
 
     def _factors_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> KFACFactors:
+        sequences = self.texts.tokenize(run, limit=self.limit)
         return factors_of_texts(
-            run, layers, self.texts, limit=self.limit, batch_size=self.batch_size, path=self.factors_path
+            run, layers, sequences, seed=self.texts.seed, batch_size=self.batch_size, path=self.factors_path
         )
 
     def _decompose(self, run: EditRun, name: str, gradients: SecondMoment, inputs: SecondMoment) -> Curvature:

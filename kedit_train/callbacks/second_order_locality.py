@@ -12,7 +12,7 @@ from torch import Tensor
 from kedit_train.arguments import above, check_arguments, integer_from, one_of, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.cache.sequence_keys import hash_sequences
-from kedit_train.core.drift.factors_of_texts import factors_of_texts
+from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import broadcast_from_first
@@ -143,8 +143,11 @@ class SecondOrderLocality(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         self._layers = find_linear_layers(run.model, run.scope)
+        check_no_adapters(self._layers)
+        sequences = self.texts.tokenize(run, limit=self.limit)
+        self._texts_hash = hash_sequences(sequences)
         self._moments = factors_of_texts(
-            run, self._layers, self.texts, limit=self.limit, batch_size=self.batch_size, path=self.factors_path,
+            run, self._layers, sequences, seed=self.texts.seed, batch_size=self.batch_size, path=self.factors_path,
             inputs_only=self.factors == "inputs", skip_first=True,
         )  # fmt: skip
         self._roots = {name: self._inverse_roots(run, name) for name in self._layers}
@@ -156,7 +159,6 @@ class SecondOrderLocality(EditCallback):
                 f"max_grad_norm={largest:g} is ignored during this training, because this callback chooses the length "
                 "of each step itself; set max_grad_norm=0 to avoid this warning."
             )
-        self._texts_hash = hash_sequences(self.texts.tokenize(run, limit=self.limit))
         norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in self._layers]
         self._norm = float(torch.stack(norms).sum().sqrt())
 

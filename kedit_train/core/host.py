@@ -105,7 +105,7 @@ class Host:
 
     @property
     def loads_best_weights(self) -> bool:
-        """Whether the loop replaces the weights by those of its best checkpoint when training ends."""
+        """Whether the loop loads the weights of its best checkpoint when training ends."""
         return False
 
     def disable_clipping(self) -> float | None:

@@ -49,14 +49,13 @@ def check_not_interrupted(run: RunState) -> None:
 
 def _has_values(parameter: nn.Parameter, before: tuple[torch.dtype, list[int]] | None) -> bool:
     """Return whether a parameter has the values from before the interrupted edit."""
+    # The new run may have converted its scope to fp32 already.
     return before is not None and checksums([parameter.detach().to(before[0])]) == before[1]
 
 
 def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int]]]) -> bool:
     """Return whether the model has all weights in ``before``, a dict from parameter name to dtype and checksum."""
     parameters = dict(model.named_parameters())
-    # The new run may have converted its scope to fp32 already.
     return bool(before) and all(
-        name in parameters and checksums([parameters[name].detach().to(dtype)]) == value
-        for name, (dtype, value) in before.items()
+        name in parameters and _has_values(parameters[name], value) for name, value in before.items()
     )

@@ -49,6 +49,11 @@ def scope_checksums(run: RunState) -> dict[str, int]:
     return {name: checksums([full_tensor(p.detach())])[0] for name, p in run.scope.items()}
 
 
+def has_other_weights(run: RunState, state: Mapping[str, Any]) -> bool:
+    """Return whether the weights in scope differ from those of the checkpoint. Version 0.2.0 saved no checksums."""
+    return "checksums" in state and state["checksums"].get("scope") != scope_checksums(run)
+
+
 def changes_training(callback: Any) -> bool:
     """Return whether the trained weights depend on this callback."""
     return callback.constrains or callback.penalizes or callback.skips
@@ -75,7 +80,7 @@ def check_state(state: Any) -> None:
     """Raise an error if an object is not a result of :func:`checkpoint_state`.
 
     Raises:
-        EditError: the object is no state, was written by another version, or is incomplete.
+        EditError: the object is not the state of an edit, was written by another version, or is incomplete.
     """
     if not isinstance(state, Mapping):
         raise EditError(f"the state of the edit must be a dict from edit.state_dict(), got {type(state).__name__}.")
@@ -101,18 +106,15 @@ def check_state(state: Any) -> None:
 
 def _check_weights(run: RunState, state: Mapping[str, Any]) -> None:
     """Raise an error if the model does not have the weights that it had when the state was written."""
-    # Version 0.2.0 did not save these checksums.
-    saved = state.get("checksums")
-    if saved is None:
-        return
-    if saved["scope"] != scope_checksums(run):
+    if has_other_weights(run, state):
         raise EditError(
             "the model must have the weights of the checkpoint, but its weights in scope are different; resume from a "
             "checkpoint whose weights and kedit_state.safetensors are from the same step."
         )
-    parameters = {n: p for n, p in run.root.named_parameters() if n in saved["frozen"] and has_checksum(p)}
+    saved = state.get("checksums", {}).get("frozen", {})
+    parameters = {n: p for n, p in run.root.named_parameters() if n in saved and has_checksum(p)}
     for (name, parameter), value in zip(parameters.items(), checksums(parameters.values()), strict=True):
-        if saved["frozen"][name] != value:
+        if saved[name] != value:
             raise EditError(
                 f"{name} is not in scope, but its values ({parameter.dtype}) differ from those of the run that wrote "
                 "the checkpoint; load the same base model, in the same dtype."

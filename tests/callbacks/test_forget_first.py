@@ -344,8 +344,6 @@ def test_adapters_are_refused(loaded) -> None:
     model, _ = loaded
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     callbacks = [ParameterScope(modules="*"), ForgetFirst(TEXTS, edits=EDITS)]
-    with (
-        pytest.raises(EditError, match="ForgetFirst: the model must not have adapters"),
-        editing(adapted, callbacks),
-    ):
+    match = "ForgetFirst: the model must not have adapters"
+    with pytest.raises(EditError, match=match), editing(adapted, callbacks):
         raise AssertionError("entered")

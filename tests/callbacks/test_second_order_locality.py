@@ -55,8 +55,9 @@ def test_the_first_step_has_the_stated_direction_and_length(make, words, ids, fa
         optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
         edit.before_step()
         layers = find_linear_layers(edit.run.model, edit.run.scope)
+        sequences = locality.texts.tokenize(edit.run)
         moments = factors_of_texts(
-            edit.run, layers, locality.texts, limit=None, batch_size=4, path=None, skip_first=True
+            edit.run, layers, sequences, seed=locality.texts.seed, batch_size=4, path=None, skip_first=True
         )
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()

@@ -3,83 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from modes.teacher import N, Teacher, facts, says
 from torch import nn
 
 from kedit_train import run_edits, survey
 from kedit_train.callbacks import KLLocality
-from kedit_train.data import Edit, Probe
+from kedit_train.data import Edit
 from kedit_train.errors import EditError
 from kedit_train.evaluation import EvaluationOptions, evaluate
-from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
+from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.evaluation.scoring.capability import CapabilityProbe
-from kedit_train.modes import TrainLoop, make_schedule, retainability, retention_curve
-
-N = 12
-
-
-def facts(n: int = N) -> list[Edit]:
-    return [
-        Edit(f"P{i}:", f"new{i}", rephrases=(f"R{i}:",), locality={"near": (Probe(f"L{i}:", (f"near{i}",)),)})
-        for i in range(n)
-    ]
-
-
-def says(knows: Sequence[bool]) -> dict[str, str]:
-    """Return the answers of a model that knows these edits, the rephrasings of every second one, and every fifth
-    edit changes the answer of its neighbour.
-    """
-    answers = {}
-    for i, known in enumerate(knows):
-        answers[f"P{i}:"] = f" new{i}" if known else f" old{i}"
-        answers[f"R{i}:"] = f" new{i}" if known and i % 2 == 0 else f" old{i}"
-        answers[f"L{i}:"] = " hurt" if known and i % 5 == 0 else f" near{i}"
-    return answers
-
-
-@pytest.fixture
-def learner(scripted_model: Any) -> Callable[[int], tuple[Any, Any]]:
-    """A model whose answers depend on its parameter ``knows``, with one number per edit."""
-
-    def make(n: int = N) -> tuple[Any, Any]:
-        model, tokenizer = scripted_model(says([False] * n))
-        model.register_parameter("knows", nn.Parameter(torch.zeros(n)))
-
-        def read(module: Any, *_: Any) -> None:
-            lines = says([bool(k > 0.5) for k in module.knows]).items()
-            module.script = [(_ids(tokenizer, p), _ids(tokenizer, a), False) for p, a in lines]
-
-        model.register_forward_pre_hook(read, with_kwargs=False)
-        return model, tokenizer
-
-    return make
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-class Teacher:
-    """Learns the edits, and forgets the edit that is ``forgets`` places before the first of them."""
-
-    def __init__(self, forgets: int = 0) -> None:
-        self.forgets, self.calls, self.found = forgets, [], []
-
-    @torch.no_grad()
-    def __call__(self, model: Any, edits: Sequence[Edit]) -> None:
-        numbers = [int(edit.id) for edit in edits]
-        self.found.append(model.knows.clone())
-        self.calls.append(numbers)
-        lost = min(numbers) - self.forgets
-        if self.forgets and lost >= 0:
-            model.knows[lost] = 0.0
-        model.knows[numbers] = 1.0
+from kedit_train.modes import TrainLoop, make_schedule, retention_curve
 
 
 def test_sequential_evaluates_all_previous_edits(learner: Any) -> None:
@@ -162,36 +103,6 @@ def test_single_starts_from_the_unedited_model_each_time(learner: Any) -> None:
     assert metrics["locality"]["compared_with"] == "unedited model"
     assert (metrics["perplexity"].n, result.report.meta["n_edits"], result.report.meta["n_probes"]) == (0, N, 3 * N)
     assert result.report.unedited == result.unedited.metrics
-
-
-def test_the_six_metrics_of_the_survey(learner: Any) -> None:
-    class Crowded(Teacher):
-        """Learns only every third of several edits."""
-
-        def __call__(self, model: Any, edits: Sequence[Edit]) -> None:
-            super().__call__(model, edits if len(edits) == 1 else edits[::3])
-
-    runs = {
-        mode: run_edits(*learner(), facts(), mode=mode, train=Crowded(2), checkpoints=(1,), progress=False)
-        for mode in ("single", "batch", "sequential")
-    }
-    found = survey(runs["batch"], runs["single"], runs["sequential"])
-    assert found.scalability.value == pytest.approx(1 - 4 / 12)
-    assert found.scalability.n == N
-    low, high = found.scalability.low, found.scalability.high
-    assert low is not None
-    assert high is not None
-    assert 0.3 < low < 2 / 3 < high <= 1.0
-    assert found.accuracy.value == pytest.approx(4 / 12)
-    assert found.generality.value == pytest.approx(2 / 12)  # edits 0 and 6
-    assert found.locality.value == pytest.approx(11 / 12)  # the neighbor of 0 changed
-    assert found.retainability.value == pytest.approx((2 / 12 - 1) / 11)
-    assert survey(runs["single"]).accuracy.value == 1.0
-    table = found.markdown()
-    assert "| accuracy | batch | 0.333 | 0.08–0.58 | 12 |" in table
-    assert "| retainability | sequential | -0.076 | – | 12 |" in table
-    assert "| portability | batch | – | – | 0 |" in table
-    assert json.loads(json.dumps(found.to_dict()))["scalability"]["n"] == N
 
 
 def test_results_are_saved_as_json_markdown_and_png(learner: Any, tmp_path: Path) -> None:
@@ -294,20 +205,6 @@ def test_wrong_arguments_are_refused(learner: Any, arguments: dict[str, Any], me
     with pytest.raises(EditError, match=message) as error:
         run_edits(model, tokenizer, **arguments)
     assert "\n" not in str(error.value)
-
-
-def test_survey_refuses_results_that_cannot_be_compared(learner: Any) -> None:
-    one = run_edits(*learner(), facts(), mode="batch", train=Teacher(), progress=False)
-    with pytest.raises(EditError, match="at most one result per mode"):
-        survey(one, one)
-    other = run_edits(*learner(), facts()[:5], mode="single", train=Teacher(), progress=False)
-    with pytest.raises(EditError, match="differ in data_hash"):
-        survey(one, other)
-    with pytest.raises(EditError, match="at least one result"):
-        survey()
-    with pytest.raises(EditError, match="accuracy must contain the accuracy at two or more numbers of edits"):
-        retainability({5: 0.5})
-    assert survey(one).retainability == NO_SCORE
 
 
 def test_single_refuses_sequential_callbacks(learner: Any) -> None:

@@ -14,7 +14,7 @@ from kedit_train.callbacks.hosts.editing_arguments import check_editing
 from kedit_train.core.checksums import checksum
 from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
-from kedit_train.core.resume import check_scope, check_state, scope_checksums
+from kedit_train.core.resume import check_scope, check_state, has_other_weights
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -197,7 +197,7 @@ class Editing:
             raise EditError("the edit has begun; call edit.load_state_dict() before the first edit.before_step().")
         check_state(state)
         check_scope(run, state)
-        if "checksums" in state and state["checksums"].get("scope") != scope_checksums(run):
+        if has_other_weights(run, state):
             raise EditError(
                 "the model must have the weights of the checkpoint, but its weights in scope are different; inside the "
                 "editing() block, call model.load_state_dict() with the weights of the checkpoint before "

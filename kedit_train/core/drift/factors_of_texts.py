@@ -11,7 +11,6 @@ from kedit_train.core.drift.linear_layers import LinearLayer
 from kedit_train.core.drift.model_batches import share_of_process, text_batches
 from kedit_train.core.drift.second_moments import input_moments
 from kedit_train.core.fingerprint import fingerprint
-from kedit_train.core.locality.texts import Texts
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -28,9 +27,9 @@ def check_no_adapters(layers: Iterable[str]) -> None:
 def factors_of_texts(
     run: EditRun,
     layers: Mapping[str, LinearLayer],
-    texts: Texts,
+    sequences: list[list[int]],
     *,
-    limit: int | None,
+    seed: int,
     batch_size: int,
     path: str | Path | None,
     inputs_only: bool = False,
@@ -41,18 +40,16 @@ def factors_of_texts(
     Args:
         run: the current run.
         layers: name -> linear layer.
-        texts: the texts on which the predictions should stay the same.
-        limit: maximum number of texts. None uses all texts.
+        sequences: the token ids of the texts on which the predictions should stay the same (``Texts.tokenize``).
+        seed: seed of the sampled labels.
         batch_size: sequences per forward and backward pass.
         path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file.
         inputs_only: whether to leave out the factors of the gradients, which need a backward pass.
         skip_first: whether to leave out the first token of every sequence.
 
     Raises:
-        EditError: the texts or the file cannot be used, the scope contains LoRA factors, or a layer is not supported.
+        EditError: the file cannot be used, or a layer is not supported.
     """
-    check_no_adapters(layers)
-    sequences = texts.tokenize(run, limit=limit)
     if inputs_only:
         device = next(run.model.parameters()).device
         batches = text_batches(share_of_process(sequences), batch_size, device)
@@ -62,10 +59,10 @@ def factors_of_texts(
         with run.reference_model():
             model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
         model += " without first tokens" if skip_first else ""
-        stored = load_factors(path, {name: run.scope[name] for name in layers}, model, sequences, texts.seed)
+        stored = load_factors(path, {name: run.scope[name] for name in layers}, model, sequences, seed)
         if stored is not None:
             return stored
-    factors = kfac_factors(run, layers, sequences, batch_size=batch_size, seed=texts.seed, skip_first=skip_first)
+    factors = kfac_factors(run, layers, sequences, batch_size=batch_size, seed=seed, skip_first=skip_first)
     if path is not None and run.host.is_main:
-        save_factors(path, factors, model, sequences, texts.seed)
+        save_factors(path, factors, model, sequences, seed)
     return factors

@@ -42,7 +42,7 @@ class RouterDivergence:
         batch_size: sequences per forward pass.
 
     Attributes:
-        layers: number of routers. Only routers with a weight [experts, hidden] count. 0 if there is none.
+        layers: number of routers whose weight has the shape [experts, hidden]. It may be 0.
     """
 
     def __init__(
