@@ -132,11 +132,12 @@ def measure_steps(work: Steps, found: dict[str, Any], report: Report, in_time: C
             for _ in range(BATCHES + 1):
                 step()
             built[name] = Guarded(step)
-            report.say(f"{what}: ready after {time.monotonic() - started:.1f} s")
+            used = f", {torch.cuda.memory_allocated() / 1e9:.1f} GB in use" if torch.cuda.is_available() else ""
+            report.say(f"{what}: ready after {time.monotonic() - started:.1f} s{used}")
         except Exception as error:
             found[name] = report.failed(what, error)
             release()
-    taken = alternate(built, rounds, clock(work.options))
+    taken = alternate(built, rounds, clock(work.options)) if built else {}
     for name, guarded in built.items():
         if guarded.error is not None:
             found[name] = report.failed(f"{size}, step, {name}", guarded.error)

@@ -94,9 +94,9 @@ class Report:
                 "### Complete runs",
                 f"{options['edits']} edits, {options['epochs']} epochs in batches of {options['batch']}; one at a "
                 f"time: {options['single']} edits, 25 steps each. Timed from the creation of the trainer, with all "
-                "caches, to the change of the weights in the memory of the host and the restored weights. Learning rate "
-                f"{options['lr']} for all, not tuned, so *learned* (fraction of the edits whose target tokens are all "
-                "the most probable ones) only shows that a variant trains.",
+                "caches, to the change of the weights in the memory of the host and the restored weights. Learning "
+                f"rate {options['lr']} for all, not tuned, so *learned* (fraction of the edits whose target tokens are "
+                "all the most probable ones) only shows that a variant trains.",
                 runs_table(model["runs"]),
             ]
             if "factors" in model:
