@@ -4,8 +4,9 @@
     python tests/benchmarks/gpu.py --quick --out runs/gpu           # a tiny model on the GPU first
     python tests/benchmarks/gpu.py --device cpu --model tiny --quick
 
-Needs torch, transformers, accelerate, peft and lightning, and these, which are pure Python and can come as wheels
-(``make bench-gpu WHEELS=folder``): trl, datasets, dill, multiprocess.
+Needs torch, transformers, accelerate, peft and lightning. On a machine without a network, what is missing can come from
+a folder of wheels (``make bench-gpu WHEELS=folder``): trl 1.16.0, datasets 5.2.0, dill 0.4.1 and multiprocess 0.70.19.
+They need pandas, pyarrow and xxhash. Nothing here imports jsonargparse.
 
 The run writes ``RESULTS_GPU.md`` and ``RESULTS_GPU.json`` after every variant, and prints one line for each. A variant
 that fails has its error in the tables, and the run goes on. After ``--seconds``, no further variant starts.
@@ -17,6 +18,7 @@ a time, with the peak of the allocated memory.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import statistics
 import time
@@ -289,7 +291,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--model", nargs="+", choices=list(SIZES), default=["1b", "8b"])
     parser.add_argument("--only", nargs="+", help="only variants whose names contain one of these")
-    parser.add_argument("--seconds", type=float, default=450.0, help="no variant starts later than this")
+    parser.add_argument("--seconds", type=float, default=450.0, help="no variant starts later; ends 30 s after this")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the results")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the complete runs")
     numbers = {"rounds": 15, "batch": 16, "edits": 64, "epochs": 20, "single": 8, "texts": 256, "seed": 0}
@@ -300,6 +302,9 @@ def main() -> None:
     if options.quick:
         options.model, options.rounds, options.batch, options.edits = ["tiny"], 2, 4, 8
         options.epochs, options.single, options.texts = 2, 1, 8
+    if options.device.startswith("cuda"):
+        # A variant that hangs must not hold a rented machine. The files of the results are complete at any time.
+        faulthandler.dump_traceback_later(options.seconds + 30, exit=True)
     report, sizes = Report(options.out, options.device, vars(options)), options.model
     for i, options.model in enumerate(sizes):
         # An equal share each; what a model leaves is for the next one.
@@ -308,6 +313,7 @@ def main() -> None:
         except Exception as error:
             report.failed(options.model, error)
         release()
+    faulthandler.cancel_dump_traceback_later()
     report.write()
     report.say(f"{time.monotonic() - STARTED:.0f} s in total; {report.path}")
 
