@@ -1,4 +1,4 @@
-# Every target creates .venv and installs what it needs. A newcomer needs `make demo` and `make test`.
+# Every target but bench-gpu creates .venv and installs what it needs. A newcomer needs `make demo` and `make test`.
 # Options for every benchmark: make bench BENCH="--quick --clock cpu"
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-smollm2 smollm2 test test-all style lint format bench compare recipes-check clean
+.PHONY: demo demo-smollm2 smollm2 test test-all style lint format bench bench-gpu compare recipes-check clean
 
 demo: $(READY)  ## edit 24 facts in the bundled model and print a report
 	$(BIN)/lightning run recipes/quickstart.yaml
@@ -47,6 +47,12 @@ bench: $(READY)  ## compare with what a user would run instead and write tests/b
 	$(BIN)/python tests/benchmarks/scaling.py $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py --memory $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py --memory --model wide $(BENCH)
+
+# Without .venv, because a machine with a GPU often has its own torch and no network. Packages that it lacks can come
+# from a folder of wheels: make bench-gpu WHEELS=folder (pip download --no-deps trl datasets dill multiprocess).
+bench-gpu:  ## time steps and runs of Llama shapes with 1 B and 8 B parameters on one GPU; at most 8 minutes
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target runs/site $(WHEELS)/*.whl)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/runs/site" PYTHONUNBUFFERED=1 $(PYTHON) tests/benchmarks/gpu.py $(BENCH)
 
 compare: $(READY)  ## run every recipe on the same edits and write docs/results.md; skips what compare.jsonl holds (5 hours from nothing)
 	$(BIN)/python tests/benchmarks/compare.py $(COMPARE)

@@ -46,19 +46,27 @@ EVERYTHING = "(d) all of these"
 
 
 class Workload:
-    """A model and its examples, shared by all variants."""
+    """A model and its examples, shared by all variants.
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    Args:
+        options: the options of the command line.
+        model: the model and its tokenizer. None creates them.
+        batches: number of batches in an epoch.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, model: tuple[Any, Any] | None = None, batches: int = BATCHES
+    ) -> None:
         self.options = options
         vocab = SIZES[options.model][2]
-        self.model, self.tokenizer = llama(options.model, options), words(vocab)
+        self.model, self.tokenizer = model or (llama(options.model, options), words(vocab))
         self.layer, self.size = edited_layer(self.model), options.batch
-        self.rows = rows_of(BATCHES * self.size, vocab)
-        # As many texts as examples in two batches, of the same length, in words of the tokenizer.
-        self.texts = [self.tokenizer.decode(r.input_ids) for r in rows_of(BATCHES * self.size, vocab, seed=1)]
-        self.text_tokens = sum(len(ids) for ids in self.tokenizer(self.texts)["input_ids"]) / BATCHES
-        self.edit_tokens = sum(len(row.input_ids) for row in self.rows) / BATCHES
-        self.target_tokens = sum(len(row.input_ids) - row.target_start for row in self.rows) / BATCHES
+        self.rows = rows_of(batches * self.size, vocab)
+        # As many texts as examples in an epoch, of the same length, in words of the tokenizer.
+        self.texts = [self.tokenizer.decode(r.input_ids) for r in rows_of(batches * self.size, vocab, seed=1)]
+        self.text_tokens = sum(len(ids) for ids in self.tokenizer(self.texts)["input_ids"]) / batches
+        self.edit_tokens = sum(len(row.input_ids) for row in self.rows) / batches
+        self.target_tokens = sum(len(row.input_ids) - row.target_start for row in self.rows) / batches
 
     def variants(self) -> dict[str, Callable[[], Callable[[], Any]]]:
         """Return name -> function that sets a variant up and returns its step."""
@@ -69,39 +77,39 @@ class Workload:
             FULL: lambda: self._stock(None),
             STOCK: lambda: self._stock(self.layer),
             LORA: self._lora,
-            SINGLE: self._single,
-            SCOPE: self._ours(),
-            BALL: self._ours(mask, ball),
-            PLAIN: self._ours(exact),
-            SMOOTH: self._ours(Smoothing),
-            ACTIVE: self._ours(Smoothing, ActiveSet),
-            LOCALITY: self._ours(Smoothing, locality),
-            CACHE_STOCK: self._ours(PrefixCache),
-            CACHE: self._ours(Smoothing, PrefixCache),
-            CACHE_LOCALITY: self._ours(Smoothing, PrefixCache, locality),
-            EVERYTHING: self._ours(Smoothing, PrefixCache, ActiveSet, mask, ball, locality),
+            SINGLE: self.single,
+            SCOPE: self.ours(),
+            BALL: self.ours(mask, ball),
+            PLAIN: self.ours(exact),
+            SMOOTH: self.ours(Smoothing),
+            ACTIVE: self.ours(Smoothing, ActiveSet),
+            LOCALITY: self.ours(Smoothing, locality),
+            CACHE_STOCK: self.ours(PrefixCache),
+            CACHE: self.ours(Smoothing, PrefixCache),
+            CACHE_LOCALITY: self.ours(Smoothing, PrefixCache, locality),
+            EVERYTHING: self.ours(Smoothing, PrefixCache, ActiveSet, mask, ball, locality),
         }
 
-    def _trainer(self, model: Any, **rest: Any) -> Stepwise:
+    def trainer(self, model: Any, **rest: Any) -> Any:
         return Stepwise(sft(model, self.rows, self.tokenizer, self.options, batch_size=self.size, lr=1e-5, **rest))
 
     def _stock(self, layer: int | None) -> Stepwise:
-        return self._trainer(twin(self.model, layer))
+        return self.trainer(twin(self.model, layer))
 
     def _lora(self) -> Stepwise:
         from peft import LoraConfig
 
         lora = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        return self._trainer(twin(self.model, self.layer), lora=lora)
+        return self.trainer(twin(self.model, self.layer), lora=lora)
 
-    def _ours(self, *callbacks: Callable[[], Any]) -> Callable[[], Stepwise]:
+    def ours(self, *callbacks: Callable[[], Any]) -> Callable[[], Stepwise]:
         def build() -> Stepwise:
             made = [ParameterScope(self.layer, modules="mlp.down_proj"), *(make() for make in callbacks)]
-            return self._trainer(twin(self.model, self.layer), callbacks=made)
+            return self.trainer(twin(self.model, self.layer), callbacks=made)
 
         return build
 
-    def _single(self) -> Callable[[], Any]:
+    def single(self) -> Callable[[], Any]:
         model = twin(self.model, self.layer)
         weight = matrix(model, self.layer)
         taken = (done for row in cycle(self.rows) for done in one_edit(model, weight, row, lr=1e-5))

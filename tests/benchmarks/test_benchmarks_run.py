@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -36,3 +38,44 @@ def test_a_benchmark_writes_its_section_in_place(shared, tmp_path, monkeypatch, 
     assert found.index("## First\n\n1\n") < found.index(section) < found.index("## Last\n\n2\n")
     assert "of the last run" not in found
     assert row in found
+
+
+def gpu(monkeypatch, out, *options):
+    """Run the benchmark for a GPU on the CPU, and return its tables and its results."""
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick", "--device", "cpu", "--out", str(out), *options])
+    runpy.run_path(str(HERE / "gpu.py"), run_name="__main__")
+    return (out / "RESULTS_GPU.md").read_text(), json.loads((out / "RESULTS_GPU.json").read_text())
+
+
+def test_the_gpu_benchmark_names_what_it_left_out(tmp_path, monkeypatch):
+    text, found = gpu(monkeypatch, tmp_path, "--seconds", "0", "--only", "(b)", "loss head, Second")
+    assert found["left_out"] == [
+        f"tiny, {part}, {name}"
+        for part in ("step", "run")
+        for name in ("(b) stock, frozen to the scope", "(d) loss head, SecondOrderLocality")
+    ]
+    assert "Left out, because the time was up: tiny, step, (b) stock" in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TimedSecondOrder. max_grad_norm=")
+def test_the_gpu_benchmark_measures_every_variant_and_goes_on_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    step_time = importlib.import_module("step_time")
+
+    def broken(self):
+        raise RuntimeError("CUDA out of memory.\nMore lines.")
+
+    monkeypatch.setattr(step_time.Workload, "_lora", broken)
+    text, found = gpu(monkeypatch, tmp_path)
+    results = found["models"]["tiny"]
+    lora = "(c) stock, LoRA r=16 (q_proj, v_proj)"
+    for part in ("steps", "runs"):
+        assert len(results[part]) == 10
+        errors = {name: entry["error"] for name, entry in results[part].items() if "error" in entry}
+        assert errors == {lora: "RuntimeError: CUDA out of memory."}
+    assert text.count(f"| {lora} | RuntimeError: CUDA out of memory. |") == 2
+    assert "in broken" in (tmp_path / "RESULTS_GPU.errors.txt").read_text()
+    assert results["factors"]["tokens"] > 0
+    assert found["left_out"] == []

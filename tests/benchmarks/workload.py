@@ -22,18 +22,20 @@ COUNTERFACT = SHARED / "data" / "counterfact" / "counterfact_10k.json"
 FACTLM = SHARED / "models" / "factlm"
 STORIES = SHARED / "models" / "stories260K"
 
-# Layers, width, vocabulary, heads and key/value heads, feed-forward width; the last has 1.2 B parameters, tied.
+# Layers, width, vocabulary, heads and key/value heads, feed-forward width. 1b and 8b have the shapes of Llama 3.
+# Their vocabulary matrices are tied and separate, and they have 1.2 and 8.0 B parameters.
 SIZES: dict[str, tuple[int, ...]] = {
     "tiny": (4, 64, 4096, 2, 2, 128),
     "small": (12, 768, 32_000, 12, 12, 2048),
     "wide": (12, 768, 151_936, 12, 12, 2048),
     "1b": (16, 2048, 128_256, 32, 8, 8192),
+    "8b": (32, 4096, 128_256, 32, 8, 14_336),
 }
 
 
 def llama(size: str, options: Any, seed: int = 0) -> Any:
     """Return a Llama with random weights in training mode."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     layers, width, vocab, heads, groups, inner = SIZES[size]
     config = LlamaConfig(
@@ -51,7 +53,8 @@ def llama(size: str, options: Any, seed: int = 0) -> Any:
     )
     torch.manual_seed(seed)
     with torch.device(options.device):
-        return LlamaForCausalLM(config).to(getattr(torch, options.dtype)).train()
+        # In this dtype from the start, because 8 B parameters in fp32 take 32 GB.
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).train()
 
 
 def edited_layer(model: Any) -> int:
@@ -113,7 +116,7 @@ def distinct(edits: EditDataset, count: int) -> EditDataset:
 
 def sft(
     model: Any, rows: Sequence[Encoded], tokenizer: Any, options: Any, *, callbacks: Sequence[Any] = (),
-    lr: float = 1e-4, batch_size: int = 16, lora: Any = None,
+    lr: float = 1e-4, batch_size: int = 16, max_steps: int = 1_000_000, lora: Any = None,
 ) -> Any:  # fmt: skip
     """Return an ``SFTTrainer`` on tokenized edits: shuffled, completion-only loss, AdamW, constant learning rate."""
     import datasets
@@ -126,7 +129,9 @@ def sft(
     ]
     return SFTTrainer(
         model,
-        args=SFTConfig(**_trainer_arguments(options, lr, batch_size), max_length=None, completion_only_loss=True),
+        args=SFTConfig(
+            **_trainer_arguments(options, lr, batch_size, max_steps), max_length=None, completion_only_loss=True
+        ),
         train_dataset=datasets.Dataset.from_list(data),
         processing_class=tokenizer,
         callbacks=list(callbacks),
@@ -151,7 +156,7 @@ def plain_trainer(
     )
 
 
-def _trainer_arguments(options: Any, lr: float, batch_size: int) -> dict[str, Any]:
+def _trainer_arguments(options: Any, lr: float, batch_size: int, max_steps: int = 1_000_000) -> dict[str, Any]:
     return {
         "output_dir": tempfile.gettempdir(),
         "per_device_train_batch_size": batch_size,
@@ -159,7 +164,7 @@ def _trainer_arguments(options: Any, lr: float, batch_size: int) -> dict[str, An
         "seed": options.seed,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
-        "max_steps": 1_000_000,
+        "max_steps": max_steps,
         "bf16": False,
         "gradient_checkpointing": False,
         "use_cpu": options.device == "cpu",
