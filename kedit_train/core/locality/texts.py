@@ -21,9 +21,6 @@ from kedit_train.errors import EditError, warn
 
 TextSource = str | Path | Iterable[Any]
 
-# Number of texts that are drawn from the bundled texts (source "world").
-WORLD_LIMIT = 1024
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -123,7 +120,8 @@ class Texts:
                 tokenizer with a chat template.
         """
         if self.of_world:
-            texts = world.locality_texts(exclude=edits, n=WORLD_LIMIT if self.nearest is None else None)
+            every = {} if self.nearest is None else {"n": None}
+            texts = world.locality_texts(exclude=edits, **every)
         else:
             texts = read_texts(self.source, self.tokenizer if tokenizer is None else tokenizer, render=True)
         if not keep_leaks:
