@@ -201,10 +201,27 @@ class OptimizerSteps:
             self._release()
         raise EditError(run.host.unannounced_step_error())
 
+    def _check_after_backward(self, optimizer: Optimizer) -> None:
+        """Raise an error if a backward pass that still needs the weights is running, and a callback would change them.
+
+        A callback that measures the model would also see a part of the scope before the step.
+        """
+        # torch has no public function for this. Outside of a backward pass, the result is -1.
+        if torch._C._current_graph_task_id() == -1:
+            return
+        if any(c.constrains or c.penalizes or c.skips or c.follows_steps for c in self.run.callbacks):
+            raise EditError(
+                f"{type(optimizer).__name__}.step() was called inside backward() (possible causes: an optimizer in a "
+                "gradient hook, _apply_optimizer_in_backward, or a layerwise optimizer of transformers), where "
+                "the weights cannot be constrained; create one optimizer for all parameters, and call it after "
+                "backward()."
+            )
+
     def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.integrity.check_optimizer(optimizer)
         if not self._names(optimizer):
             return
+        self._check_after_backward(optimizer)
         self._stepping.append(optimizer)
         if len(self._stepping) > 1:
             # The step() of another optimizer has called this step(). Together they count as one step.
