@@ -17,14 +17,14 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.checksums import checksums
 from kedit_train.core.fsdp import full_tensor, reshard, shard_like
 from kedit_train.core.output_head import evaluation_mode
-from kedit_train.core.reference_weights import snapshot, temporary_values
+from kedit_train.core.reference_weights import check_stored, snapshot, temporary_values
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
 from kedit_train.delta import EditDelta
 from kedit_train.delta.bitwise import same_bits
 from kedit_train.delta.quantized import check_not_quantized
-from kedit_train.delta.weight_source import Weights, persistent_buffers, weights_of
+from kedit_train.delta.weight_source import Weights, named_tensors, persistent_buffers, weights_of
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -126,7 +126,8 @@ class SaveDelta(EditCallback):
             run.edits = self._edits
 
     def attach(self, run: EditRun) -> None:
-        # These raise an error now, not after training, if the model has adapters that cannot be merged.
+        # These raise an error now, not after training, if a weight is offloaded or adapters cannot be merged.
+        check_stored(named_tensors(run.model))
         check_not_quantized(run.model, weights_of(run.model), run.scope)
         self._buffers = _buffer_checksums(run)
         self._reference: dict[str, Tensor] = {}
@@ -277,7 +278,7 @@ class SaveDelta(EditCallback):
 
 
 def _buffer_checksums(run: EditRun) -> dict[str, int]:
-    buffers = {n: b for n, b in persistent_buffers(run.model).items() if not b.is_meta and b.layout == torch.strided}
+    buffers = {n: b for n, b in persistent_buffers(run.model).items() if b.layout == torch.strided}
     return dict(zip(buffers, checksums(buffers.values()), strict=True))
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from kedit_train.errors import EditError
 
 
-def check_stored(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise an error if the values of a parameter are not in the memory of its device."""
-    name = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+def check_stored(tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error if the values of a tensor are not in the memory of its device."""
+    name = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if name is not None:
         raise EditError(
             f"{name} is on the meta device, so its values cannot be read or written (possible causes: offloading to "
