@@ -1,4 +1,4 @@
-"""Resuming needs the weights of the checkpoint: a correct resume is exact, also in bf16, and other weights are refused."""
+"""A correct resume is exact, also in bf16, and a resume with other weights than those of the checkpoint is refused."""
 
 from __future__ import annotations
 
@@ -129,3 +129,21 @@ def test_a_trainer_refuses_the_weights_of_another_checkpoint(tmp_path: Path) -> 
     shutil.copy(late, early)
     with pytest.raises(EditError, match=r"must have the weights of the checkpoint.*kedit_state\.safetensors are from"):
         run("Trainer", tmp_path, torch.float32, resume=True)
+
+
+def test_a_bf16_checkpoint_saved_after_fit_can_be_resumed(tmp_path: Path) -> None:
+    """The weights have been rounded to bf16 when fit ends, so they are no longer those of the last step in fp32."""
+    edits, path = EditDataset(world.edits(n=EDITS)), tmp_path / "end.ckpt"
+
+    def fit(steps: int, **options: Any) -> Any:
+        model, tokenizer = world.load()
+        return HOSTS["Lightning"](model.to(torch.bfloat16), tokenizer, edits, callbacks(), steps, **options)
+
+    fit(SAVED).save_checkpoint(path)
+    assert fit(SAVED + 1, ckpt_path=str(path)).global_step == SAVED + 1
+    checkpoint = torch.load(path, weights_only=False)
+    key = f"network.{IN_SCOPE}"
+    checkpoint["state_dict"][key] = change(key, checkpoint["state_dict"][key], key)
+    torch.save(checkpoint, path)
+    with pytest.raises(EditError, match=OTHER[IN_SCOPE]):
+        fit(SAVED + 1, ckpt_path=str(path))
