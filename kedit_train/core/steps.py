@@ -44,6 +44,8 @@ class OptimizerSteps:
         self._evaluated = False
         # Whether a warning about changes by other code has been issued.
         self._warned = False
+        # The number of announced steps, and whether other code has changed the scope at any time.
+        self._announced, self._written = 0, False
         self.integrity = Integrity(run)
         # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
@@ -91,6 +93,7 @@ class OptimizerSteps:
                 "this callback was added after training had begun; add it before training begins.",
                 component=type(late).__name__,
             )
+        self._announced += 1
         if self.integrity.before_step():
             self._restore_constraints()
         terms: list[Tensor] = []
@@ -155,6 +158,13 @@ class OptimizerSteps:
         self._close_step()
         if self.integrity.finish():
             self._restore_constraints(expected=self.run.host.loads_best_weights)
+        # A loop that announces one step may only inspect the model.
+        if self._announced > 1 and not self.run.step and not self._written:
+            warn(
+                f"{self._announced} steps were announced, but no optimizer has updated a parameter in scope, so the "
+                "edit has changed nothing; create the optimizer from edit.parameters(), or check whether a gradient "
+                "scaler has skipped every step."
+            )
 
     def _restore_constraints(self, expected: bool = False) -> None:
         """Apply the constraints again after other code has changed the weights.
@@ -166,6 +176,7 @@ class OptimizerSteps:
             expected: whether the training loop has announced the change. Then only a broken constraint gives a warning.
         """
         run = self.run
+        self._written = True
         before = {name: p.detach().clone() for name, p in run.scope.items()}
         self.learning_rates = {}
         self.apply_constraints()
