@@ -13,6 +13,7 @@ from kedit_train.core.cache.hidden_state_store import HiddenStateStore, parse_by
 from kedit_train.core.cache.layer_stack import find_prefix
 from kedit_train.core.cache.prefix_cache import FrozenPrefix
 from kedit_train.core.output_head import evaluation_mode
+from kedit_train.core.reference_weights import check_stored
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import PATH
@@ -97,6 +98,7 @@ class PrefixCache(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         model: Any = run.model
+        check_stored(dict(model.named_parameters()))
         if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in run.root.modules()):
             raise EditError(
                 "the model is compiled, and compiled layers cannot be skipped; remove torch.compile or PrefixCache."

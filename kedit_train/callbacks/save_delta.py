@@ -14,16 +14,17 @@ from torch.distributed.tensor import DTensor
 from kedit_train.arguments import check_arguments, one_of
 from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.checksums import checksums
 from kedit_train.core.fsdp import full_tensor, reshard, shard_like
 from kedit_train.core.output_head import evaluation_mode
-from kedit_train.core.reference_weights import snapshot, temporary_values
+from kedit_train.core.reference_weights import check_stored, snapshot, temporary_values
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
 from kedit_train.delta import EditDelta
 from kedit_train.delta.bitwise import same_bits
 from kedit_train.delta.quantized import check_not_quantized
-from kedit_train.delta.weight_source import Weights, weights_of
+from kedit_train.delta.weight_source import Weights, named_tensors, persistent_buffers, weights_of
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -45,7 +46,8 @@ class SaveDelta(EditCallback):
     kept for the comparison.
 
     If a weight to train is quantized (8 bit or less), an error is raised before training, because its delta could not
-    be applied to the checkpoint of the base model.
+    be applied to the checkpoint of the base model. If a persistent buffer, such as the running mean of ``BatchNorm``,
+    changes during the run, a warning is issued, because a delta contains only weights.
 
     The file also contains the scores that ``EditMetrics`` measured on the saved weights. With ``at="end"``, these are
     the scores after training. With ``at="best"``, these are the scores of the best step, measured on the sample of
@@ -105,6 +107,8 @@ class SaveDelta(EditCallback):
         self._values: dict[str, Tensor] = {}
         self._scores: dict[str, float] = {}
         self._step = 0
+        # The checksums of the persistent buffers before the first step of the edit.
+        self._buffers: dict[str, int] = {}
 
     def requires(self) -> Sequence[Requirement]:
         if self.at == "end":
@@ -116,25 +120,32 @@ class SaveDelta(EditCallback):
         if run.host.is_main:
             check_writable(self.path)
         self._best, self._values, self._scores, self.delta = None, {}, {}, None
+        self._buffers = {}
         self._edits = EditDataset.load(self.edits) if isinstance(self.edits, str | Path) else self.edits
         if not run.edits and self._edits is not None:
             run.edits = self._edits
 
     def attach(self, run: EditRun) -> None:
-        # These raise an error now, not after training, if the model has adapters that cannot be merged.
+        # These raise an error now, not after training, if a weight is offloaded or adapters cannot be merged.
+        check_stored(named_tensors(run.model))
         check_not_quantized(run.model, weights_of(run.model), run.scope)
+        self._buffers = _buffer_checksums(run)
         self._reference: dict[str, Tensor] = {}
         if not run.reference:
             with run.reference_model():
                 self._reference = snapshot(run.scope)
 
     def state(self) -> dict[str, Any]:
+        buffers = {"buffers": dict(self._buffers)} if self._buffers else {}
         if self._best is None:
-            return {}
-        return {"best": list(self._best), "step": self._step, "values": self._values, "scores": self._scores}
+            return buffers
+        best = {"best": list(self._best), "step": self._step, "values": self._values, "scores": self._scores}
+        return best | buffers
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if state:
+        # Earlier versions did not save the checksums.
+        self._buffers = state.get("buffers", self._buffers)
+        if "best" in state:
             reliability, locality = state["best"]
             self._best, self._step, self._values = (reliability, locality), state["step"], state["values"]
             self._scores = state.get("scores", {})
@@ -198,8 +209,17 @@ class SaveDelta(EditCallback):
         if run.host.is_main:
             delta.save(self.path)
             delta = EditDelta.load(self.path)
-        checked = self._check(run, delta, weights, before, after, edits)
+        changed = self._changed_buffers(run)
+        # The model before the edit had other buffers, and other logits.
+        checked = self._check(run, delta, weights, before, after, None if changed else edits)
         self.delta = delta
+        if changed and run.host.is_main:
+            warn(
+                f"the run has changed the buffer {changed[0]} (and {len(changed) - 1} more), which the delta does not "
+                "contain, so the base model with the delta is not the trained model; keep modules that update their "
+                "buffers (such as BatchNorm) in evaluation mode, or save the whole model."
+            )
+            checked += f", but {len(changed)} buffers do not"
         if run.host.is_main:
             evaluated = self._values or self.at == "end"
             moment = f"step {step}" if evaluated else f"step {step}, the last step, because no step was evaluated"
@@ -235,6 +255,11 @@ class SaveDelta(EditCallback):
             raise EditError(f"{self.path} does not reproduce the logits of the trained model; do not use the file.")
         return f"its weights, and the logits for {len(prompts)} of the edits, equal the trained ones bit for bit"
 
+    def _changed_buffers(self, run: EditRun) -> list[str]:
+        """Return the names of the persistent buffers that were changed, added or removed since the edit began."""
+        now = _buffer_checksums(run)
+        return [name for name in {**self._buffers, **now} if self._buffers.get(name) != now.get(name)]
+
     def _prompts(self, run: EditRun, edits: Sequence[Any] | None) -> list[Tensor]:
         """Return the token ids [1, tokens] of some prompts, or [] if the edits or the tokenizer are unknown."""
         if run.language_model is None or not edits:
@@ -250,6 +275,11 @@ class SaveDelta(EditCallback):
 
     def __repr__(self) -> str:
         return f"SaveDelta(at={self.at!r})"
+
+
+def _buffer_checksums(run: EditRun) -> dict[str, int]:
+    buffers = {n: b for n, b in persistent_buffers(run.model).items() if b.layout == torch.strided}
+    return dict(zip(buffers, checksums(buffers.values()), strict=True))
 
 
 def _on_scope(values: Mapping[str, Tensor], scope: Mapping[str, Any]) -> dict[str, Tensor]:

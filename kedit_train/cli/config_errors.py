@@ -6,8 +6,10 @@ The original error of jsonargparse lists every type that the parser tried.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from importlib import import_module
+from typing import Any
 
 from kedit_train.arguments import cut
 
@@ -61,6 +63,30 @@ def shorten(message: str) -> str:
             "class name: --trainer.callbacks.CLASS.KEY"
         )
     return cut(text.rstrip("."), 2000) + accepted
+
+
+def wrong_callback(content: Any) -> str | None:
+    """Return an error message for the first entry of ``trainer.callbacks`` that names no class, or None.
+
+    jsonargparse would only repeat the whole list.
+
+    Args:
+        content: the content of a configuration file.
+    """
+    if not isinstance(content, dict):
+        return None
+    trainer = content.get("trainer")
+    lists = [content.get("trainer.callbacks"), content.get("trainer.callbacks+")]
+    lists += [trainer.get("callbacks"), trainer.get("callbacks+")] if isinstance(trainer, dict) else []
+    for entries in lists:
+        for number, entry in enumerate(entries if isinstance(entries, list) else (), start=1):
+            if not isinstance(entry, str) and not (isinstance(entry, dict) and "class_path" in entry):
+                return (
+                    f"entry {number} of trainer.callbacks must be a class with its arguments, got "
+                    f"{cut(json.dumps(entry, default=str))}; write 'class_path: kedit_train.callbacks.NormBall' and, "
+                    "below it, 'init_args:' with the arguments, or remove the entry"
+                )
+    return wrong_callback(content.get("fit"))
 
 
 def _without_base(lines: list[str]) -> list[str]:

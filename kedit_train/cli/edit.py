@@ -14,6 +14,7 @@ import reprlib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -23,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from kedit_train import catalog, world
 from kedit_train.arguments import cut
 from kedit_train.cli import yaml_text
-from kedit_train.cli.config_errors import shorten
+from kedit_train.cli.config_errors import shorten, wrong_callback
 from kedit_train.cli.console import leave, print_error
 from kedit_train.cli.named_callbacks import Override, set_by_name, tell_last_callback
 from kedit_train.cli.processes import follow_launcher
@@ -61,6 +62,9 @@ class EditParser(LightningArgumentParser):
     def parse_path(self, cfg_path: Any, *arguments: Any, **kwargs: Any) -> Any:
         self._file = str(cfg_path)
         try:
+            wrong = _wrong_callback_in(str(cfg_path))
+            if wrong is not None:
+                self.error(wrong)
             return super().parse_path(cfg_path, *arguments, **kwargs)
         finally:
             self._file = None
@@ -143,6 +147,14 @@ class EditCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         check_process_count(trainer.world_size)
         return trainer
+
+
+def _wrong_callback_in(path: str) -> str | None:
+    try:
+        return wrong_callback(yaml_text.load_yaml(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml_text.InvalidYAML):
+        # jsonargparse reports files that cannot be read.
+        return None
 
 
 def share_texts(config: Any) -> None:

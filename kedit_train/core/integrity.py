@@ -43,6 +43,8 @@ class Integrity:
         self._frozen_sums: list[int] = []
         # All parameters at the start, by id, and the dtypes and names of the scope that could be trained then.
         self._present: dict[int, nn.Parameter] = {}
+        # The names of offloaded parameters (meta device). Each forward pass makes new objects for them.
+        self._offloaded: set[str] = set()
         self._dtypes: dict[str, torch.dtype] = {}
         self._trainable: set[str] = set()
         # The parameters in scope that other code had changed when before_step() was last called.
@@ -72,6 +74,7 @@ class Integrity:
             parameter.grad = None
         self._frozen_sums = checksums(p for _, p in self._frozen)
         self._present = {id(p): p for p in self.run.root.parameters()}
+        self._offloaded = {name for name, p in self.run.root.named_parameters() if p.is_meta}
         self._dtypes = {name: p.dtype for name, p in self.run.scope.items()}
         self._trainable = {name for name, p in self.run.scope.items() if p.requires_grad}
         self._scope_sums = self._scope_now()
@@ -246,7 +249,8 @@ class Integrity:
     def _check_added(self) -> None:
         """Raise an error if the model has parameters that it did not have at the start."""
         reshard(self.run.root)
-        added = next((name for name, p in self.run.root.named_parameters() if id(p) not in self._present), None)
+        new = (name for name, p in self.run.root.named_parameters() if id(p) not in self._present)
+        added = next((name for name in new if name not in self._offloaded), None)
         if added is not None:
             raise EditError(self._added(added))
 

@@ -8,17 +8,31 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from kedit_train.core.checksums import checksums
 from kedit_train.errors import EditError
 
 
-def check_stored(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise an error if the values of a parameter are not in the memory of its device."""
-    name = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+def check_stored(tensors: Mapping[str, Tensor]) -> None:
+    """Raise an error if the values of a tensor are not in the memory of its device."""
+    name = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if name is not None:
         raise EditError(
             f"{name} is on the meta device, so its values cannot be read or written (possible causes: offloading to "
             "the CPU or to the disk, or a model without weights); load all weights on a device, without device_map "
             "and offloading."
+        )
+
+
+def check_unchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Raise an error if a parameter no longer has the value that was copied at the start of an edit, bit for bit."""
+    names = [name for name in values if name in parameters]
+    now, copied = checksums(parameters[name] for name in names), checksums(values[name] for name in names)
+    changed = next((name for name, new, old in zip(names, now, copied, strict=True) if new != old), None)
+    if changed is not None:
+        raise EditError(
+            f"{changed} has changed between the start of the edit and its first step, so the constraints would use the "
+            "earlier values; load weights before the editing() block, or before the trainer is created. To resume a "
+            "checkpoint, also load the state of the edit (in a plain loop with edit.load_state_dict())."
         )
 
 

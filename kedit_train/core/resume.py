@@ -49,6 +49,17 @@ def scope_checksums(run: RunState) -> dict[str, int]:
     return {name: checksums([full_tensor(p.detach())])[0] for name, p in run.scope.items()}
 
 
+def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a run that has ended, with checksums of the weights that the model has now.
+
+    At the end of a run, weights that were trained in fp32 are rounded. A resumed run trains them in fp32 again.
+    """
+    dtypes = {name: value.dtype for name, value in state["reference"].items()}
+    weights = {name: full_tensor(p.detach()) for name, p in run.scope.items()}
+    scope = {name: checksums([value.to(dtypes.get(name, value.dtype))])[0] for name, value in weights.items()}
+    return {**state, "checksums": {**state["checksums"], "scope": scope}}
+
+
 def has_other_weights(run: RunState, state: Mapping[str, Any]) -> bool:
     """Return whether the weights in scope differ from those of the checkpoint. Version 0.2.0 saved no checksums."""
     return "checksums" in state and state["checksums"].get("scope") != scope_checksums(run)

@@ -15,8 +15,9 @@ from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.host import Host
 from kedit_train.core.interrupted import check_not_interrupted, mark_interrupted
 from kedit_train.core.output_head import OutputHead
+from kedit_train.core.processes import is_distributed
 from kedit_train.core.rank_agreement import agreeing_processes
-from kedit_train.core.reference_weights import check_stored, snapshot, temporary_values
+from kedit_train.core.reference_weights import check_stored, check_unchanged, snapshot, temporary_values
 from kedit_train.core.requirements import check_duplicates, check_requirements
 from kedit_train.core.resume import checkpoint_state, restore
 from kedit_train.core.state import RunState
@@ -143,6 +144,9 @@ class EditRun(RunState):
         follow_dtype(self)
         if self.host.resumed:
             self._saved_states = restore(self, self.host.saved_state())
+        elif not is_distributed():
+            # DDP copies the weights of the first process, and agreeing_processes compares the processes.
+            check_unchanged(self.scope, self.reference)
         if not self.reference and self.needs_reference:
             with self.reference_model():
                 self.reference = snapshot(self.scope)

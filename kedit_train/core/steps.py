@@ -44,6 +44,8 @@ class OptimizerSteps:
         self._evaluated = False
         # Whether a warning about changes by other code has been issued.
         self._warned = False
+        # The number of announced steps, and whether other code has changed the scope at any time.
+        self._announced, self._written = 0, False
         self.integrity = Integrity(run)
         # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
@@ -91,6 +93,7 @@ class OptimizerSteps:
                 "this callback was added after training had begun; add it before training begins.",
                 component=type(late).__name__,
             )
+        self._announced += 1
         if self.integrity.before_step():
             self._restore_constraints()
         terms: list[Tensor] = []
@@ -155,6 +158,13 @@ class OptimizerSteps:
         self._close_step()
         if self.integrity.finish():
             self._restore_constraints(expected=self.run.host.loads_best_weights)
+        # A loop that announces one step may only inspect the model.
+        if self._announced > 1 and not self.run.step and not self._written:
+            warn(
+                f"{self._announced} steps were announced, but no optimizer has updated a parameter in scope, so the "
+                "edit has changed nothing; create the optimizer from edit.parameters(), or check whether a gradient "
+                "scaler has skipped every step."
+            )
 
     def _restore_constraints(self, expected: bool = False) -> None:
         """Apply the constraints again after other code has changed the weights.
@@ -166,6 +176,7 @@ class OptimizerSteps:
             expected: whether the training loop has announced the change. Then only a broken constraint gives a warning.
         """
         run = self.run
+        self._written = True
         before = {name: p.detach().clone() for name, p in run.scope.items()}
         self.learning_rates = {}
         self.apply_constraints()
@@ -201,10 +212,27 @@ class OptimizerSteps:
             self._release()
         raise EditError(run.host.unannounced_step_error())
 
+    def _check_after_backward(self, optimizer: Optimizer) -> None:
+        """Raise an error if a backward pass that still needs the weights is running, and a callback would change them.
+
+        A callback that measures the model would also see a part of the scope before the step.
+        """
+        # torch has no public function for this. Outside of a backward pass, the result is -1.
+        if torch._C._current_graph_task_id() == -1:
+            return
+        if any(c.constrains or c.penalizes or c.skips or c.follows_steps for c in self.run.callbacks):
+            raise EditError(
+                f"{type(optimizer).__name__}.step() was called inside backward() (possible causes: an optimizer in a "
+                "gradient hook, _apply_optimizer_in_backward, or a layerwise optimizer of transformers), where "
+                "the weights cannot be constrained; create one optimizer for all parameters, and call it after "
+                "backward()."
+            )
+
     def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.integrity.check_optimizer(optimizer)
         if not self._names(optimizer):
             return
+        self._check_after_backward(optimizer)
         self._stepping.append(optimizer)
         if len(self._stepping) > 1:
             # The step() of another optimizer has called this step(). Together they count as one step.

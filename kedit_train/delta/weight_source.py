@@ -76,13 +76,18 @@ def weights_of(source: Any) -> Weights:
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and persistent buffer; a tied tensor appears under each of its names."""
-    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    return {**dict(module.named_parameters(remove_duplicate=False)), **persistent_buffers(module)}
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return every persistent buffer; a tied buffer appears under each of its names."""
+    found: dict[str, Tensor] = {}
     for prefix, part in module.named_modules(remove_duplicate=False):
         buffers = {
             n: b for n, b in part._buffers.items() if b is not None and n not in part._non_persistent_buffers_set
         }
-        tensors |= {f"{prefix}.{name}" if prefix else name: buffer for name, buffer in buffers.items()}
-    return tensors
+        found |= {f"{prefix}.{name}" if prefix else name: buffer for name, buffer in buffers.items()}
+    return found
 
 
 def grouped(named: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:

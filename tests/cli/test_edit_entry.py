@@ -96,6 +96,30 @@ def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> No
     assert len(message) < 300
 
 
+ENTRY = "entry {} of trainer.callbacks must be a class with its arguments, got {}; write 'class_path: kedit_train.c"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "number", "given"),
+    [
+        ("trainer: {callbacks: [null]}", 1, "null"),
+        ("trainer:\n  callbacks+:\n  - kedit_train.callbacks.NormBall\n  -\n", 2, "null"),
+        ("trainer.callbacks: [3]", 1, "3"),
+        ("fit: {trainer: {callbacks: [true]}}", 1, "true"),
+        ("trainer: {callbacks: [[kedit_train.callbacks.NormBall]]}", 1, '["kedit_train.callbacks.NormBall"]'),
+        ("trainer: {callbacks: [{radius: 0.1}]}", 1, '{"radius": 0.1}'),
+    ],
+)
+def test_an_entry_of_the_callbacks_that_is_no_class_is_named_by_its_number(
+    failing_run, yaml: str, number: int, given: str
+) -> None:
+    Path("bad.yaml").write_text(yaml)
+    command = () if yaml.startswith("fit") else ("fit",)
+    code, message = failing_run(*command, "--config", "bad.yaml", *(() if command else ("fit",)))
+    assert code == 2
+    assert "bad.yaml: " + ENTRY.format(number, given) in message, message
+
+
 TWICE = """model: {name: world}
 trainer:
   callbacks:

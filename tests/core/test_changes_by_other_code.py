@@ -116,3 +116,25 @@ def test_a_scope_on_the_meta_device_is_one_line() -> None:
     net[1].to("meta")
     with pytest.raises(EditError, match=r"^ParameterScope: 1\.weight is on the meta device.*without device_map"):
         train(net, [ParameterScope(modules="1")], sgd, 1)
+
+
+def test_weights_that_are_loaded_between_the_start_of_the_edit_and_its_first_step_are_an_error() -> None:
+    net, other = model(), {name: value + 1 for name, value in model().state_dict().items()}
+    with (  # noqa: PT012
+        pytest.raises(EditError, match=r"^1\.weight has changed between the start .*edit\.load_state_dict"),
+        editing(net, [ParameterScope(modules="1"), NormBall(1e-3)]) as edit,
+    ):
+        net.load_state_dict(other)
+        step(edit, net, sgd(edit.parameters()))
+    assert torch.equal(net[1].weight, other["1.weight"])
+    # The same weights, or weights without a copy from before the edit, are no change.
+    train(net, [ParameterScope(modules="1")], sgd, 1, lambda n: net.load_state_dict(other))
+    train(net, [NormBall(1e-3)], sgd, 1, lambda n: net.load_state_dict(model().state_dict()))
+
+
+def test_steps_of_an_optimizer_without_a_parameter_in_scope_are_one_warning() -> None:
+    net = model()
+    copies = [nn.Parameter(p.detach().clone()) for p in net.parameters()]
+    with pytest.warns(UserWarning, match=r"2 steps were announced, but no optimizer .* edit\.parameters\(\)") as found:
+        train(net, [ParameterScope(modules="1"), NormBall(0.5)], lambda _: sgd(copies), 2)
+    assert len(found) == 1

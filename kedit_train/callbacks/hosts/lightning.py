@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from kedit_train.core.host import Host
+from kedit_train.core.resume import with_current_weights
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -176,7 +177,7 @@ class LightningEvents(Callback):
             checkpoint[CHECKPOINT_KEY] = run.state()
         elif self._final_state is not None and self.run.closed and self.run.host.owner is trainer:
             # This is a call of trainer.save_checkpoint() after fit().
-            checkpoint[CHECKPOINT_KEY] = self._final_state
+            checkpoint[CHECKPOINT_KEY] = with_current_weights(self.run, self._final_state)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         # Lightning calls this after setup and before on_fit_start. The run restores the state in on_fit_start.

@@ -163,6 +163,8 @@ def _check_together(callbacks: list[Any], complete: bool) -> None:
 
     own = [callback for callback in callbacks if callback is not None]
     check_duplicates(own)
-    check_conflicts(own)
     if complete and len(own) == len(callbacks):
         check_requirements(own)
+    else:
+        # A callback of another package, or of another file, may provide what is required.
+        check_conflicts(own)

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from kedit_train.arguments import cut
+from kedit_train.core.scope.computed_weights import computed_weights
 from kedit_train.core.scope.experts import names_in_dense_model, router_parameters
 from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
@@ -177,14 +178,17 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         A dict from name to parameter.
 
     Raises:
-        EditError: a pattern matches nothing, only frozen parameters or only routers, or a layer is out of range.
+        EditError: a pattern matches nothing, only frozen parameters, only routers, or a weight that torch computes from
+            parameters that no pattern matches; or a layer is out of range.
     """
     patterns = _patterns(modules)
     named = list(model.named_parameters(remove_duplicate=False))
+    prefixes: tuple[str, ...] = ("",)
     if layers is not None:
         stack, depth = find_layers(model)
         prefixes = tuple(f"{stack}.{index}." for index in layer_indices(layers, depth))
         named = [(name, p) for name, p in named if name.startswith(prefixes)]
+    _check_computed(model, prefixes, patterns)
     dense, routers = names_in_dense_model(name for name, _ in named), router_parameters(name for name, _ in named)
     selected: set[int] = set()
     within = "" if layers is None else f" in layers={layers!r}"
@@ -215,6 +219,19 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
             )
         selected |= {id(p) for p in matching if p.requires_grad}
     return {name: p for name, p in model.named_parameters() if id(p) in selected}
+
+
+def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Sequence[str]) -> None:
+    """Raise an error if a pattern matches a computed weight, but not the parameters from which it is computed."""
+    for weight in computed_weights(model):
+        pattern = next((p for p in patterns if weight.name.startswith(prefixes) and matches(weight.name, p)), None)
+        trainable = [name for name, parameter in weight.originals.items() if parameter.requires_grad]
+        if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
+            raise EditError(
+                f"modules={pattern!r} matches {weight.name}, which {weight.source} computes from "
+                f"{', '.join(trainable)}, and would skip these parameters; call {weight.remedy} before the edit, "
+                f"select them with modules={weight.module or trainable!r}, or leave out this module."
+            )
 
 
 def _patterns(modules: Modules) -> list[str]:
