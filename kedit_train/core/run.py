@@ -145,7 +145,7 @@ class EditRun(RunState):
         if self.host.resumed:
             self._saved_states = restore(self, self.host.saved_state())
         elif not is_distributed():
-            # DDP copies the weights of the first process, and agreeing_processes compares the processes.
+            # In a distributed run, DDP may have copied the weights of the first process.
             check_unchanged(self.scope, self.reference)
         if not self.reference and self.needs_reference:
             with self.reference_model():

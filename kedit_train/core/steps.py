@@ -161,7 +161,7 @@ class OptimizerSteps:
         # A loop that announces one step may only inspect the model.
         if self._announced > 1 and not self.run.step and not self._written:
             warn(
-                f"{self._announced} steps were announced, but no optimizer has updated a parameter in scope, so the "
+                f"{self._announced} training steps began, but no optimizer has updated a parameter in scope, so the "
                 "edit has changed nothing; create the optimizer from edit.parameters(), or check whether a gradient "
                 "scaler has skipped every step."
             )
@@ -222,10 +222,10 @@ class OptimizerSteps:
             return
         if any(c.constrains or c.penalizes or c.skips or c.follows_steps for c in self.run.callbacks):
             raise EditError(
-                f"{type(optimizer).__name__}.step() was called inside backward() (possible causes: an optimizer in a "
-                "gradient hook, _apply_optimizer_in_backward, or a layerwise optimizer of transformers), where "
-                "the weights cannot be constrained; create one optimizer for all parameters, and call it after "
-                "backward()."
+                f"{type(optimizer).__name__}.step() was called inside backward(), so the callbacks cannot act on the "
+                "complete step (possible causes: an optimizer in a gradient hook, _apply_optimizer_in_backward, or a "
+                "layerwise optimizer of transformers); create one optimizer for all parameters, and call its step() "
+                "after backward()."
             )
 
     def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

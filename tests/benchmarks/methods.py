@@ -120,11 +120,11 @@ SETTINGS: dict[str, Callable[[], Setting]] = {"world": embedded, "factlm": factl
 # Callbacks and learning rate of this recipe are those of recipes/one_by_one.py.
 ONE_BY_ONE = "one_by_one"
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
-# batch partly cancel and those of one edit do not. Its texts are the nearest.
+# batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
 ALONE, ALONE_KL, ALONE_TEXTS, NEAREST = 0.2, 10.0, 256, 24
 # Which modes a recipe is compared in, if not in all.
 ONLY = {"kedit_default": ("batch",), "second_order": ("batch",), ONE_BY_ONE: ("single", "sequential")}
-# one_by_one.py trains with half of its learning rate and without its ball if every edit starts from the unedited model.
+# one_by_one.py trains with half of its learning rate and without NormBall if every edit starts from the unedited model.
 ALONE_RATE = 0.5
 
 

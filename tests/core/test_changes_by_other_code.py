@@ -121,7 +121,7 @@ def test_a_scope_on_the_meta_device_is_one_line() -> None:
 def test_weights_that_are_loaded_between_the_start_of_the_edit_and_its_first_step_are_an_error() -> None:
     net, other = model(), {name: value + 1 for name, value in model().state_dict().items()}
     with (  # noqa: PT012
-        pytest.raises(EditError, match=r"^1\.weight has changed between the start .*edit\.load_state_dict"),
+        pytest.raises(EditError, match=r"^1\.weight must not change between the start .*edit\.load_state_dict"),
         editing(net, [ParameterScope(modules="1"), NormBall(1e-3)]) as edit,
     ):
         net.load_state_dict(other)
@@ -135,6 +135,6 @@ def test_weights_that_are_loaded_between_the_start_of_the_edit_and_its_first_ste
 def test_steps_of_an_optimizer_without_a_parameter_in_scope_are_one_warning() -> None:
     net = model()
     copies = [nn.Parameter(p.detach().clone()) for p in net.parameters()]
-    with pytest.warns(UserWarning, match=r"2 steps were announced, but no optimizer .* edit\.parameters\(\)") as found:
+    with pytest.warns(UserWarning, match=r"2 training steps began, but no optimizer .* edit\.parameters\(\)") as found:
         train(net, [ParameterScope(modules="1"), NormBall(0.5)], lambda _: sgd(copies), 2)
     assert len(found) == 1

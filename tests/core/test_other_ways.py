@@ -61,7 +61,7 @@ def test_zero_grad_after_before_step_is_an_error(between):
             optimizer.step()
 
 
-@pytest.mark.filterwarnings("ignore:3 steps were announced, but no optimizer")
+@pytest.mark.filterwarnings("ignore:3 training steps began, but no optimizer")
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_the_penalty_is_computed_again_after_a_skipped_step(set_to_none):
     model = nn.Linear(4, 4)

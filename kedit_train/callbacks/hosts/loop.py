@@ -199,9 +199,9 @@ class Editing:
         check_scope(run, state)
         if has_other_weights(run, state):
             raise EditError(
-                "the model must have the weights of the checkpoint, but its weights in scope are different; save the "
-                "states of the model and of the edit inside the editing() block, and inside the new block, call "
-                "model.load_state_dict() before edit.load_state_dict(), with the same ParameterScope."
+                "the model must have the weights of the checkpoint, but its weights in scope are different; call "
+                "model.load_state_dict() before edit.load_state_dict(), use the same ParameterScope, and save both "
+                "states inside editing()."
             )
         self._host.checkpoint_state = dict(state)
 
