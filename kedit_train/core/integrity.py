@@ -254,6 +254,16 @@ class Integrity:
         if added is not None:
             raise EditError(self._added(added))
 
+    def changed_after_end(self) -> str | None:
+        """Return the name of a parameter that has changed since the end of the run, or None."""
+        if not self._started:
+            return None
+        reshard(self.run.root)
+        frozen = zip(self._frozen, checksums(p for _, p in self._frozen), self._frozen_sums, strict=True)
+        scope = zip(self.run.scope, self._scope_now(), self._scope_sums, strict=True)
+        changed = [name for name, new, old in scope if new != old]
+        return next(iter([*changed, *(name for (name, _), new, old in frozen if new != old)]), None)
+
     def record_scope(self) -> None:
         """Record the scope after the run itself has changed it."""
         self._scope_sums = self._scope_now()

@@ -25,7 +25,7 @@ from kedit_train.core.steps import OptimizerSteps
 from kedit_train.core.strategy import follow_dtype, follow_strategy
 from kedit_train.core.tokenizer import find_tokenizer
 from kedit_train.core.tokens.loss_head import LossHead
-from kedit_train.errors import EditError, reported_by
+from kedit_train.errors import EditError, reported_by, warn
 
 _ATTRIBUTE = "_kedit_run"
 
@@ -54,7 +54,7 @@ class EditRun(RunState):
         self._loss_head: LossHead | None = None
         self._finished: set[int] = set()
         # Whether training has ended and the constraints hold, so that the weights are those of a whole edit.
-        self._complete = False
+        self._complete = self._checked_after_end = False
         self._saved_states: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
 
@@ -174,10 +174,29 @@ class EditRun(RunState):
             raise
         self._complete = True
         self._end_full_precision()
+        self.steps.integrity.record_scope()
         for attached in filter(self.has_attached, list(self.callbacks)):
             with reported_by(type(attached).__name__):
                 attached.finish(self)
         self.close()
+
+    def check_after_end(self) -> None:
+        """Warn if other code has changed the weights after :meth:`finish`. Later calls do nothing.
+
+        The host calls this method at the last moment at which the training loop calls it. For example, a callback of
+        the user may write averaged weights into the model at the end of training.
+        """
+        if not self._complete or self._checked_after_end:
+            return
+        self._checked_after_end = True
+        name = self.steps.integrity.changed_after_end()
+        if name is not None:
+            warn(
+                f"other code has changed {name} after the edit had ended, at the end of training, so the constraints "
+                "of this edit may be broken, and the delta file and the scores are those of the weights before the "
+                "change (possible cause: a callback that writes averaged weights); list this callback before the "
+                "callbacks of kedit_train, or remove it."
+            )
 
     def close(self) -> None:
         """End the run: remove its hooks from the model, and restore every ``requires_grad`` flag."""

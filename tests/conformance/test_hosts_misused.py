@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from conformance.hosts import ARGUMENTS, Rows, collator
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kedit_train import world
 from kedit_train.callbacks import (
@@ -230,3 +231,35 @@ def test_a_copied_trainer_trains_its_own_model(tmp_path: Path, edits: EditDatase
     assert 0 < (copied.model.get_parameter(NAME) - before).abs().max() <= 1.0001e-3
     given.train()
     assert torch.equal(given.model.get_parameter(NAME), copied.model.get_parameter(NAME))
+
+
+class WritesAtTheEnd(TrainerCallback):
+    """Write to a weight when training ends, like a callback that copies averaged weights into the model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.get_parameter(self.name).data.add_(1.0)
+
+
+AFTER_THE_END = r"has changed {} after the edit had ended.*list this callback before the callbacks of kedit_train"
+
+
+@pytest.mark.parametrize("name", [NAME, "model.norm.weight"])
+def test_a_callback_that_writes_weights_at_the_end_of_a_trainer_is_one_warning(tmp_path, edits, name):
+    used = [scope(), NormBall(1e-3), WritesAtTheEnd(name)]
+    with pytest.warns(UserWarning, match=AFTER_THE_END.format(re.escape(name))) as found:
+        trainer(tmp_path, edits, used, max_steps=1).train()
+    assert len([w for w in found if "after the edit" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("event", ["on_train_end", "on_fit_end", "module.on_train_end"])
+@pytest.mark.parametrize("name", ["net.weight", "net.bias"])
+def test_code_that_writes_weights_at_the_end_of_a_lightning_fit_is_one_warning(event, name):
+    module, writer = Module(), L.Callback()
+    holder = module if "module" in event else writer
+    setattr(holder, event.split(".")[-1], lambda *_: module.get_parameter(name).data.add_(1.0))
+    with pytest.warns(UserWarning, match=AFTER_THE_END.format(re.escape(name))) as found:
+        fit(module, [ParameterScope(modules="*.weight"), NormBall(1e-3), writer])
+    assert len([w for w in found if "after the edit" in str(w.message)]) == 1

@@ -40,7 +40,10 @@ class GuardedLoop:
                     run.host.check_checkpoint(run, checkpoint)
             if hasattr(type(trainer), _EPOCH):
                 trainer.__dict__[_EPOCH] = self._run_epoch
-            return loop(trainer, *args, **kwargs)
+            result = loop(trainer, *args, **kwargs)
+            for run in _runs(trainer, closed=True):
+                run.check_after_end()
+            return result
         except BaseException:
             for run in _runs(trainer):
                 run.close()
@@ -81,13 +84,13 @@ def _calling_trainer(control: Any) -> Any | None:
     return None
 
 
-def _runs(trainer: Any) -> list[Any]:
-    """Return the open runs of the trainer's callbacks, each once."""
+def _runs(trainer: Any, closed: bool = False) -> list[Any]:
+    """Return the open runs of the trainer's callbacks, or the closed ones, each once."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks
         if isinstance(run := getattr(callback, "run", None), EditRun)
         and run.host.owner is trainer.control
-        and not run.closed
+        and run.closed == closed
     }
     return list(found.values())

@@ -234,6 +234,11 @@ class LightningEvents(Callback):
         # A run that was resumed from its last checkpoint takes no step, and Lightning calls no on_train_end for it.
         self.on_train_end(trainer, pl_module)
 
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # This is the last event of a fit. Other callbacks may have written to the weights in on_train_end or on_fit_end.
+        if stage == "fit" and self.run is not None and self.run.host.owner is trainer:
+            self.run.check_after_end()
+
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.run is not None:
             self.run.close()
