@@ -25,7 +25,7 @@ from kedit_train.core.steps import OptimizerSteps
 from kedit_train.core.strategy import follow_dtype, follow_strategy
 from kedit_train.core.tokenizer import find_tokenizer
 from kedit_train.core.tokens.loss_head import LossHead
-from kedit_train.errors import EditError, reported_by, warn
+from kedit_train.errors import EditError, reported_by
 
 _ATTRIBUTE = "_kedit_run"
 
@@ -54,7 +54,7 @@ class EditRun(RunState):
         self._loss_head: LossHead | None = None
         self._finished: set[int] = set()
         # Whether training has ended and the constraints hold, so that the weights are those of a whole edit.
-        self._complete = self._checked_after_end = False
+        self._complete = False
         self._saved_states: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
 
@@ -68,7 +68,7 @@ class EditRun(RunState):
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        If another training loop left a run of the same model unfinished, that run is closed first.
+        If another training loop set up a run of the same model and abandoned it before it began, that run is closed.
 
         Args:
             root: the module that the training loop trains.
@@ -77,13 +77,21 @@ class EditRun(RunState):
 
         Raises:
             EditError: ``callback`` is a class and not an instance, its class may be used only once per model and is
-                already in use, or its ``prepare`` method fails.
+                already in use, its ``prepare`` method fails, or the model is being edited by another training loop.
         """
         if isinstance(callback, type):
             name = callback.__name__
             raise EditError(f"{name} is a class, but callbacks must be instances; pass {name}(...).")
         run: EditRun | None = root.__dict__.get(_ATTRIBUTE)
         if run is not None and run.host.owner is not host.owner:
+            if run.host.is_editing(run):
+                # Closing that run would end its constraints without a word.
+                first = ", ".join(type(c).__name__ for c in run.callbacks)
+                raise EditError(
+                    f"the model must not be in another edit, but an edit with {first} has not ended; put all callbacks "
+                    "into one edit, or end the first edit before you begin this one.",
+                    component=type(callback).__name__,
+                )
             run.close()
             run = None
         run = run or cls(root, host)
@@ -124,6 +132,7 @@ class EditRun(RunState):
         if self.full_precision:
             self.masters = FullPrecision(self.root, self.scope)
         self.reference = snapshot(self.scope)
+        self.steps.integrity.record_frozen()
 
     def attach(self, callback: Any) -> None:
         """Attach one callback to the run, after all callbacks have been prepared."""
@@ -174,29 +183,11 @@ class EditRun(RunState):
             raise
         self._complete = True
         self._end_full_precision()
-        self.steps.integrity.record_scope()
+        self.steps.integrity.end()
         for attached in filter(self.has_attached, list(self.callbacks)):
             with reported_by(type(attached).__name__):
                 attached.finish(self)
         self.close()
-
-    def check_after_end(self) -> None:
-        """Warn if other code has changed the weights after :meth:`finish`. Later calls do nothing.
-
-        The host calls this method at the last moment at which the training loop calls it. For example, a callback of
-        the user may write averaged weights into the model at the end of training.
-        """
-        if not self._complete or self._checked_after_end:
-            return
-        self._checked_after_end = True
-        name = self.steps.integrity.changed_after_end()
-        if name is not None:
-            warn(
-                f"other code has changed {name} after the edit had ended, at the end of training, so the constraints "
-                "of this edit may be broken, and the delta file and the scores are those of the weights before the "
-                "change (possible cause: a callback that writes averaged weights); list this callback before the "
-                "callbacks of kedit_train, or remove it."
-            )
 
     def close(self) -> None:
         """End the run: remove its hooks from the model, and restore every ``requires_grad`` flag."""

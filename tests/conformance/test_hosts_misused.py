@@ -263,3 +263,21 @@ def test_code_that_writes_weights_at_the_end_of_a_lightning_fit_is_one_warning(e
     with pytest.warns(UserWarning, match=AFTER_THE_END.format(re.escape(name))) as found:
         fit(module, [ParameterScope(modules="*.weight"), NormBall(1e-3), writer])
     assert len([w for w in found if "after the edit" in str(w.message)]) == 1
+
+
+def test_a_trainer_with_callbacks_inside_an_editing_block_is_an_error(tmp_path, edits):
+    made = trainer(tmp_path, edits, [])
+    with editing(made.model, [scope(), NormBall(1e-3)]):
+        problem = "^KLLocality: the model must not be in another edit, but an edit with ParameterScope, NormBall has"
+        with pytest.raises(EditError, match=problem):
+            Trainer(model=made.model, args=made.args, callbacks=[KLLocality(TEXTS)])
+
+
+def test_an_editing_block_in_a_callback_of_a_trainer_is_an_error(tmp_path, edits):
+    class Nests(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            with editing(model, [NormBall(1e-4)]):
+                pass
+
+    with pytest.raises(EditError, match=r"^NormBall: the model must not be in another edit.*ParameterScope, NormBall"):
+        trainer(tmp_path, edits, [scope(), NormBall(1e-3), Nests()], max_steps=1).train()

@@ -127,6 +127,13 @@ def test_weights_that_are_loaded_between_the_start_of_the_edit_and_its_first_ste
         net.load_state_dict(other)
         step(edit, net, sgd(edit.parameters()))
     assert torch.equal(net[1].weight, other["1.weight"])
+    with (  # noqa: PT012
+        pytest.raises(EditError, match=r"^0\.weight is not in scope, but its values have changed between the start"),
+        editing(net, [ParameterScope(modules="1"), NormBall(1e-3)]) as edit,
+    ):
+        net[0].weight.data.mul_(1.5)
+        step(edit, net, sgd(edit.parameters()))
+    net.load_state_dict(other)
     # The same weights, or weights without a copy from before the edit, are no change.
     train(net, [ParameterScope(modules="1")], sgd, 1, lambda n: net.load_state_dict(other))
     train(net, [NormBall(1e-3)], sgd, 1, lambda n: net.load_state_dict(model().state_dict()))

@@ -6,6 +6,7 @@ import sys
 import weakref
 from typing import Any
 
+from kedit_train.core.after_end import check_after_end
 from kedit_train.core.run import EditRun
 
 _LOOP = "_inner_training_loop"
@@ -42,7 +43,7 @@ class GuardedLoop:
                 trainer.__dict__[_EPOCH] = self._run_epoch
             result = loop(trainer, *args, **kwargs)
             for run in _runs(trainer, closed=True):
-                run.check_after_end()
+                check_after_end(run)
             return result
         except BaseException:
             for run in _runs(trainer):

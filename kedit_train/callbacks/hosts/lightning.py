@@ -14,6 +14,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from kedit_train.core.after_end import check_after_end
 from kedit_train.core.host import Host
 from kedit_train.core.resume import with_current_weights
 from kedit_train.core.run import EditRun
@@ -235,9 +236,9 @@ class LightningEvents(Callback):
         self.on_train_end(trainer, pl_module)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        # This is the last event of a fit. Other callbacks may have written to the weights in on_train_end or on_fit_end.
+        # This is the last event of a fit. Other code may have written to the weights in on_train_end or on_fit_end.
         if stage == "fit" and self.run is not None and self.run.host.owner is trainer:
-            self.run.check_after_end()
+            check_after_end(self.run)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.run is not None:

@@ -69,6 +69,10 @@ class LoopHost(Host):
     def is_main(self) -> bool:
         return rank() == 0
 
+    def is_editing(self, run: EditRun) -> bool:
+        # The run is closed when its block ends, also after an error.
+        return True
+
     def unsupported_reason(self) -> str | None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and not is_distributed():
@@ -220,7 +224,7 @@ class Editing:
         if run.closed:
             raise EditError(
                 "this edit is over: its editing() block has ended, or another trainer or editing() block has taken "
-                "over the model or one of the callbacks; start a new editing() block."
+                "over one of the callbacks; start a new editing() block."
             )
         for callback in run.callbacks:
             run.attach(callback)
