@@ -204,14 +204,12 @@ class Integrity:
         self._check_dtypes()
         self._check_trainable()
         self.check_frozen_gradients()
-        now = self._scope_now()
-        pairs = zip(self.run.scope, now, self._scope_sums, strict=True)
-        self.written = [name for name, new, old in pairs if new != old]
+        self.written = self.changed_in_scope()
         changed = bool(self.written)
         self.written_after_step = changed and self._step_seen
         if changed and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
             raise EditError(self._unseen_step())
-        self._scope_sums, self._step_seen = now, False
+        self._step_seen = False
         return changed
 
     def check_frozen_gradients(self) -> None:
@@ -290,10 +288,14 @@ class Integrity:
     def changed(self) -> str | None:
         """Return the name of a parameter that differs from its last checksum, or None."""
         reshard(self.run.root)
-        scope = zip(self.run.scope, self._scope_now(), self._scope_sums, strict=True)
         frozen = zip(self._frozen, checksums(p for _, p in self._frozen), self._frozen_sums, strict=True)
-        names = [name for name, new, old in scope if new != old]
-        return next(iter([*names, *(name for (name, _), new, old in frozen if new != old)]), None)
+        names = [*self.changed_in_scope(), *(name for (name, _), new, old in frozen if new != old)]
+        return next(iter(names), None)
+
+    def changed_in_scope(self) -> list[str]:
+        """Return the names of the parameters in scope that differ from their last checksums."""
+        sums = zip(self.run.scope, self._scope_now(), self._scope_sums, strict=True)
+        return [name for name, new, old in sums if new != old]
 
     def record_scope(self) -> None:
         """Record the scope after the run itself has changed it."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.small_loop import model, sgd, step, train
+from core.small_loop import Penalty, model, sgd, step, train
 from torch import nn
 
 from kedit_train.callbacks import EditCallback, NormBall, ParameterScope, editing
@@ -78,6 +78,37 @@ def test_writing_to_the_scope_after_a_step_is_one_warning(callbacks: list[Any]) 
     ) as found:
         train(net, [ParameterScope(modules="1"), *callbacks], sgd, 4, write)
     assert len(found) == 1
+
+
+def test_writing_to_the_scope_between_before_step_and_the_optimizer_step_is_one_warning() -> None:
+    net = model()
+    with (  # noqa: PT012
+        pytest.warns(UserWarning, match=r"other code has changed 1\.weight .* outside of the optimizer steps") as found,
+        editing(net, [ParameterScope(modules="1"), NormBall(0.5)]) as edit,
+    ):
+        optimizer = sgd(edit.parameters())
+        for _ in range(3):
+            optimizer.zero_grad()
+            edit.before_step()
+            net(torch.ones(2, 4)).square().sum().backward()
+            with torch.no_grad():
+                net[1].weight[0, 0] += 1e-3
+            optimizer.step()
+    assert len(found) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_a_callback_restores_within_a_step_give_no_warning() -> None:
+    net = model()
+    with editing(net, [ParameterScope(modules="1"), Penalty()]) as edit:
+        optimizer = sgd(edit.parameters())
+        for _ in range(2):
+            edit.before_step()
+            with edit.run.reference_model():
+                net(torch.ones(2, 4))
+            net(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def test_a_loop_that_loads_its_best_weights_at_the_end_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
