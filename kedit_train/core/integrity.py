@@ -205,12 +205,11 @@ class Integrity:
         self._check_trainable()
         self.check_frozen_gradients()
         self.written = self.changed_in_scope()
-        changed = bool(self.written)
-        self.written_after_step = changed and self._step_seen
-        if changed and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
+        self.written_after_step = bool(self.written) and self._step_seen
+        if self.written and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
             raise EditError(self._unseen_step())
         self._step_seen = False
-        return changed
+        return bool(self.written)
 
     def check_frozen_gradients(self) -> None:
         """Raise an error if a frozen parameter has a gradient, before an optimizer can use it."""
@@ -289,8 +288,7 @@ class Integrity:
         """Return the name of a parameter that differs from its last checksum, or None."""
         reshard(self.run.root)
         frozen = zip(self._frozen, checksums(p for _, p in self._frozen), self._frozen_sums, strict=True)
-        names = [*self.changed_in_scope(), *(name for (name, _), new, old in frozen if new != old)]
-        return next(iter(names), None)
+        return next(iter([*self.changed_in_scope(), *(n for (n, _), new, old in frozen if new != old)]), None)
 
     def changed_in_scope(self) -> list[str]:
         """Return the names of the parameters in scope that differ from their last checksums."""

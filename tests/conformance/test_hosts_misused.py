@@ -281,3 +281,31 @@ def test_an_editing_block_in_a_callback_of_a_trainer_is_an_error(tmp_path, edits
 
     with pytest.raises(EditError, match=r"^NormBall: the model must not be in another edit.*ParameterScope, NormBall"):
         trainer(tmp_path, edits, [scope(), NormBall(1e-3), Nests()], max_steps=1).train()
+
+
+def test_a_wrong_checkpoint_restores_the_flags_and_the_trainer_can_be_used_again(tmp_path, edits):
+    saving(tmp_path, edits)
+    made = trainer(tmp_path, edits, [scope(), NormBall(1e-3)])
+    for wrong in ("does_not_exist", "neither"):
+        with pytest.raises(ValueError, match="checkpoint"):
+            made.train(wrong)
+        assert all(p.requires_grad for p in made.model.parameters())
+    made.train(str(tmp_path / "checkpoint-2"))
+    assert made.state.global_step == 4
+    before = world.load()[0]
+    moved = {n for n, p in made.model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert moved == {NAME}
+    assert all(p.requires_grad for p in made.model.parameters())
+
+
+def test_weights_of_a_checkpoint_that_failed_to_load_are_not_the_weights_before_the_edit(tmp_path, edits, monkeypatch):
+    def load(made: Any, *_: Any) -> None:
+        made.model.get_parameter(NAME).data.add_(1.0)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", load)
+    made = trainer(tmp_path, edits, [scope(), NormBall(1e-3)])
+    with pytest.raises(FileNotFoundError):
+        made.train("checkpoint-2")
+    with pytest.raises(EditError, match=rf"{NAME} must not change between the start of the edit and its first step"):
+        made.train()

@@ -82,18 +82,17 @@ def test_writing_to_the_scope_after_a_step_is_one_warning(callbacks: list[Any]) 
 
 def test_writing_to_the_scope_between_before_step_and_the_optimizer_step_is_one_warning() -> None:
     net = model()
-    with (  # noqa: PT012
-        pytest.warns(UserWarning, match=r"other code has changed 1\.weight .* outside of the optimizer steps") as found,
-        editing(net, [ParameterScope(modules="1"), NormBall(0.5)]) as edit,
-    ):
-        optimizer = sgd(edit.parameters())
-        for _ in range(3):
-            optimizer.zero_grad()
-            edit.before_step()
-            net(torch.ones(2, 4)).square().sum().backward()
-            with torch.no_grad():
-                net[1].weight[0, 0] += 1e-3
-            optimizer.step()
+
+    def write(*_: Any) -> None:
+        with torch.no_grad():
+            net[0].weight[0, 0] += 1e-3
+
+    # This hook is called after before_step() and before the optimizer step.
+    net[0].weight.register_post_accumulate_grad_hook(write)
+    with pytest.warns(
+        UserWarning, match=r"other code has changed 0\.weight .* outside of the optimizer steps"
+    ) as found:
+        train(net, [ParameterScope(modules="0"), NormBall(0.5)], sgd, 3)
     assert len(found) == 1
 
 

@@ -179,3 +179,11 @@ def test_processes_that_are_not_connected_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="trains its own model"):
         edit.before_step()
+
+
+def test_an_editing_block_that_is_entered_again_is_an_error():
+    block = editing(nn.Linear(4, 4), [NormBall(1e-3)])
+    with block as edit:
+        edit.before_step()
+    with pytest.raises(EditError, match=r"^editing: a block can be entered only once; call editing\(\) again"), block:
+        pass
