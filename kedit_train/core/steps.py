@@ -46,6 +46,8 @@ class OptimizerSteps:
         self._warned = False
         # The number of announced steps, and whether other code has changed the scope at any time.
         self._announced, self._written = 0, False
+        # torch's counters of the writes to each parameter in scope, at the announcement of the current step.
+        self._versions: list[int] = []
         self.integrity = Integrity(run)
         # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
@@ -103,6 +105,7 @@ class OptimizerSteps:
             if term is not None:
                 terms.append(term)
         self._penalized = bool(terms)
+        self._versions = [p._version for p in run.scope.values()]
         return torch.stack(terms).sum() if terms else None
 
     def before_optimizer_step(self, optimizer: Any) -> None:
@@ -117,6 +120,7 @@ class OptimizerSteps:
         self._check_evaluated_once()
         self._evaluated = True
         self.integrity.start()
+        self._check_written_since_announcement()
         self.integrity.check_frozen_gradients()
         check_gradients(run.scope.values())
         error = run.host.gradient_error() if self._penalized and not self.is_shared else None
@@ -191,14 +195,30 @@ class OptimizerSteps:
                 "steps, and has broken the constraints of this edit; the constraints have been applied again."
             )
         elif self.integrity.written_after_step and not expected and not self._warned:
-            self._warned = True
-            written = self.integrity.written
-            warn(
-                f"other code has changed {written[0]} (and {len(written) - 1} other parameters) outside of the "
-                "optimizer steps, so the weights also contain changes that are not from this edit; update the weights "
-                "only in step() of a torch.optim.Optimizer, or ignore this warning if the code averages weights."
-            )
+            self._warn_written(self.integrity.written)
         self.integrity.record_scope()
+
+    def _check_written_since_announcement(self) -> None:
+        """Warn if other code has written to the scope since the current step was announced.
+
+        The constraints are applied after this step. torch does not count writes through ``parameter.data``.
+        """
+        versions, self._versions = self._versions, []
+        if not versions or self.is_shared or self._warned:
+            return
+        if versions != [p._version for p in self.run.scope.values()]:
+            # Callbacks write other values for a while and restore them, which changes the counters only.
+            written = self.integrity.changed_in_scope()
+            if written:
+                self._warn_written(written)
+
+    def _warn_written(self, names: list[str]) -> None:
+        self._warned = True
+        warn(
+            f"other code has changed {names[0]} (and {len(names) - 1} other parameters) outside of the optimizer "
+            "steps, so the weights also contain changes that are not from this edit; update the weights only in step() "
+            "of a torch.optim.Optimizer, or ignore this warning if the code averages weights."
+        )
 
     def _check_announced(self, optimizer: Any) -> None:
         """Raise an error if the training loop had to announce this optimizer step and did not."""
