@@ -48,7 +48,7 @@ bench: $(READY)  ## compare with what a user would run instead and write tests/b
 	$(BIN)/python tests/benchmarks/step_time.py --memory $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py --memory --model wide $(BENCH)
 
-# Without .venv, because a machine with a GPU often has its own torch and no network. Packages that it lacks can come
+# This target does not use .venv, because a machine with a GPU often has its own torch and no network. Missing packages can come
 # from a folder of wheels: make bench-gpu WHEELS=folder (pip download --no-deps trl datasets dill multiprocess).
 bench-gpu:  ## time steps and runs of Llama shapes with 1 B and 8 B parameters on one GPU; at most 8 minutes
 	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target runs/site $(WHEELS)/*.whl)

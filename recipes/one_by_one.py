@@ -34,6 +34,8 @@ from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop, run_edits
 from kedit_train.pretrained import load_model
 
+# Radius of the ball around the original weights, as a fraction of the norm of these weights.
+BALL = 0.5
 DELTA, REPORT, PICTURE = "edit.safetensors", "report.json", "retention.png"
 
 
@@ -54,7 +56,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def learning() -> list[EditCallback]:
-    """Return the callbacks that train an edit, with the settings of kedit_default.yaml."""
+    """Return the callbacks that train an edit."""
     return [
         ParameterScope("0.3-1.0", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
@@ -64,7 +66,7 @@ def learning() -> list[EditCallback]:
 
 def constraints(texts: str, ball: float, seed: int = 0) -> list[EditCallback]:
     """Return the callbacks that keep other answers. Use the same instances for all edits of a sequence."""
-    # The weight is ten times the weight in kedit_default.yaml. The gradients of several edits in a batch partly cancel,
+    # The weight is ten times the weight for a batch of edits. The gradients of several edits in a batch partly cancel,
     # but the gradients of a single edit do not.
     return [
         KLLocality(Texts(texts, seed=seed), weight=200.0, batch_size=32, sequential=True),
@@ -101,7 +103,7 @@ def main(command_line: list[str] | None = None) -> None:
     base = copy.deepcopy(model)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    ball = 0.5 if given.ball is None else given.ball
+    ball = BALL if given.ball is None else given.ball
     keep = [] if given.plain else constraints(given.texts or world.NAME, ball, given.seed)
     options = {"epochs": 40, "learning_rate": given.learning_rate, "stop_loss": 0.0}
     loop = TrainLoop(tokenizer, callbacks=[*learning(), *keep], **options)

@@ -210,16 +210,17 @@ class SaveDelta(EditCallback):
             delta.save(self.path)
             delta = EditDelta.load(self.path)
         changed = self._changed_buffers(run)
-        # The model before the edit had other buffers, and other logits.
+        # With changed buffers, the comparison would not test the model before the edit.
         checked = self._check(run, delta, weights, before, after, None if changed else edits)
         self.delta = delta
         if changed and run.host.is_main:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             warn(
-                f"the run has changed the buffer {changed[0]} (and {len(changed) - 1} more), which the delta does not "
+                f"the run has changed the buffer {changed[0]}{more}, which the delta does not "
                 "contain, so the base model with the delta is not the trained model; keep modules that update their "
                 "buffers (such as BatchNorm) in evaluation mode, or save the whole model."
             )
-            checked += f", but {len(changed)} buffers do not"
+            checked += f"; {len(changed)} changed buffers are not in the file"
         if run.host.is_main:
             evaluated = self._values or self.at == "end"
             moment = f"step {step}" if evaluated else f"step {step}, the last step, because no step was evaluated"

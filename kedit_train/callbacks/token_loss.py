@@ -15,7 +15,7 @@ from kedit_train.core.processes import is_distributed
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.core.tokens.interfaces import Reduction
-from kedit_train.errors import EditError
+from kedit_train.errors import EditError, warn
 from kedit_train.functional.cross_entropy import cross_entropy
 from kedit_train.functional.dft import dynamic_cross_entropy
 from kedit_train.functional.overtone import overtone_statistics
@@ -150,6 +150,8 @@ class TokenLoss(EditCallback):
         self._vocab_size = _true_vocabulary(run)
         self._totals: dict[str, Tensor] = {}
         self._tokens, self._counted_at = 0, -1
+        # The number of tokens of the current step, and whether a warning about a step without tokens was issued.
+        self._tokens_now, self._warned = 0, False
         # Totals of the current step: active tokens, sum of the losses of all tokens, number of tokens.
         self._now = torch.zeros(3, dtype=torch.float64)
         position = "first" if self.objective == "prompt_last" else "own"
@@ -187,6 +189,13 @@ class TokenLoss(EditCallback):
                 "call model(..., labels=labels) in the training step, use the loss that the model returns, and use one "
                 "optimizer for the whole scope."
             )
+        # ActiveSet may have removed all examples. Other processes may have tokens.
+        if not (self._tokens_now or self._warned or run.loss_head().filter or is_distributed()):
+            self._warned = True
+            warn(
+                f"the batch of step {run.step + 1} contains no token with a label, because all labels are -100, so its "
+                "loss is 0; check the data collator and the maximum length of the examples."
+            )
         # Reading the loss waits for the device, so it is read only where a callback needs it.
         publishes_loss = run.is_required("edit/tokens/loss_now")
         if self.epsilon == 0.0 and not publishes_loss:
@@ -221,10 +230,12 @@ class TokenLoss(EditCallback):
         run = self.run
         if self._counted_at != run.step:
             self._now, self._counted_at = torch.zeros(3, dtype=torch.float64, device=active.device), run.step
+            self._tokens_now = 0
         self._now[0] += active.sum()
         self._now[1] += loss.sum()
         self._now[2] += len(active)
         self._tokens += len(active)
+        self._tokens_now += len(active)
         for name, values in zip(("active", "accepted", "survivors", "label_mass"), (active, *statistics), strict=False):
             self._totals[name] = self._totals.get(name, 0.0) + values.sum(dtype=torch.float32)
 

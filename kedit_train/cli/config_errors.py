@@ -83,8 +83,9 @@ def wrong_callback(content: Any) -> str | None:
             if not isinstance(entry, str) and not (isinstance(entry, dict) and "class_path" in entry):
                 return (
                     f"entry {number} of trainer.callbacks must be a class with its arguments, got "
-                    f"{cut(json.dumps(entry, default=str))}; write 'class_path: kedit_train.callbacks.NormBall' and, "
-                    "below it, 'init_args:' with the arguments, or remove the entry"
+                    f"{cut(json.dumps(entry, default=str))}; write, for example, "
+                    "'class_path: kedit_train.callbacks.NormBall' and, below it, 'init_args:' with the arguments, or "
+                    "remove the entry"
                 )
     return wrong_callback(content.get("fit"))
 

@@ -68,6 +68,11 @@ class Host:
         """
         return 1
 
+    def is_editing(self, run: Any) -> bool:
+        """Return whether the loop is using its open run ``run``, so that no other loop may close the run."""
+        # A trainer that was set up and never trained may have been abandoned.
+        return run.has_started
+
     # -- resuming
 
     @property

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from kedit_train.core.checksums import checksums, first_not_finite
 from kedit_train.core.drift.shards import local_part
 from kedit_train.core.fsdp import reshard
+from kedit_train.core.processes import is_distributed
 from kedit_train.core.resume import has_checksum
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
@@ -34,13 +35,15 @@ class Integrity:
 
     def __init__(self, run: RunState) -> None:
         self.run = run
-        self._started = False
+        self._started = self.ended = False
         # Checksums of the scope after the last optimizer step. Before the first step, checksums at the start.
         self._scope_sums: list[int] = []
         # Whether an optimizer hook was called since the training loop announced its last step.
         self._step_seen = True
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._frozen_sums: list[int] = []
+        # The dtypes and checksums of the frozen parameters when the scope was set, by name.
+        self._frozen_before: dict[str, tuple[torch.dtype, int]] = {}
         # All parameters at the start, by id, and the dtypes and names of the scope that could be trained then.
         self._present: dict[int, nn.Parameter] = {}
         # The names of offloaded parameters (meta device). Each forward pass makes new objects for them.
@@ -53,6 +56,16 @@ class Integrity:
         self.written_after_step = False
         # Position in ``_frozen`` of the next parameter to compare.
         self._next = 0
+
+    def record_frozen(self) -> None:
+        """Record checksums of the frozen parameters when the scope is set, which is before the optimizer is created."""
+        if is_distributed():
+            # DDP may copy the weights of the first process before the first step.
+            return
+        in_scope = {id(p) for p in self.run.scope.values()}
+        frozen = {n: p for n, p in self.run.root.named_parameters() if id(p) not in in_scope and has_checksum(p)}
+        sums = checksums(frozen.values())
+        self._frozen_before = {n: (p.dtype, value) for (n, p), value in zip(frozen.items(), sums, strict=True)}
 
     def start(self) -> None:
         """Record checksums of all weights. Call this after all callbacks have attached. Later calls do nothing."""
@@ -73,11 +86,26 @@ class Integrity:
             # A gradient from before the freeze would let an optimizer move the parameter.
             parameter.grad = None
         self._frozen_sums = checksums(p for _, p in self._frozen)
+        self._check_unchanged_since_freeze()
         self._present = {id(p): p for p in self.run.root.parameters()}
         self._offloaded = {name for name, p in self.run.root.named_parameters() if p.is_meta}
         self._dtypes = {name: p.dtype for name, p in self.run.scope.items()}
         self._trainable = {name for name, p in self.run.scope.items() if p.requires_grad}
         self._scope_sums = self._scope_now()
+
+    def _check_unchanged_since_freeze(self) -> None:
+        """Raise an error if other code has written to a frozen parameter between the freeze and the first step."""
+        before, self._frozen_before = self._frozen_before, {}
+        if self.run.host.resumed:
+            return
+        for (name, parameter), value in zip(self._frozen, self._frozen_sums, strict=True):
+            # The loop may have converted the frozen parameters to its own dtype.
+            if name in before and before[name][0] == parameter.dtype and before[name][1] != value:
+                raise EditError(
+                    f"{name} is not in scope, but its values have changed between the start of the edit and its first "
+                    "step; load or change weights before the edit starts, or, to resume a checkpoint, also load the "
+                    "state of the edit (in a plain loop with edit.load_state_dict())."
+                )
 
     def _check_still_frozen(self, in_scope: set[int]) -> None:
         """Raise an error if other code has unfrozen a parameter between the freeze and the first step."""
@@ -176,15 +204,12 @@ class Integrity:
         self._check_dtypes()
         self._check_trainable()
         self.check_frozen_gradients()
-        now = self._scope_now()
-        pairs = zip(self.run.scope, now, self._scope_sums, strict=True)
-        self.written = [name for name, new, old in pairs if new != old]
-        changed = bool(self.written)
-        self.written_after_step = changed and self._step_seen
-        if changed and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
+        self.written = self.changed_in_scope()
+        self.written_after_step = bool(self.written) and self._step_seen
+        if self.written and not self._step_seen and any(c.constrains or c.follows_steps for c in self.run.callbacks):
             raise EditError(self._unseen_step())
-        self._scope_sums, self._step_seen = now, False
-        return changed
+        self._step_seen = False
+        return bool(self.written)
 
     def check_frozen_gradients(self) -> None:
         """Raise an error if a frozen parameter has a gradient, before an optimizer can use it."""
@@ -253,6 +278,22 @@ class Integrity:
         added = next((name for name in new if name not in self._offloaded), None)
         if added is not None:
             raise EditError(self._added(added))
+
+    def end(self) -> None:
+        """Record the weights at the end of the run, for :func:`~kedit_train.core.after_end.check_after_end`."""
+        self.ended = self._started
+        self.record_scope()
+
+    def changed(self) -> str | None:
+        """Return the name of a parameter that differs from its last checksum, or None."""
+        reshard(self.run.root)
+        frozen = zip(self._frozen, checksums(p for _, p in self._frozen), self._frozen_sums, strict=True)
+        return next(iter([*self.changed_in_scope(), *(n for (n, _), new, old in frozen if new != old)]), None)
+
+    def changed_in_scope(self) -> list[str]:
+        """Return the names of the parameters in scope that differ from their last checksums."""
+        sums = zip(self.run.scope, self._scope_now(), self._scope_sums, strict=True)
+        return [name for name, new, old in sums if new != old]
 
     def record_scope(self) -> None:
         """Record the scope after the run itself has changed it."""

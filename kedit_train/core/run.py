@@ -68,7 +68,7 @@ class EditRun(RunState):
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        If another training loop left a run of the same model unfinished, that run is closed first.
+        If another training loop set up a run of the same model and abandoned it before it began, that run is closed.
 
         Args:
             root: the module that the training loop trains.
@@ -77,13 +77,21 @@ class EditRun(RunState):
 
         Raises:
             EditError: ``callback`` is a class and not an instance, its class may be used only once per model and is
-                already in use, or its ``prepare`` method fails.
+                already in use, its ``prepare`` method fails, or the model is being edited by another training loop.
         """
         if isinstance(callback, type):
             name = callback.__name__
             raise EditError(f"{name} is a class, but callbacks must be instances; pass {name}(...).")
         run: EditRun | None = root.__dict__.get(_ATTRIBUTE)
         if run is not None and run.host.owner is not host.owner:
+            if run.host.is_editing(run):
+                # Closing that run would end its constraints without a word.
+                first = ", ".join(type(c).__name__ for c in run.callbacks)
+                raise EditError(
+                    f"the model must not be in another edit, but an edit with {first} has not ended; put all callbacks "
+                    "into one edit, or end the first edit before you begin this one.",
+                    component=type(callback).__name__,
+                )
             run.close()
             run = None
         run = run or cls(root, host)
@@ -124,6 +132,7 @@ class EditRun(RunState):
         if self.full_precision:
             self.masters = FullPrecision(self.root, self.scope)
         self.reference = snapshot(self.scope)
+        self.steps.integrity.record_frozen()
 
     def attach(self, callback: Any) -> None:
         """Attach one callback to the run, after all callbacks have been prepared."""
@@ -145,7 +154,7 @@ class EditRun(RunState):
         if self.host.resumed:
             self._saved_states = restore(self, self.host.saved_state())
         elif not is_distributed():
-            # DDP copies the weights of the first process, and agreeing_processes compares the processes.
+            # In a distributed run, DDP may have copied the weights of the first process.
             check_unchanged(self.scope, self.reference)
         if not self.reference and self.needs_reference:
             with self.reference_model():
@@ -174,6 +183,7 @@ class EditRun(RunState):
             raise
         self._complete = True
         self._end_full_precision()
+        self.steps.integrity.end()
         for attached in filter(self.has_attached, list(self.callbacks)):
             with reported_by(type(attached).__name__):
                 attached.finish(self)

@@ -46,6 +46,8 @@ class OptimizerSteps:
         self._warned = False
         # The number of announced steps, and whether other code has changed the scope at any time.
         self._announced, self._written = 0, False
+        # torch's counters of the writes to each parameter in scope, at the announcement of the current step.
+        self._versions: list[int] = []
         self.integrity = Integrity(run)
         # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
@@ -103,6 +105,7 @@ class OptimizerSteps:
             if term is not None:
                 terms.append(term)
         self._penalized = bool(terms)
+        self._versions = [p._version for p in run.scope.values()]
         return torch.stack(terms).sum() if terms else None
 
     def before_optimizer_step(self, optimizer: Any) -> None:
@@ -117,6 +120,7 @@ class OptimizerSteps:
         self._check_evaluated_once()
         self._evaluated = True
         self.integrity.start()
+        self._check_written_since_announcement()
         self.integrity.check_frozen_gradients()
         check_gradients(run.scope.values())
         error = run.host.gradient_error() if self._penalized and not self.is_shared else None
@@ -161,7 +165,7 @@ class OptimizerSteps:
         # A loop that announces one step may only inspect the model.
         if self._announced > 1 and not self.run.step and not self._written:
             warn(
-                f"{self._announced} steps were announced, but no optimizer has updated a parameter in scope, so the "
+                f"{self._announced} training steps began, but no optimizer has updated a parameter in scope, so the "
                 "edit has changed nothing; create the optimizer from edit.parameters(), or check whether a gradient "
                 "scaler has skipped every step."
             )
@@ -191,14 +195,30 @@ class OptimizerSteps:
                 "steps, and has broken the constraints of this edit; the constraints have been applied again."
             )
         elif self.integrity.written_after_step and not expected and not self._warned:
-            self._warned = True
-            written = self.integrity.written
-            warn(
-                f"other code has changed {written[0]} (and {len(written) - 1} other parameters) outside of the "
-                "optimizer steps, so the weights also contain changes that are not from this edit; update the weights "
-                "only in step() of a torch.optim.Optimizer, or ignore this warning if the code averages weights."
-            )
+            self._warn_written(self.integrity.written)
         self.integrity.record_scope()
+
+    def _check_written_since_announcement(self) -> None:
+        """Warn if other code has written to the scope since the current step was announced.
+
+        The constraints are applied after this step. torch does not count writes through ``parameter.data``.
+        """
+        versions, self._versions = self._versions, []
+        if not versions or self.is_shared or self._warned:
+            return
+        if versions != [p._version for p in self.run.scope.values()]:
+            # Callbacks write other values for a while and restore them, which changes the counters only.
+            written = self.integrity.changed_in_scope()
+            if written:
+                self._warn_written(written)
+
+    def _warn_written(self, names: list[str]) -> None:
+        self._warned = True
+        warn(
+            f"other code has changed {names[0]} (and {len(names) - 1} other parameters) outside of the optimizer "
+            "steps, so the weights also contain changes that are not from this edit; update the weights only in step() "
+            "of a torch.optim.Optimizer, or ignore this warning if the code averages weights."
+        )
 
     def _check_announced(self, optimizer: Any) -> None:
         """Raise an error if the training loop had to announce this optimizer step and did not."""
@@ -222,10 +242,10 @@ class OptimizerSteps:
             return
         if any(c.constrains or c.penalizes or c.skips or c.follows_steps for c in self.run.callbacks):
             raise EditError(
-                f"{type(optimizer).__name__}.step() was called inside backward() (possible causes: an optimizer in a "
-                "gradient hook, _apply_optimizer_in_backward, or a layerwise optimizer of transformers), where "
-                "the weights cannot be constrained; create one optimizer for all parameters, and call it after "
-                "backward()."
+                f"{type(optimizer).__name__}.step() was called inside backward(), so the callbacks cannot act on the "
+                "complete step (possible causes: an optimizer in a gradient hook, _apply_optimizer_in_backward, or a "
+                "layerwise optimizer of transformers); create one optimizer for all parameters, and call its step() "
+                "after backward()."
             )
 
     def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -25,6 +25,7 @@ from kedit_train.data.readers.files import read_file
 from kedit_train.data.tokenization import Encoded
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
+from kedit_train.paths import PATH
 
 if TYPE_CHECKING:
     import datasets
@@ -111,14 +112,10 @@ class EditDataset(Sequence[Edit]):
                 )
             # The probes of an edit depend on all edits of a list, so the list is made first and cut afterwards.
             return cls(edits[:limit], name=world.NAME)
+        check_arguments("EditDataset", path=(path, PATH))
         path = Path(path)
         edits, recognized, skipped = read_records(
-            read_file(path),
-            str(path),
-            format=format,
-            on_error=on_error,
-            limit=limit,
-            csv=path.suffix.lower() == ".csv",
+            read_file(path), str(path), format=format, on_error=on_error, limit=limit, csv=path.suffix.lower() == ".csv"
         )
         return cls(edits, name=path.name, format=recognized, skipped=skipped)
 

@@ -8,7 +8,7 @@ Example:
     >>> edits = world.edits()
     >>> texts = world.locality_texts(exclude=edits)
     >>> len(edits), len(texts)
-    (24, 1024)
+    (24, 4096)
 """
 
 from __future__ import annotations

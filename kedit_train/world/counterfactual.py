@@ -64,7 +64,7 @@ def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
     ]
 
 
-def locality_texts(exclude: Sequence[Edit], n: int | None = 1024, seed: int = 0) -> list[str]:
+def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0) -> list[str]:
     """Return bundled texts that stay true after the edits, for a locality penalty.
 
     Half of the texts have the wording of an edit's prompt but state another fact. Side effects of edits appear first

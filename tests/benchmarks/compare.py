@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import FACTLM, HELD_OUT, RECIPES, SETTINGS, Method, Setting, load, usual
+from methods import FACTLM, HELD_OUT, ONLY, RECIPES, SETTINGS, Method, Setting, load, load_recipe
 from paired import resident_peak
 from torch import nn
 
-from kedit_train.cli import recipe
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
 from kedit_train.evaluation import EvaluationOptions
@@ -51,7 +50,7 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
     """Run one recipe in one mode and return its scores and its cost."""
     model, tokenizer = load(setting.path)
     edits = setting.edits(count, draw)
-    own = recipe.load(name, *usual(name, mode), *given)
+    own = load_recipe(name, *given)
     train = Method(setting, model, tokenizer, name, own, edits, mode)
     spent = 0.0
 
@@ -114,7 +113,7 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str], li
     have = {(r["model"], r["recipe"], r["mode"], r["draw"]) for r in done(options.results)}
     for model in options.models:
         for name in options.recipes:
-            for mode in options.modes:
+            for mode in (mode for mode in options.modes if mode in ONLY.get(name, EDITS)):
                 draws = [d for d in options.draws if (model, name, mode, d) not in have]
                 if draws:
                     yield model, name, [mode], draws

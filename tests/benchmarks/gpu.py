@@ -8,11 +8,12 @@ Needs torch, transformers, accelerate, peft and lightning. On a machine without 
 a folder of wheels (``make bench-gpu WHEELS=folder``): trl 1.16.0, datasets 5.2.0, dill 0.4.1 and multiprocess 0.70.19.
 They need pandas, pyarrow and xxhash. Nothing here imports jsonargparse.
 
-The run writes ``RESULTS_GPU.md`` and ``RESULTS_GPU.json`` after every variant, and prints one line for each. A variant
-that fails has its error in the tables, and the run goes on. After ``--seconds``, no further variant starts.
+The run prints one line for each variant, and writes ``RESULTS_GPU.md`` and ``RESULTS_GPU.json`` after the steps of a
+model and after each complete run. If a variant fails, the tables contain its error, and the run continues. With N
+models, the n-th model starts no variant after n/N of ``--seconds``.
 
-Steps: all variants take one step in turn, each in an unmodified ``SFTTrainer`` except "one edit". Runs: one variant at
-a time, with the peak of the allocated memory.
+For the time of a step, all variants take one step in turn. Each uses an unmodified ``SFTTrainer``, except "one edit".
+For the complete runs, one variant runs at a time, and the peak of the allocated memory is read.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ class Report:
             parts += [
                 "### Complete runs",
                 f"{options['edits']} edits, {options['epochs']} epochs in batches of {options['batch']}; one at a "
-                f"time: {options['single']} edits, 25 steps each. Timed from the creation of the trainer, with all "
-                "caches, to the change of the weights in the memory of the host and the restored weights. Learning "
+                f"time: {options['single']} edits, 25 steps each. The time includes the creation of the trainer, the "
+                "caches, copying the weight change to the CPU, and restoring the weights. Learning "
                 f"rate {options['lr']} for all, not tuned, so *learned* (fraction of the edits whose target tokens are "
                 "all the most probable ones) only shows that a variant trains.",
                 runs_table(model["runs"]),
@@ -123,7 +123,7 @@ def steps_table(found: Mapping[str, Any], base: str = "(b)") -> str:
         milliseconds = [1000 * s for s in entry["seconds"]]
         second = 1 / statistics.median(entry["seconds"])
         rows.append([name, spread(milliseconds, 1), f"{second:.1f}", f"{1000 * statistics.median(row):.2f}", times])
-    return table(["variant", "ms a step", "steps/s", "ms a row", "times as fast as (b), by the row"], rows)
+    return table(["variant", "ms a step", "steps/s", "ms a row", "speed relative to (b), per sequence"], rows)
 
 
 def runs_table(found: Mapping[str, Any], base: str = "(b)") -> str:
@@ -138,7 +138,8 @@ def runs_table(found: Mapping[str, Any], base: str = "(b)") -> str:
         memory = ["" if entry[key] is None else f"{entry[key]:.2f}" for key in ("peak_gb", "above_gb")]
         parts = [f"{entry[key]:.1f}" for key in ("seconds", "set_up")]
         rows.append([name, f"{rate:.2f}", times, *parts, *memory, f"{entry['learned']:.2f}"])
-    head = ["variant", "edits/s", "times (b)", "s", "s of it for set-up", "peak, GB", "above the start, GB", "learned"]
+    memory_heads = ["peak, GB", "above the start, GB"]
+    head = ["variant", "edits/s", "speed relative to (b)", "s", "set-up, s", *memory_heads, "learned"]
     return table(head, rows)
 
 

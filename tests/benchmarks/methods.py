@@ -6,6 +6,8 @@ depend on the model, are replaced.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ FACTLM = SHARED / "models" / "factlm"
 HELD_OUT = 100
 RECIPES = (
     "ft_m", "ft_l", "ft_l_inf", "low_layer", "masked_fisher", "locft_bf", "overtone", "overtone_lora", "kl_locality",
-    "null_space", "replay", "f_learning", "kedit_default",
+    "null_space", "replay", "f_learning", "kedit_default", "second_order", "one_by_one",
 )  # fmt: skip
 
 
@@ -48,6 +50,14 @@ class Setting:
     prompts: Callable[[Sequence[Edit]], list[str]]  # of other facts, to be replayed
 
 
+def one_by_one() -> Any:
+    """Return the module recipes/one_by_one.py."""
+    folder = str(Path(__file__).resolve().parents[2] / "recipes")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module("one_by_one")
+
+
 def load(path: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -58,7 +68,7 @@ def load(path: Path) -> tuple[Any, Any]:
 def embedded() -> Setting:
     def texts(edits: Sequence[Edit]) -> list[str]:
         # For a single edit, all texts, so that the nearest can be chosen.
-        return world.locality_texts(exclude=edits, n=1024 if len(edits) > 1 else None)
+        return world.locality_texts(exclude=edits, n=4096 if len(edits) > 1 else None)
 
     def edits(n: int, draw: int) -> list[Edit]:
         return world.edits(n, seed=draw)
@@ -107,21 +117,20 @@ def factlm() -> Setting:
 SETTINGS: dict[str, Callable[[], Setting]] = {"world": embedded, "factlm": factlm}
 
 
+# Callbacks and learning rate of this recipe are those of recipes/one_by_one.py.
+ONE_BY_ONE = "one_by_one"
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
-# batch partly cancel and those of one edit do not. Its texts are the nearest. In a sequence, kedit_default is
-# one_by_one.py.
-ALONE, ALONE_KL, ALONE_TEXTS, NEAREST, SEQUENCE_TEXTS = 0.2, 10.0, 256, 24, 32
-# Learning rates that a recipe names for other numbers of edits than the 24 of its file.
-USUAL_RATES = {
-    ("kedit_default", "batch"): 3e-3,
-    ("kedit_default", "sequential"): 3e-3,
-    ("kedit_default", "single"): 1.5e-3,
-}
+# batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
+ALONE, ALONE_KL, ALONE_TEXTS, NEAREST = 0.2, 10.0, 256, 24
+# Which modes a recipe is compared in, if not in all.
+ONLY = {"kedit_default": ("batch",), "second_order": ("batch",), ONE_BY_ONE: ("single", "sequential")}
+# one_by_one.py trains with half of its learning rate and without NormBall if every edit starts from the unedited model.
+ALONE_RATE = 0.5
 
 
-def usual(name: str, mode: str) -> list[str]:
-    """Return the arguments of ``recipe.load`` for this mode."""
-    return [f"--model.learning_rate={USUAL_RATES[name, mode]}"] if (name, mode) in USUAL_RATES else []
+def load_recipe(name: str, *given: str) -> Any:
+    """Return the configuration of a recipe. For the script one_by_one.py, this supplies only epochs and data."""
+    return recipe.load("kedit_default" if name == ONE_BY_ONE else name, *given)
 
 
 class Method:
@@ -130,7 +139,7 @@ class Method:
     Args:
         setting: the model with its edits.
         model, tokenizer: the reference model and its tokenizer.
-        name, config: name of the recipe, and the result of ``kedit_train.cli.recipe.load``.
+        name, config: name of the recipe, and the result of :func:`load_recipe`.
         scored: all edits of the run; texts with their scored prompts are not trained on.
         mode: mode of ``run_edits``.
     """
@@ -164,14 +173,16 @@ class Method:
         self.adapter = config.model.init_args.lora
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = list(recipe.callbacks(config))
-        if (name, mode) == ("kedit_default", "sequential"):
-            # The further callbacks of recipes/one_by_one.py.
-            self.made.append(NormBall(norm="l2", per="scope", fraction=0.5))
+        if name == ONE_BY_ONE:
+            script = one_by_one()
+            self.made = [*script.learning(), *script.constraints(world.NAME, script.BALL)]
+            self.lr = script.arguments([]).learning_rate
+            if mode == "single":
+                self.lr *= ALONE_RATE
+                self.made = [callback for callback in self.made if not isinstance(callback, NormBall)]
         for callback in self.made:
-            if isinstance(callback, KLLocality) and alone:
+            if isinstance(callback, KLLocality) and alone and name != ONE_BY_ONE:
                 callback.weight *= ALONE_KL
-            if isinstance(callback, KLLocality) and (name, mode) == ("kedit_default", "sequential"):
-                callback.batch_size = SEQUENCE_TEXTS
             if isinstance(callback, KLLocality) and mode == "single":
                 callback.texts = replace(callback.texts, nearest=NEAREST)
                 self.beside = {edit.id: setting.texts([edit]) for edit in scored}

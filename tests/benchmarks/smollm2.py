@@ -4,8 +4,8 @@
     python tests/benchmarks/smollm2.py --recipes ft_m --draws 100 --set=--model.learning_rate=2e-3   # choose settings
 
 Each draw shuffles CounterFact with its own seed: the first records are edited, 100 others must keep their answers, and
-400 others give texts that must stay, together with 300 passages of Wikipedia. Settings are chosen on draws from 100
-upwards, and the other draws are reported. Results are appended to a file as lines of JSON.
+3,000 others (--statements) give texts that must stay, together with 300 passages of Wikipedia. Settings are chosen on
+draws from 100 upwards, and the other draws are reported. Results are appended to a file as lines of JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kedit_train.evaluation import EvaluationOptions, evaluate
 
 SMOLLM2 = Path(__file__).resolve().parents[2] / ".models" / "smollm2"
 WIKITEXT = SHARED / "data" / "text" / "wikitext-2.valid.txt"
-OTHERS, STATEMENTS, PASSAGES, PROSE = 100, 400, 300, 24
+OTHERS, STATEMENTS, PASSAGES, PROSE = 100, 3000, 300, 24
 
 
 def passages() -> list[str]:
@@ -44,11 +44,11 @@ def passages() -> list[str]:
     return texts
 
 
-def draw_of(seed: int, count: int) -> tuple[list[Edit], Setting]:
+def draw_of(seed: int, count: int, stated: int = STATEMENTS) -> tuple[list[Edit], Setting]:
     """Return the edits of a draw, with the other facts as locality prompts of the kind "others"."""
     records = list(EditDataset.load(COUNTERFACT))
     random.Random(seed).shuffle(records)
-    edits, others, statements = records[:count], records[600 : 600 + OTHERS], records[1000 : 1000 + STATEMENTS]
+    edits, others, statements = records[:count], records[600 : 600 + OTHERS], records[1000 : 1000 + stated]
     probes = [Probe(other.prompt, (other.old_target or "",)) for other in others]
     edits = [
         replace(edit, locality={**edit.locality, "others": tuple(probes[i::count])}) for i, edit in enumerate(edits)
@@ -61,7 +61,7 @@ def draw_of(seed: int, count: int) -> tuple[list[Edit], Setting]:
 
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Train one recipe on one draw, and return its scores and its processor time."""
-    edits, setting = draw_of(seed, options.edits)
+    edits, setting = draw_of(seed, options.edits, options.statements)
     model, tokenizer = load(SMOLLM2)
     evaluation = EvaluationOptions(prose=setting.unrelated(), batch_size=25)
     unedited = evaluate(model, tokenizer, edits, options=evaluation)
@@ -88,7 +88,8 @@ def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
 
     before = {f"{key}, unedited": value for key, value in row(unedited).items() if key in ("NS", "PS", "perplexity")}
     protocol = report.meta["settings"]["protocol"]
-    return {"recipe": name, "draw": seed, **row(report), **before, "seconds": seconds, "protocol": protocol}
+    run = {"recipe": name, "draw": seed, "statements": options.statements}
+    return {**run, **row(report), **before, "seconds": seconds, "protocol": protocol}
 
 
 def main() -> None:
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--recipes", default="ft_m,second_order")
     parser.add_argument("--draws", default="7", help="seeds: %(default)s")
     parser.add_argument("--edits", type=int, default=50)
+    parser.add_argument("--statements", type=int, default=STATEMENTS, help="texts that must stay: %(default)s")
     parser.add_argument("--set", action="append", default=[], help="a key of the recipes: --set=--model.dtype=auto")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("smollm2.jsonl"))
     options = parser.parse_args()

@@ -94,18 +94,20 @@ def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> Non
     setting = methods.embedded()
     model, tokenizer = methods.load(setting.path)
     edits = setting.edits(45, 0)
-    for name in ("overtone", "kedit_default", "masked_fisher"):
-        config = methods.recipe.load(name, *methods.usual(name, mode))
+    script = module("one_by_one")
+    for name in ("overtone", "kl_locality", "masked_fisher", "kedit_default", "one_by_one"):
+        if mode not in methods.ONLY.get(name, (mode,)):
+            continue
+        config = methods.load_recipe(name)
         method = methods.Method(setting, model, tokenizer, name, config, edits, mode)
         own = edits if mode == "batch" else edits[:1]
         made = {type(callback).__name__: callback for callback in method.callbacks(own)}
         assert "EditMetrics" not in made
         stop = made["StopWhenEdited"]
         assert (stop.idle_steps, stop.loss_steps) == ("epoch" if name == "overtone" else None, "epoch")
-        rate = config.model.init_args.learning_rate
-        assert rate == (1.5e-3 if mode == "single" else 3e-3) or name != "kedit_default"
-        assert method.lr == pytest.approx(rate * (1.0 if mode == "batch" else 0.2))
-        if name == "kedit_default":
+        if name != "one_by_one":
+            assert method.lr == pytest.approx(config.model.init_args.learning_rate * (1.0 if mode == "batch" else 0.2))
+        if "KLLocality" in made:
             held = made["KLLocality"].texts
             assert held.nearest == (24 if mode == "single" else None)
             if mode == "single":
@@ -115,14 +117,16 @@ def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> Non
             else:
                 assert held.source == setting.texts(edits)
             assert made["KLLocality"].sequential == (mode == "sequential")
-            assert made["KLLocality"].weight == (20.0 if mode == "batch" else 200.0)
+        if name == "kedit_default":
+            assert made["SecondOrderLocality"].texts.source == setting.texts(edits)
+        if name == "one_by_one":
+            constraints = script.constraints("world", 0.5)
+            assert made["KLLocality"].weight == constraints[0].weight == 200.0
+            rate = script.arguments([]).learning_rate
+            assert method.lr == pytest.approx(rate if mode == "sequential" else rate / 2)
             if mode == "sequential":
-                named = module("one_by_one")
-                given = named.arguments([])
-                constraints = named.constraints("world", 0.5)
-                own_script = {repr(each) for each in (*named.learning(), *constraints)}
+                own_script = {repr(each) for each in (*script.learning(), *constraints)}
                 assert {repr(each) for each in made.values()} == own_script
-                assert method.lr == pytest.approx(given.learning_rate)
                 assert made["KLLocality"].batch_size == constraints[0].batch_size
             else:
                 assert "NormBall" not in made

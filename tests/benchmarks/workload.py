@@ -22,8 +22,8 @@ COUNTERFACT = SHARED / "data" / "counterfact" / "counterfact_10k.json"
 FACTLM = SHARED / "models" / "factlm"
 STORIES = SHARED / "models" / "stories260K"
 
-# Layers, width, vocabulary, heads and key/value heads, feed-forward width. 1b and 8b have the shapes of Llama 3.
-# Their vocabulary matrices are tied and separate, and they have 1.2 and 8.0 B parameters.
+# Layers, width, vocabulary, heads and key/value heads, feed-forward width. 1b and 8b have the shapes of Llama 3: 1b has
+# tied embeddings and 1.2 B parameters, and 8b has untied embeddings and 8.0 B parameters.
 SIZES: dict[str, tuple[int, ...]] = {
     "tiny": (4, 64, 4096, 2, 2, 128),
     "small": (12, 768, 32_000, 12, 12, 2048),
@@ -53,7 +53,7 @@ def llama(size: str, options: Any, seed: int = 0) -> Any:
     )
     torch.manual_seed(seed)
     with torch.device(options.device):
-        # In this dtype from the start, because 8 B parameters in fp32 take 32 GB.
+        # The model is created in this dtype, because 8 B parameters in fp32 would take 32 GB.
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).train()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kedit_train import world
 from kedit_train.callbacks import BatchAnchor, KLLocality, ParameterScope, TokenLoss, TokenSmoothing, editing
 from kedit_train.data.tokenization import Encoded, collate
 from kedit_train.errors import EditError
@@ -321,3 +322,23 @@ def test_arguments_out_of_range_are_refused(argument, expected):
         TokenLoss(**{"objective": "overtone"} | argument)
     ((name, value),) = argument.items()
     assert str(error.value) == f"TokenLoss: {name} must be {expected}, got {value!r}."
+
+
+def test_steps_without_a_label_are_one_warning():
+    model, tokenizer = world.load()
+    ids = torch.tensor([tokenizer("The baker kept a coin")["input_ids"]])
+    with (
+        pytest.warns(UserWarning, match=r"^TokenLoss: the batch of step 1 contains no token with a label") as found,
+        editing(model, [ParameterScope(layers=2, modules="mlp.down_proj"), TokenLoss()], tokenizer=tokenizer) as edit,
+    ):
+        train_without_labels(model, ids, edit)
+    assert len(found) == 1
+
+
+def train_without_labels(model, ids, edit):
+    optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
+    for _ in range(2):
+        edit.before_step()
+        model(input_ids=ids, labels=torch.full_like(ids, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

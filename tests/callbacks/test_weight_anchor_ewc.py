@@ -65,6 +65,8 @@ def test_ewc_with_strength_1_is_to_second_order_the_divergence_on_its_texts(make
     assert all(0.7 < ratio < 1.4 for ratio in ratios), ratios
 
 
+@pytest.mark.filterwarnings("ignore:2 training steps began, but no optimizer")
+@pytest.mark.filterwarnings("ignore:other code has changed")
 def test_ewc_counts_once_in_an_accumulated_step(make, words, ids):
     model = make()
     anchor = WeightAnchor("ewc", strength=50.0, texts=TEXTS)

@@ -96,7 +96,7 @@ def test_a_wrong_key_is_named(failing_run, yaml: str, expected: list[str]) -> No
     assert len(message) < 300
 
 
-ENTRY = "entry {} of trainer.callbacks must be a class with its arguments, got {}; write 'class_path: kedit_train.c"
+ENTRY = "entry {} of trainer.callbacks must be a class with its arguments, got {}; write, for example, 'class_path: k"
 
 
 @pytest.mark.parametrize(

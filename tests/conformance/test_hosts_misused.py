@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from conformance.hosts import ARGUMENTS, Rows, collator
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kedit_train import world
 from kedit_train.callbacks import (
@@ -230,3 +231,81 @@ def test_a_copied_trainer_trains_its_own_model(tmp_path: Path, edits: EditDatase
     assert 0 < (copied.model.get_parameter(NAME) - before).abs().max() <= 1.0001e-3
     given.train()
     assert torch.equal(given.model.get_parameter(NAME), copied.model.get_parameter(NAME))
+
+
+class WritesAtTheEnd(TrainerCallback):
+    """Write to a weight when training ends, like a callback that copies averaged weights into the model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.get_parameter(self.name).data.add_(1.0)
+
+
+AFTER_THE_END = r"has changed {} after the edit had ended.*list this callback before the callbacks of kedit_train"
+
+
+@pytest.mark.parametrize("name", [NAME, "model.norm.weight"])
+def test_a_callback_that_writes_weights_at_the_end_of_a_trainer_is_one_warning(tmp_path, edits, name):
+    used = [scope(), NormBall(1e-3), WritesAtTheEnd(name)]
+    with pytest.warns(UserWarning, match=AFTER_THE_END.format(re.escape(name))) as found:
+        trainer(tmp_path, edits, used, max_steps=1).train()
+    assert len([w for w in found if "after the edit" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("event", ["on_train_end", "on_fit_end", "module.on_train_end"])
+@pytest.mark.parametrize("name", ["net.weight", "net.bias"])
+def test_code_that_writes_weights_at_the_end_of_a_lightning_fit_is_one_warning(event, name):
+    module, writer = Module(), L.Callback()
+    holder = module if "module" in event else writer
+    setattr(holder, event.split(".")[-1], lambda *_: module.get_parameter(name).data.add_(1.0))
+    with pytest.warns(UserWarning, match=AFTER_THE_END.format(re.escape(name))) as found:
+        fit(module, [ParameterScope(modules="*.weight"), NormBall(1e-3), writer])
+    assert len([w for w in found if "after the edit" in str(w.message)]) == 1
+
+
+def test_a_trainer_with_callbacks_inside_an_editing_block_is_an_error(tmp_path, edits):
+    made = trainer(tmp_path, edits, [])
+    with editing(made.model, [scope(), NormBall(1e-3)]):
+        problem = "^KLLocality: the model must not be in another edit, but an edit with ParameterScope, NormBall has"
+        with pytest.raises(EditError, match=problem):
+            Trainer(model=made.model, args=made.args, callbacks=[KLLocality(TEXTS)])
+
+
+def test_an_editing_block_in_a_callback_of_a_trainer_is_an_error(tmp_path, edits):
+    class Nests(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            with editing(model, [NormBall(1e-4)]):
+                pass
+
+    with pytest.raises(EditError, match=r"^NormBall: the model must not be in another edit.*ParameterScope, NormBall"):
+        trainer(tmp_path, edits, [scope(), NormBall(1e-3), Nests()], max_steps=1).train()
+
+
+def test_a_wrong_checkpoint_restores_the_flags_and_the_trainer_can_be_used_again(tmp_path, edits):
+    saving(tmp_path, edits)
+    made = trainer(tmp_path, edits, [scope(), NormBall(1e-3)])
+    for wrong in ("does_not_exist", "neither"):
+        with pytest.raises(ValueError, match="checkpoint"):
+            made.train(wrong)
+        assert all(p.requires_grad for p in made.model.parameters())
+    made.train(str(tmp_path / "checkpoint-2"))
+    assert made.state.global_step == 4
+    before = world.load()[0]
+    moved = {n for n, p in made.model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert moved == {NAME}
+    assert all(p.requires_grad for p in made.model.parameters())
+
+
+def test_weights_of_a_checkpoint_that_failed_to_load_are_not_the_weights_before_the_edit(tmp_path, edits, monkeypatch):
+    def load(made: Any, *_: Any) -> None:
+        made.model.get_parameter(NAME).data.add_(1.0)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Trainer, "_load_from_checkpoint", load)
+    made = trainer(tmp_path, edits, [scope(), NormBall(1e-3)])
+    with pytest.raises(FileNotFoundError):
+        made.train("checkpoint-2")
+    with pytest.raises(EditError, match=rf"{NAME} must not change between the start of the edit and its first step"):
+        made.train()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.small_loop import model, sgd, step, train
+from core.small_loop import Penalty, model, sgd, step, train
 from torch import nn
 
 from kedit_train.callbacks import EditCallback, NormBall, ParameterScope, editing
@@ -80,6 +80,36 @@ def test_writing_to_the_scope_after_a_step_is_one_warning(callbacks: list[Any]) 
     assert len(found) == 1
 
 
+def test_writing_to_the_scope_between_before_step_and_the_optimizer_step_is_one_warning() -> None:
+    net = model()
+
+    def write(*_: Any) -> None:
+        with torch.no_grad():
+            net[0].weight[0, 0] += 1e-3
+
+    # This hook is called after before_step() and before the optimizer step.
+    net[0].weight.register_post_accumulate_grad_hook(write)
+    with pytest.warns(
+        UserWarning, match=r"other code has changed 0\.weight .* outside of the optimizer steps"
+    ) as found:
+        train(net, [ParameterScope(modules="0"), NormBall(0.5)], sgd, 3)
+    assert len(found) == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_values_that_a_callback_restores_within_a_step_give_no_warning() -> None:
+    net = model()
+    with editing(net, [ParameterScope(modules="1"), Penalty()]) as edit:
+        optimizer = sgd(edit.parameters())
+        for _ in range(2):
+            edit.before_step()
+            with edit.run.reference_model():
+                net(torch.ones(2, 4))
+            net(torch.ones(2, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def test_a_loop_that_loads_its_best_weights_at_the_end_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     net = model()
     best = net[1].weight.detach().clone()
@@ -121,12 +151,19 @@ def test_a_scope_on_the_meta_device_is_one_line() -> None:
 def test_weights_that_are_loaded_between_the_start_of_the_edit_and_its_first_step_are_an_error() -> None:
     net, other = model(), {name: value + 1 for name, value in model().state_dict().items()}
     with (  # noqa: PT012
-        pytest.raises(EditError, match=r"^1\.weight has changed between the start .*edit\.load_state_dict"),
+        pytest.raises(EditError, match=r"^1\.weight must not change between the start .*edit\.load_state_dict"),
         editing(net, [ParameterScope(modules="1"), NormBall(1e-3)]) as edit,
     ):
         net.load_state_dict(other)
         step(edit, net, sgd(edit.parameters()))
     assert torch.equal(net[1].weight, other["1.weight"])
+    with (  # noqa: PT012
+        pytest.raises(EditError, match=r"^0\.weight is not in scope, but its values have changed between the start"),
+        editing(net, [ParameterScope(modules="1"), NormBall(1e-3)]) as edit,
+    ):
+        net[0].weight.data.mul_(1.5)
+        step(edit, net, sgd(edit.parameters()))
+    net.load_state_dict(other)
     # The same weights, or weights without a copy from before the edit, are no change.
     train(net, [ParameterScope(modules="1")], sgd, 1, lambda n: net.load_state_dict(other))
     train(net, [NormBall(1e-3)], sgd, 1, lambda n: net.load_state_dict(model().state_dict()))
@@ -135,6 +172,6 @@ def test_weights_that_are_loaded_between_the_start_of_the_edit_and_its_first_ste
 def test_steps_of_an_optimizer_without_a_parameter_in_scope_are_one_warning() -> None:
     net = model()
     copies = [nn.Parameter(p.detach().clone()) for p in net.parameters()]
-    with pytest.warns(UserWarning, match=r"2 steps were announced, but no optimizer .* edit\.parameters\(\)") as found:
+    with pytest.warns(UserWarning, match=r"2 training steps began, but no optimizer .* edit\.parameters\(\)") as found:
         train(net, [ParameterScope(modules="1"), NormBall(0.5)], lambda _: sgd(copies), 2)
     assert len(found) == 1

@@ -95,7 +95,7 @@ def test_an_edit_longer_than_the_context_is_named() -> None:
         HOSTS["SFTTrainer"](model, tokenizer, long, [EditMetrics(long, show=False)], 1)
 
 
-@pytest.mark.filterwarnings("ignore:2 steps were announced, but no optimizer")
+@pytest.mark.filterwarnings("ignore:2 training steps began, but no optimizer")
 def test_a_step_that_a_scaler_left_out_does_not_cost_the_next_its_penalty() -> None:
     model, tokenizer = world.load()
     with editing(model, [KLLocality(texts=TEXTS, batch_size=1)], tokenizer=tokenizer) as edit:

@@ -40,7 +40,7 @@ def test_an_optimizer_that_steps_in_the_backward_pass_is_one_line(
     net = model()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     with (  # noqa: PT012
-        pytest.raises(EditError, match=r"^SGD\.step\(\) was called inside backward\(\).*call it after") as error,
+        pytest.raises(EditError, match=r"^SGD\.step\(\) was called inside backward\(\).*its step\(\) after") as error,
         editing(net, [ParameterScope(modules="*"), callback]) as edit,
     ):
         install(edit.parameters())

@@ -29,20 +29,31 @@ def backward(model):
     (model(X) - 1).square().sum().backward()
 
 
-def test_a_second_edit_of_the_model_ends_the_first():
+@pytest.mark.parametrize("started", [True, False])
+def test_a_second_edit_inside_an_edit_of_the_same_model_is_an_error_and_the_first_goes_on(started):
     model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
     with editing(model, [NormBall(1e-3)]) as first:
-        with editing(model, [NormBall(1e-4)]):
-            pass
-        with pytest.raises(EditError, match="this edit is over"):
+        optimizer = sgd(first)
+        if started:
             first.before_step()
+        problem = r"^GradientMask: the model must not be in another edit, but an edit with NormBall has not ended"
+        with pytest.raises(EditError, match=problem), editing(model, [GradientMask("random", density=0.5)]):
+            pass
+        first.before_step()
+        backward(model)
+        optimizer.step()
+    assert 0 < float((model.weight.detach() - before).abs().max()) <= 1.0001e-3
+    # After the end of the first edit, another one may begin.
+    with editing(model, [NormBall(1e-3)]) as second:
+        second.before_step()
 
 
 def test_a_second_edit_with_the_same_callback_ends_the_first():
     ball = NormBall(1e-3)
     with editing(nn.Linear(4, 4), [ball]) as first, editing(nn.Linear(4, 4), [ball]) as second:
         second.before_step()
-        with pytest.raises(EditError, match="taken over the model or one of the callbacks"):
+        with pytest.raises(EditError, match="taken over one of the callbacks"):
             first.before_step()
 
 
@@ -61,7 +72,7 @@ def test_zero_grad_after_before_step_is_an_error(between):
             optimizer.step()
 
 
-@pytest.mark.filterwarnings("ignore:3 steps were announced, but no optimizer")
+@pytest.mark.filterwarnings("ignore:3 training steps began, but no optimizer")
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_the_penalty_is_computed_again_after_a_skipped_step(set_to_none):
     model = nn.Linear(4, 4)
@@ -168,3 +179,11 @@ def test_processes_that_are_not_connected_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with editing(nn.Linear(2, 2), [NormBall(1e-3)]) as edit, pytest.raises(EditError, match="trains its own model"):
         edit.before_step()
+
+
+def test_an_editing_block_that_is_entered_again_is_an_error():
+    block = editing(nn.Linear(4, 4), [NormBall(1e-3)])
+    with block as edit:
+        edit.before_step()
+    with pytest.raises(EditError, match=r"^editing: a block can be entered only once; call editing\(\) again"), block:
+        pass

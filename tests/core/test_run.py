@@ -110,7 +110,7 @@ def test_a_copy_of_a_model_during_an_edit_is_an_ordinary_model(tiny, take):
     assert torch.equal(model(input_ids=IDS, labels=IDS).loss, expected.loss)
 
 
-def test_another_loop_on_the_same_model_takes_over(tiny):
+def test_another_loop_takes_over_the_model_of_a_loop_that_never_began(tiny):
     model = tiny("llama")
     before = state(model)
     first, second = Host(object()), Host(object())
@@ -118,8 +118,6 @@ def test_another_loop_on_the_same_model_takes_over(tiny):
     one = EditRun.join(model, scope, first)
     EditRun.join(model, smoothing, first)
     smoothing.run = one
-    one.attach(scope)
-    one.attach(smoothing)
     two = EditRun.join(model, ParameterScope(0), second)
     assert one.closed
     assert not two.closed

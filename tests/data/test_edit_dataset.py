@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -177,3 +178,9 @@ def test_the_package_and_the_data_package_load_the_world_without_its_import() ->
         script = f"from {module} import EditDataset; print(len(EditDataset.load('world', limit=3)))"
         run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         assert run.stdout.strip() == "3"
+
+
+@pytest.mark.parametrize("path", [None, 3, ["edits.json"]])
+def test_a_path_of_another_type_is_one_line(path: Any) -> None:
+    with pytest.raises(EditError, match=r"^EditDataset: path must be a path without NUL characters, got .*\.$"):
+        EditDataset.load(path)

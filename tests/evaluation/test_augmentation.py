@@ -169,6 +169,7 @@ def test_files_of_prompts_and_of_edits(scripted_model: Any, tmp_path: Path) -> N
             rows(**wrong)
 
 
+@pytest.mark.filterwarnings("ignore:.* training steps began, but no optimizer")
 def test_a_loop_trains_the_extra_examples(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = known
     edits = world.edits(3)

@@ -6,10 +6,13 @@ import sys
 import weakref
 from typing import Any
 
+from kedit_train.core.after_end import check_after_end
+from kedit_train.core.reference_weights import check_unchanged
 from kedit_train.core.run import EditRun
 
 _LOOP = "_inner_training_loop"
 _EPOCH = "_run_epoch"
+_LOAD = "_load_from_checkpoint"
 
 
 class GuardedLoop:
@@ -35,12 +38,17 @@ class GuardedLoop:
         assert trainer is not None
         loop = getattr(type(trainer), _LOOP)
         try:
+            if isinstance(load := trainer.__dict__.get(_LOAD), GuardedLoad):
+                load.join_again()
             if isinstance(checkpoint := kwargs.get("resume_from_checkpoint"), str):
                 for run in _runs(trainer):
                     run.host.check_checkpoint(run, checkpoint)
             if hasattr(type(trainer), _EPOCH):
                 trainer.__dict__[_EPOCH] = self._run_epoch
-            return loop(trainer, *args, **kwargs)
+            result = loop(trainer, *args, **kwargs)
+            for run in _runs(trainer, closed=True):
+                check_after_end(run)
+            return result
         except BaseException:
             for run in _runs(trainer):
                 run.close()
@@ -59,8 +67,54 @@ class GuardedLoop:
         return GuardedLoop, (self._trainer(),)
 
 
+class GuardedLoad:
+    """Load a checkpoint for a ``transformers.Trainer``, and close the runs if this fails.
+
+    An instance replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the
+    training loop begins. The next ``train()`` sets the runs up again before the trainer creates its optimizer.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = weakref.ref(trainer)
+        self._released: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer()
+        assert trainer is not None
+        self.join_again(loads=True)
+        try:
+            return getattr(type(trainer), _LOAD)(trainer, *args, **kwargs)
+        except BaseException:
+            self._released = _runs(trainer)
+            for run in self._released:
+                run.close()
+            raise
+
+    def join_again(self, loads: bool = False) -> None:
+        """Set up the runs again that were closed because a checkpoint could not be loaded.
+
+        Args:
+            loads: whether the trainer loads a checkpoint next.
+        """
+        released, self._released = self._released, []
+        for run in released:
+            if not loads:
+                # The failed call may have loaded a part of the weights.
+                check_unchanged(run.scope, run.reference)
+            for callback in run.callbacks:
+                callback.join_trainer(self._trainer())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GuardedLoad, (self._trainer(),)
+
+
 def guard_loop(control: Any) -> None:
-    """Replace a trainer's training loop by a :class:`GuardedLoop`. Call this function from a callback of the trainer.
+    """Replace a trainer's training loop by a :class:`GuardedLoop`, and its loading by a :class:`GuardedLoad`.
+
+    Call this function from a callback of the trainer.
 
     Args:
         control: the trainer's control object.
@@ -68,6 +122,8 @@ def guard_loop(control: Any) -> None:
     trainer = _calling_trainer(control)
     if trainer is not None and _LOOP not in trainer.__dict__ and hasattr(type(trainer), _LOOP):
         trainer.__dict__[_LOOP] = GuardedLoop(trainer)
+        if hasattr(type(trainer), _LOAD):
+            trainer.__dict__[_LOAD] = GuardedLoad(trainer)
 
 
 def _calling_trainer(control: Any) -> Any | None:
@@ -81,13 +137,13 @@ def _calling_trainer(control: Any) -> Any | None:
     return None
 
 
-def _runs(trainer: Any) -> list[Any]:
-    """Return the open runs of the trainer's callbacks, each once."""
+def _runs(trainer: Any, closed: bool = False) -> list[Any]:
+    """Return the open runs of the trainer's callbacks, or the closed ones, each once."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks
         if isinstance(run := getattr(callback, "run", None), EditRun)
         and run.host.owner is trainer.control
-        and not run.closed
+        and run.closed == closed
     }
     return list(found.values())

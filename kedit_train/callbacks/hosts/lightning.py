@@ -14,6 +14,7 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from kedit_train.core.after_end import check_after_end
 from kedit_train.core.host import Host
 from kedit_train.core.resume import with_current_weights
 from kedit_train.core.run import EditRun
@@ -233,6 +234,11 @@ class LightningEvents(Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         # A run that was resumed from its last checkpoint takes no step, and Lightning calls no on_train_end for it.
         self.on_train_end(trainer, pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # This is the last event of a fit. Other code may have written to the weights in on_train_end or on_fit_end.
+        if stage == "fit" and self.run is not None and self.run.host.owner is trainer:
+            check_after_end(self.run)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.run is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class LoopHost(Host):
     @property
     def is_main(self) -> bool:
         return rank() == 0
+
+    def is_editing(self, run: EditRun) -> bool:
+        # The run is closed when its block ends, also after an error.
+        return True
 
     def unsupported_reason(self) -> str | None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -199,9 +203,9 @@ class Editing:
         check_scope(run, state)
         if has_other_weights(run, state):
             raise EditError(
-                "the model must have the weights of the checkpoint, but its weights in scope are different; save the "
-                "states of the model and of the edit inside the editing() block, and inside the new block, call "
-                "model.load_state_dict() before edit.load_state_dict(), with the same ParameterScope."
+                "the model must have the weights of the checkpoint, but its weights in scope are different; call "
+                "model.load_state_dict() before edit.load_state_dict(), use the same ParameterScope, and save both "
+                "states inside editing()."
             )
         self._host.checkpoint_state = dict(state)
 
@@ -220,7 +224,7 @@ class Editing:
         if run.closed:
             raise EditError(
                 "this edit is over: its editing() block has ended, or another trainer or editing() block has taken "
-                "over the model or one of the callbacks; start a new editing() block."
+                "over one of the callbacks; start a new editing() block."
             )
         for callback in run.callbacks:
             run.attach(callback)
@@ -238,7 +242,26 @@ class Editing:
         return bool(gradients) and all(p.grad is grad and bool(grad.any()) for p, grad in gradients)
 
 
-@contextmanager
+class EditingBlock(AbstractContextManager[Editing]):
+    """The result of :func:`editing`: a context manager that can be entered once.
+
+    Args:
+        block: the context manager that begins and ends the edit.
+    """
+
+    def __init__(self, block: AbstractContextManager[Editing]) -> None:
+        self._block, self._entered = block, False
+
+    def __enter__(self) -> Editing:
+        if self._entered:
+            raise EditError("a block can be entered only once; call editing() again.", component="editing")
+        self._entered = True
+        return self._block.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._block.__exit__(*error)
+
+
 def editing(
     model: nn.Module,
     callbacks: Sequence[Any],
@@ -248,7 +271,7 @@ def editing(
     log_every_n_steps: int = 10,
     edits: Any = None,
     epoch_steps: int | None = None,
-) -> Iterator[Editing]:
+) -> EditingBlock:
     """Turn a hand-written training loop into an edit.
 
     Enter the ``with`` block before you create the optimizer, and before ``fabric.setup`` or DDP wraps the model. Call
@@ -264,8 +287,9 @@ def editing(
         edits: the edits that the loop trains on, for callbacks that were created without edits.
         epoch_steps: number of optimizer steps in one epoch, for rules of ``StopWhenEdited`` that cover an epoch.
 
-    Yields:
-        An :class:`Editing` with ``parameters()``, ``before_step()``, ``should_stop`` and ``history``.
+    Returns:
+        A context manager. Its ``with`` block receives an :class:`Editing` with ``parameters()``, ``before_step()``,
+        ``should_stop`` and ``history``.
 
     Raises:
         EditError: ``model`` is not a module, ``callbacks`` is not a list of at least one callback, another argument has
@@ -289,6 +313,19 @@ def editing(
         >>> edit.run.step
         3
     """
+    return EditingBlock(_edit(model, callbacks, tokenizer, on_log, log_every_n_steps, edits, epoch_steps))
+
+
+@contextmanager
+def _edit(
+    model: nn.Module,
+    callbacks: Sequence[Any],
+    tokenizer: Any,
+    on_log: Any,
+    log_every_n_steps: int,
+    edits: Any,
+    epoch_steps: int | None,
+) -> Iterator[Editing]:
     check_editing(model, callbacks, tokenizer, on_log, log_every_n_steps, epoch_steps)
     host = LoopHost(tokenizer, on_log, log_every_n_steps, edits, epoch_steps)
     run = None

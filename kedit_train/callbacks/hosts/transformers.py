@@ -44,6 +44,10 @@ class TransformersEvents(TrainerCallback):
             run = self.run = EditRun.join(model, self, host)
         return run
 
+    def join_trainer(self, trainer: Any) -> None:
+        """Join a run of the trainer again, after the last run was closed before training began."""
+        self._join(trainer.args, trainer.state, trainer.control, trainer.model, trainer.processing_class)
+
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:

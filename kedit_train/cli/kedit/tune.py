@@ -47,11 +47,11 @@ def arguments(parser: ArgumentParser) -> None:
         "--layers",
         nargs="+",
         metavar="L",
-        help="layers to try: indices, fractions of the depth or ranges (0.3-0.9 0.7)",
+        help="layers to try: indices, fractions of the depth or ranges (0.3-1.0 0.7)",
     )
     add("--modules", metavar="M", help="weights to train in these layers (mlp.down_proj.weight)")
-    add("--step-sizes", nargs="+", type=finite, metavar="S", help="step sizes of SecondOrderLocality (0.03 0.1)")
-    add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (0.01 0.1)")
+    add("--step-sizes", nargs="+", type=finite, metavar="S", help="step sizes of SecondOrderLocality (0.05 0.1 0.2)")
+    add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (0.1)")
     add("--kl-weights", nargs="+", type=finite, metavar="W", help="weights of KLLocality; 0 leaves it out (0 20)")
     add("--limit", type=int, metavar="N", help="use a random sample of N edits")
     add(

@@ -166,5 +166,5 @@ def _check_together(callbacks: list[Any], complete: bool) -> None:
     if complete and len(own) == len(callbacks):
         check_requirements(own)
     else:
-        # A callback of another package, or of another file, may provide what is required.
+        # Requirements are not checked, because a callback of another package or file may provide what is required.
         check_conflicts(own)

@@ -21,9 +21,6 @@ from kedit_train.errors import EditError, warn
 
 TextSource = str | Path | Iterable[Any]
 
-# Number of texts that are drawn from the bundled texts (source "world").
-WORLD_LIMIT = 1024
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -123,11 +120,13 @@ class Texts:
                 tokenizer with a chat template.
         """
         if self.of_world:
-            texts = world.locality_texts(exclude=edits, n=WORLD_LIMIT if self.nearest is None else None)
+            # The most similar texts are selected from all texts.
+            texts = world.locality_texts(edits) if self.nearest is None else world.locality_texts(edits, n=None)
         else:
             texts = read_texts(self.source, self.tokenizer if tokenizer is None else tokenizer, render=True)
         if not keep_leaks:
-            texts = _without_leaks(texts, edits)
+            # Nobody has chosen the bundled texts for these edits, so a warning would be of no use.
+            texts = _without_leaks(texts, edits, quiet=self.of_world)
         if self.nearest is not None:
             texts = nearest_texts(texts, edits, self.nearest)
             if not texts:
@@ -163,10 +162,10 @@ class Texts:
         return sequences
 
 
-def _without_leaks(texts: Sequence[str], edits: Iterable[Edit]) -> list[str]:
+def _without_leaks(texts: Sequence[str], edits: Iterable[Edit], *, quiet: bool = False) -> list[str]:
     check = LeakCheck(edits)
     kept = [text for text in texts if not check.contains_prompt(text) and not _contents_leak(text, check)]
-    if len(kept) < len(texts):
+    if len(kept) < len(texts) and not quiet:
         warn(
             f"{len(texts) - len(kept)} of {len(texts)} texts contain an evaluation prompt of the edits. These texts "
             "are left out, because the model must not be trained on evaluation prompts."

@@ -230,7 +230,8 @@ def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Seque
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which {weight.source} computes from "
                 f"{', '.join(trainable)}, and would skip these parameters; call {weight.remedy} before the edit, "
-                f"select them with modules={weight.module or trainable!r}, or leave out this module."
+                f"select them with modules={weight.module or trainable!r}, or use a pattern that does not match "
+                f"{weight.name}."
             )
 
 

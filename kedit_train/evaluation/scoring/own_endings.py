@@ -10,7 +10,7 @@ from torch import nn
 from kedit_train.data import Edit
 from kedit_train.data.chat_format import describe_format
 from kedit_train.evaluation.asking.distributed import split_across_processes
-from kedit_train.evaluation.asking.generate import LINE_BREAK, generate
+from kedit_train.evaluation.asking.generate import generate
 from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
@@ -44,7 +44,8 @@ def choose_protocols(
     tokens = max(options.max_new_tokens, MINIMUM_TOKENS)
 
     def ask(own: Sequence[str]) -> list[bool]:
-        answers = generate(model, tokenizer, own, options.batch_size, tokens, "plain", LINE_BREAK, {}, progress)
+        # A line break is no end here. A model that continues in the next line does not end its answers by itself.
+        answers = generate(model, tokenizer, own, options.batch_size, tokens, "plain", (), {}, progress)
         return [answer.ended for answer in answers]
 
     ended = split_across_processes(ask, prompts, options.distributed)

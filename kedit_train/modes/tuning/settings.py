@@ -95,15 +95,15 @@ class TuneGrid:
     Example:
         >>> from kedit_train.modes import TuneGrid
         >>> len(TuneGrid().settings())
-        16
-        >>> len(TuneGrid(layers=[0.7], dampings=[1e-3], kl_weights=[0]).settings())
+        12
+        >>> len(TuneGrid(layers=[0.7], step_sizes=[0.1], dampings=[0.1, 1.0], kl_weights=[0]).settings())
         2
     """
 
-    layers: Sequence[Layers] = ("0.3-0.9", 0.7)
+    layers: Sequence[Layers] = ("0.3-1.0", 0.7)
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.03, 0.1)
-    dampings: Sequence[float] = (1e-2, 1e-1)
+    step_sizes: Sequence[float] = (0.05, 0.1, 0.2)
+    dampings: Sequence[float] = (0.1,)
     kl_weights: Sequence[float] = (0.0, 20.0)
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ def test_a_sweep_has_the_grid_and_a_command() -> None:
     assert {name.removeprefix(prefix): value["values"] for name, value in sweep["parameters"].items()} == {
         "ParameterScope.layers": ["0.3-0.9", 0.7],
         "SecondOrderLocality.step_size": [1e-5, 0.5],
-        "SecondOrderLocality.damping": [1e-2, 1e-1],
+        "SecondOrderLocality.damping": [0.1],
         "KLLocality.weight": [0.0, 20.0],
     }
     assert "a_recipe.yaml" in sweep["command"]

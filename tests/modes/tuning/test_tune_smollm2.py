@@ -18,7 +18,7 @@ def test_settings_for_a_pretrained_model(tmp_path: Path) -> None:
     model, tokenizer = load_model(str(smollm2()))
     edits = EditDataset.load(ROOT / "recipes" / "smollm2" / "facts.jsonl").sample(16)
     keep = ROOT / "recipes" / "smollm2" / "keep.txt"
-    grid = TuneGrid(dampings=[1e-3], kl_weights=[0])
+    grid = TuneGrid(kl_weights=[0])
     result = tune(model, tokenizer, edits, keep=keep, grid=grid, folder=tmp_path, progress=False)
     assert result.meta["protocol"] == "leading,probability"
     assert result.meta["append_eos"] is False
