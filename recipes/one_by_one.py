@@ -34,6 +34,8 @@ from kedit_train.errors import EditError
 from kedit_train.modes import TrainLoop, run_edits
 from kedit_train.pretrained import load_model
 
+# Maximum number of epochs of each edit.
+EPOCHS = 40
 # Radius of the ball around the original weights, as a fraction of the norm of these weights.
 BALL = 0.5
 DELTA, REPORT, PICTURE = "edit.safetensors", "report.json", "retention.png"
@@ -105,7 +107,7 @@ def main(command_line: list[str] | None = None) -> None:
         model.to(torch.accelerator.current_accelerator())
     ball = BALL if given.ball is None else given.ball
     keep = [] if given.plain else constraints(given.texts or world.NAME, ball, given.seed)
-    options = {"epochs": 40, "learning_rate": given.learning_rate, "stop_loss": 0.0}
+    options = {"epochs": EPOCHS, "learning_rate": given.learning_rate, "stop_loss": 0.0}
     loop = TrainLoop(tokenizer, callbacks=[*learning(), *keep], **options)
     finished = False
     try:

@@ -62,9 +62,6 @@ class EditParser(LightningArgumentParser):
     def parse_path(self, cfg_path: Any, *arguments: Any, **kwargs: Any) -> Any:
         self._file = str(cfg_path)
         try:
-            wrong = _wrong_callback_in(str(cfg_path))
-            if wrong is not None:
-                self.error(wrong)
             return super().parse_path(cfg_path, *arguments, **kwargs)
         finally:
             self._file = None
@@ -88,7 +85,10 @@ class EditParser(LightningArgumentParser):
         if not self.exit_on_error:
             # This is the parser of one class. The parser of the command adds the name of the class to its message.
             super().error(message, ex)
-        print_error(f"{self._file}: {shorten(message)}" if self._file else shorten(message))
+        if self._file:
+            print_error(f"{self._file}: {_wrong_callback_in(self._file) or shorten(message)}")
+        else:
+            print_error(shorten(message))
         leave(2)
 
 

@@ -41,7 +41,7 @@ from kedit_train.data.tokenization import collate  # noqa: E402
 SECOND = "(d) loss head, SecondOrderLocality"
 # SecondOrderLocality comes last, because the decompositions of its factors take the longest.
 VARIANTS = (STOCK, FULL, LORA, SINGLE, SCOPE, BALL, PLAIN, CACHE, CACHE_LOCALITY, SECOND)
-# A copy of every parameter with gradients and Adam fits beside the model only for these sizes.
+# Only for these sizes, the GPU has memory for a copy of all parameters, their gradients and the state of Adam.
 FULL_SIZES = ("tiny", "small", "wide", "1b")
 
 

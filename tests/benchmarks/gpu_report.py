@@ -7,7 +7,7 @@ import os
 import statistics
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,34 +113,38 @@ class Report:
 
 def steps_table(found: Mapping[str, Any], base: str = "(b)") -> str:
     stock = _entry(found, base)
-    rows = []
-    for name, entry in found.items():
-        if "error" in entry:
-            rows.append([name, entry["error"].replace("|", "/"), *[""] * 3])
-            continue
+
+    def cells(entry: Mapping[str, Any]) -> list[str]:
         row = [s / entry["rows"] for s in entry["seconds"]]
         times = spread(ratios([s / stock["rows"] for s in stock["seconds"]], row)) if stock else ""
         milliseconds = [1000 * s for s in entry["seconds"]]
         second = 1 / statistics.median(entry["seconds"])
-        rows.append([name, spread(milliseconds, 1), f"{second:.1f}", f"{1000 * statistics.median(row):.2f}", times])
-    return table(["variant", "ms a step", "steps/s", "ms a row", "speed relative to (b), per sequence"], rows)
+        return [spread(milliseconds, 1), f"{second:.1f}", f"{1000 * statistics.median(row):.2f}", times]
+
+    return _table(found, ["ms a step", "steps/s", "ms a row", "speed relative to (b), per sequence"], cells)
 
 
 def runs_table(found: Mapping[str, Any], base: str = "(b)") -> str:
     stock = _entry(found, base)
-    rows = []
-    for name, entry in found.items():
-        if "error" in entry:
-            rows.append([name, entry["error"].replace("|", "/"), *[""] * 6])
-            continue
+
+    def cells(entry: Mapping[str, Any]) -> list[str]:
         rate = entry["edits"] / entry["seconds"]
         times = f"{rate * stock['seconds'] / stock['edits']:.2f}" if stock else ""
         memory = ["" if entry[key] is None else f"{entry[key]:.2f}" for key in ("peak_gb", "above_gb")]
         parts = [f"{entry[key]:.1f}" for key in ("seconds", "set_up")]
-        rows.append([name, f"{rate:.2f}", times, *parts, *memory, f"{entry['learned']:.2f}"])
+        return [f"{rate:.2f}", times, *parts, *memory, f"{entry['learned']:.2f}"]
+
     memory_heads = ["peak, GB", "above the start, GB"]
-    head = ["variant", "edits/s", "speed relative to (b)", "s", "set-up, s", *memory_heads, "learned"]
-    return table(head, rows)
+    return _table(found, ["edits/s", "speed relative to (b)", "s", "set-up, s", *memory_heads, "learned"], cells)
+
+
+def _table(found: Mapping[str, Any], heads: list[str], cells: Callable[[Mapping[str, Any]], list[str]]) -> str:
+    """Format one row per variant. The row of a variant that failed contains its error."""
+    rows = []
+    for name, entry in found.items():
+        failed = [entry["error"].replace("|", "/"), *[""] * (len(heads) - 1)] if "error" in entry else None
+        rows.append([name, *(failed or cells(entry))])
+    return table(["variant", *heads], rows)
 
 
 def _entry(found: Mapping[str, Any], base: str) -> Any:

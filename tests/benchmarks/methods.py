@@ -117,7 +117,7 @@ def factlm() -> Setting:
 SETTINGS: dict[str, Callable[[], Setting]] = {"world": embedded, "factlm": factlm}
 
 
-# Callbacks and learning rate of this recipe are those of recipes/one_by_one.py.
+# Callbacks, learning rate and epochs of this recipe are those of recipes/one_by_one.py.
 ONE_BY_ONE = "one_by_one"
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
 # batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
@@ -129,7 +129,7 @@ ALONE_RATE = 0.5
 
 
 def load_recipe(name: str, *given: str) -> Any:
-    """Return the configuration of a recipe. For the script one_by_one.py, this supplies only epochs and data."""
+    """Return the configuration of a recipe. For the script one_by_one.py, this supplies only the data."""
     return recipe.load("kedit_default" if name == ONE_BY_ONE else name, *given)
 
 
@@ -170,13 +170,13 @@ class Method:
             self.extra = augmentation(
                 model, tokenizer, scored, prefixes=options.prefixes, replay=prompts, replay_limit=rows, seed=0
             )
-        self.adapter = config.model.init_args.lora
+        self.adapter, self.epochs = config.model.init_args.lora, config.trainer.max_epochs
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = list(recipe.callbacks(config))
         if name == ONE_BY_ONE:
             script = one_by_one()
             self.made = [*script.learning(), *script.constraints(world.NAME, script.BALL)]
-            self.lr = script.arguments([]).learning_rate
+            self.lr, self.epochs = script.arguments([]).learning_rate, script.EPOCHS
             if mode == "single":
                 self.lr *= ALONE_RATE
                 self.made = [callback for callback in self.made if not isinstance(callback, NormBall)]
@@ -197,7 +197,7 @@ class Method:
         loop = TrainLoop(
             self.tokenizer,
             callbacks=self.callbacks(edits),
-            epochs=self.config.trainer.max_epochs,
+            epochs=self.epochs,
             batch_size=batch,
             learning_rate=self.lr,
             stop_loss=0.0,

@@ -105,6 +105,7 @@ def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> Non
         assert "EditMetrics" not in made
         stop = made["StopWhenEdited"]
         assert (stop.idle_steps, stop.loss_steps) == ("epoch" if name == "overtone" else None, "epoch")
+        assert method.epochs == (script.EPOCHS if name == "one_by_one" else config.trainer.max_epochs)
         if name != "one_by_one":
             assert method.lr == pytest.approx(config.model.init_args.learning_rate * (1.0 if mode == "batch" else 0.2))
         if "KLLocality" in made:

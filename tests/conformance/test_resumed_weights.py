@@ -132,7 +132,7 @@ def test_a_trainer_refuses_the_weights_of_another_checkpoint(tmp_path: Path) -> 
 
 
 def test_a_bf16_checkpoint_saved_after_fit_can_be_resumed(tmp_path: Path) -> None:
-    """The weights have been rounded to bf16 when fit ends, so they are no longer those of the last step in fp32."""
+    """At the end of fit, the weights are rounded to bf16, so they differ from the fp32 weights of the last step."""
     edits, path = EditDataset(world.edits(n=EDITS)), tmp_path / "end.ckpt"
 
     def fit(steps: int, **options: Any) -> Any:

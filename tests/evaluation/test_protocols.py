@@ -187,6 +187,8 @@ def test_auto_chooses_by_the_unedited_models_own_answers(scripted_model: Any) ->
     runs_on = evaluate(*endless(scripted_model), [EDIT], progress=False)
     assert runs_on.protocols.names == ("leading", "probability")
     assert "does not end 1 of 2 sampled answers" in runs_on.protocols.reason
+    lines = scripted_model({"Bob lives in": " Oslo"}, endless={"Ann lives in": " Rome\nand", "Say:": " hello "})
+    assert evaluate(*lines, [EDIT], progress=False).protocols.names == ("leading", "probability")
     # The edited model is measured with the unedited model's protocol.
     after = evaluate(*scripted_model(NOW), [EDIT], unedited=runs_on, progress=False)
     assert after.protocols == runs_on.protocols

@@ -44,7 +44,7 @@ def choose_protocols(
     tokens = max(options.max_new_tokens, MINIMUM_TOKENS)
 
     def ask(own: Sequence[str]) -> list[bool]:
-        # A line break is no end here. A model that continues in the next line does not end its answers by itself.
+        # A line break does not count as an end here, because the model itself continues in the next line.
         answers = generate(model, tokenizer, own, options.batch_size, tokens, "plain", (), {}, progress)
         return [answer.ended for answer in answers]
 
