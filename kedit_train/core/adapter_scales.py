@@ -21,7 +21,7 @@ def adapter_scales(model: nn.Module) -> dict[str, float]:
     for name, module in model.named_modules():
         # In other modules, such as attention, an attribute of this name is a number.
         scaling = getattr(module, "scaling", None)
-        for adapter, value in (scaling.items() if isinstance(scaling, dict) else ()):
+        for adapter, value in scaling.items() if isinstance(scaling, dict) else ():
             if isinstance(value, int | float):
                 scales[f"{name}.{adapter}"] = float(value)
     return scales

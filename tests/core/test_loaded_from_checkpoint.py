@@ -59,7 +59,9 @@ def test_an_adapter_with_another_scale_than_in_the_checkpoint_is_an_error(change
     peft = pytest.importorskip("peft")
 
     def adapted(**extra: Any) -> Any:
-        return peft.get_peft_model(model(), peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["1"]} | extra)))
+        return peft.get_peft_model(
+            model(), peft.LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["1"]} | extra))
+        )
 
     assert set(adapter_scales(adapted()).values()) == {2.0}
     state = begin(adapted())

@@ -31,16 +31,16 @@ def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, ju
         if protocol not in _ENDS:
             continue
         wrong = [
-            (name, edit)
-            for name, edit in edits
+            edit.target
+            for _, edit in edits
             if ("\n" in edit.target or "." in edit.target)
-            and not is_right(protocol, SimpleNamespace(answer=edit.target, accepted=(edit.target, *edit.aliases)), judge)
+            and not is_right(
+                protocol, SimpleNamespace(answer=edit.target, accepted=(edit.target, *edit.aliases)), judge
+            )
         ]
         if wrong:
-            name, edit = wrong[0]
             warn(
                 f'the protocol "{protocol}" ends each answer at the {_ENDS[protocol]}, so {len(wrong)} of {len(edits)} '
-                f"edits never count as right (the first is {cut(repr(name), 100)} with the target "
-                f'{cut(repr(edit.target), 100)}); shorten these targets, or set protocol="contains" in '
-                "EvaluationOptions."
+                f"edits never count as right (the first target is {cut(repr(wrong[0]), 100)}); shorten these targets, "
+                'or set protocol="contains" in EvaluationOptions.'
             )
