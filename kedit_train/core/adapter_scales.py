@@ -1,4 +1,4 @@
-"""Compare the scales of PEFT adapters with those of a checkpoint. The weights of an adapter do not contain its scale."""
+"""Compare the scales of PEFT adapters with those of a checkpoint, because the weights do not contain the scales."""
 
 from __future__ import annotations
 

@@ -302,9 +302,7 @@ def test_several_optimizers_that_share_a_step_are_an_error(make, ids):
         edit.before_step()
         model(input_ids=ids, labels=ids).loss.backward()
         first.step()
-        with pytest.raises(
-            EditError, match=r"^TokenLoss: all parameters in scope must belong to one optimizer, got sev"
-        ):
+        with pytest.raises(EditError, match=r"^TokenLoss: all parameters in scope must belong to one optimizer"):
             second.step()
 
 

@@ -40,9 +40,7 @@ def test_a_checkpoint_without_random_states_or_optimizer_is_a_warning(
         (tmp_path / name).touch()
     host.check_checkpoint(None, str(tmp_path))
     (tmp_path / rng).unlink()
-    with pytest.warns(
-        UserWarning, match=rf"has no random state \({rng}\), so the final weights .* may differ"
-    ) as found:
+    with pytest.warns(UserWarning, match=rf"has no random state \({rng}\), so the final weights") as found:
         host.check_checkpoint(None, str(tmp_path))
     assert "\n" not in str(found[0].message)
     for name in ("optimizer.pt", "scheduler.pt"):

@@ -108,7 +108,7 @@ def test_invalid_layers_are_errors(layers, message):
 
 @pytest.mark.parametrize(
     ("layers", "advice"),
-    [("6-4", "4-6"), ("0.9-0.3", "0.3-0.9"), (["2", "1, -1--3"], "-3--1"), ("0.4-0.39", "0.39-0.4")],
+    [("6-4", "4-6"), ("0.9-0.3", "0.3-0.9"), (["2", "1, -1--3"], "-3--1")],
 )
 def test_a_reversed_range_is_an_error_without_a_model(layers, advice):
     with pytest.raises(EditError, match=f"must start at its lower layer, got .*; write '{advice}'"):

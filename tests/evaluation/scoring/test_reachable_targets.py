@@ -28,21 +28,18 @@ def messages(protocol: str, *edits: Edit, judge: Any = exact_match) -> list[str]
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_target_with_a_line_break_is_a_warning_if_the_protocol_ends_answers_there(protocol: str) -> None:
-    said = messages(protocol, *REACHED[::2], LINES, ALIAS)
+    said = messages(protocol, *REACHED, LINES, ALIAS)
     if protocol in ("contains", "teacher_forced", "probability"):
         assert said == []
         return
     (message,) = said
     assert f'"{protocol}" ends each answer at the first' in message
-    assert "so 1 of 4 edits never count as right (the first target is 'Bern\\nBasel')" in message
+    assert "so 1 of 5 edits never count as right (the first target is 'Bern\\nBasel')" in message
     assert "\n" not in message
 
 
-def test_a_full_stop_ends_an_answer_of_the_protocol_wild_only() -> None:
-    saint = Edit("Ada lives in", "St. Louis")
-    assert messages("exact,leading", saint, *REACHED) == []
-    (message,) = messages("leading,wild", saint, *REACHED[::2])
-    assert '"wild" ends each answer at the first full stop or line break, so 1 of 3' in message
+def test_the_full_stop_of_the_protocol_wild_is_no_warning() -> None:
+    assert messages("wild,exact,leading", Edit("Ada lives in", "St. Louis"), *REACHED) == []
 
 
 def test_a_judge_decides_for_itself() -> None:
