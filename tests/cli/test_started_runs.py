@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from kedit_train import world
 from kedit_train.cli.launcher import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +32,7 @@ trainer:
     init_args: {layers: 0.6, modules: mlp.down_proj}
   - class_path: kedit_train.callbacks.TokenSmoothing
   - class_path: kedit_train.callbacks.KLLocality
-    init_args: {texts: world, batch_size: 4}
+    init_args: {texts: keep.txt, batch_size: 4}
   - class_path: kedit_train.callbacks.EditMetrics
     init_args: {every_n_steps: 0, report_path: out/report.json}
 """
@@ -40,6 +41,7 @@ trainer:
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "keep.txt").write_text("\n".join(world.prose(40)))
     return tmp_path
 
 

@@ -154,7 +154,7 @@ def main(folder: Path) -> None:
         # If only one rank fails, the other one gets an error after this time.
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     pairs = [tuple(pair) for pair in json.loads((folder / "pairs.json").read_text())]
-    for name, host in (*pairs, *((TOGETHER, host) for host in HOSTS)):
+    for name, host in pairs:
         torch.manual_seed(0)
         model, tokenizer = world.load()
         edits = even_edits(tokenizer)

@@ -33,9 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
     pairs: set[tuple[str, str]] = set()
     for item in request.session.items:
         parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if item.path == Path(__file__) and "callback" in parameters:
+        if item.path == Path(__file__) and "host" in parameters:
             # The comparison needs ParameterScope alone as well.
-            pairs |= {(parameters["callback"], parameters["host"]), ("ParameterScope", parameters["host"])}
+            name = parameters.get("callback", ranks.TOGETHER)
+            pairs |= {(name, parameters["host"]), ("ParameterScope", parameters["host"])}
     (folder / "pairs.json").write_text(json.dumps(sorted(pairs)))
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -78,7 +79,10 @@ def test_two_processes_end_with_the_weights_of_one(callback: str, host: str, fol
         assert effect < 1e-5 if callback in NEUTRAL else effect > 5e-5
 
 
-@pytest.mark.parametrize("host", HOSTS)
+# Two hosts in the default run: one with its own loop, and one where the user writes the loop.
+@pytest.mark.parametrize(
+    "host", [pytest.param(host, marks=() if host in ("Trainer", "loop") else pytest.mark.slow) for host in HOSTS]
+)
 def test_scope_mask_and_ball_are_exact_under_adam(host: str, folder: Path) -> None:
     first, second, alone = (weights(folder, host, ranks.TOGETHER, which) for which in ("2-0", "2-1", "1-0"))
     for name, before in base().items():
