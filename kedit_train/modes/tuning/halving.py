@@ -62,8 +62,17 @@ class Trial:
     @property
     def score(self) -> float:
         """The harmonic mean of generality and locality. If only one of them was measured, the score is this one."""
-        values = [value for value in (self.generality, self.locality) if value is not None]
+        values = self._measured
         return len(values) / sum(1 / value for value in values) if values and all(values) else 0.0
+
+    @property
+    def mean(self) -> float:
+        """The arithmetic mean of generality and locality. It decides between settings whose generality is 0."""
+        return sum(self._measured) / max(1, len(self._measured))
+
+    @property
+    def _measured(self) -> list[float]:
+        return [value for value in (self.generality, self.locality) if value is not None]
 
     @property
     def reliable(self) -> bool:
@@ -138,11 +147,14 @@ def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
 
 
 def rank(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials from best to worst under the pick rule. Equal trials keep their order."""
+    """Return the trials from best to worst under the pick rule.
 
-    def key(trial: Trial) -> tuple[bool, float, float]:
+    Among equal scores, the higher arithmetic mean of generality and locality is better. Equal trials keep their order.
+    """
+
+    def key(trial: Trial) -> tuple[bool, float, float, float]:
         reliability = -1.0 if trial.reliability is None else trial.reliability
-        return trial.reliable, trial.score if trial.reliable else reliability, trial.score
+        return trial.reliable, trial.score if trial.reliable else reliability, trial.score, trial.mean
 
     return sorted(trials, key=key, reverse=True)
 

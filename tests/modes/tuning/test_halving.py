@@ -93,6 +93,12 @@ def test_the_ranking_follows_the_rule(seed: int) -> None:
     assert (rule == RULE) == any(t.reliability >= 0.95 for t in trials)
 
 
+def test_settings_without_generality_are_ranked_by_locality() -> None:
+    low, high = trial(1, 0.0, 0.4), trial(1, 0.0, 0.6)
+    assert rank([low, high]) == [high, low]
+    assert rank([high, trial(1, 0.1, 0.1)])[1] is high
+
+
 def test_the_score_is_the_harmonic_mean_of_what_was_measured() -> None:
     assert trial(1, 0.5, 1.0).score == pytest.approx(2 / 3)
     assert trial(1, 0.0, 1.0).score == 0.0
