@@ -64,6 +64,18 @@ class NoChecks:
     def record_scope(self) -> None:
         pass
 
+    def record_frozen(self) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def changed(self) -> str | None:
+        return None
+
+    def changed_in_scope(self) -> list[str]:
+        return []
+
 
 class Setting(NamedTuple):
     """A model of ``SIZES`` or the bundled one, the layers in scope, sequences per step and steps per measurement."""

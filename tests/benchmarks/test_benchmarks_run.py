@@ -79,3 +79,11 @@ def test_the_gpu_benchmark_measures_every_variant_and_goes_on_after_an_error(tmp
     assert "in broken" in (tmp_path / "RESULTS_GPU.errors.txt").read_text()
     assert results["factors"]["tokens"] > 0
     assert found["left_out"] == []
+
+
+def test_the_benchmark_without_checks_replaces_every_check(monkeypatch):
+    from kedit_train.core.integrity import Integrity
+
+    monkeypatch.syspath_prepend(str(HERE))
+    without = runpy.run_path(str(HERE / "integrity.py"))["NoChecks"]
+    assert {name for name in vars(Integrity) if not name.startswith("_")} <= set(vars(without))
