@@ -184,7 +184,8 @@ def test_texts_with_a_scored_prompt_are_left_out_with_a_warning():
         "The capital of Spain is Madrid",
         "Well. The mayor of France's capital is Ann.",
     ]
-    with pytest.warns(UserWarning, match=re.escape("4 of 6 texts contain an evaluation prompt of the edits")):
+    message = "4 of 6 texts contain an evaluation prompt of the edits (the first: 'The capital of France is Paris.')"
+    with pytest.warns(UserWarning, match=re.escape(message)):
         assert Texts([kept[0], *held, kept[1]]).load([EDIT]) == kept
 
 
