@@ -55,10 +55,22 @@ ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE)
 # The learning rates of the recipes were chosen on the world. These were chosen on SmolLM2 with 15 edits of a held-out
 # draw (compare.py tune --model smollm2 --edits 15 --texts 100): the rate with the largest product of reliability, PS
 # and the fraction of other facts whose first tokens are kept. Second-order steps need no learning rate.
-LEARNING_RATES: dict[str, dict[str, float]] = {"smollm2": {}}
+LEARNING_RATES: dict[str, dict[str, float]] = {
+    "smollm2": {
+        "ft_m": 2e-3,
+        "locft_bf": 2e-3,
+        "overtone": 2e-3,
+        "null_space": 5e-3,
+        "low_curvature": 5e-3,
+        "kl_locality": 2e-3,
+        "replay": 2e-3,
+    }
+}
 # How many of its texts a recipe reads on a model, so that a run takes minutes. The first 600 are passages of
 # prose and statements of facts in turn, and all others are statements.
-TEXTS: dict[str, dict[str, int]] = {"smollm2": {"second_order": 700}}
+TEXTS: dict[str, dict[str, int]] = {
+    "smollm2": {"second_order": 700, "null_space": 700, "low_curvature": 700, "kl_locality": 1700}
+}
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
 # batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
 ALONE, ALONE_KL, ALONE_TEXTS, NEAREST = 0.2, 10.0, 256, 24
