@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import LEARNING_RATES, ON_SMOLLM2, RECIPES, judged
+from methods import LEARNING_RATES, ON_SMOLLM2, OTHERWISE, RECIPES, judged
 from paired import processor
 
 from kedit_train.evaluation.reporting.plots import new_figure, save_figure
@@ -144,6 +144,9 @@ def notes(model: str, rows: Rows) -> str:
         parts += ["Learning rates: " + ", ".join(f"`{name}` {rate:g}" for name, rate in rates.items()) + "."]
     if read := {name: each[-1]["texts"] for name, each in rows.items() if each[-1].get("texts")}:
         parts += ["Texts: " + ", ".join(f"`{name}` {count:,}" for name, count in read.items()) + "."]
+    if other := {name: key for name, key in OTHERWISE.get(model, {}).items() if name in rows}:
+        keys = (f"`{key.removeprefix('trainer.callbacks.')}` in `{name}`" for name, key in other.items())
+        parts += [f"Changed to limit the time: {', '.join(keys)}."]
     return " ".join(parts)
 
 

@@ -60,16 +60,20 @@ LEARNING_RATES: dict[str, dict[str, float]] = {
         "ft_m": 2e-3,
         "locft_bf": 2e-3,
         "overtone": 2e-3,
+        "plain_lora": 5e-4,
+        "overtone_lora": 5e-4,
         "null_space": 5e-3,
         "low_curvature": 5e-3,
         "kl_locality": 2e-3,
         "replay": 2e-3,
     }
 }
+# Other settings of a recipe on a model: fewer texts per step, so that a run takes minutes.
+OTHERWISE = {"smollm2": {"kl_locality": "trainer.callbacks.KLLocality.batch_size=8"}}
 # How many of its texts a recipe reads on a model, so that a run takes minutes. The first 600 are passages of
 # prose and statements of facts in turn, and all others are statements.
 TEXTS: dict[str, dict[str, int]] = {
-    "smollm2": {"second_order": 700, "null_space": 700, "low_curvature": 700, "kl_locality": 1700}
+    "smollm2": {"second_order": 700, "null_space": 700, "low_curvature": 700, "kl_locality": 700}
 }
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
 # batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
@@ -108,12 +112,13 @@ def one_by_one() -> Any:
 
 
 def load_recipe(name: str, *given: str, model: str = world.NAME) -> Any:
-    """Return the configuration of a recipe, with its learning rate for a model.
+    """Return the configuration of a recipe, with its learning rate and its other settings for a model.
 
     For the script one_by_one.py, this supplies only the data.
     """
-    rate = LEARNING_RATES.get(model.removesuffix("_zsre"), {}).get(name)
+    rate, other = (table.get(model.removesuffix("_zsre"), {}).get(name) for table in (LEARNING_RATES, OTHERWISE))
     own = [] if rate is None else [f"--model.learning_rate={rate}"]
+    own += [] if other is None else [f"--{other}"]
     return recipe.load(VARIANTS.get(name, name), *own, *given)
 
 

@@ -157,6 +157,7 @@ class Texts:
         """
         tokenizer = run.tokenizer(self.tokenizer)
         texts = self.load(run.edits if edits is None else edits, limit=limit, tokenizer=tokenizer)
+        run.host.show_progress(f"reading {len(texts)} texts")
         sequences = split_sequences(text_ids(tokenizer, texts), sequence_limit(run, self.max_length))
         if not sequences:
             raise EditError(f"the tokenizer returns no token for any of the {len(texts)} texts; pass other texts.")
