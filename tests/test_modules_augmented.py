@@ -104,9 +104,13 @@ def test_prompt_formats_are_trained_and_evaluated() -> None:
         EvaluationOptions(prompt_format="quiz")  # type: ignore[arg-type]
 
 
-def test_an_adapter_learns_the_edits_and_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_learns_the_edits_and_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import PeftModel
 
+    # Fewer texts than usual, because their reference hidden states take seconds.
+    monkeypatch.setattr(world.locality_texts, "__defaults__", (256, 0))
     folder = tmp_path / "adapter"
     L.seed_everything(0, verbose=False)
     module = EditModule(learning_rate=5e-3, lora=LORA, save_path=str(folder))

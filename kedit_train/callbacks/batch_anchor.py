@@ -92,7 +92,8 @@ class BatchAnchor(EditCallback):
         run.loss_head().term = self._term
 
     def skip_step(self, run: EditRun) -> bool:
-        if self._term is not None and self._term.last_step != run.step:
+        # Later optimizers of a shared step use the gradients that were checked at the first one.
+        if self._term is not None and self._term.last_step != run.step and not run.steps.is_shared:
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so there was no batch to anchor; "
                 "call model(..., labels=labels) in the training step and train on the loss that this call returns."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -109,6 +110,15 @@ class SaveDelta(EditCallback):
         self._step = 0
         # The checksums of the persistent buffers before the first step of the edit.
         self._buffers: dict[str, int] = {}
+
+    def provides(self) -> set[str]:
+        return {f"file {os.path.realpath(self.path)}"}
+
+    def conflicts(self) -> Sequence[Requirement]:
+        message = (
+            f"another callback also writes {self.path}, so one of the two files would be lost; give each its own path."
+        )
+        return [Requirement(tuple(self.provides()), message)]
 
     def requires(self) -> Sequence[Requirement]:
         if self.at == "end":

@@ -183,11 +183,15 @@ class TokenLoss(EditCallback):
         return overtone_statistics(logits, labels, **options)
 
     def skip_step(self, run: EditRun) -> bool:
+        if run.steps.is_shared:
+            raise EditError(
+                "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
+                "single optimizer, because this callback decides for the whole step whether it is skipped."
+            )
         if self._counted_at != run.step:
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so its loss was not replaced; "
-                "call model(..., labels=labels) in the training step, use the loss that the model returns, and use one "
-                "optimizer for the whole scope."
+                "call model(..., labels=labels) in the training step, and use the loss that the model returns."
             )
         # ActiveSet may have removed all examples. Other processes may have tokens.
         if not (self._tokens_now or self._warned or run.loss_head().filter or is_distributed()):

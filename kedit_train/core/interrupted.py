@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from kedit_train.core.checksums import checksums
 from kedit_train.core.state import RunState
-from kedit_train.errors import EditError
+from kedit_train.core.state_file import FILE
+from kedit_train.errors import EditError, warn
 
 _ATTRIBUTE = "_kedit_interrupted"
 
@@ -25,11 +29,13 @@ def check_not_interrupted(run: RunState) -> None:
     """Raise an error if the model still contains a part of an interrupted edit.
 
     No error is raised if the run resumes from a checkpoint, or if the weights from before the interrupted edit have
-    been loaded into the model.
+    been loaded into the model. If the model was loaded from a checkpoint of an edit that had not ended, a warning is
+    issued.
 
     Raises:
         EditError: the model contains a part of an interrupted edit.
     """
+    _warn_about_checkpoint(run)
     mark = run.model.__dict__.get(_ATTRIBUTE)
     marked = [p for p in run.root.parameters() if hasattr(p, _ATTRIBUTE)]
     if mark is None and not marked:
@@ -59,3 +65,33 @@ def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int
     return bool(before) and all(
         name in parameters and _has_values(parameters[name], value) for name, value in before.items()
     )
+
+
+def _warn_about_checkpoint(run: RunState) -> None:
+    """Warn if the model was loaded from a trainer's checkpoint of an edit that had not ended, and the run is new."""
+    name = getattr(getattr(run.model, "config", None), "_name_or_path", None)
+    if run.host.resumed or not run.host.is_main or not isinstance(name, str) or not name:
+        return
+    folder = Path(name)
+    # If a process was killed while it saved, the state is next to the folder.
+    if not (folder / FILE).is_file() and not (folder.parent / f"{folder.name}-{FILE}").is_file():
+        return
+    step, steps = _progress(folder)
+    if step is not None and steps is not None and 0 < steps <= step:
+        return
+    when = "" if step is None else f" (step {step} of {steps})"
+    warn(
+        f"the model was loaded from {name}, a checkpoint of an edit that had not ended{when}, so this edit starts from "
+        "its half-edited weights and keeps the constraints relative to them; to continue that edit, call "
+        f"trainer.train(resume_from_checkpoint={name!r}) with its callbacks, or, if you want a second edit on top of "
+        "these weights, ignore this warning."
+    )
+
+
+def _progress(folder: Path) -> tuple[int | None, int | None]:
+    """Return the step of a trainer's checkpoint and the number of steps of its training, or None if unknown."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"]), int(state["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None

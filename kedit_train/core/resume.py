@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from kedit_train.core.adapter_scales import adapter_scales, check_adapter_scales
 from kedit_train.core.checksums import checksums
 from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.state import RunState
@@ -37,6 +38,7 @@ def checkpoint_state(run: RunState, frozen: Mapping[str, int] | None = None) -> 
         "callbacks": callbacks,
         "settings": settings,
         "binding": binding,
+        "adapter_scales": adapter_scales(run.model),
         # JSON has no other numbers.
         "scores": {name: value for name, value in run.scores.items() if math.isfinite(value)},
         "published_at": dict(run.published_at),
@@ -71,7 +73,7 @@ def changes_training(callback: Any) -> bool:
 
 
 def check_scope(run: RunState, state: dict[str, Any]) -> None:
-    """Raise an error if a checkpoint was written with another scope than that of ``run``."""
+    """Raise an error if a checkpoint was written with another scope, or other scales of adapters, than ``run`` has."""
     # Without ParameterScope, no reference values have been copied yet, so the names in the scope are compared.
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
@@ -85,6 +87,8 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
                 f"the checkpoint was written with {name} of shape {tuple(value.shape)}, but the model has shape "
                 f"{tuple(run.shapes[name])}; resume with the same model."
             )
+    # Earlier versions did not save the scales.
+    check_adapter_scales(run.model, state.get("adapter_scales", {}))
 
 
 def check_state(state: Any) -> None:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from kedit_train.core.fsdp import check_gradients, full_tensor
 from kedit_train.core.integrity import Integrity
+from kedit_train.core.loaded_optimizer import check_loaded_optimizer
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError, reported_by, warn
 
@@ -252,6 +253,7 @@ class OptimizerSteps:
         self.integrity.check_optimizer(optimizer)
         if not self._names(optimizer):
             return
+        check_loaded_optimizer(self.run, optimizer)
         self._check_after_backward(optimizer)
         self._stepping.append(optimizer)
         if len(self._stepping) > 1:

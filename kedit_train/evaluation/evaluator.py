@@ -31,6 +31,7 @@ from kedit_train.evaluation.scoring.own_endings import choose_protocols
 from kedit_train.evaluation.scoring.probe_results import FLUENCY_TOKENS, Judge, ProbeResult, answer_requests
 from kedit_train.evaluation.scoring.prose import TextResult, measure_prose, prose_scores
 from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
+from kedit_train.evaluation.scoring.reachable_targets import warn_unreachable
 from kedit_train.evaluation.scoring.retrieval import compare_with_own_answers, retrieval_requests
 from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
@@ -114,6 +115,8 @@ def evaluate(
         _check(model, edits, options, unedited)
         sample = _sample(edits, limit, seed)
         protocols = _protocols(model, tokenizer, sample, options, unedited, judge, progress)
+        if unedited is None:
+            warn_unreachable(sample, protocols, judge)
         evaluation = _Evaluation(model, tokenizer, options, protocols, unedited, judge, prefixes, seed, progress)
         parts = split_across_processes(evaluation.run, sample, options.distributed)
         results = [result for part in parts for result in part]

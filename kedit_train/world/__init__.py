@@ -8,7 +8,7 @@ Example:
     >>> edits = world.edits()
     >>> texts = world.locality_texts(exclude=edits)
     >>> len(edits), len(texts)
-    (24, 4096)
+    (24, 4095)
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from random import Random
 
@@ -70,11 +70,12 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
     Half of the texts have the wording of an edit's prompt but state another fact. Side effects of edits appear first
     in such texts. A quarter of the texts state one-hop or two-hop facts in random trained wordings. A quarter of the
     texts are training prose. The texts do not state facts that an edit changes, facts that follow from a changed fact,
-    or facts that a probe or rephrase asks about. The texts contain no special tokens.
+    or facts that a probe or rephrase asks about. They contain no evaluation prompt of the edits and no special tokens.
 
     Args:
-        exclude: the edits.
-        n: number of texts. None returns as many texts as possible.
+        exclude: the edits. With an empty list, all facts may be stated, so the texts may contain evaluation prompts.
+        n: number of texts to draw. None draws as many texts as possible. Drawn texts that contain an evaluation prompt
+            inside a longer sentence are left out, so the result may be a little shorter.
         seed: seed of the random choice.
 
     Raises:
@@ -109,7 +110,10 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
             f"n={n} needs {n - prose} statements of unedited facts, but only {len(stated)} are left; lower n",
             "locality_texts",
         )
-    return shuffled(rng, [*stated, *grammar.paragraphs(prose, seed=1000 + seed, held_out=False)])
+    drawn = shuffled(rng, [*stated, *grammar.paragraphs(prose, seed=1000 + seed, held_out=False)])
+    # They are not replaced, so that the draws are the same as if nothing were left out.
+    leaks = _statements_with_prompts(left, exclude, wordings)
+    return [text for text in drawn if text not in leaks]
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
@@ -274,8 +278,38 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
                 "texts and prompts do not fit; pass your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])
-        kinds = (*edit.locality.values(), *edit.portability.values())
-        asked = (*edit.rephrases, *(probe.prompt for probes in kinds for probe in probes))
-        involved.update(prompts[prompt] for prompt in asked if prompt in prompts)
+        involved.update(prompts[prompt] for prompt in _asked(edit) if prompt in prompts)
     involved.update(key for key, hops in known.hops.items() if edited.intersection(hops))
     return edited | involved
+
+
+def _asked(edit: Edit) -> list[str]:
+    """Return the rephrases and the prompts of the probes of an edit."""
+    kinds = (*edit.locality.values(), *edit.portability.values())
+    return [*edit.rephrases, *(probe.prompt for probes in kinds for probe in probes)]
+
+
+def _statements_with_prompts(
+    left: Sequence[Fact], exclude: Sequence[Edit], wordings: Mapping[str, Collection[str]]
+) -> set[str]:
+    """Return the statements of unedited facts that contain an evaluation prompt, in upper or lower case.
+
+    An example is "The river of the birthplace of Ada is ...", which contains the prompt "The birthplace of Ada is".
+
+    Args:
+        left: the facts.
+        exclude: the edits.
+        wordings: relation -> wordings of the statements in addition to the trained ones.
+    """
+    # A statement contains a prompt only if both are about the same subject.
+    prompts: dict[str, list[str]] = {}
+    for prompt in (prompt for edit in exclude for prompt in (edit.prompt, *_asked(edit))):
+        if prompt in _prompts():
+            prompts.setdefault(_prompts()[prompt][0], []).append(prompt.lower())
+    return {
+        text
+        for fact in left
+        if fact.subject in prompts
+        for text in facts.documents(fact, (*BY_NAME[fact.relation].trained, *wordings.get(fact.relation, ())))
+        if any(prompt in text.lower() for prompt in prompts[fact.subject])
+    }

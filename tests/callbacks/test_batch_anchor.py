@@ -267,3 +267,18 @@ def test_batches_that_cannot_be_anchored_are_errors(make, words, ids):
         model(input_ids=ids).logits.sum().backward()
         with pytest.raises(EditError, match="the model was not called with labels= since the last optimizer step"):
             optimizer.step()
+
+
+def test_several_optimizers_may_share_a_step(make):
+    model, inputs = make(), batch(ROWS)
+    before = [p.detach().clone() for p in model.parameters()]
+    with editing(model, [BatchAnchor()]) as edit:
+        optimizers = [torch.optim.SGD(part, lr=0.1) for part in (edit.parameters()[:2], edit.parameters()[2:])]
+        for _ in range(2):
+            edit.before_step()
+            model(**inputs).loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert edit.run.step == 2
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))

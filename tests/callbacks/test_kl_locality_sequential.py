@@ -236,9 +236,11 @@ def test_a_resumed_run_has_the_same_reference_for_previous_edits(make, words, tm
     assert torch.equal(*states)
 
 
-def test_texts_of_the_world_that_later_edits_affect_are_left_out():
+def test_texts_of_the_world_that_later_edits_affect_are_left_out(monkeypatch: pytest.MonkeyPatch):
     from kedit_train import world
 
+    # Fewer texts than usual, because their reference hidden states take seconds.
+    monkeypatch.setattr(world.locality_texts, "__defaults__", (1024, 0))
     edits = world.edits(12, seed=1)
     model, tokenizer = world.load()
     kl = KLLocality("world", batch_size=4, sequential=True)

@@ -290,9 +290,20 @@ def test_a_step_without_labels_is_an_error(make, ids):
             optimizer.step()
     assert str(error.value) == (
         "TokenSmoothing: the model was not called with labels= since the last optimizer step, so its loss was not "
-        "replaced; call model(..., labels=labels) in the training step, use the loss that the model returns, and use "
-        "one optimizer for the whole scope."
+        "replaced; call model(..., labels=labels) in the training step, and use the loss that the model returns."
     )
+
+
+def test_several_optimizers_that_share_a_step_are_an_error(make, ids):
+    model = make()
+    with editing(model, [TokenLoss()]) as edit:
+        half = len(edit.parameters()) // 2
+        first, second = (OPTIMIZERS["sgd"](part) for part in (edit.parameters()[:half], edit.parameters()[half:]))
+        edit.before_step()
+        model(input_ids=ids, labels=ids).loss.backward()
+        first.step()
+        with pytest.raises(EditError, match=r"^TokenLoss: all parameters in scope must belong to one optimizer"):
+            second.step()
 
 
 @pytest.mark.parametrize("second", [TokenSmoothing(label_weight=0.2), TokenLoss()])

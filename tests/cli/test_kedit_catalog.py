@@ -60,6 +60,12 @@ BAD = {
     "number.yaml": ("trainer: 3", "trainer must be a mapping of keys to values, got 3"),
     "recursive.yaml": ("a: &x [*x]", "the alias at line 1 contains itself"),
     "recursive_callbacks.yaml": ("trainer: &t\n  callbacks: *t", "the alias at line 2 contains itself"),
+    "epochs.yaml": ("trainer: {max_epochs: -5}", "trainer: max_epochs must be an integer >= 1, or -1 for no limit, or"),
+    "steps.yaml": ("trainer: {max_steps: 0}", "trainer: max_steps must be an integer >= 1, or -1 for no limit, got 0"),
+    "range.yaml": (
+        _callbacks("ParameterScope", layers="0.9-0.3"),
+        "ParameterScope: a range in layers must start at its lower layer, got '0.9-0.3'; write '0.3-0.9'",
+    ),
     "limit.yaml": ("data: {limit: 0}", "limit must be an integer >= 1, or None, got 0"),
     "prefixes.yaml": ("data: {augmentation: {prefixes: -1}}", "prefixes must be an integer >= 0, got -1"),
     "rate.yaml": ("model: {learning_rate: -1}", "EditModule: learning_rate must be >= 0, got -1"),

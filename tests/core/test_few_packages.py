@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = """
 import sys
@@ -113,9 +115,11 @@ for call in (trainer, recipe, rows, table, picture, adapter):
 """
 
 
-def run(script: str) -> str:
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """Run both programs in one process, and return its output."""
     ended = subprocess.run(
-        [sys.executable, "-c", WITHOUT + script],
+        [sys.executable, "-c", WITHOUT + EDIT + ERRORS],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -123,15 +127,15 @@ def run(script: str) -> str:
         timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    return ended.stdout.splitlines()
 
 
-def test_the_callbacks_edit_a_model_without_the_optional_packages():
-    assert run(EDIT) == "edited\n"
+def test_the_callbacks_edit_a_model_without_the_optional_packages(lines: list[str]):
+    assert lines[0] == "edited"
 
 
-def test_a_missing_package_is_one_line_that_says_what_to_install():
-    assert run(ERRORS).splitlines() == [
+def test_a_missing_package_is_one_line_that_says_what_to_install(lines: list[str]):
+    assert lines[1:] == [
         "trl is not installed; install it with pip install 'kedit-train[trl]'",
         "trl is not installed; install it with pip install 'kedit-train[trl]'",
         "datasets is not installed; install it with pip install 'kedit-train[trl]'",

@@ -330,6 +330,15 @@ def test_csv_files_may_have_quotes_lists_and_empty_cells(tmp_path: Path) -> None
     ]
 
 
+def test_names_of_csv_columns_may_have_spaces_around_them(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(" prompt, target , aliases\nAda lives in,Bern,Berne\n")
+    assert list(EditDataset.load(path)) == [Edit("Ada lives in", "Bern", aliases=("Berne",))]
+    path.write_text("prompt, target, notes\nAda lives in,Bern,x\n")
+    with pytest.raises(EditError, match="unknown field 'notes'"):
+        EditDataset.load(path)
+
+
 def test_csv_files_may_have_a_public_format(tmp_path: Path) -> None:
     path = tmp_path / "zsre.csv"
     path.write_text("subject,src,alt,answers,loc,loc_ans\nAda,Who is Ada?,a poet,a nun|a cook,nq question: who,me\n")

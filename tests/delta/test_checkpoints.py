@@ -111,6 +111,7 @@ def test_a_damaged_index_or_shard_is_refused(make, edited, tmp_path):
         delta.apply_to_checkpoint(folder, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     """A checkpoint of 200 MB in shards of 50 MB with tensors of 12.5 MB."""
     script = [sys.executable, str(ROOT / "tests" / "benchmarks" / "delta_memory.py"), str(tmp_path)]

@@ -234,6 +234,7 @@ def test_metadata_that_does_not_fit_json_is_refused_and_leaves_nothing(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_loading_takes_no_memory_for_tensors(tmp_path):
     """A file of 160 MB is hashed through its memory map, so anonymous memory does not grow with it."""
     base = torch.zeros(20_000_000)

@@ -269,3 +269,16 @@ def test_a_negative_multiple_of_a_delta_forgets_what_it_was_trained_on():
     assert found.best.reliability >= 0.5
     assert found.best.locality >= 0.5
     assert found.best.reliability + found.best.locality > 1.2
+
+
+def test_two_deltas_with_one_path_are_an_error_before_training(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    paths = [tmp_path / "edit.safetensors", tmp_path / "link" / "edit.safetensors"]
+    with editing(torch.nn.Linear(2, 1), [SaveDelta(str(path)) for path in paths]) as edit:
+        with pytest.raises(EditError, match=r"^SaveDelta: another callback also writes .*edit\.safetensors") as error:
+            edit.before_step()
+        edit.run.close()
+    assert "\n" not in str(error.value)
+    with editing(torch.nn.Linear(2, 1), [SaveDelta(str(tmp_path / f"{n}.safetensors")) for n in range(2)]) as edit:
+        edit.before_step()
+        edit.run.close()

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from kedit_train import world
+from kedit_train.data.leaks import LeakCheck
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 from kedit_train.world.counterfactual import _prompts
@@ -99,7 +100,8 @@ def test_more_edits_than_subjects_are_an_error():
 def test_locality_texts_state_no_fact_that_is_edited_or_asked_for(made):
     known, prompts = known_world(), _prompts()
     texts = world.locality_texts(made, 128)
-    assert len(set(texts)) == len(texts) == 128
+    # Statements that contain a prompt of the 150 edits are left out.
+    assert 124 < len(set(texts)) == len(texts) <= 128
     assert texts == world.locality_texts(made, 128) != world.locality_texts(made, 128, seed=1)
     edited = {prompts[edit.prompt] for edit in made}
     asked = edited | {prompts[p.prompt] for edit in made for p in locality(edit)}
@@ -109,11 +111,19 @@ def test_locality_texts_state_no_fact_that_is_edited_or_asked_for(made):
         true = (known.facts.get(key) or known.two_hop[key]).object
         stated[f"{prompt} {true}"] = key
     keys = [stated[text] for text in texts if text in stated]
-    assert len(keys) == 96  # three in four; the rest is prose
+    assert len(texts) - len(keys) == 32  # one in four is prose
     assert all(text.endswith(".") for text in texts if text not in stated)
     assert not asked.intersection(keys)
     for key in keys:
         assert not edited.intersection(known.hops.get(key, ()))
+
+
+@pytest.mark.parametrize(("seed", "number"), [(0, 100), (1, 24)])
+def test_locality_texts_contain_no_evaluation_prompt_inside_a_longer_sentence(seed, number):
+    made = world.edits(number)
+    texts, check = world.locality_texts(made, seed=seed), LeakCheck(made)
+    assert not [text for text in texts if check.contains_prompt(text)]
+    assert 4080 < len(texts) < 4096
 
 
 def test_texts_for_other_edits_are_an_error():

@@ -6,6 +6,8 @@ import sys
 import weakref
 from typing import Any
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from kedit_train.core.after_end import check_after_end
 from kedit_train.core.reference_weights import check_unchanged
 from kedit_train.core.run import EditRun
@@ -13,9 +15,32 @@ from kedit_train.core.run import EditRun
 _LOOP = "_inner_training_loop"
 _EPOCH = "_run_epoch"
 _LOAD = "_load_from_checkpoint"
+_SETUP = "_hp_search_setup"
 
 
-class GuardedLoop:
+class _Guard:
+    """Replaces a method of one trainer.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        # A strong reference would create a reference cycle that keeps the trainer and its model in memory.
+        self._weak = weakref.ref(trainer)
+
+    @property
+    def _trainer(self) -> Any:
+        trainer = self._weak()
+        assert trainer is not None
+        return trainer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the trainer, which is not complete yet, gets a guard of its own.
+        return type(self), (self._weak(),)
+
+
+class GuardedLoop(_Guard):
     """Run the training loop of a ``transformers.Trainer``, with a check before the loop and a cleanup after an error.
 
     An instance replaces the method ``_inner_training_loop`` of one trainer. If the trainer resumes from a checkpoint,
@@ -29,13 +54,8 @@ class GuardedLoop:
         trainer: the trainer.
     """
 
-    def __init__(self, trainer: Any) -> None:
-        # A strong reference would create a reference cycle that keeps the trainer and its model in memory.
-        self._trainer = weakref.ref(trainer)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trainer = self._trainer()
-        assert trainer is not None
+        trainer = self._trainer
         loop = getattr(type(trainer), _LOOP)
         try:
             if isinstance(load := trainer.__dict__.get(_LOAD), GuardedLoad):
@@ -57,44 +77,46 @@ class GuardedLoop:
             trainer.__dict__.pop(_EPOCH, None)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        trainer = self._trainer()
-        assert trainer is not None
+        trainer = self._trainer
         if not trainer.state.max_steps or trainer.state.global_step < trainer.state.max_steps:
             return getattr(type(trainer), _EPOCH)(trainer, *args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the trainer, which is not complete yet, gets a guard of its own.
-        return GuardedLoop, (self._trainer(),)
 
-
-class GuardedLoad:
+class GuardedLoad(_Guard):
     """Load a checkpoint for a ``transformers.Trainer``, and close the runs if this fails.
 
     An instance replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the
-    training loop begins. The next ``train()`` sets the runs up again before the trainer creates its optimizer.
+    training loop begins. The instance checks first whether the state of the edit in the checkpoint fits the runs,
+    because torch reports weights of another shape in many lines. The next ``train()`` sets the runs up again before the
+    trainer creates its optimizer.
 
     Args:
         trainer: the trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer = weakref.ref(trainer)
+        super().__init__(trainer)
         self._released: list[Any] = []
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trainer = self._trainer()
-        assert trainer is not None
+    def __call__(self, resume_from_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
         self.join_again(loads=True)
         try:
-            return getattr(type(trainer), _LOAD)(trainer, *args, **kwargs)
+            for run in _runs(trainer):
+                run.host.check_saved_scope(run, resume_from_checkpoint)
+            return getattr(type(trainer), _LOAD)(trainer, resume_from_checkpoint, *args, **kwargs)
         except BaseException:
-            self._released = _runs(trainer)
-            for run in self._released:
-                run.close()
+            self.release()
             raise
 
+    def release(self) -> None:
+        """Close the runs, because ``train()`` fails before its training loop begins."""
+        self._released = _runs(self._trainer) or self._released
+        for run in self._released:
+            run.close()
+
     def join_again(self, loads: bool = False) -> None:
-        """Set up the runs again that were closed because a checkpoint could not be loaded.
+        """Set up the runs again that were closed because a checkpoint was missing or could not be loaded.
 
         Args:
             loads: whether the trainer loads a checkpoint next.
@@ -105,14 +127,36 @@ class GuardedLoad:
                 # The failed call may have loaded a part of the weights.
                 check_unchanged(run.scope, run.reference)
             for callback in run.callbacks:
-                callback.join_trainer(self._trainer())
+                callback.join_trainer(self._trainer)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return GuardedLoad, (self._trainer(),)
+
+class GuardedSetup(_Guard):
+    """Close the runs of a ``transformers.Trainer`` if it is told to resume and there is no checkpoint.
+
+    An instance replaces the method ``_hp_search_setup`` of one trainer, which is the last method that ``train()`` calls
+    before it looks for a checkpoint. If there is none, ``train()`` raises an error.
+
+    Args:
+        trainer: the trainer.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
+        # A guard of train() itself would be the only user of the trainer in Trainer(...).train(), and lose it.
+        if sys._getframe(1).f_locals.get("resume_from_checkpoint") is True and not _has_checkpoint(trainer):
+            trainer.__dict__[_LOAD].release()
+        return getattr(type(trainer), _SETUP)(trainer, *args, **kwargs)
+
+
+def _has_checkpoint(trainer: Any) -> bool:
+    try:
+        return get_last_checkpoint(trainer.args.output_dir) is not None
+    except OSError:
+        return False
 
 
 def guard_loop(control: Any) -> None:
-    """Replace a trainer's training loop by a :class:`GuardedLoop`, and its loading by a :class:`GuardedLoad`.
+    """Replace methods of a trainer by :class:`GuardedLoop`, :class:`GuardedLoad` and :class:`GuardedSetup`.
 
     Call this function from a callback of the trainer.
 
@@ -124,6 +168,8 @@ def guard_loop(control: Any) -> None:
         trainer.__dict__[_LOOP] = GuardedLoop(trainer)
         if hasattr(type(trainer), _LOAD):
             trainer.__dict__[_LOAD] = GuardedLoad(trainer)
+            if hasattr(type(trainer), _SETUP):
+                trainer.__dict__[_SETUP] = GuardedSetup(trainer)
 
 
 def _calling_trainer(control: Any) -> Any | None:

@@ -40,6 +40,8 @@ class LightningHost(Host):
         last_step: number of the last optimizer step that was reported to the callbacks.
         checkpoint_state: the state of the edit in the checkpoint from which the trainer resumed. None if the trainer
             did not resume.
+        has_loss: whether a backward pass has begun since the gradients were last deleted.
+        shape_check: the handle of the hook that checks the shapes of weights that Lightning loads before training.
     """
 
     name = "lightning"
@@ -52,9 +54,10 @@ class LightningHost(Host):
     def __init__(self, trainer: Any, module: Any) -> None:
         super().__init__(trainer)
         self.trainer, self.module = trainer, module
-        self.last_step = 0
+        self.last_step, self.has_loss = 0, False
         self.checkpoint_state: dict[str, Any] | None = None
         self._metrics_defined = False
+        self.shape_check: Any = None
 
     def unannounced_step_error(self) -> str:
         return (
@@ -144,6 +147,27 @@ class LightningHost(Host):
         if self.is_main and self.trainer.progress_bar_callback is not None and not sys.stderr.isatty():
             print(line, file=sys.stderr, flush=True)
 
+    def check_loaded_shapes(self) -> None:
+        """Check the shapes of a checkpoint when Lightning loads it, until :meth:`end_shape_check` is called."""
+        if self.shape_check is None:
+            self.shape_check = self.module.register_load_state_dict_pre_hook(_check_shapes)
+
+    def end_shape_check(self) -> None:
+        """Stop checking the shapes of weights that are loaded. The weights of the checkpoint have been loaded."""
+        if self.shape_check is not None:
+            self.shape_check.remove()
+
+
+def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Raise an error of one line if a weight to load has another shape than in the model. torch lists all of them."""
+    for name, parameter in module.named_parameters():
+        saved = getattr(state.get(prefix + name), "shape", parameter.shape)
+        if saved != parameter.shape:
+            raise EditError(
+                f"the checkpoint was written with {name} of shape {tuple(saved)}, but the model has shape "
+                f"{tuple(parameter.shape)}; resume with the same model and the same adapters."
+            )
+
 
 # Where a Lightning checkpoint keeps the state of the edit.
 CHECKPOINT_KEY = "kedit_train"
@@ -170,10 +194,12 @@ class LightningEvents(Callback):
         if stage == "fit":
             self._final_state = None
             self.run = EditRun.join(pl_module, self, LightningHost(trainer, pl_module))
+            self.run.host.check_loaded_shapes()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         run = self._driven_run(trainer)
         if run:
+            run.host.end_shape_check()
             for callback in run.callbacks:
                 run.attach(callback)
 
@@ -196,6 +222,7 @@ class LightningEvents(Callback):
         run = self._driven_run(trainer)
         if run:
             run.steps.begin()
+            run.host.has_loss = False
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
         # The penalty is added to the loss in place. A separate backward pass would bypass DDP's gradient reduction, and
@@ -203,6 +230,8 @@ class LightningEvents(Callback):
         # The penalty is not divided, because it is added only once per optimizer step.
         run = self._driven_run(trainer)
         penalty = run.steps.penalty() if run else None
+        if run:
+            run.host.has_loss = True
         if run and penalty is not None:
             grad_fn: Any = loss.grad_fn
             if getattr(grad_fn, "_saved_result", None) is not None:
@@ -214,7 +243,9 @@ class LightningEvents(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         run = self._driven_run(trainer)
-        if run:
+        # With automatic optimization, training_step may return None to leave out a batch. There are no gradients then,
+        # so the optimizer changes no weight.
+        if run and (run.host.has_loss or not pl_module.automatic_optimization):
             run.steps.before_optimizer_step(getattr(optimizer, "optimizer", optimizer))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -257,3 +288,5 @@ class LightningEvents(Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         if self.run is not None:
             self.run.close()
+            if isinstance(self.run.host, LightningHost):
+                self.run.host.end_shape_check()

@@ -77,15 +77,25 @@ class TransformersHost(Host):
         finally:
             self._states.clear()
 
-    def check_checkpoint(self, run: Any, folder: str) -> None:
-        """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
+    def check_saved_scope(self, run: Any, folder: str | os.PathLike[str]) -> None:
+        """Check the state of the edit in a checkpoint before the trainer loads the weights of the checkpoint.
 
         Raises:
-            EditError: the checkpoint was written with another scope, or a part of it is missing.
+            EditError: the checkpoint was written with another scope, or with other adapters.
         """
         state = self._load(Path(folder))
         if state is not None and state.get("format") == FORMAT:
             check_scope(run, state)
+
+    def check_checkpoint(self, run: Any, folder: str) -> None:
+        """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
+
+        If the checkpoint has no random states, or no optimizer state because it was written with
+        ``save_only_model=True``, a warning is issued.
+
+        Raises:
+            EditError: a part of the checkpoint is missing.
+        """
         load_stacked_experts(run, folder)
         # The trainer would silently begin with a new optimizer.
         parts = () if self.args.save_only_model else ("optimizer", "scheduler")
@@ -95,6 +105,16 @@ class TransformersHost(Host):
                 f"{folder} is incomplete: {missing}.* is missing. Either a process was killed while it wrote or "
                 "deleted this checkpoint, or the checkpoint was written with save_only_model=True. Resume from another "
                 "checkpoint, or set save_only_model=True to begin with a new optimizer."
+            )
+        names = {f"{part} state ({part}.*)": f"{part}*" for part in ("optimizer", "scheduler")}
+        process = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        names[f"random state (rng_state{process}.pth)"] = f"rng_state{process}.pth"
+        lost = [name for name, pattern in names.items() if not any(Path(folder).glob(pattern))]
+        if lost and self.is_main:
+            warn(
+                f"{folder} has no {' and no '.join(lost)}, so the final weights of the resumed run may differ from "
+                "those of an uninterrupted run; to get the same weights, resume from a complete checkpoint, which is "
+                "written with save_only_model=False."
             )
 
     def _load(self, folder: Path, file: str = FILE) -> dict[str, Any] | None:

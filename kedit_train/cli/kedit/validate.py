@@ -123,11 +123,21 @@ def check(path: Path, *, complete: bool = True) -> list[str]:
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     share_texts(config)
     try:
+        _check_length(config.trainer)
         _check_model_and_data(config)
         _check_together([_built(callback) for callback in callbacks], complete)
     except ValueError as error:
         raise edit_error(error) or error from error
     return [callback.class_path.rpartition(".")[2] for callback in callbacks]
+
+
+def _check_length(trainer: Any) -> None:
+    """Check the length of the training. With 0, Lightning would train nothing and report no error."""
+    from kedit_train.arguments import Rule, check_arguments, integer_from, optional
+
+    positive = integer_from(1)
+    length = Rule("an integer >= 1, or -1 for no limit", lambda value: value == -1 or positive.holds(value))
+    check_arguments("trainer", max_epochs=(trainer.max_epochs, optional(length)), max_steps=(trainer.max_steps, length))
 
 
 def _check_model_and_data(config: Any) -> None:

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kedit_train.arguments import cut
 from kedit_train.data.conversations import check_messages, render_conversation
+from kedit_train.data.readers.fields import REMEDY, quoted
+from kedit_train.data.readers.files import read_csv
 from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
@@ -88,17 +91,36 @@ def _read_file(path: Path) -> list[Any]:
         raise EditError(f"{path} must be a UTF-8 text file: {error}; save the file as UTF-8.") from error
     except OSError as error:
         raise EditError(
-            f"file {str(path)!r} does not exist or cannot be read; pass the path of a .txt, .jsonl or .json file, or a "
-            "list of texts."
+            f"file {str(path)!r} does not exist or cannot be read; pass the path of a .txt, .jsonl, .json or .csv "
+            "file, or a list of texts."
         ) from error
-    if path.suffix == ".json":
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return _csv_texts(path) if content.strip() else []
+    if suffix == ".json":
         records = _parse_json(content, str(path))
         return records if isinstance(records, list) else [records]
     # splitlines() would also split at separators inside a text, such as U+2028.
     lines = content.split("\n")
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         return [_parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     return lines
+
+
+def _csv_texts(path: Path) -> list[str]:
+    """Return the column "text" of a CSV file."""
+    records = read_csv(path)
+    for record in records:
+        if isinstance(record, EditError):
+            raise EditError(f"{str(record).removesuffix(REMEDY)}correct this row.")
+    # A row has no key for an empty cell.
+    columns = dict.fromkeys(name for record in records for name in record)
+    if records and "text" not in columns:
+        raise EditError(
+            f'{path} must have a column "text", got the columns {cut(quoted(columns))}; rename one column to "text", '
+            "or, if the file contains one text per line, give its name the ending .txt."
+        )
+    return [record.get("text", "") for record in records]
 
 
 def _parse_json(content: str, where: str) -> Any:

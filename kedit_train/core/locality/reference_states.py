@@ -47,7 +47,6 @@ def reference_hidden_states(
     """
     head, dtype = run.head(), cache.torch_dtype
     context = run.host.forward_context
-    run.host.show_progress(f"computing the hidden states of the model before the edit on {len(sequences)} texts")
 
     def compute() -> Generator[Batch, None, None]:
         warned = dtype is None

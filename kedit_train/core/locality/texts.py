@@ -31,10 +31,10 @@ class Texts:
 
     Args:
         source: a list, a path, a ``datasets.Dataset``, or "world". "world" selects the texts that kedit-train contains
-            for its bundled model. A ``.txt`` file contains one text per line. A list, a ``.jsonl`` file or a ``.json``
-            file contains strings, records with the key ``text``, or conversations: records with the key ``messages``
-            ([{"role": ..., "content": ...}, ...]). A dataset has a column ``text`` or ``messages``. Conversations are
-            rendered with the chat template of the tokenizer.
+            for its bundled model. A ``.txt`` file contains one text per line, and a ``.csv`` file has a column
+            ``text``. A list, a ``.jsonl`` file or a ``.json`` file contains strings, records with the key ``text``, or
+            conversations: records with the key ``messages`` ([{"role": ..., "content": ...}, ...]). A dataset has a
+            column ``text`` or ``messages``. Conversations are rendered with the chat template of the tokenizer.
         max_length: maximum number of tokens per sequence. A longer text is split into several sequences, and no token
             is dropped.
         nearest: maximum number of texts per edit. The texts most similar to the edit are selected

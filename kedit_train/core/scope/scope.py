@@ -82,7 +82,10 @@ def check_selection(layers: Layers, modules: Modules) -> None:
         EditError: ``layers`` or ``modules`` has a wrong type, or contains a text that is empty or not a layer.
     """
     for item in () if layers is None else _items(layers):
-        _parts(item)
+        for part, ends in _parts(item):
+            # An index from the start and one from the end, or an index and a fraction, can only be compared in a model.
+            if isinstance(ends[0], float) == isinstance(ends[-1], float) and (ends[0] < 0) == (ends[-1] < 0):
+                _check_order(part, ends[0], ends[-1])
     _patterns(modules)
 
 
@@ -119,9 +122,13 @@ def _parts(item: Layer) -> list[tuple[str, list[int | float]]]:
 def _expand(item: Layer, depth: int) -> Iterator[int]:
     for part, ends in _parts(item):
         first, last = _index(ends[0], item, depth), _index(ends[-1], item, depth)
-        if first > last:
-            raise EditError(f"a range in layers must start at its lower layer, got {part!r}; write '{last}-{first}'.")
+        _check_order(part, first, last)
         yield from range(first, last + 1)
+
+
+def _check_order(part: str, first: float, last: float) -> None:
+    if first > last:
+        raise EditError(f"a range in layers must start at its lower layer, got {part!r}; write '{last}-{first}'.")
 
 
 def _index(value: int | float, layers: Layer, depth: int) -> int:

@@ -40,11 +40,30 @@ def written(path: Path, content: str) -> Path:
         ("b.jsonl", "\n".join(json.dumps({"text": text, "n": 1}, ensure_ascii=False) for text in TEXTS)),
         ("a.json", json.dumps(TEXTS)),
         ("b.json", json.dumps([{"text": text} for text in TEXTS], ensure_ascii=False, indent=1)),
+        ("a.csv", "id, text\n" + "\n".join(f'{n},"{text}"' for n, text in enumerate(TEXTS)) + '\n3,""\n'),
+        ("A.JSONL", "\n".join(json.dumps(text, ensure_ascii=False) for text in TEXTS)),
     ],
 )
 @pytest.mark.parametrize("kind", [str, Path])
 def test_files_of_each_kind(tmp_path, name, content, kind):
     assert Texts(kind(written(tmp_path / name, content))).load() == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt,id\na,1\n", "must have a column \"text\", got the columns 'prompt', 'id'; rename one column"),
+        ("The sky is blue.\nGrass is green.\n", "got the columns 'The sky is blue.'; .* ending .txt"),
+        ("text,id\na,1\nb\n", r"record 2 \(line 3\): the row must have 2 cells, got 1 .*; correct this row\.$"),
+        ("text,text\na,b\n", "the column 'text' appears twice"),
+        ("text\n", "contains no text"),
+        ("\n", "contains no text"),
+    ],
+)
+def test_a_csv_file_without_texts_is_an_error(tmp_path, content, message):
+    with pytest.raises(EditError, match=message) as error:
+        Texts(written(tmp_path / "a.csv", content)).check()
+    assert "\n" not in str(error.value)
 
 
 def test_a_json_file_with_a_single_record(tmp_path):
@@ -97,7 +116,7 @@ def test_the_embedded_world():
         (
             "The sky is blue.",
             "file 'The sky is blue.' does not exist or cannot be read; pass the path of a .txt, "
-            ".jsonl or .json file, or a list of texts.",
+            ".jsonl, .json or .csv file, or a list of texts.",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kedit_train.core.scope.scope import find_layers, layer_indices, matches, resolve_scope
+from kedit_train.core.scope.scope import check_selection, find_layers, layer_indices, matches, resolve_scope
 from kedit_train.errors import EditError
 
 
@@ -104,6 +104,20 @@ def test_invalid_layers_are_errors(layers, message):
     with pytest.raises(EditError) as error:
         layer_indices(layers, 24)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("layers", "advice"),
+    [("6-4", "4-6"), ("0.9-0.3", "0.3-0.9"), (["2", "1, -1--3"], "-3--1")],
+)
+def test_a_reversed_range_is_an_error_without_a_model(layers, advice):
+    with pytest.raises(EditError, match=f"must start at its lower layer, got .*; write '{advice}'"):
+        check_selection(layers, None)
+
+
+@pytest.mark.parametrize("layers", ["4-6", "0.5-0.5", "5--1", "-1-5", "0.9-3", "-3--1", "1-0.3"])
+def test_ranges_that_can_only_be_compared_in_a_model_are_accepted_without_one(layers):
+    check_selection(layers, None)
 
 
 @pytest.mark.parametrize("modules", ["mlp.down_proj", "layers.2.mlp.down_proj", "model.layers.2.mlp.down_proj.weight"])

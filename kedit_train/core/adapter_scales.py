@@ -1,0 +1,47 @@
+"""Compare the scales of PEFT adapters with those of a checkpoint, because the weights do not contain the scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from kedit_train.errors import EditError
+
+
+def adapter_scales(model: nn.Module) -> dict[str, float]:
+    """Return the factor by which each adapter layer multiplies its output, by the names of layer and adapter.
+
+    For LoRA, the factor is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+
+    Args:
+        model: any model. For a model without PEFT adapters, the result is empty.
+    """
+    scales: dict[str, float] = {}
+    for name, module in model.named_modules():
+        # In other modules, such as attention, an attribute of this name is a number.
+        scaling = getattr(module, "scaling", None)
+        for adapter, value in scaling.items() if isinstance(scaling, dict) else ():
+            if isinstance(value, int | float):
+                scales[f"{name}.{adapter}"] = float(value)
+    return scales
+
+
+def check_adapter_scales(model: nn.Module, saved: Mapping[str, float]) -> None:
+    """Raise an error if an adapter of the model has another scale than in the checkpoint.
+
+    Args:
+        model: the model of the run that resumes.
+        saved: the result of :func:`adapter_scales` from the checkpoint.
+
+    Raises:
+        EditError: with another scale, the same weights of the adapter are another change of the model.
+    """
+    current = adapter_scales(model)
+    for name, value in saved.items():
+        if name in current and current[name] != value:
+            raise EditError(
+                f"the checkpoint was written with an adapter that multiplies its output by {value:g} (for LoRA, "
+                f"lora_alpha / r), but this run multiplies it by {current[name]:g} (layer and adapter: {name}); resume "
+                "with the same lora_alpha, r and use_rslora."
+            )

@@ -1,0 +1,40 @@
+"""Warn about targets with a line break, which most protocols never count as right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from kedit_train.arguments import cut
+from kedit_train.edit import Edit
+from kedit_train.errors import warn
+from kedit_train.evaluation.scoring.probe_results import Judge
+from kedit_train.evaluation.scoring.protocols import Protocols, is_right
+
+# The protocols that end an answer at the first line break.
+_FIRST_LINE = ("leading", "exact", "wild")
+
+
+def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, judge: Judge) -> None:
+    """Warn for each protocol that does not count an edit as right even if the model generates exactly the target.
+
+    Only targets with a line break are checked. That "wild" also ends answers at a full stop is part of its definition.
+
+    Args:
+        edits: pairs of a name and an edit.
+        protocols: the protocols of the evaluation.
+        judge: the function that decides under the protocol "exact".
+    """
+    for protocol in (name for name in protocols.names if name in _FIRST_LINE):
+        wrong = [edit.target for _, edit in edits if "\n" in edit.target and not is_right(protocol, _own(edit), judge)]
+        if wrong:
+            warn(
+                f'the protocol "{protocol}" ends each answer at the first line break, so {len(wrong)} of {len(edits)} '
+                f"edits never count as right (the first target is {cut(repr(wrong[0]), 100)}); remove the line breaks "
+                'from the targets, or set protocol="contains" in EvaluationOptions.'
+            )
+
+
+def _own(edit: Edit) -> SimpleNamespace:
+    """Return the part of a ``ProbeResult`` that :func:`is_right` reads, with the target as the answer."""
+    return SimpleNamespace(answer=edit.target, accepted=(edit.target, *edit.aliases))
