@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from kedit_train.callbacks import EditMetrics, ParameterScope
+from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SecondOrderLocality, TokenLoss
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
 from kedit_train.pretrained import is_causal, load_model
@@ -87,6 +87,25 @@ def test_edit_metrics_uses_the_edits_of_the_data_module(tmp_path: Path, capsys: 
     original, _ = load_model("world")
     for name, parameter in original.named_parameters():
         torch.testing.assert_close(saved.get_parameter(name), parameter, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_run_without_a_terminal_prints_lines_of_progress(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    callbacks = [
+        ParameterScope(0.7, modules="mlp.down_proj.weight"),
+        TokenLoss(),
+        SecondOrderLocality(["The sky is blue."]),
+        KLLocality(["Grass is green."], batch_size=1),
+        EditMetrics(every_n_steps=0, show=False),
+    ]
+    data = EditDataModule(limit=2, batch_size=2)
+    trainer(max_epochs=20, callbacks=callbacks, enable_progress_bar=shown).fit(EditModule(), data)
+    lines = capsys.readouterr().err.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [line.split(",")[0] for line in epochs] == [f"epoch {n} of 20" for n in (1, *range(2, 21, 2)) if shown]
+    assert all(", loss " in line for line in epochs)
+    for expected in ("reading 1 texts", "statistics of 1 texts", "2 edits before", "2 edits after"):
+        assert any(expected in line for line in lines) == shown
 
 
 def test_edit_metrics_without_edits_is_an_error() -> None:

@@ -179,6 +179,7 @@ class EditMetrics(EditCallback):
         edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
         max_length = context_length(run.model.config)
         edits.encode(self._tokenizer, max_length=max_length, prompt_format=self._options.asked_format)
+        run.host.show_progress(f"evaluating {len(edits)} edits before training")
         with run.reference_model():
             self.unedited = self._gather_distributions(self._evaluate(run, limit=None, before=None))
             settings: dict[str, Any] = {"batch_size": self._options.batch_size}
@@ -213,6 +214,7 @@ class EditMetrics(EditCallback):
     def finish(self, run: EditRun) -> None:
         meta = {"scope": run.describe_scope(), "steps": run.step}
         meta |= {"callbacks": [repr(callback) for callback in run.callbacks]}
+        run.host.show_progress(f"evaluating {len(self._edits)} edits after training")
         report = self._evaluate(run, limit=None, before=self.unedited, reference=run.reference or None)
         scores = report.flat()
         run.publish(scores)

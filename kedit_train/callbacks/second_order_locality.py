@@ -19,6 +19,7 @@ from kedit_train.core.drift.second_moments import broadcast_from_first
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
+from kedit_train.core.training_format import warn_without_chats
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.adam import AdamAverages
 from kedit_train.functional.precision import wide
@@ -145,6 +146,7 @@ class SecondOrderLocality(EditCallback):
         self._layers = find_linear_layers(run.model, run.scope)
         check_no_adapters(self._layers)
         sequences = self.texts.tokenize(run, limit=self.limit)
+        warn_without_chats(run, run.tokenizer(self.texts.tokenizer), sequences)
         self._texts_hash = hash_sequences(sequences)
         self._moments = factors_of_texts(
             run, self._layers, sequences, seed=self.texts.seed, batch_size=self.batch_size, path=self.factors_path,

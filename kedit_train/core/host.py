@@ -130,6 +130,9 @@ class Host:
     def stop(self) -> None:
         """End training after this step."""
 
+    def show_progress(self, line: str) -> None:
+        """Print a line about the progress of a long run, if the loop shows no progress bar."""
+
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """Log metrics at the current step.
 

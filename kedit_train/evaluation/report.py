@@ -119,7 +119,7 @@ class Report(ReportData):
                 component="Report",
             ) from error
 
-    def print(self, console: Console | None = None, *, answers: int = 5) -> None:
+    def print(self, console: Console | None = None, *, answers: int = 12) -> None:
         """Print the scores and some answers as tables. The tables are colored in a terminal and plain in a log.
 
         Args:

@@ -1,13 +1,14 @@
-"""Compare all recipes on the same edits: single, in one batch of 100, in sequence; three draws; world and factlm.
+"""Compare recipes on the same edits: single, in one batch, in sequence; on the world, factlm and SmolLM2; three draws.
 
     python tests/benchmarks/compare.py                                     # everything, into docs/results.md
     python tests/benchmarks/compare.py --model world --recipes ft_m,overtone --modes batch --draws 0
-    python tests/benchmarks/compare.py tune --model factlm --recipes ft_m  # learning rates, on held-out edits
+    python tests/benchmarks/compare.py tune --model smollm2 --recipes ft_m --edits 15 --texts 300
     python tests/benchmarks/compare.py report                              # write tables and plot from compare.jsonl
 
-Each recipe runs in a process of its own, so that its peak memory can be read; --jobs processes run at the same time.
-Results are appended to compare.jsonl as they arrive, and what the file holds is not measured again. Delete the lines of
-a recipe that has changed, or start anew with --results FILE; docs/results.md is then written from that file.
+tune tries learning rates on edits of a held-out draw. Each recipe runs in a process of its own, so that its peak memory
+can be read; --jobs processes run at the same time. Results are appended to compare.jsonl as they arrive, and what the
+file holds is not measured again. Delete the lines of a recipe that has changed, or start anew with --results FILE;
+docs/results.md is then written from that file. SmolLM2 (make smollm2) takes minutes to an hour per run.
 """
 
 from __future__ import annotations
@@ -22,36 +23,41 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import FACTLM, HELD_OUT, ONLY, RECIPES, SETTINGS, Method, Setting, load, load_recipe
+from methods import RECIPES, TEXTS, Method, judged, load_recipe, modes_of, recipes_of
 from paired import resident_peak
+from settings import HELD_OUT, SETTINGS, Setting, load, missing
 from torch import nn
 
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
-from kedit_train.evaluation import EvaluationOptions
+from kedit_train.evaluation import EvaluationOptions, Report
 from kedit_train.modes import run_edits
 
 # Mode -> number of edits per model. The bundled world has no more than 200 subjects.
 EDITS: dict[str, dict[str, int]] = {
-    "batch": {"world": 100, "factlm": 100},
-    "single": {"world": 30, "factlm": 30},
-    "sequential": {"world": 200, "factlm": 300},
+    "batch": {"world": 100, "factlm": 100, "smollm2": 50, "smollm2_zsre": 50},
+    "single": {"world": 30, "factlm": 30, "smollm2": 20},
+    "sequential": {"world": 200, "factlm": 300, "smollm2": 50},
 }
+DRAWS: dict[str, list[int]] = {"smollm2": [10, 11, 12], "smollm2_zsre": [10]}
 SCORES = ("reliability", "generality", "portability", "locality")
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES, TOY_RATES = {"smollm2": [5e-4, 2e-3, 5e-3]}, [3e-4, 1e-3, 3e-3, 1e-2]
 RESULTS = Path(__file__).with_name("compare.jsonl")
 
 
-def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given: Sequence[str] = ()) -> dict[str, Any]:
+def measure(
+    setting: Setting, name: str, mode: str, draw: int, count: int, given: Sequence[str] = (), few: int | None = None
+) -> dict[str, Any]:
     """Run one recipe in one mode and return its scores and its cost."""
     model, tokenizer = load(setting.path)
-    edits = setting.edits(count, draw)
-    own = load_recipe(name, *given)
-    train = Method(setting, model, tokenizer, name, own, edits, mode)
+    edits = setting.edits(count)
+    own = load_recipe(name, *given, model=setting.name)
+    train = Method(setting, model, tokenizer, name, own, edits, mode, few)
     spent = 0.0
 
     def timed(model: Any, edits: Sequence[Edit]) -> None:
@@ -61,7 +67,7 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
         spent += time.process_time() - began
 
     texts = setting.unrelated() if mode != "single" else None
-    options = EvaluationOptions(metrics=["resurgence"], max_new_tokens=16, prose=texts)
+    options = EvaluationOptions(metrics=setting.metrics, max_new_tokens=16, prose=texts)
     how: Any = mode
     result = run_edits(
         model, tokenizer, edits, mode=how, train=timed, checkpoints=(), options=options, seed=draw, progress=False
@@ -69,12 +75,32 @@ def measure(setting: Setting, name: str, mode: str, draw: int, count: int, given
     report = result.checkpoints[-1].report
     found: dict[str, Any] = {name: report.metrics[name]["generated"].value for name in SCORES}
     # Share of rephrased prompts where the old answer is more likely than the new one.
-    found["resurgence"] = report.metrics["resurgence"]["prefers_old"]["rephrase"].value
+    older = report.metrics["resurgence"]["prefers_old"] if setting.metrics else {}
+    found["resurgence"] = older["rephrase"].value if older else None
     found["drift"] = None if mode == "single" else drift(model, load(setting.path)[0])
     found["perplexity"] = report.metrics["perplexity"].value
     found["perplexity before"] = result.unedited.metrics["perplexity"].value
     found["seconds"] = spent / len(edits)
-    return found
+    return found | (completions(report, result.unedited) if report.protocols.headline == "leading" else {})
+
+
+def completions(report: Report, unedited: Report) -> dict[str, Any]:
+    """Return further scores of a model that does not end its answers."""
+
+    def scores(one: Report) -> dict[str, Any]:
+        kinds = one.metrics["locality"]["by_kind"]
+        neighbors = next(kinds[kind] for kind in kinds if kind != "others")
+        return {"PS": one.metrics["generality"]["probability"].value, "NS": neighbors["probability"].value}
+
+    kinds = report.metrics["locality"]["by_kind"]
+    return {
+        **scores(report),
+        **{f"{name} before": value for name, value in scores(unedited).items()},
+        "others": kinds["others"]["generated"].value,
+        "neighbors": next(kinds[kind] for kind in kinds if kind != "others")["generated"].value,
+        "KL": report.metrics["prose"]["kl"].value if report.metrics["prose"] else None,
+        "protocol": str(report.protocols),
+    }
 
 
 def drift(model: nn.Module, base: nn.Module) -> float:
@@ -88,19 +114,24 @@ def drift(model: nn.Module, base: nn.Module) -> float:
 def cell(options: argparse.Namespace) -> None:
     """Run one recipe on one model and print one line of JSON per run."""
     torch.set_num_threads(1)
-    setting = SETTINGS[options.model]()
-    load(setting.path)
+    load(SETTINGS[options.model](0).path)
     start = resident_peak()
     for mode, draw, rate in itertools.product(options.modes, options.draws, options.rates or [None]):
+        setting = SETTINGS[options.model](draw)
+        if rate is not None:
+            # No learning rate is chosen by the perplexity.
+            setting = replace(setting, unrelated=lambda: None)
         key = {"model": options.model, "recipe": options.recipes[0], "mode": mode, "draw": draw}
         key |= {} if rate is None else {"rate": rate}
         count = options.edits or EDITS[mode][options.model]
         given = [*options.set, *([] if rate is None else [f"--model.learning_rate={rate}"])]
         try:
-            found = measure(setting, key["recipe"], mode, draw, count, given)
+            found = measure(setting, key["recipe"], mode, draw, count, given, options.texts)
         except EditError as error:
             found = {"error": str(error)}
         found |= {"edits": count, "memory": (resident_peak() - start) / 1e6 if mode == "batch" else None}
+        read = options.texts or TEXTS.get(options.model, {}).get(key["recipe"])
+        found |= {name: value for name, value in (("texts", read), ("set", options.set)) if value}
         print(json.dumps(key | found), flush=True)
 
 
@@ -112,9 +143,9 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, str, list[str], li
     """Yield what is not measured yet: model, recipe, modes and draws."""
     have = {(r["model"], r["recipe"], r["mode"], r["draw"]) for r in done(options.results)}
     for model in options.models:
-        for name in options.recipes:
-            for mode in (mode for mode in options.modes if mode in ONLY.get(name, EDITS)):
-                draws = [d for d in options.draws if (model, name, mode, d) not in have]
+        for name in options.recipes or recipes_of(model):
+            for mode in modes_of(model, name, options.modes):
+                draws = [d for d in options.draws or DRAWS.get(model, [0, 1, 2]) if (model, name, mode, d) not in have]
                 if draws:
                     yield model, name, [mode], draws
 
@@ -139,11 +170,14 @@ def run(options: argparse.Namespace) -> None:
                 bar.console.print(_line(row), highlight=False)
 
 
-def _worker(options: argparse.Namespace, model: str, name: str, modes: list[str], draws: list[int]) -> list[str]:
+def _worker(
+    options: argparse.Namespace, model: str, name: str, modes: list[str], draws: list[int], rates: Sequence[float] = ()
+) -> list[str]:
     command = [sys.executable, __file__, "cell", "--model", model, "--recipes", name, "--modes", ",".join(modes)]
     command += ["--draws", ",".join(map(str, draws)), *(f"--set={one}" for one in options.set)]
     command += ["--edits", str(options.edits)] if options.edits else []
-    command += ["--rates", ",".join(map(str, options.rates))] if options.what == "tune" else []
+    command += ["--texts", str(options.texts)] if options.texts else []
+    command += ["--rates", ",".join(map(str, rates))]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     found = subprocess.run(command, capture_output=True, text=True, env=quiet)
     if found.returncode:
@@ -154,23 +188,23 @@ def _worker(options: argparse.Namespace, model: str, name: str, modes: list[str]
 def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['model']} {row['recipe']} {row['mode']} {row['draw']}: {row['error']}"
-    scores = " ".join(f"{k[:3]} {row[k]:.2f}" for k in SCORES if row[k] is not None)
+    shown = (*SCORES, *("PS", "NS", "others", "KL"))
+    scores = " ".join(f"{k[:3]} {row[k]:.2f}" for k in shown if row.get(k) is not None)
     return f"{row['model']} {row['recipe']} {row['mode']} {row['draw']}: {scores}, {row['seconds']:.3f} s an edit"
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Each rate on the held-out draw, and the product of reliability, generality and locality with it."""
-    options.draws, options.modes = [HELD_OUT], options.modes if len(options.modes) == 1 else ["batch"]
-    options.rates = options.rates or list(RATES)
+    """Print the scores for each rate on the held-out draw, and the product of the scores that count."""
+    modes = options.modes if len(options.modes) == 1 else ["batch"]
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [
-            pool.submit(_worker, options, model, name, options.modes, options.draws)
+            pool.submit(_worker, options, model, name, modes, [HELD_OUT], options.rates or RATES.get(model, TOY_RATES))
             for model in options.models
-            for name in options.recipes
+            for name in options.recipes or recipes_of(model)
         ]
         for job in as_completed(jobs):
             for row in map(json.loads, job.result()):
-                value = math.prod(row.get(score) or 0.0 for score in ("reliability", "generality", "locality"))
+                value = math.prod(row.get(score) or 0.0 for score in judged(row["model"]))
                 print(f"{value:.3f} at {row['rate']:g}: {_line(row)}", flush=True)
 
 
@@ -180,23 +214,27 @@ def main() -> None:
     parser.add_argument(
         "--model", dest="models", help=f"some of: {', '.join(SETTINGS)}; by default those that are here"
     )
-    parser.add_argument("--recipes", default=",".join(RECIPES), help="some of: %(default)s")
+    parser.add_argument("--recipes", default="", help=f"by default those of the model; some of: {', '.join(RECIPES)}")
     parser.add_argument("--modes", default=",".join(EDITS), help="some of: %(default)s")
-    parser.add_argument("--draws", default="0,1,2", help="which edits and seeds: %(default)s")
-    parser.add_argument("--rates", default="", help=f"for tune: {', '.join(map(str, RATES))}")
+    parser.add_argument("--draws", default="", help="which edits and seeds: 0,1,2, or 10,11,12 on SmolLM2")
+    parser.add_argument("--rates", default="", help="for tune: learning rates to try")
     parser.add_argument("--edits", type=int, help="how many, instead of each mode's own")
+    parser.add_argument("--texts", type=int, help="how many texts, instead of those of methods.py")
     parser.add_argument("--set", action="append", default=[], help="a key of the recipes: --set=--model.dtype=auto")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    here = [name for name in SETTINGS if name != "factlm" or FACTLM.exists()]
-    if options.models is None and options.what != "report" and "factlm" not in here:
-        print(f"the model factlm is not at {FACTLM}: the world alone", file=sys.stderr)
+    absent = {name: path for name in SETTINGS if (path := missing(name))}
+    here = [name for name in SETTINGS if name not in absent]
+    if options.models is None and options.what != "report":
+        for name, path in absent.items():
+            print(f"{name} is left out, because there is no {path}", file=sys.stderr)
     options.models = options.models or ",".join(here)
     for name, kind in (("models", str), ("recipes", str), ("modes", str), ("draws", int), ("rates", float)):
         setattr(options, name, [kind(one) for one in getattr(options, name).split(",") if one])
-    if absent := [name for name in options.models if name not in here]:
-        parser.error(f"--model {absent[0]}: here is {', '.join(here)} (factlm is looked for at {FACTLM})")
+    for name in options.models:
+        if name not in here:
+            parser.error(f"--model {name}: here is {', '.join(here)} (looked for {absent.get(name, 'no such model')})")
     options.model = options.models[0]
     if options.what == "cell":
         cell(options)

@@ -11,23 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import RECIPES as ORDER
+from methods import LEARNING_RATES, ON_SMOLLM2, OTHERWISE, RECIPES, judged
 from paired import processor
 
 from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, FIGURE = ROOT / "docs" / "results.md", ROOT / "recipes" / "figures" / "compare.png"
-BEGIN, END = "<!-- compare: written by make compare -->", "<!-- compare: end -->"
-FRONT = ("reliability", "generality", "locality")
-COLUMNS = {
-    "reliability": 2, "generality": 2, "portability": 2, "locality": 2, "resurgence": 2, "drift": 2, "perplexity": 2,
-    "seconds": 3, "memory": 0,
-}  # fmt: skip
-HEADS = (
-    "reliability", "generality", "portability", "locality", "old answer preferred", "drift", "perplexity ratio",
-    "seconds per edit", "memory, MB",
+# The two places in the page that are written: the tables of the pretrained model, and those of the two small models.
+PRETRAINED = "<!-- compare, pretrained: written by make compare -->", "<!-- compare, pretrained: end -->"
+SMALL = "<!-- compare: written by make compare -->", "<!-- compare: end -->"
+# The columns of a table: score, digits and heading.
+COLUMNS = (
+    ("reliability", 2, "reliability"), ("generality", 2, "generality"), ("portability", 2, "portability"),
+    ("locality", 2, "locality"), ("resurgence", 2, "old answer preferred"), ("drift", 2, "drift"),
+    ("perplexity", 2, "perplexity ratio"), ("seconds", 3, "seconds per edit"), ("memory", 0, "memory, MB"),
 )  # fmt: skip
+COMPLETIONS = (
+    ("reliability", 2, "reliability"), ("generality", 2, "generality"), ("PS", 2, "PS"),
+    ("portability", 2, "portability"), ("others", 2, "others kept"), ("NS", 2, "NS"), ("KL", 4, "KL on prose"),
+    ("perplexity", 2, "perplexity ratio"), ("seconds", 1, "seconds per edit"),
+)  # fmt: skip
+LABELS = {"others": "others kept"}
+MODELS = {"smollm2": "SmolLM2", "smollm2_zsre": "SmolLM2 on ZsRE", "world": "world", "factlm": "factlm"}
+ORDER = tuple(dict.fromkeys((*RECIPES, *ON_SMOLLM2)))
 TITLES = {
     "batch": "{n} edits in one batch",
     "single": "{n} single edits, each on the unedited model",
@@ -48,13 +55,13 @@ def grouped(results: list[dict[str, Any]]) -> dict[tuple[str, str], Rows]:
 
 
 def mean(rows: list[dict[str, Any]], name: str) -> float | None:
-    values = [row[name] for row in rows if row[name] is not None]
+    values = [row[name] for row in rows if row.get(name) is not None]
     return statistics.fmean(values) if values else None
 
 
-def front(rows: Rows) -> set[str]:
-    """Return the recipes on the Pareto front of reliability, generality and locality."""
-    points = {name: tuple(mean(each, score) or 0.0 for score in FRONT) for name, each in rows.items()}
+def front(rows: Rows, model: str = "world") -> set[str]:
+    """Return the recipes on the Pareto front of the scores that count for the model."""
+    points = {name: tuple(mean(each, score) or 0.0 for score in judged(model)) for name, each in rows.items()}
     return {
         name
         for name, own in points.items()
@@ -64,7 +71,7 @@ def front(rows: Rows) -> set[str]:
 
 def cell(rows: list[dict[str, Any]], name: str, digits: int) -> str:
     """Format the mean over draws and half the distance between the smallest and the largest value."""
-    values = [row[name] for row in rows if row[name] is not None]
+    values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return "-"
     if name == "memory":
@@ -74,14 +81,18 @@ def cell(rows: list[dict[str, Any]], name: str, digits: int) -> str:
     return average if len(values) == 1 else f"{average} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
-def table(rows: Rows) -> str:
+def table(rows: Rows, model: str = "world") -> str:
     """Format one table. Columns with one value in all rows are left out; draws are counted where recipes differ."""
-    best, differ = front(rows), len({len(each) for each in rows.values()}) > 1
+    best, differ = front(rows, model), len({len(each) for each in rows.values()}) > 1
     columns = {
         head: [cell(each, column, digits) for each in rows.values()]
-        for head, (column, digits) in zip(HEADS, COLUMNS.items(), strict=True)
+        for column, digits, head in (COMPLETIONS if model.startswith("smollm2") else COLUMNS)
     }
-    columns = {head: cells for head, cells in columns.items() if len({cell.split()[0] for cell in cells}) > 1}
+    columns = {
+        head: cells
+        for head, cells in columns.items()
+        if set(cells) != {"-"} and (len(rows) == 1 or len({cell.split()[0] for cell in cells}) > 1)
+    }
     lines = [f"| recipe | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for (name, each), *cells in zip(rows.items(), *columns.values(), strict=True):
         shown = f"**{name}**" if name in best else name
@@ -104,14 +115,15 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
         ax = axes[models.index(model)][modes.index(mode)]
         ax.set_visible(True)
         count = next(iter(rows.values()))[0]["edits"]
-        ax.set(title=f"{model}, {mode} ({count})", xlabel="generality", ylabel="locality")
+        _, across, up = judged(model)
+        ax.set(title=f"{MODELS[model]}, {mode} ({count})", xlabel=across, ylabel=LABELS.get(up, up))
         for name, each in rows.items():
             at = names.index(name)
             color, shape = colors[at % len(colors)], "os^Dv"[at // len(colors)]
             if name == "kedit_default":
                 color, shape = "#CC0000", "*"
             reliable = (mean(each, "reliability") or 0.0) >= 0.95
-            x, y = mean(each, "generality") or 0.0, mean(each, "locality") or 0.0
+            x, y = mean(each, across) or 0.0, mean(each, up) or 0.0
             face = color if reliable else "none"
             size = 14 if shape == "*" else 8
             ax.plot(x, y, shape, color=color, markerfacecolor=face, markersize=size)
@@ -122,35 +134,69 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
     save_figure(drawing, path)
 
 
+def notes(model: str, rows: Rows) -> str:
+    """Return what a reader needs beside a table of SmolLM2: the unedited model, learning rates and texts."""
+    every = [row for each in rows.values() for row in each]
+    given = [f"{mean(every, f'{name} before'):.2f} ({name})" for name in ("PS", "NS") if mean(every, f"{name} before")]
+    parts = [f"The unedited model has {' and '.join(given)}."] if given else []
+    rates = {name: rate for name, rate in LEARNING_RATES.get(model.removesuffix("_zsre"), {}).items() if name in rows}
+    if rates:
+        parts += ["Learning rates: " + ", ".join(f"`{name}` {rate:g}" for name, rate in rates.items()) + "."]
+    if read := {name: each[-1]["texts"] for name, each in rows.items() if each[-1].get("texts")}:
+        parts += ["Texts: " + ", ".join(f"`{name}` {count:,}" for name, count in read.items()) + "."]
+    if other := {name: key for name, key in OTHERWISE.get(model, {}).items() if name in rows}:
+        keys = (f"`{key.removeprefix('trainer.callbacks.')}` in `{name}`" for name, key in other.items())
+        parts += [f"Changed to limit the time: {', '.join(keys)}."]
+    return " ".join(parts)
+
+
+def sections(groups: dict[tuple[str, str], Rows], pretrained: bool) -> list[str]:
+    """Return the titles and tables of the pretrained model, or those of the two small models."""
+    parts = []
+    for model, mode in sorted(groups, key=lambda key: ([*MODELS].index(key[0]), [*TITLES].index(key[1]))):
+        if model.startswith("smollm2") != pretrained:
+            continue
+        rows = groups[model, mode]
+        draws = sorted({len(each) for each in rows.values()})
+        title = f"### {MODELS[model]}: {TITLES[mode].format(n=next(iter(rows.values()))[0]['edits'])}"
+        if len(draws) == 1:
+            parts += [f"{title} ({draws[0]} draw{'s' if draws[0] > 1 else ''})"]
+        else:
+            parts += [title, "The number after the name of a recipe is its number of draws."]
+        parts += [table(rows, model), *filter(None, [notes(model, rows)])]
+    return parts
+
+
+def failures(results: list[dict[str, Any]], pretrained: bool) -> list[str]:
+    failed = [
+        f"{r['model']}, {r['recipe']}, {r['mode']}, draw {r['draw']}: {r['error']}"
+        for r in results
+        if "error" in r and r["model"].startswith("smollm2") == pretrained
+    ]
+    return [f"Runs that failed: {'; '.join(failed)}."] if failed else []
+
+
+def replaced(text: str, marks: tuple[str, str], parts: list[str]) -> str:
+    """Return the page with the text between two marks replaced, or with the section at its end."""
+    begin, end = marks
+    body = "\n\n".join([begin, *parts, end])
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    return pattern.sub(lambda _: body, text) if pattern.search(text) else f"{text.rstrip()}\n\n{body}\n"
+
+
 def write(results: list[dict[str, Any]]) -> None:
-    """Replace the section between the two markers in docs/results.md, and the plot."""
+    """Replace the sections between the marks in docs/results.md, and the plot."""
     groups = grouped(results)
     if not groups:
         raise SystemExit("compare: there are no results yet; run the comparison first")
     machine = f"{processor()}, {os.cpu_count()} cores, one thread per run, torch {torch.__version__}"
-    parts = [
-        BEGIN,
-        f"Written on {date.today()} from compare.jsonl ({machine}).",
-        "![Locality over generality, one marker per recipe](../recipes/figures/compare.png)",
-        "Hollow markers show runs with a reliability below 0.95.",
-    ]
-    for model, mode in sorted(groups, key=lambda key: (key[0] != "world", [*TITLES].index(key[1]))):
-        rows = groups[model, mode]
-        draws = sorted({len(each) for each in rows.values()})
-        title = TITLES[mode].format(n=next(iter(rows.values()))[0]["edits"])
-        if len(draws) == 1:
-            parts += [f"### {model}: {title} ({draws[0]} draw{'s' if draws[0] > 1 else ''})"]
-        else:
-            parts += [f"### {model}: {title}", "The number after the name of a recipe is its number of draws."]
-        parts += [table(rows)]
-    failed = [
-        f"{r['model']}, {r['recipe']}, {r['mode']}, draw {r['draw']}: {r['error']}" for r in results if "error" in r
-    ]
-    parts += [f"Runs that failed: {'; '.join(failed)}."] if failed else []
-    text = PAGE.read_text()
-    body = "\n\n".join([*parts, END])
-    pattern = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
-    text = pattern.sub(lambda _: body, text) if pattern.search(text) else f"{text.rstrip()}\n\n{body}\n"
-    PAGE.write_text(text)
+    written = f"Written on {date.today()} from compare.jsonl ({machine})."
+    plot = "![Kept answers over generality, one marker per recipe](../recipes/figures/compare.png)"
+    hollow = "Hollow markers show runs with a reliability below 0.95."
+    text = replaced(
+        PAGE.read_text(), PRETRAINED, [written, *sections(groups, pretrained=True), *failures(results, pretrained=True)]
+    )
+    parts = [written, plot, hollow, *sections(groups, pretrained=False), *failures(results, pretrained=False)]
+    PAGE.write_text(replaced(text, SMALL, parts))
     draw(groups, FIGURE)
     print(f"wrote {PAGE} and {FIGURE}")

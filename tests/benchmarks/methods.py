@@ -1,53 +1,106 @@
-"""The recipes as methods: each file of recipes/ as ``train(model, edits)`` on a small model of facts.
+"""The recipes as methods: each file of recipes/ as ``train(model, edits)`` on a model of settings.py.
 
-Callbacks, learning rate, epochs and stopping rule are those of the recipe. Only the texts and the batch size, which
-depend on the model, are replaced.
+Callbacks, epochs and stopping rule are those of the recipe. Texts and batch size, which depend on the model, are
+replaced. On the two small models, the learning rate is that of the recipe.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from settings import Setting
 from torch import nn
 
-from kedit_train import EditDataset, world
+from kedit_train import world
 from kedit_train.augmentation import augmentation
-from kedit_train.callbacks import EditCallback, EditMetrics, KLLocality, NormBall, SaveDelta, Texts
+from kedit_train.callbacks import (
+    EditCallback,
+    EditMetrics,
+    KLLocality,
+    LowCurvature,
+    NormBall,
+    NullSpace,
+    SaveDelta,
+    Texts,
+    TokenLoss,
+)
 from kedit_train.cli import recipe
 from kedit_train.data import Edit
-from kedit_train.data.leaks import scored_prompts
-from kedit_train.errors import EditError
 from kedit_train.modes import ExampleOptions, TrainLoop
 from kedit_train.pretrained import lora_config
 from kedit_train.world.counterfactual import EDITS as WORLD_EDITS
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
-FACTLM = SHARED / "models" / "factlm"
-# Hyperparameters are chosen on the edits of these draws, whose results are not reported.
-HELD_OUT = 100
 RECIPES = (
     "ft_m", "ft_l", "ft_l_inf", "low_layer", "masked_fisher", "locft_bf", "overtone", "overtone_lora", "kl_locality",
     "null_space", "replay", "f_learning", "kedit_default", "second_order", "one_by_one",
 )  # fmt: skip
+# Callbacks, learning rate and epochs of this recipe are those of recipes/one_by_one.py.
+ONE_BY_ONE = "one_by_one"
+# Methods without a file of their own, and the recipe whose settings they share: LowCurvature in place of NullSpace, and
+# LoRA without callbacks.
+VARIANTS = {ONE_BY_ONE: "kedit_default", "low_curvature": "null_space", "plain_lora": "overtone_lora"}
+# The pretrained model is a hundred times as large as the world, so fewer recipes are compared on it.
+ON_SMOLLM2 = (
+    "ft_m", "locft_bf", "overtone", "plain_lora", "overtone_lora", "kl_locality", "null_space", "low_curvature",
+    "replay", "second_order", "kedit_default", "one_by_one",
+)  # fmt: skip
+# Which modes a recipe is compared in, if not in all.
+ONLY = {"kedit_default": ("batch",), "second_order": ("batch",), ONE_BY_ONE: ("single", "sequential")}
+ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE)
+# The learning rates of the recipes were chosen on the world. These were chosen on SmolLM2 with 15 edits of a held-out
+# draw (compare.py tune --model smollm2 --edits 15 --texts 100): the rate with the largest product of reliability, PS
+# and the fraction of other facts whose first tokens are kept. Second-order steps need no learning rate.
+LEARNING_RATES: dict[str, dict[str, float]] = {
+    "smollm2": {
+        "ft_m": 2e-3,
+        "locft_bf": 2e-3,
+        "overtone": 2e-3,
+        "plain_lora": 5e-4,
+        "overtone_lora": 5e-4,
+        "null_space": 5e-3,
+        "low_curvature": 5e-3,
+        "kl_locality": 2e-3,
+        "replay": 2e-3,
+    }
+}
+# Other settings of a recipe on a model: fewer texts per step, so that a run takes minutes.
+OTHERWISE = {"smollm2": {"kl_locality": "trainer.callbacks.KLLocality.batch_size=8"}}
+# How many of its texts a recipe reads on a model, so that a run takes minutes. The first 600 are passages of
+# prose and statements of facts in turn, and all others are statements.
+TEXTS: dict[str, dict[str, int]] = {
+    "smollm2": {"second_order": 700, "null_space": 700, "low_curvature": 700, "kl_locality": 700}
+}
+# A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
+# batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
+ALONE, ALONE_KL, ALONE_TEXTS, NEAREST = 0.2, 10.0, 256, 24
+# one_by_one.py trains with half of its learning rate and without NormBall if every edit starts from the unedited model.
+ALONE_RATE = 0.5
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A model, its edits by draw, and its texts."""
+def recipes_of(model: str) -> tuple[str, ...]:
+    """Return the recipes that are compared on a model by default."""
+    return {"smollm2": ON_SMOLLM2, "smollm2_zsre": ("ft_m",)}.get(model, RECIPES)
 
-    name: str
-    path: Path
-    batch_size: int
-    edits: Callable[[int, int], list[Edit]]  # how many, and which draw
-    texts: Callable[[Sequence[Edit]], list[str]]  # must stay, and ask for nothing that the edits are scored on
-    unrelated: Callable[[], list[str]]  # for the perplexity
-    prompts: Callable[[Sequence[Edit]], list[str]]  # of other facts, to be replayed
+
+def modes_of(model: str, name: str, modes: Sequence[str]) -> list[str]:
+    """Return the modes in which a recipe is compared on a model."""
+    if model == "smollm2_zsre" or (model == "smollm2" and name not in ALL_MODES_ON_SMOLLM2):
+        modes = [mode for mode in modes if mode == "batch"]
+    return [mode for mode in modes if mode in ONLY.get(name, modes)]
+
+
+def judged(model: str) -> tuple[str, str, str]:
+    """Return the scores that count: tune maximizes their product, and the report marks the recipes on their front.
+
+    SmolLM2 does not end its answers, so the first tokens of other answers count. It seldom gives the new answer to a
+    rephrased prompt, so PS counts: for how many of these prompts the new answer is more probable than the old one.
+    """
+    return ("reliability", "PS", "others") if model == "smollm2" else ("reliability", "generality", "locality")
 
 
 def one_by_one() -> Any:
@@ -58,79 +111,28 @@ def one_by_one() -> Any:
     return importlib.import_module("one_by_one")
 
 
-def load(path: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_recipe(name: str, *given: str, model: str = world.NAME) -> Any:
+    """Return the configuration of a recipe, with its learning rate and its other settings for a model.
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(path)
-
-
-def embedded() -> Setting:
-    def texts(edits: Sequence[Edit]) -> list[str]:
-        # For a single edit, all texts, so that the nearest can be chosen.
-        return world.locality_texts(exclude=edits, n=4096 if len(edits) > 1 else None)
-
-    def edits(n: int, draw: int) -> list[Edit]:
-        return world.edits(n, seed=draw)
-
-    return Setting("world", world.path(), 20, edits, texts, lambda: world.prose(100), world.other_prompts)
+    For the script one_by_one.py, this supplies only the data.
+    """
+    rate, other = (table.get(model.removesuffix("_zsre"), {}).get(name) for table in (LEARNING_RATES, OTHERWISE))
+    own = [] if rate is None else [f"--model.learning_rate={rate}"]
+    own += [] if other is None else [f"--{other}"]
+    return recipe.load(VARIANTS.get(name, name), *own, *given)
 
 
-def factlm() -> Setting:
-    """Return CounterFact records whose true answers factlm knows; the held-out draws start at 1,200."""
-    if not FACTLM.exists():
-        raise EditError(f"there is no model factlm at {FACTLM}; compare on the world only")
-    # Every sentence in the training of this model ends with a full stop; edits without it would change that.
-    records = [replace(e, target=f"{e.target}.") for e in EditDataset.load(FACTLM / "records.json")]
-
-    def edits(n: int, draw: int) -> list[Edit]:
-        # Three draws of 300 edits and nine draws of 100 edits without overlap.
-        first = 1200 + (draw - HELD_OUT) * 100 if draw >= HELD_OUT else draw % 3 * 300 + draw // 3 * 100
-        return records[first : first + n]
-
-    def others(edits: Sequence[Edit]) -> list[Edit]:
-        """Return records that are not edited and whose subjects no probe asks about."""
-        mine = {edit.id for edit in edits}
-        asked = prompts_of(edits)
-        return [e for e in records if e.id not in mine and not any(e.subject and e.subject in p for p in asked)]
-
-    def prompts_of(edits: Sequence[Edit]) -> list[str]:
-        return [prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))]
-
-    def texts(edits: Sequence[Edit]) -> list[str]:
-        asked = prompts_of(edits)
-        subjects = [e.subject for e in edits if e.subject]
-        # No text that contains a scored prompt or a subject of the edits.
-        true = [f"{e.prompt} {e.old_target}." for e in others(edits)]
-        return [t for t in true if not any(word in t for word in (*asked, *subjects))]
-
-    def unrelated() -> list[str]:
-        lines = (SHARED / "data" / "text" / "wikitext-2.valid.txt").read_text().splitlines()
-        return [line.strip() for line in lines if len(line) > 200][:60]
-
-    def prompts(edits: Sequence[Edit]) -> list[str]:
-        return [e.prompt for e in others(edits)]
-
-    return Setting("factlm", FACTLM, 20, edits, texts, unrelated, prompts)
-
-
-SETTINGS: dict[str, Callable[[], Setting]] = {"world": embedded, "factlm": factlm}
-
-
-# Callbacks, learning rate and epochs of this recipe are those of recipes/one_by_one.py.
-ONE_BY_ONE = "one_by_one"
-# A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
-# batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
-ALONE, ALONE_KL, ALONE_TEXTS, NEAREST = 0.2, 10.0, 256, 24
-# Which modes a recipe is compared in, if not in all.
-ONLY = {"kedit_default": ("batch",), "second_order": ("batch",), ONE_BY_ONE: ("single", "sequential")}
-# one_by_one.py trains with half of its learning rate and without NormBall if every edit starts from the unedited model.
-ALONE_RATE = 0.5
-
-
-def load_recipe(name: str, *given: str) -> Any:
-    """Return the configuration of a recipe. For the script one_by_one.py, this supplies only the data."""
-    return recipe.load("kedit_default" if name == ONE_BY_ONE else name, *given)
+def variant(name: str, callbacks: list[Any]) -> list[Any]:
+    """Return the callbacks of a method that has no file of its own."""
+    if name == "plain_lora":
+        # The cross-entropy of the training loop, in a callback because a loop needs one.
+        return [TokenLoss(reduction="sample")]
+    if name == "low_curvature":
+        return [
+            LowCurvature(each.texts, energy=each.energy, batch_size=16) if isinstance(each, NullSpace) else each
+            for each in callbacks
+        ]
+    return callbacks
 
 
 class Method:
@@ -142,6 +144,7 @@ class Method:
         name, config: name of the recipe, and the result of :func:`load_recipe`.
         scored: all edits of the run; texts with their scored prompts are not trained on.
         mode: mode of ``run_edits``.
+        texts: how many texts the recipe may read. None: the number in ``TEXTS``, or all texts.
     """
 
     def __init__(
@@ -153,11 +156,13 @@ class Method:
         config: Any,
         scored: Sequence[Edit],
         mode: str,
+        texts: int | None = None,
     ) -> None:
         self.setting, self.tokenizer, self.config = setting, tokenizer, config
         alone = mode in ("single", "sequential")
         # Reference hidden states are computed for every single edit, and once for a sequence.
-        self.texts = setting.texts(scored)[: ALONE_TEXTS if mode == "single" else None]
+        limit = TEXTS.get(setting.name, {}).get(name) if texts is None else texts
+        self.texts = setting.texts(scored)[: ALONE_TEXTS if mode == "single" else limit]
         self.lr = config.model.init_args.learning_rate * (ALONE if alone else 1.0)
         data = config.data.init_args
         self.extra: Any = ()
@@ -172,11 +177,12 @@ class Method:
             )
         self.adapter, self.epochs = config.model.init_args.lora, config.trainer.max_epochs
         self.beside: dict[str | None, list[str]] = {}
-        self.made: list[Any] = list(recipe.callbacks(config))
+        self.made: list[Any] = variant(name, list(recipe.callbacks(config)))
         if name == ONE_BY_ONE:
             script = one_by_one()
             self.made = [*script.learning(), *script.constraints(world.NAME, script.BALL)]
-            self.lr, self.epochs = script.arguments([]).learning_rate, script.EPOCHS
+            self.lr = LEARNING_RATES.get(setting.name, {}).get(name, script.arguments([]).learning_rate)
+            self.epochs = script.EPOCHS
             if mode == "single":
                 self.lr *= ALONE_RATE
                 self.made = [callback for callback in self.made if not isinstance(callback, NormBall)]

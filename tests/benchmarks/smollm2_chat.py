@@ -1,7 +1,7 @@
 """Edit SmolLM2-Instruct in chats (make smollm2), and print how it then answers the edits and 50 unrelated instructions.
 
     python tests/benchmarks/smollm2_chat.py
-    python tests/benchmarks/smollm2_chat.py --set=--trainer.callbacks.SecondOrderLocality.step_size=0.1
+    python tests/benchmarks/smollm2_chat.py --set=--trainer.callbacks.SecondOrderLocality.step_size=0.05
 
 The facts of ``recipes/smollm2/facts.jsonl`` are asked as questions, and the new answer is a sentence. Before training,
 the unedited model answers 96 instructions. These conversations are the texts on which predictions should stay the same.
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import load
-from smollm2 import SMOLLM2
+from settings import SMOLLM2, load
 
 from kedit_train import Edit, EditDataset, Probe
 from kedit_train.callbacks import EditCallback, EditMetrics, Texts
@@ -88,7 +87,7 @@ def answers_of(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="second_order")
+    parser.add_argument("--recipe", default="chat")
     parser.add_argument("--set", action="append", default=[], help="a key of the recipe: --set=--model.dtype=auto")
     parser.add_argument("--tokens", type=int, default=32, help="length of generated answers (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("smollm2_chat.jsonl"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import SETTINGS, load
+from settings import SETTINGS, load
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -154,13 +154,13 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    setting = SETTINGS[options.model]()
+    setting = SETTINGS[options.model](options.draw)
     trained: dict[tuple[str, str], Train] = {}
     print(f"{options.model}: {options.edits} edits, {options.epochs} epochs, rates {options.lr}, draw {options.draw}\n")
     print("| | objective | " + " | ".join(SCORES) + " | first token / last token, nats |")
     print("|---|---|" + "---:|" * (len(SCORES) + 1))
     for mode, count, lr in zip(("single", "batch"), options.edits, options.lr, strict=True):
-        edits = setting.edits(count, options.draw)
+        edits = setting.edits(count)
         for name, objective in OBJECTIVES.items():
             model, tokenizer = load(setting.path)
             train = trained[mode, name] = Train(tokenizer, objective, lr, options.epochs, setting.batch_size)

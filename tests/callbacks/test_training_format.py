@@ -13,7 +13,7 @@ from conformance.hosts import ARGUMENTS, collator, lightning_trainer
 from trl import SFTConfig, SFTTrainer
 
 from kedit_train import EditSFTConfig, EditSFTTrainer, world
-from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, editing
+from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SecondOrderLocality, TokenLoss, editing
 from kedit_train.core.training_format import is_chat
 from kedit_train.data import EditDataset
 from kedit_train.evaluation.options import EvaluationOptions
@@ -150,6 +150,8 @@ def test_a_chat_run_whose_texts_are_plain_is_one_warning(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match=message) as caught:
         sft(tmp_path, messages(edits), [ParameterScope(**SCOPE), KLLocality(TEXTS, batch_size=1)])
     assert len([w for w in caught if "KLLocality" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match=message.replace("KLLocality", "SecondOrderLocality")):
+        sft(tmp_path, messages(edits), [ParameterScope(**SCOPE), TokenLoss(), SecondOrderLocality(TEXTS)])
     talk = [{"role": "user", "content": "Who slept?"}, {"role": "assistant", "content": "A fox."}]
     chat = {"messages": talk}
     with warnings.catch_warnings():

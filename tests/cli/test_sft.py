@@ -99,6 +99,7 @@ def test_gradient_checkpointing_follows_the_recipe(wanted: bool, tmp_path: Path)
 def test_settings_of_module_and_data_are_used(name: str, tmp_path: Path) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1"]
     options += ["--data.augmentation.replay_limit=5", "--data.augmentation.prefixes=2"] if name == "replay" else []
+    options += ["--trainer.callbacks.SecondOrderLocality.limit=16"] if name == "chat" else []
     config = configured(name, *options)
     config.trainer.callbacks[-1].init_args.report_path = None
     trainer = sft.build(config)

@@ -147,6 +147,15 @@ def test_markdown_shows_the_same_scores_and_escapes_cells(scripted_model: Any, t
     assert text.rstrip("\n") == found.markdown()
 
 
+def test_the_terminal_table_says_where_further_answers_are(scripted_model: Any) -> None:
+    found = evaluate(*scripted_model(OLD), [replace(EDIT, id=str(i)) for i in range(14)], progress=False)
+    for options, shown in (({}, 12), ({"answers": 14}, 14)):
+        out = io.StringIO()
+        found.print(Console(file=out, width=120), **options)
+        assert f"Edits ({shown} of 14)" in out.getvalue()
+        assert ("2 more: in Report.answers" in out.getvalue()) == (shown == 12)
+
+
 def test_answers_cut_at_the_limit_have_a_line(scripted_model: Any) -> None:
     out = io.StringIO()
     found = evaluate(

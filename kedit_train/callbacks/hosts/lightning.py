@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -141,6 +142,11 @@ class LightningHost(Host):
     def stop(self) -> None:
         self.trainer.should_stop = True
 
+    def show_progress(self, line: str) -> None:
+        # Lightning's progress bar shows nothing if the output goes to a file.
+        if self.is_main and self.trainer.progress_bar_callback is not None and not sys.stderr.isatty():
+            print(line, file=sys.stderr, flush=True)
+
     def check_loaded_shapes(self) -> None:
         """Check the shapes of a checkpoint when Lightning loads it, until :meth:`end_shape_check` is called."""
         if self.shape_check is None:
@@ -254,6 +260,14 @@ class LightningEvents(Callback):
                 metrics = run.collect()
                 if metrics:
                     host.log(metrics)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        run = self._driven_run(trainer)
+        done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
+        # max_epochs is -1 if only the number of steps is limited.
+        if run and epochs > 0 and (done in (1, epochs) or done % max(1, epochs // 10) == 0):
+            loss = trainer.callback_metrics.get("loss")
+            run.host.show_progress(f"epoch {done} of {epochs}" + ("" if loss is None else f", loss {float(loss):.4f}"))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         run = self._driven_run(trainer)

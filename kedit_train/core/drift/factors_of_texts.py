@@ -50,6 +50,7 @@ def factors_of_texts(
     Raises:
         EditError: the file cannot be used, or a layer is not supported.
     """
+    run.host.show_progress(f"computing statistics of {len(sequences)} texts for {len(layers)} weights")
     if inputs_only:
         device = next(run.model.parameters()).device
         batches = text_batches(share_of_process(sequences), batch_size, device)

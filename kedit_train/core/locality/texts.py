@@ -16,6 +16,7 @@ from kedit_train.core.run import EditRun
 from kedit_train.data.conversations import RenderedConversation, text_ids
 from kedit_train.data.leaks import LeakCheck
 from kedit_train.data.nearest_texts import nearest_texts
+from kedit_train.data.tokenization import shorten
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError, warn
 
@@ -156,6 +157,7 @@ class Texts:
         """
         tokenizer = run.tokenizer(self.tokenizer)
         texts = self.load(run.edits if edits is None else edits, limit=limit, tokenizer=tokenizer)
+        run.host.show_progress(f"reading {len(texts)} texts")
         sequences = split_sequences(text_ids(tokenizer, texts), sequence_limit(run, self.max_length))
         if not sequences:
             raise EditError(f"the tokenizer returns no token for any of the {len(texts)} texts; pass other texts.")
@@ -164,11 +166,13 @@ class Texts:
 
 def _without_leaks(texts: Sequence[str], edits: Iterable[Edit], *, quiet: bool = False) -> list[str]:
     check = LeakCheck(edits)
-    kept = [text for text in texts if not check.contains_prompt(text) and not _contents_leak(text, check)]
+    leaks = [check.contains_prompt(text) or _contents_leak(text, check) for text in texts]
+    kept = [text for text, leak in zip(texts, leaks, strict=True) if not leak]
     if len(kept) < len(texts) and not quiet:
         warn(
-            f"{len(texts) - len(kept)} of {len(texts)} texts contain an evaluation prompt of the edits. These texts "
-            "are left out, because the model must not be trained on evaluation prompts."
+            f"{len(texts) - len(kept)} of {len(texts)} texts contain an evaluation prompt of the edits (the first: "
+            f"{shorten(texts[leaks.index(True)])!r}). These texts are left out, because the model must not be trained "
+            "on evaluation prompts."
         )
     if not kept:
         raise EditError("every text contains an evaluation prompt of the edits, so no text is left; pass other texts.")

@@ -152,7 +152,7 @@ def _question_lines(
             edited=edited["right"],
             teacher_forced=edited["teacher_forced"],
         )
-        yield ScoreLine(label="locality: still right", edited=edited["kept_right"])
+        yield ScoreLine(label="locality: right answers kept", edited=edited["kept_right"])
     if question == "locality" and edited["kl"].n:
         yield ScoreLine(label="locality: KL (nats per token)", edited=edited["kl"])
 

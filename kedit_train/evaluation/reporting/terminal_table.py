@@ -42,6 +42,9 @@ def render_report(report: ReportData, answers: int) -> Group:
         if results and answers > 0:
             heading = f"{title} ({min(answers, len(results))} of {len(results)})"
             parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
+            if len(results) > answers:
+                where = "in Report.answers, and in the file that Report.save or report_path wrote"
+                parts.append(Text(f"{len(results) - answers} more: {where}", style="dim"))
     parts += [Text(note, style="yellow") for note in notes(report)]
     return Group(*parts)
 

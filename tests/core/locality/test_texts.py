@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from yaml import safe_load
 
 from kedit_train.callbacks import EditCallback
+from kedit_train.core.host import Host
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.locality.token_sequences import pad_sequences
 from kedit_train.data import Edit, Probe
@@ -161,7 +162,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def run_with(tokenizer: Any, edits: Sequence[Edit] = ()) -> Any:
     """The parts of an ``EditRun`` that ``Texts.tokenize`` reads."""
-    return SimpleNamespace(edits=edits, model=torch.nn.Identity(), tokenizer=lambda given: given or tokenizer)
+    model, host = torch.nn.Identity(), Host(object())
+    return SimpleNamespace(edits=edits, model=model, host=host, tokenizer=lambda given: given or tokenizer)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 10, 11])
@@ -203,7 +205,8 @@ def test_texts_with_a_scored_prompt_are_left_out_with_a_warning():
         "The capital of Spain is Madrid",
         "Well. The mayor of France's capital is Ann.",
     ]
-    with pytest.warns(UserWarning, match=re.escape("4 of 6 texts contain an evaluation prompt of the edits")):
+    message = "4 of 6 texts contain an evaluation prompt of the edits (the first: 'The capital of France is Paris.')"
+    with pytest.warns(UserWarning, match=re.escape(message)):
         assert Texts([kept[0], *held, kept[1]]).load([EDIT]) == kept
 
 
