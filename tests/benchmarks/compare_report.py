@@ -101,7 +101,11 @@ def table(rows: Rows, model: str = "world") -> str:
 
 
 def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
-    """Plot locality over generality; hollow markers have a reliability below 0.95."""
+    """Plot locality over generality; hollow markers have a reliability below 0.95.
+
+    A model and mode with one recipe is left out, because there is nothing to compare.
+    """
+    groups = {key: rows for key, rows in groups.items() if len(rows) > 1} or groups
     colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
     models, modes = ([*dict.fromkeys(key[i] for key in groups)] for i in (0, 1))
     modes = [mode for mode in TITLES if mode in modes]
