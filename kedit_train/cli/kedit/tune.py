@@ -39,7 +39,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--budget",
         type=duration,
         metavar="TIME",
-        help="start no run after this time, such as 90s, 20m or 2h (no limit)",
+        help="time to share between the rounds and the held-out run, such as 90s, 20m or 2h (no limit)",
     )
     add("--out", default="tuned.yaml", metavar="FILE", help="write the recipe to this .yaml file (tuned.yaml)")
     add("--wandb", metavar="FILE", help="write a W&B sweep file with the same combinations to this .yaml file")
@@ -47,7 +47,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--layers",
         nargs="+",
         metavar="L",
-        help="layers to try: indices, fractions of the depth or ranges (0.3-1.0 0.7)",
+        help="layers to try: indices, fractions of the depth or ranges (0.7 0.3-1.0)",
     )
     add("--modules", metavar="M", help="weights to train in these layers (mlp.down_proj.weight)")
     add("--step-sizes", nargs="+", type=finite, metavar="S", help="step sizes of SecondOrderLocality (0.05 0.1 0.2)")

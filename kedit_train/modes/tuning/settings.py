@@ -83,7 +83,7 @@ class TuneGrid:
 
     Args:
         layers: list of scopes to try. Each entry is a value for the argument ``layers`` of ``ParameterScope``. Default:
-            most layers, and one late layer.
+            one late layer, and most layers.
         modules: the modules to train in these layers. Only weights of linear layers are supported.
         step_sizes: step sizes of ``SecondOrderLocality``, as fractions of the training loss.
         dampings: dampings of ``SecondOrderLocality``.
@@ -100,7 +100,7 @@ class TuneGrid:
         2
     """
 
-    layers: Sequence[Layers] = ("0.3-1.0", 0.7)
+    layers: Sequence[Layers] = (0.7, "0.3-1.0")
     modules: str = "mlp.down_proj.weight"
     step_sizes: Sequence[float] = (0.05, 0.1, 0.2)
     dampings: Sequence[float] = (0.1,)
@@ -118,10 +118,12 @@ class TuneGrid:
     def settings(self) -> list[TuneSetting]:
         """Return all combinations without repetitions.
 
-        Cheap settings come first, because the first of several equally good settings is picked.
+        Cheap settings come first: without ``KLLocality``, and with large steps. They are tried even if the budget is
+        small, and the first of several equally good settings is picked.
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
-        lists = (kl_weights, self.layers, map(float, self.step_sizes), map(float, self.dampings))
+        step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)
+        lists = (kl_weights, self.layers, step_sizes, map(float, self.dampings))
         return list(
             dict.fromkeys(
                 TuneSetting(layers=layers, modules=self.modules, step_size=step, damping=damping, kl_weight=weight)

@@ -59,8 +59,9 @@ def tune(
         keep: texts on which predictions should stay the same: a file, a list, a dataset, "world" (the bundled texts) or
             a ``Texts``. Texts that contain an evaluation prompt of the edits are left out.
         grid: the settings to try. None: ``TuneGrid()``.
-        budget: time in seconds. When it is spent, no further run is started, except the runs of the first round and the
-            run on the held-out half. None: no limit.
+        budget: time in seconds. Every round, and the run on the held-out half, has an equal share of it. A round starts
+            no further run after the end of its share. At least one setting is tried, and the run on the held-out half
+            is always made, so a very small budget is exceeded. None: no limit.
         folder: a folder for the results and for the K-FAC factors of the texts. If ``tune`` is called again with the
             same folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
         options: how the runs are evaluated. Its ``prompt_format`` is also the format of the training examples. None:
@@ -104,9 +105,10 @@ def tune(
         tuning, held_out = (_subset(edits, half) for half in split_edits(edits, seed))
         runs = TuneRuns.start(model, tokenizer, edits, keep, grid, work, options, seed)
         plan = plan_rungs(len(grid.settings()), len(tuning))
-        deadline = started + (float("inf") if budget is None else budget)
+        # One share for each round, and one for the run on the held-out half.
+        share = float("inf") if budget is None else budget / (len(plan) + 1)
         with progress_bar(sum(rung.settings for rung in plan) + 1, "tuning", progress) as bar:
-            trials, cut_off = _halve(runs, grid.settings(), tuning, plan, deadline, bar)
+            trials, cut_off = _halve(runs, grid.settings(), tuning, plan, started, share, bar)
             best, rule = _pick_last(trials)
             bar.set_description("held-out edits")
             final = runs.measure(best.setting, held_out)
@@ -137,7 +139,13 @@ def tune(
 
 
 def _halve(
-    runs: TuneRuns, settings: list[TuneSetting], tuning: EditDataset, plan: list[Rung], deadline: float, bar: Any
+    runs: TuneRuns,
+    settings: list[TuneSetting],
+    tuning: EditDataset,
+    plan: list[Rung],
+    started: float,
+    share: float,
+    bar: Any,
 ) -> tuple[list[Trial], list[tuple[int, TuneSetting]]]:
     """Run the rungs, and return the trials and the (number of edits, setting) pairs that the budget cut off."""
     trials: list[Trial] = []
@@ -146,8 +154,8 @@ def _halve(
         part, current = tuning[: rung.edits], []
         for setting in settings[: rung.settings]:
             bar.set_description(f"{rung.edits} edits, {setting}")
-            spent = number > 0 and time.perf_counter() > deadline and runs.known(setting, part) is None
-            if spent:
+            spent = time.perf_counter() > started + share * (number + 1) and runs.known(setting, part) is None
+            if spent and trials + current:
                 cut_off.append((rung.edits, setting))
             else:
                 current.append(runs.measure(setting, part))

@@ -139,6 +139,7 @@ def test_the_grid_has_every_combination_once_and_cheap_ones_first() -> None:
     settings = grid.settings()
     assert len(settings) == len(set(settings)) == 8
     assert [s.kl_weight for s in settings] == [0.0] * 4 + [20.0] * 4
+    assert [(s.layers, s.step_size) for s in settings[:4]] == [(0.7, 0.02), (0.7, 0.01), ("4-6", 0.02), ("4-6", 0.01)]
     names = [[name for name, _ in s.callback_arguments("texts")] for s in (settings[0], settings[-1])]
     assert names[1] == [*names[0], "KLLocality"]
 

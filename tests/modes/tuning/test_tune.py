@@ -91,7 +91,7 @@ def test_every_setting_runs_on_few_edits_and_the_best_on_all(scripted: Tune) -> 
     assert len(calls) == 12
 
 
-def test_a_spent_budget_cuts_off_all_but_the_first_rung_and_the_held_out_edits(scripted: Tune) -> None:
+def test_a_spent_budget_cuts_off_all_but_the_first_run_and_the_held_out_edits(scripted: Tune) -> None:
     calls: list[int] = []
 
     def scores(_: TuneSetting, n: int) -> tuple[float, float, float]:
@@ -99,12 +99,30 @@ def test_a_spent_budget_cuts_off_all_but_the_first_rung_and_the_held_out_edits(s
         return 0.5, 0.5, 0.5
 
     result = scripted(scores, grid=GRID, budget=1e-9)
-    assert calls == [4, 4, 4, 4, 5]
-    assert result.cut_off == [(5, GRID.settings()[0])]
+    assert calls == [4, 5]
+    first, *others = GRID.settings()
+    assert result.cut_off == [*((4, setting) for setting in others), (5, first)]
     assert (result.picked.edits, result.held_out.edits) == (4, 5)
     assert "no setting has a reliability of at least 0.95" in result.rule
     notes = "\n".join(result.notes())
-    assert "not run, because the budget of 1e-09 s was spent: 1 runs\n  5 edits: layers 0.5, step 0.01" in notes
+    assert "not run, because the budget of 1e-09 s was spent: 4 runs\n  4 edits: layers 0.5, step 0.01" in notes
+
+
+def test_every_round_has_an_equal_share_of_the_budget(scripted: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    now = 0.0
+
+    def scores(_: TuneSetting, n: int) -> tuple[float, float, float]:
+        nonlocal now
+        now += 4.0
+        calls.append(n)
+        return 1.0, 0.5, 0.5
+
+    monkeypatch.setattr("kedit_train.modes.tuning.tuner.time.perf_counter", lambda: now)
+    result = scripted(scores, grid=GRID, budget=30.0)
+    # The first round ends at 10 s, the second at 20 s. A run takes 4 s.
+    assert calls == [4, 4, 4, 5, 5]
+    assert [edits for edits, _ in result.cut_off] == [4]
 
 
 def test_a_setting_that_fails_is_listed_and_measured_again_next_time(scripted: Tune) -> None:
