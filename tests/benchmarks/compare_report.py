@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import LEARNING_RATES, ON_SMOLLM2, OTHERWISE, RECIPES, judged
+from methods import ALONE, LEARNING_RATES, ON_SMOLLM2, OTHERWISE, RECIPES, judged
 from paired import processor
 
 from kedit_train.evaluation.reporting.plots import new_figure, save_figure
@@ -138,12 +138,13 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
     save_figure(drawing, path)
 
 
-def notes(model: str, rows: Rows) -> str:
+def notes(model: str, rows: Rows, mode: str = "batch") -> str:
     """Return what a reader needs beside a table of SmolLM2: the unedited model, learning rates and texts."""
     every = [row for each in rows.values() for row in each]
     given = [f"{mean(every, f'{name} before'):.2f} ({name})" for name in ("PS", "NS") if mean(every, f"{name} before")]
     parts = [f"The unedited model has {' and '.join(given)}."] if given else []
-    rates = {name: rate for name, rate in LEARNING_RATES.get(model.removesuffix("_zsre"), {}).items() if name in rows}
+    known = LEARNING_RATES.get(model.removesuffix("_zsre"), {})
+    rates = {name: rate * (1.0 if mode == "batch" else ALONE) for name, rate in known.items() if name in rows}
     if rates:
         parts += ["Learning rates: " + ", ".join(f"`{name}` {rate:g}" for name, rate in rates.items()) + "."]
     if read := {name: each[-1]["texts"] for name, each in rows.items() if each[-1].get("texts")}:
@@ -167,7 +168,7 @@ def sections(groups: dict[tuple[str, str], Rows], pretrained: bool) -> list[str]
             parts += [f"{title} ({draws[0]} draw{'s' if draws[0] > 1 else ''})"]
         else:
             parts += [title, "The number after the name of a recipe is its number of draws."]
-        parts += [table(rows, model), *filter(None, [notes(model, rows)])]
+        parts += [table(rows, model), *filter(None, [notes(model, rows, mode)])]
     return parts
 
 

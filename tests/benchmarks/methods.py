@@ -53,8 +53,9 @@ ON_SMOLLM2 = (
 ONLY = {"kedit_default": ("batch",), "second_order": ("batch",), ONE_BY_ONE: ("single", "sequential")}
 ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE)
 # The learning rates of the recipes were chosen on the world. These were chosen on SmolLM2 with 15 edits of a held-out
-# draw (compare.py tune --model smollm2 --edits 15 --texts 100): the rate with the largest product of reliability, PS
-# and the fraction of other facts whose first tokens are kept. Second-order steps need no learning rate.
+# draw (compare.py tune --model smollm2 --edits 15 --texts 100), for ft_m, overtone, null_space and overtone_lora: the
+# rate with the largest product of reliability, PS and the fraction of other facts whose first tokens are kept. The
+# other recipes have the rate of the one with the same kind of training. Second-order steps need no learning rate.
 LEARNING_RATES: dict[str, dict[str, float]] = {
     "smollm2": {
         "ft_m": 2e-3,
@@ -181,7 +182,8 @@ class Method:
         if name == ONE_BY_ONE:
             script = one_by_one()
             self.made = [*script.learning(), *script.constraints(world.NAME, script.BALL)]
-            self.lr = LEARNING_RATES.get(setting.name, {}).get(name, script.arguments([]).learning_rate)
+            own: float = script.arguments([]).learning_rate
+            self.lr = LEARNING_RATES.get(setting.name, {}).get(name, own)
             self.epochs = script.EPOCHS
             if mode == "single":
                 self.lr *= ALONE_RATE

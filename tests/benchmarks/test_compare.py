@@ -78,10 +78,12 @@ def test_the_table_of_smollm2_has_other_columns_and_names_rates_and_texts(module
     assert report.table({"ft_m": [one]}, "smollm2").splitlines()[2] == (
         "| **ft_m** | 1.00 | 0.10 | 0.50 | 0.20 | 0.40 | 0.0123 | 1.50 | 3.2 |"
     )
+    rates = module("methods").LEARNING_RATES["smollm2"]
     text = report.notes("smollm2", rows)
     assert text.startswith("The unedited model has 0.30 (PS) and 0.70 (NS).")
     assert "Learning rates: `ft_m` " in text
     assert text.endswith("Texts: `second_order` 1,700.")
+    assert f"`ft_m` {rates['ft_m'] / 5:g}" in report.notes("smollm2", rows, "single")
     assert report.notes("world", {"ft_m": row(1.0, 0.9, 0.8)}) == ""
 
 
