@@ -62,3 +62,14 @@ class Edit:
     def answers(self) -> tuple[str, ...]:
         """All spellings of the new answer that count as correct, with ``target`` first."""
         return (self.target, *self.aliases)
+
+
+def scored_prompts(edit: Edit) -> list[str]:
+    """Return the rephrases and the probe prompts of an edit, but not ``edit.prompt`` (although it is scored too).
+
+    Example:
+        >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))
+        ["France's capital:"]
+    """
+    probes = [*edit.locality.values(), *edit.portability.values()]
+    return [*edit.rephrases, *(probe.prompt for kind in probes for probe in kind)]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from kedit_train.data.tokenization import SPACELESS, separator
 from kedit_train.data.visible import fold
-from kedit_train.edit import Edit
+from kedit_train.edit import Edit, scored_prompts
 from kedit_train.errors import EditError
 
 
@@ -50,17 +50,6 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
         for edit in edits
         for prefix in random.Random(f"{seed} {edit.prompt}").sample(pool, per_edit)
     ]
-
-
-def scored_prompts(edit: Edit) -> list[str]:
-    """Return the rephrases and the probe prompts of an edit, but not ``edit.prompt`` (although it is scored too).
-
-    Example:
-        >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))
-        ["France's capital:"]
-    """
-    probes = [*edit.locality.values(), *edit.portability.values()]
-    return [*edit.rephrases, *(probe.prompt for kind in probes for probe in kind)]
 
 
 class LeakCheck:

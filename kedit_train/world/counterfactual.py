@@ -7,7 +7,7 @@ from functools import cache
 from random import Random
 
 from kedit_train.arguments import cut
-from kedit_train.edit import Edit, Probe
+from kedit_train.edit import Edit, Probe, scored_prompts
 from kedit_train.errors import EditError
 from kedit_train.world import facts, grammar
 from kedit_train.world.facts import Fact, Key, World, pick, shuffled
@@ -278,15 +278,9 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
                 "texts and prompts do not fit; pass your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])
-        involved.update(prompts[prompt] for prompt in _asked(edit) if prompt in prompts)
+        involved.update(prompts[prompt] for prompt in scored_prompts(edit) if prompt in prompts)
     involved.update(key for key, hops in known.hops.items() if edited.intersection(hops))
     return edited | involved
-
-
-def _asked(edit: Edit) -> list[str]:
-    """Return the rephrases and the prompts of the probes of an edit."""
-    kinds = (*edit.locality.values(), *edit.portability.values())
-    return [*edit.rephrases, *(probe.prompt for probes in kinds for probe in probes)]
 
 
 def _statements_with_prompts(
@@ -303,7 +297,7 @@ def _statements_with_prompts(
     """
     # A statement contains a prompt only if both are about the same subject.
     prompts: dict[str, list[str]] = {}
-    for prompt in (prompt for edit in exclude for prompt in (edit.prompt, *_asked(edit))):
+    for prompt in (prompt for edit in exclude for prompt in (edit.prompt, *scored_prompts(edit))):
         if prompt in _prompts():
             prompts.setdefault(_prompts()[prompt][0], []).append(prompt.lower())
     return {

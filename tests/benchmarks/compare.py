@@ -87,17 +87,19 @@ def measure(
 def completions(report: Report, unedited: Report) -> dict[str, Any]:
     """Return further scores of a model that does not end its answers."""
 
-    def scores(one: Report) -> dict[str, Any]:
+    def kept(one: Report) -> tuple[Any, Any]:
         kinds = one.metrics["locality"]["by_kind"]
-        neighbors = next(kinds[kind] for kind in kinds if kind != "others")
-        return {"PS": one.metrics["generality"]["probability"].value, "NS": neighbors["probability"].value}
+        return kinds["others"], next(kinds[kind] for kind in kinds if kind != "others")
 
-    kinds = report.metrics["locality"]["by_kind"]
+    def probabilities(one: Report) -> dict[str, Any]:
+        return {"PS": one.metrics["generality"]["probability"].value, "NS": kept(one)[1]["probability"].value}
+
+    others, neighbors = kept(report)
     return {
-        **scores(report),
-        **{f"{name} before": value for name, value in scores(unedited).items()},
-        "others": kinds["others"]["generated"].value,
-        "neighbors": next(kinds[kind] for kind in kinds if kind != "others")["generated"].value,
+        **probabilities(report),
+        **{f"{name} before": value for name, value in probabilities(unedited).items()},
+        "others": others["generated"].value,
+        "neighbors": neighbors["generated"].value,
         "KL": report.metrics["prose"]["kl"].value if report.metrics["prose"] else None,
         "protocol": str(report.protocols),
     }
@@ -228,7 +230,7 @@ def main() -> None:
     here = [name for name in SETTINGS if name not in absent]
     if options.models is None and options.what != "report":
         for name, path in absent.items():
-            print(f"{name} is left out, because there is no {path}", file=sys.stderr)
+            print(f"{name} is left out, because {path} does not exist", file=sys.stderr)
     options.models = options.models or ",".join(here)
     for name, kind in (("models", str), ("recipes", str), ("modes", str), ("draws", int), ("rates", float)):
         setattr(options, name, [kind(one) for one in getattr(options, name).split(",") if one])

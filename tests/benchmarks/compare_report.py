@@ -139,7 +139,7 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
 
 
 def notes(model: str, rows: Rows, mode: str = "batch") -> str:
-    """Return what a reader needs beside a table of SmolLM2: the unedited model, learning rates and texts."""
+    """Return the line below a table of SmolLM2: scores of the unedited model, learning rates and numbers of texts."""
     every = [row for each in rows.values() for row in each]
     given = [f"{mean(every, f'{name} before'):.2f} ({name})" for name in ("PS", "NS") if mean(every, f"{name} before")]
     parts = [f"The unedited model has {' and '.join(given)}."] if given else []
@@ -193,7 +193,7 @@ def write(results: list[dict[str, Any]]) -> None:
     """Replace the sections between the marks in docs/results.md, and the plot."""
     groups = grouped(results)
     if not groups:
-        raise SystemExit("compare: there are no results yet; run the comparison first")
+        raise SystemExit("compare: the results file contains no finished run; run the comparison first")
     machine = f"{processor()}, {os.cpu_count()} cores, one thread per run, torch {torch.__version__}"
     written = f"Written on {date.today()} from compare.jsonl ({machine})."
     plot = "![Kept answers over generality, one marker per recipe](../recipes/figures/compare.png)"

@@ -13,7 +13,7 @@ from workload import COUNTERFACT, FACTLM, SHARED
 
 from kedit_train import EditDataset, Probe, world
 from kedit_train.data import Edit
-from kedit_train.data.leaks import scored_prompts
+from kedit_train.edit import scored_prompts
 from kedit_train.errors import EditError
 from kedit_train.evaluation.options import ExtraMetric
 
@@ -22,6 +22,23 @@ WIKITEXT = SHARED / "data" / "text" / "wikitext-2.valid.txt"
 ZSRE = SHARED / "data" / "knowedit" / "zsre_test_all.json"
 # Hyperparameters are chosen on the edits of draws from this number upwards, whose results are not reported.
 HELD_OUT = 100
+
+
+# The files that a setting needs. The world comes with the package.
+_NEEDED: dict[str, tuple[Path, ...]] = {
+    "world": (), "factlm": (FACTLM,), "smollm2": (SMOLLM2, COUNTERFACT, WIKITEXT),
+    "smollm2_zsre": (SMOLLM2, ZSRE, WIKITEXT),
+}  # fmt: skip
+
+
+def missing(name: str) -> Path | None:
+    """Return the first file that a setting needs and that does not exist."""
+    return next((path for path in _NEEDED[name] if not path.exists()), None)
+
+
+def _check(name: str) -> None:
+    if path := missing(name):
+        raise EditError(f"{name} needs {path}, which does not exist (make smollm2 creates SmolLM2); use another model.")
 
 
 @dataclass(frozen=True)
@@ -58,8 +75,7 @@ def embedded(draw: int = 0) -> Setting:
 
 def factlm(draw: int = 0) -> Setting:
     """Return CounterFact records whose true answers factlm knows; the held-out draws start at 1,200."""
-    if not FACTLM.exists():
-        raise EditError(f"there is no model factlm at {FACTLM}; compare on the world only")
+    _check("factlm")
     # Every sentence in the training of this model ends with a full stop; edits without it would change that.
     records = [replace(e, target=f"{e.target}.") for e in EditDataset.load(FACTLM / "records.json")]
 
@@ -98,14 +114,13 @@ def factlm(draw: int = 0) -> Setting:
 FIRST_OTHER, OTHERS, FIRST_STATEMENT, STATEMENTS, PASSAGES, PROSE = 600, 100, 1000, 3000, 300, 24
 
 
-def smollm2(draw: int = 0, data: Path = COUNTERFACT) -> Setting:
-    """Return SmolLM2 with facts from CounterFact (or the ZsRE of KnowEdit) that its answers need not know.
+def smollm2(draw: int = 0, name: str = "smollm2", data: Path = COUNTERFACT) -> Setting:
+    """Return SmolLM2 with facts from CounterFact (or the ZsRE of KnowEdit), whether or not it knows them.
 
     Each draw shuffles the records with its own seed. The other facts are locality prompts of the kind "others". The
     texts are 300 passages of prose and 3,000 statements of further facts, in turn while there are passages.
     """
-    if not SMOLLM2.exists() or not data.exists():
-        raise EditError(f"there is no model SmolLM2 at {SMOLLM2} (make smollm2) or no data at {data}")
+    _check(name)
     records = list(EditDataset.load(data))
     random.Random(draw).shuffle(records)
     others = records[FIRST_OTHER : FIRST_OTHER + OTHERS]
@@ -126,12 +141,12 @@ def smollm2(draw: int = 0, data: Path = COUNTERFACT) -> Setting:
     def prompts(edits: Sequence[Edit]) -> list[str]:
         return [statement.prompt for statement in stated]
 
-    return Setting("smollm2", SMOLLM2, 25, edits, lambda edits: texts, lambda: prose[:PROSE], prompts, metrics=())
+    return Setting(name, SMOLLM2, 25, edits, lambda edits: texts, lambda: prose[:PROSE], prompts, metrics=())
 
 
 def smollm2_zsre(draw: int = 0) -> Setting:
     """Return SmolLM2 with the ZsRE questions of KnowEdit, which also have portability questions."""
-    return replace(smollm2(draw, ZSRE), name="smollm2_zsre")
+    return smollm2(draw, "smollm2_zsre", ZSRE)
 
 
 def passages() -> list[str]:
@@ -149,13 +164,3 @@ def passages() -> list[str]:
 SETTINGS: dict[str, Callable[[int], Setting]] = {
     "world": embedded, "factlm": factlm, "smollm2": smollm2, "smollm2_zsre": smollm2_zsre,
 }  # fmt: skip
-# The files that a setting needs. The world comes with the package.
-_NEEDED: dict[str, tuple[Path, ...]] = {
-    "world": (), "factlm": (FACTLM,), "smollm2": (SMOLLM2, COUNTERFACT, WIKITEXT),
-    "smollm2_zsre": (SMOLLM2, ZSRE, WIKITEXT),
-}  # fmt: skip
-
-
-def missing(name: str) -> Path | None:
-    """Return the first file that a setting needs and that is not here."""
-    return next((path for path in _NEEDED[name] if not path.exists()), None)

@@ -168,8 +168,8 @@ def test_the_texts_of_factlm_contain_no_evaluation_prompt(module: Any, shared: P
     assert len(texts) > 1000
     assert not any(prompt in text for text in texts for prompt in prompts)
     assert not any(e.subject and e.subject in text for text in texts for e in edits)
-    told = {f"{e.prompt} {e.old_target}.": e.subject for e in (*factlm(0).edits(1200), *factlm(100).edits(400))}
-    assert not any(told[text] in prompt for text in texts if text in told for prompt in prompts)
+    subjects = {f"{e.prompt} {e.old_target}.": e.subject for e in (*factlm(0).edits(1200), *factlm(100).edits(400))}
+    assert not any(subjects[text] in prompt for text in texts if text in subjects for prompt in prompts)
     assert not {e.id for e in edits} & {e.id for e in factlm(100).edits(100)}
 
 

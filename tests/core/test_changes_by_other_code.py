@@ -164,7 +164,7 @@ def test_weights_that_are_loaded_between_the_start_of_the_edit_and_its_first_ste
         net[0].weight.data.mul_(1.5)
         step(edit, net, sgd(edit.parameters()))
     net.load_state_dict(other)
-    # Equal weights are not a change. Without ParameterScope, there is no copy of the weights to compare with.
+    # Loading equal values is not a change. Without ParameterScope, the edit has no copy of the weights to compare.
     train(net, [ParameterScope(modules="1")], sgd, 1, lambda n: net.load_state_dict(other))
     train(net, [NormBall(1e-3)], sgd, 1, lambda n: net.load_state_dict(model().state_dict()))
 

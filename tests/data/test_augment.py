@@ -11,7 +11,8 @@ import pytest
 from kedit_train import world
 from kedit_train.augmentation import read_prompts
 from kedit_train.data import Edit, Probe
-from kedit_train.data.leaks import LeakCheck, scored_prompts, with_prefixes
+from kedit_train.data.leaks import LeakCheck, with_prefixes
+from kedit_train.edit import scored_prompts
 from kedit_train.errors import EditError
 
 ANN = Edit(

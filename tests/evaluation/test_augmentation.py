@@ -13,7 +13,8 @@ from kedit_train import world
 from kedit_train.augmentation import augmentation, generate_prefixes, replay_facts
 from kedit_train.augmentation.prefixes import OPENINGS, _sample
 from kedit_train.data import Edit, EditDataset, Probe
-from kedit_train.data.leaks import scored_prompts, with_prefixes
+from kedit_train.data.leaks import with_prefixes
+from kedit_train.edit import scored_prompts
 from kedit_train.errors import EditError
 from kedit_train.evaluation import generate_answers
 from kedit_train.evaluation.asking.probes import PREFIXES

@@ -131,10 +131,11 @@ class GuardedLoad(_Guard):
 
 
 class GuardedSetup(_Guard):
-    """Close the runs of a ``transformers.Trainer`` if it is told to resume and there is no checkpoint.
+    """Close the runs of a ``transformers.Trainer`` whose ``train(resume_from_checkpoint=True)`` finds no checkpoint.
 
     An instance replaces the method ``_hp_search_setup`` of one trainer, which is the last method that ``train()`` calls
-    before it looks for a checkpoint. If there is none, ``train()`` raises an error.
+    before it searches its output folder for a checkpoint. If the folder contains no checkpoint, ``train()`` raises an
+    error.
 
     Args:
         trainer: the trainer.

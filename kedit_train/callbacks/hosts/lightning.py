@@ -153,7 +153,7 @@ class LightningHost(Host):
             self.shape_check = self.module.register_load_state_dict_pre_hook(_check_shapes)
 
     def end_shape_check(self) -> None:
-        """Stop checking the shapes of weights that are loaded. The weights of the checkpoint have been loaded."""
+        """Stop checking shapes. Call this method after Lightning has loaded the weights, or after an error."""
         if self.shape_check is not None:
             self.shape_check.remove()
 
@@ -243,8 +243,8 @@ class LightningEvents(Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         run = self._driven_run(trainer)
-        # With automatic optimization, training_step may return None to leave out a batch. There are no gradients then,
-        # so the optimizer changes no weight.
+        # With automatic optimization, training_step may return None to leave out a batch. Without gradients, the
+        # optimizer then changes no weight.
         if run and (run.host.has_loss or not pl_module.automatic_optimization):
             run.steps.before_optimizer_step(getattr(optimizer, "optimizer", optimizer))
 

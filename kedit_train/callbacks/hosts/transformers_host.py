@@ -97,19 +97,18 @@ class TransformersHost(Host):
             EditError: a part of the checkpoint is missing.
         """
         load_stacked_experts(run, folder)
+        missing = [part for part in ("optimizer", "scheduler") if not any(Path(folder).glob(f"{part}*"))]
         # The trainer would silently begin with a new optimizer.
-        parts = () if self.args.save_only_model else ("optimizer", "scheduler")
-        missing = next((part for part in parts if not any(Path(folder).glob(f"{part}*"))), None)
-        if missing is not None:
+        if missing and not self.args.save_only_model:
             raise EditError(
-                f"{folder} is incomplete: {missing}.* is missing. Either a process was killed while it wrote or "
+                f"{folder} is incomplete: {missing[0]}.* is missing. Either a process was killed while it wrote or "
                 "deleted this checkpoint, or the checkpoint was written with save_only_model=True. Resume from another "
                 "checkpoint, or set save_only_model=True to begin with a new optimizer."
             )
-        names = {f"{part} state ({part}.*)": f"{part}*" for part in ("optimizer", "scheduler")}
-        process = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        names[f"random state (rng_state{process}.pth)"] = f"rng_state{process}.pth"
-        lost = [name for name, pattern in names.items() if not any(Path(folder).glob(pattern))]
+        lost = [f"{part} state ({part}.*)" for part in missing]
+        random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        if not (Path(folder) / random_state).exists():
+            lost.append(f"random state ({random_state})")
         if lost and self.is_main:
             warn(
                 f"{folder} has no {' and no '.join(lost)}, so the final weights of the resumed run may differ from "

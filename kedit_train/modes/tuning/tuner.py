@@ -105,10 +105,11 @@ def tune(
         tuning, held_out = (_subset(edits, half) for half in split_edits(edits, seed))
         runs = TuneRuns.start(model, tokenizer, edits, keep, grid, work, options, seed)
         plan = plan_rungs(len(grid.settings()), len(tuning))
-        # One share for each round, and one for the run on the held-out half.
+        # Each round, and the run on the held-out half, has an equal share of the budget.
         share = float("inf") if budget is None else budget / (len(plan) + 1)
+        deadlines = [started + share * number for number in range(1, len(plan) + 1)]
         with progress_bar(sum(rung.settings for rung in plan) + 1, "tuning", progress) as bar:
-            trials, cut_off = _halve(runs, grid.settings(), tuning, plan, started, share, bar)
+            trials, cut_off = _halve(runs, grid.settings(), tuning, plan, deadlines, bar)
             best, rule = _pick_last(trials)
             bar.set_description("held-out edits")
             final = runs.measure(best.setting, held_out)
@@ -143,25 +144,24 @@ def _halve(
     settings: list[TuneSetting],
     tuning: EditDataset,
     plan: list[Rung],
-    started: float,
-    share: float,
+    deadlines: list[float],
     bar: Any,
 ) -> tuple[list[Trial], list[tuple[int, TuneSetting]]]:
     """Run the rungs, and return the trials and the (number of edits, setting) pairs that the budget cut off."""
     trials: list[Trial] = []
     cut_off: list[tuple[int, TuneSetting]] = []
-    for number, rung in enumerate(plan):
+    for rung, deadline in zip(plan, deadlines, strict=True):
         part, current = tuning[: rung.edits], []
         for setting in settings[: rung.settings]:
             bar.set_description(f"{rung.edits} edits, {setting}")
-            spent = time.perf_counter() > started + share * (number + 1) and runs.known(setting, part) is None
+            spent = time.perf_counter() > deadline and runs.known(setting, part) is None
             if spent and trials + current:
                 cut_off.append((rung.edits, setting))
             else:
                 current.append(runs.measure(setting, part))
             bar.update()
         failed = [trial for trial in current if trial.error]
-        if number == 0 and len(failed) == len(current):
+        if not trials and len(failed) == len(current):
             raise EditError(f"all runs failed, the first one with this message: {failed[0].error}")
         trials += current
         settings = [trial.setting for trial in rank(current) if not trial.error]

@@ -28,11 +28,11 @@ def messages(protocol: str, *edits: Edit, judge: Any = exact_match) -> list[str]
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_a_target_with_a_line_break_is_a_warning_if_the_protocol_ends_answers_there(protocol: str) -> None:
-    said = messages(protocol, *REACHED, LINES, ALIAS)
+    found = messages(protocol, *REACHED, LINES, ALIAS)
     if protocol in ("contains", "teacher_forced", "probability"):
-        assert said == []
+        assert found == []
         return
-    (message,) = said
+    (message,) = found
     assert f'"{protocol}" ends each answer at the first' in message
     assert "so 1 of 5 edits never count as right (the first target is 'Bern\\nBasel')" in message
     assert "\n" not in message
