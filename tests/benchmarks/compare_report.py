@@ -141,14 +141,14 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
 def notes(model: str, rows: Rows, mode: str = "batch") -> str:
     """Return the line below a table of SmolLM2: scores of the unedited model, learning rates and numbers of texts."""
     every = [row for each in rows.values() for row in each]
-    given = [f"{mean(every, f'{name} before'):.2f} ({name})" for name in ("PS", "NS") if mean(every, f"{name} before")]
-    parts = [f"The unedited model has {' and '.join(given)}."] if given else []
+    given = [f"{name} {mean(every, f'{name} before'):.2f}" for name in ("PS", "NS") if mean(every, f"{name} before")]
+    parts = [f"Scores of the unedited model: {', '.join(given)}."] if given else []
     known = LEARNING_RATES.get(model.removesuffix("_zsre"), {})
     rates = {name: rate * (1.0 if mode == "batch" else ALONE) for name, rate in known.items() if name in rows}
     if rates:
         parts += ["Learning rates: " + ", ".join(f"`{name}` {rate:g}" for name, rate in rates.items()) + "."]
     if read := {name: each[-1]["texts"] for name, each in rows.items() if each[-1].get("texts")}:
-        parts += ["Texts: " + ", ".join(f"`{name}` {count:,}" for name, count in read.items()) + "."]
+        parts += ["Number of texts: " + ", ".join(f"`{name}` {count:,}" for name, count in read.items()) + "."]
     if other := {name: key for name, key in OTHERWISE.get(model, {}).items() if name in rows}:
         keys = (f"`{key.removeprefix('trainer.callbacks.')}` in `{name}`" for name, key in other.items())
         parts += [f"Changed to limit the time: {', '.join(keys)}."]
@@ -167,7 +167,7 @@ def sections(groups: dict[tuple[str, str], Rows], pretrained: bool) -> list[str]
         if len(draws) == 1:
             parts += [f"{title} ({draws[0]} draw{'s' if draws[0] > 1 else ''})"]
         else:
-            parts += [title, "The number after the name of a recipe is its number of draws."]
+            parts += [title, "Each recipe is followed by the number of draws on which it was measured."]
         parts += [table(rows, model), *filter(None, [notes(model, rows, mode)])]
     return parts
 

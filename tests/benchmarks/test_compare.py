@@ -80,9 +80,9 @@ def test_the_table_of_smollm2_has_other_columns_and_names_rates_and_texts(module
     )
     rates = module("methods").LEARNING_RATES["smollm2"]
     text = report.notes("smollm2", rows)
-    assert text.startswith("The unedited model has 0.30 (PS) and 0.70 (NS).")
+    assert text.startswith("Scores of the unedited model: PS 0.30, NS 0.70.")
     assert "Learning rates: `ft_m` " in text
-    assert text.endswith("Texts: `second_order` 1,700.")
+    assert text.endswith("Number of texts: `second_order` 1,700.")
     assert f"`ft_m` {rates['ft_m'] / 5:g}" in report.notes("smollm2", rows, "single")
     assert report.notes("world", {"ft_m": row(1.0, 0.9, 0.8)}) == ""
 
