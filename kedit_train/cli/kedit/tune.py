@@ -19,7 +19,8 @@ examples:
   kedit tune world world --keep world --layers 0.3-0.9 --dampings 1e-3 --kl-weights 0
 
 The command tries all combinations of --layers, --step-sizes, --dampings and --kl-weights. Every combination is trained
-on a few edits of the tuning half, the best third on more edits, and the best ones on the whole half. The command picks
+on a few edits of the tuning half, the best third on more edits, and the best ones on the whole half. The settings of
+the recipe kedit_default are tried first in every round, if they are among the combinations. The command picks
 a combination with a reliability of at least 0.95 and, among these, the highest harmonic mean of generality and
 locality. If none is that reliable, it picks the most reliable one. It then trains this combination once on the held-out
 half, and writes a recipe. Report only the held-out scores.

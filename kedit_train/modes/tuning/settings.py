@@ -12,11 +12,11 @@ from kedit_train.arguments import Rule, above, at_least, check_arguments, within
 
 Layers = int | float | str
 
-# Every run trains all edits in every epoch, and stops at this mean loss of an epoch or after this number of epochs. A
-# lower loss costs locality and does not add reliability.
-EPOCHS, BATCH_SIZE, STOP_LOSS = 60, 25, 0.05
-# Texts per step of KLLocality. SecondOrderLocality does most of the work, so few texts are enough.
-KL_BATCH_SIZE = 8
+# Every run stops at this mean loss of an epoch (that of kedit_default), or after this number of epochs. Until the loss
+# is reached, the answers to rephrased prompts improve.
+EPOCHS, BATCH_SIZE, STOP_LOSS = 80, 25, 0.001
+# Texts per step of KLLocality, and texts for the factors of SecondOrderLocality, as in kedit_default.
+KL_BATCH_SIZE, FACTOR_TEXTS = 16, 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,10 @@ class TuneSetting:
         return [
             ("ParameterScope", {"layers": self.layers, "modules": self.modules}),
             ("TokenLoss", {"objective": "cross_entropy", "reduction": "sample"}),
-            ("SecondOrderLocality", {"texts": texts, "step_size": self.step_size, "damping": self.damping}),
+            (
+                "SecondOrderLocality",
+                {"texts": texts, "step_size": self.step_size, "damping": self.damping, "limit": FACTOR_TEXTS},
+            ),
             *([("KLLocality", kl)] if self.kl_weight else []),
         ]
 
@@ -75,6 +78,10 @@ class TuneSetting:
 
     def __str__(self) -> str:
         return f"layers {self.layers}, step {self.step_size:g}, damping {self.damping:g}, KL {self.kl_weight:g}"
+
+
+# The settings of recipes/kedit_default.yaml.
+RECOMMENDED = TuneSetting(layers="0.3-1.0", modules="mlp.down_proj.weight", step_size=0.2, damping=0.1, kl_weight=20.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +125,18 @@ class TuneGrid:
     def settings(self) -> list[TuneSetting]:
         """Return all combinations without repetitions.
 
-        Cheap settings come first: without ``KLLocality``, and with large steps. They are tried even if the budget is
-        small, and the first of several equally good settings is picked.
+        The settings of the recipe ``kedit_default`` come first, if the grid contains them. The others are sorted by
+        their cost: first without ``KLLocality``, and with large steps. If the budget is small, the last ones are left
+        out. Of several equally good settings, the first one is picked.
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)
         lists = (kl_weights, self.layers, step_sizes, map(float, self.dampings))
-        return list(
-            dict.fromkeys(
-                TuneSetting(layers=layers, modules=self.modules, step_size=step, damping=damping, kl_weight=weight)
-                for weight, layers, step, damping in product(*lists)
-            )
+        settings = dict.fromkeys(
+            TuneSetting(layers=layers, modules=self.modules, step_size=step, damping=damping, kl_weight=weight)
+            for weight, layers, step, damping in product(*lists)
         )
+        return sorted(settings, key=lambda setting: setting != RECOMMENDED)
 
 
 def _each(rule: Rule) -> Rule:

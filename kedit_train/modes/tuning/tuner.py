@@ -22,7 +22,7 @@ from kedit_train.modes.runner import with_unique_ids
 from kedit_train.modes.tuning.halving import Rung, Trial, pick, plan_rungs, rank, split_edits
 from kedit_train.modes.tuning.result import TuneResult
 from kedit_train.modes.tuning.runs import TuneRuns
-from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
+from kedit_train.modes.tuning.settings import RECOMMENDED, TuneGrid, TuneSetting
 from kedit_train.paths import check_path
 
 
@@ -43,7 +43,9 @@ def tune(
 
     The edits are split into a tuning half and a held-out half. Every setting of the grid is trained on a few edits of
     the tuning half. The best third of the settings is trained again on more edits. The best third of these settings is
-    trained on the complete tuning half. Each run starts from the unedited model.
+    trained on the complete tuning half. Each run starts from the unedited model. The settings of the recipe
+    ``kedit_default`` are tried first in every round, if the grid contains them. On the tuning half, the picked setting
+    is therefore no worse than this recipe.
 
     Among the settings with a reliability of at least 0.95, the setting with the highest harmonic mean of generality and
     locality is picked. If no setting is that reliable, the most reliable setting is picked. It is then trained once on
@@ -152,7 +154,12 @@ def _halve(
     cut_off: list[tuple[int, TuneSetting]] = []
     for rung, deadline in zip(plan, deadlines, strict=True):
         part, current = tuning[: rung.edits], []
-        for setting in settings[: rung.settings]:
+        chosen = settings[: rung.settings]
+        if RECOMMENDED in settings:
+            # In every round, in addition to the best ones, so the picked setting is no worse on the tuning half.
+            chosen = [RECOMMENDED, *(setting for setting in chosen if setting != RECOMMENDED)]
+        bar.total += len(chosen) - len(settings[: rung.settings])
+        for setting in chosen:
             bar.set_description(f"{rung.edits} edits, {setting}")
             spent = time.perf_counter() > deadline and runs.known(setting, part) is None
             if spent and trials + current:

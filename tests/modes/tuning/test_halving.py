@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
@@ -20,7 +22,9 @@ from kedit_train.modes.tuning.halving import (
     rank,
     split_edits,
 )
-from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
+from kedit_train.modes.tuning.settings import EPOCHS, RECOMMENDED, STOP_LOSS, TuneGrid, TuneSetting
+
+RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "kedit_default.yaml"
 
 
 def setting(step: float = 0.01) -> TuneSetting:
@@ -142,6 +146,18 @@ def test_the_grid_has_every_combination_once_and_cheap_ones_first() -> None:
     assert [(s.layers, s.step_size) for s in settings[:4]] == [(0.7, 0.02), (0.7, 0.01), ("4-6", 0.02), ("4-6", 0.01)]
     names = [[name for name, _ in s.callback_arguments("texts")] for s in (settings[0], settings[-1])]
     assert names[1] == [*names[0], "KLLocality"]
+
+
+def test_the_recommended_settings_are_those_of_kedit_default_and_come_first() -> None:
+    assert TuneGrid().settings()[0] == RECOMMENDED
+    config = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+    arguments = {
+        each["class_path"].rsplit(".", 1)[1]: each.get("init_args", {}) for each in config["trainer"]["callbacks"]
+    }
+    for name, ours in RECOMMENDED.callback_arguments("world"):
+        assert {key: arguments[name][key] for key in ours} == ours, name
+    assert arguments["StopWhenEdited"] == {"loss": STOP_LOSS}
+    assert config["trainer"]["max_epochs"] == EPOCHS
 
 
 @pytest.mark.parametrize(

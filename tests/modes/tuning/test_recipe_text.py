@@ -35,7 +35,7 @@ def test_names_are_kept_as_they_are(name: str) -> None:
     content = yaml.safe_load(text(name))
     assert (content["model"]["name"], content["data"]["path"]) == (name, name)
     callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in content["trainer"]["callbacks"]}
-    assert callbacks["SecondOrderLocality"] == {"texts": name, "step_size": 1e-5, "damping": 1e-3}
+    assert callbacks["SecondOrderLocality"] == {"texts": name, "step_size": 1e-5, "damping": 1e-3, "limit": 1024}
     assert callbacks["ParameterScope"] == {"layers": 0.7, "modules": "mlp.*.weight"}
     assert "KLLocality" not in callbacks
     assert (content["seed_everything"], content["data"]["append_eos"]) == (3, False)

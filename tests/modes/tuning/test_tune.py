@@ -20,7 +20,7 @@ from kedit_train.modes import TuneGrid, TuneResult
 from kedit_train.modes.train_loop import ExampleOptions
 from kedit_train.modes.tuning.halving import RULE
 from kedit_train.modes.tuning.runs import TuneRuns
-from kedit_train.modes.tuning.settings import BATCH_SIZE, STOP_LOSS, TuneSetting
+from kedit_train.modes.tuning.settings import BATCH_SIZE, RECOMMENDED, STOP_LOSS, TuneSetting
 
 EDITS = EditDataset.load("world", limit=10)
 TEXTS = world.locality_texts(exclude=EDITS, n=24)
@@ -123,6 +123,21 @@ def test_every_round_has_an_equal_share_of_the_budget(scripted: Tune, monkeypatc
     # The first round ends at 10 s, the second at 20 s. A run takes 4 s.
     assert calls == [4, 4, 4, 5, 5]
     assert [edits for edits, _ in result.cut_off] == [4]
+
+
+def test_the_recommended_settings_stay_in_every_round(scripted: Tune) -> None:
+    calls: list[tuple[TuneSetting, int]] = []
+
+    def scores(setting: TuneSetting, n: int) -> tuple[float, float, float]:
+        calls.append((setting, n))
+        # These settings are the worst on few edits, and the best on the tuning half.
+        return (1.0, 0.5, 0.5) if (setting == RECOMMENDED) == (n > 4) else (1.0, 0.1, 0.1)
+
+    grid = TuneGrid(layers=["0.3-1.0", 0.7], step_sizes=[0.1, 0.2], kl_weights=[20.0])
+    result = scripted(scores, grid=grid)
+    assert [n for setting, n in calls if setting == RECOMMENDED] == [4, 5, 5]
+    assert len(calls) == 4 + 2 + 1
+    assert result.picked.setting == RECOMMENDED
 
 
 def test_a_setting_that_fails_is_listed_and_measured_again_next_time(scripted: Tune) -> None:
