@@ -1,4 +1,4 @@
-"""NullSpace: let the weights move only in directions that have no effect on the layer inputs of given texts."""
+"""NullSpace: let the weights move only in directions that hardly change the layer outputs on given texts."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ class NullSpace(EditCallback):
     approximate.
 
     Args:
-        texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list of
-            model inputs (tensors, or tuples or mappings of tensors).
+        texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list with
+            one item per forward pass. An item is a tensor, a tuple of positional arguments or a dict of keyword
+            arguments.
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         rank: number of directions to preserve per weight. None (default) uses ``energy``.

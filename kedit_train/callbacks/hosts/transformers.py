@@ -32,7 +32,7 @@ class TransformersEvents(TrainerCallback):
     def _join(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
         if model is None:
             raise EditError(
-                "the trainer has no model yet, because it was created with model_init=; create it with model= instead.",
+                "the trainer has no model yet, because it was created with model_init=; create it with model=, not model_init=.",
                 component=type(self).__name__,
             )
         run = self.run
@@ -159,7 +159,7 @@ class TransformersEvents(TrainerCallback):
         if run and logs is not None and "loss" in logs:
             host: Any = run.host
             host.add_to_log_row(logs, {**run.collect(), **host.take_pending_metrics()})
-            # The state contains these metrics.
+            # The state is written after this row is logged, because the state contains the metrics of the row.
             self._store_before_save(control, args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
