@@ -25,8 +25,8 @@ def claim(folder: Path, start: str, end: str = "") -> Path:
     """Return the path of a new temporary folder that this process owns.
 
     The name is ``START.HOST-HASH.PROCESS.NUMBER``, followed by ``end``. A process id is valid only until the machine
-    is restarted, and only inside one PID namespace (container). HASH identifies both. NUMBER is different in every
-    call, so threads never share a folder. The folder is not created.
+    is restarted, and only inside one PID namespace (container). HASH identifies the start of the machine and the
+    namespace. NUMBER is different in every call, so threads never share a folder. The folder is not created.
 
     Args:
         folder: the parent of the temporary folder.

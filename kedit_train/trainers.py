@@ -174,8 +174,8 @@ class EditSFTConfig(SFTConfig):
         """Create one callback for each callback field that is set.
 
         Args:
-            edits: the edits for callbacks that have an argument ``edits``. If a callback field contains ``edits``, the
-                callback uses the ``edits`` of the field.
+            edits: the edits for callbacks that have an argument ``edits``. If the field of a callback contains
+                ``edits``, the callback uses those edits instead.
         """
         shared = {"edits": edits, "prompt_format": read_format(self.prompt_format)}
         callbacks = []

@@ -42,12 +42,12 @@ class GradientMask(EditCallback):
 
     Args:
         score: how to score an entry: a name, or a :class:`MaskScore` with settings. "gradient" is the absolute value of
-            the mean gradient of the targets. "fisher" is the diagonal Fisher information at the target positions, with
-            labels drawn from the model. The score is high if the current answers depend on the entry. "fisher_ratio" is
-            the Fisher information at the target positions divided by the Fisher information on ``texts``. The score is
-            high if the edits need the entry, but the texts do not need the entry. "magnitude" is the absolute value of
-            the weight. "random" is a random number. "magnitude" and "random" work with any module; the other scores
-            need a causal language model.
+            the gradient of the mean loss on the target tokens. "fisher" is the diagonal Fisher information at the
+            target positions, with labels drawn from the model. This score is high if the model's current answers depend
+            on the entry. "fisher_ratio" is the "fisher" score divided by the Fisher information on ``texts``. This
+            score is high if the answers depend on the entry but the predictions on the texts do not. "magnitude" is the
+            absolute value of the weight. "random" is a random number. "magnitude" and "random" work with any module;
+            the other scores need a causal language model.
         density: fraction of the entries that may change, in (0, 1].
         granularity: the unit that is trained or frozen as a whole. "element" selects single entries. "row" selects
             output neurons with their bias; a row of an embedding is a token. "column" selects input neurons, and the

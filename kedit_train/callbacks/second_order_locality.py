@@ -54,8 +54,8 @@ class SecondOrderLocality(EditCallback):
         step_size: how much a step reduces the training loss, as a fraction of the loss. The gradient predicts this
             reduction. A smaller value preserves more behavior, needs more steps, and gives the new answer to fewer
             rephrased prompts. Default 0.03.
-        damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A high
-            damping (10) gives steps of plain Adam with a Polyak step size. Default 1e-2.
+        damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. With a
+            high damping (10), the steps are close to those of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
             pass.
         factors_path: a ``.safetensors`` file for the factors. If the file exists, the factors are read from it.

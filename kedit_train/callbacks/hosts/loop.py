@@ -20,7 +20,7 @@ from kedit_train.errors import EditError
 
 
 class LoopHost(Host):
-    """The host for a hand-written training loop. Takes the arguments of :func:`editing`.
+    """The host for a hand-written training loop. Its arguments are those of :func:`editing`.
 
     Attributes:
         history: every row of metrics that was logged, each with its ``step``.
@@ -213,7 +213,7 @@ class Editing:
     def before_step(self, scaler: Any = None) -> None:
         """Begin an optimizer step. Call this after ``zero_grad()`` and before the first forward pass of the step.
 
-        Computes the gradients of the penalties. ``backward()`` later adds the gradients of the loss.
+        This method computes the gradients of the penalties. ``backward()`` later adds the gradients of the loss.
 
         Args:
             scaler: the loop's ``torch.amp.GradScaler``, if it uses one.
