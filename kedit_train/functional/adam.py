@@ -10,8 +10,8 @@ from torch import Tensor
 
 # The usual decay rates of Adam.
 _BETA1, _BETA2 = 0.9, 0.999
-# This fraction of a tensor's mean root mean square is added to the root mean square of each entry. Without it, an entry
-# whose gradient is only a rounding error would move by a full step.
+# Adam divides by the root mean square of each gradient entry. This fraction of the mean of these divisors is added to
+# each divisor. Otherwise, an entry whose gradient is only a rounding error would move by a full step.
 _EPSILON = 1e-6
 
 

@@ -138,7 +138,7 @@ class TransformersHost(Host):
     def store_checkpoint_state(self, run: Any) -> None:
         """Write the state of the edit into the checkpoint that the trainer has written."""
         state, folder = {**run.state(), "edit": self.edit_id}, self.checkpoint_folder()
-        # A hyperparameter search writes its checkpoints to another folder; resuming from those is refused.
+        # A hyperparameter search writes its checkpoints to another folder. Resuming from these checkpoints is refused.
         if self.is_main and folder.is_dir():
             save_state(folder, state)
         self.collect_states()
