@@ -78,10 +78,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             written to.
 
     Example:
-        >>> check_writable("/dev/null/report.json")
+        >>> check_writable("/dev/null/a")
         Traceback (most recent call last):
         ...
-        kedit_train.errors.EditError: /dev/null/report.json cannot be written, because /dev/null is not a folder.
+        kedit_train.errors.EditError: /dev/null/a cannot be written, because /dev/null is not a folder; change the path.
     """
     check_path(path)
     if os.path.isdir(path):
@@ -91,7 +91,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
     if not folder.is_dir():
-        raise EditError(f"{path} cannot be written, because {folder} is not a folder.")
+        raise EditError(f"{path} cannot be written, because {folder} is not a folder; change the path.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise EditError(f"{path} cannot be written, because {folder} is not writable; use another path.")
 
@@ -104,8 +104,8 @@ def unfinished_name(path: Path) -> Path:
 def remove_leftovers(path: Path) -> None:
     """Remove the hidden folders next to ``path`` that killed processes left behind.
 
-    Folders that were made for ``path`` in this container are removed at once if their process has ended. The rules for
-    all other hidden folders are those of :func:`kedit_train.owners.remove_abandoned`.
+    A folder that was made for ``path`` in this container is removed at once if its process has ended. For all other
+    hidden folders, the rules of :func:`kedit_train.owners.remove_abandoned` apply.
     """
     hidden = [other for other in path.parent.glob(".*.unfinished") if re.search(r"\.\d+\.unfinished$", other.name)]
     remove_abandoned(hidden, at_once=f".{path.name}.")

@@ -65,7 +65,7 @@ class Edit:
 
 
 def scored_prompts(edit: Edit) -> list[str]:
-    """Return the rephrases and the probe prompts of an edit, but not ``edit.prompt`` (although it is scored too).
+    """Return the prompts that are scored in addition to ``edit.prompt``: the rephrases and the prompts of the probes.
 
     Example:
         >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))

@@ -42,8 +42,9 @@ class EditModule(LightningModule):
         learning_rate: the learning rate of Adam, 0 or more.
         dtype: the dtype of the weights; "auto" uses the dtype of the checkpoint. In bfloat16, an update below about
             1/256 of a weight is lost by rounding.
-        gradient_checkpointing: recompute the activations in the backward pass, which saves memory and costs time.
-        trust_remote_code: let the checkpoint run its own code.
+        gradient_checkpointing: whether to recompute the activations in the backward pass, which saves memory and costs
+            time.
+        trust_remote_code: whether to run Python code that the checkpoint contains.
         save_path: a folder in which the edited model and its tokenizer are saved when training ends. With ``lora``, the
             adapter is saved instead of the model. None: nothing is saved.
         lora: arguments of PEFT's ``LoraConfig``, such as
@@ -160,10 +161,10 @@ class EditDataModule(LightningDataModule):
         limit: maximum number of records to read. None: all records of a file, or all 24 bundled edits.
         on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
         batch_size: training examples per step on each process.
-        append_eos: end every target with the end-of-text token, so that the edited model learns to stop. With "auto",
-            targets in chats and after questions always end with this token. Plain completions end with this token only
-            if the unedited model ends such completions by itself. The model is tested on a few edits, and the decision
-            is printed.
+        append_eos: whether every target ends with the end-of-text token, so that the edited model learns to stop. With
+            "auto", targets in chats and after questions always end with this token. Plain completions end with this
+            token only if the unedited model ends such completions by itself. To decide this, the model is tested on a
+            few edits. The decision is printed.
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
             ("chat"), framed as a question ("question"), or a :class:`~kedit_train.ChatFormat`.
         texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
@@ -210,7 +211,7 @@ class EditDataModule(LightningDataModule):
         # A configuration file gives a mapping.
         self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
-        # This is also checked when the edits are tokenized, but a large model is loaded before.
+        # This is checked again when the edits are tokenized. The early check saves the time to load a large model.
         self.edits.check_trained_together()
         self.added: list[Edit] = []
 

@@ -25,8 +25,8 @@ def claim(folder: Path, start: str, end: str = "") -> Path:
     """Return the path of a new temporary folder that this process owns.
 
     The name is ``START.HOST-HASH.PROCESS.NUMBER``, followed by ``end``. A process id is valid only until the machine
-    is restarted, and only inside one PID namespace (container). HASH identifies both. NUMBER is different in every
-    call, so threads never share a folder. The folder is not created.
+    is restarted, and only inside one PID namespace (container). HASH is therefore a hash of the boot id and the PID
+    namespace. NUMBER is different in every call, so threads never share a folder. The folder is not created.
 
     Args:
         folder: the parent of the temporary folder.
@@ -96,7 +96,10 @@ def remove(path: Path) -> None:
 
 @functools.cache
 def _place() -> str:
-    """Return the host name and a hash of the boot id and the PID namespace. Process ids are valid only inside both."""
+    """Return the host name and a hash of the boot id and the PID namespace.
+
+    A process id is valid only until the machine is restarted and only inside one PID namespace.
+    """
     parts = [socket.gethostname()]
     # Only Linux has these files. On other systems, the host name alone is the place.
     with contextlib.suppress(OSError):

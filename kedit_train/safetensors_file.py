@@ -137,11 +137,13 @@ def load_tensors(
     Args:
         path: the path of the file.
         kind: the kind that the file was saved with.
-        memory_map: True memory-maps the file, so that the tensors take no memory until they are used. Only use this for
-            files that nobody changes in place. The checksum is verified only once, and if the file is cut short later,
-            the process crashes. False copies the tensors and verifies the copy, so the file may be changed afterwards.
-        memory_limit: with ``memory_map=False``, the largest file in bytes that is copied into memory. The copy of a
-            larger file is on disk and memory-mapped, and nobody else can change it. None sets no limit.
+        memory_map: True memory-maps the file, so that the tensors take no memory until they are used. Use True only for
+            files that nobody changes in place, because the checksum is verified only once. If the file is cut short
+            later, the process crashes. False copies the tensors and verifies the copy, so the file may be changed
+            afterwards.
+        memory_limit: with ``memory_map=False``, the maximum size in bytes of a file that is copied into memory. A
+            larger file is copied to disk, and the copy, which nobody else can change, is memory-mapped. None sets no
+            limit.
         allow_unsigned: True also reads safetensors files without metadata of this kind. The checksum of such a file is
             not verified, because the file has none.
 

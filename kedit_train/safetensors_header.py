@@ -170,9 +170,9 @@ def map_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span]) -> dict
 def copy_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span], memory_limit: int) -> dict[str, Tensor]:
     """Copy tensors, so that later changes of the file do not change the tensors.
 
-    Up to ``memory_limit`` bytes are copied into memory. A larger file is copied into a nameless file, which is
-    memory-mapped. The system deletes the nameless file when its last tensor is deleted. The nameless file is next to
-    ``path`` or, if that is not possible, in the folder for temporary files.
+    A file of up to ``memory_limit`` bytes is copied into memory. A larger file is copied into a temporary file without
+    a name, which is memory-mapped. The system deletes the temporary file when its last tensor is deleted. The temporary
+    file is in the folder of ``path`` or, if that is not possible, in the folder for temporary files.
 
     Raises:
         EditError: the file becomes shorter during the copy, or no folder has space for the copy.

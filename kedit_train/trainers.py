@@ -155,14 +155,14 @@ class EditSFTConfig(SFTConfig):
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
     save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 
-    # EditSFTTrainer says here whether targets end with end-of-text. EditMetrics reads it.
+    # EditSFTTrainer stores here whether targets end with end-of-text, and EditMetrics reads this value.
     answer_end: ClassVar[EndDecision | None] = None
 
     def __post_init__(self) -> None:
         for name, callback_class in CALLBACKS.items():
             setattr(self, name, callback_arguments(name, callback_class, getattr(self, name)))
         prompt_format = read_format(self.prompt_format)
-        # The arguments must be JSON data.
+        # The fields of a training configuration must be JSON data, so a ChatFormat is converted.
         self.prompt_format = describe_format(prompt_format)
         self.append_eos = str(self.append_eos).lower()
         check_arguments(
@@ -174,8 +174,8 @@ class EditSFTConfig(SFTConfig):
         """Create one callback for each callback field that is set.
 
         Args:
-            edits: the edits for callbacks that have an argument ``edits``. If a callback field contains ``edits``, the
-                callback uses the ``edits`` of the field.
+            edits: the edits for callbacks that have an argument ``edits``. If the field of a callback contains
+                ``edits``, the callback uses those edits instead.
         """
         shared = {"edits": edits, "prompt_format": read_format(self.prompt_format)}
         callbacks = []
@@ -186,7 +186,8 @@ class EditSFTConfig(SFTConfig):
             known = inspect.signature(callback_class).parameters
             evaluation = arguments.get("evaluation") or {}
             if "evaluation" in known and isinstance(evaluation, Mapping):
-                # With the default, the callback follows the training dataset, which may be conversational.
+                # With the default "plain", the callback uses the format of the training dataset, which may be
+                # conversational.
                 asked = None if self.prompt_format == "plain" else self.prompt_format
                 arguments = {**arguments, "evaluation": {"prompt_format": asked, **evaluation}}
             defaults = {key: value for key, value in shared.items() if key in known and value is not None}
@@ -260,7 +261,7 @@ class EditSFTTrainer(SFTTrainer):
             own_edits: EditDataset | None = None
             if isinstance(examples, EditDataset) or train_dataset is None:
                 own_edits = EditDataset.of(examples)
-                # TRL loads the model and the tokenizer. Thoughts are added afterwards.
+                # With thinking=True, _decide_end adds the thoughts, after TRL has loaded the model and the tokenizer.
                 prompt_format = read_format(args.prompt_format)
                 shown = replace(prompt_format, thinking=False) if thinks(prompt_format) else prompt_format
                 examples = own_edits.to_prompt_completion(prompt_format=shown)
@@ -280,7 +281,10 @@ class EditSFTTrainer(SFTTrainer):
         args.answer_end = self.answer_end  # type: ignore[misc]
 
     def _decide_end(self, edits: EditDataset) -> EndDecision:
-        """Decide whether targets end with end-of-text. TRL always appends it, so its tokens may have to be replaced."""
+        """Decide whether targets end with end-of-text, and tokenize the training data again if necessary.
+
+        This is necessary if targets do not end with end-of-text (TRL always appends it) or if the format has thoughts.
+        """
         args: Any = self.args
         tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)
         decision = decide_together(

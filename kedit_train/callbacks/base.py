@@ -23,13 +23,13 @@ class EditCallback(TransformersEvents, LightningEvents):
     Attributes:
         order: position among the callbacks of a run. Callbacks with a lower value come first.
         constrains: whether :meth:`constrain` must be called after every optimizer step.
-        penalizes: whether :meth:`penalty` returns a penalty.
+        penalizes: whether :meth:`penalty` may return a term that is added to the loss.
         follows_steps: whether the callback depends on the optimizer steps that the run detects. If the weights change
             without such a step, an error is raised.
         anchors: whether the callback adds a comparison with the reference model (the model before the edit) to the loss
             inside the forward pass.
-        duplicate_hint: what to do instead of using two callbacks of this class on one model. This text ends the error
-            message that is then raised. With None, several callbacks of this class are allowed.
+        duplicate_hint: the end of the error message for two callbacks of this class on one model. It says what to do
+            instead. None allows several callbacks of this class.
 
     Example:
         >>> import torch
@@ -58,7 +58,10 @@ class EditCallback(TransformersEvents, LightningEvents):
     # -- before training
 
     def provides(self) -> set[str]:
-        """Return the names of the capabilities and metrics that this callback provides to other callbacks."""
+        """Return the names of what this callback provides to other callbacks.
+
+        A name is a metric ("edit/reliability") or a capability ("token_loss").
+        """
         return set()
 
     def requires(self) -> Sequence[Requirement]:

@@ -92,7 +92,7 @@ class BatchAnchor(EditCallback):
         run.loss_head().term = self._term
 
     def skip_step(self, run: EditRun) -> bool:
-        # Later optimizers of a shared step use the gradients that were checked at the first one.
+        # If several optimizers share a step, this was checked at the first optimizer of the step.
         if self._term is not None and self._term.last_step != run.step and not run.steps.is_shared:
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so there was no batch to anchor; "

@@ -276,7 +276,11 @@ class EditMetrics(EditCallback):
         return self.evaluation.distributed and is_distributed()
 
     def _gather_distributions(self, report: Report) -> Report:
-        """Return the report with the distributions of all processes, because a sample is divided differently."""
+        """Return the report with the next-token distributions that all processes recorded.
+
+        Each process records distributions for its own edits. In an evaluation of a sample, the edits are divided
+        differently, so every process needs the distributions for all edits.
+        """
         if not report.distributions or not self._is_shared():
             return report
         parts: list[Any] = [None] * world_size()

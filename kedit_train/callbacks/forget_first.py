@@ -57,9 +57,9 @@ class ForgetFirst(EditCallback):
     does not forget again.
 
     Args:
-        texts: a source of texts or a :class:`Texts`. The perplexity is measured on these texts, on which the model
-            should not change. Texts that state other facts in the wording of the edits show damage much earlier than
-            prose.
+        texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
+            measured on these texts. Texts that state other facts in the wording of the edits show damage much earlier
+            than prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
@@ -149,7 +149,7 @@ class ForgetFirst(EditCallback):
     def attach(self, run: EditRun) -> None:
         self.measured, self.chosen = [], 0
         if run.host.resumed:
-            # The checkpoint's weights are without the old answers already; load_state restores the measurements.
+            # The old answers were subtracted before the checkpoint was written. load_state restores the measurements.
             return
         if not run.reference:
             raise EditError("the run needs a scope (the parameters that may change); add ParameterScope.")
@@ -176,8 +176,8 @@ class ForgetFirst(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the metrics of the subtraction.
 
-        The metrics are the coefficient, and the scores of the old answers and the perplexity before and after the
-        subtraction.
+        The metrics are the coefficient, the mean probability of the old answers and the perplexity on the texts (both
+        before and after the subtraction), and the teacher-forced accuracy of the old answers after the subtraction.
         """
         if not self.measured:
             return {}
@@ -238,7 +238,8 @@ class ForgetFirst(EditCallback):
             f"subtracted coefficient {best.coefficient:g} ({best.factor:.3g} times the trained difference) for "
             f"the old answers of {len(old)} of {len(edits)} edits: probability {before.probability:.3f} "
             f"-> {best.probability:.3f}, teacher-forced accuracy {before.accuracy:.2f} -> {best.accuracy:.2f}, "
-            f"perplexity on the texts {before.perplexity:.3f} -> {best.perplexity:.3f}, search ended by {ended_by}"
+            f"perplexity on the texts {before.perplexity:.3f} -> {best.perplexity:.3f}, "
+            f"reason for ending the search: {ended_by}"
         )
 
     def _edits(self, run: EditRun) -> Sequence[Edit]:

@@ -42,12 +42,12 @@ class GradientMask(EditCallback):
 
     Args:
         score: how to score an entry: a name, or a :class:`MaskScore` with settings. "gradient" is the absolute value of
-            the mean gradient of the targets. "fisher" is the diagonal Fisher information at the target positions, with
-            labels drawn from the model. The score is high if the current answers depend on the entry. "fisher_ratio" is
-            the Fisher information at the target positions divided by the Fisher information on ``texts``. The score is
-            high if the edits need the entry, but the texts do not need the entry. "magnitude" is the absolute value of
-            the weight. "random" is a random number. "magnitude" and "random" work with any module; the other scores
-            need a causal language model.
+            the gradient of the mean loss on the target tokens. "fisher" is the diagonal Fisher information at the
+            target positions, with labels drawn from the model. This score is high if the model's current answers depend
+            on the entry. "fisher_ratio" is the "fisher" score divided by the Fisher information on ``texts``. This
+            score is high if the answers depend on the entry but the predictions on the texts do not. "magnitude" is the
+            absolute value of the weight. "random" is a random number. "magnitude" and "random" work with any module;
+            the other scores need a causal language model.
         density: fraction of the entries that may change, in (0, 1].
         granularity: the unit that is trained or frozen as a whole. "element" selects single entries. "row" selects
             output neurons with their bias; a row of an embedding is a token. "column" selects input neurons, and the
@@ -113,7 +113,7 @@ class GradientMask(EditCallback):
         self.score = MaskScore.of(score)
         self.density = density
         self.granularity: Granularity = granularity
-        # prepare, attach and later runs read the edits again.
+        # An iterator can be read only once, but prepare, attach and later runs all read the edits.
         self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
         self.texts = None if texts is None else Texts.of(texts)
         self.mask_path, self.save_path = mask_path, save_path
@@ -204,7 +204,7 @@ class GradientMask(EditCallback):
             shapes = {name: p.shape for name, p in run.scope.items()}
             return load_masks(self.mask_path, shapes, lambda masks: _identity(run, masks))
         edits = self._edits(run) if self.score.needs_edits else None
-        # Plain tensors: attach runs before FSDP2 shards the model.
+        # The scores are plain tensors, because attach runs before FSDP2 shards the model.
         scores, on_texts = score_entries(run, self.score, edits, self.texts)
         return choose_masks(run.model, scores, on_texts, density=self.density, granularity=self.granularity)
 
@@ -230,7 +230,10 @@ class GradientMask(EditCallback):
 
 
 def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
-    """Return a fingerprint of weights that a run with these masks keeps, so that the edited model has it too."""
+    """Return a fingerprint of weights that a run with these masks does not change.
+
+    The edited model has the same fingerprint.
+    """
     kept: dict[str, Tensor] = {n: p for n, p in run.model.named_parameters() if n not in run.scope}
     if not kept:
         kept = {n: full_tensor(run.reference[n])[~mask.to(run.reference[n].device)] for n, mask in masks.items()}
@@ -240,7 +243,8 @@ def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
 def _zero_where(frozen: Tensor) -> Any:
     def zero(parameter: Tensor) -> None:
         gradient = parameter.grad
-        # In place, because DDP reduces this tensor. Sparse gradients keep their values; constrain() restores weights.
+        # In place, because DDP reduces this tensor. Sparse gradients do not change. In this case, only constrain()
+        # keeps the frozen entries.
         if gradient is not None and gradient.layout == torch.strided:
             gradient.masked_fill_(frozen, 0.0)
 

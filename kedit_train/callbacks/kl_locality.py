@@ -171,7 +171,8 @@ class KLLocality(EditCallback):
                 hidden_states=lambda sequence: hidden_states(self._head, [sequence]),
             )
         self._sum, self._count = torch.zeros(()), 0
-        # In a resumed run and in later runs, the loss may be small because the edits are learned.
+        # The penalty is compared with the loss only in a first run. In a resumed run and in later runs, the loss may be
+        # small because the edits are already learned.
         begins = batches is None and run.host.is_main and not run.host.resumed
         self._balance = PenaltyBalance(self._head.model, run.host.summed_micro_batches) if begins else None
 
@@ -218,7 +219,11 @@ class KLLocality(EditCallback):
         return (token_divergence(before, logits, direction=self.direction),)
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the unweighted mean divergence per token in nats, the stored bytes, and whether a file was read."""
+        """Return the metrics of the penalty.
+
+        The metrics are the unweighted mean divergence per token in nats, the size of the stored hidden states in bytes
+        and, with ``cache``, whether the hidden states were read from a file.
+        """
         if not self._count:
             return {}
         mean = float(self._sum) / self._count
@@ -247,7 +252,10 @@ class KLLocality(EditCallback):
             self._batches = None
 
     def _texts_of(self, run: EditRun, *, first: bool) -> Texts:
-        """Return the texts of a run. Consecutive runs use the bundled texts that the first run has drawn."""
+        """Return the texts of a run.
+
+        Consecutive runs use the bundled texts of the first run, except the texts on facts that the new edits affect.
+        """
         if not (self.texts.of_world and self.sequential):
             return self.texts
         if first:

@@ -1,4 +1,4 @@
-"""NullSpace: let the weights move only in directions that have no effect on the layer inputs of given texts."""
+"""NullSpace: let the weights move only in directions that hardly change the layer outputs on given texts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class NullSpace(EditCallback):
     weight before the edit. For inputs in the span of U, the output of the layer then does not change.
 
     The whole change is projected, because under Adam a projected gradient alone does not keep the change in the
-    subspace. Gradients are projected as well, so that Adam's statistics contain only directions that may move.
+    subspace. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may
+    move.
 
     ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. ``edit/drift/null_space_leak`` is the fraction
     of the change that still lies in preserved directions. In fp32, it is below 1e-5 for edits of ordinary size.
@@ -60,8 +61,9 @@ class NullSpace(EditCallback):
     approximate.
 
     Args:
-        texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list of
-            model inputs (tensors, or tuples or mappings of tensors).
+        texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list with
+            one item per forward pass. An item is a tensor, a tuple of positional arguments or a dict of keyword
+            arguments.
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         rank: number of directions to preserve per weight. None (default) uses ``energy``.

@@ -1,4 +1,4 @@
-"""PrefixCache: run the frozen layers below the scope once per example instead of once per epoch."""
+"""PrefixCache: run the frozen layers below the scope only once for each example, not in every epoch."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class PrefixCache(EditCallback):
     the scope.
 
     If a frozen weight or buffer is modified or replaced, ``PrefixCache`` detects the change before the next batch and
-    empties the cache. In addition, one batch after every ``recheck`` batches is computed in full and compared with the
-    stored hidden states. Some changes are detected only by this comparison: ``parameter.data.add_()``, a new value of a
-    Python attribute, and random numbers from a hook's own generator. Until the next comparison, batches use outdated
-    hidden states.
+    empties the cache. In addition, after every ``recheck`` batches from the cache, one batch is computed in full and
+    compared with the stored hidden states. Only this comparison detects ``parameter.data.add_()``, a new value of a
+    Python attribute, and random numbers from a hook's own generator. Between such a change and the next comparison,
+    batches use outdated hidden states.
 
     Args:
         memory_limit: CPU memory for hidden states per process: a number of bytes, or a string such as "500MB" or
@@ -77,7 +77,7 @@ class PrefixCache(EditCallback):
         [0.0, 1.0, 1.0]
     """
 
-    # penalty() runs before that of other callbacks, because the cache serves their forward passes.
+    # Before all callbacks with a penalty, because penalty() activates the cache for their forward passes.
     order = 10
     duplicate_hint = "one PrefixCache serves every batch, so keep only one"
 

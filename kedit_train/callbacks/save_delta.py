@@ -136,7 +136,8 @@ class SaveDelta(EditCallback):
             run.edits = self._edits
 
     def attach(self, run: EditRun) -> None:
-        # These raise an error now, not after training, if a weight is offloaded or adapters cannot be merged.
+        # If a weight is offloaded or quantized, or if adapters cannot be merged, these calls raise an error now and not
+        # after training.
         check_stored(named_tensors(run.model))
         check_not_quantized(run.model, weights_of(run.model), run.scope)
         self._buffers = _buffer_checksums(run)
@@ -203,7 +204,7 @@ class SaveDelta(EditCallback):
                 after,
                 edits=edits,
                 configuration={"callbacks": [repr(c) for c in run.callbacks], "step": step, "steps": run.step},
-                # What the cache has saved says nothing about the weights, and equal runs need different times.
+                # Metrics of the cache do not describe the weights, and the measured times differ between equal runs.
                 scores={n: v for n, v in scores.items() if math.isfinite(v) and not n.startswith("edit/cache/")},
                 license=self.license,
                 touched=touched,
@@ -220,7 +221,7 @@ class SaveDelta(EditCallback):
             delta.save(self.path)
             delta = EditDelta.load(self.path)
         changed = self._changed_buffers(run)
-        # With changed buffers, the comparison would not test the model before the edit.
+        # If buffers have changed, logits are not compared, because the buffers before the edit are not stored.
         checked = self._check(run, delta, weights, before, after, None if changed else edits)
         self.delta = delta
         if changed and run.host.is_main:
@@ -246,7 +247,11 @@ class SaveDelta(EditCallback):
         after: Mapping[str, Tensor],
         edits: Sequence[Any] | None,
     ) -> str:
-        """Compare the weights and logits from the file with the trained ones, and return what was compared."""
+        """Compare the weights and logits that the file gives with those of the trained model.
+
+        Returns:
+            What was compared, as text.
+        """
         with temporary_values(run.scope, before):
             applied = {name: weights[name].clone() for name in after}
         delta.apply(applied)

@@ -40,9 +40,9 @@ class SecondOrderLocality(EditCallback):
     ``S^-1/2 U A^-1/2``. In these coordinates, all changes of the same norm have the same estimated divergence.
 
     The length of a step does not depend on the optimizer or on its learning rate. The gradient predicts how much a step
-    reduces the loss. Each step has the length for which this prediction is the fraction ``step_size`` of the loss
-    (Polyak's step size, with running averages of loss and gradient). A step is never longer than a tenth of the norm of
-    the weights in scope. A learning rate schedule has no effect.
+    of a given length reduces the loss. The callback chooses the length for which the predicted reduction is
+    ``step_size`` times the loss (Polyak's step size, with running averages of loss and gradient). A step is never
+    longer than a tenth of the norm of the weights in scope. A learning rate schedule has no effect.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NormBall``,
     ``NullSpace``, ``GradientMask``) are applied after the step.
@@ -54,8 +54,8 @@ class SecondOrderLocality(EditCallback):
         step_size: how much a step reduces the training loss, as a fraction of the loss. The gradient predicts this
             reduction. A smaller value preserves more behavior, needs more steps, and gives the new answer to fewer
             rephrased prompts. Default 0.03.
-        damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. A high
-            damping (10) gives steps of plain Adam with a Polyak step size. Default 1e-2.
+        damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. With a
+            high damping (10), the steps are close to those of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
             pass.
         factors_path: a ``.safetensors`` file for the factors. If the file exists, the factors are read from it.
@@ -65,7 +65,7 @@ class SecondOrderLocality(EditCallback):
         batch_size: number of sequences per forward and backward pass when the factors are computed. Default 8.
 
     Logs ``edit/locality/second_order_kl``, the estimated KL divergence from the reference model in nats per token,
-    summed over the weights.
+    summed over the weights. With ``factors="inputs"``, nothing is logged.
 
     Raises:
         EditError: an argument is invalid; no callback computes the loss; the model is not a causal language model; a
@@ -98,7 +98,7 @@ class SecondOrderLocality(EditCallback):
         True
     """
 
-    # Before all constraints, because it replaces the step that they constrain.
+    # Before all constraints, because this callback replaces the step that the constraints are applied to.
     order = 30
     constrains = True
     duplicate_hint = "the second one would replace the step of the first, so pass all texts to one SecondOrderLocality"
@@ -177,7 +177,7 @@ class SecondOrderLocality(EditCallback):
             for name, layer in self._layers.items()
             if (gradient := run.scope[name].grad) is not None
         }
-        # In the averages, a NaN or an infinite square would stop every later step without changing a weight.
+        # If a NaN or an infinite square entered the running averages, no later step would change a weight.
         if not all(bool(gradient.square().isfinite().all()) for gradient in self._gradients.values()):
             given = [g for name in self._gradients if (g := run.scope[name].grad) is not None]
             if all(bool(wide(gradient).square().isfinite().all()) for gradient in given):
@@ -189,7 +189,7 @@ class SecondOrderLocality(EditCallback):
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         run = self.run
-        # A callback that skips this step deletes the gradients after this callback has read them.
+        # If another callback skipped this step, the gradients were deleted after this callback had read them.
         gradients = {n: g for n, g in self._gradients.items() if run.scope[n].grad is not None}
         before, self._gradients, self._before = self._before, {}, {}
         changed = dict(weights)
@@ -233,8 +233,8 @@ class SecondOrderLocality(EditCallback):
                 "the checkpoint was written with other texts, damping or factors; resume with the same texts (and the "
                 "same limit=), damping= and factors=, or start a new run."
             )
-        # Tensors that were read from a file can have unaligned addresses, on which the last bits of matrix products
-        # depend, so they are copied.
+        # Tensors that were read from a file can have unaligned addresses. The alignment changes the last bits of matrix
+        # products, so the tensors are copied.
         means, squares = (
             {n: t.to(self._roots[n][1], copy=True) for n, t in state[key].items()} for key in ("means", "squares")
         )

@@ -1,4 +1,4 @@
-"""StopWhenEdited: end training when the edit has worked, because every further step reduces locality."""
+"""StopWhenEdited: end training when the edits are learned, because every further step reduces locality."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StopWhenEdited(EditCallback):
         loss: stop when the mean training loss per token over the last ``loss_steps`` optimizer steps is below this
             value, in nats. None turns this rule off.
         loss_steps: number of optimizer steps over which ``loss`` is averaged, or "epoch" for the number of steps in one
-            epoch. In a hand-written loop, pass that number as ``editing(epoch_steps=...)``.
+            epoch. In a hand-written loop, pass the number of steps in one epoch as ``editing(epoch_steps=...)``.
         reliability: stop when ``EditMetrics(every_n_steps=...)`` measures at least this reliability, in (0, 1].
         idle_steps: stop after this number of consecutive optimizer steps in which every token was already learned. A
             token is learned if its loss is at most the ``epsilon`` of ``TokenLoss``. "epoch" stands for the number of

@@ -133,8 +133,8 @@ class TokenLoss(EditCallback):
         found = [Requirement(("token_loss",), "the model already has another token loss; keep only one token loss.")]
         if self.objective == "prompt_last":
             message = (
-                'objective="prompt_last" cannot be combined with BatchAnchor, because it predicts all tokens from the '
-                "last position of the prompt; use another objective, or remove BatchAnchor."
+                'objective="prompt_last" cannot be combined with BatchAnchor, because this objective predicts all '
+                "tokens from the last position of the prompt; use another objective, or remove BatchAnchor."
             )
             found.append(Requirement(("batch_anchor",), message))
         return found
@@ -186,21 +186,21 @@ class TokenLoss(EditCallback):
         if run.steps.is_shared:
             raise EditError(
                 "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
-                "single optimizer, because this callback decides for the whole step whether it is skipped."
+                "single optimizer, because this callback can skip a step only as a whole."
             )
         if self._counted_at != run.step:
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so its loss was not replaced; "
                 "call model(..., labels=labels) in the training step, and use the loss that the model returns."
             )
-        # ActiveSet may have removed all examples. Other processes may have tokens.
+        # No warning if ActiveSet may have removed all examples, or if other processes may have tokens.
         if not (self._tokens_now or self._warned or run.loss_head().filter or is_distributed()):
             self._warned = True
             warn(
                 f"the batch of step {run.step + 1} contains no token with a label, because all labels are -100, so its "
                 "loss is 0; check the data collator and the maximum length of the examples."
             )
-        # Reading the loss waits for the device, so it is read only where a callback needs it.
+        # Reading the loss waits for the device, so the loss is read only if a callback needs it.
         publishes_loss = run.is_required("edit/tokens/loss_now")
         if self.epsilon == 0.0 and not publishes_loss:
             return False
@@ -251,7 +251,7 @@ class TokenLoss(EditCallback):
 
 
 def _true_vocabulary(run: EditRun) -> int | None:
-    """Return the size of the tokenizer if the output head has more rows than tokens, else None.
+    """Return the number of tokens of the tokenizer if the output head has more rows than that, else None.
 
     The logits of the additional rows are noise and would widen the filter.
     """

@@ -10,7 +10,8 @@ from torch import Tensor
 
 # The usual decay rates of Adam.
 _BETA1, _BETA2 = 0.9, 0.999
-# Added to the root mean squares, as a fraction of their mean, so that rounding errors do not become full steps.
+# Adam divides by the root mean square of each gradient entry. This fraction of the mean of these divisors is added to
+# each divisor. Otherwise, an entry whose gradient is only a rounding error would move by a full step.
 _EPSILON = 1e-6
 
 

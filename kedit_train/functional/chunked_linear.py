@@ -126,7 +126,7 @@ class _Linear(torch.autograd.Function):
                 "parameters."
             )
         with torch.autocast(hidden.device.type, enabled=False):
-            # One call, so that the bias is added before the sum is rounded, as under autocast.
+            # One call, so that the bias is added before the product is rounded, as under autocast.
             return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod

@@ -105,7 +105,8 @@ class _Chunked(torch.autograd.Function):
                 )
         else:
             if gradient is not None:
-                # The product is taken before rounding: a factor in half precision would scale every gradient.
+                # The factor is not rounded to half precision before the product, because its rounding error would
+                # change all gradients by the same factor.
                 gradient = (gradient * upstream.unsqueeze(-1)).to(gradient.dtype)
             if sums is not None and len(upstream):
                 sums.scale(upstream[0])
@@ -123,7 +124,11 @@ def _differentiate(
     *,
     wants_hidden: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Score every chunk and add to ``sums``; return the joined outputs and the gradient [N, d] of ``hidden``."""
+    """Score every chunk, and add the gradients of the trained tensors to ``sums``.
+
+    Returns:
+        The joined outputs of ``score``, and the gradient [N, d] of ``hidden`` (None if ``wants_hidden`` is False).
+    """
     gradient = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
     outputs = []
     for start, parts in zip(range(0, max(1, len(hidden)), chunk), _slices(chunk, hidden, *rest), strict=True):
@@ -159,7 +164,7 @@ def _differentiate_chunk(
 def _uniform(upstream: Tensor) -> bool:
     """Return whether all losses receive the same gradient, up to rounding.
 
-    An expanded tensor, such as the gradient of a sum, is recognised without reading its values from the device.
+    An expanded tensor, such as the gradient of a sum, is recognized without reading its values from the device.
     """
     if len(upstream) < 2 or upstream.stride(0) == 0:
         return True
@@ -168,7 +173,7 @@ def _uniform(upstream: Tensor) -> bool:
 
 
 def _slices(chunk: int, *tensors: Tensor) -> list[list[Tensor]]:
-    # At least one slice, which may be empty: a batch without supervised tokens has outputs of the right dtype, too.
+    # At least one slice, which may be empty. The outputs of a batch without supervised tokens thus get the right dtype.
     return [[t[i : i + chunk] for t in tensors] for i in range(0, max(1, len(tensors[0])), chunk)]
 
 

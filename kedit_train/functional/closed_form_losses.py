@@ -26,7 +26,7 @@ Gradient = Callable[..., None]
 
 
 def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Compute a loss for each row with the function ``value``, and its gradient with ``gradient``.
+    """Compute a loss for each row with the function ``value``, and the gradient of the loss with ``gradient``.
 
     The first output of ``value`` is the loss. All other outputs have no gradient. The rows are processed in blocks.
 

@@ -84,7 +84,8 @@ def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Dir
     return rowwise(value, gradient, logits, reference_logits)[0]
 
 
-# In the functions below, z and q belong to the model, in fp32 or fp64. The reference p has the dtype of its storage.
+# In the functions below, z are the logits of the model, in fp32 or fp64, and q are their probabilities. ``reference``
+# are the logits of the reference model, in the dtype in which they are stored, and p are their probabilities.
 
 
 def _forward_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -45,11 +45,11 @@ def unit_scores(scores: Tensor, dim: int) -> Tensor:
     """Return the mean score of each neuron.
 
     Args:
-        scores: [..., size(dim), ...].
+        scores: the scores of the entries of a weight, in the shape of the weight.
         dim: the dimension of the weight that has one entry per neuron.
 
     Returns:
-        [size(dim)].
+        [number of neurons]. The scores of a vector are returned unchanged.
     """
     return scores.movedim(dim, 0).flatten(1).mean(1) if scores.ndim > 1 else scores
 
@@ -58,7 +58,7 @@ def unit_mask(units: Tensor, shape: torch.Size, dim: int) -> Tensor:
     """Expand a mask of neurons to all entries of a weight.
 
     Args:
-        units: [shape[dim]], the mask of the neurons.
+        units: [number of neurons], the mask of the neurons.
         shape: shape of the weight.
         dim: the dimension of the weight that has one entry per neuron.
 
@@ -71,7 +71,7 @@ def unit_mask(units: Tensor, shape: torch.Size, dim: int) -> Tensor:
 
 
 def fisher_ratio(edit: Tensor, general: Tensor, *, damping: float = 0.1) -> Tensor:
-    """Return ``edit / (general + damping * mean(general))``, which is high where only the edits have curvature.
+    """Return ``edit / (general + damping * mean(general))``, which is high for weights that only the edits need.
 
     Without damping, the ratio would be highest where ``edit`` and ``general`` are both noise. The damping is relative
     to the mean of ``general``, so the ranking does not depend on the scale of ``edit`` or ``general``.

@@ -3,8 +3,8 @@
 For ``y = W k``, a change D keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit applies this to a closed-form
 update, with an absolute threshold on singular values. Here the directions are chosen by their fraction of the energy of
 the inputs (the trace of the second moment), which is comparable between models and layers. The projection is applied to
-the whole difference from the original weights. To project only the gradient is not enough, because Adam
-rescales each entry of the gradient, so that the step leaves the null space.
+the whole difference from the original weights. It is not enough to project only the gradient, because Adam rescales
+each entry of the gradient, and the step then leaves the null space.
 
 References:
     "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355.
@@ -25,7 +25,7 @@ def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: i
 
     Args:
         moment: [d, d], E[k kᵀ], symmetric.
-        energy: smallest fraction of the trace that the directions must contain, in (0, 1]. 1 takes every direction with
+        energy: fraction of the trace that the directions must contain at least, in (0, 1]. 1 takes every direction with
             an eigenvalue above the rounding error of the moment (``d * eps`` times the greatest eigenvalue).
         rank: number of directions, used instead of ``energy``. Fewer directions are returned if fewer eigenvalues are
             above the rounding error.

@@ -1,4 +1,4 @@
-"""A second-order model of the KL divergence that a change of a linear weight causes, and steps that follow this model.
+"""Estimate the KL divergence that a weight change causes, and transform steps so that all directions cost the same.
 
 For a linear layer ``y = W k``, K-FAC approximates the divergence that a change D of the weight causes on given texts:
 ``KL = 1/2 tr(S D A Dᵀ)`` per token. A = E[k kᵀ] is the second moment of the inputs, [in, in]. S = E[g gᵀ] is the second

@@ -23,14 +23,17 @@ def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
-    """Return ``logsumexp(z) - top`` [n], the log of the softmax denominator of the shifted logits.
+    """Return the log of the softmax denominator of each row, for logits that are shifted by ``top``.
 
-    The sum includes the logits of vocabulary padding.
+    The denominator is the sum of ``exp(z - top)`` over all V logits of a row, including the vocabulary padding.
 
     Args:
         exponentials: [n, size], the exponentials of the shifted logits of the true vocabulary.
         z: [n, V] logits.
         top: [n, 1], the greatest logit of the true vocabulary.
+
+    Returns:
+        [n], equal to ``z.logsumexp(-1) - top[:, 0]``.
     """
     log_z = exponentials.sum(-1).log()
     padded = z[:, exponentials.shape[-1] :]
@@ -38,9 +41,10 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 
 
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
-    """Write the logits ``z - top`` into the first ``size`` columns of ``out``, and gradients into the last columns.
+    """Write ``z - top`` into the first ``size`` columns of ``out``, and the gradients of padding into the others.
 
-    The last columns belong to vocabulary padding. The gradient of a padding logit is the probability of this token.
+    The columns from ``size`` on belong to vocabulary padding. The gradient of such a logit is the probability of its
+    token.
 
     Args:
         out: [n, V], overwritten.

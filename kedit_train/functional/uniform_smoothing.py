@@ -63,7 +63,7 @@ def uniform(
 
     def value(z: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         top, shifted, label = shifted_logits(z, y, size)
-        # Without smoothing a logit of minus infinity must add nothing.
+        # Without smoothing, a logit of minus infinity must add nothing, but 0 times infinity would be NaN.
         flat = share * shifted.sum(-1) if share > 0.0 else 0.0
         log_z = log_normalizer(shifted.exp_(), z, top)
         inside = (y < size).to(z.dtype)

@@ -1,4 +1,4 @@
-"""Check the arguments of ``editing``, so that a wrong argument is one line and the model stays as it is."""
+"""Check the arguments of ``editing`` before the model is changed, and report a wrong argument in one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_editing(
     if not callbacks:
         raise EditError("callbacks must not be empty; pass at least one callback.", component="editing")
     for callback in callbacks:
-        # EditRun.join reports classes, with their names.
+        # A class instead of an instance passes this check, because EditRun.join reports it with its name.
         if not isinstance(callback, TransformersEvents | type):
             raise EditError(
                 "each callback must be an instance of a class in kedit_train.callbacks or of your own subclass of "

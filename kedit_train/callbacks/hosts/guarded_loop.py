@@ -19,7 +19,7 @@ _SETUP = "_hp_search_setup"
 
 
 class _Guard:
-    """Replaces a method of one trainer.
+    """Replace a method of one trainer.
 
     Args:
         trainer: the trainer.
@@ -36,7 +36,8 @@ class _Guard:
         return trainer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the trainer, which is not complete yet, gets a guard of its own.
+        # This method is called when the trainer is copied. The copy of the trainer gets its own guard. At this time,
+        # the copy is not complete yet.
         return type(self), (self._weak(),)
 
 
@@ -45,10 +46,10 @@ class GuardedLoop(_Guard):
 
     An instance replaces the method ``_inner_training_loop`` of one trainer. If the trainer resumes from a checkpoint,
     the instance checks the checkpoint before the loop begins. If an exception ends the loop, the instance closes the
-    runs. The trainer's events are not enough for three reasons. The trainer loads the optimizer state of a checkpoint
-    before the first event of the training. It sends no event if an exception or ^C ends the training. If the trainer
-    resumes from a checkpoint of the last step, and this step is not the end of an epoch, the trainer takes one more
-    step.
+    runs. The trainer's events are not enough for three reasons. First, the trainer loads the optimizer state of a
+    checkpoint before the first event of the training. Second, it sends no event if an exception or ^C ends the
+    training. Third, if the trainer resumes from a checkpoint of the last step, and this step is not the end of an
+    epoch, the trainer would take one more step.
 
     Args:
         trainer: the trainer.
@@ -86,9 +87,9 @@ class GuardedLoad(_Guard):
     """Load a checkpoint for a ``transformers.Trainer``, and close the runs if this fails.
 
     An instance replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the
-    training loop begins. The instance checks first whether the state of the edit in the checkpoint fits the runs,
-    because torch reports weights of another shape in many lines. The next ``train()`` sets the runs up again before the
-    trainer creates its optimizer.
+    training loop begins. The instance first checks whether the state of the edit in the checkpoint fits the runs, and
+    otherwise raises an error of one line. torch would report weights of another shape in many lines. The next
+    ``train()`` sets the runs up again before the trainer creates its optimizer.
 
     Args:
         trainer: the trainer.
@@ -116,7 +117,7 @@ class GuardedLoad(_Guard):
             run.close()
 
     def join_again(self, loads: bool = False) -> None:
-        """Set up the runs again that were closed because a checkpoint was missing or could not be loaded.
+        """Set up again the runs that were closed because a checkpoint was missing or could not be loaded.
 
         Args:
             loads: whether the trainer loads a checkpoint next.
@@ -135,7 +136,7 @@ class GuardedSetup(_Guard):
 
     An instance replaces the method ``_hp_search_setup`` of one trainer, which is the last method that ``train()`` calls
     before it searches its output folder for a checkpoint. If the folder contains no checkpoint, ``train()`` raises an
-    error.
+    error, so the instance closes the runs.
 
     Args:
         trainer: the trainer.
@@ -143,7 +144,8 @@ class GuardedSetup(_Guard):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
-        # A guard of train() itself would be the only user of the trainer in Trainer(...).train(), and lose it.
+        # train() itself is not replaced. In Trainer(...).train(), only the guard would then refer to the trainer, and
+        # its weak reference would not keep the trainer alive.
         if sys._getframe(1).f_locals.get("resume_from_checkpoint") is True and not _has_checkpoint(trainer):
             trainer.__dict__[_LOAD].release()
         return getattr(type(trainer), _SETUP)(trainer, *args, **kwargs)
@@ -185,7 +187,7 @@ def _calling_trainer(control: Any) -> Any | None:
 
 
 def _runs(trainer: Any, closed: bool = False) -> list[Any]:
-    """Return the open runs of the trainer's callbacks, or the closed ones, each once."""
+    """Return the open runs of the trainer's callbacks (if ``closed``, the closed runs), without duplicates."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks

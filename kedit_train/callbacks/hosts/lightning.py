@@ -45,8 +45,10 @@ class LightningHost(Host):
     """
 
     name = "lightning"
-    # The backward pass announces a step. With manual optimization, an optimizer may step without a backward pass.
+    # run.steps.penalty() is called before each backward pass. With manual optimization, an optimizer may step without a
+    # backward pass. Such a step is an error only if a callback has a penalty.
     announces_every_step = False
+    # After such an error, Lightning calls on_exception, which closes the run.
     releases_model = False
     # Automatic optimization passes a closure to the optimizer. The closure calls on_before_optimizer_step.
     uses_closures = True
@@ -84,7 +86,8 @@ class LightningHost(Host):
 
     @property
     def epoch_steps(self) -> int | None:
-        # Lightning sets up the data in the first epoch, so it is set up here, as in trainer.estimated_stepping_batches.
+        # Lightning sets up the data only when the first epoch begins. The number of batches is needed earlier, so the
+        # data is set up here, as in trainer.estimated_stepping_batches.
         self.trainer.fit_loop.setup_data()
         batches = self.trainer.num_training_batches
         return math.ceil(batches / self.trainer.accumulate_grad_batches) if batches != float("inf") else None
@@ -99,7 +102,9 @@ class LightningHost(Host):
     def unsupported_reason(self) -> str | None:
         launched, used = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
         if used < launched:
-            return f"{launched} processes were started but the trainer uses {used}, so each trains its own model"
+            return (
+                f"{launched} processes were started but the trainer uses {used}, so each process trains its own model"
+            )
         averaging = next((c for c in self.trainer.callbacks if isinstance(c, _AVERAGING)), None)
         if averaging is not None:
             return f"{type(averaging).__name__} replaces the weights by averages, which may break the constraints"
@@ -159,7 +164,10 @@ class LightningHost(Host):
 
 
 def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Raise an error of one line if a weight to load has another shape than in the model. torch lists all of them."""
+    """Raise an error of one line for the first weight whose shape differs from the model's.
+
+    torch would list every such weight.
+    """
     for name, parameter in module.named_parameters():
         saved = getattr(state.get(prefix + name), "shape", parameter.shape)
         if saved != parameter.shape:
@@ -181,7 +189,7 @@ class LightningEvents(Callback):
     """
 
     run: Any = None
-    # The state at the end of training, for a checkpoint that is saved after it.
+    # The state at the end of training, for checkpoints that are saved after training.
     _final_state: dict[str, Any] | None = None
 
     def _driven_run(self, trainer: Any) -> EditRun | None:
@@ -218,7 +226,8 @@ class LightningEvents(Callback):
             self.run.host.checkpoint_state = checkpoint.get(CHECKPOINT_KEY, {})
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        # This is the first micro-batch of a step. A gradient scaler may have skipped the previous step.
+        # This event belongs to the first micro-batch of a step, so a new step begins, even if a gradient scaler has
+        # skipped the previous step.
         run = self._driven_run(trainer)
         if run:
             run.steps.begin()

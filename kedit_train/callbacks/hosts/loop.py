@@ -20,15 +20,16 @@ from kedit_train.errors import EditError
 
 
 class LoopHost(Host):
-    """The host for a hand-written training loop. Takes the arguments of :func:`editing`.
+    """The host for a hand-written training loop. Its arguments are those of :func:`editing`.
 
     Attributes:
         history: every row of metrics that was logged, each with its ``step``.
         tables: a dict from the key of each logged table to its ``(columns, rows)``.
         run: the run that this loop drives.
-        penalty_gradients: pairs (parameter, gradient), from directly after the backward pass of the penalties.
+        penalty_gradients: pairs (parameter, gradient), recorded directly after the backward pass of the penalties.
     """
 
+    # If an optimizer steps without before_step(), the error ends the editing block, and the block closes the run.
     releases_model = False
 
     def __init__(
@@ -49,7 +50,7 @@ class LoopHost(Host):
         self._watches: list[Any] = []
         # For each gradient of the penalties: whether its values have changed before the backward pass of the loss.
         self._changed: list[Tensor] = []
-        # The state of the edit from a checkpoint, if the loop resumes one.
+        # The state of the edit from a checkpoint, if the loop has resumed an edit.
         self.checkpoint_state: dict[str, Any] | None = None
 
     @property
@@ -77,7 +78,7 @@ class LoopHost(Host):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and not is_distributed():
             return (
-                f"{launched} processes were started but are not connected, so each trains its own model (call "
+                f"{launched} processes were started but are not connected, so each process trains its own model (call "
                 "fabric.launch() or torch.distributed.init_process_group() first)"
             )
         return None
@@ -212,7 +213,7 @@ class Editing:
     def before_step(self, scaler: Any = None) -> None:
         """Begin an optimizer step. Call this after ``zero_grad()`` and before the first forward pass of the step.
 
-        Computes the gradients of the penalties. ``backward()`` later adds the gradients of the loss.
+        This method computes the gradients of the penalties. ``backward()`` later adds the gradients of the loss.
 
         Args:
             scaler: the loop's ``torch.amp.GradScaler``, if it uses one.
@@ -229,7 +230,8 @@ class Editing:
         for callback in run.callbacks:
             run.attach(callback)
         if not self._is_pending():
-            # The last step was taken. Or the step was skipped (for example by a gradient scaler) before zero_grad().
+            # The previous step was taken, or it was skipped (for example by a gradient scaler) and zero_grad() was
+            # called afterwards.
             run.steps.begin()
         penalty = run.steps.penalty()
         if penalty is not None:
@@ -335,7 +337,8 @@ def _edit(
         assert run is not None
         yield Editing(run, host)
         if host.resumed and not run.closed:
-            # A loop that was resumed from its last checkpoint has no step left, in which the edit would have begun.
+            # The edit usually begins in the first step. A loop that was resumed from its last checkpoint has no step
+            # left, so the edit begins here.
             for callback in run.callbacks:
                 run.attach(callback)
         for callback in list(run.callbacks):

@@ -1,7 +1,8 @@
 """Load stacked experts from a checkpoint of ``transformers``, because the trainer itself does not load them.
 
 ``save_pretrained`` stores the weights of each expert under separate names. ``from_pretrained`` stacks these weights
-again. ``Trainer``, however, loads a checkpoint with ``load_state_dict(strict=False)``, which skips these weights.
+again. ``Trainer``, however, loads a checkpoint with ``load_state_dict(strict=False)``. This call skips the
+separate weights, because the model has no parameters with their names.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ class TransformersEvents(TrainerCallback):
         if run and logs is not None and "loss" in logs:
             host: Any = run.host
             host.add_to_log_row(logs, {**run.collect(), **host.take_pending_metrics()})
-            # The state contains these metrics.
+            # The state is written after this row is logged, because the state contains the metrics of the row.
             self._store_before_save(control, args)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -24,8 +24,8 @@ STATE_KEY = "kedit_train"
 class TransformersHost(Host):
     """The host for a ``transformers.Trainer`` or a trainer of TRL.
 
-    The owner of the host is the trainer's ``control`` object. Only this object is passed to every callback and also
-    exists as long as the trainer itself.
+    The owner of the host is the trainer's ``control`` object. The trainer passes this object to every callback, and the
+    object exists as long as the trainer. No other object has both properties.
 
     Attributes:
         train_dataloader: the data loader for training. It is set when training begins.
@@ -61,8 +61,9 @@ class TransformersHost(Host):
         return self.state.global_step > 0
 
     def saved_state(self) -> dict[str, Any] | None:
-        # Callbacks do not receive the path in train(resume_from_checkpoint=...). The trainer's state was loaded from
-        # this path, and contains the id and the output folder of the edit. A file with another id is ignored.
+        # Callbacks do not receive the path in train(resume_from_checkpoint=...), so several folders are searched. The
+        # trainer's state was loaded from this path, and contains the id and the output folder of the edit. A file with
+        # another id is ignored.
         path, name = self.args.resume_from_checkpoint, self.checkpoint_folder().name
         folders = [Path(path)] if isinstance(path, str) else []
         folders += [self.checkpoint_folder(), Path(self.resumed_from.get("folder", "")) / name]
@@ -137,7 +138,7 @@ class TransformersHost(Host):
     def store_checkpoint_state(self, run: Any) -> None:
         """Write the state of the edit into the checkpoint that the trainer has written."""
         state, folder = {**run.state(), "edit": self.edit_id}, self.checkpoint_folder()
-        # A hyperparameter search writes its checkpoints to another folder; resuming from those is refused.
+        # A hyperparameter search writes its checkpoints to another folder. Resuming from these checkpoints is refused.
         if self.is_main and folder.is_dir():
             save_state(folder, state)
         self.collect_states()
@@ -210,8 +211,8 @@ class TransformersHost(Host):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if self.args.world_size != launched:
             return (
-                f"{launched} processes were started but the trainer uses {self.args.world_size}, so each trains its "
-                "own model (on CPUs, set use_cpu=True in the training arguments)"
+                f"{launched} processes were started but the trainer uses {self.args.world_size}, so each process "
+                "trains its own model (on CPUs, set use_cpu=True in the training arguments)"
             )
         return "DeepSpeed updates flattened copies of the weights" if self.args.deepspeed else None
 
@@ -219,7 +220,10 @@ class TransformersHost(Host):
         if self.args.n_gpu > 1:
             return "torch.nn.DataParallel copies the model without its hooks; start one process per GPU"
         if getattr(self.args, "label_smoothing_factor", 0):
-            return "with label_smoothing_factor, the trainer computes the loss outside of the model; set it to 0"
+            return (
+                "with label_smoothing_factor, the trainer computes the loss outside of the model; set "
+                "label_smoothing_factor=0"
+            )
         if getattr(self.args, "loss_type", None) not in (None, "nll"):
             return (
                 f"loss_type={self.args.loss_type!r} has no target for each token; use SFTTrainer with "
