@@ -26,7 +26,7 @@ def prompt_completion_rows(edits: Iterable[Edit], prompt_format: PromptFormat) -
     chat = chat_format(prompt_format)
     if chat is not None and chat.thinking:
         raise EditError(
-            "prompt_format must have thinking=False, because SFTTrainer would train on the thinking block of the template; use "
+            "prompt_format must have thinking=False, because SFTTrainer would train on the thinking block; use "
             "to_tokens(tokenizer, prompt_format=...), which leaves the block out of the loss"
         )
     rows: list[dict[str, Any]] = []

@@ -53,7 +53,7 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 class LeakCheck:
-    """Find texts that contain the subject or a prompt of an edit. Such texts must not be in the training data.
+    """Find texts that contain the subject or a prompt of an edit, to keep them out of additional training data.
 
     The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (questions of the
     evaluation). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case, the

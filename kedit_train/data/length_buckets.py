@@ -45,6 +45,6 @@ class LengthBuckets(BatchSampler):
             if width > size:
                 pool.sort(key=lambda index: self.lengths[index])
             batches = [pool[i : i + size] for i in range(0, len(pool), size)]
-            # Sorted batches would run from short to long. So they are sorted again, by the position of the index in each
-            # batch that was drawn first.
+            # In a sorted pool, the batches would run from short to long. So they are yielded in the order in which
+            # their first index was drawn.
             yield from sorted(batches, key=lambda batch: min(position[index] for index in batch))
