@@ -314,8 +314,8 @@ class EditDataset(Sequence[Edit]):
 
         Args:
             tokenizer: a tokenizer of ``transformers``.
-            append_eos: whether every target ends with exactly one end token. The end token is the end-of-text token.
-                In a chat, it is the token that closes the turn of the assistant, if the template has such a token.
+            append_eos: whether every target ends with exactly one end token. In a chat, the end token closes the turn
+                of the assistant, if the template has such a token. In all other cases, the end token is end-of-text.
                 "auto" appends the end token in chats and with the format "question". After plain completions, "auto"
                 appends the end token if ``model`` itself ends its completions, or if ``model`` is None
                 (:func:`~kedit_train.data.answer_end.decide_append_eos` describes all cases).

@@ -86,7 +86,7 @@ class EditDelta:
                 read. With None, all tensors are compared.
 
         Raises:
-            EditError: the models differ in names, shapes or dtypes.
+            EditError: the models differ in the names, shapes or dtypes of their tensors.
         """
         old, new = weights_of(base), weights_of(edited)
         if touched is None and set(old) != set(new):

@@ -53,7 +53,7 @@ class Fields:
     """The fields of a record, or of a mapping inside a record, with checks of their types.
 
     An optional field may be missing, null or blank. A value of a wrong type raises a one-line ``EditError``. Several
-    keys in one call are alternative names of the same field. The method then reads the first key that has a value.
+    keys in one call are alternative names of the same field. The call then reads the first key that has a value.
 
     Args:
         values: the record.
