@@ -44,8 +44,9 @@ class AugmentationOptions:
     Args:
         prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the unedited model
             generates, followed by the prompt of the edit.
-        replay: prompts about other facts, to train with the answers of the unedited model: a ``.txt`` file with one
-            prompt per line, a file of edits (only its prompts are used), or "world" for the prompts of kedit-train.
+        replay: prompts about other facts. They are trained with the answers of the unedited model. Give a ``.txt`` file
+            with one prompt per line, a file of edits (only its prompts are used), or "world" for the prompts that come
+            with kedit-train.
         replay_limit: maximum number of facts to replay, drawn at random with the seed of the run. None uses the number
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
@@ -67,7 +68,7 @@ class AugmentationOptions:
 
 
 def check_counts(prefixes: Any, replay_limit: Any) -> None:
-    """Check the numbers of examples, in a recipe before a model is loaded."""
+    """Check the numbers of examples. In a recipe, this check runs before the model is loaded."""
     check_arguments(
         "augmentation", prefixes=(prefixes, integer_from(0)), replay_limit=(replay_limit, optional(integer_from(1)))
     )
@@ -83,7 +84,7 @@ class Augmentation:
         replay: examples of replayed facts and of previous edits. Every call returns all of these examples.
         seed: seed of the random draws.
         leak_check: finds examples with a scored prompt (a rephrase, or the prompt of a locality or portability
-            question) of any edit of the run. These examples must not be trained on.
+            question) of any edit of the run. A call leaves these examples out.
         summary: one line with the numbers of examples that were made and left out.
     """
 
@@ -131,15 +132,15 @@ def augmentation(
         edits: all edits of the run. Examples that contain a scored prompt of these edits are left out.
         prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the model generates,
             followed by the prompt of the edit.
-        replay: prompts about other facts, to train with the answers of the model: a list of prompts, a ``.txt`` file
-            with one prompt per line, a file of edits (only its prompts are used), or "world" for the prompts of
-            kedit-train.
+        replay: prompts about other facts. They are trained with the answers of ``model``. Give a list of prompts, a
+            ``.txt`` file with one prompt per line, a file of edits (only its prompts are used), or "world" for the
+            prompts that come with kedit-train.
         replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
         previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained
             again with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
             ``edits``, or if its prompt with its target contains a scored prompt of ``edits``.
         seed: seed of all random draws.
-        prompt_format: the prompt format of the training: "plain", "chat" or "question".
+        prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
         batch_size: number of prompts per forward pass.
 
     Raises:
@@ -184,7 +185,7 @@ def augmentation(
             summary.append(f"{len(facts.examples)} replayed facts ({facts.describe()})")
         if previous_edits is not None:
             earlier = EditDataset.of(previous_edits) if isinstance(previous_edits, str | Path) else previous_edits
-            # A file of the edits of several days may overwrite an edit on a later day.
+            # If the file has the edits of several days, a later edit may replace an earlier edit.
             kept = [(i, earlier[i]) for i in without_overwritten(earlier)]
             again = [Edit(edit.prompt, edit.target, id=f"earlier {edit.id or i}") for i, edit in kept]
             allowed = [example for example in again if not check.is_leak(example)]
@@ -210,7 +211,8 @@ def _prefixes(
     if len(texts) < per_edit:
         raise EditError(
             f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used, "
-            "because the others contain texts of the edits or are used by the evaluation; lower prefixes."
+            "because the others contain a subject or a prompt of an edit, or are prefixes of the evaluation; lower "
+            "prefixes."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

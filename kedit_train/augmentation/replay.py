@@ -28,8 +28,8 @@ class ReplayedFacts:
     Args:
         examples: prompts with the answers of the unedited model.
         prompts: number of different prompts that were considered.
-        leaked: number of prompts left out because they contain the subject of an edit, or a prompt on which an edit is
-            scored.
+        leaked: number of prompts left out because they contain the subject or the prompt of an edit, or because the
+            prompt with its answer contains a scored prompt (see :func:`replay_facts`).
         empty: number of prompts left out because the model generated no text.
         cut_off: number of prompts left out because the model did not end its answer within ``max_new_tokens``.
     """
@@ -75,7 +75,7 @@ def replay_facts(
         limit: maximum number of examples. The prompts are tried in a random order, drawn with ``seed``. None uses all
             prompts.
         seed: seed of the random order.
-        prompt_format: the prompt format of the training: "plain", "chat" or "question".
+        prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
         batch_size: number of prompts per forward pass.
         max_new_tokens: maximum length of an answer in tokens. Prompts with a longer answer are left out.
 

@@ -1,7 +1,8 @@
-"""Decide whether targets end with end-of-text (``append_eos="auto"``): only if the model ends such answers by itself.
+"""Decide whether targets end with end-of-text (``append_eos="auto"``).
 
 A pretrained model does not end a text after a completion. If the model is trained on end-of-text after the target, it
-learns to stop in the middle of other texts. This damages the texts that the model generates more than the edits do.
+learns to stop in the middle of other texts. This damages generated texts more than the edits themselves do. Therefore,
+"auto" measures whether the unedited model itself ends its completions.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def decide_append_eos(
 ) -> EndDecision:
     """Decide whether targets end with end-of-text.
 
-    With "auto", targets in chats and after questions end with end-of-text, because models end such answers. A plain
-    completion ends with end-of-text if the tokenizer ends every text, or if the model ends such answers by itself
-    (:func:`end_probability` is at least one half).
+    With "auto", targets end with end-of-text in chats and with the format "question", because models end their answers
+    there. A plain completion ends with end-of-text if the tokenizer appends end-of-text to every text, or if the model
+    itself ends its completions (:func:`end_probability` is at least one half).
 
     Args:
         append_eos: True or False sets the decision. With "auto", this function decides.
@@ -71,16 +72,16 @@ def decide_append_eos(
     if append_eos != "auto":
         return EndDecision(append_eos, f"append_eos={append_eos} was set")
     if prompt_format != "plain":
-        return EndDecision(True, "answers in a chat or to a question end")
+        return EndDecision(True, "models end their answers in chats and to questions")
     if end_id(tokenizer) is None:
         return EndDecision(False, "the tokenizer has no end-of-text token")
     if token_ids(tokenizer, "text", special=True)[-1:] == [tokenizer.eos_token_id]:
-        return EndDecision(True, "the tokenizer ends every text")
+        return EndDecision(True, "the tokenizer appends end-of-text to every text")
     if model is None:
-        return EndDecision(True, "no model was given to measure whether its answers end")
+        return EndDecision(True, "no model was given, so it cannot be measured whether the model ends its answers")
     probability = end_probability(model, tokenizer, edits)
     ends = probability >= THRESHOLD
-    reason = "the unedited model ends" + ("" if ends else " only") + f" {probability:.0%} of such answers by itself"
+    reason = "the unedited model ends" + ("" if ends else " only") + f" {probability:.0%} of its completions by itself"
     return EndDecision(ends, reason, probability)
 
 

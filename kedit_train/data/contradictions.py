@@ -14,11 +14,11 @@ from kedit_train.errors import EditError
 
 
 def contradict(one: Edit, other: Edit) -> bool:
-    """Return whether two edits answer one prompt, but neither edit accepts the target of the other edit.
+    """Return whether two edits answer the same prompt, and neither edit accepts the target of the other edit.
 
-    Two edits answer one prompt if they have the same prompt, or if the prompt of one edit is a rephrase of the other.
-    The comparison ignores letter case, the amount of white space, invisible characters and Unicode forms (NFKC), as the
-    leak check does.
+    Two edits answer the same prompt if their prompts are equal, or if the prompt of one edit is a rephrase of the other
+    edit. An edit accepts its own target and its aliases. The comparison ignores letter case, the amount of white space,
+    invisible characters and Unicode forms (NFKC), as the leak check does.
 
     Only whole prompts are compared. The edits "X is" -> "A B" and "X is A" -> "C" do not contradict each other,
     although the model cannot learn both well: the tokens "X is A" are followed by "B" in one edit and by "C" in the
@@ -36,7 +36,7 @@ def contradict(one: Edit, other: Edit) -> bool:
 
 
 def _shared_prompt(one: Edit, other: Edit) -> str | None:
-    """Return the prompt that both edits answer, as one of the edits spells it."""
+    """Return the prompt that both edits answer, in the spelling of one of them, or None if there is no such prompt."""
     first, second = fold(one.prompt), fold(other.prompt)
     if first == second or first in map(fold, other.rephrases):
         return one.prompt
@@ -48,7 +48,7 @@ def _differ(one: Edit, other: Edit) -> bool:
 
 
 class _Answered:
-    """Finds edits that answer the same prompt as another edit, among the edits that were added."""
+    """An index of edits by their prompts and rephrases. It finds an added edit that another edit contradicts."""
 
     def __init__(self) -> None:
         self._prompts: dict[str, list[int]] = defaultdict(list)
@@ -57,7 +57,7 @@ class _Answered:
     def contradicted(self, edits: Sequence[Edit], i: int) -> int | None:
         """Return the index of an added edit that edit ``i`` contradicts, or None.
 
-        Edits with the same prompt come first, in the order in which they were added.
+        Added edits with the same prompt are tried first, in the order in which they were added.
         """
         prompt = fold(edits[i].prompt)
         same = [self._prompts[prompt], self._rephrases[prompt]]
@@ -72,9 +72,10 @@ class _Answered:
 
 
 def contradictions(edits: Sequence[Edit]) -> list[tuple[int, int]]:
-    """Return the indices (earlier, later) of all edits that contradict an earlier edit.
+    """Return one pair of indices (earlier, later) for each edit that contradicts an earlier edit.
 
-    Each later edit is paired with one edit that it contradicts: the first with the same prompt, if there is one.
+    If a later edit contradicts several earlier edits, the pair contains only one of them: the first edit with the same
+    prompt, if there is one.
     """
     answered = _Answered()
     pairs = []
@@ -96,7 +97,7 @@ def numbered(edits: Sequence[Edit], i: int) -> str:
 
 
 def check_contradictions(edits: Sequence[Edit], name: str) -> None:
-    """Raise an error if two edits contradict each other, because one training cannot reach both targets.
+    """Raise an error if two edits contradict each other, because a model cannot learn both targets in one run.
 
     Args:
         edits: the edits.
@@ -134,7 +135,7 @@ def without_overwritten(edits: Sequence[Edit]) -> list[int]:
 
 
 def duplicates(edits: Sequence[Edit]) -> list[tuple[int, int]]:
-    """Return the indices (first, repeated) of all edits that are equal to an earlier edit, except for the id.
+    """Return one pair of indices (first, repeated) for each edit that equals an earlier edit. The ids may differ.
 
     The comparison of prompts and targets ignores the amount of white space, invisible characters and Unicode forms
     (NFKC), but not letter case.

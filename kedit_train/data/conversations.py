@@ -36,7 +36,10 @@ def check_messages(messages: Any, where: str) -> None:
         EditError: a message is malformed, or there is no message.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise EditError(f"{where}: messages must be a list of messages, got {shorten(repr(messages))}; correct it.")
+        raise EditError(
+            f"{where}: messages must be a list of at least one message with a role and a content, got "
+            f"{shorten(repr(messages))}; correct the list."
+        )
     for number, message in enumerate(messages, 1):
         fields = [message.get(key) for key in ("role", "content")] if isinstance(message, Mapping) else []
         if not fields or not all(isinstance(value, str) for value in fields):

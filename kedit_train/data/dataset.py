@@ -45,8 +45,8 @@ class EditDataset(Sequence[Edit]):
         skipped: one message for each record that could not be read.
 
     Raises:
-        EditError: there is no edit, or an edit has a prompt or a target without visible characters, or a field of a
-            wrong type.
+        EditError: there is no edit, a text of an edit has no visible character or is not valid Unicode, or a field has
+            a wrong type.
 
     Example:
         >>> from kedit_train import Edit, EditDataset
@@ -110,7 +110,7 @@ class EditDataset(Sequence[Edit]):
                     f"edits, save EditDataset(kedit_train.world.edits({limit})) to a .jsonl file and load the file.",
                     component="EditDataset",
                 )
-            # The probes of an edit depend on all edits of a list, so the list is made first and cut afterwards.
+            # The probes of an edit depend on all edits of a list, so the full list is made first and cut afterwards.
             return cls(edits[:limit], name=world.NAME)
         check_arguments("EditDataset", path=(path, PATH))
         path = Path(path)
@@ -220,7 +220,7 @@ class EditDataset(Sequence[Edit]):
         return self._with([self._edits[i] for i in without_overwritten(self._edits)])
 
     def check_trained_together(self) -> None:
-        """Raise an error if two edits contradict each other, because one training cannot reach both targets.
+        """Raise an error if two edits contradict each other, because a model cannot learn both targets in one run.
 
         :meth:`encode` and :meth:`to_prompt_completion` call this method. In the modes "sequential" and "streaming" of
         :func:`~kedit_train.run_edits`, a later edit may contradict an earlier edit, and then replaces it.
@@ -260,19 +260,19 @@ class EditDataset(Sequence[Edit]):
         with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
         ``SFTTrainer`` renders with the chat template of its tokenizer.
 
-        ``SFTTrainer`` (trl 1.16) always appends end-of-text to a plain completion, even if the model does not end such
-        answers by itself. :meth:`to_tokens` has the argument ``append_eos`` for this decision. ``docs/data.md`` lists
-        all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
+        ``SFTTrainer`` (trl 1.16) appends end-of-text to every plain completion, even if the unedited model itself does
+        not end its completions. To avoid this, use :meth:`to_tokens` with its argument ``append_eos``. ``docs/data.md``
+        lists all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
 
         Args:
-            prompt_format: "plain", "chat", "question" or a ``ChatFormat`` without thoughts.
+            prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``.
 
         Returns:
             One row per edit.
 
         Raises:
-            EditError: the package ``datasets`` is not installed, two edits contradict each other, or the format has
-                thoughts, on which ``SFTTrainer`` would train.
+            EditError: the package ``datasets`` is not installed, two edits contradict each other, or the format is a
+                ``ChatFormat`` with ``thinking=True``. ``SFTTrainer`` would train on the thinking block of this format.
         """
         check_format(prompt_format)
         self.check_trained_together()
@@ -314,11 +314,11 @@ class EditDataset(Sequence[Edit]):
 
         Args:
             tokenizer: a tokenizer of ``transformers``.
-            append_eos: whether every target ends with exactly one end token. The end token is the end-of-text token.
-                In a chat, it is the token that closes the turn of the assistant, if the template has such a token.
-                "auto" appends the end token in chats and after questions. After plain completions, "auto" appends the
-                end token if ``model`` ends such answers by itself or if ``model`` is None
-                (:func:`~kedit_train.data.answer_end.decide_append_eos`).
+            append_eos: whether every target ends with exactly one end token. In a chat, the end token closes the turn
+                of the assistant, if the template has such a token. In all other cases, the end token is end-of-text.
+                "auto" appends the end token in chats and with the format "question". After plain completions, "auto"
+                appends the end token if ``model`` itself ends its completions, or if ``model`` is None
+                (:func:`~kedit_train.data.answer_end.decide_append_eos` describes all cases).
             model: the unedited model, for ``append_eos="auto"``. It is left unchanged.
             max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer
                 (``model_max_length``), if the tokenizer has a limit.

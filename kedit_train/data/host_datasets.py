@@ -21,12 +21,12 @@ def prompt_completion_rows(edits: Iterable[Edit], prompt_format: PromptFormat) -
     """Return rows with the columns ``prompt`` and ``completion``.
 
     Raises:
-        EditError: the format has thoughts.
+        EditError: the format is a ``ChatFormat`` with ``thinking=True``.
     """
     chat = chat_format(prompt_format)
     if chat is not None and chat.thinking:
         raise EditError(
-            "thinking must be False, because SFTTrainer would train on the thinking block of the template; use "
+            "prompt_format must have thinking=False, because SFTTrainer would train on the thinking block; use "
             "to_tokens(tokenizer, prompt_format=...), which leaves the block out of the loss"
         )
     rows: list[dict[str, Any]] = []

@@ -13,10 +13,10 @@ from kedit_train.errors import EditError
 
 
 def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int, seed: int = 0) -> list[Edit]:
-    """Make pseudo-paraphrases: put ``per_edit`` different prefixes in front of the prompt of each edit.
+    """Make ``per_edit`` pseudo-paraphrases of each edit. A pseudo-paraphrase is a prefix, followed by the prompt.
 
-    The targets stay the same. The prefixes of an edit depend on ``seed`` and on the prompt of this edit, but not on the
-    other edits.
+    The pseudo-paraphrases of an edit have different prefixes and the target of the edit. The prefixes depend on
+    ``seed`` and on the prompt of this edit, but not on the other edits.
 
     Args:
         edits: the edits.
@@ -53,10 +53,10 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 class LeakCheck:
-    """Find texts that contain the subject or a prompt of an edit. Such texts must not be in the training data.
+    """Find texts that contain the subject or a prompt of an edit, to keep them out of additional training data.
 
-    The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (evaluation prompts with
-    right answers). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case, the
+    The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (questions of the
+    evaluation). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case, the
     amount of white space, invisible characters and Unicode forms (NFKC). The time of a check depends on the length of
     the text, not on the number of edits.
 
@@ -84,7 +84,7 @@ class LeakCheck:
         return self._prompts.any_in(text) or self._scored.any_in(text)
 
     def mentions_edit(self, text: str) -> bool:
-        """Return whether the text contains the prompt of an edit, or its subject as whole words."""
+        """Return whether the text contains the prompt of an edit, or the subject of an edit as whole words."""
         return self._prompts.any_in(text) or self._subjects.any_in(text)
 
     def is_leak(self, example: Edit) -> bool:
@@ -125,7 +125,7 @@ def contains_words(text: str, phrase: str) -> bool:
 
 
 def _ends_at_words(text: str, start: int, end: int) -> bool:
-    """Return whether no word crosses ``start`` or ``end``. In scripts without spaces, every character is a word."""
+    """Return whether ``start`` and ``end`` are word boundaries. In scripts without spaces, every position is one."""
     return not any(
         0 < at < len(text) and all(c.isalnum() and not SPACELESS.match(c) for c in text[at - 1 : at + 1])
         for at in (start, end)

@@ -14,8 +14,9 @@ class LengthBuckets(BatchSampler):
     The indices of an epoch are cut into pools. Each pool is sorted by length and cut into batches. If a pool has the
     size of one batch, nothing is sorted, and the batches are the same as those of ``BatchSampler``.
 
-    A pool contains at most a quarter of the epoch. If a short epoch were a single pool, each batch would contain the
-    same edits in every epoch. Breadth-first training (arXiv 2509.22072) needs different batches in each epoch.
+    A pool contains at most a quarter of the epoch, but at least one batch. If a short epoch were a single pool, each
+    batch would contain the same edits in every epoch. Breadth-first training (arXiv 2509.22072) needs different batches
+    in each epoch.
 
     The first three arguments are those of ``BatchSampler``, so Lightning can insert a distributed sampler. Create the
     batch sampler in a ``train_dataloader`` hook, as ``EditDataModule`` does. If a batch sampler was created earlier,
@@ -45,5 +46,6 @@ class LengthBuckets(BatchSampler):
             if width > size:
                 pool.sort(key=lambda index: self.lengths[index])
             batches = [pool[i : i + size] for i in range(0, len(pool), size)]
-            # Sorted batches would run from short to long, so batches are ordered by the first index that was drawn.
+            # In a sorted pool, the batches would run from short to long. So they are yielded in the order in which
+            # their first index was drawn.
             yield from sorted(batches, key=lambda batch: min(position[index] for index in batch))

@@ -67,8 +67,8 @@ class _Frame:
 
     Args:
         generation: the text from which the model generates.
-        prompt: the text before the answer in training. It differs from ``generation`` in an empty thinking block, if
-            the model thinks before it answers.
+        prompt: the text before the answer in training. If the model thinks before it answers, this is ``generation``
+            with an empty thinking block. Otherwise it is equal to ``generation``.
         space: the spaces in front of the answer. None: they depend on prompt and target (:func:`separator`).
         after: the text that the template puts after the answer.
     """
@@ -220,10 +220,10 @@ def encode_prompts(
         tokenizer: a tokenizer of ``transformers``.
         prompts: the prompts.
         context: the context length of the model in tokens, or None for no limit.
-        prompt_format: "plain", "chat" or "question".
+        prompt_format: "plain", "chat", "question" or a ``ChatFormat``.
 
     Raises:
-        EditError: a prompt is empty, or fills the whole context of the model.
+        EditError: a prompt has no tokens, or fills the whole context of the model.
     """
     sequences = []
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Check whether a text contains a visible character, and compare texts as a reader sees them."""
+"""Check whether a text contains a visible character, and normalize texts, so that texts that look alike are equal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def normalize(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Return the text as :func:`normalize` does, in case-folded form.
+    """Normalize the text with :func:`normalize`, and fold its case, so that comparisons ignore letter case.
 
     Example:
         >>> fold("The  Capital\\tof FRANCE ")

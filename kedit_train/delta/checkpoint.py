@@ -71,7 +71,7 @@ def _jobs(
     if missing is not None:
         raise EditError(
             f"the checkpoint has no tensor {missing!r}, so the delta belongs to another model; use a checkpoint of the "
-            "model that was edited."
+            "model for which the delta was made."
         )
     jobs: dict[Path, dict[str, tuple[Span, Change]]] = {}
     for name, change in changes.items():

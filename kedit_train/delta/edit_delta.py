@@ -86,7 +86,7 @@ class EditDelta:
                 read. With None, all tensors are compared.
 
         Raises:
-            EditError: the models differ in names, shapes or dtypes.
+            EditError: the models differ in the names, shapes or dtypes of their tensors.
         """
         old, new = weights_of(base), weights_of(edited)
         if touched is None and set(old) != set(new):
@@ -131,8 +131,8 @@ class EditDelta:
         """Read a file from :meth:`save`, and verify every byte. The file may be changed or deleted afterwards.
 
         A file of up to 64 MiB is copied into memory. A larger file is copied to disk, next to the file or in the folder
-        for temporary files. This copy is an unnamed temporary file. It takes memory only when it is used, and is
-        deleted together with the delta object.
+        for temporary files. This copy is an unnamed temporary file. Its tensors take memory only when they are used.
+        The copy is deleted together with the delta object.
 
         Raises:
             EditError: the file is not a delta, is damaged, or was changed after it was written.
@@ -167,7 +167,7 @@ class EditDelta:
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
                     "the model differs from the base model in tensors that the delta does not change; use the model "
-                    "that the delta was made for. The delta can also be applied to this model, but the scores in the "
+                    "for which the delta was made. The delta can also be applied to this model, but the scores in the "
                     "delta were measured on another model."
                 )
         return state
@@ -278,7 +278,7 @@ class EditDelta:
         return f"EditDelta({count}, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
 
     def _targets(self, model: Any) -> list[tuple[str, Tensor]]:
-        """Return (name in the delta, tensor of the model), each tensor of the model once."""
+        """Return pairs (name in the delta, tensor of the model). Each tensor of the model appears in one pair."""
         if isinstance(model, nn.Module):
             reshard(model)
             named = named_tensors(model)
@@ -292,9 +292,15 @@ class EditDelta:
         for name, change in self.changes.items():
             present = [alias for alias in (name, *change.tied) if alias in named]
             if not present:
-                hint = ", with the adapter merged or removed" if hasattr(model, "peft_config") else ""
+                hint = (
+                    ". This model has an adapter: merge or remove it (in PEFT: merge_and_unload() or unload()), and "
+                    "use the model that this call returns"
+                    if hasattr(model, "peft_config")
+                    else ""
+                )
                 raise EditError(
-                    f"the model has no tensor {name!r}, which the delta changes; use the model that was edited{hint}."
+                    f"the model has no tensor {name!r}, which the delta changes; use the model for which the delta was "
+                    f"made{hint}."
                 )
             for alias in present:
                 for other in groups[alias]:

@@ -97,8 +97,8 @@ class TaskVector(Generic[D]):
             # torch.isfinite does not support float8, so the values are converted to a wider dtype first.
             if not bool(moved.to(difference.dtype)[difference != 0].isfinite().all()):
                 raise EditError(
-                    f"the edited {name} must be finite in {base.values.dtype}, got infinite or NaN values; use a "
-                    "smaller coefficient."
+                    f"tensor {name} must have finite values in {base.values.dtype} after the edit, got infinite or NaN "
+                    "values; use a smaller coefficient."
                 )
             change = change_between(base.values, edited, base.hash, base.tied, base.known)
             if change is not None:
@@ -206,6 +206,6 @@ def check_same_base(one: TaskVector[Any], other: TaskVector[Any]) -> None:
         mine, theirs = one.base[name], other.base[name]
         if mine.hash != theirs.hash or mine.values.shape != theirs.values.shape:
             raise EditError(
-                f"the deltas name the same base model, but record different values of {name} before the edit, so one "
-                "delta is not valid; make both deltas again."
+                f"the deltas have the same base model, but different values of tensor {name} before the edit, so at "
+                "least one delta is not valid; make both deltas again."
             )

@@ -95,8 +95,8 @@ class Change:
         if whole.dtype != self.dtype or tuple(whole.shape) != self.shape:
             raise EditError(
                 f"tensor {name} is {_described(whole.dtype, whole.shape)} in the model and "
-                f"{_described(self.dtype, self.shape)} in the delta; use the model that was edited, in the dtype of "
-                "the delta."
+                f"{_described(self.dtype, self.shape)} in the delta; use the model for which the delta was "
+                "made, in the dtype of the delta."
             )
         state = self.state(whole)
         if state == expected:
@@ -105,7 +105,7 @@ class Change:
             raise EditError(
                 f"the values of tensor {name} in the model are neither those before the edit nor those after the edit "
                 "(compared by SHA-256), so the delta was made for another model or for another version of this model; "
-                "use the model that was edited."
+                "use the model for which the delta was made."
             )
         if expected == "base":
             raise EditError(
@@ -162,8 +162,8 @@ class Change:
         for values in (self.before, self.after):
             if tuple(values.shape) != expected or values.dtype != self.before.dtype:
                 raise EditError(
-                    f"the values must have shape {list(expected)} and one dtype, got {values.dtype} "
-                    f"{list(values.shape)}; save the delta again"
+                    f"the values before and after the edit must have shape {list(expected)} and the same dtype, got "
+                    f"{values.dtype} {list(values.shape)}; save the delta again"
                 )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
@@ -177,7 +177,10 @@ class Change:
             ) from error
 
     def _cost(self) -> int:
-        """Return the bytes that a file takes in this layout; ``before`` and ``after`` are still whole tensors."""
+        """Return the size in bytes that this change will have in a file.
+
+        ``before`` and ``after`` must still be whole tensors. The values at the positions of ``index`` are counted.
+        """
         size = self.before.numel()
         if self.index is None:
             return 2 * size * self.before.element_size()

@@ -156,7 +156,7 @@ def _merged(base: nn.Module, named: dict[str, Tensor], readers: Any, made_of: An
                 if layer.merged:
                     problem, remedy = "is already merged", "call unmerge_adapter()"
                 else:
-                    problem, remedy = "is sharded (FSDP2)", "gather it"
+                    problem, remedy = "is sharded (FSDP2)", "gather its full tensors"
                 raise EditError(f"{prefix}: the adapter {problem}; {remedy} before you make a delta.")
             for name in own:
                 inner = name.removeprefix(f"{prefix}.base_layer.")

@@ -100,7 +100,7 @@ class ModeResult:
             cells = [_cell(scores[name]) if name in scores else "–" for name in names]
             lines.append(f"| {checkpoint.edits} | " + " | ".join(cells) + f" | {checkpoint.seconds:.1f} |")
         lines += ["", "Scores are exact matches of generated answers on all edits so far, with 95 % intervals."]
-        lines += ["latest: reliability of only the newest edits. seconds: training time.", ""]
+        lines += ["latest: reliability on the newest edits only. seconds: training time.", ""]
         return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def to_dict(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def run_edits(
             "seed": seed,
         }
         if isinstance(train, TrainLoop):
-            # This is decided on all edits here, before the first training could decide it on one edit.
+            # All edits are used for this decision. Otherwise, the first training would decide on its own edits alone.
             meta["append_eos"] = str(train.append_eos(model, run.edits))
         copied = ("data_name", "data_hash", "model", "versions", "settings", "date")
         meta |= {name: unedited.meta[name] for name in copied}

@@ -167,7 +167,7 @@ def retainability(accuracy: Mapping[int, float]) -> float:
     first, last = min(accuracy), max(accuracy)
     if first == last:
         raise EditError(
-            "accuracy must contain the accuracy at two or more numbers of edits, got one entry; evaluate at more "
+            "accuracy must have at least two entries {number of edits: accuracy}, got one; evaluate the model at more "
             "checkpoints."
         )
     return (accuracy[last] - accuracy[first]) / (last - first)

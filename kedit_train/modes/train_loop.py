@@ -31,7 +31,7 @@ class ExampleOptions:
 
     Args:
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" (the prompt
-            as a question, followed by "Answer:") or a :class:`~kedit_train.ChatFormat`.
+            as a question, followed by "A:") or a :class:`~kedit_train.ChatFormat`.
         append_eos: append the end-of-text token to every target. With "auto", the token is always appended in chats and
             after questions. It is appended to plain completions only if the model ends such completions by itself. The
             model is tested once, before its first training, and the decision is printed.
@@ -66,8 +66,9 @@ class TrainLoop:
     Args:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
-            down-projection late in the model. If ``run_edits`` trains in several schedule steps, the callbacks are
-            reset in each step, and the reference model is the model at the start of the step. There are two exceptions.
+            down-projection late in the model. If ``run_edits`` calls this function several times (once per schedule
+            step), the callbacks are reset in each step, and the reference model is the model at the start of the step.
+            There are two exceptions.
             ``KLLocality``, ``NullSpace`` and ``LowCurvature`` with ``sequential=True`` keep their reference from step
             to step. ``NormBall`` and ``WeightAnchor`` without ``anchor="previous"`` use the weights before the first
             step.
@@ -119,7 +120,7 @@ class TrainLoop:
         self.learning_rate, self.stop_loss, self.optimizer = learning_rate, stop_loss, optimizer
         self.examples = examples or ExampleOptions()
         self.callbacks = [ParameterScope(0.7, modules="mlp.down_proj")] if callbacks is None else list(callbacks)
-        # The models of earlier trainings must not decide again, because they are edited.
+        # Each model decides only once, before its first training. Later, the model is edited.
         self._decisions: WeakKeyDictionary[nn.Module, EndDecision] = WeakKeyDictionary()
         with reported_by("TrainLoop"):
             check_format(self.examples.prompt_format, tokenizer)

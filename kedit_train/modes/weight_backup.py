@@ -63,4 +63,4 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _describe(tensor: Any) -> str:
-    return "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+    return "no tensor" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"

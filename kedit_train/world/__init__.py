@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "edits", "is_world", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
 
-# Instead of a model, edits, texts or prompts, this name selects the ones that come with kedit-train.
+# Arguments for a model, edits, texts or prompts accept this name. It selects those that come with kedit-train.
 NAME = "world"
 
 

@@ -13,7 +13,8 @@ from kedit_train.world import facts, grammar
 from kedit_train.world.facts import Fact, Key, World, pick, shuffled
 from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
-MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}  # fraction; the others keep two-hop answers true
+# The largest fraction of the subjects of each type that is edited. New answers need unedited companies and cities.
+MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}
 EDITS = 24  # training on this many edits takes half a minute
 STATEMENTS_ASKED, QUESTIONS_ASKED = 3, 2
 NEIGHBOURS, UNRELATED, INBOUND = 2, 2, 2
@@ -111,13 +112,16 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
             "locality_texts",
         )
     drawn = shuffled(rng, [*stated, *grammar.paragraphs(prose, seed=1000 + seed, held_out=False)])
-    # They are not replaced, so that the draws are the same as if nothing were left out.
+    # Leaks are left out after the draw and are not replaced, so that they do not change the other draws.
     leaks = _statements_with_prompts(left, exclude, wordings)
     return [text for text in drawn if text not in leaks]
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Return all texts except those on facts that an edit changes or that a probe or rephrase asks about.
+    """Return the texts that stay true after the edits.
+
+    A text is left out if it states a fact that an edit changes, a fact that follows from a changed fact, or a fact that
+    a probe or rephrase asks about.
 
     Args:
         texts: texts that :func:`locality_texts` returned for previous edits.
@@ -195,7 +199,7 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 
 
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
-    """Choose another object of the same type whose own facts are unedited and change the two-hop answers."""
+    """Choose another object of the same type. Its second-hop facts must be unedited and give other answers."""
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):
         if candidate != fact.object and all(
@@ -286,7 +290,7 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
 def _statements_with_prompts(
     left: Sequence[Fact], exclude: Sequence[Edit], wordings: Mapping[str, Collection[str]]
 ) -> set[str]:
-    """Return the statements of unedited facts that contain an evaluation prompt, in upper or lower case.
+    """Return the statements of unedited facts that contain an evaluation prompt. Letter case is ignored.
 
     An example is "The river of the birthplace of Ada is ...", which contains the prompt "The birthplace of Ada is".
 

@@ -16,7 +16,7 @@ from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 WORLD_SEED = 20
 PEOPLE, COMPANIES, CITIES, COUNTRIES, RIVERS, LANGUAGES = 180, 30, 40, 12, 16, 14
-HELD_OUT_ONE_IN = 20  # one of this many people is in no two-hop training question
+HELD_OUT_ONE_IN = 20  # of this many people, one is in no two-hop training question
 
 PROFESSIONS = (
     "baker", "carpenter", "librarian", "painter", "tailor", "surgeon", "lawyer", "miner", "gardener", "weaver",
@@ -142,7 +142,7 @@ def _hops(facts: dict[Key, Fact], pools: dict[str, tuple[str, ...]]) -> dict[Key
 
 
 def _dealt(rng: Random, answers: Sequence[str], count: int) -> list[str]:
-    """Return ``count`` answers in random order, each equally often (to within one)."""
+    """Return ``count`` answers in random order. The frequencies of two answers differ by at most one."""
     return shuffled(rng, [answers[i % len(answers)] for i in range(count)])
 
 

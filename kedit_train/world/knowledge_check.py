@@ -110,15 +110,15 @@ def write_card(folder: Path, results: dict[str, tuple[float, int]], *, epochs: i
 A Llama with {model.num_parameters():,} parameters ({config.num_hidden_layers} layers, hidden size {config.hidden_size},
 {config.num_attention_heads} heads, byte-level BPE with {config.vocab_size} tokens, tied embeddings, fp32).
 It was trained only on facts about the invented people, companies and cities of `kedit_train.world`, and on sentences of
-a small prose grammar. It knows nothing about the real world. With it, an edit can be tried, tested and measured without
-a download.
+a small prose grammar. It knows nothing about the real world. You can use it to try, test and measure an edit without a
+download.
 
 Made by `python -m kedit_train.world.pretrain --epochs {epochs} --seed {seed}` on {date.today().isoformat()}
 in {seconds:.0f} seconds on {torch.get_num_threads()} CPU threads ({machine}).
 Each document is `<s>` + prompt + one space + answer + `</s>`, without a full stop.
 
-The score of a fact is the exact match of the greedy answer, generated up to end-of-text. The score of prose is the
-perplexity per token, including end-of-text.
+For facts, the score is the fraction of questions whose greedy answer, generated up to end-of-text, is exactly right.
+For prose, the score is the perplexity per token, including end-of-text.
 
 | what | score | n |
 |---|---|---|

@@ -23,7 +23,7 @@ from kedit_train.modules import EditDataModule, EditModule
 
 SCOPE = {"layers": 0.9, "modules": "mlp.down_proj"}
 ON = "append_eos: on, because the unedited model ends"
-OFF = "append_eos: off, because the unedited model ends only 0% of such answers by itself"
+OFF = "append_eos: off, because the unedited model ends only 0% of its completions by itself"
 
 
 def metrics_of(edits: Any = None) -> EditMetrics:

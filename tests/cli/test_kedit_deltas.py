@@ -244,5 +244,5 @@ def test_apply_on_another_model_says_what_differs_and_what_to_do(
             assert err.startswith(f"error: {file} (made for ")
             assert f" cannot be used with {folder}: " in err
             assert reason in err
-            assert "use the model that was edited" in err
+            assert "use the model for which the delta was made" in err
     assert not (tmp_path / "out").exists()

@@ -73,9 +73,12 @@ def test_the_decision_and_its_reason() -> None:
     assert decide(False) == "append_eos: off, because append_eos=False was set"
     assert decide(model=None).startswith("append_eos: on, because no model was given")
     for prompt_format in ("chat", "question"):
-        assert decide(prompt_format=prompt_format) == "append_eos: on, because answers in a chat or to a question end"
+        assert (
+            decide(prompt_format=prompt_format)
+            == "append_eos: on, because models end their answers in chats and to questions"
+        )
     endless(model, tokenizer)
-    assert decide() == "append_eos: off, because the unedited model ends only 0% of such answers by itself"
+    assert decide() == "append_eos: off, because the unedited model ends only 0% of its completions by itself"
     assert decide(prompt_format="question").startswith("append_eos: on")
     tokenizer.eos_token = None
     assert decide() == "append_eos: off, because the tokenizer has no end-of-text token"
@@ -89,7 +92,7 @@ def test_a_tokenizer_that_ends_every_text_decides() -> None:
     pattern = f"<s> $A {tokenizer.eos_token}"
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=ids)
     decision = decide_append_eos("auto", tokenizer, world.edits(2), model=endless(model, tokenizer))
-    assert str(decision) == "append_eos: on, because the tokenizer ends every text"
+    assert str(decision) == "append_eos: on, because the tokenizer appends end-of-text to every text"
 
 
 def test_tokens_of_a_model_that_ends_its_answers_stay_as_they_were() -> None:

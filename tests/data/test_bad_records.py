@@ -13,7 +13,7 @@ from kedit_train.errors import EditError
 
 # The good records of these files are the same record.
 pytestmark = pytest.mark.filterwarnings("ignore:.*repeat an earlier edit:UserWarning")
-REST = '; correct the record, or pass on_error="skip" to leave out such records'
+REST = '; correct the record, or pass on_error="skip" to leave out records with errors'
 GOOD = {
     "edits": {"prompt": "p", "target": "t"},
     "counterfact": {"prompt": "p", "target_new": "t", "ground_truth": "o"},
@@ -177,7 +177,7 @@ def test_an_unknown_field_is_an_error_in_the_format_of_this_package(tmp_path: Pa
     assert raised(path) == (
         f"{path}, record 2: unknown field 'rephrasing' (known fields: aliases, id, locality, old_target, portability, "
         "prompt, rephrases, subject, target); rename or remove the field, or pass "
-        'on_error="skip" to leave out such records'
+        'on_error="skip" to leave out records with errors'
     )
 
 

@@ -92,7 +92,9 @@ def test_thoughts_are_context_without_a_loss() -> None:
         assert target.count("Ann") == 1
         with pytest.raises(EditError, match=r"edit 1: with thinking=True, the target must be the answer after"):
             EditDataset([Edit("Who?", "<think>No</think>Ann")]).encode(tokenizer, prompt_format=chat)
-    with pytest.raises(EditError, match=r"thinking must be False, because SFTTrainer would train.*to_tokens"):
+    with pytest.raises(
+        EditError, match=r"prompt_format must have thinking=False, because SFTTrainer would train.*to_tokens"
+    ):
         EditDataset([Edit("Who?", "Ann")]).to_prompt_completion(prompt_format=chat)
 
 

@@ -26,7 +26,7 @@ LINE = (
     "and 'Rome'; remove one of the edits, add its target to the aliases of the other, or call latest() on the dataset "
     "to keep the last edit of each prompt"
 )
-SKIP = 'correct the record, or pass on_error="skip" to leave out such records'
+SKIP = 'correct the record, or pass on_error="skip" to leave out records with errors'
 UNREADABLE = {
     "nested": ('{"prompt": "p", "target": ' + "[" * 100_000 + "]" * 100_000 + "}", "it is nested too deeply"),
     "digits": ('{"prompt": "p", "target": "t", "id": ' + "9" * 5000 + "}", "a number has too many digits"),

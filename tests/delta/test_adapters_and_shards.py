@@ -77,7 +77,7 @@ def test_adapters_that_cannot_be_merged_are_refused(make):
     with pytest.raises(EditError, match=r"q_proj: the adapter is already merged; call unmerge_adapter\(\)"):
         EditDelta.between(base, merged)
     model = adapted(base)
-    with pytest.raises(EditError, match="use the model that was edited, with the adapter merged or removed"):
+    with pytest.raises(EditError, match=r"the delta was made. This model has an adapter: merge or remove it"):
         EditDelta.between(base, model).apply(model)
 
 

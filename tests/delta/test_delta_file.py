@@ -108,7 +108,7 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         (lambda text, tensors: text["tensors"]["c"].update(shape=[3]), "'c': the index of the entries must contain"),
         (
             lambda text, tensors: text["tensors"]["b"].update(shape=[3, 5]),
-            r"'b': the values must have shape .* got torch.bfloat16 \[5, 3\]",
+            r"'b': the values before and after the edit must have shape .* got torch.bfloat16 \[5, 3\]",
         ),
         (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': layout must be .* got 'diagonal'"),
         (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': the hash of the base tensor must be"),
@@ -118,7 +118,10 @@ def resealed(tmp_path: Path, change: Any) -> Path:
             lambda text, tensors: tensors.update({"index/d": tensors["index/d"].float()}),
             "must be a one-dimensional tensor of integers",
         ),
-        (lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}), "'b': the values must have"),
+        (
+            lambda text, tensors: tensors.update({"after/b": tensors["after/b"].float()}),
+            "'b': the values before and after the edit must have",
+        ),
         (lambda text, tensors: text.pop("base"), "KeyError: 'base'"),
         (
             lambda text, tensors: text.update(base={"fingerprint": 1, "names": []}),

@@ -232,7 +232,7 @@ def test_wrong_arguments_are_refused(base, three):
         (lambda: merge(three, method="mean"), 'merge: method must be "linear", "ties" or "dare", got .mean.'),  # type: ignore[arg-type]
         (lambda: merge(three, method="dare", density=0.0), r"merge: density must be in \(0, 1\], got 0.0"),
         (lambda: sparsify(three[0], density=0.0), r"sparsify: density must be in \(0, 1\], got 0.0"),
-        (lambda: (three[1] * 1e9).delta(), "the edited c must be finite in torch.float16"),
+        (lambda: (three[1] * 1e9).delta(), "tensor c must have finite values in torch.float16"),
     ]:
         with pytest.raises(EditError, match=message):
             act()

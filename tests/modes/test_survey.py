@@ -55,6 +55,6 @@ def test_survey_refuses_results_that_cannot_be_compared(learner: Any) -> None:
         survey(one, other)
     with pytest.raises(EditError, match="at least one result"):
         survey()
-    with pytest.raises(EditError, match="accuracy must contain the accuracy at two or more numbers of edits"):
+    with pytest.raises(EditError, match="accuracy must have at least two entries"):
         retainability({5: 0.5})
     assert survey(one).retainability == NO_SCORE

@@ -9,7 +9,7 @@ from kedit_train.data.tokenization import shorten
 from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
 
-REMEDY = 'correct the record, or pass on_error="skip" to leave out such records'
+REMEDY = 'correct the record, or pass on_error="skip" to leave out records with errors'
 
 
 def quoted(names: Iterable[object]) -> str:
@@ -53,7 +53,7 @@ class Fields:
     """The fields of a record, or of a mapping inside a record, with checks of their types.
 
     An optional field may be missing, null or blank. A value of a wrong type raises a one-line ``EditError``. Several
-    keys in one call are alternative names of the same field. The method then reads the first key that has a value.
+    keys in one call are alternative names of the same field. The call then reads the first key that has a value.
 
     Args:
         values: the record.
@@ -77,7 +77,7 @@ class Fields:
         return EditError(f"{self.where}: field {names} must be {expected}, but is missing; {REMEDY}")
 
     def _pick(self, keys: tuple[str, ...]) -> tuple[str, Any]:
-        """Return the first key that has a value, or the first key that exists, together with its value."""
+        """Return the key to read and its value: the first key with a value, or else the first key that exists."""
         existing = [key for key in keys if key in self.values]
         filled = [key for key in existing if not is_blank(self.values[key])]
         key = (filled or existing or [keys[0]])[0]
@@ -97,7 +97,7 @@ class Fields:
         return value
 
     def answer(self, *keys: str) -> str:
-        """Return a required text without leading and trailing white space. A space is added later if needed."""
+        """Return a required text without leading and trailing white space. Tokenization adds a space if needed."""
         return self.text(*keys).strip()
 
     def optional_text(self, *keys: str) -> str | None:

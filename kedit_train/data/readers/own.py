@@ -54,7 +54,7 @@ def check_names(record: Fields, known: frozenset[str]) -> None:
         listed = quoted(record.path + key for key in others)
         raise EditError(
             f"{record.where}: unknown field {listed} (known fields: {', '.join(sorted(known))}); rename or remove the "
-            'field, or pass on_error="skip" to leave out such records'
+            'field, or pass on_error="skip" to leave out records with errors'
         )
 
 

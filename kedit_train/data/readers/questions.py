@@ -60,8 +60,8 @@ def read_zsre(record: Fields) -> list[Edit]:
 def read_wikibigedit(record: Fields) -> list[Edit]:
     """Read a record of WikiBigEdit, with either of the two sets of field names in the published files.
 
-    ``personas`` (the question of the prompt, in the voice of a persona) becomes the last rephrase. ``mhop`` becomes a
-    portability question of the kind ``multi_hop``.
+    ``personas`` (the same question as the prompt, in the style of a persona) becomes the last rephrase. ``mhop``
+    becomes a portability question of the kind ``multi_hop``.
 
     References:
         "Understanding the Limits of Lifelong Knowledge Editing in LLMs", arXiv 2503.05683.

@@ -54,8 +54,8 @@ def test_all_sources_are_rendered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": []}, r"^texts, record 1: messages must be a list of messages, got \[\]"),
-        ({"messages": "hello"}, r"^texts, record 1: messages must be a list of messages, got 'hello'"),
+        ({"messages": []}, r"^texts, record 1: messages must be a list of at least one message .* got \[\]"),
+        ({"messages": "hello"}, r"^texts, record 1: messages must be a list of at least one message .* got 'hello'"),
         ({"messages": [{"role": "user"}]}, r"^texts, record 1, message 1: expected .* got \{'role': 'user'\}"),
         ({"messages": [{"role": "user", "content": None}]}, r"^texts, record 1, message 1: expected"),
         ({"other": 1}, r'^texts, record 1: expected a string or a record with "text" or "messages"'),
