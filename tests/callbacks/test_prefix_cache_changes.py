@@ -152,7 +152,7 @@ def test_noise_from_the_own_generator_of_a_hook_is_found_by_the_recheck() -> Non
         return output + 0.1 * torch.randn(output.shape, generator=generator) if module.training else output
 
     model.model.embed_tokens.register_forward_hook(noise)
-    with pytest.warns(UserWarning, match="differs from the hidden states that are stored for the same sequences"):
+    with pytest.warns(UserWarning, match="other hidden states than those stored for the same sequences"):
         train(model, [scope(), PrefixCache(recheck=1)], [batch()])
 
 
