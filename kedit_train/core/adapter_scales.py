@@ -10,7 +10,7 @@ from kedit_train.errors import EditError
 
 
 def adapter_scales(model: nn.Module) -> dict[str, float]:
-    """Return the factor by which each adapter layer multiplies its output, by the names of layer and adapter.
+    """Return the factor by which each adapter layer multiplies its output. The keys are "layer.adapter".
 
     For LoRA, the factor is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
 
@@ -19,7 +19,7 @@ def adapter_scales(model: nn.Module) -> dict[str, float]:
     """
     scales: dict[str, float] = {}
     for name, module in model.named_modules():
-        # In other modules, such as attention, an attribute of this name is a number.
+        # In other modules, such as attention, ``scaling`` is a number.
         scaling = getattr(module, "scaling", None)
         for adapter, value in scaling.items() if isinstance(scaling, dict) else ():
             if isinstance(value, int | float):
@@ -35,13 +35,12 @@ def check_adapter_scales(model: nn.Module, saved: Mapping[str, float]) -> None:
         saved: the result of :func:`adapter_scales` from the checkpoint.
 
     Raises:
-        EditError: with another scale, the same weights of the adapter are another change of the model.
+        EditError: a scale differs. The saved adapter weights would then change the model by another amount.
     """
     current = adapter_scales(model)
     for name, value in saved.items():
         if name in current and current[name] != value:
             raise EditError(
-                f"the checkpoint was written with an adapter that multiplies its output by {value:g} (for LoRA, "
-                f"lora_alpha / r), but this run multiplies it by {current[name]:g} (layer and adapter: {name}); resume "
-                "with the same lora_alpha, r and use_rslora."
+                f"the adapter {name} multiplies its output by {value:g} in the checkpoint, but by {current[name]:g} in "
+                "this run (for LoRA, the factor is lora_alpha / r); resume with the same lora_alpha, r and use_rslora."
             )

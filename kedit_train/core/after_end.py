@@ -10,8 +10,8 @@ from kedit_train.errors import warn
 def check_after_end(run: Any) -> None:
     """Warn if other code has changed the weights after the end of a complete run. Later calls do nothing.
 
-    Hosts call this function at the last moment at which the training loop calls them. For example, a callback of the
-    user may write averaged weights into the model when training ends.
+    Other code can still change the weights when training ends. For example, a callback of the user may write averaged
+    weights into the model. Therefore hosts call this function in the last event that the training loop reports.
 
     Args:
         run: an :class:`~kedit_train.core.run.EditRun`.
@@ -21,8 +21,8 @@ def check_after_end(run: Any) -> None:
     integrity.ended = False
     if name is not None:
         warn(
-            f"other code has changed {name} after the edit had ended, at the end of training, so the constraints of "
-            "this edit may be broken, and the delta file and the scores are those of the weights before the change "
-            "(possible cause: a callback that writes averaged weights); list this callback before the callbacks of "
+            f"other code has changed {name} after the edit had ended. The new weights may break the constraints of the "
+            "edit, and the delta file and the scores describe the weights before this change. A possible cause is a "
+            "callback that writes averaged weights when training ends; list this callback before the callbacks of "
             "kedit_train, or remove it."
         )

@@ -37,7 +37,7 @@ def decide_together(
         # Rounding may differ between processes, and processes must train the same tokens.
         dist.broadcast_object_list(decisions, src=0)
     if append_eos == "auto" and rank() == 0:
-        # Standard error, as for progress bars: the line says how the run trains, and is no result.
+        # The line is no result, so it is printed to standard error, like a progress bar.
         print(decisions[0], file=sys.stderr)
     return decisions[0]
 
@@ -45,8 +45,8 @@ def decide_together(
 def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_format: PromptFormat) -> str | None:
     """Return whether the training examples end with end-of-text and why, or None if this is unknown.
 
-    A warning is issued if the examples of another library (TRL's ``SFTTrainer``) end with end-of-text, although the
-    unedited model does not end such answers with end-of-text.
+    The examples may come from another library (TRL's ``SFTTrainer``). A warning is issued if such examples end with
+    end-of-text, although the unedited model usually does not write end-of-text after a target.
 
     Args:
         run: the run. Its model must be unedited.

@@ -12,7 +12,8 @@ from torch import Tensor
 from kedit_train.core.drift.shards import local_part
 
 # Number of 64-bit words in a row, if the words of a tensor are arranged in rows. The widths of weight matrices are
-# even, so an odd number keeps a regular change of a matrix (a swap of columns, a flipped sign) out of a single column.
+# usually even. The number here is odd, so that a regular change of a matrix (two swapped columns, a flipped sign) is
+# spread over several columns.
 _WIDTH = 251
 
 
@@ -44,11 +45,11 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _summary(values: Tensor) -> list[Tensor]:
-    """Return the words of a tensor, or the sums of their rows and columns if there are many, as int64 vectors.
+    """Return the 8-byte words of a tensor as int64 vectors. If there are many, return sums over rows and columns.
 
-    A word consists of 8 bytes. A single sum of all words would not change if the signs in the upper halves of two words
-    were flipped, or if two words were swapped. But such words are in different rows or in different columns. No
-    temporary tensor has the size of ``values``.
+    A single sum of all words would miss some changes: two swapped words, or flipped signs in the upper halves of two
+    words. The sums over rows and columns detect these changes, because the two words are in different rows or in
+    different columns. No temporary tensor has the size of ``values``.
     """
     values = values.contiguous().view(-1)
     rest: list[Tensor] = []
@@ -62,7 +63,7 @@ def _summary(values: Tensor) -> list[Tensor]:
     if len(words) <= 2 * _WIDTH:
         return [words, *rest]
     rows = words[: len(words) // _WIDTH * _WIDTH].view(-1, _WIDTH)
-    # int64 sums wrap around, which loses no change of a single word.
+    # int64 sums can overflow and wrap around, but a change of a single word still changes the sum.
     return [_column_sums(rows), rows.sum(1), words[rows.numel() :], *rest]
 
 
@@ -73,7 +74,7 @@ def _column_sums(rows: Tensor) -> Tensor:
 
 def _combine(summaries: list[list[Tensor]]) -> Tensor:
     """Return the weighted sum of the 32-bit halves of each summary [tensors]."""
-    # All tensors are combined at once, because a model with many small tensors notices each further operation.
+    # All tensors are combined at once, because one operation per tensor would be slow for many small tensors.
     halves = torch.cat([vector for summary in summaries for vector in summary]).view(torch.int32)
     counts = [2 * sum(map(len, summary)) for summary in summaries]
     positions = torch.arange(1, max(counts) + 1, device=halves.device)

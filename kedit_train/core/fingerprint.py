@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
         model: any module.
         dtypes: parameter name -> dtype to which the parameter is converted before hashing. By default, no parameter is
             converted. Example: a bf16 model was converted to fp32, and no value has changed since. If ``dtypes`` maps
-            the converted parameters to bf16, the hash is that of the bf16 model.
+            the converted parameters to bf16, the result equals the hash of the original bf16 model.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.

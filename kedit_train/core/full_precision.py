@@ -22,8 +22,8 @@ class FullPrecision:
     """Keep half-precision parameters in fp32 until :meth:`remove` is called.
 
     Args:
-        root: a module that contains the parameters. If a parameter is tied, this module must contain all owners of the
-            parameter.
+        root: a module that contains the parameters. If a parameter is tied, ``root`` must contain all modules that own
+            the parameter.
         parameters: name -> parameter. Half-precision parameters are converted in place (``parameter.data``).
 
     Attributes:
@@ -38,11 +38,11 @@ class FullPrecision:
             module: {name: original[id(p)] for name, p in module._parameters.items() if id(p) in original}
             for module in root.modules()
         }
-        # A parent of an owner may read the owner's weight too: some attention modules pass it to F.linear, and T5 reads
-        # its dtype. Gradient checkpointing may start its second forward pass at any of these modules.
+        # A module may also read the weight of one of its submodules: some attention modules pass it to F.linear, and T5
+        # reads the weight's dtype. Gradient checkpointing may start its second forward pass at any of these modules.
         owners_in = {m: [(inner, owned[inner]) for inner in m.modules() if owned[inner]] for m in root.modules()}
         self._owners_in = {module: owners for module, owners in owners_in.items() if owners}
-        # For each unfinished module call: the number of swapped owners when the call began.
+        # For each unfinished module call: the length of ``_swapped`` when the call began.
         self._stack_sizes: list[int] = []
         # (the owner's parameter dict, the fp32 parameters that were swapped out of it).
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -89,7 +89,7 @@ class FullPrecision:
                 continue
             masters = {name: slots[name] for name in dtypes}
             self._swapped.append((slots, masters))
-            # The same keys keep their positions, so the order of named_parameters() does not change.
+            # update() keeps the positions of existing keys, so the order of named_parameters() does not change.
             slots.update({name: master.to(dtypes[name]) for name, master in masters.items()})
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:

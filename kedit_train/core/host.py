@@ -16,10 +16,11 @@ class Host:
 
     Attributes:
         name: the name of this kind of loop in error messages.
-        announces_every_step: whether the loop calls ``run.steps.penalty()`` before the forward pass of every optimizer
-            step. If True, an optimizer step without that call raises an error.
-        releases_model: whether an optimizer step without a call of ``run.steps.penalty()`` means that the loop has
-            abandoned the run. If True, such a step closes the run.
+        announces_every_step: True if the loop always calls ``run.steps.penalty()`` before the forward pass of an
+            optimizer step. An optimizer step without this call then raises an error. If False, a step without this call
+            raises an error only if a callback adds a penalty or training has not started.
+        releases_model: whether the error for a step without this call also closes the run. True for a loop that may
+            abandon a run: the step then comes from another loop that trains the same model.
         uses_closures: whether the loop passes a closure to ``optimizer.step``. If True, the closure calls
             ``run.steps.before_optimizer_step`` when the gradients are complete.
     """
@@ -69,8 +70,8 @@ class Host:
         return 1
 
     def is_editing(self, run: Any) -> bool:
-        """Return whether the loop is using its open run ``run``, so that no other loop may close the run."""
-        # A trainer that was set up and never trained may have been abandoned.
+        """Return whether the loop still uses ``run``, which is open. If it does, no other loop may close the run."""
+        # If training has not started, the user may have abandoned the trainer after setting it up.
         return run.has_started
 
     # -- resuming

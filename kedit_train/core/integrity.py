@@ -17,7 +17,7 @@ from kedit_train.core.resume import has_checksum
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
-# At each step, this many frozen entries are compared, plus as many frozen entries as the scope has entries.
+# Each step compares about this many entries of frozen parameters, plus as many as there are entries in scope.
 ENTRIES_PER_STEP = 100_000
 
 
@@ -38,29 +38,30 @@ class Integrity:
         self._started = self.ended = False
         # Checksums of the scope after the last optimizer step. Before the first step, checksums at the start.
         self._scope_sums: list[int] = []
-        # Whether an optimizer hook was called since the training loop announced its last step.
+        # Whether an optimizer hook was called since the training loop last announced a step.
         self._step_seen = True
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._frozen_sums: list[int] = []
         # The dtypes and checksums of the frozen parameters when the scope was set, by name.
         self._frozen_before: dict[str, tuple[torch.dtype, int]] = {}
-        # All parameters at the start, by id, and the dtypes and names of the scope that could be trained then.
+        # All parameters at the start, by id.
         self._present: dict[int, nn.Parameter] = {}
         # The names of offloaded parameters (meta device). Each forward pass makes new objects for them.
         self._offloaded: set[str] = set()
+        # The dtypes of the parameters in scope, and the names of those that were trainable at the start.
         self._dtypes: dict[str, torch.dtype] = {}
         self._trainable: set[str] = set()
         # The parameters in scope that other code had changed when before_step() was last called.
         self.written: list[str] = []
-        # Whether that change followed an optimizer step. Without any step, the change may be the user's own update.
+        # Whether an optimizer step came before this change. If none did, the change may be the user's own update.
         self.written_after_step = False
         # Position in ``_frozen`` of the next parameter to compare.
         self._next = 0
 
     def record_frozen(self) -> None:
-        """Record checksums of the frozen parameters when the scope is set, which is before the optimizer is created."""
+        """Record checksums of the frozen parameters. Called when the scope is set, before the optimizer exists."""
         if is_distributed():
-            # DDP may copy the weights of the first process before the first step.
+            # Before the first step, DDP may copy the weights of process 0 to this process, so the values may change.
             return
         in_scope = {id(p) for p in self.run.scope.values()}
         frozen = {n: p for n, p in self.run.root.named_parameters() if id(p) not in in_scope and has_checksum(p)}
@@ -102,9 +103,9 @@ class Integrity:
             # The loop may have converted the frozen parameters to its own dtype.
             if name in before and before[name][0] == parameter.dtype and before[name][1] != value:
                 raise EditError(
-                    f"{name} is not in scope, but its values have changed between the start of the edit and its first "
-                    "step; load or change weights before the edit starts, or, to resume a checkpoint, also load the "
-                    "state of the edit (in a plain loop with edit.load_state_dict())."
+                    f"{name} is not in scope, but its values have changed between the start of the edit and the first "
+                    "step; load or change weights before the edit starts. To resume from a checkpoint, also load the "
+                    "state of the edit (in a plain loop, with edit.load_state_dict())."
                 )
 
     def _check_still_frozen(self, in_scope: set[int]) -> None:
@@ -162,7 +163,7 @@ class Integrity:
                 )
 
     def check_optimizer(self, optimizer: Any) -> None:
-        """Raise an error if an optimizer trains a parameter of the model that was added after the start."""
+        """Raise an error if the optimizer trains a parameter that was added to the model after training had begun."""
         if not self._started:
             return
         late = {
@@ -171,15 +172,15 @@ class Integrity:
             for p in group["params"]
             if p.requires_grad and id(p) not in self._present
         }
-        # Most optimizers train no such parameter. The parameters may also belong to another model.
+        # ``late`` is usually empty. It may also contain parameters of another model, which are allowed.
         name = next((n for n, p in self.run.root.named_parameters() if id(p) in late), None) if late else None
         if name is not None:
             raise EditError(self._added(name))
 
     def _added(self, name: str) -> str:
         return (
-            f"{name} was added to the model after training had begun, so it is neither in scope nor frozen (step "
-            f"{self.run.step + 1}); add modules and adapters before the edit."
+            f"{name} was added to the model after training had begun (detected before step {self.run.step + 1}), so it "
+            "is neither in scope nor frozen; add modules and adapters before the edit."
         )
 
     def frozen_checksums(self) -> dict[str, int]:
@@ -224,8 +225,8 @@ class Integrity:
     def check_gradients(self, names: Iterable[str]) -> None:
         """Raise an error if an optimizer has used a NaN or infinite gradient.
 
-        A constraint could hide the values that result from such a gradient. If a gradient scaler skips a step, this
-        method is not called.
+        The weights are not checked instead, because a constraint could hide the NaN values that such a gradient causes.
+        If a gradient scaler skips a step, this method is not called.
 
         Args:
             names: the names of the parameters that the optimizer has updated.
@@ -285,13 +286,13 @@ class Integrity:
         self.record_scope()
 
     def changed(self) -> str | None:
-        """Return the name of a parameter that differs from its last checksum, or None."""
+        """Return the name of a parameter whose values do not match its last checksum, or None."""
         reshard(self.run.root)
         frozen = zip(self._frozen, checksums(p for _, p in self._frozen), self._frozen_sums, strict=True)
         return next(iter([*self.changed_in_scope(), *(n for (n, _), new, old in frozen if new != old)]), None)
 
     def changed_in_scope(self) -> list[str]:
-        """Return the names of the parameters in scope that differ from their last checksums."""
+        """Return the names of the parameters in scope whose values do not match their last checksums."""
         sums = zip(self.run.scope, self._scope_now(), self._scope_sums, strict=True)
         return [name for name, new, old in sums if new != old]
 

@@ -20,7 +20,7 @@ def mark_interrupted(run: RunState) -> None:
     """Mark the model as interrupted: a run has changed its weights and has not finished."""
     before = {name: (value.dtype, checksums([value])) for name, value in run.reference.items()}
     run.model.__dict__[_ATTRIBUTE] = {"step": run.step, "before": before}
-    # The parameters are marked too, because another model may contain them later, for example a model of PEFT.
+    # The parameters are marked too, because another model object, such as a PEFT wrapper, may contain them later.
     for name, parameter in run.scope.items():
         setattr(parameter, _ATTRIBUTE, {"step": run.step, "before": before.get(name)})
 
@@ -82,9 +82,9 @@ def _warn_about_checkpoint(run: RunState) -> None:
     when = "" if step is None else f" (step {step} of {steps})"
     warn(
         f"the model was loaded from {name}, a checkpoint of an edit that had not ended{when}, so this edit starts from "
-        "its half-edited weights and keeps the constraints relative to them; to continue that edit, call "
-        f"trainer.train(resume_from_checkpoint={name!r}) with its callbacks, or, if you want a second edit on top of "
-        "these weights, ignore this warning."
+        "half-edited weights and uses these as its reference weights; to continue the first edit instead, call "
+        f"trainer.train(resume_from_checkpoint={name!r}) with the callbacks of the first edit. If you want a second "
+        "edit on top of these weights, ignore this warning."
     )
 
 

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
-# torch adds this default when a state is loaded, but not to the parameter groups.
+# load_state_dict() may add this argument to ``optimizer.defaults``, but not to the parameter groups.
 _ADDED = {"differentiable"}
 
 
@@ -26,7 +26,7 @@ def check_loaded_optimizer(run: RunState, optimizer: Optimizer) -> None:
     missing = next((sorted(needed - group.keys()) for group in optimizer.param_groups if needed - group.keys()), None)
     if missing is not None:
         raise EditError(
-            f"the checkpoint was written with another optimizer than {type(optimizer).__name__}, because the state "
-            f"that was loaded has no value for {', '.join(missing)}; resume with the optimizer of the interrupted run "
-            "(in transformers and TRL, the argument optim)."
+            f"the checkpoint was written with another optimizer than {type(optimizer).__name__}: the loaded state "
+            f"has no value for {', '.join(missing)}; resume with the optimizer of the interrupted run (in transformers "
+            "and TRL, the argument optim)."
         )

@@ -42,9 +42,9 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
 class OutputHead:
     """Reads the hidden states that enter the output head, and projects hidden states to logits.
 
-    A pre-hook on the head module receives the hidden states. Before that, the model has applied the final norm and any
-    scaling to the hidden states. The scale and the soft cap of the logits are read from the model's configuration.
-    :meth:`verify` compares the resulting logits with the model's own logits.
+    A pre-hook on the head module receives the hidden states after the model has applied the final norm and any scaling
+    to them. The scale and the soft cap of the logits are read from the model's configuration. :meth:`verify` compares
+    the resulting logits with the model's own logits.
 
     Args:
         model: a causal language model, possibly with adapters.
@@ -106,12 +106,12 @@ class OutputHead:
         enabled = torch.is_autocast_enabled(device)
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
         self.captured = hidden
-        # The head computes one position of one row. One position of each row would be multiplied row by row, slowly.
+        # The head gets only one position of one row. One position of each row would be slower to multiply.
         return (hidden[:1, -1:], *args[1:])
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Run the model and return the input of its output head, [batch, length, hidden]."""
-        # The hidden states must be part of the output of the model, where FSDP2 finds the start of the backward pass.
+        # FSDP2 detects the start of the backward pass at the model's output, so the hidden states are added to it.
         handle = self.model.register_forward_hook(self._add_captured, prepend=True)
         try:
             with self.capturing():

@@ -81,7 +81,7 @@ def _compare(found: list[dict[str, Any]]) -> None:
 def _compare_callback(name: str, number: int, first: dict[str, Any] | None, other: dict[str, Any] | None) -> None:
     component = name.partition(".")[0]
     if first is None or other is None:
-        # A process may have callbacks of its own that only print or write.
+        # A callback that only prints or writes may be used in a single process.
         if (first or other or {})["trains"]:
             raise EditError(
                 f"every process must use the same callbacks, but only process {number if first is None else 0} uses "
@@ -113,7 +113,7 @@ def _arguments(callback: Any) -> dict[str, Any]:
 
 
 def _sums(tensors: Any, where: str) -> dict[str, int]:
-    """Return the checksum of each tensor. Processes have different parts of a sharded tensor, so it is left out."""
+    """Return the checksum of each tensor. Sharded tensors are left out, because every process has a different part."""
     complete = {name: value for name, value in tensors.items() if not isinstance(value, DTensor)}
     names = [f"{name} ({where})" for name in complete]
     return dict(zip(names, checksums(complete.values()), strict=True))

@@ -30,9 +30,9 @@ def check_unchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str,
     changed = next((name for name, new, old in zip(names, now, copied, strict=True) if new != old), None)
     if changed is not None:
         raise EditError(
-            f"{changed} must not change between the start of the edit and its first step, because the constraints use "
-            "the value at the start; load weights before the edit starts, or, to resume a checkpoint, also load the "
-            "state of the edit (in a plain loop with edit.load_state_dict())."
+            f"{changed} must not change between the start of the edit and the first step, because the constraints use "
+            "the value at the start; load or change weights before the edit starts. To resume from a checkpoint, also "
+            "load the state of the edit (in a plain loop, with edit.load_state_dict())."
         )
 
 

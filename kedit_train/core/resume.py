@@ -39,7 +39,7 @@ def checkpoint_state(run: RunState, frozen: Mapping[str, int] | None = None) -> 
         "settings": settings,
         "binding": binding,
         "adapter_scales": adapter_scales(run.model),
-        # JSON has no other numbers.
+        # JSON cannot represent NaN and infinity.
         "scores": {name: value for name, value in run.scores.items() if math.isfinite(value)},
         "published_at": dict(run.published_at),
         "checksums": {"scope": scope_checksums(run), "frozen": dict(frozen or {})},
@@ -54,7 +54,8 @@ def scope_checksums(run: RunState) -> dict[str, int]:
 def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the state of a run that has ended, with checksums of the weights that the model has now.
 
-    At the end of a run, weights that were trained in fp32 are rounded. A resumed run trains them in fp32 again.
+    At the end of a run, weights that were trained in fp32 are rounded to the model's dtype. A resumed run converts the
+    rounded weights to fp32 again, so the checksums are those of the rounded weights in fp32.
     """
     dtypes = {name: value.dtype for name, value in state["reference"].items()}
     weights = {name: full_tensor(p.detach()) for name, p in run.scope.items()}
@@ -73,7 +74,7 @@ def changes_training(callback: Any) -> bool:
 
 
 def check_scope(run: RunState, state: dict[str, Any]) -> None:
-    """Raise an error if a checkpoint was written with another scope, or other scales of adapters, than ``run`` has."""
+    """Raise an error if the checkpoint and ``run`` have different scopes or different adapter scales."""
     # Without ParameterScope, no reference values have been copied yet, so the names in the scope are compared.
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
@@ -132,14 +133,14 @@ def _check_weights(run: RunState, state: Mapping[str, Any]) -> None:
         if saved[name] != value:
             raise EditError(
                 f"{name} is not in scope, but its values ({parameter.dtype}) differ from those of the run that wrote "
-                "the checkpoint; load the same base model, in the same dtype."
+                "the checkpoint; load the base model of that run, in the same dtype."
             )
 
 
 def has_checksum(parameter: Tensor) -> bool:
     """Return whether the checksum of a frozen parameter is saved in checkpoints.
 
-    Sharded parameters are left out. Quantized ones, too, because a GPU and a CPU may quantize differently.
+    Sharded, quantized and offloaded parameters are left out. A GPU and a CPU may quantize the same weights differently.
     """
     return parameter.is_floating_point() and not isinstance(parameter, DTensor) and not parameter.is_meta
 
@@ -187,8 +188,8 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
                 "not intended, resume with the same arguments."
             )
     _check_weights(run, state)
-    # The reference values that this run has copied are replaced, because the model may have been loaded from the
-    # checkpoint, with edited weights.
+    # This run has copied reference values from its model. These values are replaced, because the model may have been
+    # loaded from the checkpoint, with edited weights.
     for name, value in state["reference"].items():
         parameter = run.scope[name]
         run.reference[name] = shard_like(value.to(device=parameter.device, dtype=parameter.dtype), parameter)

@@ -53,7 +53,7 @@ class EditRun(RunState):
         self._head: OutputHead | None = None
         self._loss_head: LossHead | None = None
         self._finished: set[int] = set()
-        # Whether training has ended and the constraints hold, so that the weights are those of a whole edit.
+        # Whether training has ended and the constraints hold, so that the edit is complete.
         self._complete = False
         self._saved_states: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
@@ -85,7 +85,7 @@ class EditRun(RunState):
         run: EditRun | None = root.__dict__.get(_ATTRIBUTE)
         if run is not None and run.host.owner is not host.owner:
             if run.host.is_editing(run):
-                # Closing that run would end its constraints without a word.
+                # Closing that run would silently end its constraints.
                 first = ", ".join(type(c).__name__ for c in run.callbacks)
                 raise EditError(
                     f"the model must not be in another edit, but an edit with {first} has not ended; put all callbacks "
@@ -127,7 +127,7 @@ class EditRun(RunState):
         for parameter in self.requires_grad_before:
             parameter.requires_grad_(id(parameter) in in_scope)
             if id(parameter) not in in_scope:
-                # With a gradient from before the freeze, even a zero one, an optimizer would change the parameter.
+                # An optimizer would change the parameter if its old gradient remained, even if the gradient is zero.
                 parameter.grad = None
         if self.full_precision:
             self.masters = FullPrecision(self.root, self.scope)
@@ -154,7 +154,7 @@ class EditRun(RunState):
         if self.host.resumed:
             self._saved_states = restore(self, self.host.saved_state())
         elif not is_distributed():
-            # In a distributed run, DDP may have copied the weights of the first process.
+            # In a distributed run, weights may differ here, because DDP may have copied the weights of process 0.
             check_unchanged(self.scope, self.reference)
         if not self.reference and self.needs_reference:
             with self.reference_model():
@@ -281,7 +281,7 @@ class EditRun(RunState):
         return self._head is not None and self._head.is_capturing
 
     def reference_head(self) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that maps hidden states to logits with the weights of the output head before the edit.
+        """Return a function that maps hidden states to logits with the head's weights from before the edit.
 
         If the head is not in scope, the edit does not change the head, and None is returned.
         """

@@ -13,7 +13,7 @@ from kedit_train.safetensors_file import load_tensors, save_tensors
 
 FILE = "kedit_state.safetensors"
 _KIND = "kedit_train.state"
-# Marks the place of a tensor in the JSON metadata; the value is the tensor's name in the file.
+# In the JSON metadata, {"__tensor__": name} stands for the tensor that has this name in the file.
 _TENSOR = "__tensor__"
 
 

@@ -39,7 +39,7 @@ class OptimizerSteps:
         self.learning_rates: dict[str, float | None] = {}
         # None until the step is announced. Afterwards, whether any callback returned a penalty.
         self._penalized: bool | None = None
-        # Whether the host has not been notified of the current step yet, because another optimizer may share the step.
+        # True while the host is not yet notified of the current step, because another optimizer may share this step.
         self._is_open = False
         # Whether the closure of the running step has computed its gradients.
         self._evaluated = False
@@ -88,7 +88,7 @@ class OptimizerSteps:
         self._close_step()
         self._stepped_optimizers.clear()
         if not run.host.uses_closures:
-            # An earlier step() has raised an error. With closures, this call comes from inside of a step().
+            # Removes the entry of a step() that failed. With closures, a running step() calls this method.
             self._stepping.clear()
         late = next((callback for callback in run.callbacks if not run.has_attached(callback)), None)
         if late is not None:
@@ -113,8 +113,8 @@ class OptimizerSteps:
         """Check the final gradients, and delete them if a callback skips this step.
 
         The gradients are deleted, not set to zero. With a zero gradient, momentum and weight decay would still change
-        the parameter, but an optimizer ignores a parameter without a gradient. If a callback returned a penalty or
-        anchors the model, no gradient is deleted.
+        the parameter, but an optimizer ignores a parameter without a gradient. No gradient is deleted if the loss
+        contains other terms: a penalty, or the term of a callback with ``anchors``.
         """
         run = self.run
         self._check_announced(optimizer)
@@ -163,7 +163,7 @@ class OptimizerSteps:
         self._close_step()
         if self.integrity.finish():
             self._restore_constraints(expected=self.run.host.loads_best_weights)
-        # A loop that announces one step may only inspect the model.
+        # No warning after a single announced step, because the loop may have only inspected the model.
         if self._announced > 1 and not self.run.step and not self._written:
             warn(
                 f"{self._announced} training steps began, but no optimizer has updated a parameter in scope, so the "
@@ -178,7 +178,7 @@ class OptimizerSteps:
         follows an optimizer step.
 
         Args:
-            expected: whether the training loop has announced the change. Then only a broken constraint gives a warning.
+            expected: True if the training loop makes this change itself. Then only a broken constraint gives a warning.
         """
         run = self.run
         self._written = True
@@ -202,13 +202,13 @@ class OptimizerSteps:
     def _check_written_since_announcement(self) -> None:
         """Warn if other code has written to the scope since the current step was announced.
 
-        The constraints are applied after this step. torch does not count writes through ``parameter.data``.
+        The constraints are applied after this step anyway. Writes through ``parameter.data`` are not detected here.
         """
         versions, self._versions = self._versions, []
         if not versions or self.is_shared or self._warned:
             return
         if versions != [p._version for p in self.run.scope.values()]:
-            # Callbacks write other values for a while and restore them, which changes the counters only.
+            # The counters also change when a callback writes other values temporarily and restores the old ones.
             written = self.integrity.changed_in_scope()
             if written:
                 self._warn_written(written)
@@ -234,9 +234,9 @@ class OptimizerSteps:
         raise EditError(run.host.unannounced_step_error())
 
     def _check_after_backward(self, optimizer: Optimizer) -> None:
-        """Raise an error if a backward pass that still needs the weights is running, and a callback would change them.
+        """Raise an error if step() was called inside a backward pass and a callback depends on complete steps.
 
-        A callback that measures the model would also see a part of the scope before the step.
+        The callback would change weights that the backward pass still needs, or measure a partly updated model.
         """
         # torch has no public function for this. Outside of a backward pass, the result is -1.
         if torch._C._current_graph_task_id() == -1:

@@ -8,7 +8,7 @@ from typing import Any
 from kedit_train.arguments import Rule, cut
 from kedit_train.errors import EditError
 
-# The rule does not name the tokenizer classes, so that a user's own tokenizer works as well.
+# Any callable is accepted as a tokenizer, so that a user's own tokenizer works too.
 TOKENIZER = Rule("a tokenizer, a name or a path", lambda value: callable(value) or isinstance(value, str | Path))
 
 

@@ -89,8 +89,9 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
     is_a_chat = is_chat(tokenizer)
     if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
-            f"the training examples are chats, but none of the {len(sequences)} texts is a chat, so the texts do "
-            'not preserve the answers in chats; add conversations (records with the key "messages") to the texts.'
+            f"the training examples are chats, but none of the {len(sequences)} texts in texts= is a chat, so these "
+            "texts do not preserve the model's answers in chats; add conversations (records with the key "
+            '"messages") to texts=.'
         )
 
 
@@ -110,14 +111,14 @@ def owners_of_examples(host: Any) -> list[Any]:
     """Return the objects that store how the examples were made: the data module and the trainer's arguments."""
     owners = [getattr(getattr(host, "trainer", None), "datamodule", None)]
     arguments = getattr(host, "args", None)
-    # EditSFTTrainer sets answer_end if it has made the examples, and not if it trains on another dataset.
+    # EditSFTTrainer sets answer_end only if it has made the examples itself from edits.
     return [*owners, arguments] if getattr(arguments, "answer_end", None) is not None else owners
 
 
 def first_examples(host: Any) -> list[Any]:
     """Return the first examples of a trainer's dataset.
 
-    Datasets without an index are not read, because they may be readable only once.
+    A dataset that cannot be indexed is not read, because it may be readable only once.
     """
     dataset: Any = getattr(getattr(host, "train_dataloader", None), "dataset", None)
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
@@ -131,7 +132,7 @@ def _is_conversation(example: Any) -> bool:
 
 
 def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> bool:
-    """Return whether the training chats contain prompts of the edits, but all of them after other messages."""
+    """Return whether training chats contain prompts of the edits, but no chat begins with such a prompt."""
     texts = [_squeeze(_text_of(example, tokenizer)) for example in first_examples(run.host)]
     trained = [(text, edit) for edit in edits[:1000] for text in texts if _squeeze(edit.prompt) in text]
     begin = tokenizer.bos_token or ""

@@ -126,7 +126,7 @@ def without_a_trace(model: Any) -> None:
 
 def test_a_change_without_a_trace_is_found_by_the_recheck_which_ends_caching() -> None:
     plain = train_changing(without_a_trace, steps=7)
-    with pytest.warns(UserWarning, match="differs from the hidden states that are stored for the same") as warned:
+    with pytest.warns(UserWarning, match="other hidden states than those stored for the same") as warned:
         cached = train_changing(without_a_trace, PrefixCache(recheck=3), steps=7)
     assert len(warned) == 1
     # The first batch is computed, three are served, the fifth is compared, and the rest is computed.
@@ -152,7 +152,7 @@ def test_noise_from_the_own_generator_of_a_hook_is_found_by_the_recheck() -> Non
         return output + 0.1 * torch.randn(output.shape, generator=generator) if module.training else output
 
     model.model.embed_tokens.register_forward_hook(noise)
-    with pytest.warns(UserWarning, match="differs from the hidden states that are stored for the same sequences"):
+    with pytest.warns(UserWarning, match="other hidden states than those stored for the same sequences"):
         train(model, [scope(), PrefixCache(recheck=1)], [batch()])
 
 

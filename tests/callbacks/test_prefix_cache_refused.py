@@ -61,10 +61,14 @@ def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
         "tied": (
             tied,
             [ParameterScope(modules=["embed_tokens", "layers.3.mlp"])],
-            "a tied output head has the same weight as the embedding",
+            "as an embedding that is tied to the output head",
         ),
         "compiled": (compiled, [scope()], "the model is compiled"),
-        "reads more": (reads_first_layer, [scope()], "reads more than the hidden states of the layers below layer 3"),
+        "reads more": (
+            reads_first_layer,
+            [scope()],
+            "stores only the hidden states that enter layer 3, but a later module also reads",
+        ),
         "unknown": (bloom, [scope()], "to the next layer, got no stack"),
     }
 

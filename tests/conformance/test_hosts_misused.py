@@ -307,5 +307,5 @@ def test_weights_of_a_checkpoint_that_failed_to_load_are_not_the_weights_before_
     made = trainer(tmp_path, edits, [scope(), NormBall(1e-3)])
     with pytest.raises(FileNotFoundError):
         made.train("checkpoint-2")
-    with pytest.raises(EditError, match=rf"{NAME} must not change between the start of the edit and its first step"):
+    with pytest.raises(EditError, match=rf"{NAME} must not change between the start of the edit and the first step"):
         made.train()

@@ -100,9 +100,9 @@ def test_scope_mask_and_ball_are_exact_under_adam(host: str, folder: Path) -> No
     ("what", "why"),
     [
         ("fsdp1", "constraints on the weights cannot be enforced with this training strategy"),
-        ("the model of DDP", "DistributedDataParallel must wrap the model after the edit"),
-        ("DDP itself", "DistributedDataParallel must wrap the model after the edit"),
-        ("a trainer", "DistributedDataParallel must wrap the model after the edit"),
+        ("the model of DDP", "DistributedDataParallel wrapped the model before the edit began"),
+        ("DDP itself", "DistributedDataParallel wrapped the model before the edit began"),
+        ("a trainer", "DistributedDataParallel wrapped the model before the edit began"),
     ],
 )
 def test_an_unsupported_strategy_is_an_error_before_the_first_step(what: str, why: str, folder: Path) -> None:

@@ -125,7 +125,7 @@ class HiddenStateStore:
     close = clear
 
     def _touch(self) -> None:
-        """Renew the age of the directory, because other containers remove directories that are older than a day."""
+        """Update the directory's modification time. Other containers remove directories unchanged for a day."""
         if self._directory is not None and time.time() - self._touched > _HOUR:
             self._touched = time.time()
             os.utime(self._directory)
@@ -136,7 +136,8 @@ class HiddenStateStore:
             if self._directory is None:
                 self.cache_dir.mkdir(parents=True, exist_ok=True)
                 remove_abandoned(self.cache_dir.glob("prefix-cache[-.]*"))
-                # Other processes may use the same cache_dir. At the latest, the directory is removed with the process.
+                # Other processes may use the same cache_dir, so this process creates a directory of its own. The
+                # directory is removed when this process ends, at the latest.
                 self._directory, self._touched = claim(self.cache_dir, "prefix-cache"), time.time()
                 remove(self._directory)
                 self._directory.mkdir(mode=0o700)

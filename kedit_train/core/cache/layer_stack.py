@@ -133,11 +133,14 @@ def find_prefix(
     after = _parameters(trace.called[start:], stack, layers[cut:])
     for key in trained_ids & names.keys():
         if key in before or key not in after:
-            use = f"is used before layer {cut}" if key in before else "belongs to no module that was called"
+            use = (
+                f"is used before layer {cut} (for example as an embedding that is tied to the output head)"
+                if key in before
+                else "belongs to no module that was called"
+            )
             raise EditError(
-                f"{names[key]} is trained and {use}, so every step may change the output of the frozen layers (a tied "
-                "output head has the same weight as the embedding); remove PrefixCache, or remove this parameter from "
-                "the scope."
+                f"{names[key]} is trained and {use}, so every step may change the output of the frozen layers; remove "
+                "PrefixCache, or remove this parameter from the scope."
             )
     sharded = next((names[key] for key, p in before.items() if isinstance(p, DTensor)), None)
     if sharded is not None:

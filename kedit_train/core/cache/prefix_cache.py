@@ -36,7 +36,7 @@ class _Call:
         hidden: the hidden states [B, S, d] if the frozen layers are skipped, None if they run.
         random_states: the states of the random generators at the start of the forward pass.
         started: the time at the start of the forward pass.
-        stored: the stored hidden states, if the layers run to be compared with them.
+        stored: the stored hidden states, if the layers run only to compare their output with these; otherwise None.
     """
 
     sequences: SequenceBatch
@@ -103,7 +103,7 @@ class FrozenPrefix:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model takes its hooks along. The copies do nothing.
+        # A copied or pickled model contains copies of the hooks. These copies must do nothing.
         return {"_inert": True, "_call": None, "_labels": [], "compiled": False, "_replaced_forwards": []}
 
     def remove(self) -> None:
@@ -120,8 +120,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: the logits differ. The reason is that a later module reads other results of the frozen layers
-                in addition to the hidden states.
+            EditError: no batch can be cached, or the logits differ. They differ if a later module reads other results
+                of the frozen layers in addition to the hidden states.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served
@@ -142,9 +142,9 @@ class FrozenPrefix:
             )
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
-                f"the logits of {type(self.model).__name__} are different with the cache: a later module reads more "
-                f"than the hidden states of the layers below layer {self.prefix.cut}, and PrefixCache stores only "
-                "hidden states; remove PrefixCache.",
+                f"the cache would change the logits of {type(self.model).__name__}, because it stores only the hidden "
+                f"states that enter layer {self.prefix.cut}, but a later module also reads other results of earlier "
+                "layers; remove PrefixCache.",
                 component=_COMPONENT,
             )
 
@@ -216,7 +216,7 @@ class FrozenPrefix:
                 component=_COMPONENT,
             )
         replaced = (call.sequences.without_padding(args[0]), *args[1:]) if self._has_experts else None
-        # The copy waits for the device, so the measured time is that of the frozen layers.
+        # The copy to the CPU waits for the device, so the measured time includes all work of the frozen layers.
         hidden = hidden.cpu()
         seconds, measured = self._seconds_and_tokens
         self._seconds_and_tokens = [seconds + time.perf_counter() - call.started, measured + tokens]
@@ -229,8 +229,8 @@ class FrozenPrefix:
             self.store.add({key: states[span] for key, states, span in spans})
         if self.store.left_out > left_out:
             self._warn_once(
-                f"memory_limit is reached with {len(self.store)} sequences, so batches with other sequences are "
-                "computed in full; raise memory_limit or set cache_dir."
+                f"memory_limit is reached with {len(self.store)} sequences, so all layers run for every batch that "
+                "contains another sequence; raise memory_limit or set cache_dir."
             )
         return replaced
 
@@ -248,10 +248,10 @@ class FrozenPrefix:
                 self._outdated = True
                 self.store.clear()
                 self._warn_once(
-                    f"the input of layer {self.prefix.cut} differs from the hidden states that are stored for the "
-                    "same sequences, so an earlier module has changed undetected (parameter.data.add_(), an attribute, "
-                    "a separate random generator). Caching has stopped, but batches since the last recheck used "
-                    "outdated hidden states; remove the cause of the change, or remove PrefixCache."
+                    f"layer {self.prefix.cut} now receives other hidden states than those stored for the same "
+                    "sequences, so an earlier module has changed (possible causes: a write to parameter.data, a new "
+                    "value of an attribute, a separate random generator). Caching has stopped, but batches since the "
+                    "last recheck used outdated hidden states; remove the cause of the change, or remove PrefixCache."
                 )
                 return
 

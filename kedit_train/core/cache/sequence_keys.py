@@ -48,7 +48,7 @@ def hash_sequences(sequences: Iterable[Sequence[int]]) -> str:
 
 
 def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:
-    """Return a mask of the positions that contain tokens and not padding.
+    """Return a mask that is True at tokens and False at padding.
 
     Args:
         attention_mask: the ``attention_mask`` that the model was called with. It is ignored if it is not a tensor with
@@ -130,8 +130,8 @@ class SequenceBatch:
     def without_padding(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of a batch with zeros at padding, as if they came from the cache.
 
-        Padding is sent to experts and multiplied together with the tokens. The values at padding therefore decide how
-        many rows an expert multiplies. The last bits of all results of the expert can depend on this number.
+        The router of a mixture of experts also assigns padding to experts. The values at padding therefore decide how
+        many rows each expert multiplies, and the last bits of an expert's results can depend on the number of rows.
         """
         padding = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for row, span in zip(padding, self.spans, strict=True):
@@ -171,8 +171,8 @@ def read_sequences(
         if not ignores_padding and not bool(real.all()):
             return "the batch is padded and has no labels, so the loss may include padding"
     elif bool((~real[:, :-1] & (labels.detach().cpu()[:, 1:] != IGNORE_INDEX)).any()):
-        # Often the first token of a sequence that is padded on the left.
-        return "a supervised token is predicted from padding; set the label of the first token to -100"
+        # This is often the first token of a sequence with padding on the left.
+        return "a supervised token is predicted from padding; set the label of each sequence's first token to -100"
     starts = first_columns
     if positions is not None:
         positions = positions.detach().cpu().expand(ids.shape)
@@ -181,7 +181,7 @@ def read_sequences(
         starts = positions.gather(1, first_columns.unsqueeze(1)).squeeze(1)
     lengths = real.sum(1)
     if (longest := _length_independent_positions(config)) is not None and bool((starts + lengths > longest).any()):
-        return f"the rotary embeddings of this model depend on the batch length beyond {longest} positions"
+        return f"beyond {longest} positions, the rotary embeddings of this model depend on the batch length"
     unsupported = [name for name in _EXTRA_OUTPUTS if inputs.get(name, getattr(config, name, False))]
     if inputs.get("use_cache"):
         unsupported.append("use_cache=True")
@@ -191,7 +191,7 @@ def read_sequences(
     ]
     if unsupported:
         return f"the model was called with {unsupported[0]}, which needs every layer or may change the hidden states"
-    # If the model counts positions itself, padding on the left may or may not count.
+    # If position_ids are not given, the model may or may not count padding on the left, so it gets another key.
     mode += b"counted" if positions is None else b"given"
     bounds = zip(first_columns.tolist(), lengths.tolist(), strict=True)
     spans = [slice(column, column + length) for column, length in bounds]

@@ -88,8 +88,8 @@ class ChangeProjection:
         for name, current in self.subspaces.items():
             fields = current._asdict()
             for key, value in state[name].items():
-                # Tensors that were read from a file can have unaligned addresses, on which the last bits of matrix
-                # products depend, so they are copied.
+                # Tensors that were read from a file can have unaligned addresses, which can change the last bits of
+                # matrix products. Therefore the tensors are copied.
                 fields[key] = value.to(fields[key], copy=True) if isinstance(value, Tensor) else value
             self.subspaces[name] = type(current)(**fields)
 

@@ -103,7 +103,7 @@ def _mean_over_tokens(
                 labels = label(logits, ids[0, example.target_start :].to(logits.device))
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
             # backward() would write .grad and trigger everything that hooks into it (DDP's reduction, masks).
-            # A parameter that an example does not reach, such as an expert it is not routed to, has no gradient.
+            # A parameter that the example does not use has no gradient, for example an expert that receives no token.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for total, gradient in zip(totals, gradients, strict=True):
                 if gradient is not None:

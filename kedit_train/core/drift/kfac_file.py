@@ -67,8 +67,9 @@ def load_factors(
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
         if metadata.get(subject) != fingerprint:
             raise EditError(
-                f"the file at factors_path={str(path)!r} does not fit this run: the {subject} are different (another "
-                f"seed also counts as different texts); use another path, or {_RETRY}."
+                f"the file at factors_path={str(path)!r} does not fit this run: the {subject} are different from those "
+                "used to compute the file (with another seed, the texts count as different); use another path, or "
+                f"{_RETRY}."
             )
     factors = KFACFactors({}, {})
     for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):

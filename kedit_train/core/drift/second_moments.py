@@ -26,7 +26,7 @@ from kedit_train.functional.precision import full_precision, wide
 
 @dataclass
 class SecondMoment:
-    """A running second moment.
+    """The second moment of vectors x that are added one batch at a time.
 
     Attributes:
         sum: sum of x xᵀ over all vectors, [d, d].

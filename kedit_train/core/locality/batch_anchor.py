@@ -126,7 +126,7 @@ class AnchorTerm:
 
     @torch.no_grad()
     def _compute(self, inputs: Mapping[str, Any], labels: Tensor, examples: list[int]) -> dict[int, Tensor]:
-        """Return [supervised tokens, hidden] per example, from one forward pass with the padding of the batch."""
+        """Return the hidden states [supervised tokens, hidden] of each example. All examples share one forward pass."""
         if len(examples) < len(labels):
             inputs = {k: v[examples] if isinstance(v, Tensor) else v for k, v in inputs.items()}
         with self.run.reference_model(), evaluation_mode(self.run.model):

@@ -39,7 +39,14 @@ class ReferenceStates:
         return sum(tensor.nbytes for tensor in self._tensors)
 
     def take(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return the entries of the given sequences from each tensor, as [tokens of these sequences, ...]."""
+        """Select the tokens of some sequences.
+
+        Args:
+            indices: indices of the sequences in ``lengths``.
+
+        Returns:
+            One tensor per stored tensor, with the entries of these sequences, [tokens of these sequences, ...].
+        """
         spans = [slice(self._starts[i], self._starts[i + 1]) for i in indices]
         return [torch.cat([tensor[span] for span in spans]) for tensor in self._tensors]
 

@@ -47,7 +47,7 @@ def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> l
             check_messages(record["messages"], where)
             for message in record["messages"]:
                 _check_unicode(message["content"], where)
-            # The template of an empty conversation may add visible text, so the messages are checked.
+            # The chat template may add visible text to an empty conversation, so the messages themselves are checked.
             if any(is_visible(message["content"]) for message in record["messages"]):
                 texts.append(_conversation(record["messages"], tokenizer, where, render))
             continue

@@ -81,8 +81,8 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "this run can use none of the first run's texts: each of them is missing from texts= or contains an "
-                "evaluation prompt of this run; create a new callback with other texts."
+                "no text of the first run can be used in this run, because every text is missing from texts= or "
+                "contains an evaluation prompt of this run's edits; create a new callback with other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():

@@ -75,7 +75,7 @@ class ReferenceCache:
 
     @classmethod
     def of(cls, value: ReferenceCache | str | Path | Mapping[str, Any] | None) -> ReferenceCache:
-        """Return ``value`` as a ``ReferenceCache``. It may be a directory or a mapping of arguments."""
+        """Convert ``value`` to a ``ReferenceCache``. ``value`` may be a directory or a mapping of arguments."""
         if isinstance(value, Mapping):
             return from_mapping(cls, value)
         return value if isinstance(value, ReferenceCache) else cls(value)
@@ -126,7 +126,7 @@ def compute_or_read(
         return collect_states(compute(), lengths, cache.memory_bytes), False
     full_key = json.dumps({**key(), "texts": hash_sequences(sequences)}, sort_keys=True)
     path = directory / f"{hashlib.sha256(full_key.encode()).hexdigest()[:32]}.safetensors"
-    # Every process computes, because sharded models need all of them; one process per machine writes.
+    # Every process computes, because a sharded model needs all processes. One process per machine writes the file.
     writes = os.environ.get("LOCAL_RANK", "0") == "0"
     if writes:
         remove_leftovers(path)

@@ -78,7 +78,7 @@ class ReplayBuffer:
     Attributes:
         entries: sequences of all previous edits.
         pending: edits of the last finished run, which do not have hidden states yet.
-        active: the entries that the current run can draw. Entries with the prompt of an edit of this run are excluded.
+        active: the entries that the current run can draw. An entry is excluded if an edit of this run has its prompt.
     """
 
     entries: list[PreviousEdit] = field(default_factory=list)
@@ -86,7 +86,7 @@ class ReplayBuffer:
     active: list[PreviousEdit] = field(default_factory=list)
 
     def start_run(self, edits: Iterable[Edit]) -> None:
-        """Start a run that trains ``edits``. Previous edits with the prompt of one of ``edits`` will not be drawn."""
+        """Start a run that trains ``edits``. Previous edits with the same prompt as one of ``edits`` are not drawn."""
         prompts = {edit.prompt for edit in edits}
         self.active = [entry for entry in self.entries if entry.edit.prompt not in prompts]
 

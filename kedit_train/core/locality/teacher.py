@@ -47,7 +47,7 @@ class Teacher:
 
     @classmethod
     def of(cls, value: Teacher | str | Path | nn.Module | Mapping[str, Any]) -> Teacher:
-        """Return ``value`` as a ``Teacher``. It may be a model, a name, a path or a mapping of arguments."""
+        """Convert ``value`` to a ``Teacher``. ``value`` may be a model, a name, a path or a mapping of arguments."""
         if isinstance(value, Mapping):
             return from_mapping(cls, value)
         return value if isinstance(value, Teacher) else cls(value)
@@ -74,7 +74,8 @@ def load_teacher(teacher: str | Path | nn.Module, run: EditRun, tokenizer: Any) 
         model, name = find_language_model(teacher), getattr(getattr(teacher, "config", None), "_name_or_path", "")
         if model is None:
             raise EditError(
-                f"teacher must be a causal language model, got {type(teacher).__name__} without a language-model head."
+                f"teacher must be a causal language model, got {type(teacher).__name__} without a language-model head; "
+                "load the teacher with AutoModelForCausalLM."
             )
         if model is run.language_model:
             raise EditError(

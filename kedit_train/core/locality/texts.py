@@ -126,7 +126,7 @@ class Texts:
         else:
             texts = read_texts(self.source, self.tokenizer if tokenizer is None else tokenizer, render=True)
         if not keep_leaks:
-            # Nobody has chosen the bundled texts for these edits, so a warning would be of no use.
+            # The user has not chosen the bundled texts, so a warning about them would not help.
             texts = _without_leaks(texts, edits, quiet=self.of_world)
         if self.nearest is not None:
             texts = nearest_texts(texts, edits, self.nearest)
@@ -180,5 +180,5 @@ def _without_leaks(texts: Sequence[str], edits: Iterable[Edit], *, quiet: bool =
 
 
 def _contents_leak(text: str, check: LeakCheck) -> bool:
-    """Return whether a message of a conversation contains an evaluation prompt. A template may change the messages."""
+    """Return whether a conversation contains an evaluation prompt before the chat template changes its messages."""
     return isinstance(text, RenderedConversation) and check.contains_prompt(text.contents)

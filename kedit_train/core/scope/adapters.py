@@ -48,5 +48,5 @@ class _Freeze:
             module.get_parameter(name).requires_grad_(False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied or pickled model takes its hooks along. The copies do nothing.
+        # A copied or pickled model contains copies of the hooks. These copies must do nothing.
         return {"_names": []}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-# The endings of the parameters from which torch's hooks of torch.nn.utils compute a weight.
+# The older functions in torch.nn.utils compute a weight from parameters whose names have these endings.
 _ENDINGS = ("_g", "_v", "_orig")
 
 
@@ -19,7 +19,7 @@ class ComputedWeight:
     Attributes:
         name: the name that the weight would have as a parameter.
         module: the name of its module.
-        source: what computes the weight.
+        source: the name of the method that computes the weight, for example "weight_norm".
         originals: the parameters from which the weight is computed, by name.
         remedy: the call that makes the weight a parameter again.
     """
@@ -44,7 +44,7 @@ def computed_weights(model: nn.Module) -> Iterator[ComputedWeight]:
                 yield ComputedWeight(f"{prefix}{weight}", path, source, originals, remedy)
         own = module._parameters
         for weight in dict.fromkeys(name.rpartition("_")[0] for name in own if name.endswith(_ENDINGS)):
-            # A module may also have a parameter that happens to have such a name.
+            # A parameter may have such a name by chance. A computed weight is also a plain attribute of the module.
             if isinstance(module.__dict__.get(weight), Tensor):
                 names = [f"{weight}{ending}" for ending in _ENDINGS]
                 originals = {f"{prefix}{name}": p for name in names if (p := own.get(name)) is not None}

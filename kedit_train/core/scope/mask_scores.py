@@ -137,8 +137,8 @@ def choose_masks(
         model: the model that contains the parameters.
         scores: name -> scores in the shape of the parameter.
         on_texts: name -> Fisher information by which the scores are divided. None skips the division. If the
-            granularity is "row" or "column", the scores and the information are averaged over each row or column before
-            the division.
+            granularity is "row" or "column", the scores and the Fisher information are averaged over each row or column
+            before the division.
         density: fraction of the entries or neurons that stay trainable.
         granularity: "element", "row" or "column": a mask makes single entries, rows or columns trainable.
 

@@ -12,8 +12,8 @@ from kedit_train.errors import EditError
 
 Granularity = Literal["element", "row", "column"]
 # How a parameter is masked, and along which dimension (None: entry by entry). "scored" uses the parameter's own scores.
-# "as_matrix" repeats the mask of the weight matrix that the bias belongs to. "frozen" lets no entry change, because the
-# parameter has no such neurons.
+# "as_matrix" gives a bias the mask of the weight matrix that the bias belongs to. "frozen" lets no entry change: this
+# is the rule for a bias if columns are masked, because a bias has no input neurons.
 Unit = tuple[Literal["scored", "as_matrix", "frozen"], int | None]
 
 

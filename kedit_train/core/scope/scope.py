@@ -79,11 +79,12 @@ def check_selection(layers: Layers, modules: Modules) -> None:
     """Check everything about a selection that does not depend on the model.
 
     Raises:
-        EditError: ``layers`` or ``modules`` has a wrong type, or contains a text that is empty or not a layer.
+        EditError: ``layers`` or ``modules`` has a wrong type, or contains a string that is empty or not a layer.
     """
     for item in () if layers is None else _items(layers):
         for part, ends in _parts(item):
-            # An index from the start and one from the end, or an index and a fraction, can only be compared in a model.
+            # Two indices that count from different ends, or an index and a fraction, can be compared only if the number
+            # of layers is known.
             if isinstance(ends[0], float) == isinstance(ends[-1], float) and (ends[0] < 0) == (ends[-1] < 0):
                 _check_order(part, ends[0], ends[-1])
     _patterns(modules)
@@ -185,8 +186,9 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         A dict from name to parameter.
 
     Raises:
-        EditError: a pattern matches nothing, only frozen parameters, only routers, or a weight that torch computes from
-            parameters that no pattern matches; or a layer is out of range.
+        EditError: a layer is out of range, or a pattern matches nothing, only frozen parameters or only routers. The
+            error is also raised if a pattern matches a computed weight (for example of weight norm), but the patterns
+            do not match all parameters from which torch computes this weight.
     """
     patterns = _patterns(modules)
     named = list(model.named_parameters(remove_duplicate=False))
@@ -205,8 +207,8 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         matching = [p for name, p in matched if whole_model or routers.get(name, "") in ("", *pattern.split("."))]
         if matched and not matching:
             raise EditError(
-                f"modules={pattern!r}{within} matches only routers, which stay frozen unless they are named; select "
-                f"other modules, or name the router: modules={routers[matched[0][0]]!r}."
+                f"modules={pattern!r}{within} matches only routers, which stay frozen unless a pattern contains "
+                f"their name; select other modules, or set modules={routers[matched[0][0]]!r}."
             )
         if not matching:
             raise EditError(
@@ -229,16 +231,17 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 
 
 def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Sequence[str]) -> None:
-    """Raise an error if a pattern matches a computed weight, but not the parameters from which it is computed."""
+    """Raise an error if a pattern matches a computed weight, but the patterns do not match all of its sources."""
     for weight in computed_weights(model):
         pattern = next((p for p in patterns if weight.name.startswith(prefixes) and matches(weight.name, p)), None)
         trainable = [name for name, parameter in weight.originals.items() if parameter.requires_grad]
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(
-                f"modules={pattern!r} matches {weight.name}, which {weight.source} computes from "
-                f"{', '.join(trainable)}, and would skip these parameters; call {weight.remedy} before the edit, "
-                f"select them with modules={weight.module or trainable!r}, or use a pattern that does not match "
-                f"{weight.name}."
+                f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
+                f"weight from {', '.join(trainable)}, and modules= does not match all parameters in this list. Call "
+                f"{weight.remedy} before the edit to make {weight.name} a parameter, set "
+                f"modules={weight.module or trainable!r} to select the listed parameters, or use a pattern that does "
+                f"not match {weight.name}."
             )
 
 
@@ -248,7 +251,7 @@ def _patterns(modules: Modules) -> list[str]:
         return ["*"]
     several = isinstance(modules, Sequence | Set) and not isinstance(modules, str | bytes)
     patterns = list(modules) if several else [modules]
-    # An empty pattern would match every parameter that has no name in a dense model.
+    # An empty pattern would match every parameter that is not the weight of an expert.
     if not patterns or not all(isinstance(pattern, str) and is_visible(pattern) for pattern in patterns):
         raise EditError(
             'modules must be a pattern, such as "mlp.down_proj", a list of at least one pattern, or None for all '

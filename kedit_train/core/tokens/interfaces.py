@@ -12,7 +12,8 @@ from torch import Tensor
 # (active) [N], and any number of further statistics [N].
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 Reduction = Literal["token", "sample"]
-# The position with the distribution that scores a token: its own, or the first supervised position of its sequence.
+# Which distribution scores a token. "own": the one that predicts this token. "first": the one that predicts the first
+# supervised token of its sequence.
 Position = Literal["own", "first"]
 
 
@@ -40,12 +41,12 @@ class TokenTerm(Protocol):
     def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
         """Return the divergence of each token from the reference, [n].
 
-        It is computed from the logits [n, vocabulary] and the hidden states of the reference [n, hidden].
+        The divergence is computed from the logits [n, vocabulary] and the hidden states of the reference [n, hidden].
         """
         ...
 
     def observe(self, divergence: Tensor) -> None:
-        """Receive the detached term of each token, [N], after a forward pass, not multiplied by ``weight``."""
+        """Receive the divergence [N] after a forward pass, detached and not multiplied by ``weight``."""
         ...
 
 

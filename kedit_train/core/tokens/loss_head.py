@@ -38,7 +38,7 @@ class _Call:
     Args:
         labels: [batch, length].
         items: ``num_items_in_batch``, the number of tokens over which the host takes the mean, or None.
-        fused: the call comes from TRL, which reads the output of its fused head.
+        fused: whether TRL made the call and expects the output of its fused head.
         positions: position ids, or None.
         reference_states: [N, hidden], the hidden states of the reference model for the second term, or None.
         left_out: examples that were removed from the batch.
@@ -56,7 +56,7 @@ class LossHead:
     """Replaces the loss of a causal language model during training.
 
     The host (the training framework) calls ``model(..., labels=...)`` as before. A hook before the forward pass removes
-    the labels, so that the model computes no loss and the logits of one position only. A hook after the forward pass
+    the labels, so that the model computes no loss, and logits at only one position. A hook after the forward pass
     computes the logits and the loss of the supervised positions with the objective, and puts the loss into
     ``output.loss``. If TRL requests its fused head, the second hook returns the per-token output of the fused head
     instead of this loss. The hooks ignore calls without gradients or without labels.
@@ -127,8 +127,8 @@ class LossHead:
         check_no_transform()
         if kwargs.get("shift_labels") is not None:
             raise EditError(
-                "shift_labels must not be passed to the model, because the loss head shifts labels itself; turn off "
-                "sequence parallelism."
+                "shift_labels must not be passed to the model, because the callbacks of this edit shift the labels "
+                "themselves; turn off sequence parallelism, which passes shift_labels."
             )
         if self.term is not None and self.position == "first":
             raise EditError(
@@ -168,8 +168,8 @@ class LossHead:
             shape = "none" if hidden is None else f"the shape {tuple(hidden.shape[:2])}"
             raise EditError(
                 f"the output head of {type(module).__name__} must receive one hidden state per label, of shape "
-                f"{tuple(call.labels.shape)}, got {shape}; if the model uses prompt tuning, remove it; if "
-                "forward() does not call the output head as a module, change forward()."
+                f"{tuple(call.labels.shape)}, got {shape}; remove prompt tuning if the model uses it, or change "
+                "forward() if it does not call the output head as a module."
             )
         return self._score(call, hidden[:, :-1], output)
 
@@ -230,7 +230,7 @@ class LossHead:
     def _per_token(
         self, call: _Call, hidden: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[list[str], tuple[Tensor, ...]]:
-        """Score every token; return the names of the columns that the objective does not have, and all columns."""
+        """Score every token. Return the names of the columns added to those of the objective, and all columns."""
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None
         reference = () if call.reference_states is None else (call.reference_states.to(hidden),)
@@ -249,16 +249,18 @@ class LossHead:
             if call.fused:
                 # TRL logs the entropy and the token accuracy at every step.
                 columns += [entropy(logits), logits.detach().argmax(-1) == targets]
-            # Weighted here, so that gradients are rounded at the scale of the host's loss and
-            # one sum serves all tokens.
+            # The weights are applied here, so that gradients are rounded at the scale of the host's loss and the loss
+            # is a plain sum.
             return loss * factors, *columns
 
         vocab_size = getattr(self.head.module, "out_features", None) or self.head.config.vocab_size
-        # In half precision the gradient of the logits is rounded at the scale of the loss. TRL divides by its
-        # own count, and an fp16 scaler multiplies the loss. Both factors are known only in the backward pass.
+        # In half precision, the gradient of the logits is rounded, so it must already have its final scale. TRL divides
+        # the loss by its own count, and an fp16 scaler multiplies the loss. Both factors are known only in the backward
+        # pass, so the gradient is computed there.
         dtype = self.head.compute_dtype(hidden)
         defer = dtype == torch.float16 or (call.fused and dtype in HALF)
-        # A term does not shorten the chunk, because memory blocks just below glibc's mmap threshold let the heap grow.
+        # The chunk is not shorter with a term. Shorter chunks use memory blocks just below glibc's mmap threshold, and
+        # such blocks make the heap grow.
         chunk = chunk_length(vocab_size)
         return added, chunked(
             score, hidden, labels, weights, *reference, chunk=chunk, parameters=self.head.trained, defer=defer

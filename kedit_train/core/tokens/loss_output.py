@@ -75,7 +75,7 @@ def fused_output(
         grid = values.new_zeros(where.shape).masked_scatter(where, values)
         if not left_out:
             return grid
-        # TRL sums the values, so the tokens of examples that were left out can follow in any order.
+        # TRL only sums the values, so the tokens of removed examples can be appended in any order.
         means = torch.as_tensor(sums, device=grid.device, dtype=torch.float32) / tokens.clamp(min=1)
         return torch.cat([grid.flatten().float(), means.repeat_interleave(tokens)])
 

@@ -87,7 +87,7 @@ def trained_difference(
     length = context_length(run.model.config)
     encoded = EditDataset(old).encode(tokenizer, model=run.model, max_length=length, prompt_format=prompt_format)
     pad_id, device = pad_token_id(tokenizer), next(run.model.parameters()).device
-    # Separate parameters, because the run counts every step of an optimizer over its own scope.
+    # The optimizer trains copies, because the run would count a step on its own scope as a training step.
     own = {name: nn.Parameter(value.clone()) for name, value in base.items()}
     optimizer = torch.optim.Adam(own.values(), lr=training.learning_rate)
     generator = torch.Generator().manual_seed(training.seed)
@@ -102,10 +102,10 @@ def trained_difference(
                 loss = nn.functional.cross_entropy(logits.float(), labels[:, 1:][where].to(logits.device))
             if not bool(loss.isfinite()):
                 raise EditError(
-                    f"the loss on the old answers must be finite, got {float(loss)}; pass ForgetTraining a "
-                    f"learning_rate below {training.learning_rate:g}."
+                    f"the loss on the old answers must be finite, got {float(loss)}; set learning_rate in "
+                    f"ForgetTraining to a value below {training.learning_rate:g}."
                 )
-            # Not backward(): that would touch .grad and everything that hooks into it (DDP's reduction, masks).
+            # backward() would write .grad and trigger everything that hooks into it (DDP's reduction, masks).
             gradients = torch.autograd.grad(loss, list(run.scope.values()), allow_unused=True)
             for parameter, gradient in zip(own.values(), gradients, strict=True):
                 parameter.grad = gradient

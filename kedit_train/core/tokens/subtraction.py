@@ -67,7 +67,7 @@ class Subtraction:
         measured, chosen = [before], 0
         for coefficient in sorted({float(c) for c in self.coefficients}):
             measured.append(measure(coefficient, coefficient / length if self.scale == "base" else coefficient))
-            # Written so that a perplexity of NaN ends the search.
+            # "not <=" instead of ">", so that a perplexity of NaN ends the search.
             if not measured[-1].perplexity <= self.max_perplexity_ratio * before.perplexity:
                 return measured, chosen, "perplexity"
             chosen = len(measured) - 1
@@ -86,8 +86,8 @@ class Subtraction:
             )
         else:
             reason = (
-                f"there are no larger coefficients to try (the norm of the trained difference is {length:.2%} of the "
-                'norm of the weights); pass larger coefficients, or scale="base"'
+                "there are no larger coefficients to try (the norm of the change from training on the old answers is "
+                f'{length:.2%} of the norm of the weights); pass larger coefficients, or scale="base"'
             )
         return (
             f"the mean probability of the old answers must be <= max_probability={self.max_probability:g}, got "

@@ -137,7 +137,7 @@ def test_spans_are_the_columns_of_the_tokens() -> None:
         ),
         (
             {"config": SimpleNamespace(rope_scaling={"type": "dynamic"}, max_position_embeddings=4)},
-            "the rotary embeddings of this model depend on the batch length beyond 4 positions",
+            "beyond 4 positions, the rotary embeddings of this model depend on the batch length",
         ),
         (
             {"use_cache": True},
@@ -156,4 +156,5 @@ def test_a_call_that_cannot_be_cached_gives_the_reason(given: dict[str, Any], re
 def test_a_supervised_first_token_after_left_padding_gives_the_reason() -> None:
     inputs = batch(side="left")
     inputs["labels"][0, 3] = 3
-    assert read(inputs) == "a supervised token is predicted from padding; set the label of the first token to -100"
+    expected = "a supervised token is predicted from padding; set the label of each sequence's first token to -100"
+    assert read(inputs) == expected

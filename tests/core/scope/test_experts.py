@@ -73,8 +73,8 @@ def test_a_pattern_that_matches_only_routers_is_an_error():
     with pytest.raises(EditError) as error:
         resolve_scope(build("mixtral"), 1, "mlp.gat?")
     assert str(error.value) == (
-        "modules='mlp.gat?' in layers=1 matches only routers, which stay frozen unless they are named; select other "
-        "modules, or name the router: modules='gate'."
+        "modules='mlp.gat?' in layers=1 matches only routers, which stay frozen unless a pattern contains their name; "
+        "select other modules, or set modules='gate'."
     )
 
 
