@@ -30,7 +30,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: the recipe uses the bundled texts, but not the bundled model and edits.
+        EditError: the bundled texts are used with another model or other edits; see
+            :func:`~kedit_train.cli.edit.share_texts`.
         SystemExit: a key is not valid. Before the exit, one line that names the key is printed.
     """
     words, named = split_by_name(with_catalog(arguments))
