@@ -21,7 +21,7 @@ def parser() -> EditParser:
     cli: Any = EditCLI.__new__(EditCLI)
     cli.parser_class, cli.seed_everything_default, cli.trainer_class, cli.trainer_defaults = EditParser, 0, None, {}
     cli.auto_configure_optimizers = True
-    parser = cli.init_parser()
+    parser = cli.init_parser(description="Run a recipe. fit runs it in Lightning, and sft runs it in TRL.")
     cli._add_arguments(parser)
     return parser
 
