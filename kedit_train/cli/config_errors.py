@@ -20,13 +20,14 @@ NOISE = re.compile(
     # The value is the whole list of callbacks, although only one of the callbacks is wrong.
     r"|Given value: \[?(?:NestedArg|Namespace\(|\{'class_path')"
 )
-# What Python says about a value of a wrong type at one of the two keys of a class.
+# An error of Python about a wrong value of class_path or init_args -> what the error means.
 PYTHON = {
     r"unhashable type: '\w+'": "class_path must be the path of a class, such as kedit_train.callbacks.TokenLoss",
     r"'\w+' object has no attribute 'keys'": "init_args must be a mapping of arguments to values",
 }
 # The error about Lightning's base class, which jsonargparse tries as well as the class that the user named.
 BASE = "Problem with given class_path 'lightning.Callback':"
+HELP = "python -m kedit_train fit --help"
 # How jsonargparse prints a key that was given as --trainer.callbacks.KEY.
 ON_THE_LAST = re.compile(r"trainer\.callbacks.*NestedArg\(key=", re.DOTALL)
 
@@ -48,13 +49,14 @@ def shorten(message: str) -> str:
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", text)
     text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text).replace("typing.", "").replace("Expected a ", "expected ")
+    text = _clearer(text)
     for pattern, meaning in PYTHON.items():
         text = re.sub(pattern, meaning, text)
     # The message of LightningCLI does not list the command sft, so it is added.
     text = re.sub(r"(\(choose from |\{)'?fit'?([)}])", r"\1fit, sft\2", text)
     refused = re.search(r"(\w+(?:\.\w+)+): Option '\w+' is not accepted", text)
     names = arguments(refused[1]) if refused else []
-    accepted = f"; valid arguments: {', '.join(names)}" if names else "; fit --help lists every key"
+    accepted = f"; valid arguments: {', '.join(names)}" if names else f"; {HELP} lists every key"
     if refused and ON_THE_LAST.search(message):
         if refused[1] == "lightning.Callback":
             return "trainer.callbacks: the run lists no callbacks, so the key cannot be set; add --config RECIPE.yaml"
@@ -65,10 +67,22 @@ def shorten(message: str) -> str:
     return cut(text.rstrip("."), 2000) + accepted
 
 
+def _clearer(text: str) -> str:
+    """Rewrite the phrases of jsonargparse about a value that should name a class."""
+    text = re.sub(r"expected path but [^;]* either not accessible or invalid; (?=.)", "", text)
+    if text.startswith("trainer.callbacks:"):
+        # One callback without a list is accepted too, so the error is not about a missing list.
+        text = re.sub(r"expected list; (?!Given value|lightning\.Callback:)", "", text)
+        text = text.replace("expected list", "expected a list of callbacks")
+    example = "kedit_train.callbacks.TokenLoss" if text.startswith("trainer.callbacks:") else "package.module.ClassName"
+    text = re.sub(r"expected dot import path string: [^;]*", f"expected the path of a class, such as {example}", text)
+    return text.replace("; Given value: ", ", got ")
+
+
 def wrong_callback(content: Any) -> str | None:
     """Return an error message for the first entry of ``trainer.callbacks`` that names no class, or None.
 
-    jsonargparse would only repeat the whole list.
+    The error of jsonargparse would only repeat the whole list.
 
     Args:
         content: the content of a configuration file.

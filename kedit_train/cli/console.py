@@ -58,7 +58,7 @@ def leave(code: int) -> NoReturn:
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
         # The threads of Gloo may abort a process that exits without shutting down its process group. A shutdown would
-        # need all processes.
+        # need all processes. os._exit therefore ends this process at once, with its threads.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

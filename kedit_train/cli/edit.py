@@ -55,9 +55,13 @@ class EditParser(LightningArgumentParser):
         except EditError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RecursionError, ValueError) as error:
-            # jsonargparse does not expect every value in every place.
+            # For some wrong values, jsonargparse raises one of these errors, and not its own error with the wrong key.
             reason = f"{type(error).__name__}: {error}"
-            self.error(f"the configuration cannot be read ({reason}); compare it with fit --print_config", error)
+            self.error(
+                f"the configuration cannot be read ({reason}); compare it with the output of "
+                "python -m kedit_train fit --print_config",
+                error,
+            )
 
     def parse_path(self, cfg_path: Any, *arguments: Any, **kwargs: Any) -> Any:
         self._file = str(cfg_path)
@@ -74,7 +78,10 @@ class EditParser(LightningArgumentParser):
         super().validate(namespace, *arguments, **kwargs)
 
     def _has_keys_only(self, group: str) -> bool:
-        """Return whether a group has no value of its own. jsonargparse accepts any value in its place."""
+        """Return True for a group of keys without a value of its own, such as ``trainer``.
+
+        jsonargparse would accept any value for such a group.
+        """
         try:
             self.get_default(group)
         except KeyError:
@@ -161,8 +168,8 @@ def share_texts(config: Any) -> None:
     """Replace ``texts: world`` in the callbacks by the value of ``data.texts``, if it is set.
 
     Raises:
-        EditError: the run uses the bundled texts or prompts, but not the bundled model and edits; or ``data.texts`` is
-            set, but no callback has ``texts: world``.
+        EditError: a callback has ``texts: world``, or ``data.augmentation.replay`` is "world", but the model or the
+            edits are not the bundled ones; or ``data.texts`` is set, but no callback has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -191,7 +198,8 @@ def share_texts(config: Any) -> None:
                 reader.init_args.texts.source = own.texts
             else:
                 reader.init_args.texts = own.texts
-        # The saved configuration then names the texts only once, so it can be run again.
+        # The callbacks now name the texts, so data.texts is removed from the saved configuration. If it stayed there, a
+        # run of this configuration would fail, because no callback has "texts: world" any more.
         if not world.is_world(own.texts):
             own.texts = None
         return

@@ -123,8 +123,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
             return options, None, [word]
         elif target is None and word.startswith("-"):
             raise EditError(
-                f"unknown option {word}; use an option that lightning run --help lists, or write arguments of the "
-                "recipe after the recipe"
+                f"unknown option {word}; use an option that lightning run --help lists. If {word} is an argument of "
+                "the recipe, write it after the name of the recipe."
             )
         elif target is None:
             target = word

@@ -71,7 +71,7 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
         if argument.partition(".")[0] not in arguments(entry.class_path):
             known = ", ".join(arguments(entry.class_path))
             raise EditError(f"{option}: {name} has no argument {argument!r}; valid arguments: {known}.")
-        # A parser for the arguments of this class checks the type of the value, like that of a value in a YAML file.
+        # A parser for the arguments of this class checks the type of the value, as for a value in a YAML file.
         parser = ArgumentParser(exit_on_error=False, parser_mode=yaml_text.MODE)
         parser.add_class_arguments(_class_of(entry.class_path), "object")
         given = entry.init_args.as_dict() if entry.get("init_args") else {}

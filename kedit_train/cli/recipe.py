@@ -21,7 +21,7 @@ def parser() -> EditParser:
     cli: Any = EditCLI.__new__(EditCLI)
     cli.parser_class, cli.seed_everything_default, cli.trainer_class, cli.trainer_defaults = EditParser, 0, None, {}
     cli.auto_configure_optimizers = True
-    parser = cli.init_parser()
+    parser = cli.init_parser(description="Run a recipe. fit runs it in Lightning, and sft runs it in TRL.")
     cli._add_arguments(parser)
     return parser
 
@@ -30,7 +30,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: the recipe uses the bundled texts, but not the bundled model and edits.
+        EditError: the bundled texts are used with another model or other edits; see
+            :func:`~kedit_train.cli.edit.share_texts`.
         SystemExit: a key is not valid. Before the exit, one line that names the key is printed.
     """
     words, named = split_by_name(with_catalog(arguments))

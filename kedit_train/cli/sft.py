@@ -37,7 +37,7 @@ READ = frozenset((
     "precision", "accelerator",
 ))  # fmt: skip
 PRECISION = {None: {}, "32-true": {}, "32": {}, "bf16-mixed": {"bf16": True}, "16-mixed": {"fp16": True}}
-# The launcher decides the number of processes before any key is read.
+# Keys that sft rejects, because the launcher decides the number of processes before any key is read.
 COUNTS = ("devices", "num_nodes")
 LOGGERS = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}
 

@@ -9,9 +9,10 @@ import yaml
 
 from kedit_train.arguments import cut
 
-# A mapping may merge several other mappings. No key is lost, because each merge key adds keys.
+# The merge key of YAML. A mapping may contain it several times, because each one adds keys and replaces none.
 MERGE = "<<"
-# A key with thousands of dots must not take long. No setting has more parts.
+# Maximum number of parts of a key, such as 2 in "model.name". No setting has more parts. Without this limit, a key with
+# thousands of dots would take long.
 MAX_PARTS = 10
 
 
@@ -28,7 +29,8 @@ class _Mapping:
 
     def __init__(self, top: bool) -> None:
         self.top, self.at_key = top, True
-        # From each key, and from each beginning of a key with dots, to the key as it is written and its line.
+        # Key -> the key as it is written, and its line. The second dict contains the beginnings of keys with dots: "a"
+        # and "a.b" for the key "a.b.c".
         self.keys: dict[str, tuple[str, int]] = {}
         self.beginnings: dict[str, tuple[str, int]] = {}
 

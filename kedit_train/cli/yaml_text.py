@@ -13,11 +13,13 @@ from kedit_train.cli.yaml_keys import check_keys
 
 # The mode of jsonargparse's parsers in which load_yaml reads files and texts.
 MODE = "kedit_yaml"
-# A file with aliases (*name) stands for a larger file without them. A few lines can stand for billions of values.
+# Maximum number of characters after every alias (*name) is replaced by what it names. Without this limit, a few lines
+# with aliases can stand for billions of values.
 MAX_EXPANDED = 100_000
-# Functions that walk through a configuration call themselves once or more for each level.
+# Maximum number of nested levels. Functions that walk through a configuration are recursive.
 MAX_DEPTH = 50
-# Python refuses to print longer integers than 4,300 digits. No setting needs more than these.
+# Maximum number of digits of an integer. Python refuses to print integers with more than 4,300 digits, and no setting
+# needs more than 100.
 MAX_DIGITS = 100
 _INTEGER = re.compile(r"[-+]?(?:0[xX][0-9a-fA-F_]+|0[bB][01_]+|[0-9][0-9_:]*)")
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -65,12 +67,12 @@ def load_yaml(text: str) -> Any:
     except RecursionError as error:
         raise InvalidYAML("the text is nested too deeply") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # PyYAML does not check values with a tag, such as "!!int x".
+        # PyYAML has no error of its own for a value that does not fit its tag, such as "!!int x".
         raise InvalidYAML(f"a value cannot be read ({error})") from error
 
 
 def _check(text: str) -> None:
-    """Check the limits before PyYAML builds the values, because PyYAML calls itself for each level.
+    """Check the limits before PyYAML builds the values, because PyYAML builds nested values recursively.
 
     Raises:
         InvalidYAML: see :func:`load_yaml`.
@@ -89,7 +91,7 @@ def _check(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in levels):
                 raise InvalidYAML(f"the alias at line {line} contains itself")
-            # PyYAML reports an alias without an anchor.
+            # An alias without an anchor has size 0 here. PyYAML reports it when it builds the values.
             anchor, size = None, sizes.get(event.anchor, 0)
         elif isinstance(event, yaml.ScalarEvent):
             if len(event.value) > MAX_DIGITS and _INTEGER.fullmatch(event.value):

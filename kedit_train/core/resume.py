@@ -78,9 +78,11 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
     # Without ParameterScope, no reference values have been copied yet, so the names in the scope are compared.
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
+        name = min(set(state["reference"]) ^ expected)
+        where = "of this run, but not in that of the checkpoint" if name in expected else "of the checkpoint only"
         raise EditError(
             f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
-            f"({len(expected)} tensors); resume with the same ParameterScope."
+            f"({len(expected)} tensors): {name} is in the scope {where}; resume with the same ParameterScope."
         )
     for name, value in state["reference"].items():
         if value.shape != run.shapes[name]:

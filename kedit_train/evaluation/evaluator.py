@@ -56,19 +56,20 @@ def evaluate(
     """Run ``model`` on all evaluation prompts (probes) of ``edits``, and score the answers.
 
     Reliability is measured with the prompt of each edit, and generality with the rephrasings of this prompt.
-    Portability and locality are measured with the probes in the data. Each probe gets two scores:
+    Portability and locality are measured with the probes in the data. Each probe has a list of accepted answers. The
+    first of them is the preferred answer. Each probe gets two scores:
 
     - generated: 1 if the model's free answer is right, otherwise 0. The answer is decoded greedily.
       ``options.protocol`` says where an answer ends and how it is compared;
-    - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when the model is given
-      all earlier tokens of this answer.
+    - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when it reads all earlier
+      tokens of this answer.
 
     By default, an evaluation costs one forward pass per probe. More tokens are generated only if the model's answer
     differs from the preferred answer, or if the probe has no accepted answer.
 
     Evaluate the unedited model first, and pass the resulting report as ``unedited``. Locality is then the fraction of
     answers that equal the unedited model's answer, and the report shows both models. Without ``unedited``, locality is
-    the fraction of answers that are true.
+    the fraction of right answers.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.
@@ -78,7 +79,8 @@ def evaluate(
         unedited: the unedited model's report on the same edits, made with the same options.
         reference_weights: the unedited model, or a dict from parameter name to value before the edit. The report then
             contains the weight drift (the distance from these weights). None: no weight drift.
-        judge: ``judge(answer, accepted) -> bool``, used instead of exact match. It needs the protocol "exact".
+        judge: ``judge(answer, accepted) -> bool``, used instead of exact match. A judge needs the
+            protocol "exact".
         prefixes: sentences for the metric "prefixes", used instead of the built-in English ones.
         limit: evaluate a random sample of this many edits. None: all edits.
         seed: seed of the sample, the prefixes and the bootstrap.
@@ -204,7 +206,10 @@ class _Evaluation:
         )
 
     def _retrieval(self, edits: Mapping[str, Edit], results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]:
-        """Return the results of the retrieval baseline by edit. Only the unedited model has this baseline."""
+        """Return a dict from edit to the results of the retrieval baseline.
+
+        The baseline is measured only on the unedited model. On the edited model, the dict is empty.
+        """
         by_edit: dict[str, list[ProbeResult]] = {}
         if "retrieval" not in self.options.extra_metrics or self.unedited is not None:
             return by_edit
@@ -216,7 +221,10 @@ class _Evaluation:
         return by_edit
 
     def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
-        """Record the unedited model's distributions on the locality prompts, or compute the KL divergence from them."""
+        """Add the KL divergence from the unedited model to the results of the locality prompts.
+
+        If this model is the unedited model, its distributions are recorded, and the results are returned unchanged.
+        """
         if "kl" not in self.options.extra_metrics:
             return results
         settings: dict[str, Any] = {"batch_size": self.options.batch_size, "progress": self.progress}
@@ -256,7 +264,8 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
         raise EditError("edits is empty; give at least one edit.")
     if options.distributed and any(isinstance(module, FSDPModule) for module in model.modules()):
         raise EditError(
-            "distributed must be False for a model that FSDP2 shards, because all processes must run the same batches."
+            "distributed must be False for a model that FSDP2 shards, got True; set distributed=False, because all "
+            "processes of FSDP2 must run the same batches."
         )
     if unedited is None:
         return
@@ -290,14 +299,18 @@ def _protocols(
     judge: Judge,
     progress: bool,
 ) -> Protocols:
-    """Return the protocols of the options, of the unedited model's report, or those that suit the model."""
+    """Return the protocols of the evaluation.
+
+    The edited model is evaluated with the protocols of the unedited model's report. Otherwise, the options or a judge
+    set the protocols. With ``protocol="auto"`` and no judge, the protocols are chosen by measuring the model.
+    """
     given = None if options.protocols is None else Protocols(options.protocols)
     if judge is not exact_match:
         given = given or Protocols(EXACT.names, "judge is given")
         if given.names != EXACT.names:
             raise EditError(
                 f'judge needs protocol="exact", got protocol="{given}", because a judge compares whole answers; remove '
-                "judge, or set the protocol in EvaluationOptions."
+                'judge, or set EvaluationOptions(protocol="exact").'
             )
     if unedited is None:
         if given is not None:

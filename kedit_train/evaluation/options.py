@@ -54,10 +54,10 @@ class EvaluationOptions:
             - "retrieval" measures a baseline: the unedited model answers all prompts with the new fact in front of
               them. It doubles the cost of the unedited model's evaluation.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
-            a list of them. The first one gives the headline scores (the scores that a report shows first). With "auto",
-            plain prompts are judged with "leading" and "probability" if the unedited model goes on after its answer
-            instead of generating an end token. In all other cases, "auto" means "exact". To find out how the unedited
-            model ends its answers, ``evaluate`` generates its answers to up to 16 of the prompts.
+            a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. The first one gives
+            the headline scores (the scores that a report shows first). "auto" usually means "exact". For plain prompts,
+            ``evaluate`` first generates the unedited model's answers to up to 16 of the prompts. If the model often
+            goes on after its answer instead of generating an end token, "auto" means ["leading", "probability"].
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens. The protocols "leading", "teacher_forced" and
             "probability" need fewer tokens: as many as the longest accepted answer, and three more.

@@ -32,9 +32,9 @@ class Report(ReportData):
             :class:`~kedit_train.evaluation.Score`. "reliability", "generality", "portability" and "locality" each have
             "generated", "teacher_forced" and more scores, which
             :func:`~kedit_train.evaluation.scoring.metrics.summarize` explains. "perplexity" is a single score.
-            "weight_drift" is a dict of three scores, or empty if not measured. "router" has the score "kl", only in
-            reports of ``EditMetrics`` on mixture-of-experts models.
-        unedited: the metrics of the unedited model, or None. In these metrics, locality is the fraction of true
+            "weight_drift" is a dict of three scores, or empty if not measured. "router" is a dict with the score "kl".
+            Only reports of ``EditMetrics`` on mixture-of-experts models contain "router".
+        unedited: the metrics of the unedited model, or None. In these metrics, locality is the fraction of right
             answers.
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
         meta: dict with the metadata of the evaluation. It contains the number, the name and the hash of the edits, the
@@ -134,8 +134,8 @@ class Report(ReportData):
         if console is not None:
             console.print(render_report(self, answers))
             return
-        # A progress bar may occupy the current line. tqdm.write prints above a tqdm bar. A rich progress bar replaces
-        # sys.stdout, which tqdm.write uses and a new console would bypass.
+        # A progress bar may occupy the current line. tqdm.write prints above a tqdm bar. It also prints above a rich
+        # progress bar, because it uses sys.stdout, which rich replaces. A new console would bypass this replacement.
         own = Console()
         with own.capture() as captured:
             own.print(render_report(self, answers))

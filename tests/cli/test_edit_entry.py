@@ -12,7 +12,7 @@ import pytest
 
 from kedit_train.cli import main as entry
 from kedit_train.cli import recipe
-from kedit_train.cli.config_errors import shorten
+from kedit_train.cli.config_errors import HELP, shorten
 from kedit_train.errors import EditError
 
 # Lightning 2.6 still calls what jsonargparse 4.53 renamed.
@@ -66,15 +66,24 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ("trainer: {callbacks: [{class_path: kedit_train.callbacks.Smooth}]}", ["no attribute 'Smooth'"]),
         (
             "trainer: {callbacks: [{class_path: kedit_train.callbacks.PrefixCache}, {class_path: os.system}]}",
-            ["trainer.callbacks: Import path os.system does not correspond to a subclass of Callback; fit --help"],
+            [
+                "trainer.callbacks: Import path os.system does not correspond to a subclass of Callback; python -m "
+                "kedit_train fit --help"
+            ],
         ),
         (
             "trainer: {callbacks: [{class_path: kedit_train.callbacks.PrefixCache}, {class_path: [1, 2]}]}",
-            ["trainer.callbacks: class_path must be the path of a class, such as kedit_train.callbacks.TokenLoss; fit"],
+            [
+                "trainer.callbacks: class_path must be the path of a class, such as kedit_train.callbacks.TokenLoss; "
+                "python -m kedit_train fit --help"
+            ],
         ),
         (
             "trainer: {callbacks: [{class_path: kedit_train.callbacks.TokenLoss, init_args: [1]}]}",
-            ["kedit_train.callbacks.TokenLoss: init_args must be a mapping of arguments to values; fit --help"],
+            [
+                "kedit_train.callbacks.TokenLoss: init_args must be a mapping of arguments to values; python -m "
+                "kedit_train fit --help"
+            ],
         ),
         ("trainer: [", ["bad.yaml: ", "parsing"]),
         ("trainer:\n  max_epochs: 1\n  max_epochs: 2", ["bad.yaml: ", "'max_epochs' is given twice, at line 2 and at"]),
@@ -261,9 +270,9 @@ def test_an_environment_variable_shows_the_traceback(monkeypatch: pytest.MonkeyP
 
 
 def test_an_unknown_config_error_is_kept_whole() -> None:
-    assert shorten("something new\n  - with details") == "something new; with details; fit --help lists every key"
+    assert shorten("something new\n  - with details") == f"something new; with details; {HELP} lists every key"
     text = "a: no.such.module: Option 'b' is not accepted"
-    assert shorten(text) == text + "; fit --help lists every key"
+    assert shorten(text) == f"{text}; {HELP} lists every key"
 
 
 @pytest.mark.parametrize("value", ["x" * 100_000, "a.b" * 30_000, "'" * 50_000, "x: " * 30_000])
@@ -274,4 +283,4 @@ def test_a_long_value_makes_neither_a_long_message_nor_a_long_wait(value: str) -
     line = shorten(message)
     assert time.process_time() - began < 1
     assert len(line) < 2100
-    assert line.startswith("trainer.callbacks: expected dot import path string: ")
+    assert line.startswith("trainer.callbacks: expected the path of a class, such as kedit_train.callbacks.TokenLoss")

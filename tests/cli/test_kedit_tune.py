@@ -142,5 +142,5 @@ def test_the_help_and_the_page_name_the_default_grid(kedit: Kedit) -> None:
     for name in ("step_sizes", "dampings", "kl_weights"):
         values = " ".join(f"{value:g}" for value in getattr(TuneGrid(), name))
         option = "--" + name.replace("_", "-")
-        assert f"({values})" in " ".join(help_text.split()), option
+        assert f"(default: {values})" in " ".join(help_text.split()), option
         assert f"| `{option}` | `{values}` |" in page, option

@@ -226,7 +226,7 @@ def test_the_report_names_the_protocol(scripted_model: Any, tmp_path: Any) -> No
     assert loaded == report
     assert loaded.protocols == report.protocols
     cut = evaluate(*endless(scripted_model), [EDIT], options=EvaluationOptions(protocol="exact"), progress=False)
-    assert 'run into the limit, so whole answers mean little; set protocol="leading"' in cut.markdown()
+    assert 'are cut at max_new_tokens, so scores of whole answers mean little; set protocol="leading"' in cut.markdown()
 
 
 def test_the_retrieval_baseline_has_the_fact_in_the_prompt(scripted_model: Any) -> None:

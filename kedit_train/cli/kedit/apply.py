@@ -21,8 +21,8 @@ examples:
 The checkpoint is written shard by shard, with one tensor in memory at a time. Before anything is written, every tensor
 that the delta changes is compared with the SHA-256 that the delta records for the base model.
 
-If the run loaded a half-precision checkpoint in float32, add --dtype float32. The command then loads the full model in
-float32.
+If the training run loaded a half-precision checkpoint in float32, add --dtype float32. The command then loads the full
+model in float32.
 """
 
 
@@ -30,7 +30,9 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
     parser.add_argument("model", metavar="MODEL", help="the base model: a checkpoint folder, a hub name, or world")
     parser.add_argument("out", metavar="OUT", help="a new folder for the edited checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, help="load the base model in this dtype, the dtype of the run")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="load the base model in this dtype; use the dtype of the training run"
+    )
     json_option(parser)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from kedit_train.cli.kedit.output import print_json, write_text
 from kedit_train.errors import EditError
 
-HELP = "evaluate a model on edits: does it give the new answers, and did other answers stay the same?"
+HELP = "evaluate a model on edits: whether it gives the new answers, and whether other answers stayed the same"
 EPILOG = """\
 examples:
   kedit eval world world --limit 50
@@ -47,22 +47,43 @@ def arguments(parser: ArgumentParser) -> None:
         default="auto",
         metavar="P",
         help="how answers are judged: auto, or one or several of leading, exact, contains, wild, teacher_forced and "
-        "probability, separated by commas (auto)",
+        "probability, separated by commas (default: auto)",
     )
     add("--retrieval", action="store_true", help="also measure the base model with the new fact in the prompt")
     add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
-    add("--batch-size", type=int, default=64, metavar="N", help="prompts per batch (64); does not affect the scores")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="maximum number of tokens of an answer (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="format of the prompts (plain)")
-    add("--prose", metavar="FILE", help="unrelated texts: perplexity, and KL and agreement with the base model")
-    add("--seed", type=int, default=0, help="random seed of the sample and of the confidence intervals (0)")
+    add(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompts per batch (default: 64); does not affect the scores",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="maximum number of tokens of an answer (default: 32)",
+    )
+    add(
+        "--prompt-format",
+        choices=("plain", "chat", "question"),
+        default="plain",
+        help="format of the prompts (default: plain)",
+    )
+    add(
+        "--prose",
+        metavar="FILE",
+        help="unrelated texts, to measure perplexity, and KL divergence and agreement with the base model",
+    )
+    add("--seed", type=int, default=0, help="random seed of the sample and of the confidence intervals (default: 0)")
     add(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="dtype of the model (auto)",
+        help="dtype of the model (default: auto)",
     )
-    add("--device", help="cpu, cuda, ... (the accelerator if there is one, otherwise cpu)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
     add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
     add(
         "--json",

@@ -19,8 +19,8 @@ PANELS, BLOCKS = 6, 128
 def heat_map(delta: Any, path: Path) -> Path:
     """Write a PNG with heat maps of the matrices with the largest changes. Up to six matrices are shown.
 
-    If the delta changes tensors without a heat map, an overview at the top shows the norm of the change of every
-    tensor, by layer and module.
+    If some changed tensors have no heat map, an overview at the top shows the norm of the change of every tensor, by
+    layer and module.
 
     Args:
         delta: an :class:`~kedit_train.delta.EditDelta`.

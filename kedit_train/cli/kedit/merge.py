@@ -24,13 +24,19 @@ of two deltas contains both edits (arXiv 2504.10957). Use kedit eval to measure 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("deltas", metavar="DELTA", nargs="+", help="deltas of the same base model")
-    parser.add_argument("--weights", type=finite, nargs="+", metavar="W", help="one factor for each delta (1)")
-    parser.add_argument("--method", choices=("linear", "ties", "dare"), default="linear", help="merge method (linear)")
+    parser.add_argument("--weights", type=finite, nargs="+", metavar="W", help="one factor for each delta (default: 1)")
     parser.add_argument(
-        "--density", type=finite, default=0.5, metavar="D", help="fraction of entries to keep, for ties and dare (0.5)"
+        "--method", choices=("linear", "ties", "dare"), default="linear", help="merge method (default: linear)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed for dropping entries, for dare (0)"
+        "--density",
+        type=finite,
+        default=0.5,
+        metavar="D",
+        help="fraction of entries to keep, for ties and dare (default: 0.5)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed for dropping entries, for dare (default: 0)"
     )
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the .safetensors file of the merged delta")
     parser.add_argument("--force", action="store_true", help="replace an existing file")

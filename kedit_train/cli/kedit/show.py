@@ -9,7 +9,7 @@ from typing import Any
 
 from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size
 
-# The largest number of changed rows or columns of a sparse change for which a rank is computed.
+# The rank of a sparse change is computed only if the change has at most this many rows, or at most this many columns.
 MAX_SIDE = 2048
 HELP = "show what a delta changed: tensors, norms, ranks and scores, and a picture on request"
 EPILOG = """\
@@ -26,7 +26,7 @@ columns:
   largest       largest absolute change of an entry
   rank          number of singular values of the change that are larger than the rounding error
   stable rank   |change| squared, divided by the square of the largest singular value of the change
-                Both ranks are left out for single entries in more than 2,048 rows and columns.
+                Both ranks are left out if single entries in more than 2,048 rows and 2,048 columns changed.
 """
 
 

@@ -45,22 +45,43 @@ def arguments(parser: ArgumentParser) -> None:
         nargs="+",
         metavar="C",
         default=COEFFICIENTS,
-        help="multiples of the delta to evaluate (0.1, 0.2, ... 1)",
+        help="multiples of the delta to evaluate (default: 0.1, 0.2, ... 1)",
     )
     add(
         "--keep-locality",
         type=finite,
         default=0.95,
         metavar="S",
-        help="fraction of the base model's locality that must remain (0.95)",
+        help="fraction of the base model's locality that must remain (default: 0.95)",
     )
-    add("--forget", action="store_true", help="count the edits that are no longer answered with their target")
+    add(
+        "--forget",
+        action="store_true",
+        help="score an edit as a success if the model no longer answers with its target",
+    )
     add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
-    add("--batch-size", type=int, default=64, metavar="N", help="prompts per batch (64); does not affect the scores")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="maximum number of tokens of an answer (32)")
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="format of the prompts (plain)")
-    add("--seed", type=int, default=0, help="random seed of the sample (0)")
-    add("--device", help="cpu, cuda, ... (the accelerator if there is one, otherwise cpu)")
+    add(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompts per batch (default: 64); does not affect the scores",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="maximum number of tokens of an answer (default: 32)",
+    )
+    add(
+        "--prompt-format",
+        choices=("plain", "chat", "question"),
+        default="plain",
+        help="format of the prompts (default: plain)",
+    )
+    add("--seed", type=int, default=0, help="random seed of the sample (default: 0)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
     add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
     add("--plot", metavar="FILE", help="write a plot of reliability and locality to this .png file")
     add("--out", metavar="FILE", help="write the picked multiple of the delta to this .safetensors file")

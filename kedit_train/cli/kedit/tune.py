@@ -18,12 +18,15 @@ examples:
   kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts.txt --layers 0.5-0.9 0.6 0.8 --step-sizes 0.03 0.05 0.1
   kedit tune world world --keep world --layers 0.3-0.9 --dampings 1e-3 --kl-weights 0
 
-The command tries all combinations of --layers, --step-sizes, --dampings and --kl-weights. Every combination is trained
-on a few edits of the tuning half, the best third on more edits, and the best ones on the whole half. The settings of
-the recipe kedit_default are tried first in every round, if they are among the combinations. The command picks
-a combination with a reliability of at least 0.95 and, among these, the highest harmonic mean of generality and
-locality. If none is that reliable, it picks the most reliable one. It then trains this combination once on the held-out
-half, and writes a recipe. Report only the held-out scores.
+The command splits the edits into a tuning half and a held-out half. It tries all combinations of --layers,
+--step-sizes, --dampings and --kl-weights in up to three rounds. In the first round, every combination is trained on a
+few edits of the tuning half. In the next round, the best third is trained on more edits. In the last round, the best
+third of these is trained on the whole tuning half. The settings of the recipe kedit_default, if they are among the
+combinations, are trained in every round.
+
+Of the combinations with a reliability of at least 0.95, the command picks the one with the highest harmonic mean of
+generality and locality. If none is that reliable, it picks the most reliable one. It then trains this combination once
+on the held-out half, and writes a recipe. Report only the held-out scores.
 
 If the command is interrupted, run it again: finished runs are not repeated. All results and the edits of both halves
 are in the folder NAME.tune next to the recipe NAME.yaml.
@@ -40,30 +43,49 @@ def arguments(parser: ArgumentParser) -> None:
         "--budget",
         type=duration,
         metavar="TIME",
-        help="time to share between the rounds and the held-out run, such as 90s, 20m or 2h (no limit)",
+        help="time limit, such as 90s, 20m or 2h; each round and the held-out run get an equal share of it "
+        "(default: no limit)",
     )
-    add("--out", default="tuned.yaml", metavar="FILE", help="write the recipe to this .yaml file (tuned.yaml)")
+    add("--out", default="tuned.yaml", metavar="FILE", help="write the recipe to this .yaml file (default: tuned.yaml)")
     add("--wandb", metavar="FILE", help="write a W&B sweep file with the same combinations to this .yaml file")
     add(
         "--layers",
         nargs="+",
         metavar="L",
-        help="layers to try: indices, fractions of the depth or ranges (0.7 0.3-1.0)",
+        help="layers to try: indices, fractions of the depth or ranges (default: 0.7 0.3-1.0)",
     )
-    add("--modules", metavar="M", help="weights to train in these layers (mlp.down_proj.weight)")
-    add("--step-sizes", nargs="+", type=finite, metavar="S", help="step sizes of SecondOrderLocality (0.05 0.1 0.2)")
-    add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (0.1)")
-    add("--kl-weights", nargs="+", type=finite, metavar="W", help="weights of KLLocality; 0 leaves it out (0 20)")
+    add("--modules", metavar="M", help="weights to train in these layers (default: mlp.down_proj.weight)")
+    add(
+        "--step-sizes",
+        nargs="+",
+        type=finite,
+        metavar="S",
+        help="step sizes of SecondOrderLocality (default: 0.05 0.1 0.2)",
+    )
+    add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (default: 0.1)")
+    add(
+        "--kl-weights",
+        nargs="+",
+        type=finite,
+        metavar="W",
+        help="weights of KLLocality; 0 trains without KLLocality (default: 0 20)",
+    )
     add("--limit", type=int, metavar="N", help="use a random sample of N edits")
     add(
         "--protocol",
         default="auto",
         metavar="P",
-        help="how answers are judged: auto, leading, exact, contains, wild, teacher_forced or probability (auto)",
+        help="how answers are judged: auto, leading, exact, contains, wild, teacher_forced or probability "
+        "(default: auto)",
     )
-    add("--prompt-format", choices=("plain", "chat", "question"), default="plain", help="format of the prompts (plain)")
-    add("--seed", type=int, default=0, help="random seed of the split and of the training (0)")
-    add("--device", help="cpu, cuda, ... (the accelerator if there is one, otherwise cpu)")
+    add(
+        "--prompt-format",
+        choices=("plain", "chat", "question"),
+        default="plain",
+        help="format of the prompts (default: plain)",
+    )
+    add("--seed", type=int, default=0, help="random seed of the split and of the training (default: 0)")
+    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
     add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
     add("--force", action="store_true", help="replace existing files")
     json_option(parser)
@@ -82,7 +104,8 @@ def run(args: Namespace) -> int:
 
     if adapted_base(args.model) is not None:
         raise EditError(
-            f"MODEL must be a complete model, but {args.model} is an adapter; merge it with its base model."
+            f"MODEL must be a complete model, but {args.model} is an adapter; merge the adapter with its base "
+            "model, and give the folder of the merged model."
         )
     # The arguments are checked before the model is loaded.
     grid = TuneGrid(**_given(args))
@@ -104,7 +127,7 @@ def run(args: Namespace) -> int:
     ]
     files = [result.save_recipe(out, model=args.model, edits=args.edits, keep=args.keep), *halves]
     if sweep is not None:
-        # The bundled texts can be used only with the bundled edits, and not with a file of them.
+        # The bundled texts can be used only with the bundled edits, and not with a file that contains a part of these.
         part = args.edits if is_world(args.keep) else str(halves[0])
         files.append(result.save_sweep(sweep, model=args.model, edits=part, keep=args.keep))
     if args.json:
@@ -146,7 +169,7 @@ def duration(text: str) -> float:
 
 
 def _given(args: Namespace) -> dict[str, Any]:
-    """Return the arguments of the grid that were given."""
+    """Return the settings of the grid that the user gave on the command line."""
     names = ("layers", "modules", "step_sizes", "dampings", "kl_weights")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

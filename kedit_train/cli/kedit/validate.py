@@ -75,11 +75,12 @@ def _kind(path: Path) -> str:
 
 
 def check(path: Path, *, complete: bool = True) -> list[str]:
-    """Parse a file as ``fit --config`` does, and build the callbacks to check the arguments of the callbacks.
+    """Parse a file as ``fit --config`` does, and build the callbacks to check their arguments.
 
     Args:
         path: the YAML file.
-        complete: whether the file lists all callbacks of the run, so that no callback may require one that is missing.
+        complete: True if the file lists all callbacks of the run. In this case, it is an error if a callback requires
+            another callback that the file does not list.
 
     Returns:
         The names of the callbacks.
@@ -101,7 +102,7 @@ def check(path: Path, *, complete: bool = True) -> list[str]:
         def parse_arguments(self, parser: Any, args: Any) -> None:
             self.config = parser.parse_args(args)
 
-        # This would read the settings of the model from a checkpoint.
+        # The method of the base class would read the settings of the model from a checkpoint.
         def _parse_ckpt_path(self) -> None: ...
 
         def _set_seed(self) -> None: ...

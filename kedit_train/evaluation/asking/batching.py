@@ -29,7 +29,7 @@ class DivergedError(EditError):
         owner = "" if edit is None else f"edit {edit}: "
         super().__init__(
             f"{owner}the model gives NaN logits after {shorten(prompt)!r}, so its weights have diverged; "
-            "lower the learning rate or use a wider dtype."
+            "lower the learning rate, or train in a dtype with a larger range, such as bfloat16 or float32."
         )
         self.prompt = prompt
 
@@ -44,8 +44,8 @@ def unwrap_model(model: nn.Module) -> Any:
     while not hasattr(inner, "generate"):
         if not isinstance(getattr(inner, "module", None), nn.Module):
             raise EditError(
-                f"model must be a causal language model, got {type(model).__name__}, which cannot generate; load it "
-                "with AutoModelForCausalLM."
+                f"model must be a causal language model, got {type(model).__name__}, which cannot generate text; load "
+                "the model with AutoModelForCausalLM."
             )
         inner = inner.module
     return inner

@@ -16,8 +16,8 @@ from kedit_train.data.tokenization import Encoded, collate, position_ids
 from kedit_train.evaluation.asking.batching import base_model, model_device, uses_prompt_learning
 from kedit_train.evaluation.asking.logits import accepts_argument
 
-# Finished sequences are removed only when they make up this fraction of the batch, because every removal copies the
-# cache.
+# Finished sequences are removed only when they make up at least this fraction of the batch, because every removal
+# copies the cache.
 _ENDED_SHARE = 0.25
 
 
@@ -63,7 +63,7 @@ def can_pad(model: Any) -> bool:
 
 
 class PromptBatch:
-    """The tokens of a batch so far, padded on the left, and the key-value cache.
+    """A batch of sequences that grow during decoding: their tokens, padded on the left, and the key-value cache.
 
     Args:
         model: a model in evaluation mode.
@@ -95,7 +95,7 @@ class PromptBatch:
         return self.model(**inputs).logits[:, -1].float()
 
     def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return the logits after each token of the given targets. The model must have read the batch before this call.
+        """Return the logits after each token of the given targets. Call :meth:`next_logits` first.
 
         The model reads the targets with a copy of the cache, so the prompt is not read again and the batch does not
         change. :func:`can_pad` must be True for the model.
@@ -184,7 +184,7 @@ def continue_greedily(
             continuation = continuations[index]
             if index in done:
                 continue
-            # topk ranks NaN above every number, and NaN differs from itself.
+            # topk ranks NaN above every number, so ``first`` is NaN if any logit is. Only NaN differs from itself.
             continuation.diverged = first != first
             continuation.ids.append(token)
             continuation.margin = min(continuation.margin, margin)

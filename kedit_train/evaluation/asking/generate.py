@@ -65,7 +65,7 @@ class AnswerEnd:
     ) -> None:
         self.ids, self.tokenizer, self.cut_at = set(end_token_ids(model, tokenizer)), tokenizer, tuple(stops)
         self.thinks = thinks(prompt_format)
-        # Thoughts have several lines.
+        # Thoughts have several lines, so a line break must not end the generation.
         self.stops = () if self.thinks else self.cut_at
         turn_end = end_id(tokenizer, prompt_format)
         self.ids |= set() if turn_end is None else {turn_end}
@@ -91,7 +91,7 @@ class AnswerEnd:
         for stop in self.cut_at:
             text = text.split(stop, 1)[0]
         answer_ids = ids[:-1] if continuation.ended else ids
-        # A line break at the beginning shows that the first line is empty.
+        # Without stops, a line break at the beginning is kept, because it shows that the first line is empty.
         text = text.strip() if self.cut_at else text.strip(" ")
         return Answer(text, ended=continuation.ended, margin=continuation.margin, ids=tuple(answer_ids))
 
@@ -191,7 +191,7 @@ def generate(
     context = context_length(inner.config)
     sequences = encode_prompts(tokenizer, prompts, context, prompt_format)
     is_end, pad_id = AnswerEnd(inner, tokenizer, stops, prompt_format), pad_token_id(tokenizer)
-    # The known tokens of an answer do not follow the thoughts.
+    # A known start is an answer without thoughts. A model that thinks generates its thoughts first.
     known_starts = {} if thinks(prompt_format) else known_starts
     prompt_of = dict(zip(sequences, prompts, strict=True))
     limits = {s: max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[p] for s, p in prompt_of.items()}

@@ -17,7 +17,7 @@ from kedit_train.evaluation.asking.batching import (
 )
 from kedit_train.functional.labels import IGNORE_INDEX
 
-# The logits of one batch take at most 1 GiB in fp32.
+# Maximum number of logits in one batch. They take 1 GiB in fp32.
 MAX_LOGITS = 2**28
 
 

@@ -33,7 +33,8 @@ class ProbeRequest:
         question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence",
             "fluency" or "retrieval".
         kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
-            "continuation", or a kind that the data names. For "retrieval", the question that the prompt measures.
+            "continuation", or a kind that the data names. For "retrieval", ``kind`` is the ``question`` of the same
+            prompt without the fact.
         prompt: the prompt, before a chat template is applied.
         accepted: every answer that counts as right, starting with the preferred answer; may be empty.
         old_target: the right answer before the edit. None if this answer is unknown.

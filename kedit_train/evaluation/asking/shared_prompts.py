@@ -27,7 +27,8 @@ from kedit_train.evaluation.asking.generate import LINE_BREAK, Answer, AnswerEnd
 from kedit_train.evaluation.asking.logits import MAX_LOGITS, vocabulary_size
 from kedit_train.evaluation.asking.teacher_forced import TeacherForced, score_targets
 
-# A batch of at least SMALL_BATCH prompts ends before a prompt that is shorter than this fraction of its longest prompt.
+# Prompts are batched from long to short. Once a batch has SMALL_BATCH prompts, the first prompt that is shorter than
+# SHORTEST times the longest prompt of the batch starts a new batch. This limits the padding.
 SMALL_BATCH, SHORTEST = 16, 0.75
 
 Scores = dict[tuple[str, str], TeacherForced]

@@ -14,14 +14,15 @@ from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
 HEADING = "Did it work?"
 _NOTES = {
-    "leading": "greedy decoding, an accepted answer at the beginning of the text, at a word boundary. locality: first "
-    "tokens unchanged, as many as the true answer has, at least 3",
-    "exact": "greedy decoding until the model ends its answer, exact match after normalization",
-    "contains": "greedy decoding, an accepted answer anywhere in the text. locality: first tokens unchanged",
-    "wild": "greedy decoding until the first full stop or line break, exact match after normalization",
-    "teacher_forced": "fraction of the answer's tokens ranked first. locality: fraction of these tokens unchanged",
-    "probability": "new answer more probable than the old answer (ES, PS). locality: true answer more probable than "
-    "the new answer (NS)",
+    "leading": "the greedy answer begins with an accepted answer, followed by a word boundary. locality: the first "
+    "tokens are unchanged (as many as the true answer has, at least 3)",
+    "exact": "the greedy answer, until the model ends it, equals an accepted answer after normalization",
+    "contains": "the greedy answer contains an accepted answer. locality: the first tokens are unchanged",
+    "wild": "the greedy answer, until its first full stop or line break, equals an accepted answer after normalization",
+    "teacher_forced": "fraction of the answer's tokens that the model ranks first. locality: fraction of positions at "
+    "which both models rank the same token first",
+    "probability": "the new answer is more probable than the old answer (ES and PS of CounterFact). locality: the true "
+    "answer is more probable than the new answer (NS of CounterFact)",
 }
 _REST = (
     "teacher-forced: fraction of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap "
@@ -198,8 +199,8 @@ def notes(report: ReportData) -> list[str]:
     if protocols.headline == "exact" and cut.value is not None and cut.value >= CUT_SHARE:
         better = "leading" if report.meta.get("settings", {}).get("prompt_format") == "plain" else "contains"
         lines.append(
-            f"{cut.value:.0%} of the answers run into the limit, so whole answers mean little; set protocol="
-            f'"{better}", or a larger max_new_tokens'
+            f"{cut.value:.0%} of the answers are cut at max_new_tokens, so scores of whole answers mean little; set "
+            f'protocol="{better}", or a larger max_new_tokens'
         )
     return lines
 

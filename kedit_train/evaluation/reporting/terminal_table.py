@@ -43,7 +43,7 @@ def render_report(report: ReportData, answers: int) -> Group:
             heading = f"{title} ({min(answers, len(results))} of {len(results)})"
             parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
             if len(results) > answers:
-                where = "in Report.answers, and in the file of Report.save or report_path if there is one"
+                where = "in Report.answers, and in the file that Report.save or report_path writes"
                 parts.append(Text(f"{len(results) - answers} more: {where}", style="dim"))
     parts += [Text(note, style="yellow") for note in notes(report)]
     return Group(*parts)

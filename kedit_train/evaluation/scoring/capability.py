@@ -155,6 +155,6 @@ class CapabilityProbe:
 
 
 def text_beginnings(texts: Sequence[str]) -> list[str]:
-    """Return the first half of each text's words, at most 16, as a prompt. A text with one word gives no prompt."""
+    """Return one prompt per text: the first half of its words, at most 16. A text with one word gives no prompt."""
     halves = [text.split()[: min(PROMPT_WORDS, len(text.split()) // 2)] for text in texts]
     return [" ".join(words) for words in halves if words]

@@ -16,9 +16,9 @@ from kedit_train.evaluation.asking.generate import Answer
 from kedit_train.evaluation.asking.logits import target_logits
 from kedit_train.functional.top_k_divergence import bucket_divergence, top_log_probs
 
-# Number of most probable tokens of each distribution that are stored. All other tokens are summed into one bucket. The
-# divergence of the buckets is at most the true divergence, and equals it if the vocabulary has no more tokens than
-# this. The stored values take 12 KiB per position.
+# Of each distribution, this many of the most probable tokens are stored. All other tokens are summed into one bucket.
+# The divergence that is computed from these values is never larger than the true divergence. Both are equal if the
+# vocabulary has at most this many tokens. The stored values take 12 KiB per position.
 KEPT_TOKENS = 1024
 
 

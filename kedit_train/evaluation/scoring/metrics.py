@@ -29,7 +29,8 @@ _MEASURES: dict[str, Callable[[ProbeResult], float | None]] = {
     ),
     "ended": lambda r: r.ended,
 }
-# Scores that exist only if the protocol is one of the report's protocols. The other protocols are in ``_MEASURES``.
+# Protocols that give a score only if they are among the report's protocols. ``_MEASURES`` has the scores of the other
+# protocols, which are always computed.
 _NAMED = ("leading", "exact", "wild", "probability")
 
 
@@ -72,8 +73,10 @@ def summarize(
     - ``generated``: the headline score, under the report's first protocol. With the default protocols, it is the
       fraction of probes whose generated answer is right. For locality with ``against_unedited``, it is the fraction of
       answers that are equal to the unedited model's answers;
-    - ``leading``, ``exact``, ``wild`` and ``probability``: the same score under these protocols, if they are among
-      ``protocols``. ``magnitude``: the mean difference of the two probabilities that "probability" compares;
+    - ``leading``, ``exact``, ``wild`` and ``probability``: the score under each of these protocols that is among
+      ``protocols``;
+    - ``magnitude`` (with the protocol "probability"): the mean difference between the probabilities of the new and the
+      old answer. For locality, it is the mean difference between the probabilities of the true and the new answer;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
     - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
@@ -89,8 +92,8 @@ def summarize(
     - ``locality.right``: the fraction of locality probes with a right answer, even if the edit changed the answer;
     - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
       correctly;
-    - ``locality.tokens_kept``: the mean fraction of the unedited answers' first tokens that precede the first
-      difference from the edited answer;
+    - ``locality.tokens_kept``: the first tokens of both models' answers are compared. The score is the mean fraction
+      of the unedited model's tokens that come before the first difference;
     - ``locality.same_answer``: the fraction of whole answers that are equal to the unedited model's answers;
     - ``probability.harmonic_mean``: the harmonic mean of the "probability" scores of reliability, generality and
       locality, which CounterFact calls S;
@@ -158,7 +161,7 @@ def _headline(protocols: Protocols, against_unedited: bool) -> Callable[[ProbeRe
 
 
 def _measures(protocols: Protocols, against_unedited: bool) -> dict[str, Callable[[ProbeResult], float | None]]:
-    """Return the scores of a question by name, the headline first."""
+    """Return a dict from the name of each score to the function that computes it for one probe, the headline first."""
     measures = {"generated": _headline(protocols, against_unedited), **_MEASURES}
     if not protocols.whole_answers:
         measures["ended"] = lambda r: None

@@ -16,9 +16,10 @@ from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
 # Number of prompts that are answered to find out whether a model ends its answers.
 SAMPLE = 16
-# An answer of fewer tokens says nothing about a model whose answers are longer.
+# The answers may have at least this many tokens. With a lower limit, a model with longer answers would seem not to end
+# its answers.
 MINIMUM_TOKENS = 32
-# If this fraction of the answers runs into the limit, whole answers are not a meaningful measure.
+# If at least this fraction of the answers is cut at the limit, scores of whole answers mean little.
 CUT_SHARE = 0.25
 
 
@@ -27,9 +28,9 @@ def choose_protocols(
 ) -> Protocols:
     """Return the protocols for ``protocol="auto"``.
 
-    In chats and after questions, models end their answers. Therefore, these answers are judged with "exact". For
-    completions, the unedited model answers up to 16 of the prompts. If at least a quarter of these answers do not end,
-    completions are judged with "leading" and "probability", and otherwise with "exact".
+    Models end their answers to chats and questions. Therefore, these answers are judged with "exact". For plain
+    prompts, the unedited model answers up to 16 of the prompts. If at least a quarter of these answers do not end, the
+    protocols are "leading" and "probability". Otherwise, the protocol is "exact".
 
     Args:
         model: the unedited model.
@@ -44,7 +45,7 @@ def choose_protocols(
     tokens = max(options.max_new_tokens, MINIMUM_TOKENS)
 
     def ask(own: Sequence[str]) -> list[bool]:
-        # A line break does not count as an end here, because the model itself continues in the next line.
+        # A line break does not count as an end here, because a model can go on in the next line.
         answers = generate(model, tokenizer, own, options.batch_size, tokens, "plain", (), {}, progress)
         return [answer.ended for answer in answers]
 
@@ -55,7 +56,7 @@ def choose_protocols(
 
 
 def _sample(edits: Sequence[Edit]) -> list[str]:
-    """Return up to 16 different prompts, evenly spaced over the edits' own prompts and their first locality prompts."""
+    """Return up to 16 different prompts: of evenly spaced edits, the edit's prompt and its first locality prompt."""
     prompts: dict[str, None] = {}
     step = max(1, 2 * len(edits) // SAMPLE)
     for edit in edits[::step]:

@@ -158,7 +158,8 @@ def answer_requests(
         limits = dict.fromkeys(prompts, options.max_new_tokens)
     else:
         limits = _short_limits(tokenizer, asked)
-    # The default protocol reads each prompt twice. Otherwise rounding could change answers that were measured before.
+    # With the default protocol, each prompt is read twice. Reading it once would be faster, but rounding could then
+    # give other answers than in reports of earlier versions.
     share = protocols.names != EXACT.names and can_share_prompts(model)
     ask = _ask_together if share else _ask_separately
     answers, forced = ask(model, tokenizer, prompts, pairs, limits, protocols, settings)
@@ -215,7 +216,7 @@ def _ask_together(
 
 
 def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protocols) -> str | None:
-    """Return the answer whose probability is compared with the preferred answer's, or None if it is not needed."""
+    """Return the rival: the answer that is compared in probability with the preferred answer. None: no comparison."""
     if "probability" in protocols.names and request.accepted:
         if request.new_target not in (None, request.accepted[0]):
             return request.new_target

@@ -40,7 +40,10 @@ class TextResult:
 
 @dataclass
 class _Reader:
-    """Records the distributions of the windows of the texts, or compares the windows with recorded distributions."""
+    """Reads the logits of each window of the texts, and records the distributions or compares them with recorded ones.
+
+    A window is a part of a text that fits into the model's context; see :func:`text_losses`.
+    """
 
     texts: Sequence[str]
     reference: Mapping[str, Distribution] | None
@@ -51,7 +54,7 @@ class _Reader:
     compared: dict[int, int] = field(default_factory=dict)
 
     def __call__(self, number: int, window: int, sequence: Encoded, logits: Tensor) -> None:
-        # The key cannot be a prompt of an evaluation, which also has distributions in a report.
+        # A report stores these distributions together with those of its prompts. No prompt equals this key.
         key = f"prose, window {window} of: {self.texts[number]}"
         if self.reference is None:
             self._record(key, sequence, logits)

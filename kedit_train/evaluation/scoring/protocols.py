@@ -33,7 +33,8 @@ _WHOLE_ANSWER = {"exact", "contains", "wild"}
 MARGIN = 3
 # Locality compares at least this many tokens.
 MINIMUM_KEPT = 3
-# Stands for the end of an answer among its first tokens. Several tokens can end an answer, and they mean the same.
+# Stands for the end of an answer among its first tokens. Several tokens can end an answer, so all of them are stored as
+# this number.
 END = -1
 # A hyphen, a dash, an apostrophe or a slash between two letters is a word boundary, as in "Paris-based" and "Paris's".
 _INNER_BOUNDARY = re.compile(r"(?<=[^\W\d_])['\u2019/\u2010-\u2015-](?=[^\W\d_])")
@@ -71,7 +72,7 @@ class Protocols:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer, in addition to end-of-text. They are the same for all protocols."""
+        """The texts that end an answer, in addition to end-of-text. All protocols judge the same generated text."""
         if "contains" in self.names:
             return ()
         return ("\n", ".") if "wild" in self.names and not {"leading", "exact"} & set(self.names) else ("\n",)

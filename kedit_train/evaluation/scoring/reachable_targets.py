@@ -1,4 +1,4 @@
-"""Warn about targets with a line break, which most protocols never count as right."""
+"""Warn about targets with a line break, which some protocols never count as right."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _FIRST_LINE = ("leading", "exact", "wild")
 def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, judge: Judge) -> None:
     """Warn for each protocol that does not count an edit as right even if the model generates exactly the target.
 
-    Only targets with a line break are checked. That "wild" also ends answers at a full stop is part of its definition.
+    Only targets with a line break are checked. "wild" also ends answers at a full stop. There is no warning about full
+    stops, because they are part of the definition of "wild".
 
     Args:
         edits: pairs of a name and an edit.

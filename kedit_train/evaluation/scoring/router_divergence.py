@@ -103,7 +103,8 @@ def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     logits: dict[str, Tensor] = {}
 
     def record(name: str, router: Any, args: tuple[Tensor, ...]) -> None:
-        # Computed from the input, because routers return their logits, scores and choices in different orders.
+        # The logits are computed from the router's input, because the routers of different models return their logits,
+        # scores and choices in different orders.
         bias = getattr(router, "bias", None)
         logits[name] = F.linear(args[0].float(), router.weight.float(), None if bias is None else bias.float())
 
