@@ -19,8 +19,9 @@ class Host:
         announces_every_step: True if the loop always calls ``run.steps.penalty()`` before the forward pass of an
             optimizer step. An optimizer step without this call then raises an error. If False, a step without this call
             raises an error only if a callback adds a penalty or training has not started.
-        releases_model: whether the error for a step without this call also closes the run. True for a loop that may
-            abandon a run: the step then comes from another loop that trains the same model.
+        releases_model: whether the run is closed before the error for a step without this call is raised. True if this
+            kind of loop may be abandoned before its run ends. The step then usually comes from another loop that trains
+            the same model. The run must be closed, because the abandoned loop will not close it.
         uses_closures: whether the loop passes a closure to ``optimizer.step``. If True, the closure calls
             ``run.steps.before_optimizer_step`` when the gradients are complete.
     """
@@ -63,14 +64,14 @@ class Host:
         return nullcontext()
 
     def summed_micro_batches(self) -> int:
-        """Return how many micro-batch losses the loop adds up without averaging in one optimizer step.
+        """Return the number of micro-batch losses that the loop sums (and does not average) in one optimizer step.
 
-        The number includes the micro-batches of all processes.
+        The number includes the micro-batches of all processes. It is 1 if the loop averages the losses.
         """
         return 1
 
     def is_editing(self, run: Any) -> bool:
-        """Return whether the loop still uses ``run``, which is open. If it does, no other loop may close the run."""
+        """Return whether the loop still uses the open run ``run``. If True, another loop must not close the run."""
         # If training has not started, the user may have abandoned the trainer after setting it up.
         return run.has_started
 
@@ -118,7 +119,7 @@ class Host:
         """Turn gradient clipping off, if the loop clips before ``before_optimizer_step``.
 
         Returns:
-            The largest norm that the loop has allowed, or None if nothing was turned off.
+            The maximum gradient norm that the loop has used for clipping, or None if nothing was turned off.
         """
         return None
 

@@ -121,7 +121,7 @@ class Integrity:
                 )
 
     def _check_trainable(self) -> None:
-        """Raise an error if other code has frozen the whole scope, or a part of it since the start."""
+        """Raise an error if other code has frozen the whole scope, or has frozen a part of it since the start."""
         scope = self.run.scope
         frozen = next((name for name in scope if name in self._trainable and not scope[name].requires_grad), None)
         if frozen is not None and any(p.requires_grad for p in scope.values()):
@@ -192,10 +192,12 @@ class Integrity:
         """Check the weights when the training loop announces an optimizer step.
 
         Returns:
-            Whether other code has written to the scope since the last optimizer step.
+            True if other code has written to the scope since the last optimizer step.
 
         Raises:
-            EditError: the scope has changed without an optimizer step, or a frozen parameter has a gradient.
+            EditError: the scope has changed, but no optimizer step was detected since the last call, and a callback
+                enforces constraints or follows the optimizer steps. An error is also raised if a frozen parameter has a
+                gradient, or if a parameter in scope was frozen, replaced or converted to another dtype.
         """
         if not self._started:
             self.start()
@@ -257,13 +259,10 @@ class Integrity:
         self._compare_frozen(every=self.run.step <= 1)
 
     def finish(self) -> bool:
-        """Check all weights at the end of training.
-
-        Returns:
-            Whether other code has written to the scope since the last optimizer step.
+        """Check all weights at the end of training, and return the result of :meth:`before_step`.
 
         Raises:
-            EditError: the scope has changed without an optimizer step, or a frozen parameter has changed.
+            EditError: as in :meth:`before_step`, or a frozen parameter has changed, or the model has new parameters.
         """
         if not self._started:
             return False

@@ -82,9 +82,9 @@ def _warn_about_checkpoint(run: RunState) -> None:
     when = "" if step is None else f" (step {step} of {steps})"
     warn(
         f"the model was loaded from {name}, a checkpoint of an edit that had not ended{when}, so this edit starts from "
-        "half-edited weights and uses these as its reference weights; to continue the first edit instead, call "
-        f"trainer.train(resume_from_checkpoint={name!r}) with the callbacks of the first edit. If you want a second "
-        "edit on top of these weights, ignore this warning."
+        "half-edited weights and uses these as its reference weights; to continue the edit of the checkpoint instead, "
+        f"call trainer.train(resume_from_checkpoint={name!r}) with the callbacks of that edit. If you want a new edit "
+        "on top of the half-edited weights, ignore this warning."
     )
 
 

@@ -125,7 +125,11 @@ class HiddenStateStore:
     close = clear
 
     def _touch(self) -> None:
-        """Update the directory's modification time. Other containers remove directories unchanged for a day."""
+        """Set the directory's modification time to now, so that no other process removes the directory.
+
+        A process in another container or on another host cannot see that this process is running. It removes the
+        directory when the directory has not changed for a day.
+        """
         if self._directory is not None and time.time() - self._touched > _HOUR:
             self._touched = time.time()
             os.utime(self._directory)

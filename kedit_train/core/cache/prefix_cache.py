@@ -53,7 +53,7 @@ class FrozenPrefix:
         model: the causal language model.
         prefix: the frozen layers, as returned by :func:`find_prefix`.
         store: keeps hidden states [tokens, d] for each sequence, in the dtype of the layer outputs.
-        recheck: number of batches with skipped layers after which all layers run for one batch. The output of the
+        recheck: after this number of batches with skipped layers, all layers run for one batch, and the output of the
             frozen layers for that batch is compared with the store. 0 disables the comparison.
         ignores_padding: function that returns True if nothing reads the hidden states of padding in the current
             forward pass. The result is used only for forward passes without labels.
@@ -135,9 +135,9 @@ class FrozenPrefix:
         self.seconds_saved, self._seconds_and_tokens = 0.0, [0.0, 0]
         if not skipped and self._bypass_reason:
             raise EditError(
-                f"no batch can be cached, because {self._bypass_reason}; remove this cause (to turn off router logits, "
-                "set router_aux_loss_coef=0.0 in SFTConfig, or model.config.output_router_logits=False), or remove "
-                "PrefixCache.",
+                f"no batch can be cached, because {self._bypass_reason}; remove this cause, or remove PrefixCache. If "
+                "the cause is output_router_logits, set router_aux_loss_coef=0.0 in SFTConfig, or "
+                "model.config.output_router_logits=False.",
                 component=_COMPONENT,
             )
         if not skipped or not all(_same_bits(expected, x) for x in logits):

@@ -83,7 +83,7 @@ def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
 
     - If ``position_ids`` are not given, the model computes the positions, so the amount of left padding changes the
       key.
-    - If the position before a supervised token is padding, all padding of the example changes the key.
+    - If a supervised token, or the token before it, is padding, the key includes all padding of the example.
 
     Args:
         inputs: the arguments of the model's forward call by name. Tensors have one entry per example. All other
@@ -128,10 +128,11 @@ class SequenceBatch:
     shape: torch.Size
 
     def without_padding(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states of a batch with zeros at padding, as if they came from the cache.
+        """Return the hidden states of a batch with zeros at padding. Cached hidden states have the same zeros.
 
-        The router of a mixture of experts also assigns padding to experts. The values at padding therefore decide how
-        many rows each expert multiplies, and the last bits of an expert's results can depend on the number of rows.
+        Without these zeros, the results of a mixture of experts could differ in the last bits between a batch that is
+        computed and the same batch from the cache. The router also assigns padding to experts, so the values at padding
+        decide how many rows each expert multiplies. The last bits of an expert's results can depend on this number.
         """
         padding = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for row, span in zip(padding, self.spans, strict=True):
@@ -203,7 +204,7 @@ def read_sequences(
 
 
 def _length_independent_positions(config: Any) -> int | None:
-    """Return the position up to which rotary embeddings do not depend on the batch length, or None without a limit."""
+    """Return the position up to which rotary embeddings ignore the batch length, or None if there is no limit."""
     scaling = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
     if "dynamic" not in scaling and "longrope" not in scaling:
         return None

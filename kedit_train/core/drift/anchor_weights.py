@@ -20,8 +20,8 @@ class AnchorWeights:
 
     Args:
         anchor: "base" keeps the value that a weight had before the first run that trained the weight. "previous"
-            replaces the stored values in every run. In both cases, the stored values are deleted when a run trains
-            another model.
+            stores the value again in every run: the value that the weight had before that run. In both cases, the
+            stored values are deleted when a run trains another model.
     """
 
     def __init__(self, anchor: Anchor) -> None:
@@ -41,7 +41,7 @@ class AnchorWeights:
         """Begin a run and move the stored values to the device of the model's weights.
 
         Returns:
-            The sorted names in the run's scope for which an earlier run has stored a value.
+            The names of the weights in the run's scope for which an earlier run has stored a value, sorted.
 
         Raises:
             EditError: a weight has another shape than its stored value.

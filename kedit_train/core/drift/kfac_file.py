@@ -68,7 +68,7 @@ def load_factors(
         if metadata.get(subject) != fingerprint:
             raise EditError(
                 f"the file at factors_path={str(path)!r} does not fit this run: the {subject} are different from those "
-                "used to compute the file (with another seed, the texts count as different); use another path, or "
+                "used to compute the file (a different seed also counts as different texts); use another path, or "
                 f"{_RETRY}."
             )
     factors = KFACFactors({}, {})

@@ -65,7 +65,8 @@ class ReferenceBatches:
         """Start another run: keep only the reference texts in ``sequences``, and add the previous run's edits.
 
         Args:
-            run: the run that starts. If this run is resumed, the model may already have the weights of the checkpoint.
+            run: the run that starts. The hidden states of the previous run's edits are computed with the weights before
+                this run, because in a resumed run the model may already have the weights of the checkpoint.
             sequences: token ids of the texts that may be used in this run.
             head: the output head, unchanged since the first run.
             tokenize: returns the token sequences of a list of edits.
@@ -81,7 +82,7 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "no text of the first run can be used in this run, because every text is missing from texts= or "
+                "no text of the first run can be used in this run: each of these texts is no longer in texts=, or "
                 "contains an evaluation prompt of this run's edits; create a new callback with other texts."
             )
         if self.replay_buffer.pending:

@@ -180,5 +180,8 @@ def _without_leaks(texts: Sequence[str], edits: Iterable[Edit], *, quiet: bool =
 
 
 def _contents_leak(text: str, check: LeakCheck) -> bool:
-    """Return whether a conversation contains an evaluation prompt before the chat template changes its messages."""
+    """Return whether the original messages of a conversation contain an evaluation prompt.
+
+    The chat template may change the messages, so the prompt may be missing from the rendered ``text``.
+    """
     return isinstance(text, RenderedConversation) and check.contains_prompt(text.contents)
