@@ -13,18 +13,18 @@ from kedit_train.errors import EditError
 
 
 def check_stored(tensors: Mapping[str, Tensor]) -> None:
-    """Raise an error if the values of a tensor are not in the memory of its device."""
+    """Raise an error if a tensor is on the meta device, where it has no values."""
     name = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if name is not None:
         raise EditError(
             f"{name} is on the meta device, so its values cannot be read or written (possible causes: offloading to "
-            "the CPU or to the disk, or a model without weights); load all weights on a device, without device_map "
-            "and offloading."
+            "the CPU or to the disk, or a model without weights); load all weights into the memory of a GPU or of the "
+            "CPU, without device_map and without offloading."
         )
 
 
 def check_unchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Raise an error if a parameter no longer has the value that was copied at the start of an edit, bit for bit."""
+    """Raise an error if a parameter is not bit-identical to its copy from the start of the edit."""
     names = [name for name in values if name in parameters]
     now, copied = checksums(parameters[name] for name in names), checksums(values[name] for name in names)
     changed = next((name for name, new, old in zip(names, now, copied, strict=True) if new != old), None)

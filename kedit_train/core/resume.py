@@ -55,7 +55,7 @@ def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, A
     """Return the state of a run that has ended, with checksums of the weights that the model has now.
 
     At the end of a run, weights that were trained in fp32 are rounded to the model's dtype. A resumed run converts the
-    rounded weights to fp32 again, so the checksums are those of the rounded weights in fp32.
+    rounded weights to fp32 again. Therefore they are also converted to fp32 here, before the checksums are computed.
     """
     dtypes = {name: value.dtype for name, value in state["reference"].items()}
     weights = {name: full_tensor(p.detach()) for name, p in run.scope.items()}
@@ -64,7 +64,10 @@ def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, A
 
 
 def has_other_weights(run: RunState, state: Mapping[str, Any]) -> bool:
-    """Return whether the weights in scope differ from those of the checkpoint. Version 0.2.0 saved no checksums."""
+    """Return whether the weights in scope differ from those of the checkpoint.
+
+    A checkpoint of version 0.2.0 contains no checksums, so the result is False.
+    """
     return "checksums" in state and state["checksums"].get("scope") != scope_checksums(run)
 
 
@@ -79,7 +82,7 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
         name = min(set(state["reference"]) ^ expected)
-        where = "of this run, but not in that of the checkpoint" if name in expected else "of the checkpoint only"
+        where = "of this run, not of the checkpoint" if name in expected else "of the checkpoint, not of this run"
         raise EditError(
             f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
             f"({len(expected)} tensors): {name} is in the scope {where}; resume with the same ParameterScope."

@@ -68,7 +68,7 @@ class EditRun(RunState):
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        If another training loop set up a run of the same model and abandoned it before it began, that run is closed.
+        If another training loop created a run on the same model but is not editing the model, that run is closed.
 
         Args:
             root: the module that the training loop trains.
@@ -227,7 +227,7 @@ class EditRun(RunState):
 
     @torch.no_grad()
     def _end_full_precision(self) -> None:
-        """Convert parameters that were trained in fp32 back to their own dtype, and apply the constraints again."""
+        """Convert parameters that were trained in fp32 to their original dtype, and apply the constraints again."""
         masters, self.masters = self.masters, None
         if masters is None or not masters.dtypes:
             return
@@ -277,7 +277,7 @@ class EditRun(RunState):
 
     @property
     def reads_hidden_states(self) -> bool:
-        """Whether a callback needs only the hidden states of the current forward pass, not the logits."""
+        """Whether the callbacks read the hidden states of the current forward pass instead of its logits."""
         return self._head is not None and self._head.is_capturing
 
     def reference_head(self) -> Callable[[Tensor], Tensor] | None:
@@ -294,8 +294,8 @@ class EditRun(RunState):
             return None
         if isinstance(head.module, FSDPModule):
             raise EditError(
-                "the output head is in scope and fully_shard was applied to it, so its weights before the edit cannot "
-                "be used; remove the head from the scope, or apply fully_shard only to the whole model."
+                "the output head is in scope and fully_shard was applied to it, so its weights from before the edit "
+                "cannot be used; remove the head from the scope, or apply fully_shard only to the whole model."
             )
         if not self.reference:
             with self.reference_model():
@@ -315,8 +315,8 @@ class EditRun(RunState):
                 reshard(self.root)
         elif self.step or self.host.resumed:
             raise EditError(
-                "the model before the edit is needed, but training has begun or was resumed and no copy of the "
-                "original weights exists; add ParameterScope, which keeps a copy."
+                "the weights from before the edit are needed, but training has begun or was resumed, and no copy of "
+                "these weights exists; add ParameterScope, which keeps a copy."
             )
         else:
             yield

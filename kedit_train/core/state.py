@@ -27,7 +27,7 @@ class RunState:
         reference: the values of these parameters before the edit, by name.
         requires_grad_before: the ``requires_grad`` of each parameter before the edit.
         shapes: the shape of each parameter when the run was opened, by name.
-        frozen_outside: whether all parameters outside of the scope were frozen.
+        frozen_outside: whether this run has frozen all parameters outside of the scope.
         full_precision: whether a half-precision scope is trained in fp32.
         masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
         scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.

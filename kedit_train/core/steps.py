@@ -22,7 +22,7 @@ class OptimizerSteps:
     """Add penalties before each optimizer step and apply constraints after it, in torch's global optimizer hooks.
 
     The hooks ignore every optimizer that has no parameter of the scope. They work with any wrapper (accelerate, Fabric,
-    DDP) and with any optimizer that calls torch's hooks.
+    DDP) and with any optimizer that calls torch's hooks. A training loop announces a step by calling :meth:`penalty`.
 
     Args:
         run: the run, with the scoped parameters.
@@ -114,7 +114,7 @@ class OptimizerSteps:
 
         The gradients are deleted, not set to zero. With a zero gradient, momentum and weight decay would still change
         the parameter, but an optimizer ignores a parameter without a gradient. No gradient is deleted if the loss
-        contains other terms: a penalty, or the term of a callback with ``anchors``.
+        contains other terms: a penalty, or a callback's comparison with the reference model (``anchors``).
         """
         run = self.run
         self._check_announced(optimizer)
@@ -174,8 +174,8 @@ class OptimizerSteps:
     def _restore_constraints(self, expected: bool = False) -> None:
         """Apply the constraints again after other code has changed the weights.
 
-        If the change broke a constraint, a warning is issued. Otherwise, a warning is issued at the first change that
-        follows an optimizer step.
+        If the change broke a constraint, a warning is issued. Otherwise, one warning per run is issued, when the
+        change follows an optimizer step. A change that follows no optimizer step may be the user's own update.
 
         Args:
             expected: True if the training loop makes this change itself. Then only a broken constraint gives a warning.

@@ -48,14 +48,14 @@ def _differ(one: Edit, other: Edit) -> bool:
 
 
 class _Answered:
-    """An index of edits by their prompts and rephrases. It finds an added edit that another edit contradicts."""
+    """An index of edits by their prompts and rephrases. It finds an added edit that contradicts a given edit."""
 
     def __init__(self) -> None:
         self._prompts: dict[str, list[int]] = defaultdict(list)
         self._rephrases: dict[str, list[int]] = defaultdict(list)
 
     def contradicted(self, edits: Sequence[Edit], i: int) -> int | None:
-        """Return the index of an added edit that edit ``i`` contradicts, or None.
+        """Return the index of an added edit that contradicts edit ``i``, or None.
 
         Added edits with the same prompt are tried first, in the order in which they were added.
         """

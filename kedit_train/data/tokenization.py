@@ -25,8 +25,8 @@ SPACELESS = re.compile(
 class Encoded:
     """A tokenized edit.
 
-    The position of the target is recorded during tokenization. No code searches for the target later, so the padding
-    token may be the end-of-text token.
+    The position of the target is recorded during tokenization. The labels are set by this position, not by comparing
+    ids with the padding token, so the padding token may be the end-of-text token.
 
     Args:
         input_ids: the token ids of prompt and target.

@@ -202,7 +202,7 @@ def test_without_a_scope_there_is_no_reference_model_after_a_step(tiny):
     with editing(model, [TokenSmoothing()]) as edit:
         step(edit, model, torch.optim.SGD(edit.parameters(), lr=1.0))
         with pytest.raises(
-            EditError, match=r"^the model before the edit is needed, .*; add ParameterScope, which keeps a copy"
+            EditError, match=r"^the weights from before the edit are needed, .*; add ParameterScope, which keeps a copy"
         ):
             edit.run.reference_model().__enter__()
 

@@ -32,7 +32,7 @@ class ComputedWeight:
 
 
 def computed_weights(model: nn.Module) -> Iterator[ComputedWeight]:
-    """Find the weights of a model that are computed from parameters with other names in each forward pass."""
+    """Find the weights of a model that torch computes from other parameters in each forward pass."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if parametrize.is_parametrized(module):
@@ -53,7 +53,7 @@ def computed_weights(model: nn.Module) -> Iterator[ComputedWeight]:
 
 
 def _old_style(module: nn.Module, weight: str) -> tuple[str, str]:
-    """Return what computes a weight in a hook of ``torch.nn.utils``, and the call that removes this hook."""
+    """Return which function of ``torch.nn.utils`` computes a weight in a hook, and the call that removes the hook."""
     if f"{weight}_orig" not in module._parameters:
         return "weight_norm", f"torch.nn.utils.remove_weight_norm(module, {weight!r})"
     if f"{weight}_mask" in module._buffers:

@@ -238,10 +238,10 @@ def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Seque
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
-                f"weight from {', '.join(trainable)}, and modules= does not match all parameters in this list. Call "
+                f"weight from {', '.join(trainable)}. modules= must match all of these parameters, but does not. Call "
                 f"{weight.remedy} before the edit to make {weight.name} a parameter, set "
-                f"modules={weight.module or trainable!r} to select the listed parameters, or use a pattern that does "
-                f"not match {weight.name}."
+                f"modules={weight.module or trainable!r} to select all of these parameters, or use a pattern "
+                f"that does not match {weight.name}."
             )
 
 

@@ -27,7 +27,7 @@ class TokenTerm(Protocol):
     weight: float
 
     def reference_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
-        """Return the hidden states [N, hidden] of the reference model that the term needs.
+        """Return the reference model's hidden states [N, hidden], which the term needs.
 
         The loss head calls this method before the forward pass of the training step.
 

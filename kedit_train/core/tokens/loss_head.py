@@ -56,10 +56,10 @@ class LossHead:
     """Replaces the loss of a causal language model during training.
 
     The host (the training framework) calls ``model(..., labels=...)`` as before. A hook before the forward pass removes
-    the labels, so that the model computes no loss, and logits at only one position. A hook after the forward pass
-    computes the logits and the loss of the supervised positions with the objective, and puts the loss into
-    ``output.loss``. If TRL requests its fused head, the second hook returns the per-token output of the fused head
-    instead of this loss. The hooks ignore calls without gradients or without labels.
+    the labels, so that the model computes no loss. The same hook limits the model's logits to one position. A hook
+    after the forward pass computes the logits and the loss of the supervised positions with the objective, and puts the
+    loss into ``output.loss``. If TRL requests its fused head, the second hook returns the per-token output of the fused
+    head instead of this loss. The hooks ignore calls without gradients or without labels.
 
     Args:
         head: the model's output head.
@@ -230,7 +230,12 @@ class LossHead:
     def _per_token(
         self, call: _Call, hidden: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[list[str], tuple[Tensor, ...]]:
-        """Score every token. Return the names of the columns added to those of the objective, and all columns."""
+        """Score every token.
+
+        Returns:
+            The names of the additional columns, and all columns, each [N]: the weighted loss, ``active``, the
+            statistics of the objective, and then the additional columns.
+        """
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None
         reference = () if call.reference_states is None else (call.reference_states.to(hidden),)
