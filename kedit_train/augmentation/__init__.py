@@ -120,11 +120,13 @@ def augmentation(
     """Make additional training examples for edits, with the unedited model.
 
     No example contains a scored prompt of the edits: a rephrase, or the prompt of a locality or portability question.
-    Call this function once, before the training:
+    Call this function once, before the training, and use its result:
 
-    - In Lightning, use ``EditDataModule(augmentation=)``.
     - In your own loop, pass the result as ``ExampleOptions(extra_edits=)``.
     - In TRL, train on ``EditDataset([*edits, *augmentation(...)(edits)]).to_prompt_completion()``.
+
+    In Lightning, pass ``EditDataModule(augmentation=AugmentationOptions(...))``. The data module then calls this
+    function.
 
     Args:
         model: the unedited model.
@@ -211,8 +213,8 @@ def _prefixes(
     if len(texts) < per_edit:
         raise EditError(
             f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used, "
-            "because the others contain a subject or a prompt of an edit, or are prefixes of the evaluation; lower "
-            "prefixes."
+            "because the others contain a subject, a prompt or a scored prompt of an edit, or are also prefixes in the "
+            "evaluation; lower prefixes."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

@@ -45,7 +45,7 @@ class ReplayedFacts:
         fraction = self.leaked / max(1, self.prompts)
         return (
             f"of {self.prompts} prompts, {self.leaked} were left out as leaks (fraction {fraction:.3f}), {self.empty} "
-            f"without an answer and {self.cut_off} with an answer that did not end"
+            f"because the model gave no answer, and {self.cut_off} because the answer was too long"
         )
 
 

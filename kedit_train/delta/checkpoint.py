@@ -24,10 +24,10 @@ _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".
 def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to: Literal["edited", "base"]) -> Path:
     """Copy a checkpoint and apply or revert the changes in the copy.
 
-    Every tensor to change is checked before the first byte is written. Each shard is copied as a file, and only the
-    changed values are overwritten in the copy. So the header, the order of the tensors and all unchanged tensors stay
-    identical, byte for byte. Configuration and tokenizer files are copied. Subfolders and weights in other formats are
-    not copied. The folder ``out`` appears only when it is complete.
+    All tensors that will change are checked before the first byte is written. Each shard is copied as a file, and only
+    the changed values are overwritten in the copy. So the header, the order of the tensors and all unchanged tensors
+    stay identical, byte for byte. Configuration and tokenizer files are copied. Subfolders and weights in other formats
+    are not copied. The folder ``out`` appears only when it is complete.
 
     Args:
         changes: the change of each tensor, by name.

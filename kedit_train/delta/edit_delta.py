@@ -27,7 +27,7 @@ class EditDelta:
     """The tensors that an edit changed, with their values before and after.
 
     :meth:`apply` turns the base model into the edited model, and :meth:`revert` turns the edited model back into the
-    base model, bit for bit. Both methods check the SHA-256 of every tensor to change before they write any value.
+    base model, bit for bit. Before they write any value, they check the SHA-256 of all tensors that will change.
     The operators ``a + b``, ``-a`` and ``0.5 * a`` return a :class:`~kedit_train.delta.TaskVector` in fp32. Its method
     ``delta()`` converts the result to an ``EditDelta``.
 
@@ -278,7 +278,7 @@ class EditDelta:
         return f"EditDelta({count}, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
 
     def _targets(self, model: Any) -> list[tuple[str, Tensor]]:
-        """Return pairs (name in the delta, tensor of the model). Each tensor of the model appears in one pair."""
+        """Return a pair (name in the delta, tensor of the model) for each model tensor that the delta changes."""
         if isinstance(model, nn.Module):
             reshard(model)
             named = named_tensors(model)

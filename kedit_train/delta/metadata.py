@@ -1,4 +1,4 @@
-"""The metadata of a delta about its edits and about library versions."""
+"""The part of a delta's metadata that describes the edits and the library versions."""
 
 from __future__ import annotations
 

@@ -153,8 +153,8 @@ class Change:
             ascending = bool((self.index[1:] > self.index[:-1]).all())
             if not ascending or (k and not 0 <= int(self.index[0]) <= int(self.index[-1]) < bound):
                 raise EditError(
-                    f"the index of the {self.layout} must contain ascending numbers from 0 to {bound - 1}; save the "
-                    "delta again"
+                    f"the index of the {self.layout} must be in ascending order without repetitions, and each number "
+                    f"must be between 0 and {bound - 1}; save the delta again"
                 )
             expected = {"rows": (k, *self.shape[1:]), "columns": (*self.shape[:-1], k)}.get(self.layout, (k,))
         if not self.before.numel():
@@ -167,7 +167,7 @@ class Change:
                 )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
-        """Return a whole tensor of zeros. The tensor can be far larger than the few entries that a file stores."""
+        """Return a whole tensor of zeros. It may not fit into memory, even if the file stores only a few entries."""
         try:
             return torch.zeros(self.shape, dtype=dtype)
         except RuntimeError as error:
@@ -177,9 +177,10 @@ class Change:
             ) from error
 
     def _cost(self) -> int:
-        """Return the size in bytes that this change will have in a file.
+        """Return the size in bytes that a change with this layout and ``index`` would have in a file.
 
-        ``before`` and ``after`` must still be whole tensors. The values at the positions of ``index`` are counted.
+        Unlike in a finished change, ``before`` and ``after`` are whole tensors here. Only their values at the positions
+        of ``index`` are counted.
         """
         size = self.before.numel()
         if self.index is None:

@@ -143,6 +143,7 @@ class ModeResult:
 def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[str]) -> Path:
     """Plot reliability, generality, locality and agreement over the number of edits.
 
+    Agreement is the fraction of unchanged answers to unrelated prompts. It is plotted if ``capability`` was measured.
     Bands show 95 % confidence intervals over edits. If a curve has a single checkpoint, a bar shows the interval.
     Hollow markers in the first panel show the reliability on the newest edits only.
 

@@ -83,7 +83,7 @@ def run_edits(
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
         capability: measures general ability before the edits and at each checkpoint. It must be None for "single".
         wandb_run: the run that ``wandb.init`` returned. ``retention/*`` is logged over the number of edits. At the end,
-            the curve, the answers, the scores by target token and the result (as an artifact) are logged.
+            the curve, the answers, the scores by target token and the result (as artifacts) are logged.
         seed: seed for the replay, for the bootstrap and for torch. Each schedule step sets a torch seed of its own,
             which is computed from ``seed``. The training does not change torch's random state outside ``run_edits``.
         progress: show progress bars in a terminal.

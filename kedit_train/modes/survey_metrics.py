@@ -32,8 +32,8 @@ class SurveyMetrics:
         portability: fraction of questions about consequences of the edit that are answered correctly.
         retainability: mean change of accuracy per additional edit in a sequence. The best value is 0.
         scalability: accuracy of edits made one by one minus accuracy of all edits made at once. The best value is 0.
-        sources: dict from metric name to the mode of the result that gave the metric, for example "batch". The value is
-            "single, batch" if two results gave the metric, and "–" if no result gave the metric.
+        sources: dict from metric name to the mode of the result from which the metric is computed, for example "batch".
+            The value is "single, batch" for a metric that needs two results, and "–" if a needed result is missing.
 
     References:
         Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.

@@ -68,10 +68,9 @@ class TrainLoop:
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
             down-projection late in the model. If ``run_edits`` calls this function several times (once per schedule
             step), the callbacks are reset in each step, and the reference model is the model at the start of the step.
-            There are two exceptions.
-            ``KLLocality``, ``NullSpace`` and ``LowCurvature`` with ``sequential=True`` keep their reference from step
-            to step. ``NormBall`` and ``WeightAnchor`` without ``anchor="previous"`` use the weights before the first
-            step.
+            There are two exceptions. With ``sequential=True``, ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep
+            their reference from step to step. With ``anchor="base"`` (the default), ``NormBall`` and ``WeightAnchor``
+            use the weights before the first step.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.

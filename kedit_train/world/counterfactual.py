@@ -180,7 +180,7 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
 
 
 def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
-    """Choose ``n`` facts about different subjects, with the relations in turn, and a new object for each fact."""
+    """Choose ``n`` facts about different subjects, one per relation in each round, and a new object for each fact."""
     waiting = {kind: shuffled(rng, known.pools[kind]) for kind in MOST_EDITED}
     spare = {kind: len(names) - int(len(names) * MOST_EDITED[kind]) for kind, names in waiting.items()}
     chosen: list[Fact] = []
@@ -290,12 +290,12 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
 def _statements_with_prompts(
     left: Sequence[Fact], exclude: Sequence[Edit], wordings: Mapping[str, Collection[str]]
 ) -> set[str]:
-    """Return the statements of unedited facts that contain an evaluation prompt. Letter case is ignored.
+    """Return those statements of the facts ``left`` that contain an evaluation prompt. Letter case is ignored.
 
     An example is "The river of the birthplace of Ada is ...", which contains the prompt "The birthplace of Ada is".
 
     Args:
-        left: the facts.
+        left: the facts that stay true after the edits.
         exclude: the edits.
         wordings: relation -> wordings of the statements in addition to the trained ones.
     """

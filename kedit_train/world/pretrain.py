@@ -1,4 +1,4 @@
-"""Train the bundled model: generate facts, train a tokenizer and a small Llama on them, and save and score both.
+"""Train the bundled model: generate facts, train a tokenizer and a small Llama on them, save both, and score the model.
 
     python -m kedit_train.world.pretrain [--out DIR] [--epochs N] [--seed S]
 

@@ -44,8 +44,8 @@ class Trial:
     Args:
         setting: the setting.
         edits: number of edits.
-        reliability: the headline reliability of the report. None if the run failed.
-        generality: the headline generality. None if the edits have no rephrases.
+        reliability: the reliability under the first protocol of the evaluation. None if the run failed.
+        generality: the generality under the same protocol. None if the edits have no rephrases.
         locality: the mean of ``ProbeResult.tokens_kept`` over the locality probes. None if there are no probes.
         seconds: time of training and evaluation.
         error: why the run failed. Empty if it did not fail.
@@ -83,16 +83,16 @@ class Trial:
 def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[int]]:
     """Split edits at random into a tuning half and a held-out half.
 
-    Edits with the same subject are put into the same half. An edit without a subject counts as its own subject, unless
-    another edit has the same prompt. Each half is in random order.
+    Edits with the same subject are put into the same half. For edits without a subject, the prompt is used instead of
+    the subject. Each half is in random order.
 
     Args:
         edits: the edits.
         seed: seed of the random order.
 
     Returns:
-        The indices of the tuning half and of the held-out half. The sizes of the halves differ by at most the size of
-        the largest group of edits with one subject.
+        The indices of the tuning half and of the held-out half. The sizes of the halves differ by at most the number of
+        edits about the most frequent subject.
 
     Raises:
         EditError: all edits are about one subject.

@@ -36,7 +36,7 @@ class Source:
     Args:
         model: the name of the model.
         edits: the file of edits, or "world".
-        keep: the file of texts, or "world".
+        keep: the file of texts on which predictions should stay the same, or "world".
         path: the file of the recipe.
     """
 

@@ -105,7 +105,7 @@ class TuneResult:
             path: the ``.yaml`` file.
             model: the name of the model, as ``load_model`` reads it.
             edits: the file of edits to train, or "world".
-            keep: the file of texts, or "world".
+            keep: the file of texts on which predictions should stay the same, or "world".
 
         Returns:
             The path.
@@ -117,8 +117,8 @@ class TuneResult:
         """Write a W&B sweep file with the grid, and the recipe that each run of the sweep uses.
 
         For a sweep file ``NAME.yaml``, the recipe is the file ``NAME_recipe.yaml`` in the same folder. The arguments
-        are those of :meth:`save_recipe`. To keep the held-out half unseen, pass the file of the tuning half as
-        ``edits``.
+        are those of :meth:`save_recipe`. To keep the held-out half unseen, save the tuning half with
+        ``halves[0].save(file)``, and pass this file as ``edits``.
 
         Returns:
             The path.

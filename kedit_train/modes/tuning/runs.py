@@ -88,7 +88,7 @@ class TuneRuns:
 
     @property
     def append_eos(self) -> bool:
-        """Whether targets end with end-of-text. This is True only if the unedited model ends its answers."""
+        """Whether targets end with end-of-text, as decided by ``append_eos="auto"`` for the unedited model."""
         return self.keys["append_eos"]
 
     def _key(self, setting: TuneSetting, part: EditDataset) -> str:
@@ -164,6 +164,6 @@ class TuneRuns:
         self.backup.restore()
         if fingerprint(self.model) != self.weights:
             raise EditError(
-                "the unedited model cannot be restored, because its configuration or one of its values has changed; "
-                "load the model again."
+                "the unedited model cannot be restored, because its configuration, its weights or its buffers still "
+                "differ from the original; load the model again."
             )

@@ -176,7 +176,7 @@ def _halve(
 
 
 def _pick_last(trials: Sequence[Trial]) -> tuple[Trial, str]:
-    """Pick among the trials on the largest number of edits that any setting was measured on."""
+    """Find the largest number of edits of all trials that did not fail, and pick among the trials on that number."""
     measured = [trial for trial in trials if not trial.error]
     most = max(trial.edits for trial in measured)
     return pick([trial for trial in measured if trial.edits == most])
