@@ -226,7 +226,7 @@ def _path_of(cls: type) -> str:
 
 
 def _source(texts: Any) -> Any:
-    """Return the source of texts, given directly or among the arguments of ``Texts``."""
+    """Return ``texts``, or its argument ``source`` if ``texts`` is the configuration of a ``Texts`` object."""
     return texts.get("source") if isinstance(texts, Namespace) else texts
 
 

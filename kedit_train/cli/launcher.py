@@ -134,7 +134,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
 
 
 def command(target: str, rest: list[str]) -> tuple[Path, list[str]]:
-    """Return a script and its arguments. For a recipe, the script is ``edit.py``, which runs all recipes."""
+    """Return the script to start, and its arguments. A recipe is started by the script ``edit.py``."""
     path = catalog.find("recipes", target)
     if path.suffix == ".py":
         return path, rest

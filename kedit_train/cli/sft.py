@@ -154,7 +154,7 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
 
 
 def _format(value: Any) -> Any:
-    """Return the prompt format of a parsed recipe, in which ``ChatFormat`` is a namespace."""
+    """Convert the value of ``prompt_format`` in a parsed recipe. A namespace becomes a ``ChatFormat``."""
     return read_format(value.as_dict() if isinstance(value, Namespace) else value)
 
 

@@ -301,8 +301,8 @@ def _protocols(
 ) -> Protocols:
     """Return the protocols of the evaluation.
 
-    The edited model is evaluated with the protocols of the unedited model's report. Otherwise, the options or a judge
-    set the protocols. With ``protocol="auto"`` and no judge, the protocols are chosen by measuring the model.
+    If there is a report on the unedited model, its protocols are used again. Without such a report, the options or a
+    judge set the protocols. With ``protocol="auto"`` and no judge, the protocols are chosen by measuring the model.
     """
     given = None if options.protocols is None else Protocols(options.protocols)
     if judge is not exact_match:

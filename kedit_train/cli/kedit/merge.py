@@ -73,11 +73,12 @@ def run(args: Namespace) -> int:
 
 
 def _relation(cosine: float) -> dict[str, Any]:
-    """Return the relation that the cosine of two deltas indicates, and whether adding the deltas is likely to work.
+    """Classify two deltas by their cosine, and return whether adding the deltas is likely to work.
 
+    The classes are "irrelevant" (cosine from -0.1 to 0.1), "aligned" (above 0.1) and "contradictory" (below -0.1).
     "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a one-layer Transformer. The
-    paper proves that adding task vectors works for irrelevant and for aligned tasks. Two random directions in n
-    dimensions have a cosine of about 1 / sqrt(n), so a small cosine counts as irrelevant.
+    paper proves that adding task vectors works for irrelevant and for aligned tasks. The cosine of two random
+    directions in n dimensions is typically about 1 / sqrt(n) in size, so a small cosine counts as irrelevant.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "aligned" if cosine > 0 else "contradictory"
     return {"cosine": cosine, "kind": kind, "add": kind != "contradictory"}

@@ -177,8 +177,8 @@ def _sweep(args: Namespace, points: list[Any]) -> Any:
             missing = next((q for q in ("reliability", "locality") if f"edit/{q}" not in flat), None)
             if missing is not None:
                 raise EditError(
-                    f"{args.edits} contains no {missing} questions, which are needed to pick a coefficient; use edits "
-                    f"with {missing} questions."
+                    f"{args.edits} contains no {missing} probes, which are needed to pick a coefficient; use edits "
+                    f"with {missing} probes."
                 )
             reliability = flat["edit/reliability"]
             scores = {"reliability": 1 - reliability if args.forget else reliability, "locality": flat["edit/locality"]}

@@ -138,7 +138,7 @@ def run(args: Namespace) -> int:
 
 
 def _check_before_loading(args: Namespace, edits: Any, grid: Any) -> None:
-    """Check the texts, the edits and the scopes without loading the weights of the model, which may take long."""
+    """Check the texts, the edits and the scopes before the weights are loaded, because loading may take long."""
     from kedit_train.cli.kedit.checkpoints import without_weights
     from kedit_train.core.locality.texts import Texts
     from kedit_train.core.scope.scope import resolve_scope

@@ -133,7 +133,7 @@ def check(path: Path, *, complete: bool = True) -> list[str]:
 
 
 def _check_length(trainer: Any) -> None:
-    """Check the length of the training. With 0, Lightning would train nothing and report no error."""
+    """Check ``max_epochs`` and ``max_steps``. If one of them is 0, Lightning trains nothing and reports no error."""
     from kedit_train.arguments import Rule, check_arguments, integer_from, optional
 
     positive = integer_from(1)

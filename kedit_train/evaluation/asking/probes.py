@@ -33,8 +33,8 @@ class ProbeRequest:
         question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence",
             "fluency" or "retrieval".
         kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
-            "continuation", or a kind that the data names. For "retrieval", ``kind`` is the ``question`` of the same
-            prompt without the fact.
+            "continuation", or a kind that the data names. A "retrieval" prompt is a copy of another prompt, with the
+            new fact of the edit in front. Its ``kind`` is the ``question`` of that other prompt.
         prompt: the prompt, before a chat template is applied.
         accepted: every answer that counts as right, starting with the preferred answer; may be empty.
         old_target: the right answer before the edit. None if this answer is unknown.
@@ -130,6 +130,6 @@ def negation_prompt(prompt: str, old_answer: str) -> str:
 
 
 def choice_prompt(prompt: str, options: Sequence[str]) -> str:
-    """Rewrite the prompt as a choice between two answers, which the model answers with A or B."""
+    """Return a multiple-choice prompt: the two answers are listed as A and B, and the model answers with one letter."""
     lines = [f"{letter}. {prompt}{separator(prompt, o)}{o}" for letter, o in zip("AB", options, strict=True)]
     return "\n".join(["Which one is right?", *lines, "Answer:"])

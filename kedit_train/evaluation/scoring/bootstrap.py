@@ -47,8 +47,8 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
 
     Each edit is drawn together with all its probes, because the probes of one edit tend to succeed or fail together.
     Resampling single probes would make every interval too narrow. If all edits have the same score (all 0 or all 1),
-    the interval has zero width. The true score is still uncertain: with n edits, an error rate of up to 3 / n is
-    possible.
+    the interval has zero width. The true score is still uncertain: if all n edits succeed, the upper 95 % confidence
+    bound of the error rate is about 3 / n.
 
     Args:
         totals: [edits, M], the sum of each edit's values.

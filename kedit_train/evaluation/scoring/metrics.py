@@ -73,8 +73,9 @@ def summarize(
     - ``generated``: the headline score, under the report's first protocol. With the default protocols, it is the
       fraction of probes whose generated answer is right. For locality with ``against_unedited``, it is the fraction of
       answers that are equal to the unedited model's answers;
-    - ``leading``, ``exact``, ``wild`` and ``probability``: the score under each of these protocols that is among
-      ``protocols``;
+    - ``leading``, ``exact``, ``wild`` and ``probability``: the scores under these protocols. Only the protocols in
+      ``protocols`` have a score. If "exact" is the only protocol, its score is ``generated``, and the key ``exact`` is
+      missing;
     - ``magnitude`` (with the protocol "probability"): the mean difference between the probabilities of the new and the
       old answer. For locality, it is the mean difference between the probabilities of the true and the new answer;
     - ``contains``: the fraction of answers that contain an accepted answer;
@@ -101,8 +102,8 @@ def summarize(
     - ``locality.kl``: the mean KL divergence per token from the unedited model;
     - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
       so on;
-    - ``resurgence``: how often the old answer is generated (``says_old``) or more probable (``prefers_old``), by kind
-      of probe;
+    - ``resurgence``: how often the old answer is generated (``says_old``), and how often it is more probable than the
+      new answer (``prefers_old``), by kind of probe;
     - ``fluency``: entropy and repetition of the continuations of the edits' prompts.
 
     Args:

@@ -30,7 +30,8 @@ def find_old_answers(
 
     The old answer of an edit is its ``old_target``. If an edit has no ``old_target``, the old answer is the answer that
     the model generates. An edit is left out if greedy decoding gives the new answer, an empty answer, or an answer that
-    does not end. An edit with an ``old_target`` is also left out if greedy decoding gives any other answer.
+    does not end. An edit with an ``old_target`` is also left out if greedy decoding gives an answer other than
+    ``old_target``.
 
     Args:
         model: a causal language model.

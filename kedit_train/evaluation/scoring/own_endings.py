@@ -56,7 +56,10 @@ def choose_protocols(
 
 
 def _sample(edits: Sequence[Edit]) -> list[str]:
-    """Return up to 16 different prompts: of evenly spaced edits, the edit's prompt and its first locality prompt."""
+    """Return up to 16 different prompts from evenly spaced edits.
+
+    Each of these edits contributes its own prompt and its first locality prompt.
+    """
     prompts: dict[str, None] = {}
     step = max(1, 2 * len(edits) // SAMPLE)
     for edit in edits[::step]:

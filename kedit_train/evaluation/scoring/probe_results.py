@@ -130,10 +130,11 @@ def answer_requests(
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
     """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
-    With the default protocol, the teacher-forced pass gives the beginning of the generated answer, up to and including
-    the first token that differs from the preferred answer. Only the tokens after this token are generated. With the
-    other protocols, one pass over each prompt gives both the teacher-forced scores and the generated answer, if the
-    model supports this. A probe without an accepted answer has no teacher-forced score.
+    If "exact" is the only protocol, a teacher-forced pass comes first. It gives the beginning of the generated answer,
+    up to and including the first token that differs from the preferred answer. Only the tokens after this token are
+    generated. With other protocols, one pass over each prompt gives both the teacher-forced scores and the generated
+    answer. A model for which ``can_share_prompts`` is False always runs as with "exact". A probe without an accepted
+    answer has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.
@@ -158,8 +159,8 @@ def answer_requests(
         limits = dict.fromkeys(prompts, options.max_new_tokens)
     else:
         limits = _short_limits(tokenizer, asked)
-    # With the default protocol, each prompt is read twice. Reading it once would be faster, but rounding could then
-    # give other answers than in reports of earlier versions.
+    # If "exact" is the only protocol, each prompt is read twice. Reading it once would be faster, but rounding could
+    # then give other answers than in reports of earlier versions.
     share = protocols.names != EXACT.names and can_share_prompts(model)
     ask = _ask_together if share else _ask_separately
     answers, forced = ask(model, tokenizer, prompts, pairs, limits, protocols, settings)
@@ -185,7 +186,7 @@ def _ask_separately(
     protocols: Protocols,
     settings: dict[str, Any],
 ) -> tuple[dict[str, Answer], Scores]:
-    """Score the targets, then generate the tokens of the answers that teacher forcing has not shown."""
+    """Score the targets under teacher forcing, then generate the answer tokens that are still unknown."""
     forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
     is_end = AnswerEnd(unwrap_model(model), tokenizer, protocols.stops, settings["prompt_format"])
     starts: dict[str, tuple[list[int], float]] = {}

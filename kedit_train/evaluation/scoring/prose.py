@@ -83,7 +83,7 @@ def measure_prose(
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[list[TextResult], dict[str, Distribution]]:
-    """Measure a model on texts, and compare its predictions with recorded predictions or record them.
+    """Measure a model's loss on texts, and record its next-token distributions or compare them with ``reference``.
 
     On the unedited model, leave out ``reference``: the function records the model's next-token distributions. On the
     edited model, pass the recorded distributions as ``reference``: the function compares the two models.

@@ -72,7 +72,10 @@ class Protocols:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer, in addition to end-of-text. All protocols judge the same generated text."""
+        """The texts that end an answer, in addition to end-of-text.
+
+        All protocols judge the same generated text. Generation therefore stops only where no protocol needs more text.
+        """
         if "contains" in self.names:
             return ()
         return ("\n", ".") if "wild" in self.names and not {"leading", "exact"} & set(self.names) else ("\n",)
@@ -140,8 +143,11 @@ def is_right(protocol: str, result: Any, judge: Callable[[str, Sequence[str]], b
 def is_unchanged(protocol: str, result: Any) -> bool:
     """Return whether an answer is the unedited model's answer to the same prompt.
 
-    With "exact" and "wild", the whole answers are compared after normalization. With the other protocols, only the
-    first tokens are compared. Their number is the number of tokens in the true answer, but at least 3.
+    With "exact", the first lines of both answers are compared after normalization. With "wild", the texts before the
+    first full stop or line break are compared in the same way. With "teacher_forced", if the probe has a preferred
+    answer, the comparison uses the token that each model ranks first at each position of this answer. In all other
+    cases, only the first generated tokens are compared. Their number is the number of tokens in the preferred answer,
+    but at least 3. If the result has none of these tokens, the answers are compared as with "exact".
 
     Args:
         protocol: the name of the protocol.

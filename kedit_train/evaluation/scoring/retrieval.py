@@ -22,7 +22,7 @@ _QUESTIONS = ("reliability", "generality", "portability", "locality")
 
 
 def prompt_with_fact(edit: Edit, prompt: str) -> str:
-    """Return the prompt after a sentence that states the new fact."""
+    """Put a sentence that states the new fact in front of the prompt."""
     end = "" if edit.target.rstrip().endswith((".", "!", "?")) else "."
     return f"{edit.prompt}{separator(edit.prompt, edit.target)}{edit.target}{end} {prompt}"
 
@@ -35,8 +35,9 @@ def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]
         results: the results of the unedited model.
 
     Returns:
-        Pairs of the index of a result and the probe with the fact in the prompt. The probe has the ``question``
-        "retrieval". Its ``kind`` is the ``question`` of the result.
+        A list of pairs (index, probe). The probe repeats the probe of ``results[index]`` with the new fact in front of
+        the prompt. Its ``question`` is "retrieval", and its ``kind`` is ``results[index].question``. Only results for
+        reliability, generality (rephrasings), portability and locality get a pair.
     """
     names = [field.name for field in fields(ProbeRequest)]
     requests = []

@@ -42,7 +42,7 @@ class RouterDivergence:
         batch_size: sequences per forward pass.
 
     Attributes:
-        layers: number of routers whose weight has the shape [experts, hidden]. It may be 0.
+        layers: number of routers whose weight has the shape [experts, hidden]. 0 if the model has no such router.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RouterDivergence:
     def measure(self, model: nn.Module) -> Score:
         """Return the mean of KL(unedited || model) of the routers' distributions over experts.
 
-        The distribution of a router is the softmax of its logits over all experts, before the best experts are chosen.
+        The distribution of a router is the softmax of its logits over all experts, before the top-k selection.
 
         Args:
             model: the same model with its current weights.
