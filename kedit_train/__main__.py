@@ -4,7 +4,7 @@ from kedit_train.cli.console import ending_interrupts
 
 
 def main() -> None:
-    """Run the command. The slow import is inside of the ``with`` block, so ^C during the import prints one line."""
+    """Run the command. ^C prints one line and no traceback, even during the slow import in the ``with`` block."""
     with ending_interrupts():
         from kedit_train.cli.main import main as run
 

@@ -24,7 +24,8 @@ def load_gguf(path: str | Path, *, dtype: str | torch.dtype = "float32") -> tupl
     new model without this mark.
 
     Args:
-        path: the GGUF file. Its tokenizer is loaded with ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``.
+        path: the GGUF file. This function does not load its tokenizer. To load it, call
+            ``AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)``.
         dtype: the dtype of the weights. "auto" is float32, because a GGUF file stores several dtypes.
 
     Returns:

@@ -238,7 +238,7 @@ class EditDataModule(LightningDataModule):
         )
 
     def _decide_end(self, module: Any) -> EndDecision:
-        """Decide whether targets end with end-of-text, with the unedited model."""
+        """Decide whether targets end with end-of-text. If necessary, test the unedited model for this decision."""
         model = getattr(module, "model", None)
         model = model if isinstance(model, torch.nn.Module) else None
         self._move(module)
@@ -256,7 +256,10 @@ class EditDataModule(LightningDataModule):
         return strategy
 
     def _augment(self, module: Any) -> list[Edit]:
-        """Make the additional examples with the unedited model. Lightning restores a checkpoint only afterwards."""
+        """Make the additional examples with the unedited model.
+
+        A resumed run gets the same model here, because Lightning restores the checkpoint only after ``setup``.
+        """
         if not isinstance(getattr(module, "model", None), torch.nn.Module):
             raise EditError(
                 f"augmentation needs a language model, but {type(module).__name__}.model is not a torch.nn.Module; set "

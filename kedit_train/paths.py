@@ -33,7 +33,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def why_no_file(path: Path) -> str:
-    """Return what is wrong with a path that should be a file to read, for the end of a message.
+    """Return the end of an error message: why a path is not a file that can be read, and what to do.
 
     Example:
         >>> why_no_file(Path("/dev/null"))

@@ -115,8 +115,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON from a source that may not be trustworthy.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply for code that walks through it, or contains an integer
-            that is too long to be printed.
+        ValueError: the text is not JSON, contains an integer that is too long to be printed, or is nested so deeply
+            (about 400 levels) that recursive code could fail on it.
     """
     try:
         value = json.loads(text, parse_int=_integer)

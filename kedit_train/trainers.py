@@ -283,7 +283,8 @@ class EditSFTTrainer(SFTTrainer):
     def _decide_end(self, edits: EditDataset) -> EndDecision:
         """Decide whether targets end with end-of-text, and tokenize the training data again if necessary.
 
-        This is necessary if targets do not end with end-of-text (TRL always appends it) or if the format has thoughts.
+        TRL's own tokens cannot be used in two cases. If targets should not end with end-of-text, TRL appends it anyway.
+        If ``thinking=True``, TRL's tokens lack the empty thinking block, because TRL would count it in the loss.
         """
         args: Any = self.args
         tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)

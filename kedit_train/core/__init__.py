@@ -1,4 +1,4 @@
-"""The run of an edit, with its interfaces to the model and to the training loop."""
+"""``EditRun``, the lifecycle of one edit, and its interfaces to the model and to the training loop."""
 
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model
