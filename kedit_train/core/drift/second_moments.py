@@ -8,12 +8,14 @@ all processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kedit_train.core.drift.linear_layers import LinearLayer
 from kedit_train.core.drift.model_batches import Batch
@@ -22,6 +24,10 @@ from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import full_precision, wide
+
+
+class _AllInputsSeen(Exception):
+    """Stop a forward pass, because the inputs of all layers have been seen."""
 
 
 @dataclass
@@ -89,18 +95,33 @@ def input_moments(
     modules = [(name, module) for name, layer in layers.items() for module in layer.modules]
     skip_head = head is not None and not any(module in head_modules for _, module in modules)
     batch: Batch
+    calls: list[nn.Module] = []
+    # A forward pass of a sharded model must not be interrupted, because its hooks gather and free the weights.
+    complete = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    once = False
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: moments[name].update(batch.real_tokens(layer_input(args, kwargs), name))
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            moments[name].update(batch.real_tokens(layer_input(args, kwargs), name))
+            calls.append(module)
+            if once and len(calls) == len(modules):
+                raise _AllInputsSeen
+
+        return record
 
     hooks = [module.register_forward_pre_hook(hook(name), with_kwargs=True) for name, module in modules]
     try:
         with torch.no_grad(), run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
             for batch in batches:
-                if head is not None and skip_head and isinstance(batch.inputs, Mapping):
-                    head.hidden(**{k: v for k, v in batch.inputs.items() if k not in ("labels", "use_cache")})
-                else:
-                    batch.call(model)
+                calls.clear()
+                with suppress(_AllInputsSeen):
+                    if head is not None and skip_head and isinstance(batch.inputs, Mapping):
+                        head.hidden(**{k: v for k, v in batch.inputs.items() if k not in ("labels", "use_cache")})
+                    else:
+                        batch.call(model)
+                # If a complete forward pass calls each module once, later passes can stop at the last module. Modules
+                # that are called several times, or only for some tokens, need complete passes.
+                once = once or (not complete and len(calls) == len(set(calls)) == len(modules))
     finally:
         for handle in hooks:
             handle.remove()

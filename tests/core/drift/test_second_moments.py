@@ -63,6 +63,42 @@ def test_moments_belong_to_the_model_before_the_edit_in_fp32_and_leave_no_hooks(
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
+def test_forward_passes_stop_at_the_last_layer_in_scope(tiny):
+    model = tiny("llama").eval()
+    run = run_on(model, ["0.mlp.down_proj"])
+    # The first use of the head calls the model.
+    run.head()
+    calls = []
+    handle = model.model.layers[-1].register_forward_hook(lambda *_: calls.append(1))
+    moments = moments_of(run, 1)
+    handle.remove()
+    # The first pass is complete, because it shows how often each module is called.
+    assert len(SEQUENCES) > 1
+    assert len(calls) == 1
+    (name,) = moments
+    inputs = inputs_by_hand(model, name)
+    assert moments[name].count == len(inputs)
+    torch.testing.assert_close(moments[name].mean.double(), inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_is_called_twice_in_a_pass_is_read_twice():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.shared(self.shared(x)))
+
+    model = Twice()
+    run = run_on(model, ["shared", "last"])
+    batches = [torch.randn(4, 3), torch.randn(5, 3)]
+    layers = find_linear_layers(run.model, run.scope)
+    moments = input_moments(run, layers, run.model, model_input_batches(batches, CPU))
+    assert moments["shared.weight"].count == 2 * 9
+    assert moments["last.weight"].count == 9
+
+
 def test_the_output_head_reads_every_token_if_it_is_in_scope(tiny):
     model = tiny("llama").eval()
     (moment,) = moments_of(run_on(model, ["lm_head"]), 2).values()
