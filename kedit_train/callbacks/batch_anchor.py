@@ -101,7 +101,11 @@ class BatchAnchor(EditCallback):
         return False
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the mean divergence per token in nats, the hit rate of the cache per example, and the cached bytes."""
+        """Return the metrics of the divergence since the last call.
+
+        The metrics are the mean divergence per token in nats, the fraction of examples that needed no additional
+        forward pass, and the size of the stored hidden states in bytes.
+        """
         return {} if self._term is None else self._term.metrics()
 
     def detach(self, run: EditRun) -> None:

@@ -58,8 +58,8 @@ class ForgetFirst(EditCallback):
 
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
-            measured on these texts. Texts that state other facts in the wording of the edits show damage much earlier
-            than prose.
+            measured on these texts. On texts that state other facts in the wording of the edits, damage becomes visible
+            at much smaller coefficients than on prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the

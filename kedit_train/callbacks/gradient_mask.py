@@ -232,7 +232,8 @@ class GradientMask(EditCallback):
 def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
     """Return a fingerprint of weights that a run with these masks does not change.
 
-    The edited model has the same fingerprint.
+    These weights are the parameters outside the scope. If there are none, they are the frozen entries of the scope. The
+    model therefore has the same fingerprint before and after the edit.
     """
     kept: dict[str, Tensor] = {n: p for n, p in run.model.named_parameters() if n not in run.scope}
     if not kept:

@@ -254,7 +254,8 @@ class KLLocality(EditCallback):
     def _texts_of(self, run: EditRun, *, first: bool) -> Texts:
         """Return the texts of a run.
 
-        Consecutive runs use the bundled texts of the first run, except the texts on facts that the new edits affect.
+        With ``sequential=True`` and the bundled texts, every later run uses the texts of the run before it, without the
+        texts on facts that the new edits affect.
         """
         if not (self.texts.of_world and self.sequential):
             return self.texts

@@ -32,8 +32,9 @@ class LowCurvature(EditCallback):
     This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
     how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
     weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the eigenvectors
-    of G with the largest eigenvalues are removed from D. The number of removed eigenvectors is the smallest number at
-    which the removed eigenvalues add up to at least ``energy`` times the trace of G.
+    of G with the largest eigenvalues are removed from D. They are selected in descending order of
+    their eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace of G. Eigenvectors
+    with the same eigenvalue as the last selected one are removed, too.
 
     ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input direction and an
     output direction, so it leaves more freedom for the edit.

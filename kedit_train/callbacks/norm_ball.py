@@ -184,7 +184,7 @@ class NormBall(EditCallback):
             )
 
     def _moves_in_fp32(self, weights: Mapping[str, Tensor]) -> bool:
-        """Return whether fewer weights would be fixed in fp32."""
+        """Return whether any entry of a half-precision tensor could move if the tensor were fp32."""
         narrow = [name for name, weight in weights.items() if weight.dtype.itemsize < 4]
         bounds = [linf_bounds(local_part(self._anchors[name]).float(), self._radii[name]) for name in narrow]
         return any(bool((lower != upper).any()) for lower, upper in bounds)

@@ -218,7 +218,7 @@ class NullSpace(EditCallback):
         return replace(self._settings(), source=preserve, nearest=None)
 
     def _settings(self) -> Texts:
-        """Return the settings for the tokenization of edits and ``preserve``."""
+        """Return the settings with which edits and ``preserve`` are tokenized: those of ``texts``, or the defaults."""
         return self.texts if isinstance(self.texts, Texts) else Texts([])
 
     def _directions(
@@ -250,7 +250,7 @@ class NullSpace(EditCallback):
 
 
 def _project_reference(run: EditRun, name: str, space: FreeSpace) -> None:
-    """Project the initial value of a LoRA A factor. Changes of the factor are measured from this value."""
+    """Project the reference value of a LoRA A factor, so that changes are measured from the projected value."""
     start = wide(run.reference[name])
     projected = project_free(start, space)
     # A resumed run has a projected reference already. A second projection would change its last bits.

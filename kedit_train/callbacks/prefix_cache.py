@@ -48,7 +48,8 @@ class PrefixCache(EditCallback):
 
     Args:
         memory_limit: CPU memory for hidden states per process: a number of bytes, or a string such as "500MB" or
-            "1.5GiB". A sequence takes ``tokens * hidden size`` numbers.
+            "1.5GiB". A sequence takes ``tokens * hidden size`` values in the dtype of the layer outputs (2 bytes per
+            value in bf16).
         cache_dir: directory for the hidden states that do not fit into ``memory_limit``. These files are deleted when
             training ends. With None, hidden states that do not fit are computed again in every epoch.
         recheck: after this number of batches from the cache, one batch is computed in full and compared with the stored

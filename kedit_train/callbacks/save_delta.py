@@ -190,7 +190,7 @@ class SaveDelta(EditCallback):
         self._values = {}
 
     def _save(self, run: EditRun, step: int) -> None:
-        """Save the current weights of the scope, which are the weights of ``step``."""
+        """Save the current weights of the scope, and record in the file that they are the weights of ``step``."""
         weights, before = weights_of(run.model), run.reference or self._reference
         scoped = {id(parameter) for parameter in run.scope.values()}
         # Every process gathers the weights in the same order, which is the order of the model.

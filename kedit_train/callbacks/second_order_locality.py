@@ -51,9 +51,9 @@ class SecondOrderLocality(EditCallback):
         texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The ``seed`` of
             ``Texts`` also seeds the sampled labels. The first token of every text is left out of the factors, because
             it is an attention sink in many models.
-        step_size: how much a step reduces the training loss, as a fraction of the loss. The gradient predicts this
-            reduction. A smaller value preserves more behavior, needs more steps, and gives the new answer to fewer
-            rephrased prompts. Default 0.03.
+        step_size: the reduction of the training loss that the gradient predicts for a step, as a fraction of the loss.
+            A smaller value preserves more behavior, needs more steps, and gives the new answer to fewer rephrased
+            prompts. Default 0.03.
         damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. With a
             high damping (10), the steps are close to those of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
@@ -68,9 +68,9 @@ class SecondOrderLocality(EditCallback):
     summed over the weights. With ``factors="inputs"``, nothing is logged.
 
     Raises:
-        EditError: an argument is invalid; no callback computes the loss; the model is not a causal language model; a
-            weight is sharded; or the scope contains parameters that are not supported. Only weights of ``nn.Linear``
-            and ``Conv1D`` are supported. LoRA factors and the output head are not supported.
+        EditError: an argument is invalid; no callback computes the loss (add ``TokenLoss``); the model is not a causal
+            language model; a weight is sharded; or the scope contains parameters that are not supported. Only weights
+            of ``nn.Linear`` and ``Conv1D`` are supported. LoRA factors and the output head are not supported.
 
     References:
         Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671. SOAP: Improving and

@@ -49,8 +49,8 @@ class WeightAnchor(EditCallback):
             the loss (False).
         anchor: the weights w0 in consecutive runs on one model. "base" (default): the weights before the first run of
             this instance. The penalty then also undoes edits of previous runs. To preserve these edits, add
-            ``KLLocality(sequential=True)``. "previous": the weights before the current run. With "ewc", F is also
-            computed at w0.
+            ``KLLocality(sequential=True)``. "previous": the weights before the current run. With "ewc", F
+            is computed with the weights w0.
         limit: for "ewc": number of token sequences on which F is computed. Each sequence costs one backward pass. None
             uses all sequences. Default 256.
 

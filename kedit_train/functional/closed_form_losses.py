@@ -1,8 +1,9 @@
-"""Compute per-token losses with a closed-form gradient, in few passes and with one tensor of the size of the logits.
+"""Compute per-token losses with a closed-form gradient, in few passes over the logits.
 
-The forward pass keeps a few values per token, and the backward pass writes the gradient of the logits once. On a CPU,
-both passes work on blocks of rows that fit into the cache. The reason is that the allocation of a tensor of the size of
-the logits takes longer than the arithmetic on this tensor.
+The forward pass keeps a few values per token, and the backward pass writes the gradient of the logits once. Besides the
+logits, the gradient is the only tensor of this size that is kept. On a CPU, both passes work on blocks of rows that fit
+into the CPU cache. Without blocks, each temporary tensor would be as large as the logits, and its allocation would take
+longer than the arithmetic on it.
 """
 
 from __future__ import annotations

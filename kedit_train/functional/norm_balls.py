@@ -1,8 +1,8 @@
 """Project weights onto norm balls, exactly in the dtype in which the weights are stored.
 
-After every step the weights are projected onto ``|w - reference| <= radius``. In bf16 the rounding of
-``reference + radius`` alone can exceed a bound of 1e-3 by 10%. All comparisons here are made in fp64 on the stored
-values, and a value that rounding moves outside the ball is moved back inside.
+After every step the weights are projected onto ``|w - reference| <= radius``. If ``reference + radius`` is rounded to
+bf16, its distance from the reference can exceed a radius of 1e-3 by 10%. All comparisons here are made in fp64
+on the stored values, and a value that rounding moves outside the ball is moved back inside.
 
 References:
     "Modifying Memories in Transformer Models", arXiv 2012.00363.

@@ -25,7 +25,7 @@ def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: i
 
     Args:
         moment: [d, d], E[k kᵀ], symmetric.
-        energy: fraction of the trace that the directions must contain at least, in (0, 1]. 1 takes every direction with
+        energy: minimum fraction of the trace that the directions contain, in (0, 1]. 1 takes every direction with
             an eigenvalue above the rounding error of the moment (``d * eps`` times the greatest eigenvalue).
         rank: number of directions, used instead of ``energy``. Fewer directions are returned if fewer eigenvalues are
             above the rounding error.
@@ -82,7 +82,8 @@ def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSp
         dtype: dtype of the returned basis.
 
     Returns:
-        The basis of the given directions or of their complement, whichever is smaller: at most d * d / 2 values.
+        A space with the basis of the given directions or of their complement, whichever is smaller. The basis has at
+        most d * d / 2 values.
     """
     size, rank = directions.shape
     if 2 * rank <= size:

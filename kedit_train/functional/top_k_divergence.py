@@ -48,7 +48,10 @@ def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, dire
 
 
 def _rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log of the total probability of all other tokens, [N, 1]. A direct sum keeps small values exact."""
+    """Return the log of the total probability of all tokens except ``tokens``, [N, 1].
+
+    The probabilities are summed directly, because 1 minus the probability of ``tokens`` would lose small values.
+    """
     return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
 
 

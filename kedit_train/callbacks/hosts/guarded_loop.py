@@ -111,7 +111,7 @@ class GuardedLoad(_Guard):
             raise
 
     def release(self) -> None:
-        """Close the runs, because ``train()`` fails before its training loop begins."""
+        """Close the runs. Call this method when ``train()`` fails before its training loop begins."""
         self._released = _runs(self._trainer) or self._released
         for run in self._released:
             run.close()

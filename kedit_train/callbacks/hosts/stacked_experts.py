@@ -19,9 +19,10 @@ from kedit_train.errors import EditError
 
 @torch.no_grad()
 def load_stacked_experts(run: Any, folder: str | Path) -> None:
-    """Load the parameters in scope from a checkpoint, if the checkpoint stores stacked experts of the scope separately.
+    """Load the parameters in scope from a checkpoint that stores the experts in scope under separate names.
 
-    This needs the memory of a second model in fp32 for a short time.
+    If the checkpoint stores no experts in this way, nothing is loaded. Loading needs the memory of a second model in
+    fp32 for a short time.
 
     Args:
         run: the :class:`~kedit_train.core.run.EditRun` that is resumed.

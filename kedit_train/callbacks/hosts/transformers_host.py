@@ -104,7 +104,7 @@ class TransformersHost(Host):
             raise EditError(
                 f"{folder} is incomplete: {missing[0]}.* is missing. Either a process was killed while it wrote or "
                 "deleted this checkpoint, or the checkpoint was written with save_only_model=True. Resume from another "
-                "checkpoint, or set save_only_model=True to begin with a new optimizer."
+                "checkpoint, or set save_only_model=True to resume with a new optimizer."
             )
         lost = [f"{part} state ({part}.*)" for part in missing]
         random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
@@ -260,8 +260,8 @@ class TransformersHost(Host):
         bar and ``trainer.state.log_history`` receive all rows of numbers. Other loggers, such as TensorBoard, trackio,
         MLflow and Comet, receive no ``edit/*`` metrics, because the trainer calls these loggers before the user's
         callbacks. In an evaluation, the trainer logs its own metrics first. The scores ``eval_edit_*`` are added to the
-        metrics afterwards. ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can use
-        these scores.
+        metrics afterwards, so no logger receives these names. ``metric_for_best_model`` and later callbacks, such as
+        ``EarlyStoppingCallback``, can use these scores.
         """
         reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
         others = [name for name in reports if name not in ("wandb", "none")]

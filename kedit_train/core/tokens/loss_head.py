@@ -273,5 +273,8 @@ class LossHead:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy [N] of each token, and True for each token, because all tokens count in the loss."""
+    """Return the cross-entropy of each token [N], and a mask [N] of the tokens that count in the loss.
+
+    Here the mask is True everywhere.
+    """
     return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)
