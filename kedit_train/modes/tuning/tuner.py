@@ -43,9 +43,9 @@ def tune(
 
     The edits are split into a tuning half and a held-out half. Every setting of the grid is trained on a few edits of
     the tuning half. The best third of the settings is trained again on more edits. The best third of these settings is
-    trained on the complete tuning half. Each run starts from the unedited model. The settings of the recipe
-    ``kedit_default`` are tried first in every round, if the grid contains them. On the tuning half, the picked setting
-    is therefore no worse than this recipe.
+    trained on the complete tuning half. Each run starts from the unedited model. If the grid contains the settings of
+    the recipe ``kedit_default``, they are trained in every round, even if they are not in the best third. On the tuning
+    half, the picked setting is therefore no worse than this recipe.
 
     Among the settings with a reliability of at least 0.95, the setting with the highest harmonic mean of generality and
     locality is picked. If no setting is that reliable, the most reliable setting is picked. It is then trained once on
