@@ -58,8 +58,8 @@ class ForgetFirst(EditCallback):
 
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
-            measured on these texts. On texts that state other facts in the wording of the edits, damage becomes visible
-            at much smaller coefficients than on prose.
+            measured on these texts. If the texts state facts in the same wording as the edits, but not the edited
+            facts themselves, damage becomes visible at much smaller coefficients than with prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
@@ -77,7 +77,7 @@ class ForgetFirst(EditCallback):
     Attributes:
         measured: one measurement of the model before forgetting, followed by one for each coefficient that was tried.
         chosen: index in ``measured`` of the coefficient that was subtracted; 0 if nothing was subtracted.
-        length: norm of the trained difference divided by the norm of the weights that the training changed.
+        length: norm of the trained difference, divided by the norm that the changed weights had before the training.
 
     Raises:
         EditError: an argument is out of range, there is no ``ParameterScope``, the model has adapters, or the scope is

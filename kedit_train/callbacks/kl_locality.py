@@ -149,9 +149,9 @@ class KLLocality(EditCallback):
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
-                "with sequential=True, the output head must not be trained, because every run uses the head to compute "
-                "logits from the stored hidden states; leave the head (and embeddings that are tied to the head) out "
-                "of the scope."
+                "with sequential=True, the output head must not be trained, because later runs use the head to compute "
+                "the reference logits from hidden states that earlier runs stored; leave the head (and embeddings "
+                "that are tied to the head) out of the scope."
             )
         if batches is None:
             self._batches = ReferenceBatches(

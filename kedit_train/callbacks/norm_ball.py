@@ -179,8 +179,8 @@ class NormBall(EditCallback):
             dtypes = ", ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}))
             advice = "load the model in fp32, or use" if self._moves_in_fp32(weights) else "use"
             warn(
-                f"{fixed / entries:.0%} of the weights cannot move, because {dtypes} has no other value within a "
-                f"radius of {min(self._radii.values()):g}; {advice} a larger radius."
+                f"{fixed / entries:.0%} of the weights cannot move, because {dtypes} values near these weights are "
+                f"farther apart than the radius of {min(self._radii.values()):g}; {advice} a larger radius."
             )
 
     def _moves_in_fp32(self, weights: Mapping[str, Tensor]) -> bool:

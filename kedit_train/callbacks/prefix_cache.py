@@ -57,9 +57,9 @@ class PrefixCache(EditCallback):
             disables the comparison.
 
     Raises:
-        EditError: raised before the first step if caching is impossible: no layer below the scope is frozen, a layer
-            below the scope uses dropout or noise, the model uses ``torch.compile`` or sharded parameters, or a layer
-            passes more than hidden states to the next layer.
+        EditError: raised before the first step if caching is impossible: there is no frozen layer below the scope, a
+            layer below the scope uses dropout or noise, the model uses ``torch.compile`` or sharded parameters, or a
+            layer passes more than hidden states to the next layer.
 
     Example:
         >>> import torch
@@ -106,7 +106,7 @@ class PrefixCache(EditCallback):
             )
         trained = [p for p in run.root.parameters() if p.requires_grad]
         if not trained:
-            raise EditError("no parameter is trainable; unfreeze the parameters that the run trains.")
+            raise EditError("no parameter is trainable; unfreeze the parameters that the run should train.")
         device = next(model.parameters()).device
         ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], device=device) % model.get_input_embeddings().num_embeddings
 

@@ -46,9 +46,9 @@ class SaveDelta(EditCallback):
     several processes, one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is
     kept for the comparison.
 
-    If a weight to train is quantized (8 bit or less), an error is raised before training, because its delta could not
-    be applied to the checkpoint of the base model. If a persistent buffer, such as the running mean of ``BatchNorm``,
-    changes during the run, a warning is issued, because a delta contains only weights.
+    If the run trains a quantized weight (8 bit or less), an error is raised before training, because the delta could
+    not be applied to the checkpoint of the base model. If a persistent buffer, such as the running mean of
+    ``BatchNorm``, changes during the run, a warning is issued, because a delta contains only weights.
 
     The file also contains the scores that ``EditMetrics`` measured on the saved weights. With ``at="end"``, these are
     the scores after training. With ``at="best"``, these are the scores of the best step, measured on the sample of

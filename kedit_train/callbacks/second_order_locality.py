@@ -52,8 +52,8 @@ class SecondOrderLocality(EditCallback):
             ``Texts`` also seeds the sampled labels. The first token of every text is left out of the factors, because
             it is an attention sink in many models.
         step_size: the reduction of the training loss that the gradient predicts for a step, as a fraction of the loss.
-            A smaller value preserves more behavior, needs more steps, and gives the new answer to fewer rephrased
-            prompts. Default 0.03.
+            A smaller value preserves more behavior and needs more steps, but the model then gives the new answer to
+            fewer rephrased prompts. Default 0.03.
         damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. With a
             high damping (10), the steps are close to those of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
@@ -183,8 +183,8 @@ class SecondOrderLocality(EditCallback):
             if all(bool(wide(gradient).square().isfinite().all()) for gradient in given):
                 raise EditError(self._damping_error(f"the squared gradients of step {run.step + 1}"))
             raise EditError(
-                f"the gradients of step {run.step + 1} contain NaN or infinite values, or their squares do; check the "
-                "loss of this batch, or use a lower step_size."
+                f"the gradients of step {run.step + 1} contain NaN or infinite values, or values whose squares are "
+                "infinite; check the loss of this batch, or use a lower step_size."
             )
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:

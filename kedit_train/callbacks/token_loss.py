@@ -186,7 +186,8 @@ class TokenLoss(EditCallback):
         if run.steps.is_shared:
             raise EditError(
                 "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
-                "single optimizer, because this callback can skip a step only as a whole."
+                "single optimizer, because this callback skips the step if all tokens are learned, and it cannot make "
+                "several optimizers skip the same step."
             )
         if self._counted_at != run.step:
             raise EditError(

@@ -1,4 +1,4 @@
-"""Estimate the KL divergence that a weight change causes, and transform steps so that all directions cost the same.
+"""Estimate the KL divergence of a weight change, and find coordinates in which only the norm of a change matters.
 
 For a linear layer ``y = W k``, K-FAC approximates the divergence that a change D of the weight causes on given texts:
 ``KL = 1/2 tr(S D A Dᵀ)`` per token. A = E[k kᵀ] is the second moment of the inputs, [in, in]. S = E[g gᵀ] is the second
@@ -68,8 +68,8 @@ def transform(matrix: Tensor, output_root: Tensor | None, input_root: Tensor) ->
 
     Args:
         matrix: M, [out, in].
-        output_root: P, [out, out]. None stands for the identity matrix.
-        input_root: Q, [in, in].
+        output_root: P, [out, out], from :func:`inverse_root` of S. None stands for the identity matrix.
+        input_root: Q, [in, in], from :func:`inverse_root` of A.
 
     Returns:
         [out, in], in the dtype of the roots.

@@ -142,7 +142,7 @@ def test_a_radius_below_the_spacing_of_bf16_warns_and_the_weights_cannot_move():
             optimizer.step()
         return edit.history[-1]
 
-    expected = r"NormBall: 100% of the weights cannot move, because bfloat16 has no other value within .* 5e-05"
+    expected = r"NormBall: 100% of the weights cannot move, because bfloat16 values near .* 5e-05"
     with pytest.warns(UserWarning, match=expected):
         metrics = last_metrics(NormBall(5e-5))
     assert torch.equal(model.weight, before)

@@ -90,7 +90,9 @@ def test_an_unsupported_model_is_an_error_before_the_first_step(case: str) -> No
 def test_a_run_without_trained_parameters_is_an_error() -> None:
     with editing(build().requires_grad_(False), [PrefixCache()]) as edit, pytest.raises(EditError) as error:
         edit.before_step()
-    assert str(error.value) == "PrefixCache: no parameter is trainable; unfreeze the parameters that the run trains."
+    assert str(error.value) == (
+        "PrefixCache: no parameter is trainable; unfreeze the parameters that the run should train."
+    )
 
 
 @pytest.mark.parametrize("where", ["embd_pdrop", "resid_pdrop", "attn_pdrop"])

@@ -87,9 +87,9 @@ class GuardedLoad(_Guard):
     """Load a checkpoint for a ``transformers.Trainer``, and close the runs if this fails.
 
     An instance replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the
-    training loop begins. The instance first checks whether the state of the edit in the checkpoint fits the runs, and
-    otherwise raises an error of one line. torch would report weights of another shape in many lines. The next
-    ``train()`` sets the runs up again before the trainer creates its optimizer.
+    training loop begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If it
+    does not, the instance raises an error of one line, because the error of torch would list every weight whose shape
+    differs. After a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
 
     Args:
         trainer: the trainer.

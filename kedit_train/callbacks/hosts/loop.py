@@ -205,8 +205,8 @@ class Editing:
         if has_other_weights(run, state):
             raise EditError(
                 "the model must have the weights of the checkpoint, but its weights in scope are different; call "
-                "model.load_state_dict() before edit.load_state_dict(), use the same ParameterScope, and save both "
-                "states inside editing()."
+                "model.load_state_dict() before edit.load_state_dict(), and use the ParameterScope of the run that "
+                "wrote the checkpoint; when you save, call model.state_dict() and edit.state_dict() inside editing()."
             )
         self._host.checkpoint_state = dict(state)
 

@@ -45,7 +45,7 @@ class TransformersEvents(TrainerCallback):
         return run
 
     def join_trainer(self, trainer: Any) -> None:
-        """Join a run of the trainer again, after the last run was closed before training began."""
+        """Join a new run of the trainer, because the previous run was closed before training began."""
         self._join(trainer.args, trainer.state, trainer.control, trainer.model, trainer.processing_class)
 
     def on_init_end(
@@ -127,7 +127,7 @@ class TransformersEvents(TrainerCallback):
         self._store_before_save(control, args)
 
     def _store_before_save(self, control: Any, args: Any) -> None:
-        """Write the state of the edit if the trainer will write a checkpoint now."""
+        """Write the state of the edit if the trainer is about to write a checkpoint."""
         run = self._driven_run(control)
         if (
             run

@@ -91,11 +91,11 @@ class TransformersHost(Host):
     def check_checkpoint(self, run: Any, folder: str) -> None:
         """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
 
-        If the checkpoint has no random states, or no optimizer state because it was written with
-        ``save_only_model=True``, a warning is issued.
+        If the checkpoint has no random states, a warning is issued. If it has no optimizer or scheduler state, a
+        warning is issued if ``save_only_model=True`` is set for the resumed run, and an error is raised otherwise.
 
         Raises:
-            EditError: a part of the checkpoint is missing.
+            EditError: the optimizer or scheduler state is missing, and ``save_only_model`` is False.
         """
         load_stacked_experts(run, folder)
         missing = [part for part in ("optimizer", "scheduler") if not any(Path(folder).glob(f"{part}*"))]
@@ -104,7 +104,7 @@ class TransformersHost(Host):
             raise EditError(
                 f"{folder} is incomplete: {missing[0]}.* is missing. Either a process was killed while it wrote or "
                 "deleted this checkpoint, or the checkpoint was written with save_only_model=True. Resume from another "
-                "checkpoint, or set save_only_model=True to resume with a new optimizer."
+                "checkpoint, or set save_only_model=True to resume from this checkpoint with a new optimizer."
             )
         lost = [f"{part} state ({part}.*)" for part in missing]
         random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
