@@ -1,4 +1,4 @@
-"""Compare the scales of PEFT adapters with those of a checkpoint, because the weights do not contain the scales."""
+"""Check that the scales of PEFT adapters match a checkpoint. The saved weights do not contain the scales."""
 
 from __future__ import annotations
 

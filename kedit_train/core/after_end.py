@@ -11,7 +11,7 @@ def check_after_end(run: Any) -> None:
     """Warn if other code has changed the weights after the end of a complete run. Later calls do nothing.
 
     Other code can still change the weights when training ends. For example, a callback of the user may write averaged
-    weights into the model. Therefore hosts call this function in the last event that the training loop reports.
+    weights into the model. Therefore this function is called in or after the last event of the training loop.
 
     Args:
         run: an :class:`~kedit_train.core.run.EditRun`.
@@ -23,6 +23,6 @@ def check_after_end(run: Any) -> None:
         warn(
             f"other code has changed {name} after the edit had ended. The new weights may break the constraints of the "
             "edit, and the delta file and the scores describe the weights before this change. A possible cause is a "
-            "callback that writes averaged weights when training ends; list this callback before the callbacks of "
+            "callback that writes averaged weights when training ends; put this callback before the callbacks of "
             "kedit_train, or remove it."
         )

@@ -28,9 +28,10 @@ def decide_together(
     model: nn.Module | None,
     prompt_format: PromptFormat,
 ) -> EndDecision:
-    """Decide with :func:`~kedit_train.data.answer_end.decide_append_eos`. All processes get the same decision.
+    """Decide whether targets end with end-of-text, with the same result on all processes.
 
-    One process prints the decision, unless ``append_eos`` is True or False.
+    The result is the decision of :func:`~kedit_train.data.answer_end.decide_append_eos` on process 0. Process 0 prints
+    the decision if ``append_eos`` is "auto".
     """
     decisions = [decide_append_eos(append_eos, tokenizer, edits, model=model, prompt_format=prompt_format)]
     if is_distributed():
@@ -43,7 +44,7 @@ def decide_together(
 
 
 def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_format: PromptFormat) -> str | None:
-    """Return whether the training examples end with end-of-text and why, or None if this is unknown.
+    """Describe whether and why the training examples end with end-of-text. Return None if this is unknown.
 
     The examples may come from another library (TRL's ``SFTTrainer``). A warning is issued if such examples end with
     end-of-text, although the unedited model usually does not write end-of-text after a target.

@@ -45,7 +45,7 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _summary(values: Tensor) -> list[Tensor]:
-    """Return the 8-byte words of a tensor as int64 vectors. If there are many, return sums over rows and columns.
+    """Return the 8-byte words of a tensor as int64 vectors. If there are many words, return sums over rows and columns.
 
     A single sum of all words would miss some changes: two swapped words, or flipped signs in the upper halves of two
     words. The sums over rows and columns detect these changes, because the two words are in different rows or in

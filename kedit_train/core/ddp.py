@@ -19,7 +19,7 @@ def check_ddp_at_first_forward(model: nn.Module) -> list[Any]:
     ``find_unused_parameters=True``, DDP does not wait for gradients of frozen parameters, and no error is raised.
 
     Args:
-        model: the module that DDP calls, directly or inside another module, or the DDP wrapper itself.
+        model: the DDP wrapper, the module that it wraps, or a submodule of the wrapped module.
 
     Returns:
         The handles of the hooks, each with ``remove()``; an empty list for a single process.

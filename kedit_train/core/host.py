@@ -19,9 +19,9 @@ class Host:
         announces_every_step: True if the loop always calls ``run.steps.penalty()`` before the forward pass of an
             optimizer step. An optimizer step without this call then raises an error. If False, a step without this call
             raises an error only if a callback adds a penalty or training has not started.
-        releases_model: whether the run is closed before the error for a step without this call is raised. True if this
-            kind of loop may be abandoned before its run ends. The step then usually comes from another loop that trains
-            the same model. The run must be closed, because the abandoned loop will not close it.
+        releases_model: whether an optimizer step without a ``penalty()`` call closes the run before the error is
+            raised. True if this kind of loop may be abandoned before its run ends. Then the step usually comes from
+            another loop that trains the same model, and the abandoned loop will not close its run.
         uses_closures: whether the loop passes a closure to ``optimizer.step``. If True, the closure calls
             ``run.steps.before_optimizer_step`` when the gradients are complete.
     """

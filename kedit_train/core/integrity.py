@@ -25,9 +25,9 @@ class Integrity:
     """Check at every optimizer step that no other code has changed the weights.
 
     The run enforces its constraints in torch's optimizer hooks. Code that changes weights without an optimizer step
-    does not call these hooks, so the constraints would not hold. This class detects such changes with checksums. At
-    each step, it compares the scope and a part of the frozen parameters. After the first step and at the end of
-    training, it compares all frozen parameters.
+    does not call these hooks, so the constraints would not hold. This class detects such changes: it compares
+    the checksums of parameters with earlier checksums. At each step, it checks the scope and a part of the frozen
+    parameters. After the first step and at the end of training, it checks all frozen parameters.
 
     Args:
         run: the run whose weights are checked.
@@ -195,9 +195,9 @@ class Integrity:
             True if other code has written to the scope since the last optimizer step.
 
         Raises:
-            EditError: the scope has changed, but no optimizer step was detected since the last call, and a callback
-                enforces constraints or follows the optimizer steps. An error is also raised if a frozen parameter has a
-                gradient, or if a parameter in scope was frozen, replaced or converted to another dtype.
+            EditError: a frozen parameter has a gradient, or a parameter in scope was frozen, replaced or converted to
+                another dtype. The error is also raised if the scope has changed although no optimizer step was detected
+                since the last call, and a callback enforces constraints or depends on detected optimizer steps.
         """
         if not self._started:
             self.start()
@@ -227,7 +227,7 @@ class Integrity:
     def check_gradients(self, names: Iterable[str]) -> None:
         """Raise an error if an optimizer has used a NaN or infinite gradient.
 
-        The weights are not checked instead, because a constraint could hide the NaN values that such a gradient causes.
+        A check of the weights alone would not be enough, because a constraint could hide NaN values in the weights.
         If a gradient scaler skips a step, this method is not called.
 
         Args:
@@ -242,7 +242,7 @@ class Integrity:
             )
 
     def after_step(self) -> None:
-        """Check the weights after an optimizer step and the constraints, and record new checksums of the scope.
+        """Check the weights when a step and its constraints are complete, and record new checksums of the scope.
 
         Raises:
             EditError: a weight in scope is not finite, or a frozen parameter has changed.

@@ -68,7 +68,7 @@ def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int
 
 
 def _warn_about_checkpoint(run: RunState) -> None:
-    """Warn if the model was loaded from a trainer's checkpoint of an edit that had not ended, and the run is new."""
+    """Warn if a new run trains a model that was loaded from a trainer's checkpoint of an unfinished edit."""
     name = getattr(getattr(run.model, "config", None), "_name_or_path", None)
     if run.host.resumed or not run.host.is_main or not isinstance(name, str) or not name:
         return
@@ -89,7 +89,7 @@ def _warn_about_checkpoint(run: RunState) -> None:
 
 
 def _progress(folder: Path) -> tuple[int | None, int | None]:
-    """Return the step of a trainer's checkpoint and the number of steps of its training, or None if unknown."""
+    """Return the step of a saved checkpoint and the planned number of training steps, or (None, None) if unknown."""
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         return int(state["global_step"]), int(state["max_steps"])

@@ -76,7 +76,10 @@ class OutputHead:
 
     @contextmanager
     def capturing(self) -> Iterator[OutputHead]:
-        """Context manager: store the input of the head, and let the head compute the logits of one position only."""
+        """Context manager: store the input of the head, and let the head compute the logits of one position only.
+
+        The caller projects the stored hidden states to logits, so the other logits of the head are not needed.
+        """
         self.begin()
         try:
             yield self

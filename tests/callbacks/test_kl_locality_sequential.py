@@ -120,7 +120,7 @@ def test_arguments_that_exclude_sequential_are_errors(make, words):
         KLLocality(TEXTS, teacher="some", sequential=True)
     with (
         pytest.raises(
-            EditError, match=r"KLLocality: sequential=True keeps this run's edits .*; add EditMetrics\(edits\)"
+            EditError, match=r"KLLocality: sequential=True keeps this run's edits .*; pass them .* EditMetrics\(edits\)"
         ),
         editing(make(), [KLLocality(TEXTS, sequential=True)], tokenizer=words) as edit,
     ):
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_a_later_run_is_an_error_in_a_new_process(make, words, l
         run(model, words, fresh, [Edit("w14", "w16")])
     with editing(model, [fresh, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:
         edit.run.attach(fresh)
-        with pytest.raises(EditError, match=r"does not contain these states; start this run again .* model before the"):
+        with pytest.raises(EditError, match=r"does not contain these states; start this run again .* before the first"):
             fresh.load_state(saved)
 
 

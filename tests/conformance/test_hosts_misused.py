@@ -243,7 +243,7 @@ class WritesAtTheEnd(TrainerCallback):
         model.get_parameter(self.name).data.add_(1.0)
 
 
-AFTER_THE_END = r"has changed {} after the edit had ended.*list this callback before the callbacks of kedit_train"
+AFTER_THE_END = r"has changed {} after the edit had ended.*put this callback before the callbacks of kedit_train"
 
 
 @pytest.mark.parametrize("name", [NAME, "model.norm.weight"])

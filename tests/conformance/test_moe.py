@@ -103,7 +103,7 @@ def test_callbacks_that_need_layer_inputs_are_an_error(callback, tokenizer, edit
     with pytest.raises(EditError) as error:
         train("qwen3_moe", tokenizer, edits, [callback(texts=TEXTS), TokenSmoothing()])
     assert str(error.value) == (
-        f"{callback.__name__}: the scope must not contain stacked experts, got {STACKS[0]} [4, 16, 16], because layer "
+        f"{callback.__name__}: the scope must not contain stacked experts, got {STACKS[0]} [4, 16, 16]. Layer "
         "inputs are not measured per expert; use KLLocality instead of this callback, or select other weights, for "
         "example ParameterScope(modules='self_attn.o_proj.weight')."
     )

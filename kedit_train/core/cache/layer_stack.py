@@ -145,8 +145,8 @@ def find_prefix(
     sharded = next((names[key] for key, p in before.items() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise EditError(
-            f"{sharded} is sharded, but PrefixCache does not support FSDP2, because FSDP2 also gathers the parameters "
-            "of skipped layers; remove PrefixCache or use DDP."
+            f"{sharded} is sharded, but PrefixCache does not support FSDP2, because FSDP2 would still gather the "
+            "parameters of every layer that is skipped; remove PrefixCache or use DDP."
         )
     modules = list({id(m): m for m in trace.called[:start]}.values())
     return Prefix(backbone, layers, cut, {names[key]: p for key, p in before.items()}, modules)

@@ -56,7 +56,8 @@ class FrozenPrefix:
         recheck: after this number of batches with skipped layers, all layers run for one batch, and the output of the
             frozen layers for that batch is compared with the store. 0 disables the comparison.
         ignores_padding: function that returns True if nothing reads the hidden states of padding in the current
-            forward pass. The result is used only for forward passes without labels.
+            forward pass. It is used only for forward passes without labels. Otherwise, the labels show whether the loss
+            reads these hidden states.
 
     Attributes:
         active: the hooks do nothing until this is True.
@@ -283,7 +284,7 @@ class FrozenPrefix:
 
     @staticmethod
     def _assemble(sequences: SequenceBatch, stored: list[Tensor], device: torch.device) -> Tensor:
-        """Return hidden states [B, S, d], zero at padding."""
+        """Combine the stored hidden states of the sequences to a batch [B, S, d], with zeros at padding."""
         shape = (*sequences.shape, stored[0].shape[-1])
         hidden = torch.zeros(shape, dtype=stored[0].dtype, pin_memory=device.type == "cuda")
         for target, states, span in zip(hidden, stored, sequences.spans, strict=True):
@@ -336,7 +337,7 @@ def _pass_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    """Return the states of the random generators that a module on this device draws from."""
+    """Return the state of the CPU's random generator and, for a CUDA device, the state of its own generator."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))

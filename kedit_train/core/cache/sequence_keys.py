@@ -83,7 +83,7 @@ def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
 
     - If ``position_ids`` are not given, the model computes the positions, so the amount of left padding changes the
       key.
-    - If a supervised token, or the token before it, is padding, the key includes all padding of the example.
+    - If a supervised position is padding or directly follows padding, the key includes all padding of the example.
 
     Args:
         inputs: the arguments of the model's forward call by name. Tensors have one entry per example. All other
@@ -204,7 +204,10 @@ def read_sequences(
 
 
 def _length_independent_positions(config: Any) -> int | None:
-    """Return the position up to which rotary embeddings ignore the batch length, or None if there is no limit."""
+    """Return the number of positions up to which rotary embeddings do not depend on the batch length.
+
+    None means that they never depend on the batch length.
+    """
     scaling = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
     if "dynamic" not in scaling and "longrope" not in scaling:
         return None

@@ -1,4 +1,4 @@
-"""Store the weights from which a change is measured, across consecutive runs on one model."""
+"""Store the weights from which a weight change is measured. They can be kept for later runs on the same model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class AnchorWeights:
 
     Args:
         anchor: "base" keeps the value that a weight had before the first run that trained the weight. "previous"
-            stores the value again in every run: the value that the weight had before that run. In both cases, the
+            replaces the stored value in every run by the value that the weight had before that run. In both cases, the
             stored values are deleted when a run trains another model.
     """
 

@@ -20,7 +20,7 @@ def check_no_adapters(layers: Iterable[str]) -> None:
     if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
         raise EditError(
             f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, so "
-            "the curvature of the adapter is zero too; train the weight itself, or use NullSpace instead."
+            "the curvature of its A factor is zero too; train the weight itself, or use NullSpace instead."
         )
 
 

@@ -83,7 +83,7 @@ def next_token_examples(sequences: Sequence[Sequence[int]]) -> list[Encoded]:
 def _mean_over_tokens(
     run: EditRun, examples: Sequence[Encoded], label: LabelRule, transform: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Sum the transformed gradient of each example, one example at a time, and divide by the number of tokens."""
+    """Sum ``transform(gradient)`` over the examples, and divide the sum by the number of scored tokens."""
     head, parameters = run.head(), list(run.scope.values())
     if any(hasattr(p, "device_mesh") for p in parameters):
         raise EditError(

@@ -33,7 +33,7 @@ class KFACFactors:
     gradients: dict[str, SecondMoment]
 
     def __add__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors over the tokens of ``self`` and ``other`` together; each token counts once."""
+        """Return the factors of all tokens of ``self`` and ``other``. Every token has the same weight in the mean."""
         return KFACFactors(
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
@@ -88,7 +88,7 @@ def kfac_factors(
             attention sink, whose activations are so large that they would dominate the factors.
 
     Returns:
-        The factors for the cross-entropy summed over tokens.
+        The factors. Their loss gradients are those of the cross-entropy summed over tokens, not averaged.
 
     Raises:
         EditError: a layer was never called, does not receive one vector per token, or is the output head.

@@ -63,13 +63,16 @@ def load_factors(
     except EditError as error:
         raise EditError(f"factors_path={str(path)!r} cannot be used: {str(error).rstrip('.')}; {_RETRY}.") from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("tokens"), dict):
-        raise EditError(f"factors_path={str(path)!r} cannot be used: the numbers of tokens are missing; {_RETRY}.")
+        raise EditError(
+            f"factors_path={str(path)!r} cannot be used: the file does not state from how many tokens each factor was "
+            f"computed; {_RETRY}."
+        )
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
         if metadata.get(subject) != fingerprint:
             raise EditError(
-                f"the file at factors_path={str(path)!r} does not fit this run: the {subject} are different from those "
-                "used to compute the file (a different seed also counts as different texts); use another path, or "
-                f"{_RETRY}."
+                f"the file at factors_path={str(path)!r} does not fit this run: it was computed with other "
+                f"{'texts or with another seed' if subject == 'texts' else subject} than those of this run; use "
+                f"another path, or {_RETRY}."
             )
     factors = KFACFactors({}, {})
     for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):

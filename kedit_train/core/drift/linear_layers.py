@@ -61,8 +61,8 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
             )
         if is_stack(name, parameter.shape):
             raise EditError(
-                f"the scope must not contain stacked experts, got {name} {list(parameter.shape)}, because layer inputs "
-                "are not measured per expert; use KLLocality instead of this callback, or select other weights, for "
+                f"the scope must not contain stacked experts, got {name} {list(parameter.shape)}. Layer inputs are not "
+                "measured per expert; use KLLocality instead of this callback, or select other weights, for "
                 "example ParameterScope(modules='self_attn.o_proj.weight')."
             )
         layouts = {_is_transposed(module, key) for module, key in owners[id(parameter)]}

@@ -60,9 +60,9 @@ class Batch:
         flat = values.ndim == 2 and len(values) == self.mask.numel()
         if values.shape[:-1] != self.mask.shape and not flat:
             raise EditError(
-                f"the module of {name} must receive one vector per token (the batch has shape "
-                f"{tuple(self.mask.shape)}), got a tensor of shape {tuple(values.shape)}, so vectors of padding cannot "
-                "be removed; set batch_size=1 to avoid padding."
+                f"the module of {name} must receive one vector per token of the batch of shape "
+                f"{tuple(self.mask.shape)}, got a tensor of shape {tuple(values.shape)}, in which padding cannot be "
+                "identified; set batch_size=1 to avoid padding."
             )
         return vectors[self.mask.flatten()]
 

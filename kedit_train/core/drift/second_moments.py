@@ -55,7 +55,7 @@ class SecondMoment:
         self.count += len(vectors)
 
     def __add__(self, other: SecondMoment) -> SecondMoment:
-        """Return the moment over the vectors of ``self`` and ``other`` together; each vector counts once."""
+        """Return the moment of all vectors of ``self`` and ``other``. Every vector has the same weight in the mean."""
         return SecondMoment(self.sum + other.sum, self.count + other.count)
 
 

@@ -37,9 +37,10 @@ def require_edits(run: EditRun, reason: str) -> None:
 
     Args:
         run: the run that begins.
-        reason: the beginning of the error message: which argument needs the edits, and for what.
+        reason: the beginning of the error message. It says which argument needs the edits, and for what.
     """
     if not run.edits:
         raise EditError(
-            f"{reason}, but the edits of this run are unknown; add EditMetrics(edits), or call editing(edits=...)."
+            f"{reason}, but the edits of this run are unknown; pass them with the callback EditMetrics(edits) or with "
+            "editing(edits=...)."
         )

@@ -1,4 +1,4 @@
-"""Keep reference tensors per token in memory, or in a checksummed safetensors file that later runs can read."""
+"""Keep tensors with one entry per token in memory, or in a checksummed safetensors file that later runs can read."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ReferenceStates:
             indices: indices of the sequences in ``lengths``.
 
         Returns:
-            One tensor per stored tensor, with the entries of these sequences, [tokens of these sequences, ...].
+            For each of ``tensors``, the entries of these sequences, [tokens of these sequences, ...].
         """
         spans = [slice(self._starts[i], self._starts[i + 1]) for i in indices]
         return [torch.cat([tensor[span] for span in spans]) for tensor in self._tensors]
@@ -127,9 +127,9 @@ def read_states(
     try:
         tensors, metadata = load_tensors(path, kind=KIND)
         if metadata != key:
-            raise EditError(f"{path} was written for other texts or another model.")
+            raise EditError(f"{path} was not written for the texts and the model of this run.")
         if not tensors or any(tensor.shape[:1] != (sum(lengths),) for tensor in tensors.values()):
-            raise EditError(f"{path} was written for another number of tokens.")
+            raise EditError(f"{path} contains another number of tokens than this run's texts.")
     except EditError as error:
         warn(f"{error.args[0]} The reference hidden states are computed again.")
         return None

@@ -62,7 +62,7 @@ class ReferenceBatches:
         tokenize: Callable[[list[Edit]], Sequence[TokenIds]],
         hidden_states: Callable[[TokenIds], Tensor],
     ) -> None:
-        """Start another run: keep only the reference texts in ``sequences``, and add the previous run's edits.
+        """Start another run: keep only the reference texts that are in ``sequences``, and add the last run's edits.
 
         Args:
             run: the run that starts. The hidden states of the previous run's edits are computed with the weights before
@@ -82,8 +82,8 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "no text of the first run can be used in this run: each of these texts is no longer in texts=, or "
-                "contains an evaluation prompt of this run's edits; create a new callback with other texts."
+                "no text of the first run can be used in this run: each text is either missing from this run's texts= "
+                "or contains an evaluation prompt of this run's edits; create a new callback with other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():
@@ -113,20 +113,21 @@ class ReferenceBatches:
             batch_size: number of sequences per draw.
 
         Raises:
-            EditError: the checkpoint was written with other texts, or this object did not take part in the runs before
-                the checkpoint.
+            EditError: the checkpoint was written with other reference texts than those of this object. An error is also
+                raised if the checkpoint belongs to a second or later run and this object was not used in the runs
+                before it, because the checkpoint does not contain the hidden states of their edits.
         """
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(
-                "the checkpoint was written with other reference texts, or with texts that were selected or split "
-                "differently; resume with the same texts and the same values of max_length= and nearest=, or start a "
-                "new run."
+                "the checkpoint was written with other reference texts than those of this run, or with the same texts "
+                "selected or split differently; resume with the same texts and the same values of max_length= and "
+                "nearest=, or start a new run."
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
                 "this run cannot be resumed, because sequential=True needs the reference hidden states of the previous "
-                "runs, and the checkpoint does not contain these states; start this run again from its first step "
-                "without sequential=True, and set teacher= to the model before the first run."
+                "runs, and the checkpoint does not contain these states; start this run again from its first step, "
+                "and instead of sequential=True, set teacher= to the model as it was before the first run."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

@@ -40,9 +40,10 @@ class ReferenceCache:
 
     Args:
         cache_dir: directory for the hidden states. None keeps the hidden states in memory for this run only.
-            ``KLLocality`` writes one file. A later run on the same model and texts reads this file instead of computing
-            the hidden states again. To find the file, ``KLLocality`` hashes all weights of the model. ``BatchAnchor``
-            writes only hidden states that exceed ``memory_limit``, and deletes its files after the run.
+            In the directory, ``KLLocality`` writes one file. A later run on the same model and texts reads this file
+            instead of computing the hidden states again. To find the file, ``KLLocality`` hashes all weights of the
+            model. ``BatchAnchor`` writes only hidden states that do not fit within ``memory_limit``, and deletes its
+            files after the run.
         dtype: dtype of the stored hidden states. None stores the hidden states without rounding, in the dtype in which
             the output head computes (a teacher's probabilities are stored in float32). A narrower dtype adds a rounding
             error. Without a teacher, ``KLLocality`` then warns and reports the divergence that this error causes.

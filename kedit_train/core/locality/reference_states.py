@@ -1,4 +1,4 @@
-"""Compute reference tensors for a divergence: hidden states of the model before the edit, or a teacher's top-k."""
+"""Compute the reference of a divergence: hidden states of the unedited model, or a teacher's top-k probabilities."""
 
 from __future__ import annotations
 

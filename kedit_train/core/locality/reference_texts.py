@@ -78,7 +78,8 @@ class ReplayBuffer:
     Attributes:
         entries: sequences of all previous edits.
         pending: edits of the last finished run, which do not have hidden states yet.
-        active: the entries that the current run can draw. An entry is excluded if this run has an edit with its prompt.
+        active: the entries that the current run can draw. An entry is excluded if this run has an edit with the same
+            prompt.
     """
 
     entries: list[PreviousEdit] = field(default_factory=list)
