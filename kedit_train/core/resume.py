@@ -55,7 +55,8 @@ def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, A
     """Return the state of a run that has ended, with checksums of the weights that the model has now.
 
     At the end of a run, weights that were trained in fp32 are rounded to the model's dtype. A resumed run converts the
-    rounded weights to fp32 again. Therefore they are also converted to fp32 here, before the checksums are computed.
+    rounded weights to fp32 before it compares checksums. Therefore this function converts the rounded weights to fp32
+    before it computes the checksums.
     """
     dtypes = {name: value.dtype for name, value in state["reference"].items()}
     weights = {name: full_tensor(p.detach()) for name, p in run.scope.items()}
@@ -66,7 +67,7 @@ def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, A
 def has_other_weights(run: RunState, state: Mapping[str, Any]) -> bool:
     """Return whether the weights in scope differ from those of the checkpoint.
 
-    A checkpoint of version 0.2.0 contains no checksums, so the result is False.
+    For a checkpoint of version 0.2.0, which contains no checksums, the result is False.
     """
     return "checksums" in state and state["checksums"].get("scope") != scope_checksums(run)
 
@@ -137,15 +138,16 @@ def _check_weights(run: RunState, state: Mapping[str, Any]) -> None:
     for (name, parameter), value in zip(parameters.items(), checksums(parameters.values()), strict=True):
         if saved[name] != value:
             raise EditError(
-                f"{name} is not in scope, but its values ({parameter.dtype}) differ from those of the run that wrote "
-                "the checkpoint; load the base model of that run, in the same dtype."
+                f"{name} is not in scope, so its values must be those of the run that wrote the checkpoint, but they "
+                f"are different ({parameter.dtype} in this run); load the base model of that run, in the same dtype."
             )
 
 
 def has_checksum(parameter: Tensor) -> bool:
     """Return whether the checksum of a frozen parameter is saved in checkpoints.
 
-    Sharded, quantized and offloaded parameters are left out. A GPU and a CPU may quantize the same weights differently.
+    Sharded, quantized and offloaded parameters have no checksum. The reason for quantized parameters is that a GPU and
+    a CPU may quantize the same weights differently.
     """
     return parameter.is_floating_point() and not isinstance(parameter, DTensor) and not parameter.is_meta
 

@@ -68,7 +68,8 @@ class EditRun(RunState):
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        If another training loop created a run on the same model but is not editing the model, that run is closed.
+        If another training loop has left a run on the same model and does not use it (:meth:`Host.is_editing`), that
+        run is closed.
 
         Args:
             root: the module that the training loop trains.
@@ -316,7 +317,7 @@ class EditRun(RunState):
         elif self.step or self.host.resumed:
             raise EditError(
                 "the weights from before the edit are needed, but training has begun or was resumed, and no copy of "
-                "these weights exists; add ParameterScope, which keeps a copy."
+                "these weights exists; add ParameterScope, which keeps a copy, and start again from the unedited model."
             )
         else:
             yield

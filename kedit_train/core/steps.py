@@ -113,8 +113,8 @@ class OptimizerSteps:
         """Check the final gradients, and delete them if a callback skips this step.
 
         The gradients are deleted, not set to zero. With a zero gradient, momentum and weight decay would still change
-        the parameter, but an optimizer ignores a parameter without a gradient. No gradient is deleted if the loss
-        contains other terms: a penalty, or a callback's comparison with the reference model (``anchors``).
+        the parameter, but an optimizer ignores a parameter without a gradient. If the loss contains a penalty, or a
+        callback's comparison with the reference model (``anchors``), no gradient is deleted.
         """
         run = self.run
         self._check_announced(optimizer)
@@ -139,7 +139,7 @@ class OptimizerSteps:
 
     @torch.no_grad()
     def apply_constraints(self) -> None:
-        """Apply the constraints of the callbacks to the scoped weights, in order, and update the model."""
+        """Apply the constraints of the callbacks in order, and write the resulting weights into the model."""
         run = self.run
         constraining = [c for c in run.callbacks if c.constrains]
         if not constraining:
@@ -174,8 +174,8 @@ class OptimizerSteps:
     def _restore_constraints(self, expected: bool = False) -> None:
         """Apply the constraints again after other code has changed the weights.
 
-        If the change broke a constraint, a warning is issued. Otherwise, one warning per run is issued, when the
-        change follows an optimizer step. A change that follows no optimizer step may be the user's own update.
+        A change that broke a constraint always gives a warning. Any other change gives a warning only if an optimizer
+        step came before it, and only once per run. Without such a step, the change may be the user's own update.
 
         Args:
             expected: True if the training loop makes this change itself. Then only a broken constraint gives a warning.
@@ -302,8 +302,8 @@ class OptimizerSteps:
     def _close_step(self) -> None:
         """Notify the host that a step is complete, once per step.
 
-        If several optimizers share a step, the step is complete when every parameter with a gradient has been updated,
-        at the latest when the next step is announced.
+        If several optimizers share a step, the step is complete when every parameter with a gradient has been updated
+        or, at the latest, when the next step is announced.
         """
         if self._is_open:
             self._is_open = False

@@ -51,7 +51,8 @@ def follow_dtype(run: RunState) -> None:
     if run.full_precision and is_distributed():
         raise EditError(
             "full_precision=True cannot be used if the trainer converts the parameters of a distributed model to half "
-            "precision; set the trainer's precision to 32-true and load the model in half precision yourself, or pass "
+            "precision, because this overwrites the fp32 values that the edit trains; load the model in half precision "
+            "before the edit and set the trainer's precision to 32-true (then the trainer converts nothing), or pass "
             "full_precision=False.",
             component="ParameterScope",
         )

@@ -132,7 +132,7 @@ def _is_conversation(example: Any) -> bool:
 
 
 def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> bool:
-    """Return whether training chats contain prompts of the edits, but no chat begins with such a prompt."""
+    """Return whether training chats contain prompts of the edits, but always after other text (a system prompt)."""
     texts = [_squeeze(_text_of(example, tokenizer)) for example in first_examples(run.host)]
     trained = [(text, edit) for edit in edits[:1000] for text in texts if _squeeze(edit.prompt) in text]
     begin = tokenizer.bos_token or ""

@@ -24,10 +24,11 @@ class ChatFormat:
         system: the system prompt. None: the template decides, and some templates have a default system prompt.
         history: earlier turns of the conversation, the same for all prompts: a list of messages, each with ``role`` and
             ``content``. They follow the system prompt.
-        thinking: whether the model thinks before it answers. The template is rendered with ``enable_thinking=True``. In
-            training, the thoughts are an empty block ``<think></think>``, which does not count in the loss. In an
+        thinking: True: the model thinks before it answers, and the template is rendered with ``enable_thinking=True``.
+            In training, the thoughts are an empty block ``<think></think>``, which does not count in the loss. In an
             evaluation, the model generates its thoughts, and only the text after ``</think>`` is its answer. Thoughts
-            need many tokens, so raise ``max_new_tokens`` of the evaluation. With ``False``, the template decides.
+            need many tokens, so raise ``max_new_tokens`` of the evaluation. False: ``enable_thinking`` is not passed to
+            the template, so the template's default applies.
 
     Raises:
         EditError: an argument has the wrong type, or a message has no role or content.

@@ -15,8 +15,8 @@ from kedit_train.errors import EditError
 def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int, seed: int = 0) -> list[Edit]:
     """Make ``per_edit`` pseudo-paraphrases of each edit. A pseudo-paraphrase is a prefix, followed by the prompt.
 
-    The pseudo-paraphrases of an edit have different prefixes and the target of the edit. The prefixes depend on
-    ``seed`` and on the prompt of this edit, but not on the other edits.
+    All pseudo-paraphrases of an edit have the same target as the edit. Each of them has a different prefix, drawn at
+    random from ``prefixes``. The draw depends on ``seed`` and on the prompt of the edit, but not on the other edits.
 
     Args:
         edits: the edits.
@@ -80,11 +80,14 @@ class LeakCheck:
         return self._scored.any_in(text)
 
     def contains_prompt(self, text: str) -> bool:
-        """Return whether the text contains the prompt of an edit, a rephrase, or the prompt of a probe."""
+        """Return whether the text contains any prompt of an edit: ``edit.prompt``, a rephrase, or a probe's prompt."""
         return self._prompts.any_in(text) or self._scored.any_in(text)
 
     def mentions_edit(self, text: str) -> bool:
-        """Return whether the text contains the prompt of an edit, or the subject of an edit as whole words."""
+        """Return whether the text contains ``edit.prompt`` of an edit, or the subject of an edit as whole words.
+
+        Rephrases and prompts of probes are not searched for.
+        """
         return self._prompts.any_in(text) or self._subjects.any_in(text)
 
     def is_leak(self, example: Edit) -> bool:

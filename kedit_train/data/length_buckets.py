@@ -19,8 +19,8 @@ class LengthBuckets(BatchSampler):
     in each epoch.
 
     The first three arguments are those of ``BatchSampler``, so Lightning can insert a distributed sampler. Create the
-    batch sampler in a ``train_dataloader`` hook, as ``EditDataModule`` does. If a batch sampler was created earlier,
-    Lightning refuses it.
+    batch sampler inside the ``train_dataloader`` hook, as ``EditDataModule`` does, because Lightning refuses a batch
+    sampler that was created before the call of this hook.
 
     Args:
         sampler: yields the N indices, in a new order in each epoch.

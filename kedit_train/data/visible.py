@@ -1,4 +1,4 @@
-"""Check whether a text contains a visible character, and normalize texts, so that texts that look alike are equal."""
+"""Check whether a text contains a visible character, and normalize texts to find out whether they look alike."""
 
 from __future__ import annotations
 

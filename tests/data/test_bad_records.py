@@ -236,9 +236,7 @@ def test_unreadable_files_are_reported(tmp_path: Path) -> None:
         path = write(tmp_path / name, text)
         assert raised(path) == f"{path}: the file has no records; add at least one record with a prompt and a target"
     path = write(tmp_path / "c.yaml", "a: 1")
-    assert raised(path) == (
-        f"{path}: the name of a file of edits must end in .json, .jsonl, .csv; rename or convert the file"
-    )
+    assert raised(path) == f"{path}: the file name must end in one of .json, .jsonl, .csv; rename or convert the file"
     path = write(tmp_path / "d.json", '{"prompt": "p", "target": "t"}')
     assert raised(path) == (
         f"{path}: the file must contain a list of records, or a mapping with such a list under one of the keys data, "

@@ -1,4 +1,4 @@
-"""Find weights that torch computes from other parameters, such as weight norm, spectral norm and pruning."""
+"""Find weights that torch computes from other parameters (with weight norm, spectral norm or pruning)."""
 
 from __future__ import annotations
 

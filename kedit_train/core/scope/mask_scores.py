@@ -33,11 +33,11 @@ class MaskScore:
 
             - "gradient": absolute value of the gradient of the mean loss on the edits' target tokens;
             - "fisher": diagonal Fisher information at the target tokens, with labels sampled from the model;
-            - "fisher_ratio": the "fisher" score divided by the Fisher information on other texts;
+            - "fisher_ratio": the "fisher" score divided by the Fisher information on the ``texts`` of ``GradientMask``;
             - "magnitude": absolute value of the weight before the edit;
             - "random": random numbers.
         limit: maximum number of edits that the score uses. For "fisher_ratio", ``limit`` is also the maximum number of
-            token sequences from the other texts. None means no maximum. Each edit and each sequence costs one backward
+            token sequences from those ``texts``. None means no maximum. Each edit and each sequence costs one backward
             pass. "magnitude" and "random" ignore ``limit``.
         seed: seed for the choice of edits and sequences, for the sampled labels and for the random scores.
 
@@ -139,7 +139,7 @@ def choose_masks(
         on_texts: name -> Fisher information by which the scores are divided. None skips the division. If the
             granularity is "row" or "column", the scores and the Fisher information are averaged over each row or column
             before the division.
-        density: fraction of the entries or neurons that stay trainable.
+        density: fraction of the entries, rows or columns that stay trainable.
         granularity: "element", "row" or "column": a mask makes single entries, rows or columns trainable.
 
     Returns:

@@ -79,7 +79,8 @@ def check_selection(layers: Layers, modules: Modules) -> None:
     """Check everything about a selection that does not depend on the model.
 
     Raises:
-        EditError: ``layers`` or ``modules`` has a wrong type, or contains a string that is empty or not a layer.
+        EditError: ``layers`` or ``modules`` has a wrong type or contains an empty string, or a string in ``layers``
+            does not describe layers.
     """
     for item in () if layers is None else _items(layers):
         for part, ends in _parts(item):
@@ -231,16 +232,16 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 
 
 def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Sequence[str]) -> None:
-    """Raise an error if a pattern matches a computed weight, but the patterns do not match all of its sources."""
+    """Raise an error if the patterns match a computed weight, but not all parameters that it is computed from."""
     for weight in computed_weights(model):
         pattern = next((p for p in patterns if weight.name.startswith(prefixes) and matches(weight.name, p)), None)
         trainable = [name for name, parameter in weight.originals.items() if parameter.requires_grad]
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
-                f"weight from {', '.join(trainable)}. modules= must match all of these parameters, but does not. Call "
-                f"{weight.remedy} before the edit to make {weight.name} a parameter, set "
-                f"modules={weight.module or trainable!r} to select all of these parameters, or use a pattern "
+                f"weight from {', '.join(trainable)}. modules= must match all of these parameters, but does not. There "
+                f"are three remedies: call {weight.remedy} before the edit, which makes {weight.name} a parameter; "
+                f"set modules={weight.module or trainable!r}, which selects all of these parameters; or use a pattern "
                 f"that does not match {weight.name}."
             )
 

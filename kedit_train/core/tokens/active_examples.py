@@ -51,9 +51,9 @@ class ActiveExamples:
                 argument does not have one entry per example, no example is left out.
 
         Returns:
-            The reduced arguments, and the examples that were left out. The batch keeps at least one example, because
-            every process of a distributed run must compute gradients. If all examples are left out, the shortest
-            example stays in the batch as a placeholder, and all of its labels are set to the ignore index.
+            The reduced arguments, and the examples that were left out. If all examples are left out, the shortest of
+            them stays in the batch as a placeholder, and all of its labels are set to the ignore index. The placeholder
+            is needed because every process of a distributed run must compute gradients.
         """
         ids, labels = kwargs.get("input_ids"), kwargs["labels"]
         tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "num_items_in_batch"}

@@ -41,7 +41,11 @@ class TokenTerm(Protocol):
     def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
         """Return the divergence of each token from the reference, [n].
 
-        The divergence is computed from the logits [n, vocabulary] and the hidden states of the reference [n, hidden].
+        The loss head calls this method for chunks of n tokens.
+
+        Args:
+            logits: [n, vocabulary].
+            reference_states: [n, hidden], the hidden states of the reference model.
         """
         ...
 

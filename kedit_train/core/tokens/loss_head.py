@@ -234,7 +234,8 @@ class LossHead:
 
         Returns:
             The names of the additional columns, and all columns, each [N]: the weighted loss, ``active``, the
-            statistics of the objective, and then the additional columns.
+            statistics of the objective, and then the additional columns. These are "probability" (if the filter needs
+            it), "divergence" (with a second term), and "entropy" and "correct" (for TRL's fused head).
         """
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None
@@ -275,6 +276,6 @@ class LossHead:
 def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of each token [N], and a mask [N] of the tokens that count in the loss.
 
-    Here the mask is True everywhere.
+    Cross-entropy counts every token, so the mask is True everywhere.
     """
     return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)

@@ -82,7 +82,7 @@ class Subtraction:
             reason = (
                 f"coefficient {last.coefficient:g} raises the perplexity from {measured[0].perplexity:.3f} to "
                 f"{last.perplexity:.3f}, more than max_perplexity_ratio={self.max_perplexity_ratio:g} allows; pass "
-                "coefficients in smaller steps, or other texts"
+                "coefficients in smaller steps, or measure the perplexity on different texts (texts=)"
             )
         else:
             reason = (

@@ -22,9 +22,9 @@ def read(record: Fields) -> list[Edit]:
     """Read a record of flat CounterFact.
 
     ``ground_truth`` is the old answer. ``rephrase_prompt`` (a text) and ``rephrase_prompts`` (a list) become rephrases.
-    ``locality_prompt`` asks about another subject, for which ``ground_truth`` is also true (a neighbour).
-    ``locality_ground_truth`` is the right answer to ``locality_prompt``. ``relation`` and ``relation_id`` only name the
-    relation and are not read.
+    ``locality_prompt`` (about another subject, for which ``ground_truth`` is also true) becomes a locality
+    question of the kind ``neighborhood``, with ``locality_ground_truth`` as the right answer. ``relation`` and
+    ``relation_id`` only name the relation and are not read.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.

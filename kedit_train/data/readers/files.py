@@ -36,9 +36,7 @@ def read_file(path: Path) -> list[Any]:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise EditError(
-            f"{path}: the name of a file of edits must end in {', '.join(SUFFIXES)}; rename or convert the file"
-        )
+        raise EditError(f"{path}: the file name must end in one of {', '.join(SUFFIXES)}; rename or convert the file")
     try:
         if not path.is_file():
             raise EditError(f"{path}: the file {why_no_file(path)} (working directory: {Path.cwd()})")
