@@ -44,9 +44,9 @@ class AugmentationOptions:
     Args:
         prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the unedited model
             generates, followed by the prompt of the edit.
-        replay: prompts about other facts. They are trained with the answers of the unedited model. Give a ``.txt`` file
-            with one prompt per line, a file of edits (only its prompts are used), or "world" for the prompts that come
-            with kedit-train.
+        replay: prompts about facts that are not edited. They are trained with the answers of the unedited model. Give a
+            ``.txt`` file with one prompt per line, a file of edits (only its prompts are used), or "world" for the
+            prompts that come with kedit-train.
         replay_limit: maximum number of facts to replay, drawn at random with the seed of the run. None uses the number
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
@@ -79,12 +79,12 @@ class Augmentation:
     """A callable that takes edits and returns the additional examples to train together with them.
 
     Args:
-        prefixes: the texts to draw prefixes from.
-        per_edit: number of prefixes per edit, drawn with ``seed``.
+        prefixes: the texts from which the prefixes are drawn.
+        per_edit: number of prefixes per edit, drawn with ``seed``. Each prefix gives one pseudo-paraphrase.
         replay: examples of replayed facts and of previous edits. Every call returns all of these examples.
         seed: seed of the random draws.
-        leak_check: finds examples with a scored prompt (a rephrase, or the prompt of a locality or portability
-            question) of any edit of the run. A call leaves these examples out.
+        leak_check: finds pseudo-paraphrases that contain a scored prompt of an edit of the run: a rephrase, or the
+            prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
         summary: one line with the numbers of examples that were made and left out.
     """
 
@@ -134,9 +134,9 @@ def augmentation(
         edits: all edits of the run. Examples that contain a scored prompt of these edits are left out.
         prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the model generates,
             followed by the prompt of the edit.
-        replay: prompts about other facts. They are trained with the answers of ``model``. Give a list of prompts, a
-            ``.txt`` file with one prompt per line, a file of edits (only its prompts are used), or "world" for the
-            prompts that come with kedit-train.
+        replay: prompts about facts that are not edited. They are trained with the answers of ``model``. Give a list of
+            prompts, a ``.txt`` file with one prompt per line, a file of edits (only its prompts are used), or "world"
+            for the prompts that come with kedit-train.
         replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
         previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained
             again with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
@@ -163,8 +163,8 @@ def augmentation(
     with reported_by("augmentation"):
         if replay_limit is not None and replay is None:
             raise EditError(
-                f"replay_limit={replay_limit} has no effect without replay; set replay to prompts of other facts, or "
-                "remove replay_limit."
+                f"replay_limit={replay_limit} has no effect, because replay is None; set replay to prompts about facts "
+                "that are not edited, or remove replay_limit."
             )
         check, summary = LeakCheck(edits), []
         texts: list[str] = []
@@ -213,8 +213,8 @@ def _prefixes(
     if len(texts) < per_edit:
         raise EditError(
             f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used, "
-            "because the others contain a subject, a prompt or a scored prompt of an edit, or are also prefixes in the "
-            "evaluation; lower prefixes."
+            "because the others contain a subject, a prompt or a scored prompt of an edit, or the evaluation uses them "
+            "as prefixes; set prefixes to a smaller number."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

@@ -61,7 +61,7 @@ def replay_facts(
     batch_size: int = 64,
     max_new_tokens: int = 32,
 ) -> ReplayedFacts:
-    """Make training examples from prompts about other facts and the model's own greedy answers.
+    """Make training examples from prompts about unedited facts, with the model's own greedy answers as targets.
 
     A prompt is left out if it contains the subject or the prompt of an edit. A prompt is also left out if the prompt
     with its answer contains a scored prompt: a rephrase of an edit, or the prompt of a locality or portability
@@ -70,7 +70,8 @@ def replay_facts(
     Args:
         model: the unedited model.
         tokenizer: the tokenizer of the model.
-        prompts: prompts of other facts. Prompts that differ only in letter case or white space count as one prompt.
+        prompts: prompts about facts that are not edited. Prompts that differ only in letter case or white space count
+            as one prompt.
         edits: the edits of the run.
         limit: maximum number of examples. The prompts are tried in a random order, drawn with ``seed``. None uses all
             prompts.
@@ -118,7 +119,9 @@ def replay_facts(
                 examples.append(example)
     facts = ReplayedFacts(tuple(examples[:wanted]), len(order), leaked, empty, cut_off)
     if not examples:
-        raise EditError(f"no prompt is left to replay: {facts.describe()}; give prompts about other facts.")
+        raise EditError(
+            f"no prompt is left to replay: {facts.describe()}; give more prompts about facts that are not edited."
+        )
     return facts
 
 

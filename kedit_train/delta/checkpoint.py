@@ -26,8 +26,8 @@ def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to:
 
     All tensors that will change are checked before the first byte is written. Each shard is copied as a file, and only
     the changed values are overwritten in the copy. So the header, the order of the tensors and all unchanged tensors
-    stay identical, byte for byte. Configuration and tokenizer files are copied. Subfolders and weights in other formats
-    are not copied. The folder ``out`` appears only when it is complete.
+    stay identical, byte for byte. Configuration and tokenizer files are copied. Subfolders are not copied,
+    and neither are weight files that the checkpoint does not use. The folder ``out`` appears only when it is complete.
 
     Args:
         changes: the change of each tensor, by name.
@@ -64,8 +64,8 @@ def _jobs(
     missing = next((name for name, aliases in stored.items() if not aliases), None)
     if missing is not None and is_stack(missing, changes[missing].shape):
         raise EditError(
-            f"the checkpoint stores the experts of {missing!r} one by one, but the delta has them in one "
-            "tensor; load the model with from_pretrained, apply or revert the delta on the model, and save it with "
+            f"the checkpoint stores {missing!r} as one tensor per expert, but the delta has one tensor for all "
+            "experts; load the model with from_pretrained, apply or revert the delta, and save the model with "
             "save_pretrained."
         )
     if missing is not None:

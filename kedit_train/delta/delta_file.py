@@ -89,8 +89,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
         raise EditError(f"{path} is not a valid delta: {type(error).__name__}: {error}".splitlines()[0]) from error
     if tensors:
         raise EditError(
-            f"{path} is not a valid delta: tensor {next(iter(tensors))!r} is not part of any change in the metadata; "
-            "save the delta again"
+            f"{path} is not a valid delta: the metadata does not mention tensor {next(iter(tensors))!r}; save the "
+            "delta again"
         )
     return changes, meta
 
@@ -109,7 +109,7 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
         )
     if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
         raise EditError(
-            f"tensor {name!r}: tied must be a list of names of tensors, got {tied!r:.100}; save the delta again"
+            f"tensor {name!r}: the field tied must be a list of tensor names, got {tied!r:.100}; save the delta again"
         )
     if not re.fullmatch("[0-9a-f]{64}", entry["base"]):
         raise EditError(

@@ -130,9 +130,9 @@ class EditDelta:
     def load(cls, path: str | os.PathLike[str]) -> EditDelta:
         """Read a file from :meth:`save`, and verify every byte. The file may be changed or deleted afterwards.
 
-        A file of up to 64 MiB is copied into memory. A larger file is copied to disk, next to the file or in the folder
-        for temporary files. This copy is an unnamed temporary file. Its tensors take memory only when they are used.
-        The copy is deleted together with the delta object.
+        A file of up to 64 MiB is copied into memory. A larger file is copied into an unnamed temporary file, in the
+        same folder or in the folder for temporary files. In this case, the tensors take memory only when they are used,
+        and the copy is deleted together with the delta object.
 
         Raises:
             EditError: the file is not a delta, is damaged, or was changed after it was written.
@@ -166,9 +166,9 @@ class EditDelta:
             hashes = [known.get(id(t)) or tensor_hash(_on_cpu(t)) for t in (tensors[n] for n in grouped(tensors))]
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
-                    "the model differs from the base model in tensors that the delta does not change; use the model "
-                    "for which the delta was made. The delta can also be applied to this model, but the scores in the "
-                    "delta were measured on another model."
+                    "the model differs from the base model in tensors that the delta does not change, so the scores in "
+                    "the delta may not hold for this model; use the model for which the delta was made. apply and "
+                    "revert do not raise this error, because they check only the tensors that the delta changes."
                 )
         return state
 

@@ -65,8 +65,8 @@ def sweep(
         model: the base model of the delta. It is restored bit for bit, also after an error.
         delta: a delta or a task vector. To make a model forget, use negative coefficients and a score in which
             ``reliability`` measures how much is forgotten.
-        score: function that is called with the model and returns ``reliability`` and ``locality``, or
-            ``edit/reliability`` and ``edit/locality`` as in ``evaluate(...).flat()``.
+        score: function that is called with the model and returns a dict with the keys ``reliability`` and ``locality``,
+            or ``edit/reliability`` and ``edit/locality`` as in ``evaluate(...).flat()``.
         coefficients: the multiples to score. At least one of them must not be 0. Coefficient 0 is always scored.
             Default: 0.1, 0.2, ... 1.
         keep_locality: fraction of the locality of the base model that must remain, in [0, 1].
@@ -121,8 +121,8 @@ def sweep(
         if best.reliability <= points[0.0].reliability:
             raise EditError(
                 "none of the coefficients with enough locality has a higher reliability than the base model "
-                f"({points[0.0].reliability:.3f}); use larger coefficients, lower keep_locality, or train the edit "
-                "longer."
+                f"({points[0.0].reliability:.3f}); use coefficients farther from 0, lower keep_locality, or train "
+                "the edit longer."
             )
     rule = f"highest reliability with a locality of at least {keep_locality:g} x that of the base model ({least:.3f})"
     scaled = (best.coefficient * vector).delta(configuration={"coefficient": best.coefficient, "rule": rule})

@@ -36,13 +36,13 @@ class BaseTensor:
 
 @dataclass(frozen=True)
 class TaskVector(Generic[D]):
-    """A linear combination or a merge of the weight differences of several edits of one base model.
+    """Weight differences of one or more edits, which can be added, scaled, negated and merged.
 
-    Arithmetic on an :class:`~kedit_train.EditDelta` (``a + b``, ``-a``, ``0.5 * a``) and
-    :func:`~kedit_train.delta.merge` return a task vector. To apply a task vector, convert it with :meth:`delta`. This
-    method computes ``base + difference``, rounds the sum once to the dtype of the base model, and records the bits
-    before and after the edit. The resulting delta therefore applies and reverts exactly. The conversion needs no model,
-    because the deltas contain the values of the base model.
+    All edits start from the same base model. Arithmetic on an :class:`~kedit_train.EditDelta` (``a + b``, ``-a``,
+    ``0.5 * a``) and :func:`~kedit_train.delta.merge` return a task vector. To apply a task vector, convert it with
+    :meth:`delta`. This method computes ``base + difference``, rounds the sum once to the dtype of the base model, and
+    records the bits before and after the edit. The resulting delta therefore applies and reverts exactly. The
+    conversion needs no model, because the deltas contain the values of the base model.
 
     ``1.0 * a`` is equal to ``a`` only up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ
     from the last bit of ``edited``.

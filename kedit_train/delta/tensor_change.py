@@ -162,8 +162,8 @@ class Change:
         for values in (self.before, self.after):
             if tuple(values.shape) != expected or values.dtype != self.before.dtype:
                 raise EditError(
-                    f"the values before and after the edit must have shape {list(expected)} and the same dtype, got "
-                    f"{values.dtype} {list(values.shape)}; save the delta again"
+                    f"the values before and after the edit must have shape {list(expected)} and dtype "
+                    f"{self.before.dtype}, got {values.dtype} {list(values.shape)}; save the delta again"
                 )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:

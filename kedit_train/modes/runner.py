@@ -50,7 +50,7 @@ def run_edits(
 ) -> ModeResult:
     """Edit ``model`` in one of four modes. Evaluate the model at checkpoints and after the last edit.
 
-    - "single": each edit is made on the unedited model and evaluated at once. Then the original weights are restored
+    - "single": each edit is made on the unedited model and evaluated. Then the original weights are restored
       bit for bit. This mode shows the best case of a method, but it leaves no edited model.
     - "batch": all edits are trained together, in one training run.
     - "sequential": several training runs follow each other. Each run trains the next ``edits_per_step`` edits. Previous

@@ -27,7 +27,7 @@ class SurveyMetrics:
 
     Args:
         accuracy: fraction of edit prompts with the new answer (reliability).
-        locality: fraction of other prompts with an unchanged answer.
+        locality: fraction of unchanged answers to prompts about facts that are not edited.
         generality: fraction of rephrased prompts with the new answer.
         portability: fraction of questions about consequences of the edit that are answered correctly.
         retainability: mean change of accuracy per additional edit in a sequence. The best value is 0.
@@ -144,17 +144,17 @@ def _check_comparable(results: tuple[ModeResult, ...]) -> None:
 
 
 def retainability(accuracy: Mapping[int, float]) -> float:
-    """Return the mean change of accuracy per further edit.
+    """Return the mean change of accuracy per additional edit.
 
-    Let Acc(i) be the accuracy on the first i edits, measured directly after the i-th edit. The definition is
-    ``1 / (n - 1) * sum over i of (Acc(i + 1) - Acc(i))``. Most terms of the sum cancel, so the result depends only on
-    the first and the last accuracy.
+    Let Acc(i) be the accuracy on the first i edits, measured directly after the i-th edit. For n edits, the definition
+    is ``1 / (n - 1) * sum over i of (Acc(i + 1) - Acc(i))``. Most terms of the sum cancel, so the result depends
+    only on the first and the last accuracy.
 
     Args:
         accuracy: dict from the number of edits so far to the accuracy on these edits, with at least two entries.
 
     Returns:
-        The change of accuracy per further edit. The change is negative if earlier edits are lost.
+        The change of accuracy per additional edit. It is negative if earlier edits are lost.
 
     Raises:
         EditError: there are fewer than two entries.
@@ -190,7 +190,9 @@ def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
         {r.edit: bool(r.right) for r in report.answers if r.question == "reliability"} for report in (single, batch)
     )
     if alone.keys() != together.keys():
-        raise EditError("single and batch are reports on different edits; run both modes on the same edits.")
+        raise EditError(
+            "the arguments single and batch are reports on different edits; run both modes on the same edits."
+        )
     mean = MeanOverEdits(len(alone), seed=seed, sync_on_compute=False)
     mean.update(range(len(alone)), [float(right) - float(together[edit]) for edit, right in alone.items()])
     return mean.score()

@@ -1,4 +1,4 @@
-"""Counterfactual edits of the bundled model with probes, and texts and prompts that the edits do not affect."""
+"""Counterfactual edits for the bundled model, their probes, and texts and prompts that the edits do not affect."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
     * ``prompt``: an incomplete sentence that the bundled model was trained to complete with the old answer.
     * ``rephrases``: three other incomplete sentences and two questions about the same fact.
     * ``locality``: prompts about facts that no edit of the list changes. ``same_subject`` asks about other facts of the
-      edited subject. ``neighbour`` has the wording of ``prompt`` and asks about other subjects with the same old
-      answer. ``unrelated`` asks about other relations of other subjects.
+      edited subject. ``neighbour`` has the wording of ``prompt`` and asks about other subjects for which the
+      old answer is correct. ``unrelated`` asks about other relations of other subjects.
     * ``portability``: prompts whose answers change with the edit. ``held_out_wording`` has wordings that no training
       document contains. In ``two_hop``, the edited fact is the first hop. In ``two_hop_last``, it is the second hop.
 
@@ -69,9 +69,10 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
     """Return bundled texts that stay true after the edits, for a locality penalty.
 
     Half of the texts have the wording of an edit's prompt but state another fact. Side effects of edits appear first
-    in such texts. A quarter of the texts state one-hop or two-hop facts in random trained wordings. A quarter of the
-    texts are training prose. The texts do not state facts that an edit changes, facts that follow from a changed fact,
-    or facts that a probe or rephrase asks about. They contain no evaluation prompt of the edits and no special tokens.
+    in such texts. A quarter of the texts state one-hop or two-hop facts, in wordings drawn at random from the training
+    documents. A quarter of the texts are training prose. The texts do not state facts that an edit changes, facts that
+    follow from a changed fact, or facts that a probe or rephrase asks about. They contain no evaluation prompt of the
+    edits and no special tokens.
 
     Args:
         exclude: the edits. With an empty list, all facts may be stated, so the texts may contain evaluation prompts.
@@ -150,8 +151,8 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     """Return prompts about facts that the edits leave unchanged, for a replay buffer.
 
     There is one prompt per fact, in random order. For about half of the facts with the same relation as an edit, the
-    prompt has the wording of that edit's prompt. All other prompts have a random trained wording. No prompt asks about
-    an edited subject, or about a fact that :func:`locality_texts` leaves out.
+    prompt has the wording of that edit's prompt. For every remaining fact, the wording is drawn at random from the
+    training documents. No prompt asks about an edited subject, or about a fact that :func:`locality_texts` leaves out.
 
     Args:
         exclude: the edits.
@@ -199,7 +200,7 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 
 
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
-    """Choose another object of the same type. Its second-hop facts must be unedited and give other answers."""
+    """Choose another object of the same type. Its second-hop facts must be unedited and differ from the old ones."""
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):
         if candidate != fact.object and all(
@@ -297,7 +298,7 @@ def _statements_with_prompts(
     Args:
         left: the facts that stay true after the edits.
         exclude: the edits.
-        wordings: relation -> wordings of the statements in addition to the trained ones.
+        wordings: relation -> wordings to check in addition to the wordings in the training documents.
     """
     # A statement contains a prompt only if both are about the same subject.
     prompts: dict[str, list[str]] = {}

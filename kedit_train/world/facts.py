@@ -197,5 +197,6 @@ class _Inventor:
                 self.taken.append(name)
                 made.append(name)
         raise EditError(
-            f"{count} different names are needed, but only {len(made)} were found; lower people, companies or cities"
+            f"{count} different names are needed, but only {len(made)} were found; use fewer people, companies or "
+            "cities"
         )

@@ -59,8 +59,8 @@ HELD_OUT_EVERY = 10
 def paragraphs(n: int, *, seed: int = 0, held_out: bool) -> list[str]:
     """Return ``n`` different paragraphs of two or three sentences.
 
-    A checksum of its text decides whether a paragraph is in the held-out part or in the training part. So the two parts
-    never overlap, for any ``seed`` and ``n``.
+    The checksum of a paragraph's text decides whether the paragraph is in the held-out part or in the training part. So
+    the two parts never overlap, for any ``seed`` and ``n``.
 
     Args:
         n: number of paragraphs.

@@ -20,7 +20,7 @@ from kedit_train.world.templates import BY_NAME
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model in evaluation mode and its tokenizer from a folder."""
+    """Load a model (in evaluation mode) and its tokenizer from a folder."""
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 

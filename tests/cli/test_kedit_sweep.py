@@ -82,7 +82,7 @@ def test_forget_counts_edits_that_are_no_longer_answered(kedit: Kedit, edited_wo
         (
             ("--coefficients=1e-6",),
             "sweep: none of the coefficients with enough locality has a higher reliability than the base model "
-            "(0.000); use larger coefficients, lower keep_locality, or train the edit longer.",
+            "(0.000); use coefficients farther from 0, lower keep_locality, or train the edit longer.",
         ),
         (("--coefficients=60", "--keep-locality=1"), "sweep: no coefficient keeps a locality of at least 1.000 "),
     ],

@@ -122,7 +122,7 @@ def test_a_delta_applies_and_reverts_bit_for_bit(family, tokenizer, edits, tmp_p
     again = type(base).from_pretrained(tmp_path / "edited")
     assert all(torch.equal(p, edited.get_parameter(n)) for n, p in again.named_parameters())
     assert all(torch.equal(p, before[n]) for n, p in delta.revert(base).named_parameters())
-    with pytest.raises(EditError, match=r"stores the experts of .* one by one, but the delta has them in one tensor"):
+    with pytest.raises(EditError, match=r"stores .* as one tensor per expert, but the delta has one tensor for all"):
         delta.apply_to_checkpoint(tmp_path / "base", tmp_path / "out")
 
 

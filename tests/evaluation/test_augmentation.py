@@ -162,7 +162,7 @@ def test_files_of_prompts_and_of_edits(scripted_model: Any, tmp_path: Path) -> N
     assert rows() == set()
     for wrong, message in (
         ({"prefixes": -1}, "augmentation: prefixes must be an integer >= 0, got -1"),
-        ({"replay_limit": 3}, "augmentation: replay_limit=3 has no effect without replay"),
+        ({"replay_limit": 3}, "augmentation: replay_limit=3 has no effect, because replay is None"),
         ({"replay": ["P:"]}, "no prompt is left to replay"),
         ({"previous_edits": [Edit("x " * 200, "y")]}, "at most 200 tokens"),
     ):

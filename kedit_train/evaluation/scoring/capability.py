@@ -121,7 +121,7 @@ class CapabilityProbe:
             unedited: the result of this ``CapabilityProbe`` on the unedited model. None: no ``kl`` and ``agreement``.
 
         Raises:
-            EditError: ``unedited`` was measured with other prompts.
+            EditError: ``unedited`` was measured on different prompts.
         """
         with reported_by("CapabilityProbe"):
             return self._measure(model, tokenizer, unedited)
@@ -140,7 +140,8 @@ class CapabilityProbe:
             return Capability(**own, distributions=record_distributions(model, tokenizer, answers, **settings))
         if unedited.answers.keys() != answers.keys():
             raise EditError(
-                "unedited was measured with other prompts; measure both models with the same CapabilityProbe."
+                "the argument unedited must be a result on the prompts of this probe, got a result on different "
+                "prompts; measure both models with the same CapabilityProbe."
             )
         kl_by_prompt = compute_divergences(model, tokenizer, unedited.distributions, self.prompts, **settings)
         totals = torch.tensor([[sum(kl_by_prompt[prompt])] for prompt in self.prompts], dtype=torch.float64)

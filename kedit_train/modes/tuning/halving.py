@@ -149,7 +149,8 @@ def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
 def rank(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials from best to worst under the pick rule.
 
-    Among equal scores, the higher arithmetic mean of generality and locality is better. Equal trials keep their order.
+    Ties are broken by the harmonic mean of generality and locality, and then by their arithmetic mean. Trials that are
+    still equal keep their order.
     """
 
     def key(trial: Trial) -> tuple[bool, float, float, float]:

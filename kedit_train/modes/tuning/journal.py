@@ -31,7 +31,7 @@ class Journal:
         try:
             content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         except OSError as error:
-            raise EditError(f"{path} cannot be read ({error.strerror}); use another folder.") from error
+            raise EditError(f"{path} cannot be read ({error.strerror}); pass another folder to tune.") from error
         for line in content.split("\n"):
             record = _parse(line)
             if record is not None:

@@ -147,7 +147,7 @@ class TuneRuns:
     def _factors(self, layers: Layers) -> Path:
         """Return the file of K-FAC factors for a scope, and create it if it does not exist.
 
-        The file is computed for the largest scope that contains the layers, with one pass over the texts.
+        One pass over the texts computes the factors, for the largest scope of the grid that contains this scope.
         """
         largest = self.scopes[layers]
         name = key_of({"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules]})

@@ -48,8 +48,9 @@ def tune(
     half, the picked setting is therefore no worse than this recipe.
 
     Among the settings with a reliability of at least 0.95, the setting with the highest harmonic mean of generality and
-    locality is picked. If no setting is that reliable, the most reliable setting is picked. It is then trained once on
-    the held-out half. Report only the scores of this last run, because the other scores were used to pick the setting.
+    locality is picked. If no setting is that reliable, the most reliable setting is picked. The picked setting is then
+    trained once on the held-out half. Report only the scores of this last run, because the other scores were used to
+    pick the setting.
 
     All runs use :class:`~kedit_train.callbacks.SecondOrderLocality`, so no learning rate is needed.
 
@@ -176,7 +177,7 @@ def _halve(
 
 
 def _pick_last(trials: Sequence[Trial]) -> tuple[Trial, str]:
-    """Find the largest number of edits of all trials that did not fail, and pick among the trials on that number."""
+    """Pick among the successful trials on the largest number of edits for which a trial succeeded."""
     measured = [trial for trial in trials if not trial.error]
     most = max(trial.edits for trial in measured)
     return pick([trial for trial in measured if trial.edits == most])
