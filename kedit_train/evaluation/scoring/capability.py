@@ -1,8 +1,8 @@
 """``CapabilityProbe``: measure the general ability of a model, independently of its edits.
 
-Methods that change weights in sequence lose general ability after few edits, even if their edit scores are high
-("Navigating the Dual Facets", arXiv 2402.11122). Therefore, general ability is measured together with the edit scores,
-on the same model and after the same number of edits.
+If the weights are changed for one edit after another, a model loses general ability after few edits, even if the edit
+scores are high ("Navigating the Dual Facets", arXiv 2402.11122). Therefore, general ability is measured together with
+the edit scores, on the same model and after the same number of edits.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class CapabilityProbe:
             unedited: the result of this ``CapabilityProbe`` on the unedited model. None: no ``kl`` and ``agreement``.
 
         Raises:
-            EditError: ``unedited`` was measured with other prompts.
+            EditError: ``unedited`` was not measured with the prompts of this ``CapabilityProbe``.
         """
         with reported_by("CapabilityProbe"):
             return self._measure(model, tokenizer, unedited)
@@ -140,7 +140,8 @@ class CapabilityProbe:
             return Capability(**own, distributions=record_distributions(model, tokenizer, answers, **settings))
         if unedited.answers.keys() != answers.keys():
             raise EditError(
-                "unedited was measured with other prompts; measure both models with the same CapabilityProbe."
+                "the result passed as unedited= was not measured with the prompts of this CapabilityProbe; measure "
+                "both models with the same CapabilityProbe."
             )
         kl_by_prompt = compute_divergences(model, tokenizer, unedited.distributions, self.prompts, **settings)
         totals = torch.tensor([[sum(kl_by_prompt[prompt])] for prompt in self.prompts], dtype=torch.float64)
