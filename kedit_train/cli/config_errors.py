@@ -68,7 +68,7 @@ def shorten(message: str) -> str:
 
 
 def _clearer(text: str) -> str:
-    """Rewrite the phrases of jsonargparse about a value that should name a class."""
+    """Rewrite the phrases in which jsonargparse says that a value should name a class."""
     text = re.sub(r"expected path but [^;]* either not accessible or invalid; (?=.)", "", text)
     if text.startswith("trainer.callbacks:"):
         # One callback without a list is accepted too, so the error is not about a missing list.

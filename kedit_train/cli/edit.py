@@ -106,7 +106,8 @@ class EditCLI(LightningCLI):
 
     Args:
         parser_kwargs: arguments of the parsers.
-        named_arguments: arguments of callbacks that are addressed by name, from ``split_by_name``.
+        named_arguments: callback arguments that the command line sets by the callback's class name, as
+            ``split_by_name`` returns them.
         kwargs: arguments of ``LightningCLI``.
     """
 
@@ -168,8 +169,9 @@ def share_texts(config: Any) -> None:
     """Replace ``texts: world`` in the callbacks by the value of ``data.texts``, if it is set.
 
     Raises:
-        EditError: a callback has ``texts: world``, or ``data.augmentation.replay`` is "world", but the model or the
-            edits are not the bundled ones; or ``data.texts`` is set, but no callback has ``texts: world``.
+        EditError: the model or the edits are not the bundled ones, but a callback still has ``texts: world``, or
+            ``data.augmentation.replay`` is "world". The error is also raised if ``data.texts`` is set, but no callback
+            has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]

@@ -4,9 +4,9 @@
     python -m kedit_train sft --config recipes/overtone.yaml --model.name Qwen/Qwen3-0.6B --data.path edits.jsonl
     torchrun --nproc-per-node 2 -m kedit_train sft --config recipes/overtone.yaml
 
-The command takes the same keys as ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with the
-same meaning. If ``SFTConfig`` has no argument for a key, the command raises an error. The optimizer is Adam with a
-constant learning rate, as in ``EditModule``.
+The command reads the same recipes as ``fit``. Settings of the Lightning trainer become arguments of ``SFTConfig`` with
+the same meaning. If a recipe changes a setting for which ``SFTConfig`` has no argument, the command raises an error.
+The optimizer is Adam with a constant learning rate, as in ``EditModule``.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def evaluate(
         unedited: the unedited model's report on the same edits, made with the same options.
         reference_weights: the unedited model, or a dict from parameter name to value before the edit. The report then
             contains the weight drift (the distance from these weights). None: no weight drift.
-        judge: ``judge(answer, accepted) -> bool``, used instead of exact match. A judge needs the
-            protocol "exact".
+        judge: ``judge(answer, accepted) -> bool``, which decides whether an answer is right. It replaces the exact
+            match of the protocol "exact", and cannot be used with another protocol.
         prefixes: sentences for the metric "prefixes", used instead of the built-in English ones.
         limit: evaluate a random sample of this many edits. None: all edits.
         seed: seed of the sample, the prefixes and the bootstrap.
@@ -221,9 +221,10 @@ class _Evaluation:
         return by_edit
 
     def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
-        """Add the KL divergence from the unedited model to the results of the locality prompts.
+        """Return the results. In each locality result, ``kl`` is the KL divergence from the unedited model.
 
-        If this model is the unedited model, its distributions are recorded, and the results are returned unchanged.
+        If this model is the unedited model, its distributions are recorded, so that the edited model can be compared
+        with them. In this case, or without the metric "kl", the results are returned unchanged.
         """
         if "kl" not in self.options.extra_metrics:
             return results
@@ -264,8 +265,8 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
         raise EditError("edits is empty; give at least one edit.")
     if options.distributed and any(isinstance(module, FSDPModule) for module in model.modules()):
         raise EditError(
-            "distributed must be False for a model that FSDP2 shards, got True; set distributed=False, because all "
-            "processes of FSDP2 must run the same batches."
+            "distributed must be False for a model that FSDP2 shards, got True; set distributed=False. All processes "
+            "must take part in each forward pass of such a model, so every process must evaluate all edits."
         )
     if unedited is None:
         return
@@ -309,8 +310,8 @@ def _protocols(
         given = given or Protocols(EXACT.names, "judge is given")
         if given.names != EXACT.names:
             raise EditError(
-                f'judge needs protocol="exact", got protocol="{given}", because a judge compares whole answers; remove '
-                'judge, or set EvaluationOptions(protocol="exact").'
+                f'judge needs protocol="exact", because a judge compares whole answers, but got protocol="{given}"; '
+                'remove judge, or set EvaluationOptions(protocol="exact").'
             )
     if unedited is None:
         if given is not None:

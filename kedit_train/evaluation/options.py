@@ -59,8 +59,8 @@ class EvaluationOptions:
             ``evaluate`` first generates the unedited model's answers to up to 16 of the prompts. If the model often
             goes on after its answer instead of generating an end token, "auto" means ["leading", "probability"].
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
-        max_new_tokens: maximum length of an answer, in tokens. The protocols "leading", "teacher_forced" and
-            "probability" need fewer tokens: as many as the longest accepted answer, and three more.
+        max_new_tokens: maximum length of an answer, in tokens. If ``protocol`` contains none of "exact",
+            "contains" and "wild", fewer tokens are generated: as many as the longest accepted answer, and three more.
         prose: unrelated texts, as a list of strings, a path, a dataset, or "world" (the bundled texts). Three values
             are measured on the texts: the perplexity, the KL divergence from the unedited model, and the agreement with
             the unedited model. None: not measured.
@@ -69,7 +69,8 @@ class EvaluationOptions:
             :class:`~kedit_train.ChatFormat`. Use the format that was used in training. None: ``EditMetrics`` uses the
             format of the training examples, and ``evaluate`` uses "plain".
         distributed: True splits the edits across the processes of the default group. False evaluates all edits on
-            each process. ``distributed`` must be False for a model that FSDP2 shards.
+            each process. ``distributed`` must be False for a model that FSDP2 shards, because all processes must take
+            part in each forward pass of such a model.
 
     Raises:
         EditError: an argument is out of range.

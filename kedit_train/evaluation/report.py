@@ -39,8 +39,8 @@ class Report(ReportData):
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
         meta: dict with the metadata of the evaluation. It contains the number, the name and the hash of the edits, the
             model, versions, settings, seed, date, and duration in seconds.
-        distributions: dict from prompt to next-token distributions. Only a report on an unedited model with the metric
-            "kl" contains them. They are kept in memory and not saved.
+        distributions: dict from prompt or text to next-token distributions. Only a report on an unedited model contains
+            them, and only with the metric "kl" or with ``prose``. They are kept in memory and not saved.
 
     Example:
         >>> from kedit_train import EditDataset, Report, evaluate, world

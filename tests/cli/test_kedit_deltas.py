@@ -199,7 +199,7 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
         (["apply", "edit.safetensors", "world", "model"], "already exists"),
         (
             ["apply", "edit.safetensors", "no/such", "new"],
-            "give the folder of a checkpoint, an available hub name, or 'world'",
+            "give the folder of a checkpoint, the hub name of a model that you can download, or 'world'",
         ),
         (["apply", "edit.safetensors", "edits.jsonl", "new"], "is a file"),
         (["apply", "edit.safetensors", ".", "new"], "save_pretrained"),

@@ -205,7 +205,7 @@ def test_refusals(scripted_model: Any) -> None:
     exact = EvaluationOptions(protocol="exact")
     with pytest.raises(EditError, match='made with protocol="leading", but the protocol is now "exact"'):
         evaluate(*scripted_model(WAS), EDITS, options=exact, unedited=leading, progress=False)
-    with pytest.raises(EditError, match='judge needs protocol="exact", got protocol="leading"'):
+    with pytest.raises(EditError, match=r'judge needs protocol="exact".* got protocol="leading"'):
         evaluate(*scripted_model(WAS), EDITS, options=options, judge=lambda a, b: True, progress=False)
     for wrong in ("leading,exact", [], ["exact", "exact"], "squad"):
         with pytest.raises(EditError, match='EvaluationOptions: protocol must be "auto", or one or several of'):

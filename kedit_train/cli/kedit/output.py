@@ -58,7 +58,7 @@ def new_path(path: str, *, force: bool = False, ending: str | None = None) -> Pa
 
     Args:
         path: the path from the command line.
-        force: whether the file may exist already. The caller then replaces the file.
+        force: whether the file may exist already. If it exists, the caller replaces the file.
         ending: the required ending of the file name, such as ".png". None (default) allows any ending.
 
     Raises:

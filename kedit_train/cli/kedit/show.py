@@ -117,9 +117,10 @@ def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
 
 
 def _without_zeros(change: Any, moved: Any) -> Any:
-    """Return the changed rows and columns of a sparse change as a matrix, which has the same rank and norms.
+    """Return the matrix of a sparse change without the rows and columns in which nothing changed.
 
-    The result is None if this matrix is too large to compute its rank in seconds.
+    The smaller matrix has the same rank and norms as the full matrix of the change. The result is None if the smaller
+    matrix is still too large to compute its rank in seconds.
     """
     import torch
 

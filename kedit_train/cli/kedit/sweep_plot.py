@@ -15,8 +15,8 @@ def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = Fal
     Args:
         sweep: the result of :func:`~kedit_train.delta.sweep`.
         path: the PNG file to write.
-        forget: whether the aim of the sweep is to forget. The curve "reliability" is then named "forgotten", and shows
-            the fraction of edits for which the model no longer gives the target.
+        forget: True if the aim of the sweep is to forget. In this case, the curve "reliability" is named "forgotten".
+            It shows the fraction of edits for which the model no longer gives the target.
 
     Raises:
         EditError: matplotlib is not installed, or the path does not end with ``.png``.

@@ -152,9 +152,10 @@ def _check_model_and_data(config: Any) -> None:
 
 
 def _built(entry: Any) -> Any:
-    """Build a callback of this package, which checks its arguments and reads no file. Return None for other callbacks.
+    """Build a callback of this package to check its arguments, and return None for a callback of another package.
 
-    The constructor of another package may do anything.
+    The constructors in this package check their arguments and read no file. A constructor in another package may do
+    anything, so it is not called.
     """
     from kedit_train.cli.recipe import built
 

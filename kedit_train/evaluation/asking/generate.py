@@ -56,7 +56,7 @@ class AnswerEnd:
     Args:
         model: the model. The end-of-text tokens in its generation config end an answer.
         tokenizer: the model's tokenizer. Its end-of-text token also ends an answer.
-        stops: texts that also end an answer. A token that contains one of them ends the answer.
+        stops: texts that also end an answer. A token that contains one of them ends the answer. Default: a line break.
         prompt_format: with "chat", the token that closes the assistant's turn also ends an answer.
     """
 
@@ -133,7 +133,8 @@ def generate_answers(
         max_new_tokens: maximum length of an answer, in tokens, or a dict from prompt to this number. A longer answer
             is cut and gets ``ended=False``.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
-        stops: texts that end an answer, in addition to end-of-text. Without stops, an answer may have several lines.
+        stops: texts that end an answer, in addition to end-of-text. Default: a line break. With an empty list, an
+            answer may have several lines.
         known_starts: dict from prompt to the pair that
             :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start` returns: the known first
             tokens of the answer, and the smallest margin among these tokens. Known tokens are not generated again.

@@ -1,1 +1,1 @@
-"""Compute scores with confidence intervals from a model's answers, texts and weights."""
+"""Compute scores with confidence intervals from a model's answers, its losses on texts, and its weights."""

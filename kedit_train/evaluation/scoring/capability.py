@@ -1,8 +1,8 @@
 """``CapabilityProbe``: measure the general ability of a model, independently of its edits.
 
-Methods that change weights in sequence lose general ability after few edits, even if their edit scores are high
-("Navigating the Dual Facets", arXiv 2402.11122). Therefore, general ability is measured together with the edit scores,
-on the same model and after the same number of edits.
+If the weights are changed for one edit after another, a model loses general ability after few edits, even if the edit
+scores are high ("Navigating the Dual Facets", arXiv 2402.11122). Therefore, general ability is measured together with
+the edit scores, on the same model and after the same number of edits.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def compare_with_unedited(
         before = before or own.get((result.question == "fluency", result.prompt))
         if before is None and not _is_extra(result):
             raise EditError(
-                f"unedited has no answer to the prompt {shorten(result.prompt)!r}; evaluate the unedited model on the "
-                "same edits, with the same limit and seed."
+                f"the report passed as unedited= has no answer to the prompt {shorten(result.prompt)!r}; evaluate the "
+                "unedited model on the same edits, with the same limit and seed."
             )
         compared.append(result if before is None else compare_answers(before, result, protocols, judge))
     return compared

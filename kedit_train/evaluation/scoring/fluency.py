@@ -22,8 +22,8 @@ def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
 def ngram_entropy(text: str) -> float | None:
     """Return the weighted mean entropy, in bits, of a text's bigrams (weight 2/3) and trigrams (weight 4/3).
 
-    This is the fluency score of ROME, with the weights of ROME. Words are split by a regular expression instead of
-    NLTK, so the values are close to the published values but not equal.
+    This is the fluency score of ROME, with the same weights for bigrams and trigrams. Words are split by a regular
+    expression instead of NLTK, so the values are close to the published values but not equal.
 
     Returns:
         The entropy, or None for a text with fewer than three words. Such a text has no trigram, and an entropy of 0

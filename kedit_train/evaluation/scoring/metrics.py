@@ -76,8 +76,10 @@ def summarize(
     - ``leading``, ``exact``, ``wild`` and ``probability``: the scores under these protocols. Only the protocols in
       ``protocols`` have a score. If "exact" is the only protocol, its score is ``generated``, and the key ``exact`` is
       missing;
-    - ``magnitude`` (with the protocol "probability"): the mean difference between the probabilities of the new and the
-      old answer. For locality, it is the mean difference between the probabilities of the true and the new answer;
+    - ``magnitude`` (with the protocol "probability"): the probability per token of the preferred answer minus that of a
+      rival, averaged over the probes. For reliability and generality, the preferred answer is the edit's new answer,
+      and the rival is the old answer. For locality, the preferred answer is the right answer to the probe, which is
+      about another fact, and the rival is the edit's new answer;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
     - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
@@ -99,7 +101,7 @@ def summarize(
     - ``probability.harmonic_mean``: the harmonic mean of the "probability" scores of reliability, generality and
       locality, which CounterFact calls S;
     - ``retrieval``: the headline scores of the unedited model with the new fact in the prompt, per metric;
-    - ``locality.kl``: the mean KL divergence per token from the unedited model;
+    - ``locality.kl``: the mean KL divergence from the unedited model, in nats per token;
     - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
       so on;
     - ``resurgence``: how often the old answer is generated (``says_old``), and how often it is more probable than the

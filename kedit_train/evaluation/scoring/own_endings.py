@@ -28,9 +28,9 @@ def choose_protocols(
 ) -> Protocols:
     """Return the protocols for ``protocol="auto"``.
 
-    Models end their answers to chats and questions. Therefore, these answers are judged with "exact". For plain
-    prompts, the unedited model answers up to 16 of the prompts. If at least a quarter of these answers do not end, the
-    protocols are "leading" and "probability". Otherwise, the protocol is "exact".
+    With chat and question prompts, models end their answers by themselves. Therefore, these answers are judged with
+    "exact". For plain prompts, the unedited model answers up to 16 of the prompts. If at least a quarter of these
+    answers do not end, the protocols are "leading" and "probability". Otherwise, the protocol is "exact".
 
     Args:
         model: the unedited model.

@@ -89,14 +89,15 @@ class ProbeResult(ProbeRequest):
 
     @property
     def rival_log_prob(self) -> float | None:
-        """The mean log-probability of the old answer's tokens, or on locality probes, of the new answer's tokens."""
+        """The mean log-probability of the rival's tokens; see :attr:`magnitude` for the rival."""
         return self.old_log_prob if self.new_log_prob is None else self.new_log_prob
 
     @property
     def magnitude(self) -> float | None:
-        """The difference in probability per token between the preferred answer and its rival, as in CounterFact.
+        """The preferred answer's probability per token minus its rival's probability per token, as in CounterFact.
 
-        The rival is the old answer. On locality probes, it is the new answer.
+        The probability per token is exp(mean log-probability). The rival is the old answer. For a locality
+        probe, which is about another fact, the rival is the edit's new answer.
         """
         if self.log_prob is None or self.rival_log_prob is None:
             return None

@@ -1,4 +1,4 @@
-"""``measure_prose``: perplexity on texts, and KL divergence and top-1 agreement with the unedited model."""
+"""``measure_prose``: measure a model's perplexity on texts, and compare its predictions with the unedited model's."""
 
 from __future__ import annotations
 

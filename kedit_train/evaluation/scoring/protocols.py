@@ -11,8 +11,9 @@ A protocol defines how many tokens are generated, where an answer ends, and how 
   arXiv 2509.22072, with 32 tokens).
 - ``teacher_forced``: the fraction of the answer's tokens that the model ranks first when it is given all earlier tokens
   (Wang et al., "EasyEdit", arXiv 2308.07269).
-- ``probability``: the new answer is more probable than the old one; on locality probes, the true answer is more
-  probable than the new one (Meng et al., "Locating and Editing Factual Associations in GPT", arXiv 2202.05262).
+- ``probability``: the edit's new answer is more probable per token than the old answer. For a locality probe, which is
+  about another fact, the right answer to the probe is more probable per token than the edit's new answer (Meng et al.,
+  "Locating and Editing Factual Associations in GPT", arXiv 2202.05262).
 """
 
 from __future__ import annotations

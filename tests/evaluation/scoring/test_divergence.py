@@ -39,5 +39,5 @@ def test_a_changed_model_has_the_divergence_of_its_logits(factlm, monkeypatch):
 
 def test_a_prompt_without_a_recorded_distribution_is_refused(factlm):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(factlm), AutoTokenizer.from_pretrained(factlm)
-    with pytest.raises(EditError, match="unedited has no distribution for 'Paris is in'"):
+    with pytest.raises(EditError, match="unedited= has no distribution for 'Paris is in'"):
         compute_divergences(model, tokenizer, {}, PROMPTS)
