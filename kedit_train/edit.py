@@ -37,8 +37,8 @@ class Edit:
         old_target: the answer before the edit, either the true answer or the model's answer.
         aliases: other spellings of ``target`` that count as correct.
         rephrases: other wordings of ``prompt``, used to measure generality.
-        locality: questions whose answers must not change. A dict from the name of a kind of question to the questions
-            of this kind.
+        locality: questions whose answers must not change. A dict whose keys are kinds of questions, such as
+            "neighborhood". Each value is a tuple with the questions of this kind.
         portability: questions whose answers follow from the new fact. A dict of the same form as ``locality``.
         id: the identifier of the edit in messages and reports.
 

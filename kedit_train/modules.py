@@ -181,7 +181,7 @@ class EditDataModule(LightningDataModule):
 
     Raises:
         EditError: the file cannot be read, two edits contradict each other, an edit is longer than the model's context,
-            or no fact is left to replay.
+            or ``augmentation`` finds no fact that can be replayed.
 
     Example:
         >>> from kedit_train.modules import EditDataModule
@@ -258,7 +258,7 @@ class EditDataModule(LightningDataModule):
     def _augment(self, module: Any) -> list[Edit]:
         """Make the additional examples with the unedited model.
 
-        A resumed run gets the same model here, because Lightning restores the checkpoint only after ``setup``.
+        A resumed run also uses the unedited model here, because Lightning restores the checkpoint only after ``setup``.
         """
         if not isinstance(getattr(module, "model", None), torch.nn.Module):
             raise EditError(

@@ -77,11 +77,11 @@ def _help(question: str) -> dict[str, str]:
 class EditSFTConfig(SFTConfig):
     """TRL's ``SFTConfig`` with one additional field per callback of this package.
 
-    Each additional field holds the arguments of one callback. For example, ``parameter_scope: {layers: 0.7}`` adds
+    Each of these fields holds the arguments of its callback. For example, ``parameter_scope: {layers: 0.7}`` adds
     ``ParameterScope(layers=0.7)``. On the command line, write ``--parameter_scope '{"layers": 0.7}'``. The value ``{}``
-    or ``true`` adds the callback with default arguments. If a field is not set, its callback is not added. The field
-    ``edits`` is passed to all callbacks that need edits. ``TrlParser`` reads the configuration from YAML and the
-    command line.
+    or ``true`` adds the callback with default arguments. If the field of a callback is not set, the callback is not
+    added. ``TrlParser`` reads the configuration from YAML and the command line. There are three more fields, described
+    below. One of them is ``edits``, which is passed to all callbacks that need edits.
 
     Args:
         edits: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits. The edits are used for
@@ -283,8 +283,9 @@ class EditSFTTrainer(SFTTrainer):
     def _decide_end(self, edits: EditDataset) -> EndDecision:
         """Decide whether targets end with end-of-text, and tokenize the training data again if necessary.
 
-        TRL's own tokens cannot be used in two cases. If targets should not end with end-of-text, TRL appends it anyway.
-        If ``thinking=True``, TRL's tokens lack the empty thinking block, because TRL would count it in the loss.
+        TRL's own tokens cannot be used in two cases. In the first case, targets should not end with end-of-text, but
+        TRL always appends it. In the second case (``thinking=True``), each prompt must end with an empty thinking
+        block. TRL would train on this block, so the examples that TRL has tokenized do not contain it.
         """
         args: Any = self.args
         tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)
@@ -295,8 +296,8 @@ class EditSFTTrainer(SFTTrainer):
             return decision
         if args.packing:
             raise EditError(
-                "packing must be False for targets without end-of-text and for formats with thinking=True; remove "
-                "packing."
+                "packing must be False for targets without end-of-text and for formats with thinking=True; set "
+                "packing=False."
             )
         self.train_dataset = edits.to_tokens(
             tokenizer, append_eos=decision.append, prompt_format=prompt_format, max_length=args.max_length
