@@ -173,7 +173,7 @@ class SecondOrderLocality(EditCallback):
             )
         self._before = {name: run.scope[name].detach().clone() for name in self._layers}
         self._gradients = {
-            name: transform(layer.as_matrix(gradient), *self._roots[name])
+            name: transform(layer.as_matrix(gradient), *self._roots[name]) / run.steps.gradient_scale
             for name, layer in self._layers.items()
             if (gradient := run.scope[name].grad) is not None
         }

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kedit_train.core.fsdp import check_gradients, full_tensor
+from kedit_train.core.gradient_scaler import gradient_scale, skipped_by_scaler
 from kedit_train.core.integrity import Integrity
 from kedit_train.core.loaded_optimizer import check_loaded_optimizer
 from kedit_train.core.state import RunState
@@ -32,11 +33,13 @@ class OptimizerSteps:
     Attributes:
         learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The
             value is None if the optimizer has no learning rate.
+        gradient_scale: the factor by which the gradients of the current step are multiplied, usually 1.0.
     """
 
     def __init__(self, run: RunState, release: Callable[[], None]) -> None:
         self.run, self._release = run, release
         self.learning_rates: dict[str, float | None] = {}
+        self.gradient_scale: Tensor | float = 1.0
         # None until the step is announced. Afterwards, whether any callback returned a penalty.
         self._penalized: bool | None = None
         # True while the host is not yet notified of the current step, because another optimizer may share this step.
@@ -109,7 +112,7 @@ class OptimizerSteps:
         self._versions = [p._version for p in run.scope.values()]
         return torch.stack(terms).sum() if terms else None
 
-    def before_optimizer_step(self, optimizer: Any) -> None:
+    def before_optimizer_step(self, optimizer: Any, scaler: Any = None) -> None:
         """Check the final gradients, and delete them if a callback skips this step.
 
         The gradients are deleted, not set to zero. With a zero gradient, momentum and weight decay would still change
@@ -120,6 +123,7 @@ class OptimizerSteps:
         self._check_announced(optimizer)
         self._check_evaluated_once()
         self._evaluated = True
+        self.gradient_scale = gradient_scale(optimizer, scaler)
         self.integrity.start()
         self._check_written_since_announcement()
         self.integrity.check_frozen_gradients()
@@ -283,7 +287,7 @@ class OptimizerSteps:
         # If an earlier step() raised an error, its optimizer and the optimizers inside it are still in the list.
         while self._stepping and self._stepping.pop() is not optimizer:
             pass
-        if self._stepping or _skipped_by_scaler(optimizer):
+        if self._stepping or skipped_by_scaler(optimizer):
             return
         if not self._stepped_optimizers or id(optimizer) in self._stepped_optimizers:
             # In Lightning, an optimizer may step without an announcement.
@@ -331,12 +335,6 @@ class OptimizerSteps:
         """Return the names of the parameters in scope that belong to the optimizer."""
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {name for name, p in self.run.scope.items() if id(p) in own}
-
-
-def _skipped_by_scaler(optimizer: Optimizer) -> bool:
-    """Return whether a fused optimizer has skipped this step because a gradient scaler found infinite gradients."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
 
 
 def _weak_hook(method: Any) -> Any:

@@ -279,3 +279,24 @@ def test_a_run_with_other_coordinates_cannot_be_resumed(make, words, ids, change
 
 def _callbacks(locality: SecondOrderLocality) -> list[Any]:
     return [ParameterScope(1, modules=SCOPE["llama"]), TokenLoss("cross_entropy"), locality]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_gradient_scaler_does_not_change_the_steps(make, words, ids, fused):
+    weights = []
+    for scale in (None, 2.0**10):
+        torch.manual_seed(0)
+        model = make("llama")
+        locality = SecondOrderLocality(TEXTS, step_size=0.1)
+        scope = ParameterScope(1, modules=SCOPE["llama"])
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        with editing(model, [scope, TokenLoss("cross_entropy"), locality], tokenizer=words) as edit:
+            optimizer = torch.optim.Adam(edit.parameters(), lr=1e-3, fused=fused)
+            for _ in range(3):
+                optimizer.zero_grad()
+                edit.before_step(scaler)
+                scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        weights.append(model.get_parameter(WEIGHT["llama"]).detach().clone())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)

@@ -255,7 +255,8 @@ class LightningEvents(Callback):
         # With automatic optimization, training_step may return None to leave out a batch. Without gradients, the
         # optimizer then changes no weight.
         if run and (run.host.has_loss or not pl_module.automatic_optimization):
-            run.steps.before_optimizer_step(getattr(optimizer, "optimizer", optimizer))
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            run.steps.before_optimizer_step(getattr(optimizer, "optimizer", optimizer), scaler)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         run = self._driven_run(trainer)

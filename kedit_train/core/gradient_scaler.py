@@ -1,0 +1,31 @@
+"""What ``torch.amp.GradScaler`` tells a fused optimizer: the scale of the gradients, and whether to skip the step.
+
+A fused optimizer divides the gradients by the scale itself, in its step. Before the step, its gradients are therefore
+still multiplied by the scale.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def gradient_scale(optimizer: Optimizer, scaler: Any = None) -> Tensor | float:
+    """Return the factor by which the gradients are multiplied now. It is 1.0 if they are not scaled.
+
+    Args:
+        optimizer: the optimizer.
+        scaler: the scaler, if ``scaler.step(optimizer)`` has not been called yet. Inside this call, it is not needed.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is None and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+        scale = scaler.get_scale()
+    return 1.0 if scale is None else scale
+
+
+def skipped_by_scaler(optimizer: Optimizer) -> bool:
+    """Return whether a fused optimizer has skipped this step because a gradient scaler found infinite gradients."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
