@@ -73,7 +73,10 @@ def _column_sums(rows: Tensor) -> Tensor:
 
 
 def _combine(summaries: list[list[Tensor]]) -> Tensor:
-    """Return one checksum per summary, int64 [summaries]: a weighted sum of the 32-bit halves of its words."""
+    """Return one checksum per summary, as an int64 tensor [summaries].
+
+    Each 64-bit word of a summary is split into two 32-bit halves. The checksum is a weighted sum of these halves.
+    """
     # All tensors are combined at once, because one operation per tensor would be slow for many small tensors.
     halves = torch.cat([vector for summary in summaries for vector in summary]).view(torch.int32)
     counts = [2 * sum(map(len, summary)) for summary in summaries]

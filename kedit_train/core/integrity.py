@@ -104,8 +104,8 @@ class Integrity:
             if name in before and before[name][0] == parameter.dtype and before[name][1] != value:
                 raise EditError(
                     f"{name} is not in scope, but its values have changed between the start of the edit and the first "
-                    "step; load or change weights before the edit starts. To resume from a checkpoint, also load the "
-                    "state of the edit (in a plain loop, with edit.load_state_dict())."
+                    "step; load or change weights before the edit starts. To resume from a checkpoint, you may "
+                    "load its weights later if you also load the state of the edit (edit.load_state_dict())."
                 )
 
     def _check_still_frozen(self, in_scope: set[int]) -> None:

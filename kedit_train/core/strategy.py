@@ -50,9 +50,9 @@ def follow_dtype(run: RunState) -> None:
         return
     if run.full_precision and is_distributed():
         raise EditError(
-            "full_precision=True cannot be used if the trainer converts the parameters of a distributed model to half "
-            "precision, because this overwrites the fp32 values that the edit trains; load the model in half precision "
-            "before the edit and set the trainer's precision to 32-true (then the trainer converts nothing), or pass "
+            "full_precision=True trains fp32 values, but the trainer's conversion of a distributed model to half "
+            "precision overwrites these values. Either load the model in half precision yourself before the edit and "
+            "set the trainer's precision to 32-true, so that the trainer converts nothing, or pass "
             "full_precision=False.",
             component="ParameterScope",
         )

@@ -99,7 +99,10 @@ class LeftOutExample:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The examples that were left out of one batch. Means over the batch still include these examples."""
+    """The examples that were left out of the forward pass of one batch.
+
+    In means over the batch, they count with the results of their last forward pass.
+    """
 
     examples: tuple[LeftOutExample, ...] = ()
 
