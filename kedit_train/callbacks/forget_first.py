@@ -65,7 +65,8 @@ class ForgetFirst(EditCallback):
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
             coefficient times the trained difference ``FT(theta, old) - theta``, as in the paper. With "base", the
             trained difference is rescaled first: the norm of the subtracted change is the coefficient times the norm of
-            the weights that the training changed. The size then does not depend on the length of the training.
+            the original weights (counting only the parameters that the training changed). The size then does not depend
+            on the length of the training.
         max_probability: the old answers count as forgotten at this mean probability or below, in (0, 1).
         max_perplexity_ratio: maximum ratio of the perplexity on ``texts`` after the subtraction to the perplexity
             before the subtraction, >= 1.

@@ -83,7 +83,10 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
 
 
 def tell_last_callback(words: Sequence[str], callbacks: Any) -> None:
-    """Print which callback ``--trainer.callbacks.KEY`` changed. Only one process of the run prints the line."""
+    """Print which callback was changed by the option ``--trainer.callbacks.KEY``.
+
+    If the option was not given, nothing is printed. Only one process of the run prints the line.
+    """
     keys = [match[1] for word in words if (match := OF_THE_LAST.fullmatch(word.partition("=")[0]))]
     entries = _entries(callbacks)
     if not keys or not entries or getattr(rank_zero_only, "rank", 0):

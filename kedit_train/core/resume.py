@@ -138,8 +138,9 @@ def _check_weights(run: RunState, state: Mapping[str, Any]) -> None:
     for (name, parameter), value in zip(parameters.items(), checksums(parameters.values()), strict=True):
         if saved[name] != value:
             raise EditError(
-                f"{name} is not in scope, so its values must be those of the run that wrote the checkpoint, but they "
-                f"are different ({parameter.dtype} in this run); load the base model of that run, in the same dtype."
+                f"{name} is not trained (it is outside the scope), but its values differ from those in the run that "
+                "wrote the checkpoint; load the same base model as in that run, in the same dtype (this run uses "
+                f"{parameter.dtype})."
             )
 
 

@@ -181,7 +181,11 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
 
 
 def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
-    """Choose ``n`` facts about different subjects, one per relation in each round, and a new object for each fact."""
+    """Choose ``n`` facts about different subjects, and a new object for each fact.
+
+    The function cycles through the relations and takes one fact of each relation at a time. The order of the relations
+    is new in each cycle. A relation is left out when no more subjects of its type may be edited.
+    """
     waiting = {kind: shuffled(rng, known.pools[kind]) for kind in MOST_EDITED}
     spare = {kind: len(names) - int(len(names) * MOST_EDITED[kind]) for kind, names in waiting.items()}
     chosen: list[Fact] = []

@@ -24,7 +24,7 @@ EDITS, SAVED, STEPS = 12, 3, 6
 IN_SCOPE, FROZEN = "model.layers.2.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"
 OTHER = {
     IN_SCOPE: r"must have the weights of the checkpoint",
-    FROZEN: rf"{re.escape(FROZEN)} is not in scope, so its values must be those of the run that wrote",
+    FROZEN: rf"{re.escape(FROZEN)} is not trained \(it is outside the scope\), but its values differ",
 }
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 

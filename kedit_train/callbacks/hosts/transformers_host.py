@@ -103,8 +103,9 @@ class TransformersHost(Host):
         if missing and not self.args.save_only_model:
             raise EditError(
                 f"{folder} is incomplete: {missing[0]}.* is missing. Either a process was killed while it wrote or "
-                "deleted this checkpoint, or the checkpoint was written with save_only_model=True. Resume from another "
-                "checkpoint, or set save_only_model=True to resume from this checkpoint with a new optimizer."
+                "deleted this checkpoint, or the run that wrote it had the argument save_only_model=True. Resume from "
+                "another checkpoint, or set save_only_model=True in the training arguments of the current run, which "
+                "then resumes from this checkpoint with a new optimizer."
             )
         lost = [f"{part} state ({part}.*)" for part in missing]
         random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"

@@ -39,7 +39,7 @@ class Subtraction:
         coefficients: numbers above 0, tried in ascending order.
         scale: how a coefficient sets the size of the subtracted change. "trained": the change is the coefficient times
             the trained difference. "base": the trained difference is rescaled. The norm of the change is then the
-            coefficient times the norm of the weights that training changed.
+            coefficient times the norm of the original weights (counting only the parameters that training changed).
         max_probability: the search ends when the mean probability of the old answers is at most this value.
         max_perplexity_ratio: the highest accepted value of (perplexity after the subtraction) / (perplexity before).
     """
@@ -56,7 +56,8 @@ class Subtraction:
 
         Args:
             before: the measurement of the model before the subtraction.
-            length: norm of the trained difference divided by the norm of the weights that training changed.
+            length: norm of the trained difference divided by the norm of the original weights (counting only the
+                parameters that training changed).
             measure: function ``measure(coefficient, factor)`` that subtracts ``factor`` times the trained difference,
                 and returns the scores of the model.
 

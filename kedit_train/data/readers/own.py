@@ -102,7 +102,11 @@ def write(edit: Edit) -> dict[str, Any]:
 
 
 def recognize(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of the kedit-train format. QAEdit also has ``target`` but is excluded."""
+    """Return whether the keys are those of the kedit-train format.
+
+    Records in the QAEdit format also have the key ``target``, together with ``rephrase`` or ``source``. For these
+    records, the result is False.
+    """
     keys = set(record)
     if keys & {"rephrases", "old_target", "aliases"}:
         return True
