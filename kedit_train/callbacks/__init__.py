@@ -12,6 +12,7 @@ from kedit_train.callbacks.low_curvature import LowCurvature
 from kedit_train.callbacks.norm_ball import NormBall
 from kedit_train.callbacks.null_space import NullSpace
 from kedit_train.callbacks.parameter_scope import ParameterScope
+from kedit_train.callbacks.polyak_step import PolyakStep
 from kedit_train.callbacks.prefix_cache import PrefixCache
 from kedit_train.callbacks.save_delta import SaveDelta
 from kedit_train.callbacks.second_order_locality import SecondOrderLocality
@@ -39,6 +40,7 @@ __all__ = [
     "NormBall",
     "NullSpace",
     "ParameterScope",
+    "PolyakStep",
     "PrefixCache",
     "ReferenceCache",
     "SaveDelta",

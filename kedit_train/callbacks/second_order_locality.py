@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from kedit_train.arguments import above, check_arguments, integer_from, one_of, optional, within
-from kedit_train.callbacks.base import EditCallback
+from kedit_train.arguments import above, check_arguments, integer_from, one_of, optional
+from kedit_train.callbacks.polyak_step import PolyakStep
 from kedit_train.core.cache.sequence_keys import hash_sequences
 from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import broadcast_from_first
 from kedit_train.core.locality.texts import Texts, TextSource
-from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.core.training_format import warn_without_chats
-from kedit_train.errors import EditError, warn
-from kedit_train.functional.adam import AdamAverages
+from kedit_train.errors import EditError
 from kedit_train.functional.precision import wide
 from kedit_train.functional.second_order import inverse_root, second_order_divergence, transform
 from kedit_train.paths import SAFETENSORS_PATH
 
-# The longest step, as a fraction of the norm of the weights in scope.
-_LONGEST = 0.1
 
-
-class SecondOrderLocality(EditCallback):
+class SecondOrderLocality(PolyakStep):
     """Replace each optimizer step by a step that changes predictions on given texts as little as possible.
 
     Before training, the callback computes the K-FAC factors A and S of each weight on the texts. These factors estimate
@@ -98,9 +91,6 @@ class SecondOrderLocality(EditCallback):
         True
     """
 
-    # Before all constraints, because this callback replaces the step that the constraints are applied to.
-    order = 30
-    constrains = True
     duplicate_hint = "the second one would replace the step of the first, so pass all texts to one SecondOrderLocality"
 
     def __init__(
@@ -114,9 +104,9 @@ class SecondOrderLocality(EditCallback):
         limit: int | None = None,
         batch_size: int = 8,
     ) -> None:
+        super().__init__(step_size)
         check_arguments(
             self,
-            step_size=(step_size, within("(0, 1]")),
             damping=(damping, above(0)),
             factors=(factors, one_of(["kfac", "inputs"])),
             factors_path=(factors_path, optional(SAFETENSORS_PATH)),
@@ -124,19 +114,12 @@ class SecondOrderLocality(EditCallback):
             batch_size=(batch_size, integer_from(1)),
         )
         self.texts = Texts.of(texts)
-        self.step_size, self.damping, self.factors = step_size, damping, factors
+        self.damping, self.factors = damping, factors
         self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
         self._layers: dict[str, LinearLayer] = {}
         self._moments = KFACFactors({}, {})
         self._roots: dict[str, tuple[Tensor | None, Tensor]] = {}
-        self._gradients: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor] = {}
-        self._averages = AdamAverages()
         self._texts_hash = ""
-
-    def requires(self) -> Sequence[Requirement]:
-        message = 'the length of a step depends on the training loss; add TokenLoss("cross_entropy").'
-        return [Requirement(("edit/tokens/loss_now",), message)]
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
@@ -153,63 +136,19 @@ class SecondOrderLocality(EditCallback):
             inputs_only=self.factors == "inputs", skip_first=True,
         )  # fmt: skip
         self._roots = {name: self._inverse_roots(run, name) for name in self._layers}
-        self._gradients, self._before, self._averages = {}, {}, AdamAverages()
-        # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
-        largest = run.host.disable_clipping()
-        if largest is not None:
-            warn(
-                f"max_grad_norm={largest:g} is ignored during this training, because this callback chooses the length "
-                "of each step itself; set max_grad_norm=0 to avoid this warning."
-            )
-        norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in self._layers]
-        self._norm = float(torch.stack(norms).sum().sqrt())
+        super().attach(run)
 
-    @torch.no_grad()
-    def before_optimizer_step(self, run: EditRun) -> None:
-        if run.steps.is_shared:
-            raise EditError(
-                "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
-                "single optimizer, because this callback replaces the optimizer step."
-            )
-        self._before = {name: run.scope[name].detach().clone() for name in self._layers}
-        self._gradients = {
-            name: transform(layer.as_matrix(gradient), *self._roots[name]) / run.steps.gradient_scale
-            for name, layer in self._layers.items()
-            if (gradient := run.scope[name].grad) is not None
-        }
-        # If a NaN or an infinite square entered the running averages, no later step would change a weight.
-        if not all(bool(gradient.square().isfinite().all()) for gradient in self._gradients.values()):
-            given = [g for name in self._gradients if (g := run.scope[name].grad) is not None]
-            if all(bool(wide(gradient).square().isfinite().all()) for gradient in given):
-                raise EditError(self._damping_error(f"the squared gradients of step {run.step + 1}"))
-            raise EditError(
-                f"the gradients of step {run.step + 1} contain NaN or infinite values, or values whose squares are "
-                "infinite; check the loss of this batch, or use a lower step_size."
-            )
+    def coordinates(self, name: str, gradient: Tensor) -> Tensor:
+        return transform(self._layers[name].as_matrix(gradient), *self._roots[name])
 
-    def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        run = self.run
-        # If another callback skipped this step, the gradients were deleted after this callback had read them.
-        gradients = {n: g for n, g in self._gradients.items() if run.scope[n].grad is not None}
-        before, self._gradients, self._before = self._before, {}, {}
-        changed = dict(weights)
-        changed.update(before)
-        if not gradients:
-            return changed
-        loss, means, coordinates = self._averages.update(gradients, run.scores["edit/tokens/loss_now"])
-        slopes = [(means[name] * u).sum(dtype=torch.float64) for name, u in coordinates.items()]
-        # One transfer from the device instead of one per weight.
-        slope = sum(torch.stack(slopes).tolist())
-        directions = {name: transform(u, *self._roots[name]) for name, u in coordinates.items()}
-        norms = [d.square().sum(dtype=torch.float64) for d in directions.values()]
-        norm = float(torch.stack(norms).sum().sqrt())
-        if not (slope > 0.0 and norm > 0.0):
-            return changed
-        length = min(self.step_size * abs(loss) / slope, _LONGEST * self._norm / norm)
-        for name, direction in directions.items():
-            step = self._layers[name].as_matrix(direction) * length
-            changed[name] = (wide(before[name]) - step).to(before[name].dtype)
-        return changed
+    def change(self, name: str, direction: Tensor) -> Tensor:
+        return self._layers[name].as_matrix(transform(direction, *self._roots[name]))
+
+    def overflow_message(self, overflowing: str) -> str:
+        return (
+            f"damping={self.damping:g} is too small: {overflowing} exceed the largest number of their dtype; use a "
+            "larger damping, such as the default."
+        )
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         if self.factors == "inputs" or not self._layers:
@@ -222,10 +161,7 @@ class SecondOrderLocality(EditCallback):
         return {"edit/locality/second_order_kl": divergence}
 
     def state(self) -> dict[str, Any]:
-        averages = self._averages
-        means, squares = dict(averages.means), dict(averages.squares)
-        state = {"means": means, "squares": squares, "loss": averages.loss, "steps": averages.steps}
-        return {**state, "coordinates": self._coordinates()}
+        return {**super().state(), "coordinates": self._coordinates()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state.get("coordinates") != self._coordinates():
@@ -233,12 +169,7 @@ class SecondOrderLocality(EditCallback):
                 "the checkpoint was written with other texts, damping or factors; resume with the same texts (and the "
                 "same limit=), damping= and factors=, or start a new run."
             )
-        # Tensors that were read from a file can have unaligned addresses. The alignment changes the last bits of matrix
-        # products, so the tensors are copied.
-        means, squares = (
-            {n: t.to(self._roots[n][1], copy=True) for n, t in state[key].items()} for key in ("means", "squares")
-        )
-        self._averages = AdamAverages(means, squares, float(state["loss"]), int(state["steps"]))
+        super().load_state(state)
 
     def _coordinates(self) -> dict[str, Any]:
         """Return everything that the coordinates of the steps depend on, except the model."""
@@ -246,9 +177,8 @@ class SecondOrderLocality(EditCallback):
         return {"texts": self._texts_hash, **factors}
 
     def detach(self, run: EditRun) -> None:
-        run.host.restore_clipping()
+        super().detach(run)
         self._layers, self._roots, self._moments = {}, {}, KFACFactors({}, {})
-        self._gradients, self._before, self._averages = {}, {}, AdamAverages()
 
     def _inverse_roots(self, run: EditRun, name: str) -> tuple[Tensor | None, Tensor]:
         moments = [self._moments.inputs[name]]
@@ -261,16 +191,10 @@ class SecondOrderLocality(EditCallback):
                 f"no activation or gradient reaches {name} on the texts ({error}); remove this weight from the scope."
             ) from error
         if not all(bool(root.isfinite().all()) for root in roots):
-            raise EditError(self._damping_error(f"the inverse roots of the factors of {name}"))
+            raise EditError(self.overflow_message(f"the inverse roots of the factors of {name}"))
         # Every process must take the same step, but the last bits of a root may differ between processes.
         inputs, *outputs = broadcast_from_first([root.to(run.scope[name].device) for root in roots])
         return (outputs[0] if outputs else None), inputs
-
-    def _damping_error(self, overflowing: str) -> str:
-        return (
-            f"damping={self.damping:g} is too small: {overflowing} exceed the largest number of their dtype; use a "
-            "larger damping, such as the default."
-        )
 
     def __repr__(self) -> str:
         return f'SecondOrderLocality(step_size={self.step_size}, damping={self.damping}, factors="{self.factors}")'

@@ -22,6 +22,7 @@ from kedit_train.callbacks import (
     NormBall,
     NullSpace,
     ParameterScope,
+    PolyakStep,
     PrefixCache,
     SaveDelta,
     SecondOrderLocality,
@@ -53,6 +54,11 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     ],
     "SecondOrderLocality": lambda edits: [
         SecondOrderLocality(texts=TEXTS, batch_size=2),
+        ParameterScope(layers=0.5, modules="mlp.down_proj"),
+        TokenSmoothing(),
+    ],
+    "PolyakStep": lambda edits: [
+        PolyakStep(step_size=0.05),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
         TokenSmoothing(),
     ],

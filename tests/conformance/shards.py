@@ -28,6 +28,7 @@ from kedit_train.callbacks import (
     NormBall,
     NullSpace,
     ParameterScope,
+    PolyakStep,
     SecondOrderLocality,
     TokenSmoothing,
     WeightAnchor,
@@ -64,6 +65,7 @@ REFUSED: dict[str, Callable[[], list[Any]]] = {
     "NullSpace": lambda: [scope(), NullSpace(texts=TEXTS)],
     "LowCurvature": lambda: [scope(), LowCurvature(texts=TEXTS)],
     "SecondOrderLocality": lambda: [scope(), smoothing(), SecondOrderLocality(texts=TEXTS)],
+    "PolyakStep": lambda: [scope(), smoothing(), PolyakStep()],
     "GradientMask": lambda: [scope(), GradientMask("gradient", edits=EditDataset(world.edits(n=BATCH)))],
     "WeightAnchor": lambda: [scope(), WeightAnchor("ewc", texts=TEXTS)],
 }

@@ -105,6 +105,7 @@ def test_reference_model_gives_the_model_before_the_edit_and_restores_it(case: s
         ("NullSpace", "is sharded over processes"),
         ("LowCurvature", "is sharded over processes"),
         ("SecondOrderLocality", "is sharded over processes"),
+        ("PolyakStep", "is sharded over processes"),
         ("GradientMask", "gradients per example cannot be computed for sharded parameters"),
         ("WeightAnchor", "gradients per example cannot be computed for sharded parameters"),
         ("head again", "the output head is sharded again after every forward pass"),

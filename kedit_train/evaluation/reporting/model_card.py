@@ -34,6 +34,7 @@ PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "NormBall": (("Modifying Memories in Transformer Models", "2012.00363"),),
     "NullSpace": (("AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", "2410.02355"),),
     "LowCurvature": (("CrispEdit", "2602.15823"),),
+    "PolyakStep": (("MoMo: Momentum Models for Adaptive Learning Rates", "2305.07583"),),
     "SecondOrderLocality": (
         ("Optimizing Neural Networks with Kronecker-factored Approximate Curvature", "1503.05671"),
     ),

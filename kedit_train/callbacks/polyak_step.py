@@ -1,0 +1,188 @@
+"""PolyakStep: choose the length of each optimizer step from the loss, so that no learning rate is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kedit_train.arguments import check_arguments, within
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.requirements import Requirement
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError, warn
+from kedit_train.functional.adam import AdamAverages
+from kedit_train.functional.precision import wide
+
+# The longest step, as a fraction of the norm of the weights in scope.
+_LONGEST = 0.1
+
+
+class PolyakStep(EditCallback):
+    """Replace each optimizer step by a step of Adam whose length follows from the loss.
+
+    After each optimizer step, the change that the optimizer made is discarded. Instead, the callback takes a step in
+    the direction of Adam. The gradient predicts how much a step reduces the loss. Each step has the length for which
+    this prediction is the fraction ``step_size`` of the loss (Polyak's step size, with running averages of loss and
+    gradient). A step is never longer than a tenth of the norm of the weights in scope. The optimizer, its learning rate
+    and a learning rate schedule have no effect on the weights in scope.
+
+    Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
+    ``NormBall``, ``GradientMask``) are applied after the step. A constraint that removes a part of the step also
+    removes a part of the predicted reduction.
+
+    Args:
+        step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
+            smaller value needs more steps and preserves more behavior. Default 0.1.
+
+    Raises:
+        EditError: ``step_size`` is not above 0 and at most 1; no callback computes the loss; another callback also
+            replaces the optimizer step; or a parameter in scope is sharded.
+
+    References:
+        MoMo: Momentum Models for Adaptive Learning Rates, arXiv 2305.07583, for Polyak's step size with momentum.
+        Adam: A Method for Stochastic Optimization, arXiv 1412.6980.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import ParameterScope, PolyakStep, TokenLoss
+        >>> model, tokenizer = world.load()
+        >>> edit = EditDataset.load("world", limit=1)[0]
+        >>> batch = tokenizer(f"{edit.prompt} {edit.target}", return_tensors="pt")
+        >>> callbacks = [ParameterScope(0.7, modules="mlp.down_proj"), TokenLoss("cross_entropy"), PolyakStep(0.2)]
+        >>> losses = []
+        >>> with editing(model, callbacks, tokenizer=tokenizer) as run:
+        ...     optimizer = torch.optim.SGD(run.parameters(), lr=1.0)
+        ...     for _ in range(2):
+        ...         run.before_step()
+        ...         losses.append(model(**batch, labels=batch["input_ids"]).loss)
+        ...         losses[-1].backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> bool(losses[1] < losses[0])
+        True
+    """
+
+    # Before all constraints, because this callback replaces the step that the constraints are applied to.
+    order = 30
+    constrains = True
+    duplicate_hint = "the second one would replace the step of the first, so keep only one"
+
+    def __init__(self, step_size: float = 0.1) -> None:
+        check_arguments(self, step_size=(step_size, within("(0, 1]")))
+        self.step_size = step_size
+        self._gradients: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor] = {}
+        self._averages = AdamAverages()
+
+    def provides(self) -> set[str]:
+        return {"optimizer_step"}
+
+    def conflicts(self) -> Sequence[Requirement]:
+        message = "another callback also replaces the optimizer step; keep only one of PolyakStep, SecondOrderLocality."
+        return [Requirement(("optimizer_step",), message)]
+
+    def requires(self) -> Sequence[Requirement]:
+        message = 'the length of a step depends on the training loss; add TokenLoss("cross_entropy").'
+        return [Requirement(("edit/tokens/loss_now",), message)]
+
+    def attach(self, run: EditRun) -> None:
+        for name, parameter in run.scope.items():
+            if isinstance(parameter, DTensor):
+                raise EditError(
+                    f"{name} is sharded over processes (DTensor), but the length of a step depends on the whole "
+                    "gradient; train with DDP instead of FSDP2, or remove this callback."
+                )
+        self._gradients, self._before, self._averages = {}, {}, AdamAverages()
+        # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
+        largest = run.host.disable_clipping()
+        if largest is not None:
+            warn(
+                f"max_grad_norm={largest:g} is ignored during this training, because this callback chooses the length "
+                "of each step itself; set max_grad_norm=0 to avoid this warning."
+            )
+        norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in run.scope]
+        self._norm = float(torch.stack(norms).sum().sqrt())
+
+    def coordinates(self, name: str, gradient: Tensor) -> Tensor:
+        """Convert the gradient of a parameter to the coordinates in which Adam runs."""
+        return wide(gradient)
+
+    def change(self, name: str, direction: Tensor) -> Tensor:
+        """Convert a direction in the coordinates of Adam to a change of the parameter."""
+        return direction
+
+    @torch.no_grad()
+    def before_optimizer_step(self, run: EditRun) -> None:
+        if run.steps.is_shared:
+            raise EditError(
+                "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
+                "single optimizer, because this callback replaces the optimizer step."
+            )
+        self._before = {name: parameter.detach().clone() for name, parameter in run.scope.items()}
+        given = {name: p.grad for name, p in run.scope.items() if p.grad is not None}
+        self._gradients = {n: self.coordinates(n, g) / run.steps.gradient_scale for n, g in given.items()}
+        # If a NaN or an infinite square entered the running averages, no later step would change a weight.
+        if not _have_finite_squares(self._gradients.values()):
+            if _have_finite_squares(map(wide, given.values())):
+                raise EditError(self.overflow_message(f"the squared gradients of step {run.step + 1}"))
+            raise EditError(
+                f"the gradients of step {run.step + 1} contain NaN or infinite values, or values whose squares are "
+                "infinite; check the loss of this batch, or use a lower step_size."
+            )
+
+    def overflow_message(self, overflowing: str) -> str:
+        """Return the error message for coordinates that overflow although the gradients do not."""
+        raise NotImplementedError
+
+    def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        run = self.run
+        # If another callback skipped this step, the gradients were deleted after this callback had read them.
+        gradients = {n: g for n, g in self._gradients.items() if run.scope[n].grad is not None}
+        before, self._gradients, self._before = self._before, {}, {}
+        changed = dict(weights)
+        changed.update(before)
+        if not gradients:
+            return changed
+        loss, means, adam = self._averages.update(gradients, run.scores["edit/tokens/loss_now"])
+        slopes = [(means[name] * u).sum(dtype=torch.float64) for name, u in adam.items()]
+        # One transfer from the device instead of one per parameter.
+        slope = sum(torch.stack(slopes).tolist())
+        directions = {name: self.change(name, u) for name, u in adam.items()}
+        norms = [d.square().sum(dtype=torch.float64) for d in directions.values()]
+        norm = float(torch.stack(norms).sum().sqrt())
+        if not (slope > 0.0 and norm > 0.0):
+            return changed
+        length = min(self.step_size * abs(loss) / slope, _LONGEST * self._norm / norm)
+        for name, direction in directions.items():
+            changed[name] = (wide(before[name]) - direction * length).to(before[name].dtype)
+        return changed
+
+    def state(self) -> dict[str, Any]:
+        averages = self._averages
+        means, squares = dict(averages.means), dict(averages.squares)
+        return {"means": means, "squares": squares, "loss": averages.loss, "steps": averages.steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        # Tensors that were read from a file can have unaligned addresses. The alignment changes the last bits of matrix
+        # products, so the tensors are copied.
+        means, squares = (
+            {name: tensor.to(self.run.scope[name].device, copy=True) for name, tensor in state[key].items()}
+            for key in ("means", "squares")
+        )
+        self._averages = AdamAverages(means, squares, float(state["loss"]), int(state["steps"]))
+
+    def detach(self, run: EditRun) -> None:
+        run.host.restore_clipping()
+        self._gradients, self._before, self._averages = {}, {}, AdamAverages()
+
+    def __repr__(self) -> str:
+        return f"PolyakStep({self.step_size})"
+
+
+def _have_finite_squares(gradients: Any) -> bool:
+    return all(bool(gradient.square().isfinite().all()) for gradient in gradients)
