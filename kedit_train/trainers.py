@@ -22,6 +22,7 @@ from kedit_train.callbacks import (
     NormBall,
     NullSpace,
     ParameterScope,
+    PolyakStep,
     PrefixCache,
     SaveDelta,
     SecondOrderLocality,
@@ -56,6 +57,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "null_space": NullSpace,
     "low_curvature": LowCurvature,
     "second_order_locality": SecondOrderLocality,
+    "polyak_step": PolyakStep,
     "prefix_cache": PrefixCache,
     "active_set": ActiveSet,
     "edit_metrics": EditMetrics,
@@ -144,6 +146,10 @@ class EditSFTConfig(SFTConfig):
     )
     second_order_locality: Arguments = field(
         default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
+    )
+    polyak_step: Arguments = field(
+        default=None,
+        metadata=_help("Choose the length of each step from the loss, so that no learning rate is needed."),
     )
     prefix_cache: Arguments = field(
         default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,9 @@ class PolyakStep(EditCallback):
     and a learning rate schedule have no effect on the weights in scope.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
-    ``NormBall``, ``GradientMask``) are applied after the step. A constraint that removes a part of the step also
-    removes a part of the predicted reduction.
+    ``NormBall``, ``GradientMask``) are applied after the step. ``NullSpace``, ``LowCurvature`` and ``GradientMask``
+    also project the gradient, so the prediction is right for the projected step. If ``NormBall`` removes a part of the
+    step, the loss falls by less than predicted.
 
     Args:
         step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
@@ -78,6 +79,7 @@ class PolyakStep(EditCallback):
         self._gradients: dict[str, Tensor] = {}
         self._before: dict[str, Tensor] = {}
         self._averages = AdamAverages()
+        self._norm = 0.0
 
     def provides(self) -> set[str]:
         return {"optimizer_step"}
@@ -107,10 +109,15 @@ class PolyakStep(EditCallback):
             )
         norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in run.scope]
         self._norm = float(torch.stack(norms).sum().sqrt())
+        if self._norm == 0.0:
+            raise EditError(
+                "all parameters in scope are 0, so a step that is limited to a tenth of their norm changes nothing; "
+                "add parameters that are not 0 to the scope."
+            )
 
     def coordinates(self, name: str, gradient: Tensor) -> Tensor:
         """Convert the gradient of a parameter to the coordinates in which Adam runs."""
-        return wide(gradient)
+        return gradient
 
     def change(self, name: str, direction: Tensor) -> Tensor:
         """Convert a direction in the coordinates of Adam to a change of the parameter."""
@@ -125,19 +132,19 @@ class PolyakStep(EditCallback):
             )
         self._before = {name: parameter.detach().clone() for name, parameter in run.scope.items()}
         given = {name: p.grad for name, p in run.scope.items() if p.grad is not None}
-        self._gradients = {n: self.coordinates(n, g) / run.steps.gradient_scale for n, g in given.items()}
+        scale = run.steps.gradient_scale
+        self._gradients = {name: self.coordinates(name, wide(gradient) / scale) for name, gradient in given.items()}
         # If a NaN or an infinite square entered the running averages, no later step would change a weight.
-        if not _have_finite_squares(self._gradients.values()):
-            if _have_finite_squares(map(wide, given.values())):
-                raise EditError(self.overflow_message(f"the squared gradients of step {run.step + 1}"))
-            raise EditError(
-                f"the gradients of step {run.step + 1} contain NaN or infinite values, or values whose squares are "
-                "infinite; check the loss of this batch, or use a lower step_size."
-            )
+        if not have_finite_squares(self._gradients.values()):
+            unscaled = {name: wide(gradient) / scale for name, gradient in given.items()}
+            raise EditError(self.describe_overflow(unscaled, run.step + 1))
 
-    def overflow_message(self, overflowing: str) -> str:
-        """Return the error message for coordinates that overflow although the gradients do not."""
-        raise NotImplementedError
+    def describe_overflow(self, gradients: Mapping[str, Tensor], step: int) -> str:
+        """Return the error message for gradients whose squares are not finite in the coordinates of Adam."""
+        return (
+            f"the gradients of step {step} contain NaN or infinite values, or values whose squares are infinite; check "
+            "the loss of this batch, or use a lower step_size."
+        )
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         run = self.run
@@ -184,5 +191,6 @@ class PolyakStep(EditCallback):
         return f"PolyakStep({self.step_size})"
 
 
-def _have_finite_squares(gradients: Any) -> bool:
+def have_finite_squares(gradients: Iterable[Tensor]) -> bool:
+    """Return whether the square of every entry is finite."""
     return all(bool(gradient.square().isfinite().all()) for gradient in gradients)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from kedit_train.arguments import above, check_arguments, integer_from, one_of, optional
-from kedit_train.callbacks.polyak_step import PolyakStep
+from kedit_train.callbacks.polyak_step import PolyakStep, have_finite_squares
 from kedit_train.core.cache.sequence_keys import hash_sequences
 from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors
@@ -144,7 +145,12 @@ class SecondOrderLocality(PolyakStep):
     def change(self, name: str, direction: Tensor) -> Tensor:
         return self._layers[name].as_matrix(transform(direction, *self._roots[name]))
 
-    def overflow_message(self, overflowing: str) -> str:
+    def describe_overflow(self, gradients: Mapping[str, Tensor], step: int) -> str:
+        if have_finite_squares(gradients.values()):
+            return self._damping_is_too_small(f"the squared gradients of step {step}")
+        return super().describe_overflow(gradients, step)
+
+    def _damping_is_too_small(self, overflowing: str) -> str:
         return (
             f"damping={self.damping:g} is too small: {overflowing} exceed the largest number of their dtype; use a "
             "larger damping, such as the default."
@@ -191,7 +197,7 @@ class SecondOrderLocality(PolyakStep):
                 f"no activation or gradient reaches {name} on the texts ({error}); remove this weight from the scope."
             ) from error
         if not all(bool(root.isfinite().all()) for root in roots):
-            raise EditError(self.overflow_message(f"the inverse roots of the factors of {name}"))
+            raise EditError(self._damping_is_too_small(f"the inverse roots of the factors of {name}"))
         # Every process must take the same step, but the last bits of a root may differ between processes.
         inputs, *outputs = broadcast_from_first([root.to(run.scope[name].device) for root in roots])
         return (outputs[0] if outputs else None), inputs

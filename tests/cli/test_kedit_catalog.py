@@ -77,6 +77,12 @@ BAD = {
         _callbacks("SecondOrderLocality", "SecondOrderLocality", texts="world"),
         "SecondOrderLocality: there are two callbacks of this class on this model; the second one would replace",
     ),
+    "two_steps.yaml": (
+        '{"trainer": {"callbacks": ['
+        + ", ".join(f'{{"class_path": "kedit_train.callbacks.{name}"}}' for name in ("PolyakStep", "TokenLoss"))
+        + ', {"class_path": "kedit_train.callbacks.SecondOrderLocality", "init_args": {"texts": "world"}}]}}',
+        "another callback also replaces the optimizer step; keep only one of PolyakStep, SecondOrderLocality",
+    ),
     "conflict.yaml": (_callbacks("TokenLoss", "TokenSmoothing"), "keep only one token loss"),
     "twice.yaml": (
         "trainer:\n  callbacks+:\n  - class_path: kedit_train.callbacks.EditMetrics\n    init_args:\n"

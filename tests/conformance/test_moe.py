@@ -23,6 +23,7 @@ from kedit_train.callbacks import (
     NormBall,
     NullSpace,
     ParameterScope,
+    PolyakStep,
     PrefixCache,
     SaveDelta,
     SecondOrderLocality,
@@ -65,6 +66,7 @@ def train(family: str, tokenizer: Any, edits: Any, callbacks: list[Any], steps: 
 
 SETTINGS: dict[str, Any] = {
     "TokenLoss": lambda edits: [TokenLoss("dft", epsilon=0.05)],
+    "PolyakStep": lambda edits: [PolyakStep(), TokenSmoothing()],
     "ActiveSet": lambda edits: [ActiveSet(recheck=1), TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, batch_size=2)],
     "BatchAnchor": lambda edits: [BatchAnchor(weight=10.0)],
