@@ -50,7 +50,12 @@ ON_SMOLLM2 = (
     "replay", "second_order", "kedit_fast", "kedit_default", "one_by_one",
 )  # fmt: skip
 # Which modes a recipe is compared in, if not in all.
-ONLY = {"kedit_fast": ("batch",), "kedit_default": ("batch",), "second_order": ("batch",), ONE_BY_ONE: ("single", "sequential")}
+ONLY = {
+    "kedit_fast": ("batch",),
+    "kedit_default": ("batch",),
+    "second_order": ("batch",),
+    ONE_BY_ONE: ("single", "sequential"),
+}
 ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE)
 # The learning rates of the recipes were chosen on the world. These were chosen on SmolLM2 with 15 edits of a held-out
 # draw (compare.py tune --model smollm2 --edits 15 --texts 100), for ft_m, overtone, null_space and overtone_lora: the

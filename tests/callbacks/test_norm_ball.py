@@ -151,7 +151,7 @@ def test_a_radius_below_the_spacing_of_bf16_warns_and_the_weights_cannot_move():
         last_metrics(NormBall(5e-5))
     for dtype in (torch.bfloat16, torch.float32):
         model.to(dtype)
-        with pytest.warns(UserWarning, match=r"NormBall: 100% .* within a radius of 1e-46; use a larger radius\.$"):
+        with pytest.warns(UserWarning, match=r"NormBall: 100% .* than the radius of 1e-46; use a larger radius\.$"):
             last_metrics(NormBall(1e-46))
     model.float()
     metrics = last_metrics(NormBall(5e-5))

@@ -75,7 +75,10 @@ def test_two_processes_end_with_the_weights_of_one(callback: str, host: str, fol
             continue
         moved = (alone[name] - before).norm()
         assert moved > 0
-        assert (first[name] - alone[name]).norm() < (1e-3 if callback in STEPS_OF_ADAM else 1e-5) * moved
+        # The sum over two processes has another order, so a few weights may be rounded in the other direction.
+        rounding = torch.finfo(before.dtype).eps * before.abs().max()
+        tolerance = (1e-3 if callback in STEPS_OF_ADAM else 1e-5) * moved + rounding
+        assert (first[name] - alone[name]).norm() < tolerance
         # The callback itself changes the weights by more than the rounding, unless it is neutral.
         effect = float((alone[name] - plain[name]).norm() / (plain[name] - before).norm())
         assert effect < 1e-5 if callback in NEUTRAL else effect > 5e-5
