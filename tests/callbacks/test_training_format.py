@@ -146,7 +146,7 @@ def test_an_unknown_format_is_one_warning_if_there_is_a_template() -> None:
 
 def test_a_chat_run_whose_texts_are_plain_is_one_warning(tmp_path: Path) -> None:
     *_, edits = chat_world()
-    message = r'^KLLocality: the training examples are chats, but none of the 2 texts in texts= is a chat, .*the key "messages"'
+    message = r'^KLLocality: the training examples are chats, but none of the 2 texts in texts= is a chat, .*"messages"'
     with pytest.warns(UserWarning, match=message) as caught:
         sft(tmp_path, messages(edits), [ParameterScope(**SCOPE), KLLocality(TEXTS, batch_size=1)])
     assert len([w for w in caught if "KLLocality" in str(w.message)]) == 1
