@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from methods import RECIPES, TEXTS, Method, judged, load_recipe, modes_of, recipes_of
-from paired import resident_peak
+from paired import processor, resident_peak
 from settings import HELD_OUT, SETTINGS, Setting, load, missing
 from torch import nn
 
@@ -131,7 +131,11 @@ def cell(options: argparse.Namespace) -> None:
             found = measure(setting, key["recipe"], mode, draw, count, given, options.texts)
         except EditError as error:
             found = {"error": str(error)}
-        found |= {"edits": count, "memory": (resident_peak() - start) / 1e6 if mode == "batch" else None}
+        found |= {
+            "edits": count,
+            "machine": processor(),
+            "memory": (resident_peak() - start) / 1e6 if mode == "batch" else None,
+        }
         read = options.texts or TEXTS.get(options.model, {}).get(key["recipe"])
         found |= {name: value for name, value in (("texts", read), ("set", options.set)) if value}
         print(json.dumps(key | found), flush=True)

@@ -49,7 +49,7 @@ def test_a_cell_shows_the_mean_and_half_the_range_over_draws(module: Any) -> Non
 
 def test_a_table_omits_constant_columns_and_counts_draws_that_differ(module: Any) -> None:
     report = module("compare_report")
-    other = dict.fromkeys(("portability", "resurgence", "drift", "perplexity", "seconds", "memory"))
+    other = dict.fromkeys(("portability", "resurgence", "drift", "perplexity", "times", "memory"))
     rows = {
         "one": [row(1.0, 0.5, 0.9)[0] | other, row(1.0, 0.7, 0.9)[0] | other],
         "two": [row(1.0, 0.4, 0.8)[0] | other],
@@ -67,7 +67,7 @@ def test_a_table_omits_constant_columns_and_counts_draws_that_differ(module: Any
 def test_the_table_of_smollm2_has_other_columns_and_names_rates_and_texts(module: Any) -> None:
     report = module("compare_report")
     one = {"reliability": 1.0, "generality": 0.1, "PS": 0.5, "others": 0.2, "NS": 0.4, "KL": 0.0123, "perplexity": 1.5}
-    one |= {"seconds": 3.25, "PS before": 0.3, "NS before": 0.7, "locality": None}
+    one |= {"times": 3.25, "PS before": 0.3, "NS before": 0.7, "locality": None}
     rows = {"ft_m": [one], "second_order": [one | {"others": 0.5, "texts": 1700}]}
     assert report.table(rows, "smollm2").splitlines() == [
         "| recipe | others kept |",
@@ -85,6 +85,23 @@ def test_the_table_of_smollm2_has_other_columns_and_names_rates_and_texts(module
     assert text.endswith("Number of texts: `second_order` 1,700.")
     assert f"`ft_m` {rates['ft_m'] / 5:g}" in report.notes("smollm2", rows, "single")
     assert report.notes("world", {"ft_m": row(1.0, 0.9, 0.8)}) == ""
+
+
+def test_times_are_relative_to_ft_m_on_the_same_machine_and_the_last_result_of_a_draw_counts(module: Any) -> None:
+    report = module("compare_report")
+    key = {"model": "world", "mode": "batch", "draw": 0, "perplexity": None}
+    results = [
+        key | {"recipe": "ft_m", "seconds": 2.0, "machine": "old", "reliability": 0.8},
+        key | {"recipe": "overtone", "seconds": 3.0, "machine": "old"},
+        key | {"recipe": "ft_m", "seconds": 0.5, "machine": "new", "reliability": 0.9},
+        key | {"recipe": "kedit_fast", "seconds": 1.0, "machine": "new"},
+        key | {"recipe": "null_space", "seconds": 1.0, "machine": "third"},
+    ]
+    rows = report.grouped(results)["world", "batch"]
+    assert [(name, [row["times"] for row in each]) for name, each in rows.items()] == [
+        ("ft_m", [1.0]), ("overtone", [1.5]), ("null_space", [None]), ("kedit_fast", [2.0]),
+    ]  # fmt: skip
+    assert rows["ft_m"][0]["reliability"] == 0.9
 
 
 def test_expected_scores_are_written_read_and_checked(

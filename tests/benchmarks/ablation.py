@@ -1,0 +1,170 @@
+"""Edit SmolLM2 with variations of kedit_fast, to see what each part does: layers, null space, steps, penalty, texts.
+
+    python tests/benchmarks/ablation.py                        # what ablation.jsonl does not hold, into docs/results.md
+    python tests/benchmarks/ablation.py --only "null space, 9 layers"
+    python tests/benchmarks/ablation.py report                 # write the table only
+
+All variants edit the 50 facts of draw 100, on which settings are chosen and no recipe is reported. A variant takes
+three to seven minutes of one core, and kedit_default 20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from compare import measure
+from compare_report import PAGE, replaced
+from paired import processor
+from settings import HELD_OUT, smollm2
+
+from kedit_train import callbacks
+from kedit_train.callbacks import EditCallback
+
+RESULTS = Path(__file__).with_name("ablation.jsonl")
+MARKS = "<!-- ablation: written by ablation.py -->", "<!-- ablation: end -->"
+EDITS, TEXTS = 50, 3300
+COLUMNS = (
+    ("reliability", 2), ("PS", 2), ("others", 2), ("NS", 2), ("KL", 4), ("training", 0),
+)  # fmt: skip
+HEADINGS = ("variant", "reliability", "PS", "others kept", "NS", "KL on prose", "training, s")
+
+
+def variant(layers: Any, *others: tuple[str, Mapping[str, Any]], rate: float = 1e-3, stop: float = 0.01,
+            epochs: int = 80, texts: int = TEXTS, prefixes: int = 0) -> dict[str, Any]:  # fmt: skip
+    """Return a recipe: cross-entropy on the down-projections of some layers, with further callbacks."""
+    chosen = [
+        ("ParameterScope", {"layers": layers, "modules": "mlp.down_proj.weight"}),
+        ("TokenLoss", {"objective": "cross_entropy", "reduction": "sample"}),
+        *others,
+        ("PrefixCache", {}),
+        ("StopWhenEdited", {"loss": stop}),
+    ]
+    data = {"path": "world", "batch_size": 12}
+    trainer = {
+        "max_epochs": epochs,
+        "logger": False,
+        "callbacks": [{"class_path": f"kedit_train.callbacks.{name}", "init_args": dict(a)} for name, a in chosen],
+    }
+    return {
+        "texts": texts,
+        "recipe": {
+            "seed_everything": 0,
+            "model": {"name": "world", "learning_rate": rate},
+            "data": data | ({"augmentation": {"prefixes": prefixes}} if prefixes else {}),
+            "trainer": trainer,
+        },
+    }
+
+
+def null_space(energy: float = 0.9) -> tuple[str, dict[str, Any]]:
+    return "NullSpace", {"texts": "world", "energy": energy, "batch_size": 64}
+
+
+def kl(**settings: Any) -> tuple[str, dict[str, Any]]:
+    return "KLLocality", {"texts": "world", "weight": 20.0, "batch_size": 16, **settings}
+
+
+def second_order(**settings: Any) -> tuple[str, dict[str, Any]]:
+    return "SecondOrderLocality", {"texts": "world", "step_size": 0.1, "damping": 0.1, "batch_size": 16, **settings}
+
+
+def polyak(step_size: float) -> tuple[str, dict[str, Any]]:
+    return "PolyakStep", {"step_size": step_size}
+
+
+# The learning rate of Adam is lower for more layers, because more weights move.
+VARIANTS: dict[str, Any] = {
+    "plain fine-tuning, 1 layer (ft_m)": "ft_m",
+    "null space, 1 layer": variant(0.66, null_space(), rate=1e-2),
+    "null space, 3 layers (0.63-0.73)": variant("0.63-0.73", null_space(), rate=3e-3),
+    "null space, 5 layers (0.6-0.75)": variant("0.6-0.75", null_space(), rate=2e-3),
+    "null space, 9 layers (0.5-0.8)": variant("0.5-0.8", null_space()),
+    "null space, 15 layers (0.4-0.9)": variant("0.4-0.9", null_space(), rate=6e-4),
+    "null space, 21 layers (0.3-1.0)": variant("0.3-1.0", null_space(), rate=3e-4),
+    "9 layers, energy 0.95": variant("0.5-0.8", null_space(0.95), rate=1.5e-3),
+    "9 layers, stop at 0.001": variant("0.5-0.8", null_space(), stop=0.001),
+    "9 layers, 1 prefix per edit, stop at 0.02": variant("0.5-0.8", null_space(), stop=0.02, prefixes=1),
+    "9 layers, PolyakStep 0.05": variant("0.5-0.8", null_space(), polyak(0.05)),
+    "9 layers, PolyakStep 0.1": variant("0.5-0.8", null_space(), polyak(0.1)),
+    "null space, 1 layer, KL penalty": variant(0.66, null_space(), kl(), rate=1e-2, epochs=40),
+    "second-order steps (inputs), 3 layers": variant("0.63-0.73", second_order(factors="inputs", damping=0.01)),
+    "second-order steps (K-FAC), 1 layer, stop at 0.001": variant(0.66, second_order(), stop=0.001),
+    "the same with null space": variant(0.66, second_order(), null_space(), stop=0.001),
+    "second-order steps and KL penalty (kedit_default)": "kedit_default",
+}
+
+
+def run(name: str) -> dict[str, Any]:
+    """Train and evaluate one variant."""
+    chosen = VARIANTS[name]
+    statistics = 0.0
+
+    def timed(attach: Any) -> Any:
+        @wraps(attach)
+        def measured(self: EditCallback, run: Any) -> None:
+            nonlocal statistics
+            began = time.process_time()
+            attach(self, run)
+            statistics += time.process_time() - began
+
+        return measured
+
+    kinds = [getattr(callbacks, one) for one in ("NullSpace", "KLLocality", "SecondOrderLocality")]
+    before = {kind: kind.attach for kind in kinds}
+    for kind in kinds:
+        kind.attach = timed(kind.attach)
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "variant.yaml"
+            if not isinstance(chosen, str):
+                path.write_text(yaml.safe_dump(chosen["recipe"]))
+            recipe, texts = (chosen, TEXTS) if isinstance(chosen, str) else (str(path), chosen["texts"])
+            given = ["--model.learning_rate=2e-3"] if recipe == "ft_m" else []
+            found = measure(smollm2(HELD_OUT), recipe, "batch", HELD_OUT, EDITS, given, texts)
+    finally:
+        for kind, attach in before.items():
+            kind.attach = attach
+    scores = {score: found[score] for score in ("reliability", "generality", "PS", "others", "neighbors", "NS", "KL")}
+    return {"variant": name, **scores, "training": found["seconds"] * EDITS - statistics, "statistics": statistics}
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table in Markdown, in the order of the variants."""
+    by_name = {row["variant"]: row for row in rows}
+    lines = ["", f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    for name in VARIANTS:
+        if name in by_name:
+            cells = (f"{by_name[name][score]:.{digits}f}" for score, digits in COLUMNS)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
+    parser.add_argument("--only", action="append", help="the name of a variant")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    known = {row["variant"] for row in rows}
+    for name in (options.only or VARIANTS) if options.what == "run" else ():
+        if name not in known:
+            row = run(name) | {"machine": f"{processor()}, torch {torch.__version__}"}
+            rows.append(row)
+            with RESULTS.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print("\n".join(table([row])[-2:-1]), flush=True)
+    PAGE.write_text(replaced(PAGE.read_text(), MARKS, table(rows)))
+
+
+if __name__ == "__main__":
+    main()
