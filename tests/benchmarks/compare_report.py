@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 from collections import defaultdict
@@ -10,9 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from methods import ALONE, LEARNING_RATES, ON_SMOLLM2, OTHERWISE, RECIPES, judged
-from paired import processor
 
 from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
@@ -206,8 +203,8 @@ def write(results: list[dict[str, Any]]) -> None:
     groups = grouped(results)
     if not groups:
         raise SystemExit("compare: the results file contains no finished run; run the comparison first")
-    machine = f"{processor()}, {os.cpu_count()} cores, one thread per run, torch {torch.__version__}"
-    written = f"Written on {date.today()} from compare.jsonl ({machine})."
+    machines = " and ".join(sorted({row["machine"] for row in results if row.get("machine")}))
+    written = f"Written on {date.today()} from compare.jsonl. Machines: {machines}; one thread per run."
     plot = "![Kept answers over generality, one marker per recipe](../recipes/figures/compare.png)"
     hollow = "Hollow markers show runs with a reliability below 0.95."
     text = replaced(
