@@ -137,15 +137,15 @@ def run(name: str) -> dict[str, Any]:
     return {"variant": name, **scores, "training": found["seconds"] * EDITS - statistics, "statistics": statistics}
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> str:
     """Return the table in Markdown, in the order of the variants."""
     by_name = {row["variant"]: row for row in rows}
-    lines = ["", f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * len(COLUMNS)]
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * len(COLUMNS)]
     for name in VARIANTS:
         if name in by_name:
             cells = (f"{by_name[name][score]:.{digits}f}" for score, digits in COLUMNS)
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -162,8 +162,8 @@ def main() -> None:
             rows.append(row)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print("\n".join(table([row])[-2:-1]), flush=True)
-    PAGE.write_text(replaced(PAGE.read_text(), MARKS, table(rows)))
+            print(table([row]).splitlines()[-1], flush=True)
+    PAGE.write_text(replaced(PAGE.read_text(), MARKS, [table(rows)]))
 
 
 if __name__ == "__main__":
