@@ -4,7 +4,7 @@ from kedit_train.cli.console import ending_interrupts
 
 
 def main() -> None:
-    """Run the command. ^C prints one line and no traceback, even during the slow import in the ``with`` block."""
+    """Run the command line. If the user presses ^C, even during the slow import, print one line and no traceback."""
     with ending_interrupts():
         from kedit_train.cli.main import main as run
 

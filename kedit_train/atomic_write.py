@@ -98,7 +98,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return the path of a hidden folder in the folder of ``path``: ``.NAME.HOST-HASH.PROCESS.NUMBER.unfinished``."""
+    """Return the path of a new hidden folder next to ``path``, in which the unfinished file is written.
+
+    The name is ``.NAME.HOST-HASH.PROCESS.NUMBER.unfinished``, where NAME is the last part of ``path``. For the other
+    parts, see :func:`kedit_train.owners.claim`. The folder is not created.
+    """
     return claim(path.parent, f".{path.name}", ".unfinished")
 
 

@@ -65,7 +65,9 @@ class Edit:
 
 
 def scored_prompts(edit: Edit) -> list[str]:
-    """Return the prompts that are scored in addition to ``edit.prompt``: the rephrases and the prompts of the probes.
+    """Return all prompts of an edit that an evaluation scores, except ``edit.prompt``.
+
+    These are the rephrases, and the prompts of the locality and portability questions.
 
     Example:
         >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))

@@ -24,7 +24,7 @@ def load_gguf(path: str | Path, *, dtype: str | torch.dtype = "float32") -> tupl
     new model without this mark.
 
     Args:
-        path: the GGUF file. This function does not load its tokenizer. To load it, call
+        path: the GGUF file. Only the model is loaded. To load the tokenizer from the same file, call
             ``AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)``.
         dtype: the dtype of the weights. "auto" is float32, because a GGUF file stores several dtypes.
 

@@ -11,7 +11,7 @@ from kedit_train.errors import EditError
 
 
 def is_path(value: Any) -> bool:
-    """Return whether the value can be the path of a file: a non-empty text or a path, without NUL characters."""
+    """Return whether the value can be the path of a file: a non-empty ``str`` or ``Path`` without NUL characters."""
     return isinstance(value, str | os.PathLike) and os.fspath(value) != "" and "\0" not in os.fsdecode(value)
 
 

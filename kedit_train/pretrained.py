@@ -85,8 +85,9 @@ def is_causal(model: Any) -> bool:
     change = (logits[0] - logits[1]).norm(dim=-1)
     if bool(change.isnan().any()):
         raise EditError(
-            f"the logits of {type(model).__name__} are NaN; load the model in float32. If the logits are NaN in "
-            "float32 too, use another checkpoint, because the weights of this checkpoint are invalid."
+            f"the logits of {type(model).__name__} are NaN, for example because of an overflow in half precision; load "
+            "the model in float32. If the logits are NaN in float32 too, use another checkpoint, because the weights "
+            "of this checkpoint are invalid."
         )
     return bool(change[:-1].max() <= torch.finfo(model.dtype).eps ** 0.5 * change[-1])
 

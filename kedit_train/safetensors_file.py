@@ -144,11 +144,12 @@ def load_tensors(
         memory_limit: with ``memory_map=False``, the maximum size in bytes of a file that is copied into memory. A
             larger file is copied to disk, and the copy, which nobody else can change, is memory-mapped. None sets no
             limit.
-        allow_unsigned: True also reads safetensors files without metadata of this kind. The checksum of such a file is
-            not verified, because the file has none.
+        allow_unsigned: True also reads safetensors files that :func:`save_tensors` and :func:`fill_tensors` did not
+            write, and files of another kind. The checksum of such a file is not verified.
 
     Raises:
-        EditError: the file does not exist, is of another kind, is damaged, or was changed after it was written.
+        EditError: the file does not exist, is damaged, was changed after it was written, or is of another kind (unless
+            ``allow_unsigned`` is True).
     """
     path = Path(path)
     spans, stored = read_header(path)
@@ -210,7 +211,10 @@ def _to_json(metadata: Any) -> str:
 
 
 def _allocate(path: Path, size: int) -> None:
-    """Create a file with all its disk space. Writing to a mapped byte without disk space would kill the process."""
+    """Create a file of ``size`` bytes, and allocate disk space for all bytes.
+
+    If the disk became full while the file is memory-mapped, writing to the map would kill the process.
+    """
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):
             try:

@@ -95,7 +95,8 @@ class EditSFTConfig(SFTConfig):
             described in :class:`~kedit_train.modules.EditDataModule`.
 
     Raises:
-        EditError: the value of a field is not a mapping, or contains an argument that the callback does not have.
+        EditError: the value of a callback field is neither a mapping nor true, or contains an argument that the
+            callback does not have.
 
     Example:
         >>> from kedit_train import EditSFTConfig
@@ -289,9 +290,12 @@ class EditSFTTrainer(SFTTrainer):
     def _decide_end(self, edits: EditDataset) -> EndDecision:
         """Decide whether targets end with end-of-text, and tokenize the training data again if necessary.
 
-        TRL's own tokens cannot be used in two cases. In the first case, targets should not end with end-of-text, but
-        TRL always appends it. In the second case (``thinking=True``), each prompt must end with an empty thinking
-        block. TRL would train on this block, so the examples that TRL has tokenized do not contain it.
+        The tokens that TRL computed cannot be used in two cases:
+
+        - Targets should not end with end-of-text. TRL always appends end-of-text.
+        - The prompt format is a ``ChatFormat`` with ``thinking=True``. An empty block of thoughts must then stand
+          between each prompt and its target, without counting in the loss. If TRL tokenized such a block, TRL would
+          count it in the loss, so the examples were given to TRL without the block.
         """
         args: Any = self.args
         tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)
@@ -302,8 +306,8 @@ class EditSFTTrainer(SFTTrainer):
             return decision
         if args.packing:
             raise EditError(
-                "packing must be False for targets without end-of-text and for formats with thinking=True; set "
-                "packing=False."
+                "packing must be False if the targets do not end with end-of-text, or if prompt_format has "
+                "thinking=True; set packing=False."
             )
         self.train_dataset = edits.to_tokens(
             tokenizer, append_eos=decision.append, prompt_format=prompt_format, max_length=args.max_length

@@ -85,7 +85,7 @@ class Augmentation:
         seed: seed of the random draws.
         leak_check: finds pseudo-paraphrases that contain a scored prompt of an edit of the run: a rephrase, or the
             prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
-        summary: one line with the numbers of examples that were made and left out.
+        summary: one line that says how many examples were made and how many were left out.
     """
 
     prefixes: tuple[str, ...]
@@ -213,8 +213,8 @@ def _prefixes(
     if len(texts) < per_edit:
         raise EditError(
             f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used, "
-            "because the others contain a subject, a prompt or a scored prompt of an edit, or the evaluation uses them "
-            "as prefixes; set prefixes to a smaller number."
+            "because the others contain a subject or a prompt of an edit, contain a rephrase or a probe of an edit, or "
+            "are prefixes of the evaluation; set prefixes to a smaller number."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

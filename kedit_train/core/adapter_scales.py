@@ -35,7 +35,8 @@ def check_adapter_scales(model: nn.Module, saved: Mapping[str, float]) -> None:
         saved: the result of :func:`adapter_scales` from the checkpoint.
 
     Raises:
-        EditError: a scale differs. The saved adapter weights would then change the model by another amount.
+        EditError: a scale differs. With another scale, the saved adapter weights would have a stronger or weaker effect
+            than in the interrupted run.
     """
     current = adapter_scales(model)
     for name, value in saved.items():

@@ -45,7 +45,11 @@ def checksums(tensors: Iterable[Tensor]) -> list[int]:
 
 
 def _summary(values: Tensor) -> list[Tensor]:
-    """Return the 8-byte words of a tensor as int64 vectors. If there are many words, return sums over rows and columns.
+    """Return a summary of the bytes of a tensor: int64 vectors from which the checksum is computed.
+
+    The bytes are read as 8-byte words. If there are only a few words, the summary consists of the words themselves.
+    Otherwise, the words are arranged as a matrix, and the summary consists of the sums over its rows and columns.
+    Words that do not fill a row, and bytes that do not fill a word, are added to the summary as they are.
 
     A single sum of all words would miss some changes: two swapped words, or flipped signs in the upper halves of two
     words. The sums over rows and columns detect these changes, because the two words are in different rows or in
@@ -73,9 +77,15 @@ def _column_sums(rows: Tensor) -> Tensor:
 
 
 def _combine(summaries: list[list[Tensor]]) -> Tensor:
-    """Return one checksum per summary, as an int64 tensor [summaries].
+    """Compute one checksum per tensor, from the summaries that :func:`_summary` returned for the tensors.
 
     Each 64-bit word of a summary is split into two 32-bit halves. The checksum is a weighted sum of these halves.
+
+    Args:
+        summaries: one list of int64 vectors per tensor.
+
+    Returns:
+        The checksums, int64 [tensors].
     """
     # All tensors are combined at once, because one operation per tensor would be slow for many small tensors.
     halves = torch.cat([vector for summary in summaries for vector in summary]).view(torch.int32)

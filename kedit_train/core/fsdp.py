@@ -22,8 +22,8 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Shard ``value`` in the same way as ``parameter``.
 
-    If ``parameter`` is not sharded, or ``value`` is already sharded, ``value`` is returned unchanged. Every process
-    must pass the complete value, because the processes exchange no data.
+    If ``parameter`` is not sharded, or ``value`` is already sharded, ``value`` is returned unchanged. Otherwise, every
+    process must pass the complete value, because the processes exchange no data.
     """
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
@@ -63,10 +63,11 @@ def check_head(head: nn.Module) -> None:
 
 
 def check_gradients(scope: Iterable[nn.Parameter]) -> None:
-    """Raise an error if the scope is sharded and no parameter has a gradient, so that a step would change nothing.
+    """Raise an error if the scope is sharded and none of its parameters has a gradient.
 
-    FSDP2 transfers gradients to the sharded parameters only if the loss is computed from outputs of sharded modules.
-    Otherwise the gradients stay on the gathered copies of the parameters, and no optimizer updates these copies.
+    Without gradients, an optimizer step would change nothing. FSDP2 transfers gradients to the sharded parameters only
+    if the loss is computed from outputs of sharded modules. Otherwise the gradients stay on the gathered copies of the
+    parameters, and no optimizer updates these copies.
     """
     scope = list(scope)
     if any(isinstance(p, DTensor) for p in scope) and all(p.grad is None for p in scope):

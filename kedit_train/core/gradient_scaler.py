@@ -17,7 +17,8 @@ def gradient_scale(optimizer: Optimizer, scaler: Any = None) -> Tensor | float:
 
     Args:
         optimizer: the optimizer.
-        scaler: the scaler, if ``scaler.step(optimizer)`` has not been called yet. Inside this call, it is not needed.
+        scaler: the gradient scaler of the training loop, if there is one. This argument is not needed while
+            ``scaler.step(optimizer)`` is running, because torch then stores the factor in ``optimizer.grad_scale``.
     """
     scale = getattr(optimizer, "grad_scale", None)
     if scale is None and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):

@@ -71,7 +71,7 @@ class Host:
         return 1
 
     def is_editing(self, run: Any) -> bool:
-        """Return whether the loop still uses the open run ``run``. If True, another loop must not close the run."""
+        """Return whether the loop still uses ``run``. If True, another loop must not close the run."""
         # If training has not started, the user may have abandoned the trainer after setting it up.
         return run.has_started
 
@@ -116,7 +116,7 @@ class Host:
         return False
 
     def disable_clipping(self) -> float | None:
-        """Turn gradient clipping off, if the loop clips before ``before_optimizer_step``.
+        """Turn gradient clipping off, if the loop clips before it calls ``run.steps.before_optimizer_step``.
 
         Returns:
             The maximum gradient norm that the loop has used for clipping, or None if nothing was turned off.

@@ -104,8 +104,9 @@ class Integrity:
             if name in before and before[name][0] == parameter.dtype and before[name][1] != value:
                 raise EditError(
                     f"{name} is not in scope, but its values have changed between the start of the edit and the first "
-                    "step; load or change weights before the edit starts. To resume from a checkpoint, you may "
-                    "load its weights later if you also load the state of the edit (edit.load_state_dict())."
+                    "step; load or change weights before the edit starts. If you resume from a checkpoint, you may "
+                    "load the weights of the checkpoint after the edit has started, but only together with the state "
+                    "of the edit (edit.load_state_dict())."
                 )
 
     def _check_still_frozen(self, in_scope: set[int]) -> None:
@@ -121,7 +122,7 @@ class Integrity:
                 )
 
     def _check_trainable(self) -> None:
-        """Raise an error if other code has frozen the whole scope, or has frozen a part of it since the start."""
+        """Raise an error if the whole scope is frozen, or if a parameter in scope was frozen after the first check."""
         scope = self.run.scope
         frozen = next((name for name in scope if name in self._trainable and not scope[name].requires_grad), None)
         if frozen is not None and any(p.requires_grad for p in scope.values()):
@@ -189,15 +190,15 @@ class Integrity:
         return {name: value for (name, parameter), value in pairs if has_checksum(parameter)}
 
     def before_step(self) -> bool:
-        """Check the weights when the training loop announces an optimizer step.
+        """Check the weights before an optimizer step, when the training loop calls ``run.steps.penalty()``.
 
         Returns:
-            True if other code has written to the scope since the last optimizer step.
+            True if other code has changed a parameter in scope since the last optimizer step.
 
         Raises:
             EditError: a frozen parameter has a gradient, or a parameter in scope was frozen, replaced or converted to
-                another dtype. The error is also raised if the scope has changed although no optimizer step was detected
-                since the last call, and a callback enforces constraints or depends on detected optimizer steps.
+                another dtype. An error is raised instead of returning True if no optimizer step was detected since the
+                last call and a callback has ``constrains`` or ``follows_steps`` set to True.
         """
         if not self._started:
             self.start()
@@ -280,7 +281,7 @@ class Integrity:
             raise EditError(self._added(added))
 
     def end(self) -> None:
-        """Record the weights at the end of the run, for :func:`~kedit_train.core.after_end.check_after_end`."""
+        """Record checksums at the end of the run, for :func:`~kedit_train.core.after_end.check_after_end`."""
         self.ended = self._started
         self.record_scope()
 
@@ -296,7 +297,7 @@ class Integrity:
         return [name for name, new, old in sums if new != old]
 
     def record_scope(self) -> None:
-        """Record the scope after the run itself has changed it."""
+        """Record new checksums of the parameters in scope. Call this after the run itself has changed them."""
         self._scope_sums = self._scope_now()
 
     def _scope_now(self) -> list[int]:
@@ -318,7 +319,7 @@ class Integrity:
             )
 
     def _in_turn(self) -> list[int]:
-        """Return the positions of the frozen parameters to compare at this step, at least one."""
+        """Return the positions of the frozen parameters to check at this step. The next step checks the next ones."""
         budget = ENTRIES_PER_STEP + sum(local_part(p).numel() for p in self.run.scope.values())
         positions: list[int] = []
         while budget > 0 and len(positions) < len(self._frozen):

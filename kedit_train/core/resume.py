@@ -130,8 +130,8 @@ def _check_weights(run: RunState, state: Mapping[str, Any]) -> None:
     """Raise an error if the model does not have the weights that it had when the state was written."""
     if has_other_weights(run, state):
         raise EditError(
-            "the model must have the weights of the checkpoint, but its weights in scope are different; resume from a "
-            "checkpoint whose weights and kedit_state.safetensors are from the same step."
+            "the model must have the weights of the checkpoint, but the model's weights in scope are different; resume "
+            "from a checkpoint whose weights and kedit_state.safetensors are from the same step."
         )
     saved = state.get("checksums", {}).get("frozen", {})
     parameters = {n: p for n, p in run.root.named_parameters() if n in saved and has_checksum(p)}

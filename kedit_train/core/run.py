@@ -68,8 +68,8 @@ class EditRun(RunState):
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        If another training loop has left a run on the same model and does not use it (:meth:`Host.is_editing`), that
-        run is closed.
+        If the model has a run of another training loop, and that loop does not use its run (:meth:`Host.is_editing` is
+        False), the run is closed.
 
         Args:
             root: the module that the training loop trains.
@@ -114,7 +114,7 @@ class EditRun(RunState):
         return run
 
     def is_driver(self, callback: Any) -> bool:
-        """Return whether this callback is the first one in the list.
+        """Return whether this callback is the first callback of the run.
 
         Only the first callback reports the events of the training loop to the run.
         """
@@ -296,7 +296,7 @@ class EditRun(RunState):
         if isinstance(head.module, FSDPModule):
             raise EditError(
                 "the output head is in scope and fully_shard was applied to it, so its weights from before the edit "
-                "cannot be used; remove the head from the scope, or apply fully_shard only to the whole model."
+                "cannot be used; remove the head from the scope, or apply fully_shard to the model but not to its head."
             )
         if not self.reference:
             with self.reference_model():

@@ -33,7 +33,7 @@ class OptimizerSteps:
     Attributes:
         learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The
             value is None if the optimizer has no learning rate.
-        gradient_scale: the factor by which the gradients of the current step are multiplied, usually 1.0.
+        gradient_scale: the loss scale by which the gradients of the current step are multiplied, usually 1.0.
     """
 
     def __init__(self, run: RunState, release: Callable[[], None]) -> None:
@@ -222,7 +222,7 @@ class OptimizerSteps:
         warn(
             f"other code has changed {names[0]} (and {len(names) - 1} other parameters) outside of the optimizer "
             "steps, so the weights also contain changes that are not from this edit; update the weights only in step() "
-            "of a torch.optim.Optimizer, or ignore this warning if the code averages weights."
+            "of a torch.optim.Optimizer, or ignore this warning if the other code averages weights."
         )
 
     def _check_announced(self, optimizer: Any) -> None:

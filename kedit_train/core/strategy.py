@@ -66,7 +66,7 @@ def follow_dtype(run: RunState) -> None:
 
 
 def _flattened_by(parameter: Any) -> str | None:
-    """Return a reason if DeepSpeed ZeRO or FSDP1 updates a flattened copy of the parameter instead of the parameter."""
+    """Return an error reason if DeepSpeed ZeRO or FSDP1 updates a flattened copy of the parameter, else None."""
     if uses_deepspeed(parameter):
         return "DeepSpeed updates flattened copies of the weights"
     # FSDP1 sets this attribute on each flattened parameter, even if its wrapper is outside of the run's module.

@@ -76,7 +76,7 @@ def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> Promp
 
 
 def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequence[int]]) -> None:
-    """Warn if the training examples are chats and none of the locality texts is a chat.
+    """Warn if the training examples are chats, but none of the ``texts`` of a locality callback is a chat.
 
     Args:
         run: the run.

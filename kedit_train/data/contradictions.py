@@ -113,8 +113,9 @@ def check_contradictions(edits: Sequence[Edit], name: str) -> None:
     assert prompt is not None
     raise EditError(
         f"{name}, edits {names}: the prompt {shorten(prompt)!r} must have only one target in a run, "
-        f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add its "
-        "target to the aliases of the other, or call latest() on the dataset to keep the last edit of each prompt"
+        f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add the "
+        "target of one edit to the aliases of the other, or call latest() on the dataset to keep the last "
+        "edit of each prompt"
     )
 
 

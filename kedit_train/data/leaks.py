@@ -91,7 +91,10 @@ class LeakCheck:
         return self._prompts.any_in(text) or self._subjects.any_in(text)
 
     def is_leak(self, example: Edit) -> bool:
-        """Return whether the prompt of a training example mentions an edit, or the example contains a scored prompt."""
+        """Return whether the prompt of a training example mentions an edit, or the example contains a scored prompt.
+
+        :meth:`mentions_edit` defines "mentions". A scored prompt is a rephrase of an edit or the prompt of a probe.
+        """
         text = f"{example.prompt}{separator(example.prompt, example.target)}{example.target}"
         return self.mentions_edit(example.prompt) or self.contains_scored_prompt(text)
 

@@ -203,8 +203,8 @@ def encode_pair(
         ids = [*ids, end]
     if max_length is not None and len(ids) > max_length:
         raise EditError(
-            f"{where}the prompt {shown!r} and its target must have at most {max_length} tokens, got {len(ids)}; "
-            "shorten the edit or leave it out"
+            f"{where}the prompt {shown!r} and its target must have at most {max_length} tokens together, got "
+            f"{len(ids)}; shorten the edit or leave it out"
         )
     return Encoded(ids, len(head))
 

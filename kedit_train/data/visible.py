@@ -27,7 +27,7 @@ def is_visible(text: str) -> bool:
 def normalize(text: str) -> str:
     """Return the text in Unicode's form NFKC, without invisible characters, and with single spaces between words.
 
-    Two texts with the same result look the same, or differ only in the width or the style of their characters.
+    Two texts with the same result look the same, or differ only in white space and in the width or style of characters.
 
     Example:
         >>> normalize("\\uff21da\\u200b  lives\\tin Zu\\u0308rich") == "Ada lives in Z\\u00fcrich"

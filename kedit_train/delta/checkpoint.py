@@ -58,7 +58,10 @@ def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to:
 def _jobs(
     changes: Mapping[str, Change], shards: Mapping[Path, dict[str, Span]], to: str
 ) -> dict[Path, dict[str, tuple[Span, Change]]]:
-    """Return the changes to write into each shard. A tied tensor may be stored under several names."""
+    """Return the changes to write into each shard.
+
+    If the checkpoint stores a tied tensor under several names, the change is written under each of these names.
+    """
     places = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
     stored = {name: [alias for alias in (name, *change.tied) if alias in places] for name, change in changes.items()}
     missing = next((name for name, aliases in stored.items() if not aliases), None)

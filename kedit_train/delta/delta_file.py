@@ -53,8 +53,8 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
         raise
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         raise EditError(
-            f"the metadata of the delta is not valid ({type(error).__name__}: {error}); use plain JSON values with the "
-            "keys of EditDelta.meta."
+            f"the metadata of the delta is not valid ({type(error).__name__}: {error}); use only JSON values, "
+            "and the keys that the docstring of EditDelta lists."
         ) from error
     return save_tensors(path, tensors, {**meta, "format": FORMAT, "tensors": described}, kind=KIND)
 

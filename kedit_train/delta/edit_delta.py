@@ -27,7 +27,7 @@ class EditDelta:
     """The tensors that an edit changed, with their values before and after.
 
     :meth:`apply` turns the base model into the edited model, and :meth:`revert` turns the edited model back into the
-    base model, bit for bit. Before they write any value, they check the SHA-256 of all tensors that will change.
+    base model, bit for bit. Before writing any value, both methods check the SHA-256 of all tensors that will change.
     The operators ``a + b``, ``-a`` and ``0.5 * a`` return a :class:`~kedit_train.delta.TaskVector` in fp32. Its method
     ``delta()`` converts the result to an ``EditDelta``.
 

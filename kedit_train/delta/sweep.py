@@ -56,8 +56,8 @@ def sweep(
     The rule has two steps. First, keep the coefficients with a locality of at least ``keep_locality`` times the
     locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients have the
     same reliability, pick the coefficient nearest to 0. If none of the kept coefficients is more reliable than the base
-    model, pick nothing and raise an error. The paper (see References) uses this rule for negated task vectors: the
-    model must keep 95 % of its accuracy on other tasks.
+    model, pick nothing and raise an error. The paper (see References) uses this rule to make a model forget a task:
+    the model must keep 95 % of its accuracy on a control task.
 
     The coefficient is picked on the questions that ``score`` uses. Report final results on other questions.
 

@@ -42,7 +42,7 @@ class TaskVector(Generic[D]):
     ``0.5 * a``) and :func:`~kedit_train.delta.merge` return a task vector. To apply a task vector, convert it with
     :meth:`delta`. This method computes ``base + difference``, rounds the sum once to the dtype of the base model, and
     records the bits before and after the edit. The resulting delta therefore applies and reverts exactly. The
-    conversion needs no model, because the deltas contain the values of the base model.
+    conversion needs no model, because a task vector contains the base values of the weights that its deltas changed.
 
     ``1.0 * a`` is equal to ``a`` only up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ
     from the last bit of ``edited``.
@@ -81,7 +81,7 @@ class TaskVector(Generic[D]):
 
     @torch.no_grad()
     def delta(self, *, configuration: Any = None) -> D:
-        """Convert to a delta: round once to the dtype of the base, and record the bits before and after the edit.
+        """Convert to a delta: round the edited weights to the dtype of the base, and record the bits before and after.
 
         Args:
             configuration: a description of how the vector was made, for the metadata. JSON values only.
@@ -137,9 +137,9 @@ class TaskVector(Generic[D]):
         return math.sqrt(sum(float(value.double().square().sum()) for value in self.differences.values()))
 
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
-        """Return a task vector that consists of ``differences``.
+        """Return a task vector with the given weight differences.
 
-        The new task vector contains the base values of this vector and of ``others``.
+        The new task vector knows all values of the base model that this vector or one of ``others`` knows.
         """
         base = dict(self.base)
         for other in others:
@@ -169,7 +169,9 @@ class TaskVector(Generic[D]):
 
     def __mul__(self, factor: float) -> TaskVector[D]:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not math.isfinite(factor):
-            raise EditError(f"the factor of a delta must be a finite number, got {factor!r}; for example 0.5 * delta.")
+            raise EditError(
+                f"the factor of a delta must be a finite number, got {factor!r}; write, for example, 0.5 * delta."
+            )
         return self.with_differences({name: value * factor for name, value in self.differences.items()})
 
     __rmul__ = __mul__

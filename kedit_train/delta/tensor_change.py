@@ -167,7 +167,7 @@ class Change:
                 )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:
-        """Return a whole tensor of zeros. It may not fit into memory, even if the file stores only a few entries."""
+        """Return zeros with the shape of the whole tensor. Raise an error if they do not fit into memory."""
         try:
             return torch.zeros(self.shape, dtype=dtype)
         except RuntimeError as error:

@@ -169,7 +169,7 @@ def _merged(base: nn.Module, named: dict[str, Tensor], readers: Any, made_of: An
 
 
 def _merge(layer: Any, name: str) -> Tensor:
-    """Return a parameter of an adapted layer with the active adapters merged. PEFT merges a copy of the layer."""
+    """Return a parameter with the active adapters of its layer merged. The layer itself stays unchanged."""
     plain = layer.get_base_layer().get_parameter(name)
     merged = copy.deepcopy(layer)
     merged.merge()

@@ -26,8 +26,8 @@ class Checkpoint:
     Args:
         edits: number of edits so far.
         report: the report on all edits so far, with the unedited model's scores.
-        latest: reliability on the newest edits only. The newest edits are those that the last call of ``train``
-            trained for the first time.
+        latest: reliability on the newest edits only. The newest edits are the edits that were trained for
+            the first time in the last training run.
         capability: general ability of the model. None if not measured.
         seconds: training time so far, in seconds.
     """

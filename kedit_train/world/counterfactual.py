@@ -77,7 +77,7 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
     Args:
         exclude: the edits. With an empty list, all facts may be stated, so the texts may contain evaluation prompts.
         n: number of texts to draw. None draws as many texts as possible. Drawn texts that contain an evaluation prompt
-            inside a longer sentence are left out, so the result may be a little shorter.
+            inside a longer sentence are left out, so the result may have a few texts fewer than ``n``.
         seed: seed of the random choice.
 
     Raises:
@@ -119,7 +119,7 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Return the texts that stay true after the edits.
+    """Leave out the texts about facts that the edits change or ask about, and return the other texts.
 
     A text is left out if it states a fact that an edit changes, a fact that follows from a changed fact, or a fact that
     a probe or rephrase asks about.
@@ -184,7 +184,8 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
     """Choose ``n`` facts about different subjects, and a new object for each fact.
 
     The function cycles through the relations and takes one fact of each relation at a time. The order of the relations
-    is new in each cycle. A relation is left out when no more subjects of its type may be edited.
+    is new in each cycle. A relation is left out when its type of subject (person, company or city) has no more subjects
+    that may be edited.
     """
     waiting = {kind: shuffled(rng, known.pools[kind]) for kind in MOST_EDITED}
     spare = {kind: len(names) - int(len(names) * MOST_EDITED[kind]) for kind, names in waiting.items()}
@@ -204,7 +205,11 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 
 
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
-    """Choose another object of the same type. Its second-hop facts must be unedited and differ from the old ones."""
+    """Choose a new object for a fact, of the same type as the old object.
+
+    If the fact is the first hop of two-hop facts, the second-hop facts about the new object must be unedited, and their
+    answers must differ from those for the old object.
+    """
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):
         if candidate != fact.object and all(
@@ -266,7 +271,7 @@ def _edit(rng: Random, known: World, fact: Fact, target: str, name: str, subject
 
 @cache
 def _prompts() -> dict[str, Key]:
-    """Return prompt -> key of the fact that the prompt asks about, for every fact and wording."""
+    """Return a dict from each prompt to the key of the fact that it asks about, for all facts and wordings."""
     known = world()
     return {
         wording.format(s=fact.subject): fact.key
@@ -295,14 +300,16 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
 def _statements_with_prompts(
     left: Sequence[Fact], exclude: Sequence[Edit], wordings: Mapping[str, Collection[str]]
 ) -> set[str]:
-    """Return those statements of the facts ``left`` that contain an evaluation prompt. Letter case is ignored.
+    """Return all statements of the facts in ``left`` that contain a prompt of the edits. Letter case is ignored.
 
-    An example is "The river of the birthplace of Ada is ...", which contains the prompt "The birthplace of Ada is".
+    For example, the statement "The river of the birthplace of Ada is ..." contains "The birthplace of Ada is". The
+    prompts of an edit are the prompt that is trained, and all prompts that are used to evaluate the edit.
 
     Args:
         left: the facts that stay true after the edits.
         exclude: the edits.
-        wordings: relation -> wordings to check in addition to the wordings in the training documents.
+        wordings: dict from relation to wordings. The statements in these wordings are checked too, in addition to the
+            statements in the training documents.
     """
     # A statement contains a prompt only if both are about the same subject.
     prompts: dict[str, list[str]] = {}

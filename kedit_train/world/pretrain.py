@@ -2,7 +2,8 @@
 
     python -m kedit_train.world.pretrain [--out DIR] [--epochs N] [--seed S]
 
-The packaged checkpoint took 18 minutes on two CPU cores. All scores in its model card are measured on the saved files.
+Training the packaged checkpoint took 18 minutes on two CPU cores. All scores in its model card are measured on the
+saved files.
 """
 
 from __future__ import annotations

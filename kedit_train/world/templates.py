@@ -30,7 +30,7 @@ class Relation:
 
     @property
     def trained(self) -> tuple[str, ...]:
-        """Return all trained wordings, statements first."""
+        """Return all wordings of the training documents: first the statements, then the questions."""
         return self.statements + self.questions
 
 

@@ -80,7 +80,7 @@ def test_edit_sft_trainer_takes_the_decision_and_refuses_packing(tmp_path: Path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         args = EditSFTConfig(str(tmp_path), **ARGUMENTS, parameter_scope=SCOPE, append_eos=False, packing=True)
-        with pytest.raises(EditError, match=r"^EditSFTTrainer: packing must be False for targets without end-of-text"):
+        with pytest.raises(EditError, match=r"^EditSFTTrainer: packing must be False if the targets do not end with"):
             EditSFTTrainer(model, args=args, edits=edits, processing_class=tokenizer)
 
 

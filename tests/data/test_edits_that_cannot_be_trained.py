@@ -23,8 +23,8 @@ CONTRADICTORY = [
 ]
 LINE = (
     "records, edits 1 (id a) and 3 (id b): the prompt 'Ada lives in' must have only one target in a run, got 'Bern' "
-    "and 'Rome'; remove one of the edits, add its target to the aliases of the other, or call latest() on the dataset "
-    "to keep the last edit of each prompt"
+    "and 'Rome'; remove one of the edits, add the target of one edit to the aliases of the other, or call latest() on "
+    "the dataset to keep the last edit of each prompt"
 )
 SKIP = 'correct the record, or pass on_error="skip" to leave out records with errors'
 UNREADABLE = {

@@ -121,8 +121,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: no batch can be cached, or the logits differ. They differ if a later module reads other results
-                of the frozen layers in addition to the hidden states.
+            EditError: no batch can be cached, or the logits differ. They differ if a later module reads the hidden
+                states and also something else that the frozen layers have computed.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served
@@ -144,8 +144,8 @@ class FrozenPrefix:
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
                 f"the cache would change the logits of {type(self.model).__name__}, because it stores only the hidden "
-                f"states that enter layer {self.prefix.cut}, but a later module also reads other results of earlier "
-                "layers; remove PrefixCache.",
+                f"states that enter layer {self.prefix.cut}, but a later module also reads something else that earlier "
+                "layers have computed; remove PrefixCache.",
                 component=_COMPONENT,
             )
 
@@ -284,7 +284,7 @@ class FrozenPrefix:
 
     @staticmethod
     def _assemble(sequences: SequenceBatch, stored: list[Tensor], device: torch.device) -> Tensor:
-        """Combine the stored hidden states of the sequences to a batch [B, S, d], with zeros at padding."""
+        """Combine the stored hidden states of the sequences into a batch [B, S, d], with zeros at padding."""
         shape = (*sequences.shape, stored[0].shape[-1])
         hidden = torch.zeros(shape, dtype=stored[0].dtype, pin_memory=device.type == "cuda")
         for target, states, span in zip(hidden, stored, sequences.spans, strict=True):

@@ -81,8 +81,8 @@ def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
     The key of an example does not depend on the other examples of the batch. The key depends on padding only in two
     cases:
 
-    - If ``position_ids`` are not given, the model computes the positions, so the amount of left padding changes the
-      key.
+    - If ``position_ids`` are not given, the model may count padding when it computes the positions. So the key
+      depends on the amount of left padding.
     - If a supervised position is padding or directly follows padding, the key includes all padding of the example.
 
     Args:
@@ -204,9 +204,10 @@ def read_sequences(
 
 
 def _length_independent_positions(config: Any) -> int | None:
-    """Return the number of positions up to which rotary embeddings do not depend on the batch length.
+    """Return the largest number of positions for which the rotary embeddings do not depend on the batch length.
 
-    None means that they never depend on the batch length.
+    With more positions, dynamic RoPE scaling and LongRoPE change the embeddings of all tokens. The result is None for
+    a model without such scaling, because its rotary embeddings never depend on the batch length.
     """
     scaling = str(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or "")
     if "dynamic" not in scaling and "longrope" not in scaling:

@@ -17,7 +17,7 @@ class ChangeProjection:
     """Removes a fixed set of directions (a linear subspace) from the change of each weight.
 
     The gradient is projected after every backward pass. The whole change ``W - W0`` is projected after every optimizer
-    step, which makes the constraint exact for every optimizer.
+    step, so the change contains none of the removed directions, whichever optimizer is used.
 
     Args:
         layers: name -> linear layer of the weight.

@@ -20,7 +20,8 @@ def check_no_adapters(layers: Iterable[str]) -> None:
     if adapters := [name for name in layers if ".lora_A." in name or ".lora_B." in name]:
         raise EditError(
             f"the scope must not contain LoRA factors, got {adapters[0]}. The B factor of a new adapter is zero, so "
-            "the curvature of its A factor is zero too; train the weight itself, or use NullSpace instead."
+            "the curvature of its A factor is zero too; train the weight of the base layer instead of the adapter, or "
+            "use NullSpace instead of this callback."
         )
 
 
@@ -43,7 +44,8 @@ def factors_of_texts(
         sequences: the token ids of the texts on which the predictions should stay the same (``Texts.tokenize``).
         seed: seed of the sampled labels.
         batch_size: sequences per forward and backward pass.
-        path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file.
+        path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file. The path is
+            ignored if ``inputs_only`` is True.
         inputs_only: whether to leave out the factors of the gradients, which need a backward pass.
         skip_first: whether to leave out the first token of every sequence.
 

@@ -33,7 +33,7 @@ class KFACFactors:
     gradients: dict[str, SecondMoment]
 
     def __add__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors of all tokens of ``self`` and ``other``. Every token has the same weight in the mean."""
+        """Combine two objects into factors over the tokens of both. Every token has the same weight in the mean."""
         return KFACFactors(
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},

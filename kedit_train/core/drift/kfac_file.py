@@ -21,7 +21,9 @@ _RETRY = "delete the file to compute the factors again"
 def save_factors(
     path: str | Path, factors: KFACFactors, model: str, sequences: Sequence[Sequence[int]], seed: int
 ) -> None:
-    """Write the factors of every weight atomically, with fingerprints of the model, the texts and the labels.
+    """Write the factors of every weight to a file, with fingerprints of the model, the texts and the label seed.
+
+    The file is written completely or not at all.
 
     Args:
         path: the ``.safetensors`` file; an existing file is replaced.
@@ -91,7 +93,7 @@ def _by_key(factors: KFACFactors) -> dict[str, SecondMoment]:
 
 
 def _is_factor(matrix: Tensor, weight: Tensor) -> bool:
-    """Return whether the matrix is square, finite and as large as one side of the weight."""
+    """Return whether the matrix is finite and has shape [n, n], where n is one of the two sizes of the weight."""
     square = matrix.ndim == 2 and matrix.shape[0] == matrix.shape[1]
     return square and len(matrix) in weight.shape and bool(matrix.isfinite().all())
 

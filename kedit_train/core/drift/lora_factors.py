@@ -13,7 +13,8 @@ def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str
     """Find the LoRA adapters whose two factors A and B are both in the scope.
 
     If B is zero at the start, training changes the weight by ``B A``. Each row of ``B A`` is a linear combination of
-    the rows of A. If a projection keeps the rows of A in a subspace, the rows of ``B A`` are in this subspace too.
+    the rows of A. If a projection keeps the rows of A in a subspace, the rows of ``B A`` are in this subspace too. So
+    it is enough to project A.
 
     Returns:
         A dict from the name of each A factor to the name of its B factor.

@@ -60,8 +60,8 @@ class Batch:
         flat = values.ndim == 2 and len(values) == self.mask.numel()
         if values.shape[:-1] != self.mask.shape and not flat:
             raise EditError(
-                f"the module of {name} must receive one vector per token of the batch of shape "
-                f"{tuple(self.mask.shape)}, got a tensor of shape {tuple(values.shape)}, in which padding cannot be "
+                f"the module of {name} must receive one vector per token, but got a tensor of shape "
+                f"{tuple(values.shape)} for a batch of {tuple(self.mask.shape)} tokens, so padding cannot be "
                 "identified; set batch_size=1 to avoid padding."
             )
         return vectors[self.mask.flatten()]

@@ -55,12 +55,15 @@ class SecondMoment:
         self.count += len(vectors)
 
     def __add__(self, other: SecondMoment) -> SecondMoment:
-        """Return the moment of all vectors of ``self`` and ``other``. Every vector has the same weight in the mean."""
+        """Combine two moments into the moment of the vectors of both. Every vector has the same weight in the mean."""
         return SecondMoment(self.sum + other.sum, self.count + other.count)
 
 
 def zero_moment(weight: Tensor, size: int) -> SecondMoment:
-    """Return an empty moment of shape [size, size], on the device of the weight, in fp32 or fp64."""
+    """Return a second moment without vectors. Its sum is zero, [size, size], on the device of ``weight``.
+
+    The sum is fp64 if the weight is fp64, and fp32 otherwise.
+    """
     return SecondMoment(wide(torch.zeros(size, size, dtype=weight.dtype, device=weight.device)))
 
 
@@ -151,7 +154,8 @@ def sum_over_processes(moments: dict[str, SecondMoment]) -> dict[str, SecondMome
 def broadcast_from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of the first process on every process.
 
-    Every process needs the same tensors, but eigenvectors may differ between processes in their last bits or in sign.
+    Use this for tensors that every process computes, but that must be the same on all processes. For example, two
+    processes may compute eigenvectors that differ in the last bits or in sign.
     """
     if not is_distributed():
         return list(tensors)

@@ -1,4 +1,4 @@
-"""The term that BatchAnchor adds to the loss of each supervised token, and its cached reference hidden states."""
+"""The term that BatchAnchor adds to the loss of each supervised token, with a cache of reference hidden states."""
 
 from __future__ import annotations
 
@@ -93,7 +93,11 @@ class AnchorTerm:
         self._tokens, self.last_step = self._tokens + len(divergence), self.run.step
 
     def metrics(self) -> dict[str, float]:
-        """Return the mean divergence per token in nats, the hit rate of the store, and the bytes in the store."""
+        """Return the metrics since the last call of this method.
+
+        The metrics are the mean divergence per token in nats, the share of examples whose hidden states were already
+        stored, and the current size of the stored hidden states in bytes.
+        """
         if not self.examples:
             return {}
         metrics = {

@@ -106,7 +106,7 @@ def compute_or_read(
     key: Callable[[], dict[str, str]],
     device: torch.device,
 ) -> tuple[ReferenceStates, bool]:
-    """Read the reference tensors of sequences from the file of an earlier run, or compute and store the tensors.
+    """Read the reference tensors from a file that an earlier run wrote, or compute and store the tensors.
 
     Args:
         compute: returns a generator that yields the tensors batch by batch.

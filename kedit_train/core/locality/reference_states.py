@@ -159,6 +159,6 @@ def _warn_of_rounding(head: OutputHead, hidden: Tensor, stored: Tensor) -> None:
     divergence = kl_divergence(head.project(hidden[some]), head.project(stored[some].to(hidden.dtype))).mean()
     warn(
         f"reference hidden states are computed in {compute_dtype} but stored in {stored.dtype}. On the first texts, "
-        f"this rounding alone causes a divergence of {float(divergence):.1e} nats per token; set dtype=None in "
-        "ReferenceCache to avoid the rounding."
+        f"the rounding to the stored dtype alone causes a divergence of {float(divergence):.1e} nats per token; set "
+        "dtype=None in ReferenceCache to avoid the rounding."
     )

@@ -34,7 +34,7 @@ class ReferenceTexts:
         self._order = self._shuffled(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:
-        """Return the indices of ``n`` sequences, or of all allowed sequences if there are fewer than ``n``."""
+        """Return the indices of ``n`` sequences. If :meth:`restrict` has left fewer than ``n``, return all of them."""
         return [next(self._order) for _ in range(min(n, len(self.allowed)))]
 
     def restrict(self, sequences: Iterable[TokenIds]) -> int:

@@ -1,4 +1,4 @@
-"""Keep frozen adapter factors frozen when PEFT switches adapters."""
+"""Keep frozen parameters of adapters frozen when PEFT switches adapters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import nn
 def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:
     """Freeze the given adapter parameters again before each forward pass of their layer.
 
-    When PEFT switches adapters (``set_adapter``, ``disable_adapter``), it makes every factor of an adapter trainable.
-    Preference trainers switch adapters to run their reference model. Without the hooks of this function, gradient
-    clipping would include the gradients of frozen factors, and activation checkpointing would recompute a different
-    graph.
+    When PEFT switches adapters (``set_adapter``, ``disable_adapter``), it makes every parameter of an adapter
+    trainable. Preference trainers switch adapters to run their reference model. Without the hooks of this function,
+    gradient clipping would include the gradients of parameters that should be frozen, and activation checkpointing
+    would recompute a different graph.
 
     Args:
         model: any model. A model without PEFT adapters gets no hooks.

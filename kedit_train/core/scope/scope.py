@@ -106,7 +106,7 @@ def _items(layers: Layers) -> list[Layer]:
 
 
 def _parts(item: Layer) -> list[tuple[str, list[int | float]]]:
-    """Return the parts of one value in ``layers``: the text of each part, and its one or two numbers."""
+    """Return the parts of one value in ``layers``: the text of each part, and its number (two if it is a range)."""
     if not isinstance(item, str):
         return [(str(item), [item])]
     parts = []

@@ -95,11 +95,11 @@ class ActiveExamples:
         return {**kwargs, **reduced}, left_out
 
     def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
-        """Store which of the remaining examples are learned.
+        """Store which of the examples that were not left out are learned.
 
         Args:
             where: [examples, length - 1] bool, the supervised positions.
-            active: [N] bool, True for each supervised position whose token is not learned yet.
+            active: [N] bool, True for each of the N supervised positions whose token is not learned yet.
             sums: tensors [N] with one value per supervised position; the first tensor is the loss. This method adds up
                 the values of each example, and stores the totals of the learned examples.
         """

@@ -39,7 +39,7 @@ class TokenTerm(Protocol):
         ...
 
     def divergence(self, logits: Tensor, reference_states: Tensor) -> Tensor:
-        """Return the divergence of each token from the reference, [n].
+        """Return the divergence from the reference model at each token, [n].
 
         The loss head calls this method for chunks of n tokens.
 
@@ -50,12 +50,12 @@ class TokenTerm(Protocol):
         ...
 
     def observe(self, divergence: Tensor) -> None:
-        """Receive the divergence [N] after a forward pass, detached and not multiplied by ``weight``."""
+        """Receive the divergence at each supervised token, detached and not multiplied by ``weight``."""
         ...
 
 
 class ExampleFilter(Protocol):
-    """Decides which examples of a batch the model processes.
+    """Decides which examples of a batch the model processes, so that learned examples can be left out.
 
     Attributes:
         probability: an example is learned when each of its supervised tokens has at least this probability. With None,
@@ -69,11 +69,11 @@ class ExampleFilter(Protocol):
         ...
 
     def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
-        """Receive the results of the remaining examples.
+        """Receive the results of the examples that were not left out.
 
         Args:
             where: [examples, sequence - 1] bool, the supervised positions.
-            active: [N] bool, whether the token at each supervised position is not learned yet.
+            active: [N] bool, whether the token at each of the N supervised positions is not learned yet.
             sums: tensors [N] with one value per token. The first tensor is the loss. With TRL, the second tensor is the
                 entropy, and the third tensor is 1 if the label was the most probable token, else 0.
         """
@@ -108,5 +108,5 @@ class LeftOut:
 
     @property
     def tokens(self) -> int:
-        """Number of supervised tokens of these examples."""
+        """Number of supervised tokens of the examples that were left out."""
         return sum(example.tokens for example in self.examples)

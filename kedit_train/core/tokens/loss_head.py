@@ -40,7 +40,8 @@ class _Call:
         items: ``num_items_in_batch``, the number of tokens over which the host takes the mean, or None.
         fused: whether TRL made the call and expects the output of its fused head.
         positions: position ids, or None.
-        reference_states: [N, hidden], the hidden states of the reference model for the second term, or None.
+        reference_states: the hidden states of the reference model at the N supervised tokens, [N, hidden]. None if the
+            loss has no second term (:class:`TokenTerm`).
         left_out: examples that were removed from the batch.
     """
 
@@ -165,11 +166,11 @@ class LossHead:
                 f"{type(module).__name__} must return a ModelOutput, got a tuple; remove return_dict=False."
             )
         if hidden is None or hidden.shape[:2] != call.labels.shape:
-            shape = "none" if hidden is None else f"the shape {tuple(hidden.shape[:2])}"
+            shape = "none" if hidden is None else f"[batch, length] = {tuple(hidden.shape[:2])}"
             raise EditError(
-                f"the output head of {type(module).__name__} must receive one hidden state per label, of shape "
-                f"{tuple(call.labels.shape)}, got {shape}; remove prompt tuning if the model uses it, or change "
-                "forward() if it does not call the output head as a module."
+                f"the output head of {type(module).__name__} must receive one hidden state per label ([batch, "
+                f"length] = {tuple(call.labels.shape)}), got {shape}; remove prompt tuning if the model uses it, or "
+                "change forward() if it does not call the output head as a module."
             )
         return self._score(call, hidden[:, :-1], output)
 
@@ -233,9 +234,10 @@ class LossHead:
         """Score every token.
 
         Returns:
-            The names of the additional columns, and all columns, each [N]: the weighted loss, ``active``, the
-            statistics of the objective, and then the additional columns. These are "probability" (if the filter needs
-            it), "divergence" (with a second term), and "entropy" and "correct" (for TRL's fused head).
+            A pair: the names of the additional columns, and a tuple of all columns [N]. The columns are the weighted
+            loss, ``active``, the statistics of the objective, and then the additional columns. The additional columns
+            are "probability" (if the filter needs it), "divergence" (with a second term), and "entropy" and "correct"
+            (for TRL's fused head).
         """
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None

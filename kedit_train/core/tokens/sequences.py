@@ -49,7 +49,8 @@ def sequence_weights(where: Tensor, positions: Tensor | None, *, left_out: int =
     Args:
         where: [batch, length - 1] bool, the positions that predict a supervised token.
         positions: as for :func:`sequence_numbers`.
-        left_out: number of sequences that were removed from the batch. The mean still includes these sequences.
+        left_out: number of sequences that were removed from the batch. The mean divides by the number of all sequences,
+            including the removed ones.
         shares: number of micro-batch losses in the sum of one optimizer step, or 1 if the host averages these losses.
             The weights are divided by this number.
 

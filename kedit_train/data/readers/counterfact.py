@@ -1,4 +1,4 @@
-"""Reader for flat CounterFact, as published by editing repositories: one rephrase and one neighbour per record."""
+"""Reader for flat CounterFact: records without inner mappings, as model-editing repositories publish them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kedit_train.edit import Edit
 
 
 def recognize(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of flat CounterFact, and not those of a nested or similar format."""
+    """Return whether the keys are those of flat CounterFact, and not of nested CounterFact or a similar format."""
     keys = set(record)
     nested = keys & {"locality", "portability", "requested_rewrite"}
     return bool(keys & {"target_new", "locality_prompt"}) and not nested and not WIKIBIGEDIT.recognize(record)

@@ -22,7 +22,7 @@ def read(record: Fields) -> list[Edit]:
     answers to a question are a text, a list of texts, or a list of lists (each inner list contains the aliases of one
     answer). Every one of these texts is accepted as a right answer. Some published locality questions have no answer
     (``[[]]``) and become probes without answers. The first text of ``ground_truth`` of the record becomes the old
-    answer. ``cond`` repeats the record and is not read.
+    answer. ``cond`` repeats the contents of other fields and is not read.
 
     References:
         "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286.

@@ -26,9 +26,9 @@ def plain_question(text: str) -> str:
 def one_probe(
     record: Fields, kind: str, prompt_keys: tuple[str, ...], answer_keys: tuple[str, ...]
 ) -> dict[str, tuple[Probe, ...]]:
-    """Return ``{kind: (probe,)}``, or an empty mapping if the record has neither prompt nor answer.
+    """Return ``{kind: (probe,)}``, or an empty mapping if the record has no value under any of the given keys.
 
-    A prompt without an answer becomes a probe without answers. An answer without a prompt is an error.
+    A question without an answer becomes a probe without answers. An answer without a question is an error.
     """
     if not record.has(*prompt_keys) and not record.has(*answer_keys):
         return {}

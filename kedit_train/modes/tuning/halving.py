@@ -30,7 +30,8 @@ class Rung:
 
     Args:
         settings: number of settings to measure.
-        edits: number of edits to train and evaluate, from the beginning of the tuning half.
+        edits: number of edits to train and evaluate. They are the first edits of the tuning half (see
+            :func:`split_edits`).
     """
 
     settings: int
@@ -46,7 +47,8 @@ class Trial:
         edits: number of edits.
         reliability: the reliability under the first protocol of the evaluation. None if the run failed.
         generality: the generality under the same protocol. None if the edits have no rephrases.
-        locality: the mean of ``ProbeResult.tokens_kept`` over the locality probes. None if there are no probes.
+        locality: the mean fraction of the unedited model's first answer tokens that the edited model keeps, over the
+            locality probes (``ProbeResult.tokens_kept``). None if there are no probes.
         seconds: time of training and evaluation.
         error: why the run failed. Empty if it did not fail.
     """
@@ -61,13 +63,13 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of generality and locality. If only one of them was measured, the score is this one."""
+        """The harmonic mean of generality and locality. If only one of the two was measured, it is the score."""
         values = self._measured
         return len(values) / sum(1 / value for value in values) if values and all(values) else 0.0
 
     @property
     def mean(self) -> float:
-        """The arithmetic mean of generality and locality. It decides between settings whose generality is 0."""
+        """The arithmetic mean of generality and locality. It decides between settings with a harmonic mean of 0."""
         return sum(self._measured) / max(1, len(self._measured))
 
     @property
@@ -120,9 +122,11 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
 
 
 def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
-    """Plan successive halving: all settings on few edits, the best third on more edits, a third of these on all edits.
+    """Plan successive halving: all settings on few edits, the best third on more edits, the best ninth on all edits.
 
-    There are at most three rungs. A rung is left out if it has as many edits as the rung before it.
+    Each of these rounds is a rung. With two or three settings, the rung in the middle is left out, and the best setting
+    is trained on all edits. With one setting, there is only the last rung. A rung is also left out if it has as many
+    edits as the rung before it.
 
     Args:
         n_settings: number of settings.
@@ -149,8 +153,10 @@ def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
 def rank(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials from best to worst under the pick rule.
 
-    Ties are broken by the harmonic mean of generality and locality, and then by their arithmetic mean. Trials that are
-    still equal keep their order.
+    Trials with the required reliability (:attr:`Trial.reliable`) come first, sorted by the harmonic mean of generality
+    and locality. The other trials are sorted by reliability, and trials with equal reliability by the harmonic mean. In
+    both groups, the arithmetic mean of generality and locality breaks ties. Trials that are still equal keep their
+    order.
     """
 
     def key(trial: Trial) -> tuple[bool, float, float, float]:

@@ -31,7 +31,7 @@ class Journal:
         try:
             content = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         except OSError as error:
-            raise EditError(f"{path} cannot be read ({error.strerror}); pass another folder to tune.") from error
+            raise EditError(f"{path} cannot be read ({error.strerror}); call tune with another folder.") from error
         for line in content.split("\n"):
             record = _parse(line)
             if record is not None:
@@ -56,7 +56,7 @@ class Journal:
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """Return a hash of plain values, as 64 hexadecimal digits. The order of the keys does not matter.
+    """Return a hash of a dict of JSON values, as 64 hexadecimal digits. The order of the keys does not matter.
 
     Example:
         >>> key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})

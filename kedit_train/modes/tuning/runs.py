@@ -95,7 +95,7 @@ class TuneRuns:
         return key_of({**self.keys, "setting": setting.to_dict(), "edits": part.hash})
 
     def known(self, setting: TuneSetting, part: EditDataset) -> Trial | None:
-        """Return the trial that an earlier call has measured, or None."""
+        """Return the trial if it was measured before, in this call or an earlier call of ``tune``; otherwise None."""
         record = self.journal.get(self._key(setting, part))
         try:
             scores = {n: record[n] for n in ("reliability", "generality", "locality", "seconds")} if record else None
@@ -164,6 +164,6 @@ class TuneRuns:
         self.backup.restore()
         if fingerprint(self.model) != self.weights:
             raise EditError(
-                "the unedited model cannot be restored, because its configuration, its weights or its buffers still "
-                "differ from the original; load the model again."
+                "the unedited model could not be restored: after the attempt, the configuration, the weights or the "
+                "buffers still differ from the original; load the model again."
             )

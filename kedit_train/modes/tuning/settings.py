@@ -27,7 +27,7 @@ class TuneSetting:
         layers: the layers to train, as in ``ParameterScope``.
         modules: the modules to train, as in ``ParameterScope``.
         step_size: the fraction of the loss that a step removes, as in ``SecondOrderLocality``.
-        damping: damping of the factors, as in ``SecondOrderLocality``.
+        damping: damping of the K-FAC factors, as in ``SecondOrderLocality``.
         kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
 
     Example:

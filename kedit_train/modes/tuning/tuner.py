@@ -150,7 +150,10 @@ def _halve(
     deadlines: list[float],
     bar: Any,
 ) -> tuple[list[Trial], list[tuple[int, TuneSetting]]]:
-    """Run the rungs, and return the trials and the (number of edits, setting) pairs that the budget cut off."""
+    """Run successive halving, and return all trials and the (number of edits, setting) of each run left out.
+
+    A run is left out if the budget is spent.
+    """
     trials: list[Trial] = []
     cut_off: list[tuple[int, TuneSetting]] = []
     for rung, deadline in zip(plan, deadlines, strict=True):
@@ -177,7 +180,7 @@ def _halve(
 
 
 def _pick_last(trials: Sequence[Trial]) -> tuple[Trial, str]:
-    """Pick among the successful trials on the largest number of edits for which a trial succeeded."""
+    """Pick the best trial of the last round in which a trial succeeded."""
     measured = [trial for trial in trials if not trial.error]
     most = max(trial.edits for trial in measured)
     return pick([trial for trial in measured if trial.edits == most])

@@ -102,7 +102,7 @@ def test_peft_models(factlm: Path, kind: str) -> None:
 
 def test_refusals(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"Q:": " Rome"}, context=12)
-    with pytest.raises(EditError, match=r"'Q:' and its target must have at most 12 tokens, got 13"):
+    with pytest.raises(EditError, match=r"'Q:' and its target must have at most 12 tokens together, got 13"):
         teacher_forced(model, tokenizer, [("Q:", "Rome, Ita")])
     with pytest.raises(EditError, match="only an end-of-text"):
         teacher_forced(model, tokenizer, [("Q: ", "</s>")])
