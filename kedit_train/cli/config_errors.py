@@ -68,7 +68,7 @@ def shorten(message: str) -> str:
 
 
 def _clearer(text: str) -> str:
-    """Rewrite the phrases in which jsonargparse says that a value should name a class."""
+    """Rewrite phrases such as "expected dot import path string", so that the message asks for the path of a class."""
     text = re.sub(r"expected path but [^;]* either not accessible or invalid; (?=.)", "", text)
     if text.startswith("trainer.callbacks:"):
         # One callback without a list is accepted too, so the error is not about a missing list.
@@ -80,9 +80,9 @@ def _clearer(text: str) -> str:
 
 
 def wrong_callback(content: Any) -> str | None:
-    """Return an error message for the first entry of ``trainer.callbacks`` that names no class, or None.
+    """Return an error message for the first entry of ``trainer.callbacks`` that has no class path.
 
-    The error of jsonargparse would only repeat the whole list.
+    The result is None if every entry has a class path. The error of jsonargparse would only repeat the whole list.
 
     Args:
         content: the content of a configuration file.
@@ -105,14 +105,14 @@ def wrong_callback(content: Any) -> str | None:
 
 
 def _without_base(lines: list[str]) -> list[str]:
-    """Remove the lines about Lightning's base class ``Callback`` if the user named another class."""
+    """Remove the error lines about the base class ``Callback`` if other lines are about another class."""
     if not any(line.startswith("Problem with given class_path") and line != BASE for line in lines):
         return lines
     return [line for i, line in enumerate(lines) if line != BASE and (i == 0 or lines[i - 1] != BASE)]
 
 
 def arguments(class_path: str) -> list[str]:
-    """Return the names of the arguments that a class accepts in ``init_args``, or none if there is no such class."""
+    """Return the names of the arguments that a class accepts in ``init_args``. Empty if the class does not exist."""
     module, _, name = class_path.rpartition(".")
     try:
         return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "kwargs"]

@@ -66,7 +66,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _shared_file(message: str) -> Path:
-    """Return the path of a marker file for one message, the same path in all processes of one launcher."""
+    """Return the path of a marker file for a message. The path is the same in all processes of one launcher."""
     run = f"{os.getppid()} {os.environ.get('MASTER_PORT')} {message}"
     return Path(tempfile.gettempdir()) / f"kedit-error-{hashlib.sha256(run.encode()).hexdigest()[:16]}"
 

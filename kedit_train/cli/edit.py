@@ -192,8 +192,9 @@ def share_texts(config: Any) -> None:
     if own is not None and own.texts is not None:
         if not readers:
             raise EditError(
-                f"data.texts={cut(repr(own.texts))} is not used, because no callback of this run has the setting "
-                "'texts: world'; remove data.texts, or add a callback with this setting."
+                f"data.texts={cut(repr(own.texts))} is not used, because it only replaces the setting 'texts: world' "
+                "of callbacks, and no callback of this run has this setting; remove data.texts, or add a callback with "
+                "this setting."
             )
         for reader in readers:
             if isinstance(reader.init_args.texts, Namespace):
@@ -228,7 +229,7 @@ def _path_of(cls: type) -> str:
 
 
 def _source(texts: Any) -> Any:
-    """Return ``texts``, or its argument ``source`` if ``texts`` is the configuration of a ``Texts`` object."""
+    """Return ``texts``. If it is the configuration of a ``Texts`` object, return the object's argument ``source``."""
     return texts.get("source") if isinstance(texts, Namespace) else texts
 
 

@@ -152,7 +152,7 @@ def evaluate(
 
 @dataclass
 class _Evaluation:
-    """The arguments of one call of :func:`evaluate`, and the distributions that it records."""
+    """The arguments of one call of :func:`evaluate`, and the next-token distributions that this call records."""
 
     model: nn.Module
     tokenizer: Any
@@ -221,10 +221,11 @@ class _Evaluation:
         return by_edit
 
     def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
-        """Return the results. In each locality result, ``kl`` is the KL divergence from the unedited model.
+        """Set ``kl``, the KL divergence from the unedited model, in the results of the locality probes.
 
-        If this model is the unedited model, its distributions are recorded, so that the edited model can be compared
-        with them. In this case, or without the metric "kl", the results are returned unchanged.
+        Without the metric "kl", nothing is measured, and the results are returned unchanged. Without a report on the
+        unedited model, the evaluated model is itself the unedited model. In this case, its next-token distributions are
+        recorded for a later comparison, and the results are returned unchanged.
         """
         if "kl" not in self.options.extra_metrics:
             return results
@@ -302,8 +303,15 @@ def _protocols(
 ) -> Protocols:
     """Return the protocols of the evaluation.
 
-    If there is a report on the unedited model, its protocols are used again. Without such a report, the options or a
-    judge set the protocols. With ``protocol="auto"`` and no judge, the protocols are chosen by measuring the model.
+    The first rule that applies decides:
+
+    - If ``unedited`` is given, the protocols are the protocols of this report.
+    - If ``options.protocol`` is not "auto", it sets the protocols.
+    - If a judge is given, the protocol is "exact".
+    - In all other cases, :func:`choose_protocols` chooses the protocols.
+
+    Raises:
+        EditError: these protocols differ from the protocols that ``options`` or the judge asks for.
     """
     given = None if options.protocols is None else Protocols(options.protocols)
     if judge is not exact_match:

@@ -55,19 +55,21 @@ class EvaluationOptions:
               them. It doubles the cost of the unedited model's evaluation.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
             a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. The first one gives
-            the headline scores (the scores that a report shows first). "auto" usually means "exact". For plain prompts,
-            ``evaluate`` first generates the unedited model's answers to up to 16 of the prompts. If the model often
-            goes on after its answer instead of generating an end token, "auto" means ["leading", "probability"].
+            the headline scores (the scores that a report shows first). "auto" usually means "exact". With "auto" and
+            plain prompts, ``evaluate`` first generates the unedited model's answers to up to 16 of the prompts. If the
+            model often goes on after its answer instead of generating an end token, "auto" means
+            ["leading", "probability"].
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens. If ``protocol`` contains none of "exact",
-            "contains" and "wild", fewer tokens are generated: as many as the longest accepted answer, and three more.
+            "contains" and "wild", fewer tokens are generated: three more than the longest accepted answer has.
         prose: unrelated texts, as a list of strings, a path, a dataset, or "world" (the bundled texts). Three values
             are measured on the texts: the perplexity, the KL divergence from the unedited model, and the agreement with
             the unedited model. None: not measured.
         tokenizer: used by ``EditMetrics`` only: a tokenizer, a name or a path. None: the trainer's tokenizer.
-        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" or a
-            :class:`~kedit_train.ChatFormat`. Use the format that was used in training. None: ``EditMetrics`` uses the
-            format of the training examples, and ``evaluate`` uses "plain".
+        prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" (the prompt is
+            framed as a question that ends with "A:") or a :class:`~kedit_train.ChatFormat`. Use the format that was
+            used in training. None: ``EditMetrics`` uses the format of the training examples, and ``evaluate`` uses
+            "plain".
         distributed: True splits the edits across the processes of the default group. False evaluates all edits on
             each process. ``distributed`` must be False for a model that FSDP2 shards, because all processes must take
             part in each forward pass of such a model.

@@ -50,17 +50,17 @@ class ReportData:
         ]
 
     def flat(self, prefix: str = "edit/") -> dict[str, float]:
-        """Return the scores as a flat dict from logger name to number. Scores without probes are left out.
+        """Return the scores as a flat dict for experiment loggers, from name to number.
 
-        Examples of names: ``edit/reliability`` (generated), ``edit/reliability_teacher_forced``,
-        ``edit/locality/<kind>``, ``edit/locality_kept_right``, ``edit/resurgence/prefers_old/<kind>``,
-        ``edit/fluency/entropy``, ``edit/perplexity``.
+        Scores without probes are left out. Examples of names: ``edit/reliability`` (generated),
+        ``edit/reliability_teacher_forced``, ``edit/locality/<kind>``, ``edit/locality_kept_right``,
+        ``edit/resurgence/prefers_old/<kind>``, ``edit/fluency/entropy``, ``edit/perplexity``.
         """
         return {prefix + name: score.value for name, score in flatten(self.metrics) if score.value is not None}
 
 
 def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """Yield the (logger name, score) pairs of a nested dict, without the scores by token position."""
+    """Yield pairs (name for experiment loggers, score) from a nested dict, without the scores by token position."""
     for question, scores in metrics.items():
         if question == "positions":
             continue

@@ -38,7 +38,7 @@ def run(args: Namespace) -> int:
     if into.is_dir() or args.dest.endswith("/"):
         into = into / source.name
     if into.suffix != source.suffix:
-        raise EditError(f"DEST must end with {source.suffix}, like {source.name}, got {into.name}.")
+        raise EditError(f"DEST must end with {source.suffix}, as {source.name} does, got {into.name}.")
     into = new_path(str(into), force=args.force)
     into.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, into)
@@ -75,7 +75,7 @@ def packaged(name: str) -> Path:
 
 
 def _similar(name: str, known: list[str]) -> list[str]:
-    """Return at most three of the known names ``kind/stem`` that are spelled like ``name``."""
+    """Return at most three of the names in ``known`` whose part after "/" is spelled almost like ``name``."""
     stems = dict.fromkeys(one.partition("/")[2] for one in known)
     close = get_close_matches(name, stems, n=3, cutoff=0.7)
     return [one for stem in close for one in known if one.partition("/")[2] == stem][:3]

@@ -103,7 +103,7 @@ def run(args: Namespace) -> int:
         if delta_file is not None or args.against is None or _is_report(args.against):
             raise EditError(
                 f"MODEL must be a folder or a hub name, got the file {model}; to evaluate a delta file, use kedit eval "
-                "DELTA EDITS --against BASE, with a model as BASE and without --delta."
+                "DELTA EDITS --against BASE, where BASE is the unedited model, and leave out --delta."
             )
         model, delta_file, args.against = args.against, model, None
     if delta_file is not None and args.against not in (None, model):
@@ -131,7 +131,7 @@ def run(args: Namespace) -> int:
 
 
 def _make_folder(option: str, folder: Path) -> None:
-    """Create the folder before answers are generated, because a later failure would lose the answers."""
+    """Create an output folder before the model generates answers. A later failure would lose the answers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Draw a delta: how much each tensor changed, and which parts of the most changed matrices changed."""
+"""Draw a delta: the size of the change of each tensor, and heat maps of the matrices with the largest changes."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def heat_map(delta: Any, path: Path) -> Path:
 
 
 def _blocks(difference: Tensor) -> Tensor:
-    """Return the root mean square of each block, in a grid of at most 128 x 128 blocks.
+    """Split a matrix into at most 128 x 128 blocks, and return the root mean square of each block.
 
-    Every entry of the matrix counts in its block, so no change is lost.
+    Every entry of the matrix belongs to a block, so no change is lost.
     """
     rows, columns = difference.shape
     shape = (min(rows, BLOCKS), min(columns, BLOCKS))
@@ -90,7 +90,7 @@ def _blocks(difference: Tensor) -> Tensor:
 
 
 def _by_layer(norms: dict[str, float]) -> tuple[Any, list[str], list[str]]:
-    """Return norms as [layers, modules], the labels of the modules, and the labels of the layers.
+    """Arrange the norms in a table [layers, modules], and return the table and the labels of its columns and rows.
 
     The first number in the name of a tensor is its layer. The norm of an unchanged tensor is NaN.
     """

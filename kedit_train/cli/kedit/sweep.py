@@ -129,7 +129,7 @@ def run(args: Namespace) -> int:
 
 
 def _nothing_picked(args: Namespace, points: list[Any], error: EditError) -> int:
-    """Print the scores, say why nothing was picked, and return the exit code."""
+    """Print the scores, say why no coefficient was picked, and return the exit code."""
     from kedit_train.cli.console import print_error
 
     if args.json:
@@ -148,7 +148,7 @@ def _print_points(args: Namespace, points: Sequence[Any], best: Any) -> None:
 
 
 def _sweep(args: Namespace, points: list[Any]) -> Any:
-    """Return the result of the sweep, and append each point to ``points`` as soon as it is scored."""
+    """Return the result of the sweep, and append the scores of each coefficient to ``points`` once they are known."""
     from tqdm import tqdm
 
     from kedit_train.cli.kedit.checkpoints import load_for

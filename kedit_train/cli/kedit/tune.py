@@ -169,7 +169,7 @@ def duration(text: str) -> float:
 
 
 def _given(args: Namespace) -> dict[str, Any]:
-    """Return the settings of the grid that the user gave on the command line."""
+    """Return the arguments of ``TuneGrid`` (the settings to try) that the command line sets."""
     names = ("layers", "modules", "step_sizes", "dampings", "kl_weights")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 

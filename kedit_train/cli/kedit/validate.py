@@ -170,7 +170,7 @@ def _built(entry: Any) -> Any:
 
 
 def _check_together(callbacks: list[Any], complete: bool) -> None:
-    """Check that the callbacks can be used together. None stands for a callback of another package."""
+    """Check that the callbacks can be used together. In the list, None stands for a callback of another package."""
     from kedit_train.core.requirements import check_conflicts, check_duplicates, check_requirements
 
     own = [callback for callback in callbacks if callback is not None]

@@ -102,7 +102,8 @@ class PromptBatch:
 
         Args:
             rows: for each target, the row of its prompt. A row may be repeated.
-            targets: one list of token ids per target, without the last token.
+            targets: one list of token ids per target, without the last token, because the logits after it are not
+                needed.
 
         Returns:
             One tensor per target, [tokens, vocabulary] in fp32.
@@ -130,7 +131,7 @@ class PromptBatch:
         self.unread = 1
 
     def keep(self, rows: list[int]) -> None:
-        """Remove every sequence from the batch whose row number is not in ``rows``."""
+        """Keep only the sequences with the row numbers in ``rows``."""
         index = torch.tensor(rows, device=self.ids.device)
         self.ids, self.mask = self.ids[index], self.mask[index]
         if self.cache is not None:

@@ -22,8 +22,9 @@ def split_across_processes(
     Args:
         work: computes one result per item.
         items: the same items on every process.
-        distributed: if True, each process of the default group computes a part of the items. Every process must then
-            call this function. An error on one process is raised on all processes, so that no process waits forever.
+        distributed: if True, each process of the default group computes the results for a part of the items. Every
+            process must then call this function. An error on one process is raised on all processes, so that no process
+            waits forever.
 
     Returns:
         One result per item, on every process.

@@ -132,7 +132,8 @@ def generate_answers(
         batch_size: prompts per forward pass.
         max_new_tokens: maximum length of an answer, in tokens, or a dict from prompt to this number. A longer answer
             is cut and gets ``ended=False``.
-        prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
+        prompt_format: "plain", "chat" (the tokenizer's chat template) or "question" (the prompt is framed as a question
+            that ends with "A:").
         stops: texts that end an answer, in addition to end-of-text. Default: a line break. With an empty list, an
             answer may have several lines.
         known_starts: dict from prompt to the pair that

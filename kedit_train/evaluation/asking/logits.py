@@ -1,4 +1,4 @@
-"""Compute the logits that predict a target, batch by batch. Every teacher-forced score is based on these logits."""
+"""Compute the logits that predict a target, batch by batch, for example for teacher-forced scores."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def vocabulary_size(model: Any) -> int:
 
 
 def _run_batch(model: Any, sequences: Sequence[Encoded], pad_id: int, can_select: bool) -> tuple[Tensor, Tensor]:
-    """Return the logits [targets, vocabulary] and labels [targets] of all sequences, concatenated."""
+    """Return the logits [target tokens, vocabulary] and labels [target tokens] of all sequences, concatenated."""
     batch = collate(sequences, pad_id=pad_id, padding_side="right")
     next_ids = batch["labels"][:, 1:]
     rows, positions = (next_ids != IGNORE_INDEX).nonzero(as_tuple=True)

@@ -63,7 +63,7 @@ def answer_and_score(
         limits: dict from prompt to the maximum number of tokens of its answer.
         stops: texts that end an answer, in addition to end-of-text.
         batch_size: prompts per forward pass.
-        prompt_format: "plain", "chat" or "question".
+        prompt_format: "plain", "chat" or "question"; see :class:`~kedit_train.evaluation.EvaluationOptions`.
         progress: show a progress bar in a terminal.
 
     Returns:

@@ -1,8 +1,8 @@
 """``teacher_forced``: score each token of a given answer when the model reads all earlier tokens of the answer.
 
-Most of the editing literature reports this score, so it is kept for comparison. Teacher forcing overestimates an edit
-(Yang et al., "The Mirage of Model Editing", arXiv 2502.11177), because each token is predicted after the correct
-earlier tokens. The module :mod:`~kedit_train.evaluation.asking.generate` generates the answers of the model itself.
+Most of the editing literature reports this score, so it is kept for comparison. Teacher forcing overestimates the
+success of an edit (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177), because each token is predicted after
+the correct earlier tokens. In :mod:`~kedit_train.evaluation.asking.generate`, the model generates its answers freely.
 The teacher-forced pass also shows how greedy generation begins, up to and including the first token that differs from
 the target.
 """
@@ -89,7 +89,8 @@ def teacher_forced(
         tokenizer: the model's tokenizer.
         pairs: the (prompt, target) pairs. Equal pairs run only once.
         batch_size: pairs per forward pass.
-        prompt_format: "plain", "chat" (the tokenizer's chat template) or "question".
+        prompt_format: "plain", "chat" (the tokenizer's chat template) or "question" (the prompt is framed as a question
+            that ends with "A:").
         progress: show a progress bar in a terminal.
 
     Returns:

@@ -75,7 +75,7 @@ class ScoreLine:
 
     @property
     def basis(self) -> Score:
-        """The score whose interval and number of probes are shown."""
+        """The score whose interval and number of probes the line shows: the edited model's, if it has probes."""
         return self.edited if self.edited.n else self.unedited
 
 
@@ -178,7 +178,7 @@ def _old_answer_lines(edited: Mapping[str, Any], unedited: Mapping[str, Any]) ->
 
 
 def _cut_share(metrics: Mapping[str, Any]) -> Score:
-    """Return the fraction of answers that were cut, computed from the fraction that ended."""
+    """Return the fraction of answers cut at the token limit: 1 minus the fraction that the model ended itself."""
     ended: Score = metrics.get("answers", {}).get("ended", NO_SCORE)
     value, low, high = (None if x is None else 1.0 - x for x in (ended.value, ended.high, ended.low))
     return Score(value, n=ended.n, low=low, high=high)

@@ -70,7 +70,7 @@ class CapabilityProbe:
         progress: show progress bars in a terminal.
 
     Raises:
-        EditError: there are no texts, or no text is long enough for a prompt (two words).
+        EditError: there are no texts, or there are no ``prompts`` and no text has the two words that a prompt needs.
 
     Example:
         >>> from kedit_train import world

@@ -53,7 +53,7 @@ def record_distributions(
         model: the unedited model.
         tokenizer: the model's tokenizer.
         answers: dict from prompt to the unedited model's answer.
-        prompt_format: "plain", "chat" or "question".
+        prompt_format: "plain", "chat" or "question"; see :class:`~kedit_train.evaluation.EvaluationOptions`.
         batch_size: sequences per forward pass.
         progress: show a progress bar in a terminal.
     """

@@ -98,8 +98,8 @@ def summarize(
     - ``locality.tokens_kept``: the first tokens of both models' answers are compared. The score is the mean fraction
       of the unedited model's tokens that come before the first difference;
     - ``locality.same_answer``: the fraction of whole answers that are equal to the unedited model's answers;
-    - ``probability.harmonic_mean``: the harmonic mean of the "probability" scores of reliability, generality and
-      locality, which CounterFact calls S;
+    - ``probability.harmonic_mean``: the harmonic mean of three scores: the "probability" scores of reliability,
+      generality and locality. CounterFact calls this mean S;
     - ``retrieval``: the headline scores of the unedited model with the new fact in the prompt, per metric;
     - ``locality.kl``: the mean KL divergence from the unedited model, in nats per token;
     - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
@@ -164,7 +164,7 @@ def _headline(protocols: Protocols, against_unedited: bool) -> Callable[[ProbeRe
 
 
 def _measures(protocols: Protocols, against_unedited: bool) -> dict[str, Callable[[ProbeResult], float | None]]:
-    """Return a dict from the name of each score to the function that computes it for one probe, the headline first."""
+    """Return a dict from the name of each score to the function that computes the score for one probe."""
     measures = {"generated": _headline(protocols, against_unedited), **_MEASURES}
     if not protocols.whole_answers:
         measures["ended"] = lambda r: None
@@ -229,6 +229,6 @@ def _add_resurgence(values: _Values, results: Sequence[ProbeResult]) -> None:
 
 
 def _smallest_token_probability(results: Sequence[ProbeResult]) -> Score:
-    """Return the smallest probability of a target token in all edits. A mean would hide one failed token."""
+    """Return the smallest probability over all target tokens of all edits. A mean would hide one failed token."""
     log_probs = [p for r in results if r.question == "reliability" for p in r.token_log_probs]
     return Score(math.exp(min(log_probs)), n=len(log_probs)) if log_probs else NO_SCORE

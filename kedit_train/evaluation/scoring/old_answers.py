@@ -38,7 +38,7 @@ def find_old_answers(
         tokenizer: the model's tokenizer.
         edits: the edits, with the new answers as targets.
         batch_size: prompts in one forward pass.
-        prompt_format: "plain", "chat" or "question".
+        prompt_format: "plain", "chat" or "question"; see :class:`~kedit_train.evaluation.EvaluationOptions`.
         max_new_tokens: maximum length of an answer, in tokens. An edit with a longer answer is left out.
 
     Returns:
@@ -86,7 +86,7 @@ def measure_old_answers(
         old: edits whose targets are the old answers; see :func:`find_old_answers`.
         texts: the texts for the perplexity.
         batch_size: sequences in one forward pass.
-        prompt_format: "plain", "chat" or "question".
+        prompt_format: "plain", "chat" or "question"; see :class:`~kedit_train.evaluation.EvaluationOptions`.
 
     Returns:
         Three numbers: the mean probability of the old answers, the fraction of old answers whose tokens are all ranked

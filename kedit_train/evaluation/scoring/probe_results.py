@@ -29,6 +29,10 @@ FLUENCY_TOKENS = 100
 class ProbeResult(ProbeRequest):
     """One evaluation prompt (probe) with the model's answer and scores.
 
+    The fields of :class:`ProbeRequest` come first. Two of them are used below: ``accepted`` contains all answers that
+    count as right, starting with the preferred answer, and ``new_target`` is the edit's new answer (None if the probe
+    is not a locality probe).
+
     Args:
         answer: the generated answer.
         ended: True if the model ended the answer itself.
@@ -51,8 +55,8 @@ class ProbeResult(ProbeRequest):
         choices_kept: the fraction of ``choices`` that are equal to the unedited model's choices.
         same_answer: True if the whole answers of both models are equal after normalization. None if the protocols do
             not generate whole answers.
-        old_log_prob: mean log-probability of the old answer's tokens, if the metric "resurgence" or the protocol
-            "probability" was measured.
+        old_log_prob: mean log-probability of the old answer's tokens, if the evaluation used the metric "resurgence"
+            or the protocol "probability".
         new_log_prob: on locality probes with the protocol "probability", the mean log-probability of ``new_target``.
         kl: KL(unedited || this model), in nats, for each token of the unedited model's answer. Empty if the metric "kl"
             was not measured.
@@ -187,7 +191,7 @@ def _ask_separately(
     protocols: Protocols,
     settings: dict[str, Any],
 ) -> tuple[dict[str, Answer], Scores]:
-    """Score the targets under teacher forcing, then generate the answer tokens that are still unknown."""
+    """Score the targets under teacher forcing. This also gives the first answer tokens; generate the other tokens."""
     forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
     is_end = AnswerEnd(unwrap_model(model), tokenizer, protocols.stops, settings["prompt_format"])
     starts: dict[str, tuple[list[int], float]] = {}
@@ -218,7 +222,7 @@ def _ask_together(
 
 
 def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protocols) -> str | None:
-    """Return the rival: the answer that is compared in probability with the preferred answer. None: no comparison."""
+    """Return the rival: the answer whose probability is compared with the preferred answer's. None: no comparison."""
     if "probability" in protocols.names and request.accepted:
         if request.new_target not in (None, request.accepted[0]):
             return request.new_target
@@ -228,7 +232,7 @@ def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protoco
 
 
 def _short_limits(tokenizer: Any, requests: Sequence[ProbeRequest]) -> dict[str, int]:
-    """Return how many tokens to generate for each prompt, if a protocol needs only the beginning of an answer."""
+    """Return how many tokens to generate for each prompt, for protocols that need only the beginning of an answer."""
     lengths: dict[str, int] = {}
     limits: dict[str, int] = {}
     for request in requests:

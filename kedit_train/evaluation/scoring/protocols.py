@@ -47,7 +47,7 @@ class Protocols:
 
     Args:
         names: the protocols. The first one gives the headline scores.
-        reason: why these protocols were chosen, as the end of "chosen because ...". Empty if the user chose them.
+        reason: why these protocols were chosen, as the text after "chosen because". Empty if the user chose them.
     """
 
     names: tuple[Protocol, ...] = ("exact",)
@@ -148,7 +148,7 @@ def is_unchanged(protocol: str, result: Any) -> bool:
     first full stop or line break are compared in the same way. With "teacher_forced", if the probe has a preferred
     answer, the comparison uses the token that each model ranks first at each position of this answer. In all other
     cases, only the first generated tokens are compared. Their number is the number of tokens in the preferred answer,
-    but at least 3. If the result has none of these tokens, the answers are compared as with "exact".
+    but at least 3. If ``result`` does not contain these tokens, the answers are compared as with "exact".
 
     Args:
         protocol: the name of the protocol.

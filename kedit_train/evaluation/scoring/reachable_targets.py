@@ -31,8 +31,9 @@ def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, ju
         if wrong:
             warn(
                 f'the protocol "{protocol}" ends each answer at the first line break, so {len(wrong)} of {len(edits)} '
-                f"edits never count as right (the first of their targets is {cut(repr(wrong[0]), 100)}); remove the "
-                'line breaks from the targets, or set protocol="contains" in EvaluationOptions.'
+                "edits never count as right, because their targets contain a line break (the first of these targets "
+                f"is {cut(repr(wrong[0]), 100)}); remove the line breaks from the targets, or set "
+                'protocol="contains" in EvaluationOptions.'
             )
 
 

@@ -85,7 +85,7 @@ class RouterDivergence:
         return Score(total / (tokens * self.layers), n=tokens)
 
     def _router_logits(self, model: nn.Module) -> Iterator[list[Tensor]]:
-        """Yield, for each batch, one tensor [tokens, experts] in fp32 per router, without the padding."""
+        """Yield one list per batch: the logits of each router, [tokens, experts] in fp32, without padding tokens."""
         inner = unwrap_model(model)
         with inference_context(inner), _recorded(routers(model)) as logits:
             for batch in split_into_batches(self._sequences, self._batch_size):
@@ -99,7 +99,7 @@ class RouterDivergence:
 
 @contextmanager
 def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Context manager: record the logits of routers in every forward pass, by name."""
+    """Context manager: give a dict from router name to the router's logits, updated in every forward pass."""
     logits: dict[str, Tensor] = {}
 
     def record(name: str, router: Any, args: tuple[Tensor, ...]) -> None:
