@@ -43,6 +43,7 @@ bench: $(READY)  ## compare with what a user would run instead and write tests/b
 	$(BIN)/python tests/benchmarks/head_memory.py $(BENCH)
 	$(BIN)/python tests/benchmarks/quickstart.py $(BENCH)
 	$(BIN)/python tests/benchmarks/evaluation.py $(BENCH)
+	$(BIN)/python tests/benchmarks/profile_run.py $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py --model wide --rounds 5 $(BENCH)
 	$(BIN)/python tests/benchmarks/scaling.py $(BENCH)
 	$(BIN)/python tests/benchmarks/step_time.py --memory $(BENCH)

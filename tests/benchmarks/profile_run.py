@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from methods import Method, load_recipe
 from paired import arguments, record, table
-from settings import HELD_OUT, load, smollm2
+from settings import HELD_OUT, load, missing, smollm2
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,6 +145,9 @@ def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__, edits=50, texts=3300)
     parser.add_argument("--recipe", default="kedit_fast")
     options = parser.parse_args()
+    if path := missing("smollm2"):
+        print(f"the profile is left out, because {path} does not exist (make smollm2)")
+        return
     torch.set_num_threads(1)
     edits, texts = (4, 40) if options.quick else (options.edits, options.texts)
     per_second = rate()

@@ -40,6 +40,24 @@ def test_a_benchmark_writes_its_section_in_place(shared, tmp_path, monkeypatch, 
     assert row in found
 
 
+def test_every_second_of_a_profile_belongs_to_the_innermost_phase(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+    now = 0.0
+
+    def spend(seconds):
+        nonlocal now
+        now += seconds
+
+    phases = importlib.import_module("profile_run").Phases(lambda: now)
+    spend(1)
+    with phases.phase("forward"):
+        spend(2)
+        phases.around("penalty", spend)(4)
+        spend(8)
+    spend(16)
+    assert phases.stop() == {"rest of training": 17, "forward": 10, "penalty": 4}
+
+
 def gpu(monkeypatch, out, *options):
     """Run the benchmark for a GPU on the CPU, and return its tables and its results."""
     monkeypatch.syspath_prepend(str(HERE))
