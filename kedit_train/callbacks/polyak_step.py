@@ -31,9 +31,9 @@ class PolyakStep(EditCallback):
     optimizer, its learning rate and a learning rate schedule have no effect on the weights in scope.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
-    ``NormBall``, ``GradientMask``) are applied after the step. ``NullSpace``, ``LowCurvature`` and ``GradientMask``
-    also project the gradient, so the prediction is right for the projected step. If ``NormBall`` removes a part of the
-    step, the loss falls by less than predicted.
+    ``NormBall``, ``GradientMask``) are applied after the step. If ``NormBall`` removes a part of the step, the loss
+    falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: they
+    project not only the step but also the gradient from which the prediction is computed.
 
     Args:
         step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
