@@ -66,13 +66,15 @@ def has_ended(name: str) -> bool | None:
 def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
     """Remove temporary folders whose owner has ended.
 
-    A folder is kept while its owner is running. The owner is unknown if the folder was created in another container, on
-    another host, or by an older version of this package. Such a folder is removed when it has not changed for a day.
+    A folder is kept while its owner is known to be running. If the owner has ended, the folder is removed at once when
+    its name begins with ``at_once``, and otherwise when it has not changed for a day. If the owner is unknown (for
+    example, because the folder was created in another container, on another host, or by an older version of this
+    package), the folder is also removed when it has not changed for a day.
 
     Args:
         folders: the temporary folders.
-        at_once: if the owner has ended and the name of the folder begins with this text, the folder is removed at once.
-            Other folders of ended owners are removed when they have not changed for a day.
+        at_once: name prefix of the folders that are removed as soon as their owner has ended. By default, this applies
+            to all folders.
     """
     for folder in folders:
         ended = has_ended(folder.name)

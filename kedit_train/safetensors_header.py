@@ -195,8 +195,8 @@ def copy_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span], memory
             except OSError as error:
                 problem = error
     raise EditError(
-        f"{path} must be copied to disk, because it is too large to copy into memory, but the copy failed ({problem}); "
-        "free disk space, or set TMPDIR to a folder with more space."
+        f"could not make a temporary copy of {path} on disk ({problem}); the file is too large to copy into memory. "
+        "Free disk space, or set TMPDIR to a folder with more space."
     )
 
 

@@ -18,9 +18,9 @@ class ActiveSet(EditCallback):
     By default, an edit is learned if the loss of each of its target tokens is at most ``epsilon`` (the clip of the
     token loss). A clipped token has no gradient. A learned edit therefore costs a forward and a backward pass, but does
     not change the weights. ``ActiveSet`` removes learned edits from the batch inside the model's forward call, so it
-    works with any data loader. Means over the batch still count the removed edits, so the gradient of the remaining
-    edits does not change. Logged losses, and the entropy and token accuracy of TRL, also include the removed edits. For
-    a removed edit, they use the values from the last forward pass on this edit.
+    works with any data loader. The loss is averaged as if no edit had been removed, so the gradient of the remaining
+    edits does not change. For a removed edit, the average uses the loss from the last forward pass on this edit. TRL's
+    entropy and token accuracy are averaged in the same way.
 
     Training on other edits can undo a learned edit. To detect this, the model runs on a learned edit again after the
     edit was left out ``recheck`` times.

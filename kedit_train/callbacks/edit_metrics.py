@@ -45,8 +45,9 @@ class EditMetrics(EditCallback):
     the best. ``edit/metrics/seconds`` is the total time of all evaluations. ``edit/metrics/share_of_time`` is the time
     of the evaluations during training, divided by the training time.
 
-    For a mixture-of-experts model, ``edit/router/kl`` is the KL divergence of its routers from those of the unedited
-    model, on the locality prompts (:class:`~kedit_train.evaluation.scoring.router_divergence.RouterDivergence`).
+    For a mixture-of-experts model, ``edit/router/kl`` is KL(unedited || edited) of the distributions over experts that
+    the routers compute on the locality prompts. Details:
+    :class:`~kedit_train.evaluation.scoring.router_divergence.RouterDivergence`.
 
     After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
     (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
@@ -234,7 +235,7 @@ class EditMetrics(EditCallback):
             print(f"report: {report.save(self.report_path)}")
 
     def _evaluate_sample(self, run: EditRun) -> None:
-        """Evaluate the sample during training, log the scores and end training if ``stop_at`` is reached."""
+        """Evaluate the fixed sample of the edits, log the scores and end training if ``stop_at`` is reached."""
         seconds_before = self._seconds
         report = self._evaluate(run, limit=self.limit, before=self.unedited)
         self._seconds_in_training += self._seconds - seconds_before
@@ -278,8 +279,8 @@ class EditMetrics(EditCallback):
     def _gather_distributions(self, report: Report) -> Report:
         """Return the report with the next-token distributions that all processes recorded.
 
-        Each process records distributions for its own edits. In an evaluation of a sample, the edits are divided
-        differently, so every process needs the distributions for all edits.
+        Each process records the distributions of the unedited model for its own part of the edits. A later evaluation
+        of a sample divides the edits among the processes in another way, so every process needs all distributions.
         """
         if not report.distributions or not self._is_shared():
             return report

@@ -52,9 +52,9 @@ class ForgetFirst(EditCallback):
     the model generates. If this answer is already the new answer, nothing is subtracted for this edit.
 
     The model before forgetting remains the reference for the drift metrics, ``SaveDelta``, the first evaluation of
-    ``EditMetrics``, ``KLLocality`` and ``NormBall``. Constraints also apply to the subtraction, so a ``NormBall`` with
-    a small radius removes most of the subtracted change. With a learning rate of 0, the run only forgets. A resumed run
-    does not forget again.
+    ``EditMetrics``, ``KLLocality`` and ``NormBall``. The constraints of other callbacks also apply to the subtraction,
+    so a ``NormBall`` with a small radius removes most of the subtracted change. With a learning rate of 0, the run only
+    forgets. A resumed run does not forget again.
 
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
@@ -262,7 +262,7 @@ class ForgetFirst(EditCallback):
 
 
 def _subtract(run: EditRun, base: Mapping[str, Tensor], difference: Mapping[str, Tensor], factor: float) -> None:
-    """Write ``base - factor * difference`` into the weights of the model, and apply every constraint."""
+    """Write ``base - factor * difference`` into the model, and apply the constraints of all callbacks."""
     write(run.scope, {name: value - factor * difference[name] for name, value in base.items()})
     # No optimizer step has been taken, so constraints that depend on the learning rate (WeightAnchor) are left out.
     run.steps.learning_rates = {}

@@ -41,8 +41,8 @@ class KLLocality(EditCallback):
     stored hidden states.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
-    prompt of the edits are left out, with a warning. With :class:`PrefixCache`, the texts of a batch are padded
-    differently, so the penalty differs by rounding.
+    prompt of the edits are left out, with a warning. :class:`PrefixCache` changes the padding of the texts, so the
+    penalty with ``PrefixCache`` differs by rounding from the penalty without it.
 
     For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. The
     reference of every run is then the model before the first run. Up to half of each batch consists of previous edits,

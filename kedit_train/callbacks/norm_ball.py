@@ -46,8 +46,8 @@ class NormBall(EditCallback):
             root mean square of the tensor before the edit. For "l2", the radius is ``fraction`` times the norm of the
             tensor, or of the whole scope. Default 0.6.
 
-    Logs ``edit/drift/ball``: the distance of a tensor from the center divided by its radius, as the maximum over all
-    tensors. For "linf", also logs ``edit/drift/at_bound``: the fraction of entries at their bound.
+    Logs ``edit/drift/ball``: the distance of a tensor from the center, divided by the radius. The logged value is the
+    maximum over all tensors. For "linf", also logs ``edit/drift/at_bound``: the fraction of entries at their bound.
 
     Raises:
         EditError: an argument is invalid; a run starts outside the ball (with ``anchor="base"``); or a tensor is all

@@ -218,7 +218,7 @@ class NullSpace(EditCallback):
         return replace(self._settings(), source=preserve, nearest=None)
 
     def _settings(self) -> Texts:
-        """Return the settings with which edits and ``preserve`` are tokenized: those of ``texts``, or the defaults."""
+        """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""
         return self.texts if isinstance(self.texts, Texts) else Texts([])
 
     def _directions(

@@ -25,15 +25,15 @@ class PolyakStep(EditCallback):
     """Replace each optimizer step by a step of Adam whose length follows from the loss.
 
     After each optimizer step, the change that the optimizer made is discarded. Instead, the callback takes a step in
-    the direction of Adam. The gradient predicts how much a step reduces the loss. Each step has the length for which
-    this prediction is the fraction ``step_size`` of the loss (Polyak's step size, with running averages of loss and
-    gradient). A step is never longer than a tenth of the norm of the weights in scope. The optimizer, its learning rate
-    and a learning rate schedule have no effect on the weights in scope.
+    the direction of Adam. The gradient predicts how much a step of a given length reduces the loss. The callback
+    chooses the length for which the predicted reduction is ``step_size`` times the loss (Polyak's step size, with
+    running averages of loss and gradient). A step is never longer than a tenth of the norm of the weights in scope. The
+    optimizer, its learning rate and a learning rate schedule have no effect on the weights in scope.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
-    ``NormBall``, ``GradientMask``) are applied after the step. ``NullSpace``, ``LowCurvature`` and ``GradientMask``
-    also project the gradient, so the prediction is right for the projected step. If ``NormBall`` removes a part of the
-    step, the loss falls by less than predicted.
+    ``NormBall``, ``GradientMask``) are applied after the step. If ``NormBall`` removes a part of the step, the loss
+    falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: they
+    project not only the step but also the gradient from which the prediction is computed.
 
     Args:
         step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
@@ -127,7 +127,7 @@ class PolyakStep(EditCallback):
     def before_optimizer_step(self, run: EditRun) -> None:
         if run.steps.is_shared:
             raise EditError(
-                "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
+                "all parameters in scope must belong to one optimizer, got several optimizers in one step; use a "
                 "single optimizer, because this callback replaces the optimizer step."
             )
         self._before = {name: parameter.detach().clone() for name, parameter in run.scope.items()}

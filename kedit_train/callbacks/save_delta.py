@@ -247,7 +247,7 @@ class SaveDelta(EditCallback):
         after: Mapping[str, Tensor],
         edits: Sequence[Any] | None,
     ) -> str:
-        """Compare the weights and logits that the file gives with those of the trained model.
+        """Check that the base model with the changes in the file has the weights and logits of the trained model.
 
         Returns:
             What was compared, as text.

@@ -27,8 +27,9 @@ from kedit_train.paths import SAFETENSORS_PATH
 class SecondOrderLocality(PolyakStep):
     """Replace each optimizer step by a step that changes predictions on given texts as little as possible.
 
-    Before training, the callback computes the K-FAC factors A and S of each weight on the texts. These factors estimate
-    the KL divergence per token that a change D of the weight causes on the texts: ``1/2 tr(S D A Dᵀ)``. During
+    Before training, the callback computes the K-FAC factors of each weight on the texts. A is the second moment of the
+    layer's inputs, and S is the second moment of the gradients at the layer's outputs. These factors estimate the KL
+    divergence per token that a change D of the weight causes on the texts: ``1/2 tr(S D A Dᵀ)``. During
     training, no text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the
     callback takes a step of Adam in transformed coordinates: a change U of the coordinates changes the weight by
     ``S^-1/2 U A^-1/2``. In these coordinates, all changes of the same norm have the same estimated divergence.
@@ -178,7 +179,7 @@ class SecondOrderLocality(PolyakStep):
         super().load_state(state)
 
     def _coordinates(self) -> dict[str, Any]:
-        """Return everything that the coordinates of the steps depend on, except the model."""
+        """Return the settings that must be the same in a resumed run, and the hash of the texts."""
         factors = {"damping": self.damping, "factors": self.factors, "seed": self.texts.seed}
         return {"texts": self._texts_hash, **factors}
 

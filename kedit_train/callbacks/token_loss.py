@@ -166,8 +166,8 @@ class TokenLoss(EditCallback):
 
         Returns:
             Two tensors [N]: the loss of each token, and whether the token has a gradient. For ``"overtone"``, three
-            more tensors [N] follow: whether the mixture was used, how many tokens the filter kept, and the probability
-            of the label in the target distribution.
+            more tensors [N] follow: whether the mixture was used, how many tokens of the vocabulary passed the filter
+            that removes unlikely tokens, and the probability of the label in the target distribution.
         """
         options: dict[str, Any] = {"epsilon": self.epsilon}
         if self.objective == "cross_entropy":
@@ -185,7 +185,7 @@ class TokenLoss(EditCallback):
     def skip_step(self, run: EditRun) -> bool:
         if run.steps.is_shared:
             raise EditError(
-                "all parameters in scope must belong to one optimizer, got several optimizers that share a step; use a "
+                "all parameters in scope must belong to one optimizer, got several optimizers in one step; use a "
                 "single optimizer, because this callback skips the step if all tokens are learned, and it cannot make "
                 "several optimizers skip the same step."
             )
@@ -222,8 +222,8 @@ class TokenLoss(EditCallback):
         Returns:
             ``edit/tokens/active``, the fraction of tokens with a gradient. For ``"overtone"`` also
             ``edit/tokens/accepted`` (fraction of tokens for which the mixture was used), ``edit/tokens/survivors``
-            (number of tokens that the filter kept) and ``edit/tokens/label_mass`` (probability of the label in the
-            target).
+            (number of tokens of the vocabulary that passed the filter, which removes unlikely tokens) and
+            ``edit/tokens/label_mass`` (probability of the label in the target).
         """
         if not self._tokens:
             return {}
@@ -254,7 +254,8 @@ class TokenLoss(EditCallback):
 def _true_vocabulary(run: EditRun) -> int | None:
     """Return the number of tokens of the tokenizer if the output head has more rows than that, else None.
 
-    The logits of the additional rows are noise and would widen the filter.
+    The logits of the additional rows are noise. They would increase the standard deviation of the logits, and the
+    filter of ``"overtone"`` would then keep more tokens.
     """
     try:
         size = len(run.tokenizer())

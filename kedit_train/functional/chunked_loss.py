@@ -53,7 +53,8 @@ def chunked(
             gradient of the logits is then multiplied by the upstream gradient before it is rounded to half precision.
 
     Returns:
-        The outputs of ``score`` for all N tokens. The loss is connected to ``hidden`` and ``parameters``.
+        The outputs of ``score`` for all N tokens. The loss is differentiable with respect to ``hidden`` and
+        ``parameters``.
     """
     trained = [p for p in parameters if p.requires_grad]
     if not torch.is_grad_enabled() or not (hidden.requires_grad or trained):

@@ -129,7 +129,7 @@ def _kl(p_log: Tensor, q_log: Tensor) -> Tensor:
 
 
 def _tilt(q: Tensor, p: Tensor) -> Tensor:
-    """Return (q - p) / (q + p), in [-1, 1]. With the mixture m, q / m is 1 + tilt and p / m is 1 - tilt, exactly."""
+    """Return (q - p) / (q + p), called tilt, in [-1, 1]. With m = (p + q) / 2: q / m = 1 + tilt, p / m = 1 - tilt."""
     return (q - p).div_(q + p).nan_to_num_(nan=0.0)
 
 

@@ -112,8 +112,9 @@ def overtone_statistics(
 ) -> tuple[Tensor, ...]:
     """Compute the OverTone loss of each token, like :func:`overtone`, and also statistics of the targets.
 
-    Let t be the mixture, p the distribution of the model with the log normalizer Z, and f the filtered distribution
-    with the log normalizer Z_f. KL(t || p) is a sum over tokens. The terms of all tokens except the label y add up to
+    Let p be the distribution of the model with the log normalizer Z, and f the filtered distribution (p without
+    unlikely tokens) with the log normalizer Z_f. The target t is the mixture of f and the one-hot label. KL(t || p) is
+    a sum over the vocabulary. The terms of all tokens except the label y add up to
     ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``, because the logits cancel.
 
     Args:

@@ -1,4 +1,4 @@
-"""Estimate the KL divergence of a weight change, and find coordinates in which only the norm of a change matters.
+"""Estimate the KL divergence of a weight change, and find coordinates in which equal norms mean equal divergences.
 
 For a linear layer ``y = W k``, K-FAC approximates the divergence that a change D of the weight causes on given texts:
 ``KL = 1/2 tr(S D A Dᵀ)`` per token. A = E[k kᵀ] is the second moment of the inputs, [in, in]. S = E[g gᵀ] is the second
@@ -63,8 +63,10 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
 def transform(matrix: Tensor, output_root: Tensor | None, input_root: Tensor) -> Tensor:
     """Return the product ``P M Q``, where P is the inverse root of S, and Q is the inverse root of A.
 
-    For a gradient, the result is the gradient with respect to coordinates in which the estimated divergence of a change
-    is half its squared norm. For a change in these coordinates, the result is the change of the weight.
+    S is the second moment of the gradients at the layer's outputs, and A is the second moment of the layer's inputs. P
+    and Q define coordinates of the weight. With a small damping, the estimated divergence of a change is proportional
+    to the squared norm of the change in these coordinates. If M is the gradient of the weight, the result is the
+    gradient in the coordinates. If M is a change in the coordinates, the result is the change of the weight.
 
     Args:
         matrix: M, [out, in].

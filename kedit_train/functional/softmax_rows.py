@@ -62,6 +62,13 @@ def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, si
 
 
 def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
-    """Subtract ``mass`` [n] from the label's entry in each row of ``out`` [n, V], and set inactive rows to zero."""
+    """Subtract ``mass`` [n] from the label's entry in each row of ``out`` [n, V], then set rows to 0 if not ``active``.
+
+    Args:
+        out: [n, V], changed in place.
+        labels: [n] token ids.
+        mass: [n], the part of the label's target probability that has not been subtracted from ``out`` yet.
+        active: [n] bool, False for a token that has no gradient.
+    """
     out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))
     out.mul_(active.unsqueeze(-1))

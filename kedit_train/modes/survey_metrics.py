@@ -31,7 +31,8 @@ class SurveyMetrics:
         generality: fraction of rephrased prompts with the new answer.
         portability: fraction of questions about consequences of the edit that are answered correctly.
         retainability: mean change of accuracy per additional edit in a sequence. The best value is 0.
-        scalability: accuracy of edits made one by one minus accuracy of all edits made at once. The best value is 0.
+        scalability: accuracy of edits that are each made alone on the unedited model, minus the accuracy when all edits
+            are made at once. The best value is 0.
         sources: dict from metric name to the mode of the result from which the metric is computed, for example "batch".
             The value is "single, batch" for a metric that needs two results, and "–" if a needed result is missing.
 
@@ -174,9 +175,11 @@ def retainability(accuracy: Mapping[int, float]) -> float:
 
 
 def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
-    """Return the accuracy of edits made one by one minus the accuracy of all edits made at once.
+    """Return how much higher the accuracy is if each edit is made alone than if all edits are made at once.
 
-    The score has a bootstrap interval over edits. The difference is computed for each edit and then averaged.
+    The score is the accuracy of edits that are each made alone on the unedited model, minus the accuracy when all edits
+    are made at once. The difference is computed for each edit and then averaged. The score has a bootstrap interval
+    over edits.
 
     Args:
         single: the report of the mode "single", where each edit is made on the unedited model.

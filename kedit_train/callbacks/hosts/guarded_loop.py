@@ -45,11 +45,11 @@ class GuardedLoop(_Guard):
     """Run the training loop of a ``transformers.Trainer``, with a check before the loop and a cleanup after an error.
 
     An instance replaces the method ``_inner_training_loop`` of one trainer. If the trainer resumes from a checkpoint,
-    the instance checks the checkpoint before the loop begins. If an exception ends the loop, the instance closes the
-    runs. The trainer's events are not enough for three reasons. First, the trainer loads the optimizer state of a
-    checkpoint before the first event of the training. Second, it sends no event if an exception or ^C ends the
-    training. Third, if the trainer resumes from a checkpoint of the last step, and this step is not the end of an
-    epoch, the trainer would take one more step.
+    the instance checks the checkpoint before the loop begins. If an exception ends the loop, the instance closes every
+    ``EditRun`` of the trainer. The trainer's events are not enough for three reasons. First, the trainer loads the
+    optimizer state of a checkpoint before the first event of the training. Second, it sends no event if an exception
+    or ^C ends the training. Third, if the trainer resumes from a checkpoint of the last step, and this step is not the
+    end of an epoch, the trainer would take one more step.
 
     Args:
         trainer: the trainer.
@@ -86,10 +86,11 @@ class GuardedLoop(_Guard):
 class GuardedLoad(_Guard):
     """Load a checkpoint for a ``transformers.Trainer``, and close the runs if this fails.
 
-    An instance replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the
-    training loop begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If it
-    does not, the instance raises an error of one line, because the error of torch would list every weight whose shape
-    differs. After a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
+    A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. An instance of this
+    class replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the training loop
+    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If it does not, the
+    instance raises an error of one line, because the error of torch would list every weight whose shape differs. After
+    a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
 
     Args:
         trainer: the trainer.
@@ -111,13 +112,13 @@ class GuardedLoad(_Guard):
             raise
 
     def release(self) -> None:
-        """Close the runs. Call this method when ``train()`` fails before its training loop begins."""
+        """Close every ``EditRun`` of the trainer. Call this method when ``train()`` fails before its training loop."""
         self._released = _runs(self._trainer) or self._released
         for run in self._released:
             run.close()
 
     def join_again(self, loads: bool = False) -> None:
-        """Set up again the runs that were closed because a checkpoint was missing or could not be loaded.
+        """Set up again each ``EditRun`` that was closed because a checkpoint was missing or could not be loaded.
 
         Args:
             loads: whether the trainer loads a checkpoint next.
@@ -134,9 +135,10 @@ class GuardedLoad(_Guard):
 class GuardedSetup(_Guard):
     """Close the runs of a ``transformers.Trainer`` whose ``train(resume_from_checkpoint=True)`` finds no checkpoint.
 
-    An instance replaces the method ``_hp_search_setup`` of one trainer, which is the last method that ``train()`` calls
-    before it searches its output folder for a checkpoint. If the folder contains no checkpoint, ``train()`` raises an
-    error, so the instance closes the runs.
+    A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. An instance of this
+    class replaces the method ``_hp_search_setup`` of one trainer, which is the last method that ``train()`` calls
+    before it searches its output folder for a checkpoint. If the folder contains no checkpoint, ``train()`` will raise
+    an error without sending an event. The instance therefore closes the runs before this error.
 
     Args:
         trainer: the trainer.
@@ -187,7 +189,7 @@ def _calling_trainer(control: Any) -> Any | None:
 
 
 def _runs(trainer: Any, closed: bool = False) -> list[Any]:
-    """Return the open runs of the trainer's callbacks (if ``closed``, the closed runs), without duplicates."""
+    """Return each ``EditRun`` of the trainer's callbacks once: the closed ones if ``closed``, else the open ones."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks

@@ -164,9 +164,9 @@ class LightningHost(Host):
 
 
 def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Raise an error of one line for the first weight whose shape differs from the model's.
+    """Raise a one-line error for the first weight whose shape in the checkpoint differs from the shape in the model.
 
-    torch would list every such weight.
+    Without this check, the error of torch would list every such weight.
     """
     for name, parameter in module.named_parameters():
         saved = getattr(state.get(prefix + name), "shape", parameter.shape)
@@ -193,7 +193,7 @@ class LightningEvents(Callback):
     _final_state: dict[str, Any] | None = None
 
     def _driven_run(self, trainer: Any) -> EditRun | None:
-        """Return the trainer's run if this callback is the driver of the run, else None."""
+        """Return the trainer's run if this callback is the driver (the first callback of the run), else None."""
         run = self.run
         return run if run is not None and not run.closed and run.host.owner is trainer and run.is_driver(self) else None
 

@@ -25,7 +25,7 @@ class TransformersEvents(TrainerCallback):
     _control: Any = None
 
     def _driven_run(self, control: Any) -> EditRun | None:
-        """Return the trainer's run if this callback is the driver of the run, else None."""
+        """Return the trainer's run if this callback is the driver (the first callback of the run), else None."""
         run = self.run
         return run if run is not None and not run.closed and run.host.owner is control and run.is_driver(self) else None
 
@@ -45,7 +45,7 @@ class TransformersEvents(TrainerCallback):
         return run
 
     def join_trainer(self, trainer: Any) -> None:
-        """Join a new run of the trainer, because the previous run was closed before training began."""
+        """Join a new ``EditRun`` of the trainer, because the previous one was closed before training began."""
         self._join(trainer.args, trainer.state, trainer.control, trainer.model, trainer.processing_class)
 
     def on_init_end(

@@ -91,8 +91,8 @@ class TransformersHost(Host):
     def check_checkpoint(self, run: Any, folder: str) -> None:
         """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
 
-        If the checkpoint has no random states, a warning is issued. If it has no optimizer or scheduler state, a
-        warning is issued if ``save_only_model=True`` is set for the resumed run, and an error is raised otherwise.
+        If the checkpoint has no states of the random number generators, a warning is issued. A missing optimizer or
+        scheduler state is an error. With ``save_only_model=True`` in the resumed run, it is only a warning.
 
         Raises:
             EditError: the optimizer or scheduler state is missing, and ``save_only_model`` is False.
@@ -119,7 +119,7 @@ class TransformersHost(Host):
             )
 
     def _load(self, folder: Path, file: str = FILE) -> dict[str, Any] | None:
-        """Read a checkpoint state, unless it has been read already."""
+        """Read the state of the edit from a checkpoint. Each file is read only once."""
         path = (folder / file).resolve()
         if path not in self._states:
             self._states[path] = load_state(folder, file=file)

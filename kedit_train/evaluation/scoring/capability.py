@@ -140,8 +140,8 @@ class CapabilityProbe:
             return Capability(**own, distributions=record_distributions(model, tokenizer, answers, **settings))
         if unedited.answers.keys() != answers.keys():
             raise EditError(
-                "the argument unedited must be a result on the prompts of this probe, got a result on different "
-                "prompts; measure both models with the same CapabilityProbe."
+                "unedited= must be a result on the prompts of this probe, got a result on different prompts; measure "
+                "both models with the same CapabilityProbe."
             )
         kl_by_prompt = compute_divergences(model, tokenizer, unedited.distributions, self.prompts, **settings)
         totals = torch.tensor([[sum(kl_by_prompt[prompt])] for prompt in self.prompts], dtype=torch.float64)

@@ -49,7 +49,11 @@ def compare_with_unedited(
 
 
 def compare_answers(before: ProbeResult, after: ProbeResult, protocols: Protocols, judge: Judge) -> ProbeResult:
-    """Return a copy of ``after`` with the unedited model's answer, and with the result of comparing the two answers."""
+    """Return a copy of ``after`` to which the unedited model's result is added.
+
+    Two things are added: the unedited model's answer, with the judgment whether it is right, and the scores that
+    compare this answer with the edited model's answer.
+    """
     right_before = is_right(protocols.headline, replace(before, accepted=after.accepted), judge)
     compared = replace(
         after,

@@ -72,7 +72,7 @@ def test_prompts_are_the_beginnings_of_texts() -> None:
 def test_the_result_of_another_probe_is_refused(scripted_model: Any) -> None:
     model, tokenizer = scripted_model({"a:": "x"})
     before = CapabilityProbe(["a:x b"], prompts=["a:"])(model, tokenizer)
-    with pytest.raises(EditError, match="the argument unedited must be a result on the prompts of this probe"):
+    with pytest.raises(EditError, match="unedited= must be a result on the prompts of this probe"):
         CapabilityProbe(["a:x b"], prompts=["b:"])(model, tokenizer, before)
 
 
