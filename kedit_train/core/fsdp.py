@@ -56,9 +56,9 @@ def check_head(head: nn.Module) -> None:
     """Raise an error if the output head's weights are sharded again before the loss is computed from them."""
     if not isinstance(head, FSDPModule) and any(isinstance(p, DTensor) for p in head.parameters()):
         raise EditError(
-            "the output head is sharded again after every forward pass, but the loss is computed from the complete "
-            "weights of the head after the forward pass; remove reshard_after_forward from the fully_shard call for "
-            "the whole model, or apply fully_shard to the head itself."
+            "the loss needs the complete weights of the output head after the forward pass, but FSDP2 has already "
+            "sharded them again by then; remove reshard_after_forward from the fully_shard call for the whole model, "
+            "or apply fully_shard to the head itself."
         )
 
 

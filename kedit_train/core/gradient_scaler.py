@@ -1,7 +1,7 @@
 """What ``torch.amp.GradScaler`` tells a fused optimizer: the scale of the gradients, and whether to skip the step.
 
-A fused optimizer divides the gradients by the scale itself, in its step. Before the step, its gradients are therefore
-still multiplied by the scale.
+A fused optimizer unscales the gradients itself, inside its step. Until then, the gradients are still multiplied by the
+scale, unless the training loop calls ``scaler.unscale_`` before the step.
 """
 
 from __future__ import annotations

@@ -59,7 +59,10 @@ class ChatFormat:
         object.__setattr__(self, "history", tuple(dict(message) for message in self.history))
 
     def messages(self, prompt: str, target: str | None = None) -> list[dict[str, Any]]:
-        """Return the messages for the chat template, up to the user's prompt, or up to the answer if it is given."""
+        """Return the messages for the chat template.
+
+        The last message is the user's prompt, or the answer if one is given.
+        """
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         last = [] if target is None else [{"role": "assistant", "content": target}]
         return [*first, *(dict(message) for message in self.history), {"role": "user", "content": prompt}, *last]

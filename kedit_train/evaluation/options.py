@@ -60,8 +60,9 @@ class EvaluationOptions:
             model often goes on after its answer instead of generating an end token, "auto" means
             ["leading", "probability"].
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
-        max_new_tokens: maximum length of an answer, in tokens. If ``protocol`` contains none of "exact",
-            "contains" and "wild", fewer tokens are generated: three more than the longest accepted answer has.
+        max_new_tokens: maximum length of an answer, in tokens, with the protocols "exact", "contains" and "wild". If
+            ``protocol`` contains none of them, generation stops at another length: the length of the longest accepted
+            answer plus three tokens.
         prose: unrelated texts, as a list of strings, a path, a dataset, or "world" (the bundled texts). Three values
             are measured on the texts: the perplexity, the KL divergence from the unedited model, and the agreement with
             the unedited model. None: not measured.

@@ -193,9 +193,7 @@ def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
         {r.edit: bool(r.right) for r in report.answers if r.question == "reliability"} for report in (single, batch)
     )
     if alone.keys() != together.keys():
-        raise EditError(
-            "the arguments single and batch are reports on different edits; run both modes on the same edits."
-        )
+        raise EditError("single= and batch= are reports on different edits; run both modes on the same edits.")
     mean = MeanOverEdits(len(alone), seed=seed, sync_on_compute=False)
     mean.update(range(len(alone)), [float(right) - float(together[edit]) for edit, right in alone.items()])
     return mean.score()

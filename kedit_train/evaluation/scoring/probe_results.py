@@ -29,9 +29,10 @@ FLUENCY_TOKENS = 100
 class ProbeResult(ProbeRequest):
     """One evaluation prompt (probe) with the model's answer and scores.
 
-    The fields of :class:`ProbeRequest` come first. Two of them are used below: ``accepted`` contains all answers that
-    count as right, starting with the preferred answer, and ``new_target`` is the edit's new answer (None if the probe
-    is not a locality probe).
+    The fields of :class:`ProbeRequest` come first. Two of them are used below. ``accepted`` contains all answers that
+    count as right, starting with the preferred answer. ``new_target`` is the edit's new answer. It is set only on
+    locality probes, because it must not become more probable there than the right answer. On all other probes, it is
+    None.
 
     Args:
         answer: the generated answer.
@@ -48,8 +49,9 @@ class ProbeResult(ProbeRequest):
         token_log_probs: for each token of the preferred answer, the log-probability under teacher forcing.
         choices: on locality probes with the protocol "teacher_forced", the token that is ranked first at each position
             of the preferred answer.
-        first_tokens: on locality probes, the first token ids of the answer. Their number is the number of tokens in the
-            preferred answer, but at least 3. -1 stands for the end of the answer.
+        first_tokens: on locality probes, the ids of the first n tokens of the answer, where n is the number of tokens
+            in the preferred answer, but at least 3. If the answer ends before it has n tokens, the last id is -1, which
+            marks the end of the answer.
         tokens_kept: fraction of ``first_tokens`` that both models share, counted up to the first difference. The
             denominator is the number of the unedited model's ``first_tokens``.
         choices_kept: the fraction of ``choices`` that are equal to the unedited model's choices.

@@ -44,7 +44,7 @@ class TuneResult:
 
     @property
     def front(self) -> list[Trial]:
-        """The Pareto front: the trials that no other trial on the same number of edits beats."""
+        """The Pareto front: the trials that are not beaten by any other trial with the same number of edits."""
         return front(self.trials)
 
     def rows(self) -> list[list[str]]:

@@ -88,7 +88,10 @@ class TuneRuns:
 
     @property
     def append_eos(self) -> bool:
-        """Whether targets end with end-of-text, as decided by ``append_eos="auto"`` for the unedited model."""
+        """Whether an end-of-text token is appended to targets.
+
+        This is what ``append_eos="auto"`` decides for the unedited model.
+        """
         return self.keys["append_eos"]
 
     def _key(self, setting: TuneSetting, part: EditDataset) -> str:
