@@ -25,8 +25,10 @@ third of these is trained on the whole tuning half. The settings of the recipe k
 combinations, are trained in every round.
 
 Of the combinations with a reliability of at least 0.95, the command picks the one with the highest harmonic mean of
-generality and locality. If none is that reliable, it picks the most reliable one. It then trains this combination once
-on the held-out half, and writes a recipe. Report only the held-out scores.
+generality and locality. The settings of kedit_default are replaced only if another harmonic mean is higher by at least
+0.05, because smaller differences are often random. If no combination is that reliable, the command picks the most
+reliable one. It then trains this combination once on the held-out half, and writes a recipe. Report only the held-out
+scores.
 
 If the command is interrupted, run it again: finished runs are not repeated. All results and the edits of both halves
 are in the folder NAME.tune next to the recipe NAME.yaml.

@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 from kedit_train.data.visible import fold
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
-from kedit_train.modes.tuning.settings import TuneSetting
+from kedit_train.modes.tuning.settings import RECOMMENDED, TuneSetting
 
 # The pick rule accepts a setting with at least this reliability.
 RELIABILITY = 0.95
 RULE = f"reliability of at least {RELIABILITY}, then the highest harmonic mean of generality and locality"
+# The settings of kedit_default are kept if no score is higher by at least this much.
+MARGIN = 0.05
 # Each rung keeps the best third of the settings, and has three times as many edits as the rung before it.
 KEPT = 3
 # Scores on fewer edits are too coarse to compare settings.
@@ -169,6 +171,9 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
     """Return the best trial and the rule by which it was picked. All trials must be on the same edits.
 
+    The settings of ``kedit_default`` are replaced only if another score is higher by at least ``MARGIN``. On few edits,
+    smaller differences are often random.
+
     Args:
         trials: at least one trial.
 
@@ -178,6 +183,9 @@ def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
         'the most reliable setting, because no setting has a reliability of at least 0.95'
     """
     best = rank(trials)[0]
+    default = next((trial for trial in trials if trial.setting == RECOMMENDED), best)
+    if best is not default and default.reliable and best.score < default.score + MARGIN:
+        return default, f"the settings of kedit_default, because no score is higher by at least {MARGIN}"
     if best.reliable:
         return best, RULE
     return best, f"the most reliable setting, because no setting has a reliability of at least {RELIABILITY}"

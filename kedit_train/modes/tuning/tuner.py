@@ -44,13 +44,13 @@ def tune(
     The edits are split into a tuning half and a held-out half. Every setting of the grid is trained on a few edits of
     the tuning half. The best third of the settings is trained again on more edits. The best third of these settings is
     trained on the complete tuning half. Each run starts from the unedited model. If the grid contains the settings of
-    the recipe ``kedit_default``, they are trained in every round, even if they are not in the best third. On the tuning
-    half, the picked setting is therefore no worse than this recipe.
+    the recipe ``kedit_default``, they are trained in every round, even if they are not in the best third.
 
     Among the settings with a reliability of at least 0.95, the setting with the highest harmonic mean of generality and
-    locality is picked. If no setting is that reliable, the most reliable setting is picked. The picked setting is then
-    trained once on the held-out half. Report only the scores of this last run, because the other scores were used to
-    pick the setting.
+    locality is picked. The settings of ``kedit_default`` are replaced only if another harmonic mean is higher by at
+    least 0.05, because smaller differences are often random. If no setting is that reliable, the most reliable setting
+    is picked. The picked setting is then trained once on the held-out half. Report only the scores of this last run,
+    because the other scores were used to pick the setting.
 
     All runs use :class:`~kedit_train.callbacks.SecondOrderLocality`, so no learning rate is needed.
 

@@ -97,6 +97,21 @@ def test_the_ranking_follows_the_rule(seed: int) -> None:
     assert (rule == RULE) == any(t.reliability >= 0.95 for t in trials)
 
 
+@pytest.mark.parametrize(("other", "kept"), [(0.50, True), (0.54, True), (0.56, False)])
+def test_the_recommended_settings_are_replaced_only_by_a_clearly_better_score(other: float, kept: bool) -> None:
+    own = Trial(setting=RECOMMENDED, edits=8, reliability=1.0, generality=0.5, locality=0.5)
+    rival = Trial(setting=setting(), edits=8, reliability=1.0, generality=other, locality=other)
+    best, rule = pick([rival, own])
+    assert best is (own if kept else rival)
+    assert (rule == RULE) == (best is rival)
+
+
+def test_an_unreliable_recommendation_is_not_kept() -> None:
+    own = Trial(setting=RECOMMENDED, edits=8, reliability=0.9, generality=0.5, locality=0.5)
+    rival = Trial(setting=setting(), edits=8, reliability=1.0, generality=0.1, locality=0.1)
+    assert pick([own, rival])[0] is rival
+
+
 def test_settings_without_generality_are_ranked_by_locality() -> None:
     low, high = trial(1, 0.0, 0.4), trial(1, 0.0, 0.6)
     assert rank([low, high]) == [high, low]
