@@ -25,11 +25,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from kedit_train import callbacks
+from kedit_train.core.steps import OptimizerSteps
 from kedit_train.evaluation import evaluate
 from kedit_train.modes import train_loop
 
 HEAD = ("phase", "seconds", "share", "TFLOP", "seconds at the measured rate", "times the rate")
 STATISTICS = ("NullSpace", "KLLocality", "SecondOrderLocality", "LowCurvature")
+WHOLE = ("end of answers", "statistics of texts", "penalty", "evaluation")
 ORDER = (
     "end of answers",
     "statistics of texts",
@@ -67,6 +69,9 @@ class Phases:
     def around(self, name: str, function: Any) -> Any:
         @wraps(function)
         def measured(*args: Any, **kwargs: Any) -> Any:
+            # The forward passes of statistics and penalties belong to these.
+            if self._running[-1] in WHOLE:
+                return function(*args, **kwargs)
             with self.phase(name):
                 return function(*args, **kwargs)
 
@@ -84,10 +89,13 @@ def watched(phases: Phases, model: Any) -> Iterator[None]:
     places = [(kind, "attach", "statistics of texts") for kind in kinds]
     places += [(callbacks.KLLocality, "penalty", "penalty"), (torch.Tensor, "backward", "backward")]
     places += [(torch.optim.AdamW, "step", "step and constraints"), (torch.optim.Adam, "step", "step and constraints")]
+    # The hooks before and after the step run outside of the optimizer's own method.
+    places += [
+        (OptimizerSteps, name, "step and constraints") for name in ("before_optimizer_step", "apply_constraints")
+    ]
     places += [(type(model), "forward", "forward"), (train_loop, "decide_together", "end of answers")]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for owner, name, phase in places:
-        # The forward passes inside statistics and penalties belong to these.
         setattr(owner, name, phases.around(phase, getattr(owner, name)))
     try:
         yield

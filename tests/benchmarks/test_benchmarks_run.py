@@ -55,7 +55,9 @@ def test_every_second_of_a_profile_belongs_to_the_innermost_phase(monkeypatch):
         phases.around("penalty", spend)(4)
         spend(8)
     spend(16)
-    assert phases.stop() == {"rest of training": 17, "forward": 10, "penalty": 4}
+    with phases.phase("statistics of texts"):
+        phases.around("forward", spend)(32)
+    assert phases.stop() == {"rest of training": 17, "forward": 10, "penalty": 4, "statistics of texts": 32}
 
 
 def gpu(monkeypatch, out, *options):
