@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -107,8 +108,7 @@ class PolyakStep(EditCallback):
                 f"max_grad_norm={largest:g} is ignored during this training, because this callback chooses the length "
                 "of each step itself; set max_grad_norm=0 to avoid this warning."
             )
-        norms = [wide(run.reference[name]).square().sum(dtype=torch.float64) for name in run.scope]
-        self._norm = float(torch.stack(norms).sum().sqrt())
+        self._norm = _total(wide(run.reference[name]).square() for name in run.scope) ** 0.5
         if self._norm == 0.0:
             raise EditError(
                 "all parameters in scope are 0, so a step that is limited to a tenth of their norm changes nothing; "
@@ -155,13 +155,13 @@ class PolyakStep(EditCallback):
         changed.update(before)
         if not gradients:
             return changed
-        loss, means, adam = self._averages.update(gradients, run.scores["edit/tokens/loss_now"])
-        slopes = [(means[name] * u).sum(dtype=torch.float64) for name, u in adam.items()]
-        # One transfer from the device instead of one per parameter.
-        slope = sum(torch.stack(slopes).tolist())
+        loss_now = run.scores["edit/tokens/loss_now"]
+        if not math.isfinite(loss_now):
+            raise EditError(f"the loss of step {run.step} is {loss_now}; check the loss of this batch.")
+        loss, means, adam = self._averages.update(gradients, loss_now)
+        slope = _total(means[name] * u for name, u in adam.items())
         directions = {name: self.change(name, u) for name, u in adam.items()}
-        norms = [d.square().sum(dtype=torch.float64) for d in directions.values()]
-        norm = float(torch.stack(norms).sum().sqrt())
+        norm = _total(direction.square() for direction in directions.values()) ** 0.5
         if not (slope > 0.0 and norm > 0.0):
             return changed
         length = min(self.step_size * abs(loss) / slope, _LONGEST * self._norm / norm)
@@ -193,4 +193,10 @@ class PolyakStep(EditCallback):
 
 def have_finite_squares(gradients: Iterable[Tensor]) -> bool:
     """Return whether the square of every entry is finite."""
-    return all(bool(gradient.square().isfinite().all()) for gradient in gradients)
+    return _total(~gradient.square().isfinite() for gradient in gradients) == 0.0
+
+
+def _total(tensors: Iterable[Tensor]) -> float:
+    """Return the sum of all entries. It is read with one transfer, from the device of the first tensor."""
+    sums = [tensor.sum(dtype=torch.float64) for tensor in tensors]
+    return float(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0.0

@@ -149,7 +149,7 @@ class TokenLoss(EditCallback):
     def attach(self, run: EditRun) -> None:
         self._vocab_size = _true_vocabulary(run)
         self._totals: dict[str, Tensor] = {}
-        self._tokens, self._counted_at = 0, -1
+        self._tokens, self._counted_at = 0, (-1, 0)
         # The number of tokens of the current step, and whether a warning about a step without tokens was issued.
         self._tokens_now, self._warned = 0, False
         # Totals of the current step: active tokens, sum of the losses of all tokens, number of tokens.
@@ -189,7 +189,7 @@ class TokenLoss(EditCallback):
                 "single optimizer, because this callback skips the step if all tokens are learned, and it cannot make "
                 "several optimizers skip the same step."
             )
-        if self._counted_at != run.step:
+        if self._counted_at != (run.step, run.steps.skipped):
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so its loss was not replaced; "
                 "call model(..., labels=labels) in the training step, and use the loss that the model returns."
@@ -233,8 +233,10 @@ class TokenLoss(EditCallback):
 
     def _observe(self, active: Tensor, loss: Tensor, *statistics: Tensor) -> None:
         run = self.run
-        if self._counted_at != run.step:
-            self._now, self._counted_at = torch.zeros(3, dtype=torch.float64, device=active.device), run.step
+        # After a step that a gradient scaler skipped, run.step is the same.
+        at = (run.step, run.steps.skipped)
+        if self._counted_at != at:
+            self._now, self._counted_at = torch.zeros(3, dtype=torch.float64, device=active.device), at
             self._tokens_now = 0
         self._now[0] += active.sum()
         self._now[1] += loss.sum()

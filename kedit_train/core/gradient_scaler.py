@@ -6,6 +6,7 @@ scale, unless the training loop calls ``scaler.unscale_`` before the step.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,19 @@ def gradient_scale(optimizer: Optimizer, scaler: Any = None) -> Tensor | float:
     if scale is None and scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scale = scaler.get_scale()
     return 1.0 if scale is None else scale
+
+
+def will_skip(optimizer: Optimizer, scaler: Any, gradients: Iterable[Tensor]) -> bool:
+    """Return whether a gradient scaler will skip the next step, because a gradient is infinite or NaN.
+
+    Args:
+        optimizer: the optimizer.
+        scaler: the scaler, if ``scaler.step(optimizer)`` has not been called yet. None otherwise.
+        gradients: the gradients of the step.
+    """
+    if scaler is not None and scaler.is_enabled():
+        return not all(bool(gradient.isfinite().all()) for gradient in gradients)
+    return skipped_by_scaler(optimizer)
 
 
 def skipped_by_scaler(optimizer: Optimizer) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from kedit_train.core.fsdp import check_gradients, full_tensor
-from kedit_train.core.gradient_scaler import gradient_scale, skipped_by_scaler
+from kedit_train.core.gradient_scaler import gradient_scale, skipped_by_scaler, will_skip
 from kedit_train.core.integrity import Integrity
 from kedit_train.core.loaded_optimizer import check_loaded_optimizer
 from kedit_train.core.state import RunState
+from kedit_train.core.weak_hook import weak_hook
 from kedit_train.errors import EditError, reported_by, warn
 
 
@@ -40,6 +40,8 @@ class OptimizerSteps:
         self.run, self._release = run, release
         self.learning_rates: dict[str, float | None] = {}
         self.gradient_scale: Tensor | float = 1.0
+        # The number of steps that a gradient scaler has skipped.
+        self.skipped = 0
         # None until the step is announced. Afterwards, whether any callback returned a penalty.
         self._penalized: bool | None = None
         # True while the host is not yet notified of the current step, because another optimizer may share this step.
@@ -60,8 +62,8 @@ class OptimizerSteps:
         # The hooks are registered now, to detect a loop that never announces a step. They hold weak references,
         # because global hooks would otherwise keep the model in memory.
         self._handles: list[Any] = [
-            register_optimizer_step_pre_hook(_weak_hook(self._pre_hook)),
-            register_optimizer_step_post_hook(_weak_hook(self._post_hook)),
+            register_optimizer_step_pre_hook(weak_hook(self._pre_hook)),
+            register_optimizer_step_post_hook(weak_hook(self._post_hook)),
         ]
 
     @property
@@ -74,8 +76,10 @@ class OptimizerSteps:
         for handle in self._handles:
             handle.remove()
 
-    def begin(self) -> None:
-        """Begin a new optimizer step, even if a gradient scaler has skipped the previous step."""
+    def begin(self, scaler: Any = None) -> None:
+        """Begin a new optimizer step, even if ``scaler`` has skipped the previous step."""
+        if scaler is not None and self._penalized is not None and not self._stepped_optimizers:
+            self.skipped += 1
         self._penalized = None
 
     def penalty(self) -> Tensor | None:
@@ -128,6 +132,9 @@ class OptimizerSteps:
         self._check_written_since_announcement()
         self.integrity.check_frozen_gradients()
         check_gradients(run.scope.values())
+        if will_skip(optimizer, scaler, [p.grad for p in run.scope.values() if p.grad is not None]):
+            self.skipped, self._penalized = self.skipped + 1, None
+            return
         error = run.host.gradient_error() if self._penalized and not self.is_shared else None
         if error is not None:
             raise EditError(error)
@@ -335,14 +342,3 @@ class OptimizerSteps:
         """Return the names of the parameters in scope that belong to the optimizer."""
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {name for name, p in self.run.scope.items() if id(p) in own}
-
-
-def _weak_hook(method: Any) -> Any:
-    reference = weakref.WeakMethod(method)
-
-    def hook(*args: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*args)
-
-    return hook

@@ -232,7 +232,7 @@ class Editing:
         if not self._is_pending():
             # The previous step was taken, or it was skipped (for example by a gradient scaler) and zero_grad() was
             # called afterwards.
-            run.steps.begin()
+            run.steps.begin(scaler)
         penalty = run.steps.penalty()
         if penalty is not None:
             (penalty if scaler is None else scaler.scale(penalty)).backward()

@@ -107,7 +107,7 @@ class TransformersEvents(TrainerCallback):
             self.run.host.active_callbacks.add(id(self))
         run = self._driven_run(control)
         if run:
-            run.steps.begin()
+            run.steps.begin(getattr(optimizer, "scaler", None))
         penalty = run.steps.penalty() if run else None
         if penalty is not None:
             scaler = getattr(optimizer, "scaler", None)

@@ -99,15 +99,17 @@ def input_moments(
     skip_head = head is not None and not any(module in head_modules for _, module in modules)
     batch: Batch
     calls: list[nn.Module] = []
-    # A forward pass of a sharded model must not be interrupted, because its hooks gather and free the weights.
-    complete = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    every = {module for _, module in modules}
+    # Models that read no text may call a module several times, depending on the input. Hooks of a sharded model gather
+    # and free the weights, so its forward passes must not be interrupted.
+    complete = not skip_head or any(isinstance(parameter, DTensor) for parameter in model.parameters())
     once = False
 
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
             moments[name].update(batch.real_tokens(layer_input(args, kwargs), name))
             calls.append(module)
-            if once and len(calls) == len(modules):
+            if once and set(calls) == every:
                 raise _AllInputsSeen
 
         return record
@@ -122,9 +124,8 @@ def input_moments(
                         head.hidden(**{k: v for k, v in batch.inputs.items() if k not in ("labels", "use_cache")})
                     else:
                         batch.call(model)
-                # If a complete forward pass calls each module once, later passes can stop at the last module. Modules
-                # that are called several times, or only for some tokens, need complete passes.
-                once = once or (not complete and len(calls) == len(set(calls)) == len(modules))
+                # If the complete first pass calls each module once, later passes can stop when all have been called.
+                once = once or (not complete and len(calls) == len(modules) and set(calls) == every)
     finally:
         for handle in hooks:
             handle.remove()

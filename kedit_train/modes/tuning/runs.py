@@ -25,7 +25,16 @@ from kedit_train.modes.runner import part_of
 from kedit_train.modes.train_loop import ExampleOptions, TrainLoop
 from kedit_train.modes.tuning.halving import Trial, covering
 from kedit_train.modes.tuning.journal import Journal, key_of
-from kedit_train.modes.tuning.settings import BATCH_SIZE, EPOCHS, STOP_LOSS, Layers, TuneGrid, TuneSetting
+from kedit_train.modes.tuning.settings import (
+    BATCH_SIZE,
+    EPOCHS,
+    FACTOR_TEXTS,
+    KL_BATCH_SIZE,
+    STOP_LOSS,
+    Layers,
+    TuneGrid,
+    TuneSetting,
+)
 from kedit_train.modes.weight_backup import WeightBackup
 
 
@@ -63,7 +72,7 @@ class TuneRuns:
         keys = {
             "weights": weights,
             "texts": hashlib.sha256(json.dumps([loaded, length]).encode()).hexdigest(),
-            "training": [EPOCHS, BATCH_SIZE, STOP_LOSS],
+            "training": [EPOCHS, BATCH_SIZE, STOP_LOSS, KL_BATCH_SIZE, FACTOR_TEXTS],
             "protocol": options.protocol if isinstance(options.protocol, str) else list(options.protocol),
             "max_new_tokens": options.max_new_tokens,
             "prompt_format": describe_format(options.asked_format),
@@ -153,7 +162,9 @@ class TuneRuns:
         One pass over the texts computes the factors, for the largest scope of the grid that contains this scope.
         """
         largest = self.scopes[layers]
-        name = key_of({"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules]})
+        name = key_of(
+            {"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules, FACTOR_TEXTS]}
+        )
         path = self.folder / f"factors-{name[:16]}.safetensors"
         if not path.exists():
             setting = TuneSetting(layers=largest, modules=self.modules, step_size=1.0, damping=1.0, kl_weight=0.0)

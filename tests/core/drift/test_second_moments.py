@@ -99,6 +99,27 @@ def test_a_module_that_is_called_twice_in_a_pass_is_read_twice():
     assert moments["last.weight"].count == 9
 
 
+@pytest.mark.parametrize("lengths", [(1, 5, 5), (5, 5, 1)])
+def test_a_module_whose_number_of_calls_depends_on_the_input_is_read_completely(lengths):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = torch.zeros(len(x), 3)
+            for step in x.unbind(1):
+                state = self.cell(state + step)
+            return state
+
+    model = Recurrent()
+    run = run_on(model, ["cell"])
+    layers = find_linear_layers(run.model, run.scope)
+    batches = [torch.randn(3, length, 3) for length in lengths]
+    moments = input_moments(run, layers, run.model, model_input_batches(batches, CPU))
+    assert moments["cell.weight"].count == 3 * sum(lengths)
+
+
 def test_the_output_head_reads_every_token_if_it_is_in_scope(tiny):
     model = tiny("llama").eval()
     (moment,) = moments_of(run_on(model, ["lm_head"]), 2).values()
@@ -145,7 +166,7 @@ class EverySecondToken(nn.Module):
 def test_inputs_that_cannot_be_matched_to_tokens_are_refused():
     model = EverySecondToken()
     run = run_on(model, ["linear"])
-    with pytest.raises(EditError, match=r"linear\.weight must .* got a tensor of shape \(4, 3, 4\), .* batch_size=1"):
+    with pytest.raises(EditError, match=r"linear\.weight must .* got a tensor of shape \(4, 3, 4\) .* batch_size=1"):
         moments_of(run, 4)
     (moment,) = moments_of(run, 1).values()
     assert moment.count == 3 + 1 + 1 + 2

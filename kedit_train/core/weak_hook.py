@@ -1,0 +1,18 @@
+"""Hooks that do not keep the object alive whose method they call."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+
+def weak_hook(method: Any) -> Any:
+    """Return a function that calls a bound method while its object exists, and does nothing afterwards."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*args: Any) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*args)
+
+    return hook
