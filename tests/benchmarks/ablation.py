@@ -84,18 +84,19 @@ def polyak(step_size: float) -> tuple[str, dict[str, Any]]:
 # The learning rate of Adam is lower for more layers, because more weights move.
 VARIANTS: dict[str, Any] = {
     "plain fine-tuning, 1 layer (ft_m)": "ft_m",
+    "null space, 1 layer, rate 5e-3, 40 epochs (null_space)": "null_space",
     "null space, 1 layer": variant(0.66, null_space(), rate=1e-2),
     "null space, 3 layers (0.63-0.73)": variant("0.63-0.73", null_space(), rate=3e-3),
     "null space, 5 layers (0.6-0.75)": variant("0.6-0.75", null_space(), rate=2e-3),
     "null space, 9 layers (0.5-0.8)": variant("0.5-0.8", null_space()),
     "null space, 15 layers (0.4-0.9)": variant("0.4-0.9", null_space(), rate=6e-4),
     "null space, 21 layers (0.3-1.0)": variant("0.3-1.0", null_space(), rate=3e-4),
-    "9 layers, energy 0.95": variant("0.5-0.8", null_space(0.95), rate=1.5e-3),
+    "9 layers, energy 0.95, rate 1.5e-3": variant("0.5-0.8", null_space(0.95), rate=1.5e-3),
     "9 layers, stop at 0.001": variant("0.5-0.8", null_space(), stop=0.001),
     "9 layers, 1 prefix per edit, stop at 0.02": variant("0.5-0.8", null_space(), stop=0.02, prefixes=1),
     "9 layers, PolyakStep 0.05": variant("0.5-0.8", null_space(), polyak(0.05)),
     "9 layers, PolyakStep 0.1": variant("0.5-0.8", null_space(), polyak(0.1)),
-    "null space, 1 layer, KL penalty": variant(0.66, null_space(), kl(), rate=1e-2, epochs=40),
+    "null space, 1 layer, KL penalty, 40 epochs": variant(0.66, null_space(), kl(), rate=1e-2, epochs=40),
     "second-order steps (inputs), 3 layers": variant("0.63-0.73", second_order(factors="inputs", damping=0.01)),
     "second-order steps (K-FAC), 1 layer, stop at 0.001": variant(0.66, second_order(), stop=0.001),
     "the same with null space": variant(0.66, second_order(), null_space(), stop=0.001),
@@ -143,7 +144,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * len(COLUMNS)]
     for name in VARIANTS:
         if name in by_name:
-            cells = (f"{by_name[name][score]:.{digits}f}" for score, digits in COLUMNS)
+            values = ((by_name[name][score], digits) for score, digits in COLUMNS)
+            cells = ("-" if value is None else f"{value:.{digits}f}" for value, digits in values)
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -151,7 +153,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
-    parser.add_argument("--only", action="append", help="the name of a variant")
+    parser.add_argument("--only", action="append", choices=VARIANTS, metavar="NAME", help="the name of a variant")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
