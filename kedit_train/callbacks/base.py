@@ -24,8 +24,8 @@ class EditCallback(TransformersEvents, LightningEvents):
         order: position among the callbacks of a run. Callbacks with a lower value come first.
         constrains: whether :meth:`constrain` must be called after every optimizer step.
         penalizes: whether :meth:`penalty` may return a term that is added to the loss.
-        follows_steps: whether the callback must be told about every optimizer step. If True, an error is raised when
-            the weights change but the run has detected no optimizer step.
+        follows_steps: whether the callback depends on the detection of every optimizer step. If True, an error is
+            raised when the weights change but the run has detected no optimizer step.
         anchors: whether the callback adds a comparison with the reference model (the model before the edit) to the loss
             inside the forward pass.
         duplicate_hint: the end of the error message for two callbacks of this class on one model. It says what to do

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from kedit_train.arguments import check_arguments, within
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.checksums import first_not_finite
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError, warn
@@ -193,7 +194,7 @@ class PolyakStep(EditCallback):
 
 def have_finite_squares(gradients: Iterable[Tensor]) -> bool:
     """Return whether the square of every entry is finite."""
-    return _total(~gradient.square().isfinite() for gradient in gradients) == 0.0
+    return first_not_finite(gradient.square() for gradient in gradients) is None
 
 
 def _total(tensors: Iterable[Tensor]) -> float:

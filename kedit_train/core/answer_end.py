@@ -38,7 +38,7 @@ def decide_together(
         # Rounding may differ between processes, and processes must train the same tokens.
         dist.broadcast_object_list(decisions, src=0)
     if append_eos == "auto" and rank() == 0:
-        # The line is no result, so it is printed to standard error, like a progress bar.
+        # This line is not a result of the program, so it is printed to standard error, like a progress bar.
         print(decisions[0], file=sys.stderr)
     return decisions[0]
 

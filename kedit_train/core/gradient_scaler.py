@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kedit_train.core.checksums import first_not_finite
+
 
 def gradient_scale(optimizer: Optimizer, scaler: Any = None) -> Tensor | float:
     """Return the factor by which the gradients are multiplied now. It is 1.0 if they are not scaled.
@@ -36,7 +38,7 @@ def will_skip(optimizer: Optimizer, scaler: Any, gradients: Iterable[Tensor]) ->
         gradients: the gradients of the step.
     """
     if scaler is not None and scaler.is_enabled():
-        return not all(bool(gradient.isfinite().all()) for gradient in gradients)
+        return first_not_finite(gradients) is not None
     return skipped_by_scaler(optimizer)
 
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,10 +23,8 @@ import yaml
 from compare import measure
 from compare_report import PAGE, replaced
 from paired import processor
+from phases import STATISTICS, Phases, statistics_of_texts, timed
 from settings import HELD_OUT, smollm2
-
-from kedit_train import callbacks
-from kedit_train.callbacks import EditCallback
 
 RESULTS = Path(__file__).with_name("ablation.jsonl")
 MARKS = "<!-- ablation: written by ablation.py -->", "<!-- ablation: end -->"
@@ -39,7 +36,7 @@ HEADINGS = ("variant", "reliability", "PS", "others kept", "NS", "KL on prose", 
 
 
 def variant(layers: Any, *others: tuple[str, Mapping[str, Any]], rate: float = 1e-3, stop: float = 0.01,
-            epochs: int = 80, texts: int = TEXTS, prefixes: int = 0) -> dict[str, Any]:  # fmt: skip
+            epochs: int = 80, prefixes: int = 0) -> dict[str, Any]:  # fmt: skip
     """Return a recipe: cross-entropy on the down-projections of some layers, with further callbacks."""
     chosen = [
         ("ParameterScope", {"layers": layers, "modules": "mlp.down_proj.weight"}),
@@ -55,13 +52,10 @@ def variant(layers: Any, *others: tuple[str, Mapping[str, Any]], rate: float = 1
         "callbacks": [{"class_path": f"kedit_train.callbacks.{name}", "init_args": dict(a)} for name, a in chosen],
     }
     return {
-        "texts": texts,
-        "recipe": {
-            "seed_everything": 0,
-            "model": {"name": "world", "learning_rate": rate},
-            "data": data | ({"augmentation": {"prefixes": prefixes}} if prefixes else {}),
-            "trainer": trainer,
-        },
+        "seed_everything": 0,
+        "model": {"name": "world", "learning_rate": rate},
+        "data": data | ({"augmentation": {"prefixes": prefixes}} if prefixes else {}),
+        "trainer": trainer,
     }
 
 
@@ -69,8 +63,8 @@ def null_space(energy: float = 0.9) -> tuple[str, dict[str, Any]]:
     return "NullSpace", {"texts": "world", "energy": energy, "batch_size": 64}
 
 
-def kl(**settings: Any) -> tuple[str, dict[str, Any]]:
-    return "KLLocality", {"texts": "world", "weight": 20.0, "batch_size": 16, **settings}
+def kl() -> tuple[str, dict[str, Any]]:
+    return "KLLocality", {"texts": "world", "weight": 20.0, "batch_size": 16}
 
 
 def second_order(**settings: Any) -> tuple[str, dict[str, Any]]:
@@ -107,33 +101,13 @@ VARIANTS: dict[str, Any] = {
 def run(name: str) -> dict[str, Any]:
     """Train and evaluate one variant."""
     chosen = VARIANTS[name]
-    statistics = 0.0
-
-    def timed(attach: Any) -> Any:
-        @wraps(attach)
-        def measured(self: EditCallback, run: Any) -> None:
-            nonlocal statistics
-            began = time.process_time()
-            attach(self, run)
-            statistics += time.process_time() - began
-
-        return measured
-
-    kinds = [getattr(callbacks, one) for one in ("NullSpace", "KLLocality", "SecondOrderLocality")]
-    before = {kind: kind.attach for kind in kinds}
-    for kind in kinds:
-        kind.attach = timed(kind.attach)
-    try:
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "variant.yaml"
-            if not isinstance(chosen, str):
-                path.write_text(yaml.safe_dump(chosen["recipe"]))
-            recipe, texts = (chosen, TEXTS) if isinstance(chosen, str) else (str(path), chosen["texts"])
-            given = ["--model.learning_rate=2e-3"] if recipe == "ft_m" else []
-            found = measure(smollm2(HELD_OUT), recipe, "batch", HELD_OUT, EDITS, given, texts)
-    finally:
-        for kind, attach in before.items():
-            kind.attach = attach
+    phases = Phases(time.process_time)
+    with TemporaryDirectory() as folder, timed(phases, statistics_of_texts()):
+        recipe = chosen if isinstance(chosen, str) else str(Path(folder) / "variant.yaml")
+        if recipe != chosen:
+            Path(recipe).write_text(yaml.safe_dump(chosen))
+        found = measure(smollm2(HELD_OUT), recipe, "batch", HELD_OUT, EDITS, few=TEXTS)
+    statistics = phases.stop().get(STATISTICS, 0.0)
     scores = {score: found[score] for score in ("reliability", "generality", "PS", "others", "neighbors", "NS", "KL")}
     return {"variant": name, **scores, "training": found["seconds"] * EDITS - statistics, "statistics": statistics}
 

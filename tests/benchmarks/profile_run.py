@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from methods import Method, load_recipe
 from paired import arguments, record, table
+from phases import STATISTICS, Phases, Place, statistics_of_texts, timed
 from settings import HELD_OUT, load, missing, smollm2
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,11 +29,9 @@ from kedit_train.evaluation import evaluate
 from kedit_train.modes import train_loop
 
 HEAD = ("phase", "seconds", "share", "TFLOP", "seconds at the measured rate", "times the rate")
-STATISTICS = ("NullSpace", "KLLocality", "SecondOrderLocality", "LowCurvature")
-WHOLE = ("end of answers", "statistics of texts", "penalty", "evaluation")
 ORDER = (
     "end of answers",
-    "statistics of texts",
+    STATISTICS,
     "forward",
     "penalty",
     "backward",
@@ -44,64 +41,21 @@ ORDER = (
 )
 
 
-class Phases:
-    """Assign a running quantity (seconds or operations) to the innermost phase that is running."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now, self.totals = now, defaultdict[str, float](float)
-        self._running, self._last = ["rest of training"], now()
-
-    def _assign(self) -> None:
-        value = self.now()
-        self.totals[self._running[-1]] += value - self._last
-        self._last = value
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._assign()
-        self._running.append(name)
-        try:
-            yield
-        finally:
-            self._assign()
-            self._running.pop()
-
-    def around(self, name: str, function: Any) -> Any:
-        @wraps(function)
-        def measured(*args: Any, **kwargs: Any) -> Any:
-            # The forward passes of statistics and penalties belong to these.
-            if self._running[-1] in WHOLE:
-                return function(*args, **kwargs)
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        return measured
-
-    def stop(self) -> dict[str, float]:
-        self._assign()
-        return dict(self.totals)
-
-
-@contextlib.contextmanager
-def watched(phases: Phases, model: Any) -> Iterator[None]:
-    """Report the phases of training to ``phases``."""
-    kinds = [getattr(callbacks, name) for name in STATISTICS]
-    places = [(kind, "attach", "statistics of texts") for kind in kinds]
-    places += [(callbacks.KLLocality, "penalty", "penalty"), (torch.Tensor, "backward", "backward")]
-    places += [(torch.optim.AdamW, "step", "step and constraints"), (torch.optim.Adam, "step", "step and constraints")]
-    # The hooks before and after the step run outside of the optimizer's own method.
-    places += [
-        (OptimizerSteps, name, "step and constraints") for name in ("before_optimizer_step", "apply_constraints")
+def places(model: Any) -> list[Place]:
+    """Return the methods of training, and their phases."""
+    step = "step and constraints"
+    return [
+        *statistics_of_texts(),
+        (callbacks.KLLocality, "penalty", "penalty"),
+        (torch.Tensor, "backward", "backward"),
+        (torch.optim.AdamW, "step", step),
+        (torch.optim.Adam, "step", step),
+        # The hooks before and after the step run outside of the optimizer's own method.
+        (OptimizerSteps, "before_optimizer_step", step),
+        (OptimizerSteps, "apply_constraints", step),
+        (type(model), "forward", "forward"),
+        (train_loop, "decide_together", "end of answers"),
     ]
-    places += [(type(model), "forward", "forward"), (train_loop, "decide_together", "end of answers")]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    for owner, name, phase in places:
-        setattr(owner, name, phases.around(phase, getattr(owner, name)))
-    try:
-        yield
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
 
 
 def rate() -> float:
@@ -127,7 +81,7 @@ def profile(
     method = Method(setting, model, tokenizer, recipe, config, chosen, "batch", texts)
     method.epochs = epochs or method.epochs
     phases = Phases(now)
-    with watched(phases, model):
+    with timed(phases, places(model)):
         method(model, chosen)
     if epochs is None:
         with phases.phase("evaluation"):

@@ -28,7 +28,7 @@ def test_every_variant_loads_with_the_callbacks_that_it_names(ablation: Any, tmp
             assert recipe.callbacks(recipe.load(chosen))
             continue
         path = tmp_path / f"{number}.yaml"
-        path.write_text(yaml.safe_dump(chosen["recipe"]))
+        path.write_text(yaml.safe_dump(chosen))
         kinds = [type(callback).__name__ for callback in recipe.callbacks(recipe.load(str(path)))]
         assert kinds[:2] == ["ParameterScope", "TokenLoss"]
         assert ("PolyakStep" in kinds) == ("PolyakStep" in name)

@@ -48,7 +48,7 @@ def test_every_second_of_a_profile_belongs_to_the_innermost_phase(monkeypatch):
         nonlocal now
         now += seconds
 
-    phases = importlib.import_module("profile_run").Phases(lambda: now)
+    phases = importlib.import_module("phases").Phases(lambda: now)
     spend(1)
     with phases.phase("forward"):
         spend(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,19 @@ def train(model: Any, edit: Any, ids: Tensor, optimizer: Any, steps: int = 50) -
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def train_with_scaler(
+    model: Any, edit: Any, ids: Tensor, scaler: Any, *, fused: bool, factors: Sequence[float] = (1.0, 1.0, 1.0)
+) -> None:
+    """Take one step of Adam per factor. The loss of a step is multiplied by its factor."""
+    optimizer = torch.optim.Adam(edit.parameters(), lr=1e-3, fused=fused)
+    for factor in factors:
+        optimizer.zero_grad()
+        edit.before_step(scaler)
+        scaler.scale(model(input_ids=ids, labels=ids).loss * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def adamw(parameters: Any) -> Any:

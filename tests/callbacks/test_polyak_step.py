@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from callbacks.inputs import SCOPE, TEXTS, WEIGHT, attach
+from callbacks.inputs import SCOPE, TEXTS, WEIGHT, attach, train_with_scaler
 from torch import Tensor
 
 from kedit_train import EditCollator, EditDataset, world
@@ -249,13 +249,7 @@ def test_a_gradient_scaler_does_not_change_the_steps(make, words, ids, fused, sc
         model = make("llama")
         scaler = torch.amp.GradScaler("cpu", init_scale=init_scale or 1.0, enabled=init_scale is not None)
         with editing(model, callbacks(PolyakStep()), tokenizer=words) as edit:
-            optimizer = torch.optim.Adam(edit.parameters(), lr=1e-3, fused=fused)
-            for _ in range(3):
-                optimizer.zero_grad()
-                edit.before_step(scaler)
-                scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+            train_with_scaler(model, edit, ids, scaler, fused=fused)
         weights.append(model.get_parameter(WEIGHT["llama"]).detach().clone())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
 
@@ -264,19 +258,12 @@ def test_a_gradient_scaler_does_not_change_the_steps(make, words, ids, fused, sc
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_a_gradient_scaler_skips_leaves_no_trace(make, words, ids, fused, value):
     weights = []
-    for bad in (False, True):
+    for factors in ((1.0, 1.0, 1.0), (1.0, value, 1.0, 1.0)):
         torch.manual_seed(0)
         model = make("llama")
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         with editing(model, callbacks(PolyakStep()), tokenizer=words) as edit:
-            optimizer = torch.optim.Adam(edit.parameters(), lr=1e-3, fused=fused)
-            for number in range(4 if bad else 3):
-                optimizer.zero_grad()
-                edit.before_step(scaler)
-                loss = model(input_ids=ids, labels=ids).loss
-                scaler.scale(loss * (value if bad and number == 1 else 1.0)).backward()
-                scaler.step(optimizer)
-                scaler.update()
+            train_with_scaler(model, edit, ids, scaler, fused=fused, factors=factors)
             assert edit.run.step == 3
         weights.append(model.get_parameter(WEIGHT["llama"]).detach().clone())
     # After the skipped step, the scale is smaller.

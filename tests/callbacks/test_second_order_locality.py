@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from callbacks.inputs import SCOPE, WEIGHT, attach
+from callbacks.inputs import SCOPE, WEIGHT, attach, train_with_scaler
 from torch import Tensor
 
 from kedit_train.callbacks import GradientMask, NormBall, ParameterScope, SecondOrderLocality, TokenLoss, editing
@@ -291,12 +291,6 @@ def test_a_gradient_scaler_does_not_change_the_steps(make, words, ids, fused):
         scope = ParameterScope(1, modules=SCOPE["llama"])
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
         with editing(model, [scope, TokenLoss("cross_entropy"), locality], tokenizer=words) as edit:
-            optimizer = torch.optim.Adam(edit.parameters(), lr=1e-3, fused=fused)
-            for _ in range(3):
-                optimizer.zero_grad()
-                edit.before_step(scaler)
-                scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+            train_with_scaler(model, edit, ids, scaler, fused=fused)
         weights.append(model.get_parameter(WEIGHT["llama"]).detach().clone())
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)

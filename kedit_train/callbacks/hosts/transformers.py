@@ -106,11 +106,11 @@ class TransformersEvents(TrainerCallback):
         if self.run is not None:
             self.run.host.active_callbacks.add(id(self))
         run = self._driven_run(control)
+        scaler = getattr(optimizer, "scaler", None)
         if run:
-            run.steps.begin(getattr(optimizer, "scaler", None))
+            run.steps.begin(scaler)
         penalty = run.steps.penalty() if run else None
         if penalty is not None:
-            scaler = getattr(optimizer, "scaler", None)
             (penalty if scaler is None else scaler.scale(penalty)).backward()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kedit_train.cli.kedit.output import print_json, write_text
+from kedit_train.cli.kedit.output import evaluation_options, loading_options, print_json, write_text
 from kedit_train.errors import EditError
 
 HELP = "evaluate a model on edits: whether it gives the new answers, and whether other answers stayed the same"
@@ -50,27 +50,7 @@ def arguments(parser: ArgumentParser) -> None:
         "probability, separated by commas (default: auto)",
     )
     add("--retrieval", action="store_true", help="also measure the base model with the new fact in the prompt")
-    add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
-    add(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="prompts per batch (default: 64); does not affect the scores",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=32,
-        metavar="N",
-        help="maximum number of tokens of an answer (default: 32)",
-    )
-    add(
-        "--prompt-format",
-        choices=("plain", "chat", "question"),
-        default="plain",
-        help="format of the prompts (default: plain)",
-    )
+    evaluation_options(parser)
     add(
         "--prose",
         metavar="FILE",
@@ -83,8 +63,7 @@ def arguments(parser: ArgumentParser) -> None:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="dtype of the model (default: auto)",
     )
-    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
-    add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
+    loading_options(parser)
     add(
         "--json",
         nargs="?",

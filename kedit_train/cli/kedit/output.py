@@ -20,6 +20,42 @@ def json_option(parser: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def prompt_format_option(parser: Any) -> None:
+    """Add ``--prompt-format``."""
+    parser.add_argument(
+        "--prompt-format",
+        choices=("plain", "chat", "question"),
+        default="plain",
+        help="format of the prompts (default: plain)",
+    )
+
+
+def evaluation_options(parser: Any) -> None:
+    """Add the options of the verbs that evaluate: which edits, how many prompts per batch, and how they are asked."""
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="N",
+        help="prompts per batch (default: 64); does not affect the scores",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="maximum number of tokens of an answer (default: 32)",
+    )
+    prompt_format_option(parser)
+
+
+def loading_options(parser: Any) -> None:
+    """Add ``--device`` and ``--trust-remote-code``, which say how a model is loaded."""
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
+
+
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON on standard output."""
     print(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))

@@ -8,7 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kedit_train.cli.kedit.output import finite, json_option, new_path, print_json, print_table, size
+from kedit_train.cli.kedit.output import (
+    evaluation_options,
+    finite,
+    json_option,
+    loading_options,
+    new_path,
+    print_json,
+    print_table,
+    size,
+)
 from kedit_train.errors import EditError
 
 HELP = "evaluate multiples of a delta, and pick the most reliable multiple that keeps enough locality"
@@ -59,30 +68,9 @@ def arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="score an edit as a success if the model no longer answers with its target",
     )
-    add("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
-    add(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="N",
-        help="prompts per batch (default: 64); does not affect the scores",
-    )
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=32,
-        metavar="N",
-        help="maximum number of tokens of an answer (default: 32)",
-    )
-    add(
-        "--prompt-format",
-        choices=("plain", "chat", "question"),
-        default="plain",
-        help="format of the prompts (default: plain)",
-    )
+    evaluation_options(parser)
     add("--seed", type=int, default=0, help="random seed of the sample (default: 0)")
-    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
-    add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
+    loading_options(parser)
     add("--plot", metavar="FILE", help="write a plot of reliability and locality to this .png file")
     add("--out", metavar="FILE", help="write the picked multiple of the delta to this .safetensors file")
     add("--force", action="store_true", help="replace existing files")

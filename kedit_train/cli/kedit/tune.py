@@ -7,7 +7,15 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any
 
-from kedit_train.cli.kedit.output import finite, json_option, new_path, print_json, print_table
+from kedit_train.cli.kedit.output import (
+    finite,
+    json_option,
+    loading_options,
+    new_path,
+    print_json,
+    print_table,
+    prompt_format_option,
+)
 from kedit_train.errors import EditError
 
 HELP = "find settings for a model on one half of the edits, and evaluate them on the other half"
@@ -80,15 +88,9 @@ def arguments(parser: ArgumentParser) -> None:
         help="how answers are judged: auto, leading, exact, contains, wild, teacher_forced or probability "
         "(default: auto)",
     )
-    add(
-        "--prompt-format",
-        choices=("plain", "chat", "question"),
-        default="plain",
-        help="format of the prompts (default: plain)",
-    )
+    prompt_format_option(parser)
     add("--seed", type=int, default=0, help="random seed of the split and of the training (default: 0)")
-    add("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
-    add("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
+    loading_options(parser)
     add("--force", action="store_true", help="replace existing files")
     json_option(parser)
 

@@ -105,11 +105,14 @@ def input_moments(
     complete = not skip_head or any(isinstance(parameter, DTensor) for parameter in model.parameters())
     once = False
 
+    def all_seen() -> bool:
+        return len(calls) == len(modules) and set(calls) == every
+
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
             moments[name].update(batch.real_tokens(layer_input(args, kwargs), name))
             calls.append(module)
-            if once and set(calls) == every:
+            if once and all_seen():
                 raise _AllInputsSeen
 
         return record
@@ -125,7 +128,7 @@ def input_moments(
                     else:
                         batch.call(model)
                 # If the complete first pass calls each module once, later passes can stop when all have been called.
-                once = once or (not complete and len(calls) == len(modules) and set(calls) == every)
+                once = once or (not complete and all_seen())
     finally:
         for handle in hooks:
             handle.remove()

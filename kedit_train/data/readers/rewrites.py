@@ -58,7 +58,7 @@ def read_mquake(record: Fields) -> list[Edit]:
     """Read a record of MQuAKE, which contains 1 to 4 edits.
 
     If the record contains several edits, the ids of these edits are the ``case_id`` with a number: ``"17-1"``,
-    ``"17-2"``, and so on. The ``question`` of each item of ``requested_rewrite`` becomes the rephrase of its edit.
+    ``"17-2"``, and so on. The ``question`` of an item of ``requested_rewrite`` becomes the rephrase of that edit.
 
     The new answers to the multi-hop questions are right only after all edits of the record. So these questions become
     portability probes of the last edit. The kind of the probes is ``multi_hop_edits_1`` to ``multi_hop_edits_4``. The
