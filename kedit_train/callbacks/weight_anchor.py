@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,14 +12,21 @@ from torch import Tensor
 from kedit_train.arguments import at_least, check_arguments, integer_from, one_of, optional
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.anchor_weights import Anchor, AnchorWeights
+from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.fisher import diagonal_fisher, next_token_examples
+from kedit_train.core.drift.kfac import KFACFactors
+from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import wide
+from kedit_train.functional.second_order import second_order_divergence
 
-_DEFAULT_STRENGTH = {"l2sp": 2.0, "ewc": 1000.0}
+Kind = Literal["l2sp", "ewc", "kfac"]
+_DEFAULT_STRENGTH: dict[Kind, float] = {"l2sp": 2.0, "ewc": 1000.0, "kfac": 100.0}
+# Sequences per forward and backward pass when the K-FAC factors are computed.
+_BATCH_SIZE = 16
 
 
 class WeightAnchor(EditCallback):
@@ -30,40 +37,47 @@ class WeightAnchor(EditCallback):
     optimizer step, like decoupled weight decay in AdamW: ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
 
     "ewc" is the penalty ``strength / 2 * sum F (w - w0)^2``. F is the Fisher information per token on general texts,
-    with labels sampled from the model. The "ewc" penalty is always part of the loss. It approximates ``strength`` times
-    the KL divergence per token from the model before the edit, to second order and without correlations between
-    weights. Values of ``strength`` can therefore be compared with the ``weight`` of ``KLLocality``.
+    with labels sampled from the model. "kfac" is the penalty ``strength / 2 * tr(S D A Dᵀ)`` for the change D of each
+    weight matrix. A is the second moment of the layer's inputs on the texts, and S is the second moment of the
+    gradients at the layer's outputs. Both penalties are always part of the loss, and no text is read during training.
+    They approximate ``strength`` times the KL divergence per token from the model before the edit, to second order.
+    Values of ``strength`` can therefore be compared with the ``weight`` of ``KLLocality``. "ewc" ignores all
+    correlations between weights, and "kfac" ignores those between different matrices.
 
     The decoupled update is applied before ``LowCurvature``, ``NullSpace``, ``NormBall`` and ``GradientMask``. For
     adapters, w0 is the initial value of the adapter's own weights. ``ParameterScope`` trains half-precision weights in
     fp32, so that a small decoupled update is not lost in rounding.
 
     Args:
-        kind: "l2sp" (default; any module) or "ewc" (a causal language model and ``texts``).
-        strength: strength of the penalty, >= 0. None (default) is 2 for "l2sp" and 1000 for "ewc". The total effect of
-            the decoupled updates in a run depends on learning rate * strength * number of steps. With "ewc", plain SGD
-            diverges if learning rate * strength * F exceeds 2.
-        texts: a source of general texts, or a :class:`Texts`. Only for "ewc". The ``seed`` of ``Texts`` seeds the
-            choice of sequences and the sampled labels.
+        kind: "l2sp" (default; any module), "ewc" or "kfac" (both: a causal language model and ``texts``). With "kfac",
+            only weights of ``nn.Linear`` and ``Conv1D`` can be in the scope, and the first token of every text is left
+            out of the factors, because it is an attention sink in many models.
+        strength: strength of the penalty, >= 0. None (default) is 2 for "l2sp", 1000 for "ewc" and 100 for "kfac". The
+            total effect of the decoupled updates in a run depends on learning rate * strength * number of steps. With
+            "ewc", plain SGD diverges if learning rate * strength * F exceeds 2.
+        texts: a source of general texts, or a :class:`Texts`. Only for "ewc" and "kfac". The ``seed`` of ``Texts``
+            seeds the choice of sequences and the sampled labels.
         decoupled: for "l2sp": whether to update the weights after the optimizer step (default) or to add the penalty to
             the loss (False).
         anchor: the weights w0 in consecutive runs on one model. "base" (default): the weights before the first run of
             this instance. The penalty then also undoes edits of previous runs. To preserve these edits, add
-            ``KLLocality(sequential=True)``. "previous": the weights before the current run. With "ewc", F
-            is computed with the weights w0.
-        limit: for "ewc": number of token sequences on which F is computed. Each sequence costs one backward pass. None
-            uses all sequences. Default 256.
+            ``KLLocality(sequential=True)``. "previous": the weights before the current run. F, S and A are computed
+            with the weights w0.
+        limit: for "ewc" and "kfac": number of token sequences that are read. Each sequence of "ewc" costs one backward
+            pass. "kfac" reads 16 sequences per backward pass. None uses all sequences. Default 256.
 
     Logs ``edit/drift/anchor``, the penalty at the current weights.
 
     Raises:
         EditError: an argument is invalid. For a decoupled update: the optimizer has no learning rate, or learning rate
-            * strength exceeds 1, which would move weights past w0. For "ewc": the model is not a causal language model,
-            or the parameters are sharded.
+            * strength exceeds 1, which would move weights past w0. For "ewc" and "kfac": the model is not a causal
+            language model, or the parameters are sharded. For "kfac": the scope contains parameters that are not
+            supported.
 
     References:
         Explicit Inductive Bias for Transfer Learning with Convolutional Networks (L2-SP), arXiv 1802.01483.
         Overcoming catastrophic forgetting in neural networks (EWC), arXiv 1612.00796.
+        Optimizing Neural Networks with Kronecker-factored Approximate Curvature (K-FAC), arXiv 1503.05671.
 
     Example:
         >>> import torch
@@ -85,7 +99,7 @@ class WeightAnchor(EditCallback):
 
     def __init__(
         self,
-        kind: Literal["l2sp", "ewc"] = "l2sp",
+        kind: Kind = "l2sp",
         *,
         strength: float | None = None,
         texts: TextSource | Texts | None = None,
@@ -95,25 +109,27 @@ class WeightAnchor(EditCallback):
     ) -> None:
         check_arguments(
             self,
-            kind=(kind, one_of(["l2sp", "ewc"])),
+            kind=(kind, one_of(["l2sp", "ewc", "kfac"])),
             strength=(strength, optional(at_least(0))),
             anchor=(anchor, one_of(["base", "previous"])),
             limit=(limit, optional(integer_from(1))),
         )
-        if kind == "ewc" and texts is None:
+        if kind != "l2sp" and texts is None:
             raise EditError(
-                "kind='ewc' needs texts=; pass texts on which the model should not change.", component="WeightAnchor"
+                f"kind={kind!r} needs texts=; pass texts on which the model should not change.",
+                component="WeightAnchor",
             )
         if kind == "l2sp" and texts is not None:
             raise EditError(
-                "kind='l2sp' does not use texts=; remove texts=, or use kind='ewc'.", component="WeightAnchor"
-            )
-        if kind == "ewc" and decoupled:
-            raise EditError(
-                "decoupled must be None or False if kind='ewc', got True; remove decoupled, or use kind='l2sp'.",
+                "kind='l2sp' does not use texts=; remove texts=, or use kind='ewc' or kind='kfac'.",
                 component="WeightAnchor",
             )
-        self.kind: Literal["l2sp", "ewc"] = kind
+        if kind != "l2sp" and decoupled:
+            raise EditError(
+                f"decoupled must be None or False if kind={kind!r}, got True; remove decoupled, or use kind='l2sp'.",
+                component="WeightAnchor",
+            )
+        self.kind: Kind = kind
         self.strength = _DEFAULT_STRENGTH[kind] if strength is None else strength
         self.texts = None if texts is None else Texts.of(texts)
         self.decoupled = kind == "l2sp" if decoupled is None else decoupled
@@ -123,26 +139,53 @@ class WeightAnchor(EditCallback):
         self._run: EditRun | None = None
         self._anchors = AnchorWeights(anchor)
         self._fisher: dict[str, Tensor] = {}
+        self._factors = KFACFactors({}, {})
+        self._layers: dict[str, LinearLayer] = {}
 
     def prepare(self, run: EditRun) -> None:
         if self.texts is None:
             return
         if run.language_model is None:
             raise EditError(
-                f"kind='ewc' needs a causal language model, and {type(run.root).__name__} has no language-model head; "
-                "use kind='l2sp'."
+                f"kind={self.kind!r} needs a causal language model, and {type(run.root).__name__} has no "
+                "language-model head; use kind='l2sp'."
             )
         self.texts.check()
 
     def attach(self, run: EditRun) -> None:
         self._run = run
         stored = self._anchors.start_run(run)
-        if self.texts is not None and not set(stored) & self._fisher.keys() >= run.scope.keys():
-            examples = next_token_examples(self.texts.tokenize(run))
-            if self.limit is not None and self.limit < len(examples):
-                examples = random.Random(self.texts.seed).sample(examples, self.limit)
-            kept = {name: self._fisher[name] for name in stored if name in self._fisher}
-            self._fisher = diagonal_fisher(run, examples, seed=self.texts.seed) | kept
+        if self.kind == "ewc":
+            self._compute_fisher(run, stored)
+        elif self.kind == "kfac":
+            self._compute_factors(run, stored)
+
+    def _compute_fisher(self, run: EditRun, stored: Sequence[str]) -> None:
+        kept = {name: self._fisher[name] for name in stored if name in self._fisher}
+        if self.texts is None or kept.keys() >= run.scope.keys():
+            return
+        examples = next_token_examples(self.texts.tokenize(run))
+        self._fisher = diagonal_fisher(run, self._sampled(examples), seed=self.texts.seed) | kept
+
+    def _compute_factors(self, run: EditRun, stored: Sequence[str]) -> None:
+        self._layers = find_linear_layers(run.model, run.scope)
+        check_no_adapters(self._layers)
+        kept = self._factors.only(set(stored))
+        missing = {name: layer for name, layer in self._layers.items() if name not in kept.inputs}
+        if self.texts is None or not missing:
+            return
+        sequences = self._sampled(self.texts.tokenize(run))
+        new = factors_of_texts(
+            run, missing, sequences, seed=self.texts.seed, batch_size=_BATCH_SIZE, path=None, skip_first=True
+        )
+        self._factors = KFACFactors(kept.inputs | new.inputs, kept.gradients | new.gradients)
+
+    def _sampled(self, sequences: Sequence[Any]) -> list[Any]:
+        """Return ``limit`` sequences, chosen at random."""
+        if self.limit is None or self.limit >= len(sequences):
+            return list(sequences)
+        assert self.texts is not None
+        return random.Random(self.texts.seed).sample(sequences, self.limit)
 
     def penalty(self, run: EditRun) -> Tensor | None:
         return None if self.decoupled else self._penalty(run)
@@ -175,30 +218,39 @@ class WeightAnchor(EditCallback):
 
     def state(self) -> dict[str, Any]:
         anchors = self._anchors.state()
-        # The Fisher information of these weights was computed before an earlier run. A new process cannot repeat that.
+        # The Fisher information and the factors of these weights were computed before an earlier run. A new process
+        # cannot repeat that.
         fisher = {name: information for name, information in self._fisher.items() if name in anchors}
-        return {"anchor_weights": anchors, "fisher": fisher}
+        return {"anchor_weights": anchors, "fisher": fisher, "factors": self._factors.only(set(anchors)).state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._anchors.load_state(state["anchor_weights"])
         self._fisher |= state["fisher"]
+        earlier = KFACFactors.from_state(state["factors"], state["anchor_weights"])
+        self._factors = KFACFactors(self._factors.inputs | earlier.inputs, self._factors.gradients | earlier.gradients)
 
     def detach(self, run: EditRun) -> None:
         self._run = None
         self._anchors.end_run()
+        self._layers = {}
         if not self._anchors.names():
-            self._fisher = {}
+            self._fisher, self._factors = {}, KFACFactors({}, {})
 
     def _penalty(self, run: EditRun) -> Tensor:
         self._anchors.register(run.scope, run.reference)
         terms = []
         for name, parameter in run.scope.items():
-            square = (wide(parameter) - wide(self._anchors[name])).square()
+            change = wide(parameter) - wide(self._anchors[name])
+            if self.kind == "kfac":
+                matrix, factors = self._layers[name].as_matrix(change), self._factors
+                terms.append(second_order_divergence(matrix, factors.gradients[name].mean, factors.inputs[name].mean))
+                continue
+            square = change.square()
             if self.kind == "ewc":
                 square = self._fisher[name].to(square.device) * square
-            terms.append(full_tensor(square.sum()))
+            terms.append(0.5 * full_tensor(square.sum()))
         # The layers of a model may be on several devices.
-        return 0.5 * self.strength * torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        return self.strength * torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def __repr__(self) -> str:
         return (

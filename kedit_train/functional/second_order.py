@@ -16,22 +16,28 @@ from torch import Tensor
 from kedit_train.functional.precision import full_precision, widest
 
 
-def second_order_divergence(change: Tensor, output_moment: Tensor, input_moment: Tensor) -> Tensor:
+def second_order_divergence(change: Tensor, output_moment: Tensor | None, input_moment: Tensor) -> Tensor:
     """Return the estimated KL divergence per token, ``1/2 tr(S D A Dᵀ)``, in nats.
 
     Args:
         change: D, [out, in].
-        output_moment: S, [out, out].
-        input_moment: A, [in, in].
+        output_moment: S, [out, out], symmetric. None stands for the identity matrix. The result is then half of the
+            mean squared change of the layer's output.
+        input_moment: A, [in, in], symmetric.
 
     Returns:
-        A scalar, differentiable with respect to ``change``.
+        A scalar. It can be differentiated once with respect to ``change``. The gradient is ``S D A``.
 
     Example:
         >>> second_order_divergence(torch.ones(2, 3), torch.eye(2), torch.eye(3))
         tensor(3.)
     """
-    return 0.5 * ((output_moment @ change) * (change @ input_moment)).sum()
+    fixed = change.detach()
+    gradient = fixed @ input_moment
+    if output_moment is not None:
+        gradient = output_moment @ gradient
+    # Autograd would compute both products again in the backward pass.
+    return (change * gradient).sum() - 0.5 * (fixed * gradient).sum()
 
 
 def inverse_root(moment: Tensor, damping: float) -> Tensor:

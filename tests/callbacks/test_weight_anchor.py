@@ -207,7 +207,7 @@ def test_optimizers_without_a_learning_rate_and_rates_that_overshoot_are_refused
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "l1"}, 'kind must be "l2sp" or "ewc", got \'l1\''),
+        ({"kind": "l1"}, 'kind must be "l2sp", "ewc" or "kfac", got \'l1\''),
         ({"strength": -1.0}, "strength must be >= 0, or None, got -1.0"),
         ({"strength": float("nan")}, "strength must be >= 0, or None, got nan"),
         ({"anchor": "first"}, 'anchor must be "base" or "previous", got \'first\''),

@@ -101,14 +101,17 @@ def test_a_weight_that_changes_its_shape_between_runs_is_refused():
 
 
 def test_a_checkpoint_restores_the_anchor_weights_of_an_earlier_run(make, words, tmp_path):
-    for options in ({"strength": 0.5}, {"kind": "ewc", "strength": 3.0, "texts": TEXTS}):
+    based_on_texts = [{"kind": kind, "strength": 3.0, "texts": TEXTS} for kind in ("ewc", "kfac")]
+    for options in ({"strength": 0.5}, *based_on_texts):
         model, metrics = make(), []
         anchor = WeightAnchor(**options)
         with editing(model, [anchor, ParameterScope(1, modules="down_proj")], tokenizer=words) as edit:
             edit.before_step()
             # In the first run the anchor is the reference, which the checkpoint stores anyway.
             assert anchor.metrics(edit.run) == {"edit/drift/anchor": 0.0}
-            assert anchor.state() == {"anchor_weights": {}, "fisher": {}}
+            assert anchor.state() == {
+                "anchor_weights": {}, "fisher": {}, "factors": {"inputs": {}, "gradients": {}}
+            }  # fmt: skip
             move(edit)
         for callback in (anchor, WeightAnchor(**options)):
             with editing(model, [callback, ParameterScope(1, modules="down_proj")], tokenizer=words) as edit:

@@ -65,6 +65,10 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "NormBall": lambda edits: [NormBall(radius=1e-3)],
     "GradientMask": lambda edits: [GradientMask(MaskScore("gradient", limit=4), density=0.2, edits=edits)],
     "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS)],
+    "WeightAnchor (K-FAC)": lambda edits: [
+        WeightAnchor("kfac", strength=100.0, texts=TEXTS),
+        ParameterScope(layers=0.5, modules="mlp.down_proj"),
+    ],
     "ForgetFirst": lambda edits: [
         ForgetFirst(
             TEXTS, edits=edits, max_probability=0.999, max_perplexity_ratio=9.0, training=ForgetTraining(epochs=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,14 @@ class KFACFactors:
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
         )
+
+    def only(self, names: Container[str]) -> KFACFactors:
+        """Return the factors of the weights in ``names``. Names without factors are ignored."""
+        inputs, gradients = (
+            {name: moment for name, moment in moments.items() if name in names}
+            for moments in (self.inputs, self.gradients)
+        )
+        return KFACFactors(inputs, gradients)
 
     def state(self) -> dict[str, Any]:
         """Return the sums and counts as plain dictionaries for a checkpoint."""

@@ -56,7 +56,7 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
     for name, parameter in scope.items():
         if isinstance(parameter, DTensor):
             raise EditError(
-                f"{name} is sharded over processes (DTensor), but the projection needs the whole weight; train with "
+                f"{name} is sharded over processes (DTensor), but this callback needs the whole weight; train with "
                 "DDP instead of FSDP2, or remove this callback."
             )
         if is_stack(name, parameter.shape):
