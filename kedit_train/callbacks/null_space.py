@@ -29,8 +29,12 @@ from kedit_train.core.locality.consecutive_runs import continues_run, require_ed
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
+from kedit_train.core.training_format import training_format
 from kedit_train.data import Edit, EditDataset
-from kedit_train.errors import EditError
+from kedit_train.data.conversations import RenderedConversation
+from kedit_train.data.neighbor_prompts import neighbor_prompts
+from kedit_train.data.prompts import render_prompt
+from kedit_train.errors import EditError, warn
 from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions, project_free
 from kedit_train.functional.precision import wide
 
@@ -64,11 +68,15 @@ class NullSpace(EditCallback):
         texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list with
             one item per forward pass. An item is a tensor, a tuple of positional arguments or a dict of keyword
             arguments.
+        neighbors: number of further prompts per edit that are preserved: the prompt of the edit, with words from the
+            texts in place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With these
+            prompts, the edit mostly depends on its subject. Edits without a subject have none. Default 0.
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         rank: number of directions to preserve per weight. None (default) uses ``energy``.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
-            addition to ``texts``. ``energy`` and ``rank`` apply to ``texts`` and to ``preserve`` separately.
+            addition to ``texts``. ``energy`` and ``rank`` apply separately to ``texts``, to ``preserve`` and to the
+            prompts of ``neighbors``.
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
             later edit with the same prompt replaces the earlier edit.
         limit: maximum number of texts to read. None (default) reads all texts.
@@ -111,6 +119,7 @@ class NullSpace(EditCallback):
         self,
         texts: TextSource | Texts,
         *,
+        neighbors: int = 0,
         energy: float = 0.9,
         rank: int | None = None,
         preserve: Any = None,
@@ -120,6 +129,7 @@ class NullSpace(EditCallback):
     ) -> None:
         check_arguments(
             self,
+            neighbors=(neighbors, integer_from(0)),
             energy=(energy, within("(0, 1]")),
             rank=(rank, optional(integer_from(1))),
             limit=(limit, optional(integer_from(1))),
@@ -127,11 +137,17 @@ class NullSpace(EditCallback):
         )
         source = list(texts) if isinstance(texts, Iterator) else texts
         self.texts: Any = source if holds_model_inputs(source) else Texts.of(source)
+        self.neighbors = neighbors
         self.energy, self.rank, self.preserve, self.sequential = energy, rank, preserve, sequential
         self.limit, self.batch_size = limit, batch_size
         self._projection = ChangeProjection({}, {}, project_free)
         self._previous_edits: list[Edit] = []
         self._model: weakref.ref[nn.Module] | None = None
+        if neighbors and not isinstance(self.texts, Texts):
+            raise EditError(
+                f"neighbors={neighbors} needs texts to draw words from, got model inputs; remove neighbors.",
+                component="NullSpace",
+            )
 
     def prepare(self, run: EditRun) -> None:
         if isinstance(self.texts, Texts):
@@ -143,14 +159,17 @@ class NullSpace(EditCallback):
             require_edits(run, "sequential=True preserves this run's edits in the next run")
             if not continues_run(self._model, run):
                 self._previous_edits = []
+        if self.neighbors:
+            require_edits(run, f"neighbors={self.neighbors} puts other words in the place of the edits' subjects")
         self._model = weakref.ref(run.model)
         layers = find_linear_layers(run.model, run.scope)
         pairs = lora_pairs(run, layers)
         layers = {name: layer for name, layer in layers.items() if name not in pairs.values()}
         directions = self._directions(run, layers, *self._batches(run, self.texts))
-        if preserved := self._preserved(run):
-            for name, more in self._directions(run, layers, *self._batches(run, preserved)).items():
-                directions[name] = join_directions(directions[name], more)
+        for preserved in (self._preserved(run), self._neighbors(run)):
+            if preserved:
+                for name, more in self._directions(run, layers, *self._batches(run, preserved)).items():
+                    directions[name] = join_directions(directions[name], more)
         spaces = self._free_spaces(run, directions)
         self._projection = ChangeProjection(layers, spaces, project_free)
         for name in pairs:
@@ -216,6 +235,25 @@ class NullSpace(EditCallback):
         if isinstance(preserve, Texts) or holds_model_inputs(preserve):
             return preserve
         return replace(self._settings(), source=preserve, nearest=None)
+
+    def _neighbors(self, run: EditRun) -> Texts | None:
+        """Return the prompts of ``neighbors``, or None if there are none."""
+        if not self.neighbors:
+            return None
+        tokenizer = run.tokenizer(self.texts.tokenizer)
+        # Only words of the texts are used, so these texts may contain prompts of the edits.
+        texts = self.texts.load(run.edits, keep_leaks=True, tokenizer=tokenizer)
+        prompts = neighbor_prompts(run.edits, texts, self.neighbors, seed=self.texts.seed)
+        if not prompts:
+            warn(
+                f"neighbors={self.neighbors} has no effect, because no prompt of an edit contains its subject; set "
+                "the subjects of the edits, or remove neighbors."
+            )
+            return None
+        chosen = training_format(run, tokenizer, run.edits) or "plain"
+        rendered = [RenderedConversation(render_prompt(tokenizer, prompt, chosen), prompt) for prompt in prompts]
+        source: list[str] = prompts if chosen == "plain" else list(rendered)
+        return replace(self.texts, source=source, nearest=None)
 
     def _settings(self) -> Texts:
         """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""

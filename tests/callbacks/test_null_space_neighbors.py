@@ -1,0 +1,98 @@
+"""NullSpace with neighbors: the outputs on the edits' prompts with other subjects stay as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from callbacks.inputs import TEXTS, WEIGHT, ScopeOfEdits, adamw, inputs_of, principal, share_of, train
+
+from kedit_train import EditDataModule, EditModule, world
+from kedit_train.callbacks import NullSpace, ParameterScope, TokenLoss, editing
+from kedit_train.data import Edit
+from kedit_train.data.neighbor_prompts import neighbor_prompts
+from kedit_train.errors import EditError
+
+NAME = WEIGHT["llama"]
+EDIT = Edit("w40 w41 w50", "w42", subject="w41")
+
+
+@pytest.mark.parametrize("neighbors", [0, 3])
+def test_outputs_on_the_prompts_with_other_subjects_stay(make, words, neighbors):
+    model = make("llama")
+    before = model.get_parameter(NAME).detach().clone()
+    prompts = neighbor_prompts([EDIT], TEXTS, 3)
+    assert len(prompts) == 3
+    of_neighbors = principal(inputs_of(model, words, NAME, prompts), 0.9)
+    of_texts = principal(inputs_of(model, words, NAME), 0.9)
+    ids = torch.tensor([words(f"{EDIT.prompt} {EDIT.target}")["input_ids"]])
+    callbacks = [NullSpace(TEXTS, neighbors=neighbors), ScopeOfEdits([EDIT])]
+    with editing(model, callbacks, tokenizer=words) as edit:
+        train(model, edit, ids, adamw(edit.parameters()))
+    change = model.get_parameter(NAME).detach().double() - before.double()
+    assert share_of(change, of_texts) < 1e-5
+    leak = share_of(change, of_neighbors)
+    assert leak < 1e-5 if neighbors else leak > 0.05
+
+
+def test_energy_applies_to_the_neighbors_separately(make, words):
+    ids = torch.tensor([words(EDIT.prompt)["input_ids"]])
+    model = make("llama")
+    callbacks = [NullSpace(TEXTS, rank=2, neighbors=3), ScopeOfEdits([EDIT])]
+    with editing(model, callbacks, tokenizer=words, log_every_n_steps=1) as edit:
+        train(model, edit, ids, adamw(edit.parameters()), 1)
+    assert edit.history[-1]["edit/drift/null_space_rank"] == 4
+
+
+def test_in_chats_the_prompts_are_messages(tmp_path):
+    model, tokenizer = world.load()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: "
+        "{% endif %}"
+    )
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    read: list[str] = []
+
+    class Recorder(NullSpace):
+        def _neighbors(self, run: Any) -> Any:
+            texts = super()._neighbors(run)
+            read.extend(texts.source)
+            return texts
+
+    texts = ["The sky is blue.", "Grass grows in the green valley."]
+    for chosen in ("plain", "question", "chat"):
+        read.clear()
+        callbacks = [Recorder(texts, neighbors=2), ParameterScope(0.7, modules="mlp.down_proj.weight"), TokenLoss()]
+        trainer = L.Trainer(max_steps=1, callbacks=callbacks, logger=False, enable_checkpointing=False)
+        trainer.fit(EditModule(str(tmp_path)), EditDataModule(limit=4, prompt_format=chosen))
+        assert read
+        for text in read:
+            assert text.startswith("user: ") == (chosen == "chat")
+            assert text.rstrip().endswith("assistant:") == (chosen == "chat")
+
+
+def test_a_run_without_edits_is_refused(make, words):
+    with (
+        editing(make("llama"), [NullSpace(TEXTS, neighbors=2)], tokenizer=words) as edit,
+        pytest.raises(EditError, match=r"^NullSpace: neighbors=2 puts other words .* but the edits of this run are"),
+    ):
+        edit.before_step()
+
+
+def test_edits_without_subjects_get_a_warning(make, words):
+    edit = Edit("w51", "w2")
+    with (
+        editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits([edit])], tokenizer=words) as run,
+        pytest.warns(UserWarning, match="NullSpace: neighbors=2 has no effect, because no prompt of an edit contains"),
+    ):
+        run.before_step()
+
+
+def test_wrong_arguments():
+    with pytest.raises(EditError, match=r"^NullSpace: neighbors must be an integer >= 0, got -1"):
+        NullSpace(TEXTS, neighbors=-1)
+    with pytest.raises(EditError, match=r"^NullSpace: neighbors=2 needs texts to draw words from, got model inputs"):
+        NullSpace([torch.ones(2, 3)], neighbors=2)
