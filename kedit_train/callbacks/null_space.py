@@ -68,9 +68,9 @@ class NullSpace(EditCallback):
         texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list with
             one item per forward pass. An item is a tensor, a tuple of positional arguments or a dict of keyword
             arguments.
-        neighbors: number of further prompts per edit that are preserved: the prompt of the edit, with words from the
-            texts in place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With these
-            prompts, the edit mostly depends on its subject. Edits without a subject have none. Default 0.
+        neighbors: number of further prompts per edit that are preserved: the prompt of the edit with a name from
+            the texts in place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). The edit
+            then affects other subjects less. Edits without a subject have no such prompts. Default 0.
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         rank: number of directions to preserve per weight. None (default) uses ``energy``.
@@ -145,7 +145,7 @@ class NullSpace(EditCallback):
         self._model: weakref.ref[nn.Module] | None = None
         if neighbors and not isinstance(self.texts, Texts):
             raise EditError(
-                f"neighbors={neighbors} needs texts to draw words from, got model inputs; remove neighbors.",
+                f"neighbors={neighbors} needs texts to draw names from, got model inputs; remove neighbors.",
                 component="NullSpace",
             )
 
@@ -160,7 +160,7 @@ class NullSpace(EditCallback):
             if not continues_run(self._model, run):
                 self._previous_edits = []
         if self.neighbors:
-            require_edits(run, f"neighbors={self.neighbors} puts other words in the place of the edits' subjects")
+            require_edits(run, f"neighbors={self.neighbors} puts other subjects into the prompts of the edits")
         self._model = weakref.ref(run.model)
         layers = find_linear_layers(run.model, run.scope)
         pairs = lora_pairs(run, layers)
@@ -241,7 +241,7 @@ class NullSpace(EditCallback):
         if not self.neighbors:
             return None
         tokenizer = run.tokenizer(self.texts.tokenizer)
-        # Only words of the texts are used, so these texts may contain prompts of the edits.
+        # Only names from the texts are used, so these texts may contain prompts of the edits.
         texts = self.texts.load(run.edits, keep_leaks=True, tokenizer=tokenizer)
         prompts = neighbor_prompts(run.edits, texts, self.neighbors, seed=self.texts.seed)
         if not prompts:

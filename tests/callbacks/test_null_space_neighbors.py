@@ -77,7 +77,7 @@ def test_in_chats_the_prompts_are_messages(tmp_path):
 def test_a_run_without_edits_is_refused(make, words):
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2)], tokenizer=words) as edit,
-        pytest.raises(EditError, match=r"^NullSpace: neighbors=2 puts other words .* but the edits of this run are"),
+        pytest.raises(EditError, match=r"^NullSpace: neighbors=2 puts other subjects .* but the edits of this run are"),
     ):
         edit.before_step()
 
@@ -94,5 +94,5 @@ def test_edits_without_subjects_get_a_warning(make, words):
 def test_wrong_arguments():
     with pytest.raises(EditError, match=r"^NullSpace: neighbors must be an integer >= 0, got -1"):
         NullSpace(TEXTS, neighbors=-1)
-    with pytest.raises(EditError, match=r"^NullSpace: neighbors=2 needs texts to draw words from, got model inputs"):
+    with pytest.raises(EditError, match=r"^NullSpace: neighbors=2 needs texts to draw names from, got model inputs"):
         NullSpace([torch.ones(2, 3)], neighbors=2)

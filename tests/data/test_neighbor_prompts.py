@@ -4,20 +4,36 @@ from __future__ import annotations
 
 from kedit_train.data import Edit
 from kedit_train.data.conversations import RenderedConversation
-from kedit_train.data.neighbor_prompts import neighbor_prompts
+from kedit_train.data.neighbor_prompts import names_in, neighbor_prompts
 from kedit_train.edit import Probe
 
-TEXTS = ["Paris is the capital of France.", "Bob Dylan was born in Duluth, Minnesota.", "Water"]
+TEXTS = [
+    "The largest city of France is Paris.",
+    "In 1941, Bob Dylan was born in Duluth, Minnesota. Then Water, a poem, won.",
+    "rain fell",
+]
+NAMES = {"France", "Paris", "Bob Dylan", "Duluth", "Minnesota", "Water"}
 ANN = Edit("Ann Lee was born in", "Oslo", subject="Ann Lee")
 
 
-def test_as_many_consecutive_words_of_one_text_replace_the_subject():
-    prompts = neighbor_prompts([ANN], TEXTS, 200)
-    words = [text.rstrip(".").replace(",", "").split() for text in TEXTS]
-    pairs = {" ".join(text[i : i + 2]) for text in words for i in range(len(text) - 1)}
-    found = {prompt.removesuffix(" was born in").replace(",", "") for prompt in prompts}
-    assert found == pairs
-    assert all(prompt.endswith(" was born in") for prompt in prompts)
+def test_names_are_capitalized_words_inside_a_sentence():
+    assert names_in([text.split() for text in TEXTS]) == sorted(NAMES)
+    assert names_in([["Rome"], ["the", "(Old", "Town)", "of", "Bern"], []]) == ["Bern", "Old Town"]
+    assert names_in([["the", "émigré", "Émile", "Zola", "über"], ["水", "は"]]) == ["Émile Zola"]
+
+
+def test_different_names_replace_the_subject():
+    prompts = neighbor_prompts([ANN], TEXTS, 6)
+    assert {prompt.removesuffix(" was born in") for prompt in prompts} == NAMES
+    assert len(neighbor_prompts([ANN], TEXTS, 2)) == 2
+
+
+def test_words_replace_the_subject_if_there_are_too_few_names():
+    texts = ["water is wet in may", "rain falls."]
+    prompts = neighbor_prompts([ANN], texts, 100)
+    pairs = {"water is", "is wet", "wet in", "in may", "rain falls"}
+    assert {prompt.removesuffix(" was born in") for prompt in prompts} == pairs
+    assert len(prompts) == len(pairs), "no prompt occurs twice"
 
 
 def test_the_same_seed_gives_the_same_prompts_and_other_edits_do_not_matter():
@@ -32,15 +48,15 @@ def test_the_same_seed_gives_the_same_prompts_and_other_edits_do_not_matter():
 def test_evaluation_prompts_and_other_edits_are_left_out():
     probe = Probe("Bob Dylan was born in", ("Duluth",))
     edit = Edit(ANN.prompt, "Oslo", subject="Ann Lee", locality={"neighborhood": (probe,)})
-    assert neighbor_prompts([ANN], ["Bob Dylan"], 9) == ["Bob Dylan was born in"]
-    assert neighbor_prompts([edit], ["Bob Dylan"], 9) == []
-    assert neighbor_prompts([ANN, Edit("Bob Dylan was born in", "Rome")], ["Bob Dylan"], 9) == []
+    assert neighbor_prompts([ANN], ["by Bob Dylan"], 1) == ["Bob Dylan was born in"]
+    assert neighbor_prompts([edit], ["by Bob Dylan"], 1) == []
+    assert neighbor_prompts([ANN, Edit("Bob Dylan was born in", "Rome")], ["by Bob Dylan"], 1) == []
 
 
 def test_edits_without_a_subject_in_their_prompt_have_no_prompts():
     assert neighbor_prompts([Edit("Ann was born in", "Oslo")], TEXTS, 4) == []
     assert neighbor_prompts([Edit("She was born in", "Oslo", subject="Ann")], TEXTS, 4) == []
-    assert neighbor_prompts([ANN], ["Water"], 4) == [], "no text has two words"
+    assert neighbor_prompts([ANN], ["water"], 4) == [], "no text has two words"
 
 
 def test_characters_are_drawn_in_scripts_without_spaces():
@@ -52,5 +68,5 @@ def test_characters_are_drawn_in_scripts_without_spaces():
 
 
 def test_special_tokens_of_conversations_are_not_drawn():
-    text = RenderedConversation("<|user|> Hello there <|assistant|>", "Hello there")
-    assert neighbor_prompts([ANN], [text], 9) == ["Hello there was born in"]
+    text = RenderedConversation("<|user|> hello there <|assistant|>", "hello there")
+    assert neighbor_prompts([ANN], [text], 9) == ["hello there was born in"]
