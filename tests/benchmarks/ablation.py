@@ -27,7 +27,6 @@ from phases import STATISTICS, Phases, statistics_of_texts, timed
 from settings import HELD_OUT, smollm2
 
 RESULTS = Path(__file__).with_name("ablation.jsonl")
-MARKS = "<!-- ablation: written by ablation.py -->", "<!-- ablation: end -->"
 EDITS, TEXTS = 50, 3300
 COLUMNS = (
     ("reliability", 2), ("PS", 2), ("others", 2), ("NS", 2), ("KL", 4), ("training", 0),
@@ -59,8 +58,16 @@ def variant(layers: Any, *others: tuple[str, Mapping[str, Any]], rate: float = 1
     }
 
 
-def null_space(energy: float = 0.9) -> tuple[str, dict[str, Any]]:
-    return "NullSpace", {"texts": "world", "energy": energy, "batch_size": 64}
+def null_space(energy: float = 0.9, neighbors: int = 0) -> tuple[str, dict[str, Any]]:
+    return "NullSpace", {"texts": "world", "energy": energy, "neighbors": neighbors, "batch_size": 64}
+
+
+def penalty(strength: float) -> tuple[str, dict[str, Any]]:
+    return "WeightAnchor", {"kind": "kfac", "texts": "world", "strength": strength, "limit": None}
+
+
+def low_curvature() -> tuple[str, dict[str, Any]]:
+    return "LowCurvature", {"texts": "world", "batch_size": 16}
 
 
 def kl() -> tuple[str, dict[str, Any]]:
@@ -90,12 +97,51 @@ VARIANTS: dict[str, Any] = {
     "9 layers, 1 prefix per edit, stop at 0.02": variant("0.5-0.8", null_space(), stop=0.02, prefixes=1),
     "9 layers, PolyakStep 0.05": variant("0.5-0.8", null_space(), polyak(0.05)),
     "9 layers, PolyakStep 0.1": variant("0.5-0.8", null_space(), polyak(0.1)),
+    "9 layers, PolyakStep 0.05, 8 neighbors": variant("0.5-0.8", null_space(neighbors=8), polyak(0.05)),
+    "9 layers, PolyakStep 0.05, 24 neighbors (kedit_fast)": "kedit_fast",
     "null space, 1 layer, KL penalty, 40 epochs": variant(0.66, null_space(), kl(), rate=1e-2, epochs=40),
     "second-order steps (inputs), 3 layers": variant("0.63-0.73", second_order(factors="inputs", damping=0.01)),
     "second-order steps (K-FAC), 1 layer, stop at 0.001": variant(0.66, second_order(), stop=0.001),
     "the same with null space": variant(0.66, second_order(), null_space(), stop=0.001),
     "second-order steps and KL penalty (kedit_default)": "kedit_default",
+    "9 layers, no constraint": variant("0.5-0.8", polyak(0.05)),
+    "9 layers, K-FAC penalty 100": variant("0.5-0.8", penalty(100.0), polyak(0.05)),
+    "9 layers, K-FAC penalty 1000": variant("0.5-0.8", penalty(1000.0), polyak(0.05)),
+    "9 layers, second-order steps (inputs)": variant("0.5-0.8", second_order(step_size=0.05, factors="inputs")),
+    "9 layers, second-order steps (K-FAC), damping 0.01": variant(
+        "0.5-0.8", second_order(step_size=0.05, damping=0.01)
+    ),
+    "9 layers, second-order steps (K-FAC)": variant("0.5-0.8", second_order(step_size=0.05)),
+    "9 layers, second-order steps (K-FAC), damping 1": variant("0.5-0.8", second_order(step_size=0.05, damping=1.0)),
+    "9 layers, second-order steps and K-FAC penalty": variant("0.5-0.8", second_order(step_size=0.05), penalty(100.0)),
+    "9 layers, low curvature": variant("0.5-0.8", low_curvature(), polyak(0.05)),
+    "9 layers, KL penalty": variant("0.5-0.8", kl(), polyak(0.05)),
+    "22 texts": "kedit_fast",
+    "217 texts": "kedit_fast",
+    "1000 texts": "kedit_fast",
 }
+NULL_SPACE, NEIGHBORS = "9 layers, PolyakStep 0.05", "9 layers, PolyakStep 0.05, 24 neighbors (kedit_fast)"
+# The table of constraints: label of the row -> variant. All train nine layers (0.5 to 0.8) with a step size of 0.05.
+CONSTRAINTS = {
+    "none": "9 layers, no constraint",
+    "K-FAC penalty, strength 100": "9 layers, K-FAC penalty 100",
+    "K-FAC penalty, strength 1000": "9 layers, K-FAC penalty 1000",
+    "second-order steps, input moments only": "9 layers, second-order steps (inputs)",
+    "second-order steps, K-FAC, damping 0.01": "9 layers, second-order steps (K-FAC), damping 0.01",
+    "second-order steps, K-FAC, damping 0.1": "9 layers, second-order steps (K-FAC)",
+    "second-order steps, K-FAC, damping 1": "9 layers, second-order steps (K-FAC), damping 1",
+    "second-order steps and K-FAC penalty": "9 layers, second-order steps and K-FAC penalty",
+    "low curvature": "9 layers, low curvature",
+    "null space": NULL_SPACE,
+    "null space and 24 neighbors (kedit_fast)": NEIGHBORS,
+    "KL penalty on 16 texts per step": "9 layers, KL penalty",
+}
+# The table of kedit_fast with fewer texts.
+FEWER_TEXTS = {f"{n:,} texts": f"{n} texts" for n in (22, 217, 1000)} | {f"{TEXTS:,} texts": NEIGHBORS}
+# The first table shows the other variants.
+PARTS = {name: name for name in VARIANTS if not name.endswith("texts")}
+PARTS = {name: name for name in PARTS if name not in CONSTRAINTS.values() or name in (NULL_SPACE, NEIGHBORS)}
+TABLES = {"ablation": PARTS, "constraints": CONSTRAINTS, "fewer texts": FEWER_TEXTS}
 
 
 def run(name: str) -> dict[str, Any]:
@@ -106,22 +152,31 @@ def run(name: str) -> dict[str, Any]:
         recipe = chosen if isinstance(chosen, str) else str(Path(folder) / "variant.yaml")
         if recipe != chosen:
             Path(recipe).write_text(yaml.safe_dump(chosen))
-        found = measure(smollm2(HELD_OUT), recipe, "batch", HELD_OUT, EDITS, few=TEXTS)
+        texts = int(name.split()[0]) if name.endswith("texts") else TEXTS
+        found = measure(smollm2(HELD_OUT), recipe, "batch", HELD_OUT, EDITS, few=texts)
     statistics = phases.stop().get(STATISTICS, 0.0)
     scores = {score: found[score] for score in ("reliability", "generality", "PS", "others", "neighbors", "NS", "KL")}
     return {"variant": name, **scores, "training": found["seconds"] * EDITS - statistics, "statistics": statistics}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the table in Markdown, in the order of the variants."""
+def table(rows: list[dict[str, Any]], labels: Mapping[str, str]) -> str:
+    """Return a table in Markdown: the measured variants, under their labels and in the order of the labels."""
     by_name = {row["variant"]: row for row in rows}
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * len(COLUMNS)]
-    for name in VARIANTS:
+    for label, name in labels.items():
         if name in by_name:
             values = ((by_name[name][score], digits) for score, digits in COLUMNS)
             cells = ("-" if value is None else f"{value:.{digits}f}" for value, digits in values)
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def report(rows: list[dict[str, Any]], page: str) -> str:
+    """Return the page with all tables."""
+    for title, labels in TABLES.items():
+        marks = f"<!-- {title}: written by ablation.py -->", f"<!-- {title}: end -->"
+        page = replaced(page, marks, [table(rows, labels)])
+    return page
 
 
 def main() -> None:
@@ -138,8 +193,8 @@ def main() -> None:
             rows.append(row)
             with RESULTS.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(table([row]).splitlines()[-1], flush=True)
-    PAGE.write_text(replaced(PAGE.read_text(), MARKS, [table(rows)]))
+            print(table([row], {name: name}).splitlines()[-1], flush=True)
+    PAGE.write_text(report(rows, PAGE.read_text()))
 
 
 if __name__ == "__main__":
