@@ -14,17 +14,11 @@ from torch import Tensor, nn
 from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.change_projection import ChangeProjection
+from kedit_train.core.drift.factors_of_texts import factors_of_texts
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.lora_factors import lora_pairs
-from kedit_train.core.drift.model_batches import (
-    Batch,
-    find_text_model,
-    holds_model_inputs,
-    model_input_batches,
-    share_of_process,
-    text_batches,
-)
-from kedit_train.core.drift.second_moments import broadcast_from_first, input_moments
+from kedit_train.core.drift.model_batches import find_text_model, holds_model_inputs, model_input_batches
+from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first, input_moments
 from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
@@ -37,6 +31,7 @@ from kedit_train.data.prompts import render_prompt
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions, project_free
 from kedit_train.functional.precision import wide
+from kedit_train.paths import SAFETENSORS_PATH
 
 
 class NullSpace(EditCallback):
@@ -73,12 +68,15 @@ class NullSpace(EditCallback):
             then affects other subjects less. Edits without a subject have no such prompts. Default 0.
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
-        rank: number of directions to preserve per weight. None (default) uses ``energy``.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
-            addition to ``texts``. ``energy`` and ``rank`` apply separately to ``texts``, to ``preserve`` and to the
-            prompts of ``neighbors``.
+            addition to ``texts``. ``energy`` applies separately to ``texts``, to ``preserve`` and to the prompts of
+            ``neighbors``.
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
             later edit with the same prompt replaces the earlier edit.
+        factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
+            read from it, and the texts are not read. Otherwise, they are computed and written to it. The file that
+            ``SecondOrderLocality`` writes can be used, too. A file is valid only for the weights and texts from which
+            it was computed.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 
@@ -121,9 +119,9 @@ class NullSpace(EditCallback):
         *,
         neighbors: int = 0,
         energy: float = 0.9,
-        rank: int | None = None,
         preserve: Any = None,
         sequential: bool = False,
+        factors_path: str | Path | None = None,
         limit: int | None = None,
         batch_size: int = 8,
     ) -> None:
@@ -131,23 +129,25 @@ class NullSpace(EditCallback):
             self,
             neighbors=(neighbors, integer_from(0)),
             energy=(energy, within("(0, 1]")),
-            rank=(rank, optional(integer_from(1))),
+            factors_path=(factors_path, optional(SAFETENSORS_PATH)),
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
         )
         source = list(texts) if isinstance(texts, Iterator) else texts
         self.texts: Any = source if holds_model_inputs(source) else Texts.of(source)
-        self.neighbors = neighbors
-        self.energy, self.rank, self.preserve, self.sequential = energy, rank, preserve, sequential
-        self.limit, self.batch_size = limit, batch_size
+        self.neighbors, self.energy, self.preserve, self.sequential = neighbors, energy, preserve, sequential
+        self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
         self._projection = ChangeProjection({}, {}, project_free)
         self._previous_edits: list[Edit] = []
         self._model: weakref.ref[nn.Module] | None = None
-        if neighbors and not isinstance(self.texts, Texts):
-            raise EditError(
-                f"neighbors={neighbors} needs texts to draw names from, got model inputs; remove neighbors.",
-                component="NullSpace",
-            )
+        if isinstance(self.texts, Texts):
+            return
+        for name, value in (("neighbors", neighbors), ("factors_path", factors_path)):
+            if value:
+                raise EditError(
+                    f"{name}={value!r} needs texts, but texts= contains model inputs; remove {name}.",
+                    component="NullSpace",
+                )
 
     def prepare(self, run: EditRun) -> None:
         if isinstance(self.texts, Texts):
@@ -165,10 +165,10 @@ class NullSpace(EditCallback):
         layers = find_linear_layers(run.model, run.scope)
         pairs = lora_pairs(run, layers)
         layers = {name: layer for name, layer in layers.items() if name not in pairs.values()}
-        directions = self._directions(run, layers, *self._batches(run, self.texts))
+        directions = self._directions(self._moments(run, layers, self.texts, path=self.factors_path))
         for preserved in (self._preserved(run), self._neighbors(run)):
             if preserved:
-                for name, more in self._directions(run, layers, *self._batches(run, preserved)).items():
+                for name, more in self._directions(self._moments(run, layers, preserved)).items():
                     directions[name] = join_directions(directions[name], more)
         spaces = self._free_spaces(run, directions)
         self._projection = ChangeProjection(layers, spaces, project_free)
@@ -208,17 +208,21 @@ class NullSpace(EditCallback):
     def detach(self, run: EditRun) -> None:
         self._projection.stop()
 
-    def _batches(self, run: EditRun, source: Any) -> tuple[nn.Module, Iterator[Batch]]:
-        """Return the module that reads ``source`` (texts, edits or model inputs), and the batches of this process."""
-        device = next(run.model.parameters()).device
+    def _moments(
+        self, run: EditRun, layers: Mapping[str, LinearLayer], source: Any, *, path: str | Path | None = None
+    ) -> dict[str, SecondMoment]:
+        """Return the second moments of the layers' inputs on ``source`` (texts, edits or model inputs)."""
         if holds_model_inputs(source):
-            return run.language_model or run.model, model_input_batches(source, device)
+            batches = model_input_batches(source, next(run.model.parameters()).device)
+            return input_moments(run, layers, run.language_model or run.model, batches)
         if isinstance(source, Texts):
             sequences = source.tokenize(run, limit=self.limit)
         else:
             settings = self._settings()
             sequences = tokenize_edits(run, source, run.tokenizer(settings.tokenizer), settings.max_length)
-        return find_text_model(run), text_batches(share_of_process(sequences), self.batch_size, device)
+        return factors_of_texts(
+            run, layers, sequences, seed=self._settings().seed, batch_size=self.batch_size, path=path, inputs_only=True
+        ).inputs
 
     def _preserved(self, run: EditRun) -> Any:
         """Return what to preserve in addition to ``texts``: edits (possibly none), a ``Texts`` or model inputs."""
@@ -259,15 +263,9 @@ class NullSpace(EditCallback):
         """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""
         return self.texts if isinstance(self.texts, Texts) else Texts([])
 
-    def _directions(
-        self, run: EditRun, layers: Mapping[str, LinearLayer], model: nn.Module, batches: Iterator[Batch]
-    ) -> dict[str, Tensor]:
+    def _directions(self, moments: Mapping[str, SecondMoment]) -> dict[str, Tensor]:
         """Return the directions to preserve for each weight, [d_in, rank] in fp64."""
-        moments = input_moments(run, layers, model, batches)
-        return {
-            name: principal_directions(moment.mean, energy=self.energy, rank=self.rank)
-            for name, moment in moments.items()
-        }
+        return {name: principal_directions(moment.mean, energy=self.energy) for name, moment in moments.items()}
 
     def _free_spaces(self, run: EditRun, directions: Mapping[str, Tensor]) -> dict[str, FreeSpace]:
         spaces = {}
@@ -275,7 +273,7 @@ class NullSpace(EditCallback):
             if basis.shape[1] >= basis.shape[0]:
                 raise EditError(
                     f"all {basis.shape[0]} input directions of {name} are preserved, so the weight could not move; "
-                    "use a lower energy, or set a lower rank."
+                    "use a lower energy, or fewer neighbors."
                 )
             weight = run.scope[name]
             space = free_space(basis, torch.promote_types(weight.dtype, torch.float32))
@@ -283,8 +281,7 @@ class NullSpace(EditCallback):
         return spaces
 
     def __repr__(self) -> str:
-        size = f"energy={self.energy}" if self.rank is None else f"rank={self.rank}"
-        return f"NullSpace({size}, sequential={self.sequential})"
+        return f"NullSpace(energy={self.energy}, neighbors={self.neighbors}, sequential={self.sequential})"
 
 
 def _project_reference(run: EditRun, name: str, space: FreeSpace) -> None:

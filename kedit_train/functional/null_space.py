@@ -20,15 +20,13 @@ from torch import Tensor
 from kedit_train.functional.precision import full_precision, widest
 
 
-def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: int | None = None) -> Tensor:
+def principal_directions(moment: Tensor, *, energy: float = 0.99) -> Tensor:
     """Return the orthonormal directions that contain most of the trace of a second moment.
 
     Args:
         moment: [d, d], E[k kᵀ], symmetric.
         energy: minimum fraction of the trace that the directions contain, in (0, 1]. 1 takes every direction with
             an eigenvalue above the rounding error of the moment (``d * eps`` times the greatest eigenvalue).
-        rank: number of directions, used instead of ``energy``. Fewer directions are returned if fewer eigenvalues are
-            above the rounding error.
 
     Returns:
         [d, r] in fp64, sorted by descending eigenvalue.
@@ -36,10 +34,8 @@ def principal_directions(moment: Tensor, *, energy: float | None = 0.99, rank: i
     values, vectors = torch.linalg.eigh(widest(moment))
     values, vectors = values.flip(0), vectors.flip(1)
     known = int((values > values[0] * len(values) * torch.finfo(moment.dtype).eps).sum())
-    if rank is not None:
-        return vectors[:, : min(rank, known)]
     cumulative = values[:known].cumsum(0)
-    short = cumulative < (energy or 1.0) * cumulative[-1] * (1.0 - 1e-12) if known else cumulative
+    short = cumulative < energy * cumulative[-1] * (1.0 - 1e-12) if known else cumulative
     return vectors[:, : min(int(short.sum()) + 1, known)]
 
 

@@ -257,7 +257,6 @@ def test_a_missing_file_of_texts_is_refused(make, words):
     [
         ({"energy": 0.0}, r"in \(0, 1\]"),
         ({"energy": 1.1}, r"in \(0, 1\]"),
-        ({"rank": 0}, "an integer >= 1, or None"),
         ({"limit": 0}, "an integer >= 1, or None"),
         ({"batch_size": 0}, "an integer >= 1"),
     ],

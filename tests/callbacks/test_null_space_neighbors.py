@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import lightning as L
@@ -40,10 +41,13 @@ def test_outputs_on_the_prompts_with_other_subjects_stay(make, words, neighbors)
 def test_energy_applies_to_the_neighbors_separately(make, words):
     ids = torch.tensor([words(EDIT.prompt)["input_ids"]])
     model = make("llama")
-    callbacks = [NullSpace(TEXTS, rank=2, neighbors=3), ScopeOfEdits([EDIT])]
+    unedited = copy.deepcopy(model)
+    callbacks = [NullSpace(TEXTS, energy=0.5, neighbors=3), ScopeOfEdits([EDIT])]
     with editing(model, callbacks, tokenizer=words, log_every_n_steps=1) as edit:
         train(model, edit, ids, adamw(edit.parameters()), 1)
-    assert edit.history[-1]["edit/drift/null_space_rank"] == 4
+    prompts = neighbor_prompts([EDIT], TEXTS, 3)
+    ranks = [principal(inputs_of(unedited, words, NAME, texts), 0.5).shape[1] for texts in (TEXTS, prompts)]
+    assert edit.history[-1]["edit/drift/null_space_rank"] == sum(ranks)
 
 
 def test_in_chats_the_prompts_are_messages(tmp_path):
@@ -94,5 +98,5 @@ def test_edits_without_subjects_get_a_warning(make, words):
 def test_wrong_arguments():
     with pytest.raises(EditError, match=r"^NullSpace: neighbors must be an integer >= 0, got -1"):
         NullSpace(TEXTS, neighbors=-1)
-    with pytest.raises(EditError, match=r"^NullSpace: neighbors=2 needs texts to draw names from, got model inputs"):
+    with pytest.raises(EditError, match=r"^NullSpace: neighbors=2 needs texts, but texts= contains model inputs"):
         NullSpace([torch.ones(2, 3)], neighbors=2)

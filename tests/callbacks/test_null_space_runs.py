@@ -24,18 +24,19 @@ def rank_after_a_step(make: Any, words: Any, ids: torch.Tensor, **options: Any) 
     return edit.history[-1]["edit/drift/null_space_rank"]
 
 
-def test_rank_counts_directions_of_texts_and_of_preserved_edits_separately(make, words, ids):
+def test_energy_applies_to_texts_and_to_preserved_edits_separately(make, words, ids):
     model = make("llama")
     preserve = [Edit("w40 w41", "w42"), Edit("w50", "w51 w52")]
-    of_edits = inputs_of(model, words, NAME, ["w40 w41 w42 </s>", "w50 w51 w52 </s>"])
+    of_edits = principal(inputs_of(model, words, NAME, ["w40 w41 w42 </s>", "w50 w51 w52 </s>"]), 0.5)
+    of_texts = principal(inputs_of(model, words, NAME), 0.5)
     before = model.get_parameter(NAME).detach().clone()
-    callbacks = [NullSpace(TEXTS, rank=3, preserve=preserve), ParameterScope(1, modules=SCOPE["llama"])]
+    callbacks = [NullSpace(TEXTS, energy=0.5, preserve=preserve), ParameterScope(1, modules=SCOPE["llama"])]
     with editing(model, callbacks, tokenizer=words, log_every_n_steps=50) as edit:
         train(model, edit, ids, adamw(edit.parameters()))
-    assert edit.history[-1]["edit/drift/null_space_rank"] == 6
-    directions = torch.linalg.svd(of_edits, full_matrices=False)[0][:, :3]
+    assert edit.history[-1]["edit/drift/null_space_rank"] == of_texts.shape[1] + of_edits.shape[1]
     change = model.get_parameter(NAME).detach().double() - before.double()
-    assert share_of(change, directions) < 1e-5
+    assert share_of(change, of_edits) < 1e-5
+    assert share_of(change, of_texts) < 1e-5
 
 
 def test_limit_reads_fewer_texts_and_preserve_reads_more(make, words, ids):

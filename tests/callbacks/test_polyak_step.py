@@ -166,7 +166,7 @@ def test_constraints_are_exact_beside_it(make, words, ids):
     ("constraint", "whole"),
     [
         # These also project the gradients, so the length is that of a step within the constraint.
-        (lambda: NullSpace(TEXTS, rank=8), True),
+        (lambda: NullSpace(TEXTS, energy=0.8), True),
         (lambda: LowCurvature(TEXTS), True),
         (lambda: GradientMask("magnitude", density=0.25), True),
         (lambda: NormBall(1e-3), False),

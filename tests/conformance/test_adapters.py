@@ -216,7 +216,7 @@ def test_scores_that_are_zero_for_fresh_factors_are_an_error() -> None:
 
 @pytest.mark.parametrize("host", TRAINERS)
 def test_the_null_space_holds_for_the_merged_change_of_lora(host: str) -> None:
-    _, watch = train(host, [scope(), NullSpace(texts=TEXTS, rank=8)])
+    _, watch = train(host, [scope(), NullSpace(texts=TEXTS)])
     assert set(watch.moved()) == adapters(watch, "lora_A", "lora_B")
     assert watch.rows[-1]["edit/drift/null_space_leak"] < 1e-5
     # The merged change maps the inputs of the base model to zero.
@@ -283,7 +283,7 @@ def test_a_quantized_weight_in_the_scope_is_an_error() -> None:
 def test_a_model_with_quantized_weights_outside_of_the_scope_can_be_edited() -> None:
     model, tokenizer = packed("up_proj")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    used = [scope(), KLLocality(texts=TEXTS, batch_size=2), NormBall(5e-4), NullSpace(texts=TEXTS, rank=4)]
+    used = [scope(), KLLocality(texts=TEXTS, batch_size=2), NormBall(5e-4), NullSpace(texts=TEXTS, energy=0.5)]
     HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=8)), used, 2)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}

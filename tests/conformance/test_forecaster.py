@@ -177,7 +177,7 @@ def test_a_weight_anchor_follows_its_formula() -> None:
 def test_the_null_space_keeps_the_forecasts_of_given_windows(optimizer: str) -> None:
     kept, rows = series(shift=1.7)[0][:30:10], Rows()
     scope = ParameterScope(modules=["head.0.weight"])
-    module, before = fit([scope, NullSpace(texts=[kept], rank=3), rows], optimizer)
+    module, before = fit([scope, NullSpace(texts=[kept], energy=1.0), rows], optimizer)
     assert set(moved(module, before)) == {"head.0.weight"}
     assert rows.rows[-1]["edit/drift/null_space_rank"] == 3
     assert rows.rows[-1]["edit/drift/null_space_leak"] < 1e-5
@@ -196,7 +196,7 @@ def test_five_constraints_together_keep_the_exact_ones() -> None:
             WeightAnchor(strength=1.0),
             GradientMask("random", density=0.5),
             NormBall(4e-3),
-            NullSpace(texts=[series()[0][:4]], rank=2),
+            NullSpace(texts=[series()[0][:4]], energy=0.9),
             ParameterScope(modules="head.0.weight"),
             rows,
         ]

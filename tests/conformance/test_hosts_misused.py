@@ -200,7 +200,7 @@ def test_the_inputs_of_a_wrapped_head_are_read_in_full(reading: str):
     if not wrapped and model.lm_head.weight is model.model.embed_tokens.weight:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **wrapped))
-    space = NullSpace(TEXTS, rank=4, batch_size=1)
+    space = NullSpace(TEXTS, energy=0.5, batch_size=1)
     with editing(model, [ParameterScope(modules=reading), space], tokenizer=tokenizer) as edit:
         edit.before_step()
         (free,) = space._projection.subspaces.values()

@@ -1,4 +1,4 @@
-"""Compute or read the K-FAC factors that ``LowCurvature`` and ``SecondOrderLocality`` use."""
+"""Compute the statistics of texts that callbacks use (K-FAC factors), or read them from a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
 from kedit_train.core.drift.kfac_file import load_factors, save_factors
 from kedit_train.core.drift.linear_layers import LinearLayer
-from kedit_train.core.drift.model_batches import share_of_process, text_batches
+from kedit_train.core.drift.model_batches import find_text_model, share_of_process, text_batches
 from kedit_train.core.drift.second_moments import input_moments
 from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.run import EditRun
@@ -44,28 +44,31 @@ def factors_of_texts(
         sequences: the token ids of the texts on which the predictions should stay the same (``Texts.tokenize``).
         seed: seed of the sampled labels.
         batch_size: sequences per forward and backward pass.
-        path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file. The path is
-            ignored if ``inputs_only`` is True.
-        inputs_only: whether to leave out the factors of the gradients, which need a backward pass.
+        path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file.
+        inputs_only: whether to leave out the factors of the gradients, which need a backward pass. The model then need
+            not be a causal language model.
         skip_first: whether to leave out the first token of every sequence.
 
     Raises:
         EditError: the file cannot be used, or a layer is not supported.
     """
+    model = ""
+    if path is not None:
+        with run.reference_model():
+            model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
+        model += " without first tokens" if skip_first else ""
+        weights = {name: run.scope[name] for name in layers}
+        stored = load_factors(path, weights, model, sequences, seed, inputs_only=inputs_only)
+        if stored is not None:
+            return stored
     run.host.show_progress(f"computing statistics of {len(sequences)} texts for {len(layers)} weights")
     if inputs_only:
         device = next(run.model.parameters()).device
         batches = text_batches(share_of_process(sequences), batch_size, device)
         inputs = (batch.without_first() if skip_first else batch for batch in batches)
-        return KFACFactors(input_moments(run, layers, run.causal_model(), inputs), {})
-    if path is not None:
-        with run.reference_model():
-            model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
-        model += " without first tokens" if skip_first else ""
-        stored = load_factors(path, {name: run.scope[name] for name in layers}, model, sequences, seed)
-        if stored is not None:
-            return stored
-    factors = kfac_factors(run, layers, sequences, batch_size=batch_size, seed=seed, skip_first=skip_first)
+        factors = KFACFactors(input_moments(run, layers, find_text_model(run), inputs), {})
+    else:
+        factors = kfac_factors(run, layers, sequences, batch_size=batch_size, seed=seed, skip_first=skip_first)
     if path is not None and run.host.is_main:
         save_factors(path, factors, model, sequences, seed)
     return factors

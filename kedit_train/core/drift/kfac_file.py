@@ -39,7 +39,13 @@ def save_factors(
 
 
 def load_factors(
-    path: str | Path, weights: Mapping[str, Tensor], model: str, sequences: Sequence[Sequence[int]], seed: int
+    path: str | Path,
+    weights: Mapping[str, Tensor],
+    model: str,
+    sequences: Sequence[Sequence[int]],
+    seed: int,
+    *,
+    inputs_only: bool = False,
 ) -> KFACFactors | None:
     """Read the factors that :func:`save_factors` has written.
 
@@ -49,6 +55,7 @@ def load_factors(
         model: as for :func:`save_factors`.
         sequences: as for :func:`save_factors`.
         seed: as for :func:`save_factors`.
+        inputs_only: whether to read only the factors of the inputs.
 
     Returns:
         The factors, or None if the file does not exist.
@@ -77,7 +84,8 @@ def load_factors(
                 f"another path, or {_RETRY}."
             )
     factors = KFACFactors({}, {})
-    for kind, moments in (("inputs", factors.inputs), ("gradients", factors.gradients)):
+    kinds = [("inputs", factors.inputs)] + ([] if inputs_only else [("gradients", factors.gradients)])
+    for kind, moments in kinds:
         for name, weight in weights.items():
             key = f"{kind}/{name}"
             matrix, count = tensors.get(key), metadata["tokens"].get(key)

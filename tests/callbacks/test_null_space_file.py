@@ -1,0 +1,72 @@
+"""NullSpace with a file of statistics: the file replaces reading the texts, and other callbacks' files fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from callbacks.inputs import SCOPE, TEXTS, WEIGHT, adamw, train
+
+from kedit_train.callbacks import LowCurvature, NullSpace, ParameterScope, SecondOrderLocality, TokenLoss, editing
+from kedit_train.core.drift import factors_of_texts
+from kedit_train.errors import EditError
+
+NAME = WEIGHT["llama"]
+
+
+def trained(model: Any, words: Any, ids: Any, *callbacks: Any) -> torch.Tensor:
+    before = model.get_parameter(NAME).detach().clone()
+    with editing(model, [*callbacks, ParameterScope(1, modules=SCOPE["llama"])], tokenizer=words) as edit:
+        train(model, edit, ids, adamw(edit.parameters()), 5)
+    after = model.get_parameter(NAME).detach().clone()
+    with torch.no_grad():
+        model.get_parameter(NAME).copy_(before)
+    return after
+
+
+def refuse_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the texts were read again")
+
+    monkeypatch.setattr(factors_of_texts, "input_moments", fail)
+
+
+def test_a_second_run_reads_the_file_and_gives_the_same_weights(make, words, ids, tmp_path, monkeypatch):
+    model, path = make("llama"), tmp_path / "statistics.safetensors"
+    without = trained(model, words, ids, NullSpace(TEXTS))
+    first = trained(model, words, ids, NullSpace(TEXTS, factors_path=path))
+    assert torch.equal(first, without)
+    refuse_to_read(monkeypatch)
+    assert torch.equal(trained(model, words, ids, NullSpace(TEXTS, factors_path=path)), without)
+    # Another energy needs no other statistics.
+    assert not torch.equal(trained(model, words, ids, NullSpace(TEXTS, energy=0.5, factors_path=path)), without)
+
+
+def test_the_file_of_other_callbacks_can_be_used(make, words, ids, tmp_path, monkeypatch):
+    model, path = make("llama"), tmp_path / "factors.safetensors"
+    without = trained(model, words, ids, NullSpace(TEXTS))
+    with_inputs_only = SecondOrderLocality(TEXTS, factors="inputs", factors_path=path)
+    for writer in (with_inputs_only, SecondOrderLocality(TEXTS, factors_path=path)):
+        trained(model, words, ids, TokenLoss(), writer)
+        with monkeypatch.context() as patch:
+            refuse_to_read(patch)
+            torch.testing.assert_close(trained(model, words, ids, NullSpace(TEXTS, factors_path=path)), without)
+        path.unlink()
+
+
+def test_other_texts_are_refused(make, words, ids, tmp_path):
+    model, path = make("llama"), tmp_path / "statistics.safetensors"
+    trained(model, words, ids, NullSpace(TEXTS, factors_path=path))
+    with pytest.raises(EditError, match="it was computed with other texts or with another seed"):
+        trained(model, words, ids, NullSpace(TEXTS[:2], factors_path=path))
+    for other in (LowCurvature(TEXTS, factors_path=path), SecondOrderLocality(TEXTS, factors_path=path)):
+        with pytest.raises(EditError, match=r"has no valid factor 'gradients/|was computed with other weights"):
+            trained(model, words, ids, TokenLoss(), other)
+
+
+def test_wrong_arguments():
+    with pytest.raises(EditError, match=r"^NullSpace: factors_path must be a path that ends in \.safetensors"):
+        NullSpace(TEXTS, factors_path="factors.pt")
+    with pytest.raises(EditError, match=r"^NullSpace: factors_path='f\.safetensors' needs texts"):
+        NullSpace([torch.ones(2, 3)], factors_path="f.safetensors")
