@@ -104,7 +104,9 @@ VARIANTS: dict[str, Any] = {
     "second-order steps (inputs), 3 layers": variant("0.63-0.73", second_order(factors="inputs", damping=0.01)),
     "second-order steps (K-FAC), 1 layer, stop at 0.001": variant(0.66, second_order(), stop=0.001),
     "the same with null space": variant(0.66, second_order(), null_space(), stop=0.001),
-    "second-order steps and KL penalty (kedit_default)": "kedit_default",
+    "second-order steps and KL penalty, 21 layers, stop at 0.001": variant(
+        "0.3-1.0", second_order(step_size=0.2, limit=1024), kl(), stop=0.001
+    ),
     "9 layers, no constraint": variant("0.5-0.8", polyak(0.05)),
     "9 layers, K-FAC penalty 100": variant("0.5-0.8", penalty(100.0), polyak(0.05)),
     "9 layers, K-FAC penalty 1000": variant("0.5-0.8", penalty(1000.0), polyak(0.05)),

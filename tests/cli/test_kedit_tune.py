@@ -28,7 +28,7 @@ def test_the_recipe_validates_and_reaches_the_scores_of_its_trial(
     edits = EditDataset.load("world", limit=6)
     edits.save("edits.jsonl")
     Path("keep.txt").write_text("\n".join(world.locality_texts(exclude=edits, n=24)))
-    grid = ("--layers", "0.5-0.7", "--step-sizes", 0.1, "--dampings", "1e-2", "--kl-weights", 0)
+    grid = ("--layers", "0.5-0.7", "--step-sizes", 0.1, "--energies", "0.9", "--kl-weights", 0)
     words = (
         "tune",
         "world",
@@ -51,13 +51,13 @@ def test_the_recipe_validates_and_reaches_the_scores_of_its_trial(
     assert found["held_out"]["edits"] == 3
     code, out, err = kedit("validate", "new/tuned.yaml", "w_recipe.yaml")
     assert code == 0, err
-    assert "SecondOrderLocality, KLLocality, StopWhenEdited" in out.splitlines()[1]
+    assert "NullSpace, PolyakStep, KLLocality, StopWhenEdited" in out.splitlines()[1]
 
     # The table, from the stored results.
     assert kedit(*words)[0] == 1
     code, out, err = kedit(*words, "--force")
     assert code == 0, err
-    assert "picked: layers 0.5-0.7, step 0.1, damping 0.01, KL 0" in out
+    assert "picked: layers 0.5-0.7, step 0.1, energy 0.9, KL 0" in out
     assert "held out (3 edits): reliability " in out
     assert out.splitlines()[-1] == "run the recipe with: lightning run new/tuned.yaml"
 
@@ -139,7 +139,7 @@ def test_wrong_arguments_are_reported_before_the_model_is_loaded(
 def test_the_help_and_the_page_name_the_default_grid(kedit: Kedit) -> None:
     _, help_text, _ = kedit("tune", "--help")
     page = (Path(__file__).resolve().parents[2] / "docs" / "command_line.md").read_text()
-    for name in ("step_sizes", "dampings", "kl_weights"):
+    for name in ("step_sizes", "energies", "kl_weights"):
         values = " ".join(f"{value:g}" for value in getattr(TuneGrid(), name))
         option = "--" + name.replace("_", "-")
         assert f"(default: {values})" in " ".join(help_text.split()), option

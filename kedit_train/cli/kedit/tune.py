@@ -24,10 +24,10 @@ examples:
   kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts_that_must_stay.txt
   kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts.txt --budget 20m --out tuned.yaml --wandb sweep.yaml
   kedit tune Qwen/Qwen3-0.6B edits.jsonl --keep texts.txt --layers 0.5-0.9 0.6 0.8 --step-sizes 0.03 0.05 0.1
-  kedit tune world world --keep world --layers 0.3-0.9 --dampings 1e-3 --kl-weights 0
+  kedit tune world world --keep world --layers 0.3-0.9 --energies 0.8 --kl-weights 0
 
 The command splits the edits into a tuning half and a held-out half. It tries all combinations of --layers,
---step-sizes, --dampings and --kl-weights in up to three rounds. In the first round, every combination is trained on a
+--step-sizes, --energies and --kl-weights in up to three rounds. In the first round, every combination is trained on a
 few edits of the tuning half. In the next round, the best third is trained on more edits. In the last round, the best
 third of these is trained on the whole tuning half. The settings of the recipe kedit_default, if they are among the
 combinations, are trained in every round.
@@ -62,7 +62,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--layers",
         nargs="+",
         metavar="L",
-        help="layers to try: indices, fractions of the depth or ranges (default: 0.7 0.3-1.0)",
+        help="layers to try: indices, fractions of the depth or ranges (default: 0.66 0.4-0.8)",
     )
     add("--modules", metavar="M", help="weights to train in these layers (default: mlp.down_proj.weight)")
     add(
@@ -70,15 +70,15 @@ def arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=finite,
         metavar="S",
-        help="step sizes of SecondOrderLocality (default: 0.05 0.1 0.2)",
+        help="step sizes of PolyakStep (default: 0.04 0.07 0.12)",
     )
-    add("--dampings", nargs="+", type=finite, metavar="D", help="dampings of SecondOrderLocality (default: 0.1)")
+    add("--energies", nargs="+", type=finite, metavar="E", help="energies of NullSpace (default: 0.9)")
     add(
         "--kl-weights",
         nargs="+",
         type=finite,
         metavar="W",
-        help="weights of KLLocality; 0 trains without KLLocality (default: 0 20)",
+        help="weights of KLLocality; 0 trains without KLLocality (default: 0 3)",
     )
     add("--limit", type=int, metavar="N", help="use a random sample of N edits")
     add(
@@ -174,7 +174,7 @@ def duration(text: str) -> float:
 
 def _given(args: Namespace) -> dict[str, Any]:
     """Return the arguments of ``TuneGrid`` (the settings to try) that the command line sets."""
-    names = ("layers", "modules", "step_sizes", "dampings", "kl_weights")
+    names = ("layers", "modules", "step_sizes", "energies", "kl_weights")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 

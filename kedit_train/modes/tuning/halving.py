@@ -178,7 +178,7 @@ def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
         trials: at least one trial.
 
     Example:
-        >>> setting = TuneSetting(layers=0.7, modules="mlp", step_size=0.01, damping=1e-3, kl_weight=0.0)
+        >>> setting = TuneSetting(layers=0.7, modules="mlp", step_size=0.01, energy=0.9, kl_weight=0.0)
         >>> pick([Trial(setting=setting, edits=4, reliability=0.75)])[1]
         'the most reliable setting, because no setting has a reliability of at least 0.95'
     """

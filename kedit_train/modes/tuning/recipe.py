@@ -15,16 +15,17 @@ from kedit_train.modes.tuning.settings import BATCH_SIZE, EPOCHS, KL_BATCH_SIZE,
 _COMMENTS = {
     "ParameterScope": "Where may the model change?",
     "TokenLoss": "What is each token trained towards?",
-    "SecondOrderLocality": "What must stay? Steps change the predictions on these texts as little as possible.",
-    "KLLocality": "What must stay? A KL penalty corrects the steps where their estimate is not exact.",
+    "NullSpace": "What must stay? The outputs of the layers on these texts, and on the prompts with other subjects.",
+    "KLLocality": "What must stay? A KL penalty on a few of the texts in every step.",
+    "PolyakStep": "How long is a step? Its length follows from the loss, so no learning rate is needed.",
     "StopWhenEdited": "Stop when the mean loss over an epoch reaches this value.",
     "EditMetrics": "How well did the edit work?",
 }
 # The arguments of the recipe that a sweep changes.
 _SWEPT = {
     "layers": "ParameterScope.layers",
-    "step_sizes": "SecondOrderLocality.step_size",
-    "dampings": "SecondOrderLocality.damping",
+    "step_sizes": "PolyakStep.step_size",
+    "energies": "NullSpace.energy",
     "kl_weights": "KLLocality.weight",
 }
 
@@ -82,7 +83,7 @@ def recipe_text(
         f"seed_everything: {meta['seed']}",
         "model:",
         f"  name: {_yaml(source.model)}",
-        "  # SecondOrderLocality sets the length of each step, so the learning rate has no effect.",
+        "  # PolyakStep sets the length of each step, so the learning rate has no effect.",
         "  learning_rate: 1.0e-3",
         "data:",
         f"  path: {_yaml(source.edits)}",

@@ -14,7 +14,7 @@ from kedit_train.modes.tuning.halving import Trial, front
 from kedit_train.modes.tuning.recipe import Source, recipe_text, sweep_text
 from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
 
-COLUMNS = ("edits", "layers", "step", "damping", "KL", "reliability", "generality", "locality", "score", "seconds", "")
+COLUMNS = ("edits", "layers", "step", "energy", "KL", "reliability", "generality", "locality", "score", "seconds", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class TuneResult:
             if not mark:
                 mark = f"failed: {trial.error}" if trial.error else "front" if trial in on_front else ""
             values = (trial.reliability, trial.generality, trial.locality, None if trial.error else trial.score)
-            row = [str(trial.edits), str(setting.layers), f"{setting.step_size:g}", f"{setting.damping:g}"]
+            row = [str(trial.edits), str(setting.layers), f"{setting.step_size:g}", f"{setting.energy:g}"]
             row += [f"{setting.kl_weight:g}", *map(format_number, values), f"{trial.seconds:.1f}", mark]
             rows.append(row)
         return rows

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kedit_train.callbacks import editing
+from kedit_train.callbacks import NullSpace, ParameterScope, editing
 from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.scope.scope import resolve_scope
@@ -28,8 +28,8 @@ from kedit_train.modes.tuning.journal import Journal, key_of
 from kedit_train.modes.tuning.settings import (
     BATCH_SIZE,
     EPOCHS,
-    FACTOR_TEXTS,
     KL_BATCH_SIZE,
+    NEIGHBORS,
     STOP_LOSS,
     Layers,
     TuneGrid,
@@ -72,7 +72,7 @@ class TuneRuns:
         keys = {
             "weights": weights,
             "texts": hashlib.sha256(json.dumps([loaded, length]).encode()).hexdigest(),
-            "training": [EPOCHS, BATCH_SIZE, STOP_LOSS, KL_BATCH_SIZE, FACTOR_TEXTS],
+            "training": [EPOCHS, BATCH_SIZE, STOP_LOSS, KL_BATCH_SIZE, NEIGHBORS],
             "protocol": options.protocol if isinstance(options.protocol, str) else list(options.protocol),
             "max_new_tokens": options.max_new_tokens,
             "prompt_format": describe_format(options.asked_format),
@@ -157,18 +157,16 @@ class TuneRuns:
         return {"reliability": reliability.value, "generality": generality.value, "locality": kept.value}
 
     def _factors(self, layers: Layers) -> Path:
-        """Return the file of K-FAC factors for a scope, and create it if it does not exist.
+        """Return the file with the statistics of the texts for a scope, and create it if it does not exist.
 
-        One pass over the texts computes the factors, for the largest scope of the grid that contains this scope.
+        One pass over the texts computes the statistics, for the largest scope of the grid that contains this scope.
         """
         largest = self.scopes[layers]
-        name = key_of(
-            {"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules, FACTOR_TEXTS]}
-        )
+        name = key_of({"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules]})
         path = self.folder / f"factors-{name[:16]}.safetensors"
         if not path.exists():
-            setting = TuneSetting(layers=largest, modules=self.modules, step_size=1.0, damping=1.0, kl_weight=0.0)
-            callbacks = setting.build_callbacks(self.texts, path, None)
+            scope = ParameterScope(largest, modules=self.modules)
+            callbacks = [scope, NullSpace(self.texts, batch_size=64, factors_path=path)]
             with editing(self.model, callbacks, tokenizer=self.tokenizer) as edit:
                 # The callbacks read the texts when the first step begins. No step is taken.
                 edit.before_step()

@@ -8,15 +8,14 @@ from itertools import product
 from typing import Any
 
 from kedit_train import callbacks
-from kedit_train.arguments import Rule, above, at_least, check_arguments, within
+from kedit_train.arguments import Rule, at_least, check_arguments, within
 
 Layers = int | float | str
 
-# Every run stops at this mean loss of an epoch (that of kedit_default), or after this number of epochs. Until the loss
-# is reached, the answers to rephrased prompts improve.
-EPOCHS, BATCH_SIZE, STOP_LOSS = 80, 25, 0.001
-# Texts per step of KLLocality, and texts for the factors of SecondOrderLocality, as in kedit_default.
-KL_BATCH_SIZE, FACTOR_TEXTS = 16, 1024
+# Every run stops at this mean loss of an epoch (that of kedit_default), or after this number of epochs.
+EPOCHS, BATCH_SIZE, STOP_LOSS = 80, 25, 0.01
+# Texts per step of KLLocality, and prompts per edit that NullSpace preserves, as in kedit_default.
+KL_BATCH_SIZE, NEIGHBORS = 2, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +25,19 @@ class TuneSetting:
     Args:
         layers: the layers to train, as in ``ParameterScope``.
         modules: the modules to train, as in ``ParameterScope``.
-        step_size: the fraction of the loss that a step removes, as in ``SecondOrderLocality``.
-        damping: damping of the K-FAC factors, as in ``SecondOrderLocality``.
+        step_size: the fraction of the loss that a step removes, as in ``PolyakStep``.
+        energy: the fraction of the inputs' energy that is preserved, as in ``NullSpace``.
         kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
 
     Example:
-        >>> str(TuneSetting(layers=0.7, modules="mlp.down_proj.weight", step_size=0.05, damping=1e-2, kl_weight=0.0))
-        'layers 0.7, step 0.05, damping 0.01, KL 0'
+        >>> str(TuneSetting(layers=0.7, modules="mlp.down_proj.weight", step_size=0.05, energy=0.9, kl_weight=0.0))
+        'layers 0.7, step 0.05, energy 0.9, KL 0'
     """
 
     layers: Layers
     modules: str
     step_size: float
-    damping: float
+    energy: float
     kl_weight: float
 
     def callback_arguments(self, texts: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -51,11 +50,9 @@ class TuneSetting:
         return [
             ("ParameterScope", {"layers": self.layers, "modules": self.modules}),
             ("TokenLoss", {"objective": "cross_entropy", "reduction": "sample"}),
-            (
-                "SecondOrderLocality",
-                {"texts": texts, "step_size": self.step_size, "damping": self.damping, "limit": FACTOR_TEXTS},
-            ),
+            ("NullSpace", {"texts": texts, "neighbors": NEIGHBORS, "energy": self.energy, "batch_size": 64}),
             *([("KLLocality", kl)] if self.kl_weight else []),
+            ("PolyakStep", {"step_size": self.step_size}),
         ]
 
     def build_callbacks(self, texts: Any, factors_path: Any, cache: Any) -> list[Any]:
@@ -63,10 +60,10 @@ class TuneSetting:
 
         Args:
             texts: the texts on which predictions should stay the same.
-            factors_path: the file of K-FAC factors that all settings of a scope share.
+            factors_path: the file with the statistics of the texts that all settings of a scope share.
             cache: the folder of reference hidden states that all settings share.
         """
-        shared = {"SecondOrderLocality": {"factors_path": factors_path}, "KLLocality": {"cache": cache}}
+        shared = {"NullSpace": {"factors_path": factors_path}, "KLLocality": {"cache": cache}}
         return [
             getattr(callbacks, name)(**arguments, **shared.get(name, {}))
             for name, arguments in self.callback_arguments(texts)
@@ -77,11 +74,11 @@ class TuneSetting:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"layers {self.layers}, step {self.step_size:g}, damping {self.damping:g}, KL {self.kl_weight:g}"
+        return f"layers {self.layers}, step {self.step_size:g}, energy {self.energy:g}, KL {self.kl_weight:g}"
 
 
 # The settings of recipes/kedit_default.yaml.
-RECOMMENDED = TuneSetting(layers="0.3-1.0", modules="mlp.down_proj.weight", step_size=0.2, damping=0.1, kl_weight=20.0)
+RECOMMENDED = TuneSetting(layers="0.4-0.8", modules="mlp.down_proj.weight", step_size=0.07, energy=0.9, kl_weight=3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +87,10 @@ class TuneGrid:
 
     Args:
         layers: list of scopes to try. Each entry is a value for the argument ``layers`` of ``ParameterScope``. Default:
-            one late layer, and most layers.
+            one layer, and many layers in the middle of the network.
         modules: the modules to train in these layers. Only weights of linear layers are supported.
-        step_sizes: step sizes of ``SecondOrderLocality``, as fractions of the training loss.
-        dampings: dampings of ``SecondOrderLocality``.
+        step_sizes: step sizes of ``PolyakStep``, as fractions of the training loss.
+        energies: energies of ``NullSpace``.
         kl_weights: weights of ``KLLocality``. 0 leaves ``KLLocality`` out, which makes a run much faster.
 
     Raises:
@@ -103,22 +100,22 @@ class TuneGrid:
         >>> from kedit_train.modes import TuneGrid
         >>> len(TuneGrid().settings())
         12
-        >>> len(TuneGrid(layers=[0.7], step_sizes=[0.1], dampings=[0.1, 1.0], kl_weights=[0]).settings())
+        >>> len(TuneGrid(layers=[0.7], step_sizes=[0.1], energies=[0.9, 0.95], kl_weights=[0]).settings())
         2
     """
 
-    layers: Sequence[Layers] = (0.7, "0.3-1.0")
+    layers: Sequence[Layers] = (0.66, "0.4-0.8")
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.05, 0.1, 0.2)
-    dampings: Sequence[float] = (0.1,)
-    kl_weights: Sequence[float] = (0.0, 20.0)
+    step_sizes: Sequence[float] = (0.04, 0.07, 0.12)
+    energies: Sequence[float] = (0.9,)
+    kl_weights: Sequence[float] = (0.0, 3.0)
 
     def __post_init__(self) -> None:
         check_arguments(
             self,
             layers=(self.layers, _each(Rule("an index, a fraction or a range", lambda x: isinstance(x, Layers)))),
             step_sizes=(self.step_sizes, _each(within("(0, 1]"))),
-            dampings=(self.dampings, _each(above(0))),
+            energies=(self.energies, _each(within("(0, 1]"))),
             kl_weights=(self.kl_weights, _each(at_least(0))),
         )
 
@@ -132,10 +129,10 @@ class TuneGrid:
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)
-        lists = (kl_weights, self.layers, step_sizes, map(float, self.dampings))
+        lists = (kl_weights, self.layers, step_sizes, map(float, self.energies))
         settings = dict.fromkeys(
-            TuneSetting(layers=layers, modules=self.modules, step_size=step, damping=damping, kl_weight=weight)
-            for weight, layers, step, damping in product(*lists)
+            TuneSetting(layers=layers, modules=self.modules, step_size=step, energy=energy, kl_weight=weight)
+            for weight, layers, step, energy in product(*lists)
         )
         return sorted(settings, key=lambda setting: setting != RECOMMENDED)
 

@@ -1,4 +1,4 @@
-"""``tune``: find settings of ``SecondOrderLocality`` for a model, and evaluate them on held-out edits."""
+"""``tune``: find settings of ``NullSpace``, ``PolyakStep`` and ``KLLocality`` for a model, and evaluate them on held-out edits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tune(
     is picked. The picked setting is then trained once on the held-out half. Report only the scores of this last run,
     because the other scores were used to pick the setting.
 
-    All runs use :class:`~kedit_train.callbacks.SecondOrderLocality`, so no learning rate is needed.
+    All runs use :class:`~kedit_train.callbacks.PolyakStep`, so no learning rate is needed.
 
     Args:
         model: a causal language model in fp32. It is trained in place, and its original weights are restored bit for
@@ -65,7 +65,7 @@ def tune(
         budget: time in seconds. Every round, and the run on the held-out half, has an equal share of it. A round starts
             no further run after the end of its share. At least one setting is tried, and the run on the held-out half
             is always made, so a very small budget is exceeded. None: no limit.
-        folder: a folder for the results and for the K-FAC factors of the texts. If ``tune`` is called again with the
+        folder: a folder for the results and for the statistics of the texts. If ``tune`` is called again with the
             same folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
         options: how the runs are evaluated. Its ``prompt_format`` is also the format of the training examples. None:
             ``EvaluationOptions()``.
@@ -82,8 +82,7 @@ def tune(
             all runs of the first round fail.
 
     References:
-        - Non-stochastic Best Arm Identification and Hyperparameter Optimization (successive halving), arXiv 1502.07943.
-        - Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671.
+        Non-stochastic Best Arm Identification and Hyperparameter Optimization (successive halving), arXiv 1502.07943.
 
     Example:
         >>> from kedit_train import EditDataset, tune, world
@@ -91,7 +90,7 @@ def tune(
         >>> model, tokenizer = world.load()
         >>> edits = EditDataset.load("world", limit=4)
         >>> texts = world.locality_texts(exclude=edits, n=32)
-        >>> grid = TuneGrid(layers=[0.7], step_sizes=[0.1], dampings=[1e-2], kl_weights=[0])
+        >>> grid = TuneGrid(layers=[0.7], step_sizes=[0.1], energies=[0.9], kl_weights=[0])
         >>> result = tune(model, tokenizer, edits, keep=texts, grid=grid, progress=False)
         >>> result.picked.setting.step_size, result.held_out.edits
         (0.1, 2)

@@ -28,7 +28,7 @@ RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "kedit_default.yaml"
 
 
 def setting(step: float = 0.01) -> TuneSetting:
-    return TuneSetting(layers=0.7, modules="mlp", step_size=step, damping=1e-3, kl_weight=0.0)
+    return TuneSetting(layers=0.7, modules="mlp", step_size=step, energy=0.9, kl_weight=0.0)
 
 
 def trial(reliability: float | None, generality: Any = None, locality: Any = None, **rest: Any) -> Trial:
@@ -154,7 +154,7 @@ def test_a_covering_scope_contains_its_scopes() -> None:
 
 
 def test_the_grid_has_every_combination_once_and_cheap_ones_first() -> None:
-    grid = TuneGrid(layers=[0.7, "4-6"], step_sizes=[0.01, 0.02, 0.01], dampings=[1], kl_weights=[20, 0])
+    grid = TuneGrid(layers=[0.7, "4-6"], step_sizes=[0.01, 0.02, 0.01], energies=[0.9], kl_weights=[20, 0])
     settings = grid.settings()
     assert len(settings) == len(set(settings)) == 8
     assert [s.kl_weight for s in settings] == [0.0] * 4 + [20.0] * 4
@@ -182,7 +182,7 @@ def test_the_recommended_settings_are_those_of_kedit_default_and_come_first() ->
         ({"layers": [None]}, "layers must be a list"),
         ({"step_sizes": []}, r"step_sizes must be a list with at least one value, each in \(0, 1\], got \[\]"),
         ({"step_sizes": [2.0]}, "step_sizes must be"),
-        ({"dampings": [0]}, "dampings must be a list with at least one value, each > 0"),
+        ({"energies": [0]}, "energies must be a list with at least one value, each in (0, 1]"),
         ({"kl_weights": [-1]}, "kl_weights must be a list with at least one value, each >= 0"),
         ({"kl_weights": 0}, "kl_weights must be a list"),
     ],

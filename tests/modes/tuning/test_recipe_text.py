@@ -24,7 +24,7 @@ NAMES = [
 
 
 def text(name: str, kl_weight: float = 0.0, with_kl: bool = False) -> str:
-    setting = TuneSetting(layers=0.7, modules="mlp.*.weight", step_size=1e-5, damping=1e-3, kl_weight=kl_weight)
+    setting = TuneSetting(layers=0.7, modules="mlp.*.weight", step_size=1e-5, energy=0.8, kl_weight=kl_weight)
     trial = Trial(setting=setting, edits=5, reliability=1.0, generality=None, locality=0.5)
     source = Source(model=name, edits=name, keep=name, path=Path(name))
     return recipe_text(trial, trial, source, "a rule", META, with_kl=with_kl)
@@ -35,7 +35,8 @@ def test_names_are_kept_as_they_are(name: str) -> None:
     content = yaml.safe_load(text(name))
     assert (content["model"]["name"], content["data"]["path"]) == (name, name)
     callbacks = {c["class_path"].rpartition(".")[2]: c["init_args"] for c in content["trainer"]["callbacks"]}
-    assert callbacks["SecondOrderLocality"] == {"texts": name, "step_size": 1e-5, "damping": 1e-3, "limit": 1024}
+    assert callbacks["NullSpace"] == {"texts": name, "neighbors": 24, "energy": 0.8, "batch_size": 64}
+    assert callbacks["PolyakStep"] == {"step_size": 1e-5}
     assert callbacks["ParameterScope"] == {"layers": 0.7, "modules": "mlp.*.weight"}
     assert "KLLocality" not in callbacks
     assert (content["seed_everything"], content["data"]["append_eos"]) == (3, False)
@@ -65,8 +66,8 @@ def test_a_sweep_has_the_grid_and_a_command() -> None:
     assert sweep["method"] == "grid"
     assert {name.removeprefix(prefix): value["values"] for name, value in sweep["parameters"].items()} == {
         "ParameterScope.layers": ["0.3-0.9", 0.7],
-        "SecondOrderLocality.step_size": [1e-5, 0.5],
-        "SecondOrderLocality.damping": [0.1],
+        "PolyakStep.step_size": [1e-5, 0.5],
+        "NullSpace.energy": [0.9],
         "KLLocality.weight": [0.0, 20.0],
     }
     assert "a_recipe.yaml" in sweep["command"]

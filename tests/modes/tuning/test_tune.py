@@ -63,7 +63,7 @@ def scripted(loaded: tuple[Any, Any, str], reports: Path, monkeypatch: pytest.Mo
     return run
 
 
-GRID = TuneGrid(layers=[0.5, 0.7], step_sizes=[0.01, 0.02], dampings=[1e-3], kl_weights=[0])
+GRID = TuneGrid(layers=[0.5, 0.7], step_sizes=[0.01, 0.02], energies=[0.9], kl_weights=[0])
 
 
 def test_every_setting_runs_on_few_edits_and_the_best_on_all(scripted: Tune) -> None:
@@ -133,7 +133,7 @@ def test_the_recommended_settings_stay_in_every_round(scripted: Tune) -> None:
         # These settings are the worst on few edits, and the best on the tuning half.
         return (1.0, 0.5, 0.5) if (setting == RECOMMENDED) == (n > 4) else (1.0, 0.1, 0.1)
 
-    grid = TuneGrid(layers=["0.3-1.0", 0.7], step_sizes=[0.1, 0.2], kl_weights=[20.0])
+    grid = TuneGrid(layers=["0.4-0.8", 0.7], step_sizes=[0.04, 0.07], kl_weights=[3.0])
     result = scripted(scores, grid=grid)
     assert [n for setting, n in calls if setting == RECOMMENDED] == [4, 5, 5]
     assert len(calls) == 4 + 2 + 1
@@ -185,7 +185,7 @@ def test_an_interrupted_run_is_resumed_and_the_scores_are_those_of_a_run_by_hand
     loaded: tuple[Any, Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokenizer, weights = loaded
-    grid = TuneGrid(layers=["0.5-0.7", 0.7], step_sizes=[0.1], dampings=[1e-2], kl_weights=[1])
+    grid = TuneGrid(layers=["0.5-0.7", 0.7], step_sizes=[0.1], energies=[0.9], kl_weights=[1])
     few = EditDataset([replace(e, rephrases=e.rephrases[:1], portability={}) for e in EDITS[:6]])
     arguments: dict[str, Any] = {"keep": TEXTS, "grid": grid, "folder": tmp_path, "progress": False}
     run, calls = TuneRuns._train_and_evaluate, []
