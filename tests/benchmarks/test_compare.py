@@ -160,7 +160,7 @@ def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> Non
                 assert held.source == setting.texts(edits)
             assert made["KLLocality"].sequential == (mode == "sequential")
         if name == "kedit_default":
-            assert made["SecondOrderLocality"].texts.source == setting.texts(edits)
+            assert made["NullSpace"].texts.source == setting.texts(edits)
         if name == "one_by_one":
             constraints = script.constraints("world", 0.5)
             assert made["KLLocality"].weight == constraints[0].weight == 200.0
