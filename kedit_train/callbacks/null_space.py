@@ -74,9 +74,9 @@ class NullSpace(EditCallback):
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
             later edit with the same prompt replaces the earlier edit.
         factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
-            read from it, and the texts are not read. Otherwise, they are computed and written to it. The file that
-            ``SecondOrderLocality`` writes can be used, too. A file is valid only for the weights and texts from which
-            it was computed.
+            read from it, so the model does not run on the texts. Otherwise, they are computed and written to it. A file
+            that ``LowCurvature`` has written fits, too. A file is valid only for the weights and texts from which it
+            was computed.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 

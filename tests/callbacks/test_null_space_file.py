@@ -1,4 +1,4 @@
-"""NullSpace with a file of statistics: the file replaces reading the texts, and other callbacks' files fit."""
+"""Files of statistics: they replace running the model on the texts, and one file fits several callbacks."""
 
 from __future__ import annotations
 
@@ -43,16 +43,23 @@ def test_a_second_run_reads_the_file_and_gives_the_same_weights(make, words, ids
     assert not torch.equal(trained(model, words, ids, NullSpace(TEXTS, energy=0.5, factors_path=path)), without)
 
 
-def test_the_file_of_other_callbacks_can_be_used(make, words, ids, tmp_path, monkeypatch):
+def test_the_file_of_low_curvature_can_be_used(make, words, ids, tmp_path, monkeypatch):
     model, path = make("llama"), tmp_path / "factors.safetensors"
     without = trained(model, words, ids, NullSpace(TEXTS))
-    with_inputs_only = SecondOrderLocality(TEXTS, factors="inputs", factors_path=path)
-    for writer in (with_inputs_only, SecondOrderLocality(TEXTS, factors_path=path)):
-        trained(model, words, ids, TokenLoss(), writer)
-        with monkeypatch.context() as patch:
-            refuse_to_read(patch)
-            torch.testing.assert_close(trained(model, words, ids, NullSpace(TEXTS, factors_path=path)), without)
-        path.unlink()
+    trained(model, words, ids, LowCurvature(TEXTS, factors_path=path))
+    refuse_to_read(monkeypatch)
+    torch.testing.assert_close(trained(model, words, ids, NullSpace(TEXTS, factors_path=path)), without)
+
+
+def test_second_order_steps_with_input_moments_read_their_file(make, words, ids, tmp_path, monkeypatch):
+    model, path = make("llama"), tmp_path / "moments.safetensors"
+
+    def steps() -> torch.Tensor:
+        return trained(model, words, ids, TokenLoss(), SecondOrderLocality(TEXTS, factors="inputs", factors_path=path))
+
+    first = steps()
+    refuse_to_read(monkeypatch)
+    assert torch.equal(steps(), first)
 
 
 def test_other_texts_are_refused(make, words, ids, tmp_path):

@@ -51,8 +51,8 @@ class TuneSetting:
             ("ParameterScope", {"layers": self.layers, "modules": self.modules}),
             ("TokenLoss", {"objective": "cross_entropy", "reduction": "sample"}),
             ("NullSpace", {"texts": texts, "neighbors": NEIGHBORS, "energy": self.energy, "batch_size": 64}),
-            *([("KLLocality", kl)] if self.kl_weight else []),
             ("PolyakStep", {"step_size": self.step_size}),
+            *([("KLLocality", kl)] if self.kl_weight else []),
         ]
 
     def build_callbacks(self, texts: Any, factors_path: Any, cache: Any) -> list[Any]:
@@ -78,7 +78,7 @@ class TuneSetting:
 
 
 # The settings of recipes/kedit_default.yaml.
-RECOMMENDED = TuneSetting(layers="0.4-0.8", modules="mlp.down_proj.weight", step_size=0.07, energy=0.9, kl_weight=3.0)
+RECOMMENDED = TuneSetting(layers="0.5-0.8", modules="mlp.down_proj.weight", step_size=0.05, energy=0.9, kl_weight=3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,9 @@ class TuneGrid:
         2
     """
 
-    layers: Sequence[Layers] = (0.66, "0.4-0.8")
+    layers: Sequence[Layers] = (0.66, "0.5-0.8")
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.04, 0.07, 0.12)
+    step_sizes: Sequence[float] = (0.03, 0.05, 0.1)
     energies: Sequence[float] = (0.9,)
     kl_weights: Sequence[float] = (0.0, 3.0)
 

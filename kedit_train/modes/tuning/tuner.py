@@ -1,4 +1,4 @@
-"""``tune``: find settings of null space, Polyak steps and KL penalty for a model, and evaluate them on held-out edits."""
+"""``tune``: find settings of ``NullSpace``, ``PolyakStep`` and ``KLLocality``, and evaluate them on held-out edits."""
 
 from __future__ import annotations
 

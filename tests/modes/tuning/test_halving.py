@@ -182,7 +182,7 @@ def test_the_recommended_settings_are_those_of_kedit_default_and_come_first() ->
         ({"layers": [None]}, "layers must be a list"),
         ({"step_sizes": []}, r"step_sizes must be a list with at least one value, each in \(0, 1\], got \[\]"),
         ({"step_sizes": [2.0]}, "step_sizes must be"),
-        ({"energies": [0]}, "energies must be a list with at least one value, each in (0, 1]"),
+        ({"energies": [0]}, r"energies must be a list with at least one value, each in \(0, 1\]"),
         ({"kl_weights": [-1]}, "kl_weights must be a list with at least one value, each >= 0"),
         ({"kl_weights": 0}, "kl_weights must be a list"),
     ],

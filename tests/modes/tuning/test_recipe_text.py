@@ -68,7 +68,7 @@ def test_a_sweep_has_the_grid_and_a_command() -> None:
         "ParameterScope.layers": ["0.3-0.9", 0.7],
         "PolyakStep.step_size": [1e-5, 0.5],
         "NullSpace.energy": [0.9],
-        "KLLocality.weight": [0.0, 20.0],
+        "KLLocality.weight": [0.0, 3.0],
     }
     assert "a_recipe.yaml" in sweep["command"]
     assert sweep["command"][-1] == "${args}"
