@@ -78,7 +78,7 @@ class TuneSetting:
 
 
 # The settings of recipes/kedit_default.yaml.
-RECOMMENDED = TuneSetting(layers="0.5-0.8", modules="mlp.down_proj.weight", step_size=0.05, energy=0.9, kl_weight=3.0)
+RECOMMENDED = TuneSetting(layers="0.4-0.8", modules="mlp.down_proj.weight", step_size=0.07, energy=0.9, kl_weight=3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,9 @@ class TuneGrid:
         2
     """
 
-    layers: Sequence[Layers] = (0.66, "0.5-0.8")
+    layers: Sequence[Layers] = (0.66, "0.4-0.8")
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.03, 0.05, 0.1)
+    step_sizes: Sequence[float] = (0.04, 0.07, 0.12)
     energies: Sequence[float] = (0.9,)
     kl_weights: Sequence[float] = (0.0, 3.0)
 
