@@ -12,6 +12,7 @@ from kedit_train import callbacks
 from kedit_train.callbacks import (
     ActiveSet,
     BatchAnchor,
+    ContextTeacher,
     EditMetrics,
     ForgetFirst,
     ForgetTraining,
@@ -41,6 +42,8 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenLoss": lambda edits: [TokenLoss("dft", epsilon=0.05)],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
+    # The bundled model follows no fact in its context. The teacher then teaches later tokens and ends of answers.
+    "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, weight=10.0, batch_size=2)],
     "BatchAnchor": lambda edits: [BatchAnchor(weight=10.0)],
     # The same scope as in the first setting, so that all callbacks can be on one list.
