@@ -42,8 +42,6 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "ParameterScope": lambda edits: [ParameterScope(layers=0.5, modules="mlp.down_proj")],
     "TokenLoss": lambda edits: [TokenLoss("dft", epsilon=0.05)],
     "TokenSmoothing": lambda edits: [TokenSmoothing()],
-    # The bundled model follows no fact in its context. The teacher then teaches later tokens and ends of answers.
-    "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, weight=10.0, batch_size=2)],
     "BatchAnchor": lambda edits: [BatchAnchor(weight=10.0)],
     # The same scope as in the first setting, so that all callbacks can be on one list.
@@ -82,6 +80,8 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
         StopWhenEdited(loss=None, idle_steps=50),
         TokenSmoothing(),
     ],
+    # The bundled model follows no fact in its context. The teacher then teaches later tokens and ends of answers.
+    "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
 }
 
 
