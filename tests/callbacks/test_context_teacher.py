@@ -58,6 +58,10 @@ def edits(model: Any) -> list[Edit]:
     return [*chosen, others[0], Edit(others[100].prompt, "w3 w7 w9"), Edit(others[200].prompt, "w2 w2")]
 
 
+def soft_targets(edit: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return edit.run.loss_head().soft_targets(inputs)
+
+
 def rows_of(edits: list[Edit], ends: bool = True) -> list[Encoded]:
     rows = [(ids_of(edit.prompt), ids_of(edit.target) + [END] * ends) for edit in edits]
     return [Encoded(prompt + answer, len(prompt)) for prompt, answer in rows]
@@ -132,8 +136,8 @@ def test_a_packed_row_equals_its_sequences(model, edits, words):
     with editing(model, [ContextTeacher(edits, top_k=5)], tokenizer=words) as edit:
         edit.before_step()
         # Attention is not restricted to a sequence here, so only the targets of the tokens are compared.
-        found = edit.run.loss_head().soft_targets(packed)
-        padded = edit.run.loss_head().soft_targets(collate(rows, pad_id=END, padding_side="left"))
+        found = soft_targets(edit, packed)
+        padded = soft_targets(edit, collate(rows, pad_id=END, padding_side="left"))
     assert all(torch.equal(a, b) for a, b in zip(found, padded, strict=True))
     assert found[2].sum() >= 3
 
@@ -159,8 +163,8 @@ def test_text_that_is_supervised_around_the_answer_keeps_its_labels(model, edits
     batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([[-100, *ids[1:]]])}
     with editing(model, [ContextTeacher(edits, top_k=5)], tokenizer=words) as edit:
         edit.before_step()
-        _, _, taught = edit.run.loss_head().soft_targets(batch)
-        alone = edit.run.loss_head().soft_targets(collate([row], pad_id=END))[2]
+        _, _, taught = soft_targets(edit, batch)
+        alone = soft_targets(edit, collate([row], pad_id=END))[2]
     expected = [False] * (len(ids) - 1)
     expected[row.target_start - 1 : row.target_start - 1 + len(alone)] = alone.tolist()
     assert taught.tolist() == expected
@@ -199,7 +203,7 @@ def test_a_chat_has_the_fact_in_the_message_of_the_user(model, words, chat):
     teacher = ContextTeacher(edits, prompt_format=chat, min_followed=0.0, top_k=61)
     with editing(model, [teacher], tokenizer=words) as edit:
         edit.before_step()
-        log_probs, tokens, _ = edit.run.loss_head().soft_targets(batch)
+        log_probs, tokens, _ = soft_targets(edit, batch)
     place = 0
     for one, row in zip(edits, rows, strict=True):
         answer = row.input_ids[row.target_start :]
