@@ -10,7 +10,7 @@ import torch
 from conformance.hosts import ARGUMENTS, HOSTS
 
 from kedit_train import world
-from kedit_train.callbacks import ContextTeacher
+from kedit_train.callbacks import ContextTeacher, ParameterScope, PrefixCache
 from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
 from kedit_train.data.tokenization import collate, pad_token_id
@@ -59,6 +59,19 @@ def test_every_host_gives_the_targets_of_one_batch(host: str, edits: EditDataset
     HOSTS[host](model, tokenizer, edits, [recorder], 2)
     # Two steps of four edits each are one epoch, shuffled in the trainers.
     assert recorder.count() == expected(recorder, edits) > 0
+
+
+def test_the_prefix_cache_changes_neither_targets_nor_losses(edits: EditDataset) -> None:
+    weights = []
+    for more in ([], [PrefixCache()]):
+        model, tokenizer = world.load()
+        recorder = Recorder(edits, min_followed=0.0)
+        scope = ParameterScope(layers=0.5, modules="mlp.down_proj")
+        HOSTS["loop"](model, tokenizer, edits, [recorder, scope, *more], 4)
+        assert recorder.count() == 2 * expected(recorder, edits) > 0
+        weights.append(dict(model.named_parameters()))
+    for name, without in weights[0].items():
+        torch.testing.assert_close(weights[1][name], without)
 
 
 def sft(recorder: Recorder, tokenizer: Any, rows: Any, **options: Any) -> None:

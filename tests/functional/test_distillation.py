@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kedit_train.functional.distillation import distillation
-from kedit_train.functional.top_k_divergence import top_log_probs
+from kedit_train.functional.top_k_divergence import bucket_divergence, top_log_probs
 
 
 def by_hand(teacher: list[float], student: list[float], label: int, k: int, taught: bool) -> float:
@@ -39,9 +39,24 @@ def test_without_a_teacher_it_is_cross_entropy_and_the_rows_of_the_teacher_do_no
     labels, nothing = torch.arange(6), torch.zeros(6, dtype=torch.bool)
     loss, _ = distillation(logits, labels, *top_log_probs(torch.randn(6, 19), 3), nothing)
     want = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    assert torch.equal(loss, want)
+    torch.testing.assert_close(loss, want)
     gradients = [torch.autograd.grad(value.sum(), logits, retain_graph=True)[0] for value in (loss, want)]
-    assert torch.equal(*gradients)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 5, 19])
+def test_it_equals_the_bucket_divergence_with_its_gradient(k, dtype):
+    # The first rows are far from the teacher, so that the model gives its tokens almost no probability.
+    logits = torch.randn(12, 19, dtype=dtype) * torch.linspace(60.0, 1.0, 12, dtype=dtype).unsqueeze(-1)
+    logits.requires_grad_()
+    log_probs, tokens = top_log_probs(torch.randn(12, 19, dtype=dtype), k)
+    everywhere, weights = torch.ones(12, dtype=torch.bool), torch.rand(12, dtype=dtype)
+    loss, active = distillation(logits, torch.arange(12), log_probs, tokens, everywhere, epsilon=0.3)
+    want = bucket_divergence(log_probs, tokens, logits)
+    torch.testing.assert_close(loss, want.clamp(min=0.3))
+    got, expected = (torch.autograd.grad((x * weights).sum(), logits)[0] for x in (loss, want))
+    torch.testing.assert_close(got, expected * active.unsqueeze(-1), atol=1e-6, rtol=1e-5)
 
 
 def test_the_loss_and_the_gradient_are_zero_at_the_teacher():
