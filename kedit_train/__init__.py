@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kedit_train.callbacks import (
         ActiveSet,
         BatchAnchor,
+        ContextTeacher,
         EditCallback,
         EditMetrics,
         ForgetFirst,
@@ -69,6 +70,7 @@ PUBLIC_SECTIONS: dict[str, dict[str, str]] = {
         "MaskScore": "kedit_train.callbacks",
         "TokenLoss": "kedit_train.callbacks",
         "TokenSmoothing": "kedit_train.callbacks",
+        "ContextTeacher": "kedit_train.callbacks",
         "ForgetFirst": "kedit_train.callbacks",
         "ForgetTraining": "kedit_train.callbacks",
         "KLLocality": "kedit_train.callbacks",
@@ -126,6 +128,7 @@ __all__ = [
     "BatchAnchor",
     "CapabilityProbe",
     "ChatFormat",
+    "ContextTeacher",
     "Edit",
     "EditCallback",
     "EditCollator",

@@ -170,9 +170,9 @@ class EditDataModule(LightningDataModule):
         texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
             file replaces ``texts: world`` in the callbacks. In a script, this argument has no effect: pass the texts
             to the callbacks instead.
-        augmentation: options for additional training examples: pseudo-paraphrases, replayed facts and previous edits.
-            The examples are made once, before the first step. The random choices use torch's seed, which
-            ``seed_everything`` sets. Every process gets the same examples.
+        augmentation: options for additional training examples (pseudo-paraphrases, replayed facts, previous edits) and
+            for rewritten targets. The examples are made once, before the first step. The random choices use torch's
+            seed, which ``seed_everything`` sets. Every process gets the same examples.
 
     Attributes:
         edits: the edits as an :class:`EditDataset`.
@@ -214,6 +214,8 @@ class EditDataModule(LightningDataModule):
         # This is checked again when the edits are tokenized. The early check saves the time to load a large model.
         self.edits.check_trained_together()
         self.added: list[Edit] = []
+        # The edits as they are trained. augmentation may rewrite their targets.
+        self._trained = list(self.edits)
 
     def setup(self, stage: str) -> None:
         """Tokenize the edits with the tokenizer of the trained module, and make the additional examples."""
@@ -226,11 +228,12 @@ class EditDataModule(LightningDataModule):
                 component="EditDataModule",
             )
         longest = context_length(module.model.config) if hasattr(getattr(module, "model", None), "config") else None
-        if stage == "fit" and any(vars(self.augmentation).values()):
-            self.added = self._augment(module)
+        if stage == "fit" and self.augmentation != _NO_AUGMENTATION:
+            examples = self._augment(module)
+            self._trained, self.added = examples[: len(self.edits)], examples[len(self.edits) :]
         if self.answer_end is None:
             self.answer_end = self._decide_end(module)
-        self._encoded = EditDataset([*self.edits, *self.added], name=self.edits.name).encode(
+        self._encoded = EditDataset([*self._trained, *self.added], name=self.edits.name).encode(
             self.tokenizer,
             max_length=longest,
             append_eos=self.answer_end.append,
@@ -256,7 +259,7 @@ class EditDataModule(LightningDataModule):
         return strategy
 
     def _augment(self, module: Any) -> list[Edit]:
-        """Make the additional examples with the unedited model.
+        """Return the edits as they are trained and the additional examples, made with the unedited model.
 
         A resumed run also uses the unedited model here, because Lightning restores the checkpoint only after ``setup``.
         """
@@ -279,7 +282,7 @@ class EditDataModule(LightningDataModule):
             print(augment.summary)
         # All processes get the examples of one process. Rounding may differ between processes, and processes with
         # different examples could have different numbers of steps.
-        return strategy.broadcast(augment(self.edits))
+        return strategy.broadcast(augment.training_edits(self.edits))
 
     def train_dataloader(self) -> DataLoader[Encoded]:
         """Return a data loader of padded batches. Lightning distributes the batches over the processes."""

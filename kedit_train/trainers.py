@@ -13,6 +13,7 @@ from kedit_train.arguments import check_arguments, one_of
 from kedit_train.callbacks import (
     ActiveSet,
     BatchAnchor,
+    ContextTeacher,
     EditCallback,
     EditMetrics,
     ForgetFirst,
@@ -50,6 +51,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "forget_first": ForgetFirst,
     "token_loss": TokenLoss,
     "token_smoothing": TokenSmoothing,
+    "context_teacher": ContextTeacher,
     "kl_locality": KLLocality,
     "batch_anchor": BatchAnchor,
     "weight_anchor": WeightAnchor,
@@ -131,6 +133,9 @@ class EditSFTConfig(SFTConfig):
         default=None,
         metadata=_help("Train each token towards a smoothed target (token_loss with the objective overtone)."),
     )
+    context_teacher: Arguments = field(
+        default=None, metadata=_help("Train the answers towards the unedited model that reads the new fact.")
+    )
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
     weight_anchor: Arguments = field(
@@ -198,6 +203,9 @@ class EditSFTConfig(SFTConfig):
                 asked = None if self.prompt_format == "plain" else self.prompt_format
                 arguments = {**arguments, "evaluation": {"prompt_format": asked, **evaluation}}
             defaults = {key: value for key, value in shared.items() if key in known and value is not None}
+            if self.prompt_format == "plain" and "prompt_format" in known and known["prompt_format"].default is None:
+                # For the same reason, a callback that can detect the format does so.
+                defaults.pop("prompt_format")
             callbacks.append(callback_class(**defaults | arguments))
         return callbacks
 

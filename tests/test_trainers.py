@@ -133,6 +133,25 @@ def test_a_chat_is_trained_and_evaluated_with_the_chat_template(folder: Path) ->
     assert metrics.report.meta["settings"]["prompt_format"] == "chat"
 
 
+@pytest.mark.parametrize("declared", ["plain", "chat"])
+def test_the_context_teacher_gets_the_edits_and_the_format_of_the_training_data(declared: str, folder: Path) -> None:
+    model, tokenizer = world.load()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token if m.role == 'assistant' else '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
+    edits = EditDataset(world.edits(n=4))
+    args = EditSFTConfig(
+        str(folder / "teacher"), **HERE, num_train_epochs=1, logging_steps=1, prompt_format=declared,
+        context_teacher={"min_followed": 0.0},
+    )  # fmt: skip
+    # With the default format, the training data may still be conversations.
+    rows = edits.to_prompt_completion(prompt_format="chat") if declared == "plain" else None
+    trainer = EditSFTTrainer(model, args=args, edits=edits, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    assert any(row.get("edit/tokens/taught", 0.0) > 0.0 for row in trainer.state.log_history)
+
+
 def test_every_callback_has_a_field() -> None:
     assert {kind.__name__ for kind in CALLBACKS.values()} == public_callbacks()
     new = {f.name for f in fields(EditSFTConfig)} - {f.name for f in fields(SFTConfig)}

@@ -1,9 +1,9 @@
-"""Additional training examples, made with the unedited model: pseudo-paraphrases and replayed facts."""
+"""Training examples made with the unedited model: pseudo-paraphrases, replayed facts and rewritten targets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from kedit_train.arguments import check_arguments, integer_from, optional
 from kedit_train.augmentation.prefixes import generate_prefixes
 from kedit_train.augmentation.replay import ReplayedFacts, read_prompts, replay_facts
+from kedit_train.augmentation.rewrites import MIX, RewrittenTargets, rewrite_targets
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.contradictions import without_overwritten
 from kedit_train.data.leaks import LeakCheck, with_prefixes
@@ -25,10 +26,12 @@ __all__ = [
     "Augmentation",
     "AugmentationOptions",
     "ReplayedFacts",
+    "RewrittenTargets",
     "augmentation",
     "generate_prefixes",
     "read_prompts",
     "replay_facts",
+    "rewrite_targets",
 ]
 
 # Number of generated prefixes for each prefix that an edit gets. All edits draw from the same prefixes.
@@ -37,7 +40,7 @@ POOL = 8
 
 @dataclass(frozen=True)
 class AugmentationOptions:
-    """The section ``data.augmentation`` of a recipe: additional examples to train together with the edits.
+    """The section ``data.augmentation`` of a recipe: more examples to train, and rewritten targets of the edits.
 
     :func:`augmentation` makes the examples.
 
@@ -51,6 +54,9 @@ class AugmentationOptions:
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
             edit is left out if it is too similar to an edit of the run (see :func:`augmentation`).
+        rewrite: train on targets that the unedited model writes when it reads the new fact (MixSD). The value is the
+            probability that a token is written without the fact, in [0, 1); the paper uses 0.3 to 0.5. The edits are
+            still evaluated with their own targets. None: the edits are trained with their own targets.
 
     Example:
         >>> AugmentationOptions(prefixes=2, replay="world").replay_limit is None
@@ -62,15 +68,19 @@ class AugmentationOptions:
     replay: str | None = None
     replay_limit: int | None = None
     previous_edits: str | None = None
+    rewrite: float | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self.prefixes, self.replay_limit)
+        check_numbers(self.prefixes, self.replay_limit, self.rewrite)
 
 
-def check_counts(prefixes: Any, replay_limit: Any) -> None:
-    """Check the numbers of examples. In a recipe, this check runs before the model is loaded."""
+def check_numbers(prefixes: Any, replay_limit: Any, rewrite: Any) -> None:
+    """Check the numbers in the options. In a recipe, this check runs before the model is loaded."""
     check_arguments(
-        "augmentation", prefixes=(prefixes, integer_from(0)), replay_limit=(replay_limit, optional(integer_from(1)))
+        "augmentation",
+        prefixes=(prefixes, integer_from(0)),
+        replay_limit=(replay_limit, optional(integer_from(1))),
+        rewrite=(rewrite, MIX),
     )
 
 
@@ -86,6 +96,7 @@ class Augmentation:
         leak_check: finds pseudo-paraphrases that contain a scored prompt of an edit of the run: a rephrase, or the
             prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
         summary: one line that says how many examples were made and how many were left out.
+        rewritten: targets that the unedited model wrote: a dict from prompt and target of an edit to the new target.
     """
 
     prefixes: tuple[str, ...]
@@ -94,11 +105,24 @@ class Augmentation:
     seed: int
     leak_check: LeakCheck
     summary: str = ""
+    rewritten: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def __call__(self, edits: Sequence[Edit]) -> list[Edit]:
-        paraphrases = with_prefixes(edits, self.prefixes, self.per_edit, self.seed)
+        paraphrases = with_prefixes(self.rewrite(edits), self.prefixes, self.per_edit, self.seed)
         allowed = (example for example in paraphrases if not self.leak_check.contains_scored_prompt(example.prompt))
         return [*allowed, *self.replay]
+
+    def rewrite(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Return the edits to train. Rewritten edits have the target that the unedited model wrote, and no probes."""
+        new = (self.rewritten.get((edit.prompt, edit.target)) for edit in edits)
+        return [
+            edit if target is None else Edit(edit.prompt, target, id=edit.id)
+            for edit, target in zip(edits, new, strict=True)
+        ]
+
+    def training_edits(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Return all examples to train: the edits, with rewritten targets if there are any, and the additional ones."""
+        return [*self.rewrite(edits), *self(edits)]
 
     def __repr__(self) -> str:
         return f"Augmentation(per_edit={self.per_edit}, replay={len(self.replay)}, seed={self.seed})"
@@ -113,17 +137,18 @@ def augmentation(
     replay: str | Path | Sequence[str] | None = None,
     replay_limit: int | None = None,
     previous_edits: str | Path | Sequence[Edit] | None = None,
+    rewrite: float | None = None,
     seed: int = 0,
     prompt_format: PromptFormat = "plain",
     batch_size: int = 64,
 ) -> Augmentation:
-    """Make additional training examples for edits, with the unedited model.
+    """Make additional training examples for edits, with the unedited model, and rewrite the targets of the edits.
 
     No example contains a scored prompt of the edits: a rephrase, or the prompt of a locality or portability question.
     Call this function once, before the training, and use its result:
 
     - In your own loop, pass the result as ``ExampleOptions(extra_edits=)``.
-    - In TRL, train on ``EditDataset([*edits, *augmentation(...)(edits)]).to_prompt_completion()``.
+    - In TRL, train on ``EditDataset(augmentation(...).training_edits(edits)).to_prompt_completion()``.
 
     In Lightning, pass ``EditDataModule(augmentation=AugmentationOptions(...))``. The data module then calls this
     function.
@@ -141,6 +166,9 @@ def augmentation(
         previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained
             again with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
             ``edits``, or if its prompt with its target contains a scored prompt of ``edits``.
+        rewrite: train the edits on targets that ``model`` writes when it reads the new fact
+            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). The value is the probability that a token is
+            written without the fact, in [0, 1). None: the edits are trained with their own targets.
         seed: seed of all random draws.
         prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
         batch_size: number of prompts per forward pass.
@@ -149,7 +177,8 @@ def augmentation(
         EditError: an argument is out of range, a file cannot be read, or no prompt is left to replay.
 
     References:
-        Model Editing by Standard Fine-Tuning, arXiv 2402.11078.
+        - "Model Editing by Standard Fine-Tuning", arXiv 2402.11078, for pseudo-paraphrases.
+        - "MixSD: Mixed Contextual Self-Distillation for Knowledge Injection", arXiv 2605.16865, for ``rewrite``.
 
     Example:
         >>> from kedit_train import world
@@ -159,7 +188,7 @@ def augmentation(
         >>> len(augment(edits))
         5
     """
-    check_counts(prefixes, replay_limit)
+    check_numbers(prefixes, replay_limit, rewrite)
     with reported_by("augmentation"):
         if replay_limit is not None and replay is None:
             raise EditError(
@@ -197,8 +226,15 @@ def augmentation(
                 f"{len(allowed)} previous edits ({leaked} left out as leaks, fraction {leaked / len(again):.3f})"
             )
         _check_lengths(model, tokenizer, examples, prompt_format)
-    line = "additional examples: " + "; ".join(summary)
-    return Augmentation(tuple(texts), prefixes, tuple(examples), seed, check, line)
+        rewritten: dict[tuple[str, str], str] = {}
+        if rewrite is not None:
+            options: dict[str, Any] = {"mix": rewrite, "seed": seed, "prompt_format": prompt_format}
+            written = rewrite_targets(model, tokenizer, edits, batch_size=batch_size, **options)
+            pairs = zip(edits, written.edits, strict=True)
+            rewritten = {(old.prompt, old.target): new.target for old, new in pairs if new is not old}
+            summary.append(written.describe())
+    line = "augmentation: " + "; ".join(summary)
+    return Augmentation(tuple(texts), prefixes, tuple(examples), seed, check, line, rewritten)
 
 
 def _prefixes(

@@ -3,6 +3,7 @@
 from kedit_train.callbacks.active_set import ActiveSet
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.callbacks.batch_anchor import BatchAnchor
+from kedit_train.callbacks.context_teacher import ContextTeacher
 from kedit_train.callbacks.edit_metrics import EditMetrics
 from kedit_train.callbacks.forget_first import ForgetFirst
 from kedit_train.callbacks.gradient_mask import GradientMask
@@ -29,6 +30,7 @@ from kedit_train.core.tokens.old_answer_training import ForgetTraining
 __all__ = [
     "ActiveSet",
     "BatchAnchor",
+    "ContextTeacher",
     "EditCallback",
     "EditMetrics",
     "ForgetFirst",

@@ -96,6 +96,8 @@ class TokenLoss(EditCallback):
     """
 
     order = 20
+    # The names under which the means of the columns after the loss are logged: "active", then the statistics.
+    columns: tuple[str, ...] = ("active", "accepted", "survivors", "label_mass")
 
     def __init__(
         self,
@@ -243,7 +245,7 @@ class TokenLoss(EditCallback):
         self._now[2] += len(active)
         self._tokens += len(active)
         self._tokens_now += len(active)
-        for name, values in zip(("active", "accepted", "survivors", "label_mass"), (active, *statistics), strict=False):
+        for name, values in zip(self.columns, (active, *statistics), strict=False):
             self._totals[name] = self._totals.get(name, 0.0) + values.sum(dtype=torch.float32)
 
     def __repr__(self) -> str:

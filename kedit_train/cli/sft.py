@@ -18,7 +18,7 @@ import torch
 from jsonargparse import Namespace
 
 from kedit_train.arguments import at_least, check_arguments
-from kedit_train.augmentation import augmentation
+from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import class_of
@@ -84,13 +84,13 @@ def build(config: Namespace) -> EditSFTTrainer:
     if options.chat_template is not None:
         tokenizer.chat_template = options.chat_template
     examples = data.edits
-    if any(vars(data.augmentation).values()):
+    if data.augmentation != AugmentationOptions():
         seed, prompt_format = args.seed, data.prompt_format
         augment = augmentation(
             model, tokenizer, data.edits, seed=seed, prompt_format=prompt_format, **vars(data.augmentation)
         )
         print(augment.summary)
-        examples = EditDataset([*data.edits, *augment(data.edits)], name=data.edits.name)
+        examples = EditDataset(augment.training_edits(data.edits), name=data.edits.name)
     if not any(isinstance(callback, EditMetrics) for callback in callbacks):
         callbacks.append(EditMetrics(data.edits, every_n_steps=0))
     return EditSFTTrainer(

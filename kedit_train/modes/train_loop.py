@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kedit_train.arguments import above, at_least, check_arguments, integer_from
+from kedit_train.augmentation import Augmentation
 from kedit_train.callbacks import ParameterScope, editing
 from kedit_train.core.answer_end import decide_together
 from kedit_train.data import Edit, EditDataset
@@ -37,8 +38,8 @@ class ExampleOptions:
             model is tested once, before its first training, and the decision is printed.
         extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
             called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates
-            such a function. The arguments ``batch_size`` and ``stop_loss`` of :class:`TrainLoop` treat additional edits
-            like all other edits.
+            such a function, which may also rewrite the targets of the edits. The arguments ``batch_size`` and
+            ``stop_loss`` of :class:`TrainLoop` treat additional edits like all other edits.
 
     Example:
         >>> from kedit_train.modes import ExampleOptions
@@ -141,8 +142,11 @@ class TrainLoop:
     def _train(self, model: nn.Module, edits: Sequence[Edit]) -> None:
         config = getattr(model, "config", None)
         extra = self.examples.extra_edits
-        extra = extra(edits) if callable(extra) else extra
-        encoded = EditDataset([*edits, *extra]).encode(
+        if isinstance(extra, Augmentation):
+            trained = extra.training_edits(edits)
+        else:
+            trained = [*edits, *(extra(edits) if callable(extra) else extra)]
+        encoded = EditDataset(trained).encode(
             self.tokenizer,
             max_length=context_length(config) if config else None,
             prompt_format=self.examples.prompt_format,

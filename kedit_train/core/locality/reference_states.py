@@ -50,7 +50,7 @@ def reference_hidden_states(
 
     def compute() -> Generator[Batch, None, None]:
         warned = dtype is None
-        for chosen in _by_length(sequences, batch_size, quiet=not run.host.is_main):
+        for chosen in by_length(sequences, batch_size, quiet=not run.host.is_main):
             with context():
                 hidden = hidden_states(head, [sequences[i] for i in chosen])
             stored = hidden.to(dtype or head.compute_dtype(hidden))
@@ -113,11 +113,9 @@ def teacher_top_k(
     def compute() -> Generator[Batch, None, None]:
         head = teacher_head(model, device, nullcontext())
         try:
-            for chosen in _by_length(sequences, batch_size, quiet=not run.host.is_main):
+            for chosen in by_length(sequences, batch_size, quiet=not run.host.is_main):
                 hidden = hidden_states(head, [sequences[i] for i in chosen])
-                parts = hidden.split(chunk_length(head.config.vocab_size))
-                tops = [top_log_probs(head.project(part)[:, :vocabulary], teacher.top_k) for part in parts]
-                log_probs, tokens = (torch.cat(column) for column in zip(*tops, strict=True))
+                log_probs, tokens = top_k_log_probs(head, hidden, teacher.top_k, vocabulary)
                 yield chosen, [log_probs.to(dtype), tokens.to(torch.int32)]
         finally:
             head.remove()
@@ -137,7 +135,27 @@ def teacher_top_k(
     return states, was_read, vocabulary
 
 
-def _by_length(sequences: Sequence[Sequence[int]], batch_size: int, *, quiet: bool) -> Iterator[list[int]]:
+def top_k_log_probs(head: OutputHead, hidden: Tensor, k: int, vocabulary: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the log probabilities of the k most probable tokens and of all others together, and the k token ids.
+
+    The logits are computed in chunks.
+
+    Args:
+        head: the output head.
+        hidden: [tokens, hidden], the inputs of the head.
+        k: number of tokens.
+        vocabulary: number of tokens in the vocabulary, if the head has more outputs than that.
+
+    Returns:
+        The tensors [tokens, k + 1] and [tokens, k] of :func:`~kedit_train.functional.top_k_divergence.top_log_probs`.
+    """
+    parts = hidden.split(chunk_length(head.config.vocab_size))
+    tops = [top_log_probs(head.project(part)[:, :vocabulary], k) for part in parts]
+    log_probs, tokens = (torch.cat(column) for column in zip(*tops, strict=True))
+    return log_probs, tokens
+
+
+def by_length(sequences: Sequence[Sequence[int]], batch_size: int, *, quiet: bool) -> Iterator[list[int]]:
     """Yield batches of sequence indices, sorted by sequence length to reduce padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -8,9 +8,12 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-# Takes fp32 logits [N, vocabulary] and labels [N]. Returns the loss [N], whether each token still counts in the loss
-# (active) [N], and any number of further statistics [N].
-Objective = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+# Takes fp32 logits [N, vocabulary], labels [N] and the soft targets (tensors [N, ...]), if there are any. Returns the
+# loss [N], whether each token still counts in the loss (active) [N], and any number of further statistics [N].
+Objective = Callable[..., tuple[Tensor, ...]]
+# Takes the arguments of the model's forward call by name, including the labels [batch, length]. Returns the soft
+# targets of the N supervised tokens: tensors [N, ...].
+SoftTargets = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 Reduction = Literal["token", "sample"]
 # Which distribution scores a token. "own": the one that predicts this token. "first": the one that predicts the first
 # supervised token of its sequence.

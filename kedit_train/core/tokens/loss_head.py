@@ -19,6 +19,7 @@ from kedit_train.core.tokens.interfaces import (
     Objective,
     Position,
     Reduction,
+    SoftTargets,
     TokenTerm,
 )
 from kedit_train.core.tokens.loss_output import fused_output, model_output
@@ -42,6 +43,7 @@ class _Call:
         positions: position ids, or None.
         reference_states: the hidden states of the reference model at the N supervised tokens, [N, hidden]. None if the
             loss has no second term (:class:`TokenTerm`).
+        soft_targets: tensors [N, ...] with the soft targets of the N supervised tokens. Empty without soft targets.
         left_out: examples that were removed from the batch.
     """
 
@@ -50,6 +52,7 @@ class _Call:
     fused: bool
     positions: Tensor | None
     reference_states: Tensor | None
+    soft_targets: tuple[Tensor, ...]
     left_out: LeftOut
 
 
@@ -70,12 +73,15 @@ class LossHead:
     Attributes:
         term: a second term in the loss of every supervised token, or None.
         filter: removes learned examples from the batches, or None.
+        soft_targets: finds soft targets of the supervised tokens, which are passed to the objective after the labels.
+            None if the objective needs only the labels.
     """
 
     def __init__(self, head: OutputHead, *, shares: Callable[[], int]) -> None:
         self.head, self.shares = head, shares
         self.term: TokenTerm | None = None
         self.filter: ExampleFilter | None = None
+        self.soft_targets: SoftTargets | None = None
         self.use(cross_entropy)
         self._inert = False
         self._call: _Call | None = None
@@ -139,15 +145,18 @@ class LossHead:
         reference = None if self.term is None else self.term.reference_states(args, kwargs, kwargs["labels"])
         kwargs, left_out = dict(kwargs), LeftOut()
         fused = bool(kwargs.pop("fused_lm_head", False))
+        if args and (self.filter is not None or self.soft_targets is not None):
+            args, kwargs = (), {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
         if self.filter is not None:
-            by_name = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
-            args, (kwargs, left_out) = (), self.filter.select({**by_name, **kwargs})
+            kwargs, left_out = self.filter.select(kwargs)
+        soft_targets = () if self.soft_targets is None else self.soft_targets(kwargs)
         self._call = _Call(
             labels=kwargs.pop("labels"),
             items=kwargs.pop("num_items_in_batch", None),
             fused=fused,
             positions=kwargs.get("position_ids"),
             reference_states=reference,
+            soft_targets=soft_targets,
             left_out=left_out,
         )
         self.head.begin()
@@ -241,18 +250,19 @@ class LossHead:
         """
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None
+        soft_targets = tuple(target.to(hidden.device) for target in call.soft_targets)
         reference = () if call.reference_states is None else (call.reference_states.to(hidden),)
         added = ["probability"] if needs_probability else []
         added += ["divergence"] if term is not None else []
         added += ["entropy", "correct"] if call.fused else []
 
-        def score(states: Tensor, targets: Tensor, factors: Tensor, *reference_states: Tensor) -> tuple[Tensor, ...]:
+        def score(states: Tensor, targets: Tensor, factors: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             logits = self.head.project(states, fp32_gradients=call.fused)
-            loss, *columns = self.objective(logits, targets)
+            loss, *columns = self.objective(logits, targets, *others[: len(soft_targets)])
             if needs_probability:
                 columns.append((-F.cross_entropy(logits.detach(), targets, reduction="none")).exp())
             if term is not None:
-                divergence = term.divergence(logits, *reference_states)
+                divergence = term.divergence(logits, *others[len(soft_targets) :])
                 loss, columns = loss + term.weight * divergence, [*columns, divergence.detach()]
             if call.fused:
                 # TRL logs the entropy and the token accuracy at every step.
@@ -270,8 +280,9 @@ class LossHead:
         # The chunk is not shorter with a term. Shorter chunks use memory blocks just below glibc's mmap threshold, and
         # such blocks make the heap grow.
         chunk = chunk_length(vocab_size)
+        others = (*soft_targets, *reference)
         return added, chunked(
-            score, hidden, labels, weights, *reference, chunk=chunk, parameters=self.head.trained, defer=defer
+            score, hidden, labels, weights, *others, chunk=chunk, parameters=self.head.trained, defer=defer
         )
 
 

@@ -29,6 +29,7 @@ PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ParameterScope": (("Fine-tuning Done Right in Model Editing", "2509.22072"),),
     'TokenLoss("overtone"': (OVERTONE,),
     "TokenSmoothing": (OVERTONE,),
+    "ContextTeacher": (("In-Context Editing: Learning Knowledge from Self-Induced Distributions", "2406.11194"),),
     'TokenLoss("dft"': (("On the Generalization of SFT", "2508.05629"),),
     "KLLocality": (("Fast Model Editing at Scale", "2110.11309"),),
     "NormBall": (("Modifying Memories in Transformer Models", "2012.00363"),),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 from kedit_train.data import Edit
-from kedit_train.data.tokenization import separator
+from kedit_train.data.fact_in_context import prompt_with_fact
 from kedit_train.evaluation.asking.probes import ProbeRequest
 from kedit_train.evaluation.scoring.comparison import compare_answers
 from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult
@@ -19,12 +19,6 @@ from kedit_train.evaluation.scoring.protocols import Protocols
 
 # The kinds of probe that the main metrics count.
 _QUESTIONS = ("reliability", "generality", "portability", "locality")
-
-
-def prompt_with_fact(edit: Edit, prompt: str) -> str:
-    """Put a sentence that states the new fact in front of the prompt."""
-    end = "" if edit.target.rstrip().endswith((".", "!", "?")) else "."
-    return f"{edit.prompt}{separator(edit.prompt, edit.target)}{edit.target}{end} {prompt}"
 
 
 def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]) -> list[tuple[int, ProbeRequest]]:

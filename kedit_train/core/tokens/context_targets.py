@@ -1,0 +1,215 @@
+"""Soft targets from the unedited model that reads the new fact, and the search for them in training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_train.core.cache.sequence_keys import real_tokens
+from kedit_train.core.locality.reference_states import by_length, hidden_states, top_k_log_probs
+from kedit_train.core.output_head import evaluation_mode
+from kedit_train.core.run import EditRun
+from kedit_train.data.chat_format import PromptFormat
+from kedit_train.data.fact_in_context import prompt_with_fact
+from kedit_train.data.prompts import end_id, pair_ids
+from kedit_train.data.tokenization import context_length
+from kedit_train.edit import Edit
+from kedit_train.errors import EditError, reported_by
+from kedit_train.functional.labels import IGNORE_INDEX
+
+# Sequences per forward pass of the unedited model.
+BATCH_SIZE = 16
+# If none of so many training examples is an edit, an error is raised. With fewer than 8 edits, it is four times their
+# number.
+EXAMPLES_WITHOUT_EDIT = 32
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One edit as tokens.
+
+    Args:
+        teacher: the token ids that the teacher reads: the prompt with the fact, and the answer.
+        prompt: the token ids of the prompt without the fact.
+        answer: the token ids of the target, with the token that ends an answer if there is one.
+        ends: 1 if ``answer`` has a token that ends it, else 0.
+    """
+
+    teacher: tuple[int, ...]
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    ends: int
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Prompt and target without the token that ends an answer, by which a training example is recognized."""
+        return self.prompt + self.answer[: len(self.answer) - self.ends]
+
+
+class ContextTargets:
+    """Targets of the answer tokens of edits: the distributions of the unedited model that reads the new fact.
+
+    The model reads the prompt with the fact and then the edit's own target (teacher forcing). The distributions are
+    computed once, in the constructor. A token of which the label is not the teacher's most probable token has no
+    distribution as its target, because its target would be another answer.
+
+    Args:
+        run: the run. During the forward passes, its model has the weights before the edit.
+        tokenizer: the tokenizer of the training examples.
+        edits: the edits.
+        context: a template with the fields ``{fact}`` and ``{prompt}``.
+        top_k: number of probabilities that are kept for each token.
+        prompt_format: the prompt format of the training examples.
+
+    Attributes:
+        follows: for each different edit, whether the model ranks all tokens of the target first when it reads the fact.
+
+    Raises:
+        EditError: ``top_k`` is greater than the vocabulary, or an edit with its fact does not fit into the context.
+    """
+
+    def __init__(
+        self,
+        run: EditRun,
+        tokenizer: Any,
+        edits: Sequence[Edit],
+        *,
+        context: str,
+        top_k: int,
+        prompt_format: PromptFormat,
+    ) -> None:
+        vocabulary = run.head().config.vocab_size
+        if top_k > vocabulary:
+            raise EditError(f"top_k must be at most {vocabulary}, the size of the vocabulary, got {top_k}.")
+        self._prompt_format = prompt_format
+        length = context_length(getattr(run.model, "config", None))
+        found = [_tokenize(tokenizer, edit, context, prompt_format, length) for edit in edits]
+        answers = {answer.key: answer for answer in found}
+        self._limit = min(EXAMPLES_WITHOUT_EDIT, 4 * len(answers))
+        self._examples, self._has_edit = 0, False
+        self._lengths = sorted({len(key) for key in answers}, reverse=True)
+        # Key of an edit -> the edit, and the place of its first answer token in the tensors below.
+        self._places: dict[tuple[int, ...], tuple[_Answer, int]] = {}
+        columns, places = _top_k(run, list(answers.values()), top_k)
+        # [tokens, k + 1], [tokens, k] and [tokens]; the tokens are those of all answers, one after the other.
+        self._log_probs, self._tokens, self._taught = columns
+        for answer, place in zip(answers.values(), places, strict=True):
+            self._places[answer.key] = (answer, place)
+        taught = self._taught.tolist()
+        self.follows = [all(taught[at : at + len(a.answer) - a.ends]) for a, at in self._places.values()]
+
+    def find(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the targets of the N supervised tokens of a batch.
+
+        An example is recognized by its token ids: it must begin with the prompt and the target of an edit. Padding, the
+        other examples of the batch and packing do not matter.
+
+        Args:
+            inputs: the arguments of the model's forward call by name, with ``labels`` [batch, length].
+
+        Returns:
+            Log probabilities [N, k + 1], token ids [N, k], and a bool tensor [N] that is True where a token has a
+            distribution as its target. The other rows have no meaning.
+
+        Raises:
+            EditError: none of the first examples is an edit.
+        """
+        labels = inputs["labels"].cpu()
+        supervised = labels != IGNORE_INDEX
+        where = supervised[:, 1:]
+        place = torch.full(where.shape, -1)
+        for row, columns, tokens in _sequences(inputs, labels):
+            is_supervised = supervised[row, columns].tolist()
+            if not any(is_supervised):
+                continue
+            self._examples += 1
+            for at, column in self._match(tokens, is_supervised):
+                place[row, columns[column] - 1] = at
+                self._has_edit = True
+        if not self._has_edit and self._examples >= self._limit:
+            # The model calls this method in its forward pass, where errors do not name the callback by default.
+            with reported_by("ContextTeacher"):
+                raise EditError(
+                    f"the training examples must contain edits, but none of the first {self._examples} begins with the "
+                    "tokens of the prompt and the target of an edit; pass the edits that are trained (edits=), and set "
+                    f"prompt_format to the format of the training examples (now {self._prompt_format!r})."
+                )
+        index = place[where]
+        rows = index.clamp(min=0).to(self._taught.device)
+        known = (index >= 0).to(rows.device)
+        return self._log_probs[rows], self._tokens[rows], self._taught[rows] & known
+
+    def _match(self, tokens: tuple[int, ...], is_supervised: Sequence[bool]) -> Iterator[tuple[int, int]]:
+        """Yield pairs (place of the target in the tensors, index in ``tokens``) for the answer tokens of an example."""
+        for length in self._lengths:
+            answer, place = self._places.get(tokens[:length], (None, 0))
+            if answer is None or not all(is_supervised[len(answer.prompt) : length]):
+                continue
+            for offset, token in enumerate(answer.answer):
+                index = len(answer.prompt) + offset
+                # The token that ends an answer may be missing in the example.
+                if index < len(tokens) and tokens[index] == token and is_supervised[index]:
+                    yield place + offset, index
+            return
+
+
+def _tokenize(tokenizer: Any, edit: Edit, context: str, prompt_format: PromptFormat, length: int | None) -> _Answer:
+    own = pair_ids(tokenizer, edit.prompt, edit.target, prompt_format, length)
+    informed = pair_ids(tokenizer, prompt_with_fact(edit, edit.prompt, context), edit.target, prompt_format, length)
+    prompt, answer = own.input_ids[: own.target_start], own.input_ids[own.target_start :]
+    # The answer has the tokens of the training example, even if its first token differs after the fact.
+    teacher = informed.input_ids[: informed.target_start] + answer
+    ends = int(end_id(tokenizer, prompt_format) is not None)
+    return _Answer(tuple(teacher), tuple(prompt), tuple(answer), ends)
+
+
+@torch.no_grad()
+def _top_k(run: EditRun, answers: Sequence[_Answer], k: int) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
+    """Compute the targets of all answers with the unedited model.
+
+    Returns:
+        The log probabilities [tokens, k + 1], the token ids [tokens, k], and whether the label is the most probable
+        token [tokens]. Then the place of the first token of each answer.
+    """
+    head, sequences = run.head(), [answer.teacher for answer in answers]
+    places, parts, count = [0] * len(answers), [], 0
+    with run.reference_model(), evaluation_mode(run.model):
+        for chosen in by_length(sequences, BATCH_SIZE, quiet=not run.host.is_main):
+            with run.host.forward_context():
+                hidden = hidden_states(head, [sequences[i] for i in chosen])
+            own = hidden.split([len(sequences[i]) for i in chosen])
+            # The state before a token predicts it.
+            states = [s[-len(answers[i].answer) - 1 : -1] for s, i in zip(own, chosen, strict=True)]
+            labels = torch.tensor([token for i in chosen for token in answers[i].answer], device=hidden.device)
+            log_probs, tokens = top_k_log_probs(head, torch.cat(states), k)
+            parts.append((log_probs, tokens, tokens[:, 0] == labels))
+            for i in chosen:
+                places[i], count = count, count + len(answers[i].answer)
+    log_probs, tokens, taught = (torch.cat(column) for column in zip(*parts, strict=True))
+    return (log_probs, tokens, taught), places
+
+
+def _sequences(inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[int, list[int], tuple[int, ...]]]:
+    """Yield the row, the columns and the token ids of each sequence of a batch, without padding.
+
+    A packed row contains several sequences. Each of them begins at a position id of 0.
+    """
+    ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
+    if not isinstance(ids, Tensor) or ids.shape != labels.shape:
+        return
+    real, ids = real_tokens(inputs.get("attention_mask"), ids).cpu(), ids.cpu()
+    starts = torch.zeros_like(real)
+    if isinstance(positions, Tensor) and positions.shape[-1] == ids.shape[1] and positions.ndim == 2:
+        starts = (positions.cpu() == 0).expand_as(real)
+    for row in range(len(ids)):
+        columns = real[row].nonzero().squeeze(-1)
+        bounds = [*starts[row, columns].nonzero().squeeze(-1).tolist(), len(columns)]
+        bounds = bounds if bounds[0] == 0 else [0, *bounds]
+        for begin, end in pairwise(bounds):
+            own = columns[begin:end]
+            yield row, own.tolist(), tuple(ids[row, own].tolist())

@@ -1,0 +1,66 @@
+"""Distillation from a teacher of which only the most probable tokens are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_train.functional.clipping import clipped
+from kedit_train.functional.closed_form_losses import rowwise
+from kedit_train.functional.softmax_rows import subtract_label
+
+
+def distillation(
+    logits: Tensor, labels: Tensor, log_probs: Tensor, tokens: Tensor, taught: Tensor, *, epsilon: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Compute the loss of each token: the divergence from a teacher, or the cross-entropy of the label.
+
+    The divergence is KL(teacher || model) over k + 1 buckets: the k most probable tokens of the teacher, and all other
+    tokens together. The entropy of the teacher is constant, so the gradient is that of cross-entropy with soft targets.
+
+    Args:
+        logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
+        labels: [N] token ids.
+        log_probs: [N, k + 1], the teacher's log-probabilities from
+            :func:`~kedit_train.functional.top_k_divergence.top_log_probs`. Rows without a teacher are ignored.
+        tokens: [N, k] token ids from the same call.
+        taught: [N] bool, True where the target is the teacher, and False where the target is the label.
+        epsilon: clip in nats. A token with a loss of at most ``epsilon`` has no gradient.
+
+    Returns:
+        The loss [N] in nats, and a bool tensor [N] that is True where the loss is above ``epsilon``.
+
+    References:
+        - "In-Context Editing: Learning Knowledge from Self-Induced Distributions", arXiv 2406.11194.
+        - "Learning by Distilling Context", arXiv 2209.15189.
+    """
+
+    def value(z: Tensor, y: Tensor, reference: Tensor, top: Tensor, is_taught: Tensor) -> tuple[Any, Any]:
+        log_z = z.logsumexp(-1, keepdim=True)
+        # Summed directly, because 1 minus the probability of the top tokens would lose small values.
+        rest = z.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True) - log_z
+        p_log, q_log = reference.to(z.dtype), torch.cat([z.gather(-1, top) - log_z, rest], dim=-1)
+        # Where the teacher's probability is zero, the difference may be NaN.
+        soft = (p_log.exp() * (p_log - q_log).masked_fill(p_log == -torch.inf, 0.0)).sum(-1)
+        hard = (log_z - z.gather(-1, y.unsqueeze(-1))).squeeze(-1)
+        # The gradient of a logit outside of the top tokens is its probability times this factor.
+        ratio = (p_log[:, -1:] - rest).nan_to_num(nan=-torch.inf).clamp(max=80.0).exp()
+        factor = torch.where(is_taught.unsqueeze(-1), 1.0 - ratio, 1.0)
+        loss, active = clipped(torch.where(is_taught, soft, hard), epsilon)
+        return (loss, active), (log_z, factor, active)
+
+    def gradient(
+        out: Tensor, z: Tensor, y: Tensor, reference: Tensor, top: Tensor, is_taught: Tensor,
+        log_z: Tensor, factor: Tensor, active: Tensor,
+    ) -> None:  # fmt: skip
+        torch.sub(z, log_z, out=out).exp_()
+        of_top = out.gather(-1, top)
+        out.mul_(factor)
+        target = reference[:, :-1].to(z.dtype).exp()
+        out.scatter_(-1, top, torch.where(is_taught.unsqueeze(-1), of_top - target, of_top))
+        subtract_label(out, y, (~is_taught).to(z.dtype), active)
+
+    loss, active = rowwise(value, gradient, logits, labels, log_probs, tokens, taught)
+    return loss, active
