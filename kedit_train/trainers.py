@@ -134,7 +134,7 @@ class EditSFTConfig(SFTConfig):
         metadata=_help("Train each token towards a smoothed target (token_loss with the objective overtone)."),
     )
     context_teacher: Arguments = field(
-        default=None, metadata=_help("Train the answers towards the unedited model that reads the new fact.")
+        default=None, metadata=_help("Train towards what the unedited model predicts when it reads the new fact.")
     )
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
@@ -204,7 +204,8 @@ class EditSFTConfig(SFTConfig):
                 arguments = {**arguments, "evaluation": {"prompt_format": asked, **evaluation}}
             defaults = {key: value for key, value in shared.items() if key in known and value is not None}
             if self.prompt_format == "plain" and "prompt_format" in known and known["prompt_format"].default is None:
-                # For the same reason, a callback that can detect the format does so.
+                # The training dataset may be conversational even if prompt_format is "plain". A callback with
+                # prompt_format=None therefore detects the format itself.
                 defaults.pop("prompt_format")
             callbacks.append(callback_class(**defaults | arguments))
         return callbacks

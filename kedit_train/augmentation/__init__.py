@@ -54,9 +54,10 @@ class AugmentationOptions:
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
             edit is left out if it is too similar to an edit of the run (see :func:`augmentation`).
-        rewrite: train on targets that the unedited model writes when it reads the new fact (MixSD). The value is the
-            probability that a token is written without the fact, in [0, 1); the paper uses 0.3 to 0.5. The edits are
-            still evaluated with their own targets. None: the edits are trained with their own targets.
+        rewrite: train on targets that the unedited model writes (MixSD). For each token, the model reads the new fact
+            with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1); the paper uses 0.3
+            to 0.5. The edits are still evaluated with their own targets. None: the edits are trained with their own
+            targets.
 
     Example:
         >>> AugmentationOptions(prefixes=2, replay="world").replay_limit is None
@@ -166,9 +167,10 @@ def augmentation(
         previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained
             again with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
             ``edits``, or if its prompt with its target contains a scored prompt of ``edits``.
-        rewrite: train the edits on targets that ``model`` writes when it reads the new fact
-            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). The value is the probability that a token is
-            written without the fact, in [0, 1). None: the edits are trained with their own targets.
+        rewrite: train the edits on targets that ``model`` writes
+            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the new fact
+            with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1). None: the edits are
+            trained with their own targets.
         seed: seed of all random draws.
         prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
         batch_size: number of prompts per forward pass.

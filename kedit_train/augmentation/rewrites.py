@@ -49,8 +49,9 @@ class RewrittenTargets:
     def describe(self) -> str:
         """Return the numbers of accepted and rejected texts as one phrase."""
         return (
-            f"{self.accepted} of {len(self.edits)} targets rewritten ({self.wrong} rejected without the target, "
-            f"{self.cut_off} as too long, and {self.leaked} as leaks; these edits keep their targets)"
+            f"{self.accepted} of {len(self.edits)} targets rewritten; {len(self.edits) - self.accepted} edits keep "
+            f"their targets ({self.wrong} texts failed the check, {self.cut_off} were too long, and {self.leaked} "
+            "contained an evaluation prompt)"
         )
 
 

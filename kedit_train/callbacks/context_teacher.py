@@ -1,4 +1,4 @@
-"""ContextTeacher: train the answers towards the unedited model that reads the new fact in its context."""
+"""ContextTeacher: train the model to predict what the unedited model predicts when the new fact is in its context."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ from kedit_train.functional.distillation import distillation
 
 
 class ContextTeacher(TokenLoss):
-    """Train each answer towards the unedited model that reads the new fact in its context (context distillation).
+    """Train the model to predict what the unedited model predicts when the new fact is in its context.
+
+    This is context distillation.
 
     Before the first step, the unedited model reads, for each edit, a sentence that states the new fact, then the prompt
     and the target of the edit. Its distribution at each token of the target is the target of this token: the
     probabilities of the ``top_k`` most probable tokens, and the total probability of all other tokens. The edited model
     learns to predict these distributions without the fact in its context. The loss is the KL divergence of the model
-    from the teacher. A step costs as much as a step with cross-entropy, because the targets are stored.
+    from the teacher. A step costs about as much as a step with cross-entropy, because the targets are computed
+    once and stored.
 
     If the label is not the teacher's most probable token, the target of this token is the label. The target is also the
     label in training examples that are not edits, such as replayed facts.
@@ -158,9 +161,9 @@ class ContextTeacher(TokenLoss):
         """Return the metrics of the loss since the last call.
 
         Returns:
-            ``edit/tokens/active`` (fraction of tokens with a gradient), ``edit/tokens/taught`` (fraction of tokens with
-            the teacher as their target) and ``edit/tokens/followed`` (fraction of the edits that the unedited model
-            follows in its context).
+            ``edit/tokens/active`` (fraction of tokens with a gradient), ``edit/tokens/taught`` (fraction of tokens that
+            are trained towards the teacher's distribution) and ``edit/tokens/followed`` (fraction of the edits that the
+            unedited model follows in its context).
         """
         means = super().metrics(run)
         return means | {"edit/tokens/followed": self._followed} if means else {}

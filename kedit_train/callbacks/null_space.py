@@ -74,9 +74,9 @@ class NullSpace(EditCallback):
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
             later edit with the same prompt replaces the earlier edit.
         factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
-            read from it, so the model does not run on the texts. Otherwise, they are computed and written to it. A file
-            that ``LowCurvature`` has written fits, too. A file is valid only for the weights and texts from which it
-            was computed.
+            read from it. If it does not exist, the statistics are computed and written to it. A file of
+            ``LowCurvature`` can also be used. A file is valid only for the weights and texts from which it was
+            computed.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 
@@ -250,8 +250,8 @@ class NullSpace(EditCallback):
         prompts = neighbor_prompts(run.edits, texts, self.neighbors, seed=self.texts.seed)
         if not prompts:
             warn(
-                f"neighbors={self.neighbors} has no effect, because no prompt of an edit contains its subject; set "
-                "the subjects of the edits, or remove neighbors."
+                f"neighbors={self.neighbors} has no effect, because no prompt could be made; check that the prompts of "
+                "the edits contain their subjects and that the texts contain names, or remove neighbors."
             )
             return None
         chosen = training_format(run, tokenizer, run.edits) or "plain"

@@ -42,7 +42,8 @@ class WeightAnchor(EditCallback):
     gradients at the layer's outputs. Both penalties are always part of the loss, and no text is read during training.
     They approximate ``strength`` times the KL divergence per token from the model before the edit, to second order.
     Values of ``strength`` can therefore be compared with the ``weight`` of ``KLLocality``. "ewc" ignores all
-    correlations between weights, and "kfac" ignores those between different matrices.
+    correlations between weights. "kfac" ignores correlations between different matrices, and assumes that the inputs
+    and the output gradients of a layer are independent.
 
     The decoupled update is applied before ``LowCurvature``, ``NullSpace``, ``NormBall`` and ``GradientMask``. For
     adapters, w0 is the initial value of the adapter's own weights. ``ParameterScope`` trains half-precision weights in
@@ -63,8 +64,8 @@ class WeightAnchor(EditCallback):
             this instance. The penalty then also undoes edits of previous runs. To preserve these edits, add
             ``KLLocality(sequential=True)``. "previous": the weights before the current run. F, S and A are computed
             with the weights w0.
-        limit: for "ewc" and "kfac": number of token sequences that are read. Each sequence of "ewc" costs one backward
-            pass. "kfac" reads 16 sequences per backward pass. None uses all sequences. Default 256.
+        limit: for "ewc" and "kfac": number of token sequences that are read. With "ewc", each sequence needs one
+            backward pass. With "kfac", 16 sequences share one backward pass. None uses all sequences. Default 256.
 
     Logs ``edit/drift/anchor``, the penalty at the current weights.
 

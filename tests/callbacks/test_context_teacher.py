@@ -1,4 +1,4 @@
-"""ContextTeacher against its formula: separate forward passes of the unedited model with and without the fact."""
+"""The loss of ContextTeacher equals its formula, computed with separate forward passes of the unedited model."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_text_that_is_supervised_around_the_answer_keeps_its_labels(model, edits
     assert taught.tolist() == expected
 
 
-def test_it_works_beside_an_anchor_on_the_batch_and_with_positional_arguments(model, edits, words):
+def test_it_works_with_batch_anchor_and_with_positional_arguments(model, edits, words):
     batch = collate(rows_of(edits), pad_id=END)
     losses = []
     for more in ([], [BatchAnchor(weight=0.5)]):

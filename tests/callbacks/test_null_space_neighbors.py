@@ -1,4 +1,4 @@
-"""NullSpace with neighbors: the outputs on the edits' prompts with other subjects stay as well."""
+"""With neighbors, NullSpace also preserves layer outputs on the edits' prompts with other subjects."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_edits_without_subjects_get_a_warning(make, words):
     edit = Edit("w51", "w2")
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits([edit])], tokenizer=words) as run,
-        pytest.warns(UserWarning, match="NullSpace: neighbors=2 has no effect, because no prompt of an edit contains"),
+        pytest.warns(UserWarning, match="NullSpace: neighbors=2 has no effect, because no prompt could be made"),
     ):
         run.before_step()
 

@@ -1,4 +1,4 @@
-"""The new fact in front of a prompt, and the templates that say where it stands."""
+"""prompt_with_fact puts the new fact of an edit where the template says."""
 
 from __future__ import annotations
 

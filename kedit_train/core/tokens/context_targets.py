@@ -24,8 +24,8 @@ from kedit_train.functional.labels import IGNORE_INDEX
 
 # Sequences per forward pass of the unedited model.
 BATCH_SIZE = 16
-# If none of so many training examples is an edit, an error is raised. With fewer than 8 edits, it is four times their
-# number.
+# An error is raised if none of the first 32 training examples is an edit. With fewer than 8 edits, the limit is four
+# examples per edit.
 EXAMPLES_WITHOUT_EDIT = 32
 
 
@@ -55,8 +55,8 @@ class ContextTargets:
     """Targets of the answer tokens of edits: the distributions of the unedited model that reads the new fact.
 
     The model reads the prompt with the fact and then the edit's own target (teacher forcing). The distributions are
-    computed once, in the constructor. A token of which the label is not the teacher's most probable token has no
-    distribution as its target, because its target would be another answer.
+    computed once, in the constructor. If the label of a token is not the teacher's most probable token, the
+    distribution would teach another answer. The target of this token is then the label.
 
     Args:
         run: the run. During the forward passes, its model has the weights before the edit.

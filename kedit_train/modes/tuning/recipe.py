@@ -15,7 +15,7 @@ from kedit_train.modes.tuning.settings import BATCH_SIZE, EPOCHS, KL_BATCH_SIZE,
 _COMMENTS = {
     "ParameterScope": "Where may the model change?",
     "TokenLoss": "What is each token trained towards?",
-    "NullSpace": "What must stay? The outputs of the layers on these texts, and on the prompts with other subjects.",
+    "NullSpace": "What must stay? The layer outputs on these texts, and on the edits' prompts with other subjects.",
     "KLLocality": "What must stay? A KL penalty on a few of the texts in every step.",
     "PolyakStep": "How long is a step? Its length follows from the loss, so no learning rate is needed.",
     "StopWhenEdited": "Stop when the mean loss over an epoch reaches this value.",

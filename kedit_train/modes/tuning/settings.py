@@ -25,7 +25,7 @@ class TuneSetting:
     Args:
         layers: the layers to train, as in ``ParameterScope``.
         modules: the modules to train, as in ``ParameterScope``.
-        step_size: the fraction of the loss that a step removes, as in ``PolyakStep``.
+        step_size: the predicted reduction of the loss per step, as a fraction of the loss, as in ``PolyakStep``.
         energy: the fraction of the inputs' energy that is preserved, as in ``NullSpace``.
         kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
 
@@ -91,7 +91,7 @@ class TuneGrid:
         modules: the modules to train in these layers. Only weights of linear layers are supported.
         step_sizes: step sizes of ``PolyakStep``, as fractions of the training loss.
         energies: energies of ``NullSpace``.
-        kl_weights: weights of ``KLLocality``. 0 leaves ``KLLocality`` out, which makes a run much faster.
+        kl_weights: weights of ``KLLocality``. 0 leaves ``KLLocality`` out. The run then takes less time.
 
     Raises:
         EditError: a list is empty, or a value is out of range.
