@@ -169,6 +169,7 @@ class EditSFTConfig(SFTConfig):
 
     # EditSFTTrainer stores here whether targets end with end-of-text, and EditMetrics reads this value.
     answer_end: ClassVar[EndDecision | None] = None
+    trained_edits: ClassVar[Sequence[Edit] | None] = None
 
     def __post_init__(self) -> None:
         for name, callback_class in CALLBACKS.items():
@@ -295,6 +296,7 @@ class EditSFTTrainer(SFTTrainer):
         with reported_by("EditSFTTrainer"):
             self.answer_end = None if own_edits is None else self._decide_end(own_edits)
         args.answer_end = self.answer_end  # type: ignore[misc]
+        args.trained_edits = edits if own_edits is None else own_edits  # type: ignore[misc]
 
     def _decide_end(self, edits: EditDataset) -> EndDecision:
         """Decide whether targets end with end-of-text, and tokenize the training data again if necessary.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,16 @@ def test_trl_is_not_imported_before_it_is_needed() -> None:
         "assert 'trl' in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+def test_callbacks_without_an_argument_for_edits_find_those_of_the_trainer(folder: Path) -> None:
+    model, tokenizer = world.load()
+    options: dict[str, Any] = {**HERE, "max_steps": 1, "null_space": {"texts": "world", "limit": 64, "neighbors": 2}}
+    options["parameter_scope"] = {"layers": 0.7, "modules": "mlp.down_proj.weight"}
+    args = EditSFTConfig(str(folder / "neighbors"), **options)
+    edits = EditDataset(world.edits(4))
+    trainer = EditSFTTrainer(model, args=args, edits=edits, processing_class=tokenizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*neighbors=2 has no effect")
+        trainer.train()
+    assert trainer.state.global_step == 1

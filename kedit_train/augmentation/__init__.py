@@ -81,7 +81,7 @@ def check_numbers(prefixes: Any, replay_limit: Any, rewrite: Any) -> None:
         "augmentation",
         prefixes=(prefixes, integer_from(0)),
         replay_limit=(replay_limit, optional(integer_from(1))),
-        rewrite=(rewrite, MIX),
+        rewrite=(rewrite, optional(MIX)),
     )
 
 

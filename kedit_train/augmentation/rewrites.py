@@ -24,7 +24,7 @@ from kedit_train.evaluation.asking.decoding import Continuation, PromptBatch, ca
 from kedit_train.evaluation.asking.generate import Answer, AnswerEnd
 
 # The probability of a token without the fact.
-MIX = optional(within("[0, 1)"))
+MIX = within("[0, 1)")
 _FUNCTION = optional(Rule("a function (edit, text) -> bool", callable))
 
 
@@ -136,12 +136,12 @@ def rewrite_targets(
         elif check.contains_scored_prompt(f"{edit.prompt}{separator(edit.prompt, answer.text)}{answer.text}"):
             counts["leaked"] += 1
         else:
-            rewritten[i] = Edit(edit.prompt, answer.text, id=edit.id)
+            rewritten[i] = Edit(edit.prompt, answer.text, subject=edit.subject, id=edit.id)
     return RewrittenTargets(tuple(rewritten), len(edits) - sum(counts.values()), **counts)
 
 
 def _states_target(edit: Edit, text: str) -> bool:
-    return any(contains_words(fold(text), fold(answer)) for answer in edit.answers)
+    return any(contains_words(fold(text), fold(answer)) for answer in edit.answers if fold(answer))
 
 
 def _write(

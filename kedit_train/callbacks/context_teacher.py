@@ -58,8 +58,8 @@ class ContextTeacher(TokenLoss):
         reduction: ``"token"`` gives all supervised tokens the same weight, ``"sample"`` all sequences.
 
     Raises:
-        EditError: an argument is out of range, the edits are unknown, the unedited model follows too few of the facts,
-            or the training examples do not contain the edits.
+        EditError: an argument is out of range, the edits are unknown, or the unedited model follows too few of the
+            facts.
 
     References:
         - "In-Context Editing: Learning Knowledge from Self-Induced Distributions", arXiv 2406.11194.
@@ -169,4 +169,7 @@ class ContextTeacher(TokenLoss):
         return means | {"edit/tokens/followed": self._followed} if means else {}
 
     def __repr__(self) -> str:
-        return f"ContextTeacher(top_k={self.top_k}, min_followed={self.min_followed}, epsilon={self.epsilon})"
+        return (
+            f"ContextTeacher(context={self.context!r}, top_k={self.top_k}, min_followed={self.min_followed}, "
+            f"epsilon={self.epsilon}, reduction={self.reduction!r})"
+        )

@@ -25,6 +25,7 @@ from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.core.training_format import training_format
 from kedit_train.data import Edit, EditDataset
+from kedit_train.data.chat_format import chat_format
 from kedit_train.data.conversations import RenderedConversation
 from kedit_train.data.neighbor_prompts import neighbor_prompts
 from kedit_train.data.prompts import render_prompt
@@ -75,8 +76,9 @@ class NullSpace(EditCallback):
             later edit with the same prompt replaces the earlier edit.
         factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
             read from it. If it does not exist, the statistics are computed and written to it. A file of
-            ``LowCurvature`` can also be used. A file is valid only for the weights and texts from which it was
-            computed.
+            ``LowCurvature`` can also be used. A file is valid only for the weights, texts and ``limit`` with which it
+            was computed. Texts that contain evaluation prompts of the edits are left out, so other edits can need
+            another file. It cannot be used with LoRA or with ``sequential=True``.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 
@@ -140,6 +142,12 @@ class NullSpace(EditCallback):
         self._projection = ChangeProjection({}, {}, project_free)
         self._previous_edits: list[Edit] = []
         self._model: weakref.ref[nn.Module] | None = None
+        if sequential and factors_path is not None:
+            raise EditError(
+                "sequential=True cannot be combined with factors_path=, because each run changes the weights and the "
+                "file fits only the weights of the first run; remove factors_path=.",
+                component="NullSpace",
+            )
         if isinstance(self.texts, Texts):
             return
         for name, value in (("neighbors", neighbors), ("factors_path", factors_path)):
@@ -164,8 +172,13 @@ class NullSpace(EditCallback):
         self._model = weakref.ref(run.model)
         layers = find_linear_layers(run.model, run.scope)
         pairs = lora_pairs(run, layers)
+        if pairs and self.factors_path is not None:
+            raise EditError(
+                "factors_path cannot be used with LoRA, because the file fits only one random initialization of the "
+                "adapter; remove factors_path."
+            )
         layers = {name: layer for name, layer in layers.items() if name not in pairs.values()}
-        directions = self._directions(self._moments(run, layers, self.texts, path=self.factors_path))
+        directions = self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
         for preserved in (self._preserved(run), self._neighbors(run)):
             if preserved:
                 for name, more in self._directions(self._moments(run, layers, preserved)).items():
@@ -209,14 +222,20 @@ class NullSpace(EditCallback):
         self._projection.stop()
 
     def _moments(
-        self, run: EditRun, layers: Mapping[str, LinearLayer], source: Any, *, path: str | Path | None = None
+        self,
+        run: EditRun,
+        layers: Mapping[str, LinearLayer],
+        source: Any,
+        *,
+        limit: int | None = None,
+        path: str | Path | None = None,
     ) -> dict[str, SecondMoment]:
         """Return the second moments of the layers' inputs on ``source`` (texts, edits or model inputs)."""
         if holds_model_inputs(source):
             batches = model_input_batches(source, next(run.model.parameters()).device)
             return input_moments(run, layers, run.language_model or run.model, batches)
         if isinstance(source, Texts):
-            sequences = source.tokenize(run, limit=self.limit)
+            sequences = source.tokenize(run, limit=limit)
         else:
             settings = self._settings()
             sequences = tokenize_edits(run, source, run.tokenizer(settings.tokenizer), settings.max_length)
@@ -255,9 +274,11 @@ class NullSpace(EditCallback):
             )
             return None
         chosen = training_format(run, tokenizer, run.edits) or "plain"
-        rendered = [RenderedConversation(render_prompt(tokenizer, prompt, chosen), prompt) for prompt in prompts]
-        source: list[str] = prompts if chosen == "plain" else list(rendered)
-        return replace(self.texts, source=source, nearest=None)
+        rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]
+        if chat_format(chosen) is not None:
+            # A rendered conversation contains its special tokens. The tokenizer adds those of other texts.
+            rendered = [RenderedConversation(text, prompt) for text, prompt in zip(rendered, prompts, strict=True)]
+        return replace(self.texts, source=rendered, nearest=None)
 
     def _settings(self) -> Texts:
         """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""
@@ -273,7 +294,7 @@ class NullSpace(EditCallback):
             if basis.shape[1] >= basis.shape[0]:
                 raise EditError(
                     f"all {basis.shape[0]} input directions of {name} are preserved, so the weight could not move; "
-                    "use a lower energy, or fewer neighbors."
+                    f"use a lower energy{', fewer neighbors' * bool(self.neighbors)} or a scope without this layer."
                 )
             weight = run.scope[name]
             space = free_space(basis, torch.promote_types(weight.dtype, torch.float32))

@@ -227,7 +227,7 @@ class WeightAnchor(EditCallback):
     def load_state(self, state: dict[str, Any]) -> None:
         self._anchors.load_state(state["anchor_weights"])
         self._fisher |= state["fisher"]
-        earlier = KFACFactors.from_state(state["factors"], state["anchor_weights"])
+        earlier = KFACFactors.from_state(state.get("factors", KFACFactors({}, {}).state()), state["anchor_weights"])
         self._factors = KFACFactors(self._factors.inputs | earlier.inputs, self._factors.gradients | earlier.gradients)
 
     def detach(self, run: EditRun) -> None:
@@ -244,7 +244,9 @@ class WeightAnchor(EditCallback):
             change = wide(parameter) - wide(self._anchors[name])
             if self.kind == "kfac":
                 matrix, factors = self._layers[name].as_matrix(change), self._factors
-                terms.append(second_order_divergence(matrix, factors.gradients[name].mean, factors.inputs[name].mean))
+                # The sums are divided afterwards, so that no mean has to be stored.
+                outputs, inputs = factors.gradients[name], factors.inputs[name]
+                terms.append(second_order_divergence(matrix, outputs.sum / outputs.count, inputs.sum) / inputs.count)
                 continue
             square = change.square()
             if self.kind == "ewc":

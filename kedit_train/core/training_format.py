@@ -19,17 +19,17 @@ _PLACEHOLDER = "kedittrainquestion"
 def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) -> PromptFormat | None:
     """Return the prompt format of the training examples, or None if it is unknown.
 
-    If the data module of a Lightning trainer has an attribute ``prompt_format`` (as ``EditDataModule`` has), the value
-    of this attribute is returned. For ``EditSFTTrainer``, ``prompt_format`` in the trainer's arguments is returned. In
-    other trainers of ``transformers`` and TRL, the first examples of the training dataset are compared with the chat
-    template.
+    In a plain loop, the argument ``prompt_format`` of ``editing`` is returned. If the data module of a Lightning
+    trainer has an attribute ``prompt_format`` (as ``EditDataModule`` has), the value of this attribute is returned. For
+    ``EditSFTTrainer``, ``prompt_format`` in the trainer's arguments is returned. In other trainers of ``transformers``
+    and TRL, the first examples of the training dataset are compared with the chat template.
 
     Args:
         run: the run. The training data must be available, so call this function in ``attach`` or later.
         tokenizer: the tokenizer that the examples were tokenized with.
         edits: the edits. Their prompts are needed to detect the format "question".
     """
-    for owner in owners_of_examples(run.host):
+    for owner in (run.host, *owners_of_examples(run.host)):
         declared = read_format(getattr(owner, "prompt_format", None))
         if declared is not None and PROMPT_FORMAT.holds(declared):
             return declared

@@ -30,7 +30,7 @@ def prompt_with_fact(edit: Edit, prompt: str, context: str = CONTEXT) -> str:
         >>> prompt_with_fact(Edit("Ada lives in", "Bern"), "The home of Ada is")
         'Ada lives in Bern. The home of Ada is'
     """
-    end = "" if edit.target.rstrip().endswith((".", "!", "?")) else "."
+    end = "" if edit.target.rstrip().endswith((".", "!", "?", "。", "！", "？", "…")) else "."
     fields = {"fact": f"{edit.prompt}{separator(edit.prompt, edit.target)}{edit.target}{end}", "prompt": prompt}
     # Not str.format(), because the template may contain other braces.
     return _FIELD.sub(lambda field: fields[field[1]], context)

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 from kedit_train.data.leaks import LeakCheck
 from kedit_train.data.tokenization import SPACELESS
+from kedit_train.data.visible import fold
 from kedit_train.edit import Edit
 
-_PUNCTUATION = ".,;:!?\"'()[]…。，、！？"
-_END_OF_SENTENCE = (".", "!", "?", ":")
+_OPENING, _CLOSING = "\"'([{«“‘„「『（", "\"')]}»”’」』）"
+_PUNCTUATION = _OPENING + _CLOSING + ".,;:!?…–—-。，、！？；："
+_END_OF_SENTENCE = tuple(".!?:…。！？：")
+# In scripts without spaces, a text has no words. So many characters are drawn for a subject in another script.
+_CHARACTERS = 3
 
 
 def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, seed: int = 0) -> list[str]:
     """Return up to ``n`` prompts per edit: the prompt of the edit with a name from the texts in place of its subject.
 
     An edit mostly affects prompts with the same wording and another subject, such as the neighborhood prompts of
-    CounterFact. The prompts need not be sensible. See :func:`names_in` for what counts as a name. If the texts contain
-    fewer than ``n`` different names, as in scripts without capital letters, as many consecutive words as the subject
-    has are drawn from the texts instead (characters, in scripts without spaces).
+    CounterFact. The prompts need not be sensible. See :func:`names_in` for what counts as a name. A name that shares a
+    word with the subject, or that is the subject of another edit, is not used. If there are fewer than ``n`` names, as
+    in scripts without capital letters, further parts of the texts are drawn: as many consecutive words as the subject
+    has, or a few characters in scripts without spaces.
 
-    Edits without a subject, and edits whose prompt does not contain their subject, have no such prompts. A prompt that
-    contains a prompt of an edit, a rephrase or the prompt of a probe is left out.
+    The subject is searched for as whole words, and letter case is ignored. Edits without a subject, and edits whose
+    prompt does not contain their subject, have no such prompts. A prompt that contains a prompt of an edit, a rephrase
+    or the prompt of a probe is left out.
 
     Args:
         edits: the edits.
         texts: the texts to draw names from.
         n: number of prompts per edit.
-        seed: seed of the draws. The draws for an edit do not depend on the other edits.
+        seed: seed of the draws.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262 (CounterFact and its neighborhood prompts).
@@ -41,14 +48,22 @@ def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, see
     check = LeakCheck(edits)
     # The text of a rendered conversation contains special tokens, but the contents of its messages do not.
     words = [str(getattr(text, "contents", text)).split() for text in texts]
-    names = names_in(words)
+    subjects = {fold(edit.subject) for edit in edits if edit.subject}
+    names = [name for name in names_in(words) if fold(name) not in subjects]
     prompts: dict[str, None] = {}
     for edit in edits:
-        if not edit.subject or edit.subject not in edit.prompt:
+        subject = _subject_in(edit)
+        if subject is None:
             continue
         generator = random.Random(f"{seed} {edit.prompt}")
-        others = generator.sample(names, n) if len(names) >= n else _spans(edit.subject, words, n, generator)
-        candidates = (edit.prompt.replace(edit.subject, other) for other in others if other)
+        own = set(fold(edit.subject or "").split())
+        others: list[str] = []
+        # A few more names than needed are drawn, because some may share a word with the subject.
+        for name in generator.sample(names, min(len(names), 2 * n)):
+            if len(others) < n and own.isdisjoint(fold(name).split()):
+                others.append(name)
+        others += _spans(edit.subject or "", words, n - len(others), generator)
+        candidates = (subject.sub(lambda _, other=other: other, edit.prompt) for other in others if other)  # type: ignore[misc]
         prompts.update(dict.fromkeys(prompt for prompt in candidates if not check.contains_prompt(prompt)))
     return list(prompts)
 
@@ -72,8 +87,8 @@ def names_in(texts: Sequence[Sequence[str]]) -> list[str]:
         starts_sentence = True
         for word in words:
             plain = word.strip(_PUNCTUATION)
-            is_part = plain[:1].isupper() and not starts_sentence
-            if name and not is_part:
+            is_part = len(plain) > 1 and plain[0].isupper() and not starts_sentence
+            if name and (not is_part or word[0] in _OPENING):
                 names.add(" ".join(name))
                 name = []
             if is_part:
@@ -81,21 +96,38 @@ def names_in(texts: Sequence[Sequence[str]]) -> list[str]:
                 if word[-1] in _PUNCTUATION:
                     names.add(" ".join(name))
                     name = []
-            starts_sentence = word.endswith(_END_OF_SENTENCE)
+            starts_sentence = word.rstrip(_CLOSING).endswith(_END_OF_SENTENCE)
         if name:
             names.add(" ".join(name))
     return sorted(names)
 
 
+def _subject_in(edit: Edit) -> re.Pattern[str] | None:
+    """Return a pattern that finds the subject of an edit in its prompt, or None if the prompt does not contain it."""
+    subject = (edit.subject or "").strip()
+    if not subject:
+        return None
+    # In scripts without spaces, every position is a word boundary.
+    start = "" if SPACELESS.match(subject[0]) or not subject[0].isalnum() else r"(?<![^\W_])"
+    end = "" if SPACELESS.match(subject[-1]) or not subject[-1].isalnum() else r"(?![^\W_])"
+    if SPACELESS.search(edit.prompt):
+        start = end = ""
+    pattern = re.compile(start + re.escape(subject) + end, re.IGNORECASE)
+    return pattern if pattern.search(edit.prompt) else None
+
+
 def _spans(subject: str, texts: Sequence[Sequence[str]], n: int, generator: random.Random) -> list[str]:
-    """Draw parts of texts that have as many words as the subject, or as many characters in scripts without spaces."""
-    between = "" if SPACELESS.search(subject) else " "
-    length = len(subject.split() if between else "".join(subject.split()))
-    sources: list[Sequence[str]] = [words if between else "".join(words) for words in texts]
-    sources = [source for source in sources if len(source) >= length]
+    """Draw parts of texts: as many words as the subject has, or a few characters in scripts without spaces."""
     spans = []
-    for _ in range(n if sources else 0):
-        source = generator.choice(sources)
-        start = generator.randrange(len(source) - length + 1)
-        spans.append(between.join(source[start : start + length]).strip(_PUNCTUATION))
+    for _ in range(n if texts else 0):
+        words = generator.choice(texts)
+        text = "".join(words)
+        spaceless = bool(SPACELESS.search(text))
+        source: Sequence[str] = text if spaceless else words
+        length = len(subject.split())
+        if spaceless:
+            length = len("".join(subject.split())) if SPACELESS.search(subject) else _CHARACTERS
+        if len(source) >= length:
+            start = generator.randrange(len(source) - length + 1)
+            spans.append(("" if spaceless else " ").join(source[start : start + length]).strip(_PUNCTUATION))
     return spans

@@ -154,7 +154,8 @@ class TrainLoop:
         )
         pad_id, device = pad_token_id(self.tokenizer), model_device(model)
         epoch_steps = math.ceil(len(encoded) / self.batch_size)
-        with editing(model, self.callbacks, tokenizer=self.tokenizer, edits=edits, epoch_steps=epoch_steps) as edit:
+        options = {"edits": edits, "epoch_steps": epoch_steps, "prompt_format": self.examples.prompt_format}
+        with editing(model, self.callbacks, tokenizer=self.tokenizer, **options) as edit:
             optimizer = self.optimizer(edit.parameters(), lr=self.learning_rate)
             for _ in range(self.epochs):
                 losses = []

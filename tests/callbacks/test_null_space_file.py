@@ -65,11 +65,32 @@ def test_second_order_steps_with_input_moments_read_their_file(make, words, ids,
 def test_other_texts_are_refused(make, words, ids, tmp_path):
     model, path = make("llama"), tmp_path / "statistics.safetensors"
     trained(model, words, ids, NullSpace(TEXTS, factors_path=path))
-    with pytest.raises(EditError, match="it was computed with other texts or with another seed"):
+    with pytest.raises(EditError, match="it was computed with other texts, another limit or another seed"):
         trained(model, words, ids, NullSpace(TEXTS[:2], factors_path=path))
-    for other in (LowCurvature(TEXTS, factors_path=path), SecondOrderLocality(TEXTS, factors_path=path)):
-        with pytest.raises(EditError, match=r"has no valid factor 'gradients/|was computed with other weights"):
-            trained(model, words, ids, TokenLoss(), other)
+    with pytest.raises(EditError, match=r"no statistics of gradients, because it was written by NullSpace or with"):
+        trained(model, words, ids, LowCurvature(TEXTS, factors_path=path))
+    with pytest.raises(EditError, match=r"was computed by another callback, which handles the first tokens of texts"):
+        trained(model, words, ids, TokenLoss(), SecondOrderLocality(TEXTS, factors_path=path))
+    with (
+        editing(
+            model, [NullSpace(TEXTS, factors_path=path), ParameterScope(0, modules=SCOPE["llama"])], tokenizer=words
+        ) as e,
+        pytest.raises(EditError, match=r"has no statistics of model\.layers\.0\..* written for another scope"),
+    ):
+        e.before_step()
+
+
+def test_lora_and_sequential_runs_are_refused(make, words, tmp_path):
+    peft = pytest.importorskip("peft")
+    path = tmp_path / "statistics.safetensors"
+    adapted = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["down_proj"], r=2))
+    with (
+        editing(adapted, [NullSpace(TEXTS, factors_path=path)], tokenizer=words) as edit,
+        pytest.raises(EditError, match=r"^NullSpace: factors_path cannot be used with LoRA"),
+    ):
+        edit.before_step()
+    with pytest.raises(EditError, match=r"^NullSpace: sequential=True cannot be combined with factors_path="):
+        NullSpace(TEXTS, sequential=True, factors_path=path)
 
 
 def test_wrong_arguments():

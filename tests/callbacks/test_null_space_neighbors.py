@@ -10,13 +10,18 @@ import pytest
 import torch
 from callbacks.inputs import TEXTS, WEIGHT, ScopeOfEdits, adamw, inputs_of, principal, share_of, train
 
-from kedit_train import EditDataModule, EditModule, world
+from kedit_train import EditDataModule, EditDataset, EditModule, TrainLoop, world
 from kedit_train.callbacks import NullSpace, ParameterScope, TokenLoss, editing
 from kedit_train.data import Edit
 from kedit_train.data.neighbor_prompts import neighbor_prompts
 from kedit_train.errors import EditError
+from kedit_train.modes import ExampleOptions
 
 NAME = WEIGHT["llama"]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: "
+    "{% endif %}"
+)
 EDIT = Edit("w40 w41 w50", "w42", subject="w41")
 
 
@@ -50,12 +55,51 @@ def test_energy_applies_to_the_neighbors_separately(make, words):
     assert edit.history[-1]["edit/drift/null_space_rank"] == sum(ranks)
 
 
+def test_the_limit_of_texts_does_not_limit_the_neighbors(make, words):
+    read: list[int] = []
+
+    class Recorder(NullSpace):
+        def _moments(self, *given: Any, **options: Any) -> Any:
+            before = len(read)
+            found = super()._moments(*given, **options)
+            read.insert(before, next(iter(found.values())).count)
+            return found
+
+    with editing(make("llama"), [Recorder(TEXTS, limit=2, neighbors=3), ScopeOfEdits([EDIT])], tokenizer=words) as edit:
+        edit.before_step()
+    assert len(read) == 2
+    assert read[0] < sum(len(text.split()) for text in TEXTS)
+    assert read[1] == sum(len(prompt.split()) for prompt in neighbor_prompts([EDIT], TEXTS, 3))
+
+
+@pytest.mark.parametrize("chosen", ["plain", "question", "chat"])
+def test_in_a_loop_the_prompts_have_the_format_and_the_first_tokens_of_the_training_examples(chosen):
+    model, tokenizer = world.load()
+    tokenizer.chat_template = TEMPLATE
+    edits = list(world.edits(4))
+    read: list[list[int]] = []
+
+    class Recorder(NullSpace):
+        def _neighbors(self, run: Any) -> Any:
+            texts = super()._neighbors(run)
+            read.extend(texts.tokenize(run))
+            return texts
+
+    scope = ParameterScope(0.7, modules="mlp.down_proj.weight")
+    examples = ExampleOptions(prompt_format=chosen)
+    loop = TrainLoop(tokenizer, callbacks=[Recorder("world", neighbors=2), scope], epochs=1, examples=examples)
+    loop(model, edits)
+    assert len(read) > 4
+    expected = [e.input_ids for e in EditDataset(edits).encode(tokenizer, prompt_format=chosen)]
+    assert {tuple(ids[:1]) for ids in read} == {tuple(ids[:1]) for ids in expected}
+    texts = [tokenizer.decode(ids) for ids in read]
+    assert all(("user: " in text) == (chosen == "chat") for text in texts)
+    assert all(("Question" in text or "?" in text) == (chosen == "question") for text in texts)
+
+
 def test_in_chats_the_prompts_are_messages(tmp_path):
     model, tokenizer = world.load()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: "
-        "{% endif %}"
-    )
+    tokenizer.chat_template = TEMPLATE
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     read: list[str] = []

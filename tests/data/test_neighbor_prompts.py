@@ -19,6 +19,9 @@ ANN = Edit("Ann Lee was born in", "Oslo", subject="Ann Lee")
 def test_names_are_capitalized_words_inside_a_sentence():
     assert names_in([text.split() for text in TEXTS]) == sorted(NAMES)
     assert names_in([["Rome"], ["the", "(Old", "Town)", "of", "Bern"], []]) == ["Bern", "Old Town"]
+    assert names_in([["then", "I", "saw", "Oslo’s", "“Old", "Bern”.", "Next", "came", "X1", "and", "U.S."]]) == [
+        "Old Bern", "Oslo’s", "U.S", "X1"
+    ]  # fmt: skip
     assert names_in([["the", "émigré", "Émile", "Zola", "über"], ["水", "は"]]) == ["Émile Zola"]
 
 
@@ -26,6 +29,24 @@ def test_different_names_replace_the_subject():
     prompts = neighbor_prompts([ANN], TEXTS, 6)
     assert {prompt.removesuffix(" was born in") for prompt in prompts} == NAMES
     assert len(neighbor_prompts([ANN], TEXTS, 2)) == 2
+
+
+def test_only_whole_words_are_replaced_and_letter_case_is_ignored():
+    edit = Edit("The currency of Niger, not Nigeria, is", "euro", subject="niger")
+    assert neighbor_prompts([edit], ["in Rome"], 1) == ["The currency of Rome, not Nigeria, is"]
+    assert neighbor_prompts([Edit("Ed studied Education in", "Rome", subject=" ")], ["in Rome"], 1) == []
+
+
+def test_names_that_belong_to_edits_are_not_used():
+    texts = ["he met Ann", "he met Lee Marvin", "he met Bo", "he met Cy"]
+    other = Edit("Bo lives in", "Oslo", subject="Bo")
+    assert neighbor_prompts([ANN, other], texts, 1)[0] == "Cy was born in"
+
+
+def test_names_are_used_before_other_words():
+    prompts = neighbor_prompts([ANN], ["he met Cy at noon"], 20)
+    assert prompts[0] == "Cy was born in"
+    assert len(prompts) > 1
 
 
 def test_words_replace_the_subject_if_there_are_too_few_names():
@@ -63,6 +84,8 @@ def test_characters_are_drawn_in_scripts_without_spaces():
     edit = Edit("東京の首都は", "大阪", subject="東京")
     prompts = neighbor_prompts([edit], ["水は透明な液体です"], 50)
     spans = {prompt.removesuffix("の首都は") for prompt in prompts}
+    latin = neighbor_prompts([Edit("Ann出生于", "大阪", subject="Ann")], ["水は透明な液体です"], 5)
+    assert all(len(prompt) == 6 for prompt in latin)
     assert spans <= {"水は透明な液体です"[i : i + 2] for i in range(8)}
     assert len(spans) > 5
 

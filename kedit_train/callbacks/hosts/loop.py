@@ -16,7 +16,8 @@ from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.resume import check_scope, check_state, has_other_weights
 from kedit_train.core.run import EditRun
-from kedit_train.errors import EditError
+from kedit_train.data.chat_format import PromptFormat, check_format, read_format
+from kedit_train.errors import EditError, reported_by
 
 
 class LoopHost(Host):
@@ -26,6 +27,7 @@ class LoopHost(Host):
         history: every row of metrics that was logged, each with its ``step``.
         tables: a dict from the key of each logged table to its ``(columns, rows)``.
         run: the run that this loop drives.
+        prompt_format: the prompt format of the training examples, or None if it is unknown.
         penalty_gradients: pairs (parameter, gradient), recorded directly after the backward pass of the penalties.
     """
 
@@ -46,6 +48,7 @@ class LoopHost(Host):
         self.history: list[dict[str, float]] = []
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
+        self.prompt_format: PromptFormat | None = None
         self.penalty_gradients: list[tuple[nn.Parameter, Any]] = []
         self._watches: list[Any] = []
         # For each gradient of the penalties: whether its values have changed before the backward pass of the loss.
@@ -273,6 +276,7 @@ def editing(
     log_every_n_steps: int = 10,
     edits: Any = None,
     epoch_steps: int | None = None,
+    prompt_format: Any = None,
 ) -> EditingBlock:
     """Turn a hand-written training loop into an edit.
 
@@ -288,6 +292,8 @@ def editing(
         log_every_n_steps: number of optimizer steps between two log events.
         edits: the edits that the loop trains on, for callbacks that were created without edits.
         epoch_steps: number of optimizer steps in one epoch, for rules of ``StopWhenEdited`` that cover an epoch.
+        prompt_format: the prompt format of the training examples: "plain", "chat", "question" or a ``ChatFormat``. None
+            means that the format is unknown. Callbacks then assume plain prompts.
 
     Returns:
         A context manager. Its ``with`` block receives an :class:`Editing` with ``parameters()``, ``before_step()``,
@@ -315,7 +321,8 @@ def editing(
         >>> edit.run.step
         3
     """
-    return EditingBlock(_edit(model, callbacks, tokenizer, on_log, log_every_n_steps, edits, epoch_steps))
+    options = (tokenizer, on_log, log_every_n_steps, edits, epoch_steps, prompt_format)
+    return EditingBlock(_edit(model, callbacks, *options))
 
 
 @contextmanager
@@ -327,9 +334,14 @@ def _edit(
     log_every_n_steps: int,
     edits: Any,
     epoch_steps: int | None,
+    prompt_format: Any,
 ) -> Iterator[Editing]:
     check_editing(model, callbacks, tokenizer, on_log, log_every_n_steps, epoch_steps)
     host = LoopHost(tokenizer, on_log, log_every_n_steps, edits, epoch_steps)
+    with reported_by("editing"):
+        host.prompt_format = read_format(prompt_format)
+        if host.prompt_format is not None:
+            check_format(host.prompt_format, tokenizer)
     run = None
     try:
         for callback in callbacks:

@@ -172,6 +172,10 @@ class TransformersHost(Host):
     def _early_file(self) -> str:
         return f"{self.checkpoint_folder().name}-{FILE}"
 
+    def edits(self) -> Any | None:
+        # EditSFTTrainer stores its edits in its arguments.
+        return getattr(self.args, "trained_edits", None)
+
     def checkpoint_folder(self) -> Path:
         """Return the folder of the checkpoint of the current step."""
         return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
-from kedit_train.core.drift.kfac_file import load_factors, save_factors
+from kedit_train.core.drift.kfac_file import WITHOUT_FIRST, load_factors, save_factors
 from kedit_train.core.drift.linear_layers import LinearLayer
 from kedit_train.core.drift.model_batches import find_text_model, share_of_process, text_batches
 from kedit_train.core.drift.second_moments import input_moments
@@ -56,7 +56,7 @@ def factors_of_texts(
     if path is not None:
         with run.reference_model():
             model = fingerprint(run.model, run.masters.dtypes if run.masters is not None else None)
-        model += " without first tokens" if skip_first else ""
+        model += WITHOUT_FIRST if skip_first else ""
         weights = {name: run.scope[name] for name in layers}
         stored = load_factors(path, weights, model, sequences, seed, inputs_only=inputs_only)
         if stored is not None:

@@ -15,6 +15,8 @@ from kedit_train.errors import EditError
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
 _KIND = "kedit_train.kfac_factors"
+# The end of the fingerprint of the weights if the first token of every text was left out.
+WITHOUT_FIRST = " without first tokens"
 _RETRY = "delete the file to compute the factors again"
 
 
@@ -77,11 +79,15 @@ def load_factors(
             f"computed; {_RETRY}."
         )
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
-        if metadata.get(subject) != fingerprint:
+        found = str(metadata.get(subject))
+        if found != fingerprint:
+            same_weights = found.removesuffix(WITHOUT_FIRST) == fingerprint.removesuffix(WITHOUT_FIRST)
+            other = "texts, another limit or another seed" if subject == "texts" else subject
+            reason = "another callback, which handles the first tokens of texts differently" if same_weights else ""
             raise EditError(
-                f"the file at factors_path={str(path)!r} does not fit this run: it was computed with other "
-                f"{'texts or with another seed' if subject == 'texts' else subject} than those of this run; use "
-                f"another path, or {_RETRY}."
+                f"the file at factors_path={str(path)!r} does not fit this run: it was computed "
+                f"{'by ' + reason if reason else f'with other {other} than those of this run'}; use another path, or "
+                f"{_RETRY}."
             )
     factors = KFACFactors({}, {})
     kinds = [("inputs", factors.inputs)] + ([] if inputs_only else [("gradients", factors.gradients)])
@@ -89,6 +95,16 @@ def load_factors(
         for name, weight in weights.items():
             key = f"{kind}/{name}"
             matrix, count = tensors.get(key), metadata["tokens"].get(key)
+            if matrix is None and any(other.startswith(f"{kind}/") for other in tensors):
+                raise EditError(
+                    f"the file at factors_path={str(path)!r} has no statistics of {name}, because it was written for "
+                    "another scope; use another path."
+                )
+            if matrix is None and kind == "gradients":
+                raise EditError(
+                    f"the file at factors_path={str(path)!r} has no statistics of gradients, because it was written by "
+                    "NullSpace or with factors='inputs'; use another path."
+                )
             if matrix is None or type(count) is not int or not 0 < count < 2**63 or not _is_factor(matrix, weight):
                 raise EditError(f"the file at factors_path={str(path)!r} has no valid factor {key!r}; {_RETRY}.")
             moments[name] = SecondMoment(matrix.to(weight.device), count)

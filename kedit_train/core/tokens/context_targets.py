@@ -19,12 +19,12 @@ from kedit_train.data.fact_in_context import prompt_with_fact
 from kedit_train.data.prompts import end_id, pair_ids
 from kedit_train.data.tokenization import context_length
 from kedit_train.edit import Edit
-from kedit_train.errors import EditError, reported_by
+from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.functional.labels import IGNORE_INDEX
 
 # Sequences per forward pass of the unedited model.
 BATCH_SIZE = 16
-# An error is raised if none of the first 32 training examples is an edit. With fewer than 8 edits, the limit is four
+# A warning is issued if none of the first 32 training examples is an edit. With fewer than 8 edits, the limit is four
 # examples per edit.
 EXAMPLES_WITHOUT_EDIT = 32
 
@@ -91,7 +91,7 @@ class ContextTargets:
         found = [_tokenize(tokenizer, edit, context, prompt_format, length) for edit in edits]
         answers = {answer.key: answer for answer in found}
         self._limit = min(EXAMPLES_WITHOUT_EDIT, 4 * len(answers))
-        self._examples, self._has_edit = 0, False
+        self._examples, self._has_edit, self._warned = 0, False, False
         self._lengths = sorted({len(key) for key in answers}, reverse=True)
         # Key of an edit -> the edit, and the place of its first answer token in the tensors below.
         self._places: dict[tuple[int, ...], tuple[_Answer, int]] = {}
@@ -115,9 +115,6 @@ class ContextTargets:
         Returns:
             Log probabilities [N, k + 1], token ids [N, k], and a bool tensor [N] that is True where a token has a
             distribution as its target. The other rows have no meaning.
-
-        Raises:
-            EditError: none of the first examples is an edit.
         """
         labels = inputs["labels"].cpu()
         supervised = labels != IGNORE_INDEX
@@ -131,13 +128,15 @@ class ContextTargets:
             for at, column in self._match(tokens, is_supervised):
                 place[row, columns[column] - 1] = at
                 self._has_edit = True
-        if not self._has_edit and self._examples >= self._limit:
-            # The model calls this method in its forward pass, where errors do not name the callback by default.
+        if not self._has_edit and self._examples >= self._limit and not self._warned:
+            self._warned = True
+            # The model calls this method in its forward pass, where warnings do not name the callback by default.
             with reported_by("ContextTeacher"):
-                raise EditError(
-                    f"the training examples must contain edits, but none of the first {self._examples} begins with the "
-                    "tokens of the prompt and the target of an edit; pass the edits that are trained (edits=), and set "
-                    f"prompt_format to the format of the training examples (now {self._prompt_format!r})."
+                warn(
+                    f"none of the first {self._examples} training examples begins with the tokens of the prompt and "
+                    "the target of an edit, so these examples are trained towards their labels. If the training data "
+                    "contains the edits, set prompt_format to its format (now "
+                    f"{self._prompt_format!r}), and edits= to the edits that are trained."
                 )
         index = place[where]
         rows = index.clamp(min=0).to(self._taught.device)
