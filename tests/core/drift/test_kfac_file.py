@@ -51,7 +51,7 @@ def test_a_missing_file_is_none(tmp_path):
     [({"model": "another"}, "weights"), ({"sequences": [[1, 2]]}, "texts"), ({"seed": 1}, "texts")],
 )
 def test_another_model_other_texts_and_another_seed_are_refused(path, change, subject):
-    with pytest.raises(EditError, match=f"does not fit this run: .* with other {subject} .* use another path"):
+    with pytest.raises(EditError, match=f"does not fit this run: .* with other {subject}.* use another path"):
         load_factors(path, WEIGHTS, **{**OPTIONS, **change})
 
 
