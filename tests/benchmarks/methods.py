@@ -37,7 +37,7 @@ from kedit_train.world.counterfactual import EDITS as WORLD_EDITS
 
 RECIPES = (
     "ft_m", "ft_l", "ft_l_inf", "low_layer", "masked_fisher", "locft_bf", "overtone", "overtone_lora", "kl_locality",
-    "null_space", "replay", "f_learning", "kedit_fast", "kedit_default", "second_order", "one_by_one",
+    "null_space", "replay", "f_learning", "kedit_default", "second_order", "one_by_one",
 )  # fmt: skip
 # Callbacks, learning rate and epochs of this recipe are those of recipes/one_by_one.py.
 ONE_BY_ONE = "one_by_one"
@@ -47,11 +47,10 @@ VARIANTS = {ONE_BY_ONE: "kedit_default", "low_curvature": "null_space", "plain_l
 # The pretrained model is a hundred times as large as the world, so fewer recipes are compared on it.
 ON_SMOLLM2 = (
     "ft_m", "locft_bf", "overtone", "plain_lora", "overtone_lora", "kl_locality", "null_space", "low_curvature",
-    "replay", "second_order", "kedit_fast", "kedit_default", "one_by_one",
+    "replay", "second_order", "kedit_default", "one_by_one",
 )  # fmt: skip
 # Which modes a recipe is compared in, if not in all.
 ONLY = {
-    "kedit_fast": ("batch",),
     "kedit_default": ("batch",),
     "second_order": ("batch",),
     ONE_BY_ONE: ("single", "sequential"),

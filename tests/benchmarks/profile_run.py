@@ -1,6 +1,6 @@
-"""Where the time of a run goes: kedit_fast (or another recipe) on SmolLM2, next to what its products would take.
+"""Where the time of a run goes: kedit_default (or another recipe) on SmolLM2, next to what its products would take.
 
-python tests/benchmarks/profile_run.py --recipe kedit_fast
+python tests/benchmarks/profile_run.py --recipe kedit_default
 
 Every second of processor time belongs to one phase. The floating-point operations of the matrix products are counted in
 runs of one and two epochs. The first epoch also fills the prefix cache, and all later epochs do what the second does.
@@ -105,7 +105,7 @@ def operations(recipe: str, edits: int, texts: int | None, epochs: int) -> dict[
 
 def main() -> None:
     parser: argparse.ArgumentParser = arguments(__doc__, edits=50, texts=3300)
-    parser.add_argument("--recipe", default="kedit_fast")
+    parser.add_argument("--recipe", default="kedit_default")
     options = parser.parse_args()
     if path := missing("smollm2"):
         print(f"the profile is left out, because {path} does not exist (make smollm2)")

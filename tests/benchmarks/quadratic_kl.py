@@ -7,7 +7,7 @@ K-FAC estimates the divergence from the change D of the weights alone, ``1/2 tr(
 The hidden-space estimate needs a forward pass, but no output head: ``1/2 dᵀ Cov(w) d`` for the change d of the last
 hidden state. w are the rows of the head, weighted by the probabilities before the edit (of all tokens, or of the most
 probable ones). Three changes of the down-projections are multiplied by factors: that of plain fine-tuning (one layer),
-that of kedit_fast (nine layers), and random numbers (nine layers).
+that of kedit_default (nine layers), and random numbers (nine layers).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PICTURE = PAGE.parent / "images" / "quadratic_kl.png"
 MARKS = "<!-- quadratic: written by quadratic_kl.py -->", "<!-- quadratic: end -->"
 FACTORS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 TOP = 64
-LAYERS = {"ft_m": "0.66", "kedit_fast": "0.5-0.8", "random": "0.5-0.8"}
+LAYERS = {"ft_m": "0.66", "kedit_default": "0.5-0.8", "random": "0.5-0.8"}
 ESTIMATES = {"kfac": "K-FAC", "hidden": "hidden space", "top": f"hidden space, {TOP} tokens"}
 
 
@@ -143,7 +143,7 @@ def report() -> None:
     axes[0].set_ylabel("estimate / exact KL")
     axes[0].legend()
     figure.savefig(PICTURE, dpi=120)
-    names = {"ft_m": "`ft_m`, 1 layer", "kedit_fast": "`kedit_fast`, 9 layers", "random": "random, 9 layers"}
+    names = {"ft_m": "`ft_m`, 1 layer", "kedit_default": "`kedit_default`, 9 layers", "random": "random, 9 layers"}
     table = [
         "| change | size | exact KL | K-FAC | hidden space | 64 tokens |".replace("64", str(TOP)),
         "|---|---:|---:|---:|---:|---:|",

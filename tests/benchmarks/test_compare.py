@@ -94,12 +94,12 @@ def test_times_are_relative_to_ft_m_on_the_same_machine_and_the_last_result_of_a
         key | {"recipe": "ft_m", "seconds": 2.0, "machine": "old", "reliability": 0.8},
         key | {"recipe": "overtone", "seconds": 3.0, "machine": "old"},
         key | {"recipe": "ft_m", "seconds": 0.5, "machine": "new", "reliability": 0.9},
-        key | {"recipe": "kedit_fast", "seconds": 1.0, "machine": "new"},
+        key | {"recipe": "kedit_default", "seconds": 1.0, "machine": "new"},
         key | {"recipe": "null_space", "seconds": 1.0, "machine": "third"},
     ]
     rows = report.grouped(results)["world", "batch"]
     assert [(name, [row["times"] for row in each]) for name, each in rows.items()] == [
-        ("ft_m", [1.0]), ("overtone", [1.5]), ("null_space", [None]), ("kedit_fast", [2.0]),
+        ("ft_m", [1.0]), ("overtone", [1.5]), ("null_space", [None]), ("kedit_default", [2.0]),
     ]  # fmt: skip
     assert rows["ft_m"][0]["reliability"] == 0.9
 

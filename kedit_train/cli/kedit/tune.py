@@ -62,7 +62,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--layers",
         nargs="+",
         metavar="L",
-        help="layers to try: indices, fractions of the depth or ranges (default: 0.66 0.4-0.8)",
+        help="layers to try: indices, fractions of the depth or ranges (default: 0.66 0.5-0.8)",
     )
     add("--modules", metavar="M", help="weights to train in these layers (default: mlp.down_proj.weight)")
     add(
@@ -70,7 +70,7 @@ def arguments(parser: ArgumentParser) -> None:
         nargs="+",
         type=finite,
         metavar="S",
-        help="step sizes of PolyakStep (default: 0.04 0.07 0.12)",
+        help="step sizes of PolyakStep (default: 0.03 0.05 0.1)",
     )
     add("--energies", nargs="+", type=finite, metavar="E", help="energies of NullSpace (default: 0.9)")
     add(

@@ -14,7 +14,7 @@ Layers = int | float | str
 
 # Every run stops at this mean loss of an epoch (that of kedit_default), or after this number of epochs.
 EPOCHS, BATCH_SIZE, STOP_LOSS = 80, 25, 0.01
-# Texts per step of KLLocality, and prompts per edit that NullSpace preserves, as in kedit_default.
+# Texts per step of KLLocality, and prompts per edit that NullSpace preserves (as in kedit_default).
 KL_BATCH_SIZE, NEIGHBORS = 2, 24
 
 
@@ -78,7 +78,7 @@ class TuneSetting:
 
 
 # The settings of recipes/kedit_default.yaml.
-RECOMMENDED = TuneSetting(layers="0.4-0.8", modules="mlp.down_proj.weight", step_size=0.07, energy=0.9, kl_weight=3.0)
+RECOMMENDED = TuneSetting(layers="0.5-0.8", modules="mlp.down_proj.weight", step_size=0.05, energy=0.9, kl_weight=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,9 +104,9 @@ class TuneGrid:
         2
     """
 
-    layers: Sequence[Layers] = (0.66, "0.4-0.8")
+    layers: Sequence[Layers] = (0.66, "0.5-0.8")
     modules: str = "mlp.down_proj.weight"
-    step_sizes: Sequence[float] = (0.04, 0.07, 0.12)
+    step_sizes: Sequence[float] = (0.03, 0.05, 0.1)
     energies: Sequence[float] = (0.9,)
     kl_weights: Sequence[float] = (0.0, 3.0)
 

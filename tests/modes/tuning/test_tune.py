@@ -133,7 +133,7 @@ def test_the_recommended_settings_stay_in_every_round(scripted: Tune) -> None:
         # These settings are the worst on few edits, and the best on the tuning half.
         return (1.0, 0.5, 0.5) if (setting == RECOMMENDED) == (n > 4) else (1.0, 0.1, 0.1)
 
-    grid = TuneGrid(layers=["0.4-0.8", 0.7], step_sizes=[0.04, 0.07], kl_weights=[3.0])
+    grid = TuneGrid(layers=["0.5-0.8", 0.7], step_sizes=[0.03, 0.05], kl_weights=[0.0])
     result = scripted(scores, grid=grid)
     assert [n for setting, n in calls if setting == RECOMMENDED] == [4, 5, 5]
     assert len(calls) == 4 + 2 + 1
