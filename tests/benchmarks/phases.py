@@ -56,7 +56,7 @@ class Phases:
 
 def statistics_of_texts() -> list[Place]:
     """Return the methods in which callbacks read texts before training."""
-    names = ("NullSpace", "KLLocality", "SecondOrderLocality", "LowCurvature")
+    names = ("NullSpace", "KLLocality", "SecondOrderLocality", "LowCurvature", "WeightAnchor")
     return [(getattr(callbacks, name), "attach", STATISTICS) for name in names]
 
 
