@@ -125,8 +125,8 @@ def run(edits: int, texts: int) -> None:
     RESULTS.write_text("\n".join(lines) + "\n")
 
 
-def report() -> None:
-    """Write the plot, and the table into docs/results.md."""
+def report() -> str:
+    """Draw the plot, and return docs/results.md with the table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,7 +154,7 @@ def report() -> None:
             for r in rows
         ),
     ]
-    PAGE.write_text(replaced(PAGE.read_text(), MARKS, table))
+    return replaced(PAGE.read_text(), MARKS, ["\n".join(table)])
 
 
 def main() -> None:
@@ -166,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.what == "run":
         run(options.edits, options.texts)
-    report()
+    PAGE.write_text(report())
 
 
 if __name__ == "__main__":
