@@ -15,7 +15,7 @@ demo: $(READY)  ## edit 24 facts in the bundled model and print a report
 smollm2: $(READY)  ## download a pretrained model with 135 M parameters into .models/smollm2
 	$(BIN)/python recipes/smollm2/fetch.py
 
-demo-smollm2: smollm2  ## edit 20 facts in the pretrained model (the fast recipe) and print a report; about 5 minutes on 2 cores
+demo-smollm2: smollm2  ## edit 20 facts in the pretrained model (the default recipe) and print a report; about 5 minutes on 2 cores
 	$(BIN)/lightning run recipes/kedit_default.yaml --model.name .models/smollm2 --data.path recipes/smollm2/facts.jsonl --data.texts recipes/smollm2/keep.txt
 
 test: style  ## what continuous integration runs; under 10 minutes on 2 cores

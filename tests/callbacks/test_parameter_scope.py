@@ -156,7 +156,7 @@ def test_the_yaml_fragment_has_a_scope():
     fragment = yaml.safe_load(catalog.find("callbacks", "parameter_scope").read_text())
     (entry,) = fragment["trainer"]["callbacks+"]
     scope = ParameterScope(**entry["init_args"])
-    assert (scope.layers, scope.modules) == ("0.3-1.0", "mlp.down_proj")
+    assert (scope.layers, scope.modules) == ("0.5-0.8", "mlp.down_proj")
 
 
 @pytest.mark.parametrize("second", [{"layers": 0}, {"layers": 1}, {"modules": "*"}])

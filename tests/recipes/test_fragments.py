@@ -24,7 +24,7 @@ CALLBACKS = {
     and name != "EditCallback"
 }
 # A scope without arguments would train everything, so its fragment names the layers and modules of the recipes.
-VALUES = {"ParameterScope": {"layers": "0.3-1.0", "modules": "mlp.down_proj"}}
+VALUES = {"ParameterScope": {"layers": "0.5-0.8", "modules": "mlp.down_proj"}}
 TRAIN = """
 import json
 import lightning.pytorch as L
