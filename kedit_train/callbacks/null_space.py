@@ -27,8 +27,9 @@ from kedit_train.core.training_format import training_format
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.chat_format import chat_format
 from kedit_train.data.conversations import RenderedConversation
-from kedit_train.data.neighbor_prompts import neighbor_prompts
+from kedit_train.data.neighbor_prompts import has_subject, neighbor_prompts
 from kedit_train.data.prompts import render_prompt
+from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions, project_free
 from kedit_train.functional.precision import wide
@@ -273,6 +274,13 @@ class NullSpace(EditCallback):
                 "the edits contain their subjects and that the texts contain names, or remove neighbors."
             )
             return None
+        without = [edit.prompt for edit in run.edits if not has_subject(edit)]
+        if without:
+            warn(
+                f"{len(without)} of {len(run.edits)} edits have no prompts with other subjects, because their prompt does "
+                f"not contain their subject (the first: {shorten(without[0])!r}); set the subjects as they are written in "
+                "the prompts."
+            )
         chosen = training_format(run, tokenizer, run.edits) or "plain"
         rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]
         if chat_format(chosen) is not None:

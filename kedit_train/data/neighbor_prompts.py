@@ -68,6 +68,11 @@ def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, see
     return list(prompts)
 
 
+def has_subject(edit: Edit) -> bool:
+    """Return whether the prompt of an edit contains its subject as whole words. Letter case is ignored."""
+    return _subject_in(edit) is not None
+
+
 def names_in(texts: Sequence[Sequence[str]]) -> list[str]:
     """Return the different names in texts, in alphabetical order.
 

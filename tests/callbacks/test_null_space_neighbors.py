@@ -139,6 +139,16 @@ def test_edits_without_subjects_get_a_warning(make, words):
         run.before_step()
 
 
+def test_edits_whose_prompt_does_not_contain_their_subject_are_counted(make, words):
+    edits = [EDIT, Edit("w52 w53", "w2", subject="w54")]
+    message = r"NullSpace: 1 of 2 edits have no prompts with other subjects, .* \(the first: 'w52 w53'\); set the subj"
+    with (
+        editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits(edits)], tokenizer=words) as run,
+        pytest.warns(UserWarning, match=message),
+    ):
+        run.before_step()
+
+
 def test_wrong_arguments():
     with pytest.raises(EditError, match=r"^NullSpace: neighbors must be an integer >= 0, got -1"):
         NullSpace(TEXTS, neighbors=-1)
