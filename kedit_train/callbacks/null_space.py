@@ -20,17 +20,12 @@ from kedit_train.core.drift.lora_factors import lora_pairs
 from kedit_train.core.drift.model_batches import find_text_model, holds_model_inputs, model_input_batches
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first, input_moments
 from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
+from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
-from kedit_train.core.training_format import training_format
 from kedit_train.data import Edit, EditDataset
-from kedit_train.data.chat_format import chat_format
-from kedit_train.data.conversations import RenderedConversation
-from kedit_train.data.neighbor_prompts import has_subject, neighbor_prompts
-from kedit_train.data.prompts import render_prompt
-from kedit_train.data.tokenization import shorten
-from kedit_train.errors import EditError, warn
+from kedit_train.errors import EditError
 from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions, project_free
 from kedit_train.functional.precision import wide
 from kedit_train.paths import SAFETENSORS_PATH
@@ -180,7 +175,8 @@ class NullSpace(EditCallback):
             )
         layers = {name: layer for name, layer in layers.items() if name not in pairs.values()}
         directions = self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
-        for preserved in (self._preserved(run), self._neighbors(run)):
+        neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
+        for preserved in (self._preserved(run), neighbors):
             if preserved:
                 for name, more in self._directions(self._moments(run, layers, preserved)).items():
                     directions[name] = join_directions(directions[name], more)
@@ -259,34 +255,6 @@ class NullSpace(EditCallback):
         if isinstance(preserve, Texts) or holds_model_inputs(preserve):
             return preserve
         return replace(self._settings(), source=preserve, nearest=None)
-
-    def _neighbors(self, run: EditRun) -> Texts | None:
-        """Return the prompts of ``neighbors``, or None if there are none."""
-        if not self.neighbors:
-            return None
-        tokenizer = run.tokenizer(self.texts.tokenizer)
-        # Only names from the texts are used, so these texts may contain prompts of the edits.
-        texts = self.texts.load(run.edits, keep_leaks=True, tokenizer=tokenizer)
-        prompts = neighbor_prompts(run.edits, texts, self.neighbors, seed=self.texts.seed)
-        if not prompts:
-            warn(
-                f"neighbors={self.neighbors} has no effect, because no prompt could be made; check that the prompts of "
-                "the edits contain their subjects and that the texts contain names, or remove neighbors."
-            )
-            return None
-        without = [edit.prompt for edit in run.edits if not has_subject(edit)]
-        if without:
-            warn(
-                f"{len(without)} of {len(run.edits)} edits have no prompts with other subjects, because their prompt does "
-                f"not contain their subject (the first: {shorten(without[0])!r}); set the subjects as they are written in "
-                "the prompts."
-            )
-        chosen = training_format(run, tokenizer, run.edits) or "plain"
-        rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]
-        if chat_format(chosen) is not None:
-            # A rendered conversation contains its special tokens. The tokenizer adds those of other texts.
-            rendered = [RenderedConversation(text, prompt) for text, prompt in zip(rendered, prompts, strict=True)]
-        return replace(self.texts, source=rendered, nearest=None)
 
     def _settings(self) -> Texts:
         """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""

@@ -12,6 +12,7 @@ from callbacks.inputs import TEXTS, WEIGHT, ScopeOfEdits, adamw, inputs_of, prin
 
 from kedit_train import EditDataModule, EditDataset, EditModule, TrainLoop, world
 from kedit_train.callbacks import NullSpace, ParameterScope, TokenLoss, editing
+from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.data import Edit
 from kedit_train.data.neighbor_prompts import neighbor_prompts
 from kedit_train.errors import EditError
@@ -73,21 +74,23 @@ def test_the_limit_of_texts_does_not_limit_the_neighbors(make, words):
 
 
 @pytest.mark.parametrize("chosen", ["plain", "question", "chat"])
-def test_in_a_loop_the_prompts_have_the_format_and_the_first_tokens_of_the_training_examples(chosen):
+def test_in_a_loop_the_prompts_have_the_format_and_the_first_tokens_of_the_training_examples(chosen, monkeypatch):
     model, tokenizer = world.load()
     tokenizer.chat_template = TEMPLATE
     edits = list(world.edits(4))
     read: list[list[int]] = []
 
-    class Recorder(NullSpace):
-        def _neighbors(self, run: Any) -> Any:
-            texts = super()._neighbors(run)
-            read.extend(texts.tokenize(run))
-            return texts
+    def recorded(run: Any, *given: Any) -> Any:
+        texts = neighbor_texts(run, *given)
+        assert texts is not None
+        read.extend(texts.tokenize(run))
+        return texts
+
+    monkeypatch.setattr("kedit_train.callbacks.null_space.neighbor_texts", recorded)
 
     scope = ParameterScope(0.7, modules="mlp.down_proj.weight")
     examples = ExampleOptions(prompt_format=chosen)
-    loop = TrainLoop(tokenizer, callbacks=[Recorder("world", neighbors=2), scope], epochs=1, examples=examples)
+    loop = TrainLoop(tokenizer, callbacks=[NullSpace("world", neighbors=2), scope], epochs=1, examples=examples)
     loop(model, edits)
     assert len(read) > 4
     expected = [e.input_ids for e in EditDataset(edits).encode(tokenizer, prompt_format=chosen)]
@@ -97,23 +100,24 @@ def test_in_a_loop_the_prompts_have_the_format_and_the_first_tokens_of_the_train
     assert all(("Question" in text or "?" in text) == (chosen == "question") for text in texts)
 
 
-def test_in_chats_the_prompts_are_messages(tmp_path):
+def test_in_chats_the_prompts_are_messages(tmp_path, monkeypatch):
     model, tokenizer = world.load()
     tokenizer.chat_template = TEMPLATE
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     read: list[str] = []
 
-    class Recorder(NullSpace):
-        def _neighbors(self, run: Any) -> Any:
-            texts = super()._neighbors(run)
-            read.extend(texts.source)
-            return texts
+    def recorded(run: Any, *given: Any) -> Any:
+        texts: Any = neighbor_texts(run, *given)
+        read.extend(texts.source)
+        return texts
+
+    monkeypatch.setattr("kedit_train.callbacks.null_space.neighbor_texts", recorded)
 
     texts = ["The sky is blue.", "Grass grows in the green valley."]
     for chosen in ("plain", "question", "chat"):
         read.clear()
-        callbacks = [Recorder(texts, neighbors=2), ParameterScope(0.7, modules="mlp.down_proj.weight"), TokenLoss()]
+        callbacks = [NullSpace(texts, neighbors=2), ParameterScope(0.7, modules="mlp.down_proj.weight"), TokenLoss()]
         trainer = L.Trainer(max_steps=1, callbacks=callbacks, logger=False, enable_checkpointing=False)
         trainer.fit(EditModule(str(tmp_path)), EditDataModule(limit=4, prompt_format=chosen))
         assert read

@@ -1,0 +1,52 @@
+"""Make the texts of neighbors: the prompts of the edits with other subjects, in the format of the training examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kedit_train.core.locality.texts import Texts
+from kedit_train.core.run import EditRun
+from kedit_train.core.training_format import training_format
+from kedit_train.data.chat_format import chat_format
+from kedit_train.data.conversations import RenderedConversation
+from kedit_train.data.neighbor_prompts import has_subject, neighbor_prompts
+from kedit_train.data.prompts import render_prompt
+from kedit_train.data.tokenization import shorten
+from kedit_train.errors import warn
+
+
+def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
+    """Return the prompts of the run's edits with names from the texts in place of their subjects.
+
+    A warning is issued if no prompt could be made, or if some edits have no prompts.
+
+    Args:
+        run: the run, with its edits.
+        texts: the texts to draw names from. Its tokenizer, seed and maximum length are also those of the result.
+        n: number of prompts per edit (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
+
+    Returns:
+        The prompts, or None if there are none.
+    """
+    tokenizer = run.tokenizer(texts.tokenizer)
+    # Only names from the texts are used, so these texts may contain prompts of the edits.
+    loaded = texts.load(run.edits, keep_leaks=True, tokenizer=tokenizer)
+    prompts = neighbor_prompts(run.edits, loaded, n, seed=texts.seed)
+    if not prompts:
+        warn(
+            f"neighbors={n} has no effect, because no prompt could be made; check that the prompts of the edits "
+            "contain their subjects and that the texts contain names, or remove neighbors."
+        )
+        return None
+    if without := [edit.prompt for edit in run.edits if not has_subject(edit)]:
+        warn(
+            f"{len(without)} of {len(run.edits)} edits have no prompts with other subjects, because their prompt does "
+            f"not contain their subject (the first: {shorten(without[0])!r}); set the subjects as they are written in "
+            "the prompts."
+        )
+    chosen = training_format(run, tokenizer, run.edits) or "plain"
+    rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]
+    if chat_format(chosen) is not None:
+        # A rendered conversation contains its special tokens. The tokenizer adds those of other texts.
+        rendered = [RenderedConversation(text, prompt) for text, prompt in zip(rendered, prompts, strict=True)]
+    return replace(texts, source=rendered, nearest=None)
