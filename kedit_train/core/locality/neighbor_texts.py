@@ -34,8 +34,8 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
     prompts = neighbor_prompts(run.edits, loaded, n, seed=texts.seed)
     if not prompts:
         warn(
-            f"neighbors={n} has no effect, because no prompt could be made; check that the prompts of the edits "
-            "contain their subjects and that the texts contain names, or remove neighbors."
+            f"neighbors={n} has no effect, because no prompt could be made; set the subject of each edit as it is "
+            "written in its prompt, pass texts that contain names, or remove neighbors."
         )
         return None
     if without := [edit.prompt for edit in run.edits if not has_subject(edit)]:

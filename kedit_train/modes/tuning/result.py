@@ -77,7 +77,8 @@ class TuneResult:
         ]
         if self.cut_off:
             budget = self.meta["budget"]
-            lines += [f"not run, because the budget of {budget:g} s was spent: {len(self.cut_off)} runs"]
+            share = f"the share of a round in the budget of {budget:g} s was spent"
+            lines += [f"not run, because {share}: {len(self.cut_off)} runs"]
             lines += [f"  {edits} edits: {setting}" for edits, setting in self.cut_off]
         return [*lines, f"picked: {self.picked.setting} ({self.rule})"]
 
