@@ -133,9 +133,7 @@ class EditSFTConfig(SFTConfig):
         default=None,
         metadata=_help("Train each token towards a smoothed target (token_loss with the objective overtone)."),
     )
-    context_teacher: Arguments = field(
-        default=None, metadata=_help("Train towards what the unedited model predicts when it reads the new fact.")
-    )
+    context_teacher: Arguments = field(default=None, metadata=_help("Distill the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
     weight_anchor: Arguments = field(
@@ -190,7 +188,9 @@ class EditSFTConfig(SFTConfig):
             edits: the edits for callbacks that have an argument ``edits``. If the field of a callback contains
                 ``edits``, the callback uses those edits instead.
         """
-        shared = {"edits": edits, "prompt_format": read_format(self.prompt_format)}
+        # With the default, "plain", the dataset may still be conversational. Callbacks then detect the format.
+        declared = None if self.prompt_format == "plain" else read_format(self.prompt_format)
+        shared = {"edits": edits, "prompt_format": declared}
         callbacks = []
         for name, callback_class in CALLBACKS.items():
             arguments = getattr(self, name)
@@ -199,15 +199,8 @@ class EditSFTConfig(SFTConfig):
             known = inspect.signature(callback_class).parameters
             evaluation = arguments.get("evaluation") or {}
             if "evaluation" in known and isinstance(evaluation, Mapping):
-                # With the default "plain", the callback uses the format of the training dataset, which may be
-                # conversational.
-                asked = None if self.prompt_format == "plain" else self.prompt_format
-                arguments = {**arguments, "evaluation": {"prompt_format": asked, **evaluation}}
+                arguments = {**arguments, "evaluation": {"prompt_format": declared, **evaluation}}
             defaults = {key: value for key, value in shared.items() if key in known and value is not None}
-            if self.prompt_format == "plain" and "prompt_format" in known and known["prompt_format"].default is None:
-                # The training dataset may be conversational even if prompt_format is "plain". A callback with
-                # prompt_format=None therefore detects the format itself.
-                defaults.pop("prompt_format")
             callbacks.append(callback_class(**defaults | arguments))
         return callbacks
 

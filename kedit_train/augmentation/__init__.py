@@ -97,7 +97,7 @@ class Augmentation:
         leak_check: finds pseudo-paraphrases that contain a scored prompt of an edit of the run: a rephrase, or the
             prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
         summary: one line that says how many examples were made and how many were left out.
-        rewritten: targets that the unedited model wrote: a dict from prompt and target of an edit to the new target.
+        rewritten: a dict from prompt and target of an edit to the edit with the target that the unedited model wrote.
     """
 
     prefixes: tuple[str, ...]
@@ -106,7 +106,7 @@ class Augmentation:
     seed: int
     leak_check: LeakCheck
     summary: str = ""
-    rewritten: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    rewritten: Mapping[tuple[str, str], Edit] = field(default_factory=dict)
 
     def __call__(self, edits: Sequence[Edit]) -> list[Edit]:
         paraphrases = with_prefixes(self.rewrite(edits), self.prefixes, self.per_edit, self.seed)
@@ -115,11 +115,7 @@ class Augmentation:
 
     def rewrite(self, edits: Sequence[Edit]) -> list[Edit]:
         """Return the edits to train. Rewritten edits have the target that the unedited model wrote, and no probes."""
-        new = (self.rewritten.get((edit.prompt, edit.target)) for edit in edits)
-        return [
-            edit if target is None else Edit(edit.prompt, target, id=edit.id)
-            for edit, target in zip(edits, new, strict=True)
-        ]
+        return [self.rewritten.get((edit.prompt, edit.target), edit) for edit in edits]
 
     def training_edits(self, edits: Sequence[Edit]) -> list[Edit]:
         """Return all examples to train: the edits, with rewritten targets if there are any, and the additional ones."""
@@ -228,12 +224,12 @@ def augmentation(
                 f"{len(allowed)} previous edits ({leaked} left out as leaks, fraction {leaked / len(again):.3f})"
             )
         _check_lengths(model, tokenizer, examples, prompt_format)
-        rewritten: dict[tuple[str, str], str] = {}
+        rewritten: dict[tuple[str, str], Edit] = {}
         if rewrite is not None:
             options: dict[str, Any] = {"mix": rewrite, "seed": seed, "prompt_format": prompt_format}
             written = rewrite_targets(model, tokenizer, edits, batch_size=batch_size, **options)
             pairs = zip(edits, written.edits, strict=True)
-            rewritten = {(old.prompt, old.target): new.target for old, new in pairs if new is not old}
+            rewritten = {(old.prompt, old.target): new for old, new in pairs if new is not old}
             summary.append(written.describe())
     line = "augmentation: " + "; ".join(summary)
     return Augmentation(tuple(texts), prefixes, tuple(examples), seed, check, line, rewritten)

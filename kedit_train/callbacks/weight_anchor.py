@@ -176,10 +176,9 @@ class WeightAnchor(EditCallback):
         if self.texts is None or not missing:
             return
         sequences = self._sampled(self.texts.tokenize(run))
-        new = factors_of_texts(
+        self._factors = kept | factors_of_texts(
             run, missing, sequences, seed=self.texts.seed, batch_size=_BATCH_SIZE, path=None, skip_first=True
         )
-        self._factors = KFACFactors(kept.inputs | new.inputs, kept.gradients | new.gradients)
 
     def _sampled(self, sequences: Sequence[Any]) -> list[Any]:
         """Return ``limit`` sequences, chosen at random."""
@@ -227,8 +226,9 @@ class WeightAnchor(EditCallback):
     def load_state(self, state: dict[str, Any]) -> None:
         self._anchors.load_state(state["anchor_weights"])
         self._fisher |= state["fisher"]
-        earlier = KFACFactors.from_state(state.get("factors", KFACFactors({}, {}).state()), state["anchor_weights"])
-        self._factors = KFACFactors(self._factors.inputs | earlier.inputs, self._factors.gradients | earlier.gradients)
+        # Checkpoints of earlier versions have no factors.
+        factors = state.get("factors", KFACFactors({}, {}).state())
+        self._factors |= KFACFactors.from_state(factors, state["anchor_weights"])
 
     def detach(self, run: EditRun) -> None:
         self._run = None

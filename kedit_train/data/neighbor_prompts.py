@@ -63,7 +63,8 @@ def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, see
             if len(others) < n and own.isdisjoint(fold(name).split()):
                 others.append(name)
         others += _spans(edit.subject or "", words, n - len(others), generator)
-        candidates = (subject.sub(lambda _, other=other: other, edit.prompt) for other in others if other)  # type: ignore[misc]
+        around = subject.split(edit.prompt)
+        candidates = (other.join(around) for other in others if other)
         prompts.update(dict.fromkeys(prompt for prompt in candidates if not check.contains_prompt(prompt)))
     return list(prompts)
 

@@ -82,6 +82,8 @@ def polyak(step_size: float) -> tuple[str, dict[str, Any]]:
     return "PolyakStep", {"step_size": step_size}
 
 
+# Variants with fewer texts -> number of texts.
+COUNTS = {f"{n} texts": n for n in (22, 217, 1000)}
 # The learning rate of Adam is lower for more layers, because more weights move.
 VARIANTS: dict[str, Any] = {
     "plain fine-tuning, 1 layer (ft_m)": "ft_m",
@@ -119,9 +121,7 @@ VARIANTS: dict[str, Any] = {
     "9 layers, second-order steps and K-FAC penalty": variant("0.5-0.8", second_order(step_size=0.05), penalty(100.0)),
     "9 layers, low curvature": variant("0.5-0.8", low_curvature(), polyak(0.05)),
     "9 layers, KL penalty": variant("0.5-0.8", kl(), polyak(0.05)),
-    "22 texts": "kedit_default",
-    "217 texts": "kedit_default",
-    "1000 texts": "kedit_default",
+    **dict.fromkeys(COUNTS, "kedit_default"),
 }
 NULL_SPACE, NEIGHBORS = "9 layers, PolyakStep 0.05", "9 layers, PolyakStep 0.05, 24 neighbors (kedit_default)"
 # The table of constraints: label of the row -> variant. All train nine layers (0.5 to 0.8) with a step size of 0.05.
@@ -140,10 +140,10 @@ CONSTRAINTS = {
     "KL penalty on 16 texts per step": "9 layers, KL penalty",
 }
 # The table of kedit_default with fewer texts.
-FEWER_TEXTS = {f"{n:,} texts": f"{n} texts" for n in (22, 217, 1000)} | {f"{TEXTS:,} texts": NEIGHBORS}
+FEWER_TEXTS = {f"{n:,} texts": name for name, n in COUNTS.items()} | {f"{TEXTS:,} texts": NEIGHBORS}
 # The first table shows the other variants.
-PARTS = {name: name for name in VARIANTS if not name.endswith("texts")}
-PARTS = {name: name for name in PARTS if name not in CONSTRAINTS.values() or name in (NULL_SPACE, NEIGHBORS)}
+_ELSEWHERE = {*CONSTRAINTS.values(), *COUNTS} - {NULL_SPACE, NEIGHBORS}
+PARTS = {name: name for name in VARIANTS if name not in _ELSEWHERE}
 TABLES = {"ablation": PARTS, "constraints": CONSTRAINTS, "fewer texts": FEWER_TEXTS}
 
 
@@ -155,8 +155,7 @@ def run(name: str) -> dict[str, Any]:
         recipe = chosen if isinstance(chosen, str) else str(Path(folder) / "variant.yaml")
         if recipe != chosen:
             Path(recipe).write_text(yaml.safe_dump(chosen))
-        texts = int(name.split()[0]) if name.endswith("texts") else TEXTS
-        found = measure(smollm2(HELD_OUT), recipe, "batch", HELD_OUT, EDITS, few=texts)
+        found = measure(smollm2(HELD_OUT), recipe, "batch", HELD_OUT, EDITS, few=COUNTS.get(name, TEXTS))
     statistics = phases.stop().get(STATISTICS, 0.0)
     scores = {score: found[score] for score in ("reliability", "generality", "PS", "others", "neighbors", "NS", "KL")}
     return {"variant": name, **scores, "training": found["seconds"] * EDITS - statistics, "statistics": statistics}

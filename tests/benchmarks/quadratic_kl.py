@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from kedit_train.callbacks import ParameterScope, WeightAnchor, editing
 from kedit_train.core.output_head import OutputHead
+from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 from kedit_train.functional.second_order import second_order_divergence
 
 RESULTS = Path(__file__).with_name("quadratic_kl.jsonl")
@@ -127,13 +128,9 @@ def run(edits: int, texts: int) -> None:
 
 def report() -> str:
     """Draw the plot, and return docs/results.md with the table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    figure, axes = pyplot.subplots(1, len(LAYERS), figsize=(11, 3.6), sharey=True, layout="constrained")
+    figure = new_figure(11, 3.6)
+    axes = figure.subplots(1, len(LAYERS), sharey=True)
     for axis, change in zip(axes, LAYERS, strict=True):
         own = [row for row in rows if row["change"] == change]
         for key, label in ESTIMATES.items():
@@ -142,10 +139,10 @@ def report() -> str:
         axis.set(xscale="log", yscale="log", title=change, xlabel="exact KL, nats per token")
     axes[0].set_ylabel("estimate / exact KL")
     axes[0].legend()
-    figure.savefig(PICTURE, dpi=120)
+    save_figure(figure, PICTURE)
     names = {"ft_m": "`ft_m`, 1 layer", "kedit_default": "`kedit_default`, 9 layers", "random": "random, 9 layers"}
     table = [
-        "| change | size | exact KL | K-FAC | hidden space | 64 tokens |".replace("64", str(TOP)),
+        f"| change | size | exact KL | K-FAC | hidden space | {TOP} tokens |",
         "|---|---:|---:|---:|---:|---:|",
         *(
             f"| {names[r['change']]} x {r['factor']:g} | {r['size']:.2%} | {r['exact']:.2g} | "

@@ -10,13 +10,24 @@ from torch import nn
 from kedit_train.arguments import Rule, check_arguments, cut, integer_from, optional
 from kedit_train.callbacks.hosts.transformers import TransformersEvents
 from kedit_train.core.tokenizer import TOKENIZER
-from kedit_train.errors import EditError
+from kedit_train.data.chat_format import check_format, read_format
+from kedit_train.errors import EditError, reported_by
 
 
 def check_editing(
-    model: Any, callbacks: Any, tokenizer: Any, on_log: Any, log_every_n_steps: Any, epoch_steps: Any
+    model: Any,
+    callbacks: Any,
+    tokenizer: Any,
+    on_log: Any,
+    log_every_n_steps: Any,
+    edits: Any,
+    epoch_steps: Any,
+    prompt_format: Any,
 ) -> None:
-    """Raise an :class:`EditError` for the first argument of ``editing`` that has a wrong type or value."""
+    """Raise an :class:`EditError` for the first argument of ``editing`` that has a wrong type or value.
+
+    ``edits`` is not checked here, because only some callbacks use it.
+    """
     if not isinstance(model, nn.Module):
         raise EditError(
             f"model must be a loaded model, got {cut(repr(model))}; load it with AutoModelForCausalLM.",
@@ -43,3 +54,6 @@ def check_editing(
         log_every_n_steps=(log_every_n_steps, integer_from(1)),
         epoch_steps=(epoch_steps, optional(integer_from(1))),
     )
+    if prompt_format is not None:
+        with reported_by("editing"):
+            check_format(read_format(prompt_format), tokenizer)

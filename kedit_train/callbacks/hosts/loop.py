@@ -16,8 +16,8 @@ from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.resume import check_scope, check_state, has_other_weights
 from kedit_train.core.run import EditRun
-from kedit_train.data.chat_format import PromptFormat, check_format, read_format
-from kedit_train.errors import EditError, reported_by
+from kedit_train.data.chat_format import PromptFormat, read_format
+from kedit_train.errors import EditError
 
 
 class LoopHost(Host):
@@ -41,6 +41,7 @@ class LoopHost(Host):
         log_every_n_steps: int = 10,
         edits: Any = None,
         epoch_steps: int | None = None,
+        prompt_format: Any = None,
     ) -> None:
         super().__init__(self)
         self._tokenizer, self.on_log, self.log_every_n_steps = tokenizer, on_log, log_every_n_steps
@@ -48,7 +49,7 @@ class LoopHost(Host):
         self.history: list[dict[str, float]] = []
         self.tables: dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]] = {}
         self.run: EditRun | None = None
-        self.prompt_format: PromptFormat | None = None
+        self.prompt_format: PromptFormat | None = read_format(prompt_format)
         self.penalty_gradients: list[tuple[nn.Parameter, Any]] = []
         self._watches: list[Any] = []
         # For each gradient of the penalties: whether its values have changed before the backward pass of the loss.
@@ -322,26 +323,14 @@ def editing(
         3
     """
     options = (tokenizer, on_log, log_every_n_steps, edits, epoch_steps, prompt_format)
-    return EditingBlock(_edit(model, callbacks, *options))
+    return EditingBlock(_edit(model, callbacks, options))
 
 
 @contextmanager
-def _edit(
-    model: nn.Module,
-    callbacks: Sequence[Any],
-    tokenizer: Any,
-    on_log: Any,
-    log_every_n_steps: int,
-    edits: Any,
-    epoch_steps: int | None,
-    prompt_format: Any,
-) -> Iterator[Editing]:
-    check_editing(model, callbacks, tokenizer, on_log, log_every_n_steps, epoch_steps)
-    host = LoopHost(tokenizer, on_log, log_every_n_steps, edits, epoch_steps)
-    with reported_by("editing"):
-        host.prompt_format = read_format(prompt_format)
-        if host.prompt_format is not None:
-            check_format(host.prompt_format, tokenizer)
+def _edit(model: nn.Module, callbacks: Sequence[Any], options: tuple[Any, ...]) -> Iterator[Editing]:
+    """Check the arguments of :func:`editing`, and yield the block. ``options`` are the arguments of ``LoopHost``."""
+    check_editing(model, callbacks, *options)
+    host = LoopHost(*options)
     run = None
     try:
         for callback in callbacks:

@@ -39,6 +39,10 @@ class KFACFactors:
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
         )
 
+    def __or__(self, other: KFACFactors) -> KFACFactors:
+        """Return the factors of the weights of both. ``other`` takes precedence, as for dictionaries."""
+        return KFACFactors(self.inputs | other.inputs, self.gradients | other.gradients)
+
     def only(self, names: Container[str]) -> KFACFactors:
         """Return the factors of the weights in ``names``. Names without factors are ignored."""
         inputs, gradients = (

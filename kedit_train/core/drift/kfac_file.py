@@ -80,15 +80,18 @@ def load_factors(
         )
     for subject, fingerprint in _fingerprints(model, sequences, seed).items():
         found = str(metadata.get(subject))
-        if found != fingerprint:
-            same_weights = found.removesuffix(WITHOUT_FIRST) == fingerprint.removesuffix(WITHOUT_FIRST)
-            other = "texts, another limit or another seed" if subject == "texts" else subject
-            reason = "another callback, which handles the first tokens of texts differently" if same_weights else ""
-            raise EditError(
-                f"the file at factors_path={str(path)!r} does not fit this run: it was computed "
-                f"{'by ' + reason if reason else f'with other {other} than those of this run'}; use another path, or "
-                f"{_RETRY}."
-            )
+        if found == fingerprint:
+            continue
+        if found.removesuffix(WITHOUT_FIRST) == fingerprint.removesuffix(WITHOUT_FIRST):
+            how = "by another callback, which handles the first tokens of texts differently"
+        elif subject == "texts":
+            how = "with other texts, another limit or another seed than those of this run"
+        else:
+            how = f"with other {subject} than those of this run"
+        raise EditError(
+            f"the file at factors_path={str(path)!r} does not fit this run: it was computed {how}; use another path, "
+            f"or {_RETRY}."
+        )
     factors = KFACFactors({}, {})
     kinds = [("inputs", factors.inputs)] + ([] if inputs_only else [("gradients", factors.gradients)])
     for kind, moments in kinds:

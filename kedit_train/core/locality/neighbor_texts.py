@@ -26,7 +26,7 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
         n: number of prompts per edit (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
 
     Returns:
-        The prompts, or None if there are none.
+        The prompts, or None if no prompt could be made.
     """
     tokenizer = run.tokenizer(texts.tokenizer)
     # Only names from the texts are used, so these texts may contain prompts of the edits.
