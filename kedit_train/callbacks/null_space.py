@@ -265,7 +265,10 @@ class NullSpace(EditCallback):
 
     def _directions(self, moments: Mapping[str, SecondMoment]) -> dict[str, Tensor]:
         """Return the directions to preserve for each weight, [d_in, rank] in fp64."""
-        return {name: principal_directions(moment.mean, energy=self.energy) for name, moment in moments.items()}
+        return {
+            name: principal_directions(moment.mean, energy=self.energy, rank=moment.count)
+            for name, moment in moments.items()
+        }
 
     def _join(self, directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]) -> dict[str, Tensor]:
         """Return the given directions together with those of further inputs, if there are any."""
