@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conformance.test_other_trainers import Rows, moved
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kedit_train.callbacks import (
     EditCallback,
@@ -29,6 +30,7 @@ from kedit_train.callbacks import (
     StopWhenEdited,
     WeightAnchor,
 )
+from kedit_train.callbacks.hosts.teacher_vocabulary import check_teacher_vocabulary
 from kedit_train.data.fact_in_context import prompt_with_fact
 from kedit_train.errors import EditError
 
@@ -286,11 +288,51 @@ def other_vocabulary(size: int) -> Any:
 
 def test_a_teacher_with_another_vocabulary_is_an_error_in_one_line() -> None:
     model, tokenizer = student()
-    with pytest.raises(ValueError, match=r"vocab_size 77") as error:
+    # TRL compares the sizes itself, after the callbacks have joined.
+    with pytest.raises(ValueError, match="vocab_size 77") as error:
         trainer("Distillation", model, tokenizer, [scope()], 2, teacher_model=other_vocabulary(77))
     assert "\n" not in str(error.value)
     # The model is released: another trainer can edit it.
     trainer("Distillation", model, tokenizer, [scope()], 1).train()
+
+
+def test_a_teacher_with_another_tokenizer_is_an_error_in_one_line(tmp_path: Path) -> None:
+    (model, tokenizer), steps = student(), []
+    other = teacher()
+    other.save_pretrained(tmp_path)
+    # The same number of tokens, but two of them are exchanged.
+    saved = tokenizer.save_pretrained(tmp_path)
+    path = next(Path(name) for name in saved if name.endswith("tokenizer.json"))
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    used = trainer(
+        "Distillation", model, tokenizer, [scope()], 2, teacher_model=AutoModelForCausalLM.from_pretrained(tmp_path)
+    )
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        with pytest.raises(EditError, match=r"^DistillationTrainer: the teacher .* must have the tokenizer") as error:
+            used.train()
+    finally:
+        handle.remove()
+    assert not steps
+    assert "\n" not in str(error.value)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_vocabulary_of_any_teacher_is_checked() -> None:
+    class Trainer:
+        model, args, teacher_model = other_vocabulary(64), None, other_vocabulary(77)
+
+    # Another trainer need not compare token ids.
+    check_teacher_vocabulary(Trainer())
+    Trainer.__module__ = "trl.experimental.gkd"
+    with pytest.raises(EditError, match=r"^Trainer: .* \(64 tokens\), got 77 tokens; use a teacher with the same"):
+        check_teacher_vocabulary(Trainer())
+    Trainer.teacher_model = Trainer.model
+    check_teacher_vocabulary(Trainer())
 
 
 @pytest.mark.parametrize("kind", ["SDFT", "Distillation"])
