@@ -27,6 +27,7 @@ from kedit_train.callbacks import (
     ParameterScope,
     PolyakStep,
     PrefixCache,
+    SecondOrderLocality,
     StopWhenEdited,
     WeightAnchor,
 )
@@ -34,11 +35,8 @@ from kedit_train.callbacks.hosts.teacher_vocabulary import check_teacher_vocabul
 from kedit_train.data.fact_in_context import prompt_with_fact
 from kedit_train.errors import EditError
 
-# TRL uses names that transformers will remove, and says that SDFTTrainer may change.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
-]
+# TRL uses a name that transformers will remove.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")
 SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 LOSS = "^{name}: the (loss|penalty) .* computes its own loss from completions; use SFTTrainer, or remove"
 # Callbacks that replace the loss, or that read the loss of another callback.
@@ -97,6 +95,7 @@ def test_a_callback_that_needs_the_loss_is_an_error_before_the_first_step(callba
     ("callback", "message"),
     [
         (PolyakStep, r"^PolyakStep: .*TokenLoss"),
+        (lambda: SecondOrderLocality(texts=TEXTS), r"^SecondOrderLocality: .*TokenLoss"),
         (lambda: StopWhenEdited(loss=0.1), r"^StopWhenEdited: .*TokenLoss"),
     ],
 )
@@ -143,7 +142,9 @@ def test_the_null_space_holds(kind: str) -> None:
     assert 0.0 < float((inputs[0] @ change.T).norm()) < 0.4 * float(change.norm() * inputs[0].norm())
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("SDFT", "GRPO") else pytest.param(k, marks=pytest.mark.slow) for k in TRAINERS]
+)
 def test_kl_locality_adds_its_penalty(kind: str) -> None:
     rate, weight = (0.1, 5.0) if kind in ("SDFT", "Distillation") else (0.15, 4.0)
 
