@@ -35,8 +35,6 @@ from kedit_train.callbacks.hosts.teacher_vocabulary import check_teacher_vocabul
 from kedit_train.data.fact_in_context import prompt_with_fact
 from kedit_train.errors import EditError
 
-# TRL uses a name that transformers will remove.
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning")
 SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 LOSS = "^{name}: the (loss|penalty) .* computes its own loss from completions; use SFTTrainer, or remove"
 # Callbacks that replace the loss, or that read the loss of another callback.
