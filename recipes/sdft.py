@@ -7,7 +7,8 @@ The teacher is the unedited model that reads the new fact four times before the 
 without the fact. At each token of its own completion, the student learns the teacher's distribution. The teacher must
 follow facts in its context, otherwise the script ends with an error. docs/hosts.md has more measurements.
 
-MEASURED
+Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, locality 0.50 (fraction of other answers with the
+same first tokens; 0.94 of the right answers stay right); 230 s of processor time on one core (2026-11-27).
 """
 
 import argparse
