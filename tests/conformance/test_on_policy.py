@@ -161,7 +161,8 @@ def test_kl_locality_adds_its_penalty(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_the_metrics_are_logged_and_reported(kind: str, tmp_path: Path) -> None:
-    metrics = EditMetrics(edits(), every_n_steps=1, show=False, evaluation=SHORT, report_path=tmp_path / "report.json")
+    path = tmp_path / "report.json"
+    metrics = EditMetrics(edits(), every_n_steps=1, show=False, evaluation=SHORT, report_path=str(path))
     used = train(kind, [scope(), metrics, KLLocality(texts=TEXTS, batch_size=2)], 2)
     rows = [row for row in used.state.log_history if "loss" in row]
     assert len(rows) == 2
@@ -171,7 +172,7 @@ def test_the_metrics_are_logged_and_reported(kind: str, tmp_path: Path) -> None:
         assert "completions/mean_length" in row
     assert metrics.report is not None
     assert len(metrics.report.answers_table()) == PROMPTS
-    assert (tmp_path / "report.json").exists()
+    assert path.exists()
 
 
 def test_training_ends_when_the_metrics_say_so() -> None:
@@ -307,9 +308,8 @@ def test_a_teacher_with_another_tokenizer_is_an_error_in_one_line(tmp_path: Path
     first, second = list(vocabulary)[-2:]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     path.write_text(json.dumps(content))
-    used = trainer(
-        "Distillation", model, tokenizer, [scope()], 2, teacher_model=AutoModelForCausalLM.from_pretrained(tmp_path)
-    )
+    different = AutoModelForCausalLM.from_pretrained(tmp_path)
+    used = trainer("Distillation", model, tokenizer, [scope()], 2, teacher_model=different)
     handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
     try:
         with pytest.raises(EditError, match=r"^DistillationTrainer: the teacher .* must have the tokenizer") as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import AutoTokenizer
 
 from kedit_train.errors import EditError
@@ -24,10 +23,12 @@ def check_teacher_vocabulary(trainer: Any) -> None:
     Raises:
         EditError: the vocabularies differ.
     """
-    teacher, model = getattr(trainer, "teacher_model", None), trainer.model
+    model: Any = trainer.model
+    teacher: Any = getattr(trainer, "teacher_model", None)
+    # DDP wraps the teacher.
     teacher = getattr(teacher, "module", teacher)
     is_trl = any(base.__module__.startswith("trl.") for base in type(trainer).__mro__)
-    if not is_trl or not isinstance(teacher, nn.Module) or teacher is model:
+    if not is_trl or teacher is None or teacher is model:
         return
     if getattr(trainer.args, "use_uld_loss", False):
         return
@@ -46,10 +47,12 @@ def check_teacher_vocabulary(trainer: Any) -> None:
         own = AutoTokenizer.from_pretrained(path, local_files_only=True).get_vocab()
     except Exception:  # The teacher was saved without a tokenizer, or needs code that was not loaded.
         return
-    different = sorted(set(own.items()) ^ set(tokenizer.get_vocab().items()))
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    # One of the tokenizers may have additional tokens, such as a padding token.
+    different = [token for token, number in own.items() if tokens.get(number, token) != token]
     if different:
         raise EditError(
             f"the teacher {path!r} must have the tokenizer of the trained model, but their tokenizers differ, for "
-            f"example in the token {different[0][0]!r}; use a teacher with the same tokenizer.",
+            f"example in the token {different[0]!r}; use a teacher with the same tokenizer.",
             component=type(trainer).__name__,
         )
