@@ -16,7 +16,7 @@ from kedit_train.arguments import check_arguments, integer_from, one_of, optiona
 from kedit_train.atomic_write import writing
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, decide_append_eos
 from kedit_train.data.contradictions import check_contradictions, numbered, without_overwritten
-from kedit_train.data.host_datasets import prompt_completion_rows, to_dataset, token_rows
+from kedit_train.data.host_datasets import TrainerDatasets
 from kedit_train.data.prompts import PromptFormat, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
 from kedit_train.data.readers.check_edit import check_edit
@@ -35,7 +35,7 @@ OnError = Literal["raise", "skip"]
 LIMIT = optional(integer_from(1))
 
 
-class EditDataset(Sequence[Edit]):
+class EditDataset(TrainerDatasets):
     """A sequence of edits. An index returns an :class:`Edit`, a slice returns an ``EditDataset``.
 
     Args:
@@ -222,8 +222,8 @@ class EditDataset(Sequence[Edit]):
     def check_trained_together(self) -> None:
         """Raise an error if two edits contradict each other, because a model cannot learn both targets in one run.
 
-        :meth:`encode` and :meth:`to_prompt_completion` call this method. In the modes "sequential" and "streaming" of
-        :func:`~kedit_train.run_edits`, a later edit may contradict an earlier edit, and then replaces it.
+        :meth:`encode` and the methods that make a dataset for a trainer call this method. In the modes "sequential"
+        and "streaming" of :func:`~kedit_train.run_edits`, a later edit replaces an earlier edit that it contradicts.
 
         Raises:
             EditError: two edits contradict each other (see :meth:`latest`).
@@ -252,54 +252,6 @@ class EditDataset(Sequence[Edit]):
                 )
             edits.append(replace(edit, target=edit.old_target, old_target=None, aliases=()))
         return self._with(edits)
-
-    def to_prompt_completion(self, *, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
-        """Convert the edits to a dataset with the columns ``prompt`` and ``completion``, for TRL's ``SFTTrainer``.
-
-        The dataset contains prompts and targets, but no rephrases and no probes. In plain text, the completion begins
-        with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
-        ``SFTTrainer`` renders with the chat template of its tokenizer.
-
-        ``SFTTrainer`` (trl 1.16) appends end-of-text to every plain completion, even if the unedited model itself does
-        not end its completions. To avoid this, use :meth:`to_tokens` with its argument ``append_eos``. ``docs/data.md``
-        lists all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
-
-        Args:
-            prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``.
-
-        Returns:
-            One row per edit.
-
-        Raises:
-            EditError: the package ``datasets`` is not installed, two edits contradict each other, or the format is a
-                ``ChatFormat`` with ``thinking=True``. ``SFTTrainer`` would train on the thinking block of this format.
-        """
-        check_format(prompt_format)
-        self.check_trained_together()
-        return to_dataset(prompt_completion_rows(self._edits, prompt_format))
-
-    def to_tokens(self, tokenizer: Any, **options: Any) -> datasets.Dataset:
-        """Convert the edits to a dataset with the columns ``input_ids`` and ``labels``, for TRL and ``transformers``.
-
-        TRL's ``SFTTrainer`` trains on these tokens as they are, and appends nothing.
-
-        Args:
-            tokenizer: a tokenizer of ``transformers``.
-            options: the other arguments of :meth:`encode`.
-
-        Returns:
-            One row per edit. Labels are -100 outside of the target.
-
-        Raises:
-            EditError: the package ``datasets`` is not installed, or an edit cannot be tokenized (see :meth:`encode`).
-
-        Example:
-            >>> from kedit_train import world
-            >>> model, tokenizer = world.load()
-            >>> EditDataset.load("world", limit=2).to_tokens(tokenizer, model=model).column_names
-            ['input_ids', 'labels']
-        """
-        return to_dataset(token_rows(self.encode(tokenizer, **options)))
 
     def encode(
         self,

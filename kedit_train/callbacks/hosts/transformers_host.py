@@ -224,6 +224,13 @@ class TransformersHost(Host):
     def loss_unsupported_reason(self) -> str | None:
         if self.args.n_gpu > 1:
             return "torch.nn.DataParallel copies the model without its hooks; start one process per GPU"
+        # GRPO, RLOO, SDFT, DistillationTrainer, GKD and others. RLOO calls the model with labels, but the result is a
+        # probability in its loss and not the loss itself.
+        if any(hasattr(self.args, name) for name in ("max_completion_length", "max_new_tokens")):
+            return (
+                f"the trainer of {type(self.args).__name__} computes its own loss from completions; use SFTTrainer, or "
+                "remove this callback"
+            )
         if getattr(self.args, "label_smoothing_factor", 0):
             return (
                 "with label_smoothing_factor, the trainer computes the loss outside of the model; set "
