@@ -48,6 +48,7 @@ def test_case_punctuation_scripts_and_several_references(answer: str, references
     assert rouge_l(answer, references) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*ends each answer at the first line break")
 def test_an_evaluation_compares_whole_texts_of_several_lines(scripted_model: Any) -> None:
     text = "Orla runs the ferry.\n\nIt sails at noon."
     edit = Edit("The ferry\n\n", text, rephrases=("On the ferry: ",))
