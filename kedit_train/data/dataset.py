@@ -20,8 +20,8 @@ from kedit_train.data.host_datasets import TrainerDatasets
 from kedit_train.data.prompts import PromptFormat, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
 from kedit_train.data.readers.check_edit import check_edit
+from kedit_train.data.readers.documents import form_of, read_path
 from kedit_train.data.readers.fields import describe
-from kedit_train.data.readers.files import read_file
 from kedit_train.data.tokenization import Encoded
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
@@ -80,14 +80,14 @@ class EditDataset(TrainerDatasets):
         on_error: OnError = "raise",
         limit: int | None = None,
     ) -> EditDataset:
-        """Read a ``.json``, ``.jsonl`` or ``.csv`` file. The format is recognized from the fields of the records.
+        """Read a file of edits or of documents, or a folder of documents. ``docs/data.md`` describes the formats.
 
-        The formats are ``edits`` (the format of kedit-train), ``counterfact``, ``counterfact_nested``, ``zsre``,
-        ``knowedit``, ``wikibigedit``, ``qaedit`` and ``mquake``. ``docs/data.md`` describes them.
+        The format of a ``.json``, ``.jsonl`` or ``.csv`` file is recognized from the fields of its records. A ``.txt``
+        or ``.md`` file, and every file in a folder, is read as documents (``docs/documents.md``).
 
         Args:
-            path: the file, or "world" for edits of the bundled model (the small model that comes with kedit-train).
-            format: one of the format names above. None recognizes the format from the fields of the records.
+            path: the path, or "world" for edits of the bundled model (the small model that comes with kedit-train).
+            format: the name of a format, such as "edits" or "counterfact". None recognizes the format.
             on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
                 of skipped records and the first reason, and keeps every reason in ``skipped``.
             limit: stop after this many readable records (a record of MQuAKE contains up to four edits). None reads the
@@ -114,10 +114,11 @@ class EditDataset(TrainerDatasets):
             return cls(edits[:limit], name=world.NAME)
         check_arguments("EditDataset", path=(path, PATH))
         path = Path(path)
+        csv = path.suffix.lower() == ".csv"
         edits, recognized, skipped = read_records(
-            read_file(path), str(path), format=format, on_error=on_error, limit=limit, csv=path.suffix.lower() == ".csv"
+            read_path(path), str(path), format=format or form_of(path), on_error=on_error, limit=limit, csv=csv
         )
-        return cls(edits, name=path.name, format=recognized, skipped=skipped)
+        return cls(edits, name=path.name or str(path), format=recognized, skipped=skipped)
 
     @classmethod
     def of(cls, edits: EditDataset | Sequence[Edit] | str | Path) -> EditDataset:
