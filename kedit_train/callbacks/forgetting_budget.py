@@ -41,8 +41,9 @@ class ForgettingBudget(EditCallback):
 
     Args:
         kl: the budget: mean divergence per token in nats, in the direction of the penalty.
-        step_size: how fast the weight adapts. In one step, the weight rises or falls at most by the factor
-            exp(step_size), and it is multiplied by up to e while the divergence is above the budget.
+        step_size: how fast the weight adapts. In one step, the Lagrange multiplier rises or falls at most by the factor
+            exp(step_size). The weight is the multiplier, or up to 1.65 times as large while the divergence is above the
+            budget.
         measured_on: which penalty to adapt, if there are several: "texts" (KLLocality) or "batch" (BatchAnchor). None
             requires that there is only one.
         max_weight: upper bound of the weight. If the weight reaches this bound, the learning rate is too high for the
