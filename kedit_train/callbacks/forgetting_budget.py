@@ -66,6 +66,7 @@ class ForgettingBudget(EditCallback):
         as a predictor of forgetting.
 
     Example:
+        >>> import torch
         >>> from kedit_train import editing, world
         >>> from kedit_train.callbacks import BatchAnchor, ForgettingBudget
         >>> model, tokenizer = world.load()
