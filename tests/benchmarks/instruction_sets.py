@@ -18,6 +18,7 @@ import copy
 import json
 import random
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,8 @@ class Bench:
         }[method]()  # fmt: skip
 
 
-def run(seed: int, methods: list[str], settings: dict[str, float]) -> list[dict[str, Any]]:
-    """Train set A, then set B with each method."""
+def run(seed: int, methods: list[str], settings: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """Train set A, then set B with each method. Return one row per method."""
     bench = Bench(seed, settings)
     untrained = {name: bench.score(bench.model, name) for name in SETS}
     seconds = bench.train(bench.model, "A", [TokenLoss("cross_entropy")])
@@ -171,7 +172,6 @@ def run(seed: int, methods: list[str], settings: dict[str, float]) -> list[dict[
     print(f"seed {seed}: untrained {untrained}, A after A {first:.2f} ({seconds:.0f} s)", flush=True)
     before = bench.log_probs(bench.model, "B")
     _, reference = measure_prose(bench.model, bench.tokenizer, bench.prose)
-    rows = []
     for method in methods:
         model = copy.deepcopy(bench.model)
         seconds = bench.train(model, "B", bench.callbacks(method))
@@ -184,9 +184,8 @@ def run(seed: int, methods: list[str], settings: dict[str, float]) -> list[dict[
             "KL on prose": prose_scores(results)["kl"].value, "seconds": seconds, "settings": settings,
             "date": str(date.today()), "machine": f"{processor()}, torch {torch.__version__}",
         }  # fmt: skip
-        rows.append(row)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "machine"}, flush=True)
-    return rows
+        yield row
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -210,11 +209,11 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = SETTINGS | {name: float(value) for name, _, value in (one.partition("=") for one in options.set)}
     for seed in options.seeds if options.what == "run" else ():
-        rows = run(seed, options.only, settings)
-        # Rows on which settings are chosen are not kept.
-        if seed < 100:
-            with RESULTS.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in run(seed, options.only, settings):
+            # Rows on which settings are chosen are not kept.
+            if seed < 100:
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     if RESULTS.exists():
         rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         marks = "<!-- instruction sets: written by instruction_sets.py -->", "<!-- instruction sets: end -->"
