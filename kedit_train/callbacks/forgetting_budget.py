@@ -122,8 +122,9 @@ class ForgettingBudget(EditCallback):
     def attach(self, run: EditRun) -> None:
         self._penalty = self._find_penalty(run)
         self._penalty.adapted = True
-        self._log_multiplier = math.log(min(self._penalty.weight, self.max_weight))
-        self.weight, self.divergence, self.reason = self._penalty.weight, None, None
+        self._set_weight(min(self._penalty.weight, self.max_weight))
+        self._log_multiplier = math.log(self._penalty.weight)
+        self.divergence, self.reason = None, None
         self._steps_above = 0
 
     def _find_penalty(self, run: EditRun) -> DivergencePenalty:
