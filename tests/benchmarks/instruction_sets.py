@@ -217,7 +217,7 @@ def main() -> None:
     if RESULTS.exists():
         rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
         marks = "<!-- instruction sets: written by instruction_sets.py -->", "<!-- instruction sets: end -->"
-        PAGE.write_text(replaced(PAGE.read_text(), marks, table(rows)))
+        PAGE.write_text(replaced(PAGE.read_text(), marks, ["\n".join(table(rows))]))
 
 
 if __name__ == "__main__":
