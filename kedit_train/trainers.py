@@ -17,6 +17,7 @@ from kedit_train.callbacks import (
     EditCallback,
     EditMetrics,
     ForgetFirst,
+    ForgettingBudget,
     GradientMask,
     KLLocality,
     LowCurvature,
@@ -54,6 +55,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "context_teacher": ContextTeacher,
     "kl_locality": KLLocality,
     "batch_anchor": BatchAnchor,
+    "forgetting_budget": ForgettingBudget,
     "weight_anchor": WeightAnchor,
     "norm_ball": NormBall,
     "null_space": NullSpace,
@@ -136,6 +138,9 @@ class EditSFTConfig(SFTConfig):
     context_teacher: Arguments = field(default=None, metadata=_help("Distill the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
+    forgetting_budget: Arguments = field(
+        default=None, metadata=_help("How large may the divergence from the original model become?")
+    )
     weight_anchor: Arguments = field(
         default=None, metadata=_help("Pull the weights towards their original values (L2-SP, EWC).")
     )

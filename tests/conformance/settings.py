@@ -15,6 +15,7 @@ from kedit_train.callbacks import (
     ContextTeacher,
     EditMetrics,
     ForgetFirst,
+    ForgettingBudget,
     ForgetTraining,
     GradientMask,
     KLLocality,
@@ -86,6 +87,8 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     ],
     # The bundled model follows no fact in its context. The teacher then teaches later tokens and ends of answers.
     "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
+    # A few steps stay below this budget, so the weight falls.
+    "ForgettingBudget": lambda edits: [ForgettingBudget(5.0, measured_on="batch"), BatchAnchor(weight=50.0)],
 }
 
 

@@ -24,7 +24,15 @@ NEUTRAL = ("ParameterScope", "EditMetrics", "PrefixCache", "SaveDelta")
 # They take steps of Adam, which enlarges rounding differences of gradients that are nearly 0.
 STEPS_OF_ADAM = ("PolyakStep", "SecondOrderLocality")
 # A penalty, a loss, a mask, scores and a rule that ends training; one for each way to act on a run.
-IN_DEFAULT_RUN = ("ParameterScope", "TokenLoss", "KLLocality", "GradientMask", "EditMetrics", "StopWhenEdited")
+IN_DEFAULT_RUN = (
+    "ParameterScope",
+    "TokenLoss",
+    "KLLocality",
+    "GradientMask",
+    "EditMetrics",
+    "StopWhenEdited",
+    "ForgettingBudget",
+)
 SCOPED = "model.layers.3.mlp.down_proj.weight"
 
 

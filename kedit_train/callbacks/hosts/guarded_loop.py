@@ -171,7 +171,7 @@ def guard_loop(control: Any) -> None:
     Args:
         control: the trainer's control object.
     """
-    trainer = _calling_trainer(control)
+    trainer = calling_trainer(control)
     if trainer is not None and _LOOP not in trainer.__dict__ and hasattr(type(trainer), _LOOP):
         trainer.__dict__[_LOOP] = GuardedLoop(trainer)
         if hasattr(type(trainer), _LOAD):
@@ -180,7 +180,7 @@ def guard_loop(control: Any) -> None:
                 trainer.__dict__[_SETUP] = GuardedSetup(trainer)
 
 
-def _calling_trainer(control: Any) -> Any | None:
+def calling_trainer(control: Any) -> Any | None:
     """Search the call stack for the trainer with this control object, because callbacks do not receive the trainer."""
     frame = sys._getframe(1)
     while frame is not None:
