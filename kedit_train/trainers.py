@@ -138,9 +138,7 @@ class EditSFTConfig(SFTConfig):
     context_teacher: Arguments = field(default=None, metadata=_help("Distill the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
-    forgetting_budget: Arguments = field(
-        default=None, metadata=_help("How large may the divergence from the original model become?")
-    )
+    forgetting_budget: Arguments = field(default=None, metadata=_help("Keep the divergence within a budget."))
     weight_anchor: Arguments = field(
         default=None, metadata=_help("Pull the weights towards their original values (L2-SP, EWC).")
     )
@@ -156,10 +154,7 @@ class EditSFTConfig(SFTConfig):
     second_order_locality: Arguments = field(
         default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
     )
-    polyak_step: Arguments = field(
-        default=None,
-        metadata=_help("Choose the length of each step from the loss, so that no learning rate is needed."),
-    )
+    polyak_step: Arguments = field(default=None, metadata=_help("Choose the length of each step from the loss."))
     prefix_cache: Arguments = field(
         default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
     )

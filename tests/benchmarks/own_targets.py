@@ -1,8 +1,8 @@
 """Train SmolLM2 towards its own predictions (ContextTeacher, MixSD) and towards labels, on the same edits.
 
-    python tests/benchmarks/own_targets.py                     # what own_targets.jsonl does not hold, into docs/results.md
+    python tests/benchmarks/own_targets.py             # what own_targets.jsonl does not hold, into docs/results.md
     python tests/benchmarks/own_targets.py --model smollm2_zsre --draws 10
-    python tests/benchmarks/own_targets.py report              # write the table only
+    python tests/benchmarks/own_targets.py report      # write the table only
 
 Every variant is kedit_default with other targets. The 40 edits of a draw are facts that the unedited model follows when
 it reads them in its context. A run takes about four minutes of one core.
@@ -24,7 +24,7 @@ import yaml
 from compare import measure
 from compare_report import PAGE, replaced
 from paired import processor
-from settings import SETTINGS, Setting, load
+from settings import HELD_OUT, SETTINGS, Setting, load
 
 from kedit_train.data import Edit
 from kedit_train.data.fact_in_context import prompt_with_fact
@@ -98,7 +98,11 @@ def run(model: str, targets: str, draw: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the means over draws as a table in Markdown, with the smallest and the largest value."""
+    """Return the means over draws as a table in Markdown, with the smallest and the largest value.
+
+    Draws from HELD_OUT upwards are for trials and are not reported.
+    """
+    rows = [row for row in rows if row["draw"] < HELD_OUT]
     lines = [f"| {' | '.join(HEADINGS)} |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
     for model, label in MODELS.items():
         for targets in VARIANTS:
