@@ -24,15 +24,17 @@ _DECAY = 0.5
 _AIM = 0.9
 # A smaller weight has no effect, and would need many steps to grow again.
 _SMALLEST_WEIGHT = 0.01
+# The callback that adds the penalty.
+_OWNERS = {"texts": "KLLocality", "batch": "BatchAnchor"}
 
 
 class ForgettingBudget(EditCallback):
     """Keep the divergence from the model before the edit within a budget, by adapting the weight of its penalty.
 
     Another callback adds the penalty: :class:`KLLocality` penalizes the divergence on texts, :class:`BatchAnchor` the
-    divergence on the training data itself. After each optimizer step, this callback compares the divergence of the step
-    with the budget. If the divergence is above the budget, the weight of the penalty rises. If it is below, the weight
-    falls (dual ascent on a Lagrange multiplier). So you choose how much the model may change, instead of a weight. The
+    divergence on the training data itself. After each optimizer step, this callback compares a running average of the
+    divergence with 0.9 times the budget. If the average is larger, the weight of the penalty rises. Otherwise it falls
+    (dual ascent on a Lagrange multiplier). So you choose how much the model may change, instead of a weight. The
     argument ``weight`` of the penalty is only the value at the start.
 
     The budget holds at the end of a run, if the run is long enough. In the first steps, the divergence can be above the
@@ -57,8 +59,8 @@ class ForgettingBudget(EditCallback):
         reason: why training was ended by ``stop_after``, as text, or None.
 
     Raises:
-        EditError: an argument is out of range, no callback adds such a penalty, several do and ``measured_on`` names
-            none of them, or the weight of the penalty is 0.
+        EditError: an argument is out of range, no callback adds the penalty that ``measured_on`` names, several
+            penalties match, another ForgettingBudget adapts the same penalty, or the weight of the penalty is 0.
 
     References:
         Responsive Safety in Reinforcement Learning by PID Lagrangian Methods, arXiv 2007.03964.
@@ -131,8 +133,7 @@ class ForgettingBudget(EditCallback):
         kinds = (self.measured_on,) if self.measured_on else ("texts", "batch")
         found = [penalty for penalty in run.penalties if penalty.measured_on in kinds]
         if not found:
-            needed = "KLLocality" if self.measured_on == "texts" else "BatchAnchor"
-            raise EditError(f'measured_on="{self.measured_on}" needs {needed}, which is missing; add it.')
+            raise EditError(f'measured_on="{self.measured_on}" needs {_OWNERS[kinds[0]]}, which is missing; add it.')
         if len(found) > 1:
             on = [penalty.measured_on for penalty in found]
             advice = 'set measured_on="texts" or "batch"' if len(set(on)) > 1 else "keep only one of them"
@@ -145,8 +146,8 @@ class ForgettingBudget(EditCallback):
             )
         if penalty.weight == 0.0:
             raise EditError(
-                "the weight of the penalty must be > 0, got 0, which no factor can raise; leave out weight= of the "
-                "penalty."
+                f"weight of {_OWNERS[penalty.measured_on]} must be > 0, got 0, because ForgettingBudget multiplies it; "
+                "remove weight=0 there."
             )
         return penalty
 
