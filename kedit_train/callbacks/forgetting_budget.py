@@ -38,8 +38,9 @@ class ForgettingBudget(EditCallback):
     argument ``weight`` of the penalty is only the value at the start.
 
     The budget holds at the end of a run, if the run is long enough. In the first steps, the divergence can be above the
-    budget, because the weight has not yet adapted. If the divergence is above the budget at the end of the run, there
-    is a warning.
+    budget, because the weight has not yet adapted. The divergence of a step is measured before the weights change, so
+    the effect of the last step is not measured. If the last average is above the budget, there is a warning at the end
+    of the run.
 
     Args:
         kl: the budget: mean divergence per token in nats, in the direction of the penalty.
@@ -125,6 +126,8 @@ class ForgettingBudget(EditCallback):
         self._penalty = self._find_penalty(run)
         self._penalty.adapted = True
         self._set_weight(min(self._penalty.weight, self.max_weight))
+        # A penalty may begin with an even smaller weight.
+        self._smallest = min(_SMALLEST_WEIGHT, self._penalty.weight)
         self._log_multiplier = math.log(self._penalty.weight)
         self.divergence, self.reason = None, None
         self._steps_above = 0
@@ -160,7 +163,7 @@ class ForgettingBudget(EditCallback):
         before = measured if self.divergence is None else self.divergence
         self.divergence = _DECAY * before + (1.0 - _DECAY) * measured
         violation = log_ratio(self.divergence, _AIM * self.kl)
-        bounds = (_SMALLEST_WEIGHT, self.max_weight)
+        bounds = (self._smallest, self.max_weight)
         self._log_multiplier = dual_ascent(self._log_multiplier, violation, step_size=self.step_size, bounds=bounds)
         self._set_weight(penalty_weight(self._log_multiplier, violation, largest=self.max_weight))
         self._steps_above = self._steps_above + 1 if self.divergence > self.kl else 0

@@ -202,7 +202,13 @@ class KLLocality(EditCallback):
         return penalty
 
     def after_step(self, run: EditRun) -> None:
-        if self._balance is not None and not self._penalty.adapted:
+        if self._balance is None:
+            return
+        if self._penalty.adapted:
+            # The weight is chosen during training, so there is nothing to advise.
+            self._balance.remove()
+            self._balance = None
+        else:
             self._balance.after_step(f"lower weight (now {self.weight})")
 
     def score(self, hidden: Tensor, *reference: Tensor) -> tuple[Tensor, ...]:

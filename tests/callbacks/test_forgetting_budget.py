@@ -222,6 +222,19 @@ def both(**texts: Any) -> list[Any]:
     return [KLLocality(TEXTS, **texts), BatchAnchor()]
 
 
+def test_nothing_is_recorded_for_the_comparison_of_penalty_and_loss(make, words, ids):
+    """The comparison keeps tensors of each step, which nobody would remove."""
+    locality = KLLocality(TEXTS, weight=2.0, batch_size=4)
+    steps(make(), words, ids, [ForgettingBudget(0.02), locality], 3)
+    assert locality._balance is None
+
+
+def test_a_weight_below_the_smallest_weight_changes_by_the_same_factor(make, words, ids):
+    budget = ForgettingBudget(10.0, step_size=0.1)
+    steps(make(), words, ids, [budget, BatchAnchor(0.001)], 3)
+    assert budget.weight == pytest.approx(0.001)
+
+
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
@@ -237,7 +250,7 @@ def both(**texts: Any) -> list[Any]:
             [ForgettingBudget(0.1), ForgettingBudget(0.2), BatchAnchor()],
             "another ForgettingBudget already adapts the penalty that is measured on batch",
         ),
-        ([ForgettingBudget(), BatchAnchor(0.0)], "the weight of the penalty must be > 0, got 0"),
+        ([ForgettingBudget(), BatchAnchor(0.0)], "weight of .* must be > 0, got 0"),
     ],
 )
 def test_wrong_combinations_are_errors_before_the_first_step(make, words, ids, callbacks, message):
