@@ -65,7 +65,7 @@ class AugmentationOptions:
             targets.
         study: a file of study rows: paraphrases, questions with answers, implications and continuations of documents.
             If the file does not exist, the unedited model writes it (:func:`study_rows`), which needs a chat template.
-            None: no study rows.
+            An existing file is read, with any seed of the run. None: no study rows.
         study_ratio: number of study tokens per document token, above 0. Rows are drawn with the seed of the run until
             this ratio is reached. None uses all rows.
 
@@ -185,7 +185,7 @@ def augmentation(
             with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1). None: the edits are
             trained with their own targets.
         study: study rows of documents: a result of :func:`study_rows`, or the file of its rows. If the file does not
-            exist, ``model`` writes it.
+            exist, ``model`` writes it with ``seed``. Rows of a result that are about other documents are left out.
         study_ratio: number of study tokens per document token, above 0. Rows are drawn with ``seed`` until this ratio
             is reached. If there are too few rows, all are used. None uses all rows.
         seed: seed of all random draws.
@@ -251,12 +251,14 @@ def augmentation(
                 "study_ratio."
             )
         if study is not None:
-            rows = study if isinstance(study, StudyRows) else study_rows(model, tokenizer, edits, study, seed=seed)
-            by_document, mixture = mixed_rows(tokenizer, edits, rows, study_ratio, seed, prompt_format)
-            summary.append(f"{mixture} ({rows.describe()})")
-        _check_lengths(
-            model, tokenizer, [*examples, *(row for own in by_document.values() for row in own)], prompt_format
-        )
+            if not isinstance(study, StudyRows):
+                # An existing file keeps its own seed, so that runs with several seeds can read the same rows.
+                new = None if Path(study).exists() else seed
+                study = study_rows(model, tokenizer, edits, study, seed=new)
+            by_document, mixture = mixed_rows(tokenizer, edits, study, study_ratio, seed, prompt_format)
+            summary.append(f"{mixture} ({study.describe()})")
+        added = {"replay": examples, "study rows": [row for own in by_document.values() for row in own]}
+        _check_lengths(model, tokenizer, added, prompt_format)
         rewritten: dict[tuple[str, str], Edit] = {}
         if rewrite is not None:
             options: dict[str, Any] = {"mix": rewrite, "seed": seed, "prompt_format": prompt_format}
@@ -291,8 +293,11 @@ def _prefixes(
     )
 
 
-def _check_lengths(model: Any, tokenizer: Any, examples: Sequence[Edit], prompt_format: PromptFormat) -> None:
+def _check_lengths(
+    model: Any, tokenizer: Any, added: Mapping[str, Sequence[Edit]], prompt_format: PromptFormat
+) -> None:
     """Raise an error before the training if an example is longer than the context of the model."""
-    if examples:
-        longest = context_length(unwrap_model(model).config)
-        EditDataset(examples, name="replay").encode(tokenizer, max_length=longest, prompt_format=prompt_format)
+    for name, examples in added.items():
+        if examples:
+            longest = context_length(unwrap_model(model).config)
+            EditDataset(examples, name=name).encode(tokenizer, max_length=longest, prompt_format=prompt_format)

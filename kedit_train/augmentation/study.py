@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from kedit_train.arguments import Rule, check_arguments, integer_from
-from kedit_train.atomic_write import writing
+from kedit_train.arguments import Rule, check_arguments, integer_from, optional
+from kedit_train.augmentation.study_file import load_rows, save_rows, whole_documents
 from kedit_train.augmentation.study_writer import KINDS, write_texts
-from kedit_train.data import Edit, EditDataset
+from kedit_train.data import Edit
 from kedit_train.data.leaks import LeakCheck, contains_words
-from kedit_train.data.readers.files import read_text
-from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.data.tokenization import separator, shorten
-from kedit_train.data.visible import fold, is_visible
-from kedit_train.errors import EditError, reported_by
+from kedit_train.data.visible import fold
+from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.paths import PATH
 
 _KINDS = Rule(
@@ -28,9 +25,8 @@ _KINDS = Rule(
     lambda value: not isinstance(value, str) and isinstance(value, Sequence) and bool(value) and set(value) <= {*KINDS},
 )
 _FUNCTION = Rule("a function (row, document) -> bool", callable)
-_FIELDS = ("kind", "document", "prompt", "text")
-# The settings of a file that must be those of the call.
-_SETTINGS = ("documents", "kinds", "per_kind", "seed")
+# The numbers of texts and rows that a file stores together with the settings.
+_COUNTS = ("texts", "unusable", "rejected")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
@@ -81,8 +77,9 @@ class StudyRows:
 def is_grounded(row: StudyRow, document: Edit) -> bool:
     """Return whether a row agrees with its document as far as words can tell.
 
-    The answer to a question must be in the document as whole words. All numbers of any other text must be in the
-    document. This is the default of ``study_rows(verify=)``. It does not understand the text.
+    The answer to a question must have a letter or a digit, and must be in the document as whole words. All numbers of
+    any other text must be in the document. This is the default of ``study_rows(verify=)`` for new rows. It does not
+    understand the text.
 
     Example:
         >>> document = Edit("The ferry", "Orla runs the ferry since 1987.")
@@ -93,7 +90,8 @@ def is_grounded(row: StudyRow, document: Edit) -> bool:
     """
     source = fold(f"{document.prompt}\n{document.target}")
     if row.kind == "question":
-        return contains_words(source, fold(row.text).rstrip(".。 "))
+        answer = fold(row.text).rstrip(".。 ")
+        return any(map(str.isalnum, answer)) and contains_words(source, answer)
     return set(_NUMBER.findall(row.text)) <= set(_NUMBER.findall(f"{document.prompt} {document.target}"))
 
 
@@ -103,10 +101,10 @@ def study_rows(
     documents: Sequence[Edit],
     path: str | Path = "study.jsonl",
     *,
-    kinds: Sequence[str] = KINDS,
-    per_kind: int = 1,
-    seed: int = 0,
-    verify: Callable[[StudyRow, Edit], bool] = is_grounded,
+    kinds: Sequence[str] | None = None,
+    per_kind: int | None = None,
+    seed: int | None = None,
+    verify: Callable[[StudyRow, Edit], bool] | None = None,
     batch_size: int = 16,
     max_new_tokens: int = 200,
 ) -> StudyRows:
@@ -114,7 +112,9 @@ def study_rows(
 
     The kinds of texts are paraphrases, questions with answers, implications, and continuations. Each text is sampled
     with ``seed``. The rows are written to ``path``, a JSONL file with one row per line, which a person can edit. If the
-    file exists, the rows are read from it and nothing is generated. Rows that contain an evaluation prompt of the
+    file exists, the rows are read from it and nothing is generated. An existing file keeps its settings, and a warning
+    is given if ``kinds``, ``per_kind`` or ``seed`` is another value than in the file. The documents may be split
+    (``split_documents``) before or after the file is written. Rows that contain an evaluation prompt of the
     documents (a rephrase, or the prompt of a locality or portability question) are left out in both cases.
 
     Args:
@@ -122,17 +122,20 @@ def study_rows(
         tokenizer: the tokenizer of this model. It must have a chat template.
         documents: the documents, for example ``EditDataset.load("news/")``. Other edits are possible, too.
         path: the file of the rows. Its first line contains the settings.
-        kinds: the kinds of texts: "paraphrase", "question", "implication" and "continuation".
-        per_kind: number of texts of each kind per document. A text of the kind "question" may have up to three
-            questions, and each of them is a row.
-        seed: seed of the samples.
-        verify: function ``verify(row, document)`` that returns whether a row is true. Rejected rows are not written.
+        kinds: the kinds of texts to write. None writes all kinds: "paraphrase", "question", "implication" and
+            "continuation".
+        per_kind: number of texts of each kind per document. None writes one. A text of the kind "question" may have up
+            to three questions, and each of them is a row.
+        seed: seed of the samples. None uses 0.
+        verify: function ``verify(row, document)`` that returns whether a row is true. Rejected rows are not written. If
+            the file exists, rejected rows are left out and stay in the file. None uses :func:`is_grounded` for new
+            rows, and accepts all rows of an existing file.
         batch_size: number of texts per forward pass.
         max_new_tokens: maximum length of a text in tokens. Longer texts are left out.
 
     Raises:
-        EditError: the tokenizer has no chat template, a document is too long for the model, no row is accepted, or the
-            file was made for other documents or settings.
+        EditError: the tokenizer has no chat template, a document is too long for the model, no row is left, or the file
+            was written for other documents or other texts.
 
     References:
         - "Learning Facts at Scale with Active Reading", arXiv 2508.09494.
@@ -141,34 +144,60 @@ def study_rows(
     check_arguments(
         "study_rows",
         path=(path, PATH),
-        kinds=(kinds, _KINDS),
-        per_kind=(per_kind, integer_from(1)),
-        verify=(verify, _FUNCTION),
+        kinds=(kinds, optional(_KINDS)),
+        per_kind=(per_kind, optional(integer_from(1))),
+        verify=(verify, optional(_FUNCTION)),
         batch_size=(batch_size, integer_from(1)),
         max_new_tokens=(max_new_tokens, integer_from(1)),
     )
-    path, titles = Path(path), {edit.prompt.strip(): edit for edit in documents}
-    # Only the texts count: the same rows fit documents with other evaluation questions.
-    bare = EditDataset([Edit(edit.prompt, edit.target) for edit in documents])
-    settings = {"documents": bare.hash[:16], "kinds": list(kinds), "per_kind": per_kind, "seed": seed}
+    path = Path(path)
+    chosen = {"kinds": kinds and list(kinds), "per_kind": per_kind, "seed": seed}
+    given = {name: value for name, value in chosen.items() if value is not None}
     with reported_by("study_rows"):
-        if not path.exists():
-            texts = write_texts(model, tokenizer, documents, kinds, per_kind, seed, batch_size, max_new_tokens)
-            written = _checked(documents, texts, verify)
-            named = {**settings, "model": getattr(getattr(model, "config", None), "name_or_path", "")}
-            _save(
-                path,
-                {**named, "texts": written.texts, "unusable": written.unusable, "rejected": written.rejected},
-                written.rows,
+        is_new = not path.exists()
+        if is_new:
+            settings: dict[str, Any] = {"kinds": list(KINDS), "per_kind": 1, "seed": 0, **given}
+            sampled = (settings["kinds"], settings["per_kind"], settings["seed"])
+            texts = write_texts(model, tokenizer, documents, *sampled, batch_size, max_new_tokens)
+            written = _checked(documents, texts, verify or is_grounded)
+            settings["model"] = getattr(getattr(model, "config", None), "name_or_path", "")
+            settings |= {name: getattr(written, name) for name in _COUNTS}
+            save_rows(path, documents, settings, [asdict(row) for row in written.rows])
+        stored, values = load_rows(path, documents)
+        _warn_if_different(path, stored, given)
+        rows = accepted = [StudyRow(**value) for value in values]
+        # New rows were verified before they were written.
+        if verify is not None and not is_new:
+            whole = whole_documents(documents)
+            accepted = [row for row in rows if verify(row, whole[row.document])]
+        check = LeakCheck(documents)
+        kept = [
+            row
+            for row in accepted
+            if not check.contains_scored_prompt(f"{row.prompt}{separator(row.prompt, row.text)}{row.text}")
+        ]
+        rejected, leaked = len(rows) - len(accepted), len(accepted) - len(kept)
+        if not kept:
+            raise EditError(
+                f"{path} has no study row that can be trained: verify rejected {rejected} rows, and {leaked} rows are "
+                "leaks; add rows to the file, or give another path."
             )
-        counts, rows = _load(path, settings, titles)
-    check = LeakCheck(documents)
-    kept = [
-        row
-        for row in rows
-        if not check.contains_scored_prompt(f"{row.prompt}{separator(row.prompt, row.text)}{row.text}")
-    ]
-    return StudyRows(tuple(kept), leaked=len(rows) - len(kept), **counts)
+    counts = {name: int(stored.get(name, 0)) for name in _COUNTS}
+    counts["rejected"] += rejected
+    return StudyRows(tuple(kept), leaked=leaked, **counts)
+
+
+def _warn_if_different(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Warn if settings of the call are not those with which the file was written."""
+    names = [name for name, value in given.items() if stored.get(name) != value]
+    if names:
+        own, others = (
+            ", ".join(f"{name}={shorten(str(values.get(name)))}" for name in names) for values in (stored, given)
+        )
+        warn(
+            f"{path} was written with {own}, and its rows are used; {others} have no effect. To write new rows, give "
+            "another path."
+        )
 
 
 def _checked(
@@ -197,52 +226,3 @@ def _checked(
             f"{rejected} rows; pass another verify, let a larger model write the rows, or train without study rows."
         )
     return StudyRows(tuple(rows), len(texts), unusable, rejected)
-
-
-def _save(path: Path, settings: dict[str, Any], rows: Sequence[StudyRow]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with writing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
-        for line in ({"settings": settings}, *map(asdict, rows)):
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _load(path: Path, settings: dict[str, Any], titles: dict[str, Edit]) -> tuple[dict[str, int], list[StudyRow]]:
-    """Read the counts and the rows of a file."""
-    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
-    first: Any = _parsed(path, *lines[0]) if lines else None
-    stored = first.get("settings") if isinstance(first, dict) else None
-    if not isinstance(stored, dict):
-        raise EditError(f"{path}: the first line must contain the settings of the study rows; give another path.")
-    for name in _SETTINGS:
-        if stored.get(name) != settings[name]:
-            if name == "documents":
-                how = "for other documents (a title or a text has changed); delete the file, or give another path."
-            else:
-                how = (
-                    f"with {name}={shorten(str(stored.get(name)))}, but this run has {name}="
-                    f"{shorten(str(settings[name]))}; call study_rows with the settings of the file and pass the "
-                    "result, delete the file, or give another path."
-                )
-            raise EditError(f"{path} was written {how}")
-    rows = []
-    for number, line in lines[1:]:
-        values = _parsed(path, number, line)
-        is_row = isinstance(values, dict) and set(values) == {*_FIELDS}
-        if not is_row or not all(isinstance(value, str) and is_visible(value) for value in values.values()):
-            raise EditError(f"{path}, line {number}: a row must have the fields {', '.join(_FIELDS)}, each with text.")
-        if values["document"] not in titles:
-            raise EditError(
-                f"{path}, line {number}: document must be the title of a document of the run, got "
-                f"{shorten(values['document'])!r}; correct or remove the line."
-            )
-        rows.append(StudyRow(**values))
-    return {name: int(stored.get(name, 0)) for name in ("texts", "unusable", "rejected")}, rows
-
-
-def _parsed(path: Path, number: int, line: str) -> Any:
-    try:
-        return parse_json(line)
-    except InvalidJSON as error:
-        raise EditError(
-            f"{path}, line {number}: the line is not valid JSON ({error.reason}); correct the line."
-        ) from error

@@ -116,9 +116,9 @@ class EditDataset(TrainerDatasets):
         check_arguments("EditDataset", path=(path, PATH))
         path = Path(path)
         csv = path.suffix.lower() == ".csv"
-        edits, recognized, skipped = read_records(
-            read_path(path), str(path), format=format or form_of(path), on_error=on_error, limit=limit, csv=csv
-        )
+        records, places = read_path(path)
+        options: dict[str, Any] = {"places": places, "on_error": on_error, "limit": limit, "csv": csv}
+        edits, recognized, skipped = read_records(records, str(path), format=format or form_of(path), **options)
         return cls(edits, name=path.name or str(path), format=recognized, skipped=skipped)
 
     @classmethod

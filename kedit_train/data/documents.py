@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count, islice
 from typing import Any
 
 from kedit_train.arguments import check_arguments, integer_from, optional
 from kedit_train.data.dataset import EditDataset
 from kedit_train.data.prompts import PromptFormat, encode_in_format
 from kedit_train.data.tokenization import shorten, token_ids
+from kedit_train.data.visible import fold
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError, reported_by, warn
 
@@ -26,7 +28,8 @@ def split_documents(
     """Split every edit that is longer than ``max_length`` tokens into parts, at the ends of paragraphs or sentences.
 
     The first part keeps the prompt, the identifier and all questions of the edit. The prompts of the other parts end
-    with "(part 2)", "(part 3)" and so on. No text is dropped. A warning counts the edits that were split.
+    with "(part 2)", "(part 3)" and so on. A number is left out if another edit already has this prompt. No text is
+    dropped. A warning counts the edits that were split.
 
     ``EditDataModule`` and the command ``sft`` call this function for documents, with the context length of the model.
 
@@ -51,9 +54,10 @@ def split_documents(
         return edits
     parts: list[Edit] = []
     split = 0
+    used = {fold(edit.prompt) for edit in edits}
     with reported_by("split_documents"):
         for edit in edits:
-            own = list(_parts(edit, tokenizer, max_length, prompt_format))
+            own = list(_parts(edit, tokenizer, max_length, prompt_format, used))
             split += len(own) > 1
             parts += own
         if split:
@@ -64,7 +68,8 @@ def split_documents(
     return EditDataset(parts, name=edits.name, format=edits.format, skipped=edits.skipped) if split else edits
 
 
-def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFormat) -> Iterator[Edit]:
+def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFormat, used: set[str]) -> Iterator[Edit]:
+    """Yield the parts of an edit. The set ``used`` contains all prompts of the run, and the new prompts are added."""
     end = tokenizer.eos_token_id is not None
 
     def length(prompt: str, target: str) -> int:
@@ -73,20 +78,31 @@ def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFor
     if length(edit.prompt, edit.target) <= max_length:
         yield edit
         return
-    # The prompt of any part is at most as long as this one. A few tokens are kept in reserve, because a text has more
-    # or fewer tokens than its units together.
-    room = max_length - length(_numbered(edit.prompt, 9999), ".") - 2
-    if room < 1:
+    room = max_length - length(_numbered(edit.prompt, 9999), ".")
+    while room > 0:
+        texts = [text.strip() for text in _packed(_units(tokenizer, edit.target, room, _ENDS), room) if text.strip()]
+        prompts = _prompts(edit.prompt, len(texts), used)
+        # A text may have more tokens than its units together.
+        longest = max(map(length, prompts, texts))
+        if longest <= max_length:
+            break
+        room = min(room - 1, max(1, room * max_length // longest))
+    else:
         raise EditError(
             f"max_length must be larger than the prompt {shorten(edit.prompt)!r} with at least one token of its "
             f"target, got {max_length}; use a model with a longer context, or shorten the prompt."
         )
-    units = _units(tokenizer, edit.target, room, _ENDS)
-    texts = [text.strip() for text in _packed(units, room) if text.strip()]
     yield replace(edit, target=texts[0])
-    for number, text in enumerate(texts[1:], start=2):
+    used.update(map(fold, prompts))
+    for number in range(2, len(texts) + 1):
         name = f"{edit.id}, part {number}" if edit.id else ""
-        yield Edit(_numbered(edit.prompt, number), text, subject=edit.subject, id=name)
+        yield Edit(prompts[number - 1], texts[number - 1], subject=edit.subject, id=name)
+
+
+def _prompts(prompt: str, parts: int, used: set[str]) -> list[str]:
+    """Return the prompts of the parts of an edit. Prompts that are already used are left out."""
+    numbered = (_numbered(prompt, number) for number in count(2))
+    return [prompt, *islice((text for text in numbered if fold(text) not in used), parts - 1)]
 
 
 def _numbered(prompt: str, number: int) -> str:
@@ -100,20 +116,20 @@ def _units(tokenizer: Any, text: str, room: int, ends: Sequence[re.Pattern[str]]
     at = 0
     for stop in [*(match.end() for match in ends[0].finditer(text)), len(text)]:
         piece, at = text[at:stop], stop
-        count = len(token_ids(tokenizer, piece, special=False)) if piece else 0
-        if count > room and len(ends) > 1:
+        length = len(token_ids(tokenizer, piece, special=False)) if piece else 0
+        if length > room and len(ends) > 1:
             yield from _units(tokenizer, piece, room, ends[1:])
         elif piece:
-            yield piece, count
+            yield piece, length
 
 
 def _packed(units: Iterator[tuple[str, int]], room: int) -> Iterator[str]:
     """Join consecutive pieces to texts of at most ``room`` tokens."""
     text, used = "", 0
-    for piece, count in units:
-        if text and used + count > room:
+    for piece, length in units:
+        if text and used + length > room:
             yield text
             text, used = "", 0
-        text, used = text + piece, used + count
+        text, used = text + piece, used + length
     if text:
         yield text

@@ -70,6 +70,15 @@ def test_equal_titles_get_numbers(tmp_path: Path) -> None:
     edits.check_trained_together()
 
 
+def test_a_numbered_title_is_not_the_title_of_another_document(tmp_path: Path) -> None:
+    path = tmp_path / "news.jsonl"
+    titles = ["A", "a", "A (2)", "A"]
+    path.write_text("\n".join(json.dumps({"title": title, "text": f"Text {i}."}) for i, title in enumerate(titles)))
+    edits = EditDataset.load(path)
+    assert [edit.prompt for edit in edits] == ["A\n\n", "a (3)\n\n", "A (2)\n\n", "A (4)\n\n"]
+    edits.check_trained_together()
+
+
 def test_empty_documents_and_unread_files_are_reported_in_one_line(tmp_path: Path) -> None:
     news = folder(tmp_path, {"a.txt": "Full.", "b.txt": " \n\u200b", "c.pdf": "%PDF"})
     with (
@@ -99,8 +108,55 @@ def test_a_path_without_documents_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EditError, match=r"no\.txt: the file does not exist"):
         EditDataset.load(tmp_path / "no.txt")
     news = folder(tmp_path, {"a.jsonl": '{"prompt": "p", "target": "t"}'})
-    with pytest.raises(EditError, match=r"news, record 1: unknown field 'prompt', 'target'"):
+    with pytest.raises(EditError, match=r"news/a\.jsonl, record 1: field 'text' must be text, but is missing"):
         EditDataset.load(news)
+
+
+def test_further_columns_are_ignored_and_errors_name_the_file(tmp_path: Path) -> None:
+    news = folder(
+        tmp_path,
+        {
+            "a.csv": "title,text,url,headline\nFerry,It is green.,http://a,Big\nLock,It is closed.,http://b,\n",
+            "b.jsonl": json.dumps({"title": "Bell", "text": "It rings.", "url": "http://c"}),
+        },
+    )
+    with pytest.warns(UserWarning, match="does not read") as caught:
+        edits = EditDataset.load(news)
+    [warning] = caught
+    assert str(warning.message) == (
+        f"{news}: the format documents does not read the fields 'headline' (1 records), 'url' (3 records)"
+    )
+    assert [edit.target for edit in edits] == ["It is green.", "It is closed.", "It rings."]
+    with pytest.warns(UserWarning, match="does not read the fields 'url'"):
+        EditDataset.load(news / "b.jsonl")
+    # The record number counts the records of the file, not those of the folder.
+    (news / "b.jsonl").write_text('{"text": "It rings."}\n{"text": 3}\n7\n')
+    (news / "a.csv").write_text("title,text\nFerry,It is green.\nLock,It is closed.\n")
+    with pytest.warns(UserWarning, match=r"first reason: .*news/b\.jsonl, record 2: field 'text' must be text"):
+        skipped = EditDataset.load(news, on_error="skip").skipped
+    assert "news/b.jsonl, record 3: the record must be a mapping" in skipped[1]
+
+
+def test_only_documents_get_a_title(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    lines = ['{"prompt": "Ada lives in", "target": "Bern"}', '{"prompt": "Ben lives in", "target": "Rome", "id": "x"}']
+    path.write_text("\n".join([*lines, '{"text": "The bell rings."}']))
+    with pytest.raises(EditError, match=r"mixed\.jsonl, record 3: field 'text' belongs to the format documents"):
+        EditDataset.load(path)
+    with pytest.warns(UserWarning, match="skipped 1 of 3 records"):
+        assert EditDataset.load(path, on_error="skip")[0] == Edit("Ada lives in", "Bern")
+
+
+def test_a_heading_without_text_is_an_empty_document(tmp_path: Path) -> None:
+    news = folder(tmp_path, {"a.md": "# The bell\n\n\u200b\n"})
+    with pytest.raises(EditError, match=r"a\.md: the document must contain text, got only a heading"):
+        EditDataset.load(news / "a.md")
+
+
+def test_a_line_of_spaces_after_the_title_is_an_empty_line(tmp_path: Path) -> None:
+    news = folder(tmp_path, {"a.txt": "The bell\n \t\nIt rings.", "b.txt": "One line."})
+    assert EditDataset.load(news / "a.txt")[0] == Edit("The bell\n\n", "It rings.", id="a.txt")
+    assert EditDataset.load(news / "b.txt")[0] == Edit("b\n\n", "One line.", id="b.txt")
 
 
 PARAGRAPHS = "\n\n".join(f"Paragraph {i} says that the bell rings. It rings {i} times a day." for i in range(12))
@@ -130,6 +186,26 @@ def test_a_text_without_sentences_is_split_too(text: str) -> None:
         parts = split_documents(EditDataset([Edit("Bell\n\n", text.strip())]), tokenizer, 100)
     assert "".join("".join(part.target for part in parts).split()) == "".join(text.split())
     assert all(len(example.input_ids) <= 100 for example in parts.encode(tokenizer))
+
+
+def test_every_part_is_within_the_limit_if_joined_sentences_have_more_tokens() -> None:
+    _, tokenizer = world.load()
+    # Each of these words is one token at the beginning of a text, and four tokens after a space.
+    text = " ".join(["ekrosar. adrelix. ababurg."] * 20)
+    for limit in range(40, 60):
+        with pytest.warns(UserWarning, match="were split"):
+            parts = split_documents(EditDataset([Edit("Bell\n\n", text)]), tokenizer, limit)
+        assert max(len(example.input_ids) for example in parts.encode(tokenizer)) <= limit
+        assert " ".join(part.target for part in parts).split() == text.split()
+
+
+def test_the_prompt_of_a_part_is_not_that_of_another_document() -> None:
+    _, tokenizer = world.load()
+    edits = EditDataset([Edit("Bell\n\n", PARAGRAPHS), Edit("bell (Part 2)\n\n", "It is old.")])
+    with pytest.warns(UserWarning, match="were split"):
+        parts = split_documents(edits, tokenizer, 300)
+    assert [part.prompt for part in parts] == ["Bell\n\n", "Bell (part 3)\n\n", "bell (Part 2)\n\n"]
+    parts.check_trained_together()
 
 
 def test_a_limit_below_the_prompt_is_an_error() -> None:

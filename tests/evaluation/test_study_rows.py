@@ -1,4 +1,4 @@
-"""Study rows: written once by a model, read from a file, kept free of evaluation prompts, mixed at a ratio."""
+"""Study rows: written once by a model, read from a file, kept free of evaluation prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from kedit_train import world
 from kedit_train.augmentation import AugmentationOptions, StudyRow, StudyRows, augmentation, study_rows
 from kedit_train.augmentation.study import is_grounded
-from kedit_train.augmentation.study_mixture import mixed_rows
 from kedit_train.augmentation.study_writer import _request
 from kedit_train.data import Edit, EditDataset, Probe
 from kedit_train.data.prompts import as_question
@@ -115,19 +114,87 @@ def test_a_person_can_edit_the_file(writer: Any, tmp_path: Path) -> None:
         write(writer, path)
 
 
-def test_a_file_for_other_documents_or_settings_is_not_overwritten(writer: Any, tmp_path: Path) -> None:
+def test_a_file_is_read_with_its_own_settings(writer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    rows = write(writer, path)
+    before = path.read_bytes()
+    # Warnings are errors in these tests. Settings that are not given come from the file.
+    assert study_rows(*writer, [FERRY, LOCK], path) == rows
+    with pytest.warns(UserWarning, match="study_rows") as caught:
+        assert write(writer, path, per_kind=2, seed=1) == rows
+    assert [str(warning.message) for warning in caught] == [
+        f"study_rows: {path} was written with per_kind=1, seed=0, and its rows are used; per_kind=2, seed=1 have no "
+        "effect. To write new rows, give another path."
+    ]
+    # Other evaluation questions do not change the texts.
+    study_rows(*writer, [Edit(FERRY.prompt, FERRY.target), LOCK], path)
+    documents = EditDataset([FERRY, LOCK])
+    for seed in (0, 5):
+        assert "4 study rows" in augmentation(*writer, documents, study=path, seed=seed).summary
+    assert path.read_bytes() == before
+
+
+def test_a_file_for_other_documents_is_an_error(writer: Any, tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     write(writer, path)
     before = path.read_bytes()
-    with pytest.raises(
-        EditError, match=r"study\.jsonl was written with seed=0, but this run has seed=1; delete the file"
-    ):
-        write(writer, path, seed=1)
-    with pytest.raises(EditError, match="was written with documents="):
-        study_rows(*writer, [FERRY], path, kinds=KINDS)
-    # Other evaluation questions do not change the texts.
-    study_rows(*writer, [Edit(FERRY.prompt, FERRY.target), LOCK], path, kinds=KINDS)
+    with pytest.raises(EditError) as caught:
+        study_rows(*writer, [FERRY, Edit(LOCK.prompt, "The lock of Tarn is open.")], path)
+    assert str(caught.value) == (
+        f"study_rows: {path} was written for another text of the document 'The lock'; pass the text for which the file "
+        "was written, or give another path."
+    )
+    with pytest.raises(EditError, match=r"line 6: document must be the title of a document of the run, got 'The lock'"):
+        study_rows(*writer, [FERRY], path)
     assert path.read_bytes() == before
+
+
+LONG = Edit("The ferry\n\n", "Orla runs the ferry since 1987. It is green.\n\nIt sails at noon.")
+PARTS = [Edit(LONG.prompt, LONG.target[:44]), Edit("The ferry (part 2)\n\n", LONG.target[46:])]
+
+
+@pytest.mark.parametrize(("written", "read"), [([LONG], PARTS), (PARTS, [LONG])])
+def test_a_file_is_read_before_and_after_documents_are_split(
+    written: list[Edit], read: list[Edit], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def one_question_each(model: Any, tokenizer: Any, documents: Any, *_: Any) -> list[Any]:
+        return [(at, "question", [(f"Which color has part {at}?", "ferry")]) for at in range(len(documents))]
+
+    monkeypatch.setattr("kedit_train.augmentation.study.write_texts", one_question_each)
+    model, tokenizer = world.load()
+    path = tmp_path / "study.jsonl"
+    whole = study_rows(model, tokenizer, written, path, verify=lambda row, document: True)
+    rows = study_rows(model, tokenizer, read, path)
+    assert [row.prompt for row in rows.rows] == [row.prompt for row in whole.rows]
+    assert {row.document for row in rows.rows} == {"The ferry"}
+    # A row of the whole document is verified with the whole text.
+    assert study_rows(model, tokenizer, read, path, verify=lambda row, document: "noon" in document.target) == rows
+    for study in (path, whole):
+        augment = augmentation(model, tokenizer, read, study=study)
+        assert len(augment(read)) == len(whole.rows)
+    changed = [*read[:-1], Edit(read[-1].prompt, f"{read[-1].target} It is old.")]
+    with pytest.raises(EditError, match="was written for another text of the document 'The ferry'"):
+        study_rows(model, tokenizer, changed, path)
+
+
+def test_verify_is_applied_to_a_file_only_if_it_is_given(writer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    write(writer, path)
+    mine = {"kind": "question", "document": "The lock", "prompt": "Where is the lock?", "text": "in the north"}
+    with path.open("a") as file:
+        file.write(json.dumps(mine))
+    assert len(write(writer, path).rows) == 5
+    rows = write(writer, path, verify=is_grounded)
+    assert (len(rows.rows), rows.rejected, rows.leaked) == (4, 2, 1)
+    with pytest.raises(EditError) as caught:
+        write(writer, path, verify=lambda row, document: False)
+    assert str(caught.value) == (
+        f"study_rows: {path} has no study row that can be trained: verify rejected 6 rows, and 0 rows are leaks; add "
+        "rows to the file, or give another path."
+    )
+    path.write_text(path.read_text().split("\n")[0])
+    with pytest.raises(EditError, match="has no study row that can be trained"):
+        write(writer, path)
 
 
 def test_bad_input_is_reported_in_one_line(writer: Any, scripted_model: Any, tmp_path: Path) -> None:
@@ -143,8 +210,8 @@ def test_bad_input_is_reported_in_one_line(writer: Any, scripted_model: Any, tmp
     with pytest.raises(EditError) as caught:
         write((model, tokenizer), path)
     assert str(caught.value) == (
-        "study_rows: the tokenizer must have a chat template, but has none; set tokenizer.chat_template, or let "
-        "another model write the rows and pass the file."
+        "study_rows: the tokenizer must have a chat template, but has none; set tokenizer.chat_template, or call "
+        "study_rows with a chat model and pass its result as study=."
     )
     with pytest.raises(EditError, match=r"document 'The ferry' with 3990 new tokens must fit into the context .*4000"):
         write(writer, path, max_new_tokens=3990)
@@ -165,6 +232,8 @@ def test_a_text_that_does_not_end_is_not_used(scripted_model: Any, tmp_path: Pat
         ("question", "1987", True),
         ("question", "orla.", True),
         ("question", "Orl", False),
+        ("question", ".", False),
+        ("question", "?", False),
         ("question", "Since 1987 and before", False),
         ("paraphrase", "Orla does it since 1987", True),
         ("continuation", "In 1988, Orla stops.", False),
@@ -197,25 +266,6 @@ def test_samples_depend_on_the_seed_and_not_on_the_state_of_torch(
     assert study_rows(model, tokenizer, edits, tmp_path / "b.jsonl", **options) == one
     assert study_rows(model, tokenizer, edits, tmp_path / "c.jsonl", seed=1, **options).rows != one.rows
     assert len({row.prompt for row in one.rows}) == len(one.rows)
-
-
-ROWS = StudyRows(tuple(StudyRow("question", "The lock", f"Question {i}?", "closed for now") for i in range(40)), 40)
-
-
-def test_the_ratio_of_study_tokens_to_document_tokens(scripted_model: Any) -> None:
-    _, tokenizer = scripted_model({})
-    documents = [Edit("The lock\n\n", "x" * 140), Edit("Other\n\n", "y" * 140)]
-    # The tokenizer has one token per byte: 280 document tokens, and 14 per row.
-    for ratio, count in ((0.5, 10), (0.51, 11), (1.0, 20), (9.0, 40), (None, 40)):
-        rows, mixture = mixed_rows(tokenizer, documents, ROWS, ratio, 0, "chat")
-        assert list(rows) == ["The lock\n\n"]
-        assert len(rows["The lock\n\n"]) == count
-        assert mixture.endswith(f"{14 * count} study tokens for 280 document tokens, ratio {14 * count / 280:.2f}")
-    assert rows["The lock\n\n"][0].prompt == "Question 0?"
-    framed = mixed_rows(tokenizer, documents, ROWS, None, 0, "plain")[0]["The lock\n\n"][0]
-    assert (framed.prompt, framed.target) == (as_question("Question 0?"), "closed for now")
-    draws = [mixed_rows(tokenizer, documents, ROWS, 0.5, seed, "chat")[0] for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
 
 
 def test_study_rows_are_trained_with_their_documents(writer: Any, tmp_path: Path) -> None:
@@ -265,4 +315,4 @@ def test_a_lightning_run_splits_documents_and_writes_study_rows(
     assert data.edits[1].prompt == "long (part 2)\n\n"
     assert {row.target for row in data.added} == {"In Bern."}
     assert len(study.read_text().splitlines()) == 1 + len(data.edits)
-    assert "study tokens for" in capsys.readouterr().out
+    assert "study tokens per document token" in capsys.readouterr().out

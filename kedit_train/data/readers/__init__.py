@@ -108,6 +108,7 @@ def read_records(
     records: list[Any],
     name: str,
     *,
+    places: Sequence[str] | None = None,
     format: str | None = None,
     on_error: str = "raise",
     limit: int | None = None,
@@ -121,6 +122,7 @@ def read_records(
     Args:
         records: the records.
         name: the beginning of every error message, for example the name of the file.
+        places: the beginning of the error messages about each record. None uses ``name`` and the number of the record.
         format: the name of the format. None recognizes the format from the fields of the records.
         on_error: "raise" or "skip".
         limit: stop after this many readable records. None reads all records.
@@ -150,7 +152,7 @@ def read_records(
         if limit is not None and done == limit:
             break
         try:
-            where = f"{name}, record {number}"
+            where = places[number - 1] if places else f"{name}, record {number}"
             made = read_record(record, form, where, chosen=format is not None, csv=csv)
             for edit in made:
                 check_edit(edit, where)

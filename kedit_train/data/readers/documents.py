@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ def read(record: Fields) -> list[Edit]:
     ``questions`` about the document become portability questions, of the kind "questions" unless the record names
     kinds. ``subject`` and ``locality`` are read as in the format of kedit-train.
     """
-    own.check_names(record, _FIELDS)
+    # The text is read first, so that a record of another format is reported with the field that every document has.
+    text = record.answer("text")
     questions = own.probes(record, "questions")
     if list(questions) == ["other"]:
         questions = {"questions": questions["other"]}
     return [
         Edit(
             prompt=f"{record.answer('title')}\n\n",
-            target=record.answer("text"),
+            target=text,
             subject=record.optional_text("subject"),
             locality=own.probes(record, "locality"),
             portability=questions,
@@ -47,7 +48,7 @@ def read(record: Fields) -> list[Edit]:
     ]
 
 
-def read_path(path: Path) -> list[Any]:
+def read_path(path: Path) -> tuple[list[Any], list[str]]:
     """Read the records of a file or of a folder of documents.
 
     A document without a title gets one from the name of its file. If several documents have the same title, the later
@@ -59,21 +60,23 @@ def read_path(path: Path) -> list[Any]:
             Hidden files are ignored.
 
     Returns:
-        The records, as :func:`read_file` returns them. In a folder, a file that cannot be read is an ``EditError`` (not
-        raised). The same holds for an empty document.
+        The records, as :func:`read_file` returns them, and for each record its file and its number in this file, for
+        messages. In a folder, a file that cannot be read is an ``EditError`` (not raised). The same holds for an empty
+        document.
 
     Raises:
         EditError: the path does not exist, the file cannot be read, or a folder has no file with a known ending.
     """
     if path.is_dir():
-        return _distinct(_read_folder(path))
+        records, places = _read_folder(path)
+        return _distinct(records), places
     if path.suffix.lower() in TEXT_SUFFIXES:
-        return [_read_text_file(path, path.name)]
+        return [_read_text_file(path, path.name)], [str(path)]
     if not path.suffix and not path.exists():
         raise EditError(f"{path}: the path does not exist (working directory: {Path.cwd()}); check the path")
     records = read_file(path)
-    is_document = (isinstance(record, dict) and DOCUMENTS.recognize(record) for record in records)
-    return _distinct([_titled(r, path.stem, i + 1) for i, r in enumerate(records)]) if any(is_document) else records
+    titled = [_titled(record, path.stem, number) for number, record in enumerate(records, start=1)]
+    return _distinct(titled), [f"{path}, record {number}" for number in range(1, len(records) + 1)]
 
 
 def form_of(path: Path) -> str | None:
@@ -81,7 +84,7 @@ def form_of(path: Path) -> str | None:
     return DOCUMENTS.name if path.is_dir() or path.suffix.lower() in TEXT_SUFFIXES else None
 
 
-def _read_folder(folder: Path) -> list[Any]:
+def _read_folder(folder: Path) -> tuple[list[Any], list[str]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     chosen = [path for path in files if path.suffix.lower() in FOLDER_SUFFIXES]
@@ -95,19 +98,31 @@ def _read_folder(folder: Path) -> list[Any]:
             f"{folder}: {others} of {len(files)} files do not end in {listed} and were not read", stacklevel=4
         )
     records: list[Any] = []
+    places: list[str] = []
     for path in chosen:
         name = path.relative_to(folder).as_posix()
+        is_text = path.suffix.lower() in TEXT_SUFFIXES
         try:
-            if path.suffix.lower() in TEXT_SUFFIXES:
-                records.append(_read_text_file(path, name))
-                continue
-            for number, record in enumerate(read_file(path), start=1):
-                if isinstance(record, dict) and path.suffix.lower() == ".csv":
-                    record = decode_cells(record, DOCUMENTS.structured, f"{path}, record {number}")
-                named = {"id": f"{name}, record {number}", **record} if isinstance(record, dict) else record
-                records.append(_titled(named, path.stem, number))
+            read = [_read_text_file(path, name)] if is_text else _read_records(path, name)
         except EditError as error:
-            records.append(error)
+            read = [error]
+        records += read
+        places += [str(path)] if is_text else [f"{path}, record {number}" for number in range(1, len(read) + 1)]
+    return records, places
+
+
+def _read_records(path: Path, name: str) -> list[Any]:
+    """Read a file of records in a folder. Records without an identifier get the name of the file and their number."""
+    records: list[Any] = []
+    for number, record in enumerate(read_file(path), start=1):
+        if isinstance(record, dict):
+            try:
+                if path.suffix.lower() == ".csv":
+                    record = decode_cells(record, DOCUMENTS.structured, f"{path}, record {number}")
+                record = _titled({"id": f"{name}, record {number}", **record}, path.stem, number)
+            except EditError as error:
+                record = error
+        records.append(record)
     return records
 
 
@@ -118,16 +133,23 @@ def _read_text_file(path: Path, name: str) -> dict[str, Any] | EditError:
         return EditError(f"{path}: the document must contain text, got an empty file; {REMEDY}")
     first, _, rest = text.partition("\n")
     heading = _HEADING.match(first.strip()) if path.suffix.lower() == ".md" else None
-    is_title = heading or (rest.startswith("\n") and len(first) <= _TITLE_LENGTH)
+    if heading and not is_visible(rest):
+        return EditError(f"{path}: the document must contain text, got only a heading; {REMEDY}")
+    second, line_end, _ = rest.partition("\n")
+    is_title = heading or (line_end and not second.strip() and len(first) <= _TITLE_LENGTH)
     title = (heading[1] if heading else first.strip()) if is_title else _from_stem(path.stem)
-    body = rest.strip() if is_title and rest.strip() else text
-    return {"id": name, "title": title, "text": body}
+    return {"id": name, "title": title, "text": rest.strip() if is_title else text}
 
 
 def _titled(record: Any, stem: str, number: int) -> Any:
-    """Return a record with a title. A document without a title gets the name of its file and its number."""
-    has_title = not isinstance(record, dict) or not is_blank(record.get("title"))
-    return record if has_title else {**record, "title": f"{_from_stem(stem)} {number}"}
+    """Return a record. A document without a title gets the name of its file and its number."""
+    if not _is_document(record) or not is_blank(record.get("title")):
+        return record
+    return {**record, "title": f"{_from_stem(stem)} {number}"}
+
+
+def _is_document(record: Any) -> bool:
+    return isinstance(record, dict) and DOCUMENTS.recognize(record)
 
 
 def _from_stem(stem: str) -> str:
@@ -136,14 +158,18 @@ def _from_stem(stem: str) -> str:
 
 def _distinct(records: list[Any]) -> list[Any]:
     """Number the titles that several documents share."""
-    seen: Counter[str] = Counter()
+    titles = [record["title"] if _is_document(record) else None for record in records]
+    taken = {fold(title) for title in titles if isinstance(title, str)}
+    numbers: dict[str, int] = {}
     numbered = []
-    for record in records:
-        title = record.get("title") if isinstance(record, dict) else None
+    for record, title in zip(records, titles, strict=True):
         if isinstance(title, str):
-            seen[fold(title)] += 1
-            count = seen[fold(title)]
-            record = record if count == 1 else {**record, "title": f"{title.strip()} ({count})"}
+            key, title = fold(title), title.strip()
+            number = numbers.get(key, 0) + 1
+            if number > 1:
+                number = next(n for n in count(number) if fold(f"{title} ({n})") not in taken)
+                record = {**record, "title": f"{title} ({number})"}
+            numbers[key] = number
         numbered.append(record)
     return numbered
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from kedit_train.paths import why_no_file
 SUFFIXES = (".json", ".jsonl", ".csv")
 # The keys under which a JSON file may keep its list of records.
 LIST_KEYS = ("data", "records", "edits")
+# The csv module accepts cells of at most 131072 characters by default. This is the largest limit on every platform.
+_CELL_LENGTH = 2**31 - 1
 
 
 def read_file(path: Path) -> list[Any]:
@@ -115,7 +118,7 @@ def read_jsonl(path: Path, text: str) -> list[Any]:
 def read_csv(path: Path) -> list[Any]:
     """Parse a CSV file. A row with the wrong number of cells becomes an ``EditError``."""
     records: list[Any] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
         rows = csv.reader(file, strict=True)
         try:
             names = [name.strip() for name in next(rows)]
@@ -138,6 +141,16 @@ def read_csv(path: Path) -> list[Any]:
                 f"{path}, line {rows.line_num}: the file is not valid CSV ({error}); correct the file"
             ) from error
     return records
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let the csv module read cells of any length in the block. The limit belongs to the process, so it is restored."""
+    limit = csv.field_size_limit(_CELL_LENGTH)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: str) -> dict[str, Any]:
