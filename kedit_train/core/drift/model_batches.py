@@ -94,13 +94,32 @@ def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator
         device: device to which the tensors are moved.
     """
     for item in islice(source, rank(), None, world_size()):
-        if isinstance(item, Mapping):
-            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}
-            mask = inputs.get("attention_mask")
-            yield Batch(inputs, None if mask is None or bool(mask.all()) else mask.bool())
-        else:
-            values = item if isinstance(item, tuple | list) else [item]
-            yield Batch(tuple(v.to(device) if isinstance(v, Tensor) else v for v in values))
+        yield model_input_batch(item, device)
+
+
+def model_input_batch(item: Any, device: torch.device) -> Batch:
+    """Return the batch of one forward pass, with all tensors on ``device``.
+
+    Args:
+        item: a mapping (keyword arguments), a tuple or list (positional arguments) or a tensor. An argument may itself
+            be a mapping, a tuple or a list of tensors.
+        device: device to which the tensors are moved.
+    """
+    if isinstance(item, Mapping):
+        inputs = {name: _move(value, device) for name, value in item.items()}
+        mask = inputs.get("attention_mask")
+        return Batch(inputs, None if mask is None or bool(mask.all()) else mask.bool())
+    values = item if isinstance(item, tuple | list) else [item]
+    return Batch(tuple(_move(value, device) for value in values))
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _move(inner, device) for name, inner in value.items()}
+    # A named tuple would need other arguments, and is passed on as it is.
+    return type(value)(_move(inner, device) for inner in value) if type(value) in (tuple, list) else value
 
 
 def find_text_model(run: EditRun) -> nn.Module:
