@@ -15,7 +15,8 @@ PAGE = Path(__file__).resolve().parent / "api.md"
 INTRODUCTION = """# Public names
 
 Every name on this page can be imported from `kedit_train`. `help(name)` shows its arguments, errors, references and an
-example. Everything else in the package is internal and may change in any release.
+example. Everything else in the package is internal and may change in any release, except functions that a page of these
+docs imports, such as `kedit_train.augmentation.study_rows` and `kedit_train.data.split_documents`.
 """
 
 

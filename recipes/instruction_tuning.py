@@ -1,4 +1,4 @@
-"""Fine-tune SmolLM2 on a small instruction set in TRL's ``SFTTrainer``, with a budget for what the model may forget.
+"""Fine-tune SmolLM2 on a small instruction set in TRL's ``SFTTrainer``, with a budget for the change of other texts.
 
     python recipes/instruction_tuning.py
     python recipes/instruction_tuning.py --plain          # the same run without the penalty and the budget

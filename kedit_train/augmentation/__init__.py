@@ -253,7 +253,7 @@ def augmentation(
         if study is not None:
             rows = study if isinstance(study, StudyRows) else study_rows(model, tokenizer, edits, study, seed=seed)
             by_document, mixture = mixed_rows(tokenizer, edits, rows, study_ratio, seed, prompt_format)
-            summary.append(f"{rows.describe()}, of which {mixture}")
+            summary.append(f"{mixture} ({rows.describe()})")
         _check_lengths(
             model, tokenizer, [*examples, *(row for own in by_document.values() for row in own)], prompt_format
         )

@@ -58,8 +58,8 @@ class StudyRows:
     Args:
         rows: the rows to train.
         texts: number of texts that the model wrote. A text with several questions gives several rows.
-        unusable: number of texts that the model did not end, that are copies of their document, or that contain no
-            question with an answer.
+        unusable: number of texts that the model did not end, that are copies of their document, that contain no
+            question with an answer, or whose questions were already asked.
         rejected: number of rows that ``verify`` rejected.
         leaked: number of rows that contain an evaluation prompt of the documents.
     """
@@ -215,10 +215,15 @@ def _load(path: Path, settings: dict[str, Any], titles: dict[str, Edit]) -> tupl
         raise EditError(f"{path}: the first line must contain the settings of the study rows; give another path.")
     for name in _SETTINGS:
         if stored.get(name) != settings[name]:
-            raise EditError(
-                f"{path} was written with {name}={shorten(str(stored.get(name)))}, but this run has "
-                f"{name}={shorten(str(settings[name]))}; delete the file, or give another path."
-            )
+            if name == "documents":
+                how = "for other documents (a title or a text has changed); delete the file, or give another path."
+            else:
+                how = (
+                    f"with {name}={shorten(str(stored.get(name)))}, but this run has {name}="
+                    f"{shorten(str(settings[name]))}; call study_rows with the settings of the file and pass the "
+                    "result, delete the file, or give another path."
+                )
+            raise EditError(f"{path} was written {how}")
     rows = []
     for number, line in lines[1:]:
         values = _parsed(path, number, line)

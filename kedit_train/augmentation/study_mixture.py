@@ -56,5 +56,5 @@ def mixed_rows(
             framed = as_question(row.prompt) if row.kind == "question" and prompt_format == "plain" else row.prompt
             name = f"study row {row.prompt.strip()!r}"
             by_document.setdefault(prompts[row.document], []).append(Edit(framed, row.text, id=name))
-    mixture = f"{len(chosen)} are trained: {used} study tokens for {total} document tokens, ratio {used / total:.2f}"
+    mixture = f"{len(chosen)} study rows are trained, {used / total:.2f} study tokens per document token"
     return {prompt: tuple(rows) for prompt, rows in by_document.items()}, mixture

@@ -63,8 +63,8 @@ def write_texts(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise EditError(
-            "the tokenizer must have a chat template, but has none; set tokenizer.chat_template, or let another model "
-            "write the rows and pass the file."
+            "the tokenizer must have a chat template, but has none; set tokenizer.chat_template, or call "
+            "study_rows with a chat model and pass its result as study=."
         )
     inner = unwrap_model(model)
     context = context_length(inner.config)

@@ -24,10 +24,8 @@ _DECAY = 0.5
 _AIM = 0.9
 # A smaller weight has no effect, and would need many steps to grow again.
 _SMALLEST_WEIGHT = 0.01
-
-
-# What the divergence is measured on -> the callback that adds this penalty.
-_CALLBACKS: dict[Measured, str] = {"texts": "KLLocality", "batch": "BatchAnchor", "outputs": "OutputAnchor"}
+# The callback that adds the penalty.
+_OWNERS: dict[Measured, str] = {"texts": "KLLocality", "batch": "BatchAnchor", "outputs": "OutputAnchor"}
 
 
 class ForgettingBudget(EditCallback):
@@ -35,10 +33,10 @@ class ForgettingBudget(EditCallback):
 
     Another callback adds the penalty: :class:`KLLocality` penalizes the divergence on texts, :class:`BatchAnchor` the
     divergence on the training data itself, and :class:`OutputAnchor` a distance of outputs, such as forecasts. After
-    each optimizer step, this callback compares the divergence of the step with the budget. If the divergence is above
-    the budget, the weight of the penalty rises. If it is below, the weight falls (dual ascent on a Lagrange
-    multiplier). So you choose how much the model may change, instead of a weight. The argument ``weight`` of the
-    penalty is only the value at the start.
+    each optimizer step, this callback compares a running average of the divergence with 0.9 times the budget. If the
+    average is larger, the weight of the penalty rises. Otherwise it falls (dual ascent on a Lagrange multiplier). So
+    you choose how much the model may change, instead of a weight. The argument ``weight`` of the penalty is only the
+    value at the start.
 
     The budget holds at the end of a run, if the run is long enough. In the first steps, the divergence can be above the
     budget, because the weight has not yet adapted. If the divergence is above the budget at the end of the run, there
@@ -63,8 +61,8 @@ class ForgettingBudget(EditCallback):
         reason: why training was ended by ``stop_after``, as text, or None.
 
     Raises:
-        EditError: an argument is out of range, no callback adds such a penalty, several do and ``measured_on`` names
-            none of them, or the weight of the penalty is 0.
+        EditError: an argument is out of range, no callback adds the penalty that ``measured_on`` names, several
+            penalties match, another ForgettingBudget adapts the same penalty, or the weight of the penalty is 0.
 
     References:
         Responsive Safety in Reinforcement Learning by PID Lagrangian Methods, arXiv 2007.03964.
@@ -107,7 +105,7 @@ class ForgettingBudget(EditCallback):
             self,
             kl=(kl, above(0)),
             step_size=(step_size, within("(0, 1]")),
-            measured_on=(measured_on, optional(one_of(tuple(_CALLBACKS)))),
+            measured_on=(measured_on, optional(one_of(tuple(_OWNERS)))),
             max_weight=(max_weight, above(_SMALLEST_WEIGHT)),
             stop_after=(stop_after, optional(integer_from(1))),
         )
@@ -134,11 +132,10 @@ class ForgettingBudget(EditCallback):
         self._steps_above = 0
 
     def _find_penalty(self, run: EditRun) -> DivergencePenalty:
-        kinds = (self.measured_on,) if self.measured_on else tuple(_CALLBACKS)
+        kinds = (self.measured_on,) if self.measured_on else tuple(_OWNERS)
         found = [penalty for penalty in run.penalties if penalty.measured_on in kinds]
         if not found:
-            needed = " or ".join(_CALLBACKS[kind] for kind in kinds)
-            raise EditError(f'measured_on="{self.measured_on}" needs {needed}, which is missing; add it.')
+            raise EditError(f'measured_on="{self.measured_on}" needs {_OWNERS[kinds[0]]}, which is missing; add it.')
         if len(found) > 1:
             on = [penalty.measured_on for penalty in found]
             advice = "set measured_on= to one of these" if len(set(on)) > 1 else "keep only one of them"
@@ -151,8 +148,8 @@ class ForgettingBudget(EditCallback):
             )
         if penalty.weight == 0.0:
             raise EditError(
-                "the weight of the penalty must be > 0, got 0, which no factor can raise; leave out weight= of the "
-                "penalty."
+                f"weight of {_OWNERS[penalty.measured_on]} must be > 0, got 0, because ForgettingBudget multiplies it; "
+                "remove weight=0 there."
             )
         return penalty
 

@@ -83,7 +83,8 @@ class EditDataset(TrainerDatasets):
         """Read a file of edits or of documents, or a folder of documents. ``docs/data.md`` describes the formats.
 
         The format of a ``.json``, ``.jsonl`` or ``.csv`` file is recognized from the fields of its records. A ``.txt``
-        or ``.md`` file, and every file in a folder, is read as documents (``docs/documents.md``).
+        or ``.md`` file is read as a document. In a folder, all ``.txt``, ``.md``, ``.jsonl`` and ``.csv`` files are
+        read as documents (``docs/documents.md``).
 
         Args:
             path: the path, or "world" for edits of the bundled model (the small model that comes with kedit-train).

@@ -47,8 +47,8 @@ def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     size = len(moment)
     if rank is None or 2 * rank > size:
         return torch.linalg.eigh(moment)
-    # Products with random vectors span the whole span of the moment. More vectors than its rank are needed only against
-    # rounding.
+    # The products of the moment with ``rank`` random vectors span its column space. A few more vectors make this robust
+    # against rounding errors.
     random = torch.randn(size, min(rank + 8, size), generator=torch.Generator().manual_seed(0), dtype=moment.dtype)
     span = torch.linalg.qr(moment @ random.to(moment.device))[0]
     values, vectors = torch.linalg.eigh(span.T @ moment @ span)

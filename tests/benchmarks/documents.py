@@ -1,6 +1,6 @@
 """Train SmolLM2 on ten documents about invented events: how many closed-book questions it answers, and what stays.
 
-    python tests/benchmarks/documents.py                  # what documents.jsonl does not hold, into docs/documents.md
+    python tests/benchmarks/documents.py  # run what is missing in documents.jsonl, update docs/documents.md
     python tests/benchmarks/documents.py --only "kedit_default, documents only"
     python tests/benchmarks/documents.py report              # write the table only
 

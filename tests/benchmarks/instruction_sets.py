@@ -6,9 +6,9 @@
     python tests/benchmarks/instruction_sets.py report              # write the table only
 
 Both sets ask about sentences such as "Ada went from Oslo to Rome by train on Monday." Set A asks for one part of the
-sentence, in square brackets. Set B asks for a line of a table and for a label. An answer counts if it is exactly right,
-on sentences whose names and cities do not occur in training. Set A is trained once per seed, without callbacks that
-keep anything. Each method then trains set B, starting from this model.
+sentence, in square brackets. Set B asks for a line of a table, for a label, and for the day with the name. An answer
+counts if it is exactly right, on sentences whose names and cities do not occur in training. Set A is trained once per
+seed, without any callback that limits forgetting. Each method then trains set B, starting from this model.
 """
 
 from __future__ import annotations

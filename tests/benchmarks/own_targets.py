@@ -1,6 +1,6 @@
 """Train SmolLM2 towards its own predictions (ContextTeacher, MixSD) and towards labels, on the same edits.
 
-    python tests/benchmarks/own_targets.py             # what own_targets.jsonl does not hold, into docs/results.md
+    python tests/benchmarks/own_targets.py  # run what is missing in own_targets.jsonl, update docs/results.md
     python tests/benchmarks/own_targets.py --model smollm2_zsre --draws 10
     python tests/benchmarks/own_targets.py report      # write the table only
 

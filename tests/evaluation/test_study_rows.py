@@ -224,7 +224,7 @@ def test_study_rows_are_trained_with_their_documents(writer: Any, tmp_path: Path
     documents = EditDataset([FERRY, LOCK])
     augment = augmentation(model, tokenizer, documents, study=rows)
     assert "4 study rows from 6 texts" in augment.summary
-    assert "of which 4 are trained" in augment.summary
+    assert "4 study rows are trained" in augment.summary
     assert [row.prompt for row in augment(documents)][1:3] == [
         as_question("Who runs it?"),
         "What follows from: The ferry\n\n",

@@ -18,7 +18,8 @@ def check_teacher_vocabulary(trainer: Any) -> None:
 
     Args:
         trainer: a trainer. Only trainers of TRL with a ``teacher_model`` are checked, except GOLD with
-            ``use_uld_loss=True``, which accepts any teacher. Other trainers may not compare token ids.
+            ``use_uld_loss=True``, which accepts any teacher. Trainers outside of TRL are not checked, because their
+            losses need not compare token ids.
 
     Raises:
         EditError: the vocabularies differ.

@@ -231,8 +231,8 @@ class TransformersHost(Host):
         # probability in its loss and not the loss itself.
         if any(hasattr(self.args, name) for name in ("max_completion_length", "max_new_tokens")):
             return (
-                f"the trainer of {type(self.args).__name__} computes its own loss from completions; use SFTTrainer, or "
-                "remove this callback"
+                f"this trainer (configured by {type(self.args).__name__}) computes its own loss from completions; use "
+                "SFTTrainer, or remove this callback"
             )
         if getattr(self.args, "label_smoothing_factor", 0):
             return (
