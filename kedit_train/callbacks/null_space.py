@@ -178,14 +178,14 @@ class NullSpace(EditCallback):
             moments = self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path)
             self._of_texts = self._directions(moments)
             if texts:
-                self._of_texts = self._join(self._of_texts, self._moments(run, layers, texts))
+                self._of_texts = self._append_directions(self._of_texts, self._moments(run, layers, texts))
         elif self._of_texts.keys() != layers.keys():
             raise EditError("sequential=True needs the same scope in every run; create a new NullSpace for each scope.")
         earlier = self._previous.moments(run.edits, lambda edits: self._moments(run, layers, edits))
-        directions = self._join(self._of_texts, earlier)
+        directions = self._append_directions(self._of_texts, earlier)
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         if neighbors:
-            directions = self._join(directions, self._moments(run, layers, neighbors))
+            directions = self._append_directions(directions, self._moments(run, layers, neighbors))
         spaces = self._free_spaces(run, directions)
         self._projection = ChangeProjection(layers, spaces, project_free)
         for name in pairs:
@@ -271,7 +271,9 @@ class NullSpace(EditCallback):
             for name, moment in moments.items()
         }
 
-    def _join(self, directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]) -> dict[str, Tensor]:
+    def _append_directions(
+        self, directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]
+    ) -> dict[str, Tensor]:
         """Return the given directions together with those of further inputs, if there are any."""
         more = self._directions(moments)
         return {
