@@ -80,9 +80,13 @@ def holds_model_inputs(source: Any) -> bool:
     """Return whether ``source`` contains model inputs (tensors, or tuples or mappings of tensors), not texts."""
     if isinstance(source, str) or not isinstance(source, Iterable):
         return False
-    first = next(iter(source), None)
-    values = first.values() if isinstance(first, Mapping) else first if isinstance(first, tuple | list) else [first]
-    return any(isinstance(value, Tensor) for value in values)
+    return _holds_tensor(next(iter(source), None))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping | tuple | list):
+        return any(_holds_tensor(inner) for inner in (value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, Tensor)
 
 
 def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator[Batch]:
