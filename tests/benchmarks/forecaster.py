@@ -95,12 +95,14 @@ def fine_tune(
     order = torch.Generator().manual_seed(0)
     with editing(model, [*callbacks, metrics]) as edit:
         optimizer = torch.optim.Adam(edit.parameters(), lr=rate)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         for _ in range(steps):
             batch = torch.randint(len(past), (32,), generator=order)
             optimizer.zero_grad()
             edit.before_step()
             nn.functional.mse_loss(model(past[batch]), future[batch]).backward()
             optimizer.step()
+            schedule.step()
     return metrics
 
 
