@@ -6,7 +6,7 @@ the new regime, the next values of a series with short periods have the opposite
 periods must stay.
 
     python tests/benchmarks/forecaster.py               # seeds 1, 2 and 3, which are reported
-    python tests/benchmarks/forecaster.py --seeds 0     # the seed on which the settings were chosen
+    python tests/benchmarks/forecaster.py --seeds 0     # one of the seeds on which the settings were chosen
 
 Each run prints one JSON line per method: the mean squared error on series of the new regime that were not trained on,
 before and after fine-tuning, and the relative change of the forecasts of series with long periods that were not given
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.03, 0.1, 0.3])
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.01, 0.1, 1.0])
     options = parser.parse_args()
     for seed in options.seeds:
         for row in run(seed, steps=options.steps, rate=options.rate, weights=options.weights):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import ModelOutput
 
-from kedit_train.callbacks import ForecastMetrics, editing
+from kedit_train.callbacks import ForecastMetrics, OutputAnchor, editing
 from kedit_train.errors import EditError
 
 LEVELS = [0.1, 0.5, 0.9]
@@ -182,6 +184,15 @@ def test_lightning_logs_the_metrics():
     )  # fmt: skip
     trainer.fit(Module(), DataLoader(TensorDataset(INPUTS[0], TARGETS[0]), batch_size=5))
     assert float(trainer.callback_metrics["edit/forecast/change"]) == pytest.approx(metrics.last_change, rel=1e-5)
+
+
+@pytest.mark.parametrize("callback", [ForecastMetrics, OutputAnchor])
+def test_the_example_runs(callback: type):
+    tests = doctest.DocTestParser().get_doctest(inspect.getdoc(callback) or "", {}, callback.__name__, None, 0)
+    runner = doctest.DocTestRunner()
+    runner.run(tests)
+    assert runner.tries > 0
+    assert not runner.failures
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
