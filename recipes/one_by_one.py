@@ -51,7 +51,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--texts", help="a file of texts on which the model should not change (world has its own texts)"
     )
     parser.add_argument("--output_dir", default="runs/one_by_one")
-    parser.add_argument("--learning_rate", type=float, default=6e-4)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument(
         "--ball", type=float, help="radius of the ball, as a fraction of the norm of the weights; default: 0.5"
     )
@@ -64,7 +64,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 def learning() -> list[EditCallback]:
     """Return the callbacks that train an edit."""
     return [
-        ParameterScope("0.3-1.0", modules="mlp.down_proj"),
+        ParameterScope("0.5-1.0", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
         StopWhenEdited(loss=0.005),
     ]
@@ -75,7 +75,7 @@ def constraints(texts: str, ball: float, seed: int = 0) -> list[EditCallback]:
     # The weight is ten times the weight for a batch of edits. In a batch, the gradients of the edits partly cancel each
     # other. The gradient of a single edit does not cancel, so it needs a stronger penalty.
     return [
-        KLLocality(Texts(texts, seed=seed), weight=200.0, batch_size=32, sequential=True),
+        KLLocality(Texts(texts, seed=seed), weight=200.0, batch_size=8, sequential=True),
         NormBall(norm="l2", per="scope", fraction=ball),
     ]
 

@@ -20,7 +20,7 @@ from kedit_train.core.drift.lora_factors import lora_pairs
 from kedit_train.core.drift.model_batches import find_text_model, holds_model_inputs, model_input_batches
 from kedit_train.core.drift.previous_inputs import PreviousInputs
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first, input_moments
-from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
+from kedit_train.core.locality.consecutive_runs import continues_run, remaining_texts, require_edits
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
@@ -140,8 +140,12 @@ class NullSpace(EditCallback):
         self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
         self._projection = ChangeProjection({}, {}, project_free)
         self._previous = PreviousInputs()
-        # In a sequence of runs, the directions of the texts are computed before the first run.
-        self._of_texts: dict[str, Tensor] | None = None
+        # The second moments of the texts in preserve.
+        self._preserved: dict[str, SecondMoment] = {}
+        # In a sequence of runs: the texts of the run before, their second moments, and the directions of the moments.
+        self._chosen: list[str] | None = None
+        self._text_moments: dict[str, SecondMoment] = {}
+        self._of_texts: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
         if isinstance(self.texts, Texts):
             return
@@ -164,7 +168,8 @@ class NullSpace(EditCallback):
             require_edits(run, f"neighbors={self.neighbors} puts other subjects into the prompts of the edits")
         edits, texts = self._read_preserve()
         if not (self.sequential and continues_run(self._model, run)):
-            self._previous, self._of_texts = PreviousInputs(edits), None
+            self._previous, self._preserved = PreviousInputs(edits), {}
+            self._of_texts, self._chosen = {}, None
         self._model = weakref.ref(run.model)
         layers = find_linear_layers(run.model, run.scope)
         pairs = lora_pairs(run, layers)
@@ -174,25 +179,20 @@ class NullSpace(EditCallback):
                 "adapter; remove factors_path."
             )
         layers = {name: layer for name, layer in layers.items() if name not in pairs.values()}
-        if self._of_texts is None:
-            moments = self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path)
-            self._of_texts = self._directions(moments)
-            if texts:
-                self._of_texts = self._append_directions(self._of_texts, self._moments(run, layers, texts))
-        elif self._of_texts.keys() != layers.keys():
-            raise EditError("sequential=True needs the same scope in every run; create a new NullSpace for each scope.")
+        directions = self._directions_of_texts(run, layers)
+        if texts and not self._preserved:
+            self._preserved = self._moments(run, layers, texts)
+        directions = self._with_directions(directions, self._preserved)
         earlier = self._previous.moments(run.edits, lambda edits: self._moments(run, layers, edits))
-        directions = self._append_directions(self._of_texts, earlier)
+        directions = self._with_directions(directions, earlier)
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         if neighbors:
-            directions = self._append_directions(directions, self._moments(run, layers, neighbors))
+            directions = self._with_directions(directions, self._moments(run, layers, neighbors))
         spaces = self._free_spaces(run, directions)
         self._projection = ChangeProjection(layers, spaces, project_free)
         for name in pairs:
             _project_reference(run, name, spaces[name])
         self._projection.start(run.scope)
-        if not self.sequential:
-            self._of_texts = None
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._projection.constrain(weights, reference)
@@ -225,6 +225,29 @@ class NullSpace(EditCallback):
     def detach(self, run: EditRun) -> None:
         self._projection.stop()
 
+    def _directions_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
+        """Return the directions of ``texts``. In a sequence of runs, the texts are read before the first run."""
+        if not self.sequential:
+            return self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
+        if not self._of_texts:
+            source = self.texts
+            if isinstance(source, Texts):
+                tokenizer = run.tokenizer(source.tokenizer)
+                self._chosen = source.load(run.edits, limit=self.limit, tokenizer=tokenizer)
+                source = replace(source, source=self._chosen, nearest=None)
+            self._text_moments = self._moments(run, layers, source, path=self.factors_path)
+            self._of_texts = self._directions(self._text_moments)
+        elif self._of_texts.keys() != layers.keys():
+            raise EditError("sequential=True needs the same scope in every run; create a new NullSpace for each scope.")
+        elif self._chosen is not None:
+            kept = remaining_texts(self.texts, self._chosen, run)
+            left = set(kept)
+            if removed := [text for text in self._chosen if text not in left]:
+                own = self._moments(run, layers, replace(self.texts, source=removed, nearest=None), keep_leaks=True)
+                self._text_moments = {name: m - own[name] for name, m in self._text_moments.items()}
+                self._chosen, self._of_texts = kept, self._directions(self._text_moments)
+        return self._of_texts
+
     def _moments(
         self,
         run: EditRun,
@@ -233,13 +256,14 @@ class NullSpace(EditCallback):
         *,
         limit: int | None = None,
         path: str | Path | None = None,
+        keep_leaks: bool = False,
     ) -> dict[str, SecondMoment]:
         """Return the second moments of the layers' inputs on ``source`` (texts, edits or model inputs)."""
         if holds_model_inputs(source):
             batches = model_input_batches(source, next(run.model.parameters()).device)
             return input_moments(run, layers, run.language_model or run.model, batches)
         if isinstance(source, Texts):
-            sequences = source.tokenize(run, limit=limit)
+            sequences = source.tokenize(run, edits=() if keep_leaks else None, limit=limit)
         else:
             settings = self._settings()
             sequences = tokenize_edits(run, source, run.tokenizer(settings.tokenizer), settings.max_length)
@@ -271,7 +295,7 @@ class NullSpace(EditCallback):
             for name, moment in moments.items()
         }
 
-    def _append_directions(
+    def _with_directions(
         self, directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]
     ) -> dict[str, Tensor]:
         """Return the given directions together with those of further inputs, if there are any."""

@@ -237,7 +237,7 @@ def both(**texts: Any) -> list[Any]:
             [ForgettingBudget(0.1), ForgettingBudget(0.2), BatchAnchor()],
             "another ForgettingBudget already adapts the penalty that is measured on batch",
         ),
-        ([ForgettingBudget(), BatchAnchor(0.0)], "the weight of the penalty must be > 0, got 0"),
+        ([ForgettingBudget(), BatchAnchor(0.0)], "weight of BatchAnchor must be > 0, got 0"),
     ],
 )
 def test_wrong_combinations_are_errors_before_the_first_step(make, words, ids, callbacks, message):

@@ -11,7 +11,7 @@ from callbacks.inputs import SCOPE, TEXTS, WEIGHT, ScopeOfEdits, adamw, attach, 
 
 from kedit_train.callbacks import NullSpace, ParameterScope, editing
 from kedit_train.core.state_file import load_state, save_state
-from kedit_train.data import Edit
+from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
 
 NAME = WEIGHT["llama"]
@@ -178,3 +178,69 @@ def test_a_checkpoint_restores_the_directions_of_previous_edits(make, words, tmp
         assert [edit.prompt for edit in resumed._previous.edits] == ["w40 w41"]
         with pytest.raises(EditError, match="checkpoint was written with another scope"):
             resumed.load_state({"subspaces": {}, "previous_edits": []})
+
+
+def test_a_resumed_run_keeps_all_previous_edits_for_the_run_after_it(make, words, tmp_path):
+    model = make("llama")
+    null_space = NullSpace(TEXTS, energy=0.999, sequential=True)
+    attach(model, words, null_space, ScopeOfEdits([Edit("w40 w41", "w42")]))
+    second = ScopeOfEdits([Edit("w50 w51", "w52")])
+    with editing(model, [null_space, second], tokenizer=words) as edit:
+        edit.before_step()
+        save_state(tmp_path, null_space.state())
+    resumed = NullSpace(TEXTS, energy=0.999, sequential=True)
+    with editing(model, [resumed, second], tokenizer=words) as edit:
+        edit.before_step()
+        resumed.load_state(load_state(tmp_path) or {})
+    assert [edit.prompt for edit in resumed._previous.edits] == ["w40 w41", "w50 w51"]
+    third = ScopeOfEdits([Edit("w30 w31", "w32")])
+    before = model.get_parameter(NAME).detach().clone()
+    ids = torch.tensor([words("w30 w31 w32")["input_ids"]])
+    with editing(model, [resumed, third], tokenizer=words) as edit:
+        train(model, edit, ids, adamw(edit.parameters()), 5)
+    change = model.get_parameter(NAME).detach().double() - before.double()
+    earlier = inputs_of(model, words, NAME, ["w40 w41 w42 </s>", "w50 w51 w52 </s>"])
+    assert share_of(change, principal(earlier, 0.999)) < 1e-5
+
+
+def test_a_text_with_an_evaluation_prompt_of_a_later_edit_is_no_longer_preserved(make, words):
+    """The directions of the second run are those of the other texts, as if the first run had not read the text."""
+    model = make("llama")
+    leak = "w40 w41 w42 w43"
+    edits = [Edit("w50 w51", "w52", locality={"other": (Probe("w40 w41", ("w42",)),)})]
+    null_space = NullSpace([*TEXTS, leak], energy=0.99, sequential=True)
+    attach(model, words, null_space, ScopeOfEdits([Edit("w30 w31", "w32")]))
+    before = model.get_parameter(NAME).detach().clone()
+    ids = torch.tensor([words("w50 w51 w52")["input_ids"]])
+    with (
+        pytest.warns(UserWarning, match="1 of 5 texts contain an evaluation prompt of the edits"),
+        editing(model, [null_space, ScopeOfEdits(edits)], tokenizer=words, log_every_n_steps=5) as edit,
+    ):
+        train(model, edit, ids, adamw(edit.parameters()), 5)
+    change = model.get_parameter(NAME).detach().double() - before.double()
+    assert share_of(change, principal(inputs_of(model, words, NAME), 0.99)) < 1e-4
+    assert share_of(change, principal(inputs_of(model, words, NAME, [leak]), 0.99)) > 0.1
+
+
+def test_an_edit_that_is_made_again_does_not_leave_old_inputs_in_the_other_layers(make, words):
+    """With two layers, inputs of the upper layer change from run to run, so the kept edits are measured again."""
+    model = make("llama")
+    names = [NAME.replace("1", "0", 1), NAME]
+    null_space = NullSpace(TEXTS, energy=0.9, sequential=True)
+
+    def run(edits: list[Edit], steps: int) -> None:
+        scope = ScopeOfEdits(edits)
+        scope.layers = None
+        batch = [torch.tensor([words(f"{edit.prompt} {edit.target}")["input_ids"]]) for edit in edits]
+        with editing(model, [null_space, scope], tokenizer=words) as edit:
+            for ids in batch:
+                train(model, edit, ids, adamw(edit.parameters()), steps)
+
+    run([Edit("w40 w41", "w42"), Edit("w50 w51", "w52")], 5)
+    run([Edit("w30 w31", "w32")], 5)
+    before = {name: model.get_parameter(name).detach().clone() for name in names}
+    kept = {name: inputs_of(model, words, name, ["w50 w51 w52 </s>", "w30 w31 w32 </s>"]) for name in names}
+    run([Edit("w40 w41", "w43")], 5)
+    for name in names:
+        change = model.get_parameter(name).detach().double() - before[name].double()
+        assert share_of(change, principal(kept[name], 0.9)) < 1e-5
