@@ -372,6 +372,7 @@ class Detached(Forecaster):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "no inputs": (made, {"inputs": []}, "inputs must be a list with one item per forward pass .* got an empty list"),
     "None": (made, {"inputs": None}, "inputs must be a list .* got NoneType"),
+    "an iterator": (made, {"inputs": iter([])}, r"got an iterator without items \(it can be read only once\)"),
     "texts": (made, {"inputs": ["a text"]}, "inputs must be a list .* got items of type str"),
     "one tensor": (made, {"inputs": KEPT[0]}, r"got one tensor of shape \(4, 6\); pass inputs=\[tensor\]"),
     "a text file": (made, {"inputs": "keep.txt"}, "or the path of a .safetensors file, got 'keep.txt'"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,11 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
         )
     items = list(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else []
     if not holds_model_inputs(items):
-        got = "an empty list" if isinstance(source, list | tuple) and not items else type(source).__name__
-        if items:
-            got = f"items of type {type(items[0]).__name__}"
+        got = f"items of type {type(items[0]).__name__}" if items else type(source).__name__
+        if not items and isinstance(source, list | tuple):
+            got = "an empty list"
+        elif not items and isinstance(source, Iterator):
+            got = "an iterator without items (it can be read only once)"
         raise EditError(f"{argument} must be {_EXPECTED}, got {got}; pass the inputs of the model.")
     return items
 
