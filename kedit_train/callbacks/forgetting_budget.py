@@ -25,7 +25,7 @@ _AIM = 0.9
 # A smaller weight has no effect, and would need many steps to grow again.
 _SMALLEST_WEIGHT = 0.01
 # The callback that adds the penalty.
-_OWNERS: dict[Measured, str] = {"texts": "KLLocality", "batch": "BatchAnchor", "outputs": "OutputAnchor"}
+_OWNERS: dict[str, str] = {"texts": "KLLocality", "batch": "BatchAnchor", "outputs": "OutputAnchor"}
 
 
 class ForgettingBudget(EditCallback):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from kedit_train.callbacks import ForecastMetrics, OutputAnchor, SaveDelta
 
@@ -91,7 +91,7 @@ def test_a_quantile_model_in_a_transformers_trainer(tmp_path: Path) -> None:
     past = windows(32, 2)
     found = []
     for anchors in ([], [OutputAnchor(inputs, distance="quantile", output="quantile_preds", weight=3.0, batch_size=4)]):
-        metrics = ForecastMetrics(
+        metrics: Any = ForecastMetrics(
             (
                 [{"context": past, "num_output_patches": 2}],
                 [3.0 + past[:, :1].expand(32, 2 * PATCH)],
@@ -144,16 +144,17 @@ def test_a_module_with_one_packed_argument_in_a_trainer_of_pytorch_lightning(for
         torch.manual_seed(0)
         module = TupleModule(form)
         kept = [(module.pack(rows),) for rows in (windows(64, 1) + 4.0).split(16)]
-        metrics = ForecastMetrics(
+        metrics: Any = ForecastMetrics(
             ([(module.pack(past),)], [targets]),
             kept=[(module.pack(windows(64, 3) + 4.0),)],
             every_n_steps=50,
             output=lambda output: output[..., 0, 0],
         )
+        callbacks: Any = [*([] if weight is None else [OutputAnchor(kept, weight=weight)]), metrics]
         trainer = pytorch_lightning.Trainer(
             max_steps=150, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, log_every_n_steps=1,
-            callbacks=[*([] if weight is None else [OutputAnchor(kept, weight=weight)]), metrics],
+            callbacks=callbacks,
         )  # fmt: skip
         trainer.fit(module, DataLoader(TensorDataset(past, targets), batch_size=32))
         assert metrics.last_error < 0.3 * metrics.unedited_error

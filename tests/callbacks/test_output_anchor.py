@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from kedit_train.callbacks import ForgettingBudget, OutputAnchor, ParameterScope, editing
 from kedit_train.errors import EditError
@@ -154,7 +154,7 @@ SELECTIONS: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_the_output_may_be_a_tensor_or_be_selected(selection):
     output, selected = SELECTIONS[selection]
-    model = made(output=output)
+    model: Any = made(output=output)
     with editing(model, [OutputAnchor(KEPT, output=selected, batch_size=5)]) as edit:
         edit.before_step()
         with torch.no_grad():
@@ -260,17 +260,17 @@ class Module(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def lightning(network: nn.Module, callbacks: list[Any], steps: int, **options: Any) -> None:
+def lightning(network: Any, callbacks: list[Any], steps: int, **options: Any) -> None:
     checkpoint = options.pop("ckpt_path", None)
     settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     settings |= {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 1}
     trainer = L.Trainer(max_steps=steps, callbacks=callbacks, **(settings | options))
     module = Module(network)
-    module.network.dropout.p = 0.0
+    network.dropout.p = 0.0
     trainer.fit(module, DataLoader(TensorDataset(*NEW), batch_size=8), ckpt_path=checkpoint)
 
 
-def transformers(network: nn.Module, callbacks: list[Any], steps: int, folder: Path) -> None:
+def transformers(network: Any, callbacks: list[Any], steps: int, folder: Path) -> None:
     arguments = TrainingArguments(
         str(folder), max_steps=steps, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", use_cpu=True,
         per_device_train_batch_size=8, report_to=[], disable_tqdm=True, save_strategy="no", max_grad_norm=0.0,
@@ -335,7 +335,7 @@ def test_batch_normalization_and_recurrent_layers_keep_their_state():
             return self.head(self.norm(self.encoder(windows.unsqueeze(-1))[0][:, -1]))
 
     torch.manual_seed(0)
-    model = Recurrent()
+    model: Any = Recurrent()
     with editing(model, [OutputAnchor(KEPT, batch_size=5)]) as edit:
         edit.before_step()
         assert model.norm.num_batches_tracked.item() == 0
@@ -345,7 +345,7 @@ def test_batch_normalization_and_recurrent_layers_keep_their_state():
 def test_a_budget_adapts_the_weight():
     model = made()
     before = copy.deepcopy(model).eval()
-    budget = ForgettingBudget(0.05, step_size=0.3)
+    budget: Any = ForgettingBudget(0.05, step_size=0.3)
     history, _ = descend(model, [OutputAnchor(KEPT, weight=0.1, batch_size=5), budget], 200)
     with torch.no_grad():
         change = (model(torch.cat(KEPT)) - before(torch.cat(KEPT))).square().mean().item()
@@ -405,7 +405,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_wrong_uses_are_errors_of_one_line(name):
     build, options, message = REFUSED[name]
+    arguments: dict[str, Any] = {"inputs": KEPT, **options}
     with pytest.raises(EditError, match=rf"^OutputAnchor: .*{message}") as error:
-        descend(build(), [OutputAnchor(**({"inputs": KEPT} | options))], 3)
+        descend(build(), [OutputAnchor(**arguments)], 3)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) <= 300

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ def test_each_distance_follows_its_formula(dtype):
     torch.manual_seed(0)
     before, now = torch.randn(3, 4, 5).to(dtype), torch.randn(3, 4, 5).to(dtype)
     a, b = before.double(), now.double()
-    close = {"rtol": 1e-5, "atol": 1e-6}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(output_distance(before, now, distance="mse").double(), (a - b) ** 2, **close)
     torch.testing.assert_close(output_distance(before, now, distance="quantile").double(), abs(a - b), **close)
     expected = torch.empty(3, 4, dtype=torch.float64)
