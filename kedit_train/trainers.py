@@ -16,6 +16,7 @@ from kedit_train.callbacks import (
     ContextTeacher,
     EditCallback,
     EditMetrics,
+    ForecastMetrics,
     ForgetFirst,
     ForgettingBudget,
     GradientMask,
@@ -23,6 +24,7 @@ from kedit_train.callbacks import (
     LowCurvature,
     NormBall,
     NullSpace,
+    OutputAnchor,
     ParameterScope,
     PolyakStep,
     PrefixCache,
@@ -55,6 +57,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "context_teacher": ContextTeacher,
     "kl_locality": KLLocality,
     "batch_anchor": BatchAnchor,
+    "output_anchor": OutputAnchor,
     "forgetting_budget": ForgettingBudget,
     "weight_anchor": WeightAnchor,
     "norm_ball": NormBall,
@@ -65,6 +68,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "prefix_cache": PrefixCache,
     "active_set": ActiveSet,
     "edit_metrics": EditMetrics,
+    "forecast_metrics": ForecastMetrics,
     "stop_when_edited": StopWhenEdited,
     "save_delta": SaveDelta,
 }
@@ -138,13 +142,10 @@ class EditSFTConfig(SFTConfig):
     context_teacher: Arguments = field(default=None, metadata=_help("Distill the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
+    output_anchor: Arguments = field(default=None, metadata=_help("On which inputs should the outputs not change?"))
     forgetting_budget: Arguments = field(default=None, metadata=_help("Keep the divergence within a budget."))
-    weight_anchor: Arguments = field(
-        default=None, metadata=_help("Pull the weights towards their original values (L2-SP, EWC).")
-    )
-    norm_ball: Arguments = field(
-        default=None, metadata=_help("How far may the weights move from their original values?")
-    )
+    weight_anchor: Arguments = field(default=None, metadata=_help("Pull the weights towards their original values."))
+    norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
     null_space: Arguments = field(
         default=None, metadata=_help("Project the weight change so that layer outputs on given texts hardly change.")
     )
@@ -159,9 +160,8 @@ class EditSFTConfig(SFTConfig):
         default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
     )
     active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
-    edit_metrics: Arguments = field(
-        default=None, metadata=_help("Evaluate the edits before, during and after training.")
-    )
+    edit_metrics: Arguments = field(default=None, metadata=_help("Evaluate the edits before, during, after training."))
+    forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and change of any outputs."))
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
     save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 

@@ -25,17 +25,18 @@ _AIM = 0.9
 # A smaller weight has no effect, and would need many steps to grow again.
 _SMALLEST_WEIGHT = 0.01
 # The callback that adds the penalty.
-_OWNERS = {"texts": "KLLocality", "batch": "BatchAnchor"}
+_OWNERS: dict[str, str] = {"texts": "KLLocality", "batch": "BatchAnchor", "outputs": "OutputAnchor"}
 
 
 class ForgettingBudget(EditCallback):
     """Keep the divergence from the model before the edit within a budget, by adapting the weight of its penalty.
 
     Another callback adds the penalty: :class:`KLLocality` penalizes the divergence on texts, :class:`BatchAnchor` the
-    divergence on the training data itself. After each optimizer step, this callback compares a running average of the
-    divergence with 0.9 times the budget. If the average is larger, the weight of the penalty rises. Otherwise it falls
-    (dual ascent on a Lagrange multiplier). So you choose how much the model may change, instead of a weight. The
-    argument ``weight`` of the penalty is only the value at the start.
+    divergence on the training data itself, and :class:`OutputAnchor` a distance of outputs, such as forecasts. After
+    each optimizer step, this callback compares a running average of the divergence with 0.9 times the budget. If the
+    average is larger, the weight of the penalty rises. Otherwise it falls (dual ascent on a Lagrange multiplier). So
+    you choose how much the model may change, instead of a weight. The argument ``weight`` of the penalty is only the
+    value at the start.
 
     The budget holds at the end of a run, if the run is long enough. In the first steps, the divergence can be above the
     budget, because the weight has not yet adapted. The divergence of a step is measured before the weights change, so
@@ -43,12 +44,13 @@ class ForgettingBudget(EditCallback):
     of the run.
 
     Args:
-        kl: the budget: mean divergence per token in nats, in the direction of the penalty.
+        kl: the budget: mean divergence per token in nats, in the direction of the penalty. For :class:`OutputAnchor`,
+            the mean distance, in the unit of its ``distance``.
         step_size: how fast the weight adapts. In one step, the Lagrange multiplier rises or falls at most by the factor
             exp(step_size). The weight is the multiplier, or up to 1.65 times as large while the divergence is above the
             budget.
-        measured_on: which penalty to adapt, if there are several: "texts" (KLLocality) or "batch" (BatchAnchor). None
-            requires that there is only one.
+        measured_on: which penalty to adapt, if there are several: "texts" (KLLocality), "batch" (BatchAnchor) or
+            "outputs" (OutputAnchor). None requires that there is only one.
         max_weight: upper bound of the weight. If the weight reaches this bound, the learning rate is too high for the
             budget: a larger weight would only prevent learning.
         stop_after: end training when the divergence has been above the budget in this number of consecutive steps.
@@ -104,7 +106,7 @@ class ForgettingBudget(EditCallback):
             self,
             kl=(kl, above(0)),
             step_size=(step_size, within("(0, 1]")),
-            measured_on=(measured_on, optional(one_of(("texts", "batch")))),
+            measured_on=(measured_on, optional(one_of(tuple(_OWNERS)))),
             max_weight=(max_weight, above(_SMALLEST_WEIGHT)),
             stop_after=(stop_after, optional(integer_from(1))),
         )
@@ -118,7 +120,7 @@ class ForgettingBudget(EditCallback):
     def requires(self) -> Sequence[Requirement]:
         message = (
             "there is no penalty whose weight could be adapted; add KLLocality(texts), which measures the divergence "
-            "on texts, or BatchAnchor(), which measures it on the training data."
+            "on texts, BatchAnchor() (on the training data) or OutputAnchor(inputs) (on outputs)."
         )
         return [Requirement((CAPABILITY,), message)]
 
@@ -133,19 +135,19 @@ class ForgettingBudget(EditCallback):
         self._steps_above = 0
 
     def _find_penalty(self, run: EditRun) -> DivergencePenalty:
-        kinds = (self.measured_on,) if self.measured_on else ("texts", "batch")
+        kinds = (self.measured_on,) if self.measured_on else tuple(_OWNERS)
         found = [penalty for penalty in run.penalties if penalty.measured_on in kinds]
         if not found:
             raise EditError(f'measured_on="{self.measured_on}" needs {_OWNERS[kinds[0]]}, which is missing; add it.')
         if len(found) > 1:
             on = [penalty.measured_on for penalty in found]
-            advice = 'set measured_on="texts" or "batch"' if len(set(on)) > 1 else "keep only one of them"
+            advice = "set measured_on= to one of these" if len(set(on)) > 1 else "keep only one of them"
             raise EditError(f"{len(found)} penalties could be adapted (measured on {', '.join(on)}); {advice}.")
         (penalty,) = found
         if penalty.adapted:
             raise EditError(
                 f"another ForgettingBudget already adapts the penalty that is measured on {penalty.measured_on}; keep "
-                'only one, or set measured_on="texts" in one and "batch" in the other.'
+                "only one, or set another measured_on= in each."
             )
         if penalty.weight == 0.0:
             raise EditError(

@@ -27,6 +27,8 @@ STATEFUL = (
     "ActiveSet",
     "StopWhenEdited",
     "ForgettingBudget",
+    "OutputAnchor",
+    "ForecastMetrics",
 )
 
 

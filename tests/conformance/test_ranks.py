@@ -20,7 +20,7 @@ from kedit_train import world
 
 TESTS = Path(__file__).resolve().parents[1]
 # They do not change the trained weights.
-NEUTRAL = ("ParameterScope", "EditMetrics", "PrefixCache", "SaveDelta")
+NEUTRAL = ("ParameterScope", "EditMetrics", "ForecastMetrics", "PrefixCache", "SaveDelta")
 # They take steps of Adam, which enlarges rounding differences of gradients that are nearly 0.
 STEPS_OF_ADAM = ("PolyakStep", "SecondOrderLocality")
 # A penalty, a loss, a mask, scores and a rule that ends training; one for each way to act on a run.
@@ -32,6 +32,7 @@ IN_DEFAULT_RUN = (
     "EditMetrics",
     "StopWhenEdited",
     "ForgettingBudget",
+    "OutputAnchor",
 )
 SCOPED = "model.layers.3.mlp.down_proj.weight"
 

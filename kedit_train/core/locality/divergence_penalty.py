@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# On what a divergence is measured: on given texts (KLLocality), or on the training batch itself (BatchAnchor).
-Measured = Literal["texts", "batch"]
+# On what a divergence is measured: on given texts (KLLocality), on the training batch itself (BatchAnchor), or on the
+# outputs for given inputs (OutputAnchor).
+Measured = Literal["texts", "batch", "outputs"]
 # A callback that adds such a penalty provides this name.
 CAPABILITY = "divergence_penalty"
 
@@ -21,7 +22,7 @@ class DivergencePenalty:
     writes ``weight``.
 
     Args:
-        measured_on: "texts" or "batch".
+        measured_on: "texts", "batch" or "outputs".
         weight: the weight at the start of the run.
 
     Attributes:
@@ -34,7 +35,10 @@ class DivergencePenalty:
         self._sum, self._tokens = torch.zeros(()), 0
 
     def observe(self, divergence: Tensor) -> None:
-        """Record the divergence [N] of each token in nats, not multiplied by ``weight``."""
+        """Record the divergence [N] of each token in nats, not multiplied by ``weight``.
+
+        :class:`OutputAnchor` records the distance [N] of each output, in the unit of its distance.
+        """
         if self.adapted:
             self._sum = self._sum.to(divergence.device) + divergence.detach().sum(dtype=torch.float32)
             self._tokens += divergence.numel()
