@@ -15,7 +15,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,7 +23,7 @@ import yaml
 from compare import measure
 from compare_report import PAGE, replaced
 from paired import processor
-from settings import HELD_OUT, SETTINGS, Setting, load
+from settings import SETTINGS, Setting, load
 
 from kedit_train.data import Edit
 from kedit_train.data.fact_in_context import prompt_with_fact
@@ -41,7 +40,7 @@ COLUMNS = (
     ("seconds", 1),
 )  # fmt: skip
 HEADINGS = (
-    "edits", "targets", "draws", "reliability", "generality", "PS", "portability", "others kept", "NS", "KL on prose",
+    "edits", "draw", "targets", "reliability", "generality", "PS", "portability", "others kept", "NS", "KL on prose",
     "s per edit",
 )  # fmt: skip
 
@@ -98,27 +97,20 @@ def run(model: str, targets: str, draw: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the means over draws as a table in Markdown, with the smallest and the largest value.
-
-    Draws from HELD_OUT upwards are for trials and are not reported.
-    """
-    rows = [row for row in rows if row["draw"] < HELD_OUT]
-    lines = [f"| {' | '.join(HEADINGS)} |", "|---|---|" + "---:|" * (len(HEADINGS) - 2)]
+    """Return a table in Markdown with one line per draw and variant."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---|---:|---|" + "---:|" * (len(HEADINGS) - 3)]
     for model, label in MODELS.items():
-        for targets in VARIANTS:
-            if own := [row for row in rows if (row["model"], row["targets"]) == (model, targets)]:
-                cells = " | ".join(cell([row[name] for row in own], digits) for name, digits in COLUMNS)
-                lines.append(f"| {label} | {targets} | {len(own)} | {cells} |")
+        for draw in sorted({row["draw"] for row in rows if row["model"] == model}):
+            for targets in VARIANTS:
+                for row in rows:
+                    if (row["model"], row["draw"], row["targets"]) == (model, draw, targets):
+                        cells = " | ".join(cell(row[name], digits) for name, digits in COLUMNS)
+                        lines.append(f"| {label} | {draw} | {targets} | {cells} |")
     return "\n".join(lines)
 
 
-def cell(values: list[float | None], digits: int) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    low, high = min(known), max(known)
-    between = "" if len(known) == 1 else f" ({low:.{digits}f}-{high:.{digits}f})"
-    return f"{mean(known):.{digits}f}{between}"
+def cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def report(rows: list[dict[str, Any]], page: str) -> str:
