@@ -71,8 +71,8 @@ class NullSpace(EditCallback):
             in ``preserve``, and to all earlier edits together.
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
             later edit with the same prompt replaces the earlier edit. The texts are read only before the first run.
-            Before each later run, the model reads only the edits of the run before it. If a run edits a prompt again, the
-            model reads all earlier edits again. A LoRA adapter cannot be trained in several runs.
+            Before each later run, the model reads only the edits of the run before it. If a run edits a prompt again,
+            the model reads all earlier edits again. A LoRA adapter cannot be trained in several runs.
         factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
             read from it. If it does not exist, the statistics are computed and written to it. A file of
             ``LowCurvature`` can also be used. A file is valid only for the weights, texts and ``limit`` with which it
