@@ -19,7 +19,7 @@ example. Everything else in the package is internal and may change in any releas
 docs imports, such as `kedit_train.augmentation.study_rows` and `kedit_train.data.split_documents`.
 
 `kedit_train.callbacks` has two more callbacks, for models that read no text, such as forecasters:
-[`OutputAnchor`](callbacks/output_anchor.md) keeps the outputs on given inputs, and
+[`OutputAnchor`](callbacks/output_anchor.md) keeps the outputs on given inputs close to those before the edit, and
 [`ForecastMetrics`](callbacks/forecast_metrics.md) measures the error and the change of forecasts.
 """
 

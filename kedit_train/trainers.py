@@ -160,8 +160,8 @@ class EditSFTConfig(SFTConfig):
         default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
     )
     active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
-    edit_metrics: Arguments = field(default=None, metadata=_help("Evaluate the edits before, during, after training."))
-    forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and change of any outputs."))
+    edit_metrics: Arguments = field(default=None, metadata=_help("Score the edits before, during and after training."))
+    forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and the change of forecasts."))
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
     save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 

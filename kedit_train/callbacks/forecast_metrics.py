@@ -1,4 +1,4 @@
-"""ForecastMetrics: measure the error of a forecaster on the new regime, and the change of its other forecasts."""
+"""ForecastMetrics: measure the error of a forecaster on a new regime, and the change of its other forecasts."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class ForecastMetrics(EditCallback):
             have the shape [forward passes, windows, ...].
         kept: inputs on which the outputs should not change, in the same form, without targets.
         every_n_steps: number of optimizer steps between two measurements. 0 measures before and after training only.
-        error: "mse" is the mean squared error of an output of the shape of its target. "quantile" is the mean quantile
-            loss of an output of the shape [..., Q] for a target of the shape [...].
+        error: "mse" is the mean squared error. The output has the shape of its target. "quantile" is the mean quantile
+            loss. The output has the shape [..., Q] for a target of the shape [...].
         quantiles: the Q quantile levels, in (0, 1), for ``error="quantile"``.
         output: which tensor of the model's output to use: a name, an index, or a function of the output. None requires
             that the output is a tensor.

@@ -120,7 +120,7 @@ class ForgettingBudget(EditCallback):
     def requires(self) -> Sequence[Requirement]:
         message = (
             "there is no penalty whose weight could be adapted; add KLLocality(texts), which measures the divergence "
-            "on texts, BatchAnchor() (on the training data) or OutputAnchor(inputs) (on outputs)."
+            "on texts, BatchAnchor() (training data) or OutputAnchor(inputs) (outputs on given inputs)."
         )
         return [Requirement((CAPABILITY,), message)]
 
@@ -147,7 +147,7 @@ class ForgettingBudget(EditCallback):
         if penalty.adapted:
             raise EditError(
                 f"another ForgettingBudget already adapts the penalty that is measured on {penalty.measured_on}; keep "
-                "only one, or set another measured_on= in each."
+                "only one, or give each ForgettingBudget a different measured_on=."
             )
         if penalty.weight == 0.0:
             raise EditError(

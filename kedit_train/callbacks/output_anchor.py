@@ -23,8 +23,8 @@ class OutputAnchor(EditCallback):
     """Penalize changed outputs on given inputs, compared with the model before the edit.
 
     ``weight`` times the mean distance between the outputs before the edit and now is added to the training loss. The
-    model may be any module, for example a forecaster: what must stay are then its forecasts on given windows. For texts
-    and language models, use :class:`KLLocality`, which needs less memory.
+    model may be any module. For example, the forecasts of a forecaster on given windows stay close to those before the
+    edit. For texts and language models, use :class:`KLLocality`, which needs less memory.
 
     Before training, the model computes its outputs on all inputs once, and they are stored in CPU memory. Each
     optimizer step draws ``batch_size`` items, the same items on every process, and calls the model with each of them in
@@ -38,8 +38,8 @@ class OutputAnchor(EditCallback):
             absolute difference, in the unit of the outputs, which approximates the 1-Wasserstein distance of two
             forecasts if the outputs are evenly spaced quantiles. "kl" is KL(before || now) in nats, if the outputs are
             logits with the classes or tokens in the last dimension.
-        weight: factor of the mean distance in the training loss. With 1.0 and a training loss of the same kind, the
-            inputs count as much as the training batch.
+        weight: factor of the mean distance in the training loss. If the training loss is of the same kind
+            (for example, both are mean squared errors), with 1.0 the inputs count as much as the training batch.
         output: which tensor of the model's output to compare: a name, an index, or a function of the output. None
             requires that the output is a tensor.
         batch_size: number of items per optimizer step.

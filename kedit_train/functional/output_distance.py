@@ -102,7 +102,7 @@ def relative_change(before: Sequence[Tensor], now: Sequence[Tensor]) -> float:
         now: outputs now, tensors of the same shapes.
 
     Returns:
-        A number >= 0. 0.0 if nothing changed, and infinity if only zeros changed.
+        A number >= 0: 0.0 if nothing changed, and infinity if the outputs changed and were all 0 before.
 
     Example:
         >>> relative_change([torch.tensor([3.0, 4.0])], [torch.tensor([3.0, 5.0])])

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# On what a divergence is measured: on given texts (KLLocality), on the training batch itself (BatchAnchor), or on the
-# outputs for given inputs (OutputAnchor).
+# A divergence is measured on given texts (KLLocality), on the training batch itself (BatchAnchor), or on the outputs
+# for given inputs (OutputAnchor).
 Measured = Literal["texts", "batch", "outputs"]
 # A callback that adds such a penalty provides this name.
 CAPABILITY = "divergence_penalty"

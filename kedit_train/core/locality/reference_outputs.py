@@ -1,4 +1,4 @@
-"""The outputs of the model before the edit on given inputs, and its outputs on the same inputs during training."""
+"""Compute the outputs of a model on given inputs before the edit and during training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.evaluation_mode import evaluation_mode
 
-# Which tensor of the model's output is meant: its name, its index, or a function of the output.
+# Selects one tensor of the model's output: its name, its index, or a function of the output.
 Selection = str | int | Callable[[Any], Tensor] | None
 SELECTION = Rule(
     "a name, an index, a function of the output, or None",
@@ -84,8 +84,8 @@ class ModelOutputs:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             raise EditError(
-                f"{type(self.module).__name__} cannot be called with {self.argument}[{index}] ({reason}); a dict holds "
-                "keyword arguments, a tuple positional ones; module= names another module to call."
+                f"{type(self.module).__name__} cannot be called with {self.argument}[{index}] ({reason}); pass "
+                "keyword arguments as a dict, positional ones as a tuple, or set module= to another module."
             ) from error
         if not bool(value.isfinite().all()):
             raise EditError(
