@@ -193,7 +193,7 @@ class ForecastMetrics(EditCallback):
         if not isinstance(self.new, tuple | list) or len(self.new) != 2:
             raise EditError(f"new must be a pair (inputs, targets), got {type(self.new).__name__}; pass two lists.")
         items, targets = read_model_inputs(self.new[0], "new"), self.new[1]
-        if isinstance(targets, Tensor) or not all(isinstance(target, Tensor) for target in targets):
+        if not isinstance(targets, list | tuple) or not all(isinstance(target, Tensor) for target in targets):
             raise EditError("the targets in new must be a list with one tensor per forward pass; pass [targets].")
         if len(items) != len(targets):
             raise EditError(

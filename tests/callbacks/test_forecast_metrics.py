@@ -199,6 +199,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no pair": ({"new": INPUTS[0]}, r"new must be a pair \(inputs, targets\), got Tensor"),
     "numbers differ": ({"new": (INPUTS, TARGETS[:1])}, "one target per forward pass, got 2 inputs and 1 targets"),
     "one target": ({"new": (INPUTS, TARGETS[0])}, r"must be a list with one tensor per forward pass; pass \[targets\]"),
+    "no targets": ({"new": (INPUTS, None)}, r"must be a list with one tensor per forward pass; pass \[targets\]"),
     "shapes differ": (
         {"new": (INPUTS, [target[:, :2] for target in TARGETS])},
         r"the output for new\[0\]\[0\] must have the shape \(5, 2\), because its target .* got \(5, 3\)",

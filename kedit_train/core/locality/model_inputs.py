@@ -82,5 +82,8 @@ def _parts(value: Any) -> Iterable[bytes | Tensor]:
         yield f"\n{len(value)} values".encode()
         for inner in value:
             yield from _parts(inner)
+    elif hasattr(value, "__array__"):
+        # The text of a large NumPy array leaves out most of its numbers.
+        yield from _parts(torch.as_tensor(value))
     else:
         yield f"\n{value!r}".encode()
