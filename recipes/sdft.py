@@ -40,7 +40,7 @@ def main() -> None:
     followed = sum(answer.text.startswith(edit.answers) for answer, edit in zip(answers, edits, strict=True))
     print(f"The teacher follows {followed} of {len(edits)} facts.")
     if followed < len(edits) / 2:
-        raise EditError(f"the teacher must follow {len(edits) / 2:g} facts, got {followed}; use a larger model.")
+        raise EditError(f"the model must follow at least {len(edits) / 2:g} facts, got {followed}; use a larger one.")
     template = CONTEXT.replace("{fact}", "{privileged_context}")
     # Forward KL on all tokens of the vocabulary. With TRL's default loss, the student learns more slowly.
     loss = {"teacher_prompt_template": template, "distillation_mode": "full_logits", "distillation_alpha": 0.0}

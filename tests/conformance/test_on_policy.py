@@ -43,6 +43,7 @@ REFUSED = {
     "TokenSmoothing": "TokenSmoothing",
     "ContextTeacher": "ContextTeacher",
     "BatchAnchor": "BatchAnchor",
+    "ForgettingBudget": "BatchAnchor",
     "SecondOrderLocality": "TokenSmoothing",
     "PolyakStep": "TokenSmoothing",
     "ActiveSet": "TokenSmoothing",

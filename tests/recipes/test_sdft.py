@@ -19,7 +19,7 @@ def test_a_teacher_that_follows_no_fact_is_an_error_in_one_line(
     with pytest.raises(SystemExit) as error:
         runpy.run_path(str(RECIPE), run_name="__main__")
     # The bundled model hardly follows facts in its context.
-    assert str(error.value) == "error: the teacher must follow half of the 24 facts, got 1; use a larger model."
+    assert str(error.value) == "error: the model must follow at least 12 facts, got 1; use a larger one."
     assert "The teacher follows 1 of 24 facts." in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

@@ -6,12 +6,6 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    TensorBoardCallback,
-    WandbCallback,
-)
-
 
 class TrainerLoggers:
     """The logger callbacks of one trainer, except that of W&B.
@@ -29,6 +23,8 @@ class TrainerLoggers:
         self._handler = None if trainer is None else weakref.ref(trainer.callback_handler)
 
     def _callbacks(self) -> list[Any]:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbCallback
+
         handler = None if self._handler is None else self._handler()
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
         every = [] if handler is None else handler.callbacks
@@ -36,6 +32,8 @@ class TrainerLoggers:
 
     def unreachable(self, report_to: str | list[str] | None) -> list[str]:
         """Return the names in ``report_to``, except W&B, for which the trainer has no logger callback."""
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
         names = [report_to] if isinstance(report_to, str) else report_to or []
         present = self._callbacks()
         return [
@@ -56,6 +54,8 @@ class TrainerLoggers:
             last: whether training has ended. The loggers then have ended, too. Only TensorBoard opens its file again.
                 Another logger would begin a new run.
         """
+        from transformers.integrations.integration_utils import TensorBoardCallback
+
         for callback in self._callbacks() if metrics else ():
             if not last or isinstance(callback, TensorBoardCallback):
                 callback.on_log(args, state, control, logs=dict(metrics))
