@@ -224,6 +224,9 @@ class NullSpace(EditCallback):
 
     def detach(self, run: EditRun) -> None:
         self._projection.stop()
+        if not self.sequential:
+            # The second moments are large, and a later run computes its own.
+            self._previous, self._preserved = PreviousInputs(), {}
 
     def _directions_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
         """Return the directions of ``texts``. In a sequence of runs, the texts are read before the first run."""

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kedit_train.data.chat_format import PromptFormat, chat_format, check_format
+from kedit_train.data.chat_format import ChatFormat, PromptFormat, chat_format, check_format
 from kedit_train.data.fact_in_context import fact_sentence
 from kedit_train.data.prompts import as_question
 from kedit_train.data.tokenization import Encoded, separator
@@ -114,19 +114,18 @@ def prompt_completion_rows(edits: Iterable[Edit], prompt_format: PromptFormat) -
     Raises:
         EditError: the format is a ``ChatFormat`` with ``thinking=True``.
     """
-    chat = chat_format(prompt_format)
-    if chat is not None and chat.thinking:
-        raise EditError(
-            "prompt_format must have thinking=False, because SFTTrainer would train on the thinking block; use "
-            "to_tokens(tokenizer, prompt_format=...), which leaves the block out of the loss"
-        )
+    chat = _chat_without_thinking(
+        prompt_format,
+        "SFTTrainer would train on the thinking block; use to_tokens(tokenizer, prompt_format=...), which leaves the "
+        "block out of the loss",
+    )
     rows: list[dict[str, Any]] = []
     for edit in edits:
         if chat is not None:
             *prompt, answer = chat.messages(edit.prompt, edit.target)
             rows.append({"prompt": prompt, "completion": [answer]})
             continue
-        text = as_question(edit.prompt) if prompt_format == "question" else edit.prompt
+        text = _plain_prompt(edit, prompt_format)
         rows.append({"prompt": text, "completion": separator(text, edit.target) + edit.target})
     return rows
 
@@ -137,18 +136,30 @@ def privileged_context_rows(edits: Iterable[Edit], prompt_format: PromptFormat) 
     Raises:
         EditError: the format is a ``ChatFormat`` with ``thinking=True``.
     """
+    chat = _chat_without_thinking(
+        prompt_format,
+        'the trainer applies the chat template itself; set chat_template_kwargs={"enable_thinking": True} in its '
+        "config instead",
+    )
+    return [
+        {
+            "prompt": _plain_prompt(edit, prompt_format) if chat is None else chat.messages(edit.prompt),
+            "privileged_context": fact_sentence(edit),
+        }
+        for edit in edits
+    ]
+
+
+def _chat_without_thinking(prompt_format: PromptFormat, reason: str) -> ChatFormat | None:
+    """Return the chat format, or None for plain text. ``reason`` says why a thinking mode is an error."""
     chat = chat_format(prompt_format)
     if chat is not None and chat.thinking:
-        raise EditError(
-            "prompt_format must have thinking=False, because the trainer applies the chat template itself; set "
-            'chat_template_kwargs={"enable_thinking": True} in its config instead'
-        )
-    rows: list[dict[str, Any]] = []
-    for edit in edits:
-        text = as_question(edit.prompt) if prompt_format == "question" else edit.prompt
-        prompt = text if chat is None else chat.messages(edit.prompt)
-        rows.append({"prompt": prompt, "privileged_context": fact_sentence(edit)})
-    return rows
+        raise EditError(f"prompt_format must have thinking=False, because {reason}")
+    return chat
+
+
+def _plain_prompt(edit: Edit, prompt_format: PromptFormat) -> str:
+    return as_question(edit.prompt) if prompt_format == "question" else edit.prompt
 
 
 def token_rows(examples: Iterable[Encoded]) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ documents_by_hand.jsonl. A row takes three to ten minutes of one core.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from compare_report import replaced
 from paired import processor
+from result_rows import add_row, read_rows
 from settings import PROSE, SMOLLM2, ZSRE, load, passages, smollm2
 
 from kedit_train import ChatFormat, Edit, EditDataset, Probe
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=ROWS, metavar="NAME", help="the name of a row")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     missing = [name for name in options.only or ROWS if name not in {row["row"] for row in rows}]
     if options.what == "run" and missing:
         edits = documents()
@@ -185,8 +185,7 @@ def main() -> None:
             torch.manual_seed(0)
             row = run(name, *load(SMOLLM2), edits, unedited) | {"machine": f"{processor()}, torch {torch.__version__}"}
             rows.append(row)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            add_row(RESULTS, row)
             print(table([row])[-1], flush=True)
     if PAGE.exists():
         rows.sort(key=lambda row: list(ROWS).index(row["row"]))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from typing import Any
 import torch
 from compare_report import PAGE, replaced
 from paired import processor
+from result_rows import add_row, read_rows
 from settings import PROSE, SMOLLM2, load, passages
 from torch import Tensor
 
@@ -212,10 +212,8 @@ def main() -> None:
         for row in run(seed, options.only, settings):
             # Rows on which settings are chosen are not kept.
             if seed < 100:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    if RESULTS.exists():
-        rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+                add_row(RESULTS, row)
+    if rows := read_rows(RESULTS):
         marks = "<!-- instruction sets: written by instruction_sets.py -->", "<!-- instruction sets: end -->"
         PAGE.write_text(replaced(PAGE.read_text(), marks, ["\n".join(table(rows))]))
 

@@ -11,7 +11,6 @@ it reads them in its context. A run takes about four minutes of one core.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import yaml
 from compare import measure
 from compare_report import PAGE, replaced
 from paired import processor
+from result_rows import add_row, read_rows
 from settings import SETTINGS, Setting, load
 
 from kedit_train.data import Edit
@@ -135,12 +135,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, nargs="+", default=DRAWS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     for key in missing(rows, options) if options.what == "run" else ():
         row = run(*key) | {"machine": f"{processor()}, torch {torch.__version__}"}
         rows.append(row)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_row(RESULTS, row)
         print(table([row]).splitlines()[-1], flush=True)
     PAGE.write_text(report(rows, PAGE.read_text()))
 

@@ -208,7 +208,7 @@ def test_a_divergence_above_the_budget_at_the_end_gives_a_warning(make, words, i
 
 
 def test_the_weight_of_the_penalty_is_not_compared_with_the_loss(make, words, ids):
-    """A fixed weight this large gives a warning, but an adapted weight is no choice of the user."""
+    """A fixed weight this large gives a warning, but the user does not choose an adapted weight."""
     torch.manual_seed(0)
     fixed, adapted = ([KLLocality(TEXTS, weight=1e4, batch_size=4)] for _ in range(2))
     model = make()

@@ -1,4 +1,4 @@
-"""OutputAnchor: the penalty follows its formula, works in every loop for any module, and wrong uses are errors."""
+"""OutputAnchor: the penalty follows its formula, and works in every loop for any module."""
 
 from __future__ import annotations
 
@@ -10,72 +10,24 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from callbacks.forecaster import (
+    HORIZON,
+    KEPT,
+    NEW,
+    Forecaster,
+    assert_same_bits,
+    descend,
+    made,
+    parameters,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments
-from transformers.utils.generic import ModelOutput
 
 from kedit_train.callbacks import ForgettingBudget, OutputAnchor, ParameterScope, editing
 from kedit_train.errors import EditError
-
-WINDOW, HORIZON, QUANTILES = 6, 3, 5
-
-
-class Forecaster(nn.Module):
-    """Returns forecasts with dropout, as a tensor or in an object."""
-
-    def __init__(self, output: str = "tensor", outputs: int = HORIZON) -> None:
-        super().__init__()
-        self.hidden, self.dropout, self.head = nn.Linear(WINDOW, 8), nn.Dropout(0.5), nn.Linear(8, outputs)
-        self.output, self.horizon = output, outputs
-
-    def forward(self, windows: Tensor, targets: Tensor | None = None) -> Any:
-        forecast = self.head(self.dropout(torch.tanh(self.hidden(windows))))[:, : self.horizon]
-        if self.output == "tensor":
-            return forecast
-        if self.output == "tuple":
-            return torch.zeros(()), forecast
-        loss = None if targets is None else (forecast - targets).square().mean()
-        return ModelOutput(loss=torch.zeros(()) if loss is None else loss, forecast=forecast)
-
-
-def made(seed: int = 0, **options: Any) -> Forecaster:
-    torch.manual_seed(seed)
-    return Forecaster(**options)
-
-
-def windows(n: int = 4, seed: int = 1) -> Tensor:
-    return torch.randn(n, WINDOW, generator=torch.Generator().manual_seed(seed))
-
-
-KEPT = list(windows(20, seed=2).split(4))
-NEW = windows(8), torch.randn(8, HORIZON, generator=torch.Generator().manual_seed(3))
-
-
-def descend(model: nn.Module, callbacks: list[Any], steps: int, *, state: Any = None, rate: float = 0.1) -> Any:
-    """Train on the new windows in a plain loop; return the logged rows and the state of the edit."""
-    with editing(model, callbacks, log_every_n_steps=1) as edit:
-        optimizer = torch.optim.SGD(edit.parameters(), lr=rate)
-        if state is not None:
-            edit.load_state_dict(state)
-        model.eval()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            edit.before_step()
-            (model(NEW[0]) - NEW[1]).square().mean().backward()
-            optimizer.step()
-        return edit.history, edit.state_dict()
-
-
-def parameters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert [n for n in first if not torch.equal(first[n].view(torch.int32), second[n].view(torch.int32))] == []
-
 
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": lambda before, now: ((now - before) ** 2).mean(),
@@ -352,61 +304,3 @@ def test_a_budget_adapts_the_weight():
     assert 0.02 < change < 0.055
     assert history[-1]["edit/locality/budget_kl"] == pytest.approx(change, rel=0.05)
     assert budget.weight > 0.3
-
-
-class Changing(Forecaster):
-    """Returns forecasts of another length after some calls."""
-
-    calls = 0
-
-    def forward(self, windows: Tensor, targets: Tensor | None = None) -> Any:
-        self.calls += 1
-        return super().forward(windows)[:, : 2 if self.calls > 7 else 3]
-
-
-class Detached(Forecaster):
-    def forward(self, windows: Tensor, targets: Tensor | None = None) -> Any:
-        return super().forward(windows).detach() if not self.training else super().forward(windows)
-
-
-REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "no inputs": (made, {"inputs": []}, "inputs must be a list with one item per forward pass .* got an empty list"),
-    "None": (made, {"inputs": None}, "inputs must be a list .* got NoneType"),
-    "an iterator": (made, {"inputs": iter([])}, r"got an iterator without items \(it can be read only once\)"),
-    "texts": (made, {"inputs": ["a text"]}, "inputs must be a list .* got items of type str"),
-    "one tensor": (made, {"inputs": KEPT[0]}, r"got one tensor of shape \(4, 6\); pass inputs=\[tensor\]"),
-    "a text file": (made, {"inputs": "keep.txt"}, "or the path of a .safetensors file, got 'keep.txt'"),
-    "a missing file": (made, {"inputs": "none.safetensors"}, "none.safetensors"),
-    "a wrong shape": (made, {"inputs": [torch.zeros(2, 3)]}, r"cannot be called with inputs\[0\] \(RuntimeError"),
-    "an object": (
-        lambda: made(output="object"),
-        {},
-        r"output must select a tensor of floats from the output of Forecaster for inputs\[0\], got ModelOutput \(the "
-        r"output has loss, forecast\)",
-    ),
-    "a wrong name": (lambda: made(output="object"), {"output": "mean"}, r"got NoneType \(the output has loss, fo"),
-    "a wrong index": (lambda: made(output="tuple"), {"output": 2}, r"got NoneType \(the output is a tuple of 2\)"),
-    "integers": (made, {"output": lambda output: output.long()}, "got a tensor of torch.int64"),
-    "NaN": (made, {"inputs": [torch.full((2, 6), float("nan"))]}, r"inputs\[0\] contains NaN or infinite values"),
-    "no module": (
-        made,
-        {"module": "body"},
-        "module must be the name of a submodule .* use one of hidden, dropout, head",
-    ),
-    "another shape": (Changing, {}, r"must keep its shape, got \(4, 2\) and \(4, 3\) before training"),
-    "no gradient": (Detached, {}, "the output has no gradient with respect to the parameters in scope"),
-    "distance": (made, {"distance": "mae"}, 'distance must be "mse", "quantile" or "kl", got \'mae\''),
-    "weight": (made, {"weight": -1.0}, "weight must be >= 0, got -1.0"),
-    "batch_size": (made, {"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
-    "output": (made, {"output": 1.5}, "output must be a name, an index, a function of the output, or None, got 1.5"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_wrong_uses_are_errors_of_one_line(name):
-    build, options, message = REFUSED[name]
-    arguments: dict[str, Any] = {"inputs": KEPT, **options}
-    with pytest.raises(EditError, match=rf"^OutputAnchor: .*{message}") as error:
-        descend(build(), [OutputAnchor(**arguments)], 3)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) <= 300

@@ -47,11 +47,11 @@ class GuardedLoop(_Guard):
 
     An instance replaces the method ``_inner_training_loop`` of one trainer. If the trainer resumes from a checkpoint,
     the instance checks the checkpoint before the loop begins. If the trainer has a teacher, the instance checks the
-    vocabulary of the teacher. If an exception ends the loop, the instance closes every
-    ``EditRun`` of the trainer. The trainer's events are not enough for three reasons. First, the trainer loads the
-    optimizer state of a checkpoint before the first event of the training. Second, it sends no event if an exception
-    or ^C ends the training. Third, if the trainer resumes from a checkpoint of the last step, and this step is not the
-    end of an epoch, the trainer would take one more step.
+    vocabulary of the teacher. If an exception ends the loop, the instance closes every ``EditRun`` of the trainer. The
+    trainer's events are not enough for three reasons. First, the trainer loads the optimizer state of a checkpoint
+    before the first event of the training. Second, it sends no event if an exception or ^C ends the training. Third, if
+    the trainer resumes from a checkpoint of the last step, and this step is not the end of an epoch, the trainer would
+    take one more step.
 
     Args:
         trainer: the trainer.
