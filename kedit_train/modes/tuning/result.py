@@ -24,7 +24,8 @@ class TuneResult:
     Args:
         grid: the grid.
         trials: all trials, in the order in which they ran.
-        cut_off: (number of edits, setting) of each run that was not started, because the budget was spent.
+        cut_off: the runs that were not started because the budget was spent. Each run is a pair: the number of edits,
+            and the setting.
         picked: the trial of the picked setting on the largest number of edits.
         rule: the rule by which the setting was picked.
         held_out: the scores of the picked setting on the held-out edits, after the unedited model was trained on these
@@ -73,7 +74,7 @@ class TuneResult:
         lines = [
             f"reliability and generality: protocol {self.meta['protocol']}. locality: first tokens of the unedited "
             "answers that are kept. score: harmonic mean of generality and locality. front: no other setting on these "
-            "edits is better in all three scores."
+            "edits is at least as good in all three scores and better in one."
         ]
         if self.cut_off:
             budget = self.meta["budget"]
