@@ -100,7 +100,7 @@ class EditCallback(TransformersEvents, LightningEvents):
     def before_optimizer_step(self, run: EditRun) -> None:
         """Inspect the gradients of this optimizer step. At this time, the gradients are complete.
 
-        They are also clipped, except in Lightning, which clips later.
+        The gradients are also clipped already, except in Lightning, which clips them later.
         """
 
     def skip_step(self, run: EditRun) -> bool:
@@ -161,8 +161,8 @@ class EditCallback(TransformersEvents, LightningEvents):
         """Remove all hooks of this callback from the model. This method is also called if training failed."""
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        # This is the only method name that both trainers call: transformers with three positional arguments,
-        # Lightning with two.
+        # This is the only method name that the trainers of transformers and of Lightning both call. transformers passes
+        # three positional arguments, and Lightning passes two.
         if len(args) == 2:
             LightningEvents.on_train_end(self, *args)
         else:

@@ -27,7 +27,7 @@ _TARGETS = "targets"
 
 
 class ForecastMetrics(EditCallback):
-    """Measure the error on new data and the change of the outputs on data that should stay the same.
+    """Measure the error on new data, and the change of the outputs on inputs where they should stay the same.
 
     The model may be any module, for example a forecaster. Every ``every_n_steps`` optimizer steps and after training,
     the model is called in evaluation mode on all inputs, and two metrics are logged. The error before training is the
@@ -41,10 +41,10 @@ class ForecastMetrics(EditCallback):
     ``eval_edit_forecast_error`` and ``eval_edit_forecast_change``.
 
     Args:
-        new: the pair (inputs, targets) of the new regime: lists with one item per forward pass. An item of the inputs
-            is a tensor, a tuple (positional arguments) or a mapping (keyword arguments), and its target is a tensor. Or
-            the path of a safetensors file, whose tensors are named like the arguments of ``forward`` and "targets" and
-            have the shape [forward passes, windows, ...].
+        new: the new inputs and their targets. Either a pair of lists (inputs, targets) with one item per forward pass:
+            an item of the inputs is a tensor, a tuple (positional arguments) or a mapping (keyword arguments), and its
+            target is a tensor. Or the path of a safetensors file: one tensor of the file is named "targets", the others
+            are named like the arguments of ``forward``, and all have the shape [forward passes, windows, ...].
         kept: inputs on which the outputs should not change, in the same form, without targets.
         every_n_steps: number of optimizer steps between two measurements. 0 measures before and after training only.
         error: "mse" is the mean squared error. The output has the shape of its target. "quantile" is the mean quantile
@@ -136,7 +136,8 @@ class ForecastMetrics(EditCallback):
         return self._measure(run)
 
     def finish(self, run: EditRun) -> None:
-        # At the end of training, the weights can differ from those of the last step, so they are measured again.
+        # At the end of training, the weights can differ from those of the last step, so both metrics are measured
+        # again.
         self._measured_step = -1
         run.host.log(self._measure(run), last=True)
 

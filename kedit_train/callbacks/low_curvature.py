@@ -1,4 +1,4 @@
-"""LowCurvature: keep weights from moving in the directions that have the largest effect on given texts."""
+"""LowCurvature: keep weights from moving in the directions that most affect predictions on given texts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kedit_train.paths import SAFETENSORS_PATH
 
 
 class LowCurvature(EditCallback):
-    """Remove directions of high curvature on given texts from the change of each weight.
+    """Keep each weight from moving in the directions that most affect predictions on given texts.
 
     This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
     how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
@@ -130,7 +130,7 @@ class LowCurvature(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            require_edits(run, "sequential=True preserves this run's edits in the next run")
+            require_edits(run, "sequential=True preserves the edits of this run during later runs")
         layers = find_linear_layers(run.model, run.scope)
         check_no_adapters(layers)
         if not (self.sequential and continues_run(self._model, run)):

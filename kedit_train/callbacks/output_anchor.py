@@ -35,11 +35,12 @@ class OutputAnchor(EditCallback):
             Or the path of a safetensors file, whose tensors are named like the arguments of ``forward`` and have the
             shape [forward passes, windows, ...].
         distance: "mse" is the mean squared difference, in the squared unit of the outputs. "quantile" is the mean
-            absolute difference, in the unit of the outputs, which approximates the 1-Wasserstein distance of two
-            forecasts if the outputs are evenly spaced quantiles. "kl" is KL(before || now) in nats, if the outputs are
-            logits with the classes or tokens in the last dimension.
-        weight: factor of the mean distance in the training loss. If the training loss is of the same kind
-            (for example, both are mean squared errors), with 1.0 the inputs count as much as the training batch.
+            absolute difference, in the unit of the outputs. If the outputs are evenly spaced quantiles, this difference
+            approximates the 1-Wasserstein distance of two forecasts. "kl" is KL(before || now) in nats. It requires
+            that the outputs are logits, with the classes or tokens in the last dimension.
+        weight: factor of the mean distance in the training loss. With 1.0, the inputs count as much as the training
+            batch, if the training loss and the distance are of the same kind (for example, both are mean squared
+            errors).
         output: which tensor of the model's output to compare: a name, an index, or a function of the output. None
             requires that the output is a tensor.
         batch_size: number of items per optimizer step.
@@ -105,7 +106,7 @@ class OutputAnchor(EditCallback):
 
     def prepare(self, run: EditRun) -> None:
         self._items = read_model_inputs(self.inputs, "inputs")
-        # Public, so that all processes of a distributed run are compared.
+        # This attribute is public, so a distributed run checks that it is the same in all processes.
         self.inputs_hash = hash_model_inputs(self._items)
 
     def attach(self, run: EditRun) -> None:

@@ -149,8 +149,8 @@ class GuardedSetup(_Guard):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
-        # train() itself is not replaced. In Trainer(...).train(), only the guard would then refer to the trainer, and
-        # its weak reference would not keep the trainer alive.
+        # train() itself is not replaced, because in Trainer(...).train() only the guard would refer to the trainer, and
+        # the guard's weak reference would not keep the trainer alive.
         if sys._getframe(1).f_locals.get("resume_from_checkpoint") is True and not _has_checkpoint(trainer):
             trainer.__dict__[_LOAD].release()
         return getattr(type(trainer), _SETUP)(trainer, *args, **kwargs)
