@@ -39,8 +39,8 @@ class ForgetFirst(EditCallback):
 
     Before the first step, the weights in the scope (the parameters that may change) are trained on the old answers. The
     weight change of this training is then subtracted: ``theta' = theta - coefficient * (FT(theta, old) - theta)``.
-    ``FT(theta, old)`` are the weights after training on the old answers. The run learns the new answers, starting from
-    ``theta'``.
+    Here, ``theta`` are the weights before the edit, and ``FT(theta, old)`` are the weights after training on the old
+    answers. The run then learns the new answers, starting from ``theta'``.
 
     The coefficients are tried in ascending order until the mean probability of the old answers is at most
     ``max_probability``. If a coefficient raises the perplexity on ``texts`` to more than ``max_perplexity_ratio`` times
@@ -162,7 +162,8 @@ class ForgetFirst(EditCallback):
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():
             summary = self._forget(run)
         if is_distributed():
-            # Sums on a GPU depend on their order, so the processes could end with different weights.
+            # The result of a sum on a GPU depends on the order of its terms, so the processes could end with different
+            # weights.
             for parameter in run.scope.values():
                 dist.broadcast(parameter.data, src=0)
         if run.host.is_main:
@@ -236,9 +237,10 @@ class ForgetFirst(EditCallback):
             removed = f" {constraints} removed a part of the subtraction." if constraints else ""
             warn(self.subtraction.shortfall(self.measured, self.chosen, ended_by, self.length) + removed)
         return (
-            f"subtracted coefficient {best.coefficient:g} ({best.factor:.3g} times the trained difference) for "
-            f"the old answers of {len(old)} of {len(edits)} edits: probability {before.probability:.3f} "
-            f"-> {best.probability:.3f}, teacher-forced accuracy {before.accuracy:.2f} -> {best.accuracy:.2f}, "
+            f"trained on the old answers of {len(old)} of {len(edits)} edits, and subtracted {best.factor:.3g} times "
+            f"the resulting weight change (coefficient {best.coefficient:g}): probability of the old answers "
+            f"{before.probability:.3f} -> {best.probability:.3f}, their teacher-forced accuracy "
+            f"{before.accuracy:.2f} -> {best.accuracy:.2f}, "
             f"perplexity on the texts {before.perplexity:.3f} -> {best.perplexity:.3f}, "
             f"reason for ending the search: {ended_by}"
         )

@@ -155,8 +155,8 @@ class ForgettingBudget(EditCallback):
         if penalty.weight == 0.0:
             owner = _OWNERS[penalty.measured_on]
             raise EditError(
-                f"weight of {owner} must be > 0, got 0, because ForgettingBudget adapts this weight by factors; remove "
-                f"weight=0 from {owner}."
+                f"weight of {owner} must be > 0, got 0, because ForgettingBudget changes this weight by a factor in "
+                f"each step; remove weight=0 from {owner}."
             )
         return penalty
 

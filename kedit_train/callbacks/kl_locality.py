@@ -120,16 +120,13 @@ class KLLocality(EditCallback):
         if not sequential:
             return
         if self.teacher is not None:
-            reason = (
-                "teacher=, because with sequential=True, the reference model is the model before the first run; remove "
-                "one of the two arguments"
-            )
+            reason = "teacher=, because the reference of all runs is the model before the first run; remove teacher="
         elif self.texts.nearest is not None:
             reason = "Texts(nearest=), which selects texts for the edits of one run only; remove nearest="
         elif batch_size < 2:
             reason = (
-                f"batch_size={batch_size}, because half of each batch is drawn from the edits of earlier runs; use "
-                "batch_size=2 or more"
+                f"batch_size={batch_size}, because up to half of each batch is drawn from the edits of earlier runs; "
+                "use batch_size=2 or more"
             )
         else:
             return

@@ -187,7 +187,7 @@ def share_texts(config: Any) -> None:
         raise EditError(
             "data.augmentation.replay=world uses prompts that fit only the model and the edits that come with "
             f"kedit-train, but this run has {foreign}; add --data.augmentation.replay FILE, with a file of prompts "
-            "about other facts (.txt with one prompt per line, or a file of edits)."
+            "about facts that are not edited (.txt with one prompt per line, or a file of edits)."
         )
     if own is not None and own.texts is not None:
         if not readers:

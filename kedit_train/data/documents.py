@@ -89,8 +89,8 @@ def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFor
         room = min(room - 1, max(1, room * max_length // longest))
     else:
         raise EditError(
-            f"max_length must be larger than the prompt {shorten(edit.prompt)!r} with at least one token of its "
-            f"target, got {max_length}; use a model with a longer context, or shorten the prompt."
+            f"max_length must leave room for the prompt {shorten(edit.prompt)!r} and at least one token of its target, "
+            f"got {max_length}; use a model with a longer context, or shorten the prompt."
         )
     yield replace(edit, target=texts[0])
     used.update(map(fold, prompts))

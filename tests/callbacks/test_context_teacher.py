@@ -239,9 +239,9 @@ def test_a_model_that_follows_too_few_facts_is_refused_with_the_fraction(model, 
     ):
         edit.before_step()
     assert str(error.value) == (
-        "ContextTeacher: the fraction of edits that the unedited model follows in its context must be >= "
-        "min_followed=0.6, got 0.500 (3 of 6 edits); use a larger model or another context=, or train with TokenLoss "
-        "instead."
+        "ContextTeacher: the fraction of edits for which the unedited model gives the new answer, when the new fact is "
+        "in its context, must be >= min_followed=0.6, got 0.500 (3 of 6 edits); use a larger model or another "
+        "context=, or train with TokenLoss instead."
     )
 
 

@@ -238,11 +238,11 @@ def test_a_weight_below_the_smallest_weight_changes_by_the_same_factor(make, wor
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        ([ForgettingBudget()], r"there is no penalty whose weight could be adapted; add KLLocality\(texts\)"),
-        ([ForgettingBudget(), *both()], r"2 penalties could be adapted \(measured on .*\); set measured_on="),
+        ([ForgettingBudget()], r"no callback .* adds a penalty whose weight can be adapted; add KLLocality\(texts\)"),
+        ([ForgettingBudget(), *both()], r"there are 2 penalties, .* only one can be adapted; set measured_on="),
         (
             [ForgettingBudget(measured_on="texts"), KLLocality(TEXTS), KLLocality(TEXTS, weight=1.0)],
-            r"2 penalties could be adapted \(measured on texts, texts\); keep only one of them",
+            r"there are 2 penalties, measured on texts, texts, .* can be adapted; keep only one of the penalties",
         ),
         ([ForgettingBudget(measured_on="batch"), KLLocality(TEXTS)], 'measured_on="batch" needs BatchAnchor'),
         ([ForgettingBudget(measured_on="texts"), BatchAnchor()], 'measured_on="texts" needs KLLocality'),

@@ -120,7 +120,7 @@ def test_arguments_that_exclude_sequential_are_errors(make, words):
         KLLocality(TEXTS, teacher="some", sequential=True)
     with (
         pytest.raises(
-            EditError, match=r"KLLocality: sequential=True keeps this run's edits .*; pass them .* EditMetrics\(edits\)"
+            EditError, match=r"KLLocality: sequential=True preserves the edits .*; pass them .* EditMetrics\(edits\)"
         ),
         editing(make(), [KLLocality(TEXTS, sequential=True)], tokenizer=words) as edit,
     ):

@@ -215,11 +215,11 @@ REFUSALS = {
     (
         "DPO",
         "TokenSmoothing",
-    ): "TokenSmoothing: the loss .* cannot be replaced: loss_type=.* has no target for each token",
+    ): "TokenSmoothing: the loss .* cannot be replaced: with loss_type=.* does not use the loss that the model returns",
     (
         "KTO",
         "TokenSmoothing",
-    ): "TokenSmoothing: the loss .* cannot be replaced: loss_type=.* has no target for each token",
+    ): "TokenSmoothing: the loss .* cannot be replaced: with loss_type=.* does not use the loss that the model returns",
     (
         "Reward",
         "TokenSmoothing",

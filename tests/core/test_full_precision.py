@@ -139,7 +139,9 @@ def test_a_copy_of_a_half_precision_model_during_the_edit_is_an_ordinary_model()
         optimizer.step()
         expected = model(input_ids=ids).logits
         other = copy.deepcopy(model)
-        with pytest.warns(UserWarning, match=rf"pickled during an edit, so {NAME} \(and 0 more\) is saved in fp32"):
+        with pytest.warns(
+            UserWarning, match=rf"pickled during an edit, so {NAME} and 0 other parameters are saved in fp32"
+        ):
             stored = pickle.loads(pickle.dumps(model))
         trained = e.run.scope[NAME].detach().clone()
         assert model.get_parameter(NAME).dtype == torch.float32

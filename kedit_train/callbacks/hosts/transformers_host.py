@@ -241,8 +241,8 @@ class TransformersHost(Host):
             )
         if getattr(self.args, "loss_type", None) not in (None, "nll"):
             return (
-                f"loss_type={self.args.loss_type!r} has no target for each token; use SFTTrainer with "
-                'loss_type="nll", or remove this callback'
+                f"with loss_type={self.args.loss_type!r}, the trainer does not use the loss that the model returns; "
+                'use SFTTrainer with loss_type="nll", or remove this callback'
             )
         return None
 

@@ -85,7 +85,7 @@ class ModelOutputs:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             raise EditError(
                 f"{type(self.module).__name__} cannot be called with {self.argument}[{index}] ({reason}); pass "
-                "keyword arguments as a dict, positional ones as a tuple, or set module= to another module."
+                "keyword arguments as a dict and positional arguments as a tuple, or set module= to another module."
             ) from error
         if not bool(value.isfinite().all()):
             raise EditError(
@@ -161,8 +161,9 @@ class ReferenceOutputs:
         now, before = self.outputs(index), self.before[index]
         if now.shape != before.shape:
             raise EditError(
-                f"the output for {self.outputs.argument}[{index}] must keep its shape, got {tuple(now.shape)} and "
-                f"{tuple(before.shape)} before training; use a model whose output shape depends on its inputs only."
+                f"the output for {self.outputs.argument}[{index}] must keep the shape {tuple(before.shape)} that it "
+                f"had before training, got {tuple(now.shape)}; use a model whose output shape depends only on its "
+                "inputs."
             )
         return before.to(now.device, non_blocking=True), now
 

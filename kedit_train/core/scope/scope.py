@@ -239,10 +239,10 @@ def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Seque
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
-                f"weight from {', '.join(trainable)}. modules= must match all of these parameters, but does not. There "
-                f"are three remedies: call {weight.remedy} before the edit, which makes {weight.name} a parameter; "
-                f"set modules={weight.module or trainable!r}, which selects all of these parameters; or use a pattern "
-                f"that does not match {weight.name}."
+                f"weight from other parameters. To train {weight.name}, modules= must match all of "
+                f"{', '.join(trainable)}, and modules= does not match all of them. There are three remedies: set "
+                f"modules={weight.module or trainable!r}, which matches all of them; call {weight.remedy} before the "
+                f"edit, which makes {weight.name} a parameter; or use a pattern that does not match {weight.name}."
             )
 
 

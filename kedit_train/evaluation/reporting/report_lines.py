@@ -15,7 +15,7 @@ from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 HEADING = "Did it work?"
 _NOTES = {
     "leading": "the greedy answer begins with an accepted answer, followed by a word boundary. locality: the first "
-    "tokens are unchanged (as many as the true answer has, at least 3)",
+    "tokens of the answer are unchanged (as many tokens as the true answer has, at least 3)",
     "exact": "the greedy answer, until the model ends it, equals an accepted answer after normalization",
     "contains": "the greedy answer contains an accepted answer. locality: the first tokens are unchanged",
     "wild": "the greedy answer, until its first full stop or line break, equals an accepted answer after normalization",

@@ -185,7 +185,8 @@ def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
     best = rank(trials)[0]
     default = next((trial for trial in trials if trial.setting == RECOMMENDED), best)
     if best is not default and default.reliable and best.score < default.score + MARGIN:
-        return default, f"the settings of kedit_default, because no score is higher by at least {MARGIN}"
+        reason = f"no other setting has a score that is higher by at least {MARGIN}"
+        return default, f"the settings of kedit_default, because {reason}"
     if best.reliable:
         return best, RULE
     return best, f"the most reliable setting, because no setting has a reliability of at least {RELIABILITY}"

@@ -78,8 +78,8 @@ class TuneResult:
         ]
         if self.cut_off:
             budget = self.meta["budget"]
-            share = f"the share of a round in the budget of {budget:g} s was spent"
-            lines += [f"not run, because {share}: {len(self.cut_off)} runs"]
+            share = f"the time of their round (an equal share of the budget of {budget:g} s) was spent"
+            lines += [f"{len(self.cut_off)} runs were not started, because {share}:"]
             lines += [f"  {edits} edits: {setting}" for edits, setting in self.cut_off]
         return [*lines, f"picked: {self.picked.setting} ({self.rule})"]
 
