@@ -68,8 +68,8 @@ class EditRun(RunState):
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        If the model has a run of another training loop, and that loop does not use its run (:meth:`Host.is_editing` is
-        False), the run is closed.
+        If another training loop has left a run on the model and no longer uses it (:meth:`Host.is_editing` is False),
+        this old run is closed first.
 
         Args:
             root: the module that the training loop trains.

@@ -95,7 +95,8 @@ class OptimizerSteps:
         self._close_step()
         self._stepped_optimizers.clear()
         if not run.host.uses_closures:
-            # Removes the entry of a step() that failed. With closures, a running step() calls this method.
+            # Remove the entry that a failed step() has left behind. With closures, the list is kept, because a running
+            # step() calls this method.
             self._stepping.clear()
         late = next((callback for callback in run.callbacks if not run.has_attached(callback)), None)
         if late is not None:

@@ -40,7 +40,7 @@ class KFACFactors:
         )
 
     def __or__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors of the weights of both. ``other`` takes precedence, as for dictionaries."""
+        """Return the factors of the weights of both objects. If both contain a weight, ``other`` takes precedence."""
         return KFACFactors(self.inputs | other.inputs, self.gradients | other.gradients)
 
     def only(self, names: Container[str]) -> KFACFactors:

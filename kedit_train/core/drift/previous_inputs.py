@@ -12,7 +12,7 @@ Moments: TypeAlias = dict[str, SecondMoment]
 
 
 class PreviousInputs:
-    """The edits of earlier runs, and one second moment per weight of the layer inputs on all of them.
+    """The edits of earlier runs, and, for each weight, the second moment of the layer inputs on all these edits.
 
     Before a run, only the edits of the run before it are read. Their second moments are added to those of all earlier
     edits. The cost of a run therefore does not grow with the number of earlier edits. If the scope has several layers,
@@ -42,7 +42,7 @@ class PreviousInputs:
         """
         kept = self._kept(current)
         if kept[: len(self._measured)] != self._measured:
-            # An edit that is made again must not be preserved, so all others are measured again.
+            # An edit that is made again must not be preserved, so all other earlier edits are measured again.
             self._measured, self._moments = [], {}
         if new := kept[len(self._measured) :]:
             added = measure(new)

@@ -277,8 +277,8 @@ class LossHead:
         # pass, so the gradient is computed there.
         dtype = self.head.compute_dtype(hidden)
         defer = dtype == torch.float16 or (call.fused and dtype in HALF)
-        # The chunk is not shorter with a term. Shorter chunks use memory blocks just below glibc's mmap threshold, and
-        # such blocks make the heap grow.
+        # With a second loss term, the chunk keeps its length. Shorter chunks would use memory blocks just below glibc's
+        # mmap threshold, and such blocks would make the heap grow.
         chunk = chunk_length(vocab_size)
         others = (*soft_targets, *reference)
         return added, chunked(
