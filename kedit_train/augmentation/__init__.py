@@ -245,7 +245,8 @@ def augmentation(
             examples += allowed
             leaked = len(again) - len(allowed)
             summary.append(
-                f"{len(allowed)} previous edits ({leaked} left out as leaks, fraction {leaked / len(again):.3f})"
+                f"{len(allowed)} previous edits (left out because they contain text of an edit: {leaked}, fraction "
+                f"{leaked / len(again):.3f})"
             )
         by_document: dict[str, tuple[Edit, ...]] = {}
         if study_ratio is not None and study is None:
@@ -291,9 +292,9 @@ def _prefixes(
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)
     return texts, (
-        f"{len(paraphrases) - leaked} pseudo-paraphrases from {len(texts)} prefixes ({len(generated) - len(texts)} "
-        f"prefixes and {leaked} paraphrases left out as leaks: fraction {leaked / len(paraphrases):.3f} of the "
-        "paraphrases)"
+        f"{len(paraphrases) - leaked} pseudo-paraphrases from {len(texts)} prefixes (left out because they contain "
+        f"text of an edit or of the evaluation: {len(generated) - len(texts)} prefixes and {leaked} paraphrases, "
+        f"fraction {leaked / len(paraphrases):.3f} of the paraphrases)"
     )
 
 

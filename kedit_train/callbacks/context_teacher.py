@@ -137,9 +137,10 @@ class ContextTeacher(TokenLoss):
         self._followed = count / total
         if self._followed < self.min_followed:
             raise EditError(
-                "the fraction of edits for which the unedited model gives the new answer, when the new fact is in its "
-                f"context, must be >= min_followed={self.min_followed:g}, got {self._followed:.3f} ({count} of {total} "
-                "edits); use a larger model or another context=, or train with TokenLoss instead."
+                "the unedited model must give the new answer to a fraction of at least "
+                f"min_followed={self.min_followed:g} of the edits when it reads the new fact, got "
+                f"{self._followed:.3f} ({count} of {total} edits); use a larger model or another context=, or train "
+                "with TokenLoss instead."
             )
         run.loss_head().soft_targets = targets.find
 

@@ -140,7 +140,7 @@ def test_edits_without_subjects_get_a_warning(make, words):
     edit = Edit("w51", "w2")
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits([edit])], tokenizer=words) as run,
-        pytest.warns(UserWarning, match="NullSpace: neighbors=2 replaces the subject .* but no prompt could be made"),
+        pytest.warns(UserWarning, match="NullSpace: neighbors=2 makes prompts .* but no prompt could be made"),
     ):
         run.before_step()
 
@@ -148,8 +148,8 @@ def test_edits_without_subjects_get_a_warning(make, words):
 def test_edits_whose_prompt_does_not_contain_their_subject_are_counted(make, words):
     edits = [EDIT, Edit("w52 w53", "w2", subject="w54")]
     message = (
-        r"NullSpace: neighbors=2 replaces the subject .* but the prompts of 1 of 2 edits do not contain the subject .* "
-        r"\(the first prompt: 'w52 w53'\); set the subj"
+        r"NullSpace: neighbors=2 makes prompts .*, but 1 of 2 edits have a prompt without their subject "
+        r"\(the first: 'w52 w53'\); set the subj"
     )
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits(edits)], tokenizer=words) as run,

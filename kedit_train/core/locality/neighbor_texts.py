@@ -34,16 +34,16 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
     prompts = neighbor_prompts(run.edits, loaded, n, seed=texts.seed)
     if not prompts:
         warn(
-            f"neighbors={n} replaces the subject in the prompt of each edit by names from the texts, but no prompt "
-            "could be made in this way; set the subject of each edit as it is written in the prompt, pass texts that "
+            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit by names from the texts, "
+            "but no prompt could be made; set the subject of each edit as it is written in its prompt, pass texts that "
             "contain names, or remove neighbors."
         )
         return None
     if without := [edit.prompt for edit in run.edits if not has_subject(edit)]:
         warn(
-            f"neighbors={n} replaces the subject in the prompt of each edit by names from the texts, but the prompts "
-            f"of {len(without)} of {len(run.edits)} edits do not contain the subject of the edit (the first prompt: "
-            f"{shorten(without[0])!r}); set the subject of each edit as it is written in the prompt."
+            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit, but {len(without)} of "
+            f"{len(run.edits)} edits have a prompt without their subject (the first: {shorten(without[0])!r}); set the "
+            "subject of each edit as it is written in its prompt."
         )
     chosen = training_format(run, tokenizer, run.edits) or "plain"
     rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]

@@ -240,9 +240,9 @@ def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Seque
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
                 f"weight from other parameters. To train {weight.name}, modules= must match all of "
-                f"{', '.join(trainable)}, and modules= does not match all of them. There are three remedies: set "
-                f"modules={weight.module or trainable!r}, which matches all of them; call {weight.remedy} before the "
-                f"edit, which makes {weight.name} a parameter; or use a pattern that does not match {weight.name}."
+                f"{', '.join(trainable)}, and it does not match all of them. Set "
+                f"modules={weight.module or trainable!r}, which matches all of them; or call {weight.remedy} before "
+                f"the edit, which makes {weight.name} a parameter; or use a pattern that does not match {weight.name}."
             )
 
 

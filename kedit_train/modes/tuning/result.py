@@ -72,9 +72,10 @@ class TuneResult:
     def notes(self) -> list[str]:
         """Return the lines below the table: the meaning of the columns, the runs without a result, and the rule."""
         lines = [
-            f"reliability and generality: protocol {self.meta['protocol']}. locality: first tokens of the unedited "
-            "answers that are kept. score: harmonic mean of generality and locality. front: no other setting on these "
-            "edits is at least as good in all three scores and better in one."
+            f"reliability and generality: protocol {self.meta['protocol']}. locality: fraction of the first tokens of "
+            "the unedited model's answers that do not change. score: harmonic mean of generality and locality. front: "
+            "no other setting on these edits is at least as good in reliability, generality and locality and better in "
+            "one of them."
         ]
         if self.cut_off:
             budget = self.meta["budget"]
