@@ -142,7 +142,8 @@ def test_the_budget_on_the_training_data_holds_and_is_used_up(start):
     losses = []
     for budget in (0.5, 0.1):
         model, loss, _ = train_world([BatchAnchor(start), ForgettingBudget(budget)])
-        # Training would go on to gain from a larger divergence, so a run that wastes much of the budget is wrong too.
+        # With a larger divergence, the loss would fall further. So a run that leaves much of the budget unused is wrong
+        # too.
         assert 0.6 * budget < divergence(model) < 1.1 * budget
         losses.append(loss)
     assert losses[0] < 0.6 * losses[1]
@@ -223,7 +224,7 @@ def both(**texts: Any) -> list[Any]:
 
 
 def test_nothing_is_recorded_for_the_comparison_of_penalty_and_loss(make, words, ids):
-    """The comparison keeps tensors of each step, which nobody would remove."""
+    """The comparison would keep tensors of each step, and nothing would remove them."""
     locality = KLLocality(TEXTS, weight=2.0, batch_size=4)
     steps(make(), words, ids, [ForgettingBudget(0.02), locality], 3)
     assert locality._balance is None

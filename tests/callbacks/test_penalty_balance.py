@@ -1,4 +1,4 @@
-"""A penalty that is larger than the training loss is one warning with both numbers, in every training loop."""
+"""A penalty that is larger than the training loss gives one warning with both numbers, in every training loop."""
 
 from __future__ import annotations
 

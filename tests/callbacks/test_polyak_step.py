@@ -165,7 +165,7 @@ def test_constraints_are_exact_beside_it(make, words, ids):
 @pytest.mark.parametrize(
     ("constraint", "whole"),
     [
-        # These also project the gradients, so the length is that of a step within the constraint.
+        # The first three also project the gradients, so the length is that of a step within the constraint.
         (lambda: NullSpace(TEXTS, energy=0.8), True),
         (lambda: LowCurvature(TEXTS), True),
         (lambda: GradientMask("magnitude", density=0.25), True),
