@@ -28,8 +28,8 @@ class EditCallback(TransformersEvents, LightningEvents):
             raised when the weights change but the run has detected no optimizer step.
         anchors: whether the callback adds a comparison with the reference model (the model before the edit) to the loss
             inside the forward pass.
-        duplicate_hint: the end of the error message for two callbacks of this class on one model. It says what to do
-            instead. None allows several callbacks of this class.
+        duplicate_hint: what to do instead of using two callbacks of this class on one model. This text ends the error
+            message. With None, several callbacks of this class are allowed.
 
     Example:
         >>> import torch

@@ -23,11 +23,11 @@ class BatchAnchor(EditCallback):
     the token. The sums are averaged over tokens in the same way as the original losses. The logged loss includes the
     divergence. ``BatchAnchor`` needs no texts other than the training data.
 
-    When an example occurs for the first time, the model before the edit computes its hidden states. This takes an
-    additional forward pass. These reference hidden states are stored, so later epochs need no additional forward pass.
-    With packing, each packed sequence counts as one example. With DDP, each process stores the hidden states of its own
-    examples. In full fine-tuning without :class:`ParameterScope`, a copy of all weights from before the edit is kept
-    for the additional forward passes.
+    When an example occurs for the first time, the model before the edit computes the hidden states of the example. This
+    takes an additional forward pass. These reference hidden states are stored, so later epochs need no additional
+    forward pass. With packing, each packed sequence counts as one example. With DDP, each process stores the hidden
+    states of its own examples. In full fine-tuning without :class:`ParameterScope`, a copy of all weights from before
+    the edit is kept for the additional forward passes.
 
     Args:
         weight: factor of the divergence in the loss of a token.

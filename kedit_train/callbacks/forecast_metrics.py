@@ -37,7 +37,7 @@ class ForecastMetrics(EditCallback):
     - ``edit/forecast/change``: the norm of the change of all outputs on the kept inputs, divided by the norm of these
       outputs before the edit.
 
-    The trainer's own evaluations contain both metrics, too. In ``transformers``, their names are then
+    The trainer's own evaluations contain both metrics, too. In ``transformers``, the metrics are then named
     ``eval_edit_forecast_error`` and ``eval_edit_forecast_change``.
 
     Args:
@@ -52,7 +52,8 @@ class ForecastMetrics(EditCallback):
         quantiles: the Q quantile levels, in (0, 1), for ``error="quantile"``.
         output: which tensor of the model's output to use: a name, an index, or a function of the output. None requires
             that the output is a tensor.
-        module: name of the submodule to call. None calls the module that the loop trains, or the language model in it.
+        module: name of the submodule to call. None calls the language model in the module that the loop trains, or this
+            module itself if it contains no language model.
 
     Attributes:
         unedited_error: the error before the edit. None before training.

@@ -59,7 +59,7 @@ class ForgetFirst(EditCallback):
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
             measured on these texts. If the texts state facts in the same wording as the edits, but not the edited
-            facts themselves, damage becomes visible at much smaller coefficients than with prose.
+            facts themselves, the perplexity shows damage at much smaller coefficients than with prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
@@ -102,7 +102,7 @@ class ForgetFirst(EditCallback):
         True
     """
 
-    # Last, so that the other callbacks have read the reference model before the weights change.
+    # ForgetFirst comes last, so that the other callbacks have read the reference model before the weights change.
     order = 99
     duplicate_hint = "keep one ForgetFirst and pass all edits to it"
 
@@ -178,8 +178,9 @@ class ForgetFirst(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the metrics of the subtraction.
 
-        The metrics are the coefficient, the mean probability of the old answers and the perplexity on the texts (both
-        before and after the subtraction), and the teacher-forced accuracy of the old answers after the subtraction.
+        The metrics are the coefficient, the teacher-forced accuracy of the old answers after the subtraction, and two
+        values before and after the subtraction: the mean probability of the old answers, and the perplexity on the
+        texts.
         """
         if not self.measured:
             return {}

@@ -87,10 +87,10 @@ class ForgettingBudget(EditCallback):
         0.905
     """
 
-    # After the callbacks that add the penalties.
+    # ForgettingBudget comes after the callbacks that add the penalties.
     order = 40
     # This callback returns no penalty, but its arguments change the trained weights, so a resumed run and all processes
-    # must agree on them.
+    # must use the same arguments.
     penalizes = True
     follows_steps = True
 

@@ -86,7 +86,7 @@ class GradientMask(EditCallback):
         0.3
     """
 
-    # After every callback that writes into weights, so that the mask holds exactly.
+    # GradientMask comes after every callback that writes into weights, so that the mask holds exactly.
     order = 48
     constrains = True
 

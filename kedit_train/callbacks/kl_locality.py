@@ -38,8 +38,8 @@ class KLLocality(EditCallback):
     The penalty is ``weight`` times the mean divergence over all tokens of the texts. It is added to the training loss.
     With ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the
     locality term of ROME. No second model is kept in memory. Before training, the input of the output head (the last
-    hidden states) is computed and stored for each text. In every step, the output head computes the reference logits
-    from the stored hidden states.
+    hidden states) is computed and stored for each text. In every step, the output head computes the logits of the model
+    before the edit from the stored hidden states.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
     prompt of the edits are left out, with a warning. :class:`PrefixCache` changes the padding of the texts, so the

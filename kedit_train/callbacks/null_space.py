@@ -45,9 +45,9 @@ class NullSpace(EditCallback):
     move.
 
     ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. ``edit/drift/null_space_leak`` is the fraction
-    of the change that still lies in preserved directions. In fp32, it is below 1e-5 for edits of ordinary size.
-    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an error
-    of up to 1/256 of each weight. This error can be large relative to a small change.
+    of the change that still lies in preserved directions. In fp32, this fraction is below 1e-5 for edits of ordinary
+    size. ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an
+    error of up to 1/256 of each weight. This error can be large relative to a small change.
 
     For LoRA layers, only the A factor is projected, so that ``B A U = 0``. The B factor is free. A is also projected
     before the first step. This does not change the model, because B is zero at that time. If only A or only B is in the
@@ -110,7 +110,7 @@ class NullSpace(EditCallback):
         True
     """
 
-    # After LowCurvature, because only the last projection is exact.
+    # NullSpace comes after LowCurvature, because only the last projection is exact.
     order = 41
     constrains = True
     duplicate_hint = "a second projection undoes part of the first, so pass all texts to one NullSpace"
@@ -214,8 +214,8 @@ class NullSpace(EditCallback):
         return {"subspaces": self._projection.state(), "previous_edits": edits}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        # A resumed run cannot recompute the directions of previous edits, so it restores those of the original run.
-        # The run after it reads all previous edits again.
+        # A resumed run cannot recompute the directions of previous edits, so it restores those of the original run. The
+        # next run after a resumed run reads all previous edits again.
         self._projection.load_state(state["subspaces"])
         self._previous = PreviousInputs([Edit(prompt, target) for prompt, target in state["previous_edits"]])
 

@@ -26,9 +26,9 @@ class OutputAnchor(EditCallback):
     model may be any module. For example, the forecasts of a forecaster on given windows stay close to those before the
     edit. For texts and language models, use :class:`KLLocality`, which needs less memory.
 
-    Before training, the model computes its outputs on all inputs once, and they are stored in CPU memory. Each
-    optimizer step draws ``batch_size`` items, the same items on every process, and calls the model with each of them in
-    evaluation mode. The stored outputs are part of every checkpoint, so a resumed run needs no unedited model.
+    Before training, the model computes its outputs on all inputs once. These outputs are stored in CPU memory. Each
+    optimizer step draws ``batch_size`` items, the same items on every process, and calls the model in evaluation mode
+    with each drawn item. The stored outputs are part of every checkpoint, so a resumed run needs no unedited model.
 
     Args:
         inputs: one item per forward pass: a tensor, a tuple (positional arguments) or a mapping (keyword arguments).
@@ -44,13 +44,13 @@ class OutputAnchor(EditCallback):
         output: which tensor of the model's output to compare: a name, an index, or a function of the output. None
             requires that the output is a tensor.
         batch_size: number of items per optimizer step.
-        module: name of the submodule to call, for example "model". None calls the module that the loop trains, or the
-            language model in it.
+        module: name of the submodule to call, for example "model". None calls the language model in the module that the
+            loop trains, or this module itself if it contains no language model.
         seed: seed of the draws. Every item is drawn once before any item is drawn again.
 
     Raises:
-        EditError: an argument is out of bounds, there are no inputs, the model cannot be called with them, or its
-            output is not a tensor of floats.
+        EditError: an argument is out of bounds, there are no inputs, the model cannot be called with an input, or the
+            selected output is not a tensor of floats.
 
     References:
         Dark Experience for General Continual Learning, arXiv 2004.07211.

@@ -34,8 +34,8 @@ class PolyakStep(EditCallback):
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
     ``NormBall``, ``GradientMask``) are applied after the step. If ``NormBall`` removes a part of the step, the loss
-    falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: they
-    project not only the step but also the gradient from which the prediction is computed.
+    falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: these
+    callbacks project not only the step but also the gradient from which the prediction is computed.
 
     Args:
         step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
@@ -70,7 +70,7 @@ class PolyakStep(EditCallback):
         True
     """
 
-    # Before all constraints, because this callback replaces the step that the constraints are applied to.
+    # PolyakStep comes before all constraints, because it replaces the step that the constraints are applied to.
     order = 30
     constrains = True
     duplicate_hint = "the second one would replace the step of the first, so keep only one"

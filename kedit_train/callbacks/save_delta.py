@@ -94,7 +94,7 @@ class SaveDelta(EditCallback):
         >>> folder.cleanup()
     """
 
-    # After EditMetrics, whose scores it reads, and after every constraint.
+    # SaveDelta comes after EditMetrics, whose scores it reads, and after every constraint.
     order = 95
     follows_steps = True
 

@@ -197,7 +197,7 @@ class TokenLoss(EditCallback):
                 "the model was not called with labels= since the last optimizer step, so its loss was not replaced; "
                 "call model(..., labels=labels) in the training step, and use the loss that the model returns."
             )
-        # No warning if ActiveSet may have removed all examples, or if other processes may have tokens.
+        # No warning is issued if ActiveSet may have removed all examples, or if other processes may have tokens.
         if not (self._tokens_now or self._warned or run.loss_head().filter or is_distributed()):
             self._warned = True
             warn(
@@ -259,7 +259,7 @@ class TokenLoss(EditCallback):
 def _true_vocabulary(run: EditRun) -> int | None:
     """Return the number of tokens of the tokenizer if the output head has more rows than that, else None.
 
-    The logits of the additional rows are noise. They would increase the standard deviation of the logits, and the
+    The logits of the additional rows are noise. The noise would increase the standard deviation of the logits, and the
     filter of ``"overtone"`` would then keep more tokens.
     """
     try:

@@ -95,7 +95,8 @@ class WeightAnchor(EditCallback):
     """
 
     order = 36
-    # Also True for a penalty in the loss, because the run keeps the reference weights only if a callback constrains.
+    # This is True even if the penalty is part of the loss, because the run keeps the reference weights only if a
+    # callback constrains.
     constrains = True
 
     def __init__(

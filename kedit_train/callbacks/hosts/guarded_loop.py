@@ -91,9 +91,9 @@ class GuardedLoad(_Guard):
 
     A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. An instance of this
     class replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the training loop
-    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If it does not, the
-    instance raises an error of one line, because the error of torch would list every weight whose shape differs. After
-    a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
+    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If the state does
+    not fit, the instance raises an error of one line, because the error of torch would list every weight whose shape
+    differs. After a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
 
     Args:
         trainer: the trainer.

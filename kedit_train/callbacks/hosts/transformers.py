@@ -104,7 +104,8 @@ class TransformersEvents(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # The backward pass of the penalty runs before the first micro-batch, on the unwrapped model. So the penalty is
-        # counted once with gradient accumulation. Its gradients are reduced by DDP and clipped with those of the loss.
+        # counted once with gradient accumulation. The gradients of the penalty are reduced by DDP, and are clipped
+        # together with the gradients of the loss.
         if self.run is not None:
             self.run.host.active_callbacks.add(id(self))
         run = self._driven_run(control)

@@ -178,7 +178,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     report = evaluate(model, tokenizer, edits, unedited=before, **options)
     if reference is None:
         return report
-    # Weight drift is measured after all answers are generated, because it merges an adapter into the weights.
+    # Weight drift is measured after all answers are generated, because this measurement merges an adapter into the
+    # weights.
     return replace(report, metrics={**report.metrics, "weight_drift": weight_drift(merged(model), reference)})
 
 

@@ -100,7 +100,8 @@ class FrozenPrefix:
             model.register_forward_hook(self._pop_labels, always_call=True),
             prefix.backbone.register_forward_pre_hook(self._enter_backbone, with_kwargs=True),
             prefix.layers[prefix.cut].register_forward_pre_hook(self._enter_first_trained_layer),
-            # Also called if the forward pass fails, so that the next forward pass finds the original layers.
+            # This hook is also called if the forward pass fails, so that the next forward pass finds the original
+            # layers.
             prefix.backbone.register_forward_hook(self._leave_backbone, always_call=True),
         ]
 
@@ -122,8 +123,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: no batch can be cached, or the logits differ. They differ if a later module reads the hidden
-                states and also something else that the frozen layers have computed.
+            EditError: no batch can be cached, or the logits differ. The logits differ if a later module reads the
+                hidden states and also something else that the frozen layers have computed.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served

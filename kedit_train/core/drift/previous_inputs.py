@@ -14,9 +14,10 @@ Moments: TypeAlias = dict[str, SecondMoment]
 class PreviousInputs:
     """The edits of earlier runs, and, for each weight, the second moment of the layer inputs on all these edits.
 
-    Before a run, only the edits of the run before it are read. Their second moments are added to those of all earlier
-    edits. The cost of a run therefore does not grow with the number of earlier edits. If the scope has several layers,
-    later runs slightly change the inputs of the upper layers, and the moments of earlier edits are not measured again.
+    Before a run, only the edits of the previous run are read. The second moments of the layer inputs on these edits are
+    added to the moments of all earlier edits. The cost of a run therefore does not grow with the number of earlier
+    edits. If the scope has several layers, later runs slightly change the inputs of the upper layers, and the moments
+    of earlier edits are not measured again.
 
     Args:
         edits: edits that count as earlier edits from the beginning.

@@ -22,7 +22,7 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
 
     Args:
         run: the run, with its edits.
-        texts: the texts to draw names from. Its tokenizer, seed and maximum length are also those of the result.
+        texts: the texts to draw names from. The result has the same tokenizer, seed and maximum length.
         n: number of prompts per edit (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
 
     Returns:
