@@ -112,7 +112,8 @@ class Augmentation:
             prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
         summary: one line that says how many examples were made and how many were left out.
         rewritten: a dict from prompt and target of an edit to the edit with the target that the unedited model wrote.
-        study: a dict from the prompt of a document to its study rows. A call returns the rows of its documents.
+        study: a dict from the prompt of a document to its study rows. A call returns the rows of the documents that it
+            is given.
     """
 
     prefixes: tuple[str, ...]

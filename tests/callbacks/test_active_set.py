@@ -1,4 +1,4 @@
-"""ActiveSet leaves learned edits out, keeps the gradient of the others, and checks learned edits again."""
+"""ActiveSet leaves learned edits out, keeps the gradient of all other edits, and checks learned edits again."""
 
 from __future__ import annotations
 

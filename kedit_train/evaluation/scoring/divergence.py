@@ -16,10 +16,9 @@ from kedit_train.evaluation.asking.generate import Answer
 from kedit_train.evaluation.asking.logits import target_logits
 from kedit_train.functional.top_k_divergence import bucket_divergence, top_log_probs
 
-# Number of tokens that are stored of each distribution: the most probable ones. All other tokens are summed into one
-# bucket. The divergence that is computed from the stored values is never larger than the true divergence. If the
-# vocabulary has at most this many tokens, the computed and the true divergence are equal. The stored values take 12 KiB
-# per position.
+# Number of most probable tokens that are stored for each distribution. All other tokens are summed into one bucket. The
+# divergence that is computed from the stored values is never larger than the true divergence. If the vocabulary has at
+# most this many tokens, the computed and the true divergence are equal. The stored values take 12 KiB per position.
 KEPT_TOKENS = 1024
 
 
