@@ -265,7 +265,7 @@ class EditDataModule(LightningDataModule):
         return strategy
 
     def _augment(self, module: Any) -> list[Edit]:
-        """Return the edits as they are trained and the additional examples, made with the unedited model.
+        """Return the edits as they are trained, and the additional examples. The unedited model is used to make them.
 
         A resumed run also uses the unedited model here, because Lightning restores the checkpoint only after ``setup``.
         """

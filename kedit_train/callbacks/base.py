@@ -58,9 +58,9 @@ class EditCallback(TransformersEvents, LightningEvents):
     # -- before training
 
     def provides(self) -> set[str]:
-        """Return the names of what this callback provides to other callbacks.
+        """Return the metrics and capabilities that this callback provides to other callbacks, by name.
 
-        A name is a metric ("edit/reliability") or a capability ("token_loss").
+        For example, "edit/reliability" is a metric, and "token_loss" is a capability.
         """
         return set()
 

@@ -177,7 +177,7 @@ class ForgettingBudget(EditCallback):
             self._stop(run)
 
     def _measure(self, run: EditRun) -> float | None:
-        """Return the mean divergence over the tokens of this step on all processes, or None without any token."""
+        """Return the mean divergence over the tokens of this step on all processes, or None if there is no token."""
         total, tokens = self._penalty.take()
         if is_distributed():
             # All processes must use the same weight.

@@ -230,7 +230,7 @@ class NullSpace(EditCallback):
             self._previous, self._preserved = PreviousInputs(), {}
 
     def _directions_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
-        """Return the directions of ``texts``. In a sequence of runs, the texts are read before the first run."""
+        """Return the directions to preserve for ``texts``. In a sequence of runs, the first run reads the texts."""
         if not self.sequential:
             return self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
         if not self._of_texts:

@@ -133,7 +133,7 @@ class OutputAnchor(EditCallback):
         return self._penalty.weight * mean
 
     def _distances(self, index: int) -> Tensor:
-        """Return the distances [N] of the outputs for one item, without the positions of padding."""
+        """Return the distances [N] between the outputs before the edit and now for one item, without padding."""
         assert self._reference is not None
         before, now = self._reference.pair(index)
         distances = output_distance(before, now, distance=self.distance)

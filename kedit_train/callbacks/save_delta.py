@@ -247,10 +247,10 @@ class SaveDelta(EditCallback):
         after: Mapping[str, Tensor],
         edits: Sequence[Any] | None,
     ) -> str:
-        """Check that the base model with the changes in the file has the weights and logits of the trained model.
+        """Check that the file and the base model together give the weights and logits of the trained model.
 
         Returns:
-            What was compared, as text.
+            A text that says what was compared.
         """
         with temporary_values(run.scope, before):
             applied = {name: weights[name].clone() for name in after}

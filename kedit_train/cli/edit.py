@@ -169,9 +169,9 @@ def share_texts(config: Any) -> None:
     """Replace ``texts: world`` in the callbacks by the value of ``data.texts``, if it is set.
 
     Raises:
-        EditError: the model or the edits are not the bundled ones, but a callback still has ``texts: world``, or
-            ``data.augmentation.replay`` is "world". The error is also raised if ``data.texts`` is set, but no callback
-            has ``texts: world``.
+        EditError: the model or the edits are not the bundled ones, but the run still uses bundled data: a callback has
+            ``texts: world``, or ``data.augmentation.replay`` is "world". The error is also raised if ``data.texts`` is
+            set, but no callback has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]

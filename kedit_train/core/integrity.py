@@ -198,8 +198,9 @@ class Integrity:
 
         Raises:
             EditError: a frozen parameter has a gradient, or a parameter in scope was frozen, replaced or converted to
-                another dtype. An error is raised instead of returning True if no optimizer step was detected since the
-                last call and a callback has ``constrains`` or ``follows_steps`` set to True.
+                another dtype. If other code has changed a parameter in scope, an error is also raised in one case: no
+                optimizer step was detected since the last call, and a callback has ``constrains`` or ``follows_steps``
+                set to True.
         """
         if not self._started:
             self.start()

@@ -192,7 +192,7 @@ def calling_trainer(control: Any) -> Any | None:
 
 
 def _runs(trainer: Any, closed: bool = False) -> list[Any]:
-    """Return each ``EditRun`` of the trainer's callbacks once: the closed ones if ``closed``, else the open ones."""
+    """Return the runs of the trainer's callbacks that are open, or closed if ``closed`` is True. List each run once."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks

@@ -176,7 +176,7 @@ class Editing:
         return list(self.run.scope.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the edit for a checkpoint: the step, the weights before the edit, the callback states.
+        """Return the state of the edit for a checkpoint: step, weights before the edit and callback states.
 
         Save the result with ``torch.save`` together with the states of the model and the optimizer. The result contains
         only tensors and plain values, so ``torch.load`` can read it with ``weights_only=True``.

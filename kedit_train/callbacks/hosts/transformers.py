@@ -1,4 +1,4 @@
-"""The host for ``transformers.Trainer`` and TRL: translate their events to the lifecycle of an edit."""
+"""Translate the events of ``transformers.Trainer`` and of TRL's trainers to the lifecycle of an edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer inputs on the edits of earlier runs, so that a later run can preserve the outputs for them."""
+"""Keep the layer inputs on the edits of earlier runs, so that a later run can preserve the outputs for these edits."""
 
 from __future__ import annotations
 

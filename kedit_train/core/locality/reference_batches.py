@@ -114,8 +114,8 @@ class ReferenceBatches:
 
         Raises:
             EditError: the checkpoint was written with other reference texts than those of this object. An error is also
-                raised if the checkpoint belongs to a second or later run and this object was not used in the runs
-                before it, because the checkpoint does not contain the hidden states of their edits.
+                raised if the checkpoint belongs to a second or later run and this object was not used in the earlier
+                runs, because the checkpoint does not contain the hidden states of the edits of earlier runs.
         """
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(

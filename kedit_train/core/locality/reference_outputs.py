@@ -56,7 +56,7 @@ class ModelOutputs:
                 ) from None
 
     def __call__(self, index: int) -> Tensor:
-        """Return the output for one item, with its gradient if gradients are enabled."""
+        """Return the output for one item. If gradients are enabled, the output can be differentiated."""
         batch = model_input_batch(self.items[index], next(self.run.model.parameters()).device)
         with evaluation_mode(self.module), _recurrent_gradients(self.module), self.run.host.forward_context():
             return self._select(batch.call(self.module), index)
@@ -147,13 +147,13 @@ class ReferenceOutputs:
         return [next(self._order) for _ in range(min(n, len(self.before)))]
 
     def all_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the outputs before the edit and now for all items, as :meth:`pair` does for one item."""
+        """Return, for every item, the output before the edit and the output now (see :meth:`pair`)."""
         if not self.before:
             self._compute()
         return [self.pair(index) for index in range(len(self.before))]
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the output for an item before the edit and now, both on the device of the model.
+        """Return the output before the edit and the output now for an item, on the device of the model.
 
         Raises:
             EditError: the output has another shape than before the edit.

@@ -106,7 +106,7 @@ def _items(layers: Layers) -> list[Layer]:
 
 
 def _parts(item: Layer) -> list[tuple[str, list[int | float]]]:
-    """Return the parts of one value in ``layers``: the text of each part, and its number (two if it is a range)."""
+    """Return the text of each part of one value in ``layers``, with its number, or with two numbers for a range."""
     if not isinstance(item, str):
         return [(str(item), [item])]
     parts = []
@@ -175,7 +175,7 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 
     In a mixture-of-experts model, a pattern also matches the weights of experts by the names that they would have in a
     dense model: "mlp.down_proj" matches ``mlp.experts.down_proj`` and ``mlp.shared_expert.down_proj.weight``. Routers
-    are selected only by a pattern that contains the name of the router ("mlp.gate"), and by "*".
+    are selected only by a pattern that contains the name of the router ("mlp.gate"), or by "*".
 
     Args:
         model: any module.

@@ -47,7 +47,7 @@ class _Answer:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Prompt and target without the token that ends an answer, by which a training example is recognized."""
+        """The tokens by which a training example is recognized: the prompt and the target, without an end token."""
         return self.prompt + self.answer[: len(self.answer) - self.ends]
 
 
