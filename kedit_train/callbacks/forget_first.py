@@ -238,8 +238,8 @@ class ForgetFirst(EditCallback):
             removed = f" {constraints} removed a part of the subtraction." if constraints else ""
             warn(self.subtraction.shortfall(self.measured, self.chosen, ended_by, self.length) + removed)
         return (
-            f"trained on the old answers of {len(old)} of {len(edits)} edits, and subtracted {best.factor:.3g} times "
-            f"the resulting weight change (coefficient {best.coefficient:g}): probability of the old answers "
+            f"subtracted coefficient {best.coefficient:g} ({best.factor:.3g} times the weight change from training on "
+            f"the old answers of {len(old)} of {len(edits)} edits): probability of the old answers "
             f"{before.probability:.3f} -> {best.probability:.3f}, their teacher-forced accuracy "
             f"{before.accuracy:.2f} -> {best.accuracy:.2f}, "
             f"perplexity on the texts {before.perplexity:.3f} -> {best.perplexity:.3f}, "
