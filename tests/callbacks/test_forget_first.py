@@ -116,7 +116,7 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
         rows = run.collect()
         assert rows["edit/forgetting/old_probability"] == forget.measured[2].probability
         assert rows["edit/drift/relative"] == pytest.approx(0.4, rel=1e-2)
-    assert "for the old answers of 6 of 6 edits" in capsys.readouterr().out
+    assert "from training on the old answers of 6 of 6 edits" in capsys.readouterr().out
 
 
 def test_it_ends_at_the_bound_and_before_the_texts_suffer(loaded) -> None:
