@@ -86,7 +86,9 @@ class BatchAnchor(EditCallback):
         run.causal_model()
         reason = run.host.loss_unsupported_reason()
         if reason:
-            raise EditError(f"the penalty cannot be added to the loss of this {run.host.name} run: {reason}.")
+            raise EditError(
+                f"the penalty on changed predictions cannot be added to the loss of this {run.host.name} run: {reason}."
+            )
 
     def attach(self, run: EditRun) -> None:
         # A ForgettingBudget may change the weight during training.

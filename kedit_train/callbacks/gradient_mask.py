@@ -120,7 +120,7 @@ class GradientMask(EditCallback):
         if (texts is None) == (self.score.name == "fisher_ratio"):
             rule = "must be given" if texts is None else "must be None"
             raise EditError(
-                f"texts {rule} if score={self.score.name!r}; use texts and score='fisher_ratio' together, or neither.",
+                f"texts {rule} if score={self.score.name!r}; set texts if and only if score='fisher_ratio'.",
                 component="GradientMask",
             )
         chosen = (score, density, granularity) != _DEFAULTS or edits is not None or save_path is not None

@@ -33,7 +33,8 @@ class TransformersEvents(TrainerCallback):
     def _join(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
         if model is None:
             raise EditError(
-                "the trainer has no model yet, because it was created with model_init=; create it with model= instead.",
+                "the trainer has no model yet, because it was created with model_init=; create the trainer with model= "
+                "instead.",
                 component=type(self).__name__,
             )
         run = self.run

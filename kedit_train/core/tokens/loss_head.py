@@ -179,7 +179,7 @@ class LossHead:
             raise EditError(
                 f"the output head of {type(module).__name__} must receive one hidden state per label ([batch, "
                 f"length] = {tuple(call.labels.shape)}), got {shape}; remove prompt tuning if the model uses it, or "
-                "change forward() if it does not call the output head as a module."
+                "change forward() if forward() does not call the output head as a module."
             )
         return self._score(call, hidden[:, :-1], output)
 
