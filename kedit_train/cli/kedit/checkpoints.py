@@ -18,7 +18,7 @@ _MERGE = "or merge the adapter with merge_and_unload() and give the folder of th
 
 
 def world_or(name: str) -> str:
-    """Return the folder of the bundled model for "world", and any other name unchanged."""
+    """Return the folder of the bundled model if ``name`` is "world". Otherwise, return ``name`` itself."""
     return str(world.path()) if world.is_world(name) else name
 
 
