@@ -131,7 +131,7 @@ class EditCallback(TransformersEvents, LightningEvents):
         return weights
 
     def after_step(self, run: EditRun) -> None:
-        """Inspect the model after an optimizer step, outside of the gradient computation."""
+        """Inspect the model after an optimizer step and after all constraints."""
 
     # -- logging
 

@@ -40,9 +40,8 @@ class NullSpace(EditCallback):
     the layer inputs. After each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the
     weight before the edit. For inputs in the span of U, the output of the layer then does not change.
 
-    The whole change is projected, because under Adam a projected gradient alone does not keep the change in the
-    subspace. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may
-    move.
+    The whole change is projected, because under Adam a projected gradient alone does not keep the change orthogonal to
+    U. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may move.
 
     ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. ``edit/drift/null_space_leak`` is the fraction
     of the change that still lies in preserved directions. In fp32, this fraction is below 1e-5 for edits of ordinary

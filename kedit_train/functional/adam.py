@@ -42,7 +42,7 @@ class AdamAverages:
     def update(
         self, gradients: Mapping[str, Tensor], loss: float
     ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-        """Add the gradients and the loss of a step.
+        """Update the running averages with the gradients and the loss of a step.
 
         Args:
             gradients: gradient by name.

@@ -100,7 +100,7 @@ def kfac_factors(
             attention sink, whose activations are so large that they would dominate the factors.
 
     Returns:
-        The factors. The loss whose gradients they contain is the cross-entropy summed over tokens, not averaged.
+        The factors. Their gradients are those of the cross-entropy, summed over tokens and not averaged.
 
     Raises:
         EditError: a layer was never called, does not receive one vector per token, or is the output head.
