@@ -139,15 +139,11 @@ class EditSFTConfig(SFTConfig):
         default=None,
         metadata=_help("Train each token towards a smoothed target (token_loss with the objective overtone)."),
     )
-    context_teacher: Arguments = field(
-        default=None, metadata=_help("Train towards the predictions of the unedited model when it reads the new fact.")
-    )
+    context_teacher: Arguments = field(default=None, metadata=_help("Imitate the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
     output_anchor: Arguments = field(default=None, metadata=_help("On which inputs should the outputs not change?"))
-    forgetting_budget: Arguments = field(
-        default=None, metadata=_help("Keep the divergence from the unedited model within a budget.")
-    )
+    forgetting_budget: Arguments = field(default=None, metadata=_help("Limit the divergence from the unedited model."))
     weight_anchor: Arguments = field(default=None, metadata=_help("Pull the weights towards their original values."))
     norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
     null_space: Arguments = field(
@@ -165,9 +161,7 @@ class EditSFTConfig(SFTConfig):
     )
     active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
     edit_metrics: Arguments = field(default=None, metadata=_help("Score the edits before, during and after training."))
-    forecast_metrics: Arguments = field(
-        default=None, metadata=_help("Measure the error of forecasts, and how much the forecasts change.")
-    )
+    forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and the change of forecasts."))
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
     save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 

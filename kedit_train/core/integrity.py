@@ -53,8 +53,7 @@ class Integrity:
         self._trainable: set[str] = set()
         # The parameters in scope that other code had changed when before_step() was last called.
         self.written: list[str] = []
-        # Whether an optimizer step came before that change. If there was no step, the change may be the user's own
-        # update.
+        # Whether an optimizer step came before that change. Without a step, the user may have made the change.
         self.written_after_step = False
         # Position in ``_frozen`` of the next parameter to compare.
         self._next = 0
@@ -198,9 +197,8 @@ class Integrity:
 
         Raises:
             EditError: a frozen parameter has a gradient, or a parameter in scope was frozen, replaced or converted to
-                another dtype. If other code has changed a parameter in scope, an error is also raised in one case: no
-                optimizer step was detected since the last call, and a callback has ``constrains`` or ``follows_steps``
-                set to True.
+                another dtype. An error is also raised if other code changed a parameter in scope without an optimizer
+                step, and a callback has ``constrains`` or ``follows_steps`` set to True.
         """
         if not self._started:
             self.start()

@@ -70,7 +70,7 @@ class TuneResult:
         return "\n".join([*lines, "", *self.notes(), "", *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def notes(self) -> list[str]:
-        """Return the lines below the table: the columns, the runs without a result, and how the best setting was picked."""
+        """Return the lines below the table: the columns, the runs without a result, and how a setting was picked."""
         lines = [
             f"reliability and generality: protocol {self.meta['protocol']}. locality: fraction of the first tokens of "
             "the unedited model's answers that do not change. score: harmonic mean of generality and locality. front: "
