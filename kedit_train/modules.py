@@ -16,6 +16,7 @@ from kedit_train import world
 from kedit_train.arguments import at_least, check_arguments, integer_from, optional
 from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.core.answer_end import decide_together
+from kedit_train.core.gate.gate_file import save_gate_of
 from kedit_train.data import Edit, EditCollator, EditDataset
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
@@ -146,6 +147,7 @@ class EditModule(LightningModule):
         """Save the edited model, after the callbacks have removed their hooks from it."""
         if self.save_path is not None and self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_path)
+            save_gate_of(self.model, self.save_path)
             self.tokenizer.save_pretrained(self.save_path)
             print(f"{'adapter' if hasattr(self.model, 'peft_config') else 'edited model'}: {self.save_path}")
 

@@ -11,17 +11,26 @@ from typing import Any
 import torch
 
 from kedit_train import world
+from kedit_train.core.gate.gate_file import has_gate, load_gate
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
+from kedit_train.safetensors_header import parse_json
+
+_MERGE = "or merge the adapter with merge_and_unload() and give the folder of the merged model"
 
 
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
+    A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because merging into bf16
+    weights would round the adapter's effect. If the folder of the adapter contains ``gate.safetensors``, which
+    ``GatedAdapter`` saves, the model gets this gate.
+
     Args:
-        name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, a ``.gguf`` file, or "world"
-            for the tiny model that comes with kedit-train. The weights of a GGUF file are dequantized.
+        name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, the folder of a PEFT
+            adapter, a ``.gguf`` file, or "world" for the tiny model that comes with kedit-train. The weights of a GGUF
+            file are dequantized.
         dtype: the dtype of the loaded weights. "auto" keeps the dtype of the checkpoint.
         trust_remote_code: whether to run Python code that the checkpoint contains.
 
@@ -29,8 +38,8 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        EditError: the model or the tokenizer cannot be loaded, the model is not a causal language model, or weights are
-            missing.
+        EditError: the model, its adapter, its gate or the tokenizer cannot be loaded, the model is not a causal
+            language model, or weights are missing.
 
     Example:
         >>> from kedit_train import load_model
@@ -40,6 +49,9 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    base = adapted_base(name)
+    if base is not None:
+        return _load_adapted(name, base, dtype=dtype, trust_remote_code=trust_remote_code)
     if world.is_world(name):
         name = str(world.path())
     with loading_errors(name, "cannot be loaded as a causal language model"):
@@ -68,6 +80,49 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, tokenizer
+
+
+def adapted_base(name: str) -> str | None:
+    """Return the name of the base model of a PEFT adapter, or None if ``name`` is not an adapter folder.
+
+    Raises:
+        EditError: the configuration of the adapter cannot be read, or names no base model.
+    """
+    config = Path(name) / "adapter_config.json"
+    if not config.is_file():
+        return None
+    try:
+        base = parse_json(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise EditError(f"{config} is not a valid PEFT configuration ({error}); save the adapter again.") from error
+    if not base:
+        raise EditError(f"{config} names no base model; set base_model_name_or_path in this file, {_MERGE}.")
+    return str(base)
+
+
+def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load a PEFT adapter on top of its base model, with its gate if it has one."""
+    with require("peft"):
+        from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    # A damaged gate is reported before a large model is loaded.
+    gate = load_gate(name) if has_gate(name) else None
+    try:
+        model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    except EditError as error:
+        raise EditError(
+            f"the base model {base!r} of the adapter {name} cannot be loaded ({error}); correct "
+            f"base_model_name_or_path in adapter_config.json, {_MERGE}."
+        ) from error
+    with loading_errors(name, f"is an adapter that does not fit its base model {base!r}"):
+        adapted = PeftModel.from_pretrained(model, name)
+    if (Path(name) / "tokenizer_config.json").is_file():
+        with loading_errors(name, "comes with a tokenizer that cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if gate is not None:
+        gate.install(adapted)
+    return adapted.eval(), tokenizer
 
 
 @torch.no_grad()

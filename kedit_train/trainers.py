@@ -17,6 +17,7 @@ from kedit_train.callbacks import (
     EditCallback,
     EditMetrics,
     ForgetFirst,
+    GatedAdapter,
     GradientMask,
     KLLocality,
     LowCurvature,
@@ -48,6 +49,7 @@ with require("trl", extra="trl"):
 CALLBACKS: dict[str, type[EditCallback]] = {
     "parameter_scope": ParameterScope,
     "gradient_mask": GradientMask,
+    "gated_adapter": GatedAdapter,
     "forget_first": ForgetFirst,
     "token_loss": TokenLoss,
     "token_smoothing": TokenSmoothing,
@@ -123,6 +125,7 @@ class EditSFTConfig(SFTConfig):
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
     parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
+    gated_adapter: Arguments = field(default=None, metadata=_help("For which prompts may a LoRA adapter act?"))
     prompt_format: Arguments = field(
         default="plain", metadata={"help": "Format of the prompts: plain, chat or question."}
     )
@@ -139,12 +142,8 @@ class EditSFTConfig(SFTConfig):
     weight_anchor: Arguments = field(
         default=None, metadata=_help("Pull the weights towards their original values (L2-SP, EWC).")
     )
-    norm_ball: Arguments = field(
-        default=None, metadata=_help("How far may the weights move from their original values?")
-    )
-    null_space: Arguments = field(
-        default=None, metadata=_help("Project the weight change so that layer outputs on given texts hardly change.")
-    )
+    norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
+    null_space: Arguments = field(default=None, metadata=_help("Keep layer outputs on given texts nearly the same."))
     low_curvature: Arguments = field(
         default=None, metadata=_help("Project the weight change onto directions of low loss curvature.")
     )

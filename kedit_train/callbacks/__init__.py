@@ -6,6 +6,7 @@ from kedit_train.callbacks.batch_anchor import BatchAnchor
 from kedit_train.callbacks.context_teacher import ContextTeacher
 from kedit_train.callbacks.edit_metrics import EditMetrics
 from kedit_train.callbacks.forget_first import ForgetFirst
+from kedit_train.callbacks.gated_adapter import GatedAdapter
 from kedit_train.callbacks.gradient_mask import GradientMask
 from kedit_train.callbacks.hosts.loop import editing
 from kedit_train.callbacks.kl_locality import KLLocality
@@ -35,6 +36,7 @@ __all__ = [
     "EditMetrics",
     "ForgetFirst",
     "ForgetTraining",
+    "GatedAdapter",
     "GradientMask",
     "KLLocality",
     "LowCurvature",

@@ -22,6 +22,7 @@ from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import class_of
+from kedit_train.core.gate.gate_file import save_gate_of
 from kedit_train.data import EditDataset
 from kedit_train.data.chat_format import describe_format, read_format
 from kedit_train.errors import EditError
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> Any:
     path = config.model.init_args.save_path
     if path is not None:
         trainer.save_model(path)
+        save_gate_of(trainer.model, path)
         print(f"edited model: {path}")
     end_process_group()
     return trainer

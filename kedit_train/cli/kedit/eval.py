@@ -17,7 +17,7 @@ examples:
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B
   kedit eval Qwen/Qwen3-0.6B counterfact.json --delta runs/mine/edit.safetensors --full
   kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         a delta, applied to its base model
-  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter
+  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter, gated or not
   kedit eval runs/mine/model edits.jsonl --against before.json --json after.json
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B --protocol leading,wild --prose wiki.txt
   kedit eval runs/mine/model world --against world --markdown eval.md --plots plots --card runs/mine/model/README.md
@@ -125,6 +125,7 @@ def _is_report(name: str) -> bool:
 
 def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for, merged
+    from kedit_train.core.gate.gate_file import has_gate
     from kedit_train.evaluation import EvaluationOptions, Report, evaluate
     from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
@@ -137,6 +138,11 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         prose=args.prose,
         prompt_format=args.prompt_format,
     )
+    if args.full and has_gate(name):
+        raise EditError(
+            f"--full measures weight drift, but {name} is a gated adapter, which cannot be merged into the weights; "
+            "remove --full."
+        )
     before, reference = None, None
     if args.against is not None and _is_report(args.against):
         before = Report.load(args.against)
@@ -183,7 +189,8 @@ def _same_architecture(base: str, model: str, trust: bool) -> None:
     """Check that the base model has the same architecture as the edited model, before answers are generated."""
     from transformers import AutoConfig
 
-    from kedit_train.cli.kedit.checkpoints import adapted_base, world_or
+    from kedit_train.cli.kedit.checkpoints import world_or
+    from kedit_train.pretrained import adapted_base
 
     names = [world_or(adapted_base(name) or name) for name in (base, model)]
     try:

@@ -1,0 +1,248 @@
+"""GatedAdapter: let a LoRA adapter act only near the prompts of the edits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kedit_train.arguments import check_arguments, integer_from, optional, within
+from kedit_train.atomic_write import writing
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.drift.second_moments import broadcast_from_first
+from kedit_train.core.gate.adapted_layers import AdaptedLayers, find_adapted_layers
+from kedit_train.core.gate.checks import check_scope, check_unused
+from kedit_train.core.gate.gate import Gate, find_gate
+from kedit_train.core.gate.gate_file import save_gate
+from kedit_train.core.gate.keys import encode_prompts_of, nearest_distances, prompt_keys
+from kedit_train.core.locality.neighbor_texts import neighbor_texts
+from kedit_train.core.locality.texts import Texts, TextSource
+from kedit_train.core.run import EditRun
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError, warn
+from kedit_train.paths import PATH
+
+# A warning is issued if the gate opened in none of so many training examples.
+_EXAMPLES = 32
+# A radius below this fraction of the length of its key is not larger than the rounding of half precision.
+_SMALL = 1e-3
+
+
+class GatedAdapter(EditCallback):
+    """Let a LoRA adapter act only near the prompts of the edits.
+
+    The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores one key for
+    each edit: the hidden state of the last prompt token at the input of one decoder block. The adapter acts in a row
+    from the first position whose hidden state lies within the radius of a key. In all other rows, and at all earlier
+    positions, the output of the model is bit for bit the output of the unedited model.
+
+    The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
+    ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
+    below 1, no position of a held text is within a radius.
+
+    The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
+    training. Its attribute ``gate`` can remove it. ``path`` saves the adapter and the gate, and
+    :func:`~kedit_train.load_model` loads both. Without the gate, the adapter is an ordinary adapter that acts on every
+    input.
+
+    Args:
+        texts: a source of held texts, or a :class:`Texts`.
+        margin: radius as a fraction of the distance to the nearest held position, in (0, 1].
+        layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
+            adapter. A higher index is an error.
+        neighbors: number of further held prompts per edit: the prompt of the edit with a name from the texts in place
+            of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
+        path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. An existing folder
+            is replaced if it contains an adapter. None saves nothing.
+        edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
+            the training loop.
+        limit: maximum number of texts to read. None reads all texts.
+        batch_size: number of held texts per forward pass.
+
+    Attributes:
+        gate: the gate, with ``keys`` [edits, hidden], ``radii`` [edits], ``layer`` and ``remove()``. None before
+            training.
+
+    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance of a key to the nearest held
+    position) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
+
+    Raises:
+        EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
+            or the scope also changes the model outside of the gate, or the folder cannot be written.
+
+    References:
+        - "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031.
+        - "MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA", arXiv 2312.11795.
+        - "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models", arXiv 2405.14768.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from kedit_train import EditCollator, EditDataset, editing, world
+        >>> from kedit_train.callbacks import GatedAdapter
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> batch = EditCollator(tokenizer)(edits.encode(tokenizer))
+        >>> other = tokenizer("A red fox slept.", return_tensors="pt")
+        >>> before = model(**other).logits
+        >>> config = LoraConfig(target_modules=["down_proj"], layers_to_transform=[2, 3], task_type="CAUSAL_LM")
+        >>> model = get_peft_model(model, config)
+        >>> gated = GatedAdapter("world", edits=edits, limit=64)
+        >>> with editing(model, [gated], tokenizer=tokenizer) as edit:
+        ...     optimizer = torch.optim.Adam(edit.parameters(), lr=1e-2)
+        ...     edit.before_step()
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        >>> torch.equal(model(**other).logits, before)  # The gate is closed.
+        True
+        >>> gated.gate.remove()
+        >>> torch.equal(model(**other).logits, before)
+        False
+    """
+
+    # The gate is on the model before other callbacks measure it.
+    order = 5
+    duplicate_hint = "keep one GatedAdapter and pass all edits to it"
+
+    def __init__(
+        self,
+        texts: TextSource | Texts,
+        *,
+        margin: float = 0.5,
+        layer: int | None = None,
+        neighbors: int = 8,
+        path: str | None = None,
+        edits: Any = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        check_arguments(
+            self,
+            margin=(margin, within("(0, 1]")),
+            layer=(layer, optional(integer_from(0))),
+            neighbors=(neighbors, integer_from(0)),
+            path=(path, optional(PATH)),
+            limit=(limit, optional(integer_from(1))),
+            batch_size=(batch_size, integer_from(1)),
+        )
+        # An iterator can be read only once, but later runs read the edits again.
+        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.texts, self.margin, self.layer, self.neighbors = Texts.of(texts), margin, layer, neighbors
+        self.path, self.limit, self.batch_size = path, limit, batch_size
+        self.gate: Gate | None = None
+        self._distance, self._complete, self._warned = 0.0, False, False
+
+    def provides(self) -> set[str]:
+        return {"gate"}
+
+    def prepare(self, run: EditRun) -> None:
+        self.texts.check()
+        run.causal_model()
+        self.gate, self._complete, self._warned = None, False, False
+        if self.edits is not None:
+            EditDataset.of(self.edits)
+        adapted = find_adapted_layers(run.model)
+        if find_gate(run.model) is not None:
+            raise EditError("the model already has a gate; remove it (gate.remove()), or load the base model again.")
+        self._layer_of(adapted)
+        if self.path is not None and run.host.is_main:
+            _check_folder(Path(self.path))
+
+    def attach(self, run: EditRun) -> None:
+        edits = run.edits if self.edits is None else EditDataset.of(self.edits)
+        if not edits:
+            raise EditError(
+                "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
+                "EditMetrics(edits)."
+            )
+        adapted = find_adapted_layers(run.model)
+        check_scope(run, adapted)
+        check_unused(run, adapted)
+        layer = self._layer_of(adapted)
+        prompts = encode_prompts_of(run, edits, self.texts.tokenizer)
+        with run.reference_model():
+            keys = prompt_keys(run, adapted, layer, prompts)
+            held = self._held(run, prompts)
+            nearest = nearest_distances(run, adapted, layer, keys, prompts, held, batch_size=self.batch_size)
+        keys, nearest = broadcast_from_first([keys, nearest])
+        radii = self.margin * nearest
+        small = int((radii < _SMALL * keys.norm(dim=1)).sum())
+        if small:
+            warn(
+                f"{small} of {len(radii)} keys have nearly the same hidden state as a held text, so their radius is "
+                "nearly 0 and the adapter may not act; use a higher layer, or remove texts that contain the prompts."
+            )
+        self._distance = float(nearest.mean())
+        self.gate = Gate(keys, radii, layer)
+        self.gate.install(run.model)
+
+    def after_step(self, run: EditRun) -> None:
+        if self._warned or self.gate is None or self.gate.rows < _EXAMPLES:
+            return
+        self._warned = True
+        if not int(self.gate.opened):
+            warn(
+                f"the gate was open in none of the first {self.gate.rows} training examples, so the adapter does not "
+                "learn; train on the prompts of edits=, in the format of the edits."
+            )
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        if self.gate is None:
+            return {}
+        found = {"edit/gate/radius": float(self.gate.radii.mean()), "edit/gate/distance": self._distance}
+        if self.gate.rows:
+            found["edit/gate/open"] = float(self.gate.opened) / self.gate.rows
+        return found
+
+    def finish(self, run: EditRun) -> None:
+        assert self.gate is not None
+        self._complete = True
+        if self.path is None or not run.host.is_main:
+            return
+        folder, model = Path(self.path), run.model
+        if folder.exists():
+            shutil.rmtree(folder)
+        with writing(folder) as unfinished:
+            model.save_pretrained(str(unfinished))  # type: ignore[operator]
+            run.tokenizer(self.texts.tokenizer).save_pretrained(str(unfinished))
+            save_gate(self.gate, unfinished, margin=self.margin)
+        print(f"gated adapter: {self.path} ({len(self.gate.radii)} keys at layer {self.gate.layer})")
+
+    def detach(self, run: EditRun) -> None:
+        if self.gate is not None and not self._complete:
+            self.gate.remove()
+
+    def _layer_of(self, adapted: AdaptedLayers) -> int:
+        layer = adapted.first if self.layer is None else self.layer
+        if layer > adapted.first:
+            raise EditError(
+                f"layer must be at most {adapted.first}, the first block with an adapter, got {layer}; use a lower "
+                "layer=, or adapt only higher blocks (layers_to_transform)."
+            )
+        return layer
+
+    def _held(self, run: EditRun, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the token ids of the held texts, of the prompts with other subjects, and of the prompts themselves."""
+        held = self.texts.tokenize(run, limit=self.limit)
+        neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
+        if neighbors is not None:
+            held += neighbors.tokenize(run)
+        return held + [list(prompt) for prompt in prompts]
+
+    def __repr__(self) -> str:
+        return f"GatedAdapter(margin={self.margin}, layer={self.layer}, neighbors={self.neighbors})"
+
+
+def _check_folder(folder: Path) -> None:
+    """Check that the folder can be written, and that no folder with other files would be replaced."""
+    if (
+        folder.exists()
+        and not (folder / "adapter_config.json").is_file()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
+        raise EditError(f"path={str(folder)!r} exists and is no adapter folder; choose a new folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EditError(f"path={str(folder)!r} cannot be created ({error.strerror}); choose another folder.") from error

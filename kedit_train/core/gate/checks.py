@@ -1,0 +1,48 @@
+"""Check that a closed gate gives the unedited model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_train.core.gate.adapted_layers import AdaptedLayers
+from kedit_train.core.run import EditRun
+from kedit_train.errors import EditError
+
+
+def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
+    """Check that the edit changes nothing but the factors of the adapter, and that the keys have no random part."""
+    own = {id(p) for layer in adapted.layers for p in layer.parameters()}
+    own -= {id(p) for layer in adapted.layers for p in layer.base_layer.parameters()}  # type: ignore[union-attr, operator]
+    for name, parameter in run.scope.items():
+        if id(parameter) not in own:
+            raise EditError(
+                f"{name} is trained and is no LoRA factor, so it would change the output for every input; freeze it, "
+                "or select only adapted modules in ParameterScope."
+            )
+    model: Any = run.model.get_base_model()  # type: ignore[operator]
+    config = model.config.get_text_config()
+    dropout = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and ".lora_" not in n]
+    if dropout or (getattr(config, "attention_dropout", 0.0) or 0.0) > 0:
+        raise EditError(
+            f"the base model must have no dropout, got {dropout[0] if dropout else 'attention_dropout'}, because "
+            "hidden states with dropout do not match the keys; set the dropout in the model's configuration to 0."
+        )
+
+
+def check_unused(run: EditRun, adapted: AdaptedLayers) -> None:
+    """Check that the adapter does not change the model yet. A resumed run was checked when it began."""
+    if run.host.resumed:
+        return
+    for layer in adapted.layers:
+        factors: dict[str, Tensor] = {
+            n: p for n, p in layer.named_parameters() if "lora_B" in n or "lora_embedding_B" in n
+        }
+        for name, factor in factors.items():
+            if bool(torch.count_nonzero(factor.detach())):
+                raise EditError(
+                    f"{name} is not zero, so the adapter already changes the model, but a closed gate gives the output "
+                    "without adapter; start with a new LoRA adapter."
+                )
