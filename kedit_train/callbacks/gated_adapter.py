@@ -52,7 +52,8 @@ class GatedAdapter(EditCallback):
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
             adapter. A higher index is an error.
         neighbors: number of further held prompts per edit: the prompt of the edit with a name from the texts in place
-            of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
+            of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts about
+            other subjects lie within a radius. Edits without a subject have no such prompts.
         path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. An existing folder
             is replaced if it contains an adapter. None saves nothing.
         edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
@@ -111,7 +112,7 @@ class GatedAdapter(EditCallback):
         *,
         margin: float = 0.5,
         layer: int | None = None,
-        neighbors: int = 8,
+        neighbors: int = 0,
         path: str | None = None,
         edits: Any = None,
         limit: int | None = None,
@@ -141,7 +142,9 @@ class GatedAdapter(EditCallback):
         run.causal_model()
         self.gate, self._complete, self._warned = None, False, False
         if self.edits is not None:
-            EditDataset.of(self.edits)
+            own = EditDataset.of(self.edits)
+            # The held texts leave out evaluation prompts of these edits.
+            run.edits = run.edits or own
         adapted = find_adapted_layers(run.model)
         if find_gate(run.model) is not None:
             raise EditError("the model already has a gate; remove it (gate.remove()), or load the base model again.")
@@ -196,7 +199,8 @@ class GatedAdapter(EditCallback):
         return found
 
     def finish(self, run: EditRun) -> None:
-        assert self.gate is not None
+        if self.gate is None:
+            return
         self._complete = True
         if self.path is None or not run.host.is_main:
             return

@@ -26,7 +26,7 @@ from kedit_train.modes import TrainLoop
 from kedit_train.pretrained import lora_config
 
 OBJECTIVES: dict[str, Callable[[], list[Any]]] = {
-    "cross-entropy": lambda: [TokenLoss(reduction="sample"), StopWhenEdited(loss=0.05)],
+    "cross-entropy": lambda: [TokenLoss(reduction="sample"), StopWhenEdited(loss=0.01)],
     # The settings of the OverTone paper for LoRA.
     "OverTone": lambda: [
         TokenSmoothing(label_weight=0.1, epsilon=0.05, n_sigma=0.5, reduction="sample"),

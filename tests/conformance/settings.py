@@ -93,7 +93,7 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
 # Callbacks that need a model with a LoRA adapter.
 ADAPTED: dict[str, Callable[[Any], list[Any]]] = {
     "GatedAdapter": lambda edits: [
-        GatedAdapter(TEXTS, edits=edits, neighbors=0, batch_size=2),
+        GatedAdapter(TEXTS, edits=edits, batch_size=2),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
     ],
 }

@@ -36,7 +36,7 @@ class Gate:
         layer: index of the decoder block whose inputs are compared with the keys.
 
     Attributes:
-        rows: number of rows in forward passes in training mode.
+        rows: number of rows in forward passes with gradients.
         opened: number of these rows in which the gate was open at a position.
     """
 
@@ -158,7 +158,7 @@ class Gate:
         state, self._open, self._real, self._before = self._open, None, None, None
         if state is None:
             return
-        if backbone.training and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self.rows += len(state)
             self.opened = self.opened.to(state.device) + state.any(dim=1).sum()
         cache = getattr(output, "past_key_values", None)
