@@ -2,6 +2,8 @@
 
     python tests/benchmarks/gated.py                       # 50 edits of draw 10
     python tests/benchmarks/gated.py --draw 100 --edits 15 --rows "gated, cross-entropy" --lr 1e-3 2e-3
+    python tests/benchmarks/gated.py world                 # block and margin on the bundled model
+    python tests/benchmarks/gated.py radii                 # which prompts of draw 100 lie within a radius, no training
 
 Settings are chosen on draw 100. Every row trains the same adapter with the same stopping rule. The column "closed rows
 that differ" counts prompts and texts outside of the radii for which a logit of the edited model is not bit for bit the
@@ -11,15 +13,17 @@ logit of the unedited model in the same batch.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from compare import completions
-from settings import load, smollm2
+from settings import HELD_OUT, Setting, load, smollm2
 
-from kedit_train.callbacks import GatedAdapter, StopWhenEdited, TokenLoss, TokenSmoothing
+from kedit_train import EditDataset, world
+from kedit_train.callbacks import GatedAdapter, StopWhenEdited, TokenLoss, TokenSmoothing, editing
 from kedit_train.edit import scored_prompts
 from kedit_train.evaluation import EvaluationOptions, Report, evaluate
 from kedit_train.modes import TrainLoop
@@ -34,20 +38,23 @@ OBJECTIVES: dict[str, Callable[[], list[Any]]] = {
     ],
 }
 ROWS = [f"{kind}, {objective}" for objective in OBJECTIVES for kind in ("plain", "gated")]
+MODULES = ["up_proj", "down_proj"]
 COLUMNS = ("reliability", "generality", "PS", "others", "neighbors", "KL", "closed rows that differ", "seconds")
 
 
-def measure(row: str, options: argparse.Namespace, rate: float) -> dict[str, Any]:
+def scores(setting: Setting) -> EvaluationOptions:
+    """Return what is measured: the scores of the comparison of recipes (compare.py)."""
+    return EvaluationOptions(metrics=(), max_new_tokens=16, prose=setting.unrelated())
+
+
+def measure(row: str, options: argparse.Namespace, rate: float, setting: Setting, before: Report) -> dict[str, Any]:
     """Train one row on a new model and return its scores."""
     from peft import get_peft_model
 
     torch.manual_seed(0)
     kind, objective = row.split(", ")
-    setting = smollm2(options.draw)
     model, tokenizer = load(setting.path)
     edits, texts = setting.edits(options.edits), setting.texts([])[: options.texts]
-    evaluation = EvaluationOptions(metrics=(), max_new_tokens=16, prose=setting.unrelated())
-    before = evaluate(model, tokenizer, edits, options=evaluation)
     lora = {"r": 8, "lora_alpha": 32, "target_modules": options.modules, "layers_to_transform": options.layers}
     adapted: Any = get_peft_model(model, lora_config(lora))
     gated = GatedAdapter(texts, margin=options.margin, neighbors=options.neighbors, edits=edits)
@@ -62,7 +69,7 @@ def measure(row: str, options: argparse.Namespace, rate: float) -> dict[str, Any
     began = time.process_time()
     loop(adapted, edits)
     seconds = time.process_time() - began
-    report: Report = evaluate(adapted.eval(), tokenizer, edits, options=evaluation, unedited=before)
+    report: Report = evaluate(adapted.eval(), tokenizer, edits, options=scores(setting), unedited=before)
     found: dict[str, Any] = {name: report.metrics[name]["generated"].value for name in ("reliability", "generality")}
     found |= completions(report, before) | {"seconds": round(seconds)}
     if gated.gate is not None:
@@ -92,23 +99,91 @@ def differing(model: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[int, 
     return closed, differ
 
 
+def on_world() -> None:
+    """Print scores of the bundled model for the first block with an adapter and the margin, on two draws."""
+    from peft import get_peft_model
+
+    names = ("reliability", "generality", "portability", "locality")
+    print(f"| draw | first block | margin | {' | '.join(names)} |\n|---|{'---:|' * 6}", flush=True)
+    for draw, first, margin in itertools.product((1, 2), (3, 5), (0.5, 0.8, 1.0)):
+        torch.manual_seed(0)
+        model, tokenizer = world.load()
+        edits = EditDataset(world.edits(24, seed=draw))
+        before = evaluate(model.eval(), tokenizer, edits, progress=False)
+        lora = {"r": 8, "lora_alpha": 32, "target_modules": MODULES, "layers_to_transform": list(range(first, 6))}
+        adapted: Any = get_peft_model(model, lora_config(lora))
+        gated = GatedAdapter("world", neighbors=8, edits=edits, margin=margin, limit=600)
+        loop = TrainLoop(tokenizer, callbacks=[gated, *OBJECTIVES["OverTone"]()], epochs=60, batch_size=12,
+                         learning_rate=2e-3, stop_loss=0.0)  # fmt: skip
+        loop(adapted, edits)
+        report = evaluate(adapted.eval(), tokenizer, edits, unedited=before, progress=False)
+        cells = [f"{report.metrics[name]['generated'].value:.3f}" for name in names]
+        print(f"| {draw} | {first} | {margin} | {' | '.join(cells)} |", flush=True)
+
+
+def within_radii(options: argparse.Namespace) -> None:
+    """Print which fraction of the prompts of a draw lies within a radius. Nothing is trained."""
+    from peft import get_peft_model
+
+    setting = smollm2(options.draw)
+    edits, texts = setting.edits(options.edits), setting.texts([])[: options.texts]
+    asked: dict[str, list[str]] = {"rephrases": [r for e in edits for r in e.rephrases], "neighbors": [], "others": []}
+    for edit in edits:
+        for kind, probes in edit.locality.items():
+            asked["others" if kind == "others" else "neighbors"] += [probe.prompt for probe in probes]
+    print(f"| block | held prompts per edit | margin | {' | '.join(asked)} |\n|---:|{'---:|' * 5}", flush=True)
+    for block, neighbors in itertools.product((15, 28), (0, 8)):
+        model, tokenizer = load(setting.path)
+        lora = {"r": 1, "target_modules": MODULES, "layers_to_transform": [block]}
+        adapted: Any = get_peft_model(model, lora_config(lora))
+        gated = GatedAdapter(texts, margin=1.0, neighbors=neighbors, edits=edits)
+        with editing(adapted, [gated], tokenizer=tokenizer) as run:
+            run.before_step()
+        gate: Any = gated.gate
+        nearest = gate.radii
+        for margin in (0.3, 0.5, 0.8, 1.0):
+            gate.radii = margin * nearest
+            cells = [f"{open_rows(adapted, tokenizer, prompts).float().mean():.2f}" for prompts in asked.values()]
+            print(f"| {block} | {neighbors} | {margin} | {' | '.join(cells)} |", flush=True)
+
+
+@torch.no_grad()
+def open_rows(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """Return for each prompt whether the gate is open at its last token."""
+    found = []
+    for prompt in prompts:
+        cache = model(**tokenizer(prompt, return_tensors="pt"), use_cache=True).past_key_values
+        found.append(cache.layers[-1].keys[0, 0, -1, 0])
+    return torch.stack(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draw", type=int, default=10)
+    parser.add_argument("what", nargs="?", default="smollm2", choices=("smollm2", "world", "radii"))
+    parser.add_argument("--draw", type=int, default=None, help="default: 10, and 100 for radii")
     parser.add_argument("--edits", type=int, default=50)
     parser.add_argument("--texts", type=int, default=700)
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--lr", nargs="+", type=float, default=[2e-3])
     parser.add_argument("--layers", nargs="+", type=int, default=list(range(15, 30)))
-    parser.add_argument("--modules", nargs="+", default=["up_proj", "down_proj"])
+    parser.add_argument("--modules", nargs="+", default=MODULES)
     parser.add_argument("--margin", type=float, default=0.5)
     parser.add_argument("--neighbors", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=40)
     options = parser.parse_args()
+    options.draw = options.draw or (HELD_OUT if options.what == "radii" else 10)
+    if options.what == "world":
+        on_world()
+        return
+    if options.what == "radii":
+        within_radii(options)
+        return
+    setting = smollm2(options.draw)
+    before = evaluate(*load(setting.path), setting.edits(options.edits), options=scores(setting))
     print(f"| row | rate | {' | '.join(COLUMNS)} |\n|---|{'---:|' * (len(COLUMNS) + 1)}", flush=True)
     for row in options.rows:
         for rate in options.lr:
-            found = measure(row, options, rate)
+            found = measure(row, options, rate, setting, before)
             cells = [f"{v:.4g}" if isinstance(v := found.get(name, "-"), float) else str(v) for name in COLUMNS]
             print(f"| {row} | {rate:g} | {' | '.join(cells)} |", flush=True)
 

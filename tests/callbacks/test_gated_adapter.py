@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from kedit_train import EditCollator, EditDataset, load_model, world
+from kedit_train import EditCollator, EditDataModule, EditDataset, EditModule, load_model, world
 from kedit_train.callbacks import (
     EditMetrics,
     GatedAdapter,
@@ -202,6 +203,24 @@ def test_kedit_eval_knows_the_gate_and_kedit_apply_says_why_not(edited, tmp_path
         error = capsys.readouterr().err.strip()
         assert message in error
         assert "\n" not in error
+
+
+def test_a_module_with_a_save_path_saves_the_gate_next_to_the_adapter(tmp_path):
+    edits = EditDataset(world.edits(2))
+    edits.save(tmp_path / "edits.jsonl")
+    module = EditModule(lora={**LORA, "layers_to_transform": [5]}, save_path=str(tmp_path / "model"))
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks = [GatedAdapter(TEXTS), ParameterScope(5, modules="down_proj")]
+    trainer = L.Trainer(max_steps=2, callbacks=callbacks, enable_model_summary=False, **options)
+    trainer.fit(module, EditDataModule(str(tmp_path / "edits.jsonl"), append_eos=True))
+    loaded, tokenizer = load_model(str(tmp_path / "model"))
+    batch = tokenizer([edits[0].prompt], return_tensors="pt")
+    assert find_gate(loaded) is not None
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, module.model.eval()(**batch).logits)
+        base = world.load()[0](**batch).logits
+        assert torch.equal(loaded(**batch).logits[:, :-1], base[:, :-1])
+        assert not torch.equal(loaded(**batch).logits[:, -1], base[:, -1])
 
 
 def test_an_existing_adapter_is_replaced_and_another_folder_is_not(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from kedit_train.core.gate.adapted_layers import AdaptedLayers
 from kedit_train.core.run import EditRun
@@ -13,7 +14,13 @@ from kedit_train.errors import EditError
 
 
 def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
-    """Check that the edit changes nothing but the factors of the adapter, and that the keys have no random part."""
+    """Check that the edit changes nothing but the factors of the adapter, and that the keys have no random part.
+
+    Raises:
+        EditError: another parameter is trained, the model is sharded, or the base model uses dropout.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in run.model.parameters()):
+        raise EditError("a gate needs the whole model in each process, but its parameters are sharded; use DDP.")
     own = {id(p) for layer in adapted.layers for p in layer.parameters()}
     own -= {id(p) for layer in adapted.layers for p in layer.base_layer.parameters()}  # type: ignore[union-attr, operator]
     for name, parameter in run.scope.items():
@@ -33,7 +40,11 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
 
 
 def check_unused(run: EditRun, adapted: AdaptedLayers) -> None:
-    """Check that the adapter does not change the model yet. A resumed run was checked when it began."""
+    """Check that the adapter does not change the model yet. A resumed run was checked when it began.
+
+    Raises:
+        EditError: a B factor is not zero.
+    """
     if run.host.resumed:
         return
     for layer in adapted.layers:

@@ -105,9 +105,9 @@ class Gate:
         inputs = call_arguments(backbone, args, kwargs)
         tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
         rows, length = tokens.shape[:2]
+        self._before = open_before(inputs.get("past_key_values"), rows, tokens.device)
         self._real = _real_tokens(inputs.get("attention_mask"), rows, length, tokens.device)
         _check_not_packed(inputs, self._real)
-        self._before = open_before(inputs.get("past_key_values"), rows, tokens.device)
         self._open, self._outputs = None, {}
 
     def _decide(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

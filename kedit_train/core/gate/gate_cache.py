@@ -28,13 +28,19 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
         device: the device of the result.
 
     Raises:
-        EditError: the cache contains tokens that the gated model has not read, or it is no ``Cache`` of transformers.
+        EditError: the cache contains tokens that the gated model has not read, has a fixed size, or is no ``Cache`` of
+            transformers.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
     if cache is None:
         return closed
     if not isinstance(cache, Cache):
         raise EditError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}.")
+    if cache.is_compileable:
+        raise EditError(
+            f"a gated model needs a key-value cache that grows, got {type(cache).__name__}; leave out "
+            "cache_implementation=."
+        )
     length = int(cache.get_seq_length())
     if length == 0:
         return closed

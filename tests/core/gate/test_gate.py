@@ -164,7 +164,15 @@ def test_a_padding_position_never_opens_the_gate(models):
     assert cache.layers[-1].keys[:, 0, :, 0].tolist() == [[False] * 3 + [True] * 3] * 3
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}, {"num_beams": 2, "use_cache": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"use_cache": False},
+        {"num_beams": 2, "use_cache": False},
+    ],
+)
 def test_generation_in_a_batch_with_open_and_closed_rows(models, options):
     base, model, _ = models
     prompts = IDS[:, : CUT + 1]
@@ -176,6 +184,22 @@ def test_generation_in_a_batch_with_open_and_closed_rows(models, options):
     assert not torch.equal(own[0], before[0])
     alone = model.generate(input_ids=prompts[:1], attention_mask=mask[:1], **settings)
     assert torch.equal(own[:1], alone)
+
+
+def test_tokens_that_assisted_generation_removes_do_not_count(models):
+    base, model, _ = models
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    for one in (model, base):
+        for row in range(3):
+            prompt = {"input_ids": IDS[row : row + 1, : CUT + 1], "attention_mask": torch.ones(1, CUT + 1)}
+            plain = one.generate(**prompt, **settings)
+            assert torch.equal(one.generate(**prompt, prompt_lookup_num_tokens=3, **settings), plain)
+
+
+def test_a_cache_of_a_fixed_size_is_refused(models):
+    _, model, _ = models
+    with pytest.raises(EditError, match=r"needs a key-value cache that grows, got StaticCache; leave out cache_impl"):
+        model.generate(input_ids=IDS, max_new_tokens=2, cache_implementation="static", pad_token_id=0)
 
 
 def test_a_copied_and_a_pickled_model_have_their_own_gate(models):
