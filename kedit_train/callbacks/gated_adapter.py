@@ -134,9 +134,6 @@ class GatedAdapter(EditCallback):
         self.gate: Gate | None = None
         self._distance, self._complete, self._warned = 0.0, False, False
 
-    def provides(self) -> set[str]:
-        return {"gate"}
-
     def prepare(self, run: EditRun) -> None:
         self.texts.check()
         run.causal_model()
@@ -205,12 +202,13 @@ class GatedAdapter(EditCallback):
         if self.path is None or not run.host.is_main:
             return
         folder, model = Path(self.path), run.model
-        if folder.exists():
-            shutil.rmtree(folder)
         with writing(folder) as unfinished:
             model.save_pretrained(str(unfinished))  # type: ignore[operator]
             run.tokenizer(self.texts.tokenizer).save_pretrained(str(unfinished))
             save_gate(self.gate, unfinished, margin=self.margin)
+            if folder.exists():
+                # The new folder is complete, and a folder can only be renamed to a path that does not exist.
+                shutil.rmtree(folder)
         print(f"gated adapter: {self.path} ({len(self.gate.radii)} keys at layer {self.gate.layer})")
 
     def detach(self, run: EditRun) -> None:

@@ -26,6 +26,7 @@ from kedit_train import EditDataset, world
 from kedit_train.callbacks import GatedAdapter, StopWhenEdited, TokenLoss, TokenSmoothing, editing
 from kedit_train.edit import scored_prompts
 from kedit_train.evaluation import EvaluationOptions, Report, evaluate
+from kedit_train.functional.key_distance import key_distances
 from kedit_train.modes import TrainLoop
 from kedit_train.pretrained import lora_config
 
@@ -140,20 +141,20 @@ def within_radii(options: argparse.Namespace) -> None:
         with editing(adapted, [gated], tokenizer=tokenizer) as run:
             run.before_step()
         gate: Any = gated.gate
-        nearest = gate.radii
+        nearest = {name: smallest_ratios(adapted, tokenizer, gate, block, prompts) for name, prompts in asked.items()}
         for margin in (0.3, 0.5, 0.8, 1.0):
-            gate.radii = margin * nearest
-            cells = [f"{open_rows(adapted, tokenizer, prompts).float().mean():.2f}" for prompts in asked.values()]
+            cells = [f"{(ratios <= margin).float().mean():.2f}" for ratios in nearest.values()]
             print(f"| {block} | {neighbors} | {margin} | {' | '.join(cells)} |", flush=True)
 
 
 @torch.no_grad()
-def open_rows(model: Any, tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """Return for each prompt whether the gate is open at its last token."""
+def smallest_ratios(model: Any, tokenizer: Any, gate: Any, block: int, prompts: Sequence[str]) -> torch.Tensor:
+    """Return for each prompt the smallest ratio of a distance to the radius of the key, over positions and keys."""
     found = []
     for prompt in prompts:
-        cache = model(**tokenizer(prompt, return_tensors="pt"), use_cache=True).past_key_values
-        found.append(cache.layers[-1].keys[0, 0, -1, 0])
+        inputs = tokenizer(prompt, return_tensors="pt")
+        states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[block][0]
+        found.append((key_distances(states, gate.keys) / gate.radii).min())
     return torch.stack(found)
 
 

@@ -194,7 +194,9 @@ def test_kedit_eval_knows_the_gate_and_kedit_apply_says_why_not(edited, tmp_path
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["metrics"]["reliability"]["generated"]["value"] == 1.0
     assert report["metrics"]["locality"]["generated"]["value"] == 1.0
-    capsys.readouterr()
+    assert report["meta"]["gate"] == {"keys": 24, "layer": 2}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the adapter has a gate (24 keys, input of block 2): rephrases outside of every radius get" in shown
     for arguments, message in (
         (["apply", str(folder), "world", str(tmp_path / "out")], "cannot be written as the weights of a checkpoint"),
         (["eval", str(folder), str(file), "--against", "world", "--full"], "remove --full"),
