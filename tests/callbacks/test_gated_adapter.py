@@ -15,6 +15,7 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from real_models import smollm2
 from torch import Tensor
 
 from kedit_train import EditCollator, EditDataModule, EditDataset, EditModule, load_model, world
@@ -39,6 +40,7 @@ from kedit_train.evaluation import generate_answers
 from kedit_train.evaluation.options import EvaluationOptions
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
+FACTS = Path(__file__).resolve().parents[2] / "recipes" / "smollm2" / "facts.jsonl"
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 32, "target_modules": ["down_proj", "up_proj"]}
 
 
@@ -82,20 +84,18 @@ def batch_of(tokenizer: Any, prompts: Sequence[str], side: str) -> dict[str, Ten
     }
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_outside_of_the_radii_every_logit_of_every_probe_is_that_of_the_unedited_model(edited, side):
-    model, tokenizer, edits, gated, _ = edited
-    base = world.load()[0].eval()
-    gate, closed, opened = gated.gate, 0, 0
-    prompts = [prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))] + world.prose(40)
-    assert len(prompts) > 400
+def compare(model: Any, base: Any, gate: Any, tokenizer: Any, prompts: Sequence[str], side: str) -> tuple[int, int]:
+    """Compare the gated model with the unedited model, position by position; return how many rows are closed and open.
+
+    Whether a position is inside of a radius follows from the unedited model and the definition.
+    """
+    closed = opened = 0
     for start in range(0, len(prompts), 32):
         batch = batch_of(tokenizer, prompts[start : start + 32], side)
         own, before = model(**batch).logits, base(**batch, output_hidden_states=True)
-        # Whether a position is inside of a radius, from the unedited model and the definition.
         states = before.hidden_states[gate.layer].double()
-        distances = (states[:, :, None] - gate.keys.double()).norm(dim=-1)
+        distances = torch.cdist(states, gate.keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
         inside = (distances <= gate.radii.double()).any(dim=-1) & batch["attention_mask"].bool()
         for row in range(len(states)):
             real = batch["attention_mask"][row].bool()
@@ -108,6 +108,15 @@ def test_outside_of_the_radii_every_logit_of_every_probe_is_that_of_the_unedited
                 opened += 1
                 after = real & ~before_match
                 assert bool((a[after] != b[after]).any(dim=-1).all())
+    return closed, opened
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_outside_of_the_radii_every_logit_of_every_probe_is_that_of_the_unedited_model(edited, side):
+    model, tokenizer, edits, gated, _ = edited
+    prompts = [prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))] + world.prose(40)
+    assert len(prompts) > 400
+    closed, opened = compare(model, world.load()[0].eval(), gated.gate, tokenizer, prompts, side)
     assert opened >= len(edits)
     assert closed >= 0.9 * (len(prompts) - len(edits))
 
@@ -151,26 +160,50 @@ from kedit_train.evaluation import generate_answers
 torch.set_num_threads(1)
 model, tokenizer = load_model(sys.argv[1])
 prompts = json.load(sys.stdin)
-answers = generate_answers(model, tokenizer, prompts, batch_size=16)
+answers = generate_answers(model, tokenizer, prompts, max_new_tokens=8, batch_size=16)
 print(json.dumps([answer.text for answer in answers]))
 """
 
 
-def test_a_fresh_process_gives_the_same_answers(edited):
-    model, tokenizer, edits, _, folder = edited
-    prompts = [prompt for edit in edits[:8] for prompt in (edit.prompt, *scored_prompts(edit))]
+def answers_of_a_fresh_process(folder: Path, prompts: Sequence[str]) -> list[str]:
     ended = subprocess.run(
         [sys.executable, "-c", RELOAD, str(folder)],
         input=json.dumps(prompts),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    answers = generate_answers(model, tokenizer, prompts, batch_size=16)
-    assert json.loads(ended.stdout) == [answer.text for answer in answers]
+    return json.loads(ended.stdout)
+
+
+def test_a_fresh_process_gives_the_same_answers(edited):
+    model, tokenizer, edits, _, folder = edited
+    prompts = [prompt for edit in edits[:8] for prompt in (edit.prompt, *scored_prompts(edit))]
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=8, batch_size=16)
+    assert answers_of_a_fresh_process(folder, prompts) == [answer.text for answer in answers]
+
+
+@pytest.mark.slow
+def test_twenty_edits_of_a_pretrained_model(tmp_path):
+    torch.manual_seed(0)
+    folder = str(tmp_path / "gated")
+    (model, tokenizer), edits = load_model(str(smollm2())), EditDataset.load(FACTS)
+    model = adapted(model, layers_to_transform=list(range(20, 30)))
+    gated = GatedAdapter(world.prose(60), neighbors=2, edits=edits, path=folder)
+    train(model, tokenizer, edits, [gated, TokenSmoothing(epsilon=0.05, reduction="sample")], 30)
+    model.eval()
+    prompts = [prompt for edit in edits for prompt in (edit.prompt, *scored_prompts(edit))]
+    closed, opened = compare(model, load_model(str(smollm2()))[0].eval(), gated.gate, tokenizer, prompts, "left")
+    assert opened >= len(edits)
+    assert closed >= 0.8 * (len(prompts) - len(edits))
+    answers = generate_answers(model, tokenizer, prompts, max_new_tokens=8, batch_size=16)
+    targets = {edit.prompt: edit.target for edit in edits}
+    right = [a.text.strip().startswith(targets[p]) for p, a in zip(prompts, answers, strict=True) if p in targets]
+    assert sum(right) >= 0.95 * len(right)
+    assert answers_of_a_fresh_process(tmp_path / "gated", prompts) == [answer.text for answer in answers]
 
 
 def test_the_folder_is_an_ordinary_adapter_and_the_gate(edited):
