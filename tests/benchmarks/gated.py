@@ -3,7 +3,7 @@
     python tests/benchmarks/gated.py                       # 50 edits of draw 10
     python tests/benchmarks/gated.py --draw 100 --edits 15 --rows "gated, cross-entropy" --lr 1e-3 2e-3
     python tests/benchmarks/gated.py world                 # block and margin on the bundled model
-    python tests/benchmarks/gated.py radii                 # which prompts of draw 100 lie within a radius, no training
+    python tests/benchmarks/gated.py radii [--facts]       # which prompts of draw 100 lie within a radius, no training
 
 Settings are chosen on draw 100. Every row trains the same adapter with the same stopping rule. The column "closed rows
 that differ" counts prompts and texts outside of the radii for which a logit of the edited model is not bit for bit the
@@ -16,6 +16,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ OBJECTIVES: dict[str, Callable[[], list[Any]]] = {
     ],
 }
 ROWS = [f"{kind}, {objective}" for objective in OBJECTIVES for kind in ("plain", "gated")]
+FACTS = Path(__file__).resolve().parents[2] / "recipes" / "smollm2" / "facts.jsonl"
 MODULES = ["up_proj", "down_proj"]
 COLUMNS = ("reliability", "generality", "PS", "others", "neighbors", "KL", "closed rows that differ", "seconds")
 
@@ -127,13 +129,16 @@ def within_radii(options: argparse.Namespace) -> None:
     from peft import get_peft_model
 
     setting = smollm2(options.draw)
-    edits, texts = setting.edits(options.edits), setting.texts([])[: options.texts]
+    edits: Sequence[Any] = EditDataset.load(FACTS) if options.facts else setting.edits(options.edits)
+    texts = setting.texts([])[: options.texts]
     asked: dict[str, list[str]] = {"rephrases": [r for e in edits for r in e.rephrases], "neighbors": [], "others": []}
     for edit in edits:
         for kind, probes in edit.locality.items():
             asked["others" if kind == "others" else "neighbors"] += [probe.prompt for probe in probes]
-    print(f"| block | held prompts per edit | margin | {' | '.join(asked)} |\n|---:|{'---:|' * 5}", flush=True)
-    for block, neighbors in itertools.product((15, 28), (0, 8)):
+    asked = {name: prompts for name, prompts in asked.items() if prompts}
+    columns = ("block", "held prompts per edit", "margin", *asked)
+    print(f"| {' | '.join(columns)} |\n|{'---:|' * len(columns)}", flush=True)
+    for block, neighbors in itertools.product(options.blocks, (8,) if options.facts else (0, 8)):
         model, tokenizer = load(setting.path)
         lora = {"r": 1, "target_modules": MODULES, "layers_to_transform": [block]}
         adapted: Any = get_peft_model(model, lora_config(lora))
@@ -171,6 +176,10 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.5)
     parser.add_argument("--neighbors", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--blocks", nargs="+", type=int, default=[15, 28], help="for radii")
+    parser.add_argument(
+        "--facts", action="store_true", help="radii of the facts of recipes/smollm2, which SmolLM2 knows"
+    )
     options = parser.parse_args()
     options.draw = options.draw or (HELD_OUT if options.what == "radii" else 10)
     if options.what == "world":
