@@ -177,9 +177,7 @@ def main() -> None:
     parser.add_argument("--neighbors", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--blocks", nargs="+", type=int, default=[15, 28], help="for radii")
-    parser.add_argument(
-        "--facts", action="store_true", help="radii of the facts of recipes/smollm2, which SmolLM2 knows"
-    )
+    parser.add_argument("--facts", action="store_true", help="radii of the facts of recipes/smollm2")
     options = parser.parse_args()
     options.draw = options.draw or (HELD_OUT if options.what == "radii" else 10)
     if options.what == "world":

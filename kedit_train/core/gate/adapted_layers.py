@@ -53,7 +53,7 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
     if getattr(config, "bias", "none") != "none":
         raise EditError(f'LoRA biases act on every input, so bias must be "none", got {config.bias!r}.')
     inner = model.get_base_model()
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise EditError(

@@ -239,8 +239,8 @@ def test_gradient_checkpointing_keeps_the_state_of_each_forward_pass(tiny, reent
     def gradients() -> list[Tensor]:
         model.zero_grad()
         # The second forward pass has another state. The backward pass goes through both.
-        loss = sum(model(input_ids=ids, use_cache=False).logits.square().mean() for ids in (IDS, IDS[[1, 0, 2]]))
-        loss.backward()
+        losses = [model(input_ids=ids, use_cache=False).logits.square().mean() for ids in (IDS, IDS[[1, 0, 2]])]
+        torch.stack(losses).sum().backward()
         return [p.grad.clone() for n, p in model.named_parameters() if "lora_" in n]
 
     want = gradients()
