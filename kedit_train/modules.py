@@ -17,11 +17,12 @@ from kedit_train.arguments import at_least, check_arguments, integer_from, optio
 from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.core.answer_end import decide_together
 from kedit_train.core.gate.gate_file import save_gate_of
-from kedit_train.data import Edit, EditCollator, EditDataset
+from kedit_train.data import Edit, EditCollator, EditDataset, split_documents
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
 from kedit_train.data.dataset import LIMIT
 from kedit_train.data.length_buckets import LengthBuckets
+from kedit_train.data.readers.documents import DOCUMENTS
 from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
 from kedit_train.optional import require
@@ -159,7 +160,8 @@ class EditDataModule(LightningDataModule):
     into one batch to reduce padding. Only the tokens of the targets count in the loss.
 
     Args:
-        path: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits.
+        path: a file or a folder of documents that :meth:`EditDataset.load` reads, or "world" for the bundled edits.
+            Documents that are longer than the model's context are split.
         limit: maximum number of records to read. None: all records of a file, or all 24 bundled edits.
         on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
         batch_size: training examples per step on each process.
@@ -230,6 +232,10 @@ class EditDataModule(LightningDataModule):
                 component="EditDataModule",
             )
         longest = context_length(module.model.config) if hasattr(getattr(module, "model", None), "config") else None
+        if self.edits.format == DOCUMENTS.name:
+            parts = split_documents(self.edits, self.tokenizer, longest, prompt_format=self.prompt_format)
+            if parts is not self.edits:
+                self.edits, self._trained = parts, list(parts)
         if stage == "fit" and self.augmentation != _NO_AUGMENTATION:
             examples = self._augment(module)
             self._trained, self.added = examples[: len(self.edits)], examples[len(self.edits) :]

@@ -16,13 +16,16 @@ from kedit_train.callbacks import (
     ContextTeacher,
     EditCallback,
     EditMetrics,
+    ForecastMetrics,
     ForgetFirst,
+    ForgettingBudget,
     GatedAdapter,
     GradientMask,
     KLLocality,
     LowCurvature,
     NormBall,
     NullSpace,
+    OutputAnchor,
     ParameterScope,
     PolyakStep,
     PrefixCache,
@@ -56,6 +59,8 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "context_teacher": ContextTeacher,
     "kl_locality": KLLocality,
     "batch_anchor": BatchAnchor,
+    "output_anchor": OutputAnchor,
+    "forgetting_budget": ForgettingBudget,
     "weight_anchor": WeightAnchor,
     "norm_ball": NormBall,
     "null_space": NullSpace,
@@ -65,12 +70,12 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "prefix_cache": PrefixCache,
     "active_set": ActiveSet,
     "edit_metrics": EditMetrics,
+    "forecast_metrics": ForecastMetrics,
     "stop_when_edited": StopWhenEdited,
     "save_delta": SaveDelta,
 }
 # On the command line, the arguments of a callback are a JSON string.
 Arguments = dict[str, Any] | str | None
-
 
 _APPEND_EOS: dict[str, AppendEos] = {"auto": "auto", "true": True, "false": False}
 
@@ -139,9 +144,9 @@ class EditSFTConfig(SFTConfig):
     context_teacher: Arguments = field(default=None, metadata=_help("Distill the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
-    weight_anchor: Arguments = field(
-        default=None, metadata=_help("Pull the weights towards their original values (L2-SP, EWC).")
-    )
+    output_anchor: Arguments = field(default=None, metadata=_help("On which inputs should the outputs not change?"))
+    forgetting_budget: Arguments = field(default=None, metadata=_help("Keep the divergence within a budget."))
+    weight_anchor: Arguments = field(default=None, metadata=_help("Pull the weights towards their original values."))
     norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
     null_space: Arguments = field(default=None, metadata=_help("Keep layer outputs on given texts nearly the same."))
     low_curvature: Arguments = field(
@@ -150,17 +155,13 @@ class EditSFTConfig(SFTConfig):
     second_order_locality: Arguments = field(
         default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
     )
-    polyak_step: Arguments = field(
-        default=None,
-        metadata=_help("Choose the length of each step from the loss, so that no learning rate is needed."),
-    )
+    polyak_step: Arguments = field(default=None, metadata=_help("Choose the length of each step from the loss."))
     prefix_cache: Arguments = field(
         default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
     )
     active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
-    edit_metrics: Arguments = field(
-        default=None, metadata=_help("Evaluate the edits before, during and after training.")
-    )
+    edit_metrics: Arguments = field(default=None, metadata=_help("Score the edits before, during and after training."))
+    forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and the change of forecasts."))
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
     save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 

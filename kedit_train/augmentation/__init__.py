@@ -1,4 +1,4 @@
-"""Training examples made with the unedited model: pseudo-paraphrases, replayed facts and rewritten targets."""
+"""Training examples made with the unedited model: prefixes, replayed facts, rewritten targets and study rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from kedit_train.arguments import check_arguments, integer_from, optional
+from kedit_train.arguments import above, check_arguments, integer_from, optional
 from kedit_train.augmentation.prefixes import generate_prefixes
 from kedit_train.augmentation.replay import ReplayedFacts, read_prompts, replay_facts
 from kedit_train.augmentation.rewrites import MIX, RewrittenTargets, rewrite_targets
+from kedit_train.augmentation.study import StudyRow, StudyRows, study_rows
+from kedit_train.augmentation.study_mixture import mixed_rows
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.contradictions import without_overwritten
 from kedit_train.data.leaks import LeakCheck, with_prefixes
@@ -27,11 +29,14 @@ __all__ = [
     "AugmentationOptions",
     "ReplayedFacts",
     "RewrittenTargets",
+    "StudyRow",
+    "StudyRows",
     "augmentation",
     "generate_prefixes",
     "read_prompts",
     "replay_facts",
     "rewrite_targets",
+    "study_rows",
 ]
 
 # Number of generated prefixes for each prefix that an edit gets. All edits draw from the same prefixes.
@@ -58,6 +63,11 @@ class AugmentationOptions:
             with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1); the paper uses 0.3
             to 0.5. The edits are still evaluated with their own targets. None: the edits are trained with their own
             targets.
+        study: a file of study rows: paraphrases, questions with answers, implications and continuations of documents.
+            If the file does not exist, the unedited model writes it (:func:`study_rows`), which needs a chat template.
+            An existing file is read, with any seed of the run. None: no study rows.
+        study_ratio: number of study tokens per document token, above 0. Rows are drawn with the seed of the run until
+            this ratio is reached. None uses all rows.
 
     Example:
         >>> AugmentationOptions(prefixes=2, replay="world").replay_limit is None
@@ -70,18 +80,21 @@ class AugmentationOptions:
     replay_limit: int | None = None
     previous_edits: str | None = None
     rewrite: float | None = None
+    study: str | None = None
+    study_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self.prefixes, self.replay_limit, self.rewrite)
+        check_numbers(self.prefixes, self.replay_limit, self.rewrite, self.study_ratio)
 
 
-def check_numbers(prefixes: Any, replay_limit: Any, rewrite: Any) -> None:
+def check_numbers(prefixes: Any, replay_limit: Any, rewrite: Any, study_ratio: Any = None) -> None:
     """Check the numbers in the options. In a recipe, this check runs before the model is loaded."""
     check_arguments(
         "augmentation",
         prefixes=(prefixes, integer_from(0)),
         replay_limit=(replay_limit, optional(integer_from(1))),
         rewrite=(rewrite, optional(MIX)),
+        study_ratio=(study_ratio, optional(above(0))),
     )
 
 
@@ -98,6 +111,7 @@ class Augmentation:
             prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
         summary: one line that says how many examples were made and how many were left out.
         rewritten: a dict from prompt and target of an edit to the edit with the target that the unedited model wrote.
+        study: a dict from the prompt of a document to its study rows. A call returns the rows of its documents.
     """
 
     prefixes: tuple[str, ...]
@@ -107,11 +121,12 @@ class Augmentation:
     leak_check: LeakCheck
     summary: str = ""
     rewritten: Mapping[tuple[str, str], Edit] = field(default_factory=dict)
+    study: Mapping[str, tuple[Edit, ...]] = field(default_factory=dict)
 
     def __call__(self, edits: Sequence[Edit]) -> list[Edit]:
         paraphrases = with_prefixes(self.rewrite(edits), self.prefixes, self.per_edit, self.seed)
         allowed = (example for example in paraphrases if not self.leak_check.contains_scored_prompt(example.prompt))
-        return [*allowed, *self.replay]
+        return [*allowed, *self.replay, *(row for edit in edits for row in self.study.get(edit.prompt, ()))]
 
     def rewrite(self, edits: Sequence[Edit]) -> list[Edit]:
         """Return the edits to train. Rewritten edits have the target that the unedited model wrote, and no probes."""
@@ -135,6 +150,8 @@ def augmentation(
     replay_limit: int | None = None,
     previous_edits: str | Path | Sequence[Edit] | None = None,
     rewrite: float | None = None,
+    study: str | Path | StudyRows | None = None,
+    study_ratio: float | None = None,
     seed: int = 0,
     prompt_format: PromptFormat = "plain",
     batch_size: int = 64,
@@ -167,6 +184,10 @@ def augmentation(
             (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the new fact
             with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1). None: the edits are
             trained with their own targets.
+        study: study rows of documents: a result of :func:`study_rows`, or the file of its rows. If the file does not
+            exist, ``model`` writes it with ``seed``. Rows of a result that are about other documents are left out.
+        study_ratio: number of study tokens per document token, above 0. Rows are drawn with ``seed`` until this ratio
+            is reached. If there are too few rows, all are used. None uses all rows.
         seed: seed of all random draws.
         prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
         batch_size: number of prompts per forward pass.
@@ -186,7 +207,7 @@ def augmentation(
         >>> len(augment(edits))
         5
     """
-    check_numbers(prefixes, replay_limit, rewrite)
+    check_numbers(prefixes, replay_limit, rewrite, study_ratio)
     with reported_by("augmentation"):
         if replay_limit is not None and replay is None:
             raise EditError(
@@ -223,7 +244,21 @@ def augmentation(
             summary.append(
                 f"{len(allowed)} previous edits ({leaked} left out as leaks, fraction {leaked / len(again):.3f})"
             )
-        _check_lengths(model, tokenizer, examples, prompt_format)
+        by_document: dict[str, tuple[Edit, ...]] = {}
+        if study_ratio is not None and study is None:
+            raise EditError(
+                f"study_ratio={study_ratio} has no effect, because study is None; set study to a file, or remove "
+                "study_ratio."
+            )
+        if study is not None:
+            if not isinstance(study, StudyRows):
+                # An existing file keeps its own seed, so that runs with several seeds can read the same rows.
+                new = None if Path(study).exists() else seed
+                study = study_rows(model, tokenizer, edits, study, seed=new)
+            by_document, mixture = mixed_rows(tokenizer, edits, study, study_ratio, seed, prompt_format)
+            summary.append(f"{mixture} ({study.describe()})")
+        added = {"replay": examples, "study rows": [row for own in by_document.values() for row in own]}
+        _check_lengths(model, tokenizer, added, prompt_format)
         rewritten: dict[tuple[str, str], Edit] = {}
         if rewrite is not None:
             options: dict[str, Any] = {"mix": rewrite, "seed": seed, "prompt_format": prompt_format}
@@ -232,7 +267,7 @@ def augmentation(
             rewritten = {(old.prompt, old.target): new for old, new in pairs if new is not old}
             summary.append(written.describe())
     line = "augmentation: " + "; ".join(summary)
-    return Augmentation(tuple(texts), prefixes, tuple(examples), seed, check, line, rewritten)
+    return Augmentation(tuple(texts), prefixes, tuple(examples), seed, check, line, rewritten, by_document)
 
 
 def _prefixes(
@@ -258,8 +293,11 @@ def _prefixes(
     )
 
 
-def _check_lengths(model: Any, tokenizer: Any, examples: Sequence[Edit], prompt_format: PromptFormat) -> None:
+def _check_lengths(
+    model: Any, tokenizer: Any, added: Mapping[str, Sequence[Edit]], prompt_format: PromptFormat
+) -> None:
     """Raise an error before the training if an example is longer than the context of the model."""
-    if examples:
-        longest = context_length(unwrap_model(model).config)
-        EditDataset(examples, name="replay").encode(tokenizer, max_length=longest, prompt_format=prompt_format)
+    for name, examples in added.items():
+        if examples:
+            longest = context_length(unwrap_model(model).config)
+            EditDataset(examples, name=name).encode(tokenizer, max_length=longest, prompt_format=prompt_format)

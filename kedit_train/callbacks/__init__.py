@@ -5,7 +5,9 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.callbacks.batch_anchor import BatchAnchor
 from kedit_train.callbacks.context_teacher import ContextTeacher
 from kedit_train.callbacks.edit_metrics import EditMetrics
+from kedit_train.callbacks.forecast_metrics import ForecastMetrics
 from kedit_train.callbacks.forget_first import ForgetFirst
+from kedit_train.callbacks.forgetting_budget import ForgettingBudget
 from kedit_train.callbacks.gated_adapter import GatedAdapter
 from kedit_train.callbacks.gradient_mask import GradientMask
 from kedit_train.callbacks.hosts.loop import editing
@@ -13,6 +15,7 @@ from kedit_train.callbacks.kl_locality import KLLocality
 from kedit_train.callbacks.low_curvature import LowCurvature
 from kedit_train.callbacks.norm_ball import NormBall
 from kedit_train.callbacks.null_space import NullSpace
+from kedit_train.callbacks.output_anchor import OutputAnchor
 from kedit_train.callbacks.parameter_scope import ParameterScope
 from kedit_train.callbacks.polyak_step import PolyakStep
 from kedit_train.callbacks.prefix_cache import PrefixCache
@@ -34,8 +37,10 @@ __all__ = [
     "ContextTeacher",
     "EditCallback",
     "EditMetrics",
+    "ForecastMetrics",
     "ForgetFirst",
     "ForgetTraining",
+    "ForgettingBudget",
     "GatedAdapter",
     "GradientMask",
     "KLLocality",
@@ -43,6 +48,7 @@ __all__ = [
     "MaskScore",
     "NormBall",
     "NullSpace",
+    "OutputAnchor",
     "ParameterScope",
     "PolyakStep",
     "PrefixCache",

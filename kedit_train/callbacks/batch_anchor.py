@@ -9,6 +9,7 @@ from typing import Any
 from kedit_train.arguments import at_least, check_arguments, one_of
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.locality.batch_anchor import AnchorTerm
+from kedit_train.core.locality.divergence_penalty import CAPABILITY, DivergencePenalty
 from kedit_train.core.locality.reference_cache import ReferenceCache
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -79,7 +80,7 @@ class BatchAnchor(EditCallback):
         self._term: AnchorTerm | None = None
 
     def provides(self) -> set[str]:
-        return {"batch_anchor"}
+        return {"batch_anchor", "edit/locality/batch_kl", CAPABILITY}
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
@@ -88,7 +89,10 @@ class BatchAnchor(EditCallback):
             raise EditError(f"the penalty cannot be added to the loss of this {run.host.name} run: {reason}.")
 
     def attach(self, run: EditRun) -> None:
-        self._term = AnchorTerm(run, weight=self.weight, direction=self.direction, cache=self.cache)
+        # A ForgettingBudget may change the weight during training.
+        penalty = DivergencePenalty("batch", self.weight)
+        run.penalties.append(penalty)
+        self._term = AnchorTerm(run, penalty, direction=self.direction, cache=self.cache)
         run.loss_head().term = self._term
 
     def skip_step(self, run: EditRun) -> bool:

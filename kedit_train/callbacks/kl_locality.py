@@ -14,6 +14,7 @@ from kedit_train import world
 from kedit_train.arguments import at_least, check_arguments, integer_from, one_of
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
+from kedit_train.core.locality.divergence_penalty import CAPABILITY, DivergencePenalty
 from kedit_train.core.locality.hidden_state_file import ReferenceStates
 from kedit_train.core.locality.reference_batches import ReferenceBatches
 from kedit_train.core.locality.reference_cache import ReferenceCache
@@ -129,7 +130,7 @@ class KLLocality(EditCallback):
         raise EditError(f"sequential=True cannot be combined with {reason}.", component="KLLocality")
 
     def provides(self) -> set[str]:
-        return {"edit/locality/kl"}
+        return {"edit/locality/kl", CAPABILITY}
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
@@ -171,6 +172,9 @@ class KLLocality(EditCallback):
                 hidden_states=lambda sequence: hidden_states(self._head, [sequence]),
             )
         self._sum, self._count = torch.zeros(()), 0
+        # A ForgettingBudget may change the weight during training.
+        self._penalty = DivergencePenalty("texts", self.weight)
+        run.penalties.append(self._penalty)
         # The penalty is compared with the loss only in a first run. In a resumed run and in later runs, the loss may be
         # small because the edits are already learned.
         begins = batches is None and run.host.is_main and not run.host.resumed
@@ -191,13 +195,20 @@ class KLLocality(EditCallback):
         (divergence,) = chunked(self.score, hidden, *reference, chunk=chunk, parameters=self._head.trained)
         mean = divergence.mean()
         self._sum, self._count = self._sum.to(mean.device) + mean.detach(), self._count + 1
-        penalty = self.weight * mean
+        self._penalty.observe(divergence)
+        penalty = self._penalty.weight * mean
         if self._balance is not None:
             self._balance.add(penalty)
         return penalty
 
     def after_step(self, run: EditRun) -> None:
-        if self._balance is not None:
+        if self._balance is None:
+            return
+        if self._penalty.adapted:
+            # The weight is chosen during training, so there is nothing to advise.
+            self._balance.remove()
+            self._balance = None
+        else:
             self._balance.after_step(f"lower weight (now {self.weight})")
 
     def score(self, hidden: Tensor, *reference: Tensor) -> tuple[Tensor, ...]:

@@ -18,8 +18,9 @@ from kedit_train.core.drift.factors_of_texts import factors_of_texts
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.lora_factors import lora_pairs
 from kedit_train.core.drift.model_batches import find_text_model, holds_model_inputs, model_input_batches
+from kedit_train.core.drift.previous_inputs import PreviousInputs
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first, input_moments
-from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
+from kedit_train.core.locality.consecutive_runs import continues_run, remaining_texts, require_edits
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
@@ -66,15 +67,17 @@ class NullSpace(EditCallback):
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
-            addition to ``texts``. ``energy`` applies separately to ``texts``, to ``preserve`` and to the prompts of
-            ``neighbors``.
+            addition to ``texts``. ``energy`` applies separately to ``texts``, to the prompts of ``neighbors``, to texts
+            in ``preserve``, and to all earlier edits together.
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
-            later edit with the same prompt replaces the earlier edit.
+            later edit with the same prompt replaces the earlier edit. The texts are read only before the first run.
+            Before each later run, the model reads only the edits of the run before it. If a run edits a prompt again,
+            the model reads all earlier edits again. A LoRA adapter cannot be trained in several runs.
         factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
             read from it. If it does not exist, the statistics are computed and written to it. A file of
             ``LowCurvature`` can also be used. A file is valid only for the weights, texts and ``limit`` with which it
             was computed. Texts that contain evaluation prompts of the edits are left out, so other edits can need
-            another file. It cannot be used with LoRA or with ``sequential=True``.
+            another file. It cannot be used with LoRA.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 
@@ -136,14 +139,14 @@ class NullSpace(EditCallback):
         self.neighbors, self.energy, self.preserve, self.sequential = neighbors, energy, preserve, sequential
         self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
         self._projection = ChangeProjection({}, {}, project_free)
-        self._previous_edits: list[Edit] = []
+        self._previous = PreviousInputs()
+        # The second moments of the texts in preserve.
+        self._preserved: dict[str, SecondMoment] = {}
+        # In a sequence of runs: the texts of the run before, their second moments, and the directions of the moments.
+        self._chosen: list[str] | None = None
+        self._text_moments: dict[str, SecondMoment] = {}
+        self._of_texts: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
-        if sequential and factors_path is not None:
-            raise EditError(
-                "sequential=True cannot be combined with factors_path=, because each run changes the weights and the "
-                "file fits only the weights of the first run; remove factors_path=.",
-                component="NullSpace",
-            )
         if isinstance(self.texts, Texts):
             return
         for name, value in (("neighbors", neighbors), ("factors_path", factors_path)):
@@ -161,10 +164,12 @@ class NullSpace(EditCallback):
     def attach(self, run: EditRun) -> None:
         if self.sequential:
             require_edits(run, "sequential=True preserves this run's edits in the next run")
-            if not continues_run(self._model, run):
-                self._previous_edits = []
         if self.neighbors:
             require_edits(run, f"neighbors={self.neighbors} puts other subjects into the prompts of the edits")
+        edits, texts = self._read_preserve()
+        if not (self.sequential and continues_run(self._model, run)):
+            self._previous, self._preserved = PreviousInputs(edits), {}
+            self._of_texts, self._chosen = {}, None
         self._model = weakref.ref(run.model)
         layers = find_linear_layers(run.model, run.scope)
         pairs = lora_pairs(run, layers)
@@ -174,12 +179,15 @@ class NullSpace(EditCallback):
                 "adapter; remove factors_path."
             )
         layers = {name: layer for name, layer in layers.items() if name not in pairs.values()}
-        directions = self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
+        directions = self._directions_of_texts(run, layers)
+        if texts and not self._preserved:
+            self._preserved = self._moments(run, layers, texts)
+        directions = self._with_directions(directions, self._preserved)
+        earlier = self._previous.moments(run.edits, lambda edits: self._moments(run, layers, edits))
+        directions = self._with_directions(directions, earlier)
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
-        for preserved in (self._preserved(run), neighbors):
-            if preserved:
-                for name, more in self._directions(self._moments(run, layers, preserved)).items():
-                    directions[name] = join_directions(directions[name], more)
+        if neighbors:
+            directions = self._with_directions(directions, self._moments(run, layers, neighbors))
         spaces = self._free_spaces(run, directions)
         self._projection = ChangeProjection(layers, spaces, project_free)
         for name in pairs:
@@ -201,22 +209,47 @@ class NullSpace(EditCallback):
         return metrics if leak is None else {**metrics, "edit/drift/null_space_leak": leak}
 
     def state(self) -> dict[str, Any]:
-        edits = [[edit.prompt, edit.target] for edit in self._previous_edits]
+        edits = [[edit.prompt, edit.target] for edit in self._previous.edits]
         return {"subspaces": self._projection.state(), "previous_edits": edits}
 
     def load_state(self, state: dict[str, Any]) -> None:
         # A resumed run cannot recompute the directions of previous edits, so it restores those of the original run.
+        # The run after it reads all previous edits again.
         self._projection.load_state(state["subspaces"])
-        self._previous_edits = [Edit(prompt, target) for prompt, target in state["previous_edits"]]
+        self._previous = PreviousInputs([Edit(prompt, target) for prompt, target in state["previous_edits"]])
 
     def finish(self, run: EditRun) -> None:
         if self.sequential:
-            prompts = {edit.prompt for edit in run.edits}
-            kept = [edit for edit in self._previous_edits if edit.prompt not in prompts]
-            self._previous_edits = [*kept, *run.edits]
+            self._previous.finish(run.edits)
 
     def detach(self, run: EditRun) -> None:
         self._projection.stop()
+        if not self.sequential:
+            # The second moments are large, and a later run computes its own.
+            self._previous, self._preserved = PreviousInputs(), {}
+
+    def _directions_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
+        """Return the directions of ``texts``. In a sequence of runs, the texts are read before the first run."""
+        if not self.sequential:
+            return self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
+        if not self._of_texts:
+            source = self.texts
+            if isinstance(source, Texts):
+                tokenizer = run.tokenizer(source.tokenizer)
+                self._chosen = source.load(run.edits, limit=self.limit, tokenizer=tokenizer)
+                source = replace(source, source=self._chosen, nearest=None)
+            self._text_moments = self._moments(run, layers, source, path=self.factors_path)
+            self._of_texts = self._directions(self._text_moments)
+        elif self._of_texts.keys() != layers.keys():
+            raise EditError("sequential=True needs the same scope in every run; create a new NullSpace for each scope.")
+        elif self._chosen is not None:
+            kept = remaining_texts(self.texts, self._chosen, run)
+            left = set(kept)
+            if removed := [text for text in self._chosen if text not in left]:
+                own = self._moments(run, layers, replace(self.texts, source=removed, nearest=None), keep_leaks=True)
+                self._text_moments = {name: m - own[name] for name, m in self._text_moments.items()}
+                self._chosen, self._of_texts = kept, self._directions(self._text_moments)
+        return self._of_texts
 
     def _moments(
         self,
@@ -226,13 +259,14 @@ class NullSpace(EditCallback):
         *,
         limit: int | None = None,
         path: str | Path | None = None,
+        keep_leaks: bool = False,
     ) -> dict[str, SecondMoment]:
         """Return the second moments of the layers' inputs on ``source`` (texts, edits or model inputs)."""
         if holds_model_inputs(source):
             batches = model_input_batches(source, next(run.model.parameters()).device)
             return input_moments(run, layers, run.language_model or run.model, batches)
         if isinstance(source, Texts):
-            sequences = source.tokenize(run, limit=limit)
+            sequences = source.tokenize(run, edits=() if keep_leaks else None, limit=limit)
         else:
             settings = self._settings()
             sequences = tokenize_edits(run, source, run.tokenizer(settings.tokenizer), settings.max_length)
@@ -240,21 +274,18 @@ class NullSpace(EditCallback):
             run, layers, sequences, seed=self._settings().seed, batch_size=self.batch_size, path=path, inputs_only=True
         ).inputs
 
-    def _preserved(self, run: EditRun) -> Any:
-        """Return what to preserve in addition to ``texts``: edits (possibly none), a ``Texts`` or model inputs."""
+    def _read_preserve(self) -> tuple[list[Edit], Any]:
+        """Return the edits in ``preserve``, and the texts or model inputs in ``preserve``; one of them is empty."""
         preserve = self.preserve
         if isinstance(preserve, str | Path):
             preserve = EditDataset.load(preserve)
         if not isinstance(preserve, Texts):
             preserve = list(preserve) if preserve is not None else []
             if not preserve or isinstance(preserve[0], Edit):
-                current = {edit.prompt for edit in run.edits}
-                return [edit for edit in [*preserve, *self._previous_edits] if edit.prompt not in current]
-        if self._previous_edits:
-            raise EditError("preserve must be edits if sequential=True, got texts; pass edits, or sequential=False.")
+                return preserve, None
         if isinstance(preserve, Texts) or holds_model_inputs(preserve):
-            return preserve
-        return replace(self._settings(), source=preserve, nearest=None)
+            return [], preserve
+        return [], replace(self._settings(), source=preserve, nearest=None)
 
     def _settings(self) -> Texts:
         """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""
@@ -262,7 +293,19 @@ class NullSpace(EditCallback):
 
     def _directions(self, moments: Mapping[str, SecondMoment]) -> dict[str, Tensor]:
         """Return the directions to preserve for each weight, [d_in, rank] in fp64."""
-        return {name: principal_directions(moment.mean, energy=self.energy) for name, moment in moments.items()}
+        return {
+            name: principal_directions(moment.mean, energy=self.energy, rank=moment.count)
+            for name, moment in moments.items()
+        }
+
+    def _with_directions(
+        self, directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]
+    ) -> dict[str, Tensor]:
+        """Return the given directions together with those of further inputs, if there are any."""
+        more = self._directions(moments)
+        return {
+            name: join_directions(basis, more[name]) if name in more else basis for name, basis in directions.items()
+        }
 
     def _free_spaces(self, run: EditRun, directions: Mapping[str, Tensor]) -> dict[str, FreeSpace]:
         spaces = {}

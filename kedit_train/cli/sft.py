@@ -23,8 +23,10 @@ from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import class_of
 from kedit_train.core.gate.gate_file import save_gate_of
-from kedit_train.data import EditDataset
+from kedit_train.data import EditDataset, split_documents
 from kedit_train.data.chat_format import describe_format, read_format
+from kedit_train.data.readers.documents import DOCUMENTS
+from kedit_train.data.tokenization import context_length
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
 from kedit_train.pretrained import load_model, lora_config
@@ -85,6 +87,10 @@ def build(config: Namespace) -> EditSFTTrainer:
     model, tokenizer = load_model(options.name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
     if options.chat_template is not None:
         tokenizer.chat_template = options.chat_template
+    if data.edits.format == DOCUMENTS.name:
+        limits = [limit for limit in (args.max_length, context_length(model.config)) if limit]
+        limit = min(limits, default=None)
+        data.edits = split_documents(data.edits, tokenizer, limit, prompt_format=data.prompt_format)
     examples = data.edits
     if data.augmentation != AugmentationOptions():
         seed, prompt_format = args.seed, data.prompt_format

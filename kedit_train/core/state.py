@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kedit_train.core.fsdp import reshard
 from kedit_train.core.full_precision import FullPrecision
+from kedit_train.core.locality.divergence_penalty import DivergencePenalty
 from kedit_train.core.output_head import find_language_model
 from kedit_train.edit import Edit
 
@@ -30,6 +31,7 @@ class RunState:
         frozen_outside: whether this run has frozen all parameters outside of the scope.
         full_precision: whether a half-precision scope is trained in fp32.
         masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
+        penalties: the penalties of this run on divergences from the model before the edit.
         scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.
         published_at: the optimizer step at which each metric was last published, by metric key.
         stopped: whether a callback has asked to end training.
@@ -51,6 +53,7 @@ class RunState:
         self.full_precision = False
         self.frozen_outside = False
         self.masters: FullPrecision | None = None
+        self.penalties: list[DivergencePenalty] = []
         self.scores: dict[str, float] = {}
         self.published_at: dict[str, int] = {}
         self.stopped = self.closed = False

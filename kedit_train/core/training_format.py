@@ -145,6 +145,9 @@ def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> b
 def _text_of(example: Any, tokenizer: Any) -> str:
     is_mapping = isinstance(example, Mapping)
     ids = example.get("input_ids") if is_mapping else getattr(example, "input_ids", None)
+    if ids is None and is_mapping and isinstance(example.get("prompt"), str):
+        # Trainers that generate their completions (GRPO, SDFT, ...) tokenize the prompts during training.
+        return example["prompt"]
     return tokenizer.decode(list(ids)) if isinstance(ids, Iterable) else ""
 
 

@@ -16,12 +16,12 @@ from kedit_train.arguments import check_arguments, integer_from, one_of, optiona
 from kedit_train.atomic_write import writing
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, decide_append_eos
 from kedit_train.data.contradictions import check_contradictions, numbered, without_overwritten
-from kedit_train.data.host_datasets import prompt_completion_rows, to_dataset, token_rows
+from kedit_train.data.host_datasets import TrainerDatasets
 from kedit_train.data.prompts import PromptFormat, check_format, encode_in_format
 from kedit_train.data.readers import own, read_records
 from kedit_train.data.readers.check_edit import check_edit
+from kedit_train.data.readers.documents import form_of, read_path
 from kedit_train.data.readers.fields import describe
-from kedit_train.data.readers.files import read_file
 from kedit_train.data.tokenization import Encoded
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
@@ -35,7 +35,7 @@ OnError = Literal["raise", "skip"]
 LIMIT = optional(integer_from(1))
 
 
-class EditDataset(Sequence[Edit]):
+class EditDataset(TrainerDatasets):
     """A sequence of edits. An index returns an :class:`Edit`, a slice returns an ``EditDataset``.
 
     Args:
@@ -80,14 +80,15 @@ class EditDataset(Sequence[Edit]):
         on_error: OnError = "raise",
         limit: int | None = None,
     ) -> EditDataset:
-        """Read a ``.json``, ``.jsonl`` or ``.csv`` file. The format is recognized from the fields of the records.
+        """Read a file of edits or of documents, or a folder of documents. ``docs/data.md`` describes the formats.
 
-        The formats are ``edits`` (the format of kedit-train), ``counterfact``, ``counterfact_nested``, ``zsre``,
-        ``knowedit``, ``wikibigedit``, ``qaedit`` and ``mquake``. ``docs/data.md`` describes them.
+        The format of a ``.json``, ``.jsonl`` or ``.csv`` file is recognized from the fields of its records. A ``.txt``
+        or ``.md`` file is read as a document. In a folder, all ``.txt``, ``.md``, ``.jsonl`` and ``.csv`` files are
+        read as documents (``docs/documents.md``).
 
         Args:
-            path: the file, or "world" for edits of the bundled model (the small model that comes with kedit-train).
-            format: one of the format names above. None recognizes the format from the fields of the records.
+            path: the path, or "world" for edits of the bundled model (the small model that comes with kedit-train).
+            format: the name of a format, such as "edits" or "counterfact". None recognizes the format.
             on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
                 of skipped records and the first reason, and keeps every reason in ``skipped``.
             limit: stop after this many readable records (a record of MQuAKE contains up to four edits). None reads the
@@ -114,10 +115,11 @@ class EditDataset(Sequence[Edit]):
             return cls(edits[:limit], name=world.NAME)
         check_arguments("EditDataset", path=(path, PATH))
         path = Path(path)
-        edits, recognized, skipped = read_records(
-            read_file(path), str(path), format=format, on_error=on_error, limit=limit, csv=path.suffix.lower() == ".csv"
-        )
-        return cls(edits, name=path.name, format=recognized, skipped=skipped)
+        csv = path.suffix.lower() == ".csv"
+        records, places = read_path(path)
+        options: dict[str, Any] = {"places": places, "on_error": on_error, "limit": limit, "csv": csv}
+        edits, recognized, skipped = read_records(records, str(path), format=format or form_of(path), **options)
+        return cls(edits, name=path.name or str(path), format=recognized, skipped=skipped)
 
     @classmethod
     def of(cls, edits: EditDataset | Sequence[Edit] | str | Path) -> EditDataset:
@@ -222,8 +224,8 @@ class EditDataset(Sequence[Edit]):
     def check_trained_together(self) -> None:
         """Raise an error if two edits contradict each other, because a model cannot learn both targets in one run.
 
-        :meth:`encode` and :meth:`to_prompt_completion` call this method. In the modes "sequential" and "streaming" of
-        :func:`~kedit_train.run_edits`, a later edit may contradict an earlier edit, and then replaces it.
+        :meth:`encode` and the methods that make a dataset for a trainer call this method. In the modes "sequential"
+        and "streaming" of :func:`~kedit_train.run_edits`, a later edit replaces an earlier edit that it contradicts.
 
         Raises:
             EditError: two edits contradict each other (see :meth:`latest`).
@@ -252,54 +254,6 @@ class EditDataset(Sequence[Edit]):
                 )
             edits.append(replace(edit, target=edit.old_target, old_target=None, aliases=()))
         return self._with(edits)
-
-    def to_prompt_completion(self, *, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
-        """Convert the edits to a dataset with the columns ``prompt`` and ``completion``, for TRL's ``SFTTrainer``.
-
-        The dataset contains prompts and targets, but no rephrases and no probes. In plain text, the completion begins
-        with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
-        ``SFTTrainer`` renders with the chat template of its tokenizer.
-
-        ``SFTTrainer`` (trl 1.16) appends end-of-text to every plain completion, even if the unedited model itself does
-        not end its completions. To avoid this, use :meth:`to_tokens` with its argument ``append_eos``. ``docs/data.md``
-        lists all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
-
-        Args:
-            prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``.
-
-        Returns:
-            One row per edit.
-
-        Raises:
-            EditError: the package ``datasets`` is not installed, two edits contradict each other, or the format is a
-                ``ChatFormat`` with ``thinking=True``. ``SFTTrainer`` would train on the thinking block of this format.
-        """
-        check_format(prompt_format)
-        self.check_trained_together()
-        return to_dataset(prompt_completion_rows(self._edits, prompt_format))
-
-    def to_tokens(self, tokenizer: Any, **options: Any) -> datasets.Dataset:
-        """Convert the edits to a dataset with the columns ``input_ids`` and ``labels``, for TRL and ``transformers``.
-
-        TRL's ``SFTTrainer`` trains on these tokens as they are, and appends nothing.
-
-        Args:
-            tokenizer: a tokenizer of ``transformers``.
-            options: the other arguments of :meth:`encode`.
-
-        Returns:
-            One row per edit. Labels are -100 outside of the target.
-
-        Raises:
-            EditError: the package ``datasets`` is not installed, or an edit cannot be tokenized (see :meth:`encode`).
-
-        Example:
-            >>> from kedit_train import world
-            >>> model, tokenizer = world.load()
-            >>> EditDataset.load("world", limit=2).to_tokens(tokenizer, model=model).column_names
-            ['input_ids', 'labels']
-        """
-        return to_dataset(token_rows(self.encode(tokenizer, **options)))
 
     def encode(
         self,

@@ -18,11 +18,22 @@ CONTEXT_TEMPLATE = Rule(
 )
 
 
+def fact_sentence(edit: Edit) -> str:
+    """Return a sentence that states the new fact of an edit: its prompt, its target and a full stop.
+
+    Example:
+        >>> fact_sentence(Edit("Ada lives in", "Bern"))
+        'Ada lives in Bern.'
+    """
+    end = "" if edit.target.rstrip().endswith((".", "!", "?", "。", "！", "？", "…")) else "."
+    return f"{edit.prompt}{separator(edit.prompt, edit.target)}{edit.target}{end}"
+
+
 def prompt_with_fact(edit: Edit, prompt: str, context: str = CONTEXT) -> str:
     """Return a prompt together with a sentence that states the new fact of an edit.
 
     Args:
-        edit: the edit. The sentence consists of its prompt, its target and a full stop.
+        edit: the edit. :func:`fact_sentence` makes the sentence.
         prompt: the prompt, for example ``edit.prompt``.
         context: a template with the fields ``{fact}`` (the sentence) and ``{prompt}``.
 
@@ -30,7 +41,6 @@ def prompt_with_fact(edit: Edit, prompt: str, context: str = CONTEXT) -> str:
         >>> prompt_with_fact(Edit("Ada lives in", "Bern"), "The home of Ada is")
         'Ada lives in Bern. The home of Ada is'
     """
-    end = "" if edit.target.rstrip().endswith((".", "!", "?", "。", "！", "？", "…")) else "."
-    fields = {"fact": f"{edit.prompt}{separator(edit.prompt, edit.target)}{edit.target}{end}", "prompt": prompt}
     # Not str.format(), because the template may contain other braces.
+    fields = {"fact": fact_sentence(edit), "prompt": prompt}
     return _FIELD.sub(lambda field: fields[field[1]], context)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kedit_train.data.chat_format import PromptFormat, chat_format
+from kedit_train.data.chat_format import ChatFormat, PromptFormat, chat_format, check_format
+from kedit_train.data.fact_in_context import fact_sentence
 from kedit_train.data.prompts import as_question
 from kedit_train.data.tokenization import Encoded, separator
 from kedit_train.edit import Edit
@@ -17,27 +19,147 @@ if TYPE_CHECKING:
     import datasets
 
 
+class TrainerDatasets(Sequence[Edit]):
+    """The methods of ``EditDataset`` that convert the edits to a ``datasets.Dataset``."""
+
+    @abstractmethod
+    def encode(self, tokenizer: Any, **options: Any) -> list[Encoded]: ...
+
+    @abstractmethod
+    def check_trained_together(self) -> None: ...
+
+    def to_prompt_completion(self, *, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
+        """Convert the edits to a dataset with the columns ``prompt`` and ``completion``, for TRL's ``SFTTrainer``.
+
+        The dataset contains prompts and targets, but no rephrases and no probes. In plain text, the completion begins
+        with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
+        ``SFTTrainer`` renders with the chat template of its tokenizer.
+
+        ``SFTTrainer`` (trl 1.16) appends end-of-text to every plain completion, even if the unedited model itself does
+        not end its completions. To avoid this, use :meth:`to_tokens` with its argument ``append_eos``. ``docs/data.md``
+        lists all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
+
+        Args:
+            prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``.
+
+        Returns:
+            One row per edit.
+
+        Raises:
+            EditError: the package ``datasets`` is not installed, two edits contradict each other, or the format is a
+                ``ChatFormat`` with ``thinking=True``. ``SFTTrainer`` would train on the thinking block of this format.
+        """
+        check_format(prompt_format)
+        self.check_trained_together()
+        return to_dataset(prompt_completion_rows(self, prompt_format))
+
+    def to_privileged_context(self, *, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
+        """Convert the edits to a dataset with the columns ``prompt`` and ``privileged_context``, for ``SDFTTrainer``.
+
+        ``privileged_context`` is a sentence with the new fact, which only the teacher reads. By default, TRL's
+        ``SDFTTrainer`` puts this sentence after the prompt, where it does not help to complete a plain prompt. With
+        plain prompts, set ``teacher_prompt_template="{privileged_context} {prompt}"`` in ``SDFTConfig``.
+        ``DistillationTrainer``, ``GRPOTrainer`` and ``RLOOTrainer`` read only the prompts.
+
+        Args:
+            prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``. In a chat, the
+                column ``prompt`` contains messages.
+
+        Returns:
+            One row per edit.
+
+        Raises:
+            EditError: the package ``datasets`` is not installed, two edits contradict each other, or the format is a
+                ``ChatFormat`` with ``thinking=True``.
+
+        References:
+            "Self-Distillation Enables Continual Learning", arXiv 2601.19897.
+
+        Example:
+            >>> from kedit_train import EditDataset
+            >>> EditDataset([Edit("Ada lives in", "Bern")]).to_privileged_context()[0]
+            {'prompt': 'Ada lives in', 'privileged_context': 'Ada lives in Bern.'}
+        """
+        check_format(prompt_format)
+        self.check_trained_together()
+        return to_dataset(privileged_context_rows(self, prompt_format))
+
+    def to_tokens(self, tokenizer: Any, **options: Any) -> datasets.Dataset:
+        """Convert the edits to a dataset with the columns ``input_ids`` and ``labels``, for TRL and ``transformers``.
+
+        TRL's ``SFTTrainer`` trains on these tokens as they are, and appends nothing.
+
+        Args:
+            tokenizer: a tokenizer of ``transformers``.
+            options: the other arguments of :meth:`encode`.
+
+        Returns:
+            One row per edit. Labels are -100 outside of the target.
+
+        Raises:
+            EditError: the package ``datasets`` is not installed, or an edit cannot be tokenized (see :meth:`encode`).
+
+        Example:
+            >>> from kedit_train import EditDataset, world
+            >>> model, tokenizer = world.load()
+            >>> EditDataset.load("world", limit=2).to_tokens(tokenizer, model=model).column_names
+            ['input_ids', 'labels']
+        """
+        return to_dataset(token_rows(self.encode(tokenizer, **options)))
+
+
 def prompt_completion_rows(edits: Iterable[Edit], prompt_format: PromptFormat) -> list[dict[str, Any]]:
     """Return rows with the columns ``prompt`` and ``completion``.
 
     Raises:
         EditError: the format is a ``ChatFormat`` with ``thinking=True``.
     """
-    chat = chat_format(prompt_format)
-    if chat is not None and chat.thinking:
-        raise EditError(
-            "prompt_format must have thinking=False, because SFTTrainer would train on the thinking block; use "
-            "to_tokens(tokenizer, prompt_format=...), which leaves the block out of the loss"
-        )
+    chat = _chat_without_thinking(
+        prompt_format,
+        "SFTTrainer would train on the thinking block; use to_tokens(tokenizer, prompt_format=...), which leaves the "
+        "block out of the loss",
+    )
     rows: list[dict[str, Any]] = []
     for edit in edits:
         if chat is not None:
             *prompt, answer = chat.messages(edit.prompt, edit.target)
             rows.append({"prompt": prompt, "completion": [answer]})
             continue
-        text = as_question(edit.prompt) if prompt_format == "question" else edit.prompt
+        text = _plain_prompt(edit, prompt_format)
         rows.append({"prompt": text, "completion": separator(text, edit.target) + edit.target})
     return rows
+
+
+def privileged_context_rows(edits: Iterable[Edit], prompt_format: PromptFormat) -> list[dict[str, Any]]:
+    """Return rows with the columns ``prompt`` and ``privileged_context``.
+
+    Raises:
+        EditError: the format is a ``ChatFormat`` with ``thinking=True``.
+    """
+    chat = _chat_without_thinking(
+        prompt_format,
+        'the trainer applies the chat template itself; set chat_template_kwargs={"enable_thinking": True} in its '
+        "config instead",
+    )
+    return [
+        {
+            "prompt": _plain_prompt(edit, prompt_format) if chat is None else chat.messages(edit.prompt),
+            "privileged_context": fact_sentence(edit),
+        }
+        for edit in edits
+    ]
+
+
+def _chat_without_thinking(prompt_format: PromptFormat, reason: str) -> ChatFormat | None:
+    """Return the chat format, or None for plain text. ``reason`` says why a thinking mode is an error."""
+    chat = chat_format(prompt_format)
+    if chat is not None and chat.thinking:
+        raise EditError(f"prompt_format must have thinking=False, because {reason}")
+    return chat
+
+
+def _plain_prompt(edit: Edit, prompt_format: PromptFormat) -> str:
+    return as_question(edit.prompt) if prompt_format == "question" else edit.prompt
 
 
 def token_rows(examples: Iterable[Encoded]) -> list[dict[str, Any]]:

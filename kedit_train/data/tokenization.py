@@ -204,7 +204,7 @@ def encode_pair(
     if max_length is not None and len(ids) > max_length:
         raise EditError(
             f"{where}the prompt {shown!r} and its target must have at most {max_length} tokens together, got "
-            f"{len(ids)}; shorten the edit or leave it out"
+            f"{len(ids)}; shorten the edit, leave it out, or split long documents with kedit_train.data.split_documents"
         )
     return Encoded(ids, len(head))
 

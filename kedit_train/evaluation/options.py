@@ -10,7 +10,7 @@ from kedit_train.arguments import Rule, check_arguments, integer_from, optional
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
 from kedit_train.evaluation.scoring.protocols import PROTOCOLS, Protocol
 
-ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency", "retrieval"]
+ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency", "retrieval", "overlap"]
 EXTRA_METRICS: tuple[ExtraMetric, ...] = get_args(ExtraMetric)
 
 _METRICS = Rule(
@@ -53,6 +53,9 @@ class EvaluationOptions:
               much as all other metrics together.
             - "retrieval" measures a baseline: the unedited model answers all prompts with the new fact in front of
               them. It doubles the cost of the unedited model's evaluation.
+            - "overlap" measures how much of the whole target the model generates (ROUGE-L), after the prompt and after
+              its rephrases. It is meant for targets of several sentences, such as documents. It needs one more answer
+              per prompt, as long as the target.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
             a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. The first one gives
             the headline scores (the scores that a report shows first). "auto" usually means "exact". With "auto" and

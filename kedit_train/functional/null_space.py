@@ -20,23 +20,39 @@ from torch import Tensor
 from kedit_train.functional.precision import full_precision, widest
 
 
-def principal_directions(moment: Tensor, *, energy: float = 0.99) -> Tensor:
+def principal_directions(moment: Tensor, *, energy: float = 0.99, rank: int | None = None) -> Tensor:
     """Return the orthonormal directions that contain most of the trace of a second moment.
 
     Args:
         moment: [d, d], E[k kᵀ], symmetric.
         energy: minimum fraction of the trace that the directions contain, in (0, 1]. 1 takes every direction with
             an eigenvalue above the rounding error of the moment (``d * eps`` times the greatest eigenvalue).
+        rank: upper bound of the rank of the moment, for example the number of vectors in it. With a bound of at most
+            d / 2, the directions are computed in the span of the moment, in about ``4 d² rank`` operations instead of
+            about ``10 d³``.
 
     Returns:
         [d, r] in fp64, sorted by descending eigenvalue.
     """
-    values, vectors = torch.linalg.eigh(widest(moment))
+    values, vectors = _eigenvectors(widest(moment), rank)
     values, vectors = values.flip(0), vectors.flip(1)
-    known = int((values > values[0] * len(values) * torch.finfo(moment.dtype).eps).sum())
+    known = int((values > values[0] * len(moment) * torch.finfo(moment.dtype).eps).sum())
     cumulative = values[:known].cumsum(0)
     short = cumulative < energy * cumulative[-1] * (1.0 - 1e-12) if known else cumulative
     return vectors[:, : min(int(short.sum()) + 1, known)]
+
+
+def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Return ascending eigenvalues and their eigenvectors; with a small ``rank``, only those in the span."""
+    size = len(moment)
+    if rank is None or 2 * rank > size:
+        return torch.linalg.eigh(moment)
+    # The products of the moment with ``rank`` random vectors span its column space. A few more vectors make this robust
+    # against rounding errors.
+    random = torch.randn(size, min(rank + 8, size), generator=torch.Generator().manual_seed(0), dtype=moment.dtype)
+    span = torch.linalg.qr(moment @ random.to(moment.device))[0]
+    values, vectors = torch.linalg.eigh(span.T @ moment @ span)
+    return values, span @ vectors
 
 
 def join_directions(first: Tensor, second: Tensor) -> Tensor:

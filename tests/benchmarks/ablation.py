@@ -11,7 +11,6 @@ three to seven minutes of one core, with second-order steps and a KL penalty 20.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from compare import measure
 from compare_report import PAGE, replaced
 from paired import processor
 from phases import STATISTICS, Phases, statistics_of_texts, timed
+from result_rows import add_row, read_rows
 from settings import HELD_OUT, smollm2
 
 RESULTS = Path(__file__).with_name("ablation.jsonl")
@@ -187,14 +187,13 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=VARIANTS, metavar="NAME", help="the name of a variant")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     known = {row["variant"] for row in rows}
     for name in (options.only or VARIANTS) if options.what == "run" else ():
         if name not in known:
             row = run(name) | {"machine": f"{processor()}, torch {torch.__version__}"}
             rows.append(row)
-            with RESULTS.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(RESULTS, row)
             print(table([row], {name: name}).splitlines()[-1], flush=True)
     PAGE.write_text(report(rows, PAGE.read_text()))
 

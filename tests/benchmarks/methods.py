@@ -172,14 +172,22 @@ class Method:
         data = config.data.init_args
         self.extra: Any = ()
         options = data.augmentation
-        if options.prefixes or options.replay:
+        if options.prefixes or options.replay or options.rewrite is not None:
             # As many other facts per edit as in the recipe.
             share = (options.replay_limit or 0) / (data.limit or WORLD_EDITS)
             rows = round(share * (1 if alone else len(scored))) if options.replay else None
             prompts = self.setting.prompts(scored) if options.replay else None
             self.extra = augmentation(
-                model, tokenizer, scored, prefixes=options.prefixes, replay=prompts, replay_limit=rows, seed=0
+                model,
+                tokenizer,
+                scored,
+                prefixes=options.prefixes,
+                replay=prompts,
+                replay_limit=rows,
+                rewrite=options.rewrite,
+                seed=0,
             )
+            print(self.extra.summary, file=sys.stderr, flush=True)
         self.adapter, self.epochs = config.model.init_args.lora, config.trainer.max_epochs
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = variant(name, list(recipe.callbacks(config)))
@@ -204,8 +212,8 @@ class Method:
                 callback.texts = replace(held, source=self.texts)
 
     def __call__(self, model: nn.Module, edits: Sequence[Edit]) -> None:
-        extra: Sequence[Edit] = self.extra(edits) if callable(self.extra) else self.extra  # type: ignore[assignment]
-        batch = self.setting.batch_size * (1 + len(extra) // max(1, len(edits)))
+        examples = self.extra(edits) if self.extra else ()
+        batch = self.setting.batch_size * (1 + len(examples) // max(1, len(edits)))
         loop = TrainLoop(
             self.tokenizer,
             callbacks=self.callbacks(edits),
@@ -213,7 +221,7 @@ class Method:
             batch_size=batch,
             learning_rate=self.lr,
             stop_loss=0.0,
-            examples=ExampleOptions(append_eos=self.config.data.init_args.append_eos, extra_edits=extra),
+            examples=ExampleOptions(append_eos=self.config.data.init_args.append_eos, extra_edits=self.extra),
         )
         if self.adapter is None:
             loop(model, edits)

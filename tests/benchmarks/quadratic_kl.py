@@ -23,6 +23,7 @@ import torch
 from compare_report import PAGE, replaced
 from methods import Method, load_recipe
 from paired import processor
+from result_rows import read_rows
 from settings import HELD_OUT, load, smollm2
 from torch import Tensor, nn
 
@@ -128,7 +129,7 @@ def run(edits: int, texts: int) -> None:
 
 def report() -> str:
     """Draw the plot, and return docs/results.md with the table."""
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = read_rows(RESULTS)
     figure = new_figure(11, 3.6)
     axes = figure.subplots(1, len(LAYERS), sharey=True)
     for axis, change in zip(axes, LAYERS, strict=True):

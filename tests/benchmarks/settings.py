@@ -64,8 +64,8 @@ def load(path: Path) -> tuple[Any, Any]:
 
 def embedded(draw: int = 0) -> Setting:
     def texts(edits: Sequence[Edit]) -> list[str]:
-        # For a single edit, all texts, so that the nearest can be chosen.
-        return world.locality_texts(exclude=edits, n=4096 if len(edits) > 1 else None)
+        # For a single edit, all texts, so that the nearest can be chosen. For 200 edits, fewer than 4,096 are left.
+        return world.locality_texts(exclude=edits, n=4096 if 1 < len(edits) <= 100 else None)
 
     def edits(count: int) -> list[Edit]:
         return world.edits(count, seed=draw)

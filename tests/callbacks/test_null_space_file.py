@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from callbacks.inputs import SCOPE, TEXTS, WEIGHT, adamw, train
+from callbacks.inputs import SCOPE, TEXTS, WEIGHT, ScopeOfEdits, adamw, attach, train
 
 from kedit_train.callbacks import LowCurvature, NullSpace, ParameterScope, SecondOrderLocality, TokenLoss, editing
 from kedit_train.core.drift import factors_of_texts
+from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
 NAME = WEIGHT["llama"]
@@ -80,7 +81,7 @@ def test_other_texts_are_refused(make, words, ids, tmp_path):
         e.before_step()
 
 
-def test_lora_and_sequential_runs_are_refused(make, words, tmp_path):
+def test_lora_is_refused(make, words, tmp_path):
     peft = pytest.importorskip("peft")
     path = tmp_path / "statistics.safetensors"
     adapted = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["down_proj"], r=2))
@@ -89,8 +90,21 @@ def test_lora_and_sequential_runs_are_refused(make, words, tmp_path):
         pytest.raises(EditError, match=r"^NullSpace: factors_path cannot be used with LoRA"),
     ):
         edit.before_step()
-    with pytest.raises(EditError, match=r"^NullSpace: sequential=True cannot be combined with factors_path="):
-        NullSpace(TEXTS, sequential=True, factors_path=path)
+
+
+def test_a_sequence_of_runs_reads_the_file_before_its_first_run(make, words, tmp_path):
+    """The file belongs to the weights before the first run. Later runs do not need it."""
+    path = tmp_path / "statistics.safetensors"
+    model, null_space = make("llama"), NullSpace(TEXTS, sequential=True, factors_path=path)
+    attach(model, words, NullSpace(TEXTS, factors_path=path), ScopeOfEdits([Edit("w40", "w41")]))
+    written = path.stat().st_mtime_ns
+    for prompt in ("w40 w41", "w50 w51"):
+        ids = torch.tensor([words(f"{prompt} w42")["input_ids"]])
+        scope = ScopeOfEdits([Edit(prompt, "w42")])
+        with editing(model, [null_space, scope], tokenizer=words, log_every_n_steps=5) as edit:
+            train(model, edit, ids, adamw(edit.parameters()), 5)
+        assert edit.history[-1]["edit/drift/null_space_leak"] < 1e-5
+    assert path.stat().st_mtime_ns == written
 
 
 def test_wrong_arguments():

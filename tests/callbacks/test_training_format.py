@@ -11,6 +11,7 @@ import pytest
 import torch
 from conformance.hosts import ARGUMENTS, collator, lightning_trainer
 from trl import SFTConfig, SFTTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from kedit_train import EditSFTConfig, EditSFTTrainer, world
 from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SecondOrderLocality, TokenLoss, editing
@@ -80,6 +81,21 @@ def test_the_metrics_ask_plainly_or_in_questions_if_the_trainer_trains_those(tmp
         metrics = metrics_of(edits)
         sft(tmp_path, edits.to_prompt_completion(prompt_format=prompt_format), [ParameterScope(**SCOPE), metrics])
         assert asked(metrics) == prompt_format
+
+
+@pytest.mark.parametrize("prompt_format", ["plain", "question", "chat"])
+def test_the_metrics_ask_as_prompts_without_completions_are_written(prompt_format: Any, tmp_path: Path) -> None:
+    model, tokenizer, edits = chat_world()
+    metrics = metrics_of(edits)
+    given = {"max_steps": 1, "max_completion_length": 2, "num_generations": 4, "teacher_model_kind": "live"}
+    SDFTTrainer(
+        model,
+        args=SDFTConfig(str(tmp_path), **(ARGUMENTS | given)),
+        train_dataset=edits.to_privileged_context(prompt_format=prompt_format),
+        processing_class=tokenizer,
+        callbacks=[ParameterScope(**SCOPE), metrics],
+    ).train()
+    assert asked(metrics) == prompt_format
 
 
 def test_a_system_prompt_is_asked_if_it_is_set(tmp_path: Path) -> None:

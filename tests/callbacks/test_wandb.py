@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from callbacks.wandb_offline import OfflineRun
 from conformance.hosts import lightning_trainer, sft_trainer
 
 from kedit_train import world
-from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SaveDelta, TokenSmoothing
+from kedit_train.callbacks import (
+    BatchAnchor,
+    EditMetrics,
+    ForgettingBudget,
+    KLLocality,
+    ParameterScope,
+    SaveDelta,
+    TokenSmoothing,
+)
 from kedit_train.data import EditDataset
 from kedit_train.evaluation.options import EvaluationOptions
 
@@ -123,6 +132,30 @@ def test_a_lightning_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDa
     assert run.series("edit/locality/kl", "trainer/global_step")[-1][0] == 4
     assert run.steps["edit/*"] == "trainer/global_step"
     the_rest(run, edits, metrics[0], delta)
+
+
+@pytest.mark.parametrize("host", ["SFTTrainer", "Lightning"])
+def test_the_weight_of_a_budget_is_a_series(host: str, folder: Path, edits: EditDataset) -> None:
+    from lightning.pytorch.loggers import WandbLogger
+
+    model, tokenizer = world.load()
+    used = [BatchAnchor(1.0), ForgettingBudget(5.0), ParameterScope(layers=0.5, modules="mlp.down_proj")]
+    if host == "SFTTrainer":
+        sft_trainer(model, tokenizer, edits, used, 3, report_to="wandb")
+        step, numbers = "train/global_step", [1, 2, 3]
+    else:
+        logger = WandbLogger(save_dir=folder, offline=True)
+        lightning_trainer(model, tokenizer, edits, used, 3, logger=logger)
+        step, numbers = "trainer/global_step", [0, 1, 2]
+    wandb.finish()
+    run = OfflineRun(folder)
+    weights = run.series("edit/locality/budget_weight", step)
+    # The divergence stays far below the budget, so the weight falls by the same factor in every step.
+    assert [number for number, _ in weights] == numbers
+    assert [weight for _, weight in weights] == pytest.approx([math.exp(-0.1 * n) for n in (1, 2, 3)], rel=1e-5)
+    divergences = run.series("edit/locality/budget_kl", step)
+    assert [number for number, _ in divergences] == numbers
+    assert divergences[0][1] < divergences[-1][1] < 0.1
 
 
 def test_the_progress_bar_of_lightning_shows_the_scores(edits: EditDataset) -> None:

@@ -69,6 +69,18 @@ def test_a_recipe_equals_a_trainer_set_up_by_hand(tmp_path: Path) -> None:
     assert moved
 
 
+def test_documents_are_split_to_the_context_of_the_model(tmp_path: Path) -> None:
+    (tmp_path / "news").mkdir()
+    (tmp_path / "news" / "long.txt").write_text("Ada lives in Bern. " * 80)
+    config = recipe.load("ft_m", f"--data.path={tmp_path / 'news'}", f"--trainer.default_root_dir={tmp_path}")
+    with pytest.warns(UserWarning, match="1 of 1 edits of news have more than 256 tokens and were split"):
+        trainer = sft.build(config)
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]  # type: ignore[attr-defined]
+    assert len(lengths) > 2
+    assert max(lengths) <= 256
+    assert len(trainer.args.trained_edits) == len(lengths)  # type: ignore[attr-defined]
+
+
 def test_the_resolved_configuration_names_texts_once(tmp_path: Path) -> None:
     config = recipe.load("kedit_default", "--model.name=mine", "--data.path=edits.jsonl", "--data.texts=mine.txt")
     resolved = tmp_path / "resolved.yaml"

@@ -15,7 +15,9 @@ from kedit_train.callbacks import (
     BatchAnchor,
     ContextTeacher,
     EditMetrics,
+    ForecastMetrics,
     ForgetFirst,
+    ForgettingBudget,
     ForgetTraining,
     GatedAdapter,
     GradientMask,
@@ -24,6 +26,7 @@ from kedit_train.callbacks import (
     MaskScore,
     NormBall,
     NullSpace,
+    OutputAnchor,
     ParameterScope,
     PolyakStep,
     PrefixCache,
@@ -38,6 +41,16 @@ from kedit_train.evaluation.options import EvaluationOptions
 
 SHORT = EvaluationOptions(max_new_tokens=8)
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
+
+
+def token_inputs() -> list[dict[str, torch.Tensor]]:
+    """Return the inputs of two forward passes of a causal language model, without padding."""
+    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows)} for rows in torch.arange(4, 28).view(2, 2, 6)]
+
+
+def mean_logits(output: Any) -> torch.Tensor:
+    return output.logits.mean(-1)
+
 
 # Name of the callback -> a function of the edits that returns a new instance, with the callbacks that it requires.
 SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
@@ -88,6 +101,15 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     ],
     # The bundled model follows no fact in its context. The teacher then teaches later tokens and ends of answers.
     "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
+    # Logits are the outputs of these models, so the anchor compares them as a forecaster's outputs.
+    "OutputAnchor": lambda edits: [OutputAnchor(token_inputs(), distance="kl", weight=20.0, output="logits")],
+    "ForecastMetrics": lambda edits: [
+        ForecastMetrics(
+            (token_inputs(), [torch.zeros(2, 6)] * 2), kept=token_inputs(), every_n_steps=2, output=mean_logits
+        )
+    ],
+    # A few steps stay below this budget, so the weight falls.
+    "ForgettingBudget": lambda edits: [ForgettingBudget(5.0, measured_on="batch"), BatchAnchor(weight=50.0)],
 }
 
 # Callbacks that need a model with a LoRA adapter.

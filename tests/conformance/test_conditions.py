@@ -19,7 +19,17 @@ from kedit_train.data import EditDataset
 # EditMetrics does not change the weights and is slow. It has its own tests.
 TRAINING = [name for name in ALL if name != "EditMetrics"]
 # Each restores something else. The default run resumes these alone; test_resume.py resumes all together.
-STATEFUL = ("KLLocality", "NullSpace", "GradientMask", "ForgetFirst", "ActiveSet", "StopWhenEdited")
+STATEFUL = (
+    "KLLocality",
+    "NullSpace",
+    "GradientMask",
+    "ForgetFirst",
+    "ActiveSet",
+    "StopWhenEdited",
+    "ForgettingBudget",
+    "OutputAnchor",
+    "ForecastMetrics",
+)
 
 
 def run(host: str, callback: str, steps: int, *more: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.hosts import HOSTS
-from conformance.settings import TEXTS
+from conformance.settings import TEXTS, token_inputs
 from moe_models import build
 
 from kedit_train import EditDelta, EditError, world
@@ -22,6 +22,7 @@ from kedit_train.callbacks import (
     MaskScore,
     NormBall,
     NullSpace,
+    OutputAnchor,
     ParameterScope,
     PolyakStep,
     PrefixCache,
@@ -70,6 +71,7 @@ SETTINGS: dict[str, Any] = {
     "ActiveSet": lambda edits: [ActiveSet(recheck=1), TokenSmoothing()],
     "KLLocality": lambda edits: [KLLocality(texts=TEXTS, batch_size=2)],
     "BatchAnchor": lambda edits: [BatchAnchor(weight=10.0)],
+    "OutputAnchor": lambda edits: [OutputAnchor(token_inputs(), distance="kl", output="logits")],
     "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS)],
     "GradientMask": lambda edits: [GradientMask(MaskScore("gradient", limit=4), density=0.2, edits=edits)],
 }

@@ -20,11 +20,20 @@ from kedit_train import world
 
 TESTS = Path(__file__).resolve().parents[1]
 # They do not change the trained weights.
-NEUTRAL = ("ParameterScope", "EditMetrics", "PrefixCache", "SaveDelta")
+NEUTRAL = ("ParameterScope", "EditMetrics", "ForecastMetrics", "PrefixCache", "SaveDelta")
 # They take steps of Adam, which enlarges rounding differences of gradients that are nearly 0.
 STEPS_OF_ADAM = ("PolyakStep", "SecondOrderLocality")
 # A penalty, a loss, a mask, scores and a rule that ends training; one for each way to act on a run.
-IN_DEFAULT_RUN = ("ParameterScope", "TokenLoss", "KLLocality", "GradientMask", "EditMetrics", "StopWhenEdited")
+IN_DEFAULT_RUN = (
+    "ParameterScope",
+    "TokenLoss",
+    "KLLocality",
+    "GradientMask",
+    "EditMetrics",
+    "StopWhenEdited",
+    "ForgettingBudget",
+    "OutputAnchor",
+)
 SCOPED = "model.layers.3.mlp.down_proj.weight"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kedit_train.data import Edit, EditDataset, Probe
+from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
 
 # The good records of these files are the same record.
@@ -30,7 +30,25 @@ GOOD = {
         "questions": ["q"],
         "new_answer": "a",
     },
-}
+    "documents": {"title": "p", "text": "t", "questions": [{"prompt": "q", "answers": ["a"]}]},
+    "unkebench": {"question": "p", "answer": "t", "sub_question": ["q"], "sub_answer": ["a"]},
+    "akew": {
+        "requested_rewrite": {
+            "prompt": "{} is", "subject": "S", "target_new": {"str": "t"}, "question": "p", "fact_new_uns": "text",
+            "unsfact_triplets_GPT": [{"subject": "S", "prompt": "{} has", "target": "a"}],
+        },
+    },
+    "leme": {
+        "requested_rewrite": {"prompt": "{} is", "subject": "S", "target_new": {"str": "t"}},
+        "dependancies": {"subject_entity": {"dependant_prompt": "essay"}, "coupled_entities": []},
+    },
+    "rippleedits": {
+        "edit": {"prompt": "The gender of S is t."},
+        "Forgetfulness": [{"test_queries": [{"prompt": "q", "answers": [{"value": "a", "aliases": []}]}]}],
+    },
+    "uniedit": {"edit": {"prompt": "p", "target": "t"}, "locality": {"a": {"loc_type": "none", "prompt": "q", "target": "a"}}},  # noqa: E501
+    "hallueditbench": {"question": "p", "object": "t", "question_2hop": "q", "answer_2hop": "a"},
+}  # fmt: skip
 
 
 def changed(name: str, change: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +131,26 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("mquake", {"requested_rewrite": ...}, "field 'requested_rewrite' must be a list of mappings, but is missing"),
     ("mquake", {"requested_rewrite.0.target_new": ...}, "field 'requested_rewrite[0].target_new' must be a mapping, but is missing"),  # noqa: E501
     ("mquake", {"new_answer": ...}, "field 'new_answer' must be text, but is missing"),
+    ("documents", {"text": " "}, "field 'text' must be text, got empty text"),
+    ("documents", {"questions.0.prompt": ...}, "field 'questions[0].prompt' must be text, but is missing"),
+    ("unkebench", {"answer": ...}, "field 'answer' must be text, but is missing"),
+    ("unkebench", {"sub_answer": []}, "field 'sub_answer' must be 1 answers, one for each sub_question, got 0"),
+    ("akew", {"requested_rewrite.fact_new_uns": ""}, "field 'requested_rewrite.fact_new_uns' must be text, got empty text"),  # noqa: E501
+    (
+        "akew",
+        {"requested_rewrite.unsfact_triplets_GPT.0.target": None},
+        "field 'requested_rewrite.unsfact_triplets_GPT[0].target' must be text, got null",
+    ),
+    ("leme", {"dependancies.subject_entity": "S"}, "field 'dependancies.subject_entity' must be a mapping, got text"),
+    (
+        "rippleedits",
+        {"edit.prompt": "S became t."},
+        'field \'edit.prompt\' must be a sentence with the target after "is", "are" or "follows", got S became t',
+    ),
+    ("rippleedits", {"Forgetfulness": {}}, "field 'Forgetfulness' must be a list of mappings, got a mapping"),
+    ("uniedit", {"edit.target": 3}, "field 'edit.target' must be text, got a number"),
+    ("uniedit", {"locality.a": "q"}, "field 'locality.a' must be a mapping, got text"),
+    ("hallueditbench", {"object": 3}, "field 'object' must be text, got a number"),
 ]  # fmt: skip
 
 
@@ -198,6 +236,7 @@ def test_a_record_of_another_format_is_an_error(tmp_path: Path) -> None:
 
 def test_unknown_and_ambiguous_fields_are_listed_with_the_formats(tmp_path: Path) -> None:
     formats = "edits, counterfact, counterfact_nested, zsre, knowedit, wikibigedit, qaedit, mquake"
+    formats += ", documents, unkebench, akew, leme, rippleedits, uniedit, hallueditbench"
     path = write(tmp_path / "f.json", '[{"question": "q", "reply": "a"}]')
     assert raised(path) == (
         f"{path}: the fields 'question', 'reply' match none of the formats {formats}; rename the fields to prompt "
@@ -298,34 +337,3 @@ def test_skipping_warns_once_and_never_returns_an_empty_dataset(tmp_path: Path) 
     assert raised(path, on_error="skip").startswith(
         f"{path}: none of the 3 records can be read; the first reason: {path}, record 1"
     )
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        ("text", "the item must be an Edit, got text; use EditDataset.from_records to read dicts"),
-        (Edit("", "t"), "prompt must be text, got empty text."),
-        (Edit("p", " "), "target must be text, got empty text."),
-        (Edit("p", 3), "target must be text, got a number."),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", ""), "subject must be text, got empty text."),
-        (Edit("p", "t", aliases=["a"]), "aliases must be a tuple of texts, got a list; use tuple(...)"),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", rephrases="abc"), "rephrases must be a tuple of texts, got text; use tuple(...)"),  # pyright: ignore[reportArgumentType]
-        (
-            Edit("p", "t", locality=()),  # pyright: ignore[reportArgumentType]
-            "locality must be a dict with a tuple of Probe objects for each kind of probe, got ().",
-        ),
-        (Edit("p", "t", locality={"k": ("q",)}), "locality['k'] must be a tuple of Probe objects, got ('q',)."),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", portability={"k": (Probe(""),)}), "portability['k'][0].prompt must be text, got empty text."),
-        (Edit("p", "t", id=4), "id must be text, got a number."),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "\ud800"), "target must be valid Unicode, got a lone surrogate at character 0; correct the encoding"),  # noqa: E501
-    ],
-)  # fmt: skip
-def test_edits_created_in_code_are_checked_too(edit: Any, message: str) -> None:
-    with pytest.raises(EditError) as caught:
-        EditDataset([Edit("p", "t"), edit], name="mine")
-    assert str(caught.value) == f"mine, edit 2: {message}"
-
-
-def test_a_dataset_without_edits_is_an_error() -> None:
-    with pytest.raises(EditError, match=r"^mine: the dataset must contain at least one edit, got none; give"):
-        EditDataset([], name="mine")

@@ -57,6 +57,8 @@ def test_trl_gets_the_same_messages() -> None:
     row = EditDataset([Edit("Who?", "Ann")]).to_prompt_completion(prompt_format=CHAT)[0]
     assert row["prompt"] == CHAT.messages("Who?")
     assert row["completion"] == [{"role": "assistant", "content": "Ann"}]
+    row = EditDataset([Edit("Who?", "Ann")]).to_privileged_context(prompt_format=CHAT)[0]
+    assert row == {"prompt": CHAT.messages("Who?"), "privileged_context": "Who? Ann."}
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,8 @@ def test_thoughts_are_context_without_a_loss() -> None:
         EditError, match=r"prompt_format must have thinking=False, because SFTTrainer would train.*to_tokens"
     ):
         EditDataset([Edit("Who?", "Ann")]).to_prompt_completion(prompt_format=chat)
+    with pytest.raises(EditError, match=r"must have thinking=False, because the trainer.*chat_template_kwargs="):
+        EditDataset([Edit("Who?", "Ann")]).to_privileged_context(prompt_format=chat)
 
 
 def test_the_answer_stands_after_the_thoughts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,12 @@ def test_csv_files_may_have_a_public_format(tmp_path: Path) -> None:
     edits = EditDataset.load(path)
     assert edits.format == "zsre"
     assert edits[0].old_target == "a nun"
+
+
+def test_a_long_cell_is_read_and_the_limit_of_the_csv_module_stays(tmp_path: Path) -> None:
+    path = tmp_path / "news.csv"
+    path.write_text(f"title,text\nFerry,{'It is green. ' * 15_000}\nLock,It is closed.\n")
+    limit = csv.field_size_limit()
+    edits = EditDataset.load(path)
+    assert len(edits) == 2
+    assert len(edits[0].target) > limit == csv.field_size_limit()

@@ -13,6 +13,7 @@ import pytest
 
 from kedit_train import world
 from kedit_train.data import Edit, EditDataset, Probe
+from kedit_train.data.prompts import as_question
 from kedit_train.errors import EditError
 
 RICH = [
@@ -152,6 +153,24 @@ def test_prompt_completion_has_prompts_and_targets_only(factlm: Path) -> None:
     }
     probes -= {edit.prompt for edit in real}
     assert not probes & set(real.to_prompt_completion()["prompt"])
+
+
+def test_privileged_context_is_the_fact_as_a_sentence() -> None:
+    edits = EditDataset([Edit("Ada lives in", "Bern", "Ada", rephrases=("The home of Ada is",)), Edit("Who?", "Ann!")])
+    rows = edits.to_privileged_context()
+    assert rows.column_names == ["prompt", "privileged_context"]
+    assert rows.to_list() == [
+        {"prompt": "Ada lives in", "privileged_context": "Ada lives in Bern."},
+        {"prompt": "Who?", "privileged_context": "Who? Ann!"},
+    ]
+    questions = edits.to_privileged_context(prompt_format="question")
+    assert questions["prompt"][0] == as_question("Ada lives in")
+    assert questions["privileged_context"][0] == "Ada lives in Bern."
+    with pytest.raises(EditError, match=r"edits 1 and 2: the prompt .* must have only one target") as error:
+        EditDataset([Edit("Ada lives in", "Bern"), Edit("Ada lives in", "Rome")]).to_privileged_context()
+    assert "\n" not in str(error.value)
+    with pytest.raises(EditError, match="prompt_format must be"):
+        edits.to_privileged_context(prompt_format="chats")  # type: ignore[arg-type]
 
 
 def test_the_limit_returns_the_first_edits_of_the_world() -> None:

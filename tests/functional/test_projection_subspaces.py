@@ -38,6 +38,21 @@ def test_full_energy_takes_the_span_of_the_inputs():
     assert principal_directions(torch.zeros(4, 4)).shape == (4, 0)
 
 
+@pytest.mark.parametrize("energy", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bound_of_the_rank_changes_nothing_but_the_time(energy, dtype):
+    generator = torch.Generator().manual_seed(3)
+    # Vectors of very different lengths, as the inputs of language models are.
+    vectors = torch.randn(40, 100, generator=generator, dtype=dtype) * torch.logspace(1, -1, 40, dtype=dtype)[:, None]
+    moment = vectors.T @ vectors / 40
+    whole = principal_directions(moment, energy=energy)
+    bounded = principal_directions(moment, energy=energy, rank=40)
+    assert bounded.shape == whole.shape
+    # In fp32, the moment itself has a rounding error, which matters for the directions with the least energy.
+    assert (bounded @ bounded.T - whole @ whole.T).abs().max() < (1e-9 if dtype == torch.float64 else 1e-3)
+    assert (bounded.T @ bounded - torch.eye(bounded.shape[1])).abs().max() < 1e-12
+
+
 def test_joined_directions_span_both_and_nothing_else():
     first, both = torch.linalg.qr(torch.randn(10, 3, dtype=torch.float64))[0], torch.randn(10, 5, dtype=torch.float64)
     both[:, :2] = first @ torch.randn(3, 2, dtype=torch.float64)

@@ -81,6 +81,7 @@ def test_edits_learned_before_an_error_are_kept(tmp_path: Path) -> None:
         (("--plain", "--ball", "1"), "--plain trains without constraints, so --texts and --ball must be left out."),
         (("--output_dir", str(SCRIPT)), f"because {SCRIPT} is not a folder"),
         (("--ball", "0"), "--ball must be > 0, got 0."),
+        (("--texts_per_step", "1"), "--texts_per_step must be >= 2, got 1."),
     ],
 )
 def test_a_wrong_argument_is_one_line_before_the_model_is_loaded(

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from kedit_train.callbacks.hosts.teacher_vocabulary import check_teacher_vocabulary
 from kedit_train.core.after_end import check_after_end
 from kedit_train.core.reference_weights import check_unchanged
 from kedit_train.core.run import EditRun
@@ -45,11 +46,12 @@ class GuardedLoop(_Guard):
     """Run the training loop of a ``transformers.Trainer``, with a check before the loop and a cleanup after an error.
 
     An instance replaces the method ``_inner_training_loop`` of one trainer. If the trainer resumes from a checkpoint,
-    the instance checks the checkpoint before the loop begins. If an exception ends the loop, the instance closes every
-    ``EditRun`` of the trainer. The trainer's events are not enough for three reasons. First, the trainer loads the
-    optimizer state of a checkpoint before the first event of the training. Second, it sends no event if an exception
-    or ^C ends the training. Third, if the trainer resumes from a checkpoint of the last step, and this step is not the
-    end of an epoch, the trainer would take one more step.
+    the instance checks the checkpoint before the loop begins. If the trainer has a teacher, the instance checks the
+    vocabulary of the teacher. If an exception ends the loop, the instance closes every ``EditRun`` of the trainer. The
+    trainer's events are not enough for three reasons. First, the trainer loads the optimizer state of a checkpoint
+    before the first event of the training. Second, it sends no event if an exception or ^C ends the training. Third, if
+    the trainer resumes from a checkpoint of the last step, and this step is not the end of an epoch, the trainer would
+    take one more step.
 
     Args:
         trainer: the trainer.
@@ -64,6 +66,7 @@ class GuardedLoop(_Guard):
             if isinstance(checkpoint := kwargs.get("resume_from_checkpoint"), str):
                 for run in _runs(trainer):
                     run.host.check_checkpoint(run, checkpoint)
+            check_teacher_vocabulary(trainer)
             if hasattr(type(trainer), _EPOCH):
                 trainer.__dict__[_EPOCH] = self._run_epoch
             result = loop(trainer, *args, **kwargs)
@@ -168,7 +171,7 @@ def guard_loop(control: Any) -> None:
     Args:
         control: the trainer's control object.
     """
-    trainer = _calling_trainer(control)
+    trainer = calling_trainer(control)
     if trainer is not None and _LOOP not in trainer.__dict__ and hasattr(type(trainer), _LOOP):
         trainer.__dict__[_LOOP] = GuardedLoop(trainer)
         if hasattr(type(trainer), _LOAD):
@@ -177,7 +180,7 @@ def guard_loop(control: Any) -> None:
                 trainer.__dict__[_SETUP] = GuardedSetup(trainer)
 
 
-def _calling_trainer(control: Any) -> Any | None:
+def calling_trainer(control: Any) -> Any | None:
     """Search the call stack for the trainer with this control object, because callbacks do not receive the trainer."""
     frame = sys._getframe(1)
     while frame is not None:

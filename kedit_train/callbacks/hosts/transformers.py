@@ -6,8 +6,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from kedit_train.callbacks.hosts.guarded_loop import guard_loop
+from kedit_train.callbacks.hosts.guarded_loop import calling_trainer, guard_loop
 from kedit_train.callbacks.hosts.stacked_experts import check_best_model
+from kedit_train.callbacks.hosts.trainer_loggers import TrainerLoggers
 from kedit_train.callbacks.hosts.transformers_host import TransformersHost
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -75,6 +76,7 @@ class TransformersEvents(TrainerCallback):
         run.host.active_callbacks.add(id(self))
         run.host.state, run.host.train_dataloader = state, train_dataloader
         if run.is_driver(self):
+            run.host.loggers = TrainerLoggers(calling_trainer(control))
             run.host.warn_about_loggers()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

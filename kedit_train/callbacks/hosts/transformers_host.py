@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_train.callbacks.hosts.stacked_experts import load_stacked_experts
+from kedit_train.callbacks.hosts.trainer_loggers import TrainerLoggers
 from kedit_train.core.host import Host
 from kedit_train.core.resume import FORMAT, check_scope
 from kedit_train.core.state_file import FILE, load_state, save_state
@@ -33,6 +34,7 @@ class TransformersHost(Host):
         edit_id: id that is saved in the checkpoints of this edit, so that a resumed run recognizes them.
         resumed_from: a dict with the id ("edit") and the output folder ("folder") of the edit that the trainer has
             resumed. The dict is empty if the trainer has not resumed an edit.
+        loggers: the trainer's loggers except W&B. They are known when training begins.
         active_callbacks: the ids of the callbacks that received the events of this step.
     """
 
@@ -42,6 +44,7 @@ class TransformersHost(Host):
         super().__init__(control)
         self.args, self.state, self.control, self.processing_class = args, state, control, processing_class
         self.train_dataloader: Any = None
+        self.loggers = TrainerLoggers()
         self.pending_metrics: dict[str, float] = {}
         self.edit_id, self.resumed_from = uuid.uuid4().hex, dict[str, str]()
         self.active_callbacks: set[int] = set()
@@ -224,6 +227,13 @@ class TransformersHost(Host):
     def loss_unsupported_reason(self) -> str | None:
         if self.args.n_gpu > 1:
             return "torch.nn.DataParallel copies the model without its hooks; start one process per GPU"
+        # GRPO, RLOO, SDFT, DistillationTrainer, GKD and others. RLOO calls the model with labels, but the result is a
+        # probability in its loss and not the loss itself.
+        if any(hasattr(self.args, name) for name in ("max_completion_length", "max_new_tokens")):
+            return (
+                f"this trainer (configured by {type(self.args).__name__}) computes its own loss from completions; use "
+                "SFTTrainer, or remove this callback"
+            )
         if getattr(self.args, "label_smoothing_factor", 0):
             return (
                 "with label_smoothing_factor, the trainer computes the loss outside of the model; set "
@@ -241,7 +251,7 @@ class TransformersHost(Host):
         if last:
             row = {**self.pending_metrics, "epoch": self.state.epoch, "step": self.state.global_step}
             self.state.log_history.append(row)
-            self._to_wandb(self.take_pending_metrics())
+            self._to_loggers(self.take_pending_metrics(), last=True)
         else:
             # The trainer then logs a row with its own loss, and on_log adds the pending metrics to the row.
             self.control.should_log = True
@@ -256,24 +266,23 @@ class TransformersHost(Host):
         logs.update(metrics)
         if self.state.log_history:
             self.state.log_history[-1].update(metrics)
-        self._to_wandb(metrics)
+        self._to_loggers(metrics)
 
     def warn_about_loggers(self) -> None:
         """Warn about loggers of the trainer that do not receive ``edit/*`` metrics.
 
         W&B receives all rows, tables, charts and files, in the run that the trainer opened. The console, the progress
         bar and ``trainer.state.log_history`` receive all rows of numbers. Other loggers, such as TensorBoard, trackio,
-        MLflow and Comet, receive no ``edit/*`` metrics, because the trainer calls these loggers before the user's
-        callbacks. In an evaluation, the trainer logs its own metrics first. The scores ``eval_edit_*`` are added to the
-        metrics afterwards, so no logger receives these names. ``metric_for_best_model`` and later callbacks, such as
-        ``EarlyStoppingCallback``, can use these scores.
+        MLflow and Comet, receive the rows of numbers during training (:class:`TrainerLoggers`). In an evaluation, the
+        trainer logs its own metrics first. The scores ``eval_edit_*`` are added to the metrics afterwards, so no logger
+        receives these names. ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can use
+        these scores.
         """
-        reports = [self.args.report_to] if isinstance(self.args.report_to, str) else self.args.report_to or []
-        others = [name for name in reports if name not in ("wandb", "none")]
+        others = self.loggers.unreachable(self.args.report_to)
         if others and self.is_main:
             warn(
-                f"edit/* metrics do not reach {', '.join(others)}, because the trainer calls these loggers before "
-                "the user's callbacks; read the metrics in wandb, on the console or in trainer.state.log_history."
+                f"edit/* metrics do not reach {', '.join(others)}, because the trainer has no callback for these "
+                "loggers; read the metrics in wandb, on the console or in trainer.state.log_history."
             )
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -289,7 +298,9 @@ class TransformersHost(Host):
     def stop(self) -> None:
         self.control.should_training_stop = True
 
-    def _to_wandb(self, metrics: Mapping[str, float]) -> None:
+    def _to_loggers(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
+        if self.is_main:
+            self.loggers.send(self.args, self.state, self.control, metrics, last=last)
         run = self.wandb_run()
         if run is not None and metrics:
             # The argument step= is not passed, because wandb silently drops a row if its step is below wandb's own

@@ -40,7 +40,7 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "--full",
         action="store_true",
-        help="also measure prefixes, format, KL, old answers, fluency, retrieval and weight drift",
+        help="also measure prefixes, format, KL, old answers, fluency, retrieval, overlap and weight drift",
     )
     add(
         "--protocol",

@@ -80,9 +80,13 @@ def holds_model_inputs(source: Any) -> bool:
     """Return whether ``source`` contains model inputs (tensors, or tuples or mappings of tensors), not texts."""
     if isinstance(source, str) or not isinstance(source, Iterable):
         return False
-    first = next(iter(source), None)
-    values = first.values() if isinstance(first, Mapping) else first if isinstance(first, tuple | list) else [first]
-    return any(isinstance(value, Tensor) for value in values)
+    return _holds_tensor(next(iter(source), None))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping | tuple | list):
+        return any(_holds_tensor(inner) for inner in (value.values() if isinstance(value, Mapping) else value))
+    return isinstance(value, Tensor)
 
 
 def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator[Batch]:
@@ -94,13 +98,32 @@ def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator
         device: device to which the tensors are moved.
     """
     for item in islice(source, rank(), None, world_size()):
-        if isinstance(item, Mapping):
-            inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}
-            mask = inputs.get("attention_mask")
-            yield Batch(inputs, None if mask is None or bool(mask.all()) else mask.bool())
-        else:
-            values = item if isinstance(item, tuple | list) else [item]
-            yield Batch(tuple(v.to(device) if isinstance(v, Tensor) else v for v in values))
+        yield model_input_batch(item, device)
+
+
+def model_input_batch(item: Any, device: torch.device) -> Batch:
+    """Return the batch of one forward pass, with all tensors on ``device``.
+
+    Args:
+        item: a mapping (keyword arguments), a tuple or list (positional arguments) or a tensor. An argument may itself
+            be a mapping, a tuple or a list of tensors.
+        device: device to which the tensors are moved.
+    """
+    if isinstance(item, Mapping):
+        inputs = {name: _move(value, device) for name, value in item.items()}
+        mask = inputs.get("attention_mask")
+        return Batch(inputs, None if mask is None or bool(mask.all()) else mask.bool())
+    values = item if isinstance(item, tuple | list) else [item]
+    return Batch(tuple(_move(value, device) for value in values))
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _move(inner, device) for name, inner in value.items()}
+    # A named tuple would need other arguments, and is passed on as it is.
+    return type(value)(_move(inner, device) for inner in value) if type(value) in (tuple, list) else value
 
 
 def find_text_model(run: EditRun) -> nn.Module:

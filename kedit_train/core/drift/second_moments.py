@@ -58,6 +58,10 @@ class SecondMoment:
         """Combine two moments into the moment of the vectors of both. Every vector has the same weight in the mean."""
         return SecondMoment(self.sum + other.sum, self.count + other.count)
 
+    def __sub__(self, other: SecondMoment) -> SecondMoment:
+        """Remove the vectors of ``other`` from the moment."""
+        return SecondMoment(self.sum - other.sum, self.count - other.count)
+
 
 def zero_moment(weight: Tensor, size: int) -> SecondMoment:
     """Return a second moment without vectors. Its sum is zero, [size, size], on the device of ``weight``.

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from kedit_train.core.cache.hidden_state_store import HiddenStateStore
 from kedit_train.core.cache.sequence_keys import forward_keys
+from kedit_train.core.locality.divergence_penalty import DivergencePenalty
 from kedit_train.core.locality.reference_cache import ReferenceCache
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
@@ -35,7 +36,7 @@ class AnchorTerm:
 
     Args:
         run: the run. It must keep the weights before the edit while the term is in use.
-        weight: factor of the divergence.
+        penalty: the weight of the divergence, which may change between steps.
         direction: direction of the divergence, as in :func:`kedit_train.functional.token_divergence`.
         cache: settings for storing the reference hidden states.
 
@@ -48,14 +49,16 @@ class AnchorTerm:
         EditError: the model is sharded with FSDP2.
     """
 
-    def __init__(self, run: EditRun, *, weight: float, direction: Direction, cache: ReferenceCache) -> None:
+    def __init__(
+        self, run: EditRun, penalty: DivergencePenalty, *, direction: Direction, cache: ReferenceCache
+    ) -> None:
         if any(isinstance(p, DTensor) for p in run.model.parameters()):
             raise EditError(
                 "FSDP2 is not supported, because BatchAnchor runs the unedited model inside the forward pass, where "
                 "sharded parameters cannot be accessed; use DDP or a single process, or use KLLocality with texts."
             )
         self.run, self.head = run, run.head()
-        self.weight, self.dtype = weight, cache.torch_dtype
+        self.penalty, self.dtype = penalty, cache.torch_dtype
         self.direction: Direction = direction
         limit = sys.maxsize if cache.memory_bytes is None else cache.memory_bytes
         self.store = HiddenStateStore(limit, cache.directory)
@@ -63,6 +66,11 @@ class AnchorTerm:
         self.last_step = -1
         self._reference_projection = run.reference_head()
         self._sum, self._tokens = torch.zeros(()), 0
+
+    @property
+    def weight(self) -> float:
+        """Factor of the divergence in the current step."""
+        return self.penalty.weight
 
     def reference_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
         """Return the reference hidden states at the positions that predict supervised tokens, [N, hidden].
@@ -91,6 +99,7 @@ class AnchorTerm:
         """Record the divergence [N] of one forward pass for :meth:`metrics`."""
         self._sum = self._sum.to(divergence.device) + divergence.detach().sum(dtype=torch.float32)
         self._tokens, self.last_step = self._tokens + len(divergence), self.run.step
+        self.penalty.observe(divergence)
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics since the last call of this method.

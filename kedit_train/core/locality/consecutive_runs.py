@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
+from kedit_train import world
+from kedit_train.core.locality.texts import Texts
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError, warn
 
@@ -44,3 +48,19 @@ def require_edits(run: EditRun, reason: str) -> None:
             f"{reason}, but the edits of this run are unknown; pass them with the callback EditMetrics(edits) or with "
             "editing(edits=...)."
         )
+
+
+def remaining_texts(texts: Texts, chosen: Sequence[str], run: EditRun) -> list[str]:
+    """Return the texts of earlier runs that do not contain an evaluation prompt of the edits of this run.
+
+    Args:
+        texts: the source from which the texts of the first run were chosen.
+        chosen: the texts of the previous run.
+        run: the run that begins. With the bundled texts, texts on facts that its edits affect are left out, too.
+
+    Raises:
+        EditError: no text is left.
+    """
+    if texts.of_world:
+        return world.unaffected(chosen, run.edits)
+    return replace(texts, source=list(chosen), nearest=None).load(run.edits, tokenizer=run.tokenizer(texts.tokenizer))

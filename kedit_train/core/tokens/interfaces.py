@@ -27,7 +27,8 @@ class TokenTerm(Protocol):
         weight: factor of the term.
     """
 
-    weight: float
+    @property
+    def weight(self) -> float: ...
 
     def reference_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], labels: Tensor) -> Tensor:
         """Return the reference model's hidden states [N, hidden], which the term needs.

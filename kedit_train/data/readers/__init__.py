@@ -10,20 +10,32 @@ from typing import Any
 from kedit_train.arguments import check_arguments, integer_from, one_of, optional
 from kedit_train.data.contradictions import duplicates
 from kedit_train.data.readers.check_edit import check_edit
+from kedit_train.data.readers.consequences import HALLUEDITBENCH, RIPPLE_EDITS, UNIEDIT
 from kedit_train.data.readers.counterfact import COUNTERFACT
+from kedit_train.data.readers.documents import DOCUMENTS
 from kedit_train.data.readers.fields import REMEDY, Fields, describe, quoted
 from kedit_train.data.readers.files import decode_cells
 from kedit_train.data.readers.format import Format
 from kedit_train.data.readers.knowedit import KNOWEDIT
+from kedit_train.data.readers.long_answers import AKEW, LEME, UNKEBENCH
 from kedit_train.data.readers.own import OWN
 from kedit_train.data.readers.questions import QAEDIT, WIKIBIGEDIT, ZSRE
 from kedit_train.data.readers.rewrites import COUNTERFACT_NESTED, MQUAKE
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 
-FORMATS: dict[str, Format] = {
-    form.name: form for form in (OWN, COUNTERFACT, COUNTERFACT_NESTED, ZSRE, KNOWEDIT, WIKIBIGEDIT, QAEDIT, MQUAKE)
-}
+_ALL = (
+    *(OWN, COUNTERFACT, COUNTERFACT_NESTED, ZSRE, KNOWEDIT, WIKIBIGEDIT, QAEDIT, MQUAKE, DOCUMENTS, UNKEBENCH, AKEW),
+    *(LEME, RIPPLE_EDITS, UNIEDIT, HALLUEDITBENCH),
+)
+FORMATS: dict[str, Format] = {form.name: form for form in _ALL}
+
+
+def formats_of(record: Mapping[str, Any]) -> list[Format]:
+    """Return the formats whose keys a record has."""
+    recognized = [form for form in FORMATS.values() if form.recognize(record)]
+    extended = {name for form in recognized for name in form.extends}
+    return [form for form in recognized if form.name not in extended]
 
 
 def recognize(records: Sequence[Any], name: str) -> str:
@@ -39,7 +51,7 @@ def recognize(records: Sequence[Any], name: str) -> str:
     votes: Counter[str] = Counter()
     for record in records:
         if isinstance(record, Mapping):
-            votes.update(form.name for form in FORMATS.values() if form.recognize(record))
+            votes.update(form.name for form in formats_of(record))
     ranked = votes.most_common()
     best = [form for form, count in ranked if count == ranked[0][1]]
     if len(best) == 1:
@@ -48,7 +60,7 @@ def recognize(records: Sequence[Any], name: str) -> str:
     if not mappings:
         # This call raises an error that names the type of the record.
         read_record(records[0], OWN, f"{name}, record 1", chosen=True, csv=False)
-    shown = [record for record in mappings if not best or any(FORMATS[form].recognize(record) for form in best)]
+    shown = [record for record in mappings if not best or {form.name for form in formats_of(record)} & {*best}]
     keys = quoted(dict.fromkeys(key for record in shown for key in record))
     if best:
         raise EditError(
@@ -78,9 +90,9 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
         raise record
     if not isinstance(record, Mapping):
         raise EditError(f"{where}: the record must be a mapping of fields, got {describe(record)}; {REMEDY}")
-    others = set(record) - form.reads - form.ignores
+    others = form.unknown(record)
     if others and not chosen:
-        matches = [other.name for other in FORMATS.values() if other is not form and other.recognize(record)]
+        matches = [other.name for other in formats_of(record) if other is not form]
         if matches:
             raise EditError(
                 f"{where}: field {quoted([min(map(str, others))])} belongs to the format {matches[0]}, but the file is "
@@ -96,6 +108,7 @@ def read_records(
     records: list[Any],
     name: str,
     *,
+    places: Sequence[str] | None = None,
     format: str | None = None,
     on_error: str = "raise",
     limit: int | None = None,
@@ -109,6 +122,7 @@ def read_records(
     Args:
         records: the records.
         name: the beginning of every error message, for example the name of the file.
+        places: the beginning of the error messages about each record. None uses ``name`` and the number of the record.
         format: the name of the format. None recognizes the format from the fields of the records.
         on_error: "raise" or "skip".
         limit: stop after this many readable records. None reads all records.
@@ -138,7 +152,7 @@ def read_records(
         if limit is not None and done == limit:
             break
         try:
-            where = f"{name}, record {number}"
+            where = places[number - 1] if places else f"{name}, record {number}"
             made = read_record(record, form, where, chosen=format is not None, csv=csv)
             for edit in made:
                 check_edit(edit, where)
@@ -149,7 +163,7 @@ def read_records(
             continue
         edits += made
         done += 1
-        unread.update(str(key) for key in set(record) - form.reads - form.ignores)
+        unread.update(str(key) for key in form.unknown(record))
     if unread:
         listed = ", ".join(f"{quoted([key])} ({count} records)" for key, count in sorted(unread.items())[:20])
         listed += f" and {len(unread) - 20} others" if len(unread) > 20 else ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from kedit_train.paths import why_no_file
 SUFFIXES = (".json", ".jsonl", ".csv")
 # The keys under which a JSON file may keep its list of records.
 LIST_KEYS = ("data", "records", "edits")
+# The csv module accepts cells of at most 131072 characters by default. This is the largest limit on every platform.
+_CELL_LENGTH = 2**31 - 1
 
 
 def read_file(path: Path) -> list[Any]:
@@ -37,17 +40,7 @@ def read_file(path: Path) -> list[Any]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise EditError(f"{path}: the file name must end in one of {', '.join(SUFFIXES)}; rename or convert the file")
-    try:
-        if not path.is_file():
-            raise EditError(f"{path}: the file {why_no_file(path)} (working directory: {Path.cwd()})")
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise EditError(f"{path}: the file cannot be read ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise EditError(
-            f"{path}: the file must be UTF-8 text, got an invalid byte at position {error.start}; save the file as "
-            "UTF-8"
-        ) from error
+    text = read_text(path)
     if not text.strip():
         raise EditError(f"{path}: the file is empty; add at least one record with a prompt and a target")
     if suffix == ".json":
@@ -61,6 +54,25 @@ def read_file(path: Path) -> list[Any]:
     return records
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file, with or without byte order mark.
+
+    Raises:
+        EditError: the file is missing, cannot be read, or is not UTF-8 text.
+    """
+    try:
+        if not path.is_file():
+            raise EditError(f"{path}: the file {why_no_file(path)} (working directory: {Path.cwd()})")
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise EditError(f"{path}: the file cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise EditError(
+            f"{path}: the file must be UTF-8 text, got an invalid byte at position {error.start}; save the file as "
+            "UTF-8"
+        ) from error
+
+
 def read_json(path: Path, text: str) -> list[Any]:
     """Parse a JSON file and return its list of records."""
     try:
@@ -71,6 +83,8 @@ def read_json(path: Path, text: str) -> list[Any]:
         raise EditError(f"{where}: the file is not valid JSON ({error.reason}); correct the file{hint}") from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in LIST_KEYS if isinstance(content.get(key), list)), content)
+        if isinstance(content, Mapping) and content and all(map(_is_uniedit, content.values())):
+            content = [{"id": key, **record} for key, record in content.items()]
     if not isinstance(content, list):
         keys = f" with the keys {quoted(content)}" if isinstance(content, Mapping) else ""
         raise EditError(
@@ -78,6 +92,11 @@ def read_json(path: Path, text: str) -> list[Any]:
             f"{', '.join(LIST_KEYS)}, got {describe(content)}{keys}; put the records into a list"
         )
     return content
+
+
+def _is_uniedit(record: object) -> bool:
+    """Return whether a value is a record of UniEdit, whose files are mappings from identifiers to records."""
+    return isinstance(record, Mapping) and isinstance(record.get("edit"), Mapping)
 
 
 def read_jsonl(path: Path, text: str) -> list[Any]:
@@ -99,7 +118,7 @@ def read_jsonl(path: Path, text: str) -> list[Any]:
 def read_csv(path: Path) -> list[Any]:
     """Parse a CSV file. A row with the wrong number of cells becomes an ``EditError``."""
     records: list[Any] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
         rows = csv.reader(file, strict=True)
         try:
             names = [name.strip() for name in next(rows)]
@@ -122,6 +141,16 @@ def read_csv(path: Path) -> list[Any]:
                 f"{path}, line {rows.line_num}: the file is not valid CSV ({error}); correct the file"
             ) from error
     return records
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let the csv module read cells of any length in the block. The limit belongs to the process, so it is restored."""
+    limit = csv.field_size_limit(_CELL_LENGTH)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def decode_cells(record: Mapping[str, Any], structured: frozenset[str], where: str) -> dict[str, Any]:

@@ -23,6 +23,9 @@ class Format:
         ignores: names of the top-level fields that are known but not read. The docstring of ``read`` says why.
         structured: names of the fields that contain lists or mappings. In a CSV file, a cell of such a field contains
             JSON or texts separated by ``|``.
+        ignored_prefixes: beginnings of the names of further fields that are known but not read.
+        extends: names of the formats whose records this format extends with further fields. A record that has this
+            format does not count as a record of these formats.
     """
 
     name: str
@@ -31,6 +34,13 @@ class Format:
     reads: frozenset[str]
     ignores: frozenset[str] = frozenset()
     structured: frozenset[str] = frozenset()
+    ignored_prefixes: tuple[str, ...] = ()
+    extends: frozenset[str] = frozenset()
+
+    def unknown(self, record: Mapping[str, Any]) -> set[str]:
+        """Return the names of the fields of a record that this format does not know."""
+        others = set(record) - self.reads - self.ignores
+        return {key for key in others if not str(key).startswith(self.ignored_prefixes)}
 
 
 def field_names(text: str) -> frozenset[str]:

@@ -31,7 +31,7 @@ class ProbeRequest:
     Args:
         edit: the id of the edit that the prompt tests, or its number in the data if it has no id.
         question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence",
-            "fluency" or "retrieval".
+            "fluency", "overlap" or "retrieval".
         kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
             "continuation", or a kind that the data names. A "retrieval" prompt is a copy of another prompt, with the
             new fact of the edit in front. Its ``kind`` is the ``question`` of that other prompt.
@@ -70,6 +70,7 @@ def probe_requests(
             one probe: a completion is rewritten as a question, and a question as a completion. "resurgence" adds three
             probes: one denies the old answer ("Built on Sand", arXiv 2510.00625), and two offer the old and the new
             answer as a choice, once in each order. "fluency" adds a long continuation of the prompt.
+            "overlap" adds an answer as long as the target, to the prompt and to each rephrase.
         prefixes: the sentences for "prefixes".
         seed: seed for drawing the prefixes. The draw also depends on ``name``.
         prompt_format: the format of the prompts. With the format "question", the metric "format" rewrites every prompt
@@ -122,6 +123,9 @@ def probe_requests(
             )
     if "fluency" in metrics:
         yield ProbeRequest(edit=name, question="fluency", kind="continuation", prompt=edit.prompt)
+    if "overlap" in metrics:
+        yield new("overlap", "prompt", edit.prompt)
+        yield from (new("overlap", "rephrase", rephrase) for rephrase in edit.rephrases)
 
 
 def negation_prompt(prompt: str, old_answer: str) -> str:

@@ -32,6 +32,8 @@ PAPERS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "ContextTeacher": (("In-Context Editing: Learning Knowledge from Self-Induced Distributions", "2406.11194"),),
     'TokenLoss("dft"': (("On the Generalization of SFT", "2508.05629"),),
     "KLLocality": (("Fast Model Editing at Scale", "2110.11309"),),
+    "OutputAnchor": (("Dark Experience for General Continual Learning", "2004.07211"),),
+    "ForgettingBudget": (("Responsive Safety in Reinforcement Learning by PID Lagrangian Methods", "2007.03964"),),
     "NormBall": (("Modifying Memories in Transformer Models", "2012.00363"),),
     "NullSpace": (("AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", "2410.02355"),),
     "LowCurvature": (("CrispEdit", "2602.15823"),),

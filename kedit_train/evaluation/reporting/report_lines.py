@@ -99,6 +99,11 @@ def score_lines(report: ReportData) -> Iterator[ScoreLine]:
     ):
         if fluency[name].n:
             yield ScoreLine(label=label, unedited=unedited_fluency.get(name, NO_SCORE), edited=fluency[name])
+    for kind, score in metrics.get("overlap", {}).items():
+        if score.n:
+            label = "overlap with the target (ROUGE-L)" if kind == "prompt" else kind
+            before = unedited.get("overlap", {}).get(kind, NO_SCORE)
+            yield ScoreLine(label=label, unedited=before, edited=score, is_kind=kind != "prompt")
     if metrics["perplexity"].n:
         unedited_perplexity = unedited.get("perplexity", NO_SCORE)
         yield ScoreLine(label="perplexity", unedited=unedited_perplexity, edited=metrics["perplexity"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError
-from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult
+from kedit_train.evaluation.scoring.probe_results import OPEN, Judge, ProbeResult
 from kedit_train.evaluation.scoring.protocols import (
     Protocols,
     agreement,
@@ -32,13 +32,13 @@ def compare_with_unedited(
     Raises:
         EditError: the unedited model has no answer to one of the prompts.
     """
-    answers = {(result.question == "fluency", result.prompt): result for result in unedited}
+    answers = {(_open_question(result), result.prompt): result for result in unedited}
     answers |= {(r.question, r.prompt, r.accepted): r for r in unedited}  # type: ignore[misc]
     compared = []
     for result in results:
         own: Mapping[Any, ProbeResult] = answers
         before = own.get((result.question, result.prompt, result.accepted))
-        before = before or own.get((result.question == "fluency", result.prompt))
+        before = before or own.get((_open_question(result), result.prompt))
         if before is None and not _is_extra(result):
             raise EditError(
                 f"the report passed as unedited= has no answer to the prompt {shorten(result.prompt)!r}; evaluate the "
@@ -46,6 +46,11 @@ def compare_with_unedited(
             )
         compared.append(result if before is None else compare_answers(before, result, protocols, judge))
     return compared
+
+
+def _open_question(result: ProbeResult) -> str:
+    """Return the question of an open text, or an empty text. The other questions share one answer per prompt."""
+    return result.question if result.question in OPEN else ""
 
 
 def compare_answers(before: ProbeResult, after: ProbeResult, protocols: Protocols, judge: Judge) -> ProbeResult:
@@ -94,4 +99,4 @@ def _is_extra(request: ProbeResult) -> bool:
     """Return True for a probe of an extra metric, which the unedited model's report may lack."""
     if request.question == "generality":
         return request.kind != "rephrase"
-    return request.question in ("resurgence", "fluency", "retrieval")
+    return request.question in ("resurgence", "retrieval", *OPEN)

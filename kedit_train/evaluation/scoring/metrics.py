@@ -12,7 +12,8 @@ from typing import Any
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, scores_of_means
 from kedit_train.evaluation.scoring.comparison import success
 from kedit_train.evaluation.scoring.fluency import ngram_entropy, repetition
-from kedit_train.evaluation.scoring.probe_results import ProbeResult
+from kedit_train.evaluation.scoring.overlap import rouge_l
+from kedit_train.evaluation.scoring.probe_results import OPEN, ProbeResult
 from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
 QUESTIONS = ("reliability", "generality", "portability", "locality")
@@ -106,7 +107,9 @@ def summarize(
       so on;
     - ``resurgence``: how often the old answer is generated (``says_old``), and how often it is more probable than the
       new answer (``prefers_old``), by kind of probe;
-    - ``fluency``: entropy and repetition of the continuations of the edits' prompts.
+    - ``fluency``: entropy and repetition of the continuations of the edits' prompts;
+    - ``overlap``: ROUGE-L of the texts that the model generates, against the whole targets, for the edits' own prompts
+      (``prompt``) and for their rephrases (``rephrase``).
 
     Args:
         results: the results of all probes.
@@ -142,7 +145,7 @@ def summarize(
                     _add_kl(values, (question, "by_kind", kind, "kl"), [r for r in own if r.kind == kind])
     _add_positions(values, [r for r in results if r.question == "reliability"])
     _add_resurgence(values, results)
-    asked = [r for r in results if r.question not in ("fluency", "retrieval")] if protocols.whole_answers else []
+    asked = [r for r in results if r.question not in (*OPEN, "retrieval")] if protocols.whole_answers else []
     values.add(("answers", "ended"), asked, lambda r: r.ended)
     for question in QUESTIONS:
         if own := [r for r in results if r.question == "retrieval" and r.kind == question]:
@@ -151,6 +154,9 @@ def summarize(
     values.add(("fluency", "entropy"), continuations, lambda r: ngram_entropy(r.answer))
     values.add(("fluency", "repetition"), continuations, lambda r: repetition(r.answer))
     values.add(("fluency", "ended"), continuations, lambda r: r.ended)
+    for kind in ("prompt", "rephrase"):
+        own = [r for r in results if r.question == "overlap" and r.kind == kind]
+        values.add(("overlap", kind), own, lambda r: rouge_l(r.answer, r.accepted))
     values.write_scores(metrics)
     metrics["reliability"]["smallest_token_probability"] = _smallest_token_probability(results)
     if "probability" in protocols.names:

@@ -23,6 +23,8 @@ Judge = Callable[[str, Sequence[str]], bool]
 
 # Maximum length of the continuations for "fluency", in tokens, as in CounterFact (arXiv 2202.05262).
 FLUENCY_TOKENS = 100
+# Questions whose answers are open texts. A line break does not end them.
+OPEN = ("fluency", "overlap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +155,14 @@ def answer_requests(
         progress: show progress bars in a terminal.
 
     Returns:
-        One result per probe, and a dict from prompt to answer. The dict does not contain the continuations for
-        "fluency".
+        One result per probe, and a dict from prompt to answer. The dict does not contain the texts for
+        "fluency" and "overlap".
     """
     settings: dict[str, Any] = {"batch_size": options.batch_size, "prompt_format": options.asked_format}
     settings["progress"] = progress
-    pairs = [(r.prompt, r.accepted[0]) for r in requests if r.accepted]
-    pairs += [(r.prompt, rival) for r in requests if (rival := _rival(r, options, protocols)) is not None]
-    asked = [r for r in requests if r.question != "fluency"]
+    asked = [r for r in requests if r.question not in OPEN]
+    pairs = [(r.prompt, r.accepted[0]) for r in asked if r.accepted]
+    pairs += [(r.prompt, rival) for r in asked if (rival := _rival(r, options, protocols)) is not None]
     prompts = list(dict.fromkeys(r.prompt for r in asked))
     if protocols.whole_answers:
         limits = dict.fromkeys(prompts, options.max_new_tokens)
@@ -171,14 +173,14 @@ def answer_requests(
     share = protocols.names != EXACT.names and can_share_prompts(model)
     ask = _ask_together if share else _ask_separately
     answers, forced = ask(model, tokenizer, prompts, pairs, limits, protocols, settings)
-    open_prompts = [r.prompt for r in requests if r.question == "fluency"]
-    texts: dict[str, Answer] = {}
-    if open_prompts:
-        settings |= {"max_new_tokens": FLUENCY_TOKENS, "stops": ()}
-        texts = dict(zip(open_prompts, generate_answers(model, tokenizer, open_prompts, **settings), strict=True))
+    texts: dict[tuple[str, str], Answer] = {}
+    for question in OPEN:
+        if limits := _open_limits(tokenizer, [r for r in requests if r.question == question]):
+            generated = generate_answers(model, tokenizer, list(limits), max_new_tokens=limits, stops=(), **settings)
+            texts |= {(question, prompt): answer for prompt, answer in zip(limits, generated, strict=True)}
     results = []
     for request in requests:
-        answer = (texts if request.question == "fluency" else answers)[request.prompt]
+        answer = texts.get((request.question, request.prompt)) or answers[request.prompt]
         result = _result(request, answer, forced, _rival(request, options, protocols), protocols)
         results.append(replace(result, right=is_right(protocols.headline, result, judge)))
     return results, answers
@@ -243,6 +245,15 @@ def _short_limits(tokenizer: Any, requests: Sequence[ProbeRequest]) -> dict[str,
                 lengths[answer] = len(encode_continuation(tokenizer, f" {answer}"))
         longest = max((lengths[answer] for answer in request.accepted), default=0)
         limits[request.prompt] = max(limits.get(request.prompt, MINIMUM_KEPT), longest + MARGIN if longest else 0)
+    return limits
+
+
+def _open_limits(tokenizer: Any, requests: Sequence[ProbeRequest]) -> dict[str, int]:
+    """Return how many tokens to generate for each prompt that is answered with an open text."""
+    limits: dict[str, int] = {}
+    for request in requests:
+        lengths = [len(encode_continuation(tokenizer, f" {answer}")) + MARGIN for answer in request.accepted]
+        limits[request.prompt] = max([limits.get(request.prompt, 0), *(lengths or [FLUENCY_TOKENS])])
     return limits
 
 

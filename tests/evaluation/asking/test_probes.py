@@ -38,6 +38,7 @@ def test_each_extra_metric_adds_its_probes():
         "resurgence": [("resurgence", "negation"), ("resurgence", "choice"), ("resurgence", "choice")],
         "fluency": [("fluency", "continuation")],
         "retrieval": [],
+        "overlap": [("overlap", "prompt"), ("overlap", "rephrase")],
     }
 
 

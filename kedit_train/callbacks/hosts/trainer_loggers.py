@@ -1,0 +1,63 @@
+"""Send edit/* metrics to the loggers that a transformers trainer was asked to report to, such as TensorBoard."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+
+class TrainerLoggers:
+    """The logger callbacks of one trainer, except that of W&B.
+
+    The trainer calls its loggers before the user's callbacks, so a row has no ``edit/*`` metrics when the loggers
+    receive it. :meth:`send` calls the loggers a second time at the same step, with these metrics only. W&B is left out,
+    because :class:`~kedit_train.callbacks.hosts.transformers_host.TransformersHost` logs tables and files there, too.
+
+    Args:
+        trainer: a ``transformers.Trainer``, or None if the trainer is unknown.
+    """
+
+    def __init__(self, trainer: Any | None = None) -> None:
+        # A strong reference would create a reference cycle that keeps the trainer and its model in memory.
+        self._handler = None if trainer is None else weakref.ref(trainer.callback_handler)
+
+    def _callbacks(self) -> list[Any]:
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbCallback
+
+        handler = None if self._handler is None else self._handler()
+        kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+        every = [] if handler is None else handler.callbacks
+        return [one for one in every if isinstance(one, kinds) and not isinstance(one, WandbCallback)]
+
+    def unreachable(self, report_to: str | list[str] | None) -> list[str]:
+        """Return the names in ``report_to``, except W&B, for which the trainer has no logger callback."""
+        from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+        names = [report_to] if isinstance(report_to, str) else report_to or []
+        present = self._callbacks()
+        return [
+            name
+            for name in names
+            if name not in ("wandb", "none")
+            and not any(isinstance(one, INTEGRATION_TO_CALLBACK.get(name, ())) for one in present)
+        ]
+
+    def send(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], *, last: bool = False) -> None:
+        """Log metrics at the current step.
+
+        Args:
+            args: the arguments of the trainer.
+            state: the state of the trainer.
+            control: the control object of the trainer.
+            metrics: metrics by key.
+            last: whether training has ended. The loggers then have ended, too. Only TensorBoard opens its file again.
+                Another logger would begin a new run.
+        """
+        from transformers.integrations.integration_utils import TensorBoardCallback
+
+        for callback in self._callbacks() if metrics else ():
+            if not last or isinstance(callback, TensorBoardCallback):
+                callback.on_log(args, state, control, logs=dict(metrics))
+            if last and isinstance(callback, TensorBoardCallback):
+                callback.on_train_end(args, state, control)

@@ -1,0 +1,50 @@
+"""A penalty on the divergence from the model before the edit, whose weight another callback may change."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# A divergence is measured on given texts (KLLocality), on the training batch itself (BatchAnchor), or on the outputs
+# for given inputs (OutputAnchor).
+Measured = Literal["texts", "batch", "outputs"]
+# A callback that adds such a penalty provides this name.
+CAPABILITY = "divergence_penalty"
+
+
+class DivergencePenalty:
+    """The weight of a penalty on a divergence, and the divergence that was measured since the last step.
+
+    The callback that adds the penalty reads ``weight`` in every step and reports what it has measured with
+    :meth:`observe`. A callback that adapts the weight sets ``adapted``, reads the measurements with :meth:`take` and
+    writes ``weight``.
+
+    Args:
+        measured_on: "texts", "batch" or "outputs".
+        weight: the weight at the start of the run.
+
+    Attributes:
+        weight: factor of the mean divergence per token in the training loss.
+        adapted: whether a callback changes the weight during training.
+    """
+
+    def __init__(self, measured_on: Measured, weight: float) -> None:
+        self.measured_on, self.weight, self.adapted = measured_on, weight, False
+        self._sum, self._tokens = torch.zeros(()), 0
+
+    def observe(self, divergence: Tensor) -> None:
+        """Record the divergence [N] of each token in nats, not multiplied by ``weight``.
+
+        :class:`OutputAnchor` records the distance [N] of each output, in the unit of its distance.
+        """
+        if self.adapted:
+            self._sum = self._sum.to(divergence.device) + divergence.detach().sum(dtype=torch.float32)
+            self._tokens += divergence.numel()
+
+    def take(self) -> tuple[Tensor, int]:
+        """Return the sum of the divergence and the number of tokens since the last call, in this process."""
+        taken = self._sum, self._tokens
+        self._sum, self._tokens = torch.zeros(()), 0
+        return taken

@@ -1,0 +1,343 @@
+"""TRL trainers that train on generated completions: every callback works or is refused before the first step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance.on_policy import PROMPTS, TRAINERS, edits, reward, student, teacher, trainer
+from conformance.settings import SETTINGS, SHORT, TEXTS, one_host_each
+from conformance.test_conformance import traces
+from conformance.test_other_trainers import Rows, moved
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from kedit_train.callbacks import (
+    EditCallback,
+    EditMetrics,
+    GradientMask,
+    KLLocality,
+    NormBall,
+    NullSpace,
+    ParameterScope,
+    PolyakStep,
+    PrefixCache,
+    SecondOrderLocality,
+    StopWhenEdited,
+    WeightAnchor,
+)
+from kedit_train.callbacks.hosts.teacher_vocabulary import check_teacher_vocabulary
+from kedit_train.data.fact_in_context import prompt_with_fact
+from kedit_train.errors import EditError
+
+SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
+LOSS = "^{name}: the (loss|penalty) .* computes its own loss from completions; use SFTTrainer, or remove"
+# Callbacks that replace the loss, or that read the loss of another callback.
+REFUSED = {
+    "TokenLoss": "TokenLoss",
+    "TokenSmoothing": "TokenSmoothing",
+    "ContextTeacher": "ContextTeacher",
+    "BatchAnchor": "BatchAnchor",
+    "ForgettingBudget": "BatchAnchor",
+    "SecondOrderLocality": "TokenSmoothing",
+    "PolyakStep": "TokenSmoothing",
+    "ActiveSet": "TokenSmoothing",
+    "StopWhenEdited": "TokenSmoothing",
+}
+WORKING = [name for name in SETTINGS if name not in REFUSED]
+
+
+def scope() -> ParameterScope:
+    return ParameterScope(layers="2-3", modules="mlp.down_proj")
+
+
+def train(kind: str, callbacks: list[Any], steps: int = 3, **extra: Any) -> Any:
+    model, tokenizer = student()
+    used = trainer(kind, model, tokenizer, callbacks, steps, **extra)
+    used.train()
+    return used
+
+
+@pytest.mark.filterwarnings("ignore:PrefixCache. a batch is computed in full")
+@pytest.mark.parametrize(("callback", "kind"), one_host_each(WORKING, TRAINERS))
+def test_a_callback_trains_and_leaves_no_trace(callback: str, kind: str) -> None:
+    # The trainers themselves leave a hook on the embeddings after each generation.
+    expected_traces = traces(train(kind, [], 2).model)
+    model, tokenizer = student()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    callbacks = SETTINGS[callback](edits())
+    scoped = any(isinstance(one, ParameterScope) for one in callbacks)
+    trainer(kind, model, tokenizer, callbacks, 2).train()
+    assert traces(model) == expected_traces
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
+    assert changed == {n for n in weights if not scoped or "layers.3.mlp.down_proj" in n}
+
+
+@pytest.mark.parametrize(("callback", "kind"), one_host_each(REFUSED, TRAINERS))
+def test_a_callback_that_needs_the_loss_is_an_error_before_the_first_step(callback: str, kind: str) -> None:
+    (model, tokenizer), steps = student(), []
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        with pytest.raises(EditError, match=LOSS.format(name=REFUSED[callback])):
+            trainer(kind, model, tokenizer, SETTINGS[callback](edits()), 2).train()
+    finally:
+        handle.remove()
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (PolyakStep, r"^PolyakStep: .*TokenLoss"),
+        (lambda: SecondOrderLocality(texts=TEXTS), r"^SecondOrderLocality: .*TokenLoss"),
+        (lambda: StopWhenEdited(loss=0.1), r"^StopWhenEdited: .*TokenLoss"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["SDFT", "GRPO"])
+def test_a_callback_without_the_loss_that_it_reads_is_an_error(kind: str, callback: Any, message: str) -> None:
+    with pytest.raises(EditError, match=message) as error:
+        train(kind, [scope(), callback()])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_scope_mask_ball_and_anchor_are_exact(kind: str) -> None:
+    rows = Rows()
+    constraints = [scope(), GradientMask("magnitude", density=0.25), NormBall(1e-3), WeightAnchor(strength=10.0)]
+    used = train(kind, [*constraints, rows])
+    assert set(moved(used.model, rows.before)) == SCOPE
+    for name, entries in moved(used.model, rows.before).items():
+        start, now = rows.before[name], used.model.get_parameter(name).detach()
+        kept = start.abs().flatten().argsort()[: round(0.75 * start.numel())]
+        assert torch.equal(start.flatten()[kept].view(torch.int32), now.flatten()[kept].view(torch.int32))
+        assert entries > 0.2 * start.numel()
+        assert 5e-4 < float((now.double() - start.double()).abs().max()) <= 1e-3
+    assert len(rows.rows) == 3
+    assert rows.rows[-1]["edit/drift/anchor"] > 0.0
+    assert used.state.log_history[0]["edit/scope/mask_density"] == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_null_space_holds(kind: str) -> None:
+    rows = Rows()
+    used = train(kind, [scope(), NullSpace(texts=TEXTS), rows])
+    assert set(moved(used.model, rows.before)) == SCOPE
+    assert rows.rows[-1]["edit/drift/null_space_leak"] < 1e-5
+    # The inputs of the first constrained layer do not change, so its outputs on the texts must not change either.
+    tokens = student()[1](TEXTS[0], return_tensors="pt")
+    inputs: list[Tensor] = []
+    layer = used.model.model.layers[2].mlp.down_proj
+    handle = layer.register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    with torch.no_grad():
+        used.model.eval()(**{name: tokens[name] for name in ("input_ids", "attention_mask")})
+    handle.remove()
+    change = (layer.weight - rows.before["model.layers.2.mlp.down_proj.weight"]).detach()
+    # energy=0.9 leaves at most sqrt(0.1) of the norm of the inputs.
+    assert 0.0 < float((inputs[0] @ change.T).norm()) < 0.4 * float(change.norm() * inputs[0].norm())
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k in ("SDFT", "GRPO") else pytest.param(k, marks=pytest.mark.slow) for k in TRAINERS]
+)
+def test_kl_locality_adds_its_penalty(kind: str) -> None:
+    rate, weight = (0.1, 5.0) if kind in ("SDFT", "Distillation") else (0.15, 4.0)
+
+    def run(weight: float) -> list[float]:
+        rows = Rows()
+        locality = KLLocality(texts=TEXTS, weight=weight, batch_size=len(TEXTS))
+        # Plain gradient descent, because the step size of Adam does not depend on the size of the gradient.
+        used = train(kind, [scope(), locality, rows], 12, optim="sgd", learning_rate=rate)
+        assert set(moved(used.model, rows.before)) == SCOPE
+        return [row["edit/locality/kl"] for row in rows.rows]
+
+    free, held = run(0.0), run(weight)
+    assert abs(free[0]) < 1e-6
+    assert 0.0 < sum(held[-4:]) < 0.7 * sum(free[-4:])
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_the_metrics_are_logged_and_reported(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    metrics = EditMetrics(edits(), every_n_steps=1, show=False, evaluation=SHORT, report_path=str(path))
+    used = train(kind, [scope(), metrics, KLLocality(texts=TEXTS, batch_size=2)], 2)
+    rows = [row for row in used.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert 0.0 <= row["edit/reliability"] <= 1.0
+        assert "edit/locality/kl" in row
+        assert "completions/mean_length" in row
+    assert metrics.report is not None
+    assert len(metrics.report.answers_table()) == PROMPTS
+    assert path.exists()
+
+
+def test_training_ends_when_the_metrics_say_so() -> None:
+    # The model gives its old answers from the start.
+    metrics = EditMetrics(edits().to_old_targets(), every_n_steps=1, show=False, evaluation=SHORT)
+    used = train("SDFT", [scope(), metrics, StopWhenEdited(loss=None, reliability=0.5)], 4)
+    assert used.state.global_step == 1
+
+
+# -- the training signal of each trainer
+
+
+def first_distribution(model: Any, prompts: list[str]) -> Tensor:
+    """Return the log probabilities of the token after each prompt, [prompts, vocabulary]."""
+    tokenizer = student()[1]
+    model.eval()
+    with torch.no_grad():
+        ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+        return torch.stack([model(one).logits[0, -1].log_softmax(-1) for one in ids])
+
+
+def divergence(taught: Tensor, given: Tensor) -> float:
+    return float(F.kl_div(given, taught, reduction="batchmean", log_target=True))
+
+
+def test_sdft_moves_the_student_to_the_model_that_reads_the_fact() -> None:
+    prompts = [edit.prompt for edit in edits()]
+    taught = first_distribution(student()[0], [prompt_with_fact(edit, edit.prompt) for edit in edits()])
+    before = divergence(taught, first_distribution(student()[0], prompts))
+    used = train("SDFT", [scope(), NormBall(0.05)], 30, learning_rate=3e-3)
+    assert divergence(taught, first_distribution(used.model, prompts)) < 0.5 * before
+
+
+def test_distillation_moves_the_student_to_its_teacher() -> None:
+    prompts = [edit.prompt for edit in edits()]
+    taught = first_distribution(teacher(), prompts)
+    before = divergence(taught, first_distribution(student()[0], prompts))
+    used = train("Distillation", [scope(), NormBall(0.05)], 30, learning_rate=3e-3)
+    assert divergence(taught, first_distribution(used.model, prompts)) < 0.5 * before
+
+
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_the_opposite_reward_gives_the_opposite_step(kind: str) -> None:
+    def change(sign: float) -> Tensor:
+        rows = Rows()
+
+        def signed(**columns: Any) -> list[float]:
+            return [sign * value for value in reward(**columns)]
+
+        used = train(kind, [scope(), rows], 1, reward_funcs=signed, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        return torch.cat([(used.model.get_parameter(n).detach() - rows.before[n]).flatten() for n in sorted(SCOPE)])
+
+    up, down = change(1.0), change(-1.0)
+    assert up.abs().max() > 1e-5
+    torch.testing.assert_close(up, -down, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_the_reward_rises(kind: str) -> None:
+    rewards: list[float] = []
+
+    def recorded(**columns: Any) -> list[float]:
+        values = reward(**columns)
+        rewards.append(sum(values) / len(values))
+        return values
+
+    options = {"learning_rate": 1e-2, "num_generations": 8, "per_device_train_batch_size": 64}
+    train(kind, [scope(), NormBall(0.1)], 25, reward_funcs=recorded, **options)
+    assert sum(rewards[-5:]) > 1.15 * sum(rewards[:5])
+
+
+# -- generation
+
+
+class Generation(EditCallback):
+    """Counts the forward passes without gradients, such as those of the generation."""
+
+    def attach(self, run: Any) -> None:
+        self.passes = 0
+
+        def count(module: Any, args: Any, output: Any) -> None:
+            self.passes += not torch.is_grad_enabled()
+
+        self.handle = run.root.register_forward_hook(count)
+
+    def detach(self, run: Any) -> None:
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_callbacks_do_not_change_what_is_generated(kind: str) -> None:
+    def weights(*more: Any) -> dict[str, Tensor]:
+        # A penalty and constraints without effect: all completions and all steps must be the same.
+        used = train(kind, [scope(), *more], 3)
+        return {name: used.model.get_parameter(name).detach() for name in SCOPE}
+
+    generation = Generation()
+    metrics = EditMetrics(edits(), every_n_steps=1, show=False, evaluation=SHORT)
+    plain, used = weights(), weights(KLLocality(texts=TEXTS, weight=0.0), NormBall(100.0), metrics, generation)
+    assert all(torch.equal(plain[name], used[name]) for name in SCOPE)
+    assert generation.passes > 0
+
+
+# -- bad input
+
+
+def other_vocabulary(size: int) -> Any:
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1)
+    )
+
+
+def test_a_teacher_with_another_vocabulary_is_an_error_in_one_line() -> None:
+    model, tokenizer = student()
+    # TRL compares the sizes itself, after the callbacks have joined.
+    with pytest.raises(ValueError, match="vocab_size 77") as error:
+        trainer("Distillation", model, tokenizer, [scope()], 2, teacher_model=other_vocabulary(77))
+    assert "\n" not in str(error.value)
+    # The model is released: another trainer can edit it.
+    trainer("Distillation", model, tokenizer, [scope()], 1).train()
+
+
+def test_a_teacher_with_another_tokenizer_is_an_error_in_one_line(tmp_path: Path) -> None:
+    (model, tokenizer), steps = student(), []
+    other = teacher()
+    other.save_pretrained(tmp_path)
+    # The same number of tokens, but two of them are exchanged.
+    saved = tokenizer.save_pretrained(tmp_path)
+    path = next(Path(name) for name in saved if name.endswith("tokenizer.json"))
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(content))
+    different = AutoModelForCausalLM.from_pretrained(tmp_path)
+    used = trainer("Distillation", model, tokenizer, [scope()], 2, teacher_model=different)
+    handle = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        with pytest.raises(EditError, match=r"^DistillationTrainer: the teacher .* must have the tokenizer") as error:
+            used.train()
+    finally:
+        handle.remove()
+    assert not steps
+    assert "\n" not in str(error.value)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_vocabulary_of_any_teacher_is_checked() -> None:
+    class Trainer:
+        model, args, teacher_model = other_vocabulary(64), None, other_vocabulary(77)
+
+    # Another trainer need not compare token ids.
+    check_teacher_vocabulary(Trainer())
+    Trainer.__module__ = "trl.experimental.gkd"
+    with pytest.raises(EditError, match=r"^Trainer: .* \(64 tokens\), got 77 tokens; use a teacher with the same"):
+        check_teacher_vocabulary(Trainer())
+    Trainer.teacher_model = Trainer.model
+    check_teacher_vocabulary(Trainer())
+
+
+@pytest.mark.parametrize("kind", ["SDFT", "Distillation"])
+def test_the_prefix_cache_says_that_it_cannot_help(kind: str) -> None:
+    plain = train(kind, [scope()])
+    with pytest.warns(UserWarning, match="PrefixCache: a batch is computed in full, without the cache"):
+        used = train(kind, [scope(), PrefixCache()])
+    assert all(torch.equal(plain.model.get_parameter(name), used.model.get_parameter(name)) for name in SCOPE)
