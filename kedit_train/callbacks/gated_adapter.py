@@ -23,23 +23,25 @@ from kedit_train.data import EditDataset
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import PATH
 
-# A warning is issued if the gate opened in none of so many training examples.
+# A warning is issued if the gate opened in none of the first rows. This is their number.
 _EXAMPLES = 32
-# A radius below this fraction of the length of its key is not larger than the rounding of half precision.
+# A radius below this fraction of the length of its key is not larger than the rounding errors of half precision.
 _SMALL = 1e-3
 
 
 class GatedAdapter(EditCallback):
     """Let a LoRA adapter act only near the prompts of the edits.
 
-    The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores one key for
-    each edit: the hidden state of the last prompt token at the input of one decoder block. The adapter acts in a row
-    from the first position whose hidden state lies within the radius of a key. In all other rows, and at all earlier
-    positions, the output of the model is bit for bit the output of the unedited model.
+    The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores a key for
+    each prompt: the hidden state of its last token at the input of one decoder block. If a chat template gives a prompt
+    one form in training and another in generation, each form has a key. In each row, the adapter acts from the first
+    position whose hidden state lies within the radius of a key. At earlier positions, and in rows without such a
+    position, the output of the model is bit for bit the output of the unedited model in the same batch.
 
     The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
     ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
-    below 1, no position of a held text is within a radius.
+    below 1, no position of a held text is within a radius, except for the end of an edited prompt at the
+    beginning of a held text.
 
     The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
     training. Its attribute ``gate`` can remove it. ``path`` saves the adapter and the gate, and
@@ -51,9 +53,9 @@ class GatedAdapter(EditCallback):
         margin: radius as a fraction of the distance to the nearest held position, in (0, 1].
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
             adapter. A higher index is an error.
-        neighbors: number of further held prompts per edit: the prompt of the edit with a name from the texts in place
-            of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts about
-            other subjects lie within a radius. Edits without a subject have no such prompts.
+        neighbors: number of additional held prompts per edit: the prompt of the edit with a name from the texts in
+            place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts
+            about other subjects lie within a radius. Edits without a subject have no such prompts.
         path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. An existing folder
             is replaced if it contains an adapter. None saves nothing.
         edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
@@ -62,11 +64,12 @@ class GatedAdapter(EditCallback):
         batch_size: number of held texts per forward pass.
 
     Attributes:
-        gate: the gate, with ``keys`` [edits, hidden], ``radii`` [edits], ``layer`` and ``remove()``. None before
+        gate: the gate, with ``keys`` [keys, hidden], ``radii`` [keys], ``layer`` and ``remove()``. None before
             training.
 
     Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance of a key to the nearest held
-    position) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
+    position) and ``edit/gate/open`` (fraction of the rows in forward passes with gradients in which the gate was open:
+    the training examples, and also the texts of a penalty such as :class:`KLLocality`).
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
@@ -102,7 +105,7 @@ class GatedAdapter(EditCallback):
         False
     """
 
-    # The gate is on the model before other callbacks measure it.
+    # The gate must be installed before other callbacks measure the model.
     order = 5
     duplicate_hint = "keep one GatedAdapter and pass all edits to it"
 
@@ -144,7 +147,7 @@ class GatedAdapter(EditCallback):
             run.edits = run.edits or own
         adapted = find_adapted_layers(run.model)
         if find_gate(run.model) is not None:
-            raise EditError("the model already has a gate; remove it (gate.remove()), or load the base model again.")
+            raise EditError("the model already has a gate; remove it with gate.remove(), or load the base model again.")
         self._layer_of(adapted)
         if self.path is not None and run.host.is_main:
             _check_folder(Path(self.path))
@@ -171,7 +174,7 @@ class GatedAdapter(EditCallback):
         if small:
             warn(
                 f"{small} of {len(radii)} keys have nearly the same hidden state as a held text, so their radius is "
-                "nearly 0 and the adapter may not act; use a higher layer, or remove texts that contain the prompts."
+                "nearly 0 and the adapter may not act; adapt only higher blocks, or remove texts with these prompts."
             )
         self._distance = float(nearest.mean())
         self.gate = Gate(keys, radii, layer)
@@ -184,7 +187,7 @@ class GatedAdapter(EditCallback):
         if not int(self.gate.opened):
             warn(
                 f"the gate was open in none of the first {self.gate.rows} training examples, so the adapter does not "
-                "learn; train on the prompts of edits=, in the format of the edits."
+                "learn; the training examples must contain the prompts of edits=, in the same prompt format."
             )
 
     def metrics(self, run: EditRun) -> dict[str, float]:
@@ -243,7 +246,7 @@ def _check_folder(folder: Path) -> None:
         and not (folder / "adapter_config.json").is_file()
         and (not folder.is_dir() or any(folder.iterdir()))
     ):
-        raise EditError(f"path={str(folder)!r} exists and is no adapter folder; choose a new folder.")
+        raise EditError(f"path={str(folder)!r} exists and is not an adapter folder; choose a new folder.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -263,7 +263,7 @@ def test_an_existing_adapter_is_replaced_and_another_folder_is_not(tmp_path):
     edits = EditDataset(world.edits(2))
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(
-        EditError, match=r"^GatedAdapter: path='.*' exists and is no adapter folder; choose a new folder"
+        EditError, match=r"^GatedAdapter: path='.*' exists and is not an adapter folder; choose a new folder"
     ):
         train(adapted(model), tokenizer, edits, [GatedAdapter(TEXTS, edits=edits, path=str(tmp_path))], 1)
     folder = tmp_path / "new"
@@ -411,7 +411,7 @@ def test_trained_base_weights_and_dropout_are_refused(words, make):
     model = adapted(make(), layers_to_transform=[1])
     model.get_base_model().model.norm.weight.requires_grad_(True)
     for build, message in (
-        (model, "norm.weight is trained and is no LoRA factor"),
+        (model, "norm.weight is trained and is not a LoRA factor"),
         (
             adapted(
                 make("gpt2", resid_pdrop=0.1), layers_to_transform=[1], target_modules=["c_proj"], fan_in_fan_out=True

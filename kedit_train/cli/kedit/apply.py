@@ -45,7 +45,7 @@ def run(args: Namespace) -> int:
     if has_gate(args.delta):
         raise EditError(
             f"{args.delta} is a gated adapter, which acts on some inputs only, so it cannot be written as the weights "
-            "of a checkpoint; load the folder with kedit_train.load_model, and measure it with kedit eval."
+            "of a checkpoint; load the folder with kedit_train.load_model, or evaluate it with kedit eval."
         )
     delta, folder = EditDelta.load(args.delta), folder_of(args.model)
     with naming_models(args.delta, delta.meta, args.model):

@@ -44,7 +44,7 @@ def folder_of(name: str) -> Path:
 
 
 def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Load a model and its tokenizer. A PEFT adapter, gated or not, is loaded on top of its base model."""
+    """Load a model and its tokenizer. A PEFT adapter (and its gate) is loaded on top of its base model."""
     from transformers.utils import logging
 
     from kedit_train.pretrained import load_model

@@ -17,7 +17,7 @@ examples:
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B
   kedit eval Qwen/Qwen3-0.6B counterfact.json --delta runs/mine/edit.safetensors --full
   kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         a delta, applied to its base model
-  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter, gated or not
+  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter (and its gate)
   kedit eval runs/mine/model edits.jsonl --against before.json --json after.json
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B --protocol leading,wild --prose wiki.txt
   kedit eval runs/mine/model world --against world --markdown eval.md --plots plots --card runs/mine/model/README.md

@@ -48,7 +48,7 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if len(configs) != 1:
-        raise EditError(f"a gate needs exactly one adapter, got {len(configs)} ({', '.join(configs)}); delete others.")
+        raise EditError(f"a gate needs exactly one adapter, got {len(configs)} ({', '.join(configs)}); keep only one.")
     (config,) = configs.values()
     if getattr(config, "bias", "none") != "none":
         raise EditError(f'LoRA biases act on every input, so bias must be "none", got {config.bias!r}.')

@@ -14,7 +14,7 @@ from kedit_train.errors import EditError
 
 
 def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
-    """Check that the edit changes nothing but the factors of the adapter, and that the keys have no random part.
+    """Check that the edit changes only the factors of the adapter, and that the base model has no dropout.
 
     Raises:
         EditError: another parameter is trained, the model is sharded, or the base model uses dropout.
@@ -26,7 +26,7 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
     for name, parameter in run.scope.items():
         if id(parameter) not in own:
             raise EditError(
-                f"{name} is trained and is no LoRA factor, so it would change the output for every input; freeze it, "
+                f"{name} is trained and is not a LoRA factor, so it would change the output for any input; freeze it, "
                 "or select only adapted modules in ParameterScope."
             )
     model: Any = run.model.get_base_model()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Gate: let a LoRA adapter act only in rows that come near a stored key, and only from that position on."""
+"""Gate: let a LoRA adapter act only from the first position of a row that lies near a stored key."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Gate:
         adapted = find_adapted_layers(model)
         if find_gate(model) is not None:
             raise EditError(
-                "the model already has a gate; remove it with callback.gate.remove(), or load the base model again."
+                "the model already has a gate; remove it with gate.remove(), or load the base model again."
             )
         if not 0 <= self.layer <= adapted.first:
             raise EditError(

@@ -1,6 +1,7 @@
 """Keep the state of a gate in the key-value cache, so that it follows every operation on the cache.
 
-The state is one more layer of the cache. Its "keys" say for each row and each cached position whether the gate is open.
+The state is one more layer of the cache. Its tensor ``keys`` stores for each row and each cached position whether the
+gate is open.
 Beam search, the selection of rows, copies and the removal of the last tokens then treat the state like keys and values.
 """
 

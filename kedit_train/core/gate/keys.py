@@ -26,7 +26,7 @@ class _InputSeen(Exception):
 
 
 def encode_prompts_of(run: EditRun, edits: Sequence[Edit], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of the prompts: those from which the model generates, and those of the training examples."""
+    """Return the token ids of the prompts in both forms: as in generation, and as in the training examples."""
     tokenizer = run.tokenizer(tokenizer)
     chosen = training_format(run, tokenizer, edits) or "plain"
     length = context_length(getattr(run.model, "config", None))
@@ -34,7 +34,7 @@ def encode_prompts_of(run: EditRun, edits: Sequence[Edit], tokenizer: Any) -> li
     for edit in edits:
         trained = encode_in_format(tokenizer, edit.prompt, edit.target, chosen, append_eos=False, max_length=length)
         found[tuple(trained.input_ids[: trained.target_start])] = None
-        # They differ if the training example of a thinking model contains an empty block of thoughts.
+        # Both forms differ if the training example of a thinking model contains an empty block of thoughts.
         found[tuple(prompt_ids(tokenizer, edit.prompt, chosen))] = None
     return [list(ids) for ids in found]
 
@@ -67,7 +67,7 @@ def nearest_distances(
 ) -> Tensor:
     """Return the distance of each key to the nearest position of the held texts, [keys] in fp32.
 
-    A position at which the text so far is one of the prompts is left out, because it has the activations of the key.
+    A position at which the text so far is one of the prompts is left out, because its hidden state is the key.
 
     Args:
         run: the run.

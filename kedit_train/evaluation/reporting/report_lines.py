@@ -203,7 +203,7 @@ def notes(report: ReportData) -> list[str]:
     if gate := report.meta.get("gate"):
         lines.append(
             f"the adapter has a gate ({gate['keys']} keys, input of block {gate['layer']}): rephrases outside of every "
-            "radius get the answers of the unedited model, and only kedit-train loads the gate, as hooks in the model"
+            "radius get the answers of the unedited model, and programs other than kedit-train ignore the gate"
         )
     protocols, cut = report.protocols, _cut_share(report.unedited or report.metrics)
     if protocols.headline == "exact" and cut.value is not None and cut.value >= CUT_SHARE:
