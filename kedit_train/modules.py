@@ -16,7 +16,7 @@ from kedit_train import world
 from kedit_train.arguments import at_least, check_arguments, integer_from, optional
 from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.core.answer_end import decide_together
-from kedit_train.core.gate.gate_file import save_gate_of
+from kedit_train.core.gate.adapter_folder import remove_stale_gate
 from kedit_train.data import Edit, EditCollator, EditDataset, split_documents
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
@@ -27,7 +27,7 @@ from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
 from kedit_train.optional import require
 from kedit_train.paths import PATH
-from kedit_train.pretrained import load_model, lora_config, peft_errors
+from kedit_train.pretrained import check_new_adapter, check_trainable, load_model, lora_config, peft_errors
 
 _NO_AUGMENTATION = AugmentationOptions()
 
@@ -97,9 +97,11 @@ class EditModule(LightningModule):
         # The model is loaded here and not in configure_model, because the setup of the callbacks runs before
         # configure_model and selects parameters.
         self.model, self.tokenizer = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        check_trainable(self.model, name)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         if adapter is not None:
+            check_new_adapter(self.model, name)
             with require("peft"):
                 from peft import get_peft_model
             with peft_errors(f"lora={lora}"):
@@ -148,7 +150,7 @@ class EditModule(LightningModule):
         """Save the edited model, after the callbacks have removed their hooks from it."""
         if self.save_path is not None and self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_path)
-            save_gate_of(self.model, self.save_path)
+            remove_stale_gate(self.model, self.save_path)
             self.tokenizer.save_pretrained(self.save_path)
             print(f"{'adapter' if hasattr(self.model, 'peft_config') else 'edited model'}: {self.save_path}")
 

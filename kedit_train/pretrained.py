@@ -11,21 +11,20 @@ from typing import Any
 import torch
 
 from kedit_train import world
-from kedit_train.core.gate.gate_file import has_gate, load_gate
+from kedit_train.core.gate.adapter_source import OTHER_WAY, adapted_base, adapter_folder
+from kedit_train.core.gate.gate import Gate, find_gate
+from kedit_train.core.gate.gate_file import has_gate
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
-from kedit_train.safetensors_header import parse_json
-
-_MERGE = "or merge the adapter with merge_and_unload() and give the folder of the merged model"
 
 
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because merging into bf16
-    weights would round the adapter's effect. If the folder of the adapter contains ``gate.safetensors``, which
-    ``GatedAdapter`` saves, the model gets this gate.
+    weights would round the adapter's effect. If the folder of the adapter (or its repository on the hub) contains
+    ``gate.safetensors``, which ``GatedAdapter`` saves, the model gets this gate.
 
     Args:
         name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, the folder of a PEFT
@@ -51,7 +50,8 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
     base = adapted_base(name)
     if base is not None:
-        return _load_adapted(name, base, dtype=dtype, trust_remote_code=trust_remote_code)
+        folder = str(adapter_folder(name))
+        return _load_adapted(folder, base, dtype=dtype, trust_remote_code=trust_remote_code)
     if world.is_world(name):
         name = str(world.path())
     with loading_errors(name, "cannot be loaded as a causal language model"):
@@ -82,24 +82,6 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     return model, tokenizer
 
 
-def adapted_base(name: str) -> str | None:
-    """Return the name of the base model of a PEFT adapter, or None if ``name`` is not an adapter folder.
-
-    Raises:
-        EditError: the configuration of the adapter cannot be read, or names no base model.
-    """
-    config = Path(name) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        base = parse_json(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise EditError(f"{config} is not a valid PEFT configuration ({error}); save the adapter again.") from error
-    if not base:
-        raise EditError(f"{config} names no base model; set base_model_name_or_path in this file, {_MERGE}.")
-    return str(base)
-
-
 def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """Load a PEFT adapter on top of its base model, with its gate if it has one."""
     with require("peft"):
@@ -107,13 +89,13 @@ def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) 
     from transformers import AutoTokenizer
 
     # A damaged gate is reported before a large model is loaded.
-    gate = load_gate(name) if has_gate(name) else None
+    gate = Gate.load(name) if has_gate(name) else None
     try:
         model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     except EditError as error:
         raise EditError(
             f"the base model {base!r} of the adapter {name} cannot be loaded ({error}); correct "
-            f"base_model_name_or_path in adapter_config.json, {_MERGE}."
+            f"base_model_name_or_path in adapter_config.json, {OTHER_WAY}."
         ) from error
     with loading_errors(name, f"is an adapter that does not fit its base model {base!r}"):
         adapted = PeftModel.from_pretrained(model, name)
@@ -123,6 +105,36 @@ def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) 
     if gate is not None:
         gate.install(adapted)
     return adapted.eval(), tokenizer
+
+
+def check_new_adapter(model: Any, name: str) -> None:
+    """Check that a new LoRA adapter can be added to a model.
+
+    Args:
+        model: the model.
+        name: the name that the user gave.
+
+    Raises:
+        EditError: the model already has an adapter, which the new adapter would replace, or a gate.
+    """
+    if hasattr(model, "peft_config"):
+        raise EditError(
+            f"lora must be None, because {name!r} already has an adapter, which a new adapter would replace; train the "
+            "base model with all edits, or merge the adapter first (a gated adapter cannot be merged)."
+        )
+
+
+def check_trainable(model: Any, name: str) -> None:
+    """Check that a loaded model may be trained.
+
+    Raises:
+        EditError: the model has a gate, whose keys belong to the weights that it was trained with.
+    """
+    if find_gate(model) is not None:
+        raise EditError(
+            f"{name!r} is a gated adapter, which cannot be trained again; train its base model with the edits of both "
+            "runs."
+        )
 
 
 @torch.no_grad()

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kedit_train.arguments import check_arguments, integer_from, optional, within
-from kedit_train.atomic_write import writing
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.second_moments import broadcast_from_first
 from kedit_train.core.gate.adapted_layers import AdaptedLayers, find_adapted_layers
-from kedit_train.core.gate.checks import check_scope, check_unused
+from kedit_train.core.gate.adapter_folder import check_folder, save_adapter
+from kedit_train.core.gate.checks import check_no_randomness, check_scope, check_unused
 from kedit_train.core.gate.gate import Gate, find_gate
-from kedit_train.core.gate.gate_file import save_gate
-from kedit_train.core.gate.keys import encode_prompts_of, nearest_distances, prompt_keys
+from kedit_train.core.gate.keys import begin_with, encode_prompts_of, nearest_distances, prompt_keys
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
+from kedit_train.core.weak_hook import weak_hook
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import PATH
@@ -68,8 +69,7 @@ class GatedAdapter(EditCallback):
             training.
 
     Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance of a key to the nearest held
-    position) and ``edit/gate/open`` (fraction of the rows in forward passes with gradients in which the gate was open:
-    the training examples, and also the texts of a penalty such as :class:`KLLocality`).
+    position) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
@@ -136,6 +136,9 @@ class GatedAdapter(EditCallback):
         self.path, self.limit, self.batch_size = path, limit, batch_size
         self.gate: Gate | None = None
         self._distance, self._complete, self._warned = 0.0, False, False
+        self._run: EditRun | None = None
+        self._handle: Any = None
+        self._rows, self._opened = 0, torch.zeros(())
 
     def prepare(self, run: EditRun) -> None:
         self.texts.check()
@@ -149,8 +152,10 @@ class GatedAdapter(EditCallback):
         if find_gate(run.model) is not None:
             raise EditError("the model already has a gate; remove it with gate.remove(), or load the base model again.")
         self._layer_of(adapted)
-        if self.path is not None and run.host.is_main:
-            _check_folder(Path(self.path))
+        if self.path is not None:
+            _check_base_name(run.model)
+            if run.host.is_main:
+                check_folder(Path(self.path))
 
     def attach(self, run: EditRun) -> None:
         edits = run.edits if self.edits is None else EditDataset.of(self.edits)
@@ -164,10 +169,10 @@ class GatedAdapter(EditCallback):
         check_unused(run, adapted)
         layer = self._layer_of(adapted)
         prompts = encode_prompts_of(run, edits, self.texts.tokenizer)
-        with run.reference_model():
-            keys = prompt_keys(run, adapted, layer, prompts)
-            held = self._held(run, prompts)
-            nearest = nearest_distances(run, adapted, layer, keys, prompts, held, batch_size=self.batch_size)
+        # No adapted block is read, so the keys are the same before and after training.
+        keys = prompt_keys(run, adapted, layer, prompts)
+        held = self._held(run)
+        nearest = nearest_distances(run, adapted, layer, keys, prompts, [*held, *prompts], batch_size=self.batch_size)
         keys, nearest = broadcast_from_first([keys, nearest])
         radii = self.margin * nearest
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
@@ -176,17 +181,25 @@ class GatedAdapter(EditCallback):
                 f"{small} of {len(radii)} keys have nearly the same hidden state as a held text, so their radius is "
                 "nearly 0 and the adapter may not act; adapt only higher blocks, or remove texts with these prompts."
             )
+        if opened := begin_with(held, prompts):
+            warn(
+                f"{opened} of {len(held)} held texts begin with a prompt of the edits, so the adapter acts on the rest "
+                "of these texts; remove them from texts if their continuation must not change."
+            )
         self._distance = float(nearest.mean())
         self.gate = Gate(keys, radii, layer)
         self.gate.install(run.model)
+        check_no_randomness(run, adapted)
+        self._run, self._rows, self._opened = run, 0, torch.zeros(())
+        self._handle = adapted.backbone.register_forward_hook(weak_hook(self._count))
 
     def after_step(self, run: EditRun) -> None:
-        if self._warned or self.gate is None or self.gate.rows < _EXAMPLES:
+        if self._warned or self._rows < _EXAMPLES:
             return
         self._warned = True
-        if not int(self.gate.opened):
+        if not int(self._opened):
             warn(
-                f"the gate was open in none of the first {self.gate.rows} training examples, so the adapter does not "
+                f"the gate was open in none of the first {self._rows} training examples, so the adapter does not "
                 "learn; the training examples must contain the prompts of edits=, in the same prompt format."
             )
 
@@ -194,8 +207,8 @@ class GatedAdapter(EditCallback):
         if self.gate is None:
             return {}
         found = {"edit/gate/radius": float(self.gate.radii.mean()), "edit/gate/distance": self._distance}
-        if self.gate.rows:
-            found["edit/gate/open"] = float(self.gate.opened) / self.gate.rows
+        if self._rows:
+            found["edit/gate/open"] = float(self._opened) / self._rows
         return found
 
     def finish(self, run: EditRun) -> None:
@@ -204,17 +217,33 @@ class GatedAdapter(EditCallback):
         self._complete = True
         if self.path is None or not run.host.is_main:
             return
-        folder, model = Path(self.path), run.model
-        with writing(folder) as unfinished:
-            model.save_pretrained(str(unfinished))  # type: ignore[operator]
-            run.tokenizer(self.texts.tokenizer).save_pretrained(str(unfinished))
-            save_gate(self.gate, unfinished, margin=self.margin)
-            if folder.exists():
-                # The new folder is complete, and a folder can only be renamed to a path that does not exist.
-                shutil.rmtree(folder)
+        save_adapter(run.model, run.tokenizer(self.texts.tokenizer), Path(self.path))
         print(f"gated adapter: {self.path} ({len(self.gate.radii)} keys at layer {self.gate.layer})")
 
+    def state(self) -> dict[str, Any]:
+        if self.gate is None:
+            return {}
+        counts = {"rows": self._rows, "opened": int(self._opened), "warned": self._warned}
+        gate = {"keys": self.gate.keys, "radii": self.gate.radii, "layer": self.gate.layer}
+        return {**gate, "distance": self._distance, **counts}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.gate is None or not state:
+            return
+        if state["layer"] != self.gate.layer:
+            raise EditError(
+                f"the checkpoint was written with a gate at block {state['layer']}, but this run has block "
+                f"{self.gate.layer}; resume with the same layer= and the same LoRA configuration."
+            )
+        # The same keys, even if the texts or the edits were changed in the meantime.
+        self.gate.keys, self.gate.radii = (state[name].to(self.gate.keys.device) for name in ("keys", "radii"))
+        self._distance, self._warned = state["distance"], state["warned"]
+        self._rows, self._opened = state["rows"], torch.tensor(float(state["opened"]))
+
     def detach(self, run: EditRun) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._run = None, None
         if self.gate is not None and not self._complete:
             self.gate.remove()
 
@@ -227,27 +256,31 @@ class GatedAdapter(EditCallback):
             )
         return layer
 
-    def _held(self, run: EditRun, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return the token ids of the held texts, of the prompts with other subjects, and of the prompts themselves."""
+    def _held(self, run: EditRun) -> list[list[int]]:
+        """Return the token ids of the held texts, and of the prompts with other subjects."""
         held = self.texts.tokenize(run, limit=self.limit)
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         if neighbors is not None:
             held += neighbors.tokenize(run)
-        return held + [list(prompt) for prompt in prompts]
+        return held
+
+    def _count(self, backbone: Any, args: Any, output: Any) -> None:
+        """Count the rows of a training batch, and those in which the gate is open. Penalties read other texts."""
+        opened = None if self.gate is None else self.gate.opened_rows
+        if opened is None or self._run is None or self._run.steps.adding_penalties or not torch.is_grad_enabled():
+            return
+        self._rows += len(opened)
+        self._opened = self._opened.to(opened.device) + opened.sum()
 
     def __repr__(self) -> str:
         return f"GatedAdapter(margin={self.margin}, layer={self.layer}, neighbors={self.neighbors})"
 
 
-def _check_folder(folder: Path) -> None:
-    """Check that the folder can be written, and that no folder with other files would be replaced."""
-    if (
-        folder.exists()
-        and not (folder / "adapter_config.json").is_file()
-        and (not folder.is_dir() or any(folder.iterdir()))
-    ):
-        raise EditError(f"path={str(folder)!r} exists and is not an adapter folder; choose a new folder.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EditError(f"path={str(folder)!r} cannot be created ({error.strerror}); choose another folder.") from error
+def _check_base_name(model: Any) -> None:
+    """Raise an error if the saved adapter could not be loaded, because the name of its base model is unknown."""
+    (config,) = model.peft_config.values()
+    if not (config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", "")):
+        raise EditError(
+            "path= saves an adapter with the name of its base model, but this model was not loaded from a folder or "
+            "the hub; save the base model, and load it again before you add the adapter."
+        )

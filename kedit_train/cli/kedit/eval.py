@@ -125,7 +125,7 @@ def _is_report(name: str) -> bool:
 
 def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for, merged
-    from kedit_train.core.gate.gate_file import has_gate
+    from kedit_train.core.gate.adapter_source import gated_folder
     from kedit_train.evaluation import EvaluationOptions, Report, evaluate
     from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
@@ -138,11 +138,12 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         prose=args.prose,
         prompt_format=args.prompt_format,
     )
-    if args.full and has_gate(name):
-        raise EditError(
-            f"--full measures weight drift, but {name} is a gated adapter, which cannot be merged into the weights; "
-            "remove --full."
-        )
+    for one in (name, args.against) if args.full else ():
+        if one is not None and not _is_report(one) and gated_folder(one) is not None:
+            raise EditError(
+                f"--full measures weight drift, but {one} is a gated adapter, which cannot be merged into the weights; "
+                "remove --full."
+            )
     before, reference = None, None
     if args.against is not None and _is_report(args.against):
         before = Report.load(args.against)
@@ -190,7 +191,7 @@ def _same_architecture(base: str, model: str, trust: bool) -> None:
     from transformers import AutoConfig
 
     from kedit_train.cli.kedit.checkpoints import world_or
-    from kedit_train.pretrained import adapted_base
+    from kedit_train.core.gate.adapter_source import adapted_base
 
     names = [world_or(adapted_base(name) or name) for name in (base, model)]
     try:

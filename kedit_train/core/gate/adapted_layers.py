@@ -9,6 +9,9 @@ from torch import nn
 
 from kedit_train.errors import EditError
 
+# The variants of LoRA in PEFT that were tested with a gate.
+_VARIANTS = ("DoraLinearVariant",)
+
 
 @dataclass(frozen=True)
 class AdaptedLayers:
@@ -17,7 +20,7 @@ class AdaptedLayers:
     Attributes:
         backbone: the module that calls the decoder blocks.
         blocks: the decoder blocks.
-        layers: the modules with an adapter.
+        layers: the modules with an adapter, all of the class ``Linear`` of PEFT.
         first: the index of the first block with an adapter.
     """
 
@@ -34,8 +37,9 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
         model: a ``PeftModel`` with one LoRA adapter.
 
     Raises:
-        EditError: the model has no LoRA adapter or several adapters, another kind of adapter, an adapter outside of
-            the decoder blocks, or an adapter that trains biases or whole modules.
+        EditError: the model has no LoRA adapter or several adapters, another kind of adapter, a LoRA layer whose output
+            a gate cannot switch, an adapter outside of the decoder blocks, or an adapter that trains biases or whole
+            modules.
     """
     configs = getattr(model, "peft_config", None)
     if not configs or not hasattr(model, "get_base_model"):
@@ -43,16 +47,20 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
             "a gate needs a model with a LoRA adapter; pass peft_config= to the trainer, lora: to EditModule, or wrap "
             "the model with get_peft_model."
         )
-    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if len(configs) != 1:
         raise EditError(f"a gate needs exactly one adapter, got {len(configs)} ({', '.join(configs)}); keep only one.")
-    (config,) = configs.values()
+    ((adapter, config),) = configs.items()
+    if adapter != "default":
+        # PEFT saves an adapter with another name in a subfolder, where the gate would not be found.
+        raise EditError(f'the adapter must have the name "default", got {adapter!r}; leave out adapter_name=.')
     if getattr(config, "bias", "none") != "none":
         raise EditError(f'LoRA biases act on every input, so bias must be "none", got {config.bias!r}.')
     inner = model.get_base_model()
+    if hasattr(inner, "get_base_model"):
+        raise EditError("the model has one adapter around another, but a gate needs one adapter; load the base model.")
     found: dict[str, Any] = {}
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -61,8 +69,7 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
                 "and trainable_token_indices from the LoRA configuration."
             )
         if isinstance(module, BaseTunerLayer):
-            if not isinstance(module, LoraLayer):
-                raise EditError(f"a gate needs a LoRA adapter, but {name} has {type(module).__name__}; use LoRA.")
+            _check_layer(name, module)
             found[name] = module
     places = [_place(inner, name) for name in found]
     if not places or len({path for path, _ in places}) != 1:
@@ -75,6 +82,28 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
     assert isinstance(blocks, nn.ModuleList)
     backbone = inner.get_submodule(path.rpartition(".")[0])
     return AdaptedLayers(backbone, blocks, list(found.values()), min(index for _, index in places))
+
+
+def _check_layer(name: str, layer: Any) -> None:
+    """Raise an error for every kind of layer that was not tested with a gate.
+
+    A gate takes the output of the base layer from a hook. Many special layers of PEFT write into this output, or add
+    the adapter to the weights of the base layer, so the gate would have no effect.
+    """
+    from peft.tuners.lora.layer import Linear
+
+    if type(layer) is not Linear:
+        raise EditError(
+            f"a gate works only with LoRA layers of the class lora.Linear, but {name} has {type(layer).__module__}."
+            f"{type(layer).__qualname__}; use LoRA on linear layers without quantization or target_parameters."
+        )
+    for variant in getattr(layer, "lora_variant", {}).values():
+        kind = variant.__name__ if isinstance(variant, type) else type(variant).__name__
+        if kind not in _VARIANTS:
+            raise EditError(
+                f"a gate works only with plain LoRA and DoRA, but {name} has {kind}; remove this option from the LoRA "
+                "configuration."
+            )
 
 
 def _place(model: nn.Module, name: str) -> tuple[str, int]:

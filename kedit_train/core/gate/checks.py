@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from kedit_train.core.gate.adapted_layers import AdaptedLayers
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
+from kedit_train.evaluation_mode import evaluation_mode
 
 
 def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
@@ -36,6 +37,33 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
         raise EditError(
             f"the base model must have no dropout, got {dropout[0] if dropout else 'attention_dropout'}, because "
             "hidden states with dropout do not match the keys; set the dropout in the model's configuration to 0."
+        )
+
+
+@torch.no_grad()
+def check_no_randomness(run: EditRun, adapted: AdaptedLayers) -> None:
+    """Check that the model computes the same hidden states in training and in evaluation mode.
+
+    This finds dropout and noise in functions, which no module and no name in the configuration shows. A resumed run
+    was checked when it began.
+
+    Raises:
+        EditError: the hidden states differ.
+    """
+    if run.host.resumed:
+        return
+    device = next(run.model.parameters()).device
+    ids = torch.arange(3, 35, device=device)[None] % run.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    devices = [] if device.type == "cpu" else [device]
+    own = torch.random.fork_rng(devices, device_type=device.type if devices else "cuda")
+    with own, evaluation_mode(run.model), run.host.forward_context():
+        evaluated = adapted.backbone(input_ids=ids, use_cache=False)[0]
+        run.model.train()
+        trained = adapted.backbone(input_ids=ids, use_cache=False)[0]
+    if (trained - evaluated).norm() > 1e-3 * evaluated.norm():
+        raise EditError(
+            f"the hidden states of {type(adapted.backbone).__name__} differ between training and evaluation mode, so "
+            "they do not match the keys of a gate; set every dropout and noise in the model's configuration to 0."
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 from kedit_train.core.cache.layer_stack import call_arguments
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
 from kedit_train.core.gate.gate_cache import add_open, open_before
+from kedit_train.core.gate.gate_file import read_gate
+from kedit_train.core.gate.guards import GATE, check_switches, guard, unguard
 from kedit_train.errors import EditError
 from kedit_train.functional.key_distance import matches, opened_from
 
-_GATE = "_kedit_gate"
 # An attribute of a tensor of hidden states: the state of the gate in the forward pass that computed the tensor.
 _STATE = "_kedit_gate_open"
 
@@ -36,13 +39,12 @@ class Gate:
         layer: index of the decoder block whose inputs are compared with the keys.
 
     Attributes:
-        rows: number of rows in forward passes with gradients.
-        opened: number of these rows in which the gate was open at a position.
+        opened_rows: whether the gate was open at a position of each row of the last forward pass, [rows], bool.
     """
 
     def __init__(self, keys: Tensor, radii: Tensor, layer: int) -> None:
         self.keys, self.radii, self.layer = keys.float(), radii.float(), layer
-        self.rows, self.opened = 0, torch.zeros(())
+        self.opened_rows: Tensor | None = None
         self._handles: list[Any] = []
         self._model: Any = None
         # The state of the current forward pass.
@@ -51,8 +53,20 @@ class Gate:
         self._open: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
 
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Gate:
+        """Read the gate of an adapter folder.
+
+        Raises:
+            EditError: the file is missing, damaged, of a newer format, or was saved with other adapter weights.
+        """
+        saved = read_gate(folder)
+        return cls(saved.keys, saved.radii, saved.layer)
+
     def install(self, model: Any) -> None:
         """Add the hooks of the gate to a model with a LoRA adapter. The gate stays until :meth:`remove`.
+
+        Until then, ``save_pretrained`` of the model also saves the gate, and merging the adapter is an error.
 
         Args:
             model: a ``PeftModel`` with one LoRA adapter.
@@ -62,9 +76,7 @@ class Gate:
         """
         adapted = find_adapted_layers(model)
         if find_gate(model) is not None:
-            raise EditError(
-                "the model already has a gate; remove it with gate.remove(), or load the base model again."
-            )
+            raise EditError("the model already has a gate; remove it with gate.remove(), or load the base model again.")
         if not 0 <= self.layer <= adapted.first:
             raise EditError(
                 f"the layer of the gate must be at most {adapted.first}, the first block with an adapter, got "
@@ -76,8 +88,9 @@ class Gate:
                 f"the keys of the gate have {self.keys.shape[1]} entries, but the hidden states of the model have "
                 f"{hidden}; use the gate with the model that it was made for."
             )
-        self._model = model.get_base_model()
-        self._model.__dict__[_GATE] = self
+        self._model = model
+        model.get_base_model().__dict__[GATE] = self
+        guard(model)
         add = self._handles.append
         add(adapted.backbone.register_forward_pre_hook(self._enter, with_kwargs=True))
         add(adapted.blocks[self.layer].register_forward_pre_hook(self._decide, with_kwargs=True))
@@ -89,15 +102,30 @@ class Gate:
         for layer in adapted.layers:
             add(layer.base_layer.register_forward_hook(self._keep))  # type: ignore[union-attr, operator]
             add(layer.register_forward_hook(self._choose, with_kwargs=True))
+        try:
+            check_switches(self, adapted)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Remove the gate from its model. The adapter then acts at every position of every row."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._model is not None and self._model.__dict__.get(_GATE) is self:
-            del self._model.__dict__[_GATE]
+        if self._model is not None and find_gate(self._model) is self:
+            del self._model.get_base_model().__dict__[GATE]
+            unguard(self._model)
         self._model = None
+
+    @contextmanager
+    def opened_at(self, is_open: Tensor) -> Iterator[None]:
+        """Context manager: open the gate at these positions [rows, positions], for calls of single layers."""
+        before, self._open = self._open, is_open
+        try:
+            yield
+        finally:
+            self._open, self._outputs = before, {}
 
     # -- one forward pass, in the order of the calls
 
@@ -135,7 +163,7 @@ class Gate:
         self._outputs[id(base_layer)] = output
 
     def _choose(self, layer: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
-        base = self._outputs.pop(id(layer.base_layer))
+        base = self._outputs.pop(id(layer.base_layer), None)
         if layer.merged:
             raise EditError(
                 "the adapter is merged into the weights, so the gate has no effect; call unmerge_adapter()."
@@ -147,6 +175,8 @@ class Gate:
                 "a layer with a gated adapter was called outside of a forward pass of the model; if the model uses "
                 'gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
+        if base is None:
+            raise EditError(f"{type(layer).__name__} did not call its base layer, so a gate cannot switch its output.")
         if output.shape[:-1] != self._open.shape:
             raise EditError(
                 f"the output of {type(layer).__name__} has the shape {list(output.shape)}, but a gate needs outputs of "
@@ -158,9 +188,7 @@ class Gate:
         state, self._open, self._real, self._before = self._open, None, None, None
         if state is None:
             return
-        if torch.is_grad_enabled():
-            self.rows += len(state)
-            self.opened = self.opened.to(state.device) + state.any(dim=1).sum()
+        self.opened_rows = state.any(dim=1)
         cache = getattr(output, "past_key_values", None)
         parts = output if cache is None and isinstance(output, tuple) else (cache,)
         for part in parts:
@@ -168,9 +196,10 @@ class Gate:
 
 
 def find_gate(model: Any) -> Gate | None:
-    """Return the gate that is installed on a model, or None."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(inner, "__dict__", {}).get(_GATE)
+    """Return the gate that is installed on a model, or None. The gate may be inside of several PEFT models."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return getattr(model, "__dict__", {}).get(GATE)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

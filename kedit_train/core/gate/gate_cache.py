@@ -29,8 +29,8 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
         device: the device of the result.
 
     Raises:
-        EditError: the cache contains tokens that the gated model has not read, has a fixed size, or is no ``Cache`` of
-            transformers.
+        EditError: the cache contains tokens that the gated model has not read, has a fixed size, is offloaded, or is no
+            ``Cache`` of transformers.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
     if cache is None:
@@ -42,6 +42,9 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
             f"a gated model needs a key-value cache that grows, got {type(cache).__name__}; leave out "
             "cache_implementation=."
         )
+    if getattr(cache, "offloading", False):
+        # The cache loads its next layer ahead of time, and would load the layer of the gate instead of the first layer.
+        raise EditError("a gated model cannot use an offloaded key-value cache; leave out cache_implementation=.")
     length = int(cache.get_seq_length())
     if length == 0:
         return closed

@@ -91,6 +91,13 @@ def nearest_distances(
     return nearest
 
 
+def begin_with(texts: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> int:
+    """Return the number of texts that begin with one of the prompts. All are given as token ids."""
+    asked = {tuple(prompt) for prompt in prompts}
+    lengths = {len(prompt) for prompt in asked}
+    return sum(any(tuple(text[:n]) in asked for n in lengths if n <= len(text)) for text in texts)
+
+
 @torch.no_grad()
 def _states(
     run: EditRun, adapted: AdaptedLayers, layer: int, sequences: Sequence[Sequence[int]], *, batch_size: int

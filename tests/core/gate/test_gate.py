@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
 from kedit_train.core.gate.gate import Gate, find_gate
-from kedit_train.core.gate.gate_file import load_gate, save_gate
+from kedit_train.core.gate.gate_file import save_gate
 from kedit_train.errors import EditError
 
 LAYER, CUT = 1, 3  # The gate reads the inputs of block 1; the key is the state at position 3 of row 0.
@@ -220,12 +220,12 @@ def test_a_gate_file_gives_the_same_gate(models, tmp_path):
     own = logits(model)
     save_gate(gate, tmp_path, margin=0.5)
     gate.remove()
-    again = load_gate(tmp_path)
+    again = Gate.load(tmp_path)
     again.install(model)
     assert torch.equal(bits(logits(model)), bits(own))
     (tmp_path / "gate.safetensors").write_bytes((tmp_path / "gate.safetensors").read_bytes()[:-4] + b"abcd")
     with pytest.raises(EditError, match=r"was changed after it was written"):
-        load_gate(tmp_path)
+        Gate.load(tmp_path)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
