@@ -7,6 +7,7 @@ from pathlib import Path
 from kedit_train.core.gate.gate_file import GATE_FILE, WEIGHT_FILES, has_gate
 from kedit_train.errors import EditError
 from kedit_train.safetensors_header import parse_json
+from kedit_train.world import is_world
 
 _CONFIG = "adapter_config.json"
 # The files of an adapter and of its tokenizer on the hub.
@@ -28,7 +29,7 @@ def adapter_folder(name: str) -> Path | None:
     """
     if (Path(name) / _CONFIG).is_file():
         return Path(name)
-    if Path(name).exists() or not _on_hub(name, _CONFIG):
+    if Path(name).exists() or is_world(name) or not _on_hub(name, _CONFIG):
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -69,8 +70,8 @@ def adapted_base(name: str) -> str | None:
         raise EditError(f"{config} names no base model; set base_model_name_or_path in this file, {OTHER_WAY}.")
     if adapter_folder(str(base)) is not None:
         raise EditError(
-            f"{config} names {base} as the base model, which is an adapter; set base_model_name_or_path in this file to "
-            "the model without adapters."
+            f"{config} names {base} as the base model, which is an adapter; set base_model_name_or_path in this file "
+            "to the model without adapters."
         )
     return str(base)
 

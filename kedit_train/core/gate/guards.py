@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from kedit_train.core.gate.adapted_layers import AdaptedLayers
@@ -47,7 +47,7 @@ def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
             continue  # Offloaded weights are loaded only inside the forward pass of the model.
         inputs = random((1, 2, own.in_features), weight)
         named = {name: p for name, p in own.named_parameters() if name.startswith(("lora_A.", "lora_B."))}
-        factors = {name: random(p.shape, p) for name, p in named.items()}
+        factors = {name: nn.Parameter(random(p.shape, p), requires_grad=False) for name, p in named.items()}
         with evaluation_mode(own), gate.opened_at(torch.tensor([[False, True]], device=weight.device)):
             output = functional_call(own, factors, (inputs,))
             base = own.base_layer(inputs)

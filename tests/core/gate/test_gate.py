@@ -10,10 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
 from kedit_train.core.gate.gate import Gate, find_gate
-from kedit_train.core.gate.gate_file import save_gate
+from kedit_train.core.gate.gate_cache import _GateLayer
 from kedit_train.errors import EditError
 
 LAYER, CUT = 1, 3  # The gate reads the inputs of block 1; the key is the state at position 3 of row 0.
@@ -186,20 +187,52 @@ def test_generation_in_a_batch_with_open_and_closed_rows(models, options):
     assert torch.equal(own[:1], alone)
 
 
-def test_tokens_that_assisted_generation_removes_do_not_count(models):
+def test_tokens_that_assisted_generation_removes_do_not_count(models, monkeypatch):
     base, model, _ = models
+    removed = []
+
+    def crop(layer: Any, tokens: int) -> None:
+        removed.append(abs(tokens))
+        DynamicLayer.crop(layer, tokens)
+
+    monkeypatch.setattr(_GateLayer, "crop", crop)
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    for one in (model, base):
-        for row in range(3):
-            prompt = {"input_ids": IDS[row : row + 1, : CUT + 1], "attention_mask": torch.ones(1, CUT + 1)}
-            plain = one.generate(**prompt, **settings)
-            assert torch.equal(one.generate(**prompt, prompt_lookup_num_tokens=3, **settings), plain)
+    # The unedited model proposes the tokens, so that the gated model rejects some of them in the open row.
+    base.generation_config.num_assistant_tokens, base.generation_config.num_assistant_tokens_schedule = 3, "constant"
+    for row in range(3):
+        prompt = {"input_ids": IDS[row : row + 1, : CUT + 1], "attention_mask": torch.ones(1, CUT + 1)}
+        plain = model.generate(**prompt, **settings)
+        assert torch.equal(plain, base.generate(**prompt, **settings)) == (row > 0)
+        removed.clear()
+        assert torch.equal(model.generate(**prompt, assistant_model=base, **settings), plain)
+        assert any(removed) or row > 0
+
+
+def test_a_removed_token_that_opened_the_gate_closes_it_again(models):
+    base, model, _ = models
+    other = torch.tensor([[19, 23]])
+    with torch.no_grad():
+        caches = [one(input_ids=IDS[:1, : CUT + 1], use_cache=True).past_key_values for one in (model, base)]
+        assert caches[0].layers[-1].keys.flatten().tolist() == [False] * CUT + [True]
+        for cache in caches:
+            cache.crop(-1)
+        own, before = (
+            one(input_ids=other, past_key_values=cache, use_cache=True).logits
+            for one, cache in zip((model, base), caches, strict=True)
+        )
+    assert torch.equal(bits(own), bits(before))
 
 
 def test_a_cache_of_a_fixed_size_is_refused(models):
     _, model, _ = models
     with pytest.raises(EditError, match=r"needs a key-value cache that grows, got StaticCache; leave out cache_impl"):
         model.generate(input_ids=IDS, max_new_tokens=2, cache_implementation="static", pad_token_id=0)
+
+
+def test_an_offloaded_cache_is_refused(models):
+    _, model, _ = models
+    with pytest.raises(EditError, match=r"cannot use an offloaded key-value cache; leave out cache_implementation=\."):
+        logits(model, past_key_values=DynamicCache(offloading=True), use_cache=True)
 
 
 def test_a_copied_and_a_pickled_model_have_their_own_gate(models):
@@ -218,7 +251,7 @@ def test_a_copied_and_a_pickled_model_have_their_own_gate(models):
 def test_a_gate_file_gives_the_same_gate(models, tmp_path):
     _, model, gate = models
     own = logits(model)
-    save_gate(gate, tmp_path, margin=0.5)
+    model.save_pretrained(tmp_path)
     gate.remove()
     again = Gate.load(tmp_path)
     again.install(model)
@@ -273,7 +306,8 @@ def test_what_a_gate_cannot_read_is_refused(models):
     refused(model, "contains 6 tokens that the gated model has not read", past_key_values=cache, use_cache=True)
     # The error leaves no state behind.
     assert torch.equal(bits(logits(model)[1:]), bits(logits(base)[1:]))
-    model.merge_adapter()
+    for layer in find_adapted_layers(model).layers:
+        layer.merge()  # type: ignore[operator]
     refused(model, "the adapter is merged into the weights")
 
 
