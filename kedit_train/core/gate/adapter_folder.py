@@ -57,7 +57,7 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         remove(hidden)
         files = _write(model, tokenizer, hidden)
-        for name in files:
+        for name in {*files, *earlier}:
             _check_inside(folder, name)
         for name in [*files, GATE_FILE]:
             with writing(folder / name) as unfinished:
@@ -66,7 +66,6 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
         remove(hidden)
         release(hidden)
     for name in set(earlier) - set(files):
-        _check_inside(folder, name)
         (folder / name).unlink(missing_ok=True)
 
 

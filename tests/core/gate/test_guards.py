@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -60,7 +61,9 @@ def test_another_adapter_name_and_an_adapter_around_an_adapter_are_refused(tiny)
     model = adapted(copy.deepcopy(base))
     gate = gate_for(base)
     gate.install(model)
-    outer = get_peft_model(model, LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns about the second adapter.
+        outer = get_peft_model(model, LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
     assert find_gate(outer) is gate
     with pytest.raises(EditError, match="one adapter around another"):
         gate_for(base).install(outer)
