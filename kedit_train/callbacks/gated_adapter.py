@@ -187,9 +187,14 @@ class GatedAdapter(EditCallback):
                 "of these texts; remove them from texts if their continuation must not change."
             )
         self._distance = float(nearest.mean())
-        self.gate = Gate(keys, radii, layer)
-        self.gate.install(run.model)
-        check_no_randomness(run, adapted)
+        gate = Gate(keys, radii, layer)
+        gate.install(run.model)
+        try:
+            check_no_randomness(run, adapted)
+        except BaseException:
+            gate.remove()
+            raise
+        self.gate = gate
         self._run, self._rows, self._opened = run, 0, torch.zeros(())
         self._handle = adapted.backbone.register_forward_hook(weak_hook(self._count))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from callbacks.gated import TEXTS, adapted, compare, train
+from callbacks.gated import TEXTS, adapted, batch_of, compare, train
 from real_models import smollm2
 from torch import Tensor
 
@@ -181,10 +181,36 @@ def test_other_callbacks_work_through_the_gate():
         callbacks = [GatedAdapter(TEXTS, edits=edits), TokenLoss(), KLLocality(TEXTS, weight=5.0), *more]
         edit = train(model.train(), tokenizer, edits, callbacks, 4)
         assert all(row["edit/locality/kl"] == 0.0 for row in edit.history)
-        assert edit.history[-1]["edit/gate/open"] > 0.0
+        # The rows of the KL penalty are not counted.
+        assert edit.history[-1]["edit/gate/open"] == 1.0
         assert edit.history[-1]["edit/gate/radius"] == pytest.approx(0.5 * edit.history[-1]["edit/gate/distance"])
         finals.append([p.detach().clone() for n, p in model.named_parameters() if "lora_" in n])
     assert all(torch.equal(a, b) for a, b in zip(*finals, strict=True))
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_held_texts_with_an_edited_prompt_are_left_out_or_open_the_gate_where_they_begin_with_it(others):
+    model, tokenizer = world.load()
+    edits = EditDataset(world.edits(2))
+    prompt = edits[0].prompt
+    texts = [*TEXTS, f"{prompt} a place by the river.", f"The old baker said: {prompt} a place.", prompt]
+    gated = GatedAdapter(texts, edits=edits)
+    # The run scores other edits, so it does not know that the texts contain the prompts that are trained.
+    metrics = [EditMetrics(world.edits(8)[6:], every_n_steps=0, show=False)] if others else []
+    message = (
+        "2 of 6 held texts begin with a prompt of the edits, so" if others else "3 of 6 texts contain an evaluation"
+    )
+    with pytest.warns(UserWarning, match=f"^GatedAdapter: {message}"):
+        train(adapted(model), tokenizer, edits, [gated, *metrics], 1)
+    gate: Any = gated.gate
+    with torch.no_grad():
+        model.eval()
+        cache = model(**batch_of(tokenizer, texts, "right"), use_cache=True).past_key_values
+    state, length = cache.layers[-1].keys[:, 0, :, 0], len(tokenizer(prompt)["input_ids"])
+    assert not state[:3].any()
+    assert not (others and state[4].any())
+    assert state[3].tolist() == [False] * (length - 1) + [True] * (state.shape[1] - length + 1)
+    gate.remove()
 
 
 def test_the_prompts_of_a_chat_are_the_keys(words, make):

@@ -113,6 +113,19 @@ def test_trained_base_weights_and_dropout_are_refused(words, make):
             assert message in str(error.value)
 
 
+def test_dropout_in_a_function_is_refused(words, make):
+    model = adapted(make(), layers_to_transform=[1])
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.register_forward_hook(lambda mlp, args, output: torch.nn.functional.dropout(output, 0.1, mlp.training))
+    state = torch.get_rng_state()
+    with editing(model, [GatedAdapter(["w7 w8"], edits=[Edit("w1 w2", "w3")])], tokenizer=words) as edit:
+        with pytest.raises(EditError, match="differ between training and evaluation mode") as error:
+            edit.before_step()
+        assert "\n" not in str(error.value)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert find_gate(model) is None
+
+
 def test_arguments_are_checked(words, make):
     for arguments, message in (
         ({"margin": 0.0}, "margin must be in (0, 1], got 0.0."),

@@ -20,6 +20,7 @@ from kedit_train.data import EditDataset
 TRAINING = [name for name in ALL if name != "EditMetrics"]
 # Each restores something else. The default run resumes these alone; test_resume.py resumes all together.
 STATEFUL = (
+    "GatedAdapter",
     "KLLocality",
     "NullSpace",
     "GradientMask",
