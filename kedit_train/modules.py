@@ -17,6 +17,7 @@ from kedit_train.arguments import at_least, check_arguments, integer_from, optio
 from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.core.answer_end import decide_together
 from kedit_train.core.gate.adapter_folder import remove_stale_gate
+from kedit_train.core.gate.adapter_source import check_not_gated
 from kedit_train.data import Edit, EditCollator, EditDataset, split_documents
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
@@ -27,7 +28,7 @@ from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
 from kedit_train.optional import require
 from kedit_train.paths import PATH
-from kedit_train.pretrained import check_new_adapter, check_trainable, load_model, lora_config, peft_errors
+from kedit_train.pretrained import check_new_adapter, load_model, lora_config, peft_errors
 
 _NO_AUGMENTATION = AugmentationOptions()
 
@@ -93,11 +94,11 @@ class EditModule(LightningModule):
         # The arguments are checked before a large model is loaded.
         check_model(learning_rate=learning_rate, save_path=save_path)
         adapter = None if lora is None else lora_config(lora)
+        check_not_gated(name)
         self.name, self.save_path, self.learning_rate = name, save_path, learning_rate
         # The model is loaded here and not in configure_model, because the setup of the callbacks runs before
         # configure_model and selects parameters.
         self.model, self.tokenizer = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-        check_trainable(self.model, name)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         if adapter is not None:

@@ -12,7 +12,7 @@ import torch
 
 from kedit_train import world
 from kedit_train.core.gate.adapter_source import OTHER_WAY, adapted_base, adapter_folder
-from kedit_train.core.gate.gate import Gate, find_gate
+from kedit_train.core.gate.gate import Gate
 from kedit_train.core.gate.gate_file import has_gate
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
@@ -121,19 +121,6 @@ def check_new_adapter(model: Any, name: str) -> None:
         raise EditError(
             f"lora must be None, because {name!r} already has an adapter, which a new adapter would replace; train the "
             "base model with all edits, or merge the adapter first (a gated adapter cannot be merged)."
-        )
-
-
-def check_trainable(model: Any, name: str) -> None:
-    """Check that a loaded model may be trained.
-
-    Raises:
-        EditError: the model has a gate, whose keys belong to the weights that it was trained with.
-    """
-    if find_gate(model) is not None:
-        raise EditError(
-            f"{name!r} is a gated adapter, which cannot be trained again; train its base model with the edits of both "
-            "runs."
         )
 
 

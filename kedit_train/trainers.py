@@ -37,6 +37,7 @@ from kedit_train.callbacks import (
     WeightAnchor,
 )
 from kedit_train.core.answer_end import decide_together
+from kedit_train.core.gate.adapter_source import check_not_gated
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.answer_end import AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, describe_format, read_format, thinks
@@ -156,9 +157,7 @@ class EditSFTConfig(SFTConfig):
         default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
     )
     polyak_step: Arguments = field(default=None, metadata=_help("Choose the length of each step from the loss."))
-    prefix_cache: Arguments = field(
-        default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
-    )
+    prefix_cache: Arguments = field(default=None, metadata=_help("Run the frozen first layers only once per example."))
     active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
     edit_metrics: Arguments = field(default=None, metadata=_help("Score the edits before, during and after training."))
     forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and the change of forecasts."))
@@ -260,6 +259,7 @@ class EditSFTTrainer(SFTTrainer):
         with reported_by("EditSFTTrainer"):
             if not isinstance(args, EditSFTConfig):
                 raise EditError(f"args must be an EditSFTConfig, got {type(args).__name__}.")
+            check_not_gated(model)
             if edits is None and args.edits is not None:
                 edits = EditDataset.load(args.edits)
             if edits is None and train_dataset is None:

@@ -45,7 +45,8 @@ class GatedAdapter(EditCallback):
     beginning of a held text.
 
     The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
-    training. Its attribute ``gate`` can remove it. ``path`` saves the adapter and the gate, and
+    training. Its attribute ``gate`` can remove it. Until then, the model saves the gate with the adapter, and cannot be
+    merged. ``path`` saves the adapter and the gate, and
     :func:`~kedit_train.load_model` loads both. Without the gate, the adapter is an ordinary adapter that acts on every
     input.
 
@@ -57,8 +58,8 @@ class GatedAdapter(EditCallback):
         neighbors: number of additional held prompts per edit: the prompt of the edit with a name from the texts in
             place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts
             about other subjects lie within a radius. Edits without a subject have no such prompts.
-        path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. An existing folder
-            is replaced if it contains an adapter. None saves nothing.
+        path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. The folder must
+            be new or empty, or contain an earlier gated adapter, whose files are replaced. None saves nothing.
         edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
             the training loop.
         limit: maximum number of texts to read. None reads all texts.

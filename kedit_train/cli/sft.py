@@ -23,13 +23,14 @@ from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import class_of
 from kedit_train.core.gate.adapter_folder import remove_stale_gate
+from kedit_train.core.gate.adapter_source import check_not_gated
 from kedit_train.data import EditDataset, split_documents
 from kedit_train.data.chat_format import describe_format, read_format
 from kedit_train.data.readers.documents import DOCUMENTS
 from kedit_train.data.tokenization import context_length
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
-from kedit_train.pretrained import check_new_adapter, check_trainable, load_model, lora_config
+from kedit_train.pretrained import check_new_adapter, load_model, lora_config
 from kedit_train.processes import check_process_count, end_process_group
 from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
@@ -85,8 +86,8 @@ def build(config: Namespace) -> EditSFTTrainer:
     check_arguments("model", learning_rate=(options.learning_rate, at_least(0)))
     callbacks: list[Any] = list(recipe.callbacks(config))
     data = EditDataModule(**config.data.init_args.as_dict())
+    check_not_gated(options.name)
     model, tokenizer = load_model(options.name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
-    check_trainable(model, options.name)
     if options.lora is not None:
         check_new_adapter(model, options.name)
     if options.chat_template is not None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -15,7 +15,7 @@ import torch
 from callbacks.gated import LORA, TEXTS, adapted, train
 from peft import PeftModel
 
-from kedit_train import EditDataModule, EditDataset, EditModule, load_model, world
+from kedit_train import EditDataModule, EditDataset, EditModule, EditSFTConfig, EditSFTTrainer, load_model, world
 from kedit_train.callbacks import (
     GatedAdapter,
     ParameterScope,
@@ -165,7 +165,7 @@ def test_a_gate_is_never_used_with_another_adapter(tmp_path):
     model = save(tmp_path / "new")
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).add_(1.0)
-    find_gate(model).remove()
+    find_gate(model).remove()  # type: ignore[union-attr]
     model.save_pretrained(tmp_path / "new")
     with pytest.raises(EditError, match="was saved with other adapter weights than those in this folder") as error:
         load_model(str(tmp_path / "new"))
@@ -178,7 +178,7 @@ def test_every_way_to_save_the_model_saves_the_gate(tmp_path):
     model = save(tmp_path / "new")
     for name, arguments in (("again", {}), ("pickled", {"safe_serialization": False})):
         model.save_pretrained(tmp_path / name, **arguments)
-        gate, own = Gate.load(tmp_path / name), find_gate(model)
+        gate, own = Gate.load(tmp_path / name), cast(Gate, find_gate(model))
         assert torch.equal(gate.keys, own.keys)
         assert torch.equal(gate.radii, own.radii)
     model.save_pretrained(tmp_path / "other rank", is_main_process=False)
@@ -203,7 +203,11 @@ def test_only_the_main_process_of_a_recipe_in_trl_touches_the_gate_file(tmp_path
 
 
 def test_a_gated_adapter_or_a_second_adapter_is_not_trained(tmp_path):
-    save(tmp_path / "gated")
+    model = save(tmp_path / "gated")
+    for one in (str(tmp_path / "gated"), model):
+        args = EditSFTConfig(str(tmp_path / "runs"), use_cpu=True, bf16=False, token_loss={})
+        with pytest.raises(EditError, match=r"^EditSFTTrainer: .* is a gated adapter, which cannot be trained again"):
+            EditSFTTrainer(one, args=args, edits=world.edits(2))
     adapted(world.load()[0]).save_pretrained(tmp_path / "plain")
     EditDataset(world.edits(2)).save(tmp_path / "edits.jsonl")
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))

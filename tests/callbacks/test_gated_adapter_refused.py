@@ -127,11 +127,12 @@ def test_dropout_in_a_function_is_refused(words, make):
 
 
 def test_arguments_are_checked(words, make):
-    for arguments, message in (
+    cases: Any = (
         ({"margin": 0.0}, "margin must be in (0, 1], got 0.0."),
         ({"layer": -1}, "layer must be an integer >= 0, or None, got -1."),
         ({"neighbors": -1}, "neighbors must be an integer >= 0, got -1."),
-    ):
+    )
+    for arguments, message in cases:
         with pytest.raises(EditError) as error:
             GatedAdapter(TEXTS, **arguments)
         assert str(error.value) == f"GatedAdapter: {message}"

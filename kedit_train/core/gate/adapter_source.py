@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from kedit_train.core.gate.gate import find_gate
 from kedit_train.core.gate.gate_file import GATE_FILE, WEIGHT_FILES, has_gate
 from kedit_train.errors import EditError
 from kedit_train.safetensors_header import parse_json
@@ -74,6 +76,23 @@ def adapted_base(name: str) -> str | None:
             "to the model without adapters."
         )
     return str(base)
+
+
+def check_not_gated(model: Any) -> None:
+    """Check that a model may be trained.
+
+    Args:
+        model: a model, a folder, or a name on the hub.
+
+    Raises:
+        EditError: the model is a gated adapter. The keys of its gate belong to the weights that it was trained with.
+    """
+    name = model if isinstance(model, str) else None
+    if find_gate(model) is not None or (name is not None and gated_folder(name) is not None):
+        raise EditError(
+            f"{'the model' if name is None else repr(name)} is a gated adapter, which cannot be trained again; train "
+            "its base model with the edits of both runs."
+        )
 
 
 def _on_hub(name: str, file: str, revision: str | None = None) -> bool | None:

@@ -47,7 +47,9 @@ def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
             continue  # Offloaded weights are loaded only inside the forward pass of the model.
         inputs = random((1, 2, own.in_features), weight)
         named = {name: p for name, p in own.named_parameters() if name.startswith(("lora_A.", "lora_B."))}
-        factors = {name: nn.Parameter(random(p.shape, p), requires_grad=False) for name, p in named.items()}
+        factors: dict[str, Tensor] = {
+            name: nn.Parameter(random(p.shape, p), requires_grad=False) for name, p in named.items()
+        }
         with evaluation_mode(own), gate.opened_at(torch.tensor([[False, True]], device=weight.device)):
             output = functional_call(own, factors, (inputs,))
             base = own.base_layer(inputs)
