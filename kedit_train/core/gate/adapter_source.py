@@ -13,7 +13,7 @@ from kedit_train.world import is_world
 
 _CONFIG = "adapter_config.json"
 # The files of an adapter and of its tokenizer on the hub.
-_FILES = [_CONFIG, GATE_FILE, *WEIGHT_FILES, "*token*", "vocab*", "merges.txt", "*.jinja"]
+_FILES = [_CONFIG, GATE_FILE, *WEIGHT_FILES, "*token*", "vocab*", "merges.txt", "*.model", "*.jinja"]
 # The end of an error message about a base model.
 OTHER_WAY = "or merge the adapter with merge_and_unload() and give the folder of the merged model"
 

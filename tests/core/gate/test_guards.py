@@ -121,7 +121,7 @@ def test_the_check_changes_no_random_state_and_no_mode(tiny):
     assert all(module.training for module in model.modules())
 
 
-def test_a_gated_adapter_is_not_merged_and_merges_after_the_gate_is_removed(tiny):
+def test_a_gated_adapter_is_not_merged_and_merges_after_the_gate_is_removed(tiny, tmp_path):
     base = tiny("llama", num_hidden_layers=3).eval()
     model = adapted(copy.deepcopy(base))
     before, adapted_logits = traces(model), logits(model)
@@ -133,6 +133,11 @@ def test_a_gated_adapter_is_not_merged_and_merges_after_the_gate_is_removed(tiny
             with pytest.raises(EditError, match="cannot be merged into the weights or unloaded; remove the gate first"):
                 merge()
         assert torch.equal(bits(logits(one)), bits(own))
+        one.save_pretrained(tmp_path / "saved")
+        assert torch.equal(Gate.load(tmp_path / "saved").keys, gate.keys)
+        if one is not model:
+            find_gate(one).remove()  # type: ignore[union-attr]
+            assert traces(one) == before
     gate.remove()
     assert traces(model) == before
     merged = model.merge_and_unload()
