@@ -68,7 +68,7 @@ SETS = {
     },
 }
 # Chosen on seed 100.
-SETTINGS = {"rate": 5e-4, "epochs": 10, "kl": 0.01, "batch_kl": 2.0, "step_size": 0.05}
+SETTINGS = {"rate": 5e-4, "epochs": 10, "kl": 0.01, "batch_kl": 2.0, "weight": 20.0, "step_size": 0.05}
 COLUMNS = (
     ("A before", 2), ("A", 2), ("B", 2), ("KL on B", 3), ("KL on prose", 4), ("seconds", 0)
 )  # fmt: skip
@@ -77,6 +77,7 @@ METHODS = {
     "plain": "plain fine-tuning",
     "texts": "`KLLocality` on prose, `ForgettingBudget`",
     "texts and A": "`KLLocality` on prose and answers of set A, `ForgettingBudget`",
+    "fixed weight": "`KLLocality` on prose and answers of set A, fixed weight",
     "batch": "`BatchAnchor`, `ForgettingBudget`",
     "anchored SFT": 'anchored SFT: `TokenLoss("dft")`, `BatchAnchor`',
     "null space": "`NullSpace` on prose and answers of set A, `PolyakStep`",
@@ -154,6 +155,7 @@ class Bench:
             "plain": lambda: [TokenLoss("cross_entropy")],
             "texts": lambda: [TokenLoss("cross_entropy"), KLLocality(self.texts), ForgettingBudget(kl)],
             "texts and A": lambda: [TokenLoss("cross_entropy"), KLLocality(both), ForgettingBudget(kl)],
+            "fixed weight": lambda: [TokenLoss("cross_entropy"), KLLocality(both, weight=self.settings["weight"])],
             "batch": lambda: [TokenLoss("cross_entropy"), BatchAnchor(), ForgettingBudget(batch_kl)],
             "anchored SFT": lambda: [TokenLoss("dft"), BatchAnchor(0.05)],
             "null space": lambda: [

@@ -18,6 +18,7 @@ from kedit_train.arguments import check_arguments, integer_from
 from kedit_train.core.locality.texts import Texts
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.generate import Answer, generate_answers
+from kedit_train.evaluation.scoring.abilities import ability_items, ability_scores
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, ratio_scores
 from kedit_train.evaluation.scoring.divergence import Distribution, compute_divergences, record_distributions
 from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks, lm_eval_scores
@@ -36,7 +37,8 @@ class Capability:
         perplexity: perplexity of the texts. Its ``n`` counts tokens.
         kl: mean KL(unedited || model) in nats, over all tokens of the unedited model's answers to the prompts.
         agreement: the fraction of prompts to which both the model and the unedited model give the same greedy answer.
-        tasks: dict from "<task>/<metric>" to the score of lm-eval.
+        tasks: dict from "<task>/<metric>" to the score of lm-eval, and from "ability/<name>" to the scores of the
+            built-in items.
         answers: dict from prompt to answer, for the comparison with the edited model. Kept in memory only.
         distributions: dict from prompt to the unedited model's next-token distributions, for ``kl``. Kept in memory
             only.
@@ -64,6 +66,8 @@ class CapabilityProbe:
         texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the bundled texts).
         prompts: prompts unrelated to the edits. None: the prompts are the beginnings of ``texts``.
         tasks: lm-eval tasks to run as well: a list of names, or an ``LmEvalTasks``.
+        abilities: True also measures arithmetic, grammar, copying and reading, on 60 built-in multiple-choice items
+            each; see :mod:`kedit_train.evaluation.scoring.abilities`. It needs about 800 short forward passes.
         max_new_tokens: maximum length of the answers to ``prompts``, in tokens.
         batch_size: prompts per forward pass.
         seed: seed of the bootstrap and of lm-eval.
@@ -89,6 +93,7 @@ class CapabilityProbe:
         *,
         prompts: Sequence[str] | None = None,
         tasks: Sequence[str] | LmEvalTasks = (),
+        abilities: bool = False,
         max_new_tokens: int = 16,
         batch_size: int = 64,
         seed: int = 0,
@@ -110,6 +115,7 @@ class CapabilityProbe:
                     "longer text, or pass at least one prompt."
                 )
         self.tasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
+        self.items = ability_items() if abilities else []
         self.max_new_tokens, self.batch_size, self.seed, self.progress = max_new_tokens, batch_size, seed, progress
 
     def __call__(self, model: nn.Module, tokenizer: Any, unedited: Capability | None = None) -> Capability:
@@ -132,7 +138,8 @@ class CapabilityProbe:
         generated = generate_answers(model, tokenizer, self.prompts, max_new_tokens=self.max_new_tokens, **settings)
         answers = dict(zip(self.prompts, generated, strict=True))
         own: dict[str, Any] = {
-            "tasks": lm_eval_scores(model, tokenizer, self.tasks, batch_size=self.batch_size, seed=self.seed),
+            "tasks": ability_scores(model, tokenizer, self.items, seed=self.seed, **settings)
+            | lm_eval_scores(model, tokenizer, self.tasks, batch_size=self.batch_size, seed=self.seed),
             "perplexity": perplexity(losses, self.seed),
             "answers": answers,
         }

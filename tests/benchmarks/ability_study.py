@@ -1,0 +1,162 @@
+"""Edit SmolLM2 1, 10 and 100 times, and measure what it still can do.
+
+    python tests/benchmarks/ability_study.py                                   # seeds 10 to 12, into docs/results.md
+    python tests/benchmarks/ability_study.py --methods ft_m --seeds 100
+    python tests/benchmarks/ability_study.py report                            # write table and figure only
+
+The CounterFact edits are made one after the other, and earlier edits are never trained again. After 1, 10 and 100
+edits, the built-in items of ``CapabilityProbe`` measure arithmetic, grammar, copying and reading. "Navigating the Dual
+Facets" (arXiv 2402.11122) found that changed weights lose ability with each edit, and that a memory outside the weights
+keeps it, but recalls less if the question has another format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_report import PAGE, replaced
+from methods import Method, load_recipe
+from paired import processor
+from result_rows import add_row, read_rows
+from settings import SETTINGS, load
+
+from kedit_train import CapabilityProbe
+from kedit_train.evaluation import EvaluationOptions
+from kedit_train.evaluation.reporting.plots import color_and_marker, new_figure, save_figure
+from kedit_train.modes import run_edits
+
+RESULTS = Path(__file__).with_name("ability_study.jsonl")
+FIGURE = PAGE.parent / "images" / "ability_study.png"
+MODEL, COUNTS = "smollm2", (1, 10, 100)
+ABILITIES = ("arithmetic", "grammar", "copying", "reading")
+METHODS = {"ft_m": "FT-M", "one_by_one": "`one_by_one.py`"}
+COLUMNS = (
+    *((name, 2) for name in ABILITIES), ("perplexity", 1), ("reliability", 2), ("generality", 2), ("question", 2),
+    ("others", 2), ("seconds", 1),
+)  # fmt: skip
+HEADINGS = (
+    "training", "edits", *ABILITIES, "perplexity", "reliability", "generality", "as a question", "others kept",
+    "s per edit",
+)  # fmt: skip
+
+
+def run(name: str, seed: int, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Return one row for the unedited model, and one row after each number of edits."""
+    setting = SETTINGS[MODEL](seed)
+    model, tokenizer = load(setting.path)
+    edits = setting.edits(max(counts))
+    about = {"method": name, "seed": seed}
+    method = Method(setting, model, tokenizer, name, load_recipe(name, model=MODEL), edits, "sequential")
+    seconds: list[float] = []
+
+    def train(model: Any, edits: Any) -> None:
+        began = time.process_time()
+        method(model, edits)
+        seconds.append(time.process_time() - began)
+
+    probe = CapabilityProbe(setting.unrelated(), abilities=True)
+    result = run_edits(
+        model, tokenizer, edits, mode="sequential", train=train, checkpoints=counts, capability=probe,
+        options=EvaluationOptions(metrics=["format"], max_new_tokens=16), seed=seed, progress=False,
+    )  # fmt: skip
+    before = result.capability
+    yield {**about, "edits": 0, **abilities(before)}
+    for point in result.checkpoints:
+        metrics = point.report.metrics
+        yield {
+            **about, "edits": point.edits, **abilities(point.capability),
+            "reliability": metrics["reliability"]["generated"].value,
+            "generality": metrics["generality"]["generated"].value,
+            "PS": metrics["generality"]["probability"].value,
+            "question": metrics["generality"]["by_kind"]["format"]["generated"].value,
+            "others": metrics["locality"]["by_kind"]["others"]["generated"].value,
+            # Without the first edit, which reads the texts for all others.
+            "seconds": sum(seconds[1 : point.edits]) / max(1, point.edits - 1),
+        }  # fmt: skip
+
+
+def abilities(capability: Any) -> dict[str, float]:
+    """Return the fraction of right items for each ability, and the perplexity."""
+    scores = capability.scores()
+    found = {name: scores[f"ability/{name}"].value for name in ABILITIES}
+    return {**found, "perplexity": scores["perplexity"].value}
+
+
+def points(rows: Sequence[dict[str, Any]], method: str) -> dict[int, list[dict[str, Any]]]:
+    """Return the rows of the reported seeds, by number of edits."""
+    own = [row for row in rows if row["seed"] < 100 and row["method"] == method]
+    return {count: [r for r in own if r["edits"] == count] for count in sorted({r["edits"] for r in own})}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a table in Markdown with the means over the seeds."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "|---|" + "---:|" * (len(HEADINGS) - 1)]
+    for number, (method, label) in enumerate(METHODS.items()):
+        for count, own in points(rows, method).items():
+            if count == 0 and number:
+                continue
+            cells = (
+                f"{sum(r[key] for r in own) / len(own):.{digits}f}" if key in own[0] else "–" for key, digits in COLUMNS
+            )
+            lines.append(f"| {label if count else 'none (unedited)'} | {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def figure(rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the mean of the four abilities over the number of edits, with the range of the seeds."""
+    drawing = new_figure(5.4, 3.8)
+    axes = drawing.subplots()
+    for number, (method, label) in enumerate(METHODS.items()):
+        found = {
+            count: [sum(row[name] for name in ABILITIES) / len(ABILITIES) for row in own]
+            for count, own in points(rows, method).items()
+        }
+        if not found:
+            continue
+        color, marker = color_and_marker(number)
+        positions = [list(found).index(count) for count in found]
+        means = [sum(values) / len(values) for values in found.values()]
+        axes.plot(positions, means, color=color, marker=marker, label=label.strip("`"))
+        lows, highs = [min(v) for v in found.values()], [max(v) for v in found.values()]
+        axes.fill_between(positions, lows, highs, color=color, alpha=0.15, linewidth=0)
+        axes.set_xticks(positions, [str(count) for count in found])
+    # What a model reaches that guesses: a half in grammar and a quarter in the other abilities.
+    axes.axhline((0.5 + 3 * 0.25) / 4, color="grey", linestyle="--", linewidth=1, label="guessing")
+    axes.set_ylim(0.2, 0.9)
+    axes.set_xlabel("number of edits, one after the other")
+    axes.set_ylabel("right items, mean of four abilities")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    save_figure(drawing, FIGURE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in options.seeds if options.what == "run" else ():
+        for method in options.methods:
+            for row in run(method, seed, options.counts):
+                print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                # Rows on which settings are chosen are not kept.
+                if seed < 100:
+                    where = f"{processor()}, torch {torch.__version__}"
+                    add_row(RESULTS, row | {"date": str(date.today()), "machine": where})
+    if rows := read_rows(RESULTS):
+        marks = "<!-- ability study: written by ability_study.py -->", "<!-- ability study: end -->"
+        PAGE.write_text(replaced(PAGE.read_text(), marks, ["\n".join(table(rows))]))
+        figure(rows)
+
+
+if __name__ == "__main__":
+    main()
