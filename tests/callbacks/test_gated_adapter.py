@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import json
 import os
 import subprocess
@@ -240,3 +242,12 @@ def test_the_evaluation_of_a_run_goes_through_the_gate():
     scores = metrics.report.flat()  # type: ignore[union-attr]
     assert scores["edit/reliability"] == 1.0
     assert scores["edit/locality"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_runs():
+    tests = doctest.DocTestParser().get_doctest(inspect.getdoc(GatedAdapter) or "", {}, "GatedAdapter", None, 0)
+    runner = doctest.DocTestRunner()
+    runner.run(tests)
+    assert runner.tries > 5
+    assert not runner.failures
