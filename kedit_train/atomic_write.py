@@ -55,8 +55,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
         remove(hidden)
         hidden.mkdir()
         yield unfinished
-        # Safetensors creates files that only their owner can read. Here they get the default permissions of new files,
-        # which follow from the permissions of the new hidden folder.
+        # Safetensors creates files that only their owner can read. Here, these files get the default permissions of new
+        # files, which follow from the permissions of the new hidden folder.
         permissions = hidden.stat().st_mode & 0o666
         for entry in (*unfinished.rglob("*"), unfinished):
             if entry.is_file() and not entry.is_symlink():

@@ -218,7 +218,7 @@ class EditDataModule(LightningDataModule):
         # A configuration file gives a mapping.
         self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
         self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
-        # This is checked again when the edits are tokenized. The early check saves the time to load a large model.
+        # The same check runs when the edits are tokenized. The early check here saves the time to load a large model.
         self.edits.check_trained_together()
         self.added: list[Edit] = []
         # The edits as they are trained. augmentation may rewrite their targets.
@@ -270,7 +270,7 @@ class EditDataModule(LightningDataModule):
         return strategy
 
     def _augment(self, module: Any) -> list[Edit]:
-        """Return the edits as they are trained and the additional examples, made with the unedited model.
+        """Return the edits as they are trained, and the additional examples. The unedited model is used to make them.
 
         A resumed run also uses the unedited model here, because Lightning restores the checkpoint only after ``setup``.
         """

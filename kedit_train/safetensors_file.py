@@ -98,7 +98,7 @@ def fill_tensors(
         OSError: the disk has no space for the file, or the file cannot be written.
     """
     text = _to_json(metadata)
-    # Large items first, so that every tensor is aligned to its item size.
+    # Tensors with large items come first, so that every tensor is aligned to its item size.
     names = sorted(shapes, key=lambda name: (-shapes[name][1].itemsize, name))
     entries: dict[str, Any] = {}
     end = 0
@@ -221,7 +221,7 @@ def _allocate(path: Path, size: int) -> None:
                 os.posix_fallocate(file.fileno(), 0, size)
                 return
             except OSError as error:
-                # Some file systems do not support allocation; they get zeros instead.
+                # Some file systems do not support allocation. There, zeros are written instead.
                 if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
                     raise
         zeros = bytes(1 << 20)

@@ -142,11 +142,11 @@ class EditSFTConfig(SFTConfig):
         default=None,
         metadata=_help("Train each token towards a smoothed target (token_loss with the objective overtone)."),
     )
-    context_teacher: Arguments = field(default=None, metadata=_help("Distill the unedited model that reads the fact."))
+    context_teacher: Arguments = field(default=None, metadata=_help("Imitate the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
     output_anchor: Arguments = field(default=None, metadata=_help("On which inputs should the outputs not change?"))
-    forgetting_budget: Arguments = field(default=None, metadata=_help("Keep the divergence within a budget."))
+    forgetting_budget: Arguments = field(default=None, metadata=_help("Limit the divergence from the unedited model."))
     weight_anchor: Arguments = field(default=None, metadata=_help("Pull the weights towards their original values."))
     norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
     null_space: Arguments = field(default=None, metadata=_help("Keep layer outputs on given texts nearly the same."))

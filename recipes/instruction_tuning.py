@@ -1,4 +1,4 @@
-"""Fine-tune SmolLM2 on a small instruction set in TRL's ``SFTTrainer``, with a budget for the change of other texts.
+"""Fine-tune SmolLM2 on instructions in TRL's ``SFTTrainer``, with a budget for changed predictions on other texts.
 
     python recipes/instruction_tuning.py
     python recipes/instruction_tuning.py --plain          # the same run without the penalty and the budget
@@ -7,9 +7,10 @@
 Measured with the defaults on 2026-11-27, in 134 s of processor time on one core of an Intel Xeon: 24 of the 30 answers
 are exactly right after training (0 before), and the KL divergence on the texts is 0.0054 nats per token.
 
-The texts are those on which predictions should stay the same. To keep what earlier instruction sets have taught, put
-some of their prompts with answers into the texts, too. Each record of the data has a "prompt" and a "completion". The
-last records are not trained. An answer to one of their prompts counts if it is exactly the completion.
+The texts (``--texts``) are those on which predictions should stay the same. To keep what earlier instruction sets have
+taught, put some of their prompts with answers into the texts, too. Each record of the data has a "prompt" and a
+"completion". The last records are not trained. An answer to one of their prompts counts if it is exactly the
+completion.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ The teacher is the unedited model that reads the new fact four times before the 
 without the fact. At each token of its own completion, the student learns the teacher's distribution. The teacher must
 follow facts in its context, otherwise the script ends with an error. docs/hosts.md has more measurements.
 
-Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, locality 0.50 (fraction of other answers with the
-same first tokens; 0.94 of the right answers stay right); 230 s of processor time on one core (2026-11-27).
+Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, locality 0.50; 230 s of processor time on one core
+(2026-11-27). Locality is the fraction of other answers whose first tokens stay the same. Of the other answers that were
+right before, a fraction of 0.94 stays right.
 """
 
 import argparse

@@ -229,6 +229,6 @@ def test_callbacks_without_an_argument_for_edits_find_those_of_the_trainer(folde
     edits = EditDataset(world.edits(4))
     trainer = EditSFTTrainer(model, args=args, edits=edits, processing_class=tokenizer)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*neighbors=2 has no effect")
+        warnings.filterwarnings("error", message=".*neighbors=2 .*no prompt could be made")
         trainer.train()
     assert trainer.state.global_step == 1

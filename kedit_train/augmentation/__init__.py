@@ -39,7 +39,7 @@ __all__ = [
     "study_rows",
 ]
 
-# Number of generated prefixes for each prefix that an edit gets. All edits draw from the same prefixes.
+# The model generates this many times as many prefixes as one edit uses. All edits draw from the same prefixes.
 POOL = 8
 
 
@@ -63,9 +63,10 @@ class AugmentationOptions:
             with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1); the paper uses 0.3
             to 0.5. The edits are still evaluated with their own targets. None: the edits are trained with their own
             targets.
-        study: a file of study rows: paraphrases, questions with answers, implications and continuations of documents.
-            If the file does not exist, the unedited model writes it (:func:`study_rows`), which needs a chat template.
-            An existing file is read, with any seed of the run. None: no study rows.
+        study: a file of study rows. A study row is a text about a document: a paraphrase, a question with its answer,
+            an implication or a continuation. If the file does not exist, the unedited model writes it
+            (:func:`study_rows`), which needs a chat template. If the file exists, it is read, and the seed of the run
+            does not matter. None: no study rows.
         study_ratio: number of study tokens per document token, above 0. Rows are drawn with the seed of the run until
             this ratio is reached. None uses all rows.
 
@@ -111,7 +112,8 @@ class Augmentation:
             prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
         summary: one line that says how many examples were made and how many were left out.
         rewritten: a dict from prompt and target of an edit to the edit with the target that the unedited model wrote.
-        study: a dict from the prompt of a document to its study rows. A call returns the rows of its documents.
+        study: a dict from the prompt of a document to its study rows. A call returns the rows of the documents that it
+            is given.
     """
 
     prefixes: tuple[str, ...]
@@ -177,15 +179,17 @@ def augmentation(
             prompts, a ``.txt`` file with one prompt per line, a file of edits (only its prompts are used), or "world"
             for the prompts that come with kedit-train.
         replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
-        previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained
-            again with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
-            ``edits``, or if its prompt with its target contains a scored prompt of ``edits``.
+        previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained again
+            with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
+            ``edits``. It is also left out if a scored prompt of ``edits`` is in the text that its prompt and its target
+            form together.
         rewrite: train the edits on targets that ``model`` writes
             (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the new fact
             with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1). None: the edits are
             trained with their own targets.
-        study: study rows of documents: a result of :func:`study_rows`, or the file of its rows. If the file does not
-            exist, ``model`` writes it with ``seed``. Rows of a result that are about other documents are left out.
+        study: study rows: a result of :func:`study_rows`, or the file of such rows. If the file does not exist,
+            ``model`` writes it with ``seed``. If a result has rows about documents that are not in ``edits``, these
+            rows are left out.
         study_ratio: number of study tokens per document token, above 0. Rows are drawn with ``seed`` until this ratio
             is reached. If there are too few rows, all are used. None uses all rows.
         seed: seed of all random draws.
@@ -242,7 +246,8 @@ def augmentation(
             examples += allowed
             leaked = len(again) - len(allowed)
             summary.append(
-                f"{len(allowed)} previous edits ({leaked} left out as leaks, fraction {leaked / len(again):.3f})"
+                f"{len(allowed)} previous edits (left out because they contain text of an edit: {leaked}, fraction "
+                f"{leaked / len(again):.3f})"
             )
         by_document: dict[str, tuple[Edit, ...]] = {}
         if study_ratio is not None and study is None:
@@ -281,15 +286,16 @@ def _prefixes(
     ]
     if len(texts) < per_edit:
         raise EditError(
-            f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used, "
-            "because the others contain a subject or a prompt of an edit, contain a rephrase or a probe of an edit, or "
-            "are prefixes of the evaluation; set prefixes to a smaller number."
+            f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used. A "
+            "prefix is left out if it contains a subject, a prompt, a rephrase or a probe of an edit, or if the "
+            "evaluation uses this prefix; set prefixes to a smaller number."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)
     return texts, (
-        f"{len(paraphrases) - leaked} pseudo-paraphrases from {len(texts)} prefixes ({len(generated) - len(texts)} "
-        f"prefixes and {leaked} paraphrases left out as leaks, fraction {leaked / len(paraphrases):.3f})"
+        f"{len(paraphrases) - leaked} pseudo-paraphrases from {len(texts)} prefixes (left out because they contain "
+        f"text of an edit or of the evaluation: {len(generated) - len(texts)} prefixes and {leaked} paraphrases, "
+        f"fraction {leaked / len(paraphrases):.3f} of the paraphrases)"
     )
 
 

@@ -28,8 +28,8 @@ class ReplayedFacts:
     Args:
         examples: prompts with the answers of the unedited model.
         prompts: number of different prompts that were considered.
-        leaked: number of prompts left out because they contain the subject or the prompt of an edit, or because the
-            prompt with its answer contains a scored prompt (see :func:`replay_facts`).
+        leaked: number of prompts left out because they contain the subject or the prompt of an edit, or because prompt
+            and answer together contain a scored prompt (see :func:`replay_facts`).
         empty: number of prompts left out because the model generated no text.
         cut_off: number of prompts left out because the model did not end its answer within ``max_new_tokens``.
     """
@@ -44,8 +44,9 @@ class ReplayedFacts:
         """Return the numbers of considered and left-out prompts as one phrase."""
         fraction = self.leaked / max(1, self.prompts)
         return (
-            f"of {self.prompts} prompts, {self.leaked} were left out as leaks (fraction {fraction:.3f}), {self.empty} "
-            f"because the model gave no answer, and {self.cut_off} because the answer was too long"
+            f"of {self.prompts} prompts, {self.leaked} were left out because they contain text of an edit (fraction "
+            f"{fraction:.3f}), {self.empty} because the model gave no answer, and {self.cut_off} because the answer "
+            "was too long"
         )
 
 
@@ -63,9 +64,9 @@ def replay_facts(
 ) -> ReplayedFacts:
     """Make training examples from prompts about unedited facts, with the model's own greedy answers as targets.
 
-    A prompt is left out if it contains the subject or the prompt of an edit. A prompt is also left out if the prompt
-    with its answer contains a scored prompt: a rephrase of an edit, or the prompt of a locality or portability
-    question. If the model gives no answer to a prompt, the prompt is left out too.
+    A prompt is left out if it contains the subject or the prompt of an edit. It is also left out if the model gives no
+    answer to it. The evaluation asks scored prompts: the rephrases of the edits, and the prompts of their locality and
+    portability questions. If a prompt and its answer together contain a scored prompt, the prompt is left out too.
 
     Args:
         model: the unedited model.
@@ -93,7 +94,7 @@ def replay_facts(
     """
     check, distinct = LeakCheck(edits), {}
     for prompt in prompts:
-        # The model may answer two spellings of one prompt differently, and could not learn both answers.
+        # The model may answer two spellings of one prompt differently. It could not learn both answers.
         distinct.setdefault(fold(prompt), prompt)
     order = list(distinct.values())
     random.Random(seed).shuffle(order)

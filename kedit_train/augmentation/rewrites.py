@@ -23,7 +23,7 @@ from kedit_train.evaluation.asking.batching import inference_context, split_into
 from kedit_train.evaluation.asking.decoding import Continuation, PromptBatch, can_pad
 from kedit_train.evaluation.asking.generate import Answer, AnswerEnd
 
-# The probability of a token without the fact.
+# The allowed values of ``mix``, the probability that a token is written without the fact.
 MIX = within("[0, 1)")
 _FUNCTION = optional(Rule("a function (edit, text) -> bool", callable))
 
@@ -33,7 +33,8 @@ class RewrittenTargets:
     """Edits with targets that the unedited model wrote, and the numbers of rejected texts.
 
     Args:
-        edits: one edit per edit that was given. If the text of the model was rejected, the edit has its own target.
+        edits: one edit for each given edit, in the same order, with the target that the model wrote. An edit whose text
+            was rejected keeps its own target.
         accepted: number of edits with a target that the model wrote.
         wrong: number of texts rejected by the verification, usually because they do not contain the target.
         cut_off: number of texts rejected because the model did not end them within ``max_new_tokens``.
@@ -184,7 +185,7 @@ def _decode(
     limits: Sequence[int],
     is_end: Callable[[int], bool],
 ) -> list[Continuation]:
-    """Write one text for each row of two batches, which have the same rows with and without the fact."""
+    """Write one text per row. ``informed`` has the prompts with the fact, and ``plain`` the same prompts without it."""
     texts, active = [Continuation() for _ in limits], list(range(len(limits)))
     while active:
         with_fact, without = (batch.next_logits().argmax(-1).tolist() for batch in (informed, plain))

@@ -1,4 +1,4 @@
-"""Study rows: texts about documents that a model writes once, and that are trained together with the documents."""
+"""Study rows: texts about documents. A model writes them once, and they are trained together with the documents."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ class StudyRows:
         """Return the numbers of rows and of texts that were left out as one phrase."""
         return (
             f"{len(self.rows)} study rows from {self.texts} texts ({self.unusable} texts were not usable, "
-            f"{self.rejected} rows were rejected by verify, and {self.leaked} left out as leaks)"
+            f"{self.rejected} rows were rejected by verify, and {self.leaked} rows contained an evaluation prompt)"
         )
 
 
 def is_grounded(row: StudyRow, document: Edit) -> bool:
     """Return whether a row agrees with its document as far as words can tell.
 
-    The answer to a question must have a letter or a digit, and must be in the document as whole words. All numbers of
-    any other text must be in the document. This is the default of ``study_rows(verify=)`` for new rows. It does not
-    understand the text.
+    The answer to a question must have a letter or a digit, and must be in the document as whole words. For a row of any
+    other kind, all numbers in its text must be in the document. This is the default of ``study_rows(verify=)`` for new
+    rows. It does not understand the text.
 
     Example:
         >>> document = Edit("The ferry", "Orla runs the ferry since 1987.")
@@ -108,14 +108,14 @@ def study_rows(
     batch_size: int = 16,
     max_new_tokens: int = 200,
 ) -> StudyRows:
-    """Let a model write texts about documents through its chat template, or read them from a file.
+    """Write texts about documents with a model and its chat template, or read such texts from a file.
 
     The kinds of texts are paraphrases, questions with answers, implications, and continuations. Each text is sampled
     with ``seed``. The rows are written to ``path``, a JSONL file with one row per line, which a person can edit. If the
-    file exists, the rows are read from it and nothing is generated. An existing file keeps its settings, and a warning
-    is given if ``kinds``, ``per_kind`` or ``seed`` is another value than in the file. The documents may be split
-    (``split_documents``) before or after the file is written. Rows that contain an evaluation prompt of the
-    documents (a rephrase, or the prompt of a locality or portability question) are left out in both cases.
+    file exists, the rows are read from it and nothing is generated. An existing file keeps its settings. If ``kinds``,
+    ``per_kind`` or ``seed`` differs from its value in the file, a warning is given. The documents may be split
+    (``split_documents``) before or after the file is written. Rows that contain an evaluation prompt of the documents
+    (a rephrase, or the prompt of a locality or portability question) are always left out.
 
     Args:
         model: the model that writes the texts: the unedited model itself or another model.
@@ -179,8 +179,8 @@ def study_rows(
         rejected, leaked = len(rows) - len(accepted), len(accepted) - len(kept)
         if not kept:
             raise EditError(
-                f"{path} has no study row that can be trained: verify rejected {rejected} rows, and {leaked} rows are "
-                "leaks; add rows to the file, or give another path."
+                f"{path} has no study row that can be trained: verify rejected {rejected} rows, and {leaked} rows "
+                "contain an evaluation prompt; add rows to the file, or give another path."
             )
     counts = {name: int(stored.get(name, 0)) for name in _COUNTS}
     counts["rejected"] += rejected
@@ -188,15 +188,15 @@ def study_rows(
 
 
 def _warn_if_different(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Warn if settings of the call are not those with which the file was written."""
+    """Warn if the file was written with other settings than those of the call."""
     names = [name for name, value in given.items() if stored.get(name) != value]
     if names:
         own, others = (
             ", ".join(f"{name}={shorten(str(values.get(name)))}" for name in names) for values in (stored, given)
         )
         warn(
-            f"{path} was written with {own}, and its rows are used; {others} have no effect. To write new rows, give "
-            "another path."
+            f"{path} was written with {own}. The rows of this file are used, so the arguments {others} have no effect; "
+            "to write new rows, give another path."
         )
 
 

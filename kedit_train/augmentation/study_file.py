@@ -59,7 +59,7 @@ def load_rows(path: Path, documents: Sequence[Edit]) -> tuple[dict[str, Any], li
 
 
 def title_in(title: str, titles: Collection[str]) -> str | None:
-    """Return the title of the document of a row. None means that the document is not among ``titles``.
+    """Return the title, one of ``titles``, of the document that a row is about. Return None if there is no such title.
 
     If the row is about a part of a document, and this part is not among ``titles``, the title of the whole document is
     returned.
@@ -72,7 +72,7 @@ def title_in(title: str, titles: Collection[str]) -> str | None:
 
 
 def whole_documents(documents: Sequence[Edit]) -> dict[str, Edit]:
-    """Return the document of each title. The first part of a document that was split has the texts of all its parts.
+    """Return a dict from title to document. If a document was split, its first part gets the text of all parts.
 
     Example:
         >>> parts = [Edit("News", "Ada is well."), Edit("News (part 2)", "Ben is well.")]

@@ -50,9 +50,10 @@ def mixed_rows(
     own = [(row, prompts[title]) for row, title in zip(written.rows, titles, strict=True) if title is not None]
     if not own:
         raise EditError(
-            f"study must have rows of the documents of the run, but all {len(titles)} rows are about other documents"
+            f"study must have rows about the documents of this run, but all {len(titles)} rows are about other "
+            "documents"
             + (f", such as {shorten(written.rows[0].document)!r}" if titles else "")
-            + "; pass the rows of these documents."
+            + "; pass study rows about the documents of this run."
         )
     total = sum(count(edit.target) for edit in documents)
     order = list(range(len(own)))

@@ -93,7 +93,7 @@ def _request(tokenizer: Any, document: Edit, kind: str) -> list[int]:
 
     shown = [asked(_EXAMPLE), {"role": "assistant", "content": _EXAMPLE_ANSWER}] if kind == "question" else []
     messages = [*shown, asked(f"{document.prompt.strip()}\n\n{document.target}")]
-    # Templates of models that think read enable_thinking. Other templates ignore it.
+    # The chat templates of thinking models read enable_thinking. All other templates ignore this argument.
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     return token_ids(tokenizer, str(tokenizer.apply_chat_template(messages, **options)), special=False)
 

@@ -58,7 +58,7 @@ class ActiveSet(EditCallback):
         True
     """
 
-    # After the token loss, which creates the loss head.
+    # ActiveSet comes after the token loss, which creates the loss head.
     order = 25
     duplicate_hint = "one ActiveSet handles all edits, so remove the second one"
 

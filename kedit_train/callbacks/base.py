@@ -28,8 +28,8 @@ class EditCallback(TransformersEvents, LightningEvents):
             raised when the weights change but the run has detected no optimizer step.
         anchors: whether the callback adds a comparison with the reference model (the model before the edit) to the loss
             inside the forward pass.
-        duplicate_hint: the end of the error message for two callbacks of this class on one model. It says what to do
-            instead. None allows several callbacks of this class.
+        duplicate_hint: what to do instead of using two callbacks of this class on one model. This text ends the error
+            message. With None, several callbacks of this class are allowed.
 
     Example:
         >>> import torch
@@ -58,9 +58,9 @@ class EditCallback(TransformersEvents, LightningEvents):
     # -- before training
 
     def provides(self) -> set[str]:
-        """Return the names of what this callback provides to other callbacks.
+        """Return the metrics and capabilities that this callback provides to other callbacks, by name.
 
-        A name is a metric ("edit/reliability") or a capability ("token_loss").
+        For example, "edit/reliability" is a metric, and "token_loss" is a capability.
         """
         return set()
 
@@ -100,7 +100,7 @@ class EditCallback(TransformersEvents, LightningEvents):
     def before_optimizer_step(self, run: EditRun) -> None:
         """Inspect the gradients of this optimizer step. At this time, the gradients are complete.
 
-        They are also clipped, except in Lightning, which clips later.
+        The gradients are also clipped already, except in Lightning, which clips them later.
         """
 
     def skip_step(self, run: EditRun) -> bool:
@@ -131,7 +131,7 @@ class EditCallback(TransformersEvents, LightningEvents):
         return weights
 
     def after_step(self, run: EditRun) -> None:
-        """Inspect the model after an optimizer step, outside of the gradient computation."""
+        """Inspect the model after an optimizer step and after all constraints."""
 
     # -- logging
 
@@ -161,8 +161,8 @@ class EditCallback(TransformersEvents, LightningEvents):
         """Remove all hooks of this callback from the model. This method is also called if training failed."""
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        # This is the only method name that both trainers call: transformers with three positional arguments,
-        # Lightning with two.
+        # This is the only method name that the trainers of transformers and of Lightning both call. transformers passes
+        # three positional arguments, and Lightning passes two.
         if len(args) == 2:
             LightningEvents.on_train_end(self, *args)
         else:

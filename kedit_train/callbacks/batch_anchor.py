@@ -19,15 +19,15 @@ from kedit_train.functional.divergence import Direction
 class BatchAnchor(EditCallback):
     """Penalize changed predictions on the training tokens, compared with the model before the edit.
 
-    The loss of each token with a label becomes ``loss + weight * divergence``. These values are averaged over tokens in
-    the same way as the original losses. The logged loss includes the divergence. ``BatchAnchor`` needs no texts other
-    than the training data.
+    For each token with a label, ``weight`` times the divergence from the model before the edit is added to the loss of
+    the token. The sums are averaged over tokens in the same way as the original losses. The logged loss includes the
+    divergence. ``BatchAnchor`` needs no texts other than the training data.
 
-    When an example occurs for the first time, the model before the edit computes its hidden states. This takes an
-    additional forward pass. These reference hidden states are stored, so later epochs need no additional forward pass.
-    With packing, each packed sequence counts as one example. With DDP, each process stores the hidden states of its own
-    examples. In full fine-tuning without :class:`ParameterScope`, a copy of all weights before the edit is kept for the
-    additional forward passes.
+    When an example occurs for the first time, the model before the edit computes the hidden states of the example. This
+    takes an additional forward pass. These reference hidden states are stored, so later epochs need no additional
+    forward pass. With packing, each packed sequence counts as one example. With DDP, each process stores the hidden
+    states of its own examples. In full fine-tuning without :class:`ParameterScope`, a copy of all weights from before
+    the edit is kept for the additional forward passes.
 
     Args:
         weight: factor of the divergence in the loss of a token.
@@ -60,7 +60,7 @@ class BatchAnchor(EditCallback):
 
     order = 30
     anchors = True
-    duplicate_hint = "keep one BatchAnchor, with the sum of both weights"
+    duplicate_hint = "keep one BatchAnchor, and set its weight= to the sum of the two weights"
 
     def __init__(
         self,
@@ -86,7 +86,9 @@ class BatchAnchor(EditCallback):
         run.causal_model()
         reason = run.host.loss_unsupported_reason()
         if reason:
-            raise EditError(f"the penalty cannot be added to the loss of this {run.host.name} run: {reason}.")
+            raise EditError(
+                f"the penalty on changed predictions cannot be added to the loss of this {run.host.name} run: {reason}."
+            )
 
     def attach(self, run: EditRun) -> None:
         # A ForgettingBudget may change the weight during training.
@@ -96,7 +98,7 @@ class BatchAnchor(EditCallback):
         run.loss_head().term = self._term
 
     def skip_step(self, run: EditRun) -> bool:
-        # If several optimizers share a step, this was checked at the first optimizer of the step.
+        # If several optimizers share a step, the check was made when the first of them stepped.
         if self._term is not None and self._term.last_step != run.step and not run.steps.is_shared:
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so there was no batch to anchor; "

@@ -26,19 +26,20 @@ class ContextTeacher(TokenLoss):
 
     This is context distillation.
 
-    Before the first step, the unedited model reads, for each edit, a sentence that states the new fact, then the prompt
-    and the target of the edit. Its distribution at each token of the target is the target of this token: the
-    probabilities of the ``top_k`` most probable tokens, and the total probability of all other tokens. The edited model
-    learns to predict these distributions without the fact in its context. The loss is the KL divergence of the model
-    from the teacher. A step costs about as much as a step with cross-entropy, because the targets are computed
-    once and stored.
+    The teacher is the unedited model. Before the first step, the teacher reads, for each edit, a sentence that states
+    the new fact, then the prompt and the target of the edit. For each token of the target, the teacher's next-token
+    distribution is stored: the probabilities of the ``top_k`` most probable tokens, and the total probability of all
+    other tokens. The model in training learns to predict these distributions without the fact in its context. The loss
+    is the KL divergence of this model from the teacher. A step costs about as much as a step with cross-entropy,
+    because the distributions are computed only once.
 
-    If the label is not the teacher's most probable token, the target of this token is the label. The target is also the
-    label in training examples that are not edits, such as replayed facts.
+    If the label of a token is not the teacher's most probable token, the token is trained towards its label, as with
+    cross-entropy. The tokens of training examples that are not edits, such as replayed facts, are also trained towards
+    their labels.
 
-    Not every model follows a fact in its context. The metric ``edit/tokens/followed`` is the fraction of the edits that
-    the unedited model answers with the target when it reads the fact. If this fraction is less than ``min_followed``,
-    an error is raised before the first step.
+    Not every model follows a fact in its context. The metric ``edit/tokens/followed`` is the fraction of the edits for
+    which the unedited model gives the target when it reads the fact. If this fraction is less than ``min_followed``, an
+    error is raised before the first step.
 
     The training step must call ``model(..., labels=labels)`` and use the loss that the model returns, as for
     :class:`TokenLoss`. An example of a batch is recognized as an edit by its token ids. It must begin with the prompt
@@ -48,14 +49,16 @@ class ContextTeacher(TokenLoss):
         edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
             the training loop.
         context: a template for the text that the teacher reads instead of the prompt. ``{fact}`` is a sentence with the
-            prompt and the target of the edit, and ``{prompt}`` is the prompt. In a chat, this is the user's message.
+            prompt and the target of the edit, and ``{prompt}`` is the prompt. In a chat, the filled template is the
+            user's message.
         top_k: number of probabilities to store for each token.
-        min_followed: smallest fraction of the edits that the unedited model must follow in its context, in [0, 1]. With
-            0, every model is accepted. If you train edits one at a time, use 0.
+        min_followed: smallest accepted value of ``edit/tokens/followed``, in [0, 1]. With 0, every model is accepted.
+            If you train edits one at a time, use 0.
         prompt_format: the prompt format of the training examples: "plain", "chat", "question" or a ``ChatFormat``. None
             detects the format from the data of the trainer. In a plain loop, None means "plain".
         epsilon: threshold (clip) in nats. A token with a loss of at most ``epsilon`` has no gradient.
-        reduction: ``"token"`` gives all supervised tokens the same weight, ``"sample"`` all sequences.
+        reduction: ``"token"`` gives all supervised tokens the same weight. ``"sample"`` gives all sequences the same
+            weight.
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, or the unedited model follows too few of the
@@ -134,9 +137,10 @@ class ContextTeacher(TokenLoss):
         self._followed = count / total
         if self._followed < self.min_followed:
             raise EditError(
-                f"the fraction of edits that the unedited model follows in its context must be >= min_followed="
-                f"{self.min_followed:g}, got {self._followed:.3f} ({count} of {total} edits); use a larger model or "
-                "another context=, or train with TokenLoss instead."
+                "the unedited model must give the new answer to a fraction of at least "
+                f"min_followed={self.min_followed:g} of the edits when it reads the new fact, got "
+                f"{self._followed:.3f} ({count} of {total} edits); use a larger model or another context=, or train "
+                "with TokenLoss instead."
             )
         run.loss_head().soft_targets = targets.find
 
@@ -147,11 +151,11 @@ class ContextTeacher(TokenLoss):
             logits: [N, vocabulary], fp32.
             labels: [N] token ids.
             soft_targets: the teacher's log probabilities [N, k + 1] and token ids [N, k], and a bool tensor [N] that is
-                True where the target is the teacher.
+                True for tokens that are trained towards the teacher's distribution.
 
         Returns:
-            Three tensors [N]: the loss of each token, whether the token has a gradient, and whether its target is the
-            teacher.
+            Three tensors [N]: the loss of each token, whether the token has a gradient, and whether the token is
+            trained towards the teacher's distribution.
         """
         log_probs, tokens, taught = soft_targets
         loss, active = distillation(logits, labels, log_probs, tokens, taught, epsilon=self.epsilon)
@@ -162,8 +166,8 @@ class ContextTeacher(TokenLoss):
 
         Returns:
             ``edit/tokens/active`` (fraction of tokens with a gradient), ``edit/tokens/taught`` (fraction of tokens that
-            are trained towards the teacher's distribution) and ``edit/tokens/followed`` (fraction of the edits that the
-            unedited model follows in its context).
+            are trained towards the teacher's distribution) and ``edit/tokens/followed`` (fraction of the edits for
+            which the unedited model gives the target when it reads the fact).
         """
         means = super().metrics(run)
         return means | {"edit/tokens/followed": self._followed} if means else {}

@@ -176,7 +176,8 @@ class EditMetrics(EditCallback):
             asked = resolve_format(run, self._tokenizer, self._edits)
             self._options = replace(self.evaluation, prompt_format=asked)
         self._answer_end = describe_end(run, self._tokenizer, self._edits, self._options.asked_format)
-        # This raises an error if an edit is too long. Trainers that tokenize themselves would truncate or drop it.
+        # This raises an error if an edit is too long. A trainer that tokenizes the edits itself would truncate or drop
+        # such an edit.
         edits = self._edits if isinstance(self._edits, EditDataset) else EditDataset(self._edits)
         max_length = context_length(run.model.config)
         edits.encode(self._tokenizer, max_length=max_length, prompt_format=self._options.asked_format)
@@ -304,7 +305,8 @@ class EditMetrics(EditCallback):
             return False
         decision = [self._share_of_time() > self.max_fraction_of_time]
         if is_distributed():
-            # The first process decides for all: an evaluation in which only some take part would never end.
+            # The first process decides for all processes, because an evaluation in which only some of them take part
+            # would never end.
             dist.broadcast_object_list(decision, src=0)
         return decision[0]
 

@@ -27,7 +27,7 @@ _TARGETS = "targets"
 
 
 class ForecastMetrics(EditCallback):
-    """Measure the error on new data and the change of the outputs on data that should stay the same.
+    """Measure the error on new data, and the change of the outputs on inputs where they should stay the same.
 
     The model may be any module, for example a forecaster. Every ``every_n_steps`` optimizer steps and after training,
     the model is called in evaluation mode on all inputs, and two metrics are logged. The error before training is the
@@ -37,14 +37,14 @@ class ForecastMetrics(EditCallback):
     - ``edit/forecast/change``: the norm of the change of all outputs on the kept inputs, divided by the norm of these
       outputs before the edit.
 
-    The trainer's own evaluations contain both metrics, too. In ``transformers``, their names are then
+    The trainer's own evaluations contain both metrics, too. In ``transformers``, the metrics are then named
     ``eval_edit_forecast_error`` and ``eval_edit_forecast_change``.
 
     Args:
-        new: the pair (inputs, targets) of the new regime: lists with one item per forward pass. An item of the inputs
-            is a tensor, a tuple (positional arguments) or a mapping (keyword arguments), and its target is a tensor. Or
-            the path of a safetensors file, whose tensors are named like the arguments of ``forward`` and "targets" and
-            have the shape [forward passes, windows, ...].
+        new: the new inputs and their targets. Either a pair of lists (inputs, targets) with one item per forward pass:
+            an item of the inputs is a tensor, a tuple (positional arguments) or a mapping (keyword arguments), and its
+            target is a tensor. Or the path of a safetensors file: one tensor of the file is named "targets", the others
+            are named like the arguments of ``forward``, and all have the shape [forward passes, windows, ...].
         kept: inputs on which the outputs should not change, in the same form, without targets.
         every_n_steps: number of optimizer steps between two measurements. 0 measures before and after training only.
         error: "mse" is the mean squared error. The output has the shape of its target. "quantile" is the mean quantile
@@ -52,7 +52,8 @@ class ForecastMetrics(EditCallback):
         quantiles: the Q quantile levels, in (0, 1), for ``error="quantile"``.
         output: which tensor of the model's output to use: a name, an index, or a function of the output. None requires
             that the output is a tensor.
-        module: name of the submodule to call. None calls the module that the loop trains, or the language model in it.
+        module: name of the submodule to call. None calls the language model in the module that the loop trains, or this
+            module itself if it contains no language model.
 
     Attributes:
         unedited_error: the error before the edit. None before training.
@@ -136,7 +137,8 @@ class ForecastMetrics(EditCallback):
         return self._measure(run)
 
     def finish(self, run: EditRun) -> None:
-        # At the end of training, the weights can differ from those of the last step, so they are measured again.
+        # At the end of training, the weights can differ from those of the last step, so both metrics are measured
+        # again.
         self._measured_step = -1
         run.host.log(self._measure(run), last=True)
 

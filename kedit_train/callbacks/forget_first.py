@@ -39,8 +39,8 @@ class ForgetFirst(EditCallback):
 
     Before the first step, the weights in the scope (the parameters that may change) are trained on the old answers. The
     weight change of this training is then subtracted: ``theta' = theta - coefficient * (FT(theta, old) - theta)``.
-    ``FT(theta, old)`` are the weights after training on the old answers. The run learns the new answers, starting from
-    ``theta'``.
+    Here, ``theta`` are the weights before the edit, and ``FT(theta, old)`` are the weights after training on the old
+    answers. The run then learns the new answers, starting from ``theta'``.
 
     The coefficients are tried in ascending order until the mean probability of the old answers is at most
     ``max_probability``. If a coefficient raises the perplexity on ``texts`` to more than ``max_perplexity_ratio`` times
@@ -59,7 +59,7 @@ class ForgetFirst(EditCallback):
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
             measured on these texts. If the texts state facts in the same wording as the edits, but not the edited
-            facts themselves, damage becomes visible at much smaller coefficients than with prose.
+            facts themselves, the perplexity shows damage at much smaller coefficients than with prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
@@ -102,7 +102,7 @@ class ForgetFirst(EditCallback):
         True
     """
 
-    # Last, so that the other callbacks have read the reference model before the weights change.
+    # ForgetFirst comes last, so that the other callbacks have read the reference model before the weights change.
     order = 99
     duplicate_hint = "keep one ForgetFirst and pass all edits to it"
 
@@ -162,7 +162,8 @@ class ForgetFirst(EditCallback):
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():
             summary = self._forget(run)
         if is_distributed():
-            # Sums on a GPU depend on their order, so the processes could end with different weights.
+            # The result of a sum on a GPU depends on the order of its terms, so the processes could end with different
+            # weights.
             for parameter in run.scope.values():
                 dist.broadcast(parameter.data, src=0)
         if run.host.is_main:
@@ -177,8 +178,9 @@ class ForgetFirst(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the metrics of the subtraction.
 
-        The metrics are the coefficient, the mean probability of the old answers and the perplexity on the texts (both
-        before and after the subtraction), and the teacher-forced accuracy of the old answers after the subtraction.
+        The metrics are the coefficient, the teacher-forced accuracy of the old answers after the subtraction, and two
+        values before and after the subtraction: the mean probability of the old answers, and the perplexity on the
+        texts.
         """
         if not self.measured:
             return {}
@@ -236,9 +238,10 @@ class ForgetFirst(EditCallback):
             removed = f" {constraints} removed a part of the subtraction." if constraints else ""
             warn(self.subtraction.shortfall(self.measured, self.chosen, ended_by, self.length) + removed)
         return (
-            f"subtracted coefficient {best.coefficient:g} ({best.factor:.3g} times the trained difference) for "
-            f"the old answers of {len(old)} of {len(edits)} edits: probability {before.probability:.3f} "
-            f"-> {best.probability:.3f}, teacher-forced accuracy {before.accuracy:.2f} -> {best.accuracy:.2f}, "
+            f"subtracted coefficient {best.coefficient:g} ({best.factor:.3g} times the weight change from training on "
+            f"the old answers of {len(old)} of {len(edits)} edits): probability of the old answers "
+            f"{before.probability:.3f} -> {best.probability:.3f}, their teacher-forced accuracy "
+            f"{before.accuracy:.2f} -> {best.accuracy:.2f}, "
             f"perplexity on the texts {before.perplexity:.3f} -> {best.perplexity:.3f}, "
             f"reason for ending the search: {ended_by}"
         )

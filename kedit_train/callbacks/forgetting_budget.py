@@ -20,23 +20,24 @@ from kedit_train.functional.dual_ascent import dual_ascent, log_ratio, penalty_w
 
 # The divergence is a running average: each step counts half as much as the step after it.
 _DECAY = 0.5
-# The weight is adapted for this fraction of the budget, so that fluctuations stay below the budget.
+# The weight is adapted so that the divergence approaches this fraction of the budget. Fluctuations then stay below the
+# budget itself.
 _AIM = 0.9
 # A smaller weight has no effect, and would need many steps to grow again.
 _SMALLEST_WEIGHT = 0.01
-# The callback that adds the penalty.
+# The callback that adds each penalty, by the value of ``measured_on``.
 _OWNERS: dict[str, str] = {"texts": "KLLocality", "batch": "BatchAnchor", "outputs": "OutputAnchor"}
 
 
 class ForgettingBudget(EditCallback):
-    """Keep the divergence from the model before the edit within a budget, by adapting the weight of its penalty.
+    """Keep the divergence from the model before the edit within a budget, by adapting the weight of a penalty.
 
     Another callback adds the penalty: :class:`KLLocality` penalizes the divergence on texts, :class:`BatchAnchor` the
     divergence on the training data itself, and :class:`OutputAnchor` a distance of outputs, such as forecasts. After
-    each optimizer step, this callback compares a running average of the divergence with 0.9 times the budget. If the
-    average is larger, the weight of the penalty rises. Otherwise it falls (dual ascent on a Lagrange multiplier). So
-    you choose how much the model may change, instead of a weight. The argument ``weight`` of the penalty is only the
-    value at the start.
+    each optimizer step, ``ForgettingBudget`` compares a running average of the divergence with 0.9 times the budget. If
+    the average is larger, the weight of the penalty rises. Otherwise, the weight falls (dual ascent on a Lagrange
+    multiplier). So you choose how much the model may change, and need not choose a weight. The argument ``weight`` of
+    the penalty is only the value at the start.
 
     The budget holds at the end of a run, if the run is long enough. In the first steps, the divergence can be above the
     budget, because the weight has not yet adapted. The divergence of a step is measured before the weights change, so
@@ -44,11 +45,11 @@ class ForgettingBudget(EditCallback):
     of the run.
 
     Args:
-        kl: the budget: mean divergence per token in nats, in the direction of the penalty. For :class:`OutputAnchor`,
-            the mean distance, in the unit of its ``distance``.
+        kl: the budget: mean divergence per token in nats, in the direction that the penalty uses. For
+            :class:`OutputAnchor`, the budget is a mean distance, in the unit of the chosen ``distance``.
         step_size: how fast the weight adapts. In one step, the Lagrange multiplier rises or falls at most by the factor
-            exp(step_size). The weight is the multiplier, or up to 1.65 times as large while the divergence is above the
-            budget.
+            exp(step_size). The weight equals the multiplier. Only while the divergence is above 0.9 times the budget,
+            the weight is larger, by a factor of up to 1.65.
         measured_on: which penalty to adapt, if there are several: "texts" (KLLocality), "batch" (BatchAnchor) or
             "outputs" (OutputAnchor). None requires that there is only one.
         max_weight: upper bound of the weight. If the weight reaches this bound, the learning rate is too high for the
@@ -86,10 +87,10 @@ class ForgettingBudget(EditCallback):
         0.905
     """
 
-    # After the callbacks that add the penalties.
+    # ForgettingBudget comes after the callbacks that add the penalties.
     order = 40
     # This callback returns no penalty, but its arguments change the trained weights, so a resumed run and all processes
-    # must agree on them.
+    # must use the same arguments.
     penalizes = True
     follows_steps = True
 
@@ -119,8 +120,8 @@ class ForgettingBudget(EditCallback):
 
     def requires(self) -> Sequence[Requirement]:
         message = (
-            "there is no penalty whose weight could be adapted; add KLLocality(texts), which measures the divergence "
-            "on texts, BatchAnchor() (training data) or OutputAnchor(inputs) (outputs on given inputs)."
+            "no callback of this run adds a penalty whose weight can be adapted; add KLLocality(texts) for the "
+            "divergence on texts, BatchAnchor() for the training data, or OutputAnchor(inputs) for outputs on inputs."
         )
         return [Requirement((CAPABILITY,), message)]
 
@@ -138,21 +139,24 @@ class ForgettingBudget(EditCallback):
         kinds = (self.measured_on,) if self.measured_on else tuple(_OWNERS)
         found = [penalty for penalty in run.penalties if penalty.measured_on in kinds]
         if not found:
-            raise EditError(f'measured_on="{self.measured_on}" needs {_OWNERS[kinds[0]]}, which is missing; add it.')
+            owner = _OWNERS[kinds[0]]
+            raise EditError(f'measured_on="{self.measured_on}" needs {owner}, which is missing; add {owner}.')
         if len(found) > 1:
             on = [penalty.measured_on for penalty in found]
-            advice = "set measured_on= to one of these" if len(set(on)) > 1 else "keep only one of them"
-            raise EditError(f"{len(found)} penalties could be adapted (measured on {', '.join(on)}); {advice}.")
+            several = f"there are {len(found)} penalties, measured on {', '.join(on)}, and only one can be adapted"
+            advice = "set measured_on= to choose one" if len(set(on)) > 1 else "keep only one of the penalties"
+            raise EditError(f"{several}; {advice}.")
         (penalty,) = found
         if penalty.adapted:
             raise EditError(
                 f"another ForgettingBudget already adapts the penalty that is measured on {penalty.measured_on}; keep "
-                "only one, or give each ForgettingBudget a different measured_on=."
+                "only one ForgettingBudget, or give each ForgettingBudget a different measured_on=."
             )
         if penalty.weight == 0.0:
+            owner = _OWNERS[penalty.measured_on]
             raise EditError(
-                f"weight of {_OWNERS[penalty.measured_on]} must be > 0, got 0, because ForgettingBudget multiplies it; "
-                "remove weight=0 there."
+                f"weight of {owner} must be > 0, got 0, because ForgettingBudget changes this weight by a factor in "
+                f"each step; remove weight=0 from {owner}."
             )
         return penalty
 
@@ -173,7 +177,7 @@ class ForgettingBudget(EditCallback):
             self._stop(run)
 
     def _measure(self, run: EditRun) -> float | None:
-        """Return the mean divergence over the tokens of this step on all processes, or None without any token."""
+        """Return the mean divergence over the tokens of this step on all processes, or None if there is no token."""
         total, tokens = self._penalty.take()
         if is_distributed():
             # All processes must use the same weight.
@@ -189,7 +193,7 @@ class ForgettingBudget(EditCallback):
     def _stop(self, run: EditRun) -> None:
         if self.reason is None:
             self.reason = (
-                f"the divergence of {self.divergence:.3g} has been above the budget of {self.kl:g} in "
+                f"the divergence (now {self.divergence:.3g}) has been above the budget of {self.kl:g} in "
                 f"{self._steps_above} consecutive steps"
             )
             if run.host.is_main:

@@ -86,7 +86,7 @@ class GradientMask(EditCallback):
         0.3
     """
 
-    # After every callback that writes into weights, so that the mask holds exactly.
+    # GradientMask comes after every callback that writes into weights, so that the mask holds exactly.
     order = 48
     constrains = True
 
@@ -120,7 +120,7 @@ class GradientMask(EditCallback):
         if (texts is None) == (self.score.name == "fisher_ratio"):
             rule = "must be given" if texts is None else "must be None"
             raise EditError(
-                f"texts {rule} if score={self.score.name!r}; use texts and score='fisher_ratio' together, or neither.",
+                f"texts {rule} if score={self.score.name!r}; set texts if and only if score='fisher_ratio'.",
                 component="GradientMask",
             )
         chosen = (score, density, granularity) != _DEFAULTS or edits is not None or save_path is not None
@@ -232,8 +232,8 @@ class GradientMask(EditCallback):
 def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
     """Return a fingerprint of weights that a run with these masks does not change.
 
-    These weights are the parameters outside the scope. If there are none, they are the frozen entries of the scope. The
-    model therefore has the same fingerprint before and after the edit.
+    These weights are the parameters outside the scope. If all parameters are in the scope, the frozen entries of the
+    scope are used instead. The model therefore has the same fingerprint before and after the edit.
     """
     kept: dict[str, Tensor] = {n: p for n, p in run.model.named_parameters() if n not in run.scope}
     if not kept:
@@ -244,8 +244,8 @@ def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
 def _zero_where(frozen: Tensor) -> Any:
     def zero(parameter: Tensor) -> None:
         gradient = parameter.grad
-        # In place, because DDP reduces this tensor. Sparse gradients do not change. In this case, only constrain()
-        # keeps the frozen entries.
+        # In place, because DDP reduces this tensor. Sparse gradients are not masked here. For parameters with sparse
+        # gradients, only constrain() keeps the frozen entries.
         if gradient is not None and gradient.layout == torch.strided:
             gradient.masked_fill_(frozen, 0.0)
 

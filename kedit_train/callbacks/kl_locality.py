@@ -35,11 +35,11 @@ from kedit_train.functional.top_k_divergence import bucket_divergence
 class KLLocality(EditCallback):
     """Penalize the divergence from the model before the edit, on texts unrelated to the edits.
 
-    ``weight`` times the mean divergence over all tokens of the texts is added to the training loss. With
-    ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the locality
-    term of ROME. No second model is kept in memory. Before training, the input of the output head (the last hidden
-    states) is computed and stored for each text. In every step, the output head computes the reference logits from the
-    stored hidden states.
+    The penalty is ``weight`` times the mean divergence over all tokens of the texts. It is added to the training loss.
+    With ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the
+    locality term of ROME. No second model is kept in memory. Before training, the input of the output head (the last
+    hidden states) is computed and stored for each text. In every step, the output head computes the logits of the model
+    before the edit from the stored hidden states.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
     prompt of the edits are left out, with a warning. :class:`PrefixCache` changes the padding of the texts, so the
@@ -124,7 +124,10 @@ class KLLocality(EditCallback):
         elif self.texts.nearest is not None:
             reason = "Texts(nearest=), which selects texts for the edits of one run only; remove nearest="
         elif batch_size < 2:
-            reason = f"batch_size={batch_size}, because a batch contains texts and edits; use batch_size=2 or more"
+            reason = (
+                f"batch_size={batch_size}, because up to half of each batch is drawn from the edits of earlier runs; "
+                "use batch_size=2 or more"
+            )
         else:
             return
         raise EditError(f"sequential=True cannot be combined with {reason}.", component="KLLocality")
@@ -139,9 +142,9 @@ class KLLocality(EditCallback):
     def attach(self, run: EditRun) -> None:
         self._head = run.head()
         if self.sequential:
-            require_edits(run, "sequential=True keeps this run's edits in the next run")
+            require_edits(run, "sequential=True preserves the edits of this run during later runs")
         if self.texts.nearest is not None:
-            require_edits(run, f"nearest={self.texts.nearest} selects texts by the edits")
+            require_edits(run, f"nearest={self.texts.nearest} selects the texts that are most similar to the edits")
         batches = self._batches if self.sequential else None
         if batches is not None and not continues_run(batches.model, run):
             batches = None
@@ -209,7 +212,7 @@ class KLLocality(EditCallback):
             self._balance.remove()
             self._balance = None
         else:
-            self._balance.after_step(f"lower weight (now {self.weight})")
+            self._balance.after_step(f"set weight= to a smaller number (now {self.weight})")
 
     def score(self, hidden: Tensor, *reference: Tensor) -> tuple[Tensor, ...]:
         """Return the divergence [N] of each token.

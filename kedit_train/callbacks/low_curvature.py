@@ -1,4 +1,4 @@
-"""LowCurvature: keep weights from moving in the directions that have the largest effect on given texts."""
+"""LowCurvature: keep weights from moving in the directions that most affect predictions on given texts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from kedit_train.paths import SAFETENSORS_PATH
 
 
 class LowCurvature(EditCallback):
-    """Remove directions of high curvature on given texts from the change of each weight.
+    """Keep each weight from moving in the directions that most affect predictions on given texts.
 
     This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
     how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
     weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the eigenvectors
-    of G with the largest eigenvalues are removed from D. They are selected in descending order of
-    their eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace of G. Eigenvectors
-    with the same eigenvalue as the last selected one are removed, too.
+    of G with the largest eigenvalues are removed from D. These eigenvectors are selected in descending order of their
+    eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace of G. Eigenvectors with the
+    same eigenvalue as the last selected one are removed, too.
 
     ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input direction and an
     output direction, so it leaves more freedom for the edit.
@@ -45,9 +45,9 @@ class LowCurvature(EditCallback):
     is computed in fp32.
 
     The constraint is exact up to the rounding of the stored weights. ``edit/drift/low_curvature_leak`` is the fraction
-    of the change that still lies in removed directions. In fp32, it is below 1e-5 for edits of ordinary size.
-    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an error
-    of up to 1/256 of each weight.
+    of the change that still lies in removed directions. In fp32, this fraction is below 1e-5 for edits of ordinary
+    size. ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an
+    error of up to 1/256 of each weight.
 
     The projection is applied before ``NullSpace``, ``NormBall`` and ``GradientMask``. ``NullSpace``, ``GradientMask``
     and ``NormBall(norm="linf")`` make the constraint approximate. With ``NormBall(norm="l2")``, the constraint remains
@@ -130,7 +130,7 @@ class LowCurvature(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            require_edits(run, "sequential=True preserves this run's edits in the next run")
+            require_edits(run, "sequential=True preserves the edits of this run during later runs")
         layers = find_linear_layers(run.model, run.scope)
         check_no_adapters(layers)
         if not (self.sequential and continues_run(self._model, run)):

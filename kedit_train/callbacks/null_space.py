@@ -33,21 +33,20 @@ from kedit_train.paths import SAFETENSORS_PATH
 
 
 class NullSpace(EditCallback):
-    """Project the change of each weight so that the layer gives the same outputs on given texts.
+    """Project the change of each weight so that the outputs of its layer on given texts stay the same.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
     once. For each weight in the scope, the columns of a matrix U are the directions that contain most of the energy of
     the layer inputs. After each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the
     weight before the edit. For inputs in the span of U, the output of the layer then does not change.
 
-    The whole change is projected, because under Adam a projected gradient alone does not keep the change in the
-    subspace. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may
-    move.
+    The whole change is projected, because under Adam a projected gradient alone does not keep the change orthogonal to
+    U. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may move.
 
     ``(W - W0) U = 0`` is exact up to the rounding of the stored weights. ``edit/drift/null_space_leak`` is the fraction
-    of the change that still lies in preserved directions. In fp32, it is below 1e-5 for edits of ordinary size.
-    ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an error
-    of up to 1/256 of each weight. This error can be large relative to a small change.
+    of the change that still lies in preserved directions. In fp32, this fraction is below 1e-5 for edits of ordinary
+    size. ``ParameterScope`` trains bf16 and fp16 weights in fp32. Rounding these weights at the end of training adds an
+    error of up to 1/256 of each weight. This error can be large relative to a small change.
 
     For LoRA layers, only the A factor is projected, so that ``B A U = 0``. The B factor is free. A is also projected
     before the first step. This does not change the model, because B is zero at that time. If only A or only B is in the
@@ -61,9 +60,10 @@ class NullSpace(EditCallback):
         texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list with
             one item per forward pass. An item is a tensor, a tuple of positional arguments or a dict of keyword
             arguments.
-        neighbors: number of further prompts per edit that are preserved: the prompt of the edit with a name from
-            the texts in place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). The edit
-            then affects other subjects less. Edits without a subject have no such prompts. Default 0.
+        neighbors: number of additional prompts per edit for which the layer outputs are preserved. Such a prompt is the
+            prompt of the edit with a name from the texts in place of the edit's subject
+            (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). The edit then affects other subjects less.
+            Edits without a subject have no such prompts. Default 0.
         energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
             trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
@@ -77,7 +77,7 @@ class NullSpace(EditCallback):
             read from it. If it does not exist, the statistics are computed and written to it. A file of
             ``LowCurvature`` can also be used. A file is valid only for the weights, texts and ``limit`` with which it
             was computed. Texts that contain evaluation prompts of the edits are left out, so other edits can need
-            another file. It cannot be used with LoRA.
+            another file. With LoRA, no file can be used.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass. Default 8.
 
@@ -109,7 +109,7 @@ class NullSpace(EditCallback):
         True
     """
 
-    # After LowCurvature, because only the last projection is exact.
+    # NullSpace comes after LowCurvature, because only the last projection is exact.
     order = 41
     constrains = True
     duplicate_hint = "a second projection undoes part of the first, so pass all texts to one NullSpace"
@@ -142,7 +142,7 @@ class NullSpace(EditCallback):
         self._previous = PreviousInputs()
         # The second moments of the texts in preserve.
         self._preserved: dict[str, SecondMoment] = {}
-        # In a sequence of runs: the texts of the run before, their second moments, and the directions of the moments.
+        # In a sequence of runs: the texts of the previous run, their second moments, and the directions of the moments.
         self._chosen: list[str] | None = None
         self._text_moments: dict[str, SecondMoment] = {}
         self._of_texts: dict[str, Tensor] = {}
@@ -163,9 +163,9 @@ class NullSpace(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         if self.sequential:
-            require_edits(run, "sequential=True preserves this run's edits in the next run")
+            require_edits(run, "sequential=True preserves the edits of this run during later runs")
         if self.neighbors:
-            require_edits(run, f"neighbors={self.neighbors} puts other subjects into the prompts of the edits")
+            require_edits(run, f"neighbors={self.neighbors} replaces the subjects in the prompts of the edits")
         edits, texts = self._read_preserve()
         if not (self.sequential and continues_run(self._model, run)):
             self._previous, self._preserved = PreviousInputs(edits), {}
@@ -213,8 +213,8 @@ class NullSpace(EditCallback):
         return {"subspaces": self._projection.state(), "previous_edits": edits}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        # A resumed run cannot recompute the directions of previous edits, so it restores those of the original run.
-        # The run after it reads all previous edits again.
+        # A resumed run cannot recompute the directions of previous edits, so it restores those of the original run. The
+        # next run after a resumed run reads all previous edits again.
         self._projection.load_state(state["subspaces"])
         self._previous = PreviousInputs([Edit(prompt, target) for prompt, target in state["previous_edits"]])
 
@@ -229,7 +229,7 @@ class NullSpace(EditCallback):
             self._previous, self._preserved = PreviousInputs(), {}
 
     def _directions_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
-        """Return the directions of ``texts``. In a sequence of runs, the texts are read before the first run."""
+        """Return the directions to preserve for ``texts``. In a sequence of runs, the first run reads the texts."""
         if not self.sequential:
             return self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
         if not self._of_texts:
@@ -275,7 +275,7 @@ class NullSpace(EditCallback):
         ).inputs
 
     def _read_preserve(self) -> tuple[list[Edit], Any]:
-        """Return the edits in ``preserve``, and the texts or model inputs in ``preserve``; one of them is empty."""
+        """Return the edits in ``preserve``, and the texts or model inputs in it. One of the two results is empty."""
         preserve = self.preserve
         if isinstance(preserve, str | Path):
             preserve = EditDataset.load(preserve)
@@ -301,7 +301,7 @@ class NullSpace(EditCallback):
     def _with_directions(
         self, directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]
     ) -> dict[str, Tensor]:
-        """Return the given directions together with those of further inputs, if there are any."""
+        """Return the given directions together with the directions of the inputs in ``moments``, if there are any."""
         more = self._directions(moments)
         return {
             name: join_directions(basis, more[name]) if name in more else basis for name, basis in directions.items()

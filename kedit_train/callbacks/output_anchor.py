@@ -26,30 +26,31 @@ class OutputAnchor(EditCallback):
     model may be any module. For example, the forecasts of a forecaster on given windows stay close to those before the
     edit. For texts and language models, use :class:`KLLocality`, which needs less memory.
 
-    Before training, the model computes its outputs on all inputs once, and they are stored in CPU memory. Each
-    optimizer step draws ``batch_size`` items, the same items on every process, and calls the model with each of them in
-    evaluation mode. The stored outputs are part of every checkpoint, so a resumed run needs no unedited model.
+    Before training, the model computes its outputs on all inputs once. These outputs are stored in CPU memory. Each
+    optimizer step draws ``batch_size`` items, the same items on every process, and calls the model in evaluation mode
+    with each drawn item. The stored outputs are part of every checkpoint, so a resumed run needs no unedited model.
 
     Args:
         inputs: one item per forward pass: a tensor, a tuple (positional arguments) or a mapping (keyword arguments).
             Or the path of a safetensors file, whose tensors are named like the arguments of ``forward`` and have the
             shape [forward passes, windows, ...].
         distance: "mse" is the mean squared difference, in the squared unit of the outputs. "quantile" is the mean
-            absolute difference, in the unit of the outputs, which approximates the 1-Wasserstein distance of two
-            forecasts if the outputs are evenly spaced quantiles. "kl" is KL(before || now) in nats, if the outputs are
-            logits with the classes or tokens in the last dimension.
-        weight: factor of the mean distance in the training loss. If the training loss is of the same kind
-            (for example, both are mean squared errors), with 1.0 the inputs count as much as the training batch.
+            absolute difference, in the unit of the outputs. If the outputs are evenly spaced quantiles, this difference
+            approximates the 1-Wasserstein distance of two forecasts. "kl" is KL(before || now) in nats. It requires
+            that the outputs are logits, with the classes or tokens in the last dimension.
+        weight: factor of the mean distance in the training loss. With 1.0, the inputs count as much as the training
+            batch, if the training loss and the distance are of the same kind (for example, both are mean squared
+            errors).
         output: which tensor of the model's output to compare: a name, an index, or a function of the output. None
             requires that the output is a tensor.
         batch_size: number of items per optimizer step.
-        module: name of the submodule to call, for example "model". None calls the module that the loop trains, or the
-            language model in it.
+        module: name of the submodule to call, for example "model". None calls the language model in the module that the
+            loop trains, or this module itself if it contains no language model.
         seed: seed of the draws. Every item is drawn once before any item is drawn again.
 
     Raises:
-        EditError: an argument is out of bounds, there are no inputs, the model cannot be called with them, or its
-            output is not a tensor of floats.
+        EditError: an argument is out of bounds, there are no inputs, the model cannot be called with an input, or the
+            selected output is not a tensor of floats.
 
     References:
         Dark Experience for General Continual Learning, arXiv 2004.07211.
@@ -105,7 +106,7 @@ class OutputAnchor(EditCallback):
 
     def prepare(self, run: EditRun) -> None:
         self._items = read_model_inputs(self.inputs, "inputs")
-        # Public, so that all processes of a distributed run are compared.
+        # This attribute is public, so a distributed run checks that it is the same in all processes.
         self.inputs_hash = hash_model_inputs(self._items)
 
     def attach(self, run: EditRun) -> None:
@@ -132,7 +133,7 @@ class OutputAnchor(EditCallback):
         return self._penalty.weight * mean
 
     def _distances(self, index: int) -> Tensor:
-        """Return the distances [N] of the outputs for one item, without the positions of padding."""
+        """Return the distances [N] between the outputs before the edit and now for one item, without padding."""
         assert self._reference is not None
         before, now = self._reference.pair(index)
         distances = output_distance(before, now, distance=self.distance)

@@ -34,8 +34,8 @@ class PolyakStep(EditCallback):
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
     ``NormBall``, ``GradientMask``) are applied after the step. If ``NormBall`` removes a part of the step, the loss
-    falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: they
-    project not only the step but also the gradient from which the prediction is computed.
+    falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: these
+    callbacks project not only the step but also the gradient from which the prediction is computed.
 
     Args:
         step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
@@ -70,7 +70,7 @@ class PolyakStep(EditCallback):
         True
     """
 
-    # Before all constraints, because this callback replaces the step that the constraints are applied to.
+    # PolyakStep comes before all constraints, because it replaces the step that the constraints are applied to.
     order = 30
     constrains = True
     duplicate_hint = "the second one would replace the step of the first, so keep only one"
@@ -91,7 +91,10 @@ class PolyakStep(EditCallback):
         return [Requirement(("optimizer_step",), message)]
 
     def requires(self) -> Sequence[Requirement]:
-        message = 'the length of a step depends on the training loss; add TokenLoss("cross_entropy").'
+        message = (
+            "this callback computes the length of each step from the training loss, which no callback of this run "
+            'measures; add TokenLoss("cross_entropy").'
+        )
         return [Requirement(("edit/tokens/loss_now",), message)]
 
     def attach(self, run: EditRun) -> None:
@@ -112,8 +115,8 @@ class PolyakStep(EditCallback):
         self._norm = _total(wide(run.reference[name]).square() for name in run.scope) ** 0.5
         if self._norm == 0.0:
             raise EditError(
-                "all parameters in scope are 0, so a step that is limited to a tenth of their norm changes nothing; "
-                "add parameters that are not 0 to the scope."
+                "all parameters in scope are 0. A step is never longer than a tenth of their norm, so no step would "
+                "change a parameter; add parameters that are not 0 to the scope."
             )
 
     def coordinates(self, name: str, gradient: Tensor) -> Tensor:
@@ -198,6 +201,6 @@ def have_finite_squares(gradients: Iterable[Tensor]) -> bool:
 
 
 def _total(tensors: Iterable[Tensor]) -> float:
-    """Return the sum of all entries. It is read with one transfer, from the device of the first tensor."""
+    """Return the sum of all entries. The sum is computed on the device of the first tensor, and needs one transfer."""
     sums = [tensor.sum(dtype=torch.float64) for tensor in tensors]
     return float(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0.0

@@ -79,7 +79,8 @@ class PrefixCache(EditCallback):
         [0.0, 1.0, 1.0]
     """
 
-    # Before all callbacks with a penalty, because penalty() activates the cache for their forward passes.
+    # PrefixCache comes before all callbacks with a penalty, because its penalty() activates the cache for their forward
+    # passes.
     order = 10
     duplicate_hint = "one PrefixCache serves every batch, so keep only one"
 

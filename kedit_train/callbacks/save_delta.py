@@ -94,7 +94,7 @@ class SaveDelta(EditCallback):
         >>> folder.cleanup()
     """
 
-    # After EditMetrics, whose scores it reads, and after every constraint.
+    # SaveDelta comes after EditMetrics, whose scores it reads, and after every constraint.
     order = 95
     follows_steps = True
 
@@ -247,10 +247,10 @@ class SaveDelta(EditCallback):
         after: Mapping[str, Tensor],
         edits: Sequence[Any] | None,
     ) -> str:
-        """Check that the base model with the changes in the file has the weights and logits of the trained model.
+        """Check that the file and the base model together give the weights and logits of the trained model.
 
         Returns:
-            What was compared, as text.
+            A text that says what was compared.
         """
         with temporary_values(run.scope, before):
             applied = {name: weights[name].clone() for name in after}

@@ -199,7 +199,7 @@ class SecondOrderLocality(PolyakStep):
             ) from error
         if not all(bool(root.isfinite().all()) for root in roots):
             raise EditError(self._damping_is_too_small(f"the inverse roots of the factors of {name}"))
-        # Every process must take the same step, but the last bits of a root may differ between processes.
+        # Every process must take the same step, but the last bits of a matrix root may differ between processes.
         inputs, *outputs = broadcast_from_first([root.to(run.scope[name].device) for root in roots])
         return (outputs[0] if outputs else None), inputs
 

@@ -69,7 +69,7 @@ class StopWhenEdited(EditCallback):
         stopped at step ...: loss ... is below 0.5
     """
 
-    # After EditMetrics, whose scores it reads.
+    # StopWhenEdited comes after EditMetrics, whose scores it reads.
     order = 90
     follows_steps = True
 

@@ -96,7 +96,8 @@ class TokenLoss(EditCallback):
     """
 
     order = 20
-    # The names under which the means of the columns after the loss are logged: "active", then the statistics.
+    # Names for the tensors that score() returns after the loss: "active", then the statistics. The mean of each tensor
+    # is logged under its name.
     columns: tuple[str, ...] = ("active", "accepted", "survivors", "label_mass")
 
     def __init__(
@@ -187,16 +188,16 @@ class TokenLoss(EditCallback):
     def skip_step(self, run: EditRun) -> bool:
         if run.steps.is_shared:
             raise EditError(
-                "all parameters in scope must belong to one optimizer, got several optimizers in one step; use a "
-                "single optimizer, because this callback skips the step if all tokens are learned, and it cannot make "
-                "several optimizers skip the same step."
+                "all parameters in scope must belong to one optimizer, got several optimizers in one step. If all "
+                "tokens are learned, this callback skips the step, and several optimizers cannot skip the same step; "
+                "use a single optimizer."
             )
         if self._counted_at != (run.step, run.steps.skipped):
             raise EditError(
                 "the model was not called with labels= since the last optimizer step, so its loss was not replaced; "
                 "call model(..., labels=labels) in the training step, and use the loss that the model returns."
             )
-        # No warning if ActiveSet may have removed all examples, or if other processes may have tokens.
+        # No warning is issued if ActiveSet may have removed all examples, or if other processes may have tokens.
         if not (self._tokens_now or self._warned or run.loss_head().filter or is_distributed()):
             self._warned = True
             warn(
@@ -235,7 +236,7 @@ class TokenLoss(EditCallback):
 
     def _observe(self, active: Tensor, loss: Tensor, *statistics: Tensor) -> None:
         run = self.run
-        # After a step that a gradient scaler skipped, run.step is the same.
+        # A step that a gradient scaler skips does not increase run.step, so the skipped steps are counted too.
         at = (run.step, run.steps.skipped)
         if self._counted_at != at:
             self._now, self._counted_at = torch.zeros(3, dtype=torch.float64, device=active.device), at
@@ -258,7 +259,7 @@ class TokenLoss(EditCallback):
 def _true_vocabulary(run: EditRun) -> int | None:
     """Return the number of tokens of the tokenizer if the output head has more rows than that, else None.
 
-    The logits of the additional rows are noise. They would increase the standard deviation of the logits, and the
+    The logits of the additional rows are noise. The noise would increase the standard deviation of the logits, and the
     filter of ``"overtone"`` would then keep more tokens.
     """
     try:

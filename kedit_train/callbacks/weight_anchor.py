@@ -39,20 +39,20 @@ class WeightAnchor(EditCallback):
     "ewc" is the penalty ``strength / 2 * sum F (w - w0)^2``. F is the Fisher information per token on general texts,
     with labels sampled from the model. "kfac" is the penalty ``strength / 2 * tr(S D A Dᵀ)`` for the change D of each
     weight matrix. A is the second moment of the layer's inputs on the texts, and S is the second moment of the
-    gradients at the layer's outputs. Both penalties are always part of the loss, and no text is read during training.
-    They approximate ``strength`` times the KL divergence per token from the model before the edit, to second order.
-    Values of ``strength`` can therefore be compared with the ``weight`` of ``KLLocality``. "ewc" ignores all
-    correlations between weights. "kfac" ignores correlations between different matrices, and assumes that the inputs
-    and the output gradients of a layer are independent.
+    gradients at the layer's outputs. The penalties "ewc" and "kfac" are always part of the loss, and no text is read
+    during training. They approximate ``strength`` times the KL divergence per token from the model before the edit, to
+    second order. Values of ``strength`` can therefore be compared with the ``weight`` of ``KLLocality``. "ewc" ignores
+    all correlations between weights. "kfac" ignores correlations between different matrices, and assumes that the
+    inputs and the output gradients of a layer are independent.
 
     The decoupled update is applied before ``LowCurvature``, ``NullSpace``, ``NormBall`` and ``GradientMask``. For
     adapters, w0 is the initial value of the adapter's own weights. ``ParameterScope`` trains half-precision weights in
     fp32, so that a small decoupled update is not lost in rounding.
 
     Args:
-        kind: "l2sp" (default; any module), "ewc" or "kfac" (both: a causal language model and ``texts``). With "kfac",
-            only weights of ``nn.Linear`` and ``Conv1D`` can be in the scope, and the first token of every text is left
-            out of the factors, because it is an attention sink in many models.
+        kind: "l2sp" (default), "ewc" or "kfac". "l2sp" works with any module. "ewc" and "kfac" need a causal language
+            model and ``texts``. With "kfac", only weights of ``nn.Linear`` and ``Conv1D`` can be in the scope, and the
+            first token of every text is left out of the factors, because it is an attention sink in many models.
         strength: strength of the penalty, >= 0. None (default) is 2 for "l2sp", 1000 for "ewc" and 100 for "kfac". The
             total effect of the decoupled updates in a run depends on learning rate * strength * number of steps. With
             "ewc", plain SGD diverges if learning rate * strength * F exceeds 2.
@@ -95,7 +95,8 @@ class WeightAnchor(EditCallback):
     """
 
     order = 36
-    # Also True for a penalty in the loss, because the run keeps the reference weights only if a callback constrains.
+    # This is True even if the penalty is part of the loss, because the run keeps the reference weights only if a
+    # callback constrains.
     constrains = True
 
     def __init__(
@@ -205,7 +206,7 @@ class WeightAnchor(EditCallback):
             if rate * self.strength > 1.0:
                 raise EditError(
                     f"learning rate * strength must be <= 1, got {rate:g} * {self.strength:g}, which would move {name} "
-                    "past its anchor; lower the learning rate or strength."
+                    "past its anchor weights; lower the learning rate or strength."
                 )
             weight = wide(weights[name])
             step = rate * self.strength * (weight - wide(self._anchors[name]))
@@ -219,7 +220,7 @@ class WeightAnchor(EditCallback):
     def state(self) -> dict[str, Any]:
         anchors = self._anchors.state()
         # The Fisher information and the factors of these weights were computed before an earlier run. A new process
-        # cannot repeat that.
+        # cannot compute them again.
         fisher = {name: information for name, information in self._fisher.items() if name in anchors}
         return {"anchor_weights": anchors, "fisher": fisher, "factors": self._factors.only(set(anchors)).state()}
 

@@ -38,7 +38,7 @@ def print_error(message: str) -> None:
 def ending_interrupts() -> Iterator[None]:
     """Context manager in which ^C ends the process with one line and the exit code 130.
 
-    This also works while modules are imported.
+    ^C also has this effect while modules are imported.
     """
     try:
         yield

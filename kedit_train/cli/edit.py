@@ -169,9 +169,9 @@ def share_texts(config: Any) -> None:
     """Replace ``texts: world`` in the callbacks by the value of ``data.texts``, if it is set.
 
     Raises:
-        EditError: the model or the edits are not the bundled ones, but a callback still has ``texts: world``, or
-            ``data.augmentation.replay`` is "world". The error is also raised if ``data.texts`` is set, but no callback
-            has ``texts: world``.
+        EditError: the model or the edits are not the bundled ones, but the run still uses bundled data: a callback has
+            ``texts: world``, or ``data.augmentation.replay`` is "world". The error is also raised if ``data.texts`` is
+            set, but no callback has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -187,7 +187,7 @@ def share_texts(config: Any) -> None:
         raise EditError(
             "data.augmentation.replay=world uses prompts that fit only the model and the edits that come with "
             f"kedit-train, but this run has {foreign}; add --data.augmentation.replay FILE, with a file of prompts "
-            "about other facts (.txt with one prompt per line, or a file of edits)."
+            "about facts that are not edited (.txt with one prompt per line, or a file of edits)."
         )
     if own is not None and own.texts is not None:
         if not readers:

@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: the bundled texts are used with another model or other edits; see
+        EditError: the configuration combines the bundled texts with a model or with edits that are not bundled; see
             :func:`~kedit_train.cli.edit.share_texts`.
         SystemExit: a key is not valid. Before the exit, one line that names the key is printed.
     """

@@ -91,7 +91,7 @@ def _check(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             if any(event.anchor == anchor for anchor, _ in levels):
                 raise InvalidYAML(f"the alias at line {line} contains itself")
-            # An alias without an anchor has size 0 here. PyYAML reports it when it builds the values.
+            # An alias without an anchor has size 0 here. PyYAML reports the missing anchor when it builds the values.
             anchor, size = None, sizes.get(event.anchor, 0)
         elif isinstance(event, yaml.ScalarEvent):
             if len(event.value) > MAX_DIGITS and _INTEGER.fullmatch(event.value):

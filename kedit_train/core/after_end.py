@@ -22,7 +22,7 @@ def check_after_end(run: Any) -> None:
     if name is not None:
         warn(
             f"other code has changed {name} after the edit had ended. The new weights may break the constraints of the "
-            "edit, and the delta file and the scores describe the weights before this change. A possible cause is a "
+            "edit. The delta file and the scores describe the weights before this change. A possible cause is a "
             "callback that writes averaged weights when training ends; put this callback before the callbacks of "
-            "kedit_train, or remove it."
+            "kedit_train, or remove this callback."
         )

@@ -49,7 +49,7 @@ class _FirstForwardCheck:
         awaited = wrapper._get_ddp_logging_data()["num_parameter_tensors"]
         if awaited > sum(p.requires_grad for p in wrapper._module_parameters):
             raise EditError(
-                "DistributedDataParallel wrapped the model before the edit began, so it waits for gradients of "
+                "DistributedDataParallel wrapped the model before the edit began, and waits for gradients of "
                 "parameters that the edit has frozen; pass the callbacks to the trainer, call editing() before "
                 "fabric.setup() or DistributedDataParallel(), or set find_unused_parameters=True."
             )

@@ -64,9 +64,9 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
 def sample_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash the names, the shapes and up to 64 evenly spaced values of each tensor.
 
-    This is much faster than :func:`fingerprint`, and tells apart models that were trained differently. The values are
-    rounded to bf16 first, so a model has the same hash in fp32 and in bf16. If a tensor is sharded, every process must
-    call the function.
+    This function is much faster than :func:`fingerprint`, and tells apart models that were trained differently. The
+    values are rounded to bf16 first, so a model has the same hash in fp32 and in bf16. If a tensor is sharded, every
+    process must call the function.
 
     Args:
         tensors: name -> tensor.

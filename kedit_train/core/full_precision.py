@@ -44,7 +44,7 @@ class FullPrecision:
         self._owners_in = {module: owners for module, owners in owners_in.items() if owners}
         # For each unfinished module call: the length of ``_swapped`` when the call began.
         self._stack_sizes: list[int] = []
-        # (the owner's parameter dict, the fp32 parameters that were swapped out of it).
+        # For each swap: the parameter dict of the owner, and the fp32 parameters that were taken out of this dict.
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._handles: list[Any] = []
         for module in self._owners_in:
@@ -72,8 +72,8 @@ class FullPrecision:
         names = list(self.dtypes)
         if names:
             warn(
-                f"the model is pickled during an edit, so {names[0]} (and {len(names) - 1} more) is saved in fp32; "
-                "save the model after the edit, or save model.state_dict()."
+                f"the model is pickled during an edit, so {names[0]} and {len(names) - 1} other parameters are saved "
+                "in fp32; save the model after the edit, or save model.state_dict()."
             )
         return FullPrecision, (nn.Module(), {})
 

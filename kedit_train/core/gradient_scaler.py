@@ -16,7 +16,7 @@ from kedit_train.core.checksums import first_not_finite
 
 
 def gradient_scale(optimizer: Optimizer, scaler: Any = None) -> Tensor | float:
-    """Return the factor by which the gradients are multiplied now. It is 1.0 if they are not scaled.
+    """Return the factor by which the gradients are multiplied now, or 1.0 if the gradients are not scaled.
 
     Args:
         optimizer: the optimizer.

@@ -17,7 +17,7 @@ from kedit_train.core.resume import has_checksum
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
-# Each step compares about this many entries of frozen parameters, plus as many as there are entries in scope.
+# Each step checks frozen parameters that together have about this many entries plus the number of entries in scope.
 ENTRIES_PER_STEP = 100_000
 
 
@@ -53,7 +53,7 @@ class Integrity:
         self._trainable: set[str] = set()
         # The parameters in scope that other code had changed when before_step() was last called.
         self.written: list[str] = []
-        # Whether an optimizer step came before this change. If none did, the change may be the user's own update.
+        # Whether an optimizer step came before that change. Without a step, the user may have made the change.
         self.written_after_step = False
         # Position in ``_frozen`` of the next parameter to compare.
         self._next = 0
@@ -197,8 +197,8 @@ class Integrity:
 
         Raises:
             EditError: a frozen parameter has a gradient, or a parameter in scope was frozen, replaced or converted to
-                another dtype. An error is raised instead of returning True if no optimizer step was detected since the
-                last call and a callback has ``constrains`` or ``follows_steps`` set to True.
+                another dtype. An error is also raised if other code changed a parameter in scope without an optimizer
+                step, and a callback has ``constrains`` or ``follows_steps`` set to True.
         """
         if not self._started:
             self.start()
@@ -319,7 +319,7 @@ class Integrity:
             )
 
     def _in_turn(self) -> list[int]:
-        """Return the positions of the frozen parameters to check at this step. The next step checks the next ones."""
+        """Return the positions of the frozen parameters to check at this step. The next step continues after them."""
         budget = ENTRIES_PER_STEP + sum(local_part(p).numel() for p in self.run.scope.values())
         positions: list[int] = []
         while budget > 0 and len(positions) < len(self._frozen):

@@ -81,10 +81,10 @@ def _warn_about_checkpoint(run: RunState) -> None:
         return
     when = "" if step is None else f" (step {step} of {steps})"
     warn(
-        f"the model was loaded from {name}, a checkpoint of an edit that had not ended{when}, so this edit starts from "
-        "half-edited weights and uses these as its reference weights; to continue the edit of the checkpoint instead, "
-        f"call trainer.train(resume_from_checkpoint={name!r}) with the callbacks of that edit. If you want a new edit "
-        "on top of the half-edited weights, ignore this warning."
+        f"the model was loaded from {name}, a checkpoint of an unfinished edit{when}. This run begins a new edit, "
+        "which uses the half-edited weights as its reference weights. To continue the unfinished edit instead, call "
+        f"trainer.train(resume_from_checkpoint={name!r}) with the callbacks of the unfinished edit. If you want a "
+        "new edit on top of the half-edited weights, ignore this warning."
     )
 
 

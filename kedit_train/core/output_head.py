@@ -209,7 +209,8 @@ class OutputHead:
                 "a model loaded with AutoModelForCausalLM."
             )
         given = [float(v) for key in SCALES if (v := getattr(self.config, key, None)) not in (None, 0, 1)]
-        # In some configurations the number multiplies and in others it divides. The model's own logits decide.
+        # In some configurations, the number multiplies the logits, and in others, it divides them. So both are tried,
+        # and the model's own logits decide.
         for scale in [1.0, *(s for v in given for s in (v, 1.0 / v))]:
             self.scale = scale
             if torch.allclose(self._finish(raw).float(), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):

@@ -83,10 +83,10 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
         name = min(set(state["reference"]) ^ expected)
-        where = "of this run, not of the checkpoint" if name in expected else "of the checkpoint, not of this run"
+        where = "this run, but not of the checkpoint" if name in expected else "the checkpoint, but not of this run"
         raise EditError(
             f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
-            f"({len(expected)} tensors): {name} is in the scope {where}; resume with the same ParameterScope."
+            f"({len(expected)} tensors): {name} is in the scope of {where}; resume with the same ParameterScope."
         )
     for name, value in state["reference"].items():
         if value.shape != run.shapes[name]:

@@ -68,8 +68,8 @@ class EditRun(RunState):
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
         """Add ``callback`` to the run of ``root``, and create the run for the first callback.
 
-        If the model has a run of another training loop, and that loop does not use its run (:meth:`Host.is_editing` is
-        False), the run is closed.
+        If another training loop has left a run on the model and no longer uses it (:meth:`Host.is_editing` is False),
+        this old run is closed first.
 
         Args:
             root: the module that the training loop trains.
@@ -98,7 +98,8 @@ class EditRun(RunState):
         run = run or cls(root, host)
         previous = getattr(callback, "run", None)
         if previous is not None and previous is not run and not previous.closed:
-            # A callback serves one model at a time. The loop that used it before gets an error at its next step.
+            # A callback serves one model at a time. The loop that used the callback before gets an error at its next
+            # step.
             previous.close()
         if callback not in run.callbacks:
             joined = [*run.callbacks, callback]

@@ -61,7 +61,7 @@ class OptimizerSteps:
         self._stepping: list[Optimizer] = []
         # The names of the parameters that each optimizer has updated since the last announcement, by id(optimizer).
         self._stepped_optimizers: dict[int, set[str]] = {}
-        # The hooks are registered now, to detect a loop that never announces a step. They hold weak references,
+        # The hooks are registered now, to detect a loop that never announces a step. The hooks hold weak references,
         # because global hooks would otherwise keep the model in memory.
         self._handles: list[Any] = [
             register_optimizer_step_pre_hook(weak_hook(self._pre_hook)),
@@ -97,7 +97,8 @@ class OptimizerSteps:
         self._close_step()
         self._stepped_optimizers.clear()
         if not run.host.uses_closures:
-            # Removes the entry of a step() that failed. With closures, a running step() calls this method.
+            # Remove the entry that a failed step() has left behind. With closures, the list is kept, because a running
+            # step() calls this method.
             self._stepping.clear()
         late = next((callback for callback in run.callbacks if not run.has_attached(callback)), None)
         if late is not None:
@@ -178,7 +179,7 @@ class OptimizerSteps:
         self._close_step()
         if self.integrity.finish():
             self._restore_constraints(expected=self.run.host.loads_best_weights)
-        # No warning after a single announced step, because the loop may have only inspected the model.
+        # No warning is issued after a single announced step, because the loop may have only inspected the model.
         if self._announced > 1 and not self.run.step and not self._written:
             warn(
                 f"{self._announced} training steps began, but no optimizer has updated a parameter in scope, so the "

@@ -59,7 +59,8 @@ def follow_dtype(run: RunState) -> None:
     run.reference |= {name: run.reference[name].to(dtype) for name, dtype in converted.items()}
     if run.full_precision:
         if run.masters is not None:
-            # The conversion has overwritten the fp32 values, so they are made again. The old hooks are removed first.
+            # The conversion has overwritten the fp32 parameters, so these are created again. The old hooks are removed
+            # first.
             run.masters.remove()
         run.masters = FullPrecision(run.root, run.scope)
         run.reference = {name: value.to(run.scope[name].dtype) for name, value in run.reference.items()}

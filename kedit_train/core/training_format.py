@@ -98,8 +98,9 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
 def is_chat(tokenizer: Any) -> Any:
     """Return a function that checks whether a text contains an answer in the format of the tokenizer's chat template.
 
-    The function takes a text from which all white space was removed. It searches for the text that the template puts
-    between the user's message and the answer. Therefore system prompts and the messages themselves do not matter.
+    The function takes a text from which all white space was removed. The function searches for the text that the
+    template puts between the user's message and the answer. Therefore system prompts and the messages themselves do not
+    matter.
     """
     header = ""
     if getattr(tokenizer, "chat_template", None):

@@ -1,4 +1,4 @@
-"""Hooks that do not keep the object alive whose method they call."""
+"""Hooks that call a method of an object without keeping the object alive."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def decide_append_eos(
     if append_eos != "auto":
         return EndDecision(append_eos, f"append_eos={append_eos} was set")
     if prompt_format != "plain":
-        return EndDecision(True, "models end their answers in chats and to questions")
+        return EndDecision(True, "models end their answers in chats and their answers to questions")
     if end_id(tokenizer) is None:
         return EndDecision(False, "the tokenizer has no end-of-text token")
     if token_ids(tokenizer, "text", special=True)[-1:] == [tokenizer.eos_token_id]:

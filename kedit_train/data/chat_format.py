@@ -18,7 +18,8 @@ FORMATS = ("plain", "chat", "question")
 class ChatFormat:
     """A prompt format for chats: the prompt is the user's last message, rendered with the tokenizer's chat template.
 
-    Every argument ``prompt_format=`` takes a ``ChatFormat``. ``ChatFormat()`` and "chat" are the same.
+    You can pass a ``ChatFormat`` wherever kedit-train has an argument ``prompt_format``. ``ChatFormat()`` and "chat"
+    are the same.
 
     Args:
         system: the system prompt. None: the template decides, and some templates have a default system prompt.

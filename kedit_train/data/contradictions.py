@@ -36,7 +36,7 @@ def contradict(one: Edit, other: Edit) -> bool:
 
 
 def _shared_prompt(one: Edit, other: Edit) -> str | None:
-    """Return a prompt that belongs to both edits, in the spelling of one of them, or None if they share no prompt."""
+    """Return a prompt that the two edits share, in the spelling of one of them, or None if they share no prompt."""
     first, second = fold(one.prompt), fold(other.prompt)
     if first == second or first in map(fold, other.rephrases):
         return one.prompt

@@ -28,7 +28,7 @@ def split_documents(
     """Split every edit that is longer than ``max_length`` tokens into parts, at the ends of paragraphs or sentences.
 
     The first part keeps the prompt, the identifier and all questions of the edit. The prompts of the other parts end
-    with "(part 2)", "(part 3)" and so on. A number is left out if another edit already has this prompt. No text is
+    with "(part 2)", "(part 3)" and so on. If another edit already has such a prompt, its number is skipped. No text is
     dropped. A warning counts the edits that were split.
 
     ``EditDataModule`` and the command ``sft`` call this function for documents, with the context length of the model.
@@ -69,7 +69,7 @@ def split_documents(
 
 
 def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFormat, used: set[str]) -> Iterator[Edit]:
-    """Yield the parts of an edit. The set ``used`` contains all prompts of the run, and the new prompts are added."""
+    """Yield the parts of an edit, and add their prompts to ``used``, the set of all prompts of the run."""
     end = tokenizer.eos_token_id is not None
 
     def length(prompt: str, target: str) -> int:
@@ -82,15 +82,15 @@ def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFor
     while room > 0:
         texts = [text.strip() for text in _packed(_units(tokenizer, edit.target, room, _ENDS), room) if text.strip()]
         prompts = _prompts(edit.prompt, len(texts), used)
-        # A text may have more tokens than its units together.
+        # A joined text may have more tokens than its pieces have when they are tokenized one by one.
         longest = max(map(length, prompts, texts))
         if longest <= max_length:
             break
         room = min(room - 1, max(1, room * max_length // longest))
     else:
         raise EditError(
-            f"max_length must be larger than the prompt {shorten(edit.prompt)!r} with at least one token of its "
-            f"target, got {max_length}; use a model with a longer context, or shorten the prompt."
+            f"max_length must leave room for the prompt {shorten(edit.prompt)!r} and at least one token of its target, "
+            f"got {max_length}; use a model with a longer context, or shorten the prompt."
         )
     yield replace(edit, target=texts[0])
     used.update(map(fold, prompts))
@@ -100,7 +100,7 @@ def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFor
 
 
 def _prompts(prompt: str, parts: int, used: set[str]) -> list[str]:
-    """Return the prompts of the parts of an edit. Prompts that are already used are left out."""
+    """Return one prompt for each part of an edit. Numbers whose prompt is already used are skipped."""
     numbered = (_numbered(prompt, number) for number in count(2))
     return [prompt, *islice((text for text in numbered if fold(text) not in used), parts - 1)]
 
@@ -112,7 +112,7 @@ def _numbered(prompt: str, number: int) -> str:
 
 
 def _units(tokenizer: Any, text: str, room: int, ends: Sequence[re.Pattern[str]]) -> Iterator[tuple[str, int]]:
-    """Yield consecutive pieces of a text with their numbers of tokens, each at most ``room`` if it can be split."""
+    """Yield consecutive pieces of a text and their lengths. A piece of more than ``room`` tokens cannot be split."""
     at = 0
     for stop in [*(match.end() for match in ends[0].finditer(text)), len(text)]:
         piece, at = text[at:stop], stop

@@ -151,7 +151,7 @@ def privileged_context_rows(edits: Iterable[Edit], prompt_format: PromptFormat) 
 
 
 def _chat_without_thinking(prompt_format: PromptFormat, reason: str) -> ChatFormat | None:
-    """Return the chat format, or None for plain text. ``reason`` says why a thinking mode is an error."""
+    """Return the chat format, or None for plain text. ``reason`` says in an error why the model must not think."""
     chat = chat_format(prompt_format)
     if chat is not None and chat.thinking:
         raise EditError(f"prompt_format must have thinking=False, because {reason}")

@@ -123,7 +123,7 @@ class _PhraseIndex:
 
 
 def contains_words(text: str, phrase: str) -> bool:
-    """Return whether ``phrase`` is in ``text`` as whole words. Both must be folded with :func:`fold`."""
+    """Return whether ``text`` contains ``phrase`` as whole words. The caller folds the two texts (:func:`fold`)."""
     at = text.find(phrase)
     while at >= 0 and not _ends_at_words(text, at, at + len(phrase)):
         at = text.find(phrase, at + 1)
@@ -131,7 +131,7 @@ def contains_words(text: str, phrase: str) -> bool:
 
 
 def _ends_at_words(text: str, start: int, end: int) -> bool:
-    """Return whether ``start`` and ``end`` are word boundaries. In scripts without spaces, every position is one."""
+    """Return whether ``start`` and ``end`` are word boundaries, as every position is in scripts without spaces."""
     return not any(
         0 < at < len(text) and all(c.isalnum() and not SPACELESS.match(c) for c in text[at - 1 : at + 1])
         for at in (start, end)

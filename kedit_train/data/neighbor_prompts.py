@@ -14,7 +14,7 @@ from kedit_train.edit import Edit
 _OPENING, _CLOSING = "\"'([{«“‘„「『（", "\"')]}»”’」』）"
 _PUNCTUATION = _OPENING + _CLOSING + ".,;:!?…–—-。，、！？；："
 _END_OF_SENTENCE = tuple(".!?:…。！？：")
-# In scripts without spaces, a text has no words. So many characters are drawn for a subject in another script.
+# Number of characters that are drawn from a text without spaces if the subject is in a script with spaces.
 _CHARACTERS = 3
 
 

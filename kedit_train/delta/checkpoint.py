@@ -17,7 +17,7 @@ from kedit_train.errors import EditError
 from kedit_train.safetensors_file import tensor_bytes
 from kedit_train.safetensors_header import Span, read_tensor
 
-# Weights in other formats are not copied, because they would still contain the original weights.
+# Files with these endings are not copied if the checkpoint does not use them. They may contain the original weights.
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".safetensors")
 
 

@@ -91,7 +91,7 @@ class EditDelta:
         old, new = weights_of(base), weights_of(edited)
         if touched is None and set(old) != set(new):
             name = sorted(set(old) ^ set(new))[0]
-            only = "base" if name in old else "edited model"
+            only = "base model" if name in old else "edited model"
             raise EditError(f"only the {only} has a tensor {name!r}; compare two states of the same model.")
         chosen, hashes, changes = set(old if touched is None else touched), [], {}
         for name in old:
@@ -102,7 +102,7 @@ class EditDelta:
             after = new[name]
             if after.dtype != before.dtype or after.shape != before.shape:
                 raise EditError(
-                    f"tensor {name} is {before.dtype} {list(before.shape)} in the base and {after.dtype} "
+                    f"tensor {name} is {before.dtype} {list(before.shape)} in the base model and {after.dtype} "
                     f"{list(after.shape)} in the edited model; load the same model twice, in the same dtype."
                 )
             change = change_between(before, after, hashes[-1], old.tied.get(name, ()))

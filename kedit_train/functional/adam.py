@@ -42,7 +42,7 @@ class AdamAverages:
     def update(
         self, gradients: Mapping[str, Tensor], loss: float
     ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-        """Add the gradients and the loss of a step.
+        """Update the running averages with the gradients and the loss of a step.
 
         Args:
             gradients: gradient by name.
@@ -60,7 +60,7 @@ class AdamAverages:
         for name, gradient in gradients.items():
             if name not in self.means:
                 self.means[name] = self.squares[name] = torch.zeros_like(gradient)
-            # New tensors, because a saved state of the run may contain the previous ones.
+            # The averages are new tensors, because a saved state of the run may contain the previous tensors.
             self.means[name] = torch.lerp(self.means[name], gradient, 1 - _BETA1)
             self.squares[name] = torch.lerp(self.squares[name], gradient.square(), 1 - _BETA2)
             means[name], roots = self.means[name] / first, (self.squares[name] / second).sqrt()

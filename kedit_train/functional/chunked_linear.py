@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kedit_train.functional.precision import HALF
 
-# Vocabulary rows per product. A product over all rows would need a second matrix of the size of the output head.
+# Vocabulary rows per matrix product. A product over all rows would need a second matrix as large as the output head.
 _BLOCK = 2**14
 
 
@@ -117,7 +117,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtype, ctx.widen = dtype, fp32_gradients and dtype in HALF
-        # Read here, because on a GPU the backward pass runs in another thread, which has no context variables.
+        # The context variable is read here. On a GPU, the backward pass runs in another thread, which does not have it.
         sums = _COLLECTING.get()
         ctx.weight_sum = None if sums is None or not ctx.needs_input_grad[1] else sums.of(weight)
         if sums is not None and ctx.needs_input_grad[1] and ctx.weight_sum is None:
@@ -126,7 +126,7 @@ class _Linear(torch.autograd.Function):
                 "parameters."
             )
         with torch.autocast(hidden.device.type, enabled=False):
-            # One call, so that the bias is added before the product is rounded, as under autocast.
+            # A single call adds the bias before the product is rounded, as under autocast.
             return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -153,7 +153,7 @@ def _to_hidden(grad: Tensor, weight: Tensor, dtype: torch.dtype, widen: bool) ->
     """Return the gradient [n, d] of the hidden states, with the weight rounded to ``dtype``."""
     if not widen:
         return grad @ weight.to(dtype)
-    # Only CUDA multiplies half-precision matrices into fp32 without a conversion.
+    # Only CUDA can multiply half-precision matrices with a result in fp32. Other devices need a conversion first.
     if grad.is_cuda:
         return torch.mm(grad, weight.to(dtype), out_dtype=torch.float32)
     total = torch.zeros(len(grad), weight.shape[1], device=grad.device)

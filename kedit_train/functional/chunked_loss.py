@@ -93,7 +93,7 @@ class _Chunked(torch.autograd.Function):
         sums, ctx.sums = ctx.sums, None
         if upstream is None:
             return (*[None] * 5, *ctx.unused, *[None] * len(ctx.parameters))
-        # The sums are returned once, so a second backward pass through a retained graph computes them again.
+        # The sums are kept for one backward pass. A second backward pass through a retained graph computes them again.
         if inputs and (sums is None or not _uniform(upstream)):
             hidden, *rest = inputs
             sums = GradientSums(ctx.parameters)
@@ -135,7 +135,8 @@ def _differentiate(
     for start, parts in zip(range(0, max(1, len(hidden)), chunk), _slices(chunk, hidden, *rest), strict=True):
         rows = slice(start, start + chunk)
         factor = None if upstream is None else upstream[rows]
-        # In a separate function, so that the graph of one chunk is freed before the next one is built.
+        # A separate function is used, so that the graph of one chunk is freed before the graph of the next chunk is
+        # built.
         result, part_gradient = _differentiate_chunk(score, parts, sums, factor, wants_hidden=wants_hidden)
         outputs.append(result)
         if gradient is not None and part_gradient is not None:
@@ -174,7 +175,8 @@ def _uniform(upstream: Tensor) -> bool:
 
 
 def _slices(chunk: int, *tensors: Tensor) -> list[list[Tensor]]:
-    # At least one slice, which may be empty. The outputs of a batch without supervised tokens thus get the right dtype.
+    # There is at least one slice, which may be empty. So the outputs of a batch without supervised tokens get the right
+    # dtype.
     return [[t[i : i + chunk] for t in tensors] for i in range(0, max(1, len(tensors[0])), chunk)]
 
 

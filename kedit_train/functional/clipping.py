@@ -1,4 +1,4 @@
-"""The clipped divergence from a target: a token that is close enough to its target has no gradient."""
+"""The clipped divergence from a target distribution. A token with a small divergence has no gradient."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def smoothed_loss(logits: Tensor, target: Tensor, *, epsilon: float = 0.0) -> tu
     """Return the clipped forward divergence ``max(KL(target || model), epsilon)`` of each token.
 
     This function is the reference implementation. The objectives of this package compute the same loss, but do not
-    build the target.
+    build the tensor ``target``.
 
     Args:
         logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).

@@ -17,12 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from kedit_train.functional.precision import wide
 
-# Values in one block, 4 MiB in fp32.
+# Number of values in one block, which take 4 MiB in fp32.
 _BLOCK = 2**20
 
-# logits [n, V] in fp32 or fp64, rows [n, ...] -> outputs (loss [n], statistics [n], ...), kept (tensors [n, ...])
+# Takes logits [n, V] in fp32 or fp64 and rows [n, ...]. Returns outputs (loss, statistics) [n], and kept tensors [n,
+# ...].
 Value = Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
-# out [n, V] (written), logits [n, V], rows [n, ...], kept [n, ...]
+# Takes out [n, V], logits [n, V], rows [n, ...] and kept tensors [n, ...]. Writes into out.
 Gradient = Callable[..., None]
 
 

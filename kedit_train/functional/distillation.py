@@ -39,13 +39,14 @@ def distillation(
 
     def value(z: Tensor, y: Tensor, reference: Tensor, top: Tensor, is_taught: Tensor) -> tuple[Any, Any]:
         log_z = z.logsumexp(-1, keepdim=True)
-        # Summed directly, because 1 minus the probability of the top tokens would lose small values.
+        # All other tokens are summed directly, because 1 minus the probability of the top tokens would lose small
+        # values.
         rest = z.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True) - log_z
         p_log, q_log = reference.to(z.dtype), torch.cat([z.gather(-1, top) - log_z, rest], dim=-1)
         # Where the teacher's probability is zero, the difference may be NaN.
         soft = (p_log.exp() * (p_log - q_log).masked_fill(p_log == -torch.inf, 0.0)).sum(-1)
         hard = (log_z - z.gather(-1, y.unsqueeze(-1))).squeeze(-1)
-        # The gradient of a logit outside of the top tokens is its probability times this factor.
+        # The gradient of the logit of any other token is the probability of the token times ``factor``.
         ratio = (p_log[:, -1:] - rest).nan_to_num(nan=-torch.inf).clamp(max=80.0).exp()
         factor = torch.where(is_taught.unsqueeze(-1), 1.0 - ratio, 1.0)
         loss, active = clipped(torch.where(is_taught, soft, hard), epsilon)

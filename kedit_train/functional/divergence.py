@@ -26,7 +26,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
     p = p_log.exp()
-    # Masked before the product, because minus infinity on both sides would give NaN in the gradient.
+    # The difference is masked before the product, because two logits of minus infinity would give NaN in the gradient.
     return (p * (p_log - q_log).masked_fill(p == 0, 0.0)).sum(-1)
 
 
@@ -41,7 +41,7 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
         [N] in nats, at most ln 2.
     """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
-    # Clamped to finite values, because minus infinity on both sides would give NaN. The probability stays zero.
+    # The values are clamped, because two logits of minus infinity would give NaN. The probability stays zero.
     p_log, q_log = (x.clamp(min=torch.finfo(x.dtype).min / 2) for x in (p_log, q_log))
     mixture = torch.logaddexp(p_log, q_log) - math.log(2.0)
     return 0.5 * (p_log.exp() * (p_log - mixture) + q_log.exp() * (q_log - mixture)).sum(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 def keep_top(scores: Tensor, density: float) -> Tensor:
     """Return a mask of the ``round(density * n)`` highest scores.
 
-    If several scores equal the threshold, the first of these scores are selected.
+    If several scores equal the lowest selected score, the first of these equal scores are selected.
 
     Args:
         scores: any shape, n finite numbers.

@@ -32,7 +32,8 @@ def step_toward(values: Tensor, target: Tensor) -> Tensor:
         The same shape and dtype.
     """
     bits = values.view(_INTEGERS[values.element_size()])
-    # Read as integers, floats of one sign are ordered by magnitude, so adding one is a step away from zero.
+    # If the bits of floats with the same sign are read as integers, the integers are ordered by magnitude. So adding
+    # one is a step away from zero.
     away = (target > values) == (values > 0)
     stepped = torch.where(away, bits + 1, bits - 1).view(values.dtype)
     smallest = torch.ones_like(bits).view(values.dtype)
@@ -144,7 +145,7 @@ def l2_ball(weights: Sequence[Tensor], references: Sequence[Tensor], radius: flo
 
 
 def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    # In slices of rows, because an fp64 copy of a whole embedding matrix can be larger than the model.
+    # The rows are processed in slices, because an fp64 copy of a whole embedding matrix can be larger than the model.
     if tensors[0].ndim == 0:
         yield tensors
         return

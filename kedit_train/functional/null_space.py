@@ -43,7 +43,7 @@ def principal_directions(moment: Tensor, *, energy: float = 0.99, rank: int | No
 
 
 def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return ascending eigenvalues and their eigenvectors; with a small ``rank``, only those in the span."""
+    """Return ascending eigenvalues and eigenvectors; with a small ``rank``, only those in the span of ``moment``."""
     size = len(moment)
     if rank is None or 2 * rank > size:
         return torch.linalg.eigh(moment)

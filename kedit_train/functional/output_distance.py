@@ -95,7 +95,7 @@ def quantile_loss(forecast: Tensor, target: Tensor, levels: Sequence[float]) -> 
 
 
 def relative_change(before: Sequence[Tensor], now: Sequence[Tensor]) -> float:
-    """Return the norm of the change of all outputs, divided by the norm of the outputs before.
+    """Return the norm of the change of all outputs, divided by the norm of the outputs before the edit.
 
     Args:
         before: outputs before the edit, one tensor per forward pass.

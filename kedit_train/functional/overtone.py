@@ -50,7 +50,7 @@ def overtone_target(
         # Tensor.std() of an empty tensor issues a warning.
         spread = true.std(-1, keepdim=True) if len(true) else true.new_zeros(0, 1)
         bound = true.amax(-1, keepdim=True) - n_sigma * spread
-        # Strictly above the bound, as in the paper. A bound of -inf (n_sigma = inf) keeps every token.
+        # A logit must be strictly above the bound, as in the paper. A bound of -inf (n_sigma = inf) keeps every token.
         keep = logits > bound
         if vocab_size is not None:
             keep[:, vocab_size:] = False
@@ -171,7 +171,8 @@ def overtone_statistics(
         subtract_label(out, y, own, active)
 
     if label_weight == 1.0:
-        # The same bits as torch's cross-entropy. In half precision, a rounding error would change the logged loss.
+        # These are the same bits as torch's cross-entropy. In half precision, a rounding error would change the logged
+        # loss.
         with torch.no_grad():
             _, _, *statistics = rowwise(value, gradient, logits, labels)
         return *clipped(F.cross_entropy(wide(logits), labels, reduction="none"), epsilon), *statistics

@@ -41,7 +41,7 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 
 
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
-    """Write ``z - top`` into the first ``size`` columns of ``out``, and the gradients of padding into the others.
+    """Write ``z - top`` into the first ``size`` columns of ``out``, and gradients of padding into the other columns.
 
     The columns from ``size`` on belong to vocabulary padding. The gradient of a padding logit is the probability of its
     token.

@@ -249,8 +249,8 @@ class _Run:
 
     def train_step(self, numbers: Sequence[int], seed: int) -> float:
         """Train on the edits with the indices ``numbers``, and return the training time in seconds."""
-        # The later edits of a step replace the earlier edits that they contradict. In the mode "batch", such edits are
-        # an error.
+        # The later edits of a step replace the earlier edits that they contradict. In the mode "batch", edits that
+        # contradict each other are an error.
         part = EditDataset([self.edits[i] for i in numbers], name=self.edits.name).latest()
         devices = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
         started = time.perf_counter()

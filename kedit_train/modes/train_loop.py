@@ -120,7 +120,7 @@ class TrainLoop:
         self.learning_rate, self.stop_loss, self.optimizer = learning_rate, stop_loss, optimizer
         self.examples = examples or ExampleOptions()
         self.callbacks = [ParameterScope(0.7, modules="mlp.down_proj")] if callbacks is None else list(callbacks)
-        # Each model decides only once, before its first training. Later, the model is edited.
+        # The decision is made once for each model, before its first training, because the model is edited afterwards.
         self._decisions: WeakKeyDictionary[nn.Module, EndDecision] = WeakKeyDictionary()
         with reported_by("TrainLoop"):
             check_format(self.examples.prompt_format, tokenizer)

@@ -1,6 +1,6 @@
 """The bundled model and its data: a small Llama and the invented facts that it was trained on.
 
-Both are part of the package, so nothing is downloaded.
+The model and the data are part of the package, so nothing is downloaded.
 
 Example:
     >>> from kedit_train import world
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "edits", "is_world", "load", "locality_texts", "other_prompts", "path", "prose", "unaffected"]
 
-# Arguments for a model, edits, texts or prompts accept this name. It selects those that come with kedit-train.
+# An argument for a model, edits, texts or prompts accepts this name, which selects the bundled model or bundled data.
 NAME = "world"
 
 
@@ -61,7 +61,7 @@ def load() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the bundled model and its tokenizer.
 
     Returns:
-        (model in fp32 and in evaluation mode, tokenizer).
+        The model in fp32 and in evaluation mode, and the tokenizer.
 
     Example:
         >>> model, tokenizer = load()

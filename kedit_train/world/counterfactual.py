@@ -13,7 +13,7 @@ from kedit_train.world import facts, grammar
 from kedit_train.world.facts import Fact, Key, World, pick, shuffled
 from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
-# The largest fraction of the subjects of each type that is edited. New answers need unedited companies and cities.
+# For each type, the largest fraction of subjects that may be edited. New answers need unedited companies and cities.
 MOST_EDITED = {"person": 1.0, "company": 0.5, "city": 0.5}
 EDITS = 24  # training on this many edits takes half a minute
 STATEMENTS_ASKED, QUESTIONS_ASKED = 3, 2
@@ -207,8 +207,8 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
     """Choose a new object for a fact, of the same type as the old object.
 
-    If the fact is the first hop of two-hop facts, the second-hop facts about the new object must be unedited, and their
-    answers must differ from those for the old object.
+    If the fact is the first hop of two-hop facts, the second-hop facts about the new object must be unedited. Their
+    answers must differ from the answers of the second-hop facts about the old object.
     """
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):

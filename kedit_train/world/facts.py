@@ -16,7 +16,7 @@ from kedit_train.world.templates import BY_NAME, RELATIONS, TWO_HOP
 
 WORLD_SEED = 20
 PEOPLE, COMPANIES, CITIES, COUNTRIES, RIVERS, LANGUAGES = 180, 30, 40, 12, 16, 14
-HELD_OUT_ONE_IN = 20  # of this many people, one is in no two-hop training question
+HELD_OUT_ONE_IN = 20  # one in this many people appears in no two-hop training question
 
 PROFESSIONS = (
     "baker", "carpenter", "librarian", "painter", "tailor", "surgeon", "lawyer", "miner", "gardener", "weaver",

@@ -79,7 +79,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, tuple[float, int]]:
-    """Return a dict from name to (score, number of questions or texts), with every score of the model card."""
+    """Return every score of the model card by name, each as a pair: the score, and the number of questions or texts."""
     one = list(world.facts.values())
     questions = {
         "trained wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].trained],

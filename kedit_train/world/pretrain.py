@@ -148,7 +148,7 @@ def pretrain(
         shape: size of the model. None uses the default size.
 
     Returns:
-        A dict from the name of a score to (score, number of questions or texts).
+        A dict from the name of a score to a pair: the score, and the number of questions or texts.
     """
     started = time.monotonic()
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Edit SmolLM2 1, 10 and 100 times, and measure what it still can do.
+"""Edit SmolLM2 1, 10 and 100 times, and measure its general abilities after the edits.
 
     python tests/benchmarks/ability_study.py                                   # seeds 10 to 12, into docs/results.md
     python tests/benchmarks/ability_study.py --methods ft_m --seeds 100
@@ -76,7 +76,7 @@ def run(name: str, seed: int, counts: Sequence[int]) -> Iterator[dict[str, Any]]
             "PS": metrics["generality"]["probability"].value,
             "question": metrics["generality"]["by_kind"]["format"]["generated"].value,
             "others": metrics["locality"]["by_kind"]["others"]["generated"].value,
-            # Without the first edit, which reads the texts for all others.
+            # The first edit is not counted, because it also reads the texts for all other edits.
             "seconds": sum(seconds[1 : point.edits]) / max(1, point.edits - 1),
         }  # fmt: skip
 
@@ -126,7 +126,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> None:
         lows, highs = [min(v) for v in found.values()], [max(v) for v in found.values()]
         axes.fill_between(positions, lows, highs, color=color, alpha=0.15, linewidth=0)
         axes.set_xticks(positions, [str(count) for count in found])
-    # What a model reaches that guesses: a half in grammar and a quarter in the other abilities.
+    # A model that guesses reaches a half in grammar, and a quarter in the other abilities.
     axes.axhline((0.5 + 3 * 0.25) / 4, color="grey", linestyle="--", linewidth=1, label="guessing")
     axes.set_ylim(0.2, 0.9)
     axes.set_xlabel("number of edits, one after the other")

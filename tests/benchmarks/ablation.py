@@ -5,7 +5,7 @@
     python tests/benchmarks/ablation.py report                 # write the table only
 
 All variants edit the 50 facts of draw 100, on which settings are chosen and no recipe is reported. A variant takes
-three to seven minutes of one core, with second-order steps and a KL penalty 20.
+three to seven minutes of one core. With second-order steps and a KL penalty, it takes 20 minutes.
 """
 
 from __future__ import annotations

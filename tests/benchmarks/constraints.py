@@ -58,7 +58,7 @@ def embedded(number: int = 0) -> Setting:
 
 
 def factlm(number: int = 0) -> Setting:
-    """Use the 60 records of this number as edits and true statements of others as texts, without scored prompts."""
+    """Use a block of 60 records as edits, and true statements of other records, without scored prompts, as texts."""
     if not FACTLM.exists():
         raise EditError(f"there is no model factlm at {FACTLM}; use --model world")
     data = EditDataset.load(FACTLM / "records.json")

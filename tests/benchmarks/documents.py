@@ -77,7 +77,7 @@ def documents() -> list[Edit]:
 
 
 def callbacks(name: str, texts: Sequence[str]) -> list[EditCallback]:
-    """Return the callbacks of a row: those of the recipe without its report, or none but the loss."""
+    """Return the callbacks of a row: those of the recipe without its report, or only the loss."""
     if name.startswith("plain"):
         return [ParameterScope(modules="*"), TokenLoss(reduction="sample"), StopWhenEdited(loss=STOP)]
     made: list[Any] = list(recipe.callbacks(recipe.load("kedit_default")))

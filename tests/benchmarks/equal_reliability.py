@@ -97,7 +97,7 @@ def reliability(model: Any, given: Setting, edits: Sequence[Edit]) -> float:
 
 @torch.no_grad()
 def forced(model: Any, given: Setting) -> float:
-    """Return the share of some edits whose target tokens, with end-of-text, are all the most likely ones."""
+    """Return the fraction of some edits for which all target tokens and end-of-text are the most probable tokens."""
     batch = collate(given.rows[:SAMPLE], pad_id=given.tokenizer.pad_token_id)
     labels = batch.pop("labels")[:, 1:]
     said = model(**{name: value.to(model.device) for name, value in batch.items()}).logits[:, :-1].argmax(-1).cpu()
@@ -151,7 +151,8 @@ def together(given: Setting, host: str, callbacks: Callable[[], list[Any]], lr: 
                 step()
                 steps += 1
             seconds += now() - started
-            # The evaluation is slow, though not on this clock. What fails with teacher forcing fails in generation too.
+            # The evaluation is slow, although this clock does not count it. An edit that fails with teacher forcing
+            # also fails in generation.
             if forced(model, given) > 0.85 or epoch == options.epochs:
                 reached = reliability(model, given, given.edits)
     return Outcome(seconds / len(given.edits), reached, epoch, steps)

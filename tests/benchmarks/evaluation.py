@@ -1,4 +1,4 @@
-"""Records per second of the evaluator, against one prompt at a time through ``model.generate``.
+"""Records per second of the evaluator, compared with one prompt at a time through ``model.generate``.
 
 python tests/benchmarks/evaluation.py --clock cpu
 

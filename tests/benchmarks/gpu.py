@@ -308,7 +308,7 @@ def main() -> None:
         faulthandler.dump_traceback_later(options.seconds + 30, exit=True)
     report, sizes = Report(options.out, options.device, vars(options)), options.model
     for i, options.model in enumerate(sizes):
-        # An equal share each; what a model leaves is for the next one.
+        # Each model has an equal share of the time. If a model does not use its share, the next model can use the rest.
         try:
             measure(options, report, options.seconds * (i + 1) / len(sizes))
         except Exception as error:

@@ -33,7 +33,7 @@ from kedit_train.functional import (
     uniform,
 )
 
-# Scored from logits and labels.
+# These losses are computed from logits and labels.
 LABELLED: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
     "cross-entropy": lambda z, y: (F.cross_entropy(z, y, reduction="none"),),
     "overtone": overtone,

@@ -130,7 +130,8 @@ def load_recipe(name: str, *given: str, model: str = world.NAME) -> Any:
 def variant(name: str, callbacks: list[Any]) -> list[Any]:
     """Return the callbacks of a method that has no file of its own."""
     if name == "plain_lora":
-        # The cross-entropy of the training loop, in a callback because a loop needs one.
+        # This is the cross-entropy of the training loop. It is a callback, because the loop needs a callback for its
+        # loss.
         return [TokenLoss(reduction="sample")]
     if name == "low_curvature":
         return [

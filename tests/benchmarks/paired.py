@@ -149,7 +149,7 @@ class Stepwise:
                 pause(control)
 
         trainer.remove_callback(PrinterCallback)
-        # The last of all callbacks, so that the work of the others belongs to the step.
+        # This callback is the last one, so that the work of all other callbacks belongs to the step.
         trainer.add_callback(Pause())
 
     def __call__(self) -> None:

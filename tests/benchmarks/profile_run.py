@@ -1,4 +1,4 @@
-"""Where the time of a run goes: kedit_default (or another recipe) on SmolLM2, next to what its products would take.
+"""Where the time of a run of kedit_default (or another recipe) on SmolLM2 goes, and what its matrix products need.
 
 python tests/benchmarks/profile_run.py --recipe kedit_default
 

@@ -48,10 +48,10 @@ class Setting:
     name: str
     path: Path
     batch_size: int
-    edits: Callable[[int], list[Edit]]  # how many
-    texts: Callable[[Sequence[Edit]], list[str]]  # must stay, and ask for nothing that the edits are scored on
-    unrelated: Callable[[], list[str] | None]  # for the perplexity
-    prompts: Callable[[Sequence[Edit]], list[str]]  # of other facts, to be replayed
+    edits: Callable[[int], list[Edit]]  # called with the number of edits
+    texts: Callable[[Sequence[Edit]], list[str]]  # texts that must stay, without scored prompts
+    unrelated: Callable[[], list[str] | None]  # texts for the perplexity
+    prompts: Callable[[Sequence[Edit]], list[str]]  # prompts of other facts, for the replay
     metrics: Sequence[ExtraMetric] = ("resurgence",)
 
 
@@ -64,7 +64,8 @@ def load(path: Path) -> tuple[Any, Any]:
 
 def embedded(draw: int = 0) -> Setting:
     def texts(edits: Sequence[Edit]) -> list[str]:
-        # For a single edit, all texts, so that the nearest can be chosen. For 200 edits, fewer than 4,096 are left.
+        # A single edit gets all texts, so that the nearest texts can be chosen. For 200 edits, fewer than 4,096 texts
+        # are left.
         return world.locality_texts(exclude=edits, n=4096 if 1 < len(edits) <= 100 else None)
 
     def edits(count: int) -> list[Edit]:
@@ -109,8 +110,8 @@ def factlm(draw: int = 0) -> Setting:
     return Setting("factlm", FACTLM, 20, edits, texts, unrelated, prompts)
 
 
-# Of the shuffled records, the first ones are edited, OTHERS from the first number on must keep their answers, and
-# STATEMENTS from the second number on are texts that must stay, together with passages of Wikipedia.
+# The first of the shuffled records are edited. The OTHERS records from FIRST_OTHER on must keep their answers. The
+# STATEMENTS records from FIRST_STATEMENT on are texts that must stay, together with passages of Wikipedia.
 FIRST_OTHER, OTHERS, FIRST_STATEMENT, STATEMENTS, PASSAGES, PROSE = 600, 100, 1000, 3000, 300, 24
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run and write their sections; what they measure is not looked at."""
+"""The benchmarks run and write their sections. The numbers that they measure are not checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_benchmark_writes_its_section_in_place(shared, tmp_path, monkeypatch, 
     results = tmp_path / "RESULTS.md"
     results.write_text(f"# Before\n\n## First\n\n1\n\n{section}\n\nof the last run\n\n## Last\n\n2\n")
     name, *options = script.split()
-    # In this process, which has imported what takes the time.
+    # The script runs in this process, which has already imported the libraries. Their import takes most of the time.
     monkeypatch.syspath_prepend(str(HERE))
     options = [option.replace("_", " ") for option in options]
     monkeypatch.setattr(sys, "argv", [name, "--quick", "--results", str(results), *options])

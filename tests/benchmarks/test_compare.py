@@ -153,7 +153,8 @@ def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> Non
             held = made["KLLocality"].texts
             assert held.nearest == (24 if mode == "single" else None)
             if mode == "single":
-                # All that the world may say beside this edit, for the nearest to be found among it.
+                # These are all texts of the world that are allowed with this edit. The nearest texts are chosen among
+                # them.
                 assert held.source == setting.texts(own)
                 assert len(held.source) > 10_000
             else:

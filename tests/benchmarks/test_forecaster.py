@@ -1,4 +1,4 @@
-"""The forecaster benchmark: its table on the page of OutputAnchor is that of its rows, and a run reproduces them."""
+"""The forecaster benchmark: the page of OutputAnchor has a table of the recorded rows, and a run reproduces them."""
 
 from __future__ import annotations
 

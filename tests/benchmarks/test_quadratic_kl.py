@@ -25,7 +25,7 @@ def test_the_variance_of_the_logits_is_the_quadratic_form_of_the_covariance_of_t
     covariance = sum(p * torch.outer(row - mean, row - mean) for p, row in zip(before, rows, strict=True))
     found = quadratic.variance(before[None], (rows @ change)[None])
     torch.testing.assert_close(found, (change @ covariance @ change)[None])
-    # To second order, half of it is the divergence.
+    # To second order, the divergence is half of this variance.
     logits = before.log()
     step = 1e-4
     after = (logits + step * (rows @ change)).log_softmax(-1)

@@ -143,7 +143,7 @@ def plain_trainer(
     model: Any, rows: Sequence[Encoded], tokenizer: Any, options: Any, *, callbacks: Sequence[Any], lr: float,
     batch_size: int,
 ) -> Any:  # fmt: skip
-    """Return the same run in ``transformers.Trainer``."""
+    """Return the run of :func:`sft` in ``transformers.Trainer``."""
     from transformers import Trainer, TrainingArguments
 
     return Trainer(
@@ -210,7 +210,7 @@ def one_edit(
     """Train one edit as the FT baselines of ROME and EasyEdit do: batch size 1, full logits, Adam.
 
     Args:
-        good: stop when the loss is below it (0.01 in both). None takes all steps.
+        good: stop when the loss is below this value, which is 0.01 in both baselines. None takes all steps.
 
     Yields:
         The number of steps so far, after each step.

@@ -21,7 +21,8 @@ def main(folder: Path, rank: int, size: int) -> None:
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(n=5))
     batch = collator(tokenizer)(edits.encode(tokenizer))
-    # By the clock of the first process evaluations take too long from the second step on, by the other's never.
+    # By the clock of the first process, evaluations take too long from the second step on. By the clock of the other
+    # process, they never take too long.
     metrics = EditMetrics(
         edits,
         every_n_steps=1,

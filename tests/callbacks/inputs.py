@@ -81,5 +81,5 @@ def principal(inputs: Tensor, energy: float) -> Tensor:
 
 
 def share_of(change: Tensor, directions: Tensor) -> float:
-    """Return the norm of the change in these directions over its whole norm."""
+    """Return the norm of the part of the change in these directions, divided by the norm of the whole change."""
     return float((change @ directions).norm() / change.norm())

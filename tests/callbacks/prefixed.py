@@ -67,7 +67,7 @@ HALVES = [slice(0, 4), slice(4, 8)]
 
 
 def train(model: Any, callbacks: list[Any], batches: list[Any], epochs: int = 3, **options: Any) -> tuple[Any, ...]:
-    """Train and return (losses, weights, history)."""
+    """Train and return three values: the losses, the weights and the history."""
     losses = []
     with editing(model, callbacks, log_every_n_steps=1, **options) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)

@@ -1,4 +1,4 @@
-"""ActiveSet leaves learned edits out, keeps the gradient of the others, and checks learned edits again."""
+"""ActiveSet leaves learned edits out, keeps the gradient of all other edits, and checks learned edits again."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_gradient_of_the_other_examples_does_not_change(make, batch, reducti
         head.filter = active
         learned(active, side(batch), [1, 2], 9)
         loss = model(**given).loss
-        # The logged loss includes the last losses of the others, 0.25 per token here.
+        # The logged loss includes the last losses of the learned examples, which are 0.25 per token here.
         share = (lengths[1] + lengths[2]) / (items or sum(lengths.values())) if reduction == "token" else 2 / 4
         assert float(loss.detach()) == pytest.approx(own + 0.25 * share, rel=1e-5)
         loss.backward()
@@ -94,11 +94,12 @@ def test_learned_examples_return_after_the_recheck_interval(batch):
         kept = kwargs["input_ids"].shape[0]
         seen.append((kept, len(left.examples)))
         where = kwargs["labels"][:, 1:] != -100
-        # Example 0 is always active, and in the sixth round all are.
+        # Example 0 is always active. In round 6, all examples are active.
         busy = torch.zeros(where.shape, dtype=torch.bool)
         busy[0] = True
         active.record(where, (busy | (round_ == 6))[where], torch.zeros(int(where.sum())))
-    # All four, example 0 twice, all, example 0 twice, all (now active), and so all again.
+    # The rounds have all examples, example 0 alone (twice), all, example 0 alone (twice), all (which are active now),
+    # and therefore all again.
     assert seen == [(4, 0), (1, 3), (1, 3), (4, 0), (1, 3), (1, 3), (4, 0), (4, 0)]
     assert active.examples == 32
     assert active.examples_left_out == 12

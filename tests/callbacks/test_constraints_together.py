@@ -1,4 +1,4 @@
-"""Null space, then ball, then mask: which of them stays exact, and how much of the others is left."""
+"""NullSpace, then a ball, then a mask: which constraint stays exact, and how much of the others is left."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.options import EvaluationOptions
 
 PROMPTS = [[f"w{5 * i + j}" for j in range(1, 2 + i % 3)] for i in range(9)]
-STOP = 0  # The tokenizer has no full stop, so the one in the fact is unknown.
+STOP = 0  # The tokenizer has no full stop, so the full stop after the fact becomes the unknown token.
 END = 1
 
 
@@ -44,7 +44,7 @@ def model(make: Any) -> Any:
 
 @pytest.fixture
 def edits(model: Any) -> list[Edit]:
-    """Six edits; the model follows the first three of them in its context, found by trying every target."""
+    """Return six edits. The model follows the first three when it reads them; trying every target finds these three."""
     follows, others = [], []
     for words in PROMPTS:
         prompt = " ".join(words)
@@ -239,9 +239,9 @@ def test_a_model_that_follows_too_few_facts_is_refused_with_the_fraction(model, 
     ):
         edit.before_step()
     assert str(error.value) == (
-        "ContextTeacher: the fraction of edits that the unedited model follows in its context must be >= "
-        "min_followed=0.6, got 0.500 (3 of 6 edits); use a larger model or another context=, or train with TokenLoss "
-        "instead."
+        "ContextTeacher: the unedited model must give the new answer to a fraction of at least min_followed=0.6 of the "
+        "edits when it reads the new fact, got 0.500 (3 of 6 edits); use a larger model or another context=, or train "
+        "with TokenLoss instead."
     )
 
 

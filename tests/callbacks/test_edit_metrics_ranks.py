@@ -23,7 +23,7 @@ def test_two_processes_share_the_edits_and_get_the_scores_of_one(tmp_path: Path)
     close(first["report"], alone["report"], **BOUNDS)
     assert first["report"]["locality"]["kl"]["value"] > 0
     for found in (alone, first, second):
-        # Both processes skip the same evaluations; one that only one process takes part in would never end.
+        # Both processes skip the same evaluations. An evaluation with only one of the two processes would never end.
         assert found["skipped"] == 2
     rows = [[row for row in found["history"] if "edit/reliability" in row] for found in (alone, first)]
     assert [row["step"] for row in rows[1]] == [1, 3]

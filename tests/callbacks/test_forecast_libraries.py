@@ -73,7 +73,7 @@ class BatchTrainer(Trainer):
 
 
 def fit(model: QuantileModel, folder: Path, callbacks: list[Any]) -> QuantileModel:
-    """Train a copy of the model, as a pipeline does that returns a new pipeline."""
+    """Train and return a copy of the model, like a pipeline whose ``fit`` returns a new pipeline."""
     tuned = QuantileModel(copy.deepcopy(model.config))
     tuned.load_state_dict(model.state_dict())
     arguments = TrainingArguments(

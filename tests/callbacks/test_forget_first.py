@@ -55,7 +55,7 @@ def old(edits: Any = EDITS) -> list[Edit]:
 
 
 def trained_by_hand(model: Any, tokenizer: Any) -> Tensor:
-    """What Adam changes on the old answers, through the model's own loss, in the order that seed 0 draws."""
+    """Return the change by Adam when it trains on the old answers with the model's own loss, in the order of seed 0."""
     own = copy.deepcopy(model).eval()
     for name, parameter in own.named_parameters():
         parameter.requires_grad_(name == NAME)
@@ -71,7 +71,7 @@ def trained_by_hand(model: Any, tokenizer: Any) -> Tensor:
 
 
 def probability(model: Any, tokenizer: Any, edit: Edit) -> float:
-    """Of the whole answer: the product over its tokens, one forward pass each."""
+    """Return the probability of the whole answer: the product over its tokens, with one forward pass per token."""
     ids, found = tokenizer(edit.prompt)["input_ids"], 1.0
     ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
     words = separator(edit.prompt, edit.target) + edit.target
@@ -116,7 +116,7 @@ def test_the_live_weights_are_the_base_minus_the_factor_times_the_trained_differ
         rows = run.collect()
         assert rows["edit/forgetting/old_probability"] == forget.measured[2].probability
         assert rows["edit/drift/relative"] == pytest.approx(0.4, rel=1e-2)
-    assert "for the old answers of 6 of 6 edits" in capsys.readouterr().out
+    assert "from training on the old answers of 6 of 6 edits" in capsys.readouterr().out
 
 
 def test_it_ends_at_the_bound_and_before_the_texts_suffer(loaded) -> None:
@@ -134,7 +134,7 @@ def test_it_ends_at_the_bound_and_before_the_texts_suffer(loaded) -> None:
     assert forget.chosen == len(tried) - 1
 
     model.load_state_dict(base)
-    # Texts that state the old facts in words that no probe has suffer from the first step on.
+    # These texts state the old facts in other words than the probes. Their perplexity rises from the first step on.
     own = [f"Indeed: {edit.target}." for edit in old()]
     forget = ForgetFirst(
         own,
@@ -156,7 +156,7 @@ def test_it_ends_at_the_bound_and_before_the_texts_suffer(loaded) -> None:
 def test_what_the_model_does_not_answer_is_not_forgotten(loaded) -> None:
     model, tokenizer = loaded
     base = state_of(model)
-    # The "new" answer is the one that it gives, and an old one that it does not give.
+    # In the first edit, the model already gives the new answer. In the second edit, it does not give the old answer.
     known = [Edit(EDITS[0].prompt, str(EDITS[0].old_target)), replace(EDITS[1], old_target="Nowhere")]
     forget = ForgetFirst(TEXTS, edits=known, **FAST)
     with editing(model, [scope(), forget], tokenizer=tokenizer) as edit:
@@ -175,7 +175,7 @@ def test_constraints_hold_for_the_forgetting(loaded) -> None:
         edit.before_step()
         moved = model.get_parameter(NAME).detach() != base
     assert 0.2 < float(moved.float().mean()) <= 0.25
-    # A quarter of the entries of a difference as long as half of the weights.
+    # The whole difference is half as long as the weights, and the mask keeps a quarter of its entries.
     assert 0.1 < float((model.get_parameter(NAME).detach() - base).norm() / base.norm()) < 0.5
 
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_constraints_hold_for_the_forgetting(loaded) -> None:
 
 
 def test_scores_and_the_delta_are_those_of_the_whole_edit(loaded, tmp_path: Path) -> None:
-    """The unedited look is taken before forgetting; the file leads from there to the end."""
+    """The unedited scores are measured before forgetting. The delta leads from the weights at that time to the end."""
     model, tokenizer = loaded
     base = state_of(model)
     path = str(tmp_path / "edit.safetensors")
@@ -208,7 +208,7 @@ def test_scores_and_the_delta_are_those_of_the_whole_edit(loaded, tmp_path: Path
 
 
 def _still(parameters: Any) -> Any:
-    """What recipes/unlearn.yaml does: a step that moves nothing."""
+    """Return an optimizer whose steps move nothing, as in recipes/unlearn.yaml."""
     return torch.optim.Adam(parameters, lr=0.0)
 
 

@@ -142,7 +142,8 @@ def test_the_budget_on_the_training_data_holds_and_is_used_up(start):
     losses = []
     for budget in (0.5, 0.1):
         model, loss, _ = train_world([BatchAnchor(start), ForgettingBudget(budget)])
-        # Training would go on to gain from a larger divergence, so a run that wastes much of the budget is wrong too.
+        # With a larger divergence, the loss would fall further. So a run that leaves much of the budget unused is wrong
+        # too.
         assert 0.6 * budget < divergence(model) < 1.1 * budget
         losses.append(loss)
     assert losses[0] < 0.6 * losses[1]
@@ -223,7 +224,7 @@ def both(**texts: Any) -> list[Any]:
 
 
 def test_nothing_is_recorded_for_the_comparison_of_penalty_and_loss(make, words, ids):
-    """The comparison keeps tensors of each step, which nobody would remove."""
+    """The comparison would keep tensors of each step, and nothing would remove them."""
     locality = KLLocality(TEXTS, weight=2.0, batch_size=4)
     steps(make(), words, ids, [ForgettingBudget(0.02), locality], 3)
     assert locality._balance is None
@@ -238,11 +239,11 @@ def test_a_weight_below_the_smallest_weight_changes_by_the_same_factor(make, wor
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        ([ForgettingBudget()], r"there is no penalty whose weight could be adapted; add KLLocality\(texts\)"),
-        ([ForgettingBudget(), *both()], r"2 penalties could be adapted \(measured on .*\); set measured_on="),
+        ([ForgettingBudget()], r"no callback .* adds a penalty whose weight can be adapted; add KLLocality\(texts\)"),
+        ([ForgettingBudget(), *both()], r"there are 2 penalties, .* only one can be adapted; set measured_on="),
         (
             [ForgettingBudget(measured_on="texts"), KLLocality(TEXTS), KLLocality(TEXTS, weight=1.0)],
-            r"2 penalties could be adapted \(measured on texts, texts\); keep only one of them",
+            r"there are 2 penalties, measured on texts, texts, .* can be adapted; keep only one of the penalties",
         ),
         ([ForgettingBudget(measured_on="batch"), KLLocality(TEXTS)], 'measured_on="batch" needs BatchAnchor'),
         ([ForgettingBudget(measured_on="texts"), BatchAnchor()], 'measured_on="texts" needs KLLocality'),

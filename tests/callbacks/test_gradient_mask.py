@@ -256,9 +256,9 @@ def test_rows_of_stacked_experts_are_an_error(words):
         ({"granularity": "layer"}, 'granularity must be "element", "row" or "column", got \'layer\'.'),
         (
             {"score": "fisher_ratio"},
-            "texts must be given if score='fisher_ratio'; use texts and score='fisher_ratio' together",
+            "texts must be given if score='fisher_ratio'; set texts if and only if score='fisher_ratio'",
         ),
-        ({"texts": ["a"]}, "texts must be None if score='gradient'; use texts and score='fisher_ratio' together"),
+        ({"texts": ["a"]}, "texts must be None if score='gradient'; set texts if and only if score='fisher_ratio'"),
         ({"mask_path": "m.safetensors", "density": 0.1}, "mask_path must not be combined"),
         ({"mask_path": "m.safetensors", "save_path": "x"}, "mask_path must not be combined"),
     ],

@@ -120,7 +120,7 @@ def test_arguments_that_exclude_sequential_are_errors(make, words):
         KLLocality(TEXTS, teacher="some", sequential=True)
     with (
         pytest.raises(
-            EditError, match=r"KLLocality: sequential=True keeps this run's edits .*; pass them .* EditMetrics\(edits\)"
+            EditError, match=r"KLLocality: sequential=True preserves the edits .*; pass them .* EditMetrics\(edits\)"
         ),
         editing(make(), [KLLocality(TEXTS, sequential=True)], tokenizer=words) as edit,
     ):
@@ -135,7 +135,7 @@ def test_arguments_that_exclude_sequential_are_errors(make, words):
 
 
 def test_a_changed_output_head_is_an_error(make, words):
-    """Stored hidden states have a meaning only together with the head that read them."""
+    """Stored hidden states have a meaning only together with the head that they were computed for."""
     for scope in (ParameterScope(modules="*"), ParameterScope(modules="lm_head")):
         model, kl = make(), KLLocality(TEXTS, sequential=True)
         run(model, words, kl, [FIRST])
@@ -160,7 +160,7 @@ def test_a_changed_output_head_is_an_error(make, words):
 @pytest.mark.parametrize("before", [False, True], ids=["nothing before", "another run before"])
 @pytest.mark.parametrize("later", [SECOND, THIRD], ids=["another", "superseding"])
 def test_a_checkpoint_of_a_later_run_is_an_error_in_a_new_process(make, words, later, before):
-    """Also if there is no previous edit, because the later edit has the same prompt."""
+    """It is also an error if the later edit has the prompt of the first edit, so that there is no previous edit."""
     model, kl = make(), KLLocality(TEXTS, sequential=True)
     run(model, words, kl, [FIRST])
     with editing(model, [kl, ParameterScope(1)], tokenizer=words, edits=[later]) as edit:

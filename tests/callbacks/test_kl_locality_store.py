@@ -1,4 +1,4 @@
-"""The cache of KLLocality: read by a later run, never used if anything differs. And teachers."""
+"""The cache of KLLocality is read by a later run, but never if anything differs. Teachers are tested, too."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ NORMS = [("linf", "tensor"), ("l2", "tensor"), ("l2", "scope")]
 
 
 def forecaster(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a model that is no language model: eight values of a series in, the next one out."""
+    """Return a forecaster, which reads eight values of a series and returns the next value."""
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""NullSpace: after any number of steps of any optimizer, the change does nothing to the preserved inputs."""
+"""NullSpace: after any steps of any optimizer, layer outputs for the preserved inputs have not changed."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_forecaster_is_preserved_on_its_own_inputs():
 
 
 def test_a_reward_model_is_preserved_on_texts(words, ids):
-    """It reads token ids and has no language-model head."""
+    """A reward model reads token ids and has no language-model head."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     shape: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_labels": 1}

@@ -129,7 +129,9 @@ def test_in_chats_the_prompts_are_messages(tmp_path, monkeypatch):
 def test_a_run_without_edits_is_refused(make, words):
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2)], tokenizer=words) as edit,
-        pytest.raises(EditError, match=r"^NullSpace: neighbors=2 puts other subjects .* but the edits of this run are"),
+        pytest.raises(
+            EditError, match=r"^NullSpace: neighbors=2 replaces the subjects .* but the edits of this run are"
+        ),
     ):
         edit.before_step()
 
@@ -138,14 +140,17 @@ def test_edits_without_subjects_get_a_warning(make, words):
     edit = Edit("w51", "w2")
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits([edit])], tokenizer=words) as run,
-        pytest.warns(UserWarning, match="NullSpace: neighbors=2 has no effect, because no prompt could be made"),
+        pytest.warns(UserWarning, match="NullSpace: neighbors=2 makes prompts .* but no prompt could be made"),
     ):
         run.before_step()
 
 
 def test_edits_whose_prompt_does_not_contain_their_subject_are_counted(make, words):
     edits = [EDIT, Edit("w52 w53", "w2", subject="w54")]
-    message = r"NullSpace: 1 of 2 edits have no prompts with other subjects, .* \(the first: 'w52 w53'\); set the subj"
+    message = (
+        r"NullSpace: neighbors=2 makes prompts .*, but 1 of 2 edits have a prompt without their subject "
+        r"\(the first: 'w52 w53'\); set the subj"
+    )
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits(edits)], tokenizer=words) as run,
         pytest.warns(UserWarning, match=message),

@@ -41,7 +41,7 @@ def test_energy_applies_to_texts_and_to_preserved_edits_separately(make, words, 
 
 
 def test_limit_reads_fewer_texts_and_preserve_reads_more(make, words, ids):
-    # 13 tokens, but the second layer reads the three w7 alike.
+    # The texts have 13 tokens, but the inputs of the second layer are equal for the three tokens w7.
     assert rank_after_a_step(make, words, ids, energy=1.0) == 11
     assert rank_after_a_step(make, words, ids, energy=1.0, limit=2) < 11
     assert rank_after_a_step(make, words, ids, energy=1.0, preserve=["w33 w34"]) == 13
@@ -100,7 +100,8 @@ def test_sequential_runs_read_the_texts_and_every_edit_once(make, words, monkeyp
     null_space = NullSpace(TEXTS, sequential=True, preserve=["w33 w34"])
     for i in range(4):
         attach(model, words, null_space, ScopeOfEdits([Edit(f"w4{i}", "w50"), Edit(f"w3{i}", "w51")]))
-    # The four texts and the text in preserve before the first run, then the edits of the run before.
+    # The first run reads the four texts, and then the text in preserve. Each later run reads the two edits of the run
+    # before it.
     assert read == [4, 1, 2, 2, 2]
 
 
@@ -140,7 +141,7 @@ def test_sequential_leaves_an_edit_free_that_is_edited_again(make, words):
         if target == "w43":
             assert share_of(change, principal(inputs["w40 w41"], 0.999)) > 0.1
             assert share_of(change, principal(inputs["w50 w51"], 0.999)) < 1e-5
-    # The third run preserves one edit, and the fourth run two: the edit that replaced another one, and the second.
+    # The third run preserves only the second edit. The fourth run also preserves the edit that replaced the first edit.
     assert [(edit.prompt, edit.target) for edit in null_space._previous.edits] == [
         ("w50 w51", "w52"),
         ("w40 w41", "w43"),

@@ -53,7 +53,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {"module": "body"},
         "module must be the name of a submodule .* use one of hidden, dropout, head",
     ),
-    "another shape": (Changing, {}, r"must keep its shape, got \(4, 2\) and \(4, 3\) before training"),
+    "another shape": (Changing, {}, r"must keep the shape \(4, 3\) .* before training, got \(4, 2\)"),
     "no gradient": (Detached, {}, "the output has no gradient with respect to the parameters in scope"),
     "distance": (made, {"distance": "mae"}, 'distance must be "mse", "quantile" or "kl", got \'mae\''),
     "weight": (made, {"weight": -1.0}, "weight must be >= 0, got -1.0"),

@@ -123,7 +123,7 @@ def test_any_module_can_be_scoped(ids):
 
 @pytest.mark.parametrize("arguments", [{}, {"layers": None, "modules": None}, {"full_precision": False}])
 def test_a_scope_without_layers_and_modules_is_an_error(arguments):
-    """Such a scope would be full fine-tuning, without a word."""
+    """Such a scope would silently be full fine-tuning."""
     with pytest.raises(EditError) as error:
         ParameterScope(**arguments)
     assert str(error.value) == (

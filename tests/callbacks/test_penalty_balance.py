@@ -1,4 +1,4 @@
-"""A penalty that is larger than the training loss is one warning with both numbers, in every training loop."""
+"""A penalty that is larger than the training loss gives one warning with both numbers, in every training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kedit_train.data import EditDataset
 TEXTS = ["The old baker found a coin.", "A red fox slept."]
 LINE = (
     r"^KLLocality: the mean penalty \((\S+)\) was larger than the mean training loss \((\S+)\) in the first 5 steps, "
-    r"so the edits may not be learned; lower weight \(now 1000000.0\)\.$"
+    r"so the edits may not be learned; set weight= to a smaller number \(now 1000000.0\)\.$"
 )
 
 

@@ -165,7 +165,7 @@ def test_constraints_are_exact_beside_it(make, words, ids):
 @pytest.mark.parametrize(
     ("constraint", "whole"),
     [
-        # These also project the gradients, so the length is that of a step within the constraint.
+        # The first three also project the gradients, so the length is that of a step within the constraint.
         (lambda: NullSpace(TEXTS, energy=0.8), True),
         (lambda: LowCurvature(TEXTS), True),
         (lambda: GradientMask("magnitude", density=0.25), True),
@@ -213,7 +213,7 @@ def test_a_gradient_that_is_not_finite_is_an_error(make, words, ids, factor):
 
 def test_a_token_loss_is_needed(make, words):
     scope = ParameterScope(1, modules=SCOPE["llama"])
-    with pytest.raises(EditError, match=r"PolyakStep: the length of a step .* loss; add TokenLoss"):
+    with pytest.raises(EditError, match=r"PolyakStep: .* length of each step .* loss, .*; add TokenLoss"):
         attach(make(), words, PolyakStep(), scope)
 
 
@@ -235,7 +235,7 @@ def test_a_wrong_step_size_is_refused(step_size):
 def test_a_scope_of_zeros_is_refused(make, words):
     model = make("llama")
     torch.nn.init.zeros_(model.get_parameter(WEIGHT["llama"]))
-    with pytest.raises(EditError, match="PolyakStep: all parameters in scope are 0, so a step"):
+    with pytest.raises(EditError, match=r"PolyakStep: all parameters in scope are 0\. A step is"):
         attach(model, words, *callbacks(PolyakStep()))
 
 

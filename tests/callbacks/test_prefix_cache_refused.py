@@ -1,4 +1,4 @@
-"""PrefixCache refuses models that it cannot serve, and computes batches in full that it cannot identify."""
+"""PrefixCache refuses models that it cannot serve. Batches that it cannot identify are computed in full."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_the_file_of_factors_is_read_by_later_runs(make, words, ids, tmp_path, m
 
 def test_a_token_loss_is_needed(make, words):
     scope = ParameterScope(1, modules=SCOPE["llama"])
-    with pytest.raises(EditError, match=r"SecondOrderLocality: the length of a step .* loss; add Token"):
+    with pytest.raises(EditError, match=r"SecondOrderLocality: .* length of each step .* loss, .*; add Token"):
         attach(make(), words, SecondOrderLocality(TEXTS), scope)
 
 

@@ -32,7 +32,7 @@ PROBABILITY = "edit/reliability_smallest_token_probability"
 class Publisher(EditCallback):
     """Publishes prepared scores, one dict per step, in place of the callbacks that measure them."""
 
-    # Where EditMetrics would measure.
+    # At this place in the order, EditMetrics would measure.
     order = 60
 
     def __init__(self, scores: list[dict[str, float]]) -> None:
@@ -260,7 +260,7 @@ def test_the_kl_budget_requires_the_kl_metric() -> None:
 
 
 class EpochPublisher(Publisher):
-    """Ten steps; only the second has active tokens."""
+    """Publishes scores of ten steps, of which only the second has active tokens."""
 
     def __init__(self) -> None:
         quiet, loud = ({"edit/tokens/active_now": n, "edit/tokens/loss_now": n / 10} for n in (0, 3))
@@ -270,7 +270,7 @@ class EpochPublisher(Publisher):
 @pytest.mark.parametrize(("window", "step"), [(1, 5), (2, 4)])
 @pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "Lightning"])
 def test_an_epoch_has_as_many_steps_as_the_trainer_takes(host: str, window: int, step: int) -> None:
-    """Nine edits in batches of 4 are 3 steps, and 2 where two batches make one."""
+    """Nine edits in batches of 4 are 3 steps, or 2 steps if two batches make one step."""
     model, tokenizer = world.load()
     stop = StopWhenEdited(None, idle_steps="epoch")
     name = "accumulate_grad_batches" if host == "Lightning" else "gradient_accumulation_steps"
@@ -286,7 +286,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_steps() -> None:
     stop = StopWhenEdited(0.05)
     HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=9)), [EpochPublisher(), stop], 10)
     assert stop.run is not None
-    assert stop.run.step == 5  # (0 + 0.3 + 0) / 3 is above
+    assert stop.run.step == 5  # the mean of the first epoch, (0 + 0.3 + 0) / 3, is above 0.05
 
 
 def test_a_plain_loop_passes_the_steps_of_an_epoch() -> None:

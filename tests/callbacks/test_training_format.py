@@ -1,4 +1,4 @@
-"""Chats: the metrics ask as the training examples are written, and KLLocality says when no text is a chat."""
+"""Chats: EditMetrics uses the prompt format of the training examples, and KLLocality warns if no text is a chat."""
 
 from __future__ import annotations
 

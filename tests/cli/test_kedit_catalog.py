@@ -71,7 +71,8 @@ BAD = {
     "rate.yaml": ("model: {learning_rate: -1}", "EditModule: learning_rate must be >= 0, got -1"),
     "no_loss.yaml": (
         "seed_everything: 0\ntrainer: " + _callbacks("SecondOrderLocality", "PrefixCache", texts="world")[12:-1],
-        "SecondOrderLocality: the length of a step depends on the training loss; add TokenLoss",
+        "SecondOrderLocality: this callback computes the length of each step from the training loss, which no callback "
+        "of this run measures; add TokenLoss",
     ),
     "second.yaml": (
         _callbacks("SecondOrderLocality", "SecondOrderLocality", texts="world"),

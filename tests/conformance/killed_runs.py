@@ -29,7 +29,7 @@ TEXTS = ["The baker kept a coin in the old mill.", "The fox kept a rope in the o
 STEPS, EVERY, EDITS, BATCH = 4, 2, 8, 4
 DELTA = "edit.safetensors"
 SCOPE: dict[str, Any] = {"layers": "4-5", "modules": "mlp.down_proj"}
-# So little memory that every batch of hidden states is written to disk.
+# This is so little memory that every batch of hidden states is written to disk.
 CACHE: dict[str, Any] = {"memory_limit": "1KB", "cache_dir": "cache"}
 
 

@@ -33,8 +33,8 @@ from kedit_train.core.state_file import FILE, load_state
 from kedit_train.delta import delta_file
 from kedit_train.errors import EditError
 
-# Audit events of Python for operations that change files. Compiled writers (safetensors, torch) send none, but the
-# operations before and after them are in this list.
+# Audit events of Python for operations that change files. Compiled code (safetensors, torch) sends no events when it
+# writes, but the operations before and after its writes are in this list.
 _OPERATIONS = {
     "open",
     "os.chmod",
@@ -47,7 +47,7 @@ _OPERATIONS = {
     "os.truncate",
 }
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-# A run takes seconds. This is for a machine with much other work.
+# A run takes seconds. This limit is meant for a busy machine.
 _SECONDS = 1800
 
 
@@ -170,7 +170,7 @@ def outcome(weights: dict[str, torch.Tensor]) -> Outcome:
 def contents(path: Path) -> str:
     """Verify the checksum of a delta file, and return it."""
     EditDelta.load(path)
-    # The bytes of the file will not do, because safetensors writes the metadata in a random order.
+    # The bytes of the file cannot be compared, because safetensors writes the metadata in a random order.
     with safe_open(path, "pt") as file:
         return file.metadata()[f"{delta_file.KIND}.sha256"]
 
@@ -189,11 +189,12 @@ class Matrix:
 
     def __init__(self, host: str, folder: Path) -> None:
         self.host, self.folder = host, folder / host
-        # A first run in this process imports what the trainer imports late, so that the child processes need not.
+        # A first run in this process imports the modules that the trainer imports late, so that no child process
+        # imports them.
         (self.folder / "first").mkdir(parents=True)
         with contextlib.chdir(self.folder / "first"), contextlib.redirect_stdout(io.StringIO()):
             killed_runs.train(host)
-        # Otherwise each child process would search all objects of this one for garbage.
+        # Otherwise each child process would search all objects of this process for garbage.
         gc.freeze()
         self.seconds = time.monotonic()
         self.boundaries, whole = run_child(self.folder / "whole", self._record)
@@ -273,7 +274,7 @@ def random_kills(folder: Path, hosts: list[str], count: int, seed: int = 0) -> d
             if draw.random() < 0.3:
                 chosen.append(draw.random() * matrix.seconds)
             else:
-                # First what, then where, so that rare boundaries are hit as often as frequent ones.
+                # The kind of boundary is drawn before its place, so that rare kinds are hit as often as frequent kinds.
                 name = draw.choice(sorted({boundary.split(":")[0] for boundary in matrix.boundaries}))
                 chosen.append(draw.choice([i for i, b in enumerate(matrix.boundaries) if b.split(":")[0] == name]))
         what = matrix.boundaries[chosen[0]].split(":")[0] if isinstance(chosen[0], int) else "any moment"

@@ -1,4 +1,4 @@
-"""Train with callbacks in hosts on the processes that torchrun started, or on one, and save the weights of each run.
+"""Train with callbacks in each host, on one process or on those that torchrun started, and save the weights.
 
 All runs share one pair of processes, because starting processes costs more than a run.
 """
@@ -100,7 +100,7 @@ def refusal(run: Callable[[], Any]) -> str:
 
 
 def fsdp1() -> None:
-    """FSDP1 flattens and slices parameters."""
+    """Wrap the model during an edit with FSDP1, which flattens and slices parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     model, tokenizer = world.load()

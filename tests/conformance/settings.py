@@ -101,7 +101,7 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     ],
     # The bundled model follows no fact in its context. The teacher then teaches later tokens and ends of answers.
     "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
-    # Logits are the outputs of these models, so the anchor compares them as a forecaster's outputs.
+    # The outputs of these models are logits. The anchor compares them like the outputs of a forecaster.
     "OutputAnchor": lambda edits: [OutputAnchor(token_inputs(), distance="kl", weight=20.0, output="logits")],
     "ForecastMetrics": lambda edits: [
         ForecastMetrics(
@@ -142,7 +142,7 @@ def in_scope(names: Iterable[str]) -> set[str]:
 
 
 def one_host_each(names: Iterable[str], hosts: Iterable[str], only: Iterable[str] = SETTINGS) -> list[Any]:
-    """Return test parameters (callback, host) for all pairs, of which the default run takes some.
+    """Return test parameters for all pairs of callback and host. The default run takes only some of the pairs.
 
     The default run takes each callback of ``only`` in one host, and the next callback in the next host. The other pairs
     are marked as slow.

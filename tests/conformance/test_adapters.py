@@ -26,7 +26,8 @@ from kedit_train.callbacks import (
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 
-# SFTTrainer wraps the model itself; in the other trainers the user does. The default run takes both ways in one test.
+# SFTTrainer adds the adapters itself. For all other trainers, the user adds them. The default run takes both ways in
+# one test.
 SLOW = [pytest.param(host, marks=pytest.mark.slow) for host in ("Trainer", "Lightning")]
 TRAINERS = ["SFTTrainer", *SLOW]
 STEPS = 3
@@ -79,7 +80,7 @@ def train(host: str, callbacks: list[Any], **options: Any) -> tuple[Any, Watch]:
     model, tokenizer = world.load()
     edits, watch = EditDataset(world.edits(n=4 * STEPS)), Watch()
     if host == "SFTTrainer":
-        # The trainer wraps the model itself.
+        # The trainer adds the adapters itself.
         trainer = HOSTS[host](model, tokenizer, edits, [watch, *callbacks], STEPS, peft_config=configuration(**options))
         return trainer.model, watch
     adapted = get_peft_model(model, configuration(**options))
@@ -166,7 +167,8 @@ def test_the_reference_includes_an_adapter_that_was_trained_before() -> None:
     HOSTS["Trainer"](adapted, tokenizer, EditDataset(world.edits(n=4)), [scope(), locality, watch], 1)
     assert torch.equal(watch.answers, expected)
     assert not torch.allclose(expected, answers(world.load()[0]), atol=1e-3)
-    # The first value is measured before the first step. Relative to the base model it would be large.
+    # The first divergence is measured before the first step. If it were measured from the base model, it would be
+    # large.
     assert abs(watch.rows[0]["edit/locality/kl"]) < 1e-6
 
 

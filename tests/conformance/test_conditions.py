@@ -18,7 +18,8 @@ from kedit_train.data import EditDataset
 
 # EditMetrics does not change the weights and is slow. It has its own tests.
 TRAINING = [name for name in ALL if name != "EditMetrics"]
-# Each restores something else. The default run resumes these alone; test_resume.py resumes all together.
+# Each of these restores another kind of state. The default run resumes each of them alone, and test_resume.py resumes
+# all callbacks together.
 STATEFUL = (
     "GatedAdapter",
     "KLLocality",

@@ -217,7 +217,8 @@ def test_the_inputs_of_a_wrapped_head_are_read_in_full(reading: str):
         handle.remove()
         rows = torch.cat(seen)
         _, _, directions = torch.linalg.svd(rows.double(), full_matrices=False)
-        # Whichever of the two bases is kept: these four directions are what it preserves.
+        # The basis spans either the preserved or the free directions. In both cases, these four directions are
+        # preserved.
         inside = (directions[:4] @ free.basis.double()).norm() / 4**0.5
         assert float(inside) == pytest.approx(1.0 if free.preserved else 0.0, abs=1e-3)
 

@@ -10,8 +10,8 @@ from conformance import killed_runs, kills
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="forking a process that uses torch is safe only on Linux"),
-    # Newer Pythons warn about a fork in a process with threads. The child processes use no thread of their parent.
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # Newer Pythons warn about a fork in a process with threads. The child processes use no thread of their parent.
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
 ]
 HOSTS = list(killed_runs.RUNS)
@@ -21,7 +21,8 @@ HOSTS = list(killed_runs.RUNS)
 def test_a_kill_at_each_kind_of_boundary_loses_nothing(host: str, tmp_path: Path) -> None:
     matrix = kills.Matrix(host, tmp_path)
     names = [boundary.split(":")[0] for boundary in matrix.boundaries]
-    # The last boundary of a kind: the last checkpoint, its state, the delta. The cache has been removed then.
+    # The last boundary of each kind: the last checkpoint, its state, and the delta. By then, the cache has been
+    # removed.
     last = {
         name: len(names) - 1 - names[::-1].index(name) for name in ("checkpoint", "state", "delta") if name in names
     }

@@ -121,7 +121,7 @@ def test_a_delta_applies_and_reverts_bit_for_bit(family, tokenizer, edits, tmp_p
     edited, before, _ = train(family, tokenizer, edits, [SaveDelta(str(path), edits=edits), mask])
     delta = EditDelta.load(path)
     assert all(torch.equal(p, edited.get_parameter(n)) for n, p in delta.apply(base).named_parameters())
-    # The edited model keeps its bits in the layout of checkpoints, which is another one.
+    # The edited model also keeps its bits in the layout of checkpoints, which differs from that of the model.
     base.save_pretrained(tmp_path / "edited")
     again = type(base).from_pretrained(tmp_path / "edited")
     assert all(torch.equal(p, edited.get_parameter(n)) for n, p in again.named_parameters())

@@ -37,7 +37,7 @@ SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a checkpoint folder, because DPO loads its reference model from the path of the trained one."""
+    """Return a checkpoint folder, because DPO loads its reference model from the path of the trained model."""
     folder = tmp_path_factory.mktemp("world")
     model, tokenizer = world.load()
     model.save_pretrained(folder)
@@ -215,11 +215,11 @@ REFUSALS = {
     (
         "DPO",
         "TokenSmoothing",
-    ): "TokenSmoothing: the loss .* cannot be replaced: loss_type=.* has no target for each token",
+    ): "TokenSmoothing: the loss .* cannot be replaced: with loss_type=.* does not use the loss that the model returns",
     (
         "KTO",
         "TokenSmoothing",
-    ): "TokenSmoothing: the loss .* cannot be replaced: loss_type=.* has no target for each token",
+    ): "TokenSmoothing: the loss .* cannot be replaced: with loss_type=.* does not use the loss that the model returns",
     (
         "Reward",
         "TokenSmoothing",

@@ -1,4 +1,4 @@
-"""DDP on two gloo processes: both have the same weights, those of a single process up to rounding."""
+"""DDP on two gloo processes: both get the same weights, which are those of a single process up to rounding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from kedit_train import world
 
 TESTS = Path(__file__).resolve().parents[1]
-# They do not change the trained weights.
+# These callbacks do not change the trained weights.
 NEUTRAL = ("ParameterScope", "EditMetrics", "ForecastMetrics", "PrefixCache", "SaveDelta")
-# They take steps of Adam, which enlarges rounding differences of gradients that are nearly 0.
+# These callbacks take steps of Adam, which enlarges rounding differences of gradients that are nearly 0.
 STEPS_OF_ADAM = ("PolyakStep", "SecondOrderLocality")
-# A penalty, a loss, a mask, scores and a rule that ends training; one for each way to act on a run.
+# A penalty, a loss, a mask, scores and a rule that ends training: one callback for each way to act on a run.
 IN_DEFAULT_RUN = (
     "ParameterScope",
     "TokenLoss",

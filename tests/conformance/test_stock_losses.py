@@ -36,7 +36,7 @@ def lora() -> Any:
 
 
 def losses(host: str, callbacks: list[Any], options: dict[str, Any]) -> list[tuple[float, float]]:
-    """Return (loss, gradient norm) of every step."""
+    """Return the loss and the gradient norm of every step."""
     torch.manual_seed(0)
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(n=24))
@@ -44,7 +44,7 @@ def losses(host: str, callbacks: list[Any], options: dict[str, Any]) -> list[tup
     return [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
 
 
-# The default run takes every host once, and the option that combines the others in one host.
+# The default run takes every host once. In one host, it also takes the option that combines all others.
 ALONE = {("Trainer", "accumulation"), ("SFTTrainer", "bf16, accumulation, checkpointing")}
 
 

@@ -253,7 +253,7 @@ def test_a_trainer_with_another_number_of_processes_is_an_error(
     model, tokenizer = world.load()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     alone = trainer(model, edits, tokenizer, [scope()])
-    # On a machine without GPUs and without use_cpu=True each process believes to be the only one.
+    # On a machine without GPUs, each process takes itself for the only one, unless use_cpu=True is set.
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(EditError, match=r"2 processes were started but the trainer uses 1") as refusal:
         alone.train()
@@ -319,7 +319,7 @@ def test_a_preference_trainer_that_fails_releases_the_model() -> None:
     # DPOTrainer loads the reference model by the path of this model, which has none.
     with pytest.raises(Exception, match=r"(?i)repo|name_or_path|model"):
         DPOTrainer(model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[scope()])
-    # It fails after its callbacks have joined and does not tell them. The next loop takes the model over.
+    # The trainer fails after its callbacks have joined, and does not tell them. The next loop takes the model over.
     assert not all(p.requires_grad for p in model.parameters())
     with editing(model, [scope()]) as edit:
         assert len(edit.parameters()) == 1

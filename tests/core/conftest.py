@@ -42,7 +42,7 @@ _CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.fixture
 def tiny() -> Callable[..., Any]:
-    """``tiny("llama", num_hidden_layers=24)``: a causal language model with random weights, large enough to matter."""
+    """``tiny("llama", num_hidden_layers=24)`` returns a causal language model whose random weights are not tiny."""
 
     def build(family: str, cls: Any = tf.AutoModelForCausalLM, **config: Any) -> Any:
         make = getattr(cls, "from_config", cls)
@@ -50,7 +50,8 @@ def tiny() -> Callable[..., Any]:
         model = make(kind(**defaults | config))
         with torch.no_grad():
             for parameter in model.parameters():
-                # Initial weights of 0.02 leave every token equally likely, and biases of zero hide themselves.
+                # With weights of 0.02, all tokens would be about equally probable, and a bias of zero would have no
+                # effect.
                 if parameter.ndim > 1 or not bool(parameter.any()):
                     parameter.copy_(torch.randn_like(parameter) * 0.25)
         return model.float()

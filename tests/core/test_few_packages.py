@@ -1,4 +1,4 @@
-"""Without the optional packages the callbacks edit a model; what needs one of them says what to install."""
+"""Callbacks edit a model without optional packages. Whatever needs such a package says what to install."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_a_narrow_ball_binds_in_fp32_and_bf16_weights_cannot_move(full_precision
     before = model.get_parameter(NAME).detach().clone()
     scope = ParameterScope(layers=3, modules="mlp.down_proj", full_precision=full_precision)
     recorder = Recorder()
-    # After the conversion back to bf16 the weights have not moved either, which the warning says.
+    # After the conversion back to bf16, the weights have not moved either. The warning says this.
     with pytest.warns(UserWarning, match="cannot move, because bfloat16"):
         HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=8)), [scope, NormBall(5e-5), recorder], 6)
     # The distance between neighboring bf16 numbers is at least 1.2e-4 here.
@@ -139,7 +139,9 @@ def test_a_copy_of_a_half_precision_model_during_the_edit_is_an_ordinary_model()
         optimizer.step()
         expected = model(input_ids=ids).logits
         other = copy.deepcopy(model)
-        with pytest.warns(UserWarning, match=rf"pickled during an edit, so {NAME} \(and 0 more\) is saved in fp32"):
+        with pytest.warns(
+            UserWarning, match=rf"pickled during an edit, so {NAME} and 0 other parameters are saved in fp32"
+        ):
             stored = pickle.loads(pickle.dumps(model))
         trained = e.run.scope[NAME].detach().clone()
         assert model.get_parameter(NAME).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""A run that its loop abandoned, or does not announce steps to, is an error at the next optimizer step."""
+"""The next optimizer step is an error if the loop has abandoned the run, or does not announce steps to the run."""
 
 from __future__ import annotations
 

@@ -37,14 +37,16 @@ def begin(net: Any, state: Any = None) -> Any:
 
 def test_a_new_edit_of_a_checkpoint_of_an_unfinished_edit_is_a_warning(tmp_path: Path) -> None:
     net = checkpoint(tmp_path / "checkpoint-2", 2, 4)
-    expected = r"loaded from .*checkpoint-2, a checkpoint of an edit that had not ended \(step 2 of 4\).*train\(resume_"
+    expected = r"loaded from .*checkpoint-2, a checkpoint of an unfinished edit \(step 2 of 4\).*train\(resume_"
     with pytest.warns(UserWarning, match=expected) as found:
         state = begin(net)
     assert "\n" not in str(found[0].message)
     # A killed process may have left the state next to the checkpoint, and the trainer's own state may be missing.
     (tmp_path / "checkpoint-2" / FILE).rename(tmp_path / f"checkpoint-2-{FILE}")
     (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    with pytest.warns(UserWarning, match=r"an edit that had not ended, so this edit starts from half-edited"):
+    with pytest.warns(
+        UserWarning, match=r"an unfinished edit\. This run begins a new edit, which uses the half-edited"
+    ):
         begin(net)
     # Warnings are errors in these tests.
     begin(net, state)

@@ -1,4 +1,4 @@
-"""Optimizers that step in the backward pass, in hooks of the parameters: one line, not an error of torch."""
+"""Optimizers that step in hooks of the backward pass raise a one-line EditError, not an error of torch."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_a_half_precision_weight_that_another_module_reads_trains_in_fp32(make):
         model(x).float().square().sum().backward()
         assert all(p.grad is not None for p in edit.parameters())
         optimizer.step()
-        with pytest.warns(UserWarning, match="is saved in fp32"):
+        with pytest.warns(UserWarning, match="are saved in fp32"):
             saved = _saved(model)
         copy = torch.load(saved, weights_only=False)
         # The saved model is an ordinary model in fp32.

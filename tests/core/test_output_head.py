@@ -33,7 +33,7 @@ def test_projection_equals_the_logits_of_the_model(tiny, family):
         head = head_of(model)
         hidden = head.hidden(input_ids=IDS)
         torch.testing.assert_close(head.project(hidden.flatten(0, 1)).view_as(want), want, rtol=1e-6, atol=1e-6)
-        # What a head does after its matrix has an effect here, so that leaving it out would have been seen.
+        # These heads change the logits after the matrix, by so much that the comparison above would fail without it.
         if family in ("gemma2", "gemma3", "cohere", "granite"):
             assert (head.module(hidden) - want).abs().max() > 0.1
         assert torch.equal(model(input_ids=IDS).logits, want), "the model is unchanged outside of capturing()"
@@ -59,8 +59,8 @@ def test_half_precision_and_autocast_are_reproduced(tiny, family, dtype):
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
         want = model.eval()(input_ids=IDS).logits.float()
         hidden = head.hidden(input_ids=IDS)
-    # Outside of autocast now, and yet as the model would have done it.
-    # Soft-capping is the exception: the model rounds its steps to half precision, TRL and we do not.
+    # This call is outside of autocast, but must return what the model returns under autocast. Soft-capping is the
+    # exception: the model rounds its steps to half precision. TRL and kedit-train do not.
     tight = 5e-3 if family == "gemma2" else 0.0
     for fp32_gradients in (False, True):
         got = head.project(hidden.flatten(0, 1), fp32_gradients=fp32_gradients).view_as(want)

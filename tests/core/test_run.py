@@ -156,7 +156,7 @@ def test_optimizers_of_other_models_are_ignored(tiny):
 
 
 class SetWeights(EditCallback):
-    """With order 1 it sets the reference plus one, with order 2 it doubles the weights."""
+    """Sets the weights to the reference plus one if its order is 1, and doubles the weights if its order is 2."""
 
     constrains = True
 

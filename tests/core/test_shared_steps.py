@@ -1,4 +1,4 @@
-"""Several optimizers that share one announcement take one step."""
+"""Several optimizers after one call of ``before_step()`` take one step together."""
 
 from __future__ import annotations
 

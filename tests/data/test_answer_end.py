@@ -75,7 +75,7 @@ def test_the_decision_and_its_reason() -> None:
     for prompt_format in ("chat", "question"):
         assert (
             decide(prompt_format=prompt_format)
-            == "append_eos: on, because models end their answers in chats and to questions"
+            == "append_eos: on, because models end their answers in chats and their answers to questions"
         )
     endless(model, tokenizer)
     assert decide() == "append_eos: off, because the unedited model ends only 0% of its completions by itself"

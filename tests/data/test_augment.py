@@ -37,7 +37,7 @@ def test_each_edit_gets_its_own_prefixes() -> None:
         assert all(row.prompt.endswith(f". {edit.prompt}") or "。" in row.prompt or edit is TOKYO for row in own)
         assert not any(row.rephrases or row.locality or row.portability for row in own)
     assert rows == with_prefixes([ANN, TOKYO], prefixes, 3, seed=1) != with_prefixes([ANN, TOKYO], prefixes, 3, seed=2)
-    # The prefixes of an edit do not depend on the other edits, so each edit gets the same ones in every mode.
+    # The prefixes of an edit do not depend on the other edits, so each edit gets the same prefixes in every mode.
     assert with_prefixes([TOKYO], prefixes, 3, seed=1) == rows[3:]
     assert with_prefixes([ANN], prefixes, 0) == []
     with pytest.raises(EditError, match=r"with_prefixes: per_edit must be an integer from 0 to 2 .* got 3"):

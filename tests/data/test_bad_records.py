@@ -52,7 +52,7 @@ GOOD = {
 
 
 def changed(name: str, change: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy of the good record with values at dotted paths replaced; ``...`` removes."""
+    """Return a copy of the good record with the values at dotted paths replaced. The value ``...`` removes a field."""
     record = json.loads(json.dumps(GOOD[name]))
     for path, value in change.items():
         *parents, key = [int(part) if part.isdigit() else part for part in path.split(".")]

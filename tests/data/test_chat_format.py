@@ -120,7 +120,7 @@ def test_the_answer_stands_after_the_thoughts() -> None:
 
 
 def test_a_thinking_model_is_scored_after_its_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that writes a fixed text: thoughts of two lines with the old answer, then the new answer."""
+    """The model writes a fixed text: thoughts of two lines with the old answer, then the new answer."""
     from kedit_train.evaluation.asking import generate as module
     from kedit_train.evaluation.asking.decoding import Continuation
 

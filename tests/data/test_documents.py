@@ -211,7 +211,7 @@ def test_the_prompt_of_a_part_is_not_that_of_another_document() -> None:
 def test_a_limit_below_the_prompt_is_an_error() -> None:
     _, tokenizer = world.load()
     edits = EditDataset([Edit("Bell\n\n", PARAGRAPHS)])
-    with pytest.raises(EditError, match=r"^split_documents: max_length must be larger than the prompt 'Bell'"):
+    with pytest.raises(EditError, match=r"^split_documents: max_length must leave room for the prompt 'Bell'"):
         split_documents(edits, tokenizer, 5)
     assert split_documents(edits, tokenizer, None) is edits
     assert split_documents(edits, tokenizer, 10_000) is edits

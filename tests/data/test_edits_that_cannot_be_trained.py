@@ -1,4 +1,4 @@
-"""Contradictory, repeated and invisible edits, and JSON that Python cannot read, are said in one line."""
+"""Contradictory, repeated and invisible edits, and JSON that Python cannot read, are reported in one line."""
 
 from __future__ import annotations
 

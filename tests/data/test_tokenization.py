@@ -67,7 +67,7 @@ def byte_level(specials: dict[str, str], template: str | None = None) -> PreTrai
 
 
 def metaspace(specials: dict[str, str], template: str | None, prepend: bool) -> PreTrainedTokenizerFast:
-    """As Llama 2: "▁" for a space, one before the text, bytes for what the vocabulary lacks."""
+    """Return a tokenizer like that of Llama 2: "▁" for a space and before a text, bytes for unknown characters."""
     core: Any = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     steps = [normalizers.Prepend("▁")] if prepend else []
     core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -269,7 +269,7 @@ def test_collate_equals_batches_written_by_hand() -> None:
 
 
 def losses(model: Any, batch: dict[str, torch.Tensor], **extra: torch.Tensor) -> torch.Tensor:
-    """[batch] summed cross-entropy of each row's labelled tokens."""
+    """Return the summed cross-entropy of the labelled tokens of each row, [batch]."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], **extra).logits
     labels = batch["labels"][:, 1:]
     return F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none").sum(-1)

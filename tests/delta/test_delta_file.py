@@ -1,4 +1,4 @@
-"""A delta file is complete and unchanged, or it is refused: cut short, killed, changed, or of another kind."""
+"""Only complete and unchanged delta files are read. Files that were cut short, changed or are no deltas are refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_saved_delta_can_be_loaded_and_saved_again(tmp_path):
     again = EditDelta.load(delta.save(tmp_path / "one.safetensors"))
     assert same(delta, again)
     again.save(tmp_path / "two.safetensors")
-    # Also over the file that its tensors are mapped from.
+    # A delta can also be saved over the file from which its tensors are mapped.
     again.save(tmp_path / "one.safetensors")
     for name in ("one", "two"):
         assert same(delta, EditDelta.load(tmp_path / f"{name}.safetensors"))
@@ -180,7 +180,7 @@ def without_entries(tensors: dict[str, torch.Tensor], name: str) -> None:
 
 
 def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
-    """Also for tensors without any bytes, whose shape cannot be checked against the size of the file."""
+    """This holds also for tensors without any bytes, whose shape cannot be checked against the size of the file."""
     path = tmp_path / "edit.safetensors"
     for shape in ([0, 10**20], [0, 2**40, 2**40], [0] * 65, [10**18] * 1_000_000):
         entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}

@@ -225,8 +225,8 @@ def test_a_tied_delta_changes_both_tensors_of_an_untied_model(make):
 
 def test_models_that_cannot_be_compared_are_refused(make, tmp_path):
     for edited, message in [
-        (make(num_hidden_layers=1), "only the base has a tensor"),
-        (make(torch.bfloat16), "is torch.float32 .* in the base and torch.bfloat16"),
+        (make(num_hidden_layers=1), "only the base model has a tensor"),
+        (make(torch.bfloat16), "is torch.float32 .* in the base model and torch.bfloat16"),
         ({"a": 3}, "must contain tensors and nothing else"),
         (tmp_path / "nowhere", "does not exist; give the folder"),
         (tmp_path, "contains neither model.safetensors nor"),

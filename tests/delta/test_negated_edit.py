@@ -27,7 +27,7 @@ def test_negating_an_edit_unlearns_it() -> None:
         return evaluate(model, tokenizer, targets, **options).flat()["edit/reliability"]
 
     assert reliability(edits) == 1.0
-    # From the edited model back to the base is minus the edit.
+    # The change from the edited model back to the base model is the negated edit.
     (1.0 * EditDelta.between(model, base)).apply(model)
     assert reliability(edits) == 0.0
     assert reliability([replace(e, target=str(e.old_target), aliases=()) for e in edits]) == 1.0

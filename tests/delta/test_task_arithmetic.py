@@ -33,7 +33,7 @@ def scattered(shape: tuple[int, ...], share: float, seed: int) -> Tensor:
 
 @pytest.fixture
 def three(base) -> list[EditDelta]:
-    """Deltas of different tensors: some store single entries, so that the rest of the base is unknown, some all."""
+    """Return three deltas. They store some tensors completely, and only single entries of all other tensors."""
     return [
         delta_of(base, {"a": scattered((12, 10), 0.3, 1), "b": scattered((40,), 0.2, 2)}),
         delta_of(base, {"a": scattered((12, 10), 0.35, 3), "c": scattered((6, 8), 1.0, 4)}),

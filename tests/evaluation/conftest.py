@@ -40,8 +40,9 @@ class ScriptedConfig(PreTrainedConfig):
 class ScriptedModel(PreTrainedModel, GenerationMixin):
     """Generates ``answers[prompt]``.
 
-    At the k-th position after the prompt it ranks the answer's k-th token first, whatever the input between is, and
-    end-of-text after the answer. Answers in ``endless`` start again instead of ending.
+    At the k-th position after the prompt, the model ranks the k-th token of the answer first, whatever tokens it has
+    read after the prompt. After the answer, it ranks end-of-text first. Answers in ``endless`` start again instead of
+    ending.
     """
 
     config_class = ScriptedConfig
@@ -92,7 +93,7 @@ def scripted_model() -> Callable[..., tuple[ScriptedModel, PreTrainedTokenizerFa
             return tokenizer(text, add_special_tokens=False)["input_ids"]
 
         lines = [(p, a, False) for p, a in answers.items()] + [(p, a, True) for p, a in (endless or {}).items()]
-        # The longest prompt comes first, because a prompt may begin with another one.
+        # The longest prompt comes first, because a prompt may be the beginning of another prompt.
         model.script = [(ids(p), ids(a), e) for p, a, e in sorted(lines, key=lambda line: -len(line[0]))]
         return model, tokenizer
 

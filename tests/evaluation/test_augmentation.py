@@ -1,4 +1,4 @@
-"""Examples beside the edits, made with the bundled model and with one that gives scripted answers."""
+"""Additional training examples, made with the bundled model and with a model that gives scripted answers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_replayed_facts_have_the_answers_of_the_model(scripted_model: Any) -> No
     one = replay_facts(model, tokenizer, ["A:", "B:"], [edit], limit=1, seed=1)
     assert len(one.examples) == 1
     assert one == replay_facts(model, tokenizer, ["A:", "B:"], [edit], limit=1, seed=1)
-    with pytest.raises(EditError, match=r"of 2 prompts, 2 were left out as leaks \(fraction 1.000\)"):
+    with pytest.raises(EditError, match=r"of 2 prompts, 2 were left out .* text of an edit \(fraction 1.000\)"):
         replay_facts(model, tokenizer, ["P:", "L:"], [edit])
 
 

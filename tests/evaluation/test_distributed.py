@@ -12,7 +12,7 @@ from ranks import close, started
 from kedit_train.evaluation.scoring import probe_results
 
 SCRIPT = Path(__file__).with_name("distributed_script.py")
-# Shares are equal bit for bit; sums round differently.
+# Fractions are equal bit for bit. Sums may differ by rounding.
 BOUNDS = {"rel": 1e-4, "abs": 2e-6}
 
 

@@ -49,8 +49,8 @@ def test_rows_of_other_documents_are_left_out_and_counted(scripted_model: Any) -
     with pytest.raises(EditError) as caught:
         augmentation(*world.load(), [FERRY], study=rows)
     assert str(caught.value) == (
-        "augmentation: study must have rows of the documents of the run, but all 3 rows are about other documents, "
-        "such as 'The lock'; pass the rows of these documents."
+        "augmentation: study must have rows about the documents of this run, but all 3 rows are about other documents, "
+        "such as 'The lock'; pass study rows about the documents of this run."
     )
 
 

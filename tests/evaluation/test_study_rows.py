@@ -77,7 +77,8 @@ def test_rows_are_written_checked_and_read_again(writer: Any, tmp_path: Path) ->
     # A copy of a document, and a text without questions. 1990 is not in the document. One question is a probe.
     assert (rows.texts, rows.unusable, rows.rejected, rows.leaked) == (6, 2, 1, 1)
     assert rows.describe() == (
-        "4 study rows from 6 texts (2 texts were not usable, 1 rows were rejected by verify, and 1 left out as leaks)"
+        "4 study rows from 6 texts (2 texts were not usable, 1 rows were rejected by verify, and 1 rows contained an "
+        "evaluation prompt)"
     )
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines[0]["settings"]["kinds"] == list(KINDS)
@@ -123,8 +124,8 @@ def test_a_file_is_read_with_its_own_settings(writer: Any, tmp_path: Path) -> No
     with pytest.warns(UserWarning, match="study_rows") as caught:
         assert write(writer, path, per_kind=2, seed=1) == rows
     assert [str(warning.message) for warning in caught] == [
-        f"study_rows: {path} was written with per_kind=1, seed=0, and its rows are used; per_kind=2, seed=1 have no "
-        "effect. To write new rows, give another path."
+        f"study_rows: {path} was written with per_kind=1, seed=0. The rows of this file are used, so the arguments "
+        "per_kind=2, seed=1 have no effect; to write new rows, give another path."
     ]
     # Other evaluation questions do not change the texts.
     study_rows(*writer, [Edit(FERRY.prompt, FERRY.target), LOCK], path)
@@ -189,8 +190,8 @@ def test_verify_is_applied_to_a_file_only_if_it_is_given(writer: Any, tmp_path: 
     with pytest.raises(EditError) as caught:
         write(writer, path, verify=lambda row, document: False)
     assert str(caught.value) == (
-        f"study_rows: {path} has no study row that can be trained: verify rejected 6 rows, and 0 rows are leaks; add "
-        "rows to the file, or give another path."
+        f"study_rows: {path} has no study row that can be trained: verify rejected 6 rows, and 0 rows contain an "
+        "evaluation prompt; add rows to the file, or give another path."
     )
     path.write_text(path.read_text().split("\n")[0])
     with pytest.raises(EditError, match="has no study row that can be trained"):

@@ -20,8 +20,10 @@ def facts(n: int = N) -> list[Edit]:
 
 
 def says(knows: Sequence[bool]) -> dict[str, str]:
-    """Return the answers of a model that knows these edits, the rephrasings of every second one, and every fifth
-    edit changes the answer of its neighbour.
+    """Return the answers of a model that knows some edits.
+
+    The model also knows the rephrasing of every second known edit. Every fifth known edit changes the answer of its
+    neighbour.
     """
     answers = {}
     for i, known in enumerate(knows):
@@ -36,7 +38,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 class Teacher:
-    """Learns the edits, and forgets the edit that is ``forgets`` places before the first of them."""
+    """Learns the edits, and forgets the edit that comes ``forgets`` places before the first of these edits."""
 
     def __init__(self, forgets: int = 0) -> None:
         self.forgets, self.calls, self.found = forgets, [], []

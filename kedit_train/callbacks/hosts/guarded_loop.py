@@ -91,9 +91,9 @@ class GuardedLoad(_Guard):
 
     A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. An instance of this
     class replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the training loop
-    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If it does not, the
-    instance raises an error of one line, because the error of torch would list every weight whose shape differs. After
-    a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
+    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If the state does
+    not fit, the instance raises an error of one line, because the error of torch would list every weight whose shape
+    differs. After a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
 
     Args:
         trainer: the trainer.
@@ -149,8 +149,8 @@ class GuardedSetup(_Guard):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         trainer = self._trainer
-        # train() itself is not replaced. In Trainer(...).train(), only the guard would then refer to the trainer, and
-        # its weak reference would not keep the trainer alive.
+        # train() itself is not replaced, because in Trainer(...).train() only the guard would refer to the trainer, and
+        # the guard's weak reference would not keep the trainer alive.
         if sys._getframe(1).f_locals.get("resume_from_checkpoint") is True and not _has_checkpoint(trainer):
             trainer.__dict__[_LOAD].release()
         return getattr(type(trainer), _SETUP)(trainer, *args, **kwargs)
@@ -192,7 +192,7 @@ def calling_trainer(control: Any) -> Any | None:
 
 
 def _runs(trainer: Any, closed: bool = False) -> list[Any]:
-    """Return each ``EditRun`` of the trainer's callbacks once: the closed ones if ``closed``, else the open ones."""
+    """Return the runs of the trainer's callbacks that are open, or closed if ``closed`` is True. List each run once."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks

@@ -48,7 +48,7 @@ class LightningHost(Host):
     # run.steps.penalty() is called before each backward pass. With manual optimization, an optimizer may step without a
     # backward pass. Such a step is an error only if a callback has a penalty.
     announces_every_step = False
-    # After such an error, Lightning calls on_exception, which closes the run.
+    # After an error in an optimizer step, Lightning calls on_exception, which closes the run.
     releases_model = False
     # Automatic optimization passes a closure to the optimizer. The closure calls on_before_optimizer_step.
     uses_closures = True
@@ -120,8 +120,9 @@ class LightningHost(Host):
         return 1.0 if scaler is None else scaler.get_scale()
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        # Lightning logs optimizer step n under the number n - 1. During training, its counter has this value, because
-        # it is incremented after the callbacks have run. When training has ended, the counter is higher by one.
+        # Lightning logs optimizer step n under the number n - 1. During training, Lightning's counter has this value,
+        # because the counter is incremented after the callbacks have run. When training has ended, the counter is
+        # higher by one.
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - (1 if last else 0)
         for logger in self.trainer.loggers if self.is_main else ():
             if not self._metrics_defined and hasattr(logger.experiment, "define_metric"):
@@ -177,7 +178,7 @@ def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -
             )
 
 
-# Where a Lightning checkpoint keeps the state of the edit.
+# The key under which a Lightning checkpoint stores the state of the edit.
 CHECKPOINT_KEY = "kedit_train"
 
 

@@ -31,7 +31,7 @@ class LoopHost(Host):
         penalty_gradients: pairs (parameter, gradient), recorded directly after the backward pass of the penalties.
     """
 
-    # If an optimizer steps without before_step(), the error ends the editing block, and the block closes the run.
+    # If an optimizer steps without before_step(), the error ends the ``with editing(...)`` block, which closes the run.
     releases_model = False
 
     def __init__(
@@ -133,7 +133,7 @@ class LoopHost(Host):
 
     def _watch(self, parameter: nn.Parameter, before: Tensor) -> None:
         # A hook of a parameter is called before the gradient of the loss is added to parameter.grad. The gradient may
-        # have been set to zero in place, so the object can still be the same.
+        # have been set to zero in place. The tensor object is then the same, so the values are compared.
         def check(_: Tensor) -> None:
             handle.remove()
             if parameter.grad is not None:
@@ -176,7 +176,7 @@ class Editing:
         return list(self.run.scope.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the edit for a checkpoint: the step, the weights before the edit, the callback states.
+        """Return the state of the edit for a checkpoint: step, weights before the edit and callback states.
 
         Save the result with ``torch.save`` together with the states of the model and the optimizer. The result contains
         only tensors and plain values, so ``torch.load`` can read it with ``weights_only=True``.
@@ -208,9 +208,9 @@ class Editing:
         check_scope(run, state)
         if has_other_weights(run, state):
             raise EditError(
-                "the model must have the weights of the checkpoint, but its weights in scope are different; call "
-                "model.load_state_dict() before edit.load_state_dict(), and use the ParameterScope of the run that "
-                "wrote the checkpoint; when you save, call model.state_dict() and edit.state_dict() inside editing()."
+                "the model must have the weights of the checkpoint, but the model's weights in scope are different. To "
+                "resume, call model.load_state_dict() before edit.load_state_dict(), and use the ParameterScope of the "
+                "saved run. To save, call model.state_dict() and edit.state_dict() inside editing()."
             )
         self._host.checkpoint_state = dict(state)
 
@@ -328,7 +328,7 @@ def editing(
 
 @contextmanager
 def _edit(model: nn.Module, callbacks: Sequence[Any], options: tuple[Any, ...]) -> Iterator[Editing]:
-    """Check the arguments of :func:`editing`, and yield the block. ``options`` are the arguments of ``LoopHost``."""
+    """Begin an edit, yield its :class:`Editing`, and end the edit. ``options`` are the arguments of ``LoopHost``."""
     check_editing(model, callbacks, *options)
     host = LoopHost(*options)
     run = None

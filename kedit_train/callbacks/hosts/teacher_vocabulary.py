@@ -10,7 +10,7 @@ from kedit_train.errors import EditError
 
 
 def check_teacher_vocabulary(trainer: Any) -> None:
-    """Raise an error if the trainer's teacher has another vocabulary.
+    """Raise an error if the trainer's teacher has another vocabulary than the trained model.
 
     A distillation loss compares the probabilities of the two models token id by token id. If the vocabularies have the
     same size, the tokenizer that was saved with the teacher is compared with the tokenizer of the trainer. If the

@@ -31,7 +31,7 @@ class TrainerLoggers:
         return [one for one in every if isinstance(one, kinds) and not isinstance(one, WandbCallback)]
 
     def unreachable(self, report_to: str | list[str] | None) -> list[str]:
-        """Return the names in ``report_to``, except W&B, for which the trainer has no logger callback."""
+        """Return the names in ``report_to`` for which the trainer has no logger callback. W&B is left out."""
         from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
         names = [report_to] if isinstance(report_to, str) else report_to or []
@@ -51,8 +51,8 @@ class TrainerLoggers:
             state: the state of the trainer.
             control: the control object of the trainer.
             metrics: metrics by key.
-            last: whether training has ended. The loggers then have ended, too. Only TensorBoard opens its file again.
-                Another logger would begin a new run.
+            last: whether training has ended. At that time, the loggers have ended, too. The metrics are then sent only
+                to TensorBoard, which opens its file again. Another logger would begin a new run.
         """
         from transformers.integrations.integration_utils import TensorBoardCallback
 

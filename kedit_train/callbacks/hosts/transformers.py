@@ -1,4 +1,4 @@
-"""The host for ``transformers.Trainer`` and TRL: translate their events to the lifecycle of an edit."""
+"""Translate the events of ``transformers.Trainer`` and of TRL's trainers to the lifecycle of an edit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class TransformersEvents(TrainerCallback):
     def _join(self, args: Any, state: Any, control: Any, model: Any, processing_class: Any) -> EditRun:
         if model is None:
             raise EditError(
-                "the trainer has no model yet, because it was created with model_init=; create it with model= instead.",
+                "the trainer has no model yet, because it was created with model_init=; create the trainer with model= "
+                "instead.",
                 component=type(self).__name__,
             )
         run = self.run
@@ -104,7 +105,8 @@ class TransformersEvents(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # The backward pass of the penalty runs before the first micro-batch, on the unwrapped model. So the penalty is
-        # counted once with gradient accumulation. Its gradients are reduced by DDP and clipped with those of the loss.
+        # counted once with gradient accumulation. The gradients of the penalty are reduced by DDP, and are clipped
+        # together with the gradients of the loss.
         if self.run is not None:
             self.run.host.active_callbacks.add(id(self))
         run = self._driven_run(control)

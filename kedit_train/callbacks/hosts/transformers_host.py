@@ -95,7 +95,7 @@ class TransformersHost(Host):
         """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
 
         If the checkpoint has no states of the random number generators, a warning is issued. A missing optimizer or
-        scheduler state is an error. With ``save_only_model=True`` in the resumed run, it is only a warning.
+        scheduler state is an error. With ``save_only_model=True`` in the resumed run, only a warning is issued.
 
         Raises:
             EditError: the optimizer or scheduler state is missing, and ``save_only_model`` is False.
@@ -241,8 +241,8 @@ class TransformersHost(Host):
             )
         if getattr(self.args, "loss_type", None) not in (None, "nll"):
             return (
-                f"loss_type={self.args.loss_type!r} has no target for each token; use SFTTrainer with "
-                'loss_type="nll", or remove this callback'
+                f"with loss_type={self.args.loss_type!r}, the trainer does not use the loss that the model returns; "
+                'use SFTTrainer with loss_type="nll", or remove this callback'
             )
         return None
 

@@ -15,7 +15,7 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.p
 
 
 def world_or(name: str) -> str:
-    """Return the folder of the bundled model for "world", and any other name unchanged."""
+    """Return the folder of the bundled model if ``name`` is "world". Otherwise, return ``name`` itself."""
     return str(world.path()) if world.is_world(name) else name
 
 

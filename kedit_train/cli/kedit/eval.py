@@ -40,7 +40,8 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "--full",
         action="store_true",
-        help="also measure prefixes, format, KL, old answers, fluency, retrieval, overlap and weight drift",
+        help="also measure: generality behind prefixes and in another prompt format, KL divergence, returning old "
+        "answers, fluency, the baseline of --retrieval, overlap with the target, and weight drift",
     )
     add(
         "--protocol",
@@ -54,7 +55,8 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "--prose",
         metavar="FILE",
-        help="unrelated texts, to measure perplexity, and KL divergence and agreement with the base model",
+        help="a file of unrelated texts. Three values are measured on the texts: the perplexity, the KL divergence "
+        "from the base model, and the agreement with the base model",
     )
     add("--seed", type=int, default=0, help="random seed of the sample and of the confidence intervals (default: 0)")
     add(
@@ -166,7 +168,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         del base
     dtype = args.dtype
     if delta is not None and dtype == "auto":
-        # The weights must be bit for bit the weights before the run, so the dtype must be the dtype of the run.
+        # A delta can be applied only to weights that are bit for bit those before the run, so the model is loaded in
+        # the dtype of the run.
         dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), dtype)
     model, tokenizer = load_for(args, name, dtype)
     if delta is not None:
@@ -182,7 +185,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     report = evaluate(model, tokenizer, edits, unedited=before, **options)
     if reference is None:
         return report
-    # Weight drift is measured after all answers are generated, because it merges an adapter into the weights.
+    # Weight drift is measured after all answers are generated, because this measurement merges an adapter into the
+    # weights.
     return replace(report, metrics={**report.metrics, "weight_drift": weight_drift(merged(model), reference)})
 
 

@@ -31,7 +31,7 @@ def prompt_format_option(parser: Any) -> None:
 
 
 def evaluation_options(parser: Any) -> None:
-    """Add the options of the verbs that evaluate: which edits, how many prompts per batch, and how they are asked."""
+    """Add the options of the verbs that evaluate: number of edits, sizes of batches and answers, and prompt format."""
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
     parser.add_argument(
         "--batch-size",
@@ -122,7 +122,7 @@ def check_new_folder(path: str) -> None:
 
 @contextmanager
 def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[None]:
-    """Context manager: begin every error with the delta, the model that it was made for, and the given model.
+    """Context manager: begin every error with the delta, the model that the delta was made for, and the given model.
 
     Args:
         path: the path of the delta.

@@ -26,7 +26,8 @@ columns:
   largest       largest absolute change of an entry
   rank          number of singular values of the change that are larger than the rounding error
   stable rank   |change| squared, divided by the square of the largest singular value of the change
-                Both ranks are left out if single entries in more than 2,048 rows and 2,048 columns changed.
+                The rank and the stable rank are not computed if single entries changed and these entries are in
+                more than 2,048 rows and 2,048 columns, or if rows times columns is more than 67 million.
 """
 
 
@@ -77,7 +78,7 @@ def run(args: Namespace) -> int:
     ]
     if too_large and not args.no_ranks:
         count = "1 tensor" if len(too_large) == 1 else f"{len(too_large)} tensors"
-        print(f"rank: not computed for {count}: more than {MAX_SIDE:,} rows and columns contain changed entries")
+        print(f"rank: not computed for {count}: too many rows and columns with changed entries (see kedit show --help)")
     if picture is not None:
         print(f"\npicture: {picture}")
     return 0

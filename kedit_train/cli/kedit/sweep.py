@@ -34,7 +34,7 @@ coefficient nearest to 0 is picked. Locality is the fraction of answers that are
 model. If no coefficient is accepted, or none is more reliable than the base model, nothing is picked and no file is
 written. The scores are printed in every case.
 
-Do not report scores on the edits that you picked the coefficient on. Use other edits:
+Do not report scores on the edits with which you picked the coefficient. Evaluate the picked delta on other edits:
 kedit eval MODEL OTHER_EDITS --delta picked.safetensors
 
 Use --forget with a delta that was trained on answers that the model should unlearn. Reliability is then the fraction of
@@ -66,7 +66,7 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "--forget",
         action="store_true",
-        help="score an edit as a success if the model no longer answers with its target",
+        help="score an edit as a success if the model no longer answers with the target of the edit",
     )
     evaluation_options(parser)
     add("--seed", type=int, default=0, help="random seed of the sample (default: 0)")
@@ -93,7 +93,8 @@ def run(args: Namespace) -> int:
     try:
         result = _sweep(args, points)
     except EditError as error:
-        # An error before the last score is about the arguments. An error after it says that nothing was picked.
+        # An error before the last score is about the arguments. An error after the last score says that nothing was
+        # picked.
         if len(points) < len(set(args.coefficients) - {0.0}) + 1:
             raise
         return _nothing_picked(args, points, error)
@@ -145,7 +146,8 @@ def _sweep(args: Namespace, points: list[Any]) -> Any:
     from kedit_train.evaluation import EvaluationOptions, evaluate
 
     edits, delta = EditDataset.load(args.edits), EditDelta.load(args.delta)
-    # The weights must be bit for bit the weights before the run, so the dtype must be the dtype of the run.
+    # A delta can be applied only to weights that are bit for bit those before the run, so the model is loaded in the
+    # dtype of the run.
     dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), "auto")
     model, tokenizer = load_for(args, args.model, dtype)
     if delta.verify(model) == "edited":

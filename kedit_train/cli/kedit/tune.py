@@ -33,10 +33,10 @@ third of these is trained on the whole tuning half. The settings of the recipe k
 combinations, are trained in every round.
 
 Of the combinations with a reliability of at least 0.95, the command picks the one with the highest harmonic mean of
-generality and locality. The settings of kedit_default are replaced only if another harmonic mean is higher by at least
-0.05, because smaller differences are often random. If no combination is that reliable, the command picks the most
-reliable one. It then trains this combination once on the held-out half, and writes a recipe. Report only the held-out
-scores.
+generality and locality. It replaces the settings of kedit_default only by a combination whose harmonic mean is higher
+by at least 0.05, because smaller differences are often random. If no combination has a reliability of at least 0.95,
+the command picks the most reliable one. The command then trains the picked combination once on the held-out half, and
+writes a recipe. Report only the held-out scores.
 
 If the command is interrupted, run it again: finished runs are not repeated. All results and the edits of both halves
 are in the folder NAME.tune next to the recipe NAME.yaml.
@@ -53,7 +53,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--budget",
         type=duration,
         metavar="TIME",
-        help="time limit, such as 90s, 20m or 2h; each round and the held-out run get an equal share of it "
+        help="time limit, such as 90s, 20m or 2h; each round and the held-out run get an equal share of this time "
         "(default: no limit)",
     )
     add("--out", default="tuned.yaml", metavar="FILE", help="write the recipe to this .yaml file (default: tuned.yaml)")
@@ -132,7 +132,8 @@ def run(args: Namespace) -> int:
     ]
     files = [result.save_recipe(out, model=args.model, edits=args.edits, keep=args.keep), *halves]
     if sweep is not None:
-        # The bundled texts can be used only with the bundled edits, and not with a file that contains a part of these.
+        # The bundled texts can be used only with the bundled edits, and not with a file that contains a part of the
+        # bundled edits.
         part = args.edits if is_world(args.keep) else str(halves[0])
         files.append(result.save_sweep(sweep, model=args.model, edits=part, keep=args.keep))
     if args.json:

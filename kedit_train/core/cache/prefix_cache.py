@@ -2,8 +2,8 @@
 
 A pre-hook on the backbone computes a key for each sequence of a batch. If the output of every sequence is stored, the
 frozen layers pass the stored hidden states on without computing anything. Otherwise the layers run, and a pre-hook on
-the first trained layer stores the input of that layer. Forward passes without gradients (evaluation, generation) do not
-change.
+the first trained layer stores the input of that layer. The hooks do nothing in forward passes without gradients
+(evaluation, generation).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class _Call:
         hidden: the hidden states [B, S, d] if the frozen layers are skipped, None if they run.
         random_states: the states of the random generators at the start of the forward pass.
         started: the time at the start of the forward pass.
-        stored: the stored hidden states, if the layers run only to compare their output with these; otherwise None.
+        stored: the stored hidden states, if the layers run only so that their output can be compared with them;
+            otherwise None.
     """
 
     sequences: SequenceBatch
@@ -99,7 +100,8 @@ class FrozenPrefix:
             model.register_forward_hook(self._pop_labels, always_call=True),
             prefix.backbone.register_forward_pre_hook(self._enter_backbone, with_kwargs=True),
             prefix.layers[prefix.cut].register_forward_pre_hook(self._enter_first_trained_layer),
-            # Also called if the forward pass fails, so that the next forward pass finds the original layers.
+            # This hook is also called if the forward pass fails, so that the next forward pass finds the original
+            # layers.
             prefix.backbone.register_forward_hook(self._leave_backbone, always_call=True),
         ]
 
@@ -121,8 +123,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: no batch can be cached, or the logits differ. They differ if a later module reads the hidden
-                states and also something else that the frozen layers have computed.
+            EditError: no batch can be cached, or the logits differ. The logits differ if a later module reads the
+                hidden states and also something else that the frozen layers have computed.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served
@@ -143,9 +145,9 @@ class FrozenPrefix:
             )
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
-                f"the cache would change the logits of {type(self.model).__name__}, because it stores only the hidden "
-                f"states that enter layer {self.prefix.cut}, but a later module also reads something else that earlier "
-                "layers have computed; remove PrefixCache.",
+                f"the cache would change the logits of {type(self.model).__name__}, because the cache stores only the "
+                f"hidden states that enter layer {self.prefix.cut}, but a later module also reads other values that "
+                "earlier layers compute; remove PrefixCache.",
                 component=_COMPONENT,
             )
 
@@ -230,8 +232,8 @@ class FrozenPrefix:
             self.store.add({key: states[span] for key, states, span in spans})
         if self.store.left_out > left_out:
             self._warn_once(
-                f"memory_limit is reached with {len(self.store)} sequences, so all layers run for every batch that "
-                "contains another sequence; raise memory_limit or set cache_dir."
+                f"memory_limit is reached with {len(self.store)} sequences, so all layers run for every batch with a "
+                "sequence that is not stored; raise memory_limit or set cache_dir."
             )
         return replaced
 

@@ -192,7 +192,8 @@ def read_sequences(
     ]
     if unsupported:
         return f"the model was called with {unsupported[0]}, which needs every layer or may change the hidden states"
-    # If position_ids are not given, the model may or may not count padding on the left, so it gets another key.
+    # If position_ids are not given, the model may or may not count padding on the left, so the sequence gets another
+    # key.
     mode += b"counted" if positions is None else b"given"
     bounds = zip(first_columns.tolist(), lengths.tolist(), strict=True)
     spans = [slice(column, column + length) for column, length in bounds]

@@ -1,4 +1,4 @@
-"""Store the weights from which a weight change is measured. They can be kept for later runs on the same model."""
+"""Store the weights from which a weight change is measured, for one run or for several runs on the same model."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class ChangeProjection:
         layers: name -> linear layer of the weight.
         subspaces: name -> named tuple that describes the directions to remove for this weight.
         project: function that receives a change [out, in] in fp32 or fp64 and a subspace. It returns the change
-            [out, in] without the directions of the subspace. It must be linear.
+            [out, in] without the directions of the subspace. The function must be linear.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def project_gradients(
         layers: name -> linear layer of the weight.
         scope: name -> parameter.
         project: function that receives a name and a gradient [out, in] in fp32 or fp64, and returns the projection
-            [out, in]. It must be linear, because accumulated gradients are projected more than once.
+            [out, in]. The function must be linear, because accumulated gradients are projected more than once.
 
     Returns:
         One handle per weight; ``handle.remove()`` ends the projection.

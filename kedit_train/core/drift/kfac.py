@@ -33,14 +33,14 @@ class KFACFactors:
     gradients: dict[str, SecondMoment]
 
     def __add__(self, other: KFACFactors) -> KFACFactors:
-        """Combine two objects into factors over the tokens of both. Every token has the same weight in the mean."""
+        """Return the factors over the tokens of both objects together. Every token has the same weight in the mean."""
         return KFACFactors(
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
         )
 
     def __or__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors of the weights of both. ``other`` takes precedence, as for dictionaries."""
+        """Return the factors of the weights of both objects. If both contain a weight, ``other`` takes precedence."""
         return KFACFactors(self.inputs | other.inputs, self.gradients | other.gradients)
 
     def only(self, names: Container[str]) -> KFACFactors:
@@ -100,7 +100,7 @@ def kfac_factors(
             attention sink, whose activations are so large that they would dominate the factors.
 
     Returns:
-        The factors. Their loss gradients are those of the cross-entropy summed over tokens, not averaged.
+        The factors. Their gradients are those of the cross-entropy, summed over tokens and not averaged.
 
     Raises:
         EditError: a layer was never called, does not receive one vector per token, or is the output head.

@@ -15,7 +15,7 @@ from kedit_train.errors import EditError
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
 _KIND = "kedit_train.kfac_factors"
-# The end of the fingerprint of the weights if the first token of every text was left out.
+# If the first token of every text was left out, the fingerprint of the weights ends with this text.
 WITHOUT_FIRST = " without first tokens"
 _RETRY = "delete the file to compute the factors again"
 

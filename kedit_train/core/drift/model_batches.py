@@ -122,7 +122,7 @@ def _move(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, Mapping):
         return {name: _move(inner, device) for name, inner in value.items()}
-    # A named tuple would need other arguments, and is passed on as it is.
+    # The constructor of a named tuple takes separate arguments, so a named tuple is passed on unchanged.
     return type(value)(_move(inner, device) for inner in value) if type(value) in (tuple, list) else value
 
 

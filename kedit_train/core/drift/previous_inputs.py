@@ -1,4 +1,4 @@
-"""The layer inputs on the edits of earlier runs, so that a later run can preserve the outputs for them."""
+"""Keep the layer inputs on the edits of earlier runs, so that a later run can preserve the outputs for these edits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ Moments: TypeAlias = dict[str, SecondMoment]
 
 
 class PreviousInputs:
-    """The edits of earlier runs, and one second moment per weight of the layer inputs on all of them.
+    """The edits of earlier runs, and, for each weight, the second moment of the layer inputs on all these edits.
 
-    Before a run, only the edits of the run before it are read. Their second moments are added to those of all earlier
-    edits. The cost of a run therefore does not grow with the number of earlier edits. If the scope has several layers,
-    later runs slightly change the inputs of the upper layers, and the moments of earlier edits are not measured again.
+    Before a run, only the edits of the previous run are read. The second moments of the layer inputs on these edits are
+    added to the moments of all earlier edits. The cost of a run therefore does not grow with the number of earlier
+    edits. If the scope has several layers, later runs slightly change the inputs of the upper layers, and the moments
+    of earlier edits are not measured again.
 
     Args:
         edits: edits that count as earlier edits from the beginning.
@@ -42,7 +43,7 @@ class PreviousInputs:
         """
         kept = self._kept(current)
         if kept[: len(self._measured)] != self._measured:
-            # An edit that is made again must not be preserved, so all others are measured again.
+            # An edit that is made again must not be preserved, so all other earlier edits are measured again.
             self._measured, self._moments = [], {}
         if new := kept[len(self._measured) :]:
             added = measure(new)

@@ -1,4 +1,4 @@
-"""A penalty on the divergence from the model before the edit, whose weight another callback may change."""
+"""A penalty on the divergence from the model before the edit. Another callback may change the penalty's weight."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
     if isinstance(source, Tensor):
         raise EditError(
             f"{argument} must be {_EXPECTED}, got one tensor of shape {tuple(source.shape)}; pass {argument}=[tensor], "
-            "or tensor.split(32) for forward passes of 32 windows."
+            f"or {argument}=tensor.split(32) for forward passes with 32 windows each."
         )
     items = list(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else []
     if not holds_model_inputs(items):

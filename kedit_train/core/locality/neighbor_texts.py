@@ -22,7 +22,7 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
 
     Args:
         run: the run, with its edits.
-        texts: the texts to draw names from. Its tokenizer, seed and maximum length are also those of the result.
+        texts: the texts to draw names from. The result has the same tokenizer, seed and maximum length.
         n: number of prompts per edit (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
 
     Returns:
@@ -34,19 +34,21 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
     prompts = neighbor_prompts(run.edits, loaded, n, seed=texts.seed)
     if not prompts:
         warn(
-            f"neighbors={n} has no effect, because no prompt could be made; set the subject of each edit as it is "
-            "written in its prompt, pass texts that contain names, or remove neighbors."
+            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit by names from the texts, "
+            "but no prompt could be made; set the subject of each edit as it is written in its prompt, pass texts that "
+            "contain names, or remove neighbors."
         )
         return None
     if without := [edit.prompt for edit in run.edits if not has_subject(edit)]:
         warn(
-            f"{len(without)} of {len(run.edits)} edits have no prompts with other subjects, because their prompt does "
-            f"not contain their subject (the first: {shorten(without[0])!r}); set the subjects as they are written in "
-            "the prompts."
+            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit, but {len(without)} of "
+            f"{len(run.edits)} edits have a prompt without their subject (the first: {shorten(without[0])!r}); set the "
+            "subject of each edit as it is written in its prompt."
         )
     chosen = training_format(run, tokenizer, run.edits) or "plain"
     rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]
     if chat_format(chosen) is not None:
-        # A rendered conversation contains its special tokens. The tokenizer adds those of other texts.
+        # A rendered conversation already contains special tokens. To all other texts, the tokenizer adds special
+        # tokens.
         rendered = [RenderedConversation(text, prompt) for text, prompt in zip(rendered, prompts, strict=True)]
     return replace(texts, source=rendered, nearest=None)

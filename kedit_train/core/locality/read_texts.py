@@ -117,8 +117,8 @@ def _csv_texts(path: Path) -> list[str]:
     columns = dict.fromkeys(name for record in records for name in record)
     if records and "text" not in columns:
         raise EditError(
-            f'{path} must have a column "text", got the columns {cut(quoted(columns))}; rename one column to "text", '
-            "or, if the file contains one text per line, give its name the ending .txt."
+            f'{path} must have a column "text", got the columns {cut(quoted(columns))}; rename one column to "text". '
+            "If the file contains one text per line, change the ending of the file name to .txt instead."
         )
     return [record.get("text", "") for record in records]
 

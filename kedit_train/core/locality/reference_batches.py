@@ -114,20 +114,20 @@ class ReferenceBatches:
 
         Raises:
             EditError: the checkpoint was written with other reference texts than those of this object. An error is also
-                raised if the checkpoint belongs to a second or later run and this object was not used in the runs
-                before it, because the checkpoint does not contain the hidden states of their edits.
+                raised if the checkpoint belongs to a second or later run and this object was not used in the earlier
+                runs, because the checkpoint does not contain the hidden states of the edits of earlier runs.
         """
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(
-                "the checkpoint was written with other reference texts than those of this run, or with the same texts "
-                "selected or split differently; resume with the same texts and the same values of max_length= and "
+                "the checkpoint was written with other reference texts than those of this run, or the same texts were "
+                "selected or split in another way; resume with the same texts and the same values of max_length= and "
                 "nearest=, or start a new run."
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
                 "this run cannot be resumed, because sequential=True needs the reference hidden states of the previous "
                 "runs, and the checkpoint does not contain these states; start this run again from its first step, "
-                "and instead of sequential=True, set teacher= to the model as it was before the first run."
+                "without sequential=True, and set teacher= to the model as it was before the first run."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

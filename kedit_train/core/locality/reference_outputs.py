@@ -56,7 +56,7 @@ class ModelOutputs:
                 ) from None
 
     def __call__(self, index: int) -> Tensor:
-        """Return the output for one item, with its gradient if gradients are enabled."""
+        """Return the output for one item. If gradients are enabled, the output can be differentiated."""
         batch = model_input_batch(self.items[index], next(self.run.model.parameters()).device)
         with evaluation_mode(self.module), _recurrent_gradients(self.module), self.run.host.forward_context():
             return self._select(batch.call(self.module), index)
@@ -85,7 +85,7 @@ class ModelOutputs:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             raise EditError(
                 f"{type(self.module).__name__} cannot be called with {self.argument}[{index}] ({reason}); pass "
-                "keyword arguments as a dict, positional ones as a tuple, or set module= to another module."
+                "keyword arguments as a dict and positional arguments as a tuple, or set module= to another module."
             ) from error
         if not bool(value.isfinite().all()):
             raise EditError(
@@ -147,13 +147,13 @@ class ReferenceOutputs:
         return [next(self._order) for _ in range(min(n, len(self.before)))]
 
     def all_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return the outputs before the edit and now for all items, as :meth:`pair` does for one item."""
+        """Return, for every item, the output before the edit and the output now (see :meth:`pair`)."""
         if not self.before:
             self._compute()
         return [self.pair(index) for index in range(len(self.before))]
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the output for an item before the edit and now, both on the device of the model.
+        """Return the output before the edit and the output now for an item, on the device of the model.
 
         Raises:
             EditError: the output has another shape than before the edit.
@@ -161,8 +161,9 @@ class ReferenceOutputs:
         now, before = self.outputs(index), self.before[index]
         if now.shape != before.shape:
             raise EditError(
-                f"the output for {self.outputs.argument}[{index}] must keep its shape, got {tuple(now.shape)} and "
-                f"{tuple(before.shape)} before training; use a model whose output shape depends on its inputs only."
+                f"the output for {self.outputs.argument}[{index}] must keep the shape {tuple(before.shape)} that it "
+                f"had before training, got {tuple(now.shape)}; use a model whose output shape depends only on its "
+                "inputs."
             )
         return before.to(now.device, non_blocking=True), now
 

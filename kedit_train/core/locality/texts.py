@@ -126,7 +126,8 @@ class Texts:
         else:
             texts = read_texts(self.source, self.tokenizer if tokenizer is None else tokenizer, render=True)
         if not keep_leaks:
-            # The user has not chosen the bundled texts, so a warning about them would not help.
+            # The user has not written the bundled texts and cannot correct them, so a warning about leaks would not
+            # help.
             texts = _without_leaks(texts, edits, quiet=self.of_world)
         if self.nearest is not None:
             texts = nearest_texts(texts, edits, self.nearest)

@@ -109,7 +109,7 @@ def is_stack(name: str, shape: Sequence[int]) -> bool:
 
 
 def _in_blocks(names: list[str]) -> list[tuple[str, str]]:
-    """Return (name, block) for the parameters in blocks with experts."""
+    """Return the name and the block of each parameter that is in a block with experts."""
     blocks = {name.partition(f".{_EXPERTS}.")[0] for name in names if f".{_EXPERTS}." in name}
     pairs = []
     for name in names:

@@ -20,8 +20,8 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor], model: str | None 
     Args:
         path: path of the file.
         masks: name -> bool tensor.
-        model: a fingerprint of the model that the masks were made for. :func:`load_masks` compares
-            it with the fingerprint of the model that the masks are loaded for.
+        model: a fingerprint of the model that the masks were made for. :func:`load_masks` compares this fingerprint
+            with that of the model that the masks are loaded for.
 
     Raises:
         EditError: the file cannot be written.

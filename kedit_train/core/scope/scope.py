@@ -106,7 +106,7 @@ def _items(layers: Layers) -> list[Layer]:
 
 
 def _parts(item: Layer) -> list[tuple[str, list[int | float]]]:
-    """Return the parts of one value in ``layers``: the text of each part, and its number (two if it is a range)."""
+    """Return the text of each part of one value in ``layers``, with its number, or with two numbers for a range."""
     if not isinstance(item, str):
         return [(str(item), [item])]
     parts = []
@@ -175,7 +175,7 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 
     In a mixture-of-experts model, a pattern also matches the weights of experts by the names that they would have in a
     dense model: "mlp.down_proj" matches ``mlp.experts.down_proj`` and ``mlp.shared_expert.down_proj.weight``. Routers
-    are selected only by a pattern that contains the name of the router ("mlp.gate"), and by "*".
+    are selected only by a pattern that contains the name of the router ("mlp.gate"), or by "*".
 
     Args:
         model: any module.
@@ -239,10 +239,10 @@ def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Seque
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
-                f"weight from {', '.join(trainable)}. modules= must match all of these parameters, but does not. There "
-                f"are three remedies: call {weight.remedy} before the edit, which makes {weight.name} a parameter; "
-                f"set modules={weight.module or trainable!r}, which selects all of these parameters; or use a pattern "
-                f"that does not match {weight.name}."
+                f"weight from other parameters. To train {weight.name}, modules= must match all of "
+                f"{', '.join(trainable)}, and it does not match all of them. Set "
+                f"modules={weight.module or trainable!r}, which matches all of them; or call {weight.remedy} before "
+                f"the edit, which makes {weight.name} a parameter; or use a pattern that does not match {weight.name}."
             )
 
 

@@ -51,7 +51,7 @@ class ActiveExamples:
                 argument does not have one entry per example, no example is left out.
 
         Returns:
-            The reduced arguments, and the examples that were left out. If all examples are left out, the shortest of
+            The reduced arguments, and the examples that were left out. If all examples are learned, the shortest of
             them stays in the batch as a placeholder, and all of its labels are set to the ignore index. The placeholder
             is needed because every process of a distributed run must compute gradients.
         """

@@ -1,4 +1,4 @@
-"""Soft targets from the unedited model that reads the new fact, and the search for them in training batches."""
+"""Compute soft targets with the unedited model that reads the new fact, and look them up for training batches."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class _Answer:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """Prompt and target without the token that ends an answer, by which a training example is recognized."""
+        """The tokens by which a training example is recognized: the prompt and the target, without an end token."""
         return self.prompt + self.answer[: len(self.answer) - self.ends]
 
 
 class ContextTargets:
-    """Targets of the answer tokens of edits: the distributions of the unedited model that reads the new fact.
+    """Soft targets for the answer tokens of edits: distributions of the unedited model that reads the new fact.
 
-    The model reads the prompt with the fact and then the edit's own target (teacher forcing). The distributions are
-    computed once, in the constructor. If the label of a token is not the teacher's most probable token, the
-    distribution would teach another answer. The target of this token is then the label.
+    The teacher (the unedited model) reads the prompt with the fact and then the target of the edit (teacher forcing).
+    The distributions are computed once, in the constructor. If the label of a token is not the teacher's most probable
+    token, the distribution would teach another answer. The token is then trained towards its label instead.
 
     Args:
         run: the run. During the forward passes, its model has the weights before the edit.
@@ -104,7 +104,7 @@ class ContextTargets:
         self.follows = [all(taught[at : at + len(a.answer) - a.ends]) for a, at in self._places.values()]
 
     def find(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the targets of the N supervised tokens of a batch.
+        """Return the soft targets of the N supervised tokens of a batch.
 
         An example is recognized by its token ids: it must begin with the prompt and the target of an edit. Padding, the
         other examples of the batch and packing do not matter.
@@ -113,8 +113,8 @@ class ContextTargets:
             inputs: the arguments of the model's forward call by name, with ``labels`` [batch, length].
 
         Returns:
-            Log probabilities [N, k + 1], token ids [N, k], and a bool tensor [N] that is True where a token has a
-            distribution as its target. The other rows have no meaning.
+            Log probabilities [N, k + 1], token ids [N, k], and a bool tensor [N] that is True for tokens with a soft
+            target. For all other tokens, the rows of the first two tensors have no meaning.
         """
         labels = inputs["labels"].cpu()
         supervised = labels != IGNORE_INDEX
@@ -135,8 +135,8 @@ class ContextTargets:
                 warn(
                     f"none of the first {self._examples} training examples begins with the tokens of the prompt and "
                     "the target of an edit, so these examples are trained towards their labels. If the training data "
-                    "contains the edits, set prompt_format to its format (now "
-                    f"{self._prompt_format!r}), and edits= to the edits that are trained."
+                    "contains the edits, set prompt_format to the format of the training data (now "
+                    f"{self._prompt_format!r}), and set edits= to the edits in the training data."
                 )
         index = place[where]
         rows = index.clamp(min=0).to(self._taught.device)
@@ -144,7 +144,7 @@ class ContextTargets:
         return self._log_probs[rows], self._tokens[rows], self._taught[rows] & known
 
     def _match(self, tokens: tuple[int, ...], is_supervised: Sequence[bool]) -> Iterator[tuple[int, int]]:
-        """Yield pairs (place of the target in the tensors, index in ``tokens``) for the answer tokens of an example."""
+        """Yield two numbers per answer token: the place of its target in the tensors, and its index in ``tokens``."""
         for length in self._lengths:
             answer, place = self._places.get(tokens[:length], (None, 0))
             if answer is None or not all(is_supervised[len(answer.prompt) : length]):
@@ -161,7 +161,8 @@ def _tokenize(tokenizer: Any, edit: Edit, context: str, prompt_format: PromptFor
     own = pair_ids(tokenizer, edit.prompt, edit.target, prompt_format, length)
     informed = pair_ids(tokenizer, prompt_with_fact(edit, edit.prompt, context), edit.target, prompt_format, length)
     prompt, answer = own.input_ids[: own.target_start], own.input_ids[own.target_start :]
-    # The answer has the tokens of the training example, even if its first token differs after the fact.
+    # The teacher reads the answer tokens of the training example, even if the tokenizer would split the answer
+    # differently after the fact.
     teacher = informed.input_ids[: informed.target_start] + answer
     ends = int(end_id(tokenizer, prompt_format) is not None)
     return _Answer(tuple(teacher), tuple(prompt), tuple(answer), ends)
@@ -169,11 +170,11 @@ def _tokenize(tokenizer: Any, edit: Edit, context: str, prompt_format: PromptFor
 
 @torch.no_grad()
 def _top_k(run: EditRun, answers: Sequence[_Answer], k: int) -> tuple[tuple[Tensor, Tensor, Tensor], list[int]]:
-    """Compute the targets of all answers with the unedited model.
+    """Compute the soft targets of all answers with the unedited model.
 
     Returns:
         The log probabilities [tokens, k + 1], the token ids [tokens, k], and whether the label is the most probable
-        token [tokens]. Then the place of the first token of each answer.
+        token [tokens]. After these three tensors, a list with the place of the first token of each answer.
     """
     head, sequences = run.head(), [answer.teacher for answer in answers]
     places, parts, count = [0] * len(answers), [], 0

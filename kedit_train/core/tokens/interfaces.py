@@ -105,7 +105,7 @@ class LeftOutExample:
 class LeftOut:
     """The examples that were left out of the forward pass of one batch.
 
-    In means over the batch, they count with the results of their last forward pass.
+    In means over the batch, these examples count with the results of their last forward pass.
     """
 
     examples: tuple[LeftOutExample, ...] = ()

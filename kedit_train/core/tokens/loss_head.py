@@ -179,7 +179,7 @@ class LossHead:
             raise EditError(
                 f"the output head of {type(module).__name__} must receive one hidden state per label ([batch, "
                 f"length] = {tuple(call.labels.shape)}), got {shape}; remove prompt tuning if the model uses it, or "
-                "change forward() if it does not call the output head as a module."
+                "change forward() if forward() does not call the output head as a module."
             )
         return self._score(call, hidden[:, :-1], output)
 
@@ -277,8 +277,8 @@ class LossHead:
         # pass, so the gradient is computed there.
         dtype = self.head.compute_dtype(hidden)
         defer = dtype == torch.float16 or (call.fused and dtype in HALF)
-        # The chunk is not shorter with a term. Shorter chunks use memory blocks just below glibc's mmap threshold, and
-        # such blocks make the heap grow.
+        # With a second loss term, the chunk keeps its length. Shorter chunks would use memory blocks just below glibc's
+        # mmap threshold, and such blocks would make the heap grow.
         chunk = chunk_length(vocab_size)
         others = (*soft_targets, *reference)
         return added, chunked(

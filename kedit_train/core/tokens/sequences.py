@@ -20,7 +20,7 @@ def sequence_numbers(where: Tensor, positions: Tensor | None) -> Tensor:
     sequence = torch.arange(len(where), device=where.device).unsqueeze(1).expand_as(where)
     if positions is not None:
         starts = (positions.to(where.device) == 0).expand(len(where), where.shape[1] + 1)
-        # Shifted by one, because a position predicts the token after it.
+        # The numbers are shifted by one, because a position predicts the token after it.
         sequence = starts.reshape(-1).cumsum(0).reshape(starts.shape)[:, 1:]
     return sequence[where].unique(return_inverse=True)[1]
 

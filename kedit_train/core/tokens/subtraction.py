@@ -87,8 +87,8 @@ class Subtraction:
             )
         else:
             reason = (
-                "there are no larger coefficients to try (the norm of the change from training on the old answers is "
-                f'{length:.2%} of the norm of the weights); pass larger coefficients, or scale="base"'
+                "there are no larger coefficients to try (training on the old answers changed the weights by "
+                f'{length:.2%} of their norm); pass larger coefficients, or scale="base"'
             )
         return (
             f"the mean probability of the old answers must be <= max_probability={self.max_probability:g}, got "

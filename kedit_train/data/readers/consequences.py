@@ -12,10 +12,10 @@ from kedit_train.data.readers.format import Format, field_names
 from kedit_train.data.tokenization import shorten
 from kedit_train.edit import Edit, Probe
 
-# RippleEdits -> kinds of questions. One kind has two spellings.
+# The criteria of RippleEdits by kind of question. The files spell one criterion in two ways.
 _RIPPLE_LOCALITY = ("Relation_Specificity", "Relation_Specifity", "Forgetfulness")
 _RIPPLE_PORTABILITY = ("Logical_Generalization", "Subject_Aliasing", "Compositionality_I", "Compositionality_II")
-# The last words of the phrases of RippleEdits, which stand before the target.
+# The words that end the prompt in a sentence of RippleEdits. The target follows.
 _BEFORE_TARGET = re.compile(r"\s(?:is followed by|follows|is|are)\s")
 _HOPS = range(2, 7)
 
@@ -24,13 +24,13 @@ def read_ripple_edits(record: Fields) -> list[Edit]:
     """Read a record of RippleEdits.
 
     ``edit.prompt`` is a full sentence, such as "The gender of Ada is female.". It is split after its last "is", "are",
-    "follows" or "is followed by". If the record has a ``previous_fact``, the split is within the beginning that both
-    sentences share, and the rest of the previous sentence becomes the old answer. The record names the subject only by
-    a Wikidata identifier, so the edit has no subject.
+    "follows" or "is followed by". If the record has a ``previous_fact``, the split is within the beginning that
+    ``edit.prompt`` shares with the sentence of the previous fact. The rest of that sentence becomes the old answer. The
+    record names the subject only by a Wikidata identifier, so the edit has no subject.
 
     The six criteria keep their names as kinds. ``Relation_Specificity`` and ``Forgetfulness`` become locality
-    questions, and the others portability questions. ``test_condition`` and ``condition_queries`` (questions that the
-    unedited model must answer for a test to count) are not read.
+    questions. The other four criteria become portability questions. ``test_condition`` and ``condition_queries``
+    (questions that the unedited model must answer for a test to count) are not read.
 
     References:
         "Evaluating the Ripple Effects of Knowledge Editing in Language Models", arXiv 2307.12976.
@@ -115,10 +115,11 @@ def _uniedit_probes(record: Fields, key: str, kind: str) -> dict[str, tuple[Prob
 def read_hallueditbench(record: Fields) -> list[Edit]:
     """Read a row of HalluEditBench.
 
-    ``question`` is the prompt and ``object`` is the target. ``paraphrased_question`` becomes the rephrase, and
-    ``locality_question`` a locality question without an answer. The portability questions have the kinds ``yes``,
-    ``no`` (questions with this answer), ``reversed`` (the answer is the subject) and ``2_hops`` to ``6_hops``. The
-    multiple-choice questions are not read. Nor are ``output_...`` and ``eval_...``, which are answers of one model.
+    ``question`` is the prompt and ``object`` is the target. ``paraphrased_question`` becomes the rephrase.
+    ``locality_question`` becomes a locality question without an answer. The portability questions have the kinds
+    ``yes`` and ``no`` (the right answer is "Yes" or "No"), ``reversed`` (the answer is the subject) and ``2_hops`` to
+    ``6_hops``. The multiple-choice questions are not read. The fields ``output_...`` and ``eval_...`` are not read
+    either, because they are about the answers of one model.
 
     References:
         "Can Knowledge Editing Really Correct Hallucinations?", arXiv 2410.16251.

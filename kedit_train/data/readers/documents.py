@@ -51,8 +51,8 @@ def read(record: Fields) -> list[Edit]:
 def read_path(path: Path) -> tuple[list[Any], list[str]]:
     """Read the records of a file or of a folder of documents.
 
-    A document without a title gets one from the name of its file. If several documents have the same title, the later
-    ones get a number, because one prompt cannot have two targets.
+    If a document has no title, its title is made from the name of its file. If several documents have the same title,
+    the later documents get a number, because one prompt cannot have two targets.
 
     Args:
         path: a ``.txt`` or ``.md`` file with one document, a file of records (:func:`read_file`), or a folder. In a
@@ -61,8 +61,8 @@ def read_path(path: Path) -> tuple[list[Any], list[str]]:
 
     Returns:
         The records, as :func:`read_file` returns them, and for each record its file and its number in this file, for
-        messages. In a folder, a file that cannot be read is an ``EditError`` (not raised). The same holds for an empty
-        document.
+        messages. In a folder, an ``EditError`` (not raised) stands in place of an empty document and of a file that
+        cannot be read.
 
     Raises:
         EditError: the path does not exist, the file cannot be read, or a folder has no file with a known ending.
@@ -142,7 +142,7 @@ def _read_text_file(path: Path, name: str) -> dict[str, Any] | EditError:
 
 
 def _titled(record: Any, stem: str, number: int) -> Any:
-    """Return a record. A document without a title gets the name of its file and its number."""
+    """Return a record. If it is a document without a title, its title becomes the name of its file and its number."""
     if not _is_document(record) or not is_blank(record.get("title")):
         return record
     return {**record, "title": f"{_from_stem(stem)} {number}"}
@@ -157,7 +157,7 @@ def _from_stem(stem: str) -> str:
 
 
 def _distinct(records: list[Any]) -> list[Any]:
-    """Number the titles that several documents share."""
+    """Add numbers to the titles that several documents share."""
     titles = [record["title"] if _is_document(record) else None for record in records]
     taken = {fold(title) for title in titles if isinstance(title, str)}
     numbers: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Read the records of a file. An invalid line is returned as an error object, so that the caller can skip it."""
+"""Read the records of a file. For an invalid line, an error object is returned, so that the caller can skip it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 HEADING = "Did it work?"
 _NOTES = {
     "leading": "the greedy answer begins with an accepted answer, followed by a word boundary. locality: the first "
-    "tokens are unchanged (as many as the true answer has, at least 3)",
+    "tokens of the answer are unchanged (as many tokens as the true answer has, at least 3)",
     "exact": "the greedy answer, until the model ends it, equals an accepted answer after normalization",
     "contains": "the greedy answer contains an accepted answer. locality: the first tokens are unchanged",
     "wild": "the greedy answer, until its first full stop or line break, equals an accepted answer after normalization",
@@ -33,7 +33,7 @@ _REST = (
 def protocol_note(report: ReportData) -> str:
     """Return a note with the name of the headline protocol and the rule by which this protocol judges an answer."""
     protocols = report.protocols
-    # The default needs no reason, unless the model was measured and found to be an exception.
+    # No reason is shown for the default protocol.
     reason = protocols.reason if protocols.headline != EXACT.headline else ""
     why = f" (chosen because {reason})" if reason else ""
     score = "score" if protocols.headline in ("teacher_forced", "probability") else "generated"
@@ -125,7 +125,7 @@ def _question_lines(
 ) -> Iterator[ScoreLine]:
     compared = edited.get("compared_with") == "unedited model"
     label = _locality_label(protocols.headline, compared) if question == "locality" else question
-    # The unedited model has no fraction of unchanged answers.
+    # For the unedited model, a fraction of unchanged answers has no meaning.
     yield ScoreLine(
         label=label,
         unedited=NO_SCORE if compared else unedited.get("generated", NO_SCORE),
@@ -145,13 +145,14 @@ def _question_lines(
     shown = set(protocols.names) - {EXACT.headline if protocols.names == EXACT.names else ""}
     for name, named in _NAMED_LABELS.items():
         if name in edited and name != protocols.headline and edited[name].n and (name in shown or name == "magnitude"):
-            # The unedited model has no fraction of unchanged answers, but a probability of each answer.
+            # For the unedited model, a fraction of unchanged answers has no meaning, but the probability of an answer
+            # does.
             before = NO_SCORE if compared and name != "probability" else unedited.get(name, NO_SCORE)
             yield ScoreLine(label=named, unedited=before, edited=edited[name], is_kind=True)
     if compared:
         if protocols.names != EXACT.names:
             yield ScoreLine(label="locality: first tokens kept", edited=edited.get("tokens_kept", NO_SCORE))
-        # Teacher forcing scores the true answer, so its score belongs to the fraction of right answers.
+        # Teacher forcing scores the true answer. So its score is shown beside the fraction of right answers.
         yield ScoreLine(
             label="locality: right",
             unedited=unedited.get("right", NO_SCORE),

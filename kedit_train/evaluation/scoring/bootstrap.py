@@ -152,7 +152,10 @@ def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: in
 
 
 def scores_of_means(means: Iterable[MeanOverEdits], seed: int = 0) -> list[Score]:
-    """Return one score per :class:`MeanOverEdits`, from the values on this process. All must have the same edits."""
+    """Return one score per :class:`MeanOverEdits`, from the values that this process has added.
+
+    All of ``means`` must have the same edits.
+    """
     means = list(means)
     if not means:
         return []

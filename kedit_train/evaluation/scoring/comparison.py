@@ -49,7 +49,7 @@ def compare_with_unedited(
 
 
 def _open_question(result: ProbeResult) -> str:
-    """Return the question of an open text, or an empty text. The other questions share one answer per prompt."""
+    """Return ``result.question`` for an open text, else an empty text. Other questions share one answer per prompt."""
     return result.question if result.question in OPEN else ""
 
 

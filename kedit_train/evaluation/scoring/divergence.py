@@ -16,9 +16,9 @@ from kedit_train.evaluation.asking.generate import Answer
 from kedit_train.evaluation.asking.logits import target_logits
 from kedit_train.functional.top_k_divergence import bucket_divergence, top_log_probs
 
-# Of each distribution, this many of the most probable tokens are stored. All other tokens are summed into one bucket.
-# The divergence that is computed from these values is never larger than the true divergence. Both are equal if the
-# vocabulary has at most this many tokens. The stored values take 12 KiB per position.
+# Number of most probable tokens that are stored for each distribution. All other tokens are summed into one bucket. The
+# divergence that is computed from the stored values is never larger than the true divergence. If the vocabulary has at
+# most this many tokens, the computed and the true divergence are equal. The stored values take 12 KiB per position.
 KEPT_TOKENS = 1024
 
 

@@ -30,8 +30,8 @@ _MEASURES: dict[str, Callable[[ProbeResult], float | None]] = {
     ),
     "ended": lambda r: r.ended,
 }
-# Protocols that give a score only if they are among the report's protocols. ``_MEASURES`` has the scores of the other
-# protocols, which are always computed.
+# Protocols that give a score only if they are among the report's protocols. The scores of all other protocols are
+# always computed; see ``_MEASURES``.
 _NAMED = ("leading", "exact", "wild", "probability")
 
 

@@ -40,7 +40,7 @@ class TextResult:
 
 @dataclass
 class _Reader:
-    """Reads the logits of each window of the texts, and records the distributions or compares them with recorded ones.
+    """Reads the logits of each window of the texts. Records distributions, or compares with recorded distributions.
 
     A window is a part of a text that fits into the model's context; see :func:`text_losses`.
     """

@@ -28,14 +28,16 @@ from kedit_train.evaluation.scoring.normalize import contains, exact_match, norm
 Protocol = Literal["leading", "exact", "contains", "wild", "teacher_forced", "probability"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
-# Protocols that judge a whole answer, of up to ``max_new_tokens`` tokens. The others need the first tokens only.
+# Protocols that judge a whole answer, of up to ``max_new_tokens`` tokens. All other protocols need only the first
+# tokens.
 _WHOLE_ANSWER = {"exact", "contains", "wild"}
-# Tokens that are generated after the longest accepted answer, so that an article or a longer word shows.
+# Number of tokens that are generated in addition to the length of the longest accepted answer. They leave room for an
+# article, and show whether the last word of an answer goes on.
 MARGIN = 3
 # Locality compares at least this many tokens.
 MINIMUM_KEPT = 3
-# Stands for the end of an answer among its first tokens. Several tokens can end an answer, so all of them are stored as
-# this number.
+# The number that is stored for the end of an answer among its first tokens. Different tokens can end an answer, and
+# this number stands for all of them.
 END = -1
 # A hyphen, a dash, an apostrophe or a slash between two letters is a word boundary, as in "Paris-based" and "Paris's".
 _INNER_BOUNDARY = re.compile(r"(?<=[^\W\d_])['\u2019/\u2010-\u2015-](?=[^\W\d_])")

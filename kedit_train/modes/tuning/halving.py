@@ -16,7 +16,7 @@ from kedit_train.modes.tuning.settings import RECOMMENDED, TuneSetting
 # The pick rule accepts a setting with at least this reliability.
 RELIABILITY = 0.95
 RULE = f"reliability of at least {RELIABILITY}, then the highest harmonic mean of generality and locality"
-# The settings of kedit_default are kept if no score is higher by at least this much.
+# The settings of kedit_default are kept if no other score is higher than theirs by at least this much.
 MARGIN = 0.05
 # Each rung keeps the best third of the settings, and has three times as many edits as the rung before it.
 KEPT = 3
@@ -65,7 +65,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of generality and locality. If only one of the two was measured, it is the score."""
+        """The harmonic mean of generality and locality. If only one of the two was measured, the score is this one."""
         values = self._measured
         return len(values) / sum(1 / value for value in values) if values and all(values) else 0.0
 
@@ -171,8 +171,8 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
     """Return the best trial and the rule by which it was picked. All trials must be on the same edits.
 
-    The settings of ``kedit_default`` are replaced only if another score is higher by at least ``MARGIN``. On few edits,
-    smaller differences are often random.
+    Reliable settings of ``kedit_default`` are replaced only if another score is higher by at least ``MARGIN``. On few
+    edits, smaller differences are often random.
 
     Args:
         trials: at least one trial.
@@ -185,7 +185,8 @@ def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
     best = rank(trials)[0]
     default = next((trial for trial in trials if trial.setting == RECOMMENDED), best)
     if best is not default and default.reliable and best.score < default.score + MARGIN:
-        return default, f"the settings of kedit_default, because no score is higher by at least {MARGIN}"
+        reason = f"no other setting has a score that is higher by at least {MARGIN}"
+        return default, f"the settings of kedit_default, because {reason}"
     if best.reliable:
         return best, RULE
     return best, f"the most reliable setting, because no setting has a reliability of at least {RELIABILITY}"
@@ -215,7 +216,7 @@ def _beats(one: Trial, other: Trial) -> bool:
 def covering(scopes: Mapping[Key, frozenset[Name]]) -> dict[Key, Key]:
     """Return, for each scope, the largest scope that contains it.
 
-    K-FAC factors that were computed for the larger scope can also be used for the smaller scope.
+    K-FAC factors that were computed for the largest scope can also be used for the scopes that it contains.
 
     Args:
         scopes: a dict from the key of a scope to the names of its weights.

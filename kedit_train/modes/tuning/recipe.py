@@ -78,7 +78,7 @@ def recipe_text(
         "#",
         f"# Measured on {held_out.edits} held-out edits: {measured}",
         f"# ({meta['date'][:10]}, protocol {meta['protocol']}).",
-        "# Locality is the fraction of the first tokens of the unedited answers that are kept.",
+        "# Locality is the fraction of the first tokens of the unedited model's answers that do not change.",
         f"# Picked by: {rule}.",
         f"seed_everything: {meta['seed']}",
         "model:",

@@ -24,7 +24,8 @@ class TuneResult:
     Args:
         grid: the grid.
         trials: all trials, in the order in which they ran.
-        cut_off: (number of edits, setting) of each run that was not started, because the budget was spent.
+        cut_off: the runs that were not started because the budget was spent. Each run is a pair: the number of edits,
+            and the setting.
         picked: the trial of the picked setting on the largest number of edits.
         rule: the rule by which the setting was picked.
         held_out: the scores of the picked setting on the held-out edits, after the unedited model was trained on these
@@ -69,16 +70,17 @@ class TuneResult:
         return "\n".join([*lines, "", *self.notes(), "", *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def notes(self) -> list[str]:
-        """Return the lines below the table: the meaning of the columns, the runs without a result, and the rule."""
+        """Return the lines below the table: the columns, the runs without a result, and how a setting was picked."""
         lines = [
-            f"reliability and generality: protocol {self.meta['protocol']}. locality: first tokens of the unedited "
-            "answers that are kept. score: harmonic mean of generality and locality. front: no other setting on these "
-            "edits is better in all three scores."
+            f"reliability and generality: protocol {self.meta['protocol']}. locality: fraction of the first tokens of "
+            "the unedited model's answers that do not change. score: harmonic mean of generality and locality. front: "
+            "no other setting on these edits is at least as good in reliability, generality and locality and better in "
+            "one of them."
         ]
         if self.cut_off:
             budget = self.meta["budget"]
-            share = f"the share of a round in the budget of {budget:g} s was spent"
-            lines += [f"not run, because {share}: {len(self.cut_off)} runs"]
+            share = f"the time of their round (an equal share of the budget of {budget:g} s) was spent"
+            lines += [f"{len(self.cut_off)} runs were not started, because {share}:"]
             lines += [f"  {edits} edits: {setting}" for edits, setting in self.cut_off]
         return [*lines, f"picked: {self.picked.setting} ({self.rule})"]
 

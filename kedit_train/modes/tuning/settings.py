@@ -12,7 +12,8 @@ from kedit_train.arguments import Rule, at_least, check_arguments, within
 
 Layers = int | float | str
 
-# Every run stops at this mean loss of an epoch (that of kedit_default), or after this number of epochs.
+# Every run stops when the mean loss of an epoch is below STOP_LOSS, which kedit_default also uses, or after EPOCHS
+# epochs.
 EPOCHS, BATCH_SIZE, STOP_LOSS = 80, 25, 0.01
 # Texts per step of KLLocality, and prompts per edit that NullSpace preserves (as in kedit_default).
 KL_BATCH_SIZE, NEIGHBORS = 2, 24
@@ -41,7 +42,7 @@ class TuneSetting:
     kl_weight: float
 
     def callback_arguments(self, texts: Any) -> list[tuple[str, dict[str, Any]]]:
-        """Return the (class name, arguments) of each callback. Runs and recipes both use this list.
+        """Return one pair per callback: its class name and its arguments. Runs and recipes use this list.
 
         Args:
             texts: the texts on which predictions should stay the same.
@@ -122,10 +123,10 @@ class TuneGrid:
     def settings(self) -> list[TuneSetting]:
         """Return all combinations without repetitions.
 
-        The settings of the recipe ``kedit_default`` come first, if the grid contains them. The others are sorted by KL
-        weight (smallest first), then by layers (in the order of the grid), then by step size (largest first), because
-        runs without ``KLLocality`` and runs with large steps are fast. If the budget is small, the last settings are
-        left out. Of several equally good settings, the first one is picked.
+        The settings of the recipe ``kedit_default`` come first, if the grid contains them. All other settings are
+        sorted by KL weight (smallest first), then by layers (in the order of the grid), then by step size (largest
+        first), because runs without ``KLLocality`` and runs with large steps are fast. If the budget is small, the last
+        settings are left out. Of several equally good settings, the first one is picked.
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)

@@ -149,7 +149,7 @@ def _halve(
     deadlines: list[float],
     bar: Any,
 ) -> tuple[list[Trial], list[tuple[int, TuneSetting]]]:
-    """Run successive halving, and return all trials and the (number of edits, setting) of each run left out.
+    """Run successive halving. Return the trials, and the number of edits and the setting of each run left out.
 
     A run is left out if the budget is spent.
     """
@@ -159,7 +159,8 @@ def _halve(
         part, current = tuning[: rung.edits], []
         chosen = settings[: rung.settings]
         if RECOMMENDED in settings:
-            # In every round, in addition to the best ones, so the picked setting is no worse on the tuning half.
+            # The settings of kedit_default run in every round, in addition to the best settings. So the picked setting
+            # is at least as good on the tuning half.
             chosen = [RECOMMENDED, *(setting for setting in chosen if setting != RECOMMENDED)]
         bar.total += len(chosen) - len(settings[: rung.settings])
         for setting in chosen:

@@ -19,7 +19,7 @@ def run_on(model: nn.Module) -> Any:
 
 
 def complete_run(anchors: AnchorWeights, model: nn.Module) -> dict[str, Tensor]:
-    """Store the anchors of one run, move the weights, and return what they were."""
+    """Store the anchors of one run, move the weights, and return the weights before the move."""
     run = run_on(model)
     anchors.start_run(run)
     anchors.register(run.scope, run.reference)

@@ -66,7 +66,7 @@ def test_moments_belong_to_the_model_before_the_edit_in_fp32_and_leave_no_hooks(
 def test_forward_passes_stop_at_the_last_layer_in_scope(tiny):
     model = tiny("llama").eval()
     run = run_on(model, ["0.mlp.down_proj"])
-    # The first use of the head calls the model.
+    # The first use of the head calls the model, so it comes before the calls are counted.
     run.head()
     calls = []
     handle = model.model.layers[-1].register_forward_hook(lambda *_: calls.append(1))

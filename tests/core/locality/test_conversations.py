@@ -119,7 +119,7 @@ def test_leaks_are_found_in_rendered_conversations() -> None:
     with pytest.warns(UserWarning, match="2 of 3 texts contain an evaluation prompt"):
         kept = Texts([*leaks, COIN]).load(edits, tokenizer=tokenizer)
     assert kept == Texts([COIN]).load(tokenizer=tokenizer)
-    # This template says nothing of the user, but the conversation contains the prompt.
+    # This template leaves out the messages of the user, but the conversation contains the prompt.
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
     )

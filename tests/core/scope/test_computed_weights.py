@@ -1,4 +1,4 @@
-"""Weights that torch computes from other parameters: a pattern must not skip them without a word."""
+"""Weights that torch computes from other parameters: a pattern must not skip them silently."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def batch(texts: list[tuple[list[int], list[int]]], side: str = "right") -> dict
         ):
             rows[key].append([fill] * pad + row if side == "left" else row + [fill] * pad)
     found = {key: torch.tensor(row) for key, row in rows.items()}
-    # GPT-2 counts positions from the row's start unless it is told, as generation does.
+    # GPT-2 counts positions from the start of the row unless it gets position ids, as it does in generation.
     found["position_ids"] = (found["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return found
 

@@ -16,7 +16,7 @@ class Weights(torch.nn.Module):
         self.narrow = torch.nn.Parameter(torch.randn(5).bfloat16())
 
     def generate(self) -> None:
-        """What makes it a language model to the evaluator."""
+        """The evaluator takes any module with this method for a language model."""
 
 
 @pytest.mark.parametrize("chunk", [4, 2**22])

@@ -105,8 +105,8 @@ def test_a_spent_budget_cuts_off_all_but_the_first_run_and_the_held_out_edits(sc
     assert (result.picked.edits, result.held_out.edits) == (4, 5)
     assert "no setting has a reliability of at least 0.95" in result.rule
     notes = "\n".join(result.notes())
-    share = "the share of a round in the budget of 1e-09 s was spent"
-    assert f"not run, because {share}: 4 runs\n  4 edits: layers 0.5, step 0.01" in notes
+    share = "the time of their round (an equal share of the budget of 1e-09 s) was spent"
+    assert f"4 runs were not started, because {share}:\n  4 edits: layers 0.5, step 0.01" in notes
 
 
 def test_every_round_has_an_equal_share_of_the_budget(scripted: Tune, monkeypatch: pytest.MonkeyPatch) -> None:
