@@ -18,7 +18,9 @@ Every name on this page can be imported from `kedit_train`. `help(name)` shows i
 example. Everything else in the package is internal and may change in any release, except functions that a page of these
 docs imports, such as `kedit_train.augmentation.study_rows` and `kedit_train.data.split_documents`.
 
-`kedit_train.callbacks` has two more callbacks, for models that read no text, such as forecasters:
+Three more callbacks are public, but can be imported only from `kedit_train.callbacks`.
+[`GatedAdapter`](callbacks/gated_adapter.md) lets a LoRA adapter act only near the prompts of the edits. The other two
+are for models that read no text, such as forecasters:
 [`OutputAnchor`](callbacks/output_anchor.md) keeps the outputs on given inputs close to those before the edit, and
 [`ForecastMetrics`](callbacks/forecast_metrics.md) measures the error and the change of forecasts.
 """

@@ -16,6 +16,8 @@ from kedit_train import world
 from kedit_train.arguments import at_least, check_arguments, integer_from, optional
 from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.core.answer_end import decide_together
+from kedit_train.core.gate.adapter_folder import remove_stale_gate
+from kedit_train.core.gate.adapter_source import check_not_gated
 from kedit_train.data import Edit, EditCollator, EditDataset, split_documents
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
@@ -26,7 +28,7 @@ from kedit_train.data.tokenization import Encoded, context_length
 from kedit_train.errors import EditError
 from kedit_train.optional import require
 from kedit_train.paths import PATH
-from kedit_train.pretrained import load_model, lora_config, peft_errors
+from kedit_train.pretrained import check_new_adapter, load_model, lora_config, peft_errors
 
 _NO_AUGMENTATION = AugmentationOptions()
 
@@ -92,6 +94,7 @@ class EditModule(LightningModule):
         # The arguments are checked before a large model is loaded.
         check_model(learning_rate=learning_rate, save_path=save_path)
         adapter = None if lora is None else lora_config(lora)
+        check_not_gated(name)
         self.name, self.save_path, self.learning_rate = name, save_path, learning_rate
         # The model is loaded here and not in configure_model, because the setup of the callbacks runs before
         # configure_model and selects parameters.
@@ -99,6 +102,7 @@ class EditModule(LightningModule):
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
         if adapter is not None:
+            check_new_adapter(self.model, name)
             with require("peft"):
                 from peft import get_peft_model
             with peft_errors(f"lora={lora}"):
@@ -147,6 +151,7 @@ class EditModule(LightningModule):
         """Save the edited model, after the callbacks have removed their hooks from it."""
         if self.save_path is not None and self.trainer.is_global_zero:
             self.model.save_pretrained(self.save_path)
+            remove_stale_gate(self.model, self.save_path)
             self.tokenizer.save_pretrained(self.save_path)
             print(f"{'adapter' if hasattr(self.model, 'peft_config') else 'edited model'}: {self.save_path}")
 

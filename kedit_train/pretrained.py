@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 from kedit_train import world
+from kedit_train.core.gate.adapter_source import OTHER_WAY, adapted_base, adapter_folder
+from kedit_train.core.gate.gate import Gate
+from kedit_train.core.gate.gate_file import has_gate
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
@@ -19,9 +22,14 @@ from kedit_train.optional import require
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
+    A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because merging into bf16
+    weights would round the adapter's effect. If the folder of the adapter (or its repository on the hub) contains
+    ``gate.safetensors``, which ``GatedAdapter`` saves, the model gets this gate.
+
     Args:
-        name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, a ``.gguf`` file, or "world"
-            for the tiny model that comes with kedit-train. The weights of a GGUF file are dequantized.
+        name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, the folder of a PEFT
+            adapter, a ``.gguf`` file, or "world" for the tiny model that comes with kedit-train. The weights of a GGUF
+            file are dequantized.
         dtype: the dtype of the loaded weights. "auto" keeps the dtype of the checkpoint.
         trust_remote_code: whether to run Python code that the checkpoint contains.
 
@@ -29,8 +37,8 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        EditError: the model or the tokenizer cannot be loaded, the model is not a causal language model, or weights are
-            missing.
+        EditError: the model, its adapter, its gate or the tokenizer cannot be loaded, the model is not a causal
+            language model, or weights are missing.
 
     Example:
         >>> from kedit_train import load_model
@@ -40,6 +48,10 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    base = adapted_base(name)
+    if base is not None:
+        folder = str(adapter_folder(name))
+        return _load_adapted(folder, base, dtype=dtype, trust_remote_code=trust_remote_code)
     if world.is_world(name):
         name = str(world.path())
     with loading_errors(name, "cannot be loaded as a causal language model"):
@@ -68,6 +80,48 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, tokenizer
+
+
+def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Load a PEFT adapter on top of its base model, with its gate if it has one."""
+    with require("peft"):
+        from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    # A damaged gate is reported before a large model is loaded.
+    gate = Gate.load(name) if has_gate(name) else None
+    try:
+        model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
+    except EditError as error:
+        raise EditError(
+            f"the base model {base!r} of the adapter {name} cannot be loaded ({error}); correct "
+            f"base_model_name_or_path in adapter_config.json, {OTHER_WAY}."
+        ) from error
+    with loading_errors(name, f"is an adapter that does not fit its base model {base!r}"):
+        adapted = PeftModel.from_pretrained(model, name)
+    if (Path(name) / "tokenizer_config.json").is_file():
+        with loading_errors(name, "comes with a tokenizer that cannot be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    if gate is not None:
+        gate.install(adapted)
+    return adapted.eval(), tokenizer
+
+
+def check_new_adapter(model: Any, name: str) -> None:
+    """Check that a new LoRA adapter can be added to a model.
+
+    Args:
+        model: the model.
+        name: the name that the user gave.
+
+    Raises:
+        EditError: the model already has an adapter, which the new adapter would replace, or a gate.
+    """
+    if hasattr(model, "peft_config"):
+        raise EditError(
+            f"lora must be None, because {name!r} already has an adapter, which a new adapter would replace; train the "
+            "base model with all edits, or merge the adapter first (a gated adapter cannot be merged)."
+        )
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from kedit_train.callbacks import (
     ForecastMetrics,
     ForgetFirst,
     ForgettingBudget,
+    GatedAdapter,
     GradientMask,
     KLLocality,
     LowCurvature,
@@ -36,6 +37,7 @@ from kedit_train.callbacks import (
     WeightAnchor,
 )
 from kedit_train.core.answer_end import decide_together
+from kedit_train.core.gate.adapter_source import check_not_gated
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.answer_end import AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, describe_format, read_format, thinks
@@ -51,6 +53,7 @@ with require("trl", extra="trl"):
 CALLBACKS: dict[str, type[EditCallback]] = {
     "parameter_scope": ParameterScope,
     "gradient_mask": GradientMask,
+    "gated_adapter": GatedAdapter,
     "forget_first": ForgetFirst,
     "token_loss": TokenLoss,
     "token_smoothing": TokenSmoothing,
@@ -74,7 +77,6 @@ CALLBACKS: dict[str, type[EditCallback]] = {
 }
 # On the command line, the arguments of a callback are a JSON string.
 Arguments = dict[str, Any] | str | None
-
 
 _APPEND_EOS: dict[str, AppendEos] = {"auto": "auto", "true": True, "false": False}
 
@@ -129,6 +131,7 @@ class EditSFTConfig(SFTConfig):
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
     parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
+    gated_adapter: Arguments = field(default=None, metadata=_help("For which prompts may a LoRA adapter act?"))
     prompt_format: Arguments = field(
         default="plain", metadata={"help": "Format of the prompts: plain, chat or question."}
     )
@@ -146,9 +149,7 @@ class EditSFTConfig(SFTConfig):
     forgetting_budget: Arguments = field(default=None, metadata=_help("Limit the divergence from the unedited model."))
     weight_anchor: Arguments = field(default=None, metadata=_help("Pull the weights towards their original values."))
     norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
-    null_space: Arguments = field(
-        default=None, metadata=_help("Project the weight change so that layer outputs on given texts hardly change.")
-    )
+    null_space: Arguments = field(default=None, metadata=_help("Keep layer outputs on given texts nearly the same."))
     low_curvature: Arguments = field(
         default=None, metadata=_help("Project the weight change onto directions of low loss curvature.")
     )
@@ -156,9 +157,7 @@ class EditSFTConfig(SFTConfig):
         default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
     )
     polyak_step: Arguments = field(default=None, metadata=_help("Choose the length of each step from the loss."))
-    prefix_cache: Arguments = field(
-        default=None, metadata=_help("Compute the hidden states of the frozen first layers only once.")
-    )
+    prefix_cache: Arguments = field(default=None, metadata=_help("Run the frozen first layers only once per example."))
     active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
     edit_metrics: Arguments = field(default=None, metadata=_help("Score the edits before, during and after training."))
     forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and the change of forecasts."))
@@ -260,6 +259,7 @@ class EditSFTTrainer(SFTTrainer):
         with reported_by("EditSFTTrainer"):
             if not isinstance(args, EditSFTConfig):
                 raise EditError(f"args must be an EditSFTConfig, got {type(args).__name__}.")
+            check_not_gated(model)
             if edits is None and args.edits is not None:
                 edits = EditDataset.load(args.edits)
             if edits is None and train_dataset is None:

@@ -8,6 +8,7 @@ from kedit_train.callbacks.edit_metrics import EditMetrics
 from kedit_train.callbacks.forecast_metrics import ForecastMetrics
 from kedit_train.callbacks.forget_first import ForgetFirst
 from kedit_train.callbacks.forgetting_budget import ForgettingBudget
+from kedit_train.callbacks.gated_adapter import GatedAdapter
 from kedit_train.callbacks.gradient_mask import GradientMask
 from kedit_train.callbacks.hosts.loop import editing
 from kedit_train.callbacks.kl_locality import KLLocality
@@ -40,6 +41,7 @@ __all__ = [
     "ForgetFirst",
     "ForgetTraining",
     "ForgettingBudget",
+    "GatedAdapter",
     "GradientMask",
     "KLLocality",
     "LowCurvature",

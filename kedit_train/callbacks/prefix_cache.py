@@ -12,6 +12,7 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.cache.hidden_state_store import HiddenStateStore, parse_bytes
 from kedit_train.core.cache.layer_stack import find_prefix
 from kedit_train.core.cache.prefix_cache import FrozenPrefix
+from kedit_train.core.gate.gate import find_gate
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.reference_weights import check_stored
 from kedit_train.core.run import EditRun
@@ -117,6 +118,13 @@ class PrefixCache(EditCallback):
         with evaluation_mode(model), run.host.forward_context():
             with torch.no_grad():
                 prefix = find_prefix(model, trained, ids, forward)
+            gate = find_gate(model)
+            if gate is not None and gate.layer < prefix.cut:
+                raise EditError(
+                    f"the gate of the adapter reads the input of block {gate.layer}, which would be skipped, because "
+                    f"the first trained block is {prefix.cut}; remove PrefixCache, or set layer={prefix.cut} in "
+                    "GatedAdapter and adapt no lower block."
+                )
             store = HiddenStateStore(self._bytes, None if self.cache_dir is None else Path(self.cache_dir))
             self._prefix = FrozenPrefix(model, prefix, store, self.recheck, lambda: run.reads_hidden_states)
             self._prefix.check_logits(forward)

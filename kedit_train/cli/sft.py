@@ -22,13 +22,15 @@ from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import class_of
+from kedit_train.core.gate.adapter_folder import remove_stale_gate
+from kedit_train.core.gate.adapter_source import check_not_gated
 from kedit_train.data import EditDataset, split_documents
 from kedit_train.data.chat_format import describe_format, read_format
 from kedit_train.data.readers.documents import DOCUMENTS
 from kedit_train.data.tokenization import context_length
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
-from kedit_train.pretrained import load_model, lora_config
+from kedit_train.pretrained import check_new_adapter, load_model, lora_config
 from kedit_train.processes import check_process_count, end_process_group
 from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
 
@@ -59,6 +61,8 @@ def main(arguments: Sequence[str]) -> Any:
     path = config.model.init_args.save_path
     if path is not None:
         trainer.save_model(path)
+        if trainer.is_world_process_zero():
+            remove_stale_gate(trainer.model, path)
         print(f"edited model: {path}")
     end_process_group()
     return trainer
@@ -82,7 +86,10 @@ def build(config: Namespace) -> EditSFTTrainer:
     check_arguments("model", learning_rate=(options.learning_rate, at_least(0)))
     callbacks: list[Any] = list(recipe.callbacks(config))
     data = EditDataModule(**config.data.init_args.as_dict())
+    check_not_gated(options.name)
     model, tokenizer = load_model(options.name, dtype=options.dtype, trust_remote_code=options.trust_remote_code)
+    if options.lora is not None:
+        check_new_adapter(model, options.name)
     if options.chat_template is not None:
         tokenizer.chat_template = options.chat_template
     if data.edits.format == DOCUMENTS.name:

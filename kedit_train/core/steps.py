@@ -34,12 +34,14 @@ class OptimizerSteps:
         learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The
             value is None if the optimizer has no learning rate.
         gradient_scale: the loss scale by which the gradients of the current step are multiplied, usually 1.0.
+        adding_penalties: whether the callbacks are computing their penalties.
     """
 
     def __init__(self, run: RunState, release: Callable[[], None]) -> None:
         self.run, self._release = run, release
         self.learning_rates: dict[str, float | None] = {}
         self.gradient_scale: Tensor | float = 1.0
+        self.adding_penalties = False
         # The number of steps that a gradient scaler has skipped.
         self.skipped = 0
         # None until the step is announced. Afterwards, whether any callback returned a penalty.
@@ -108,11 +110,13 @@ class OptimizerSteps:
         if self.integrity.before_step():
             self._restore_constraints()
         terms: list[Tensor] = []
+        self.adding_penalties = True
         for callback in run.callbacks:
             with reported_by(type(callback).__name__):
                 term = callback.penalty(run)
             if term is not None:
                 terms.append(term)
+        self.adding_penalties = False
         self._penalized = bool(terms)
         self._versions = [p._version for p in run.scope.values()]
         return torch.stack(terms).sum() if terms else None

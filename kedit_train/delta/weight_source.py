@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kedit_train.core.fsdp import full_tensor
+from kedit_train.core.gate.gate import find_gate
 from kedit_train.errors import EditError
 from kedit_train.safetensors_header import Span, read_header, read_tensor
 
@@ -116,6 +117,11 @@ def _state_dict_weights(source: Mapping[str, Any]) -> Weights:
 
 def _module_weights(module: Any) -> Weights:
     base = module
+    if find_gate(module) is not None:
+        raise EditError(
+            "a gated adapter acts on some inputs only, so a delta cannot store it; save the adapter with "
+            "GatedAdapter(path=)."
+        )
     if hasattr(module, "peft_config"):
         if any(config.is_prompt_learning for config in module.peft_config.values()):
             raise EditError("prompt tuning changes no weight, so a delta cannot store it; save the adapter with PEFT.")

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from kedit_train.core.gate.gate import find_gate
 from kedit_train.core.locality.texts import Texts
 from kedit_train.data import Edit
 from kedit_train.data.chat_format import describe_format
 from kedit_train.errors import EditError, reported_by
-from kedit_train.evaluation.asking.batching import DivergedError
+from kedit_train.evaluation.asking.batching import DivergedError, unwrap_model
 from kedit_train.evaluation.asking.distributed import split_across_processes
 from kedit_train.evaluation.asking.generate import Answer
 from kedit_train.evaluation.asking.probes import PREFIXES, ProbeRequest, probe_requests
@@ -140,6 +141,8 @@ def evaluate(
         "judge": getattr(judge, "__qualname__", type(judge).__name__),
     }
     meta = report_metadata(model, edits, len(sample), results, settings, against_unedited=unedited is not None)
+    gate = find_gate(unwrap_model(model))
+    meta |= {} if gate is None else {"gate": {"keys": len(gate.radii), "layer": gate.layer}}
     meta |= {"protocol_reason": protocols.reason, "seed": seed, "seconds": round(time.perf_counter() - started, 3)}
     return Report(
         metrics=metrics,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from conformance.hosts import ARGUMENTS, HOSTS, Rows, collator
-from conformance.settings import SETTINGS, TEXTS
+from conformance.settings import ALL, TEXTS, load
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -38,7 +38,7 @@ TOGETHER = "all constraints under AdamW"
 
 def callbacks(name: str, edits: EditDataset) -> list[Any]:
     if name != TOGETHER:
-        made = SETTINGS[name](edits)
+        made = ALL[name](edits)
         scoped = any(isinstance(one, ParameterScope) for one in made)
         return made if scoped else [*made, ParameterScope(layers=0.5, modules="mlp.down_proj")]
     return [
@@ -156,7 +156,7 @@ def main(folder: Path) -> None:
     pairs = [tuple(pair) for pair in json.loads((folder / "pairs.json").read_text())]
     for name, host in pairs:
         torch.manual_seed(0)
-        model, tokenizer = world.load()
+        model, tokenizer = load(name)
         edits = even_edits(tokenizer)
         out = folder / f"{host}-{name}-{size}-{rank}"
         try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kedit_train import callbacks
+from kedit_train import callbacks, world
 from kedit_train.callbacks import (
     ActiveSet,
     BatchAnchor,
@@ -19,6 +19,7 @@ from kedit_train.callbacks import (
     ForgetFirst,
     ForgettingBudget,
     ForgetTraining,
+    GatedAdapter,
     GradientMask,
     KLLocality,
     LowCurvature,
@@ -110,6 +111,34 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     # A few steps stay below this budget, so the weight falls.
     "ForgettingBudget": lambda edits: [ForgettingBudget(5.0, measured_on="batch"), BatchAnchor(weight=50.0)],
 }
+
+# Callbacks that need a model with a LoRA adapter.
+ADAPTED: dict[str, Callable[[Any], list[Any]]] = {
+    "GatedAdapter": lambda edits: [
+        GatedAdapter(TEXTS, edits=edits, batch_size=2),
+        ParameterScope(layers=0.5, modules="mlp.down_proj"),
+    ],
+}
+ALL = SETTINGS | ADAPTED
+
+
+def load(callback: str) -> tuple[Any, Any]:
+    """Return the bundled model and its tokenizer, with the LoRA adapter that a callback needs."""
+    model, tokenizer = world.load()
+    if callback not in ADAPTED:
+        return model, tokenizer
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4, lora_alpha=32, target_modules=["down_proj"], layers_to_transform=[3], task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config), tokenizer
+
+
+def in_scope(names: Iterable[str]) -> set[str]:
+    """Return the parameters that ParameterScope(layers=0.5, modules="mlp.down_proj") selects in these models."""
+    return {name for name in names if "layers.3.mlp.down_proj" in name and "base_layer" not in name}
 
 
 def one_host_each(names: Iterable[str], hosts: Iterable[str], only: Iterable[str] = SETTINGS) -> list[Any]:

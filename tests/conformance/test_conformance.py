@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conformance.hosts import HOSTS
-from conformance.settings import SETTINGS, public_callbacks
+from conformance.settings import ALL, SETTINGS, in_scope, load, public_callbacks
 
 from kedit_train import world
-from kedit_train.callbacks import ParameterScope
+from kedit_train.callbacks import GatedAdapter, ParameterScope
 from kedit_train.data import EditDataset
 
-BOTH = [(callback, host) for callback in SETTINGS for host in HOSTS]
+BOTH = [(callback, host) for callback in ALL for host in HOSTS]
 
 
 @pytest.fixture
@@ -38,30 +38,34 @@ def traces(model: Any) -> dict[str, Any]:
     }
 
 
-def stock_traces(host: str, edits: EditDataset, trainers: int = 1) -> dict[str, Any]:
+def stock_traces(host: str, edits: EditDataset, trainers: int = 1, callback: str = "") -> dict[str, Any]:
     """Return what the host itself leaves behind. SFTTrainer hooks the embeddings for activation checkpointing."""
-    model, tokenizer = world.load()
+    model, tokenizer = load(callback)
     for _ in range(trainers if host == "SFTTrainer" else 0):
         HOSTS[host](model, tokenizer, edits, [], 1)
     return traces(model)
 
 
 def test_every_public_callback_has_a_setting() -> None:
-    assert {name.split()[0] for name in SETTINGS} == public_callbacks()
+    assert {name.split()[0] for name in ALL} == public_callbacks()
 
 
 @pytest.mark.parametrize(("callback", "host"), BOTH)
 def test_a_callback_trains_and_leaves_no_trace(callback: str, host: str, edits: EditDataset) -> None:
-    model, tokenizer = world.load()
-    expected_traces = stock_traces(host, edits)
+    expected_traces = stock_traces(host, edits, callback=callback)
+    model, tokenizer = load(callback)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    callbacks = SETTINGS[callback](edits)
+    callbacks = ALL[callback](edits)
     scoped = any(isinstance(one, ParameterScope) for one in callbacks)
     HOSTS[host](model, tokenizer, edits, callbacks, 2)
+    for one in callbacks:
+        if isinstance(one, GatedAdapter):
+            # The gate is the result of this callback. It stays on the model until the user removes it.
+            assert traces(model) != expected_traces
+            one.gate.remove()
     assert traces(model) == expected_traces
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, weights[name])}
-    expected = {n for n in weights if not scoped or "layers.3.mlp.down_proj" in n}
-    assert moved == expected
+    assert moved == (in_scope(weights) if scoped else set(weights))
 
 
 @pytest.mark.parametrize("host", [pytest.param(h, marks=pytest.mark.slow) if h != "SFTTrainer" else h for h in HOSTS])

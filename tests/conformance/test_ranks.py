@@ -12,7 +12,7 @@ import pytest
 import torch
 from conformance import ranks
 from conformance.hosts import HOSTS
-from conformance.settings import SETTINGS, one_host_each
+from conformance.settings import ADAPTED, SETTINGS, in_scope, load, one_host_each
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -91,6 +91,20 @@ def test_two_processes_end_with_the_weights_of_one(callback: str, host: str, fol
         # The callback itself changes the weights by more than the rounding, unless it is neutral.
         effect = float((alone[name] - plain[name]).norm() / (plain[name] - before).norm())
         assert effect < 1e-5 if callback in NEUTRAL else effect > 5e-5
+
+
+@pytest.mark.parametrize(("callback", "host"), one_host_each(ADAPTED, HOSTS, only=()))
+def test_two_processes_train_the_adapter_of_one(callback: str, host: str, folder: Path) -> None:
+    first, second, alone = (weights(folder, host, callback, which) for which in ("2-0", "2-1", "1-0"))
+    for name, before in load(callback)[0].named_parameters():
+        assert torch.equal(bits(first[name]), bits(second[name])), name
+        if name not in in_scope([name]):
+            assert torch.equal(bits(first[name]), bits(before.detach())), name
+            continue
+        moved = (alone[name] - before.detach()).norm()
+        assert moved > 0
+        rounding = torch.finfo(before.dtype).eps * before.detach().abs().max()
+        assert (first[name] - alone[name]).norm() < 1e-4 * moved + rounding
 
 
 # Two hosts in the default run: one with its own loop, and one where the user writes the loop.

@@ -39,8 +39,14 @@ def arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     check_new_folder(args.out)
     from kedit_train.cli.kedit.checkpoints import folder_of
+    from kedit_train.core.gate.adapter_source import gated_folder
     from kedit_train.delta import EditDelta
 
+    if gated_folder(args.delta) is not None:
+        raise EditError(
+            f"{args.delta} is a gated adapter, which acts on some inputs only, so it cannot be written as the weights "
+            "of a checkpoint; load the folder with kedit_train.load_model, or evaluate it with kedit eval."
+        )
     delta, folder = EditDelta.load(args.delta), folder_of(args.model)
     with naming_models(args.delta, delta.meta, args.model):
         if args.dtype is None:

@@ -9,12 +9,9 @@ from typing import Any
 
 from kedit_train import world
 from kedit_train.errors import EditError
-from kedit_train.optional import require
-from kedit_train.safetensors_header import parse_json
 
 # The files of a transformers model, except pickled weights, because loading a pickle can execute code.
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.md", "*.py"]
-_MERGE = "or merge the adapter with merge_and_unload() and give the folder of the merged model"
 
 
 def world_or(name: str) -> str:
@@ -47,36 +44,14 @@ def folder_of(name: str) -> Path:
 
 
 def load(name: str, dtype: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Load a model and its tokenizer. A PEFT adapter is loaded on top of its base model.
-
-    The adapter is not merged into the base model, because merging into bf16 weights would round the adapter's effect.
-    """
+    """Load a model and its tokenizer. A PEFT adapter (and its gate) is loaded on top of its base model."""
     from transformers.utils import logging
 
-    from kedit_train.pretrained import load_model, loading_errors
+    from kedit_train.pretrained import load_model
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    base = adapted_base(name)
-    if base is None:
-        return load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    with require("peft"):
-        from peft import PeftModel
-    from transformers import AutoTokenizer
-
-    try:
-        model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
-    except EditError as error:
-        raise EditError(
-            f"the base model {base!r} of the adapter {name} cannot be loaded ({error}); correct "
-            f"base_model_name_or_path in adapter_config.json, {_MERGE}."
-        ) from error
-    with loading_errors(name, f"is an adapter that does not fit its base model {base!r}"):
-        adapted = PeftModel.from_pretrained(model, name)
-    if (Path(name) / "tokenizer_config.json").is_file():
-        with loading_errors(name, "comes with a tokenizer that cannot be loaded"):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    return adapted.eval(), tokenizer
+    return load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def without_weights(name: str, *, trust_remote_code: bool = False) -> Any | None:
@@ -111,24 +86,6 @@ def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
             f"the model cannot be moved to --device {device} ({str(error).splitlines()[0][:200]}); use another device, "
             "for example --device cpu."
         ) from error
-
-
-def adapted_base(name: str) -> str | None:
-    """Return the name of the base model of a PEFT adapter, or None if ``name`` is not an adapter folder.
-
-    Raises:
-        EditError: the configuration of the adapter cannot be read, or names no base model.
-    """
-    config = Path(name) / "adapter_config.json"
-    if not config.is_file():
-        return None
-    try:
-        base = parse_json(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise EditError(f"{config} is not a valid PEFT configuration ({error}); save the adapter again.") from error
-    if not base:
-        raise EditError(f"{config} names no base model; set base_model_name_or_path in this file, {_MERGE}.")
-    return str(base)
 
 
 def merged(model: Any) -> Any:

@@ -17,7 +17,7 @@ examples:
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B
   kedit eval Qwen/Qwen3-0.6B counterfact.json --delta runs/mine/edit.safetensors --full
   kedit eval runs/mine/edit.safetensors edits.jsonl --against Qwen/Qwen3-0.6B         a delta, applied to its base model
-  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter
+  kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter (and its gate)
   kedit eval runs/mine/model edits.jsonl --against before.json --json after.json
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B --protocol leading,wild --prose wiki.txt
   kedit eval runs/mine/model world --against world --markdown eval.md --plots plots --card runs/mine/model/README.md
@@ -127,6 +127,7 @@ def _is_report(name: str) -> bool:
 
 def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for, merged
+    from kedit_train.core.gate.adapter_source import gated_folder
     from kedit_train.evaluation import EvaluationOptions, Report, evaluate
     from kedit_train.evaluation.scoring.weight_drift import weight_drift
 
@@ -139,6 +140,12 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         prose=args.prose,
         prompt_format=args.prompt_format,
     )
+    for one in (name, args.against) if args.full else ():
+        if one is not None and not _is_report(one) and gated_folder(one) is not None:
+            raise EditError(
+                f"--full measures weight drift, but {one} is a gated adapter, which cannot be merged into the weights; "
+                "remove --full."
+            )
     before, reference = None, None
     if args.against is not None and _is_report(args.against):
         before = Report.load(args.against)
@@ -187,7 +194,8 @@ def _same_architecture(base: str, model: str, trust: bool) -> None:
     """Check that the base model has the same architecture as the edited model, before answers are generated."""
     from transformers import AutoConfig
 
-    from kedit_train.cli.kedit.checkpoints import adapted_base, world_or
+    from kedit_train.cli.kedit.checkpoints import world_or
+    from kedit_train.core.gate.adapter_source import adapted_base
 
     names = [world_or(adapted_base(name) or name) for name in (base, model)]
     try:

@@ -100,7 +100,8 @@ def run(args: Namespace) -> int:
     sweep = new_path(args.wandb, force=args.force, ending=".yaml") if args.wandb else None
     if sweep is not None and out.resolve() in (sweep.resolve(), sweep.with_name(f"{sweep.stem}_recipe.yaml").resolve()):
         raise EditError(f"--wandb {sweep} would replace the recipe {out}; choose another file name.")
-    from kedit_train.cli.kedit.checkpoints import adapted_base, load_for
+    from kedit_train.cli.kedit.checkpoints import load_for
+    from kedit_train.core.gate.adapter_source import adapted_base
     from kedit_train.data import EditDataset
     from kedit_train.evaluation import EvaluationOptions
     from kedit_train.modes import TuneGrid, tune

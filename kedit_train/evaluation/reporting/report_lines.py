@@ -201,6 +201,11 @@ def notes(report: ReportData) -> list[str]:
         lines.append(
             f"{ties} answers depend on two tokens with almost equal logits; another batch size may change these answers"
         )
+    if gate := report.meta.get("gate"):
+        lines.append(
+            f"the adapter has a gate ({gate['keys']} keys, input of block {gate['layer']}): rephrases outside of every "
+            "radius get the answers of the unedited model, and programs other than kedit-train ignore the gate"
+        )
     protocols, cut = report.protocols, _cut_share(report.unedited or report.metrics)
     if protocols.headline == "exact" and cut.value is not None and cut.value >= CUT_SHARE:
         better = "leading" if report.meta.get("settings", {}).get("prompt_format") == "plain" else "contains"

@@ -1,0 +1,292 @@
+"""GatedAdapter: let a LoRA adapter act only near the prompts of the edits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kedit_train.arguments import check_arguments, integer_from, optional, within
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.drift.second_moments import broadcast_from_first
+from kedit_train.core.gate.adapted_layers import AdaptedLayers, find_adapted_layers
+from kedit_train.core.gate.adapter_folder import check_folder, save_adapter
+from kedit_train.core.gate.checks import check_no_randomness, check_scope, check_unused
+from kedit_train.core.gate.gate import Gate, find_gate
+from kedit_train.core.gate.keys import begin_with, encode_prompts_of, nearest_distances, prompt_keys
+from kedit_train.core.locality.neighbor_texts import neighbor_texts
+from kedit_train.core.locality.texts import Texts, TextSource
+from kedit_train.core.run import EditRun
+from kedit_train.core.weak_hook import weak_hook
+from kedit_train.data import EditDataset
+from kedit_train.errors import EditError, warn
+from kedit_train.paths import PATH
+
+# A warning is issued if the gate opened in none of the first rows. This is their number.
+_EXAMPLES = 32
+# A radius below this fraction of the length of its key is not larger than the rounding errors of half precision.
+_SMALL = 1e-3
+
+
+class GatedAdapter(EditCallback):
+    """Let a LoRA adapter act only near the prompts of the edits.
+
+    The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores a key for
+    each prompt: the hidden state of its last token at the input of one decoder block. If a chat template gives a prompt
+    one form in training and another in generation, each form has a key. In each row, the adapter acts from the first
+    position whose hidden state lies within the radius of a key. At earlier positions, and in rows without such a
+    position, the output of the model is bit for bit the output of the unedited model in the same batch.
+
+    The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
+    ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
+    below 1, no position of a held text is within a radius, except for the end of an edited prompt at the
+    beginning of a held text.
+
+    The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
+    training. Its attribute ``gate`` can remove it. Until then, the model saves the gate with the adapter, and cannot be
+    merged. ``path`` saves the adapter and the gate, and
+    :func:`~kedit_train.load_model` loads both. Without the gate, the adapter is an ordinary adapter that acts on every
+    input.
+
+    Args:
+        texts: a source of held texts, or a :class:`Texts`.
+        margin: radius as a fraction of the distance to the nearest held position, in (0, 1].
+        layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
+            adapter. A higher index is an error.
+        neighbors: number of additional held prompts per edit: the prompt of the edit with a name from the texts in
+            place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts
+            about other subjects lie within a radius. Edits without a subject have no such prompts.
+        path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. The folder must
+            be new or empty, or contain an earlier gated adapter, whose files are replaced. None saves nothing.
+        edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
+            the training loop.
+        limit: maximum number of texts to read. None reads all texts.
+        batch_size: number of held texts per forward pass.
+
+    Attributes:
+        gate: the gate, with ``keys`` [keys, hidden], ``radii`` [keys], ``layer`` and ``remove()``. None before
+            training.
+
+    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance of a key to the nearest held
+    position) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
+
+    Raises:
+        EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
+            or the scope also changes the model outside of the gate, or the folder cannot be written.
+
+    References:
+        - "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031.
+        - "MELO: Enhancing Model Editing with Neuron-Indexed Dynamic LoRA", arXiv 2312.11795.
+        - "WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models", arXiv 2405.14768.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from kedit_train import EditCollator, EditDataset, editing, world
+        >>> from kedit_train.callbacks import GatedAdapter
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=2)
+        >>> batch = EditCollator(tokenizer)(edits.encode(tokenizer))
+        >>> other = tokenizer("A red fox slept.", return_tensors="pt")
+        >>> before = model(**other).logits
+        >>> config = LoraConfig(target_modules=["down_proj"], layers_to_transform=[2, 3], task_type="CAUSAL_LM")
+        >>> model = get_peft_model(model, config)
+        >>> gated = GatedAdapter("world", edits=edits, limit=64)
+        >>> with editing(model, [gated], tokenizer=tokenizer) as edit:
+        ...     optimizer = torch.optim.Adam(edit.parameters(), lr=1e-2)
+        ...     edit.before_step()
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        >>> torch.equal(model(**other).logits, before)  # The gate is closed.
+        True
+        >>> gated.gate.remove()
+        >>> torch.equal(model(**other).logits, before)
+        False
+    """
+
+    # The gate must be installed before other callbacks measure the model.
+    order = 5
+    duplicate_hint = "keep one GatedAdapter and pass all edits to it"
+
+    def __init__(
+        self,
+        texts: TextSource | Texts,
+        *,
+        margin: float = 0.5,
+        layer: int | None = None,
+        neighbors: int = 0,
+        path: str | None = None,
+        edits: Any = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        check_arguments(
+            self,
+            margin=(margin, within("(0, 1]")),
+            layer=(layer, optional(integer_from(0))),
+            neighbors=(neighbors, integer_from(0)),
+            path=(path, optional(PATH)),
+            limit=(limit, optional(integer_from(1))),
+            batch_size=(batch_size, integer_from(1)),
+        )
+        # An iterator can be read only once, but later runs read the edits again.
+        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.texts, self.margin, self.layer, self.neighbors = Texts.of(texts), margin, layer, neighbors
+        self.path, self.limit, self.batch_size = path, limit, batch_size
+        self.gate: Gate | None = None
+        self._distance, self._complete, self._warned = 0.0, False, False
+        self._run: EditRun | None = None
+        self._handle: Any = None
+        self._rows, self._opened = 0, torch.zeros(())
+
+    def prepare(self, run: EditRun) -> None:
+        self.texts.check()
+        run.causal_model()
+        self.gate, self._complete, self._warned = None, False, False
+        if self.edits is not None:
+            own = EditDataset.of(self.edits)
+            # The held texts leave out evaluation prompts of these edits.
+            run.edits = run.edits or own
+        adapted = find_adapted_layers(run.model)
+        if find_gate(run.model) is not None:
+            raise EditError("the model already has a gate; remove it with gate.remove(), or load the base model again.")
+        self._layer_of(adapted)
+        if self.path is not None:
+            _check_base_name(run.model)
+            if run.host.is_main:
+                check_folder(Path(self.path))
+
+    def attach(self, run: EditRun) -> None:
+        edits = run.edits if self.edits is None else EditDataset.of(self.edits)
+        if not edits:
+            raise EditError(
+                "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
+                "EditMetrics(edits)."
+            )
+        adapted = find_adapted_layers(run.model)
+        check_scope(run, adapted)
+        check_unused(run, adapted)
+        layer = self._layer_of(adapted)
+        prompts = encode_prompts_of(run, edits, self.texts.tokenizer)
+        # No adapted block is read, so the keys are the same before and after training.
+        keys = prompt_keys(run, adapted, layer, prompts)
+        held = self._held(run)
+        nearest = nearest_distances(run, adapted, layer, keys, prompts, [*held, *prompts], batch_size=self.batch_size)
+        keys, nearest = broadcast_from_first([keys, nearest])
+        radii = self.margin * nearest
+        small = int((radii < _SMALL * keys.norm(dim=1)).sum())
+        if small:
+            warn(
+                f"{small} of {len(radii)} keys have nearly the same hidden state as a held text, so their radius is "
+                "nearly 0 and the adapter may not act; adapt only higher blocks, or remove texts with these prompts."
+            )
+        if opened := begin_with(held, prompts):
+            warn(
+                f"{opened} of {len(held)} held texts begin with a prompt of the edits, so the adapter acts on the rest "
+                "of these texts; remove them from texts if their continuation must not change."
+            )
+        self._distance = float(nearest.mean())
+        gate = Gate(keys, radii, layer)
+        gate.install(run.model)
+        try:
+            check_no_randomness(run, adapted)
+        except BaseException:
+            gate.remove()
+            raise
+        self.gate = gate
+        self._run, self._rows, self._opened = run, 0, torch.zeros(())
+        self._handle = adapted.backbone.register_forward_hook(weak_hook(self._count))
+
+    def after_step(self, run: EditRun) -> None:
+        if self._warned or self._rows < _EXAMPLES:
+            return
+        self._warned = True
+        if not int(self._opened):
+            warn(
+                f"the gate was open in none of the first {self._rows} training examples, so the adapter does not "
+                "learn; the training examples must contain the prompts of edits=, in the same prompt format."
+            )
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        if self.gate is None:
+            return {}
+        found = {"edit/gate/radius": float(self.gate.radii.mean()), "edit/gate/distance": self._distance}
+        if self._rows:
+            found["edit/gate/open"] = float(self._opened) / self._rows
+        return found
+
+    def finish(self, run: EditRun) -> None:
+        if self.gate is None:
+            return
+        self._complete = True
+        if self.path is None or not run.host.is_main:
+            return
+        save_adapter(run.model, run.tokenizer(self.texts.tokenizer), Path(self.path))
+        print(f"gated adapter: {self.path} ({len(self.gate.radii)} keys at layer {self.gate.layer})")
+
+    def state(self) -> dict[str, Any]:
+        if self.gate is None:
+            return {}
+        counts = {"rows": self._rows, "opened": int(self._opened), "warned": self._warned}
+        gate = {"keys": self.gate.keys, "radii": self.gate.radii, "layer": self.gate.layer}
+        return {**gate, "distance": self._distance, **counts}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.gate is None or not state:
+            return
+        if state["layer"] != self.gate.layer:
+            raise EditError(
+                f"the checkpoint was written with a gate at block {state['layer']}, but this run has block "
+                f"{self.gate.layer}; resume with the same layer= and the same LoRA configuration."
+            )
+        # The same keys, even if the texts or the edits were changed in the meantime.
+        self.gate.keys, self.gate.radii = (state[name].to(self.gate.keys.device) for name in ("keys", "radii"))
+        self._distance, self._warned = state["distance"], state["warned"]
+        self._rows, self._opened = state["rows"], torch.tensor(float(state["opened"]))
+
+    def detach(self, run: EditRun) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle, self._run = None, None
+        if self.gate is not None and not self._complete:
+            self.gate.remove()
+
+    def _layer_of(self, adapted: AdaptedLayers) -> int:
+        layer = adapted.first if self.layer is None else self.layer
+        if layer > adapted.first:
+            raise EditError(
+                f"layer must be at most {adapted.first}, the first block with an adapter, got {layer}; use a lower "
+                "layer=, or adapt only higher blocks (layers_to_transform)."
+            )
+        return layer
+
+    def _held(self, run: EditRun) -> list[list[int]]:
+        """Return the token ids of the held texts, and of the prompts with other subjects."""
+        held = self.texts.tokenize(run, limit=self.limit)
+        neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
+        if neighbors is not None:
+            held += neighbors.tokenize(run)
+        return held
+
+    def _count(self, backbone: Any, args: Any, output: Any) -> None:
+        """Count the rows of a training batch, and those in which the gate is open. Penalties read other texts."""
+        opened = None if self.gate is None else self.gate.opened_rows
+        if opened is None or self._run is None or self._run.steps.adding_penalties or not torch.is_grad_enabled():
+            return
+        self._rows += len(opened)
+        self._opened = self._opened.to(opened.device) + opened.sum()
+
+    def __repr__(self) -> str:
+        return f"GatedAdapter(margin={self.margin}, layer={self.layer}, neighbors={self.neighbors})"
+
+
+def _check_base_name(model: Any) -> None:
+    """Raise an error if the saved adapter could not be loaded, because the name of its base model is unknown."""
+    (config,) = model.peft_config.values()
+    if not (config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", "")):
+        raise EditError(
+            "path= saves an adapter with the name of its base model, but this model was not loaded from a folder or "
+            "the hub; save the base model, and load it again before you add the adapter."
+        )

@@ -1,0 +1,99 @@
+"""Save a gated adapter with its tokenizer in a folder, and replace only files of an earlier gated adapter there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from kedit_train.atomic_write import unfinished_name, writing
+from kedit_train.core.gate.gate import find_gate
+from kedit_train.core.gate.gate_file import GATE_FILE, has_gate, read_gate, save_gate
+from kedit_train.errors import EditError
+from kedit_train.owners import release, remove
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a gated adapter can be saved in a folder, and create the parents of the folder.
+
+    Raises:
+        EditError: the path is a link or a file, the folder contains files but no gated adapter, or the folder cannot be
+            created.
+    """
+    if folder.is_symlink():
+        raise EditError(f"path={str(folder)!r} is a symbolic link; pass the folder itself.")
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not _is_gated(folder))):
+        raise EditError(
+            f"path={str(folder)!r} exists and is not the folder of an earlier gated adapter; choose a new folder."
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EditError(f"path={str(folder)!r} cannot be created ({error.strerror}); choose another folder.") from error
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Save a model with a gate, and its tokenizer, in a folder.
+
+    A new folder appears at once, with all files. In an existing folder, each file is replaced atomically, and the gate
+    last. Files of the earlier adapter that the new one does not have are deleted. All other files stay. If the process
+    is killed in between, the gate does not match the adapter, and loading the folder raises an error.
+
+    Args:
+        model: a ``PeftModel`` with a gate.
+        tokenizer: its tokenizer.
+        folder: the folder.
+
+    Raises:
+        EditError: :func:`check_folder` refuses the folder, or a file cannot be written.
+    """
+    check_folder(folder)
+    if not folder.exists():
+        with writing(folder) as unfinished:
+            _write(model, tokenizer, unfinished)
+        return
+    earlier = read_gate(folder, other_adapter=True).files if has_gate(folder) else []
+    hidden = unfinished_name(folder)
+    try:
+        remove(hidden)
+        files = _write(model, tokenizer, hidden)
+        for name in {*files, *earlier}:
+            _check_inside(folder, name)
+        for name in [*files, GATE_FILE]:
+            with writing(folder / name) as unfinished:
+                os.replace(hidden / name, unfinished)
+    finally:
+        remove(hidden)
+        release(hidden)
+    for name in set(earlier) - set(files):
+        (folder / name).unlink(missing_ok=True)
+
+
+def remove_stale_gate(model: Any, folder: str | os.PathLike[str]) -> None:
+    """Delete the gate file of a folder in which a model without a gate was saved. Only one process may call this."""
+    if find_gate(model) is None:
+        (Path(folder) / GATE_FILE).unlink(missing_ok=True)
+
+
+def _write(model: Any, tokenizer: Any, folder: Path) -> list[str]:
+    """Write all files to a new folder, and return the names of all files except the gate."""
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files.remove(GATE_FILE)
+    save_gate(find_gate(model), folder, files)
+    return files
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Raise an error if a file of an adapter would lie outside of its folder, for example behind a symbolic link."""
+    if not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+        raise EditError(f"{folder / name} lies outside of the folder; choose a new folder for the gated adapter.")
+
+
+def _is_gated(folder: Path) -> bool:
+    try:
+        read_gate(folder, other_adapter=True)
+    except EditError:
+        return False
+    return (folder / "adapter_config.json").is_file()

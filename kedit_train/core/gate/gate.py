@@ -1,0 +1,229 @@
+"""Gate: let a LoRA adapter act only from the first position of a row that lies near a stored key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_train.core.cache.layer_stack import call_arguments
+from kedit_train.core.gate.adapted_layers import find_adapted_layers
+from kedit_train.core.gate.gate_cache import add_open, open_before
+from kedit_train.core.gate.gate_file import read_gate
+from kedit_train.core.gate.guards import GATE, check_switches, guard, unguard
+from kedit_train.errors import EditError
+from kedit_train.functional.key_distance import matches, opened_from
+
+# An attribute of a tensor of hidden states: the state of the gate in the forward pass that computed the tensor.
+_STATE = "_kedit_gate_open"
+
+
+class Gate:
+    """Stored keys that decide where a LoRA adapter acts.
+
+    The hidden states that enter one decoder block are compared with the keys. This block is the first block with an
+    adapter, or an earlier one, so the decision depends only on the model without the adapter. In each row, the adapter
+    acts from the first position that lies within the radius of a key. At all other positions, each adapted layer
+    returns the output of its base layer itself, so the model computes bit for bit what it computes without adapter.
+
+    The decision for a token depends only on this token and the tokens before it. With a key-value cache, the decision
+    is kept in the cache.
+
+    Args:
+        keys: [keys, hidden], fp32.
+        radii: [keys], fp32.
+        layer: index of the decoder block whose inputs are compared with the keys.
+
+    Attributes:
+        opened_rows: whether the gate was open at a position of each row of the last forward pass, [rows], bool.
+    """
+
+    def __init__(self, keys: Tensor, radii: Tensor, layer: int) -> None:
+        self.keys, self.radii, self.layer = keys.float(), radii.float(), layer
+        self.opened_rows: Tensor | None = None
+        self._handles: list[Any] = []
+        self._model: Any = None
+        # The state of the current forward pass.
+        self._real: Tensor | None = None
+        self._before: Tensor | None = None
+        self._open: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Gate:
+        """Read the gate of an adapter folder.
+
+        Raises:
+            EditError: the file is missing, damaged, of a newer format, or was saved with other adapter weights.
+        """
+        saved = read_gate(folder)
+        return cls(saved.keys, saved.radii, saved.layer)
+
+    def install(self, model: Any) -> None:
+        """Add the hooks of the gate to a model with a LoRA adapter. The gate stays until :meth:`remove`.
+
+        Until then, ``save_pretrained`` of the model also saves the gate, and merging the adapter is an error.
+
+        Args:
+            model: a ``PeftModel`` with one LoRA adapter.
+
+        Raises:
+            EditError: the adapter cannot be gated, the keys do not fit the model, or the model already has a gate.
+        """
+        adapted = find_adapted_layers(model)
+        if find_gate(model) is not None:
+            raise EditError("the model already has a gate; remove it with gate.remove(), or load the base model again.")
+        if not 0 <= self.layer <= adapted.first:
+            raise EditError(
+                f"the layer of the gate must be at most {adapted.first}, the first block with an adapter, got "
+                f"{self.layer}; use a lower layer, or adapt only higher blocks."
+            )
+        hidden = model.get_base_model().config.get_text_config().hidden_size
+        if self.keys.shape[1] != hidden:
+            raise EditError(
+                f"the keys of the gate have {self.keys.shape[1]} entries, but the hidden states of the model have "
+                f"{hidden}; use the gate with the model that it was made for."
+            )
+        self._model = model
+        model.get_base_model().__dict__[GATE] = self
+        guard(model)
+        add = self._handles.append
+        add(adapted.backbone.register_forward_pre_hook(self._enter, with_kwargs=True))
+        add(adapted.blocks[self.layer].register_forward_pre_hook(self._decide, with_kwargs=True))
+        add(adapted.backbone.register_forward_hook(self._leave))
+        for block in list(adapted.blocks)[adapted.first :]:
+            add(block.register_forward_pre_hook(self._mark, with_kwargs=True))
+            for child in block.children():
+                add(child.register_forward_pre_hook(self._recall, with_kwargs=True))
+        for layer in adapted.layers:
+            add(layer.base_layer.register_forward_hook(self._keep))  # type: ignore[union-attr, operator]
+            add(layer.register_forward_hook(self._choose, with_kwargs=True))
+        try:
+            check_switches(self, adapted)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Remove the gate from its model. The adapter then acts at every position of every row."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._model is not None and find_gate(self._model) is self:
+            del self._model.get_base_model().__dict__[GATE]
+            unguard(self._model)
+        self._model = None
+
+    @contextmanager
+    def opened_at(self, is_open: Tensor) -> Iterator[None]:
+        """Context manager: open the gate at these positions [rows, positions], for calls of single layers."""
+        before, self._open = self._open, is_open
+        try:
+            yield
+        finally:
+            self._open, self._outputs = before, {}
+
+    # -- one forward pass, in the order of the calls
+
+    def _enter(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = call_arguments(backbone, args, kwargs)
+        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        rows, length = tokens.shape[:2]
+        self._before = open_before(inputs.get("past_key_values"), rows, tokens.device)
+        self._real = _real_tokens(inputs.get("attention_mask"), rows, length, tokens.device)
+        _check_not_packed(inputs, self._real)
+        self._open, self._outputs = None, {}
+
+    def _decide(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        hidden = _hidden(args, kwargs)
+        if self._real is None or self._before is None or hidden is None:
+            return
+        if self.keys.device != hidden.device:
+            self.keys, self.radii = self.keys.to(hidden.device), self.radii.to(hidden.device)
+        with torch.no_grad():
+            near = matches(hidden.detach().flatten(0, 1), self.keys, self.radii).view(hidden.shape[:2])
+            self._open = opened_from(near & self._real.to(near.device), self._before.to(near.device))
+
+    def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Store the state with the input of a block, from which gradient checkpointing computes the block again."""
+        hidden = _hidden(args, kwargs)
+        if hidden is not None and self._open is not None and self._real is not None:
+            setattr(hidden, _STATE, self._open)
+
+    def _recall(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        state = getattr(_hidden(args, kwargs), _STATE, None)
+        if state is not None:
+            self._open = state
+
+    def _keep(self, base_layer: nn.Module, args: Any, output: Tensor) -> None:
+        self._outputs[id(base_layer)] = output
+
+    def _choose(self, layer: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
+        base = self._outputs.pop(id(layer.base_layer), None)
+        if layer.merged:
+            raise EditError(
+                "the adapter is merged into the weights, so the gate has no effect; call unmerge_adapter()."
+            )
+        if kwargs.get("adapter_names") is not None:
+            raise EditError("adapter_names= cannot be used with a gate, which selects the rows itself; leave it out.")
+        if self._open is None:
+            raise EditError(
+                "a layer with a gated adapter was called outside of a forward pass of the model; if the model uses "
+                'gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
+        if base is None:
+            raise EditError(f"{type(layer).__name__} did not call its base layer, so a gate cannot switch its output.")
+        if output.shape[:-1] != self._open.shape:
+            raise EditError(
+                f"the output of {type(layer).__name__} has the shape {list(output.shape)}, but a gate needs outputs of "
+                "[rows, positions, features]; choose other target_modules."
+            )
+        return torch.where(self._open.to(output.device)[..., None], output, base)
+
+    def _leave(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        state, self._open, self._real, self._before = self._open, None, None, None
+        if state is None:
+            return
+        self.opened_rows = state.any(dim=1)
+        cache = getattr(output, "past_key_values", None)
+        parts = output if cache is None and isinstance(output, tuple) else (cache,)
+        for part in parts:
+            add_open(part, state)
+
+
+def find_gate(model: Any) -> Gate | None:
+    """Return the gate that is installed on a model, or None. The gate may be inside of several PEFT models."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return getattr(model, "__dict__", {}).get(GATE)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the hidden states that a module receives: its first argument, or the argument ``hidden_states``."""
+    value = args[0] if args else kwargs.get("hidden_states")
+    return value if isinstance(value, Tensor) else None
+
+
+def _real_tokens(mask: Any, rows: int, length: int, device: torch.device) -> Tensor:
+    """Return which of the current positions are tokens and not padding, [rows, positions], bool."""
+    if mask is None:
+        return torch.ones(rows, length, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < length:
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise EditError(f"a gated model needs attention_mask [rows, positions], got {shape}; pass a 2-D mask.")
+    return mask[:, mask.shape[1] - length :].bool()
+
+
+def _check_not_packed(inputs: Mapping[str, Any], real: Tensor) -> None:
+    """Raise an error if a row contains several sequences, because the gate stays open to the end of its row."""
+    positions = inputs.get("position_ids")
+    packed = inputs.get("cu_seq_lens_q") is not None
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[1] == real.shape[1]:
+        both = real[:, 1:] & real[:, :-1]
+        packed = packed or bool(((positions[:, 1:] <= positions[:, :-1]) & both).any())
+    if packed:
+        raise EditError("a gated adapter cannot read packed sequences; turn packing and padding_free off.")

@@ -1,0 +1,78 @@
+"""Keep the state of a gate in the key-value cache, so that it follows every operation on the cache.
+
+The state is one more layer of the cache. Its tensor ``keys`` stores for each row and each cached position whether the
+gate is open.
+Beam search, the selection of rows, copies and the removal of the last tokens then treat the state like keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kedit_train.errors import EditError
+
+
+class _GateLayer(DynamicLayer):
+    """A layer of the cache with ``keys`` [rows, 1, positions, 1], bool: whether the gate is open."""
+
+
+def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
+    """Return for each row whether the gate is open at the last cached position, [rows], bool.
+
+    Args:
+        cache: the ``past_key_values`` of a forward call, or None.
+        rows: the number of rows of the batch.
+        device: the device of the result.
+
+    Raises:
+        EditError: the cache contains tokens that the gated model has not read, has a fixed size, is offloaded, or is no
+            ``Cache`` of transformers.
+    """
+    closed = torch.zeros(rows, dtype=torch.bool, device=device)
+    if cache is None:
+        return closed
+    if not isinstance(cache, Cache):
+        raise EditError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}.")
+    if cache.is_compileable:
+        raise EditError(
+            f"a gated model needs a key-value cache that grows, got {type(cache).__name__}; leave out "
+            "cache_implementation=."
+        )
+    if getattr(cache, "offloading", False):
+        # The cache loads its next layer ahead of time, and would load the layer of the gate instead of the first layer.
+        raise EditError("a gated model cannot use an offloaded key-value cache; leave out cache_implementation=.")
+    length = int(cache.get_seq_length())
+    if length == 0:
+        return closed
+    own = _gate_layer(cache)
+    if own is None or own.keys is None or own.keys.shape[0] != rows or not own.get_seq_length():
+        raise EditError(
+            f"past_key_values contains {length} tokens that the gated model has not read; pass an empty cache, or the "
+            "cache of an earlier call of this model."
+        )
+    return own.keys[:, 0, -1, 0].to(device)
+
+
+def add_open(cache: Any, is_open: Tensor) -> None:
+    """Append the state of new positions to a cache.
+
+    Args:
+        cache: the cache after the forward call. If it is no ``Cache``, nothing is appended.
+        is_open: [rows, positions], bool.
+    """
+    if not isinstance(cache, Cache):
+        return
+    own = _gate_layer(cache)
+    if own is None:
+        own = _GateLayer()
+        cache.layers.append(own)
+    state = is_open[:, None, :, None]
+    own.update(state, state)
+
+
+def _gate_layer(cache: Cache) -> _GateLayer | None:
+    return next((layer for layer in cache.layers if isinstance(layer, _GateLayer)), None)

@@ -1,0 +1,68 @@
+"""Compare activations with stored keys: a position matches a key if it lies within the radius of the key.
+
+References:
+    "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def key_distances(states: Tensor, keys: Tensor) -> Tensor:
+    """Return the Euclidean distance of every state to every key.
+
+    The distances are sums of squared differences. A formula with a matrix product would lose the small distances to
+    rounding.
+
+    Args:
+        states: [positions, hidden], any floating dtype.
+        keys: [keys, hidden], fp32.
+
+    Returns:
+        [positions, keys], fp32.
+
+    Example:
+        >>> key_distances(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+        tensor([[5.]])
+    """
+    return torch.cdist(states.float(), keys, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def matches(states: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
+    """Return whether each state lies within the radius of a key. A state on the boundary is inside.
+
+    Args:
+        states: [positions, hidden], any floating dtype.
+        keys: [keys, hidden], fp32.
+        radii: [keys], fp32.
+
+    Returns:
+        [positions], bool.
+
+    Example:
+        >>> keys, radii = torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.tensor([1.0, 2.0])
+        >>> matches(torch.tensor([[0.0, 1.0], [0.0, 2.0], [7.0, 0.0]]), keys, radii)
+        tensor([ True, False,  True])
+    """
+    return (key_distances(states, keys) <= radii).any(dim=-1)
+
+
+def opened_from(near: Tensor, before: Tensor) -> Tensor:
+    """Return at which positions a gate is open. It opens at the first match of a row and stays open.
+
+    Args:
+        near: [rows, positions], bool: whether the position matches a key.
+        before: [rows], bool: whether the gate was already open before the first of these positions.
+
+    Returns:
+        [rows, positions], bool.
+
+    Example:
+        >>> near = torch.tensor([[False, True, False], [False, False, False]])
+        >>> opened_from(near, torch.tensor([False, False]))
+        tensor([[False,  True,  True],
+                [False, False, False]])
+    """
+    return (near.cumsum(dim=1) > 0) | before[:, None]

@@ -1,0 +1,282 @@
+"""GatedAdapter: the files it writes, and what reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import lightning as L
+import pytest
+import torch
+from callbacks.gated import LORA, TEXTS, adapted, train
+from peft import PeftModel
+
+from kedit_train import EditDataModule, EditDataset, EditModule, EditSFTConfig, EditSFTTrainer, load_model, world
+from kedit_train.callbacks import (
+    GatedAdapter,
+    ParameterScope,
+    TokenSmoothing,
+)
+from kedit_train.cli import recipe, sft
+from kedit_train.cli.kedit import main
+from kedit_train.core.gate.adapter_folder import remove_stale_gate
+from kedit_train.core.gate.gate import Gate, find_gate
+from kedit_train.core.gate.gate_file import read_gate, save_gate
+from kedit_train.errors import EditError
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "gated.yaml"
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, GatedAdapter, Path]:
+    """The bundled model after 24 edits with OverTone: the model, its tokenizer, the edits, the callback, its folder."""
+    torch.manual_seed(0)
+    model, tokenizer = world.load()
+    edits, folder = EditDataset.load("world"), tmp_path_factory.mktemp("gated") / "adapter"
+    model = adapted(model)
+    gated = GatedAdapter("world", neighbors=8, edits=edits, path=str(folder), limit=200)
+    train(model, tokenizer, edits, [gated, TokenSmoothing(epsilon=0.05, reduction="sample")], 60)
+    return model.eval(), tokenizer, edits, gated, folder
+
+
+def test_the_folder_is_an_ordinary_adapter_and_the_gate(edited):
+    model, tokenizer, _, _, folder = edited
+    assert {"adapter_config.json", "adapter_model.safetensors", "gate.safetensors"} <= set(os.listdir(folder))
+    batch = tokenizer(world.prose(1)[0], return_tensors="pt")
+    with torch.no_grad():
+        ordinary = PeftModel.from_pretrained(world.load()[0], str(folder)).eval()(**batch).logits
+        loaded, _ = load_model(str(folder))
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        assert not torch.allclose(ordinary, loaded(**batch).logits, atol=1e-2)
+        find_gate(loaded).remove()  # type: ignore[union-attr]
+        assert torch.equal(loaded(**batch).logits, ordinary)
+
+
+def test_kedit_eval_knows_the_gate_and_kedit_apply_says_why_not(edited, tmp_path, capsys):
+    _, _, edits, _, folder = edited
+    file = tmp_path / "edits.jsonl"
+    EditDataset(edits[:6]).save(file)
+    assert main(["eval", str(folder), str(file), "--against", "world", "--json", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["reliability"]["generated"]["value"] == 1.0
+    assert report["metrics"]["locality"]["generated"]["value"] == 1.0
+    assert report["meta"]["gate"] == {"keys": 24, "layer": 2}
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the adapter has a gate (24 keys, input of block 2): rephrases outside of every radius get" in shown
+    for arguments, message in (
+        (["apply", str(folder), "world", str(tmp_path / "out")], "cannot be written as the weights of a checkpoint"),
+        (["eval", str(folder), str(file), "--against", "world", "--full"], "remove --full"),
+        (["eval", "world", str(file), "--against", str(folder), "--full"], "remove --full"),
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "\n" not in error
+
+
+def test_a_module_with_a_save_path_saves_the_gate_next_to_the_adapter(tmp_path):
+    edits = EditDataset(world.edits(2))
+    edits.save(tmp_path / "edits.jsonl")
+    module = EditModule(lora={**LORA, "layers_to_transform": [5]}, save_path=str(tmp_path / "model"))
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks = [GatedAdapter(TEXTS), ParameterScope(5, modules="down_proj")]
+    trainer = L.Trainer(max_steps=2, callbacks=callbacks, enable_model_summary=False, **options)
+    trainer.fit(module, EditDataModule(str(tmp_path / "edits.jsonl"), append_eos=True))
+    loaded, tokenizer = load_model(str(tmp_path / "model"))
+    batch = tokenizer([edits[0].prompt], return_tensors="pt")
+    assert find_gate(loaded) is not None
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, module.model.eval()(**batch).logits)
+        base = world.load()[0](**batch).logits
+        assert torch.equal(loaded(**batch).logits[:, :-1], base[:, :-1])
+        assert not torch.equal(loaded(**batch).logits[:, -1], base[:, -1])
+
+
+def save(folder: Path, steps: int = 1) -> Any:
+    """Train one step and save the gated adapter; return the model."""
+    model, tokenizer = world.load()
+    edits, model = EditDataset(world.edits(2)), adapted(model)
+    train(model, tokenizer, edits, [GatedAdapter(TEXTS, edits=edits, path=str(folder))], steps)
+    return model.eval()
+
+
+def test_other_folders_and_links_are_refused(tmp_path):
+    plain = tmp_path / "plain"
+    adapted(world.load()[0]).save_pretrained(plain)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name, message in (
+        ("plain", "exists and is not the folder of an earlier gated adapter"),
+        ("notes", "exists and is not the folder of an earlier gated adapter"),
+        ("link", "is a symbolic link; pass the folder itself"),
+    ):
+        with pytest.raises(EditError, match=rf"^GatedAdapter: path='.*{name}' {message}") as error:
+            save(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert not any((tmp_path / "target").iterdir())
+    assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
+
+
+def test_an_earlier_gated_adapter_is_replaced_and_other_files_stay(tmp_path):
+    folder, outside = tmp_path / "new", tmp_path / "outside.json"
+    gate = find_gate(save(folder))
+    (folder / "notes.txt").write_text("mine")
+    outside.write_text("not yours")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "tokenizer_config.json").symlink_to(outside)
+    # A file of the earlier adapter that the new one does not have.
+    (folder / "chat_template.jinja").write_text("old")
+    save_gate(gate, folder, [*read_gate(folder).files, "chat_template.jinja", "../outside.json"])
+    with pytest.raises(EditError, match="lies outside of the folder"):
+        save(folder, steps=2)
+    save_gate(gate, folder, [*read_gate(folder, other_adapter=True).files[:-1]])
+    model = save(folder, steps=2)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert outside.read_text() == "not yours"
+    assert not (folder / "chat_template.jinja").exists()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    loaded, tokenizer = load_model(str(folder))
+    batch = tokenizer([edit.prompt for edit in world.edits(2)], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_failed_save_leaves_the_earlier_adapter(tmp_path, monkeypatch):
+    folder = tmp_path / "new"
+    save(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(world.load()[1]), "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(folder, steps=2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_gate_is_never_used_with_another_adapter(tmp_path):
+    model = save(tmp_path / "new")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).add_(1.0)
+    find_gate(model).remove()  # type: ignore[union-attr]
+    model.save_pretrained(tmp_path / "new")
+    with pytest.raises(EditError, match="was saved with other adapter weights than those in this folder") as error:
+        load_model(str(tmp_path / "new"))
+    assert "\n" not in str(error.value)
+    remove_stale_gate(model, tmp_path / "new")
+    assert find_gate(load_model(str(tmp_path / "new"))[0]) is None
+
+
+def test_every_way_to_save_the_model_saves_the_gate(tmp_path):
+    model = save(tmp_path / "new")
+    for name, arguments in (("again", {}), ("pickled", {"safe_serialization": False})):
+        model.save_pretrained(tmp_path / name, **arguments)
+        gate, own = Gate.load(tmp_path / name), cast(Gate, find_gate(model))
+        assert torch.equal(gate.keys, own.keys)
+        assert torch.equal(gate.radii, own.radii)
+    model.save_pretrained(tmp_path / "other rank", is_main_process=False)
+    assert not (tmp_path / "other rank" / "gate.safetensors").exists()
+
+
+@pytest.mark.parametrize("main_process", [True, False])
+def test_only_the_main_process_of_a_recipe_in_trl_touches_the_gate_file(tmp_path, monkeypatch, main_process):
+    (tmp_path / "gate.safetensors").write_text("an earlier gate")
+    for model in (adapted(world.load()[0]), save(tmp_path / "new")):
+        trainer = SimpleNamespace(
+            model=model,
+            args=SimpleNamespace(world_size=1),
+            train=lambda: None,
+            save_model=lambda path: None,
+            is_world_process_zero=lambda: main_process,
+        )
+        monkeypatch.setattr(sft, "build", lambda config, trainer=trainer: trainer)
+        before = (tmp_path / "gate.safetensors").exists()
+        sft.main(["--config", str(RECIPE), "--model.save_path", str(tmp_path)])
+        assert (tmp_path / "gate.safetensors").exists() == (before and not main_process)
+
+
+def test_a_gated_adapter_or_a_second_adapter_is_not_trained(tmp_path):
+    model = save(tmp_path / "gated")
+    for one in (str(tmp_path / "gated"), model):
+        args = EditSFTConfig(str(tmp_path / "runs"), use_cpu=True, bf16=False, token_loss={})
+        with pytest.raises(EditError, match=r"^EditSFTTrainer: .* is a gated adapter, which cannot be trained again"):
+            EditSFTTrainer(one, args=args, edits=world.edits(2))
+    adapted(world.load()[0]).save_pretrained(tmp_path / "plain")
+    EditDataset(world.edits(2)).save(tmp_path / "edits.jsonl")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    for name, lora, message in (
+        ("gated", None, "is a gated adapter, which cannot be trained again"),
+        ("gated", LORA, "is a gated adapter, which cannot be trained again"),
+        ("plain", LORA, "lora must be None, because .* already has an adapter"),
+    ):
+        with pytest.raises(EditError, match=message) as error:
+            EditModule(str(tmp_path / name), lora=lora)
+        assert "\n" not in str(error.value)
+        arguments = ["--config", str(RECIPE), "--model.name", str(tmp_path / name)]
+        arguments += ["--data.path", str(tmp_path / "edits.jsonl"), "--data.texts", str(tmp_path / "texts.txt")]
+        with pytest.raises(EditError, match=message):
+            sft.build(recipe.parse([*arguments, *(["--model.lora", "null"] if lora is None else [])]))
+
+
+def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path):
+    save(tmp_path / "gated")
+    config = json.loads((tmp_path / "gated" / "adapter_config.json").read_text())
+    for base in ("gated", "other"):
+        folder = tmp_path / base
+        folder.mkdir(exist_ok=True)
+        changed = {**config, "base_model_name_or_path": str(tmp_path / "gated")}
+        (folder / "adapter_config.json").write_text(json.dumps(changed))
+        with pytest.raises(EditError, match="as the base model, which is an adapter; set base_model_name") as error:
+            load_model(str(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_name_cannot_be_saved_as_an_adapter(tmp_path):
+    model, tokenizer = world.load()
+    model.config._name_or_path = model.name_or_path = ""
+    edits = EditDataset(world.edits(2))
+    gated = GatedAdapter(TEXTS, edits=edits, path=str(tmp_path / "new"))
+    with pytest.raises(EditError, match=r"^GatedAdapter: path= saves .* was not loaded from a folder or the hub"):
+        train(adapted(model), tokenizer, edits, [gated], 1)
+    train(adapted(world.load()[0]), tokenizer, edits, [GatedAdapter(TEXTS, edits=edits)], 1)
+
+
+def hub_cache(root: Path, folder: Path, files: list[str]) -> Path:
+    """Put some files of a folder into a cache of the hub, as the repository me/mine; return the snapshot."""
+    repository, commit = root / "models--me--mine", "a" * 40
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    for name in files:
+        shutil.copy(folder / name, snapshot / name)
+    return snapshot
+
+
+@pytest.mark.parametrize("case", ["gated", "plain", "unknown"])
+def test_an_adapter_on_the_hub_is_loaded_with_its_gate(tmp_path, monkeypatch, case):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    model = save(tmp_path / "gated")
+    files = [name for name in os.listdir(tmp_path / "gated") if case == "gated" or not name.startswith("gate")]
+    snapshot = hub_cache(tmp_path / "hub", tmp_path / "gated", files)
+    if case == "unknown":
+        with pytest.raises(EditError, match="'me/mine' is in the cache, but it is not known whether it has a gate"):
+            load_model("me/mine")
+    if case == "plain":
+        # The library writes this file if the hub has answered that the repository has no such file.
+        missing = snapshot.parents[1] / ".no_exist" / snapshot.name
+        missing.mkdir(parents=True)
+        (missing / "gate.safetensors").touch()
+    loaded, tokenizer = load_model("me/mine" if case != "unknown" else str(snapshot))
+    assert (find_gate(loaded) is not None) == (case == "gated")
+    if case == "gated":
+        batch = tokenizer([edit.prompt for edit in world.edits(2)], return_tensors="pt", padding=True)
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch).logits, model(**batch).logits)
