@@ -4,10 +4,11 @@
     python tests/benchmarks/ability_study.py --methods ft_m --seeds 100
     python tests/benchmarks/ability_study.py report                            # write table and figure only
 
-The CounterFact edits are made one after the other, and earlier edits are never trained again. After 1, 10 and 100
-edits, the built-in items of ``CapabilityProbe`` measure arithmetic, grammar, copying and reading. "Navigating the Dual
-Facets" (arXiv 2402.11122) found that changed weights lose ability with each edit, and that a memory outside the weights
-keeps it, but recalls less if the question has another format.
+The edits are CounterFact records. FT-M and ``one_by_one.py`` make them one after the other, and train earlier edits
+never again. For the gated adapter, which is a memory outside the weights, one adapter is trained on the first 1, 10 or
+100 edits together. After 1, 10 and 100 edits, the built-in items of ``CapabilityProbe`` measure arithmetic, grammar,
+copying and reading. "Navigating the Dual Facets" (arXiv 2402.11122) found that changed weights lose ability with each
+edit, and that a memory keeps it, but recalls less if the question has another format.
 """
 
 from __future__ import annotations
@@ -24,18 +25,23 @@ from compare_report import PAGE, replaced
 from methods import Method, load_recipe
 from paired import processor
 from result_rows import add_row, read_rows
-from settings import SETTINGS, load
+from settings import SETTINGS, Setting, load
 
 from kedit_train import CapabilityProbe
-from kedit_train.evaluation import EvaluationOptions
+from kedit_train.callbacks import GatedAdapter, StopWhenEdited, TokenLoss
+from kedit_train.evaluation import EvaluationOptions, Report, evaluate
 from kedit_train.evaluation.reporting.plots import color_and_marker, new_figure, save_figure
-from kedit_train.modes import run_edits
+from kedit_train.modes import TrainLoop, run_edits
 
 RESULTS = Path(__file__).with_name("ability_study.jsonl")
 FIGURE = PAGE.parent / "images" / "ability_study.png"
 MODEL, COUNTS = "smollm2", (1, 10, 100)
 ABILITIES = ("arithmetic", "grammar", "copying", "reading")
-METHODS = {"ft_m": "FT-M", "one_by_one": "`one_by_one.py`"}
+GATED = "gated"
+METHODS = {"ft_m": "FT-M", "one_by_one": "`one_by_one.py`", GATED: "`GatedAdapter`"}
+# Held texts of the gate, and held prompts per edit.
+HELD, NEIGHBORS = 300, 8
+OPTIONS = EvaluationOptions(metrics=["format"], max_new_tokens=16)
 COLUMNS = (
     *((name, 2) for name in ABILITIES), ("perplexity", 1), ("reliability", 2), ("generality", 2), ("question", 2),
     ("others", 2), ("seconds", 1),
@@ -46,12 +52,10 @@ HEADINGS = (
 )  # fmt: skip
 
 
-def run(name: str, seed: int, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Return one row for the unedited model, and one row after each number of edits."""
-    setting = SETTINGS[MODEL](seed)
+def sequence(name: str, setting: Setting, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Make the edits one after the other, and return one row for each number of edits, beginning with 0."""
     model, tokenizer = load(setting.path)
     edits = setting.edits(max(counts))
-    about = {"method": name, "seed": seed}
     method = Method(setting, model, tokenizer, name, load_recipe(name, model=MODEL), edits, "sequential")
     seconds: list[float] = []
 
@@ -60,25 +64,52 @@ def run(name: str, seed: int, counts: Sequence[int]) -> Iterator[dict[str, Any]]
         method(model, edits)
         seconds.append(time.process_time() - began)
 
-    probe = CapabilityProbe(setting.unrelated(), abilities=True)
     result = run_edits(
-        model, tokenizer, edits, mode="sequential", train=train, checkpoints=counts, capability=probe,
-        options=EvaluationOptions(metrics=["format"], max_new_tokens=16), seed=seed, progress=False,
+        model, tokenizer, edits, mode="sequential", train=train, checkpoints=counts, progress=False,
+        capability=CapabilityProbe(setting.unrelated(), abilities=True), options=OPTIONS,
     )  # fmt: skip
-    before = result.capability
-    yield {**about, "edits": 0, **abilities(before)}
+    yield {"edits": 0, **abilities(result.capability)}
     for point in result.checkpoints:
-        metrics = point.report.metrics
-        yield {
-            **about, "edits": point.edits, **abilities(point.capability),
-            "reliability": metrics["reliability"]["generated"].value,
-            "generality": metrics["generality"]["generated"].value,
-            "PS": metrics["generality"]["probability"].value,
-            "question": metrics["generality"]["by_kind"]["format"]["generated"].value,
-            "others": metrics["locality"]["by_kind"]["others"]["generated"].value,
-            # The first edit is not counted, because it also reads the texts for all other edits.
-            "seconds": sum(seconds[1 : point.edits]) / max(1, point.edits - 1),
-        }  # fmt: skip
+        # The first edit is not counted, because it also reads the texts for all other edits.
+        used = sum(seconds[1 : point.edits]) / max(1, point.edits - 1)
+        yield {"edits": point.edits, **abilities(point.capability), **scores(point.report), "seconds": used}
+
+
+def together(setting: Setting, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Train a gated adapter on each number of edits, with the settings of gated.py, and return one row for each."""
+    from peft import LoraConfig, get_peft_model
+
+    probe = CapabilityProbe(setting.unrelated(), abilities=True)
+    for count in counts:
+        model, tokenizer = load(setting.path)
+        edits = setting.edits(count)
+        before = evaluate(model, tokenizer, edits, options=OPTIONS, progress=False)
+        torch.manual_seed(0)
+        blocks = list(range(15, 30))
+        lora = LoraConfig(r=8, lora_alpha=32, target_modules=["up_proj", "down_proj"], layers_to_transform=blocks)
+        adapted: Any = get_peft_model(model, lora)
+        gate = GatedAdapter(setting.texts([])[:HELD], neighbors=NEIGHBORS, edits=edits)
+        loop = TrainLoop(
+            tokenizer, callbacks=[TokenLoss(reduction="sample"), StopWhenEdited(loss=0.01), gate], epochs=60,
+            batch_size=setting.batch_size, learning_rate=2e-3, stop_loss=0.0,
+        )  # fmt: skip
+        began = time.process_time()
+        loop(adapted, edits)
+        used = (time.process_time() - began) / count
+        report = evaluate(adapted.eval(), tokenizer, edits, options=OPTIONS, unedited=before, progress=False)
+        yield {"edits": count, **abilities(probe(adapted, tokenizer)), **scores(report), "seconds": used}
+
+
+def scores(report: Report) -> dict[str, float | None]:
+    """Return the scores on all edits so far."""
+    of = report.metrics
+    return {
+        "reliability": of["reliability"]["generated"].value,
+        "generality": of["generality"]["generated"].value,
+        "PS": of["generality"]["probability"].value,
+        "question": of["generality"]["by_kind"]["format"]["generated"].value,
+        "others": of["locality"]["by_kind"]["others"]["generated"].value,
+    }
 
 
 def abilities(capability: Any) -> dict[str, float]:
@@ -146,7 +177,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for seed in options.seeds if options.what == "run" else ():
         for method in options.methods:
-            for row in run(method, seed, options.counts):
+            setting = SETTINGS[MODEL](seed)
+            found = together(setting, options.counts) if method == GATED else sequence(method, setting, options.counts)
+            for row in ({"method": method, "seed": seed, **row} for row in found):
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 # Rows on which settings are chosen are not kept.
                 if seed < 100:
