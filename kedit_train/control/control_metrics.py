@@ -72,9 +72,9 @@ def measure_control(
 class ControlMetrics(Callback):
     """At the end of training, log the reward and the speed of greedy answers with and without control.
 
-    The reward and the prompt format are those of the :class:`ResponseDataModule`. The metrics ``control/reward_before``,
-    ``control/reward_after``, ``control/tokens_per_second_before``, ``control/tokens_per_second_after`` and
-    ``control/mean_change`` go to all loggers of the trainer, and are printed.
+    The reward and the prompt format are those of the :class:`ResponseDataModule`. The metrics are
+    ``control/reward_before``, ``control/reward_after``, ``control/tokens_per_second_before``,
+    ``control/tokens_per_second_after`` and ``control/mean_change``. All loggers of the trainer receive them.
 
     Args:
         prompts: a list or a file of prompts, as for :class:`ResponseDataModule`. None of them may be trained on.

@@ -1,4 +1,4 @@
-"""``controlled``: a context manager that moves hidden states along the gradient of a value function during generation."""
+"""``controlled``: generation in which hidden states move along the gradient of a value function."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
     inner = causal_model(model)
     if not accepts_argument(inner, "past_key_values"):
         raise EditError(
-            f"{type(inner).__name__} must have the argument past_key_values, which shows whether a pass reads a prompt; "
-            "use a model with the default key-value cache of transformers."
+            f"{type(inner).__name__}.forward must have the argument past_key_values, which shows whether a pass reads "
+            "a prompt; use a model with the default key-value cache of transformers."
         )
     sites = find_sites(model, value.layers if layers is None else layers)
     for site in sites:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ class ResponseDataModule(LightningDataModule):
         with reported_by("ResponseDataModule"):
             self.records = read_records(prompts)
         self.shards: StateShards | None = None
-        self._temporary: Any = None
+        self._remove_temporary: Any = None
 
     def setup(self, stage: str) -> None:
         """Sample the responses if none are given, write the hidden states, and compute the rewards."""
@@ -126,9 +128,10 @@ class ResponseDataModule(LightningDataModule):
             return lambda: sample_responses(model, tokenizer, prompts, options, self.prompt_format, first=start)
 
         chunks = [(start, rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
+        folder = Path(self.cache_dir or tempfile.mkdtemp(prefix="kedit-value-"))
         if self.cache_dir is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="kedit-value-")
-        folder = Path(self.cache_dir or self._temporary.name)
+            # Also after an error, when teardown is not called.
+            self._remove_temporary = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return write_shards(
             model,
             module.value.layers,
@@ -166,10 +169,10 @@ class ResponseDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Remove the temporary folder, if there is one."""
-        if self._temporary is not None:
+        if self._remove_temporary is not None:
             self.shards = None
-            self._temporary.cleanup()
-            self._temporary = None
+            self._remove_temporary()
+            self._remove_temporary = None
 
 
 def read_records(prompts: Any) -> list[dict[str, str]]:

@@ -110,8 +110,8 @@ class FactReward(Reward):
     def _score(self, prompt: str, text: str) -> float:
         if prompt not in self._good:
             raise EditError(
-                f"the prompt {shorten(prompt)!r} must be a prompt, a rephrase or a locality prompt of the edits; add it "
-                "to the edits, or use another reward.",
+                f"the prompt {shorten(prompt)!r} must be a prompt, a rephrase or a locality prompt of the edits; add "
+                "it to the edits, or use another reward.",
                 "FactReward",
             )
         if _contains(text, self._good[prompt]):

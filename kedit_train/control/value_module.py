@@ -32,7 +32,8 @@ class ValueModule(LightningModule):
 
     Args:
         name: a hub name, a folder, or "world" for the bundled model.
-        layers: the layers whose hidden states get a value function: indices, or "head" for the input of the output head.
+        layers: the layers whose hidden states get a value function: indices of layers, or "head" for the input of the
+            output head.
         width: number of units in the hidden layer of each value function.
         learning_rate: the learning rate of Adam, > 0.
         trace: lambda of the lambda-return, in [0, 1]. 0 is TD(0), as in the paper, and needs many epochs for long
@@ -40,7 +41,7 @@ class ValueModule(LightningModule):
         target_decay: decay of the exponential moving average that is the target network, in [0, 1). With 0, the targets
             are computed by the trained value function itself.
         dtype: the dtype of the language model. The value function is always in float32.
-        save_path: a file (.safetensors) to which the value function is saved when training ends. None: nothing is saved.
+        save_path: a file (.safetensors) to which the value function is saved when training ends. None: it is not saved.
 
     Attributes:
         value: the value function, a :class:`ValueModel`.
