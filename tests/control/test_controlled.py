@@ -210,11 +210,11 @@ def test_the_model_is_restored(fails: bool, value: ValueModel) -> None:
 
     names, weights = hooks(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     before = generate(model, inputs)
-    with pytest.raises(RuntimeError, match="stop") if fails else nullcontext():
-        with controlled(model, value, step_size=50.0, radius=0.3):
-            during = generate(model, inputs)
-            if fails:
-                raise RuntimeError("stop")
+    expected = pytest.raises(RuntimeError, match="stop") if fails else nullcontext()
+    with expected, controlled(model, value, step_size=50.0, radius=0.3):
+        during = generate(model, inputs)
+        if fails:
+            raise RuntimeError("stop")
     assert hooks() == names
     assert all(equal_bits(tensor, weights[name]) for name, tensor in model.state_dict().items())
     after = generate(model, inputs)

@@ -1,4 +1,4 @@
-"""ValueModule, ResponseDataModule and ControlMetrics on the bundled model: states, shards, training, metrics, errors."""
+"""ValueModule, ResponseDataModule and ControlMetrics on the bundled model."""
 
 from __future__ import annotations
 
@@ -159,8 +159,9 @@ def test_shards_are_read_again_and_written_again_when_something_changes(
     assert first.shards is not None
     assert second.shards.texts == first.shards.texts
     # A damaged file, or other settings: the states are computed again.
-    list(files)[0].write_bytes(b"damaged")
-    assert run(SHORT)[1][list(files)[0]] != files[list(files)[0]]
+    oldest = next(iter(files))
+    oldest.write_bytes(b"damaged")
+    assert run(SHORT)[1][oldest] != files[oldest]
     _, other = run(SamplingOptions(samples=2, max_new_tokens=6, seed=3))
     assert all(other[path] != again[path] for path in files)
 
