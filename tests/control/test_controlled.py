@@ -222,6 +222,18 @@ def test_the_model_is_restored(fails: bool, value: ValueModel) -> None:
     assert not torch.equal(before.logits[1], during.logits[1])
 
 
+def test_a_peft_model_is_controlled_as_its_base_model(value: ValueModel) -> None:
+    peft = pytest.importorskip("peft")
+    model, inputs = build(), batch("left")
+    with controlled(model, value, step_size=50.0, radius=0.3):
+        expected = generate(model, inputs)
+    # A new adapter changes nothing.
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with controlled(wrapped, value, step_size=50.0, radius=0.3):
+        found = generate(wrapped, inputs)
+    assert all(equal_bits(a, b) for a, b in zip(expected.logits, found.logits, strict=True))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
