@@ -81,7 +81,8 @@ class ResponseDataModule(LightningDataModule):
             batch_size=(batch_size, integer_from(1)),
             validation=(validation, within("[0, 1)")),
         )
-        self.reward, self.prompt_format, self.cache_dir = reward, prompt_format, cache_dir
+        self.reward, self.cache_dir = reward, cache_dir
+        self.prompt_format: PromptFormat = prompt_format
         self.batch_size, self.validation = batch_size, validation
         self.sampling = from_mapping(SamplingOptions, sampling) if isinstance(sampling, Mapping) else sampling
         with reported_by("ResponseDataModule"):

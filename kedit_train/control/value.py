@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ KIND = "kedit_train.value"
 
 class _Network(nn.Module):
     """One hidden layer on standardized hidden states. SiLU is smooth, so its gradient changes gradually."""
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
@@ -74,7 +78,7 @@ class ValueModel(nn.Module):
         for name, (total, squares) in sums.items():
             mean = total / max(1, count)
             variance = (squares / max(1, count) - mean.square()).clamp(min=0)
-            network = self.networks[name]
+            network: Any = self.networks[name]
             network.mean.copy_(mean)
             # Entries that hardly vary must not dominate the gradient.
             network.scale.copy_((variance + 1e-2 * variance.mean() + 1e-12).sqrt())

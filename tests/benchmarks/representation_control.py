@@ -6,7 +6,7 @@
     python tests/benchmarks/representation_control.py report             # write the tables only
 
 *preference*: the reward is 1 for an answer without words, and falls to 0 for 40 words. The value function is trained on
-144 sampled answers to 72 instructions. The 50 instructions of the evaluation have other tasks and other topics.
+144 sampled answers to 72 instructions. The 30 instructions of the evaluation have other tasks and other topics.
 
 *facts*: the reward is 1 for the new fact, -1 for the old fact, and 1 for the right answer to a prompt about another
 subject. The value function is trained on given answers. The same facts are edited with the recipe kedit_default.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import date
@@ -44,7 +44,7 @@ RESULTS = Path(__file__).with_name("representation_control.jsonl")
 FACTS = Path(__file__).resolve().parents[2] / "recipes" / "smollm2"
 TRAINED = [task.format(topic) for topic in TEXT_TOPICS[:12] for task in TEXT_TASKS]
 CHOSEN_ON = [task.format(topic) for topic in TEXT_TOPICS[12:14] for task in TEXT_TASKS]
-REPORTED = [task.format(topic) for topic in TOPICS for task in TASKS]
+REPORTED = [task.format(topic) for topic in TOPICS[:6] for task in TASKS]
 SHORT = ShortAnswer(40)
 BRIEF = ChatFormat(system="Answer in one short sentence.")
 # Chosen on other prompts and on other facts than those that are reported. With this step size, every change is as long
@@ -92,7 +92,9 @@ def surprise(model: Any, tokenizer: Any, prompts: list[str], answers: list[str])
     return total / max(1, count)
 
 
-def preference(seed: int, prompts: list[str], variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def preference(
+    seed: int, prompts: list[str], variants: dict[str, dict[str, Any]], *, baselines: bool
+) -> Iterator[dict[str, Any]]:
     """Train a value function for short answers. Return one row for each way to generate answers."""
     sampling = SamplingOptions(samples=2, max_new_tokens=48, batch_size=48, seed=seed)
     data = ResponseDataModule(TRAINED, reward=SHORT, sampling=sampling, prompt_format="chat", batch_size=16)
@@ -100,24 +102,24 @@ def preference(seed: int, prompts: list[str], variants: dict[str, dict[str, Any]
     module, seconds = train_value(data, layers=layers, epochs=8, seed=seed)
     model, tokenizer = module.language_model, module.tokenizer
     ask = Counted(model, tokenizer, prompt_format="chat", max_new_tokens=48, batch_size=25)
-    rows = []
 
-    def add(method: str, control: dict[str, Any] | None, **options: Any) -> None:
+    def measure(method: str, control: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
         with nullcontext() if control is None else controlled(model, module.value, **control):
             answers, speed = ask(prompts, **options)
         rewards = SHORT(prompts=prompts, completions=answers)
-        rows.append({
+        return {
             "part": "preference", "method": method, "seed": seed, "reward": sum(rewards) / len(rewards),
             "words": sum(len(a.split()) for a in answers) / len(answers),
             "surprise": surprise(model, tokenizer, prompts, answers), "tokens per second": speed,
             "seconds": 0.0 if control is None else seconds, "control": control, "answers": answers[:6],
-        })  # fmt: skip
+        }  # fmt: skip
 
-    add("plain", None)
     for name, control in variants.items():
-        add(name, control)
-    add("system prompt", None, prompt_format=BRIEF)
-    return rows
+        yield measure(name, control)
+    if baselines:
+        # These answers do not depend on the seed.
+        yield measure("plain", None)
+        yield measure("system prompt", None, prompt_format=BRIEF)
 
 
 def facts(first: int) -> list[Edit]:
@@ -157,11 +159,10 @@ def states(answers: list[str], wanted: list[tuple[str, ...]]) -> float:
     return sum(found) / len(found)
 
 
-def fact_rows(first: int, variants: dict[str, dict[str, Any]], *, weights: bool = True) -> list[dict[str, Any]]:
+def fact_rows(first: int, variants: dict[str, dict[str, Any]], *, weights: bool) -> Iterator[dict[str, Any]]:
     """Edit 10 facts by control and by weights. Return one row per method."""
-    edits, rows = facts(first), []
-    reward = FactReward(edits)
-    data = ResponseDataModule(given_responses(edits), reward=reward, validation=0.0, batch_size=20)
+    edits = facts(first)
+    data = ResponseDataModule(given_responses(edits), reward=FactReward(edits), validation=0.0, batch_size=20)
     layers = sorted({layer for variant in variants.values() for layer in variant["layers"]})
     module, seconds = train_value(data, layers=layers, epochs=60, seed=0)
     model, tokenizer = module.language_model, module.tokenizer
@@ -170,24 +171,23 @@ def fact_rows(first: int, variants: dict[str, dict[str, Any]], *, weights: bool 
     others = [edit.locality["neighbors"][-1].prompt for edit in edits]
     kept, _ = ask(others)
 
-    def add(method: str, control: dict[str, Any] | None, seconds: float) -> None:
+    def measure(method: str, control: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
         with nullcontext() if control is None else controlled(model, module.value, **control):
             asked, _ = ask([edit.prompt for edit in edits])
             reworded, speed = ask([prompt for prompt, _ in rephrases])
             neighbors, _ = ask(others)
-        rows.append({
+        return {
             "part": "facts", "method": method, "first": first, "new fact": states(asked, [e.answers for e in edits]),
             "rephrased": states(reworded, [answers for _, answers in rephrases]),
             "neighbors kept": sum(a == b for a, b in zip(neighbors, kept, strict=True)) / len(kept),
             "seconds": seconds, "tokens per second": speed, "control": control, "answers": asked,
-        })  # fmt: skip
+        }  # fmt: skip
 
-    add("unedited", None, 0.0)
+    yield measure("unedited", None, 0.0)
     for name, control in variants.items():
-        add(name, control, seconds)
+        yield measure(name, control, seconds)
     if weights:
-        add("kedit_default", None, weight_edit(model, tokenizer, edits))
-    return rows
+        yield measure("kedit_default", None, weight_edit(model, tokenizer, edits))
 
 
 COLUMNS = {
@@ -195,12 +195,12 @@ COLUMNS = {
     "facts": (("new fact", 2), ("rephrased", 2), ("neighbors kept", 2), ("tokens per second", 0), ("seconds", 0)),
 }
 HEADINGS = {
-    "preference": ("50 instructions", "reward", "words", "surprise", "tokens per second", "training, CPU s"),
+    "preference": ("30 instructions", "reward", "words", "surprise", "tokens per second", "training, CPU s"),
     "facts": ("10 facts", "new fact", "rephrased", "neighbors kept", "tokens per second", "training, CPU s"),
 }
 METHODS = {
-    "plain": "greedy answers", "control": "with `controlled`", "system prompt": "with a system prompt",
-    "unedited": "unedited", "kedit_default": "`kedit_default`, weights",
+    "plain": "greedy answers", "unedited": "unedited model", "control": "`controlled`",
+    "system prompt": "system prompt, no control", "kedit_default": "`kedit_default`, weights",
 }  # fmt: skip
 
 
@@ -208,10 +208,12 @@ def table(part: str, rows: list[dict[str, Any]]) -> str:
     """Return a table in Markdown, with the mean over the seeds of each method."""
     lines = [f"| {' | '.join(HEADINGS[part])} |", "|---|" + "---:|" * len(COLUMNS[part])]
     own = [row for row in rows if row["part"] == part]
-    for method in dict.fromkeys(row["method"] for row in own):
+    for method, label in METHODS.items():
         mine = [row for row in own if row["method"] == method]
+        if not mine:
+            continue
         cells = (f"{sum(row[key] for row in mine) / len(mine):.{digits}f}" for key, digits in COLUMNS[part])
-        lines.append(f"| {METHODS[method]} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -225,18 +227,25 @@ def report() -> None:
     PAGE.write_text(text)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    for row in rows:
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-
-
 def choices(control: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the settings that were compared."""
     return {
         f"{layer} {radius}": control | {"layers": [layer], "radius": radius}
-        for layer in (10, 15, 20)
+        for layer in (15, 20)
         for radius in (0.2, 0.3)
     }
+
+
+def measured(part: str, *, choose: bool, seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """Run one part, on the prompts or facts on which settings are chosen or on those that are reported."""
+    if part == "facts":
+        first, variants = (10, choices(FACT)) if choose else (0, {"control": FACT})
+        yield from fact_rows(first, variants, weights=not choose)
+    elif choose:
+        yield from preference(100, CHOSEN_ON, choices(PREFERENCE), baselines=True)
+    else:
+        for seed in seeds:
+            yield from preference(seed, REPORTED, {"control": PREFERENCE}, baselines=seed == seeds[0])
 
 
 def main() -> None:
@@ -246,24 +255,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the preference")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    run: dict[str, Callable[[], list[list[dict[str, Any]]]]]
-    if options.what == "choose":
-        run = {
-            "preference": lambda: [preference(100, CHOSEN_ON, choices(PREFERENCE))],
-            "facts": lambda: [fact_rows(10, choices(FACT), weights=False)],
-        }
-    else:
-        run = {
-            "preference": lambda: [preference(seed, REPORTED, {"control": PREFERENCE}) for seed in options.seeds],
-            "facts": lambda: [fact_rows(0, {"control": FACT})],
-        }
-    for part in run if options.what != "report" else ():
-        for rows in run[part]() if options.part in (None, part) else ():
-            show(rows)
-            for row in rows if options.what == "run" else ():
-                add_row(
-                    RESULTS, row | {"date": str(date.today()), "machine": f"{processor()}, torch {torch.__version__}"}
-                )
+    machine = f"{processor()}, torch {torch.__version__}"
+    for part in COLUMNS if options.what != "report" else ():
+        if options.part not in (None, part):
+            continue
+        for row in measured(part, choose=options.what == "choose", seeds=options.seeds):
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            if options.what == "run":
+                add_row(RESULTS, row | {"date": str(date.today()), "machine": machine})
     if options.what != "choose":
         report()
 

@@ -20,7 +20,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_prompts_for_training_for_settings_and_for_scores_differ(bench: Any) -> None:
     parts = [bench.TRAINED, bench.CHOSEN_ON, bench.REPORTED]
-    assert [len(part) for part in parts] == [72, 12, 50]
+    assert [len(part) for part in parts] == [72, 12, 30]
     assert len(set().union(*parts)) == sum(map(len, parts))
 
 
@@ -49,6 +49,6 @@ def test_controlled_answers_are_shorter_for_every_seed_and_state_no_new_fact(ben
     rows = bench.read_rows(bench.RESULTS)
     rewards = {(r["method"], r["seed"]): r["reward"] for r in rows if r["part"] == "preference"}
     for seed in (0, 1):
-        assert rewards["control", seed] > 2 * rewards["plain", seed]
+        assert rewards["control", seed] > 2 * rewards["plain", 0]
     facts = {row["method"]: row["new fact"] for row in rows if row["part"] == "facts"}
     assert facts["control"] < 0.5 * facts["kedit_default"]
