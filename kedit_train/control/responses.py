@@ -153,7 +153,7 @@ def _sample(
     active = list(range(len(draws)))
     while True:
         # The head may have more outputs than the tokenizer has tokens.
-        logits = batch.next_logits()[:, :vocabulary].double().cpu()
+        logits = batch.next_logits()[:, :vocabulary].cpu().double()
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
         uniform = torch.stack([draws[i][len(found[i])] for i in active])[:, None]
         # Divided by its last entry, because rounding can leave the sum below the drawn number.

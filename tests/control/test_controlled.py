@@ -170,6 +170,22 @@ def test_a_prompt_that_is_read_in_parts_does_not_change(value: ValueModel) -> No
     assert not equal_bits(plain[3], moved[3])
 
 
+def test_the_rest_of_a_prompt_after_a_filled_cache_does_not_change(value: ValueModel) -> None:
+    model, ids = build(), torch.tensor([[5, 9, 12, 7, 30, 2]])
+
+    def run() -> None:
+        with torch.no_grad():
+            cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, n=2, past_key_values=cache)
+
+    plain = recorded(model, [1], run)["1"]
+    with controlled(model, value, step_size=50.0, radius=0.3):
+        moved = recorded(model, [1], run)["1"]
+    assert [part.shape[1] for part in plain] == [3, 3, 1]
+    assert all(equal_bits(a, b) for a, b in zip(plain[:2], moved[:2], strict=True))
+    assert not equal_bits(plain[2], moved[2])
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_beam_search_runs_and_reads_its_prompt_unchanged(use_cache: bool, value: ValueModel) -> None:
     model, inputs = build(), batch("left")
@@ -225,13 +241,16 @@ def test_the_model_is_restored(fails: bool, value: ValueModel) -> None:
 def test_a_peft_model_is_controlled_as_its_base_model(value: ValueModel) -> None:
     peft = pytest.importorskip("peft")
     model, inputs = build(), batch("left")
-    with controlled(model, value, step_size=50.0, radius=0.3):
+    with controlled(model, value, step_size=50.0, radius=0.3) as one:
         expected = generate(model, inputs)
-    # A new adapter changes nothing.
+    # A new adapter adds zeros.
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with controlled(wrapped, value, step_size=50.0, radius=0.3):
+    with controlled(wrapped, value, step_size=50.0, radius=0.3) as other:
         found = generate(wrapped, inputs)
-    assert all(equal_bits(a, b) for a, b in zip(expected.logits, found.logits, strict=True))
+    assert torch.equal(expected.sequences, found.sequences)
+    assert one.positions == other.positions > 0
+    for a, b in zip(expected.logits, found.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
