@@ -6,7 +6,8 @@
     python tests/benchmarks/representation_control.py report             # write the tables only
 
 *preference*: the reward is 1 for an answer without words, and falls to 0 for 40 words. The value function is trained on
-144 sampled answers to 72 instructions. The 30 instructions of the evaluation have other tasks and other topics.
+144 sampled answers to 72 instructions. It is evaluated on 30 instructions with the same tasks and other topics, and on
+30 instructions with other tasks and other topics.
 
 *facts*: the reward is 1 for the new fact, -1 for the old fact, and 1 for the right answer to a prompt about another
 subject. The value function is trained on given answers. The same facts are edited with the recipe kedit_default.
@@ -44,7 +45,10 @@ RESULTS = Path(__file__).with_name("representation_control.jsonl")
 FACTS = Path(__file__).resolve().parents[2] / "recipes" / "smollm2"
 TRAINED = [task.format(topic) for topic in TEXT_TOPICS[:12] for task in TEXT_TASKS]
 CHOSEN_ON = [task.format(topic) for topic in TEXT_TOPICS[12:14] for task in TEXT_TASKS]
-REPORTED = [task.format(topic) for topic in TOPICS[:6] for task in TASKS]
+REPORTED = {
+    "same tasks": [task.format(topic) for topic in TOPICS[:5] for task in TEXT_TASKS],
+    "other tasks": [task.format(topic) for topic in TOPICS[:6] for task in TASKS],
+}
 SHORT = ShortAnswer(40)
 BRIEF = ChatFormat(system="Answer in one short sentence.")
 # Chosen on other prompts and on other facts than those that are reported. With this step size, every change is as long
@@ -93,7 +97,7 @@ def surprise(model: Any, tokenizer: Any, prompts: list[str], answers: list[str])
 
 
 def preference(
-    seed: int, prompts: list[str], variants: dict[str, dict[str, Any]], *, baselines: bool
+    seed: int, prompt_sets: dict[str, list[str]], variants: dict[str, dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Train a value function for short answers. Return one row for each way to generate answers."""
     sampling = SamplingOptions(samples=2, max_new_tokens=48, batch_size=48, seed=seed)
@@ -103,23 +107,24 @@ def preference(
     model, tokenizer = module.language_model, module.tokenizer
     ask = Counted(model, tokenizer, prompt_format="chat", max_new_tokens=48, batch_size=25)
 
-    def measure(method: str, control: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+    def measure(name: str, method: str, control: dict[str, Any] | None, **options: Any) -> dict[str, Any]:
+        prompts = prompt_sets[name]
         with nullcontext() if control is None else controlled(model, module.value, **control):
             answers, speed = ask(prompts, **options)
         rewards = SHORT(prompts=prompts, completions=answers)
         return {
-            "part": "preference", "method": method, "seed": seed, "reward": sum(rewards) / len(rewards),
+            "part": "preference", "prompts": name, "method": method, "seed": seed,
+            "reward": sum(rewards) / len(rewards),
             "words": sum(len(a.split()) for a in answers) / len(answers),
             "surprise": surprise(model, tokenizer, prompts, answers), "tokens per second": speed,
             "seconds": 0.0 if control is None else seconds, "control": control, "answers": answers[:6],
         }  # fmt: skip
 
-    for name, control in variants.items():
-        yield measure(name, control)
-    if baselines:
-        # These answers do not depend on the seed.
-        yield measure("plain", None)
-        yield measure("system prompt", None, prompt_format=BRIEF)
+    for name in prompt_sets:
+        yield measure(name, "plain", None)
+        for method, control in variants.items():
+            yield measure(name, method, control)
+        yield measure(name, "system prompt", None, prompt_format=BRIEF)
 
 
 def facts(first: int) -> list[Edit]:
@@ -195,8 +200,8 @@ COLUMNS = {
     "facts": (("new fact", 2), ("rephrased", 2), ("neighbors kept", 2), ("tokens per second", 0), ("seconds", 0)),
 }
 HEADINGS = {
-    "preference": ("30 instructions", "reward", "words", "surprise", "tokens per second", "training, CPU s"),
-    "facts": ("10 facts", "new fact", "rephrased", "neighbors kept", "tokens per second", "training, CPU s"),
+    "preference": ("reward", "words", "surprise", "tokens per second", "training, CPU s"),
+    "facts": ("new fact", "rephrased", "neighbors kept", "tokens per second", "training, CPU s"),
 }
 METHODS = {
     "plain": "greedy answers", "unedited": "unedited model", "control": "`controlled`",
@@ -204,17 +209,20 @@ METHODS = {
 }  # fmt: skip
 
 
-def table(part: str, rows: list[dict[str, Any]]) -> str:
-    """Return a table in Markdown, with the mean over the seeds of each method."""
-    lines = [f"| {' | '.join(HEADINGS[part])} |", "|---|" + "---:|" * len(COLUMNS[part])]
-    own = [row for row in rows if row["part"] == part]
+def table(part: str, rows: list[dict[str, Any]], name: str | None = None) -> str:
+    """Return the rows of a part, or of one set of prompts, as a table in Markdown."""
+    lines = [f"| {' | '.join([name or '10 facts', *HEADINGS[part]])} |", "|---|" + "---:|" * len(COLUMNS[part])]
     for method, label in METHODS.items():
-        mine = [row for row in own if row["method"] == method]
-        if not mine:
-            continue
-        cells = (f"{sum(row[key] for row in mine) / len(mine):.{digits}f}" for key, digits in COLUMNS[part])
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        for row in rows:
+            if row["method"] == method and row["part"] == part and row.get("prompts") == name:
+                cells = (f"{row[key]:.{digits}f}" for key, digits in COLUMNS[part])
+                lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def tables(part: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the tables of a part: for the preference, one for each set of prompts."""
+    return [table(part, rows, name) for name in (REPORTED if part == "preference" else (None,))]
 
 
 def report() -> None:
@@ -223,7 +231,7 @@ def report() -> None:
     for part in COLUMNS:
         if any(row["part"] == part for row in rows):
             marks = f"<!-- control, {part}: written by representation_control.py -->", f"<!-- control, {part}: end -->"
-            text = replaced(text, marks, [table(part, rows)])
+            text = replaced(text, marks, tables(part, rows))
     PAGE.write_text(text)
 
 
@@ -236,30 +244,29 @@ def choices(control: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def measured(part: str, *, choose: bool, seeds: list[int]) -> Iterator[dict[str, Any]]:
+def measured(part: str, *, choose: bool, prompts: list[str]) -> Iterator[dict[str, Any]]:
     """Run one part, on the prompts or facts on which settings are chosen or on those that are reported."""
     if part == "facts":
         first, variants = (10, choices(FACT)) if choose else (0, {"control": FACT})
         yield from fact_rows(first, variants, weights=not choose)
     elif choose:
-        yield from preference(100, CHOSEN_ON, choices(PREFERENCE), baselines=True)
+        yield from preference(100, {"for settings": CHOSEN_ON}, choices(PREFERENCE))
     else:
-        for seed in seeds:
-            yield from preference(seed, REPORTED, {"control": PREFERENCE}, baselines=seed == seeds[0])
+        yield from preference(0, {name: REPORTED[name] for name in prompts}, {"control": PREFERENCE})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run", "choose", "report"], default="run")
     parser.add_argument("part", nargs="?", choices=list(COLUMNS), help="one part (default: both)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the preference")
+    parser.add_argument("--prompts", nargs="+", choices=list(REPORTED), default=list(REPORTED), help="of preference")
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = f"{processor()}, torch {torch.__version__}"
     for part in COLUMNS if options.what != "report" else ():
         if options.part not in (None, part):
             continue
-        for row in measured(part, choose=options.what == "choose", seeds=options.seeds):
+        for row in measured(part, choose=options.what == "choose", prompts=options.prompts):
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             if options.what == "run":
                 add_row(RESULTS, row | {"date": str(date.today()), "machine": machine})

@@ -19,8 +19,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_prompts_for_training_for_settings_and_for_scores_differ(bench: Any) -> None:
-    parts = [bench.TRAINED, bench.CHOSEN_ON, bench.REPORTED]
-    assert [len(part) for part in parts] == [72, 12, 30]
+    parts = [bench.TRAINED, bench.CHOSEN_ON, *bench.REPORTED.values()]
+    assert [len(part) for part in parts] == [72, 12, 30, 30]
     assert len(set().union(*parts)) == sum(map(len, parts))
 
 
@@ -40,15 +40,16 @@ def test_the_value_function_reads_no_rephrase_and_no_scored_neighbor(bench: Any)
 
 def test_the_tables_of_the_page_are_those_of_the_rows(bench: Any) -> None:
     rows = bench.read_rows(bench.RESULTS)
-    assert {row["seed"] for row in rows if row["part"] == "preference"} == {0, 1}
-    for part in bench.COLUMNS:
-        assert bench.table(part, rows) in PAGE.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
+    tables = [table for part in bench.COLUMNS for table in bench.tables(part, rows)]
+    assert [len(table.splitlines()) for table in tables] == [5, 5, 5]
+    assert all(table in page for table in tables)
 
 
-def test_controlled_answers_are_shorter_for_every_seed_and_state_no_new_fact(bench: Any) -> None:
+def test_control_raises_the_reward_and_states_no_new_fact(bench: Any) -> None:
     rows = bench.read_rows(bench.RESULTS)
-    rewards = {(r["method"], r["seed"]): r["reward"] for r in rows if r["part"] == "preference"}
-    for seed in (0, 1):
-        assert rewards["control", seed] > 2 * rewards["plain", 0]
+    for name in bench.REPORTED:
+        rewards = {row["method"]: row["reward"] for row in rows if row.get("prompts") == name}
+        assert rewards["control"] > rewards["plain"]
     facts = {row["method"]: row["new fact"] for row in rows if row["part"] == "facts"}
     assert facts["control"] < 0.5 * facts["kedit_default"]
