@@ -53,7 +53,7 @@ SHORT = ShortAnswer(40)
 BRIEF = ChatFormat(system="Answer in one short sentence.")
 # Chosen on other prompts and on other facts than those that are reported. With this step size, every change is as long
 # as the trust region allows.
-PREFERENCE = {"layers": [15], "step_size": 1e6, "radius": 0.3}
+PREFERENCE = {"layers": [15], "step_size": 1e6, "radius": 0.4}
 FACT = {"layers": [15], "step_size": 1e6, "radius": 0.2, "first_token": True}
 
 
@@ -144,6 +144,8 @@ def given_responses(edits: list[Edit]) -> list[dict[str, str]]:
 
 def weight_edit(model: Any, tokenizer: Any, edits: list[Edit]) -> float:
     """Edit the model with the recipe kedit_default, and return the processor seconds."""
+    # ValueModule has frozen the model.
+    model.requires_grad_(True)
     config = recipe.load("kedit_default")
     callbacks = [c for c in recipe.callbacks(config) if type(c).__name__ != "EditMetrics"]
     for callback in callbacks:
@@ -240,7 +242,7 @@ def choices(control: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         f"{layer} {radius}": control | {"layers": [layer], "radius": radius}
         for layer in (15, 20)
-        for radius in (0.2, 0.3)
+        for radius in (0.2, 0.3, 0.4, 0.5)
     }
 
 
