@@ -23,6 +23,11 @@ Three more callbacks are public, but can be imported only from `kedit_train.call
 are for models that read no text, such as forecasters:
 [`OutputAnchor`](callbacks/output_anchor.md) keeps the outputs on given inputs close to those before the edit, and
 [`ForecastMetrics`](callbacks/forecast_metrics.md) measures the error and the change of forecasts.
+
+`kedit_train.control` changes what a model generates without changing its weights
+([representation control](representation_control.md)). Its names are `ValueModule`, `ResponseDataModule`,
+`SamplingOptions`, `ValueModel`, `controlled`, `ControlMetrics`, `measure_control`, and the rewards `Reward`,
+`ShortAnswer`, `PatternReward` and `FactReward`.
 """
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     ("core",),
     ("evaluation", "delta"),
     ("callbacks",),
-    ("augmentation", "modes", "modules", "pretrained", "processes", "trainers", "trainer_fields"),
+    ("augmentation", "control", "modes", "modules", "pretrained", "processes", "trainers", "trainer_fields"),
     ("catalog", "cli", "__main__", "__init__"),
 )
 # A callback imports no other callback, unless it is a subclass of it.

@@ -14,7 +14,9 @@ from kedit_train.cli import recipe
 from kedit_train.cli.edit import EditParser
 
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
-RECIPES = sorted(catalog.folder("recipes").glob("*.yaml"))
+# This recipe trains no language model, so it has no edits, no scope and no report. It has a test of its own.
+VALUE = catalog.folder("recipes") / "representation_control.yaml"
+RECIPES = [path for path in sorted(catalog.folder("recipes").glob("*.yaml")) if path != VALUE]
 
 
 @pytest.fixture(scope="module")

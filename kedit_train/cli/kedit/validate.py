@@ -171,9 +171,11 @@ def _built(entry: Any) -> Any:
 
 def _check_together(callbacks: list[Any], complete: bool) -> None:
     """Check that the callbacks can be used together. In the list, None stands for a callback of another package."""
+    from kedit_train.callbacks import EditCallback
     from kedit_train.core.requirements import check_conflicts, check_duplicates, check_requirements
 
-    own = [callback for callback in callbacks if callback is not None]
+    # ControlMetrics is a Lightning callback of this package that is not part of an edit.
+    own = [callback for callback in callbacks if isinstance(callback, EditCallback)]
     check_duplicates(own)
     if complete and len(own) == len(callbacks):
         check_requirements(own)

@@ -1,0 +1,164 @@
+"""``ControlMetrics``: measure the reward and the speed of greedy answers with and without control."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from kedit_train.arguments import at_least, check_arguments, integer_from
+from kedit_train.control.controlled import controlled
+from kedit_train.control.response_data import read_records
+from kedit_train.control.rewards import compute_rewards
+from kedit_train.control.value import ValueModel
+from kedit_train.data.chat_format import PromptFormat
+from kedit_train.errors import EditError, reported_by
+from kedit_train.evaluation.asking.generate import generate_answers
+
+
+def measure_control(
+    model: nn.Module,
+    tokenizer: Any,
+    value: ValueModel,
+    prompts: Sequence[str],
+    reward: Callable[..., Sequence[float]],
+    *,
+    generation: dict[str, Any] | None = None,
+    **control: Any,
+) -> dict[str, Any]:
+    """Generate greedy answers without and with control, and return their mean rewards and speeds.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        value: the value function.
+        prompts: prompts on which the value function was not trained.
+        reward: the reward.
+        generation: arguments of ``generate_answers``.
+        control: arguments of :func:`~kedit_train.control.controlled`.
+
+    Returns:
+        ``reward_before`` and ``reward_after`` (mean over the prompts), ``tokens_per_second_before`` and
+        ``tokens_per_second_after`` (generated tokens), ``mean_change`` (see ``Control.mean_change``), and the answers
+        as ``answers_before`` and ``answers_after``.
+    """
+    options: dict[str, Any] = {"stops": (), "max_new_tokens": 64, **(generation or {})}
+
+    def ask() -> tuple[list[str], float, float]:
+        began = time.perf_counter()
+        answers = generate_answers(model, tokenizer, prompts, **options)
+        seconds = max(1e-9, time.perf_counter() - began)
+        texts = [answer.text for answer in answers]
+        tokens = sum(len(answer.ids) + answer.ended for answer in answers)
+        return texts, float(compute_rewards(reward, prompts, texts).mean()), tokens / seconds
+
+    before, reward_before, speed_before = ask()
+    with controlled(model, value, **control) as done:
+        after, reward_after, speed_after = ask()
+    return {
+        "reward_before": reward_before,
+        "reward_after": reward_after,
+        "tokens_per_second_before": speed_before,
+        "tokens_per_second_after": speed_after,
+        "mean_change": done.mean_change,
+        "answers_before": before,
+        "answers_after": after,
+    }
+
+
+class ControlMetrics(Callback):
+    """At the end of training, log the reward and the speed of greedy answers with and without control.
+
+    The reward and the prompt format are those of the :class:`ResponseDataModule`. The metrics are
+    ``control/reward_before``, ``control/reward_after``, ``control/tokens_per_second_before``,
+    ``control/tokens_per_second_after`` and ``control/mean_change``. All loggers of the trainer receive them.
+
+    Args:
+        prompts: a list or a file of prompts, as for :class:`ResponseDataModule`. None of them may be trained on.
+        step_size: as for :func:`~kedit_train.control.controlled`.
+        steps: as for ``controlled``.
+        radius: as for ``controlled``.
+        first_token: as for ``controlled``.
+        max_new_tokens: maximum length of an answer, in tokens.
+        batch_size: number of prompts per forward pass.
+
+    Raises:
+        EditError: an argument is out of range, or a prompt is also trained on.
+
+    Example:
+        >>> from kedit_train.control import ControlMetrics
+        >>> ControlMetrics(["The sky is"], step_size=1.0).radius
+        0.1
+    """
+
+    def __init__(
+        self,
+        prompts: Any,
+        *,
+        step_size: float,
+        steps: int = 1,
+        radius: float = 0.1,
+        first_token: bool = False,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+    ) -> None:
+        check_arguments(
+            self,
+            step_size=(step_size, at_least(0)),
+            steps=(steps, integer_from(0)),
+            radius=(radius, at_least(0)),
+            max_new_tokens=(max_new_tokens, integer_from(1)),
+            batch_size=(batch_size, integer_from(1)),
+        )
+        with reported_by("ControlMetrics"):
+            self.prompts = [record["prompt"] for record in read_records(prompts)]
+        self.step_size, self.steps, self.radius, self.first_token = step_size, steps, radius, first_token
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.result: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that the prompts are not trained on."""
+        data: Any = getattr(trainer, "datamodule", None)
+        if not hasattr(data, "reward"):
+            raise EditError(
+                f"the data module must be a ResponseDataModule, got {type(data).__name__}.", "ControlMetrics"
+            )
+        trained = {record["prompt"] for record in data.records}
+        if both := [prompt for prompt in self.prompts if prompt in trained]:
+            raise EditError(
+                f"prompts must not be trained on, but {both[0][:80]!r} is; remove it from one of the two lists.",
+                "ControlMetrics",
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate the answers, log the metrics and print them."""
+        module: Any = pl_module
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        formats: PromptFormat = data.prompt_format
+        generation = {
+            "prompt_format": formats, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size,
+            "progress": False,
+        }  # fmt: skip
+        self.result = measure_control(
+            module.language_model,
+            module.tokenizer,
+            module.value,
+            self.prompts,
+            data.reward,
+            generation=generation,
+            step_size=self.step_size,
+            steps=self.steps,
+            radius=self.radius,
+            first_token=self.first_token,
+        )
+        numbers = {f"control/{key}": value for key, value in self.result.items() if isinstance(value, float)}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+        r = self.result
+        print(
+            f"reward {r['reward_before']:.3f} -> {r['reward_after']:.3f} on {len(self.prompts)} prompts; "
+            f"{r['tokens_per_second_before']:.0f} -> {r['tokens_per_second_after']:.0f} tokens per second"
+        )

@@ -1,0 +1,166 @@
+"""``controlled``: generation in which hidden states move along the gradient of a value function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from kedit_train.arguments import Rule, at_least, check_arguments, integer_from
+from kedit_train.control.positions import GeneratedPositions
+from kedit_train.control.sites import Layer, Site, causal_model, find_sites, hidden_size
+from kedit_train.control.value import ValueModel
+from kedit_train.errors import EditError, reported_by
+from kedit_train.evaluation.asking.logits import accepts_argument
+from kedit_train.functional.gradient_control import ascend
+
+
+@dataclass
+class Control:
+    """What a ``controlled`` block has done so far.
+
+    Attributes:
+        positions: number of hidden states that were controlled. A position counts once for each controlled layer.
+    """
+
+    positions: int = 0
+    _change: Tensor | float = 0.0
+
+    @property
+    def mean_change(self) -> float:
+        """The mean norm of the change, as a fraction of the norm of the hidden state. 0 if nothing was controlled."""
+        return float(self._change) / max(1, self.positions)
+
+    def count(self, before: Tensor, after: Tensor) -> None:
+        """Add controlled hidden states, [N, hidden] before and after the control."""
+        norm = before.float().norm(dim=-1).clamp(min=1e-30)
+        self._change = self._change + ((after.float() - before.float()).norm(dim=-1) / norm).sum().detach()
+        self.positions += len(before)
+
+
+@contextmanager
+def controlled(
+    model: nn.Module,
+    value: ValueModel,
+    *,
+    step_size: float,
+    steps: int = 1,
+    radius: float = 0.1,
+    layers: Sequence[Layer] | None = None,
+    first_token: bool = False,
+) -> Iterator[Control]:
+    """Context manager: during generation, move hidden states to a higher value. The weights do not change.
+
+    At each generated position, ``steps`` gradient steps are made: ``h <- h + step_size * gradient of value(h)``. The
+    change of a hidden state stays within a ball around the unchanged hidden state (trust region). Hidden states of the
+    prompt do not change. With a key-value cache, later tokens attend to the changed states of the layers above.
+
+    With ``step_size=0``, ``steps=0`` or ``radius=0``, the model computes exactly the same as without the block. When
+    the block ends, also with an error, all hooks are removed.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        value: the value function, trained by :class:`~kedit_train.control.ValueModule`.
+        step_size: length of a gradient step, 0 or more. The gradient has the unit of the reward per unit of the hidden
+            state. A large ``step_size`` makes every change as long as ``radius`` allows.
+        steps: number of gradient steps at each generated position and each layer, 0 or more.
+        radius: the largest norm of a change, as a fraction of the norm of the hidden state, 0 or more.
+        layers: the layers to control: indices or "head", out of the layers of ``value``. None: all layers of ``value``.
+        first_token: True also controls the last token of the prompt, from which the first token is generated. The first
+            generated token is otherwise that of the uncontrolled model.
+
+    Yields:
+        A :class:`Control` with the number of controlled positions and the mean change.
+
+    Raises:
+        EditError: an argument is out of range, a layer has no value function, the hidden size of the model differs from
+            that of ``value``, or the model has a cache of its own kind (``past_key_values`` is not an argument).
+
+    References:
+        "Aligning Large Language Models with Representation Editing: A Control Perspective", arXiv 2406.05954.
+
+    Example:
+        >>> from kedit_train import generate_answers, world
+        >>> from kedit_train.control import ValueModel, controlled
+        >>> model, tokenizer = world.load()
+        >>> value = ValueModel(["head"], hidden_size=model.config.hidden_size)
+        >>> with controlled(model, value, step_size=1.0, radius=0.05) as control:
+        ...     answers = generate_answers(model, tokenizer, [world.edits(1)[0].prompt])
+        >>> control.mean_change <= 0.05
+        True
+    """
+    with reported_by("controlled"):
+        check_arguments(
+            "controlled",
+            value=(value, Rule("a ValueModel", lambda given: isinstance(given, ValueModel))),
+            step_size=(step_size, at_least(0)),
+            steps=(steps, integer_from(0)),
+            radius=(radius, at_least(0)),
+            first_token=(first_token, Rule("True or False", lambda given: isinstance(given, bool))),
+        )
+        inner, sites = causal_model(model), _sites(model, value, layers)
+    control = Control()
+    if not (step_size and steps and radius):
+        yield control
+        return
+    positions, device = GeneratedPositions(first_token), next(value.parameters()).device
+    mask: Tensor | None = None
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal mask
+        mask = positions.read(module, args, kwargs)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal mask
+        mask = None
+
+    def change(site: Site, hidden: Tensor) -> Tensor | None:
+        if mask is None:
+            return None
+        # The output head may receive only the last positions (logits_to_keep).
+        here = mask[:, mask.shape[1] - hidden.shape[1] :].to(hidden.device)
+        if not bool(here.any()):
+            return None
+        before = hidden[here]
+        after = ascend(
+            before,
+            lambda h: value.at(site.name, h.to(device)).to(h.device),
+            step_size=step_size,
+            steps=steps,
+            radius=radius,
+        )
+        control.count(before, after)
+        return hidden.masked_scatter(here[..., None], after)
+
+    with ExitStack() as stack:
+        hooks = [inner.register_forward_pre_hook(enter, with_kwargs=True), inner.register_forward_hook(leave)]
+        hooks += [site.register(lambda hidden, site=site: change(site, hidden)) for site in sites]
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield control
+
+
+def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
+    """Return the sites to control, after all checks."""
+    inner = causal_model(model)
+    if not accepts_argument(inner, "past_key_values"):
+        raise EditError(
+            f"{type(inner).__name__}.forward must have the argument past_key_values, which shows whether a pass reads "
+            "a prompt; use a model with the default key-value cache of transformers."
+        )
+    sites = find_sites(model, value.layers if layers is None else layers)
+    for site in sites:
+        if site.name not in value.layers:
+            raise EditError(
+                f"layers must be layers of the value function ({', '.join(value.layers)}), got {site.name}; train a "
+                "value function for this layer."
+            )
+    if hidden_size(model) != value.hidden_size:
+        raise EditError(
+            f"value must be trained on hidden states of size {hidden_size(model)}, got {value.hidden_size}; use the "
+            "model that the value function was trained for."
+        )
+    return sites

@@ -1,0 +1,143 @@
+"""Rewards of responses that need no other model: length, a regular expression, a fact."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from kedit_train.arguments import check_arguments, cut, integer_from
+from kedit_train.data import Edit, EditDataset
+from kedit_train.data.leaks import contains_words
+from kedit_train.data.tokenization import shorten
+from kedit_train.data.visible import fold
+from kedit_train.errors import EditError
+
+
+class Reward:
+    """The base class of rewards that a recipe can name. Any function with the same arguments is also a reward.
+
+    The arguments are those of the reward functions of TRL's ``GRPOTrainer``, so these functions work here, too.
+    """
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """Return one number per response: the higher, the better.
+
+        Args:
+            prompts: the prompt of each response.
+            completions: the responses.
+        """
+        raise NotImplementedError
+
+
+class ShortAnswer(Reward):
+    """Reward short responses: 1 for no words, falling linearly to 0 for ``words`` words or more.
+
+    Example:
+        >>> ShortAnswer(words=4)(prompts=["How are you?"], completions=["I am fine."])
+        [0.25]
+    """
+
+    def __init__(self, words: int = 40) -> None:
+        check_arguments(self, words=(words, integer_from(1)))
+        self.words = words
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        return [max(0.0, 1.0 - len(text.split()) / self.words) for text in completions]
+
+
+class PatternReward(Reward):
+    """Reward responses in which a regular expression is found: 1 if it is found, else 0. Case is ignored.
+
+    Example:
+        >>> PatternReward("please|thank you")(prompts=["Hi", "Hi"], completions=["Thank you!", "What?"])
+        [1.0, 0.0]
+    """
+
+    def __init__(self, pattern: str) -> None:
+        try:
+            self.pattern = re.compile(pattern, re.IGNORECASE)
+        except (re.error, TypeError) as error:
+            raise EditError(
+                f"pattern must be a regular expression, got {cut(repr(pattern), 100)} ({error}).", "PatternReward"
+            ) from error
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        return [float(self.pattern.search(text) is not None) for text in completions]
+
+
+class FactReward(Reward):
+    """Reward responses that state the new fact, and responses to locality prompts that keep the old answer.
+
+    For the prompt and the rephrases of an edit, the reward is 1 if the response contains the target or an alias as
+    whole words, and -1 if it contains the old target instead. For a locality prompt, the reward is 1 if the response
+    contains one of the prompt's answers. In all other cases, the reward is 0.
+
+    Args:
+        edits: a file of edits, or a list of edits.
+
+    Example:
+        >>> from kedit_train import world
+        >>> edit = world.edits(1)[0]
+        >>> FactReward([edit])(prompts=[edit.prompt], completions=[f" {edit.target}."])
+        [1.0]
+    """
+
+    def __init__(self, edits: str | Path | Sequence[Edit]) -> None:
+        loaded = EditDataset.load(edits) if isinstance(edits, str | Path) else list(edits)
+        if not loaded:
+            raise EditError("edits must not be empty.", "FactReward")
+        self._good: dict[str, tuple[str, ...]] = {}
+        self._bad: dict[str, tuple[str, ...]] = {}
+        for edit in loaded:
+            for probe in (probe for probes in edit.locality.values() for probe in probes):
+                self._good.setdefault(probe.prompt, probe.answers)
+        for edit in loaded:
+            for prompt in (edit.prompt, *edit.rephrases):
+                self._good[prompt] = edit.answers
+                self._bad[prompt] = (edit.old_target,) if edit.old_target else ()
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts that this reward knows."""
+        return list(self._good)
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        return [self._score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def _score(self, prompt: str, text: str) -> float:
+        if prompt not in self._good:
+            raise EditError(
+                f"the prompt {shorten(prompt)!r} must be a prompt, a rephrase or a locality prompt of the edits; add "
+                "it to the edits, or use another reward.",
+                "FactReward",
+            )
+        if _contains(text, self._good[prompt]):
+            return 1.0
+        return -1.0 if _contains(text, self._bad.get(prompt, ())) else 0.0
+
+
+def _contains(text: str, answers: Sequence[str]) -> bool:
+    return any(contains_words(fold(text), fold(answer)) for answer in answers if fold(answer))
+
+
+def compute_rewards(
+    reward: Callable[..., Sequence[float]], prompts: Sequence[str], completions: Sequence[str]
+) -> torch.Tensor:
+    """Call a reward, and return its numbers as a tensor [responses] in fp32.
+
+    Raises:
+        EditError: the reward does not return one finite number per response.
+    """
+    found = reward(prompts=list(prompts), completions=list(completions))
+    try:
+        rewards = torch.as_tensor([float(value) for value in found], dtype=torch.float32)
+    except (TypeError, ValueError):
+        rewards = torch.empty(0)
+    if len(rewards) != len(completions) or not bool(rewards.isfinite().all()):
+        raise EditError(
+            f"reward must return {len(completions)} finite numbers, one per response, got {cut(repr(found), 100)}."
+        )
+    return rewards
