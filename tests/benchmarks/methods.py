@@ -78,7 +78,7 @@ OTHERWISE = {"smollm2": {"kl_locality": "trainer.callbacks.KLLocality.batch_size
 # How many of its texts a recipe reads on a model, so that a run takes minutes. The first 600 are passages of
 # prose and statements of facts in turn, and all others are statements.
 TEXTS: dict[str, dict[str, int]] = {
-    "smollm2": {"second_order": 700, "null_space": 700, "low_curvature": 700, "kl_locality": 700}
+    "smollm2": {"second_order": 700, "null_space": 700, "low_curvature": 700, "kl_locality": 700, "one_by_one": 1000}
 }
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
 # batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
@@ -194,8 +194,13 @@ class Method:
         self.made: list[Any] = variant(name, list(recipe.callbacks(config)))
         if name == ONE_BY_ONE:
             script = one_by_one()
-            self.made = [*script.learning(), *script.constraints(world.NAME, script.BALL)]
-            own: float = script.arguments([]).learning_rate
+            pretrained = setting.name.startswith("smollm2")
+            self.made = (
+                script.null_space(world.NAME)
+                if pretrained
+                else [*script.learning(), *script.constraints(world.NAME, script.BALL)]
+            )
+            own: float = script.LEARNING_RATE
             self.lr = LEARNING_RATES.get(setting.name, {}).get(name, own)
             self.epochs = script.EPOCHS
             if mode == "single":

@@ -165,7 +165,7 @@ def test_a_method_uses_the_settings_of_its_recipe(module: Any, mode: str) -> Non
         if name == "one_by_one":
             constraints = script.constraints("world", 0.5)
             assert made["KLLocality"].weight == constraints[0].weight == 200.0
-            rate = script.arguments([]).learning_rate
+            rate = script.LEARNING_RATE
             assert method.lr == pytest.approx(rate if mode == "sequential" else rate / 2)
             if mode == "sequential":
                 own_script = {repr(each) for each in (*script.learning(), *constraints)}

@@ -42,6 +42,25 @@ def test_it_learns_one_edit_after_the_other_and_writes_its_results(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_null_space_keeps_other_answers_without_a_learning_rate(tmp_path: Path) -> None:
+    done = call(tmp_path, "--keep", "null_space", "--limit", "3")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| 3 | 1.000 " in done.stdout
+    model, _ = world.load()
+    before = copy.deepcopy(model.state_dict())
+    EditDelta.load(tmp_path / "edit.safetensors").apply(model)
+    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert changed == {f"model.layers.{i}.mlp.down_proj.weight" for i in (3, 4)}
+
+
+def test_other_models_than_the_bundled_one_use_a_null_space() -> None:
+    script = runpy.run_path(str(SCRIPT))
+    for options, expected in (([], "kl"), (["--model", "m"], "null_space"), (["--model", "m", "--keep", "kl"], "kl")):
+        assert script["kept_by"](script["arguments"](options)) == expected
+    assert script["kept_by"](script["arguments"](["--plain"])) is None
+
+
+@pytest.mark.slow
 def test_the_texts_of_the_world_can_be_named(tmp_path: Path) -> None:
     assert call(tmp_path, "--texts", "world", "--limit", "1").returncode == 0
 
@@ -78,7 +97,11 @@ def test_edits_learned_before_an_error_are_kept(tmp_path: Path) -> None:
         (("--texts", "nowhere.txt"), "--texts must be a file that exists, got 'nowhere.txt'."),
         (("--limit", "0"), "--limit must be > 0, got 0."),
         (("--learning_rate", "nan"), "--learning_rate must be > 0, got nan."),
-        (("--plain", "--ball", "1"), "--plain trains without constraints, so --texts and --ball must be left out."),
+        (
+            ("--plain", "--ball", "1"),
+            "--plain trains without constraints, so --texts, --ball and --keep must be left out.",
+        ),
+        (("--keep", "null_space", "--ball", "1"), "--ball is an option of --keep kl, but --keep is null_space"),
         (("--output_dir", str(SCRIPT)), f"because {SCRIPT} is not a folder"),
         (("--ball", "0"), "--ball must be > 0, got 0."),
         (("--texts_per_step", "1"), "--texts_per_step must be >= 2, got 1."),
