@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from kedit_train.data.tokenization import context_length, pad_token_id
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import unwrap_model
 from kedit_train.evaluation.asking.generate import AnswerEnd
+from kedit_train.owners import claim, release, remove, remove_abandoned
 from kedit_train.paths import PATH
 
 _SAMPLING = SamplingOptions()
@@ -160,10 +160,10 @@ class ResponseDataModule(LightningDataModule):
         common = [fingerprint(model), repr(self.prompt_format), len(tokenizer)]
         chunks = [(start, rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
         self._remove()
-        folder = Path(self.cache_dir or tempfile.mkdtemp(prefix="kedit-value-"))
+        folder = Path(self.cache_dir) if self.cache_dir is not None else _temporary_folder()
         if self.cache_dir is None:
             # Also after an error, when teardown is not called.
-            self._remove_temporary = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._remove_temporary = weakref.finalize(self, _remove_folder, folder)
         return write_shards(
             model,
             module.value.layers,
@@ -231,6 +231,20 @@ class ResponseDataModule(LightningDataModule):
             self.shards = None
             self._remove_temporary()
             self._remove_temporary = None
+
+
+def _temporary_folder() -> Path:
+    """Create a temporary folder, and remove those that killed processes left behind."""
+    parent = Path(tempfile.gettempdir())
+    remove_abandoned(parent.glob("kedit-value.*"))
+    folder = claim(parent, "kedit-value")
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _remove_folder(folder: Path) -> None:
+    remove(folder)
+    release(folder)
 
 
 def pad_states(states: Sequence[Mapping[str, Tensor]], rewards: Tensor) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from kedit_train.control import (
     ValueModule,
 )
 from kedit_train.control.control_metrics import measure_control
+from kedit_train.control.response_data import _temporary_folder
 from kedit_train.control.responses import sample_responses
 from kedit_train.control.state_shards import StateShards
 from kedit_train.errors import EditError
@@ -129,6 +132,26 @@ def test_a_file_with_another_key_is_refused(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     with pytest.raises(EditError, match="was replaced by another run"):
         StateShards({path: "another key"})
+
+
+def test_the_folders_of_killed_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed = "import os, signal; from pathlib import Path; from kedit_train.control import response_data\n"
+    killed += "response_data._temporary_folder(); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", killed], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    (left,) = tmp_path.iterdir()
+    folder = _temporary_folder()
+    assert left != folder
+    assert list(tmp_path.iterdir()) == [folder]
+    # The folder of a running process stays.
+    other = _temporary_folder()
+    assert sorted(tmp_path.iterdir()) == sorted([folder, other])
+
+
+def test_a_run_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    trainer().fit(ValueModule(width=8), data_module())
+    assert not list(tmp_path.iterdir())
 
 
 def test_at_least_one_prompt_is_held_out() -> None:
