@@ -124,7 +124,8 @@ class ValueModel(nn.Module):
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """Return the number of layers of a language model, and a hash of some of its weights.
 
-    The hash is the same in fp32 and in bf16. Two models that were trained differently have different hashes.
+    The hash is the same in fp32 and in bf16, but may differ in fp16, which rounds differently. Two models that were
+    trained differently have different hashes.
     """
     inner = causal_model(model)
     depth = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
