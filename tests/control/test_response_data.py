@@ -31,6 +31,7 @@ from kedit_train.control.responses import sample_responses
 from kedit_train.control.state_shards import StateShards
 from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.batching import DivergedError
+from kedit_train.evaluation.asking.generate import generate_answers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
@@ -247,6 +248,24 @@ def test_equal_states_are_not_scaled() -> None:
     value = ValueModel(["head"], hidden_size=4, width=8)
     value.standardize([{"head": torch.full((2, 4), 3.7)}])
     assert value.networks["head"].scale.tolist() == [1.0] * 4  # type: ignore[operator,union-attr]
+
+
+def test_an_answer_is_generated_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        events.append(list(prompts))
+        return generate_answers(model, tokenizer, prompts, **options)
+
+    clock = itertools.count()
+    monkeypatch.setattr("kedit_train.control.control_metrics.generate_answers", generate)
+    monkeypatch.setattr(
+        "kedit_train.control.control_metrics.time.perf_counter", lambda: (events.append("clock"), next(clock))[1]
+    )
+    model, tokenizer = world.load()
+    value = ValueModel(["head"], hidden_size=model.config.hidden_size, width=8)
+    measure_control(model, tokenizer, value, ["The", "A"], ShortAnswer(8), step_size=0.0)
+    assert events == [["The"], "clock", ["The", "A"], "clock"] * 2
 
 
 def test_equal_prompts_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
