@@ -82,6 +82,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def above(bound: float) -> Rule:
     """Return a rule that accepts finite numbers greater than ``bound``."""
     return Rule(f"> {bound:g}", lambda value: _is_number(value) and value > bound)
@@ -94,7 +98,7 @@ def at_least(bound: float) -> Rule:
 
 def integer_from(bound: int) -> Rule:
     """Return a rule that accepts integers greater than or equal to ``bound``."""
-    return Rule(f"an integer >= {bound}", lambda value: _is_number(value) and int(value) == value and value >= bound)
+    return Rule(f"an integer >= {bound}", lambda value: _is_integer(value) and value >= bound)
 
 
 def within(interval: str) -> Rule:

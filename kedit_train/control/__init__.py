@@ -1,6 +1,6 @@
 """Representation editing: a value function on hidden states, and generation that is controlled by its gradient.
 
-Language models are edited without any change of their weights (RE-Control, arXiv 2406.05954). See
+The behavior of a language model changes, but not its weights (RE-Control, arXiv 2406.05954). See
 ``docs/representation_control.md``.
 """
 

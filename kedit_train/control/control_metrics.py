@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from kedit_train.arguments import at_least, check_arguments, integer_from
+from kedit_train.arguments import Rule, at_least, check_arguments, integer_from
 from kedit_train.control.controlled import controlled
-from kedit_train.control.response_data import read_records
-from kedit_train.control.rewards import compute_rewards
+from kedit_train.control.records import read_records
+from kedit_train.control.rewards import check_reward, compute_rewards
 from kedit_train.control.value import ValueModel
 from kedit_train.data.chat_format import PromptFormat
+from kedit_train.data.prompts import encode_prompts
+from kedit_train.data.tokenization import context_length
 from kedit_train.errors import EditError, reported_by
+from kedit_train.evaluation.asking.batching import model_device, unwrap_model
 from kedit_train.evaluation.asking.generate import generate_answers
 
 
@@ -48,11 +52,15 @@ def measure_control(
     options: dict[str, Any] = {"stops": (), "max_new_tokens": 64, **(generation or {})}
 
     def ask() -> tuple[list[str], float, float]:
+        # The first answer is slower, so it is not timed.
+        generate_answers(model, tokenizer, prompts[:1], **options)
         began = time.perf_counter()
         answers = generate_answers(model, tokenizer, prompts, **options)
         seconds = max(1e-9, time.perf_counter() - began)
         texts = [answer.text for answer in answers]
-        tokens = sum(len(answer.ids) + answer.ended for answer in answers)
+        # Equal prompts are generated once.
+        generated = dict(zip(prompts, answers, strict=True)).values()
+        tokens = sum(len(answer.ids) + answer.ended for answer in generated)
         return texts, float(compute_rewards(reward, prompts, texts).mean()), tokens / seconds
 
     before, reward_before, speed_before = ask()
@@ -86,7 +94,8 @@ class ControlMetrics(Callback):
         batch_size: number of prompts per forward pass.
 
     Raises:
-        EditError: an argument is out of range, or a prompt is also trained on.
+        EditError: an argument is out of range, or, before training, a prompt is also trained on, is too long, or cannot
+            be scored.
 
     Example:
         >>> from kedit_train.control import ControlMetrics
@@ -110,6 +119,7 @@ class ControlMetrics(Callback):
             step_size=(step_size, at_least(0)),
             steps=(steps, integer_from(0)),
             radius=(radius, at_least(0)),
+            first_token=(first_token, Rule("True or False", lambda given: isinstance(given, bool))),
             max_new_tokens=(max_new_tokens, integer_from(1)),
             batch_size=(batch_size, integer_from(1)),
         )
@@ -120,21 +130,35 @@ class ControlMetrics(Callback):
         self.result: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the prompts are not trained on."""
+        """Check the data module."""
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "reward"):
             raise EditError(
                 f"the data module must be a ResponseDataModule, got {type(data).__name__}.", "ControlMetrics"
             )
-        trained = {record["prompt"] for record in data.records}
-        if both := [prompt for prompt in self.prompts if prompt in trained]:
-            raise EditError(
-                f"prompts must not be trained on, but {both[0][:80]!r} is; remove it from one of the two lists.",
-                "ControlMetrics",
-            )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate the answers, log the metrics and print them."""
+    def check_prompts(self, data: Any, module: Any) -> None:
+        """Check that the prompts can be measured. The data module calls this before it samples responses.
+
+        Args:
+            data: the :class:`ResponseDataModule`.
+            module: the :class:`ValueModule`.
+
+        Raises:
+            EditError: a prompt is trained on, is too long, or cannot be scored by the reward.
+        """
+        trained = {record["prompt"] for record in data.records}
+        with reported_by("ControlMetrics"):
+            if both := [prompt for prompt in self.prompts if prompt in trained]:
+                raise EditError(
+                    f"prompts must not be trained on, but {both[0][:80]!r} is; remove it from one of the two lists."
+                )
+            context = context_length(unwrap_model(module.language_model).config)
+            encode_prompts(module.tokenizer, self.prompts, context, data.prompt_format)
+            check_reward(data.reward, self.prompts, [""] * len(self.prompts))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate the answers, log the metrics and print them. The value function has been saved before."""
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         formats: PromptFormat = data.prompt_format
@@ -145,7 +169,8 @@ class ControlMetrics(Callback):
         self.result = measure_control(
             module.language_model,
             module.tokenizer,
-            module.value,
+            # The trainer has moved the module to the CPU, but not the language model.
+            copy.deepcopy(module.value).to(model_device(module.language_model)),
             self.prompts,
             data.reward,
             generation=generation,

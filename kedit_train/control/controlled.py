@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kedit_train.arguments import Rule, at_least, check_arguments, integer_from
 from kedit_train.control.positions import GeneratedPositions
 from kedit_train.control.sites import Layer, Site, causal_model, find_sites, hidden_size
-from kedit_train.control.value import ValueModel
-from kedit_train.errors import EditError, reported_by
+from kedit_train.control.value import ValueModel, describe_model
+from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.evaluation.asking.logits import accepts_argument
 from kedit_train.functional.gradient_control import ascend
 
@@ -23,7 +23,8 @@ class Control:
     """What a ``controlled`` block has done so far.
 
     Attributes:
-        positions: number of hidden states that were controlled. A position counts once for each controlled layer.
+        positions: number of changes of hidden states. A position counts once for each controlled layer. Without a
+            cache, a position is changed again in every pass.
     """
 
     positions: int = 0
@@ -56,7 +57,8 @@ def controlled(
 
     At each generated position, ``steps`` gradient steps are made: ``h <- h + step_size * gradient of value(h)``. The
     change of a hidden state stays within a ball around the unchanged hidden state (trust region). Hidden states of the
-    prompt do not change. With a key-value cache, later tokens attend to the changed states of the layers above.
+    prompt do not change. With a cache, later tokens read keys and values that the layers above computed from the
+    changed state.
 
     With ``step_size=0``, ``steps=0`` or ``radius=0``, the model computes exactly the same as without the block. When
     the block ends, also with an error, all hooks are removed.
@@ -64,20 +66,20 @@ def controlled(
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         value: the value function, trained by :class:`~kedit_train.control.ValueModule`.
-        step_size: length of a gradient step, 0 or more. The gradient has the unit of the reward per unit of the hidden
-            state. A large ``step_size`` makes every change as long as ``radius`` allows.
+        step_size: length of a gradient step: the gradient is multiplied by it; 0 or more. A large ``step_size`` makes
+            every change as long as ``radius`` allows.
         steps: number of gradient steps at each generated position and each layer, 0 or more.
         radius: the largest norm of a change, as a fraction of the norm of the hidden state, 0 or more.
         layers: the layers to control: indices or "head", out of the layers of ``value``. None: all layers of ``value``.
-        first_token: True also controls the last token of the prompt, from which the first token is generated. The first
-            generated token is otherwise that of the uncontrolled model.
+        first_token: True also controls the last token of the prompt, from which the first token is generated. With
+            False, the first generated token is that of the uncontrolled model.
 
     Yields:
         A :class:`Control` with the number of controlled positions and the mean change.
 
     Raises:
         EditError: an argument is out of range, a layer has no value function, the hidden size of the model differs from
-            that of ``value``, or the model has a cache of its own kind (``past_key_values`` is not an argument).
+            that of ``value``, or the model's ``forward`` has no argument ``past_key_values``.
 
     References:
         "Aligning Large Language Models with Representation Editing: A Control Perspective", arXiv 2406.05954.
@@ -136,7 +138,9 @@ def controlled(
         return hidden.masked_scatter(here[..., None], after)
 
     with ExitStack() as stack:
-        hooks = [inner.register_forward_pre_hook(enter, with_kwargs=True), inner.register_forward_hook(leave)]
+        hooks = [inner.register_forward_pre_hook(enter, with_kwargs=True)]
+        # Also after an error in the pass.
+        hooks.append(inner.register_forward_hook(leave, always_call=True))
         hooks += [site.register(lambda hidden, site=site: change(site, hidden)) for site in sites]
         for hook in hooks:
             stack.callback(hook.remove)
@@ -163,4 +167,12 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
             f"value must be trained on hidden states of size {hidden_size(model)}, got {value.hidden_size}; use the "
             "model that the value function was trained for."
         )
+    if "model_hash" in value.trained_on:
+        described = describe_model(model)
+        if any(value.trained_on[key] != described[key] for key in described):
+            warn(
+                "the value function was trained on another model or on other weights "
+                f"({value.trained_on['model_layers']} layers, this model has {described['model_layers']}); use that "
+                "model, or train a new value function."
+            )
     return sites

@@ -15,8 +15,8 @@ class GeneratedPositions:
     """Finds the generated positions of each forward pass from its arguments.
 
     - A pass that reads one token after a non-empty cache continues a generation: the token is a generated position.
-    - A pass without a cache that repeats the sequences of the last pass with one more token continues a generation: all
-      positions after the prompt are generated.
+    - A pass without a cache (``use_cache=False``) whose rows are rows of the last pass plus one token continues a
+      generation: all positions after the prompt are generated.
     - Every other pass reads a prompt.
 
     These rules hold for ``generate()`` with and without a cache, for beam search (rows may be repeated, reordered or
@@ -48,8 +48,9 @@ class GeneratedPositions:
         else:
             continues = ids is not None and self._continues(ids)
             prompt_length = self._prompt_length if continues else length
-            # A generation with a cache goes on with one token per pass, so its sequences need not be compared.
-            self._ids = ids.clone() if ids is not None and cache is None else None
+            # Without a cache, generate() passes use_cache=False. Other passes are no part of a generation.
+            repeats = cache is None and given.get("use_cache") is False
+            self._ids = ids.clone() if ids is not None and repeats else None
             self._prompt_length = prompt_length
         generated[:, prompt_length:] = True
         if self.first_token:

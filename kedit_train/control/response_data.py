@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,29 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from kedit_train.arguments import Rule, check_arguments, cut, from_mapping, integer_from, optional, within
-from kedit_train.control.responses import SamplingOptions, encode_responses, sample_responses
-from kedit_train.control.rewards import Reward, compute_rewards
+from kedit_train.arguments import Rule, check_arguments, from_mapping, integer_from, optional, within
+from kedit_train.atomic_write import check_writable
+from kedit_train.control.control_metrics import ControlMetrics
+from kedit_train.control.records import read_records
+from kedit_train.control.responses import Response, SamplingOptions, encode_responses, sample_responses
+from kedit_train.control.rewards import Reward, check_reward, compute_rewards
 from kedit_train.control.state_shards import StateShards, write_shards
+from kedit_train.control.value import describe_model
 from kedit_train.core.fingerprint import fingerprint
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, check_format, read_format
-from kedit_train.data.readers.files import read_file, read_text
-from kedit_train.data.tokenization import pad_token_id
+from kedit_train.data.prompts import encode_prompts
+from kedit_train.data.tokenization import context_length, pad_token_id
 from kedit_train.errors import EditError, reported_by
+from kedit_train.evaluation.asking.batching import unwrap_model
+from kedit_train.evaluation.asking.generate import AnswerEnd
+from kedit_train.owners import claim, release, remove, remove_abandoned
 from kedit_train.paths import PATH
 
 _SAMPLING = SamplingOptions()
 _CHUNK = 128  # Responses per file.
+# In bf16-true or 16-true, the trainer would convert the value function to half precision.
+_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+_OPTIONS = Rule("SamplingOptions or a mapping", lambda given: isinstance(given, SamplingOptions | Mapping))
 
 
 class ResponseDataModule(LightningDataModule):
@@ -42,13 +53,14 @@ class ResponseDataModule(LightningDataModule):
             records have a response, or none has.
         reward: a function ``reward(prompts, completions)`` that returns one number per response. In a recipe: the
             ``class_path`` of a :class:`Reward`.
-        sampling: options of the sampling. They are not used for given responses, except ``batch_size`` and ``seed``.
+        sampling: options of the sampling. For given responses, only ``batch_size`` and ``seed`` (of the split) are
+            used.
         prompt_format: "plain", "chat" (the tokenizer's chat template), "question" or a ``ChatFormat``.
-        cache_dir: a folder for the hidden states. A later run with the same model, prompts and options reads them from
-            there, also with another reward. None: a temporary folder.
+        cache_dir: a folder for the hidden states. A later run with the same model, tokenizer, prompts and options reads
+            them from there, also with another reward. Files of other runs are kept. None: a temporary folder.
         batch_size: number of responses per training step.
-        validation: fraction of the prompts whose responses are not trained on, in [0, 1). All responses to a prompt are
-            in the same part.
+        validation: fraction of the prompts that are held out with all their responses, in [0, 1). If it is not 0 and
+            there are two prompts or more, at least one prompt is held out.
 
     Raises:
         EditError: the file cannot be read, a record has no prompt, or only some of the records have a response.
@@ -75,6 +87,7 @@ class ResponseDataModule(LightningDataModule):
         prompt_format = read_format(prompt_format)
         check_arguments(
             self,
+            sampling=(sampling, _OPTIONS),
             reward=(reward, Rule("a function reward(prompts, completions)", callable)),
             prompt_format=(prompt_format, PROMPT_FORMAT),
             cache_dir=(cache_dir, optional(PATH)),
@@ -91,9 +104,35 @@ class ResponseDataModule(LightningDataModule):
         self._remove_temporary: Any = None
 
     def setup(self, stage: str) -> None:
-        """Sample the responses if none are given, write the hidden states, and compute the rewards."""
-        if stage != "fit" or self.shards is not None:
+        """Sample the responses if none are given, write the hidden states, and compute the rewards.
+
+        Every call does this again, because the model may have changed since the last call. Files in ``cache_dir`` that
+        belong to the same model, prompts and options are read.
+        """
+        if stage not in ("fit", "validate"):
             return
+        module = self._find_module()
+        with reported_by("ResponseDataModule"):
+            check_format(self.prompt_format, module.tokenizer)
+            prompts = [record["prompt"] for record in self.records]
+            check_reward(self.reward, prompts, [record.get("response", "") for record in self.records])
+        callbacks: list[Any] = self.trainer.callbacks if self.trainer is not None else []  # type: ignore[attr-defined]
+        for callback in callbacks:
+            if isinstance(callback, ControlMetrics):
+                callback.check_prompts(self, module)
+        with reported_by("ResponseDataModule"):
+            if self.trainer is not None:
+                module.language_model.to(self.trainer.strategy.root_device)
+            self.shards = self._collect(module)
+            self.rewards = compute_rewards(self.reward, self.shards.prompts, self.shards.texts)
+        self.train_indices, self.validation_indices = self._split(self.shards.prompts)
+        if stage == "fit":
+            module.value.standardize(self.shards[i] for i in self.train_indices)
+            described = describe_model(module.language_model)
+            module.value.trained_on = {**described, "prompt_format": repr(self.prompt_format)}
+
+    def _find_module(self) -> Any:
+        """Return the trained module, after the checks of the module and the trainer."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if not (hasattr(module, "language_model") and hasattr(module, "value")):
             raise EditError(
@@ -104,49 +143,64 @@ class ResponseDataModule(LightningDataModule):
                 f"the number of processes must be 1, got {self.trainer.world_size}; set devices to 1.",
                 "ResponseDataModule",
             )
-        with reported_by("ResponseDataModule"):
-            check_format(self.prompt_format, module.tokenizer)
-            if self.trainer is not None:
-                module.language_model.to(self.trainer.strategy.root_device)
-            self.shards = self._collect(module)
-            self.rewards = compute_rewards(self.reward, self.shards.prompts, self.shards.texts)
-        self.train_indices, self.validation_indices = self._split(self.shards.prompts)
-        module.value.standardize(self.shards[i] for i in self.train_indices)
+        if self.trainer is not None and self.trainer.precision not in _PRECISIONS:
+            raise EditError(
+                f"precision of the trainer must be one of {', '.join(_PRECISIONS)}, got {self.trainer.precision}; "
+                "use the argument dtype of ValueModule for a language model in half precision.",
+                "ResponseDataModule",
+            )
+        return module
 
     def _collect(self, module: Any) -> StateShards:
         """Write the hidden states of all responses."""
         model, tokenizer, options = module.language_model, module.tokenizer, self.sampling
-        given = "response" in self.records[0]
-        repeats = 1 if given else options.samples
-        rows = [record for record in self.records for _ in range(repeats)]
-        settings = {"seed": options.seed, "temperature": options.temperature, "length": options.max_new_tokens}
-        common = [fingerprint(model), repr(self.prompt_format), None if given else settings]
-
-        def make(start: int, part: list[dict[str, str]]) -> Any:
-            if given:
-                return lambda: encode_responses(model, tokenizer, part, self.prompt_format)
-            prompts = [record["prompt"] for record in part]
-            return lambda: sample_responses(model, tokenizer, prompts, options, self.prompt_format, first=start)
-
+        if self.cache_dir is not None:
+            check_writable(Path(self.cache_dir) / "states")
+        rows, make = self._given(model, tokenizer) if "response" in self.records[0] else self._sampled(model, tokenizer)
+        common = [fingerprint(model), repr(self.prompt_format), len(tokenizer)]
         chunks = [(start, rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
-        folder = Path(self.cache_dir or tempfile.mkdtemp(prefix="kedit-value-"))
+        self._remove()
+        folder = Path(self.cache_dir) if self.cache_dir is not None else _temporary_folder()
         if self.cache_dir is None:
             # Also after an error, when teardown is not called.
-            self._remove_temporary = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._remove_temporary = weakref.finalize(self, _remove_folder, folder)
         return write_shards(
             model,
             module.value.layers,
             folder,
-            [([*common, start, part], make(start, part)) for start, part in chunks],
+            [([*common, start, part], partial(make, start, len(part))) for start, part in chunks],
             batch_size=options.batch_size,
             pad_id=pad_token_id(tokenizer),
         )
+
+    def _given(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
+        """Return a description of each given response, and a function that returns some of the responses."""
+        responses = encode_responses(model, tokenizer, self.records, self.prompt_format)
+        return [asdict(response) for response in responses], lambda start, count: responses[start : start + count]
+
+    def _sampled(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
+        """Return a description of each response to sample, and a function that samples some of the responses."""
+        options, inner = self.sampling, unwrap_model(model)
+        prompts = [record["prompt"] for record in self.records]
+        # The chat template of the tokenizer is not a part of the model, so the tokens are a part of the description.
+        ids = encode_prompts(tokenizer, prompts, context_length(inner.config), self.prompt_format)
+        ends = sorted(AnswerEnd(inner, tokenizer, (), self.prompt_format).ids)
+        settings = {"seed": options.seed, "temperature": options.temperature, "length": options.max_new_tokens}
+        pairs = zip(prompts, ids, strict=True)
+        rows = [[prompt, sequence, ends, settings] for prompt, sequence in pairs for _ in range(options.samples)]
+
+        def make(start: int, count: int) -> list[Response]:
+            texts = [row[0] for row in rows[start : start + count]]
+            return sample_responses(model, tokenizer, texts, options, self.prompt_format, first=start)
+
+        return rows, make
 
     def _split(self, prompts: Sequence[str]) -> tuple[list[int], list[int]]:
         """Split the responses by their prompts into training and validation."""
         distinct = list(dict.fromkeys(prompts))
         random.Random(self.sampling.seed).shuffle(distinct)
-        count = round(self.validation * len(distinct))
+        # At least one, so that EarlyStopping has a validation error to monitor.
+        count = max(round(self.validation * len(distinct)), 1) if self.validation else 0
         held_out = set(distinct[: min(count, len(distinct) - 1)])
         train = [i for i, prompt in enumerate(prompts) if prompt not in held_out]
         return train, [i for i, prompt in enumerate(prompts) if prompt in held_out]
@@ -170,37 +224,27 @@ class ResponseDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Remove the temporary folder, if there is one."""
+        self._remove()
+
+    def _remove(self) -> None:
         if self._remove_temporary is not None:
             self.shards = None
             self._remove_temporary()
             self._remove_temporary = None
 
 
-def read_records(prompts: Any) -> list[dict[str, str]]:
-    """Return records with ``prompt`` and, if responses are given, ``response``."""
-    where = "prompts"
-    if isinstance(prompts, str | Path):
-        where, path = str(prompts), Path(prompts)
-        is_text = path.suffix.lower() == ".txt"
-        prompts = [line for line in read_text(path).splitlines() if line.strip()] if is_text else read_file(path)
-    if not isinstance(prompts, Sequence) or not prompts:
-        raise EditError(f"prompts must be a file or a non-empty list, got {cut(repr(prompts), 100)}.")
-    records: list[dict[str, str]] = []
-    for number, entry in enumerate(prompts, 1):
-        record = {"prompt": entry} if isinstance(entry, str) else entry
-        keys = [key for key in ("prompt", "response") if isinstance(record, Mapping) and key in record]
-        if "prompt" not in keys or not all(isinstance(record[key], str) and record[key].strip() for key in keys):
-            raise EditError(
-                f"{where}, record {number}: expected a prompt, or a record with texts for prompt and response, got "
-                f"{cut(repr(entry), 80)}; correct this record."
-            )
-        records.append({key: record[key] for key in keys})
-        if len(records[0]) != len(keys):
-            raise EditError(
-                f"{where}, record {number}: either all records or none must have a response, but this record differs "
-                "from the first one; add the missing responses, or use two files."
-            )
-    return records
+def _temporary_folder() -> Path:
+    """Create a temporary folder, and remove those that killed processes left behind."""
+    parent = Path(tempfile.gettempdir())
+    remove_abandoned(parent.glob("kedit-value.*"))
+    folder = claim(parent, "kedit-value")
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def _remove_folder(folder: Path) -> None:
+    remove(folder)
+    release(folder)
 
 
 def pad_states(states: Sequence[Mapping[str, Tensor]], rewards: Tensor) -> dict[str, Any]:

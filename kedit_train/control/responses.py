@@ -14,7 +14,12 @@ from kedit_train.arguments import above, check_arguments, integer_from
 from kedit_train.data.chat_format import PromptFormat
 from kedit_train.data.prompts import encode_in_format, encode_prompts, end_id
 from kedit_train.data.tokenization import context_length, pad_token_id
-from kedit_train.evaluation.asking.batching import inference_context, split_into_batches, unwrap_model
+from kedit_train.evaluation.asking.batching import (
+    DivergedError,
+    inference_context,
+    split_into_batches,
+    unwrap_model,
+)
 from kedit_train.evaluation.asking.decoding import Continuation, PromptBatch, can_pad
 from kedit_train.evaluation.asking.generate import AnswerEnd
 
@@ -45,7 +50,8 @@ class SamplingOptions:
         temperature: the logits are divided by this number, > 0.
         max_new_tokens: maximum length of a response, in tokens.
         batch_size: number of responses per forward pass.
-        seed: seed of the samples. The random numbers of a response do not depend on the batch size.
+        seed: seed of the samples. The random numbers of a response do not depend on the batch size, so neither does the
+            response (except for rounding).
 
     Example:
         >>> SamplingOptions(samples=2).temperature
@@ -116,6 +122,9 @@ def sample_responses(
 
     Returns:
         One response per prompt, in the same order.
+
+    Raises:
+        DivergedError: the model gives logits that are NaN or infinite.
     """
     inner: Any = unwrap_model(model)
     context = context_length(inner.config)
@@ -130,7 +139,8 @@ def sample_responses(
     with inference_context(inner):
         for batch in (batch for group in groups for batch in split_into_batches(group, options.batch_size)):
             rows = PromptBatch(inner, [sequences[i] for i in batch], pad_token_id(tokenizer))
-            sampled = _sample(rows, [draws[i] for i in batch], is_end, options.temperature, len(tokenizer))
+            given, texts = [draws[i] for i in batch], [prompts[i] for i in batch]
+            sampled = _sample(rows, texts, given, is_end, options.temperature, len(tokenizer))
             found |= dict(zip(batch, sampled, strict=True))
     responses = []
     for i, prompt in enumerate(prompts):
@@ -141,12 +151,17 @@ def sample_responses(
 
 
 def _uniform(seed: int, number: int, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**64)
     return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def _sample(
-    batch: PromptBatch, draws: Sequence[Tensor], is_end: AnswerEnd, temperature: float, vocabulary: int
+    batch: PromptBatch,
+    prompts: Sequence[str],
+    draws: Sequence[Tensor],
+    is_end: AnswerEnd,
+    temperature: float,
+    vocabulary: int,
 ) -> list[list[int]]:
     """Sample a continuation of each row, token by token, with the given uniform random numbers."""
     found: list[list[int]] = [[] for _ in draws]
@@ -155,6 +170,9 @@ def _sample(
         # The head may have more outputs than the tokenizer has tokens.
         logits = batch.next_logits()[:, :vocabulary].cpu().double()
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+        # The sum is NaN if a logit is NaN or +inf. A logit of -inf is a probability of 0.
+        if not bool((finite := cumulative[:, -1].isfinite()).all()):
+            raise DivergedError(prompts[active[int(finite.long().argmin())]])
         uniform = torch.stack([draws[i][len(found[i])] for i in active])[:, None]
         # Divided by its last entry, because rounding can leave the sum below the drawn number.
         tokens = torch.searchsorted(cumulative / cumulative[:, -1:], uniform, right=True).squeeze(-1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from kedit_train.arguments import check_arguments, cut, integer_from
+from kedit_train.arguments import Rule, check_arguments, cut, integer_from
 from kedit_train.data import Edit, EditDataset
 from kedit_train.data.leaks import contains_words
 from kedit_train.data.tokenization import shorten
@@ -30,6 +30,9 @@ class Reward:
             completions: the responses.
         """
         raise NotImplementedError
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise an ``EditError`` if the responses to a prompt cannot be scored. By default, all can be scored."""
 
 
 class ShortAnswer(Reward):
@@ -57,9 +60,10 @@ class PatternReward(Reward):
     """
 
     def __init__(self, pattern: str) -> None:
+        check_arguments(self, pattern=(pattern, Rule("a text", lambda given: isinstance(given, str))))
         try:
             self.pattern = re.compile(pattern, re.IGNORECASE)
-        except (re.error, TypeError) as error:
+        except re.error as error:
             raise EditError(
                 f"pattern must be a regular expression, got {cut(repr(pattern), 100)} ({error}).", "PatternReward"
             ) from error
@@ -72,7 +76,7 @@ class FactReward(Reward):
     """Reward responses that state the new fact, and responses to locality prompts that keep the old answer.
 
     For the prompt and the rephrases of an edit, the reward is 1 if the response contains the target or an alias as
-    whole words, and -1 if it contains the old target instead. For a locality prompt, the reward is 1 if the response
+    whole words, and -1 if it contains only the old target. For a locality prompt, the reward is 1 if the response
     contains one of the prompt's answers. In all other cases, the reward is 0.
 
     Args:
@@ -105,15 +109,19 @@ class FactReward(Reward):
         return list(self._good)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        self.check(prompts)
         return [self._score(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
+    def check(self, prompts: Sequence[str]) -> None:
+        for prompt in prompts:
+            if prompt not in self._good:
+                raise EditError(
+                    f"the prompt {shorten(prompt)!r} must be a prompt, a rephrase or a locality prompt of the edits; "
+                    "add it to the edits, or use another reward.",
+                    "FactReward",
+                )
+
     def _score(self, prompt: str, text: str) -> float:
-        if prompt not in self._good:
-            raise EditError(
-                f"the prompt {shorten(prompt)!r} must be a prompt, a rephrase or a locality prompt of the edits; add "
-                "it to the edits, or use another reward.",
-                "FactReward",
-            )
         if _contains(text, self._good[prompt]):
             return 1.0
         return -1.0 if _contains(text, self._bad.get(prompt, ())) else 0.0
@@ -129,9 +137,18 @@ def compute_rewards(
     """Call a reward, and return its numbers as a tensor [responses] in fp32.
 
     Raises:
-        EditError: the reward does not return one finite number per response.
+        EditError: the reward raises an error, or does not return one finite number per response.
     """
-    found = reward(prompts=list(prompts), completions=list(completions))
+    try:
+        found = reward(prompts=list(prompts), completions=list(completions))
+    except EditError:
+        raise
+    except Exception as error:
+        reason = cut(" ".join(str(error).split()), 100)
+        raise EditError(
+            f"reward must be a function reward(prompts, completions), but it raised {type(error).__name__} ({reason}); "
+            "correct the function."
+        ) from error
     try:
         rewards = torch.as_tensor([float(value) for value in found], dtype=torch.float32)
     except (TypeError, ValueError):
@@ -141,3 +158,19 @@ def compute_rewards(
             f"reward must return {len(completions)} finite numbers, one per response, got {cut(repr(found), 100)}."
         )
     return rewards
+
+
+def check_reward(reward: Callable[..., Sequence[float]], prompts: Sequence[str], completions: Sequence[str]) -> None:
+    """Call a reward on two responses. This shows its errors before an expensive computation.
+
+    Args:
+        reward: the reward.
+        prompts: all prompts that will be scored. ``Reward.check`` receives all of them.
+        completions: a response to each prompt. An empty text stands for a response that is not known yet.
+
+    Raises:
+        EditError: as for :func:`compute_rewards`, or the reward cannot score a prompt.
+    """
+    if isinstance(reward, Reward):
+        reward.check(prompts)
+    compute_rewards(reward, [*prompts, prompts[0]][:2], [*completions, completions[0]][:2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,24 @@ class StateShards:
     """Responses and their hidden states. The hidden states are memory-mapped and are read when they are used.
 
     Args:
-        paths: the files that :func:`write_shards` wrote.
+        keys: dict from the path of each file that :func:`write_shards` wrote to the key of the file.
 
     Attributes:
         prompts: the prompt of each response.
         texts: the text of each response.
+
+    Raises:
+        EditError: a file is damaged, or has another key.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, keys: Mapping[Path, str]) -> None:
         self.prompts: list[str] = []
         self.texts: list[str] = []
         self._spans: list[tuple[dict[str, Tensor], slice]] = []
-        for path in paths:
+        for path, key in keys.items():
             tensors, metadata = load_tensors(path, kind=KIND)
+            if metadata["key"] != key:
+                raise EditError(f"{path} was replaced by another run; give each run its own cache_dir.")
             self.prompts += metadata["prompts"]
             self.texts += metadata["texts"]
             end = 0
@@ -73,30 +78,38 @@ def write_shards(
         model: the language model.
         layers: the layers, as for :func:`~kedit_train.control.sites.find_sites`.
         folder: a folder, which is created if necessary.
-        chunks: pairs of a description (a JSON value) and a function that returns the responses of the chunk. The
-            description must contain everything that the responses and hidden states depend on, except the layers.
+        chunks: pairs of a description (a JSON value) and a function that returns the responses of the chunk. It is
+            called only if no complete file exists. The description must contain everything that the responses and
+            hidden states depend on, except the layers.
         batch_size: number of responses per forward pass.
         pad_id: id of the padding token.
 
     Raises:
-        EditError: a file cannot be written.
+        EditError: a file cannot be written, or a hidden state is not finite.
     """
-    sites, paths = find_sites(model, layers), []
+    sites, keys = find_sites(model, layers), {}
     for number, (description, make) in enumerate(chunks):
-        path = folder / f"states-{number:05d}.safetensors"
         text = json.dumps([description, [site.name for site in sites]], sort_keys=True)
         key = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+        # With the key in the name, runs with other settings use other files.
+        path = folder / f"states-{key[:16]}-{number:05d}.safetensors"
         if not _is_complete(path, key):
             responses = make()
             states = [
                 part for batch in _batches(responses, batch_size) for part in read_states(model, sites, batch, pad_id)
             ]
             tensors = {site.name: torch.cat([part[site.name] for part in states]) for site in sites}
+            for name, hidden in tensors.items():
+                if not bool(hidden.isfinite().all()):
+                    raise EditError(
+                        f"the hidden states of the model (layer {name}) must be finite, but some are NaN or infinite; "
+                        "check the model, or use dtype float32."
+                    )
             tensors["lengths"] = torch.tensor([len(response.ids) for response in responses])
             texts = {"prompts": [r.prompt for r in responses], "texts": [r.text for r in responses]}
             save_tensors(path, tensors, {"key": key, **texts}, kind=KIND)
-        paths.append(path)
-    return StateShards(paths)
+        keys[path] = key
+    return StateShards(keys)
 
 
 def _batches(responses: Sequence[Response], size: int) -> Iterator[Sequence[Response]]:
@@ -116,8 +129,8 @@ def read_states(
 ) -> list[dict[str, Tensor]]:
     """Return the hidden states from which the tokens of each response were generated.
 
-    The first one is that of the last token of the prompt, and the last one is that of the token before the last token
-    of the response. These are exactly the positions that ``controlled`` can change.
+    State i is the one that predicts token i of the response: from the last token of the prompt to the token before the
+    last. These are exactly the positions that ``controlled`` can change.
 
     Returns:
         For each response, a dict from layer to hidden states, [tokens of the response, hidden], on the CPU.

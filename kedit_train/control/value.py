@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.arguments import check_arguments, integer_from
+from kedit_train.control.sites import causal_model
+from kedit_train.core.fingerprint import sample_fingerprint
 from kedit_train.errors import EditError, reported_by
+from kedit_train.functional.precision import full_precision
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
 KIND = "kedit_train.value"
@@ -30,7 +33,9 @@ class _Network(nn.Module):
         self.layers = nn.Sequential(nn.Linear(hidden_size, width), nn.SiLU(), nn.Linear(width, 1))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.layers((hidden.float() - self.mean) / self.scale).squeeze(-1)
+        # Mixed precision would compute in bf16, and two hidden states could get the same value.
+        with full_precision(hidden.device.type):
+            return self.layers((hidden.float() - self.mean) / self.scale).squeeze(-1)
 
 
 class ValueModel(nn.Module):
@@ -40,6 +45,9 @@ class ValueModel(nn.Module):
         layers: the names of the layers: "head", or the index of a layer as text.
         hidden_size: the width of the hidden states.
         width: number of units in the hidden layer of each network.
+
+    Attributes:
+        trained_on: the language model and the prompt format of the training, as JSON values. Empty before training.
 
     Example:
         >>> value = ValueModel(["head"], hidden_size=4, width=8)
@@ -51,6 +59,7 @@ class ValueModel(nn.Module):
         super().__init__()
         check_arguments(self, hidden_size=(hidden_size, integer_from(1)), width=(width, integer_from(1)))
         self.layers, self.hidden_size, self.width = tuple(str(layer) for layer in layers), hidden_size, width
+        self.trained_on: dict[str, Any] = {}
         self.networks = nn.ModuleDict({name: _Network(hidden_size, width) for name in self.layers})
 
     def at(self, layer: str, hidden: Tensor) -> Tensor:
@@ -80,12 +89,17 @@ class ValueModel(nn.Module):
             variance = (squares / max(1, count) - mean.square()).clamp(min=0)
             network: Any = self.networks[name]
             network.mean.copy_(mean)
+            if variance.mean() <= 1e-10 * mean.square().mean():
+                # States that do not differ, for example a single one, have no scale.
+                network.scale.fill_(1.0)
+                continue
             # Entries that hardly vary must not dominate the gradient.
             network.scale.copy_((variance + 1e-2 * variance.mean() + 1e-12).sqrt())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the value function to a safetensors file."""
-        metadata = {"layers": list(self.layers), "hidden_size": self.hidden_size, "width": self.width}
+        metadata: dict[str, Any] = {"layers": list(self.layers), "hidden_size": self.hidden_size, "width": self.width}
+        metadata["trained_on"] = self.trained_on
         return save_tensors(path, self.state_dict(), metadata, kind=KIND)
 
     @classmethod
@@ -99,8 +113,20 @@ class ValueModel(nn.Module):
             tensors, metadata = load_tensors(path, kind=KIND)
             try:
                 value = cls(metadata["layers"], hidden_size=metadata["hidden_size"], width=metadata["width"])
+                value.trained_on = dict(metadata.get("trained_on", {}))
                 value.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
             except (KeyError, TypeError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:150]
                 raise EditError(f"{path} is not a file of a value function ({reason}); check the path.") from error
         return value.eval()
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Return the number of layers of a language model, and a hash of some of its weights.
+
+    The hash is the same in fp32 and in bf16, but may differ in fp16, which rounds differently. Two models that were
+    trained differently have different hashes.
+    """
+    inner = causal_model(model)
+    depth = getattr(inner.config.get_text_config(), "num_hidden_layers", None)
+    return {"model_layers": depth, "model_hash": sample_fingerprint(dict(inner.named_parameters()))}

@@ -26,9 +26,9 @@ class ValueModule(LightningModule):
     """A value function that predicts the reward of a response from each hidden state of the response.
 
     The value function is trained by temporal differences. The target of the last hidden state is the reward, and the
-    target of an earlier one is computed from the values of the later ones. Targets have no gradient, and they are
-    computed by a slowly changing copy of the value function (target network). The language model is frozen, and it is
-    not a part of checkpoints.
+    target of an earlier one is computed from the values of the later ones. The targets are computed with a slowly
+    changing copy of the value function (target network), and no gradient flows through them. The language model is
+    frozen, and it is not a part of checkpoints.
 
     Args:
         name: a hub name, a folder, or "world" for the bundled model.
@@ -40,7 +40,7 @@ class ValueModule(LightningModule):
             responses. 1 trains every hidden state directly on the reward.
         target_decay: decay of the exponential moving average that is the target network, in [0, 1). With 0, the targets
             are computed by the trained value function itself.
-        dtype: the dtype of the language model. The value function is always in float32.
+        dtype: the dtype of the language model. The value function is in float32, also in mixed precision.
         save_path: a file (.safetensors) to which the value function is saved when training ends. None: it is not saved.
 
     Attributes:
@@ -101,7 +101,7 @@ class ValueModule(LightningModule):
         self.target = copy.deepcopy(self.value).requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Start the target network from the value function, whose standardization the data module has set."""
+        """Copy the value function into the target network. The data module has already standardized it."""
         if self.trainer.ckpt_path is None:
             self.target.load_state_dict(self.value.state_dict())
 
@@ -131,7 +131,7 @@ class ValueModule(LightningModule):
             slow.lerp_(fast, 1.0 - self.target_decay)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Log the mean squared error of the values against the reward, which does not depend on the target network."""
+        """Log the mean squared error of the values against the reward. The target network is not used."""
         mask = batch["mask"]
         rewards = batch["rewards"][:, None].expand(mask.shape)
         errors = [value_loss(values, rewards, mask) for values in self.value(batch["states"]).values()]

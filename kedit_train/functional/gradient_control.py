@@ -25,7 +25,7 @@ def ascend(hidden: Tensor, value: Callable[[Tensor], Tensor], *, step_size: floa
     Args:
         hidden: [N, hidden], any float dtype.
         value: a function from [N, hidden] in fp32 to one value per position, [N].
-        step_size: the length of a step, in units of the hidden state per unit of the gradient; 0 or more.
+        step_size: the length of a step: the gradient is multiplied by it; 0 or more.
         steps: number of gradient steps, 0 or more.
         radius: the trust region, as a fraction of the norm of the hidden state; 0 or more.
 
@@ -61,9 +61,13 @@ def within_norm(change: Tensor, limit: Tensor) -> Tensor:
         change: [N, hidden] in fp64.
         limit: [N, 1] in fp64, 0 or more.
     """
-    norm = change.norm(dim=-1, keepdim=True)
+    change = torch.nan_to_num(change)
+    # The squares of entries above 1e154 overflow, so the norm is that of a row whose largest entry is 1.
+    largest = change.abs().amax(dim=-1, keepdim=True).clamp(min=1e-300)
+    unit = change / largest
+    norm = unit.norm(dim=-1, keepdim=True)
     # With the margin, the norm is at most the limit for any order of summation.
-    return torch.where(norm > limit, change * (limit / norm.clamp(min=1e-300) * (1 - 1e-12)), change)
+    return torch.where(norm * largest > limit, unit * (limit / norm.clamp(min=1e-300) * (1 - 1e-12)), change)
 
 
 def round_inward(start: Tensor, change: Tensor) -> Tensor:

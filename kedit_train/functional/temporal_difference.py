@@ -42,8 +42,7 @@ def td_targets(values: Tensor, rewards: Tensor, mask: Tensor, *, trace: float = 
     ``discount * ((1 - trace) * values[t + 1] + trace * target[t + 1])``. With ``trace=0``, this is TD(0), the target of
     RE-Control. With ``trace=1``, it is the discounted reward.
 
-    The targets have no gradient. So a loss on the targets trains only the value of the position itself
-    (semi-gradient).
+    No gradient flows through the targets, so the loss trains only the value at the same position (semi-gradient).
 
     Args:
         values: [batch, length], the values of a target network or of the trained network.

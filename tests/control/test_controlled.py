@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from kedit_train.control import ValueModel, controlled
 from kedit_train.control.sites import find_sites
+from kedit_train.control.value import describe_model
 from kedit_train.errors import EditError
 
 VOCAB, HIDDEN = 61, 16
@@ -280,4 +283,47 @@ def test_a_value_function_of_another_model_and_something_else_are_refused() -> N
         pass
     wrong: Any = torch.nn.Linear(2, 2)
     with pytest.raises(EditError, match="value must be a ValueModel"), controlled(build(), wrong, step_size=1):
+        pass
+
+
+def test_two_plain_passes_are_two_prompts(value: ValueModel) -> None:
+    model, ids = build(), torch.tensor([[5, 9, 12, 7, 30, 2]])
+    with torch.no_grad(), controlled(model, value, step_size=50.0, radius=0.3) as control:
+        model(input_ids=ids[:, :5])
+        model(input_ids=ids)
+    assert control.positions == 0
+
+
+def test_an_error_in_a_pass_ends_the_control_of_this_pass(value: ValueModel) -> None:
+    model, ids = build(), torch.tensor([[5, 9, 12]])
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("stop")
+
+    hidden = torch.randn(1, 1, HIDDEN)
+    expected = model.lm_head(hidden)
+    with torch.no_grad(), controlled(model, value, step_size=50.0, radius=0.3):
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+        hook = model.model.layers[2].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="stop"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        hook.remove()
+        assert torch.equal(model.lm_head(hidden), expected)
+
+
+def test_a_value_function_of_other_weights_is_a_warning(tmp_path: Path, value: ValueModel) -> None:
+    model = build()
+    value.trained_on = describe_model(model)
+    saved = ValueModel.load(value.save(tmp_path / "value.safetensors"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for same in (model, build(dtype=torch.bfloat16)):
+            with controlled(same, saved, step_size=1):
+                pass
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    with (
+        pytest.warns(UserWarning, match="controlled: the value function was trained on another model or on other weig"),
+        controlled(model, saved, step_size=1),
+    ):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,8 @@ def test_shards_are_read_again_and_written_again_when_something_changes(
         return data, {path: path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())}
 
     first, files = run(SHORT)
-    assert [path.name for path in files] == [f"states-{i:05d}.safetensors" for i in range(4)]
+    assert all(re.fullmatch(r"states-[0-9a-f]{16}-\d{5}\.safetensors", path.name) for path in files)
+    assert sorted(path.name.split("-")[2] for path in files) == [f"{i:05d}.safetensors" for i in range(4)]
     assert len(first.shards or ()) == 16
     # An interrupted run has only the first files.
     list(files)[-1].unlink()
@@ -162,8 +164,11 @@ def test_shards_are_read_again_and_written_again_when_something_changes(
     oldest = next(iter(files))
     oldest.write_bytes(b"damaged")
     assert run(SHORT)[1][oldest] != files[oldest]
+    # Runs with other settings have their own files.
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     _, other = run(SamplingOptions(samples=2, max_new_tokens=6, seed=3))
-    assert all(other[path] != again[path] for path in files)
+    assert len(other) == 2 * len(files)
+    assert all(other[path] == before[path] for path in files)
 
 
 def test_all_responses_to_a_prompt_are_in_the_same_part() -> None:

@@ -54,6 +54,14 @@ def test_a_long_step_ends_on_the_boundary_in_the_direction_of_the_gradient() -> 
     torch.testing.assert_close(moved, expected)
 
 
+@pytest.mark.parametrize("step_size", [1e100, 1e160, 1e308])
+def test_a_huge_step_ends_on_the_boundary(step_size: float) -> None:
+    hidden, direction = torch.randn(3, 5), torch.tensor([1.0, -2.0, 0.5, 0.0, 1.0])
+    moved = ascend(hidden, lambda h: h @ direction, step_size=step_size, steps=2, radius=0.2)
+    length = (moved - hidden).norm(dim=-1)
+    torch.testing.assert_close(length, 0.2 * hidden.norm(dim=-1))
+
+
 @pytest.mark.parametrize("zero", ["step_size", "steps", "radius"])
 def test_zero_returns_the_same_tensor(zero: str) -> None:
     hidden = torch.tensor([[-0.0, 1.0]])

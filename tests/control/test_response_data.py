@@ -1,0 +1,304 @@
+"""ResponseDataModule: what a second run reads again, and the errors that come before the responses are sampled."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from kedit_train import world
+from kedit_train.control import (
+    ControlMetrics,
+    FactReward,
+    PatternReward,
+    ResponseDataModule,
+    SamplingOptions,
+    ShortAnswer,
+    ValueModel,
+    ValueModule,
+)
+from kedit_train.control.control_metrics import measure_control
+from kedit_train.control.response_data import _temporary_folder
+from kedit_train.control.responses import sample_responses
+from kedit_train.control.state_shards import StateShards
+from kedit_train.errors import EditError
+from kedit_train.evaluation.asking.batching import DivergedError
+from kedit_train.evaluation.asking.generate import generate_answers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*Total length of `list`"),
+]
+PROMPTS = ["The", *(edit.prompt for edit in world.edits(3))]
+SHORT = SamplingOptions(samples=2, max_new_tokens=4)
+LONG = "word " * 3000
+
+
+def trainer(**options: Any) -> L.Trainer:
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", devices=1, **({"logger": False, "max_epochs": 1} | quiet | options))
+
+
+def data_module(**options: Any) -> ResponseDataModule:
+    return ResponseDataModule(**({"prompts": PROMPTS, "reward": ShortAnswer(8), "sampling": SHORT} | options))
+
+
+@pytest.fixture
+def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the responses were sampled before the check")
+
+    monkeypatch.setattr("kedit_train.control.response_data.sample_responses", fail)
+
+
+def test_a_second_fit_computes_the_states_of_its_own_model(tmp_path: Path) -> None:
+    data = data_module(cache_dir=str(tmp_path))
+    first, again, other, layer = (ValueModule(width=8, layers=layers) for layers in (["head"], ["head"], ["head"], [1]))
+    with torch.no_grad():
+        for parameter in other.language_model.parameters():
+            parameter.mul_(1.1)
+    means: list[Any] = []
+    for module in (first, again, other, layer):
+        trainer().fit(module, data)
+        means += [network.mean for network in module.value.networks.values()]
+    assert means[0].any()
+    assert torch.equal(means[0], means[1])
+    assert not torch.allclose(means[0], means[2], rtol=1e-2)
+    assert not torch.allclose(means[0], means[3], rtol=1e-2)
+
+
+def test_a_value_function_is_validated_without_a_fit(tmp_path: Path) -> None:
+    module = ValueModule(width=8)
+    mean = module.value.networks["head"].mean
+    (found,) = trainer().validate(module, data_module(), verbose=False)
+    assert found["value/validation_error"] > 0
+    assert not mean.any()  # type: ignore[operator]
+
+
+def test_another_chat_template_has_other_states(tmp_path: Path) -> None:
+    counts = []
+    for answer in ("A:", "A:", "Answer:"):
+        module = ValueModule(width=8)
+        module.tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['content'] }} {% if m['role'] == 'user' %}"
+            f"{answer}{{% endif %}}{{% endfor %}}"
+        )
+        trainer().fit(module, data_module(prompt_format="chat", cache_dir=str(tmp_path)))
+        counts.append(len(list(tmp_path.iterdir())))
+    assert counts == [1, 1, 2]
+
+
+def test_another_end_token_has_other_states(tmp_path: Path) -> None:
+    for ends in (1, 2):
+        module = ValueModule(width=8)
+        module.language_model.generation_config.eos_token_id = list(range(3, 3 + ends))
+        trainer().fit(module, data_module(cache_dir=str(tmp_path)))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_runs_with_one_folder_do_not_mix_their_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kedit_train.control.response_data._CHUNK", 4)
+    alone = data_module(cache_dir=str(tmp_path / "alone"))
+    trainer().fit(ValueModule(width=8), alone)
+    calls: list[int] = []
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        """Before the second chunk, another run writes all of its files."""
+        calls.append(1)
+        if len(calls) == 2:
+            other = SamplingOptions(samples=2, max_new_tokens=4, seed=9)
+            trainer().fit(ValueModule(width=8), data_module(sampling=other, cache_dir=str(tmp_path / "both")))
+        return sample_responses(*args, **kwargs)
+
+    monkeypatch.setattr("kedit_train.control.response_data.sample_responses", interrupt)
+    both = data_module(cache_dir=str(tmp_path / "both"))
+    trainer().fit(ValueModule(width=8), both)
+    assert alone.shards is not None
+    assert both.shards is not None
+    assert both.shards.texts == alone.shards.texts
+
+
+def test_a_file_with_another_key_is_refused(tmp_path: Path) -> None:
+    data = data_module(cache_dir=str(tmp_path))
+    trainer().fit(ValueModule(width=8), data)
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(EditError, match="was replaced by another run"):
+        StateShards({path: "another key"})
+
+
+def test_the_folders_of_killed_runs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed = "import os, signal; from pathlib import Path; from kedit_train.control import response_data\n"
+    killed += "response_data._temporary_folder(); os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", killed], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    (left,) = tmp_path.iterdir()
+    folder = _temporary_folder()
+    assert left != folder
+    assert list(tmp_path.iterdir()) == [folder]
+    # The folder of a running process stays.
+    other = _temporary_folder()
+    assert sorted(tmp_path.iterdir()) == sorted([folder, other])
+
+
+def test_a_run_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    trainer().fit(ValueModule(width=8), data_module())
+    assert not list(tmp_path.iterdir())
+
+
+def test_at_least_one_prompt_is_held_out() -> None:
+    data = data_module(validation=0.01)
+    trainer().fit(ValueModule(width=8), data)
+    assert len(data.validation_indices) == SHORT.samples
+    data = data_module(validation=0.0)
+    trainer().fit(ValueModule(width=8), data)
+    assert not data.validation_indices
+
+
+def needs_answers(prompts: Any, completions: Any, answers: Any) -> list[float]:
+    return [float(a == b) for a, b in zip(completions, answers, strict=True)]
+
+
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize(
+    ("options", "callbacks", "message"),
+    [
+        ({"prompts": ["The", LONG]}, [], "ResponseDataModule: the prompt 'word word"),
+        ({"reward": needs_answers}, [], "ResponseDataModule: reward must be a function reward(prompts, completions)"),
+        ({"reward": FactReward(world.edits(1))}, [], "FactReward: the prompt 'The' must be a prompt, a rephrase"),
+        ({"cache_dir": os.devnull + "/states"}, [], "because /dev/null is not a folder; change the path."),
+        ({}, [ControlMetrics(["The"], step_size=1)], "ControlMetrics: prompts must not be trained on, but 'The' is"),
+        ({}, [ControlMetrics([LONG], step_size=1)], "ControlMetrics: the prompt 'word word"),
+        (
+            {"prompts": [world.edits(1)[0].prompt], "reward": FactReward(world.edits(1))},
+            [ControlMetrics(["A"], step_size=1)],
+            "FactReward: the prompt 'A' must be a prompt, a rephrase",
+        ),
+    ],
+)
+def test_errors_come_before_the_sampling_in_one_line(options: Any, callbacks: list[Any], message: str) -> None:
+    with pytest.raises(EditError) as error:
+        trainer(callbacks=callbacks).fit(ValueModule(width=8), data_module(**options))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) <= 250
+
+
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_value_function_in_half_precision_is_refused(precision: Any) -> None:
+    with pytest.raises(EditError, match=f"precision of the trainer must be one of 32-true.*, got {precision}; use"):
+        trainer(precision=precision).fit(ValueModule(width=8), data_module())
+
+
+def test_a_value_is_computed_in_fp32_in_mixed_precision() -> None:
+    value, hidden = ValueModel(["head"], hidden_size=4, width=8), torch.randn(3, 4)
+    expected = value.at("head", hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value.at("head", hidden)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_a_model_with_logits_or_states_that_are_not_finite_is_refused() -> None:
+    def broken() -> ValueModule:
+        module = ValueModule(width=8)
+        with torch.no_grad():
+            next(module.language_model.parameters()).fill_(float("nan"))
+        return module
+
+    with pytest.raises(DivergedError, match="NaN logits after"):
+        trainer().fit(broken(), data_module())
+    with pytest.raises(EditError, match=r"the hidden states of the model \(layer head\) must be finite"):
+        trainer().fit(broken(), data_module(prompts=[{"prompt": "The", "response": "sky"}]))
+
+
+def test_the_value_function_is_saved_before_the_metrics_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("kedit_train.control.control_metrics.measure_control", fail)
+    path = tmp_path / "value.safetensors"
+    with pytest.raises(RuntimeError, match="no memory"):
+        trainer(callbacks=[ControlMetrics(["A"], step_size=1)]).fit(
+            ValueModule(width=8, save_path=str(path)), data_module()
+        )
+    assert ValueModel.load(path).trained_on["prompt_format"] == "'plain'"
+
+
+def test_the_number_of_a_record_is_its_number_in_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kedit_train.control.response_data._CHUNK", 2)
+    records = [{"prompt": "The", "response": "sky"}] * 4 + [{"prompt": "The", "response": LONG}]
+    with pytest.raises(EditError, match="response 5: "):
+        trainer().fit(ValueModule(width=8), data_module(prompts=records))
+
+
+def test_equal_states_are_not_scaled() -> None:
+    value = ValueModel(["head"], hidden_size=4, width=8)
+    value.standardize([{"head": torch.full((2, 4), 3.7)}])
+    assert value.networks["head"].scale.tolist() == [1.0] * 4  # type: ignore[operator,union-attr]
+
+
+def test_an_answer_is_generated_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        events.append(list(prompts))
+        return generate_answers(model, tokenizer, prompts, **options)
+
+    clock = itertools.count()
+    monkeypatch.setattr("kedit_train.control.control_metrics.generate_answers", generate)
+    monkeypatch.setattr(
+        "kedit_train.control.control_metrics.time.perf_counter", lambda: (events.append("clock"), next(clock))[1]
+    )
+    model, tokenizer = world.load()
+    value = ValueModel(["head"], hidden_size=model.config.hidden_size, width=8)
+    measure_control(model, tokenizer, value, ["The", "A"], ShortAnswer(8), step_size=0.0)
+    assert events == [["The"], "clock", ["The", "A"], "clock"] * 2
+
+
+def test_equal_prompts_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On this clock, every measurement takes one second.
+    monkeypatch.setattr("kedit_train.control.control_metrics.time.perf_counter", itertools.count().__next__)
+    model, tokenizer = world.load()
+    value = ValueModel(["head"], hidden_size=model.config.hidden_size, width=8)
+    many = measure_control(model, tokenizer, value, ["The"] * 3, ShortAnswer(8), step_size=0.0)
+    one = measure_control(model, tokenizer, value, ["The"], ShortAnswer(8), step_size=0.0)
+    assert many["answers_before"] == one["answers_before"] * 3
+    assert many["tokens_per_second_before"] == one["tokens_per_second_before"] > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PatternReward(re.compile("a")), "PatternReward: pattern must be a text, got re.compile('a')."),  # type: ignore[arg-type]
+        (lambda: data_module(sampling=4), "ResponseDataModule: sampling must be SamplingOptions or a mapping, got 4."),
+        (lambda: SamplingOptions(samples=2.0), "SamplingOptions: samples must be an integer >= 1, got 2.0."),  # type: ignore[arg-type]
+        (lambda: SamplingOptions(samples=True), "SamplingOptions: samples must be an integer >= 1, got True."),
+        (lambda: ControlMetrics(["A"], step_size=1, first_token=1), "first_token must be True or False, got 1."),  # type: ignore[arg-type]
+    ],
+)
+def test_a_bad_argument_is_an_error_in_one_line(make: Any, message: str) -> None:
+    with pytest.raises(EditError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_a_large_seed_is_a_seed() -> None:
+    model, tokenizer = world.load()
+    texts = [
+        sample_responses(model, tokenizer, ["The"] * 4, SamplingOptions(max_new_tokens=4, seed=seed))
+        for seed in (2**62, 2**62, 2**62 + 1)
+    ]
+    assert texts[0] == texts[1] != texts[2]
