@@ -144,6 +144,7 @@ def test_twenty_edits_of_a_pretrained_model(tmp_path):
     assert answers_of_a_fresh_process(tmp_path / "gated", prompts) == [answer.text for answer in answers]
 
 
+@pytest.mark.filterwarnings("ignore:GatedAdapter. .* do not open the gate")
 def test_the_gate_is_on_the_model_before_the_first_step_and_gradients_are_those_of_the_open_rows(tmp_path):
     torch.manual_seed(0)
     model, tokenizer = world.load()

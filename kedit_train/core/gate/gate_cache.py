@@ -49,9 +49,12 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
     if length == 0:
         return closed
     own = _gate_layer(cache)
-    if own is None or own.keys is None or own.keys.shape[0] != rows or not own.get_seq_length():
+    known = own is not None and own.keys is not None and own.keys.shape[0] == rows
+    read = int(own.get_seq_length()) if own is not None and known else 0
+    if own is None or read != length:
+        unread = length - read if read < length else length
         raise EditError(
-            f"past_key_values contains {length} tokens that the gated model has not read; pass an empty cache, or the "
+            f"past_key_values contains {unread} tokens that the gated model has not read; pass an empty cache, or the "
             "cache of an earlier call of this model."
         )
     return own.keys[:, 0, -1, 0].to(device)
