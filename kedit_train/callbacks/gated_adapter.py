@@ -34,9 +34,9 @@ class GatedAdapter(EditCallback):
     """Let a LoRA adapter act only near the prompts of the edits.
 
     The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores a key for
-    each prompt: the hidden state of its last token at the input of one decoder block. If a chat template gives a prompt
-    one form in training and another in generation, each form has a key. In each row, the adapter acts from the first
-    position whose hidden state lies within the radius of a key. At earlier positions, and in rows without such a
+    each prompt: the hidden state of its last token at the input of one decoder block. Some chat templates write a
+    prompt differently in training and in generation. Then each form has a key. In each row, the adapter acts from the
+    first position whose hidden state lies within the radius of a key. At earlier positions, and in rows without such a
     position, the output of the model is bit for bit the output of the unedited model in the same batch.
 
     The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
@@ -45,8 +45,8 @@ class GatedAdapter(EditCallback):
     beginning of a held text.
 
     The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
-    training. Its attribute ``gate`` can remove it. Until then, the model saves the gate with the adapter, and cannot be
-    merged. ``path`` saves the adapter and the gate, and
+    training, also after an interruption. To remove it, call ``gate.remove()``. Until then, the model saves the gate
+    with the adapter, and cannot be merged or trained again. ``path`` saves the adapter and the gate, and
     :func:`~kedit_train.load_model` loads both. Without the gate, the adapter is an ordinary adapter that acts on every
     input.
 
@@ -54,7 +54,8 @@ class GatedAdapter(EditCallback):
         texts: a source of held texts, or a :class:`Texts`.
         margin: radius as a fraction of the distance to the nearest held position, in (0, 1].
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
-            adapter. A higher index is an error.
+            adapter. A higher index is an error. At block 0, the hidden state of a token is its embedding, so a held
+            text with the last token of a prompt is an error.
         neighbors: number of additional held prompts per edit: the prompt of the edit with a name from the texts in
             place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts
             about other subjects lie within a radius. Edits without a subject have no such prompts.
@@ -74,7 +75,8 @@ class GatedAdapter(EditCallback):
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
-            or the scope also changes the model outside of the gate, or the folder cannot be written.
+            or the scope also changes the model outside of the gate, a held text has the same hidden state as a key, or
+            the folder cannot be written.
 
     References:
         - "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031.
