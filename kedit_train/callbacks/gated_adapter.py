@@ -35,9 +35,10 @@ class GatedAdapter(EditCallback):
 
     The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores a key for
     each prompt: the hidden state of its last token at the input of one decoder block. Some chat templates write a
-    prompt differently in training and in generation. Then each form has a key. In each row, the adapter acts from the
-    first position whose hidden state lies within the radius of a key. At earlier positions, and in rows without such a
-    position, the output of the model is bit for bit the output of the unedited model in the same batch.
+    prompt differently in training and in generation. Then each form has a key. If the training dataset contains a
+    prompt with other text before it, such as a system prompt, this form has a key, too. In each row, the adapter acts
+    from the first position whose hidden state lies within the radius of a key. At earlier positions, and in rows
+    without such a position, the output of the model is bit for bit the output of the unedited model in the same batch.
 
     The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
     ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
