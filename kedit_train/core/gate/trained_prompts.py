@@ -41,7 +41,7 @@ def trained_prompts(host: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[li
 def _examples(host: Any) -> Iterator[Any]:
     """Yield the examples of the training dataset. A dataset that can be read only once is not read."""
     loader = getattr(host, "train_dataloader", None)
-    trainer = getattr(host, "trainer", None)
+    trainer: Any = getattr(host, "trainer", None)
     if loader is None and hasattr(trainer, "fit_loop"):
         # Lightning sets up the data only when the first epoch begins.
         trainer.fit_loop.setup_data()
